@@ -1,0 +1,30 @@
+"""dist_ft: full fine-tuning of large language models whose run state never depends on the number of workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "check", "export", "load_config", "train"]
+
+if TYPE_CHECKING:
+    from dist_ft.api import check, export, train
+    from dist_ft.config.load import load_config
+    from dist_ft.config.schema import RunConfig
+
+_WHERE = {
+    "RunConfig": "dist_ft.config.schema",
+    "load_config": "dist_ft.config.load",
+    "train": "dist_ft.api",
+    "check": "dist_ft.api",
+    "export": "dist_ft.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used, so that `import dist_ft` stays light."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dist_ft' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,1 @@
+"""What survives: fragments, manifests, commits, exports."""

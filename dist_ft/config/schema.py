@@ -1,0 +1,257 @@
+"""The schema of a run: frozen pydantic models, one section each.
+
+Every field says its meaning, unit and sentinel. Fields marked as identity decide which samples and which model a run
+is about: they may not change when a run is resumed. All others are operational: they may, and the change is recorded.
+This module holds types and single-field bounds only; contradictions between fields live in `validate`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def Identity(*args: Any, **kwargs: Any) -> Any:  # noqa: N802 - reads like pydantic's Field, which it is
+    """Return a `Field` that must not change when a run is resumed."""
+    return Field(*args, json_schema_extra={"identity": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """Which run this is and where it lives."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$", description=(
+        "Name of the run: lower-case letters, digits and '-', at most 47 characters (a Kubernetes limit). "
+        "The same name under the same storage is the same run, and is resumed."))
+    storage: str = Field("./runs", description=(
+        "fsspec URL or folder under which the run keeps <name>/: config, index, checkpoints, ledger, metrics."))
+    seed: int = Identity(0, ge=0, lt=2**63, description="Seed of the sample order, of dropout and of new weights.")
+
+
+class ModelSection(Section):
+    """Which model learns, and how it computes."""
+
+    path: str = Identity(description=(
+        "Model folder, fsspec URL of one, or hub name (org/name; gated ones read HF_TOKEN from the environment)."))
+    revision: str | None = Identity(None, description="Hub branch, tag or commit; none: the default branch.")
+    tokenizer: str | None = Identity(None, description="Folder, URL or hub name of the tokenizer; none: `path`.")
+    chat_template: str | None = Identity(None, description=(
+        "File with a Jinja chat template; none: the tokenizer's own."))
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description=(
+        "Number format of weights and activations in forward and backward. Masters and optimizer state are float32."))
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "sdpa", description="Attention kernel.")
+    activation_checkpointing: bool = Field(False, description=(
+        "Recompute layer activations in backward: less memory, about a third more compute."))
+    dropout: float | None = Field(None, ge=0, lt=1, description=(
+        "Probability set for every dropout of the model; none: as the model's config says."))
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off: refused.")
+
+
+class Source(Section):
+    """One data set: a URL, a glob or a hub name."""
+
+    path: str = Identity(description=(
+        "fsspec URL, file, folder or glob of .jsonl, .parquet or .txt shards; or a Hugging Face data set (org/name)."))
+    subset: str | None = Identity(None, description="Configuration name of a Hugging Face data set; none: default.")
+    split: str = Identity("train", description="Split of a Hugging Face data set.")
+
+
+def _as_sources(value: Any) -> Any:
+    """Accept one source or many, each as a bare string or a mapping."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in values)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class FieldsSection(Section):
+    """Names of the columns samples are read from."""
+
+    messages: str = Identity("messages", description="format chat: column with a list of {role, content}.")
+    prompt: str = Identity("prompt", description="format instruction: column with the prompt.")
+    response: str = Identity("response", description="format instruction: column with the answer to learn.")
+    system: str | None = Identity(None, description="format instruction: column with a system prompt; none: no such.")
+    text: str = Identity("text", description="format text: column with the text.")
+
+
+class DataSection(Section):
+    """Which samples are learned from, and how they become sequences."""
+
+    train: Sources = Identity(min_length=1, description="Training data: one source or a list.")
+    format: Literal["auto", "chat", "instruction", "text"] = Identity("auto", description=(
+        "What a row is; auto: decided by its columns (messages; prompt and response; text)."))
+    fields: FieldsSection = Field(default_factory=FieldsSection, description="Column names.")
+    prompt_template: str = Identity("{prompt}\n", description=(
+        "format instruction with a tokenizer that has no chat template: what stands before the answer."))
+    targets: Literal["response", "all"] = Identity("response", description=(
+        "Which tokens are learned: answers (assistant turns) only, or all. Plain text always learns all."))
+    shuffle: bool = Identity(True, description="Order samples anew each epoch by run.seed; off: as they lie.")
+    pack: bool = Identity(True, description="Fill sequences with several samples kept apart; off: one sample each.")
+    packing_window: int = Identity(4096, ge=1, description=(
+        "Samples packed together; larger fills better and replays more on resume."))
+    overlong: Literal["error", "truncate", "drop", "split"] = Identity("error", description=(
+        "A sample longer than batch.sequence_length: stop with an error, cut its end off, leave it out, or (plain "
+        "text only) go on in a further sequence."))
+    cache_dir: str | None = Field(None, description=(
+        "Local folder for tokenised shards and fetched models; none: ~/.cache/dist_ft."))
+
+
+class BatchSection(Section):
+    """How much one optimizer step sees."""
+
+    global_batch: int = Identity(ge=1, description="Sequences an optimizer step, over all workers.")
+    micro_batch: int = Identity(1, ge=1, description=(
+        "Sequences a forward pass (a lane). global_batch / micro_batch lanes are dealt to the workers."))
+    sequence_length: int = Identity(ge=8, description="Tokens a sequence.")
+
+
+class OptimizerSection(Section):
+    """How weights follow gradients."""
+
+    name: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description=(
+        "adafactor is not element-wise: plain engine or ZeRO stage 0 only."))
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay; biases and norms are exempt.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0: never.")
+
+
+class ScheduleSection(Section):
+    """How long a run is and how the learning rate moves. A pure function of the step."""
+
+    name: Literal["linear", "cosine", "constant"] = Field("cosine", description="Shape after warm-up.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps of the whole run; none: by epochs.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the training data; none: by steps.")
+    warmup_steps: int | None = Field(None, ge=0, description="Steps of linear warm-up; none: by warmup_ratio.")
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="Share of all steps that warms up; none: 0.")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate / peak.")
+
+
+class ZeroSection(Section):
+    """How DeepSpeed shards the model. Ignored in one process (cluster.workers=0)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(3, description=(
+        "0: replicate; 1: shard optimizer state; 2: and gradients; 3: and weights."))
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state lies.")
+    offload_param: Literal["none", "cpu", "nvme"] = Field("none", description="stage 3: where weights lie.")
+    nvme_path: str | None = Field(None, description="Local folder for nvme offload.")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description=(
+        "Any other DeepSpeed key, passed through; keys that dist_ft sets itself are refused."))
+
+
+class WorkerRange(Section):
+    """Fewest and most workers of an elastic run."""
+
+    min: int = Field(ge=1, description="Below this the run waits.")
+    max: int = Field(ge=1, description="More are not used.")
+
+
+def _as_workers(value: Any) -> Any:
+    """Accept `2`, `[1, 4]` and `1..4`."""
+    if isinstance(value, str) and ".." in value:
+        value = value.split("..", 1)
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return {"min": value[0], "max": value[1]}
+    return value
+
+
+class ClusterSection(Section):
+    """Where workers run."""
+
+    workers: Annotated[int | WorkerRange, BeforeValidator(_as_workers)] = Field(0, description=(
+        "Ray workers: a number, or a range [min, max] (also min..max) of an elastic run. "
+        "0: this process, plain PyTorch, no Ray and no DeepSpeed."))
+    address: str | None = Field(None, description=(
+        "Ray cluster to join (auto: the one around this process); none: RAY_ADDRESS if set, else an own local Ray."))
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved a worker.")
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs a worker: 0 (CPU, gloo) or 1 (nccl).")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="Further Ray resources a worker.")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Ray placement strategy.")
+    max_failures: int = Field(3, ge=-1, description="Restarts after a failure; -1: without limit.")
+    start_timeout_s: float = Field(300, gt=0, description="Seconds to wait for workers to start (slow images).")
+    collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
+
+
+class CheckpointSection(Section):
+    """What is kept."""
+
+    every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    at_end: bool = Field(True, description="Commit the last step too.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_every_steps: int = Field(0, ge=0, description="Besides, keep those whose step is a multiple; 0: none.")
+
+
+class EvaluationSection(Section):
+    """Loss on held-out data."""
+
+    data: Sources = Field((), description="Held-out data, in the training data's format; empty: no evaluation.")
+    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: only at start and end.")
+    at_start: bool = Field(True, description="Evaluate before step 1.")
+    at_end: bool = Field(True, description="Evaluate after the last step.")
+    max_samples: int = Field(0, ge=0, description="First so many samples; 0: all.")
+
+
+class LogSection(Section):
+    """What a person sees."""
+
+    every_steps: int = Field(1, ge=1, description="Steps between progress lines and metrics.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events into the run's storage.")
+    level: Literal["debug", "info", "warning"] = Field("info", description="Least severe log line shown.")
+
+
+class StorageSection(Section):
+    """How fsspec reaches storage. Credentials never stand here: they come from the environment."""
+
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description=(
+        "fsspec options by protocol, such as {s3: {endpoint_url: http://127.0.0.1:5000}}."))
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="How weights follow gradients.")
+    schedule: ScheduleSection = Field(description="Length and learning rate.")
+    zero: ZeroSection = Field(default_factory=ZeroSection, description="DeepSpeed ZeRO.")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="Where workers run.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Held-out loss.")
+    log: LogSection = Field(default_factory=LogSection, description="What a person sees.")
+    storage: StorageSection = Field(default_factory=StorageSection, description="How storage is reached.")
+
+    @property
+    def num_lanes(self) -> int:
+        """Micro-batches an optimizer step, over all workers: the fixed places sequences go to."""
+        return self.batch.global_batch // self.batch.micro_batch
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers this run may use; 0 in one process."""
+        workers = self.cluster.workers
+        return workers if isinstance(workers, int) else workers.max
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers this run needs; 0 in one process."""
+        workers = self.cluster.workers
+        return workers if isinstance(workers, int) else workers.min
+
+    @property
+    def run_url(self) -> str:
+        """URL of the run's own folder."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"

@@ -1,0 +1,1 @@
+"""From shards in storage to batches on lanes."""

@@ -1,0 +1,1 @@
+"""One step of learning: plain PyTorch or DeepSpeed ZeRO behind one interface."""

@@ -1,0 +1,64 @@
+"""Logging: one line a message, prefixed by rank; other ranks than 0 speak only from WARNING up.
+
+Guarantees: no value of a known credential reaches a handler set up here (`redact`), and third-party warnings that
+mean nothing are silenced by name, never wholesale.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|CREDENTIAL|SAS)", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_QUERY_SECRET = re.compile(
+    r"(?i)([?&](?:sig|signature|token|x-amz-signature|x-amz-security-token|x-amz-credential)=)[^&\s]+")
+
+# (logger name, why its INFO and WARNING lines carry nothing for a user)
+QUIET_LOGGERS = (
+    "DeepSpeed",  # op compatibility and timer chatter on every rank
+    "datasets",  # cache notices
+    "httpx",  # one line a request
+    "botocore.credentials",  # "found credentials in environment variables"
+    "ray.data",  # not used by training
+    "absl",
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` without credentials: values of secret environment variables, user info and signatures in URLs."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET_NAME.search(name) and value in text:
+            text = text.replace(value, f"<{name}>")
+    return _QUERY_SECRET.sub(r"\1<redacted>", _USERINFO.sub("<redacted>", text))
+
+
+class _Redacting(logging.Formatter):
+    """Formats a record, then removes credentials from the finished line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def setup(rank: int = 0, size: int = 1, level: str = "info") -> None:
+    """Send the `dist_ft` logger to stderr: rank 0 from `level`, the others from WARNING."""
+    prefix = f"[rank {rank}] " if size > 1 else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting(f"{prefix}%(levelname)s %(message)s"))
+    logger = logging.getLogger("dist_ft")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper() if rank == 0 else logging.WARNING)
+    quiet_third_parties()
+
+
+def quiet_third_parties() -> None:
+    """Silence, by name, third-party messages that tell a user nothing."""
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
+    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")

@@ -1,0 +1,1 @@
+"""Which model learns, and what it minimises."""

@@ -1,0 +1,1 @@
+"""Arithmetic about runs that have not happened yet."""
