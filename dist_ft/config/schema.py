@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def Identity(*args: Any, **kwargs: Any) -> Any:  # noqa: N802 - reads like pydantic's Field, which it is
+def Identity(*args: Any, **kwargs: Any) -> Any:
     """Return a `Field` that must not change when a run is resumed."""
     return Field(*args, json_schema_extra={"identity": True}, **kwargs)
 

@@ -1,0 +1,142 @@
+"""From a nested mapping to a `RunConfig`, or to every reason why not.
+
+Fields are checked one by one, so that a broken one hides no other: contradictions are then looked for in what is left
+(a check that reads a broken field can't run and is skipped). A misspelt key counts as the key that was meant, so its
+value is checked too. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from dist_ft.config.explain import missing_field, section_of, shown, unknown_key, wrong_value
+from dist_ft.config.schema import RunConfig, Section, Source
+from dist_ft.config.validate import contradictions
+
+
+def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """Return the config in `mapping`, or None, and all its problems: of fields first, then between fields."""
+    problems: list[str] = []
+    config = _section(RunConfig, mapping, "", problems)
+    problems += contradictions(config, whole=not problems)  # type: ignore[arg-type]
+    return (None if problems else config), problems  # type: ignore[return-value]
+
+
+def assemble_stored(mapping: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """As `assemble` for a config another version may have stored: unknown keys pass, contradictions are not sought."""
+    problems: list[str] = []
+    config = _section(RunConfig, _prune(RunConfig, mapping), "", problems)
+    return (None if problems else config), problems  # type: ignore[return-value]
+
+
+def _prune(model: type[Section], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `mapping` without keys the schema does not have."""
+    kept: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if name in mapping:
+            section, value = section_of(info), mapping[name]
+            kept[name] = _prune(section, value) if section and isinstance(value, Mapping) else value
+    return kept
+
+
+def _section(model: type[Section], value: Any, path: str, problems: list[str]) -> Section:
+    """Return the section in `value`; fields that are broken are absent from it (reading one is AttributeError)."""
+    prefix = f"{path}." if path else ""
+    if not isinstance(value, Mapping):
+        if value is not None:
+            problems.append(f"{path}={shown(value)}: not a section; allowed: a mapping with "
+                            f"{', '.join(model.model_fields)}; indent its fields below {path}:")
+            return _partial(model, {})
+        value = {}
+    given = _known(model, value, prefix, problems)
+    good: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        section = section_of(info)
+        if section:
+            good[name] = _section(section, given.get(name), prefix + name, problems)
+        elif name not in given:
+            if info.is_required():
+                problems.append(missing_field(prefix + name, info))
+            else:
+                good[name] = info.get_default(call_default_factory=True)
+        else:
+            _field(model, name, given[name], prefix + name, good, problems)
+    return _partial(model, good)
+
+
+def _known(model: type[Section], value: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """Return the entries of `value` the section has; a misspelt one under the name that was meant."""
+    given = {str(key): item for key, item in value.items() if str(key) in model.model_fields}
+    for key, item in value.items():
+        if str(key) not in model.model_fields:
+            line, meant = unknown_key(f"{prefix}{key}", item)
+            problems.append(line)
+            parent, _, leaf = (meant or "").rpartition(".")
+            if leaf in model.model_fields and parent == prefix.rstrip("."):
+                given.setdefault(leaf, item)
+    return given
+
+
+def _field(model: type[Section], name: str, value: Any, path: str, good: dict[str, Any],
+           problems: list[str]) -> None:
+    """Check one value: into `good` if the schema takes it, else a line for each thing wrong with it."""
+    info = model.model_fields[name]
+    if _not_a_number(value, info):
+        problems.append(wrong_value(path, info, value))
+        return
+    try:
+        good[name] = _adapter(model, name).validate_python(value)
+    except ValidationError as error:
+        problems.extend(_lines(path, info, value, error.errors(include_url=False)))
+
+
+def _lines(path: str, info: FieldInfo, value: Any, errors: list[Any]) -> list[str]:
+    """Return one line for the field, or one for each broken part of a list of sources."""
+    parts = [error for error in errors if error["loc"] and isinstance(error["loc"][0], int)]
+    return [_line(path, info, value, error) for error in parts or errors[-1:]]
+
+
+def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
+    """Return the line for one of pydantic's errors within the field at `path`."""
+    parts = error["loc"]
+    if len(parts) == 1 and isinstance(parts[0], int):
+        return (f"{path}.{parts[0]}={shown(error['input'])}: not a source; allowed: a path, or a mapping with "
+                f"{', '.join(Source.model_fields)}; correct it")
+    in_source = bool(parts) and isinstance(parts[0], int) and len(parts) == 2
+    inner = ".".join([path, *(str(part) for part in parts)])
+    if in_source and error["type"] == "extra_forbidden":
+        return f"{inner}: no such field; allowed: {', '.join(Source.model_fields)}; remove it"
+    if in_source and error["type"] == "missing":
+        return missing_field(inner, Source.model_fields[parts[1]])
+    if in_source:
+        return wrong_value(inner, Source.model_fields[parts[1]], error["input"], error["type"])
+    return wrong_value(path, info, value, error["type"])
+
+
+def _not_a_number(value: Any, info: FieldInfo) -> bool:
+    """Tell whether `value` would pass as a number though it is none: true, infinity."""
+    if isinstance(value, bool):
+        return info.annotation is not bool
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+@cache
+def _adapter(model: type[Section], name: str) -> TypeAdapter[Any]:
+    info = model.model_fields[name]
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    return TypeAdapter(kind)
+
+
+def _partial(model: type[Section], good: dict[str, Any]) -> Section:
+    """Return a section with the fields in `good` and no others."""
+    section = model.model_construct(**good)
+    for name in model.model_fields:
+        if name not in good:
+            vars(section).pop(name, None)
+    return section

@@ -1,0 +1,54 @@
+"""Credentials have no place in a config: it is stored with the run and shown to people.
+
+Guarantees: what is found is named by its field and never printed. Finds what it can recognise by name or form, not
+every secret there may be. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_ft.config.schema import RunConfig, Section
+
+_NAME = re.compile(
+    r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$")
+_NOT_SECRET = frozenset({"requester_pays", "token_uri", "cache_token"})
+_USER_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
+_SIGNED_URL = re.compile(r"(?i)[?&](sig|signature|token|x-amz-signature|x-amz-security-token|x-goog-signature)=")
+_VARIABLE = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+             "gcs": "GOOGLE_APPLICATION_CREDENTIALS", "abfs": "AZURE_STORAGE_CONNECTION_STRING",
+             "az": "AZURE_STORAGE_CONNECTION_STRING"}
+
+
+def secret_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each credential in `config`, without its value."""
+    for protocol, options in config.storage.options.items():
+        for path, _ in _leaves(options, f"storage.options.{protocol}"):
+            name = path.rpartition(".")[2]
+            if _NAME.match(name) and name not in _NOT_SECRET:
+                variable = _VARIABLE.get(protocol, f"FSSPEC_{protocol.upper()}_{name.upper()}")
+                yield (f"{path}: looks like a credential, and a config is stored with the run; credentials come from "
+                       f"the environment; remove it and set {variable}")
+    for path, value in _leaves(config, ""):
+        if isinstance(value, str) and _USER_IN_URL.search(value):
+            yield (f"{path}: the URL holds a user name and password; URLs without them are allowed; "
+                   f"remove them and set the credentials in the environment")
+        elif isinstance(value, str) and _SIGNED_URL.search(value):
+            yield (f"{path}: the URL holds a signature or token; URLs without one are allowed; "
+                   f"remove it and set the credentials in the environment")
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of all that is not a section, mapping or list."""
+    if isinstance(value, Section):
+        value = {name: vars(value)[name] for name in type(value).model_fields if name in vars(value)}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{index}")
+    else:
+        yield path, value

@@ -1,0 +1,54 @@
+"""The door to a run's config: one YAML file (or a mapping) plus `section.field=value` overrides -> `RunConfig`.
+
+Guarantees: whatever is wrong is said all at once, in one `ConfigError` whose lines name the field, what is allowed and
+what to do. What is written back (`to_mapping`, `resolved_yaml`) loads to an equal config.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_ft.config.assemble import assemble
+from dist_ft.config.document import apply_overrides, read_document
+from dist_ft.config.explain import is_text
+from dist_ft.config.identity import Change, changes, check_resume, identity
+from dist_ft.config.schema import RunConfig
+from dist_ft.errors import ConfigError
+from dist_ft.logs import redact
+
+__all__ = ["Change", "changes", "check_resume", "identity", "load_config", "resolved_yaml", "to_mapping"]
+
+
+def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
+                overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config in a YAML file (path or fsspec URL) or a nested mapping, with `overrides` applied.
+
+    Raises `ConfigError` with every problem there is: unknown keys (and what was probably meant), values of a wrong
+    kind, missing fields, contradictions between fields.
+    """
+    problems: list[str] = []
+    if isinstance(path_or_mapping, Mapping):
+        source, document = "config", dict(path_or_mapping)
+    else:
+        source = os.fspath(path_or_mapping)
+        document, problems = read_document(source)
+    mapping, broken = apply_overrides(document, overrides, is_text)
+    config, wrong = assemble(mapping)
+    problems = [*problems, *broken, *wrong]
+    if problems or config is None:
+        raise ConfigError([redact(problem) for problem in problems], redact(source))
+    return config
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """Return `config` as nested plain values, every field spelt out; `load_config` takes it back."""
+    return config.model_dump(mode="json")
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Return `config` as YAML, every field spelt out, in the order of the schema."""
+    import yaml
+
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=110)
