@@ -130,13 +130,13 @@ class Store:
         """Tell whether a file or folder is there."""
         return bool(self._call("read", path, lambda fs, full: _exists(fs, full)))
 
-    def list(self, path: str = "") -> list[str]:
-        """Return the sorted names in a folder; an absent folder has none."""
-        return self._call("list", path, _names)
-
     def walk(self, path: str = "") -> list[str]:
         """Return the sorted paths of all files below a folder, relative to this store."""
         return sorted(posixpath.join(path, name) if path else name for name in self._call("list", path, _below))
+
+    def list(self, path: str = "") -> list[str]:
+        """Return the sorted names in a folder; an absent folder has none."""
+        return self._call("list", path, _names)
 
     def remove(self, path: str) -> None:
         """Remove a file or a folder; an absent one is no error."""
