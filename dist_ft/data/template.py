@@ -1,0 +1,227 @@
+"""Rows to tokens and targets, by the model's own template.
+
+Guarantees: learned are the answers and what ends them, nothing else (unless `data.targets` is all): by the template's
+own `{% generation %}` marks, or by comparing renderings of the conversation cut before and after each answer; a
+template that allows neither is refused, never guessed. Tokenisation is one batched call. Does not cut or drop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dist_ft.config.schema import DataSection
+from dist_ft.data import formats
+from dist_ft.data.formats import Rendered
+from dist_ft.data.source import Row, row_error
+from dist_ft.errors import DataError, ModelError
+from dist_ft.logs import redact
+
+CHUNK_ROWS = 1024
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised samples, one after the other.
+
+    Attributes:
+        tokens: (sum,) int32 token ids.
+        targets: (sum,) uint8: 1 where the token is learned.
+        offsets: (n + 1,) int64: sample i is tokens[offsets[i]:offsets[i + 1]].
+        format: chat, instruction or text.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    offsets: np.ndarray
+    format: str
+
+
+class Encoder:
+    """Turns rows into tokens as `data` says, with one tokenizer."""
+
+    def __init__(self, tokenizer: Any, data: DataSection) -> None:
+        """Assign only. `tokenizer` is a fast Hugging Face tokenizer; its `chat_template` may have been replaced."""
+        self.tokenizer = tokenizer
+        self.data = data
+
+    def encode(self, rows: Sequence[Row], shard_url: str) -> Encoded:
+        """Return the tokens of `rows`; `shard_url` is how errors name where they come from.
+
+        Raises:
+            DataError: a row that can not be used; the text names shard and row (from 1).
+            ModelError: a tokenizer that can not do what the format needs.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ModelError(f"model.tokenizer={_name(self.tokenizer)}: is not a fast tokenizer; one with character "
+                             "offsets (tokenizer.json) is needed; convert it")
+        if not rows:
+            raise DataError(redact(f"{shard_url}: holds no row; each shard must hold one; remove or fill it"))
+        kind = formats.decide(rows[0], self.data, shard_url)
+        parts = [self._encode_chunk(rows[start:start + CHUNK_ROWS], kind, shard_url, start + 1)
+                 for start in range(0, len(rows), CHUNK_ROWS)]
+        tokens, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Encoded(tokens, targets, offsets, kind)
+
+    def _encode_chunk(self, rows: Sequence[Row], kind: str, url: str, first: int) -> tuple[np.ndarray, ...]:
+        """Return tokens, targets and lengths of some rows, the first of which is number `first`."""
+        rendered = [self._render(row, kind, url, number) for number, row in enumerate(rows, first)]
+        if kind == "chat" or (kind == "instruction" and self._template is not None):
+            return tokenise(self.tokenizer, rendered, [], [])
+        before, after = self._frame()
+        return tokenise(self.tokenizer, rendered, before, after)
+
+    def _render(self, row: Row, kind: str, url: str, number: int) -> Rendered:
+        """Return the text of a row and what of it is learned."""
+        if kind == "text":
+            return formats.text(row, self.data, url, number)
+        if kind == "instruction" and self._template is None:
+            return formats.instruction(row, self.data, url, number)
+        if kind == "instruction":
+            return self._chat(formats.instruction_messages(row, self.data, url, number), url, number)
+        return self._chat(formats.messages(row, self.data, url, number), url, number)
+
+    @property
+    def _template(self) -> str | None:
+        """The default chat template, or None."""
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            return template.get("default")
+        return template
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Return the ids that go before and after a sample without a chat template: bos if usual, and eos."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        start = next((i for i in range(len(framed)) if framed[i:i + len(plain)] == plain), 0)
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError(f"model.tokenizer={_name(self.tokenizer)}: has no end-of-sequence token; text and "
+                             "instruction samples end with one; set eos_token in its tokenizer_config.json")
+        return framed[:start], [eos]
+
+    def _chat(self, messages: list[Row], url: str, number: int) -> Rendered:
+        template = self._template
+        if template is None:
+            raise DataError(f"model.chat_template=none: {redact(url)} holds chats and the tokenizer has no chat "
+                            "template; chats need one; name a Jinja file in model.chat_template")
+        if self.data.targets == "all":
+            whole = self._apply(messages, url, number)
+            return Rendered(whole, [(0, len(whole))])
+        if _GENERATION.search(template):
+            return self._marked(messages, template, url, number)
+        return self._by_prefix(messages, url, number)
+
+    def _apply(self, messages: list[Row], url: str, number: int, generate: bool = False) -> str:
+        """Render messages by the chat template."""
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise self._refused(messages, error, url, number) from error
+
+    def _marked(self, messages: list[Row], template: str, url: str, number: int) -> Rendered:
+        """Render once; learned is what the template itself marks."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[messages], chat_template=template, return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise self._refused(messages, error, url, number) from error
+        texts, spans = rendered
+        return Rendered(texts[0], [(int(start), int(stop)) for start, stop in spans[0]])
+
+    def _by_prefix(self, messages: list[Row], url: str, number: int) -> Rendered:
+        """Render whole, and cut before and after each answer; the cuts must be prefixes of the whole."""
+        whole = self._apply(messages, url, number)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if not turn:
+                raise row_error(url, number, "starts with an assistant turn; a system or user turn must come before; "
+                                             "add one, remove the row, or set data.targets=all")
+            before = self._apply(messages[:turn], url, number, generate=True)
+            last = turn == len(messages) - 1
+            through = whole if last else self._apply(messages[:turn + 1], url, number).rstrip()
+            if not (whole.startswith(through) and through.startswith(before)):
+                raise row_error(url, number, (
+                    f"the chat template renders turn {turn + 1} otherwise once more turns follow, so it can not be "
+                    "told which tokens answer; answers must lie between prefixes of the whole, or in {% generation "
+                    "%} marks; add these marks (model.chat_template), or set data.targets=all"))
+            spans.append((len(before), len(through.rstrip())))
+        return Rendered(whole, spans)
+
+    @staticmethod
+    def _refused(messages: list[Row], error: Exception, url: str, number: int) -> DataError:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        return row_error(url, number, f"the chat template refuses messages with roles {roles} ({error}); allowed is "
+                                      "what the template supports; change the rows, or name another template in "
+                                      "model.chat_template")
+
+
+def tokenise(tokenizer: Any, rendered: Sequence[Rendered], before: Sequence[int],
+             after: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
+
+    The ids `before` are not targets unless the whole text is; those `after` end an answer and are. An empty text
+    gives no token at all.
+    """
+    texts = [sample.text for sample in rendered]
+    partly = any(sample.spans != [(0, len(sample.text))] for sample in rendered)
+    output = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=partly, return_attention_mask=False,
+                       return_token_type_ids=False, truncation=False, padding=False, verbose=False)
+    lengths = np.fromiter(map(len, output["input_ids"]), np.int64, len(texts))
+    total = int(lengths.sum())
+    ids = np.fromiter(chain.from_iterable(output["input_ids"]), np.int32, total)
+    learned = np.ones(total, dtype=np.uint8)
+    if partly:
+        flat = chain.from_iterable(chain.from_iterable(output["offset_mapping"]))
+        learned = overlap(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
+    framed = np.where(lengths > 0, lengths + len(before) + len(after), 0)
+    starts = np.cumsum(framed) - framed
+    places = np.repeat(starts + len(before) - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
+    tokens = np.empty(int(framed.sum()), dtype=np.int32)
+    targets = np.full(len(tokens), 0 if partly else 1, dtype=np.uint8)
+    tokens[places], targets[places] = ids, learned
+    full = lengths > 0
+    for i, token in enumerate(before):
+        tokens[starts[full] + i] = token
+    for i, token in enumerate(after):
+        place = (starts + framed - len(after) + i)[full]
+        tokens[place], targets[place] = token, 1
+    return tokens, targets, framed
+
+
+def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendered]) -> np.ndarray:
+    """Return uint8 (sum,): 1 where a token shares a character with a learned span of its sample.
+
+    `offsets` are the (sum, 2) character ranges the tokenizer gives. Byte-level tokenizers trim blanks from them, so
+    that a token of blanks alone has an empty range at its end: there the character before decides.
+    """
+    sizes = np.array([len(sample.text) + 1 for sample in rendered], dtype=np.int64)
+    bases = np.cumsum(sizes) - sizes
+    marks = np.zeros(int(sizes.sum()) + 1, dtype=np.int32)
+    for base, sample in zip(bases.tolist(), rendered, strict=True):
+        for start, stop in sample.spans:
+            marks[base + start] += 1
+            marks[base + stop] -= 1
+    inside = np.concatenate([[0], np.cumsum(np.cumsum(marks) > 0)])
+    begin, end = (offsets + np.repeat(bases, lengths)[:, None]).T
+    begin = np.where(begin == end, np.maximum(begin - 1, np.repeat(bases, lengths)), begin)
+    return (inside[end] > inside[begin]).astype(np.uint8)
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
