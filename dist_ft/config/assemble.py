@@ -1,4 +1,4 @@
-"""From a nested mapping to a `RunConfig`, or to every reason why not.
+"""From a nested mapping to a `RunConfig`, and every reason why it is none.
 
 Fields are checked one by one, so that a broken one hides no other: contradictions are then looked for in what is left
 (a check that reads a broken field can't run and is skipped). A misspelt key counts as the key that was meant, so its
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,19 +20,21 @@ from dist_ft.config.schema import RunConfig, Section, Source
 from dist_ft.config.validate import contradictions
 
 
-def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """Return the config in `mapping`, or None, and all its problems: of fields first, then between fields."""
+def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """Return the config in `mapping` and all its problems: of fields first, then between fields.
+
+    Broken fields are absent from the config; it is whole only if there are no problems.
+    """
     problems: list[str] = []
-    config = _section(RunConfig, mapping, "", problems)
-    problems += contradictions(config, whole=not problems)  # type: ignore[arg-type]
-    return (None if problems else config), problems  # type: ignore[return-value]
+    config = cast(RunConfig, _section(RunConfig, mapping, "", problems))
+    return config, problems + contradictions(config, whole=not problems)
 
 
-def assemble_stored(mapping: Mapping[str, Any]) -> tuple[RunConfig | None, list[str]]:
+def assemble_stored(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     """As `assemble` for a config another version may have stored: unknown keys pass, contradictions are not sought."""
     problems: list[str] = []
-    config = _section(RunConfig, _prune(RunConfig, mapping), "", problems)
-    return (None if problems else config), problems  # type: ignore[return-value]
+    config = cast(RunConfig, _section(RunConfig, _prune(RunConfig, mapping), "", problems))
+    return config, problems
 
 
 def _prune(model: type[Section], mapping: Mapping[str, Any]) -> dict[str, Any]:

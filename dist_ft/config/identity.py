@@ -51,7 +51,7 @@ def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[
     """
     name = new_config.run.name
     old, problems = assemble_stored(old_mapping)
-    if old is None:
+    if problems:
         raise ConfigError([f"{problem} (choose another run.name than {name!r} if this run can't be repaired)"
                            for problem in problems], f"stored config of run {name!r}")
     identity_changes, operational_changes = changes(old, new_config)

@@ -18,7 +18,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.logs import redact
 
-__all__ = ["Change", "changes", "check_resume", "identity", "load_config", "resolved_yaml", "to_mapping"]
+__all__ = ["Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml", "to_mapping"]
 
 
 def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
@@ -28,18 +28,28 @@ def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
     Raises `ConfigError` with every problem there is: unknown keys (and what was probably meant), values of a wrong
     kind, missing fields, contradictions between fields.
     """
-    problems: list[str] = []
+    config, problems, source = inspect_config(path_or_mapping, overrides)
+    if problems:
+        raise ConfigError(problems, source)
+    return config
+
+
+def inspect_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
+                   overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str], str]:
+    """As `load_config`, but return (what could be understood, all problems, the source's name) for further probing.
+
+    Where there are problems, broken fields are absent from the config: reading one raises AttributeError. A file that
+    can't be read at all still raises `ConfigError`.
+    """
+    twice: list[str] = []
     if isinstance(path_or_mapping, Mapping):
         source, document = "config", dict(path_or_mapping)
     else:
         source = os.fspath(path_or_mapping)
-        document, problems = read_document(source)
+        document, twice = read_document(source)
     mapping, broken = apply_overrides(document, overrides, is_text)
     config, wrong = assemble(mapping)
-    problems = [*problems, *broken, *wrong]
-    if problems or config is None:
-        raise ConfigError([redact(problem) for problem in problems], redact(source))
-    return config
+    return config, [redact(problem) for problem in (*twice, *broken, *wrong)], redact(source)
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -180,6 +180,8 @@ class ClusterSection(Section):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray placement strategy.")
     max_failures: int = Field(3, ge=-1, description="Restarts after a failure; -1: without limit.")
+    wait_for_nodes: bool = Field(False, description=(
+        "Wait for an autoscaler when the cluster is too small now; off: that is an error at once."))
     start_timeout_s: float = Field(300, gt=0, description="Seconds to wait for workers to start (slow images).")
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
 

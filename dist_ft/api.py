@@ -1,0 +1,91 @@
+"""A run in a few lines of Python: `from dist_ft import load_config, train`.
+
+    config = load_config("configs/single.yaml", ["schedule.steps=20"])
+    result = train(config)
+    export(config, "out/")
+
+Thin: decides only where a run happens. Everything else is below.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from dist_ft.config.schema import ModelSection, RunConfig
+from dist_ft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_ft.train.trainer import Result
+
+
+def check(config: RunConfig) -> list[str]:
+    """Return a line for everything that would stop this run, as far as it can be known without a GPU."""
+    from dist_ft.runtime import preflight
+
+    return preflight.check(config)
+
+
+def train(config: RunConfig, *, skip_check: bool = False) -> Result:
+    """Run `config` to its end (or go on with it, if its storage holds a run of that name) and return how it stands.
+
+    In this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on Ray workers. Raises
+    `ConfigError` with all of `check`'s lines first, unless `skip_check`.
+    """
+    by_torchrun = "RANK" in os.environ
+    if not skip_check and os.environ.get("RANK", "0") == "0":
+        problems = check(config)
+        if problems:
+            raise ConfigError(problems, f"run {config.run.name!r}")
+    if config.max_workers == 0 or by_torchrun:
+        from dist_ft.runtime import local
+
+        return local.run(config)
+    from dist_ft.runtime import ray_train
+
+    return ray_train.run(config)
+
+
+def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None) -> None:
+    """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
+
+    Args:
+        run: the run's config, or the URL of its folder (<run.storage>/<run.name>).
+        out: local folder to write.
+        step: the committed step; none: the newest.
+        dtype: float32 or bfloat16 of the weights written; none: as the model was trained.
+    """
+    from dist_ft import storage
+    from dist_ft.checkpoint.export import export_run
+
+    if isinstance(run, RunConfig):
+        storage.configure(run.storage.options)
+        run = run.run_url
+    export_run(run, out, step=step, dtype=dtype)
+
+
+def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128) -> str:
+    """Return a model folder's greedy answer to `prompt`, through its chat template if it has one."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from dist_ft.model.load import load_model, load_tokenizer
+
+    transformers_logging.disable_progress_bar()
+    on_gpu = torch.cuda.is_available()
+    section = ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
+    tokenizer, network = load_tokenizer(section), load_model(section).eval()
+    if on_gpu:
+        network.cuda()
+    if tokenizer.chat_template:
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": prompt})
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+    inputs = inputs.to(network.device)
+    with torch.inference_mode():
+        output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
+                                  pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)).strip()

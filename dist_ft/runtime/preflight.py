@@ -1,0 +1,160 @@
+"""What can be known before a GPU is taken, beyond the config itself: model, data, storage, an older run, the machine.
+
+Each probe is independent and says what it finds; none stops another. Guarantees: nothing is left behind in storage,
+and no weights are read. Where the run goes to another cluster, this machine's CPUs and GPUs are not judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+from dist_ft import storage
+from dist_ft.config.document import parse_yaml
+from dist_ft.config.identity import check_resume
+from dist_ft.config.schema import RunConfig, Source
+from dist_ft.errors import ConfigError, DistFtError
+from dist_ft.logs import redact
+
+STORED_CONFIG = "run.yaml"
+"""File in the run's folder that holds its resolved config."""
+
+
+def check(config: RunConfig, *, storage: bool = True, whole: bool = True) -> list[str]:
+    """Return a line for everything that would stop this run, as far as it can be known here.
+
+    Args:
+        config: the run.
+        storage: also write (and remove) a small file in the run's storage and look for an older run there.
+        whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
+    """
+    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tokenizer, _training_data, _held_out_data, _cpus,
+                                                          _gpus]
+    if storage:
+        probes += [_writable, _older_run]
+    problems: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if not whole:
+            stack.enter_context(contextlib.suppress(AttributeError))
+        _configure(config)
+    for probe in probes:
+        problems += _lines(probe, config, whole)
+    return problems
+
+
+def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole: bool) -> list[str]:
+    """Return what one probe says, an error of ours being a line (or several) like the others."""
+    try:
+        return [redact(line) for line in probe(config)]
+    except ConfigError as error:
+        return [redact(line) for line in error.problems]
+    except DistFtError as error:
+        return [redact(str(error))]
+    except AttributeError:
+        if whole:
+            raise
+        return []
+
+
+def _configure(config: RunConfig) -> None:
+    storage.configure(config.storage.options)
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    from dist_ft.model.load import read_config
+
+    model = read_config(config.model, config.data.cache_dir)
+    inner = model.get_text_config() if hasattr(model, "get_text_config") else model
+    longest = getattr(inner, "max_position_embeddings", None)
+    if longest and config.batch.sequence_length > longest:
+        yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
+               f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
+
+
+def _tokenizer(config: RunConfig) -> Iterator[str]:
+    from dist_ft.errors import ModelError
+    from dist_ft.model.load import load_tokenizer, read_config
+
+    try:
+        load_tokenizer(config.model, config.data.cache_dir)
+    except ModelError:
+        if config.model.tokenizer is None:
+            try:
+                read_config(config.model, config.data.cache_dir)
+            except ModelError:
+                return  # the model itself is not there: `_model` says so once
+        raise
+    yield from ()
+
+
+def _training_data(config: RunConfig) -> Iterator[str]:
+    yield from _data(config.data.train, "data.train")
+
+
+def _held_out_data(config: RunConfig) -> Iterator[str]:
+    yield from _data(config.evaluation.data, "evaluation.data")
+
+
+def _data(sources: tuple[Source, ...], field: str) -> Iterator[str]:
+    """Resolve each source by itself, so that all that name nothing are told."""
+    from dist_ft.data.source import resolve
+
+    for source in sources:
+        try:
+            resolve((source,), field)
+        except DistFtError as error:
+            yield str(error)
+
+
+def _writable(config: RunConfig) -> Iterator[str]:
+    store = storage.Store(config.run_url)
+    probe = f".probe-{uuid4().hex[:8]}"
+    try:
+        store.write(probe, str(time.time()).encode())
+        store.remove(probe)
+    except DistFtError as error:
+        yield f"run.storage={config.run.storage}: {error}"
+    if storage.is_local(store.url):
+        with contextlib.suppress(OSError):
+            os.rmdir(store.url)  # only if it is empty, as it was not there before
+
+
+def _older_run(config: RunConfig) -> Iterator[str]:
+    store = storage.Store(config.run_url)
+    try:
+        if not store.exists(STORED_CONFIG):
+            return
+        stored, _ = parse_yaml(store.read(STORED_CONFIG).decode())
+    except DistFtError:
+        return  # `_writable` says so
+    check_resume(stored if isinstance(stored, dict) else {}, config)
+    yield from ()
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Tell whether the run happens on this machine: one process, or a local Ray of its own."""
+    return config.max_workers == 0 or (config.cluster.address is None and not os.environ.get("RAY_ADDRESS"))
+
+
+def _cpus(config: RunConfig) -> Iterator[str]:
+    available = os.cpu_count() or 1
+    needed = config.min_workers * config.cluster.cpus_per_worker
+    if _is_here(config) and needed > available:
+        yield (f"cluster.workers={config.min_workers}: needs {config.min_workers} × {config.cluster.cpus_per_worker:g} "
+               f"CPUs (cluster.cpus_per_worker), and this machine has {available}; use fewer workers or CPUs a worker, "
+               f"or set cluster.address to a larger Ray cluster")
+
+
+def _gpus(config: RunConfig) -> Iterator[str]:
+    if not config.cluster.gpus_per_worker or not _is_here(config):
+        return
+    import torch
+
+    available, needed = torch.cuda.device_count(), max(1, config.min_workers)
+    if available < needed:
+        yield (f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and this machine "
+               f"has {available} that torch can use; set it to 0 to run on CPUs, or set cluster.address to a Ray "
+               f"cluster with GPUs")
