@@ -84,7 +84,7 @@ def generate(model: str, prompt: str, *, system: str | None = None, max_new_toke
     else:
         inputs = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt")
         inputs.pop("token_type_ids", None)
-    inputs = inputs.to(network.device)
+    inputs = inputs.to(network.device)  # type: ignore[union-attr]
     with torch.inference_mode():
         output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                                   pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)

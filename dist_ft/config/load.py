@@ -18,7 +18,8 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.logs import redact
 
-__all__ = ["Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml", "to_mapping"]
+__all__ = ["Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml",
+           "to_mapping"]
 
 
 def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
