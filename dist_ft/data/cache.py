@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -22,12 +23,13 @@ import numpy as np
 
 from dist_ft.config.schema import DataSection
 from dist_ft.data.source import Shard, read_rows
-from dist_ft.data.template import Encoded, Encoder
-from dist_ft.logs import redact
+from dist_ft.data.template import Encoded, Encoder, require_fast
+from dist_ft.errors import StorageError
+from dist_ft.world import World
 
 FORMAT = 1
 """Version of cached content; raised when the same inputs give other tokens, targets or layout."""
-OPEN_SHARDS = 256
+OPEN_SHARDS = 512  # each holds a file descriptor
 LOCK_TIMEOUT_S = 600.0
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def fingerprint(tokenizer: Any, data: DataSection) -> str:
     """
     import xxhash
 
+    require_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.update(truncation=None, padding=None)  # state left by calls, not a property of the tokenizer
     chosen = data.model_dump(include={"format", "fields", "prompt_template", "targets"})
@@ -73,6 +76,7 @@ class TokenCache:
         self.encoder = encoder
         self.fingerprint = encoder_fingerprint or fingerprint(encoder.tokenizer, encoder.data)
         self._open: OrderedDict[Shard, TokenisedShard] = OrderedDict()
+        self._checked: set[Shard] = set()
         self._lock = Lock()
 
     def shard(self, shard: Shard) -> TokenisedShard:
@@ -86,10 +90,20 @@ class TokenCache:
                 self._open.move_to_end(shard)
                 return self._open[shard]
             found = self._load(shard) or self._build(shard)
+            self._checked.add(shard)
             self._open[shard] = found
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
             return found
+
+    def prepare(self, shards: Sequence[Shard], world: World) -> None:
+        """Have every shard tokenised on this machine, its ranks sharing the work; others may be still at it.
+
+        Worth a call before the first step on a machine with an empty cache: otherwise each shard is made when a
+        sample of it is first needed.
+        """
+        for number in range(world.local_rank, len(shards), world.local_size):
+            self.shard(shards[number])
 
     def path(self, shard: Shard) -> Path:
         """Return the cache file of a shard, there or not."""
@@ -102,11 +116,12 @@ class TokenCache:
         """Open a cache file; None if there is none or it is damaged."""
         path = self.path(shard)
         try:
-            return read_shard(path)
+            return read_shard(path, check=shard not in self._checked)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("%s: the cached shard is damaged (%s); it is made again", path, error)
+            path.unlink(missing_ok=True)
             return None
 
     def _build(self, shard: Shard) -> TokenisedShard:
@@ -114,22 +129,23 @@ class TokenCache:
         from filelock import FileLock, Timeout
 
         path = self.path(shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
         try:
-            lock.acquire(timeout=LOCK_TIMEOUT_S)
-        except (Timeout, NotImplementedError, OSError):
-            log.warning("%s: its lock can not be had; the shard is tokenised without it", path)
-        try:
-            if path.exists():  # another process was faster, or the file is the damaged one
-                found = self._load(shard)
-                if found is not None:
-                    return found
-            log.debug("tokenising %s", redact(shard.url))
-            write_shard(path, self.encoder.encode(read_rows(shard), shard.url))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=LOCK_TIMEOUT_S)
+            except (Timeout, NotImplementedError):
+                log.warning("%s: its lock can not be had; the shard is tokenised without it", path)
+            found = self._load(shard)  # another process may have been faster
+            if found is None:
+                write_shard(path, self.encoder.encode(read_rows(shard), shard.url))
+                found = read_shard(path)
+            return found
+        except OSError as error:
+            raise StorageError(f"data.cache_dir={self.folder}: can not be written ({error}); a local folder with room "
+                               "for 5 bytes a token is needed; name another") from error
         finally:
             lock.release()
-        return read_shard(path)
 
 
 def write_shard(path: Path, encoded: Encoded) -> None:
@@ -140,14 +156,17 @@ def write_shard(path: Path, encoded: Encoded) -> None:
     body = save(arrays, metadata={"format": encoded.format, "checksum": _checksum(arrays)})
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     try:
-        temporary.write_bytes(body)
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_shard(path: Path) -> TokenisedShard:
-    """Map a cache file into memory and check it whole.
+def read_shard(path: Path, check: bool = True) -> TokenisedShard:
+    """Map a cache file into memory, and with `check` compare its checksum (which reads it all).
 
     Raises:
         FileNotFoundError: there is none.
@@ -162,9 +181,9 @@ def read_shard(path: Path) -> TokenisedShard:
     arrays = {name: _view(mapped, start, header[name], dtype)
               for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"), ("targets", "u1"))}
     about = header["__metadata__"]
-    if _checksum(arrays) != about["checksum"]:
+    if check and _checksum(arrays) != about["checksum"]:
         raise ValueError("the checksum differs")
-    return TokenisedShard(arrays["tokens"], arrays["targets"], np.array(arrays["offsets"]), about["format"])
+    return TokenisedShard(arrays["tokens"], arrays["targets"], arrays["offsets"], about["format"])
 
 
 def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:

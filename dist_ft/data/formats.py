@@ -68,6 +68,9 @@ def instruction_messages(row: Row, data: DataSection, url: str, number: int) -> 
 def instruction(row: Row, data: DataSection, url: str, number: int) -> Rendered:
     """Return an instruction row by `data.prompt_template`; the end-of-sequence token is added as an id later."""
     system, prompt, response = _instruction(row, data, url, number)
+    if system and "{system}" not in data.prompt_template:
+        raise DataError(f"data.prompt_template={data.prompt_template!r}: has no place for data.fields.system="
+                        f"{data.fields.system}; {{system}} is needed; add it, or unset data.fields.system")
     try:
         start = data.prompt_template.format(prompt=prompt, system=system or "")
     except (KeyError, IndexError, ValueError, AttributeError) as error:

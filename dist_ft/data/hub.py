@@ -12,13 +12,14 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from dist_ft.errors import DataError
+from dist_ft.logs import redact
 
 ROWS_PER_SHARD = 10_000
 
 
 def parts(path: str, subset: str | None, split: str, where: str) -> list[tuple[str, int, str]]:
     """Return (URL, number of rows, version) of every part of a data set; `where` is how errors name it."""
-    data, version = _load(path, subset, split, where)
+    data, version = _named(path, subset, split, where)
     if not len(data):
         raise DataError(f"{where}: the split {split} holds no row; choose another split")
     found = []
@@ -33,22 +34,28 @@ def read(url: str) -> list[dict[str, Any]]:
     """Return the rows of a part, in order."""
     address = urlsplit(url)
     query = dict(parse_qsl(address.query, keep_blank_values=True))
-    data, _ = _load(address.netloc + address.path, query["subset"] or None, query["split"], url)
+    data, _ = _named(address.netloc + address.path, query["subset"] or None, query["split"], url)
     return data.select(range(int(query["start"]), int(query["stop"]))).to_list()
 
 
-@lru_cache(maxsize=4)
-def _load(path: str, subset: str | None, split: str, where: str) -> tuple[Any, str]:
-    """Fetch a data set once into the library's cache; return it and the hash of the files it was made from."""
-    import datasets
-
+def _named(path: str, subset: str | None, split: str, where: str) -> tuple[Any, str]:
+    """As `_load`, with every failure one `DataError` that begins with `where`."""
     try:
-        builder = datasets.load_dataset_builder(path, subset)
-        builder.download_and_prepare()
-        data = builder.as_dataset(split=split)
+        return _load(path, subset, split)
     except Exception as error:  # the library raises many kinds, of its own and of its HTTP clients
         first = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{where}: can not be loaded as a Hugging Face data set ({type(error).__name__}: {first}); a "
-                        "public name, or HF_TOKEN for a gated one, with subset and split that exist is needed; a "
-                        "local path must exist") from error
-    return data, f"{builder.hash or ''}-{builder.config.version}-{len(data)}"
+        raise DataError(redact(
+            f"{where}: can not be loaded as a Hugging Face data set ({type(error).__name__}: {first}); a public name, "
+            "or HF_TOKEN for a gated one, with subset and split that exist is needed; if a local path was meant, "
+            "there is none of this name")) from error
+
+
+@lru_cache(maxsize=4)
+def _load(path: str, subset: str | None, split: str) -> tuple[Any, str]:
+    """Fetch a data set once into the library's cache; return it and a version made of the files behind it."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, subset)
+    builder.download_and_prepare()
+    data = builder.as_dataset(split=split)
+    return data, f"{builder.config.version}-{builder.hash or ''}-{len(data)}"

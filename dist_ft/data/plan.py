@@ -7,6 +7,7 @@ exactly once an epoch; nothing depends on how many workers there are. Does not r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +77,7 @@ class Plan:
         self.batch = batch
         self.seed = seed
         self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
-        self._steps: dict[int, int] = {}
+        self._ends: list[int] = []  # of epochs 0.. that were counted: the first step after each
         self._lock = RLock()
 
     def epoch(self, epoch: int) -> EpochPlan:
@@ -85,7 +86,6 @@ class Plan:
             if epoch not in self._epochs:
                 self._epochs[epoch] = plan_epoch(self.index.pieces[:, 2], self.data, self.batch.sequence_length,
                                                  self.seed, epoch)
-                self._steps[epoch] = -(-self._epochs[epoch].num_sequences // self.batch.global_batch)
                 if len(self._epochs) > _KEPT_EPOCHS:
                     self._epochs.popitem(last=False)
             self._epochs.move_to_end(epoch)
@@ -93,26 +93,20 @@ class Plan:
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Return how many steps an epoch has; the last may be partial."""
-        with self._lock:
-            if epoch not in self._steps:
-                self.epoch(epoch)
-            return self._steps[epoch]
+        return self._end(epoch) - (self._end(epoch - 1) if epoch else 0)
 
     def total_steps(self, schedule: ScheduleSection) -> int:
         """Return the steps of the run: schedule.steps, or as many as schedule.epochs have."""
-        if schedule.steps is not None:
-            return schedule.steps
-        return sum(self.steps_in_epoch(epoch) for epoch in range(schedule.epochs or 1))
+        return schedule.steps if schedule.steps is not None else self._end((schedule.epochs or 1) - 1)
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return (epoch, step within it) of a step of the run; epochs follow one another without end."""
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        epoch = 0
-        while step >= self.steps_in_epoch(epoch):
-            step -= self.steps_in_epoch(epoch)
-            epoch += 1
-        return epoch, step
+        while not self._ends or step >= self._ends[-1]:
+            self._end(len(self._ends))
+        epoch = bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def sequences(self, step: int) -> list[np.ndarray]:
         """Return the global_batch slots of a step, each (n, 3) int64 [sample id, first token, number of tokens].
@@ -128,6 +122,14 @@ class Plan:
     def samples_seen(self, step: int) -> np.ndarray:
         """Return (n, 3) int64: all pieces of a step, slot after slot; what the ledger records."""
         return self.index.pieces[np.concatenate(self._slots(step))]
+
+    def _end(self, epoch: int) -> int:
+        """Return the first step after an epoch; counting plans every epoch up to it once."""
+        with self._lock:
+            while len(self._ends) <= epoch:
+                steps = -(-self.epoch(len(self._ends)).num_sequences // self.batch.global_batch)
+                self._ends.append(steps + (self._ends[-1] if self._ends else 0))
+            return self._ends[epoch]
 
     def _slots(self, step: int) -> list[np.ndarray]:
         """Return the piece numbers in each of a step's global_batch slots."""

@@ -49,7 +49,7 @@ class Shard:
 
 
 def row_error(shard_url: str, row: int, problem: str) -> DataError:
-    """Return the error for a row that can not be used; `row` counts from 1."""
+    """Return the error for a row that can not be used; `row` counts from 1, without blank lines."""
     return DataError(redact(f"{shard_url} row {row}: {problem}"))
 
 
@@ -163,21 +163,22 @@ def _read_text(shard: Shard) -> list[Row]:
 
 
 def _read_jsonl(shard: Shard) -> list[Row]:
+    lines: list[Any]
     content = _read_bytes(shard).removeprefix(b"\xef\xbb\xbf")
     if ".json" in shard.url.lower() and ".jsonl" not in shard.url.lower() and content.lstrip().startswith(b"["):
         lines = _json_array(shard, content)
     else:
-        lines = [line for line in enumerate(content.split(b"\n"), 1) if line[1].strip()]
-    rows = [_json_row(shard, number, line) for number, line in lines]
+        lines = [line for line in content.split(b"\n") if line.strip()]
+    rows = [_json_row(shard, number, line) for number, line in enumerate(lines, 1)]
     if not rows:
         raise DataError(redact(f"{shard.url}: holds no row; each shard must hold one; remove or fill it"))
     return rows
 
 
-def _json_array(shard: Shard, content: bytes) -> list[tuple[int, Any]]:
-    """Return the numbered items of a .json file that is one array."""
+def _json_array(shard: Shard, content: bytes) -> list[Any]:
+    """Return the items of a .json file that is one array."""
     try:
-        return list(enumerate(json.loads(content), 1))
+        return list(json.loads(content))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(redact(f"{shard.url}: is not a JSON array ({error}); one object a line (.jsonl) is allowed "
                                "too; repair the file")) from error
@@ -208,6 +209,10 @@ def _read_parquet(shard: Shard) -> list[Row]:
         first = str(error).splitlines()[0]
         raise DataError(redact(f"{shard.url}: is not Parquet that can be read ({first}); write the shard "
                                "again")) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(redact(f"{shard.url}: can not read it ({error}); check that the endpoint answers")) from error
     if not table.num_rows:
         raise DataError(redact(f"{shard.url}: holds no row; each shard must hold one; remove or fill it"))
     return table.to_pylist()

@@ -58,9 +58,7 @@ class Encoder:
             DataError: a row that can not be used; the text names shard and row (from 1).
             ModelError: a tokenizer that can not do what the format needs.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise ModelError(f"model.tokenizer={_name(self.tokenizer)}: is not a fast tokenizer; one with character "
-                             "offsets (tokenizer.json) is needed; convert it")
+        require_fast(self.tokenizer)
         if not rows:
             raise DataError(redact(f"{shard_url}: holds no row; each shard must hold one; remove or fill it"))
         kind = formats.decide(rows[0], self.data, shard_url)
@@ -139,8 +137,10 @@ class Encoder:
                 **self.tokenizer.special_tokens_map)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
-        texts, spans = rendered
-        return Rendered(texts[0], [(int(start), int(stop)) for start, stop in spans[0]])
+        (text,), (marks,) = rendered
+        end = self.tokenizer.eos_token or "\0"  # a mark round the words alone leaves out what ends the turn
+        return Rendered(text, [(start, stop + len(end) if text.startswith(end, stop) else stop)
+                               for start, stop in marks])
 
     def _by_prefix(self, messages: list[Row], url: str, number: int) -> Rendered:
         """Render whole, and cut before and after each answer; the cuts must be prefixes of the whole."""
@@ -221,6 +221,17 @@ def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendere
     begin, end = (offsets + np.repeat(bases, lengths)[:, None]).T
     begin = np.where(begin == end, np.maximum(begin - 1, np.repeat(bases, lengths)), begin)
     return (inside[end] > inside[begin]).astype(np.uint8)
+
+
+def require_fast(tokenizer: Any) -> None:
+    """Refuse a tokenizer that can not say which characters a token stands for.
+
+    Raises:
+        ModelError: names it.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"model.tokenizer={_name(tokenizer)}: is not a fast tokenizer; one with character offsets "
+                         "(tokenizer.json) is needed; convert it, or name another in model.tokenizer")
 
 
 def _name(tokenizer: Any) -> str:
