@@ -61,4 +61,5 @@ def quiet_third_parties() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")  # DeepSpeed's calls, not ours
     warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")

@@ -8,10 +8,14 @@ computes alone and acts on must go through here first, or others wait for ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+
+from dist_ft.errors import DistFtError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,28 @@ class Collectives:
 
     def close(self) -> None:
         """Release what the group holds."""
+
+
+def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on all ranks; its DistFtError is raised on all ranks."""
+    result: Any = None
+    error: DistFtError | None = None
+    if world.rank == 0:
+        try:
+            result = action()
+        except DistFtError as problem:
+            error = problem
+    result, error = collectives.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def raise_together(collectives: Collectives, error: DistFtError | None) -> None:
+    """Raise on all ranks the error of the first rank that has one; a collective call."""
+    for problem in collectives.all_gather(error):
+        if problem is not None:
+            raise problem
 
 
 class GlooCollectives(Collectives):

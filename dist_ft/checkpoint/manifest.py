@@ -1,0 +1,126 @@
+"""The manifest: what a checkpoint is made of. A checkpoint exists when its manifest does.
+
+Pure: parsing refuses everything a hostile or torn manifest could do (paths out of the folder, absurd sizes, unknown
+versions), and nothing here touches storage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pydantic
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field
+
+from dist_ft.errors import CheckpointError
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+
+def _inside(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/") or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"the path {path!r} leads out of the checkpoint")
+    return path
+
+
+RelativePath = Annotated[str, pydantic.AfterValidator(_inside)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class FileEntry(_Frozen):
+    """One file: its path in the checkpoint's (or, for the ledger, the run's) folder, length and checksum."""
+
+    path: RelativePath
+    num_bytes: int = Field(ge=0, lt=2**50)
+    checksum: str = Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")
+
+
+class TensorInfo(_Frozen):
+    """Shape of one whole tensor of the model."""
+
+    shape: tuple[int, ...]
+
+
+class LedgerEntry(_Frozen):
+    """One segment of the ledger: the samples of steps [start, stop)."""
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=0)
+    file: FileEntry
+
+
+class Progress(_Frozen):
+    """Where the run stands; the loader's position and the learning rate follow from `step`.
+
+    Attributes:
+        step: optimizer steps done.
+        optimizer_step: updates the optimizer counts.
+        num_tokens: tokens seen, padding left out.
+        num_target_tokens: tokens learned from.
+    """
+
+    step: int = Field(ge=0)
+    optimizer_step: int = Field(ge=0)
+    num_tokens: int = 0
+    num_target_tokens: int = 0
+
+
+class Manifest(_Frozen):
+    """A whole checkpoint."""
+
+    format_version: int
+    run: str
+    attempt: int
+    world_size: int = Field(ge=1)
+    engine: str
+    progress: Progress
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    files: tuple[FileEntry, ...]
+    ledger: tuple[LedgerEntry, ...] = ()
+    evaluation: dict[str, float] = Field(default_factory=dict)
+    created_at: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def checksum(content: bytes) -> str:
+    """Return the checksum manifests carry. It finds damage; it is no signature."""
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+
+
+def entry(path: str, content: bytes) -> FileEntry:
+    """Return the manifest entry of a file with this content."""
+    return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
+
+
+def parse(content: bytes, where: str) -> Manifest:
+    """Return the manifest in `content`; raises CheckpointError that names `where` for anything not sound."""
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        first: Any = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be "
+                              "loaded") from error
+    if manifest.format_version > FORMAT_VERSION:
+        raise CheckpointError(f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
+                              f"({FORMAT_VERSION}); update dist_ft")
+    return manifest
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """Return the folder of a checkpoint; attempts never share one, so a late writer spoils nothing."""
+    return f"step-{step:09d}-a{attempt:04d}"
+
+
+def parse_folder(name: str) -> tuple[int, int] | None:
+    """Return (step, attempt) of a checkpoint folder's name, or None for another name."""
+    parts = name.split("-")
+    if len(parts) != 3 or parts[0] != "step" or not parts[1].isdigit() or not parts[2][1:].isdigit():
+        return None
+    return int(parts[1]), int(parts[2][1:])

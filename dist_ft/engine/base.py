@@ -1,0 +1,91 @@
+"""One interface for all engines: a step of learning, a loss, and the named state behind them.
+
+State is exposed as `Slot`s: which part of which parameter this worker holds, readable and writable. Saving, loading,
+resharding and checking of weights all go through the same slots, so an engine describes its layout once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_ft.data.batch import Batch, empty_batch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Elements [offset, offset + numel) of state `key` of parameter `name`, flattened, as held by this worker.
+
+    Attributes:
+        key: "param" (float32 master), "frozen", "buffer", or an optimizer state such as "exp_avg".
+        owned: whether this worker saves it (of replicated state only one worker does; all of them load it).
+        read: returns the values, 1-D, on any device.
+        write: takes the new values, 1-D float32 on the CPU.
+    """
+
+    name: str
+    key: str
+    offset: int
+    numel: int
+    owned: bool
+    read: Callable[[], torch.Tensor]
+    write: Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step saw on this worker.
+
+    Attributes:
+        loss_sum: summed loss of this worker's lanes.
+        grad_norm: global gradient norm before clipping, the same on all workers; NaN where not known.
+    """
+
+    loss_sum: float
+    grad_norm: float
+
+
+class Engine(ABC):
+    """A model that learns, wherever its parts lie."""
+
+    device: torch.device
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
+                   learning_rate: float) -> StepOutcome:
+        """Do forward and backward for each batch and one optimizer step.
+
+        Args:
+            batches: this worker's lanes; the same number on every worker (`even_out`).
+            seeds: one seed a lane for what is random in the model.
+            num_target_tokens: of the whole global batch, which the summed loss is divided by.
+            learning_rate: for this step.
+        """
+
+    @abstractmethod
+    def loss_sum(self, batch: Batch) -> float:
+        """Return the summed loss of `batch` without learning (dropout off); a collective call under ZeRO-3."""
+
+    @abstractmethod
+    def slots(self) -> Iterator[Slot]:
+        """Iterate over all state this worker holds; optimizer state exists from the start."""
+
+    @abstractmethod
+    def optimizer_step(self) -> int:
+        """Return how many updates the optimizer has made."""
+
+    @abstractmethod
+    def finish_load(self, optimizer_step: int) -> None:
+        """Bring working copies in line after slots were written; a collective call."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+
+def even_out(batches: Sequence[Batch], seeds: Sequence[int], count: int) -> tuple[list[Batch], list[int]]:
+    """Add empty batches up to `count`, so that every worker makes the same number of forward and backward calls."""
+    missing = count - len(batches)
+    return [*batches, *(empty_batch() for _ in range(missing))], [*seeds, *([0] * missing)]

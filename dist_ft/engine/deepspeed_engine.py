@@ -1,0 +1,206 @@
+"""DeepSpeed ZeRO stages 0 to 3 behind the `Engine` interface: the only module that imports DeepSpeed.
+
+Guarantees: the same losses as the plain engine, whatever the stage and the number of workers, for element-wise
+optimizers. Every worker must make the same number of `train_step` batches and `loss_sum` calls. DeepSpeed's own
+checkpoints are not used: they are pickles bound to one world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ft.config.schema import OptimizerSection
+from dist_ft.data.batch import Batch
+from dist_ft.engine import optimizers
+from dist_ft.engine.base import Engine, Slot, StepOutcome
+from dist_ft.engine.torch_engine import buffer_slots, view_slot
+from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
+from dist_ft.world import World
+
+
+def start(use_gpu: bool) -> None:
+    """Point DeepSpeed at the process group that is already there (Ray's or ours).
+
+    The shared-memory op is compiled on first use, and a process killed meanwhile leaves a lock that every later start
+    waits on without limit; it is switched off.
+    """
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", dist_init_required=False, verbose=False)
+
+
+@contextlib.contextmanager
+def loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """While open, models load straight into ZeRO-3 partitions (zero.Init); no effect for other stages."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(ds_config)  # from_pretrained sees it only while it is referenced
+    try:
+        yield
+    finally:
+        del alive
+
+
+class DeepSpeedEngine(Engine):
+    """A model sharded by DeepSpeed over `world`."""
+
+    def __init__(self, module: CausalLM, section: OptimizerSection, ds_config: dict[str, Any], world: World) -> None:
+        import deepspeed
+
+        self._world = world
+        self._section = section
+        self._stage: int = ds_config["zero_optimization"]["stage"]
+        self._parameters = canonical_names(module)
+        optimizer = optimizers.build(optimizers.param_groups(self._parameters, section.weight_decay), section)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        self.device = self._engine.device
+        self.module = module.train()
+        self._ensure_state()
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer (at stage 0, the plain one)."""
+        return self._engine.optimizer
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer that makes the update."""
+        return self._zero.optimizer if self._stage else self._zero
+
+    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
+                   learning_rate: float) -> StepOutcome:
+        loss_sum = torch.zeros((), device=self.device)
+        last = len(batches) - 1
+        for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+            torch.manual_seed(seed)
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            loss = self._engine(**to_inputs(batch, self.device))
+            self._engine.backward(loss * (self._world.size / num_target_tokens), scale_wrt_gas=False)
+            loss_sum += loss.detach()
+        optimizers.set_learning_rate(self._zero, learning_rate)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepOutcome(loss_sum.item(), float("nan") if norm is None else float(norm))
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Batch) -> float:
+        self._engine.eval()
+        try:
+            return self._engine(**to_inputs(batch, self.device)).item()
+        finally:
+            self._engine.train()
+
+    def slots(self) -> Iterator[Slot]:
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            mine = index % self._world.size == self._world.rank
+            if self._stage == 3:
+                yield from self._stage3_slots(name, parameter)
+            elif not parameter.requires_grad:
+                yield view_slot(name, "frozen", parameter, mine)
+            elif self._stage == 0:
+                yield view_slot(name, "param", parameter, mine)
+                for key, value in self._inner.state[parameter].items():
+                    if torch.is_tensor(value) and key != "step":
+                        yield view_slot(name, key, value, mine)
+            else:
+                yield from _stage12_slots(name, parameter)
+        yield from buffer_slots(self.module, lambda index: index % self._world.size == self._world.rank)
+
+    def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[Slot]:
+        """Rank r holds flat elements from r * ds_tensor.ds_numel; the last ranks hold padding, which is left out."""
+        from deepspeed.utils import (
+            safe_get_local_fp32_param,
+            safe_get_local_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        held = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        offset = self._world.rank * held
+        numel = min(held, parameter.ds_numel - offset)  # type: ignore[attr-defined]
+        if numel <= 0:
+            return
+        if not parameter.requires_grad:
+            yield _local_slot(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
+            return
+
+        def slot(key: str, get: Any, put: Any) -> Slot:
+            def write(values: torch.Tensor) -> None:
+                whole = get().detach().clone()
+                whole[:numel] = values
+                put(whole)
+
+            return Slot(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
+
+        yield slot("param", lambda: safe_get_local_fp32_param(parameter),
+                   lambda values: safe_set_local_fp32_param(parameter, values))
+        for key in self._state_keys():
+            yield slot(key, lambda key=key: safe_get_local_optimizer_state(parameter, key),
+                       lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key))
+
+    def _state_keys(self) -> tuple[str, ...]:
+        if self._section.name == "sgd" and not self._section.momentum:
+            return ()
+        return optimizers.STATE_KEYS[self._section.name]
+
+    def optimizer_step(self) -> int:
+        steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
+        return steps[0] if steps else 0
+
+    def finish_load(self, optimizer_step: int) -> None:
+        optimizers.set_step(self._inner, optimizer_step)
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self._zero.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+            self._zero.checkpoint_event_epilogue()
+
+    def _ensure_state(self) -> None:
+        """Make optimizer state exist, and ZeRO-1/2 know it, before the first step."""
+        if self._section.name == "adafactor":
+            return  # stage 0 only; it makes its own at the first step
+        flats = {0: lambda: [p for p in self._parameters.values() if p.requires_grad],
+                 3: lambda: self._zero.fp32_partitioned_groups_flat}
+        tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()
+        optimizers.ensure_state(self._inner, self._section.name, self._section.momentum, tensors)
+        if self._stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _local_slot(name: str, key: str, offset: int, numel: int, view: Any) -> Slot:
+    """Return a slot of the first `numel` elements of the flat tensor that `view` gives."""
+    def write(values: torch.Tensor) -> None:
+        view()[:numel].copy_(values)
+
+    return Slot(name, key, offset, numel, True, lambda: view()[:numel], write)
+
+
+def _stage12_slots(name: str, parameter: nn.Parameter) -> Iterator[Slot]:
+    """ZeRO-1 and 2 map each parameter onto a flat float32 partition of its group."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return  # no part of it lies on this worker
+    address = mapping.lp_fragment_address
+    for key in (None, *mapping.get_optim_state_keys()):
+        yield _local_slot(name, key or "param", address.start, address.numel,
+                          lambda key=key: mapping.get_hp_fragment(key).detach())

@@ -1,0 +1,66 @@
+"""Is what the engine holds what the files say? Asked before step 1, of every parameter, under every ZeRO stage.
+
+transformers can leave a weight re-initialised without saying so, and a wrong fragment address would corrupt every
+checkpoint; both show as a difference between a slot and the same elements in the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dist_ft.engine.base import Slot
+from dist_ft.errors import ModelError
+
+ELEMENTS = 256
+"""Compared at the start of each slot: enough to tell weights from noise, cheap at any model size."""
+
+
+def files_by_tensor(folder: str) -> dict[str, Path]:
+    """Return which safetensors file of a model folder holds which tensor."""
+    from safetensors import safe_open
+
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {name: Path(folder) / file for name, file in names.items()}
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found.update(dict.fromkeys(opened.keys(), file))
+    return found
+
+
+def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype) -> int:
+    """Compare this worker's weights with the files in `folder`; return how many parameters were compared.
+
+    Parameters that transformers renames or fuses on loading have no tensor of their name and are left to its own
+    report of missing keys. Raises ModelError for the first that differs.
+    """
+    from safetensors import safe_open
+
+    files = files_by_tensor(folder)
+    compared = 0
+    for slot in slots:
+        if slot.key not in ("param", "frozen") or slot.name not in files or slot.numel == 0:
+            continue
+        with safe_open(files[slot.name], framework="pt") as opened:
+            tensor = opened.get_slice(slot.name)
+            shape = tensor.get_shape()
+            width = 1
+            for size in shape[1:]:
+                width *= size
+            if not shape:
+                continue
+            row, column = divmod(slot.offset, width)
+            want = tensor[row:row + 1].reshape(-1)[column:column + min(ELEMENTS, slot.numel)]
+        got = slot.read()[:len(want)].float().cpu()
+        if not torch.equal(got, want.to(dtype).float()):
+            raise ModelError(
+                f"{slot.name}: the weights in memory (elements from {slot.offset}) are not those of "
+                f"{files[slot.name]}; they were re-initialised or misplaced while loading; the run stops before step 1")
+        compared += 1
+    return compared

@@ -1,0 +1,68 @@
+"""Optimizers for every engine: the same torch classes, so that all engines compute the same update.
+
+AdamW and SGD are element-wise and therefore exact on any flat partition of the parameters. Adafactor is not, and is
+used only where whole parameters are at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ft.config.schema import OptimizerSection
+
+STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def decays(shape: Iterable[int]) -> bool:
+    """Tell whether a parameter of this shape decays: matrices do, biases and norms do not."""
+    return len(tuple(shape)) > 1
+
+
+def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups, with and without weight decay, in the order of `parameters`; empty groups are left out.
+
+    ZeRO-3 parameters are empty outside of a gather; `ds_shape` is their shape.
+    """
+    learned = [p for p in parameters.values() if p.requires_grad]
+    matrices = [p for p in learned if decays(getattr(p, "ds_shape", p.shape))]
+    vectors = [p for p in learned if not decays(getattr(p, "ds_shape", p.shape))]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
+    """Return the optimizer of `section` over `groups`; the learning rate is set anew each step."""
+    if section.name == "adamw":
+        return torch.optim.AdamW(groups, lr=section.learning_rate, betas=(section.beta1, section.beta2),
+                                 eps=section.eps, fused=True)
+    if section.name == "sgd":
+        return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
+    return torch.optim.Adafactor(groups, lr=section.learning_rate)
+
+
+def ensure_state(optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]) -> None:
+    """Create the state torch would create at the first step (zeros), so that it can be loaded and saved before it."""
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        if name == "adamw" and "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+        elif name == "sgd" and momentum and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(tensor)
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the update count the optimizer keeps for its bias correction."""
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(float(step))
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

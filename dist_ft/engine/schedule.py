@@ -1,0 +1,26 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from dist_ft.config.schema import ScheduleSection
+
+
+def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
+    """Return the number of warm-up steps of a run of `total_steps`."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    return math.ceil((section.warmup_ratio or 0.0) * total_steps)
+
+
+def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
+    """Return learning rate / peak for `step` (0 is the first): warm-up to 1, then down to `min_ratio` at the end."""
+    warmup = warmup_steps(section, total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if section.name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = 1.0 - progress if section.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.min_ratio + (1.0 - section.min_ratio) * shape

@@ -1,0 +1,121 @@
+"""The plain engine: one process, PyTorch alone. It defines what the sharded engines must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from dist_ft.config.schema import OptimizerSection
+from dist_ft.data.batch import Batch
+from dist_ft.engine import optimizers
+from dist_ft.engine.base import Engine, Slot, StepOutcome
+from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
+
+
+def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
+    """Return the slot of a whole tensor that lies in this process."""
+    def write(values: torch.Tensor) -> None:
+        with torch.no_grad():
+            tensor.copy_(values.view(tensor.shape))
+
+    return Slot(name, key, 0, tensor.numel(), owned, lambda: tensor.detach().reshape(-1), write)
+
+
+class TorchEngine(Engine):
+    """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
+
+    def __init__(self, module: CausalLM, section: OptimizerSection, device: torch.device) -> None:
+        self.device = device
+        self.module = module.to(device).train()
+        self._section = section
+        self._parameters = canonical_names(module)
+        self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+                         for name, p in self._learned.items()}
+        groups = optimizers.param_groups(self._masters, section.weight_decay)  # type: ignore[arg-type]
+        self.optimizer = optimizers.build(groups, section)
+        self._ensure_state()
+
+    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
+                   learning_rate: float) -> StepOutcome:
+        loss_sum = torch.zeros((), device=self.device)
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = self.module(**to_inputs(batch, self.device))
+            (loss / num_target_tokens).backward()
+            loss_sum += loss.detach()
+        grad_norm = self._update(learning_rate)
+        return StepOutcome(loss_sum.item(), grad_norm)
+
+    def _update(self, learning_rate: float) -> float:
+        """Clip, step, copy masters back; return the gradient norm before clipping."""
+        for name, master in self._masters.items():
+            parameter = self._learned[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        limit = self._section.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
+        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._copy_back()
+        return norm.item()
+
+    def _copy_back(self) -> None:
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                if master is not self._learned[name]:
+                    self._learned[name].copy_(master)
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Batch) -> float:
+        self.module.eval()
+        try:
+            return self.module(**to_inputs(batch, self.device)).item()
+        finally:
+            self.module.train()
+
+    def slots(self) -> Iterator[Slot]:
+        for name, parameter in self._parameters.items():
+            if name not in self._masters:
+                yield view_slot(name, "frozen", parameter)
+                continue
+            yield view_slot(name, "param", self._masters[name])
+            for key, value in self.optimizer.state[self._masters[name]].items():
+                if torch.is_tensor(value) and key != "step":
+                    yield view_slot(name, key, value)
+        yield from buffer_slots(self.module)
+
+    def optimizer_step(self) -> int:
+        steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        return steps[0] if steps else 0
+
+    def finish_load(self, optimizer_step: int) -> None:
+        optimizers.set_step(self.optimizer, optimizer_step)
+        self._copy_back()
+
+    def _ensure_state(self) -> None:
+        """Make optimizer state exist from the start; Adafactor makes its own in a step of size zero."""
+        if self._section.name != "adafactor":
+            optimizers.ensure_state(self.optimizer, self._section.name, self._section.momentum, self._masters.values())
+            return
+        for master in self._masters.values():
+            master.grad = torch.zeros_like(master)
+        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
+            group["weight_decay"] = value
+        optimizers.set_step(self.optimizer, 0)
+
+
+def buffer_slots(module: CausalLM, owned: Callable[[int], bool] = lambda index: True) -> Iterator[Slot]:
+    """Iterate over the buffers that belong to the model's saved state."""
+    persistent = set(module.state_dict().keys()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]
+    for index, (name, tensor) in enumerate(buffers):
+        yield view_slot(name.removeprefix("model."), "buffer", tensor, owned(index))

@@ -1,0 +1,92 @@
+"""What is minimised: next-token cross-entropy, summed over the target tokens.
+
+The sum (not the mean) leaves the module, so that the trainer can divide by the target tokens of the whole global
+batch: accumulation, packing and the number of workers then leave the gradient unchanged. Logits are computed only at
+positions with a target: prompts and padding cost no vocabulary-wide product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = dict[str, torch.Tensor]
+
+
+def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
+    """Return the tensors of `batch` on `device`; the positions to learn are found on the host, without a GPU sync."""
+    targets = torch.from_numpy(batch.target_ids).reshape(-1)
+    keep = torch.nonzero(targets != IGNORED).reshape(-1)
+    if len(keep) == 0:
+        keep = torch.zeros(1, dtype=torch.long)  # one ignored position: weight zero, and every rank has a backward
+    tensors = {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "position_ids": torch.from_numpy(batch.position_ids),
+        "positions": keep,
+        "targets": targets[keep],
+    }
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+class CausalLM(nn.Module):
+    """A transformers causal model whose forward returns the summed loss of a batch."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._positions: torch.Tensor | None = None
+        self._flatten = str(model.config._attn_implementation).startswith("flash")
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
+                             "with; causal language models are allowed; choose another model")
+        head.register_forward_pre_hook(self._select)
+
+    def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        """Hand the head only the hidden states (1, N, H) at the chosen positions of (B, T, H)."""
+        if self._positions is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *args[1:])
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+                targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss summed over targets, float32 ().
+
+        Args:
+            input_ids: (B, T) token ids.
+            position_ids: (B, T); a restart at 0 begins another sample, which attention keeps apart
+                (`use_cache=False` is what makes transformers see it).
+            positions: (N,) indices into B*T of the positions to learn.
+            targets: (N,) token ids to predict there, or IGNORED.
+        """
+        if self._flatten:  # flash attention finds packed samples in one flat row only
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        self._positions = positions
+        try:
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        finally:
+            self._positions = None
+        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets,
+                                           ignore_index=IGNORED, reduction="sum")
+
+
+def canonical_names(module: CausalLM) -> dict[str, nn.Parameter]:
+    """Return the parameters by the name transformers gives them; tied weights appear once, under the first name."""
+    return {name.removeprefix("model."): parameter for name, parameter in module.named_parameters()}
+
+
+def aliases(module: CausalLM) -> dict[str, str]:
+    """Return {other name: first name} of tied weights."""
+    first = {id(parameter): name for name, parameter in canonical_names(module).items()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name.removeprefix("model."): first[id(parameter)] for name, parameter in every
+            if first[id(parameter)] != name.removeprefix("model.")}

@@ -1,0 +1,156 @@
+"""Finding and loading models and tokenizers: a folder, a bucket or the hub, once a node.
+
+Guarantees: only safetensors are read (no pickles), code that comes with a model does not run unless the config says
+so, and a weight that is missing, of another shape or freshly initialised is an error. Does not move anything to a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_ft import storage
+from dist_ft.config.schema import ModelSection
+from dist_ft.errors import DistFtError, ModelError
+from dist_ft.logs import redact
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def cache_folder(configured: str | None) -> Path:
+    """Return the local folder for fetched models and tokenised shards."""
+    return Path(configured or "~/.cache/dist_ft").expanduser()
+
+
+def fetch(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
+    """Return a local folder with the model at `path`, downloading it once a node (others wait on a file lock)."""
+    if storage.is_local(path):
+        local = storage.local_path(path)
+        if os.path.isdir(local):
+            return local
+        if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
+            raise ModelError(f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, "
+                             "or a hub name such as org/name")
+        return _from_hub(path, revision)
+    return _from_bucket(path, cache_folder(cache_dir) / "models")
+
+
+def _from_bucket(url: str, cache: Path) -> str:
+    """Mirror the folder at `url` below `cache`; finished folders carry a marker file."""
+    import xxhash
+    from filelock import FileLock
+
+    folder = cache / xxhash.xxh3_128_hexdigest(url.encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    store = storage.Store(url)
+    with FileLock(f"{folder}.lock"):
+        if (folder / ".complete").exists():
+            return str(folder)
+        names = [name for name in store.walk() if any(Path(name).match(pattern) for pattern in WANTED)]
+        if "config.json" not in names:
+            raise ModelError(redact(f"model.path={url}: no config.json there; give the folder that save_pretrained "
+                                    "wrote (config.json, *.safetensors, tokenizer files)"))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            store.get(name, str(folder / name))
+        (folder / ".complete").touch()
+    return str(folder)
+
+
+def _from_hub(name: str, revision: str | None) -> str:
+    """Download a hub repository (HF_TOKEN from the environment opens gated ones)."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
+    except Exception as error:
+        raise ModelError(redact(
+            f"model.path={name}: no folder of that name here, and the hub does not give it ({type(error).__name__}); "
+            "check the spelling, set HF_TOKEN for a gated model, or give a local folder")) from error
+
+
+@contextlib.contextmanager
+def _explained(section: ModelSection, what: str) -> Any:
+    """Turn whatever transformers raises into one line."""
+    try:
+        yield
+    except DistFtError:
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        hint = "check that the folder holds what save_pretrained writes"
+        if "trust_remote_code" in str(error):
+            hint = "it wants to run code of its own: read that code, then set model.trust_remote_code=true"
+        elif "flash" in str(error).lower():
+            hint = "set model.attention=sdpa"
+        raise ModelError(redact(f"model.path={section.path}: can not load the {what} "
+                                f"({type(error).__name__}: {first}); {hint}")) from error
+
+
+def read_config(section: ModelSection, cache_dir: str | None = None) -> PretrainedConfig:
+    """Return the model's config; raises ModelError for a model that is absent or no causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = fetch(section.path, section.revision, cache_dir)
+    with _explained(section, "config"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known and not section.trust_remote_code:
+        raise ModelError(f"model.path={section.path}: a {config.model_type} model can not continue text; causal "
+                         "language models are allowed; choose another model")
+    if section.dropout is not None:
+        for name in [key for key in vars(config) if key.endswith(("dropout", "_pdrop", "dropout_prob"))]:
+            setattr(config, name, section.dropout)
+    return config
+
+
+def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with the chat template the config names."""
+    from transformers import AutoTokenizer
+
+    folder = fetch(section.tokenizer or section.path, section.revision, cache_dir)
+    with _explained(section, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    if section.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
+        except OSError as error:
+            raise ModelError(f"model.chat_template={section.chat_template}: can not read it ({error.strerror}); "
+                             "give a file with a Jinja template") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which the "
+                         "masks need; convert it with transformers first")
+    return tokenizer
+
+
+def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
+    """Return the model in `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = fetch(section.path, section.revision, cache_dir)
+    config = read_config(section, cache_dir)
+    with _explained(section, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
+            trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True)
+    refuse_incomplete(section.path, info)
+    if section.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def refuse_incomplete(path: str, info: dict[str, Any]) -> None:
+    """Raise ModelError if transformers reports weights it did not find or could not use."""
+    bad = {kind: sorted(str(name) for name in info.get(kind, ()) or ())
+           for kind in ("missing_keys", "mismatched_keys", "error_msgs")}
+    for kind, names in bad.items():
+        if names:
+            raise ModelError(f"model.path={path}: {len(names)} weights are {kind.split('_')[0]} in the files, such as "
+                             f"{names[0]}; they would start from random values; check that config.json belongs to "
+                             "the *.safetensors")

@@ -1,0 +1,184 @@
+"""The only place that wires things: config and world in, trained run out.
+
+In order: storage and run folder, data (errors in it are cheapest here), newest checkpoint, model, engine, weights
+checked, trainer. Every worker of every attempt goes through `run`; where the run stands is read from its storage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dist_ft import logs, storage
+from dist_ft.checkpoint import manager as checkpoints
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo
+from dist_ft.config.load import check_resume, load_config, resolved_yaml
+from dist_ft.config.schema import RunConfig
+from dist_ft.errors import ConfigError
+from dist_ft.runtime import summary
+from dist_ft.runtime.data import open_data
+from dist_ft.storage import Store
+from dist_ft.train.metrics import MetricsLog
+from dist_ft.train.trainer import Hooks, Parts, Result, Trainer
+from dist_ft.world import World, collectives, on_rank0
+
+if TYPE_CHECKING:
+    from dist_ft.engine.base import Engine
+    from dist_ft.model.causal_lm import CausalLM
+
+log = logging.getLogger("dist_ft.run")
+CONFIG = "run.yaml"
+MODEL = "model"
+
+
+def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
+    """Train `config` in this worker from where the run stands to its end; a collective call."""
+    logs.setup(world.rank, world.size, config.log.level)
+    storage.configure(config.storage.options)
+    if world.size > config.num_lanes:
+        raise ConfigError([f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "
+                           "micro_batch); use fewer workers or a larger batch.global_batch"])
+    comms = collectives(world, config.cluster.collective_timeout_s)
+    store = Store(config.run_url)
+    attempt = on_rank0(world, comms, lambda: begin(store, config, world))
+    data = open_data(config, store, world, comms)
+    total_steps = data.training.plan.total_steps(config.schedule)
+    manager = CheckpointManager(store, config.checkpoint, world, comms, attempt)
+    manifest = manager.newest()
+    if manifest is not None and manifest.progress.step >= total_steps:
+        return _already_done(config, manifest, total_steps, store, hooks, world)
+    module, engine = open_engine(config, world)
+    try:
+        _fill(config, module, engine, manager, manifest)
+        on_rank0(world, comms, lambda: _store_model(store, module, data.tokenizer))
+        progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
+        metrics = MetricsLog(store, progress.step, attempt, config.log.tensorboard) if world.rank == 0 else None
+        if world.rank == 0:
+            hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
+        parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
+                      _aliases(module))
+        try:
+            result = Trainer(config, parts, hooks, progress, total_steps,
+                             manifest.evaluation if manifest else {}).run()
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if world.rank == 0:
+            hooks.console.say(summary.at_end(config, result))
+        return result
+    finally:
+        engine.close()
+
+
+def begin(store: Store, config: RunConfig, world: World) -> int:
+    """Make or check the run's folder and take an attempt number (rank 0 only).
+
+    Raises ConfigError if the run exists with another identity, StorageError if its storage can not be written.
+    """
+    if store.exists(CONFIG):
+        stored = _mapping(store)
+        changed = check_resume(stored, config)
+        for change in changed:
+            log.info("since the run began, changed: %s", change)
+    number = checkpoints.begin_attempt(store, world.size)
+    store.write(CONFIG, resolved_yaml(config).encode())
+    return number
+
+
+def _mapping(store: Store) -> dict[str, Any]:
+    """Return the stored config as a plain mapping."""
+    import yaml
+
+    return yaml.safe_load(store.read(CONFIG))
+
+
+def stored_config(store: Store) -> RunConfig:
+    """Return the config a run was last started with."""
+    return load_config(_mapping(store))
+
+
+def open_engine(config: RunConfig, world: World) -> tuple[CausalLM, Engine]:
+    """Load the model and return it inside the engine the config asks for."""
+    import torch
+
+    from dist_ft.model.causal_lm import CausalLM
+    from dist_ft.model.load import load_model
+
+    use_gpu = config.cluster.gpus_per_worker > 0
+    if config.max_workers == 0:
+        from dist_ft.engine.torch_engine import TorchEngine
+
+        module = CausalLM(load_model(config.model, config.data.cache_dir))
+        device = torch.device("cuda" if use_gpu else "cpu")
+        return module, TorchEngine(module, config.optimizer, device)
+    from dist_ft.engine import deepspeed_engine as sharded
+    from dist_ft.engine import ds_config
+
+    sharded.start(use_gpu)
+    settings = ds_config.build(config)
+    with sharded.loading(settings):
+        module = CausalLM(load_model(config.model, config.data.cache_dir))
+    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world)
+
+
+def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: CheckpointManager,
+          manifest: Manifest | None) -> None:
+    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works."""
+    import torch
+
+    from dist_ft.engine.fingerprint import verify_weights
+    from dist_ft.engine.probe import require_packing
+    from dist_ft.model.load import fetch
+
+    if manifest is not None:
+        manager.load(manifest, engine)
+        log.info("going on from step %d", manifest.progress.step)
+    else:
+        folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype))
+        log.debug("%d parameters hold what the files say", compared)
+    if config.data.pack:
+        require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
+
+
+def _store_model(store: Store, module: CausalLM, tokenizer: Any) -> None:
+    """Keep the model's config and tokenizer with the run, so that it can be exported anywhere."""
+    import tempfile
+    from pathlib import Path
+
+    if store.exists(f"{MODEL}/.complete"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        module.model.config.save_pretrained(folder)
+        if module.model.generation_config is not None:
+            module.model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                store.write(f"{MODEL}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    store.write(f"{MODEL}/.complete", json.dumps({}).encode())
+
+
+def _tensors(module: CausalLM) -> dict[str, TensorInfo]:
+    from dist_ft.model.causal_lm import canonical_names
+
+    return {name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in canonical_names(module).items()}
+
+
+def _aliases(module: CausalLM) -> dict[str, str]:
+    from dist_ft.model.causal_lm import aliases
+
+    return aliases(module)
+
+
+def _already_done(config: RunConfig, manifest: Manifest, total_steps: int, store: Store, hooks: Hooks,
+                  world: World) -> Result:
+    """Return the result of a run that has nothing left to do."""
+    if world.rank == 0:
+        hooks.console.say(f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
+                          "committed; raise schedule.steps to go on, or export it")
+    return Result(config.run_url, manifest.progress.step, total_steps, None, manifest.evaluation.get("before"),
+                  manifest.evaluation.get("after"), checkpoints.checkpoint_store(store, manifest).url)

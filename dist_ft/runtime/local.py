@@ -1,0 +1,80 @@
+"""A run in this process: alone without Ray and DeepSpeed, or as one rank that torchrun (or the like) started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from dist_ft.config.schema import RunConfig
+from dist_ft.train.console import Console
+from dist_ft.train.trainer import Hooks, Result
+from dist_ft.world import World
+
+
+def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
+    """Run `config` here and return its result; the first SIGINT or SIGTERM saves and stops (Interrupted)."""
+    from dist_ft.runtime import build
+
+    world = World.from_environment()
+    with _process_group(config, world), stop_on_signal() as should_stop:
+        return build.run(config, world, hooks or Hooks(should_stop=should_stop))
+
+
+@contextlib.contextmanager
+def _process_group(config: RunConfig, world: World) -> Iterator[None]:
+    """Join the other ranks; DeepSpeed wants a group even for a world of one."""
+    if config.max_workers == 0 and world.size == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    use_gpu = config.cluster.gpus_per_worker > 0
+    if use_gpu:
+        torch.cuda.set_device(world.local_rank)
+    if "MASTER_ADDR" not in os.environ:
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
+                            "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            os.environ[name] = value
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if use_gpu else "gloo",
+                                timeout=timedelta(seconds=config.cluster.collective_timeout_s))
+    try:
+        yield
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def stop_on_signal(console: Console | None = None) -> Iterator[Callable[[], bool]]:
+    """Yield a question: was this process asked to stop? A second signal acts as if nobody listened."""
+    wanted = threading.Event()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _frame: Any) -> None:
+        signal.signal(number, previous[number])
+        wanted.set()
+        (console or Console()).say(
+            f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)")
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wanted.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

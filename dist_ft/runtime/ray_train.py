@@ -1,0 +1,271 @@
+"""A run on Ray Train workers: the only module that imports Ray.
+
+The driver connects to a cluster or starts one of its own, asks Ray Train for workers, and relays: progress lines and
+errors from the workers to this terminal, a request to stop from this terminal to the workers. Ray restarts the
+workers after a failure; where the run stands is always read from its storage, never from Ray's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dist_ft import logs, storage
+from dist_ft.config.schema import RunConfig
+from dist_ft.errors import DistFtError, Interrupted, WorkerError
+from dist_ft.runtime.local import stop_on_signal
+from dist_ft.train.console import Console
+from dist_ft.train.trainer import Hooks, Result
+from dist_ft.world import World
+
+log = logging.getLogger("dist_ft.ray")
+POLL_S = 0.5
+NAMESPACE = "dist_ft"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+class Relay:
+    """An actor between driver and workers: lines and outcomes one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[str, str]] = []
+        self._outcome: Result | DistFtError | None = None
+        self._stop = False
+
+    def put(self, kind: str, text: str) -> None:
+        """Take a line from rank 0 (`kind` is "say" or "progress")."""
+        self._lines.append((kind, text))
+
+    def take(self) -> list[tuple[str, str]]:
+        """Return the lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def end(self, outcome: Result | DistFtError) -> None:
+        """Note how the run ended: a result, or an error that starting again would not cure."""
+        self._outcome = self._outcome or outcome
+
+    def outcome(self) -> Result | DistFtError | None:
+        """Return what `end` noted."""
+        return self._outcome
+
+    def stop(self) -> None:
+        """Ask the workers to save and leave."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """Tell whether the workers should save and leave."""
+        return self._stop
+
+
+class _RelayConsole(Console):
+    """A console whose lines appear on the driver's terminal."""
+
+    def __init__(self, relay: Any) -> None:
+        super().__init__()
+        self._relay = relay
+
+    def say(self, text: str) -> None:
+        self._relay.put.remote("say", text)
+
+    def progress(self, text: str) -> None:
+        self._relay.put.remote("progress", text)
+
+
+def run(config: RunConfig) -> Result:
+    """Run `config` on Ray workers and return its result; raises DistFtError with one clear line."""
+    logs.setup(level=config.log.level)
+    storage.configure(config.storage.options)
+    with _connected(config) as ray:
+        _require_resources(ray, config)
+        name = f"relay-{os.getpid()}-{time.time_ns()}"
+        relay = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE).remote()
+        ray.get(relay.stopping.remote())
+        failure = _fit(ray, config, relay, _trainer(config, name))
+        outcome = ray.get(relay.outcome.remote())
+    if isinstance(outcome, DistFtError):
+        raise outcome
+    if outcome is not None:
+        return outcome
+    raise _explain(failure, config)
+
+
+@contextlib.contextmanager
+def _connected(config: RunConfig) -> Iterator[Any]:
+    """Connect to the cluster the config or the environment names, or start one that dies with this process."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    verbose = config.log.level == "debug"
+    common: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE,
+                              "logging_level": logging.INFO if verbose else logging.ERROR}
+    try:
+        if ray.is_initialized():
+            yield ray
+            return
+        if address:
+            ray.init(address=address, **common)
+        else:  # address="local": never a stale cluster of another run
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({str(error).splitlines()[0]}); check that "
+                          "a cluster runs there with this Ray version, or leave cluster.address empty to start an own "
+                          "one") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _require_resources(ray: Any, config: RunConfig) -> None:
+    """Raise WorkerError if the cluster as it stands can never hold the fewest workers."""
+    if config.cluster.wait_for_nodes:
+        return
+    has = ray.cluster_resources()
+    for resource, each in _resources(config).items():
+        need = each * config.min_workers
+        if has.get(resource, 0) < need - 1e-9:
+            raise WorkerError(
+                f"cluster.workers={config.min_workers}: they need {need:g} {resource}, the cluster has "
+                f"{has.get(resource, 0):g}; lower cluster.workers or cluster.cpus_per_worker, add nodes, or set "
+                "cluster.wait_for_nodes=true if an autoscaler will")
+
+
+def _resources(config: RunConfig) -> dict[str, float]:
+    """Return what one worker reserves."""
+    cluster = config.cluster
+    gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
+    return {"CPU": cluster.cpus_per_worker, **gpus, **cluster.resources_per_worker}
+
+
+def _trainer(config: RunConfig, relay_name: str) -> Any:
+    """Return the Ray trainer of a run. Its experiment folder is the run's own: Ray accepts our checkpoints there."""
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = config.cluster
+    store = storage.Store(config.run_url)
+    store.remove(SNAPSHOT)  # Ray's memory of an earlier start; storage is the truth
+    filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
+    local = storage.is_local(config.run.storage)
+    fixed = isinstance(cluster.workers, int)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo",
+                                 timeout_s=int(cluster.collective_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=config.max_workers if fixed else (config.min_workers, config.max_workers),
+            use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(config),
+            placement_strategy=cluster.placement),
+        run_config=RayRunConfig(
+            name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig()))
+
+
+def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException | None:
+    """Run the trainer in a thread while this one relays lines and signals; return what it raised."""
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    console = Console()
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    with stop_on_signal(console) as stopping:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if stopping():
+                relay.stop.remote()
+            for kind, text in ray.get(relay.take.remote()):
+                getattr(console, kind)(text)
+    for kind, text in ray.get(relay.take.remote()):
+        getattr(console, kind)(text)
+    return failure[0] if failure else None
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: an attempt of the whole run, from wherever storage says it stands."""
+    import ray
+
+    train = importlib.import_module("ray.train")
+    config = RunConfig.model_validate(settings["config"])
+    context = train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(),
+                  context.get_local_world_size())
+    relay = ray.get_actor(settings["relay"], namespace=NAMESPACE)
+    if ray.get(relay.outcome.remote()) is not None:
+        return  # an earlier attempt ended in a way that starting again does not cure
+    from dist_ft.runtime import build
+
+    hooks = Hooks(_RelayConsole(relay), _reporter(config), _stop_watch(relay, world))
+    try:
+        result = build.run(config, world, hooks)
+        if world.rank == 0:
+            ray.get(relay.end.remote(result))
+    except DistFtError as error:
+        if not error.retryable:
+            ray.get(relay.end.remote(error))
+        if not isinstance(error, Interrupted):
+            raise
+
+
+def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
+    """Return the hook that tells Ray of a checkpoint that already lies in storage."""
+    def committed(url: str, metrics: dict[str, float]) -> None:
+        from ray.train import Checkpoint, CheckpointUploadMode, report
+
+        filesystem, path = storage.arrow_filesystem(url)
+        checkpoint = Checkpoint(path, None if storage.is_local(url) else filesystem)
+        report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+    return committed
+
+
+def _stop_watch(relay: Any, world: World) -> Callable[[], bool]:
+    """Return a question that costs nothing a step: a thread of rank 0 asks the relay for the answer."""
+    if world.rank != 0:
+        return lambda: False
+    import ray
+
+    wanted = threading.Event()
+
+    def watch() -> None:
+        while not wanted.is_set():
+            time.sleep(POLL_S)
+            with contextlib.suppress(Exception):
+                if ray.get(relay.stopping.remote()):
+                    wanted.set()
+
+    threading.Thread(target=watch, name="stop-watch", daemon=True).start()
+    return wanted.is_set
+
+
+def _explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
+    """Return one line for what Ray Train raised."""
+    if failure is None:
+        return WorkerError(f"run {config.run.name}: the workers ended without a result; see the Ray logs in /tmp/ray")
+    causes = getattr(failure, "worker_failures", None) or {}
+    for error in causes.values():
+        for inner in (error, getattr(error, "_base_exc", None), getattr(error, "cause", None), error.__cause__):
+            if isinstance(inner, DistFtError):
+                return inner
+    texts = [f"worker {rank}: {str(error).strip().splitlines()[-1]}" for rank, error in sorted(causes.items())]
+    text = "; ".join(texts) or str(failure).strip().splitlines()[-1]
+    return WorkerError(f"run {config.run.name}: gave up after cluster.max_failures={config.cluster.max_failures} "
+                       f"restarts ({text}); what was committed is kept; the same command goes on from there")

@@ -1,0 +1,74 @@
+"""The two tables a person reads: what is about to run, and how it ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dist_ft.checkpoint.manifest import Progress
+from dist_ft.config.schema import RunConfig
+from dist_ft.logs import redact
+from dist_ft.plan import memory
+from dist_ft.runtime.data import Data
+from dist_ft.train.console import table
+from dist_ft.train.trainer import Result
+from dist_ft.world import World
+
+if TYPE_CHECKING:
+    from dist_ft.model.causal_lm import CausalLM
+
+
+def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, total_steps: int, progress: Progress,
+             attempt: int) -> str:
+    """Return the table shown before the first step."""
+    from dist_ft.model.causal_lm import canonical_names
+
+    parameters = canonical_names(module).values()
+    counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    learned = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
+    index = data.training.index
+    sharded = config.max_workers > 0
+    engine = f"DeepSpeed ZeRO-{config.zero.stage}" if sharded else "plain PyTorch"
+    start = f"step {progress.step} of {total_steps}" + (f" (attempt {attempt})" if attempt > 1 else "")
+    return table(f"run {config.run.name}", [
+        ("storage", redact(config.run_url)),
+        ("model", f"{config.model.path} ({module.model.config.model_type}), {sum(counts):,} parameters, "
+                  f"{learned:,} learned"),
+        ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
+        ("world", f"{world.size} worker{'s' if world.size > 1 else ''}, "
+                  f"{world.largest_share(config.num_lanes)} lanes on the busiest"),
+        ("batch", batch_arithmetic(config)),
+        ("data", f"{index.num_samples:,} samples, {int(index.pieces[:, 2].sum()):,} tokens, "
+                 f"{data.training.plan.steps_in_epoch(0):,} steps an epoch"),
+        ("memory", memory_line(sum(counts), world.size, config)),
+        ("start", start),
+    ])
+
+
+def batch_arithmetic(config: RunConfig) -> str:
+    """Return the batch arithmetic, written out."""
+    batch = config.batch
+    return (f"{config.num_lanes} lanes × micro-batch {batch.micro_batch} = {batch.global_batch} sequences × "
+            f"{batch.sequence_length} tokens = {batch.global_batch * batch.sequence_length:,} tokens a step")
+
+
+def memory_line(num_parameters: int, world_size: int, config: RunConfig) -> str:
+    """Return what weights, gradients and optimizer state take on one worker (activations come on top)."""
+    stage = config.zero.stage if config.max_workers else 0
+    parts = memory.model_state_bytes(num_parameters, max(1, world_size), stage, config.model.dtype)
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return f"{total / 2**30:.2f} GiB a worker for model state ({listed}); activations come on top"
+
+
+def at_end(config: RunConfig, result: Result) -> str:
+    """Return the table shown after the last step."""
+    rows = [("steps", f"{result.step} of {result.total_steps}")]
+    if result.loss is not None:
+        rows.append(("last training loss", f"{result.loss:.4f}"))
+    before, after = result.evaluation_before, result.evaluation_after
+    if before is not None and after is not None:
+        rows.append(("held-out loss", f"{before:.4f} before, {after:.4f} after ({(after / before - 1) * 100:+.1f} %)"))
+    if result.checkpoint:
+        rows.append(("checkpoint", redact(result.checkpoint)))
+    rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
+    return table(f"run {config.run.name}: done", rows)

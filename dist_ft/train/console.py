@@ -1,0 +1,64 @@
+"""What a person sees: tables at start and end, and one progress line a step that is rewritten on a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+
+class Console:
+    """Prints lines; on a terminal a progress line replaces the one before."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """Print `text` on lines of its own."""
+        if self._open:
+            self._stream.write("\n")
+            self._open = False
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def progress(self, text: str) -> None:
+        """Show `text` as the current progress line."""
+        if not self._live:
+            return self.say(text)
+        self._stream.write(f"\r\x1b[2K{text}")
+        self._stream.flush()
+        self._open = True
+        return None
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return a two-column table as text, at most 100 characters wide."""
+    from rich import box
+    from rich.console import Console as Rich
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    drawn.add_column(style="bold", no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    stream = io.StringIO()
+    Rich(file=stream, width=100).print(drawn)
+    return stream.getvalue().rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Return h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def progress_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
+    """Return the progress line of one step (`step` counts from 1)."""
+    width = len(str(total))
+    return (f"step {step:>{width}}/{total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {values['step_s']:.2f} s/step  "
+            f"left {duration(seconds_left)}")

@@ -1,0 +1,196 @@
+"""The loop: read from top to bottom, this is what a run does.
+
+Everything a step needs follows from its number: which samples (plan), which seeds (run seed, step, lane), which
+learning rate (schedule). What a rank alone knows and all must act on (a request to stop) travels with the one small
+all-reduce each step makes anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from dist_ft import failpoints
+from dist_ft.checkpoint.ledger import LedgerBuffer
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import Progress, TensorInfo
+from dist_ft.config.schema import RunConfig
+from dist_ft.data.batch import Batch
+from dist_ft.data.loader import Loader
+from dist_ft.data.order import mix
+from dist_ft.engine import schedule
+from dist_ft.engine.base import Engine, StepOutcome, even_out
+from dist_ft.errors import Interrupted, StorageError
+from dist_ft.train.console import Console, progress_line
+from dist_ft.train.evaluate import evaluate
+from dist_ft.train.metrics import MetricsLog
+from dist_ft.world import Collectives, World
+
+log = logging.getLogger("dist_ft.train")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run stands when its process is done with it.
+
+    Attributes:
+        evaluation_before, evaluation_after: held-out loss before step 1 and after the last; None where not asked for.
+        checkpoint: URL of the newest commit; None without one.
+    """
+
+    run_url: str
+    step: int
+    total_steps: int
+    loss: float | None = None
+    evaluation_before: float | None = None
+    evaluation_after: float | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the surroundings of a run lend it.
+
+    Attributes:
+        console: where rank 0 speaks.
+        committed: called on all ranks with (checkpoint URL, metrics) after a commit.
+        should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
+    """
+
+    console: Console = field(default_factory=Console)
+    committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `runtime.build` wired together."""
+
+    engine: Engine
+    loader: Loader
+    evaluation: Loader | None
+    manager: CheckpointManager
+    metrics: MetricsLog | None
+    world: World
+    collectives: Collectives
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+
+
+class Trainer:
+    """Trains from `progress` to the last step."""
+
+    def __init__(self, config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress, total_steps: int,
+                 evaluation: dict[str, float]) -> None:
+        self._config = config
+        self._parts = parts
+        self._hooks = hooks
+        self._total_steps = total_steps
+        self._ledger = LedgerBuffer()
+        self._step = progress.step
+        self._num_tokens = progress.num_tokens
+        self._num_target_tokens = progress.num_target_tokens
+        self._evaluation = dict(evaluation)
+        self._loss: float | None = None
+        self._checkpoint: str | None = None
+
+    def run(self) -> Result:
+        """Train to the end and return how it went; raises Interrupted after a checkpoint if asked to stop."""
+        cfg, parts = self._config, self._parts
+        lanes = parts.world.share(cfg.num_lanes)
+        if self._step == 0 and cfg.evaluation.at_start:
+            self._evaluate("before")
+        with closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
+            begun = time.perf_counter()
+            for batches in stream:
+                waited = time.perf_counter() - begun
+                stop = self._train_step(batches, begun, waited)
+                last = self._step == self._total_steps
+                if last and cfg.evaluation.at_end:
+                    self._evaluate("after")
+                elif _due(self._step, cfg.evaluation.every_steps):
+                    self._evaluate("")
+                if _due(self._step, cfg.checkpoint.every_steps) or (last and cfg.checkpoint.at_end) or stop:
+                    self._save()
+                if stop and not last:
+                    raise Interrupted(f"stopped at step {self._step} of {self._total_steps} as asked; it is saved as "
+                                      f"{self._checkpoint}; the same command goes on from there")
+                begun = time.perf_counter()
+        return self._result()
+
+    def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> bool:
+        """Do one optimizer step; return whether some rank was asked to stop."""
+        cfg, parts, step = self._config, self._parts, self._step
+        failpoints.hit("train.step", parts.world.rank)
+        counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
+                  self._hooks.should_stop()]
+        num_targets, num_tokens, stop = parts.collectives.sum(counts)
+        seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
+        evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
+        rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
+        outcome = parts.engine.train_step(evened, seeds, max(1, int(num_targets)), rate)
+        self._ledger.add(step, parts.loader.plan.locate(step)[0], batches)
+        self._step += 1
+        self._num_tokens += int(num_tokens)
+        self._num_target_tokens += int(num_targets)
+        if _due(self._step, cfg.log.every_steps) or self._step == self._total_steps:
+            self._report(outcome, num_targets, num_tokens, rate, begun, waited)
+        return stop > 0
+
+    def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,
+                waited: float) -> None:
+        """Agree on the step's loss and show it."""
+        (loss_sum,) = self._parts.collectives.sum([outcome.loss_sum])
+        self._loss = loss_sum / max(1.0, num_targets)
+        seconds = time.perf_counter() - begun
+        values = {"loss": self._loss, "learning_rate": rate, "grad_norm": outcome.grad_norm, "step_s": seconds,
+                  "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
+        if self._parts.metrics is not None:
+            self._parts.metrics.add(self._step, "train", values)
+            left = seconds * (self._total_steps - self._step)
+            self._hooks.console.progress(progress_line(self._step, self._total_steps, values, left))
+
+    def _evaluate(self, label: str) -> None:
+        """Evaluate if there is held-out data; `label` keeps the loss for the summary (before, after)."""
+        if self._parts.evaluation is None:
+            return
+        parts = self._parts
+        values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives)
+        if label:
+            self._evaluation[label] = values["loss"]
+        if parts.metrics is not None:
+            parts.metrics.add(self._step, "evaluation", values)
+            self._hooks.console.say(f"held-out loss at step {self._step}: {values['loss']:.4f} "
+                                    f"(perplexity {values['perplexity']:.2f})")
+
+    def _save(self) -> None:
+        """Commit a checkpoint and tell the surroundings; where storage fails, training goes on (not at the end)."""
+        parts = self._parts
+        progress = Progress(step=self._step, optimizer_step=parts.engine.optimizer_step(),
+                            num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
+        rows = self._ledger.take()
+        try:
+            self._checkpoint = parts.manager.save(
+                parts.engine, progress, rows, run=self._config.run.name, aliases=parts.aliases, tensors=parts.tensors,
+                evaluation=self._evaluation)
+        except StorageError as error:  # raised on all ranks together
+            if self._step == self._total_steps:
+                raise
+            self._ledger.put_back(rows)
+            log.warning("no checkpoint at step %d, training goes on: %s", self._step, error)
+            return
+        if parts.metrics is not None:
+            parts.metrics.flush()
+        metrics = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
+        self._hooks.committed(self._checkpoint, metrics)
+
+    def _result(self) -> Result:
+        return Result(self._config.run_url, self._step, self._total_steps, self._loss,
+                      self._evaluation.get("before"), self._evaluation.get("after"), self._checkpoint)
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
