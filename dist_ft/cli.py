@@ -28,6 +28,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(
     metavar="[SECTION.FIELD=VALUE]...", help="Fields to set over the file, such as schedule.steps=100.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST_FT_DEBUG=1).")]
 
+SkipCheck = Annotated[bool, typer.Option(
+    "--skip-check", help="Start without the probes of `check` (where only the workers see model and data).")]
+
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
     """Register `function` as a command whose Ctrl-C is an `Interrupted`."""
@@ -50,9 +53,7 @@ def _options(debug: Debug = False) -> None:
 
 
 @_command
-def train(config: Config, overrides: Overrides = None, skip_check: Annotated[bool, typer.Option(
-        "--skip-check", help="Start without the probes of `check` (where only the workers see model and data).")] = False,
-        ) -> None:
+def train(config: Config, overrides: Overrides = None, skip_check: SkipCheck = False) -> None:
     """Run a fine-tuning to its end, or go on with one that was cut off.
 
     The same run.name under the same run.storage is the same run: it resumes from its newest checkpoint, at any number

@@ -1,0 +1,76 @@
+"""What a resume may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_ft.config.load import Change, changes, check_resume, identity, load_config, to_mapping
+from dist_ft.errors import ConfigError
+
+BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": ["a", "b"]},
+        "batch": {"global_batch": 4, "sequence_length": 8}, "schedule": {"steps": 3}}
+
+
+def with_(*overrides):
+    return load_config(BASE, overrides)
+
+
+def test_the_identity_of_a_run():
+    """Frozen on purpose: a field that joins or leaves this list changes which old runs can be resumed."""
+    assert identity(with_()) == {
+        "run.seed": 0, "model.path": "m", "model.revision": None, "model.tokenizer": None, "model.chat_template": None,
+        "data.train.0.path": "a", "data.train.0.subset": None, "data.train.0.split": "train",
+        "data.train.1.path": "b", "data.train.1.subset": None, "data.train.1.split": "train",
+        "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
+        "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
+        "data.prompt_template": "{prompt}\n", "data.targets": "response", "data.shuffle": True, "data.pack": True,
+        "data.packing_window": 4096, "data.overlong": "error",
+        "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
+
+
+def test_changes_are_told_apart():
+    new = with_("cluster.workers=1..2", "batch.micro_batch=2", "optimizer.learning_rate=1e-3", "evaluation.data=c",
+                "zero.deepspeed.steps_per_print=1")
+    assert changes(with_(), new) == (
+        [Change("batch.micro_batch", 1, 2)],
+        [Change("optimizer.learning_rate", 2e-5, 1e-3), Change("zero.deepspeed", {}, {"steps_per_print": 1}),
+         Change("cluster.workers", 0, {"min": 1, "max": 2}),
+         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train"}])])
+    assert changes(with_(), with_()) == ([], [])
+
+
+def test_operational_changes_pass_a_resume_and_are_returned():
+    assert check_resume(to_mapping(with_()), with_("cluster.workers=2", "zero.stage=1", "schedule.steps=9")) == [
+        Change("schedule.steps", 3, 9), Change("zero.stage", 3, 1), Change("cluster.workers", 0, 2)]
+
+
+def test_identity_changes_are_refused_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        check_resume(to_mapping(with_()), with_("run.seed=7", "data.train=[a, c, d]", "cluster.workers=2"))
+    assert str(caught.value) == (
+        "resume of run 'x': 4 problems\n"
+        "  - run.seed=7: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, "
+        "or choose another run.name\n"
+        "  - data.train.1.path=c: the stored run 'x' was made with b, and this must not change when a run is resumed; "
+        "restore b, or choose another run.name\n"
+        "  - data.train.2.path=d: the stored run 'x' was made with null, and this must not change when a run is resumed; "
+        "restore null, or choose another run.name\n"
+        "  - data.train.2.split=train: the stored run 'x' was made with null, and this must not change when a run is "
+        "resumed; restore null, or choose another run.name")
+
+
+def test_an_older_versions_config_takes_defaults_and_its_unknown_fields_pass():
+    old = {key: dict(value) for key, value in reversed(BASE.items())}
+    old["run"]["gone"] = 1
+    old["gone"] = {"too": 2}
+    assert check_resume(old, with_()) == []
+    old["schedule"]["epochs"] = 5  # a contradiction by today's rules, but the run exists
+    assert check_resume(old, with_()) == [Change("schedule.epochs", 5, None)]
+
+
+def test_a_stored_config_that_is_broken():
+    with pytest.raises(ConfigError) as caught:
+        check_resume({**BASE, "batch": {"global_batch": "x", "sequence_length": 8}}, with_())
+    assert str(caught.value) == (
+        "stored config of run 'x': 1 problem\n  - batch.global_batch=x: not a whole number; allowed: a whole number of "
+        "at least 1; correct it (choose another run.name than 'x' if this run can't be repaired)")
