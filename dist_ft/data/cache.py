@@ -89,7 +89,11 @@ class TokenCache:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            found = self._load(shard) or self._build(shard)
+            try:
+                found = self._load(shard) or self._build(shard)
+            except OSError as error:
+                raise StorageError(f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
+                                   "for 5 bytes a token is needed; name another") from error
             self._checked.add(shard)
             self._open[shard] = found
             if len(self._open) > OPEN_SHARDS:
@@ -110,16 +114,16 @@ class TokenCache:
         import xxhash
 
         key = json.dumps([self.fingerprint, shard.url, shard.size, shard.version])
-        return self.folder / "tokens" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.safetensors"
+        return self.folder / f"{xxhash.xxh3_128_hexdigest(key.encode())}.safetensors"
 
     def _load(self, shard: Shard) -> TokenisedShard | None:
         """Open a cache file; None if there is none or it is damaged."""
         path = self.path(shard)
         try:
             return read_shard(path, check=shard not in self._checked)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             log.warning("%s: the cached shard is damaged (%s); it is made again", path, error)
             path.unlink(missing_ok=True)
             return None
@@ -130,20 +134,17 @@ class TokenCache:
 
         path = self.path(shard)
         lock = FileLock(path.with_suffix(".lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=LOCK_TIMEOUT_S)
-            except (Timeout, NotImplementedError):
-                log.warning("%s: its lock can not be had; the shard is tokenised without it", path)
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except (Timeout, NotImplementedError):
+            log.warning("%s: its lock can not be had; the shard is tokenised without it", path)
+        try:
             found = self._load(shard)  # another process may have been faster
             if found is None:
                 write_shard(path, self.encoder.encode(read_rows(shard), shard.url))
                 found = read_shard(path)
             return found
-        except OSError as error:
-            raise StorageError(f"data.cache_dir={self.folder}: can not be written ({error}); a local folder with room "
-                               "for 5 bytes a token is needed; name another") from error
         finally:
             lock.release()
 
@@ -153,7 +154,7 @@ def write_shard(path: Path, encoded: Encoded) -> None:
     from safetensors.numpy import save
 
     arrays = {"offsets": encoded.offsets, "tokens": encoded.tokens, "targets": encoded.targets}
-    body = save(arrays, metadata={"format": encoded.format, "checksum": _checksum(arrays)})
+    body = save(arrays, metadata={"format": encoded.format, "checksum": _checksum(arrays, encoded.format)})
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -181,7 +182,7 @@ def read_shard(path: Path, check: bool = True) -> TokenisedShard:
     arrays = {name: _view(mapped, start, header[name], dtype)
               for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"), ("targets", "u1"))}
     about = header["__metadata__"]
-    if check and _checksum(arrays) != about["checksum"]:
+    if check and _checksum(arrays, about["format"]) != about["checksum"]:
         raise ValueError("the checksum differs")
     return TokenisedShard(arrays["tokens"], arrays["targets"], arrays["offsets"], about["format"])
 
@@ -193,10 +194,10 @@ def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> n
     return np.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else np.empty(0, dtype)
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
+def _checksum(arrays: dict[str, np.ndarray], kind: str) -> str:
     import xxhash
 
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(kind.encode())
     for name in ("offsets", "tokens", "targets"):
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

@@ -212,7 +212,8 @@ def _read_parquet(shard: Shard) -> list[Row]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(redact(f"{shard.url}: can not read it ({error}); check that the endpoint answers")) from error
+        raise StorageError(redact(f"{shard.url}: can not read it ({error}); check that the endpoint "
+                                  "answers")) from error
     if not table.num_rows:
         raise DataError(redact(f"{shard.url}: holds no row; each shard must hold one; remove or fill it"))
     return table.to_pylist()

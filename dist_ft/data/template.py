@@ -50,6 +50,7 @@ class Encoder:
         """Assign only. `tokenizer` is a fast Hugging Face tokenizer; its `chat_template` may have been replaced."""
         self.tokenizer = tokenizer
         self.data = data
+        self._backend: Any = None
 
     def encode(self, rows: Sequence[Row], shard_url: str) -> Encoded:
         """Return the tokens of `rows`; `shard_url` is how errors name where they come from.
@@ -58,7 +59,7 @@ class Encoder:
             DataError: a row that can not be used; the text names shard and row (from 1).
             ModelError: a tokenizer that can not do what the format needs.
         """
-        require_fast(self.tokenizer)
+        self._backend = self._backend or exact_backend(self.tokenizer)
         if not rows:
             raise DataError(redact(f"{shard_url}: holds no row; each shard must hold one; remove or fill it"))
         kind = formats.decide(rows[0], self.data, shard_url)
@@ -72,9 +73,9 @@ class Encoder:
         """Return tokens, targets and lengths of some rows, the first of which is number `first`."""
         rendered = [self._render(row, kind, url, number) for number, row in enumerate(rows, first)]
         if kind == "chat" or (kind == "instruction" and self._template is not None):
-            return tokenise(self.tokenizer, rendered, [], [])
+            return tokenise(self._backend, rendered, [], [])
         before, after = self._frame()
-        return tokenise(self.tokenizer, rendered, before, after)
+        return tokenise(self._backend, rendered, before, after)
 
     def _render(self, row: Row, kind: str, url: str, number: int) -> Rendered:
         """Return the text of a row and what of it is learned."""
@@ -171,23 +172,41 @@ class Encoder:
                                       "model.chat_template")
 
 
-def tokenise(tokenizer: Any, rendered: Sequence[Rendered], before: Sequence[int],
+def exact_backend(tokenizer: Any) -> Any:
+    """Return a copy of a fast tokenizer's backend that neither cuts nor pads and tells every token's whole range.
+
+    Byte-level tokenizers usually trim blanks from the ranges they tell; indentation would be lost from the mask.
+
+    Raises:
+        ModelError: the tokenizer is not a fast one.
+    """
+    from tokenizers import Tokenizer
+
+    require_fast(tokenizer)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace(
+        '"trim_offsets":true', '"trim_offsets":false'))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def tokenise(backend: Any, rendered: Sequence[Rendered], before: Sequence[int],
              after: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
 
-    The ids `before` are not targets unless the whole text is; those `after` end an answer and are. An empty text
-    gives no token at all.
+    The ids `before` are not targets unless all is; those `after` end an answer and are. An empty text gives no token
+    at all. `backend` is that of `exact_backend`.
     """
     texts = [sample.text for sample in rendered]
     partly = any(sample.spans != [(0, len(sample.text))] for sample in rendered)
-    output = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=partly, return_attention_mask=False,
-                       return_token_type_ids=False, truncation=False, padding=False, verbose=False)
-    lengths = np.fromiter(map(len, output["input_ids"]), np.int64, len(texts))
+    encode = backend.encode_batch if partly else backend.encode_batch_fast  # the fast one tells no ranges
+    output = encode(texts, add_special_tokens=False)
+    lengths = np.fromiter(map(len, output), np.int64, len(texts))
     total = int(lengths.sum())
-    ids = np.fromiter(chain.from_iterable(output["input_ids"]), np.int32, total)
+    ids = np.fromiter(chain.from_iterable(one.ids for one in output), np.int32, total)
     learned = np.ones(total, dtype=np.uint8)
     if partly:
-        flat = chain.from_iterable(chain.from_iterable(output["offset_mapping"]))
+        flat = chain.from_iterable(chain.from_iterable(one.offsets for one in output))
         learned = overlap(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
     framed = np.where(lengths > 0, lengths + len(before) + len(after), 0)
     starts = np.cumsum(framed) - framed
@@ -207,8 +226,7 @@ def tokenise(tokenizer: Any, rendered: Sequence[Rendered], before: Sequence[int]
 def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendered]) -> np.ndarray:
     """Return uint8 (sum,): 1 where a token shares a character with a learned span of its sample.
 
-    `offsets` are the (sum, 2) character ranges the tokenizer gives. Byte-level tokenizers trim blanks from them, so
-    that a token of blanks alone has an empty range at its end: there the character before decides.
+    `offsets` are the (sum, 2) character ranges of the tokens, each counted from the start of its own sample.
     """
     sizes = np.array([len(sample.text) + 1 for sample in rendered], dtype=np.int64)
     bases = np.cumsum(sizes) - sizes
@@ -219,7 +237,6 @@ def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendere
             marks[base + stop] -= 1
     inside = np.concatenate([[0], np.cumsum(np.cumsum(marks) > 0)])
     begin, end = (offsets + np.repeat(bases, lengths)[:, None]).T
-    begin = np.where(begin == end, np.maximum(begin - 1, np.repeat(bases, lengths)), begin)
     return (inside[end] > inside[begin]).astype(np.uint8)
 
 

@@ -1,0 +1,60 @@
+"""A small real tokenizer with a ChatML template, built here so that most tests need no shared files."""
+
+from __future__ import annotations
+
+import pytest
+from unit.data.data_helpers import data_section
+
+from dist_ft.config.schema import Source
+from dist_ft.data.cache import TokenCache
+from dist_ft.data.source import resolve
+from dist_ft.data.template import Encoder
+from dist_ft.data.write import write_jsonl
+from dist_ft.storage import Store
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CORPUS = ["the quick brown fox jumps over the lazy dog", "hello there, how are you today?", "system user assistant",
+          "    indented = code(1)\n    more = 2\n", "Was ist das? Größe: 42 äöü"]
+
+
+@pytest.fixture(scope="session")
+def _base_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def tokenizer(_base_tokenizer):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_base_tokenizer), eos_token="<|im_end|>")
+    made.chat_template = CHATML
+    return made
+
+
+@pytest.fixture
+def plain_tokenizer(tokenizer):
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Return a function: rows -> (shards, cache), the rows lying in shards of `rows_per_shard`."""
+    def make(rows, rows_per_shard=7, tok=None, **values):
+        data = data_section(**values)
+        store = Store(str(tmp_path / "shards"))
+        write_jsonl(rows, store, "train", rows_per_shard)
+        shards = resolve([Source(path=store.url)])
+        return shards, TokenCache(tmp_path / "cache", Encoder(tok or tokenizer, data))
+    return make

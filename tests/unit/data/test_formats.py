@@ -1,0 +1,95 @@
+"""Formats: how a row is understood, and every way it can be wrong."""
+
+import pytest
+from unit.data.data_helpers import chat, data_section
+
+from dist_ft.data import formats
+from dist_ft.errors import DataError
+
+CHAT = chat("hi", "hello")
+PAIR = {"prompt": "1+1?", "response": "2"}
+
+
+@pytest.mark.parametrize(("row", "kind"), [(CHAT, "chat"), (PAIR, "instruction"), ({"text": "x"}, "text"),
+                                           ({**CHAT, "prompt": "a", "response": "b"}, "chat")])
+def test_auto_goes_by_columns(row, kind):
+    assert formats.decide(row, data_section(), "s") == kind
+
+
+def test_named_format_and_fields():
+    assert formats.decide({"x": 1}, data_section(format="text"), "s") == "text"
+    fields = {"prompt": "q", "response": "a"}
+    assert formats.decide({"q": "", "a": ""}, data_section(fields=fields), "s") == "instruction"
+
+
+def test_unknown_columns():
+    with pytest.raises(DataError, match=(
+            r"data.format=auto: s3://b/x.jsonl has the columns question, answer; needed are 'messages' \(chat\), 'prompt' "
+            r"and 'response' \(instruction\) or 'text' \(text\); set data.fields.messages, .prompt, .response or .text")):
+        formats.decide({"question": "", "answer": ""}, data_section(), "s3://b/x.jsonl")
+
+
+@pytest.mark.parametrize(("row", "what"), [
+    ({"text": "x"}, "has no column 'messages'; there are text; set data.fields.messages"),
+    ({"messages": "hi"}, r"messages is a str; a list of \{role, content\} is needed"),
+    ({"messages": []}, r"messages=\[\]: no message; a user and an assistant turn are needed; remove the row"),
+    ({"messages": [{"from": "human", "value": "x"}]}, r"messages\[0\] has no role"),
+    ({"messages": ["x"]}, r"messages\[0\] has no role"),
+    ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content is a NoneType; text is needed"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"messages\[0\].content is a list; text"),
+    (chat("hi"), "messages has no assistant turn, so nothing to learn; .* or set data.targets=all"),
+    (chat("hi", " "), r"messages\[1\].content is empty; an assistant turn must say something; remove the row"),
+])
+def test_bad_chat_rows(row, what):
+    with pytest.raises(DataError, match=f"^shard row 3: {what}"):
+        formats.messages(row, data_section(), "shard", 3)
+
+
+@pytest.mark.parametrize(("row", "what"), [
+    ({"prompt": "x"}, "has no column 'response'; there are prompt; set data.fields.response"),
+    ({"prompt": 3, "response": "x"}, "prompt is a int; text is needed"),
+    ({"prompt": "x", "response": ""}, "response is empty; an answer to learn is needed; remove the row"),
+])
+def test_bad_instruction_rows(row, what):
+    with pytest.raises(DataError, match=f"^shard row 3: {what}"):
+        formats.instruction(row, data_section(), "shard", 3)
+
+
+def test_bad_text_row():
+    with pytest.raises(DataError, match=r"^shard row 1: text is a NoneType; text is needed"):
+        formats.text({"text": None}, data_section(), "shard", 1)
+
+
+def test_all_targets_need_no_answer():
+    assert formats.messages(chat("hi"), data_section(targets="all"), "s", 1) == chat("hi")["messages"]
+
+
+def test_absent_values_of_a_message_are_dropped():
+    row = {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b"}]}
+    assert formats.messages(row, data_section(), "s", 1)[0] == {"role": "user", "content": "a"}
+
+
+def test_instruction_by_template():
+    found = formats.instruction(PAIR, data_section(prompt_template="Q: {prompt}\nA: "), "s", 1)
+    assert found.text == "Q: 1+1?\nA: 2" and found.spans == [(11, 12)]
+    whole = formats.instruction(PAIR, data_section(targets="all"), "s", 1)
+    assert whole.spans == [(0, len(whole.text))]
+    braces = formats.instruction({"prompt": "{x}", "response": "{y}"}, data_section(), "s", 1)
+    assert braces.text == "{x}\n{y}"
+
+
+def test_instruction_with_system():
+    row = {**PAIR, "system": "Be brief."}
+    fields = {"system": "system"}
+    assert [turn["role"] for turn in formats.instruction_messages(row, data_section(fields=fields), "s", 1)] == [
+        "system", "user", "assistant"]
+    with_system = data_section(fields=fields, prompt_template="{system} {prompt} ")
+    assert formats.instruction(row, with_system, "s", 1).text == "Be brief. 1+1? 2"
+    with pytest.raises(DataError, match=r"data.prompt_template=.*: has no place for data.fields.system=system"):
+        formats.instruction(row, data_section(fields=fields), "s", 1)
+
+
+@pytest.mark.parametrize("template", ["{question}", "{", "{0}"])
+def test_bad_prompt_template(template):
+    with pytest.raises(DataError, match=r"data.prompt_template=.*: is not a template .*write other braces twice"):
+        formats.instruction(PAIR, data_section(prompt_template=template), "s", 1)
