@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from dist_ft.config.schema import ModelSection, RunConfig
+from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
 from dist_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,26 @@ def check(config: RunConfig) -> list[str]:
     from dist_ft.runtime import preflight
 
     return preflight.check(config)
+
+
+def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
+    """Return the first samples as training will see them, what is learned marked, and the numbers of an epoch.
+
+    Tokenises the training data (cached for the run); writes nothing to the run's storage. `markup`: mark in rich's
+    markup instead of [[ ]].
+    """
+    from uuid import uuid4
+
+    from dist_ft import storage
+    from dist_ft.data import preview as previews
+    from dist_ft.runtime.data import open_data
+    from dist_ft.world import World, collectives
+
+    storage.configure(config.storage.options)
+    config = config.model_copy(update={"evaluation": EvaluationSection()})
+    scratch = storage.Store(f"memory://preview-{uuid4().hex}")
+    loader = open_data(config, scratch, World(), collectives(World())).training
+    return previews.preview(loader.index, loader.cache, loader.plan, num_samples, markup)
 
 
 def train(config: RunConfig, *, skip_check: bool = False) -> Result:

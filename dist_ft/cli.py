@@ -102,6 +102,35 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @_command
+def preview(config: Config, overrides: Overrides = None,
+            samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3) -> None:
+    """Show samples as training will see them, with what is learned marked, and the data's length statistics.
+
+    Tokenises the training data once (the run reuses it). What is marked, in colour or [[ ]], is exactly what the loss
+    counts: look here first if a model learns the wrong thing.
+
+    \b
+    Examples:
+      dist-ft preview configs/single.yaml
+      dist-ft preview configs/single.yaml data.train=mine.jsonl data.fields.prompt=question --samples 5
+
+    Next: dist-ft train CONFIG
+    """
+    from dist_ft import api, load_config
+    from dist_ft.logs import quiet_third_parties
+
+    quiet_third_parties()
+    on_terminal = sys.stdout.isatty()
+    text = api.preview(load_config(config, overrides or ()), samples, markup=on_terminal)
+    if on_terminal:
+        from rich.console import Console
+
+        Console(highlight=False).print(text)
+    else:
+        typer.echo(text)
+
+
+@_command
 def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
              prompt: Annotated[str, typer.Option(help="What to answer.")],
              system: Annotated[str | None, typer.Option(help="System prompt.")] = None,

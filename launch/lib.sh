@@ -25,7 +25,7 @@ find_python() {
 
 # pip_install ARGS...: quiet, with the versions this project was tried with.
 pip_install() {
-    "$VENV/bin/python" -m pip install -q --disable-pip-version-check -c "$ROOT/constraints.txt" "$@"
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c "$ROOT/constraints.txt" "$@"
 }
 
 # pinned NAME: print NAME==VERSION as constraints.txt has it.
