@@ -98,13 +98,16 @@ def _held_out_data(config: RunConfig) -> Iterator[str]:
 
 
 def _data(sources: tuple[Source, ...], field: str) -> Iterator[str]:
-    """Resolve each source by itself, so that all that name nothing are told."""
+    """Resolve each source by itself, so that all that name nothing are told; then, if each is well, together."""
     from dist_ft.data.source import resolve
 
-    for source in sources:
+    all_well = True
+    for group in [*((source,) for source in sources), sources]:
         try:
-            resolve((source,), field)
+            if group is not sources or (all_well and len(sources) > 1):
+                resolve(group, field)
         except DistFtError as error:
+            all_well = False
             yield str(error)
 
 
