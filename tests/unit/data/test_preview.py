@@ -24,7 +24,7 @@ def test_golden_preview(make):
     head, *body = text.split("\n\n")[0].split("\n", 1)
     assert head.startswith("sample 0 (") and head.endswith("train-00000-of-00001.jsonl row 1): 26 tokens, 3 learned")
     assert body == ["<|im_start|>system\nbe [quick]<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
-                    "<|im_start|>assistant\n[[the fox<|im_end|>]]\n"]
+                    "<|im_start|>assistant\n[[the fox<|im_end|>]]"]
     assert "samples    1\n" in text and "steps      1 an epoch" in text
 
 
