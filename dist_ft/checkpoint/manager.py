@@ -45,25 +45,10 @@ class CheckpointManager:
         self._ledger: tuple[LedgerEntry, ...] = ()
 
     def newest(self) -> Manifest | None:
-        """Return the newest sound checkpoint, the same on all ranks, every file of it verified; None if none is.
-
-        The files are shared out over the ranks for verification.
-        """
-        for name in self._collectives.broadcast(committed(self._store) if self._world.rank == 0 else None):
-            manifest, problem = None, ""
-            try:
-                manifest = load_manifest(self._store, name)
-                verify(self._store, manifest, self._world)
-            except DistFtError as error:
-                problem = str(error)
-            problems = [text for text in self._collectives.all_gather(problem) if text]
-            if not problems:
-                assert manifest is not None
-                self._ledger = manifest.ledger
-                return manifest
-            if self._world.rank == 0:
-                log.warning("checkpoint %s is passed over: %s", name, problems[0])
-        return None
+        """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
+        manifest = newest(self._store, self._world, self._collectives)
+        self._ledger = manifest.ledger if manifest else ()
+        return manifest
 
     def load(self, manifest: Manifest, engine: Engine) -> None:
         """Fill the engine's slots from a checkpoint of any world, stage or engine."""
@@ -139,6 +124,26 @@ class CheckpointManager:
                 self._store.remove(f"{FOLDER}/{name}")
         except StorageError as error:
             log.warning("old checkpoints were not removed: %s", error)
+
+
+def newest(store: Store, world: World, collectives: Collectives) -> Manifest | None:
+    """Return the newest checkpoint whose every file matches its manifest, or None; a collective call.
+
+    The files are shared out over the ranks for verification. What is passed over is logged with the reason.
+    """
+    for name in collectives.broadcast(committed(store) if world.rank == 0 else None):
+        manifest, problem = None, ""
+        try:
+            manifest = load_manifest(store, name)
+            verify(store, manifest, world)
+        except DistFtError as error:
+            problem = str(error)
+        problems = [text for text in collectives.all_gather(problem) if text]
+        if not problems:
+            return manifest
+        if world.rank == 0:
+            log.warning("checkpoint %s is passed over: %s", name, problems[0])
+    return None
 
 
 def _attempt(name: str) -> int:

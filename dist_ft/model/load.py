@@ -132,7 +132,9 @@ def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTraine
     """Return the model in `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     folder = fetch(section.path, section.revision, cache_dir)
     config = read_config(section, cache_dir)
     with _explained(section, "weights"):
@@ -140,6 +142,25 @@ def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTraine
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True)
     refuse_incomplete(section.path, info)
+    return _finish(model, section)
+
+
+def empty_model(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
+    """Return the model with arbitrary weights, for a resumed run whose checkpoint fills all of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = read_config(section, cache_dir)
+    with _explained(section, "structure"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
+            trust_remote_code=section.trust_remote_code)
+    model.tie_weights()
+    return _finish(model, section)
+
+
+def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ft import logs, storage
 from dist_ft.checkpoint import manager as checkpoints
+from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo
 from dist_ft.config.load import check_resume, load_config, resolved_yaml
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dist_ft.run")
 CONFIG = "run.yaml"
-MODEL = "model"
 
 
 def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
@@ -49,7 +49,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     manifest = manager.newest()
     if manifest is not None and manifest.progress.step >= total_steps:
         return _already_done(config, manifest, total_steps, store, hooks, world)
-    module, engine = open_engine(config, world)
+    module, engine = open_engine(config, world, manifest is not None)
     try:
         _fill(config, module, engine, manager, manifest)
         on_rank0(world, comms, lambda: _store_model(store, module, data.tokenizer))
@@ -99,18 +99,19 @@ def stored_config(store: Store) -> RunConfig:
     return load_config(_mapping(store))
 
 
-def open_engine(config: RunConfig, world: World) -> tuple[CausalLM, Engine]:
-    """Load the model and return it inside the engine the config asks for."""
+def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalLM, Engine]:
+    """Return the model inside the engine the config asks for; its weights are pre-trained, or empty if `resumed`."""
     import torch
 
     from dist_ft.model.causal_lm import CausalLM
-    from dist_ft.model.load import load_model
+    from dist_ft.model.load import empty_model, load_model
 
+    load = empty_model if resumed else load_model
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:
         from dist_ft.engine.torch_engine import TorchEngine
 
-        module = CausalLM(load_model(config.model, config.data.cache_dir))
+        module = CausalLM(load(config.model, config.data.cache_dir))
         device = torch.device("cuda" if use_gpu else "cpu")
         return module, TorchEngine(module, config.optimizer, device)
     from dist_ft.engine import deepspeed_engine as sharded
@@ -119,7 +120,7 @@ def open_engine(config: RunConfig, world: World) -> tuple[CausalLM, Engine]:
     sharded.start(use_gpu)
     settings = ds_config.build(config)
     with sharded.loading(settings):
-        module = CausalLM(load_model(config.model, config.data.cache_dir))
+        module = CausalLM(load(config.model, config.data.cache_dir))
     return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world)
 
 

@@ -1,0 +1,131 @@
+"""From a run to a Hugging Face folder that any tool loads.
+
+Guarantees: the folder appears under its name only after it was loaded again with plain transformers and gave the same
+logits as the weights of the checkpoint; one process, no DeepSpeed, no Ray, no access to the original model. Reads
+fragments tensor by tensor; the whole model must fit into memory twice (once while it is compared).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_ft.checkpoint import manager
+from dist_ft.checkpoint.fragments import FragmentReader, Wanted
+from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.errors import CheckpointError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL = "model"
+"""Folder of a run with the model's config, tokenizer and chat template."""
+
+
+def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None) -> str:
+    """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
+
+    Args:
+        run_url: fsspec URL of the run's folder.
+        out: folder that does not exist yet, or is empty.
+        step: a committed step; none: the newest sound checkpoint.
+        dtype: "float32" or "bfloat16"; none: as the model's config says.
+    """
+    target = Path(out).expanduser().absolute()
+    if target.exists() and any(target.iterdir()):
+        raise CheckpointError(f"--out={out}: the folder is not empty; give a new one")
+    store = Store(run_url)
+    manifest = find(store, step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        folder = Path(temporary) / "model"
+        model, tokenizer = load_trained(store, manifest, dtype)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _compare(model, folder)
+        if target.exists():
+            target.rmdir()
+        shutil.move(str(folder), target)
+    return str(target)
+
+
+def find(store: Store, step: int | None) -> Manifest:
+    """Return the manifest to export, its files verified."""
+    names = manager.committed(store)
+    if not names:
+        raise CheckpointError(f"{store.url}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
+    steps = [manager.load_manifest(store, name) for name in names] if step is not None else []
+    if step is not None and step not in [found.progress.step for found in steps]:
+        there = ", ".join(str(found.progress.step) for found in steps)
+        raise CheckpointError(f"--step={step}: not among the checkpoints of {store.url}; there are {there}")
+    if step is not None:
+        manifest = next(found for found in steps if found.progress.step == step)
+        manager.verify(store, manifest, World())
+        return manifest
+    newest = manager.newest(store, World(), Collectives())
+    if newest is None:
+        raise CheckpointError(f"{store.url}: every checkpoint is torn or altered; see the log above")
+    return newest
+
+
+def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> tuple[Any, Any]:
+    """Return (model, tokenizer) with the weights of a checkpoint, on the CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        files = store.child(MODEL)
+        for name in files.walk():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).write_bytes(files.read(name))
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    model.tie_weights()
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, values in whole_tensors(manager.reader(store, manifest), manifest, targets):
+            targets[name].copy_(values)
+    return model.eval(), tokenizer
+
+
+def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor]
+                  ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of everything in the checkpoint that the model holds; raises if a weight is missing."""
+    import torch
+
+    keys = {name: key for name, key in sorted(reader.keys()) if key in ("param", "frozen", "buffer")}
+    missing = sorted(set(manifest.tensors) - set(keys) | set(manifest.tensors) - set(targets))
+    if missing:
+        raise CheckpointError(f"{missing[0]}: in the run's list of weights but not in its checkpoint or model; it "
+                              "belongs to another model")
+    names = [name for name in keys if name in targets]
+    requests = [Wanted(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)]
+    for index, values in reader.read_many(requests):
+        yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
+
+
+def _compare(model: Any, folder: Path) -> None:
+    """Raise CheckpointError unless the written folder, loaded anew, gives exactly the logits of `model`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.vocab_size
+    with torch.no_grad():
+        expected = model(tokens).logits
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        got = loaded.eval()(tokens).logits
+    if info["missing_keys"] or not torch.equal(expected, got):
+        worst = (expected - got).abs().max().item()
+        raise CheckpointError(f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "
+                              f"missing {sorted(info['missing_keys'])[:3]}); nothing was exported")

