@@ -11,11 +11,14 @@ import os
 import re
 import sys
 import warnings
+from urllib.parse import quote
 
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|CREDENTIAL|SAS)", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
+                         re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)")
 _QUERY_SECRET = re.compile(
-    r"(?i)([?&](?:sig|signature|token|x-amz-signature|x-amz-security-token|x-amz-credential)=)[^&\s]+")
+    r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret|(?:api_?)?key|awsaccesskeyid"
+    r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+")
 
 # (logger name, why its INFO and WARNING lines carry nothing for a user)
 QUIET_LOGGERS = (
@@ -30,9 +33,10 @@ QUIET_LOGGERS = (
 
 def redact(text: str) -> str:
     """Return `text` without credentials: values of secret environment variables, user info and signatures in URLs."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET_NAME.search(name) and value in text:
-            text = text.replace(value, f"<{name}>")
+    secrets = {value: name for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)}
+    for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
+        for written in (value, quote(value, safe="")):
+            text = text.replace(written, f"<{secrets[value]}>")
     return _QUERY_SECRET.sub(r"\1<redacted>", _USERINFO.sub("<redacted>", text))
 
 

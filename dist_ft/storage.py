@@ -6,9 +6,10 @@ with jitter, and every failure becomes one `StorageError` that names the URL wit
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -19,7 +20,10 @@ from dist_ft.logs import redact
 
 ATTEMPTS = 5
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError,
-          ImportError, NotImplementedError)
+          TypeError, ImportError, NotImplementedError)
+_FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+_HIDDEN = ".tmp-"
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -36,24 +40,19 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """Return the path of a local `url`."""
-    return url.split("://", 1)[1] if "://" in url else url
+    """Return the path of a local `url`, `~` being the home folder."""
+    return os.path.expanduser(url.split("://", 1)[1] if "://" in url else url)
 
 
 def _transient(error: BaseException) -> bool:
     """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
-    if isinstance(error, _FINAL) or not isinstance(error, Exception):
+    if isinstance(error, _FINAL) or not isinstance(error, Exception) or "credentials" in str(error).lower():
         return False
-    import errno
-
-    final = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
-    return not (isinstance(error, OSError) and error.errno in final)
+    return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
 
 
 def _explain(error: Exception) -> str:
     """Say in a few words what to do about `error`."""
-    import errno
-
     code = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError):
         return "there is no such file or bucket; check the URL"
@@ -65,6 +64,8 @@ def _explain(error: Exception) -> str:
         return "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)"
     if "credentials" in str(error).lower():
         return "no credentials were found; set them in the environment"
+    if not _transient(error):
+        return "trying again would not help; check the URL and storage.options"
     return f"gave up after {ATTEMPTS} tries; check that the endpoint answers"
 
 
@@ -91,9 +92,19 @@ class Store:
         """Return the whole URL of `path`."""
         return f"{self.url}/{path}" if path else self.url
 
+    def shown(self, path: str = "") -> str:
+        """Return the whole URL of `path` without credentials: what errors and logs may say."""
+        return redact(self.full(path))
+
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of a file, or all of them."""
-        return self._call("read", path, lambda fs, full: fs.cat_file(full, start=start, end=stop))
+        """Return the bytes [start, stop) of a file, or all of them; fewer bytes than asked for are an error."""
+        def fetch(fs: Any, full: str) -> bytes:
+            content = fs.cat_file(full, start=start, end=stop)
+            if stop is not None and len(content) != stop - (start or 0):
+                raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
+            return content
+
+        return self._call("read", path, fetch)
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
@@ -114,13 +125,20 @@ class Store:
             raise
         return True
 
-    def put(self, path: str, local: str) -> None:
-        """Copy a local file to `path`."""
-        self._call("write", path, lambda fs, full: fs.put_file(local, full))
+    def download(self, folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+        """Copy the files below this store whose paths are `wanted` into a local folder; return their paths.
 
-    def get(self, path: str, local: str) -> None:
-        """Copy `path` to a local file."""
-        self._call("read", path, lambda fs, full: fs.get_file(full, local))
+        Raises StorageError for a path that leads out of the folder: object stores allow "../" in names.
+        """
+        names = [name for name in self.walk() if wanted(name)]
+        for name in names:
+            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                raise StorageError(f"{self.shown(name)}: the name leads out of the folder it would be copied to; plain "
+                                   "relative names are allowed; remove that file")
+            target = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            self._call("read", name, lambda fs, full, target=target: fs.get_file(full, target))
+        return names
 
     def size(self, path: str) -> int:
         """Return the length of a file in bytes."""
@@ -142,16 +160,20 @@ class Store:
         """Remove a file or a folder; an absent one is no error."""
         self._call("remove", path, _remove)
 
-    def _call(self, verb: str, path: str, action: Any) -> Any:
-        full = self.full(path)
-        try:
-            for attempt in _retrying():
-                with attempt:
-                    fs, inner = filesystem(full)
-                    return action(fs, inner)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise StorageError(redact(f"{full}: can not {verb} it ({what}); {_explain(error)}")) from error
+    def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
+        return _attempt(verb, self.full(path), action)
+
+
+def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
+    """Return `action(filesystem, path)` of `url`, tried again while that can help; raises StorageError."""
+    try:
+        for attempt in _retrying():
+            with attempt:
+                fs, path = filesystem(url)
+                return action(fs, path)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {_explain(error)}")) from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -163,31 +185,27 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def glob(url: str) -> list[str]:
     """Return the sorted URLs of the files that match `url` (a file, a glob, or a folder: all files below it)."""
-    try:
-        for attempt in _retrying():
-            with attempt:
-                fs, path = filesystem(url)
-                if any(char in path for char in "*?["):
-                    found = fs.glob(path)
-                elif fs.isdir(path):
-                    found = fs.find(path)
-                else:
-                    found = [path] if _exists(fs, path) else []
-                return sorted(fs.unstrip_protocol(name) if not is_local(url) else name
-                              for name in found if not fs.isdir(name))
-    except Exception as error:
-        raise StorageError(redact(f"{url}: can not list it ({error}); {_explain(error)}")) from error
-    return []
+    def find(fs: Any, path: str) -> list[str]:
+        if any(char in path for char in "*?[") and not _exists(fs, path):
+            found = fs.glob(path, detail=True)
+        elif fs.isdir(path):
+            found = fs.find(path, detail=True)
+        else:
+            found = {path: fs.info(path)} if _exists(fs, path) else {}
+        files = (name for name, info in found.items() if info["type"] != "directory")
+        return sorted(name if is_local(url) else fs.unstrip_protocol(name) for name in _visible(files))
+
+    return _attempt("list", url, find)
 
 
 def stat(url: str) -> dict[str, Any]:
     """Return {size, version} of a file; `version` changes when its content may have."""
     def ask(fs: Any, path: str) -> dict[str, Any]:
         info = fs.info(path)
-        version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+        version = next((info[key] for key in _VERSIONS if info.get(key)), None)
         return {"size": int(info["size"] or 0), "version": str(version)}
 
-    return Store(posixpath.dirname(url))._call("read", posixpath.basename(url), ask)
+    return _attempt("read", url, ask)
 
 
 def arrow_filesystem(url: str) -> tuple[Any, str]:
@@ -206,23 +224,27 @@ def _exists(fs: Any, path: str) -> bool:
     return True
 
 
+def _visible(names: Iterable[str]) -> list[str]:
+    """Return `names` without those of files that are still being written."""
+    return [name for name in names if not posixpath.basename(name).startswith(_HIDDEN)]
+
+
 def _names(fs: Any, path: str) -> list[str]:
     try:
         found = fs.ls(path, detail=False, refresh=True)
     except FileNotFoundError:
         return []
     names = {posixpath.basename(name.rstrip("/")) for name in found if name.rstrip("/") != path.rstrip("/")}
-    return sorted(name for name in names if not name.startswith(".tmp-"))
+    return sorted(_visible(names))
 
 
-def _below(fs: Any, path: str) -> Iterator[str]:
+def _below(fs: Any, path: str) -> list[str]:
     try:
-        found = fs.find(path, refresh=True) if not is_local(path) else fs.find(path)
+        found = fs.find(path)
     except FileNotFoundError:
-        return iter(())
+        return []
     root = path.rstrip("/") + "/"
-    names = (name[len(root):] for name in found if name.startswith(root))
-    return iter([name for name in names if not posixpath.basename(name).startswith(".tmp-")])
+    return _visible(name[len(root):] for name in found if name.startswith(root))
 
 
 def _remove(fs: Any, path: str) -> None:
@@ -232,29 +254,30 @@ def _remove(fs: Any, path: str) -> None:
 
 def _write_local(path: str, content: bytes) -> None:
     """Write beside the target, force it to disk, rename over it."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".tmp-{name}-{uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    _by_way_of(path, content, os.replace)
 
 
 def _create_local(path: str, content: bytes) -> None:
     """As `_write_local`, but a file that is already there is an error (a hard link can not overwrite)."""
+    _by_way_of(path, content, os.link)
+
+
+def _by_way_of(path: str, content: bytes, place: Callable[[str, str], None]) -> None:
+    """Write a hidden file beside `path`, force it to disk, `place` it, force the folder's entry to disk."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".tmp-{name}-{uuid4().hex[:8]}")
-    with open(temporary, "xb") as file:
-        file.write(content)
+    temporary = os.path.join(folder, f"{_HIDDEN}{name}-{uuid4().hex[:8]}")
     try:
-        os.link(temporary, path)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        place(temporary, path)
     finally:
-        os.remove(temporary)
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)

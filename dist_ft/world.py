@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
 from dist_ft.errors import DistFtError
 
 T = TypeVar("T")
@@ -101,6 +103,7 @@ class GlooCollectives(Collectives):
         self._dist = dist
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
+    @override
     def sum(self, values: Sequence[float]) -> list[float]:
         import torch
 
@@ -108,24 +111,29 @@ class GlooCollectives(Collectives):
         self._dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
+    @override
     def all_gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self._world.size
         self._dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
+    @override
     def gather(self, value: Any) -> list[Any] | None:
         gathered: list[Any] | None = [None] * self._world.size if self._world.rank == 0 else None
         self._dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered
 
+    @override
     def broadcast(self, value: Any) -> Any:
         box = [value]
         self._dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    @override
     def barrier(self) -> None:
         self._dist.barrier(group=self._group)
 
+    @override
     def close(self) -> None:
         self._dist.destroy_process_group(self._group)
 

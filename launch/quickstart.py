@@ -81,7 +81,8 @@ def report(out: Path) -> int:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     change = losses[-1] / losses[0] - 1
-    say(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps ({change * 100:+.1f} %)")
+    say(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps "
+        f"({change * 100:+.1f} %)")
     return 0 if change <= -0.1 else 1
 
 
@@ -105,7 +106,8 @@ def converted_model() -> Path:
     gguf = next(package.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.hf_quantizer, model.is_quantized = None, False  # what is left of the GGUF load; save_pretrained trips on it
+    for name, value in {"hf_quantizer": None, "is_quantized": False}.items():
+        setattr(model, name, value)  # what is left of the GGUF load; save_pretrained trips on it
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -178,7 +180,8 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise SystemExit("error: the S3 server did not start; run `python -m moto.server` to see why, or use --storage ./runs")
+    raise SystemExit("error: the S3 server did not start; run `python -m moto.server` to see why, "
+                     "or use --storage ./runs")
 
 
 def say(*lines: str) -> None:

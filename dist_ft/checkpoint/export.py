@@ -123,7 +123,8 @@ def _compare(model: Any, folder: Path) -> None:
     tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.vocab_size
     with torch.no_grad():
         expected = model(tokens).logits
-        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        loaded, info = pair
         got = loaded.eval()(tokens).logits
     if info["missing_keys"] or not torch.equal(expected, got):
         worst = (expected - got).abs().max().item()

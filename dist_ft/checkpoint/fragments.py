@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,9 @@ PART_BYTES = 256 * 2**20
 """Largest file a worker writes at once; bounds the memory of writing and reading."""
 GAP_BYTES = 2**20
 """Ranges closer than this are read in one request."""
-_DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
-           "F16": np.dtype("<f2"), "BOOL": np.dtype("?")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(code) for name, code in
+    {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}.items()}
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def load_manifest(store: Store, name: str) -> Manifest:
 
 
 def verify(store: Store, manifest: Manifest, world: World) -> None:
-    """Check length and checksum of this rank's share of the files; raises CheckpointError for the first that differs."""
+    """Check length and checksum of this rank's share of the files; raises CheckpointError that differs."""
     folder = checkpoint_store(store, manifest)
     for index in world.share(len(manifest.files)):
         item = manifest.files[index]

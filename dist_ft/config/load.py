@@ -18,7 +18,10 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.logs import redact
 
-__all__ = ["Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml",
+STORED = "run.yaml"
+"""Where a run keeps its resolved config, in its own folder."""
+
+__all__ = ["STORED", "Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml",
            "to_mapping"]
 
 

@@ -8,7 +8,7 @@ no ranks: the caller says which lanes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -38,7 +38,7 @@ class Loader:
         size = self.batch.micro_batch
         return [self._lane(slots[lane * size:(lane + 1) * size], lane) for lane in lanes]
 
-    def iterate(self, start: int, stop: int, lanes: Sequence[int]) -> Iterator[list[Batch]]:
+    def iterate(self, start: int, stop: int, lanes: Sequence[int]) -> Generator[list[Batch], None, None]:
         """Yield `batches(step, lanes)` of steps start .. stop - 1, the next two being made in a background thread."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
         ahead: deque[Future[list[Batch]]] = deque()

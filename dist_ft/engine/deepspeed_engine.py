@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
@@ -80,6 +81,7 @@ class DeepSpeedEngine(Engine):
         """The torch optimizer that makes the update."""
         return self._zero.optimizer if self._stage else self._zero
 
+    @override
     def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
                    learning_rate: float) -> StepOutcome:
         loss_sum = torch.zeros((), device=self.device)
@@ -96,6 +98,7 @@ class DeepSpeedEngine(Engine):
         return StepOutcome(loss_sum.item(), float("nan") if norm is None else float(norm))
 
     @torch.no_grad()
+    @override
     def loss_sum(self, batch: Batch) -> float:
         self._engine.eval()
         try:
@@ -103,6 +106,7 @@ class DeepSpeedEngine(Engine):
         finally:
             self._engine.train()
 
+    @override
     def slots(self) -> Iterator[Slot]:
         for index, (name, parameter) in enumerate(self._parameters.items()):
             mine = index % self._world.size == self._world.rank
@@ -156,10 +160,12 @@ class DeepSpeedEngine(Engine):
             return ()
         return optimizers.STATE_KEYS[self._section.name]
 
+    @override
     def optimizer_step(self) -> int:
         steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
         return steps[0] if steps else 0
 
+    @override
     def finish_load(self, optimizer_step: int) -> None:
         optimizers.set_step(self._inner, optimizer_step)
         if self._stage in (1, 2):
@@ -183,6 +189,7 @@ class DeepSpeedEngine(Engine):
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
 
+    @override
     def close(self) -> None:
         self._engine.destroy()
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from typing_extensions import override
 
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
@@ -38,6 +39,7 @@ class TorchEngine(Engine):
         self.optimizer = optimizers.build(groups, section)
         self._ensure_state()
 
+    @override
     def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
                    learning_rate: float) -> StepOutcome:
         loss_sum = torch.zeros((), device=self.device)
@@ -70,6 +72,7 @@ class TorchEngine(Engine):
                     self._learned[name].copy_(master)
 
     @torch.no_grad()
+    @override
     def loss_sum(self, batch: Batch) -> float:
         self.module.eval()
         try:
@@ -77,6 +80,7 @@ class TorchEngine(Engine):
         finally:
             self.module.train()
 
+    @override
     def slots(self) -> Iterator[Slot]:
         for name, parameter in self._parameters.items():
             if name not in self._masters:
@@ -88,10 +92,12 @@ class TorchEngine(Engine):
                     yield view_slot(name, key, value)
         yield from buffer_slots(self.module)
 
+    @override
     def optimizer_step(self) -> int:
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         return steps[0] if steps else 0
 
+    @override
     def finish_load(self, optimizer_step: int) -> None:
         optimizers.set_step(self.optimizer, optimizer_step)
         self._copy_back()

@@ -51,13 +51,10 @@ def _from_bucket(url: str, cache: Path) -> str:
     with FileLock(f"{folder}.lock"):
         if (folder / ".complete").exists():
             return str(folder)
-        names = [name for name in store.walk() if any(Path(name).match(pattern) for pattern in WANTED)]
+        names = store.download(str(folder), lambda name: any(Path(name).match(pattern) for pattern in WANTED))
         if "config.json" not in names:
             raise ModelError(redact(f"model.path={url}: no config.json there; give the folder that save_pretrained "
                                     "wrote (config.json, *.safetensors, tokenizer files)"))
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            store.get(name, str(folder / name))
         (folder / ".complete").touch()
     return str(folder)
 
@@ -138,9 +135,10 @@ def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTraine
     folder = fetch(section.path, section.revision, cache_dir)
     config = read_config(section, cache_dir)
     with _explained(section, "weights"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True)
+    model, info = loaded
     refuse_incomplete(section.path, info)
     return _finish(model, section)
 

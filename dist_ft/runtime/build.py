@@ -15,7 +15,7 @@ from dist_ft.checkpoint import manager as checkpoints
 from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo
-from dist_ft.config.load import check_resume, load_config, resolved_yaml
+from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.runtime import summary
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from dist_ft.model.causal_lm import CausalLM
 
 log = logging.getLogger("dist_ft.run")
-CONFIG = "run.yaml"
 
 
 def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
@@ -77,13 +76,13 @@ def begin(store: Store, config: RunConfig, world: World) -> int:
 
     Raises ConfigError if the run exists with another identity, StorageError if its storage can not be written.
     """
-    if store.exists(CONFIG):
+    if store.exists(STORED):
         stored = _mapping(store)
         changed = check_resume(stored, config)
         for change in changed:
             log.info("since the run began, changed: %s", change)
     number = checkpoints.begin_attempt(store, world.size)
-    store.write(CONFIG, resolved_yaml(config).encode())
+    store.write(STORED, resolved_yaml(config).encode())
     return number
 
 
@@ -91,12 +90,7 @@ def _mapping(store: Store) -> dict[str, Any]:
     """Return the stored config as a plain mapping."""
     import yaml
 
-    return yaml.safe_load(store.read(CONFIG))
-
-
-def stored_config(store: Store) -> RunConfig:
-    """Return the config a run was last started with."""
-    return load_config(_mapping(store))
+    return yaml.safe_load(store.read(STORED))
 
 
 def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalLM, Engine]:

@@ -13,12 +13,11 @@ from uuid import uuid4
 
 from dist_ft import storage
 from dist_ft.config.document import parse_yaml
-from dist_ft.config.identity import check_resume
+from dist_ft.config.load import STORED, check_resume
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 
-STORED_CONFIG = "run.yaml"
 """File in the run's folder that holds its resolved config."""
 
 
@@ -136,9 +135,9 @@ def _absent_folders(url: str) -> list[str]:
 def _older_run(config: RunConfig) -> Iterator[str]:
     store = storage.Store(config.run_url)
     try:
-        if not store.exists(STORED_CONFIG):
+        if not store.exists(STORED):
             return
-        stored, _ = parse_yaml(store.read(STORED_CONFIG).decode())
+        stored, _ = parse_yaml(store.read(STORED).decode())
     except DistFtError:
         return  # `_writable` says so
     check_resume(stored if isinstance(stored, dict) else {}, config)

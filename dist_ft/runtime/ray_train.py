@@ -117,9 +117,9 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         else:  # address="local": never a stale cluster of another run
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({str(error).splitlines()[0]}); check that "
-                          "a cluster runs there with this Ray version, or leave cluster.address empty to start an own "
-                          "one") from error
+        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({str(error).splitlines()[0]}); check "
+                          "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
+                          "own one") from error
     try:
         yield ray
     finally:
@@ -159,13 +159,14 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
     local = storage.is_local(config.run.storage)
     fixed = isinstance(cluster.workers, int)
+    num_workers: Any = config.max_workers if fixed else (config.min_workers, config.max_workers)
     return TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo",
                                  timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=config.max_workers if fixed else (config.min_workers, config.max_workers),
+            num_workers=num_workers,
             use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(config),
             placement_strategy=cluster.placement),
         run_config=RayRunConfig(

@@ -8,6 +8,7 @@ from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.schema import RunConfig
 from dist_ft.logs import redact
 from dist_ft.plan import memory
+from dist_ft.plan.batch import batch_arithmetic
 from dist_ft.runtime.data import Data
 from dist_ft.train.console import table
 from dist_ft.train.trainer import Result
@@ -36,7 +37,7 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
         ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
         ("world", f"{world.size} worker{'s' if world.size > 1 else ''}, "
                   f"{world.largest_share(config.num_lanes)} lanes on the busiest"),
-        ("batch", batch_arithmetic(config)),
+        *batch_arithmetic(config),
         ("data", f"{index.num_samples:,} samples, {int(index.pieces[:, 2].sum()):,} tokens, "
                  f"{data.training.plan.steps_in_epoch(0):,} steps an epoch"),
         ("memory", memory_line(sum(counts), world.size, config)),
@@ -44,20 +45,11 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
     ])
 
 
-def batch_arithmetic(config: RunConfig) -> str:
-    """Return the batch arithmetic, written out."""
-    batch = config.batch
-    return (f"{config.num_lanes} lanes × micro-batch {batch.micro_batch} = {batch.global_batch} sequences × "
-            f"{batch.sequence_length} tokens = {batch.global_batch * batch.sequence_length:,} tokens a step")
-
-
 def memory_line(num_parameters: int, world_size: int, config: RunConfig) -> str:
     """Return what weights, gradients and optimizer state take on one worker (activations come on top)."""
     stage = config.zero.stage if config.max_workers else 0
-    parts = memory.model_state_bytes(num_parameters, max(1, world_size), stage, config.model.dtype)
-    total = sum(parts.values())
-    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    return f"{total / 2**30:.2f} GiB a worker for model state ({listed}); activations come on top"
+    state = memory.model_state_bytes(num_parameters, world_size, stage, config.model.dtype, config.optimizer.name)
+    return f"{memory.summary(state)}; activations come on top"
 
 
 def at_end(config: RunConfig, result: Result) -> str:

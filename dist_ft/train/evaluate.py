@@ -9,7 +9,8 @@ from dist_ft.engine.base import Engine, even_out
 from dist_ft.world import Collectives, World
 
 
-def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, collectives: Collectives) -> dict[str, float]:
+def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World,
+             collectives: Collectives) -> dict[str, float]:
     """Return {loss, perplexity, num_target_tokens} over one pass of `loader`; a collective call.
 
     Lanes are dealt as in training; a worker without a lane runs an empty batch of weight zero.

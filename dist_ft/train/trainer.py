@@ -155,9 +155,9 @@ class Trainer:
 
     def _evaluate(self, label: str) -> None:
         """Evaluate if there is held-out data; `label` keeps the loss for the summary (before, after)."""
-        if self._parts.evaluation is None:
-            return
         parts = self._parts
+        if parts.evaluation is None:
+            return
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives)
         if label:
             self._evaluation[label] = values["loss"]
