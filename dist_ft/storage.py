@@ -46,7 +46,7 @@ def local_path(url: str) -> str:
 
 def _transient(error: BaseException) -> bool:
     """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
-    if isinstance(error, _FINAL) or not isinstance(error, Exception) or "credentials" in str(error).lower():
+    if isinstance(error, _FINAL) or not isinstance(error, Exception) or "locate credentials" in str(error):
         return False
     return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
 
@@ -62,7 +62,7 @@ def _explain(error: Exception) -> str:
         return "its fsspec package is not installed; install the extra for it, such as dist-ft[s3]"
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)"
-    if "credentials" in str(error).lower():
+    if "locate credentials" in str(error):
         return "no credentials were found; set them in the environment"
     if not _transient(error):
         return "trying again would not help; check the URL and storage.options"
@@ -137,8 +137,11 @@ class Store:
                                    "relative names are allowed; remove that file")
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            self._call("read", name, lambda fs, full, target=target: fs.get_file(full, target))
+            self._get(name, target)
         return names
+
+    def _get(self, path: str, local: str) -> None:
+        self._call("read", path, lambda fs, full: fs.get_file(full, local))
 
     def size(self, path: str) -> int:
         """Return the length of a file in bytes."""

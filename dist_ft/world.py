@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from dist_ft.errors import DistFtError
+from dist_ft.errors import ConfigError, DistFtError, WorkerError
 
 T = TypeVar("T")
+VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,16 @@ class World:
     @classmethod
     def from_environment(cls) -> World:
         """Read the variables that torchrun and Ray Train set; without them, a world of one."""
-        env = os.environ
-        return cls(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)),
-                   int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+        try:
+            rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in VARIABLES)
+        except ValueError as error:
+            rank, size, local_rank, local_size, said = 0, 0, 0, 0, str(error)
+        else:
+            said = f"rank {rank} of {size}, {local_rank} of {local_size} on this node"
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+            raise ConfigError([f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: do not make a world ({said}); what "
+                               "torchrun sets is allowed; unset them to run alone"], "environment")
+        return cls(rank, size, local_rank, local_size)
 
     def share(self, count: int) -> range:
         """Return the contiguous part of `range(count)` that is this rank's; parts differ by at most one."""
@@ -72,15 +80,23 @@ class Collectives:
 
 
 def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on all ranks; its DistFtError is raised on all ranks."""
+    """Run `action` on rank 0 and return its result on all ranks; its DistFtError is raised on all ranks.
+
+    Any other exception is a bug: rank 0 raises it as it is, the others a WorkerError, so that none waits.
+    """
     result: Any = None
     error: DistFtError | None = None
+    bug: Exception | None = None
     if world.rank == 0:
         try:
             result = action()
         except DistFtError as problem:
             error = problem
+        except Exception as problem:
+            bug, error = problem, WorkerError(f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error")
     result, error = collectives.broadcast((result, error))
+    if bug is not None:
+        raise bug
     if error is not None:
         raise error
     return result

@@ -51,10 +51,10 @@ def _from_bucket(url: str, cache: Path) -> str:
     with FileLock(f"{folder}.lock"):
         if (folder / ".complete").exists():
             return str(folder)
-        names = store.download(str(folder), lambda name: any(Path(name).match(pattern) for pattern in WANTED))
-        if "config.json" not in names:
+        if not store.exists("config.json"):
             raise ModelError(redact(f"model.path={url}: no config.json there; give the folder that save_pretrained "
                                     "wrote (config.json, *.safetensors, tokenizer files)"))
+        store.download(str(folder), lambda name: any(Path(name).match(pattern) for pattern in WANTED))
         (folder / ".complete").touch()
     return str(folder)
 

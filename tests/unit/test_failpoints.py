@@ -1,0 +1,39 @@
+"""A failpoint kills the process where the test asked, once if asked, and else does nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = ("from dist_ft import failpoints\n"
+           "for i in range(5):\n"
+           "    for rank in (0, 1):\n"
+           "        print(i, rank, flush=True)\n"
+           "        failpoints.hit('place', rank)\n")
+
+
+def run(**env) -> tuple[int, str]:
+    """Return exit code and the last line (passing, rank) of a process that passes a failpoint ten times."""
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env={**os.environ, **env})
+    return ran.returncode, ran.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("wanted", "last"), [
+    ("place", "0 0"), ("place:3", "1 0"), ("place:2@1", "1 1"), ("place@1", "0 1"), ("place:5@0", "4 0")])
+def test_dies_at_the_passing_that_was_asked_for(wanted, last):
+    assert run(DIST_FT_FAILPOINT=wanted) == (-signal.SIGKILL, last)
+
+
+@pytest.mark.parametrize("wanted", ["", "elsewhere", "place:11", "place:1@7", "plac"])
+def test_passes_otherwise(wanted):
+    assert run(DIST_FT_FAILPOINT=wanted) == (0, "4 1")
+
+
+def test_dies_only_once_over_processes(tmp_path):
+    env = {"DIST_FT_FAILPOINT": "place:2", "DIST_FT_FAILPOINT_ONCE": str(tmp_path / "died")}
+    assert run(**env) == (-signal.SIGKILL, "0 1")
+    assert run(**env) == (0, "4 1")
