@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,16 @@ def require_ok(codes: list[int], folder: Path) -> None:
         if code != 0:
             tail = (folder / f"rank-{rank}.log").read_text(errors="replace")[-3000:]
             raise AssertionError(f"rank {rank} ended with {code}:\n{tail}")
+
+
+def wait_for_death(processes: list[subprocess.Popen[bytes]], timeout_s: float = 180) -> list[int]:
+    """Wait until one rank has died, end the others as a scheduler would (their group is broken), return the codes."""
+    deadline = time.monotonic() + timeout_s
+    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes:
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]

@@ -1,0 +1,169 @@
+"""The main way to run: real Ray, real workers, real signals. Slow to start, so few tests, each asking much."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import history
+import pytest
+import tiny
+import yaml
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("ray"))
+
+
+def start(base: Path, document: dict[str, Any], **env: str) -> subprocess.Popen[str]:
+    """Start `dist-ft train` on a document, as a person would."""
+    path = base / f"{document['run']['name']}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **env}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str]:
+    """Return exit code and output."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"no end within {timeout_s} s:\n{output[-3000:]}") from None
+    return process.returncode, output
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read output until a line holds `text`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended with {process.wait()} before it said {text!r}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path) -> list[float]:
+    """The losses of an unbroken run on two Ray workers under ZeRO-3."""
+    document = tiny.config(base, "unbroken", workers=2)
+    code, output = finish(start(base, document))
+    assert code == 0, output[-3000:]
+    assert "2 workers" in output and "ZeRO-3" in output
+    history.require_exactly_once(base / "runs/unbroken", document)
+    return history.losses(base / "runs/unbroken")
+
+
+def test_a_run_on_ray_shows_its_tables_and_is_complete_when_asked_again(base: Path, unbroken: list[float]) -> None:
+    code, output = finish(start(base, tiny.config(base, "unbroken", workers=2)))
+    assert code == 0 and f"is complete: step {len(unbroken)} of {len(unbroken)}" in output, output[-3000:]
+    assert "Traceback" not in output
+
+
+def test_fault_1_a_worker_killed_mid_run_is_restarted_and_the_run_is_bit_exact(
+        base: Path, unbroken: list[float]) -> None:
+    document = tiny.config(base, "worker-died", workers=2)
+    code, output = finish(start(base, document, DIST_FT_FAILPOINT="train.step:11@1",
+                                DIST_FT_FAILPOINT_ONCE=str(base / "died-once")))
+    assert code == 0, output[-3000:]
+    assert (base / "died-once").exists() and "(attempt 2)" in output
+    assert history.losses(base / "runs/worker-died") == unbroken
+    history.require_exactly_once(base / "runs/worker-died", document)
+
+
+def test_fault_2_a_worker_killed_mid_save_loses_only_that_save(base: Path, unbroken: list[float]) -> None:
+    document = tiny.config(base, "save-died", workers=2)
+    code, output = finish(start(base, document, DIST_FT_FAILPOINT="checkpoint.after_file:2@0",
+                                DIST_FT_FAILPOINT_ONCE=str(base / "save-died-once")))
+    assert code == 0, output[-3000:]
+    assert (base / "save-died-once").exists() and "step 4 of" in output
+    assert history.losses(base / "runs/save-died") == unbroken
+    history.require_exactly_once(base / "runs/save-died", document)
+
+
+def test_fault_9_the_driver_killed_mid_run_the_same_command_goes_on(base: Path, unbroken: list[float]) -> None:
+    document = tiny.config(base, "driver-died", workers=2)
+    process = start(base, document)
+    wait_for_line(process, "step 10/")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -9
+    code, output = finish(start(base, document))
+    assert code == 0, output[-3000:]
+    assert "(attempt 2)" in output
+    assert history.losses(base / "runs/driver-died") == unbroken
+    history.require_exactly_once(base / "runs/driver-died", document)
+
+
+def test_fault_7_sigterm_saves_leaves_and_the_same_command_goes_on(base: Path, unbroken: list[float]) -> None:
+    document = tiny.config(base, "stopped", workers=2, checkpoint={"every_steps": 0})
+    process = start(base, document)
+    wait_for_line(process, "step  5/")
+    process.terminate()
+    code, output = finish(process)
+    assert code == 130 and "stopped at step" in output and "Traceback" not in output, output[-3000:]
+    code, output = finish(start(base, document))
+    assert code == 0, output[-3000:]
+    assert history.losses(base / "runs/stopped") == unbroken
+
+
+def test_an_error_in_the_data_ends_the_run_in_one_line_without_restarts(base: Path) -> None:
+    bad = base / "bad"
+    tiny.make_data(bad, 20)
+    (bad / "shard-1.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "no end\n')
+    document = tiny.config(base, "bad-data", workers=2, data={"train": f"{bad}/*.jsonl"})
+    code, output = finish(start(base, document))
+    assert code == 2, output[-3000:]
+    assert "shard-1.jsonl row 2" in output and "Traceback" not in output
+    assert output.count("shard-1.jsonl row 2") == 1
+
+
+def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
+    """From Python, on a cluster that is already there: Ray knows the checkpoint, an elastic range takes what there is."""
+    script = base / "script.py"
+    script.write_text(SCRIPT)
+    document = tiny.config(base, "python", workers=2, zero={"stage": 1}, schedule={"epochs": None, "steps": 3},
+                           cluster={"workers": [1, 2], "cpus_per_worker": 1})
+    (base / "python.json").write_text(json.dumps(document))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, str(script), str(base / "python.json")], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["checkpoint"] == seen["result"] and seen["checkpoint"].endswith("step-000000003-a0001")
+    assert time.monotonic() - began < 300
+
+
+SCRIPT = '''
+import json, sys
+import ray
+from dist_ft import load_config
+from dist_ft.runtime import ray_train
+
+def main():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="dist_ft")
+    config = load_config(json.load(open(sys.argv[1])))
+    results = []
+    fit = ray_train._trainer
+    def keep(*args):
+        trainer = fit(*args)
+        inner = trainer.fit
+        trainer.fit = lambda: results.append(inner())
+        return trainer
+    ray_train._trainer = keep
+    result = ray_train.run(config)
+    print()
+    print(json.dumps({"checkpoint": results[0].checkpoint.path, "result": result.checkpoint}))
+
+main()
+'''
