@@ -89,3 +89,13 @@ def even_out(batches: Sequence[Batch], seeds: Sequence[int], count: int) -> tupl
     """Add empty batches up to `count`, so that every worker makes the same number of forward and backward calls."""
     missing = count - len(batches)
     return [*batches, *(empty_batch() for _ in range(missing))], [*seeds, *([0] * missing)]
+
+
+def seed_random(seed: int, device: torch.device) -> None:
+    """Seed what is random on `device` and on the CPU, as `torch.manual_seed` does.
+
+    That one also formats a stack trace for each kind of accelerator that is absent: over a millisecond a call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

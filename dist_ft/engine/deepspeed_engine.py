@@ -19,7 +19,7 @@ from typing_extensions import override
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, StepOutcome
+from dist_ft.engine.base import Engine, Slot, StepOutcome, seed_random
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
 from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
 from dist_ft.world import World
@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
         loss_sum = torch.zeros((), device=self.device)
         last = len(batches) - 1
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-            torch.manual_seed(seed)
+            seed_random(seed, self.device)
             self._engine.set_gradient_accumulation_boundary(index == last)
             loss = self._engine(**to_inputs(batch, self.device))
             self._engine.backward(loss * (self._world.size / num_target_tokens), scale_wrt_gas=False)

@@ -11,7 +11,7 @@ from typing_extensions import override
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, StepOutcome
+from dist_ft.engine.base import Engine, Slot, StepOutcome, seed_random
 from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
 
 
@@ -44,7 +44,7 @@ class TorchEngine(Engine):
                    learning_rate: float) -> StepOutcome:
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed)
+            seed_random(seed, self.device)
             loss = self.module(**to_inputs(batch, self.device))
             (loss / num_target_tokens).backward()
             loss_sum += loss.detach()
