@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.checkpoint import manager
+from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
-from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -37,8 +38,9 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
         dtype: "float32" or "bfloat16"; none: as the model's config says.
     """
     target = Path(out).expanduser().absolute()
-    if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"--out={out}: the folder is not empty; give a new one")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"--out={out}: {'the folder is not empty' if target.is_dir() else 'a file is there'}; a "
+                              "new or an empty folder is allowed; give another")
     store = Store(run_url)
     manifest = find(store, step)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,19 +60,19 @@ def find(store: Store, step: int | None) -> Manifest:
     """Return the manifest to export, its files verified."""
     names = manager.committed(store)
     if not names:
-        raise CheckpointError(f"{store.url}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
-    steps = [manager.load_manifest(store, name) for name in names] if step is not None else []
-    if step is not None and step not in [found.progress.step for found in steps]:
-        there = ", ".join(str(found.progress.step) for found in steps)
-        raise CheckpointError(f"--step={step}: not among the checkpoints of {store.url}; there are {there}")
-    if step is not None:
-        manifest = next(found for found in steps if found.progress.step == step)
-        manager.verify(store, manifest, World())
-        return manifest
-    newest = manager.newest(store, World(), Collectives())
-    if newest is None:
-        raise CheckpointError(f"{store.url}: every checkpoint is torn or altered; see the log above")
-    return newest
+        raise CheckpointError(f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
+    if step is None:
+        newest = manager.newest(store, World(), Collectives())
+        if newest is None:
+            raise CheckpointError(f"{store.shown()}: every checkpoint is torn or altered; see the log above")
+        return newest
+    steps = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)}  # newest attempt wins
+    if step not in steps:
+        raise CheckpointError(f"--step={step}: not among the checkpoints of {store.shown()}; there are "
+                              f"{', '.join(str(found) for found in sorted(steps))}; give one of them")
+    manifest = manager.load_manifest(store, steps[step])
+    manager.verify(store, manifest, World())
+    return manifest
 
 
 def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> tuple[Any, Any]:
@@ -82,17 +84,19 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
 
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        files = store.child(MODEL)
-        for name in files.walk():
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).write_bytes(files.read(name))
+        if "config.json" not in store.child(MODEL).download(folder):
+            raise CheckpointError(f"{store.shown(MODEL)}: no config.json there; every run keeps its model's config and "
+                                  "tokenizer; give the folder of a run (<storage>/<name>)")
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     model.tie_weights()
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = dict(model.named_parameters())
+    shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
+    manager.require_same_tensors(manifest.tensors, shapes, manager.checkpoint_store(store, manifest).shown())
+    targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
         for name, values in whole_tensors(manager.reader(store, manifest), manifest, targets):
             targets[name].copy_(values)
@@ -105,10 +109,10 @@ def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str,
     import torch
 
     keys = {name: key for name, key in sorted(reader.keys()) if key in ("param", "frozen", "buffer")}
-    missing = sorted(set(manifest.tensors) - set(keys) | set(manifest.tensors) - set(targets))
+    missing = sorted(set(manifest.tensors) - set(keys))
     if missing:
-        raise CheckpointError(f"{missing[0]}: in the run's list of weights but not in its checkpoint or model; it "
-                              "belongs to another model")
+        raise CheckpointError(f"{missing[0]}: in the run's list of weights but not in the files of its checkpoint of "
+                              f"step {manifest.progress.step}; export another step")
     names = [name for name in keys if name in targets]
     requests = [Wanted(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)]
     for index, values in reader.read_many(requests):

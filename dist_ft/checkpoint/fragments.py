@@ -23,7 +23,10 @@ GAP_BYTES = 2**20
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code) for name, code in
-    {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}.items()}
+    {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U64": "<u8",
+     "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "?"}.items()}
+HEADER_BYTES = 2**27
+"""Longest header that is read."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class Located:
 
 
 def serialise(fragments: Iterable[Fragment]) -> Iterator[bytes]:
-    """Yield safetensors files of at most about PART_BYTES that hold `fragments`."""
+    """Yield safetensors files with at most PART_BYTES of values; larger fragments are cut."""
     from safetensors.numpy import save
 
     part: dict[str, np.ndarray] = {}
     size = 0
-    for fragment in fragments:
+    for fragment in (piece for whole in fragments for piece in _cut(whole)):
         if part and size + fragment.values.nbytes > PART_BYTES:
             yield save(part)
             part, size = {}, 0
@@ -63,27 +66,42 @@ def serialise(fragments: Iterable[Fragment]) -> Iterator[bytes]:
         yield save(part)
 
 
+def _cut(fragment: Fragment) -> Iterator[Fragment]:
+    """Yield `fragment` in pieces of at most PART_BYTES."""
+    most = max(1, PART_BYTES // fragment.values.itemsize)
+    for start in range(0, max(1, len(fragment.values)), most):
+        yield Fragment(fragment.name, fragment.key, fragment.offset + start, fragment.values[start:start + most])
+
+
 def read_header(store: Store, path: str, num_bytes: int) -> dict[tuple[str, str], list[Located]]:
     """Return what lies where in a fragment file; raises CheckpointError for a header that is not sound."""
     try:
-        length = int.from_bytes(store.read(path, 0, 8), "little")
-        if not 2 <= length <= min(num_bytes - 8, 2**27):
+        length = int.from_bytes(store.read(path, 0, 8), "little") if num_bytes >= 8 else 0
+        if not 2 <= length <= min(num_bytes - 8, HEADER_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {num_bytes}")
         header = json.loads(store.read(path, 8, 8 + length))
         found: dict[tuple[str, str], list[Located]] = defaultdict(list)
-        for label, info in header.items():
-            if label == "__metadata__":
-                continue
-            key, offset, name = label.split(":", 2)
-            begin, end = info["data_offsets"]
-            dtype, (numel,) = _DTYPES[info["dtype"]], info["shape"]
-            if not 0 <= begin <= end <= num_bytes - 8 - length or end - begin != numel * dtype.itemsize:
-                raise ValueError(f"{label} lies outside the file")
-            found[name, key].append(Located(path, int(offset), numel, 8 + length + begin, dtype))
+        for label, info in dict(header).items():
+            if label != "__metadata__":
+                name, key, located = _locate(path, label, info, 8 + length, num_bytes)
+                found[name, key].append(located)
         return found
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{store.full(path)}: not a sound fragment file ({error}); it will not be "
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | RecursionError) else str(error)
+        raise CheckpointError(f"{store.shown(path)}: not a sound fragment file ({what}); it will not be "
                               "loaded") from error
+
+
+def _locate(path: str, label: str, info: dict[str, Any], start: int, num_bytes: int) -> tuple[str, str, Located]:
+    """Return (parameter name, key, place) of one header entry; its values lie between `start` and the file's end."""
+    key, offset, name = label.split(":", 2)
+    begin, end = info["data_offsets"]
+    dtype, (numel,) = _DTYPES[info["dtype"]], info["shape"]
+    if not (offset.isascii() and offset.isdigit() and all(type(number) is int for number in (begin, end, numel))):
+        raise ValueError(f"{label}: offsets and sizes must be whole numbers from 0")
+    if not 0 <= begin <= end <= num_bytes - start or end - begin != numel * dtype.itemsize:
+        raise ValueError(f"{label} lies outside the file")
+    return name, key, Located(path, int(offset), numel, start + begin, dtype)
 
 
 @dataclass(frozen=True)
@@ -177,8 +195,8 @@ class FragmentReader:
                     reached = end
             if reached < stop:
                 raise CheckpointError(
-                    f"{self._store.full()}: elements from {reached} of {request.key} of {request.name} are not in this "
-                    "checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name")
+                    f"{self._store.shown()}: elements from {reached} of {request.key} of {request.name} are not in "
+                    "this checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name")
         return by_file
 
 

@@ -56,17 +56,32 @@ def write_segment(store: Store, start: int, stop: int, attempt: int, parts: Sequ
 
 def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     """Return all rows (n, 6) of the committed history that `manifest` ends, in order of steps."""
-    from safetensors.numpy import load
-
     parts, reached = [np.zeros((0, len(COLUMNS)), dtype=np.int64)], 0
     for segment in manifest.ledger:
         content = store.read(segment.file.path)
         if len(content) != segment.file.num_bytes or checksum(content) != segment.file.checksum:
-            raise CheckpointError(f"{store.full(segment.file.path)}: altered since it was written; the history of "
+            raise CheckpointError(f"{store.shown(segment.file.path)}: altered since it was written; the history of "
                                   f"steps {segment.start} to {segment.stop} can not be proved")
         if segment.start != reached:
-            raise CheckpointError(f"{store.full(segment.file.path)}: begins at step {segment.start}, expected "
+            raise CheckpointError(f"{store.shown(segment.file.path)}: begins at step {segment.start}, expected "
                                   f"{reached}; the history has a hole")
-        parts.append(load(content)["rows"])
+        parts.append(_rows(content, store.shown(segment.file.path)))
         reached = segment.stop
+    if reached != manifest.progress.step:
+        raise CheckpointError(f"{store.shown(FOLDER)}: ends at step {reached}, the checkpoint stands at step "
+                              f"{manifest.progress.step}; the history has a hole")
     return np.concatenate(parts)
+
+
+def _rows(content: bytes, where: str) -> np.ndarray:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        rows = load(content)["rows"]
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{where}: no ledger segment ({error}); the history can not be proved") from error
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != len(COLUMNS):
+        raise CheckpointError(f"{where}: {rows.dtype} rows of shape {rows.shape}, expected int64 (n, {len(COLUMNS)}); "
+                              "the history can not be proved")
+    return rows

@@ -43,15 +43,21 @@ class CheckpointManager:
         self._collectives = collectives
         self._attempt = attempt
         self._ledger: tuple[LedgerEntry, ...] = ()
+        self._origin: int | None = None
 
     def newest(self) -> Manifest | None:
         """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
         manifest = newest(self._store, self._world, self._collectives)
         self._ledger = manifest.ledger if manifest else ()
+        self._origin = manifest.progress.step if manifest else -1
         return manifest
 
-    def load(self, manifest: Manifest, engine: Engine) -> None:
-        """Fill the engine's slots from a checkpoint of any world, stage or engine."""
+    def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> None:
+        """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
+
+        Raises CheckpointError if it is another model's: flat offsets alone would fit a smaller one.
+        """
+        require_same_tensors(manifest.tensors, tensors, checkpoint_store(self._store, manifest).shown())
         slots = list(engine.slots())
         wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
         problem: DistFtError | None = None
@@ -68,6 +74,19 @@ class CheckpointManager:
         """Commit a checkpoint and return its URL; a collective call. Raises on all ranks if any rank fails."""
         name = manifests.folder_name(progress.step, self._attempt)
         folder = self._store.child(f"{FOLDER}/{name}")
+        try:
+            self._save(folder, engine, progress, ledger_rows, run, aliases, tensors, evaluation)
+        except StorageError:
+            if self._world.rank == 0:
+                self._remove([name])  # on a full disk the next one needs the room
+            raise
+        if self._world.rank == 0:
+            self._prune(name)
+        return folder.url
+
+    def _save(self, folder: Store, engine: Engine, progress: Progress, ledger_rows: np.ndarray, run: str,
+              aliases: dict[str, str], tensors: dict[str, TensorInfo], evaluation: dict[str, float]) -> None:
+        """Write files, agree, commit."""
         entries: list[FileEntry] = []
         problem: DistFtError | None = None
         try:
@@ -83,15 +102,12 @@ class CheckpointManager:
                 format_version=manifests.FORMAT_VERSION, run=run, attempt=self._attempt,
                 world_size=self._world.size, engine=type(engine).__name__, progress=progress, tensors=tensors,
                 aliases=aliases, files=tuple(item for part, _ in gathered for item in part),
-                ledger=ledger,
-                evaluation=evaluation, created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                ledger=ledger, evaluation=evaluation,
+                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
             self._ledger = ledger
 
         on_rank0(self._world, self._collectives, commit)
-        if self._world.rank == 0:
-            self._prune(name)
-        return folder.url
 
     def _extend_ledger(self, step: int, parts: Sequence[np.ndarray]) -> tuple[LedgerEntry, ...]:
         start = self._ledger[-1].stop if self._ledger else 0
@@ -104,40 +120,58 @@ class CheckpointManager:
         failpoints.hit("checkpoint.before_manifest")
         newest = newest_attempt(self._store)
         if newest > self._attempt:
-            raise CheckpointError(f"{folder.url}: attempt {self._attempt} must not commit, attempt {newest} has taken "
-                                  "over the run; this process ends")
+            raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
+                                  "taken over the run; this process ends")
         for item in manifest.files:
             if folder.size(item.path) != item.num_bytes:
-                raise StorageError(f"{folder.full(item.path)}: {folder.size(item.path)} bytes are there, "
+                raise StorageError(f"{folder.shown(item.path)}: {folder.size(item.path)} bytes are there, "
                                    f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
-        folder.write(manifests.NAME, manifest.model_dump_json(indent=1).encode())
+        folder.write(manifests.NAME, manifests.seal(manifest))
         failpoints.hit("checkpoint.after_manifest")
 
     def _prune(self, newest: str) -> None:
-        """Remove checkpoints that retention does not keep, and torn ones of older attempts; manifests go first."""
+        """Remove checkpoints that retention does not keep, those this attempt passed over, and torn ones."""
         try:
             names = committed(self._store)
-            keep = set(kept(names, self._section)) | {newest}
-            torn = [name for name in self._store.list(FOLDER) if name not in names and _attempt(name) < self._attempt]
-            for name in [name for name in names if name not in keep] + torn:
-                self._store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
-                self._store.remove(f"{FOLDER}/{name}")
+            history = [name for name in names if not self._passed_over(name)]
+            keep = {*kept(history, self._section), newest}
+            torn = [name for name in self._store.list(FOLDER) if name not in names and _attempt(name) <= self._attempt]
+            self._remove([name for name in names if name not in keep] + torn)
         except StorageError as error:
             log.warning("old checkpoints were not removed: %s", error)
+
+    def _passed_over(self, name: str) -> bool:
+        """Tell whether a checkpoint is newer than the one this attempt went on from, and not its own."""
+        step, attempt = manifests.parse_folder(name) or (0, 0)
+        return self._origin is not None and attempt < self._attempt and step > self._origin
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Remove checkpoints, manifests first; what can not be removed is logged."""
+        for name in names:
+            try:
+                self._store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
+                self._store.remove(f"{FOLDER}/{name}")
+            except StorageError as error:
+                log.warning("checkpoint %s was not removed: %s", name, error)
 
 
 def newest(store: Store, world: World, collectives: Collectives) -> Manifest | None:
     """Return the newest checkpoint whose every file matches its manifest, or None; a collective call.
 
-    The files are shared out over the ranks for verification. What is passed over is logged with the reason.
+    The files are shared out over the ranks for verification. What is passed over is logged with the reason. Storage
+    that does not answer, or a checkpoint of a newer dist_ft, is an error: the run must not go back because of it.
     """
-    for name in collectives.broadcast(committed(store) if world.rank == 0 else None):
+    for name in on_rank0(world, collectives, lambda: committed(store)):
         manifest, problem = None, ""
+        failure: DistFtError | None = None
         try:
             manifest = load_manifest(store, name)
             verify(store, manifest, world)
-        except DistFtError as error:
+        except (StorageError, manifests.NewerFormatError) as error:
+            failure = error
+        except CheckpointError as error:
             problem = str(error)
+        raise_together(collectives, failure)
         problems = [text for text in collectives.all_gather(problem) if text]
         if not problems:
             return manifest
@@ -166,21 +200,46 @@ def committed(store: Store) -> list[str]:
 
 
 def load_manifest(store: Store, name: str) -> Manifest:
-    """Read the manifest of checkpoint `name`."""
+    """Read the manifest of checkpoint `name`; raises CheckpointError if it is not sound or another's."""
     path = f"{FOLDER}/{name}/{manifests.NAME}"
-    return manifests.parse(store.read(path), store.full(path))
+    manifest = manifests.parse(_read(store, path), store.shown(path))
+    own = manifests.folder_name(manifest.progress.step, manifest.attempt)
+    if own != name:
+        raise CheckpointError(f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
+                              "renamed; it will not be loaded")
+    return manifest
+
+
+def _read(store: Store, path: str) -> bytes:
+    """Return a file of a checkpoint; that it is absent is the checkpoint's fault, not the storage's."""
+    try:
+        return store.read(path)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(f"{store.shown(path)}: the file is not there") from error
+        raise
 
 
 def verify(store: Store, manifest: Manifest, world: World) -> None:
-    """Check length and checksum of this rank's share of the files; raises CheckpointError that differs."""
+    """Check length and checksum of this rank's share of the files; raises CheckpointError where they differ."""
     folder = checkpoint_store(store, manifest)
     for index in world.share(len(manifest.files)):
         item = manifest.files[index]
-        content = folder.read(item.path)
+        content = _read(folder, item.path)
         if len(content) != item.num_bytes:
-            raise CheckpointError(f"{folder.full(item.path)}: {len(content)} bytes, the manifest says {item.num_bytes}")
+            raise CheckpointError(f"{folder.shown(item.path)}: {len(content)} bytes, the manifest says "
+                                  f"{item.num_bytes}")
         if manifests.checksum(content) != item.checksum:
-            raise CheckpointError(f"{folder.full(item.path)}: its checksum differs from the manifest's")
+            raise CheckpointError(f"{folder.shown(item.path)}: its checksum differs from the manifest's")
+
+
+def require_same_tensors(saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str) -> None:
+    """Raise CheckpointError for the first weight that only one of checkpoint and model has, or of another shape."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        has, needs = (str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted))
+        if has != needs:
+            raise CheckpointError(f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
+                                  "the same; check model.path")
 
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:
@@ -214,7 +273,8 @@ def to_numpy(values: torch.Tensor) -> np.ndarray:
 
 def newest_attempt(store: Store) -> int:
     """Return the highest attempt number of the run; 0 before the first."""
-    return max((int(name[:-5]) for name in store.list(ATTEMPTS) if name.endswith(".json")), default=0)
+    numbers = (name.removesuffix(".json") for name in store.list(ATTEMPTS))
+    return max((int(number) for number in numbers if number.isascii() and number.isdigit()), default=0)
 
 
 def begin_attempt(store: Store, world_size: int) -> int:

@@ -6,6 +6,7 @@ versions), and nothing here touches storage.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import pydantic
@@ -15,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from dist_ft.errors import CheckpointError
 
 FORMAT_VERSION = 1
+_SEAL, _END = b',\n "checksum": "', b"\n}"
+_FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 NAME = "manifest.json"
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint of a newer dist_ft: sound, and not to be passed over."""
 
 
 def _inside(path: str) -> str:
@@ -29,7 +36,7 @@ RelativePath = Annotated[str, pydantic.AfterValidator(_inside)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class FileEntry(_Frozen):
@@ -75,7 +82,7 @@ class Manifest(_Frozen):
 
     format_version: int
     run: str
-    attempt: int
+    attempt: int = Field(ge=0)
     world_size: int = Field(ge=1)
     engine: str
     progress: Progress
@@ -98,8 +105,18 @@ def entry(path: str, content: bytes) -> FileEntry:
     return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
 
 
+def seal(manifest: Manifest) -> bytes:
+    """Return the file of `manifest`: JSON whose last field is the checksum of all before it."""
+    body = manifest.model_dump_json(indent=1).encode()
+    return body.removesuffix(_END) + _SEAL + checksum(body).encode() + b'"' + _END
+
+
 def parse(content: bytes, where: str) -> Manifest:
     """Return the manifest in `content`; raises CheckpointError that names `where` for anything not sound."""
+    body, _, sealed = content.rpartition(_SEAL)
+    if sealed != checksum(body + _END).encode() + b'"' + _END:
+        raise CheckpointError(f"{where}: torn or altered since it was written (its checksum differs); it will not be "
+                              "loaded")
     try:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
@@ -108,8 +125,8 @@ def parse(content: bytes, where: str) -> Manifest:
         raise CheckpointError(f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be "
                               "loaded") from error
     if manifest.format_version > FORMAT_VERSION:
-        raise CheckpointError(f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
-                              f"({FORMAT_VERSION}); update dist_ft")
+        raise NewerFormatError(f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
+                               f"({FORMAT_VERSION}); update dist_ft")
     return manifest
 
 
@@ -120,7 +137,8 @@ def folder_name(step: int, attempt: int) -> str:
 
 def parse_folder(name: str) -> tuple[int, int] | None:
     """Return (step, attempt) of a checkpoint folder's name, or None for another name."""
-    parts = name.split("-")
-    if len(parts) != 3 or parts[0] != "step" or not parts[1].isdigit() or not parts[2][1:].isdigit():
+    found = _FOLDER.fullmatch(name)
+    if found is None:
         return None
-    return int(parts[1]), int(parts[2][1:])
+    step, attempt = int(found[1]), int(found[2])
+    return (step, attempt) if folder_name(step, attempt) == name else None

@@ -128,7 +128,7 @@ def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: Checkpoi
     from dist_ft.model.load import fetch
 
     if manifest is not None:
-        manager.load(manifest, engine)
+        manager.load(manifest, engine, _tensors(module))
         log.info("going on from step %d", manifest.progress.step)
     else:
         folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
