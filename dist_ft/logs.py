@@ -59,10 +59,14 @@ def setup(rank: int = 0, size: int = 1, level: str = "info") -> None:
     quiet_third_parties()
 
 
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_third_parties() -> None:
     """Silence, by name, third-party messages that tell a user nothing."""
     for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).addFilter(_errors_only)  # a filter: some libraries set their level when imported
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")  # DeepSpeed's calls, not ours
