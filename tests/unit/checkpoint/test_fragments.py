@@ -1,0 +1,198 @@
+"""Any partition is read as any other; holes, and headers that lie, are refused."""
+
+from __future__ import annotations
+
+import json
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from dist_ft.checkpoint import fragments
+from dist_ft.checkpoint.fragments import Fragment, FragmentReader, Wanted, read_header, serialise
+from dist_ft.errors import CheckpointError
+from dist_ft.storage import Store
+
+
+class CountingStore(Store):
+    """A store that counts its reads."""
+
+    reads = 0
+
+    def read(self, path, start=None, stop=None):
+        self.reads += 1
+        return super().read(path, start, stop)
+
+
+def write(store: Store, *writers: list[Fragment]) -> list[tuple[str, int]]:
+    """Write each writer's fragments and return (path, bytes) of the files."""
+    files = []
+    for rank, own in enumerate(writers):
+        for part, content in enumerate(serialise(own)):
+            store.write(f"{rank}-{part}", content)
+            files.append((f"{rank}-{part}", len(content)))
+    return files
+
+
+def memory() -> CountingStore:
+    return CountingStore(f"memory://{uuid4().hex}")
+
+
+def cuts(draw, numel: int) -> list[tuple[int, int]]:
+    """Draw a partition of range(numel) into [start, stop) parts, some empty."""
+    inner = sorted(draw(st.lists(st.integers(0, numel), max_size=4)))
+    return list(zip([0, *inner], [*inner, numel], strict=True))
+
+
+@st.composite
+def worlds(draw):
+    """Draw parameters, how N writers hold them, and how M readers do."""
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    names = [f"layer.{i}:w" for i in range(len(sizes))]  # ':' may be part of a name
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    truth = {(name, key): rng.random(size).astype(np.float32)
+             for name, size in zip(names, sizes, strict=True) for key in ("param", "exp_avg")}
+    num_writers, num_readers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    writers: list[list[Fragment]] = [[] for _ in range(num_writers)]
+    readers: list[list[tuple[str, str, int, int]]] = [[] for _ in range(num_readers)]
+    for (name, key), values in truth.items():
+        for start, stop in cuts(draw, len(values)):
+            writers[draw(st.integers(0, num_writers - 1))].append(Fragment(name, key, start, values[start:stop]))
+        for start, stop in cuts(draw, len(values)):
+            readers[draw(st.integers(0, num_readers - 1))].append((name, key, start, stop - start))
+    return truth, writers, readers
+
+
+@settings(max_examples=60, deadline=None)
+@given(worlds(), st.sampled_from([40, 256 * 2**20]), st.sampled_from([0, 2**20]))
+def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes):
+    truth, writers, readers = world
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fragments, "PART_BYTES", part_bytes)
+        patch.setattr(fragments, "GAP_BYTES", gap_bytes)
+        store = memory()
+        files = write(store, *writers)
+        got = {where: np.full_like(values, np.nan) for where, values in truth.items()}
+        for own in readers:
+            wanted = [Wanted(i, *parts) for i, parts in enumerate(own)]
+            answers = list(FragmentReader(store, files).read_many(wanted))
+            assert sorted(index for index, _ in answers) == list(range(len(own)))
+            for index, values in answers:
+                name, key, start, numel = own[index]
+                assert len(values) == numel
+                got[name, key][start:start + numel] = values
+    for where, values in truth.items():
+        assert np.array_equal(got[where], values)
+
+
+def test_overlapping_fragments_are_read_once():
+    values = np.arange(10, dtype=np.float32)
+    store = memory()
+    files = write(store, [Fragment("w", "param", 0, values[:7])], [Fragment("w", "param", 3, values[3:])],
+                  [Fragment("w", "param", 0, values)])
+    assert FragmentReader(store, files).read("w", "param", 2, 7).tolist() == values[2:9].tolist()
+
+
+@pytest.mark.parametrize(("held", "ask", "first"), [
+    ([(0, 4), (6, 10)], (0, 10), 4), ([(0, 4)], (2, 5), 4), ([(5, 10)], (0, 10), 0), ([], (0, 1), 0)])
+def test_a_hole_is_an_error_that_names_the_parameter(held, ask, first):
+    values, store = np.arange(10, dtype=np.float32), memory()
+    files = write(store, [Fragment("h.weight", "exp_avg", start, values[start:stop]) for start, stop in held])
+    with pytest.raises(CheckpointError) as caught:
+        FragmentReader(store, files).read("h.weight", "exp_avg", ask[0], ask[1] - ask[0])
+    assert str(caught.value) == (
+        f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint; it belongs to another "
+        "model or optimizer; check model.path and optimizer.name")
+
+
+def test_neighbouring_ranges_are_read_together():
+    store, values = memory(), np.arange(1000, dtype=np.float32)
+    files = write(store, [Fragment(f"w{i}", "param", 0, values) for i in range(50)])
+    reader = FragmentReader(store, files)
+    reader.keys()
+    assert store.reads == 2  # length and header
+    wanted = [Wanted(i, f"w{i}", "param", 100, 10) for i in range(50)]
+    assert all(np.array_equal(got, values[100:110]) for _, got in reader.read_many(wanted))
+    assert store.reads == 3
+
+
+def test_far_ranges_are_read_apart(monkeypatch):
+    monkeypatch.setattr(fragments, "GAP_BYTES", 100)
+    store, values = memory(), np.arange(1000, dtype=np.float32)
+    reader = FragmentReader(store, write(store, [Fragment("w", "param", 0, values)]))
+    reader.keys()
+    answers = dict(reader.read_many([Wanted(0, "w", "param", 0, 5), Wanted(1, "w", "param", 900, 5),
+                                     Wanted(2, "w", "param", 10, 5)]))
+    assert [answers[i][0] for i in range(3)] == [0, 900, 10]
+    assert store.reads == 2 + 2
+
+
+def test_files_and_requests_stay_small(monkeypatch):
+    """One large parameter is cut, so that neither writer nor reader needs it twice at once."""
+    monkeypatch.setattr(fragments, "PART_BYTES", 400)
+    store, values = memory(), np.arange(1050, dtype=np.float32)
+    files = write(store, [Fragment("w", "param", 7, values)])
+    assert len(files) == 11 and max(size for _, size in files) < 400 + 200
+    assert np.array_equal(FragmentReader(store, files).read("w", "param", 7, 1050), values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8",
+                                   "uint16", "uint32", "uint64", "bool"])
+def test_every_number_format_comes_back(dtype):
+    values, store = np.array([0, 1, 1, 0, 1]).astype(dtype), memory()
+    got = FragmentReader(store, write(store, [Fragment("b", "buffer", 0, values)])).read("b", "buffer", 0, 5)
+    assert got.dtype == values.dtype and np.array_equal(got, values)
+
+
+def hostile(header: bytes, length: int | None = None, body: bytes = b"\0" * 8) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + body
+
+
+def entry(label: str = "param:0:w", **changes) -> bytes:
+    return json.dumps({label: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}).encode()
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "header of 0 bytes in a file of 0"),
+    (b"1234", "header of 0 bytes in a file of 4"),
+    (hostile(entry(), 2**63), f"header of {2**63} bytes in a file of"),
+    (hostile(entry(), 10**6), "header of 1000000 bytes in a file of"),
+    (hostile(entry(), 0), "header of 0 bytes"),
+    (hostile(entry(data_offsets=[0, 16], shape=[4])), "param:0:w lies outside the file"),
+    (hostile(entry(data_offsets=[-8, 0])), "param:0:w lies outside the file"),
+    (hostile(entry(data_offsets=[8, 0])), "param:0:w lies outside the file"),
+    (hostile(entry(shape=[10**12])), "param:0:w lies outside the file"),
+    (hostile(entry(dtype="F64")), "param:0:w lies outside the file"),
+    (hostile(entry(dtype="PICKLE")), "KeyError: 'PICKLE'"),
+    (hostile(entry(dtype=["F32"])), "unhashable"),
+    (hostile(entry(shape=[1, 2])), "too many values"),
+    (hostile(entry(shape=[2.0])), "offsets and sizes must be whole numbers from 0"),
+    (hostile(entry(data_offsets=[0.0, 8.0])), "offsets and sizes must be whole numbers from 0"),
+    (hostile(entry("param:-5:w")), "offsets and sizes must be whole numbers from 0"),
+    (hostile(entry("param:x:w")), "offsets and sizes must be whole numbers from 0"),
+    (hostile(entry("param")), "not enough values"),
+    (hostile(b'{"param:0:w": 5}'), "not subscriptable"),
+    (hostile(b'[1, 2]'), "dictionary"),
+    (hostile(b'{"a'), "Unterminated string"),
+    (hostile(b'{"\xff": 1}'), "can't decode byte 0xff"),
+    (hostile(b"[" * 100_000), "RecursionError"),
+    (b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", "header of"),
+])
+def test_a_header_that_lies_is_refused(content, said):
+    store = memory()
+    store.write("f", content)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(store, "f", len(content))
+    text = str(caught.value)
+    assert text.startswith(f"{store.url}/f: not a sound fragment file (") and said in text
+    assert text.endswith("); it will not be loaded")
+
+
+def test_metadata_is_ignored():
+    store, content = memory(), save({"param:3:w": np.zeros(2, np.float32)}, {"made": "by hand"})
+    store.write("f", content)
+    found = read_header(store, "f", len(content))
+    assert {where: (piece.offset, piece.numel) for where, (piece,) in found.items()} == {("w", "param"): (3, 2)}

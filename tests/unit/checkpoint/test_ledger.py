@@ -1,0 +1,84 @@
+"""The ledger is one unbroken, unaltered history of what was fed to the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from unit.checkpoint.test_manifest import make
+from unit.small import batch
+
+from dist_ft.checkpoint.ledger import COLUMNS, LedgerBuffer, read_ledger, write_segment
+from dist_ft.checkpoint.manifest import LedgerEntry, Progress, entry
+from dist_ft.data.batch import empty_batch
+from dist_ft.errors import CheckpointError
+from dist_ft.storage import Store
+
+
+def rows(*steps: int) -> np.ndarray:
+    return np.array([[step, 0, lane, step * 10 + lane, 0, 5] for step in steps for lane in (1, 0)], dtype=np.int64)
+
+
+def manifest_of(*segments: LedgerEntry, step: int | None = None):
+    stop = segments[-1].stop if segments else 0
+    return make(ledger=segments, progress=Progress(step=stop if step is None else step, optimizer_step=0))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path))
+
+
+def test_buffer_notes_pieces_of_batches():
+    buffer = LedgerBuffer()
+    buffer.add(4, 1, [batch((3, 4), seed=2, lane=1), empty_batch(lane=2)])
+    assert len(COLUMNS) == 6
+    assert buffer.take().tolist() == [[4, 1, 1, 2000, 0, 3], [4, 1, 1, 2001, 0, 4]]
+    assert buffer.take().shape == (0, 6)
+
+
+def test_rows_put_back_come_first():
+    buffer = LedgerBuffer()
+    buffer.add(0, 0, [batch((3,), seed=1)])
+    first = buffer.take()
+    buffer.put_back(first)
+    buffer.add(1, 0, [batch((4,), seed=2)])
+    assert buffer.take()[:, 0].tolist() == [0, 1]
+
+
+def test_segments_chain_in_order_of_step_and_lane(store):
+    first = write_segment(store, 0, 2, 1, [rows(0)[:1], rows(1, 0)[[0, 1, 3]]])
+    second = write_segment(store, 2, 3, 2, [rows(2), np.zeros((0, 6), dtype=np.int64)])
+    assert first.file.path == "ledger/000000000-000000002-a0001.safetensors"
+    read = read_ledger(store, manifest_of(first, second))
+    assert read[:, [0, 2]].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]
+    assert read_ledger(store, manifest_of()).shape == (0, 6)
+
+
+def test_an_altered_segment_is_refused(store):
+    segment = write_segment(store, 0, 1, 1, [rows(0)])
+    content = bytearray(store.read(segment.file.path))
+    content[-1] ^= 1
+    store.write(segment.file.path, bytes(content))
+    with pytest.raises(CheckpointError) as caught:
+        read_ledger(store, manifest_of(segment))
+    assert str(caught.value) == (f"{store.url}/{segment.file.path}: altered since it was written; the history of steps "
+                                 "0 to 1 can not be proved")
+
+
+def test_a_hole_is_refused(store):
+    first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
+    with pytest.raises(CheckpointError, match="begins at step 2, expected 1; the history has a hole"):
+        read_ledger(store, manifest_of(first, third))
+    with pytest.raises(CheckpointError, match="ends at step 1, the checkpoint stands at step 5; the history has a hole"):
+        read_ledger(store, manifest_of(first, step=5))
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"no safetensors", "no ledger segment"), (save({"other": rows(0)}), r"no ledger segment \('rows'\)"),
+    (save({"rows": rows(0)[:, :5]}), r"int64 rows of shape \(2, 5\), expected int64 \(n, 6\)"),
+    (save({"rows": rows(0).astype(np.float32)}), r"float32 rows of shape \(2, 6\)")])
+def test_a_hostile_segment_is_refused(store, content, said):
+    store.write("ledger/x", content)
+    with pytest.raises(CheckpointError, match=said):
+        read_ledger(store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content))))

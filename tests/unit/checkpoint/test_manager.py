@@ -1,0 +1,367 @@
+"""Commit, fall back, retain, refuse: what a checkpoint of a real small engine goes through."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from unit.small import checkpoints, make_engine, make_model, save, tensors_of, train
+
+from dist_ft import storage
+from dist_ft.checkpoint import fragments, manager
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt, committed, kept, load_manifest, newest_attempt
+from dist_ft.checkpoint.manifest import NewerFormatError
+from dist_ft.errors import CheckpointError, StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+FILES = ["manifest.json", "rank-00000-0000.safetensors", "rank-00000-0001.safetensors"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = make_engine()
+    train(engine, range(1))
+    return engine
+
+
+@pytest.fixture
+def attempt(store):
+    """Return a function that begins an attempt and returns its manager."""
+    def begin(**section):
+        number = begin_attempt(store, 1)
+        made = CheckpointManager(store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number)
+        made.newest()
+        return made
+
+    return begin
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries without waiting."""
+    monkeypatch.setattr(storage, "wait_random_exponential", lambda **_: lambda state: 0)
+
+
+def found(store: Store) -> int | None:
+    manifest = manager.newest(store, World(), Collectives())
+    return manifest.progress.step if manifest else None
+
+
+# Commit and load
+
+
+@pytest.mark.parametrize("url", ["folder", "memory://run-of-manager-test"])
+def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
+    store = Store(url if "://" in url else str(tmp_path / url))
+    straight = make_engine()
+    want = train(straight, range(5))
+    first = make_engine()
+    train(first, range(3))
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    assert save(one, first, 3, before=2.5) == store.full("checkpoints/step-000000003-a0001")
+
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    manifest = two.newest()
+    assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (3, 1, {"before": 2.5})
+    assert set(manifest.versions) == {"torch", "transformers", "safetensors"}
+    second = make_engine(model=make_model(initializer_range=1.0))
+    train(second, range(1))
+    two.load(manifest, second, tensors_of(second))
+    assert second.optimizer_step() == 3
+    assert train(second, range(3, 5)) == want[3:]
+
+
+def test_the_manifest_is_written_last(store, attempt, engine, monkeypatch):
+    written = []
+    monkeypatch.setattr(Store, "write", lambda self, path, content, real=Store.write: (
+        written.append(path), real(self, path, content))[1])
+    save(attempt(), engine, 1)
+    assert written[-1] == manifests.NAME and written[-2].startswith("ledger/")
+
+
+def test_another_models_checkpoint_is_refused(store, attempt, engine):
+    one = attempt()
+    save(one, engine, 1)
+    manifest, where = one.newest(), store.full("checkpoints/step-000000001-a0001")
+    smaller = make_engine(model=make_model(intermediate_size=40))
+    with pytest.raises(CheckpointError, match=re.escape(
+            f"{where}: model.layers.0.mlp.down_proj.weight is [32, 48] in the checkpoint and [32, 40] in the model; both "
+            "must be the same; check model.path")):
+        one.load(manifest, smaller, tensors_of(smaller))
+    deeper = make_engine(model=make_model(num_hidden_layers=3))
+    with pytest.raises(CheckpointError, match="is absent in the checkpoint and "):
+        one.load(manifest, deeper, tensors_of(deeper))
+
+
+def test_another_optimizers_state_is_missing(attempt, engine):
+    one = attempt()
+    save(one, engine, 1)
+    other = make_engine(name="sgd", momentum=0.9)
+    with pytest.raises(CheckpointError, match="elements from 0 of momentum_buffer of .* are not in this checkpoint; it "
+                                              r"belongs to another model or optimizer; check .* optimizer\.name"):
+        one.load(one.newest(), other, tensors_of(other))
+
+
+# Falling back
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monkeypatch, caplog, name, damage):
+    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    one = attempt()
+    save(one, engine, 1)
+    where = save(one, engine, 2)
+    assert sorted(os.listdir(where)) == FILES
+    path = os.path.join(where, name)
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    if damage == "remove":
+        os.remove(path)
+    else:
+        content[len(content) // 2] ^= 4
+        length = {"flip": len(content), "truncate": len(content) - 1, "empty": 0}[damage]
+        with open(path, "wb") as file:
+            file.write(content[:length])
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        assert found(store) == 1
+    if (name, damage) == ("manifest.json", "remove"):
+        return  # never committed: nothing to say
+    assert len(caplog.records) == 1
+    said = caplog.records[0].getMessage()
+    assert said.startswith(f"checkpoint step-000000002-a0001 is passed over: {path}: ")
+    reason = {"flip": "its checksum differs", "remove": "the file is not there"}.get(
+        damage, f"{0 if damage == 'empty' else len(content) - 1} bytes, the manifest says {len(content)}")
+    assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
+
+
+def test_all_damaged_is_none_and_absent_is_none(store, attempt, engine):
+    assert found(store) is None
+    where = save(attempt(), engine, 1)
+    os.remove(os.path.join(where, FILES[1]))
+    assert found(store) is None
+
+
+def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):
+    where = save(attempt(), engine, 1)
+    shutil.copytree(where, where.replace("step-000000001", "step-000000009"))
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        assert found(store) == 1
+    assert "is the manifest of step-000000001-a0001; a checkpoint may not be copied or renamed" in caplog.text
+
+
+def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine, monkeypatch):
+    one = attempt()
+    save(one, engine, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "FORMAT_VERSION", 2)
+        save(one, engine, 2)
+    with pytest.raises(NewerFormatError, match=r"format_version=2 is newer than this dist_ft knows \(1\); update dist_ft"):
+        found(store)
+
+
+class Unreachable(MemoryFileSystem):
+    """Storage whose fragment files can not be read or written while `broken` says so."""
+
+    protocol = "unreachable"
+    cachable = False
+    broken = ""
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        if Unreachable.broken == "read" and path.endswith(".safetensors"):
+            raise OSError("503 SlowDown")
+        return super().cat_file(path, start=start, end=end, **kwargs)
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if Unreachable.broken and path.endswith(Unreachable.broken):
+            raise OSError("503 SlowDown")
+        return super().pipe_file(path, value, mode=mode, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.split("://", 1)[-1].lstrip("/")
+
+
+@pytest.fixture
+def unreachable(quick):
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    Unreachable.broken = ""
+    store = Store("unreachable://run")
+    yield store
+    Unreachable.broken = ""
+    store.remove("")
+
+
+def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engine):
+    one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
+    save(one, engine, 1)
+    save(one, engine, 2)
+    Unreachable.broken = "read"
+    with pytest.raises(StorageError, match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
+                                           r"503 SlowDown\); gave up after 5 tries; check that the endpoint answers"):
+        one.newest()
+    Unreachable.broken = ""
+    assert one.newest().progress.step == 2
+
+
+# Failing storage
+
+
+@pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors", "manifest.json"])
+def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, suffix):
+    one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
+    save(one, engine, 1)
+    Unreachable.broken = suffix
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: 503 SlowDown\); gave up after 5 tries"):
+        save(one, engine, 2, np.array([[1, 0, 0, 1, 0, 5]]))
+    assert unreachable.list("checkpoints") == ["step-000000001-a0001"]
+    Unreachable.broken = ""
+    save(one, engine, 3, np.array([[2, 0, 0, 2, 0, 5], [1, 0, 0, 1, 0, 5]]))
+    rows = read_ledger(unreachable, one.newest())
+    assert rows[:, 0].tolist() == [0, 1, 2]  # the steps of the failed save are in the next one
+
+
+def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, engine, monkeypatch):
+    one = attempt()
+    monkeypatch.setattr(Store, "size", lambda self, path: 17)
+    with pytest.raises(StorageError, match=r"rank-00000-0000\.safetensors: 17 bytes are there, \d+ were written; the "
+                                           "storage lost some; checkpoint not committed"):
+        save(one, engine, 1)
+    assert committed(store) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for one checkpoint and a half; skips without the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=448k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root with the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, engine):
+    store = Store(str(small_disk / "run"))
+    one = CheckpointManager(store, checkpoints(keep_last=1), World(), Collectives(), 1)
+    save(one, engine, 1)
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*No space left on device.*\); the disk is full; "
+                                           r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)"):
+        save(one, engine, 2)
+    assert store.list("checkpoints") == ["step-000000001-a0001"] and found(store) == 1
+    assert not list(small_disk.rglob(".tmp-*"))
+
+
+def test_a_read_only_disk(small_disk, engine):
+    store = Store(str(small_disk / "run"))
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*Read-only file system.*\); access is refused"):
+        save(one, engine, 1)
+    assert found(store) is None
+
+
+# Retention
+
+
+@pytest.mark.parametrize(("keep_last", "keep_every", "want"), [
+    (1, 0, [7]), (2, 0, [7, 6]), (1, 2, [7, 6, 4, 2]), (9, 0, [7, 6, 5, 4, 3, 2, 1]), (1, 5, [7, 5])])
+def test_kept(keep_last, keep_every, want):
+    names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
+    section = checkpoints(keep_last=keep_last, keep_every_steps=keep_every)
+    assert [manifests.parse_folder(name)[0] for name in kept(names, section)] == want
+
+
+def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):
+    one = attempt(keep_last=2, keep_every_steps=3)
+    for step in range(1, 8):
+        save(one, engine, step)
+    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [7, 6, 3]
+    assert read_ledger(store, one.newest())[:, 0].tolist() == list(range(7))
+
+
+def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, engine):
+    one, two = attempt(), attempt()
+    for name in ("step-000000001-a0001", "step-000000001-a0002", "step-000000001-a0003"):
+        store.write(f"checkpoints/{name}/rank-00000-0000.safetensors", b"torn")
+    store.write("checkpoints/notes.txt", b"not ours")
+    save(two, engine, 2)
+    assert store.list("checkpoints") == ["notes.txt", "step-000000001-a0003", "step-000000002-a0002"]
+    assert one is not two
+
+
+def test_what_was_passed_over_takes_no_place(store, attempt, engine):
+    """keep_last counts checkpoints of the run's own history, never a damaged one that is newer."""
+    one = attempt()
+    for step in (1, 2, 5):
+        save(one, engine, step)
+    os.remove(store.full("checkpoints/step-000000005-a0001/" + FILES[1]))
+    two = attempt(keep_last=2)
+    assert two._origin == 2
+    save(two, engine, 3)
+    assert committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
+
+
+def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, caplog, quick):
+    one = attempt(keep_last=1)
+    save(one, engine, 1)
+
+    def refuse(self, path):
+        raise StorageError(f"{path}: no")
+
+    monkeypatch.setattr(Store, "remove", refuse)
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        save(one, engine, 2)
+    assert "checkpoint step-000000001-a0001 was not removed: checkpoints/step-000000001-a0001/manifest.json: no" in caplog.text
+
+
+# Attempts
+
+
+def test_attempts_are_numbered(store):
+    assert newest_attempt(store) == 0
+    assert [begin_attempt(store, 2) for _ in range(3)] == [1, 2, 3]
+    store.write("attempts/notes.json", b"")
+    store.write("attempts/000009.txt", b"")
+    assert newest_attempt(store) == 3
+    assert store.list("attempts")[0] == "000001.json"
+
+
+def test_a_worker_of_an_older_attempt_does_not_commit(store, attempt, engine):
+    zombie = attempt()
+    save(zombie, engine, 1)
+    begin_attempt(store, 1)
+    with pytest.raises(CheckpointError) as caught:
+        save(zombie, engine, 2)
+    assert str(caught.value) == (f"{store.url}/checkpoints/step-000000002-a0001: attempt 1 must not commit, attempt 2 has "
+                                 "taken over the run; this process ends")
+    assert not caught.value.retryable
+    assert found(store) == 1
+
+
+def test_the_ledger_follows_the_history_that_was_resumed(store, attempt, engine):
+    one = attempt()
+    save(one, engine, 2, np.array([[0, 0, 0, 0, 0, 5], [1, 0, 0, 1, 0, 5]]))
+    where = save(one, engine, 4, np.array([[2, 0, 0, 2, 0, 5], [3, 0, 0, 3, 0, 5]]))
+    os.remove(os.path.join(where, manifests.NAME))
+    two = attempt()
+    save(two, engine, 3, np.array([[2, 0, 0, 2, 0, 5]]))
+    manifest = load_manifest(store, "step-000000003-a0002")
+    assert [(part.start, part.stop) for part in manifest.ledger] == [(0, 2), (2, 3)]
+    assert read_ledger(store, manifest)[:, 3].tolist() == [0, 1, 2]
