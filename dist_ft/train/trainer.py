@@ -172,6 +172,8 @@ class Trainer:
         progress = Progress(step=self._step, optimizer_step=parts.engine.optimizer_step(),
                             num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
         rows = self._ledger.take()
+        if parts.metrics is not None:
+            parts.metrics.flush()  # before the commit: a run resumed from it must find the lines of all steps before
         try:
             self._checkpoint = parts.manager.save(
                 parts.engine, progress, rows, run=self._config.run.name, aliases=parts.aliases, tensors=parts.tensors,
@@ -182,8 +184,6 @@ class Trainer:
             self._ledger.put_back(rows)
             log.warning("no checkpoint at step %d, training goes on: %s", self._step, error)
             return
-        if parts.metrics is not None:
-            parts.metrics.flush()
         metrics = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
         self._hooks.committed(self._checkpoint, metrics)
 

@@ -86,7 +86,11 @@ def test_level_and_single_handler(capsys):
     assert capsys.readouterr().err == "WARNING once\n"
 
 
-def test_third_parties_are_silenced_by_name():
+def test_third_parties_are_silenced_by_name_even_if_they_set_their_level_later(caplog):
     logs.quiet_third_parties()
-    assert logging.getLogger("httpx").level == logging.ERROR
-    assert logging.getLogger("somebody.else").level == logging.NOTSET
+    with caplog.at_level(logging.DEBUG):
+        logging.getLogger("httpx").setLevel(logging.INFO)
+        logging.getLogger("httpx").info("one line a request")
+        logging.getLogger("httpx").error("it broke")
+        logging.getLogger("somebody.else").info("heard")
+    assert [record.message for record in caplog.records] == ["it broke", "heard"]
