@@ -85,6 +85,8 @@ def _explained(section: ModelSection, what: str) -> Any:
             hint = "it wants to run code of its own: read that code, then set model.trust_remote_code=true"
         elif "flash" in str(error).lower():
             hint = "set model.attention=sdpa"
+        elif "attn_implementation" in str(error):
+            hint = "set model.attention=eager"
         raise ModelError(redact(f"model.path={section.path}: can not load the {what} "
                                 f"({type(error).__name__}: {first}); {hint}")) from error
 

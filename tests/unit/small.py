@@ -27,7 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(family: str = "llama", attention: str = "sdpa", dropout: float = 0.0, **changes: Any) -> Any:
+def kernels(family: str) -> list[str]:
+    """Return the attention kernels that run here for a family; transformers has no SDPA for Gemma 2."""
+    return ["eager"] if family == "gemma2" else ["sdpa", "eager"]
+
+
+def make_model(family: str = "llama", attention: str | None = None, dropout: float = 0.0, **changes: Any) -> Any:
     """Return a transformers model of two layers, width 32, weights large enough for attention to matter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,14 +41,14 @@ def make_model(family: str = "llama", attention: str = "sdpa", dropout: float = 
     for name in [name for name in vars(config) if name.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, dropout)
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or kernels(family)[0], dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     return model
 
 
-def make_module(family: str = "llama", attention: str = "sdpa", dropout: float = 0.0, **changes: Any) -> CausalLM:
+def make_module(family: str = "llama", attention: str | None = None, dropout: float = 0.0, **changes: Any) -> CausalLM:
     """Return the same inside the module that the engines train."""
     return CausalLM(make_model(family, attention, dropout, **changes))
 

@@ -1,0 +1,163 @@
+"""From a checkpoint to a folder that plain transformers loads, with the same logits, or an error and no folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+import unit.small as small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dist_ft.checkpoint.export import export_run
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.engine.torch_engine import TorchEngine
+from dist_ft.errors import CheckpointError
+from dist_ft.model.causal_lm import aliases
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+
+def write_tokenizer(folder: str) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(small.VOCABULARY)}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    made.save_pretrained(folder)
+
+
+def make_run(folder: str, engine: TorchEngine, steps: tuple[int, ...] = (1,)) -> Store:
+    """Make the folder of a run of `engine` with checkpoints at `steps`, one training step before each."""
+    store = Store(folder)
+    manager = CheckpointManager(store, small.checkpoints(keep_last=9), World(), Collectives(), 1)
+    for step in steps:
+        small.train(engine, range(step, step + 1))
+        small.save(manager, engine, step)
+    engine.module.model.config.save_pretrained(f"{folder}/model")
+    write_tokenizer(f"{folder}/model")
+    return store
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 20)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a llama with two checkpoints; its folder, its engine."""
+    folder, engine = str(tmp_path_factory.mktemp("run") / "r"), small.make_engine()
+    make_run(folder, engine, (1, 2))
+    return folder, engine
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True)])
+def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
+    engine = small.make_engine(model=small.make_model(family, tie_word_embeddings=tied))
+    assert bool(aliases(engine.module)) == tied
+    make_run(str(tmp_path / "r"), engine)
+    out = export_run(str(tmp_path / "r"), str(tmp_path / "deep" / "out"))
+    assert out == str(tmp_path / "deep" / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(logits(loaded), logits(engine.module.model))
+    assert AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
+    assert not [name for name in os.listdir(out) if name.endswith((".bin", ".pt"))]
+
+
+def test_a_step_of_ones_choice_and_a_number_format(run, tmp_path):
+    folder, engine = run
+    older, newer = (AutoModelForCausalLM.from_pretrained(export_run(folder, str(tmp_path / str(step)), step=step))
+                    for step in (1, 2))
+    assert not torch.equal(logits(older), logits(newer))
+    assert torch.equal(logits(newer), logits(engine.module.model))
+    half = AutoModelForCausalLM.from_pretrained(export_run(folder, str(tmp_path / "half"), dtype="bfloat16"))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.lm_head.weight, newer.lm_head.weight.to(torch.bfloat16))
+
+
+def refused(run, out, **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        export_run(str(run), str(out), **options)
+    return str(caught.value)
+
+
+def test_a_folder_with_something_in_it_is_refused(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert os.listdir(export_run(run[0], str(tmp_path / "empty")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("dear")
+    assert refused(run[0], tmp_path / "full") == (
+        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; give another")
+    assert refused(run[0], tmp_path / "full" / "mine") == (
+        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give another")
+    assert (tmp_path / "full" / "mine").read_text() == "dear"
+
+
+def test_a_step_that_is_not_there(run, tmp_path):
+    assert refused(run[0], tmp_path / "x", step=7) == (
+        f"--step=7: not among the checkpoints of {run[0]}; there are 1, 2; give one of them")
+
+
+def test_no_run_there(tmp_path):
+    assert refused(str(tmp_path / "r"), tmp_path / "x") == (
+        f"{tmp_path}/r: no committed checkpoint; give the folder of a run (<storage>/<name>)")
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run to damage."""
+    return shutil.copytree(run[0], tmp_path / "copy")
+
+
+def test_damage_falls_back_or_is_told(copy, tmp_path):
+    for step in (2, 1):
+        with open(copy / f"checkpoints/step-00000000{step}-a0001/rank-00000-0000.safetensors", "r+b") as file:
+            file.truncate(1000)
+        if step == 2:
+            assert "1000 bytes, the manifest says" in refused(copy, tmp_path / "two", step=2)
+            assert os.listdir(export_run(str(copy), str(tmp_path / "one")))
+    assert refused(copy, tmp_path / "none") == f"{copy}: every checkpoint is torn or altered; see the log above"
+    assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing half-made
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"num_hidden_layers": 3}, r"model.layers.2.\S+ is absent in the checkpoint and \[.*\] in the model"),
+    ({"num_hidden_layers": 1}, r"model.layers.1.\S+ is \[.*\] in the checkpoint and absent in the model"),
+    ({"intermediate_size": 40}, r"is \[32, 48\] in the checkpoint and \[32, 40\] in the model")])
+def test_another_models_config_is_refused(copy, tmp_path, changes, said):
+    small.make_model(**changes).config.save_pretrained(copy / "model")
+    text = refused(copy, tmp_path / "x")
+    assert re.search(rf"^{copy}/checkpoints/step-000000002-a0001: .*{said}; both must be the same; check model\.path$", text)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_without_its_models_config(copy, tmp_path):
+    os.remove(copy / "model" / "config.json")
+    assert refused(copy, tmp_path / "x") == (
+        f"{copy}/model: no config.json there; every run keeps its model's config and tokenizer; give the folder of a run "
+        "(<storage>/<name>)")
+
+
+def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, monkeypatch):
+    """A transformers that writes something else than it holds is caught by loading the folder again."""
+    from transformers import LlamaForCausalLM
+
+    def spoil(self, folder, real=LlamaForCausalLM.save_pretrained, **options):
+        self.model.norm.weight.data += 1e-3
+        real(self, folder, **options)
+        self.model.norm.weight.data -= 1e-3
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoil)
+    assert re.search(r"loaded again it does not give the same logits \(largest difference [\d.e-]+, missing \[\]\); nothing "
+                     "was exported$", refused(copy, tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_no_credentials_in_errors(tmp_path):
+    assert refused("memory://me:secret@nowhere", tmp_path / "x").startswith("memory://<redacted>@nowhere: no committed")
