@@ -7,6 +7,7 @@ so, and a weight that is missing, of another shape or freshly initialised is an 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from dist_ft.logs import redact
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger("dist_ft.model")
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
@@ -99,13 +101,34 @@ def read_config(section: ModelSection, cache_dir: str | None = None) -> Pretrain
     with _explained(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     known = type(config) in AutoModelForCausalLM._model_mapping
-    if not known and not section.trust_remote_code:
+    if (not known and not section.trust_remote_code) or _sees_what_follows(config):
         raise ModelError(f"model.path={section.path}: a {config.model_type} model can not continue text; causal "
                          "language models are allowed; choose another model")
     if section.dropout is not None:
-        for name in [key for key in vars(config) if key.endswith(("dropout", "_pdrop", "dropout_prob"))]:
-            setattr(config, name, section.dropout)
+        with _explained(section, f"config with model.dropout={section.dropout}"):
+            set_dropout(config, section.dropout)
     return config
+
+
+def _sees_what_follows(config: PretrainedConfig) -> bool:
+    """Tell whether this is an encoder, whose attention sees the tokens it should predict.
+
+    transformers lists BERT and its kind as causal models too; they are, if their config says `is_decoder`.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
+    return bool(getattr(config, "is_encoder_decoder", False)) or (masked and not getattr(config, "is_decoder", False))
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout of a config and of the configs in it."""
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(value, int | float):
+            exact = type(value)(probability)  # transformers refuses 0.0 where it declares a whole number
+            setattr(config, name, exact if exact == probability else probability)
+        elif hasattr(value, "to_diff_dict"):
+            set_dropout(value, probability)
 
 
 def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
@@ -134,12 +157,14 @@ def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTraine
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
     folder = fetch(section.path, section.revision, cache_dir)
     config = read_config(section, cache_dir)
     with _explained(section, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True)
+            trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True)
     model, info = loaded
     refuse_incomplete(section.path, info)
     return _finish(model, section)
@@ -168,10 +193,21 @@ def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
 
 def refuse_incomplete(path: str, info: dict[str, Any]) -> None:
     """Raise ModelError if transformers reports weights it did not find or could not use."""
-    bad = {kind: sorted(str(name) for name in info.get(kind, ()) or ())
-           for kind in ("missing_keys", "mismatched_keys", "error_msgs")}
-    for kind, names in bad.items():
+    kinds = {"missing_keys": "missing in the files", "mismatched_keys": "of another shape in the files",
+             "error_msgs": "not readable"}
+    for kind, what in kinds.items():
+        names = sorted(_told(found) for found in info.get(kind) or ())
         if names:
-            raise ModelError(f"model.path={path}: {len(names)} weights are {kind.split('_')[0]} in the files, such as "
-                             f"{names[0]}; they would start from random values; check that config.json belongs to "
-                             "the *.safetensors")
+            raise ModelError(f"model.path={path}: {len(names)} weights are {what}, such as {names[0]}; they would "
+                             "start from random values; check that config.json belongs to the *.safetensors")
+    unused = sorted(info.get("unexpected_keys") or ())
+    if unused:
+        log.warning("model.path=%s: %d tensors of the files have no place in the model, such as %s", path, len(unused),
+                    unused[0])
+
+
+def _told(found: Any) -> str:
+    """Return the name in an item of transformers' report, which for a mismatch is (name, shape found, shape wanted)."""
+    if isinstance(found, tuple):
+        return f"{found[0]} ({list(found[1])}, the model has {list(found[2])})"
+    return str(found)
