@@ -75,7 +75,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_step(self) -> int:
-        """Return how many updates the optimizer has made."""
+        """Return how many updates the optimizer counts; 0 for one that does not count (SGD)."""
 
     @abstractmethod
     def finish_load(self, optimizer_step: int) -> None:

@@ -180,8 +180,6 @@ class DeepSpeedEngine(Engine):
 
     def _ensure_state(self) -> None:
         """Make optimizer state exist, and ZeRO-1/2 know it, before the first step."""
-        if self._section.name == "adafactor":
-            return  # stage 0 only; it makes its own at the first step
         flats = {0: lambda: [p for p in self._parameters.values() if p.requires_grad],
                  3: lambda: self._zero.fp32_partitioned_groups_flat}
         tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()

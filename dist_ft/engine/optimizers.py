@@ -45,7 +45,9 @@ def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.opti
 
 
 def ensure_state(optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]) -> None:
-    """Create the state torch would create at the first step (zeros), so that it can be loaded and saved before it."""
+    """Create the state torch would create at the first step, so that it can be loaded and saved before it."""
+    if name == "adafactor":
+        return _step_of_size_zero(optimizer)
     for tensor in tensors:
         state = optimizer.state[tensor]
         if name == "adamw" and "exp_avg" not in state:
@@ -53,6 +55,21 @@ def ensure_state(optimizer: torch.optim.Optimizer, name: str, momentum: float, t
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
         elif name == "sgd" and momentum and state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(tensor)
+    return None
+
+
+def _step_of_size_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer create its own state; the parameters, and what the first real step does, stay as they are."""
+    decay = [group["weight_decay"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, value in zip(optimizer.param_groups, decay, strict=True):
+        group["weight_decay"] = value
+    set_step(optimizer, 0)
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -11,7 +11,7 @@ def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
     """Return the number of warm-up steps of a run of `total_steps`."""
     if section.warmup_steps is not None:
         return section.warmup_steps
-    return math.ceil((section.warmup_ratio or 0.0) * total_steps)
+    return math.ceil(round((section.warmup_ratio or 0.0) * total_steps, 6))  # 0.07 * 100 is a little above 7
 
 
 def factor(section: ScheduleSection, step: int, total_steps: int) -> float:

@@ -37,7 +37,7 @@ class TorchEngine(Engine):
                          for name, p in self._learned.items()}
         groups = optimizers.param_groups(self._masters, section.weight_decay)  # type: ignore[arg-type]
         self.optimizer = optimizers.build(groups, section)
-        self._ensure_state()
+        optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
 
     @override
     def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
@@ -47,16 +47,21 @@ class TorchEngine(Engine):
             seed_random(seed, self.device)
             loss = self.module(**to_inputs(batch, self.device))
             (loss / num_target_tokens).backward()
+            self._collect()
             loss_sum += loss.detach()
         grad_norm = self._update(learning_rate)
         return StepOutcome(loss_sum.item(), grad_norm)
 
-    def _update(self, learning_rate: float) -> float:
-        """Clip, step, copy masters back; return the gradient norm before clipping."""
+    def _collect(self) -> None:
+        """Add 16-bit gradients to those of the float32 masters, so that lanes are summed without rounding."""
         for name, master in self._masters.items():
             parameter = self._learned[name]
             if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def _update(self, learning_rate: float) -> float:
+        """Clip, step, copy masters back; return the gradient norm before clipping."""
         limit = self._section.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
@@ -101,22 +106,6 @@ class TorchEngine(Engine):
     def finish_load(self, optimizer_step: int) -> None:
         optimizers.set_step(self.optimizer, optimizer_step)
         self._copy_back()
-
-    def _ensure_state(self) -> None:
-        """Make optimizer state exist from the start; Adafactor makes its own in a step of size zero."""
-        if self._section.name != "adafactor":
-            optimizers.ensure_state(self.optimizer, self._section.name, self._section.momentum, self._masters.values())
-            return
-        for master in self._masters.values():
-            master.grad = torch.zeros_like(master)
-        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = 0.0, 0.0
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
-            group["weight_decay"] = value
-        optimizers.set_step(self.optimizer, 0)
 
 
 def buffer_slots(module: CausalLM, owned: Callable[[int], bool] = lambda index: True) -> Iterator[Slot]:
