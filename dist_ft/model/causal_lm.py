@@ -2,11 +2,14 @@
 
 The sum (not the mean) leaves the module, so that the trainer can divide by the target tokens of the whole global
 batch: accumulation, packing and the number of workers then leave the gradient unchanged. Logits are computed only at
-positions with a target: prompts and padding cost no vocabulary-wide product.
+positions with a target: prompts and padding cost no vocabulary-wide product. Where the output layer is a plain matrix,
+loss and logits are made together, chunk by chunk (`head_loss`); models that change their logits afterwards (scaling,
+soft caps) are noticed in the first forward, by what they do to a 1.0, and take the way over whole logits.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.errors import ModelError
+from dist_ft.model.head_loss import head_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +47,18 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self._positions: torch.Tensor | None = None
+        self._targets: torch.Tensor | None = None
         self._flatten = str(model.config._attn_implementation).startswith("flash")
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
                              "with; causal language models are allowed; choose another model")
         head.register_forward_pre_hook(self._select)
+        self._chunked = type(head) is nn.Linear and head.bias is None
+        self._checked = False
+        if self._chunked:
+            self._plain_head = head.forward
+            head.forward = functools.partial(self._head, head)
 
     def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         """Hand the head only the hidden states (1, N, H) at the chosen positions of (B, T, H)."""
@@ -70,13 +80,34 @@ class CausalLM(nn.Module):
         """
         if self._flatten:  # flash attention finds packed samples in one flat row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        self._positions = positions
-        try:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        finally:
-            self._positions = None
+        if self._chunked:
+            loss, one = self._run(input_ids, position_ids, positions, targets).reshape(2)
+            if not self._checked:  # the same answer on every rank: it depends on the model only
+                self._chunked, self._checked = one.item() == 1.0, True
+            if self._chunked:
+                return loss
+        logits = self._run(input_ids, position_ids, positions, None)
         return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets,
                                            ignore_index=IGNORED, reduction="sum")
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+             targets: torch.Tensor | None) -> torch.Tensor:
+        """Return what the model calls logits: logits, or with `targets` loss and 1.0, (1, 1, 2), in their place."""
+        self._positions, self._targets = positions, targets
+        try:
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        finally:
+            self._positions = self._targets = None
+
+    def _head(self, head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        """Be the output layer's forward: the loss while `forward` runs, logits for everybody else.
+
+        Inside the layer's own call, so that ZeRO-3 has its weight at hand.
+        """
+        if self._targets is None:
+            return self._plain_head(hidden)
+        loss = head_loss(hidden.reshape(-1, hidden.shape[-1]), head.weight, self._targets)
+        return torch.stack([loss, torch.ones_like(loss)]).reshape(1, 1, 2)
 
 
 def canonical_names(module: CausalLM) -> dict[str, nn.Parameter]:
