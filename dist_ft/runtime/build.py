@@ -21,7 +21,7 @@ from dist_ft.errors import ConfigError
 from dist_ft.runtime import summary
 from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
-from dist_ft.train.metrics import MetricsLog
+from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.trainer import Hooks, Parts, Result, Trainer
 from dist_ft.world import World, collectives, on_rank0
 
@@ -39,6 +39,9 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     if world.size > config.num_lanes:
         raise ConfigError([f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "
                            "micro_batch); use fewer workers or a larger batch.global_batch"])
+    if world.size > 1 and config.max_workers == 0:
+        raise ConfigError([f"cluster.workers=0: means one process, and this is one of {world.size} (WORLD_SIZE); set "
+                           f"cluster.workers={world.size}, or start one process"])
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     attempt = on_rank0(world, comms, lambda: begin(store, config, world))
@@ -53,7 +56,8 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
         _fill(config, module, engine, manager, manifest)
         on_rank0(world, comms, lambda: _store_model(store, module, data.tokenizer))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
-        metrics = MetricsLog(store, progress.step, attempt, config.log.tensorboard) if world.rank == 0 else None
+        lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
+        metrics = MetricsLog(store, lines, attempt, config.log.tensorboard) if world.rank == 0 else None
         if world.rank == 0:
             hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),

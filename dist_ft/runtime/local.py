@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +24,9 @@ def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
 
     world = World.from_environment()
     with _process_group(config, world), stop_on_signal() as should_stop:
-        return build.run(config, world, hooks or Hooks(should_stop=should_stop))
+        hooks = hooks or Hooks()
+        asked = hooks.should_stop
+        return build.run(config, world, replace(hooks, should_stop=lambda: should_stop() or asked()))
 
 
 @contextlib.contextmanager

@@ -19,19 +19,23 @@ class Console:
     def say(self, text: str) -> None:
         """Print `text` on lines of its own."""
         if self._open:
-            self._stream.write("\n")
+            self._write("\n")
             self._open = False
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        self._write(f"{text}\n")
 
     def progress(self, text: str) -> None:
         """Show `text` as the current progress line."""
         if not self._live:
             return self.say(text)
-        self._stream.write(f"\r\x1b[2K{text}")
-        self._stream.flush()
+        self._write(f"\r\x1b[2K{text}")
         self._open = True
         return None
+
+    def _write(self, text: str) -> None:
+        """Write what the stream's encoding can say: a missing × must not end a run."""
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        self._stream.flush()
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -24,23 +25,26 @@ FLUSH_S = 30.0
 
 
 class MetricsLog:
-    """Rank 0's record of the run at `store`, going on after `step`."""
+    """Rank 0's record of the run at `store`, going on after `lines` (of `read_metrics`)."""
 
-    def __init__(self, store: Store, step: int, attempt: int, tensorboard: bool) -> None:
+    def __init__(self, store: Store, lines: list[dict[str, Any]], attempt: int, tensorboard: bool) -> None:
         self._store = store
-        self._lines = [line for line in read_metrics(store) if line["step"] <= step] if step else []
+        self._lines = list(lines)
         self._flushed = time.monotonic()
-        self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-") if tensorboard else None
+        self._tensorboard = tensorboard
         self._target = f"tensorboard/attempt-{attempt:04d}"
+        self._folder: str | None = None
         self._writer: Any = None
 
     def add(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Note the values of one step ("train" or "evaluation")."""
-        self._lines.append({"step": step, "kind": kind, **values})
-        if self._folder is not None:
+        """Note the values of one step ("train" or "evaluation"); in the file, what is no number is null (JSON)."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.append({"step": step, "kind": kind, **finite})
+        if self._tensorboard:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-")
                 self._writer = SummaryWriter(self._folder)
             for name, value in values.items():
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
@@ -51,7 +55,7 @@ class MetricsLog:
         """Bring the run's storage up to date; failing storage is logged, training goes on."""
         self._flushed = time.monotonic()
         try:
-            text = "".join(json.dumps(line) + "\n" for line in self._lines)
+            text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines)
             self._store.write(FILE, text.encode())
             if self._writer is not None and self._folder is not None:
                 self._writer.flush()
@@ -70,8 +74,16 @@ class MetricsLog:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def read_metrics(store: Store) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; an absent file has none."""
-    if not store.exists(FILE):
+def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, those of steps after `step` left out; an absent file has none.
+
+    Raises StorageError for a file that is not what this module writes: it would be overwritten.
+    """
+    if step == 0 or not store.exists(FILE):
         return []
-    return [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
+    try:
+        lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
+        return [line for line in lines if step is None or line["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{store.shown(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
+                           "allowed; move it away") from error

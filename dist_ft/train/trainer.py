@@ -24,6 +24,7 @@ from dist_ft.data.order import mix
 from dist_ft.engine import schedule
 from dist_ft.engine.base import Engine, StepOutcome, even_out
 from dist_ft.errors import Interrupted, StorageError
+from dist_ft.logs import redact
 from dist_ft.train.console import Console, progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
@@ -113,11 +114,11 @@ class Trainer:
                     self._evaluate("after")
                 elif _due(self._step, cfg.evaluation.every_steps):
                     self._evaluate("")
+                saved = False
                 if _due(self._step, cfg.checkpoint.every_steps) or (last and cfg.checkpoint.at_end) or stop:
-                    self._save()
+                    saved = self._save()
                 if stop and not last:
-                    raise Interrupted(f"stopped at step {self._step} of {self._total_steps} as asked; it is saved as "
-                                      f"{self._checkpoint}; the same command goes on from there")
+                    raise self._interrupted(saved)
                 begun = time.perf_counter()
         return self._result()
 
@@ -166,8 +167,11 @@ class Trainer:
             self._hooks.console.say(f"held-out loss at step {self._step}: {values['loss']:.4f} "
                                     f"(perplexity {values['perplexity']:.2f})")
 
-    def _save(self) -> None:
-        """Commit a checkpoint and tell the surroundings; where storage fails, training goes on (not at the end)."""
+    def _save(self) -> bool:
+        """Commit a checkpoint and tell the surroundings; where storage fails, training goes on (not at the end).
+
+        Returns whether the checkpoint was committed.
+        """
         parts = self._parts
         progress = Progress(step=self._step, optimizer_step=parts.engine.optimizer_step(),
                             num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
@@ -183,9 +187,17 @@ class Trainer:
                 raise
             self._ledger.put_back(rows)
             log.warning("no checkpoint at step %d, training goes on: %s", self._step, error)
-            return
+            return False
         metrics = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
         self._hooks.committed(self._checkpoint, metrics)
+        return True
+
+    def _interrupted(self, saved: bool) -> Interrupted:
+        """Return the error that says the run stopped as asked, and whether its last step is saved."""
+        how = (f"it is saved as {redact(str(self._checkpoint))}; the same command goes on from there" if saved else
+               "storage failed and nothing is saved at this step (the log says why); the same command goes on from the "
+               "checkpoint before")
+        return Interrupted(f"stopped at step {self._step} of {self._total_steps} as asked; {how}")
 
     def _result(self) -> Result:
         return Result(self._config.run_url, self._step, self._total_steps, self._loss,
