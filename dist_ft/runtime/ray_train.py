@@ -117,7 +117,7 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         else:  # address="local": never a stale cluster of another run
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({str(error).splitlines()[0]}); check "
+        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({_line(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error
     try:
@@ -266,7 +266,12 @@ def _explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
         for inner in (error, getattr(error, "_base_exc", None), getattr(error, "cause", None), error.__cause__):
             if isinstance(inner, DistFtError):
                 return inner
-    texts = [f"worker {rank}: {str(error).strip().splitlines()[-1]}" for rank, error in sorted(causes.items())]
-    text = "; ".join(texts) or str(failure).strip().splitlines()[-1]
+    texts = [f"worker {rank}: {_line(error, -1)}" for rank, error in sorted(causes.items())]
+    text = "; ".join(texts) or _line(failure, -1)
     return WorkerError(f"run {config.run.name}: gave up after cluster.max_failures={config.cluster.max_failures} "
                        f"restarts ({text}); what was committed is kept; the same command goes on from there")
+
+
+def _line(error: BaseException, index: int) -> str:
+    """Return a line of an error's text (the last, of a remote traceback, is the error); without text, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[index]

@@ -16,11 +16,13 @@ CASES = [(0, "float32", "adamw"), (0, "float32", "sgd"), (0, "float32", "adafact
          (1, "bfloat16", "adamw"), (2, "float32", "sgd"), (2, "bfloat16", "adamw"), (3, "float32", "adamw"),
          (3, "bfloat16", "sgd")]
 PROGRAM = """
-import json, logging, sys
-import torch, torch.distributed as dist
+import json, logging, os, sys
+import torch.distributed as dist
 from unit.small import make_model, run_config, train
+from dist_ft.config.schema import ModelSection
 from dist_ft.engine import deepspeed_engine as sharded, ds_config
 from dist_ft.model.causal_lm import CausalLM
+from dist_ft.model.load import load_model
 from dist_ft.world import World
 
 dist.init_process_group("gloo")
@@ -32,8 +34,12 @@ def build(stage, dtype, name, dropout, **changes):
     config = run_config("unused", zero={"stage": stage}, cluster={"workers": 1}, model={"dtype": dtype},
                         optimizer={"name": name, "momentum": momentum, "learning_rate": 1e-2})
     settings = ds_config.build(config)
-    model = make_model("gpt2", dropout=dropout, **changes).to(getattr(torch, dtype))
-    return sharded.DeepSpeedEngine(CausalLM(model), config.optimizer, settings, World())
+    folder = sys.argv[2] + "-".join(["", *changes])
+    if not os.path.exists(folder):
+        make_model("gpt2", **changes).save_pretrained(folder)
+    with sharded.loading(settings):
+        module = CausalLM(load_model(ModelSection(path=folder, dtype=dtype, dropout=dropout)))
+    return sharded.DeepSpeedEngine(module, config.optimizer, settings, World())
 
 found = {}
 for case in json.loads(sys.argv[1]):
@@ -51,7 +57,7 @@ for case in json.loads(sys.argv[1]):
     found["-".join(map(str, case))] = {
         "plain": plain, "at_start": at_start, "step": step, "resumed": other.optimizer_step(), "whole": whole, "want": want,
         "got": train(other, range(3, 5)), "formats": sorted({str(v.dtype) for v in saved.values()})}
-with open(sys.argv[2], "w") as file:
+with open(sys.argv[2] + ".json", "w") as file:
     json.dump(found, file)
 dist.destroy_process_group()
 """
@@ -60,7 +66,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
     """What every case gave, from one process."""
-    out = tmp_path_factory.mktemp("deepspeed") / "found.json"
+    out = tmp_path_factory.mktemp("deepspeed") / "model"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,7 +76,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(CASES), str(out)], env=env,
                          capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(out.with_suffix(".json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

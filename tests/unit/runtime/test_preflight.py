@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dist_ft.config.load import inspect_config, load_config, resolved_yaml
+from dist_ft.config.load import STORED, inspect_config, load_config, resolved_yaml
 from dist_ft.runtime import preflight
 from dist_ft.storage import Store
 
@@ -74,7 +74,7 @@ def test_storage_that_can_not_be_written(base, tmp_path):
 
 def test_an_older_run_of_that_name(base, tmp_path):
     store = Store(load_config(base).run_url)
-    store.write(preflight.STORED_CONFIG, resolved_yaml(load_config(base)).encode())
+    store.write(STORED, resolved_yaml(load_config(base)).encode())
     assert lines(base, "cluster.workers=2", "optimizer.learning_rate=1e-3") == []
     assert lines(base, "run.seed=3") == [
         "run.seed=3: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, or "

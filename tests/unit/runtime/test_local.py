@@ -1,0 +1,93 @@
+"""A signal saves and stops; a second one acts as if nobody listened."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+
+from dist_ft.config.load import load_config
+from dist_ft.errors import Interrupted
+from dist_ft.runtime import local
+from dist_ft.runtime.local import stop_on_signal
+from dist_ft.train.console import Console
+from dist_ft.train.trainer import Hooks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.base(tmp_path_factory.mktemp("local"), 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_a_wish(number):
+    before, stream = signal.getsignal(number), io.StringIO()
+    with stop_on_signal(Console(stream)) as asked:
+        assert not asked()
+        os.kill(os.getpid(), number)
+        assert asked()
+        assert signal.getsignal(number) == before  # the second acts as if nobody listened
+    assert signal.getsignal(number) == before
+    assert stream.getvalue() == f"{number.name}: saving after this step, then stopping (again: stop at once)\n"
+
+
+def test_the_second_signal_ends_the_process():
+    program = ("import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\nwith stop_on_signal():\n"
+               "    os.kill(os.getpid(), signal.SIGTERM)\n    print('once', flush=True)\n"
+               "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n")
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGTERM
+    assert ran.stdout.splitlines()[-1] == "once"
+
+
+def test_beside_the_main_thread_signals_are_left_alone():
+    seen = []
+
+    def watch():
+        with stop_on_signal() as asked:
+            seen.append((asked(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+@pytest.mark.parametrize("own_hooks", [False, True])
+def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
+    """With hooks of the caller too: they listen beside the signals, not in their place."""
+    document = tiny.config(base, f"signal-{str(own_hooks).lower()}", schedule={"epochs": None, "steps": 5})
+    before = signal.getsignal(signal.SIGTERM)
+
+    def at_second_step(text, real=Console.progress):
+        real(console, text)
+        if text.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    console = Console()
+    console.progress = at_second_step
+    hooks = Hooks(console=console) if own_hooks else None
+    if hooks is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Console, "progress", lambda self, text, real=Console.progress: (
+                real(self, text), text.startswith("step 2/") and os.kill(os.getpid(), signal.SIGTERM))[0])
+            with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
+                local.run(load_config(document))
+    else:
+        with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
+            local.run(load_config(document), hooks)
+    assert "SIGTERM: saving after this step" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_callers_wish_to_stop_counts(base):
+    document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
+    with pytest.raises(Interrupted, match="stopped at step 1 of 5 as asked"):
+        local.run(load_config(document), Hooks(console=Console(io.StringIO()), should_stop=lambda: True))
