@@ -7,8 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = ("the a quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old stones and "
-         "every child counts stars until morning comes with bread tea and news of distant towns").split()
+WORDS = ["the", "a", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wise", "owls", "watch", "rivers", "run", "between", "old", "stones", "and", "every", "child", "counts", "stars", "until", "morning", "comes", "with", "bread", "tea", "and", "news", "of", "distant", "towns"]
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
