@@ -1,0 +1,147 @@
+"""The same store over HTTP: an S3 server on loopback (moto), through `storage.options` as a config sets them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from uuid import uuid4
+
+import fsspec
+import pytest
+from unit.small import checkpoints, make_engine, save, tensors_of, train
+
+from dist_ft import storage
+from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt
+from dist_ft.errors import StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
+pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """The URL of an S3 server of our own, with a bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the S3 server ended"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(autouse=True)
+def s3(endpoint, monkeypatch):
+    """Credentials in the environment, the endpoint by config; what was configured is forgotten afterwards."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing-testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    storage.configure({"s3": {"endpoint_url": endpoint}})
+    fs, _ = storage.filesystem(f"s3://{BUCKET}")
+    if not fs.exists(BUCKET):
+        fs.mkdir(BUCKET)
+
+
+@pytest.fixture
+def store():
+    return Store(f"s3://{BUCKET}/{uuid4().hex}")
+
+
+def test_files_and_ranges(store):
+    content = bytes(range(256)) * 40_000
+    store.write("deep/file", content)
+    assert store.read("deep/file") == content
+    assert store.read("deep/file", 5, 9) == content[5:9]
+    assert store.size("deep/file") == len(content)
+    with pytest.raises(StorageError, match="5 bytes came, 100 were asked for"):
+        store.read("deep/file", len(content) - 5, len(content) + 95)
+
+
+def test_folders(store):
+    assert store.list() == store.walk() == [] and not store.exists()
+    for name in ("b", "a/2", "a/c/3"):
+        store.write(name, b"x")
+    assert (store.list(), store.list("a"), store.walk()) == (["a", "b"], ["2", "c"], ["a/2", "a/c/3", "b"])
+    assert store.exists("a") and store.exists("a/2") and not store.exists("a/1")
+    store.remove("a")
+    store.remove("a")
+    assert store.walk() == ["b"]
+
+
+def test_what_others_write_is_seen_at_once(store):
+    """Listings are not cached: another worker's attempt or commit must show."""
+    assert store.list("attempts") == []
+    Store(store.url).write("attempts/1", b"x")
+    assert store.list("attempts") == ["1"]
+
+
+def test_create_is_exclusive(store):
+    assert store.create("attempt", b"mine")
+    assert not store.create("attempt", b"yours")
+    assert store.read("attempt") == b"mine"
+
+
+def test_glob_and_stat(store):
+    for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"):
+        store.write(name, b"one")
+    assert storage.glob(store.full("data/*.jsonl")) == [store.full("data/a.jsonl"), store.full("data/b.jsonl")]
+    assert storage.glob(store.full("data")) == [store.full(name) for name in (
+        "data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")]
+    assert storage.glob(store.full("data/a.jsonl")) == [store.full("data/a.jsonl")]
+    assert storage.glob(store.full("none")) == storage.glob(store.full("none/*")) == []
+    before = storage.stat(store.full("data/a.jsonl"))
+    assert before["size"] == 3 and before["version"] != "None"
+    store.write("data/a.jsonl", b"two")
+    assert storage.stat(store.full("data/a.jsonl")) != before
+
+
+def test_download(store, tmp_path):
+    store.write("config.json", b"{}")
+    store.write("sub/x.json", b"[]")
+    assert store.download(str(tmp_path)) == ["config.json", "sub/x.json"]
+    assert (tmp_path / "sub" / "x.json").read_bytes() == b"[]"
+
+
+def test_absent_files_and_buckets_are_told_at_once(store):
+    for url in (store, Store("s3://no-such-bucket-anywhere")):
+        begun = time.monotonic()
+        with pytest.raises(StorageError, match=rf"^{url.url}/absent: can not read it \(FileNotFoundError: .*\); there is no "
+                                               "such file or bucket; check the URL$"):
+            url.read("absent")
+        assert time.monotonic() - begun < 5
+
+
+def test_no_credentials(store, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    storage.configure({"s3": {"skip_instance_cache": True}})
+    with pytest.raises(StorageError, match="no credentials were found; set them in the environment"):
+        store.read("x")
+
+
+def test_a_checkpoint_goes_out_and_in(store):
+    engine = make_engine()
+    train(engine, range(2))
+    manager = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    assert save(manager, engine, 2) == store.full("checkpoints/step-000000002-a0001")
+    want = train(engine, range(2, 4))
+    other = make_engine()
+    manager.load(manager.newest(), other, tensors_of(other))
+    assert train(other, range(2, 4)) == want
