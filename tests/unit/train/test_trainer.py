@@ -19,7 +19,9 @@ from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.load import load_config
+from dist_ft.data.order import mix
 from dist_ft.engine import schedule
+from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.errors import Interrupted, StorageError
 from dist_ft.runtime import build
 from dist_ft.runtime.data import open_data
@@ -240,3 +242,12 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     assert loader.index.pieces[:, 0].tolist() == list(range(13)) and count == loader.index.piece_targets.sum() == whole["num_target_tokens"]
     assert total / count == pytest.approx(whole["loss"], rel=1e-6)
     assert whole["perplexity"] == pytest.approx(np.exp(whole["loss"]))
+
+
+def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(TorchEngine, "train_step", lambda self, batches, seeds, *rest, real=TorchEngine.train_step: (
+        seen.append(tuple(seeds)), real(self, batches, seeds, *rest))[1])
+    Run(base, "seeds").go()
+    assert seen == [tuple(mix(11, step, lane) for lane in range(5)) for step in range(STEPS)]
+    assert len({seed for seeds in seen for seed in seeds}) == 5 * STEPS
