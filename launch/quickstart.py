@@ -94,6 +94,7 @@ def converted_model() -> Path:
     say("converting SmolLM2-135M-Instruct to safetensors (once)")
     import importlib.util
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar listens to nothing else
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
