@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import fsspec
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ft import storage
@@ -255,60 +254,3 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match=r"file/run/x: can not write it \(NotADirectoryError"):
         Store(str(tmp_path / "file" / "run")).write("x", b"")
-
-
-# URLs
-
-
-def test_local_urls(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert [storage.is_local(url) for url in ("x", "/x", "file:///x", "s3://x", "memory://x")] == [
-        True, True, True, False, False]
-    assert Store("~/runs").url == Store("runs").url == Store(f"file://{tmp_path}/runs/").url == str(tmp_path / "runs")
-    assert Store("s3://bucket/runs/").full("a/b") == "s3://bucket/runs/a/b"
-
-
-@pytest.mark.parametrize("kind", ["local", "memory"])
-def test_glob_finds_files_globs_and_folders(kind, tmp_path):
-    root = str(tmp_path) if kind == "local" else f"memory://{uuid4().hex}"
-    store = Store(root)
-    for name in ("data/b.jsonl", "data/a.jsonl", "data/sub/c.jsonl", "odd[1].txt"):
-        store.write(name, b"x")
-
-    def full(name):  # fsspec spells memory://x as memory:///x
-        return store.full(name) if kind == "local" else store.full(name).replace("//", "///")
-
-    assert storage.glob(full("data/a.jsonl")) == [full("data/a.jsonl")]
-    assert storage.glob(full("data/*")) == [full("data/a.jsonl"), full("data/b.jsonl")]
-    assert storage.glob(full("data")) == [full("data/a.jsonl"), full("data/b.jsonl"), full("data/sub/c.jsonl")]
-    assert storage.glob(full("**/c.jsonl")) == [full("data/sub/c.jsonl")]
-    assert storage.glob(full("odd[1].txt")) == [full("odd[1].txt")]
-    assert storage.glob(full("nothing")) == storage.glob(full("nothing/*")) == []
-
-
-@pytest.mark.parametrize("kind", ["local", "memory"])
-def test_stat_tells_when_content_changed(kind, tmp_path):
-    store = Store(str(tmp_path) if kind == "local" else f"memory://{uuid4().hex}")
-    store.write("shard", b"one")
-    before = storage.stat(store.full("shard"))
-    assert before["size"] == 3 and before == storage.stat(store.full("shard"))
-    store.write("shard", b"two")
-    assert storage.stat(store.full("shard")) != before
-    with pytest.raises(StorageError, match="there is no such file"):
-        storage.stat(store.full("absent"))
-
-
-def test_configure_sets_options_of_a_protocol(monkeypatch):
-    monkeypatch.setattr(fsspec.config, "conf", {})
-    storage.configure({"file": {"auto_mkdir": True}})
-    storage.configure({"file": {"skip_instance_cache": True}})
-    assert fsspec.config.conf["file"] == {"auto_mkdir": True, "skip_instance_cache": True}
-    assert isinstance(storage.filesystem("x")[0], LocalFileSystem)
-
-
-def test_pyarrow_reads_through_the_same_door():
-    store = Store(f"memory://{uuid4().hex}")
-    store.write("file", b"through arrow")
-    filesystem, path = storage.arrow_filesystem(store.full("file"))
-    assert filesystem.open_input_file(path).read() == b"through arrow"

@@ -1,0 +1,41 @@
+"""A run's folder, an engine that learned a little, and attempts at the run."""
+
+from __future__ import annotations
+
+import pytest
+from unit.small import checkpoints, make_engine, train
+
+from dist_ft import storage
+from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = make_engine()
+    train(engine, range(1))
+    return engine
+
+
+@pytest.fixture
+def attempt(store):
+    """Return a function that begins an attempt and returns its manager."""
+    def begin(**section):
+        number = begin_attempt(store, 1)
+        made = CheckpointManager(store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number)
+        made.newest()
+        return made
+
+    return begin
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries without waiting."""
+    monkeypatch.setattr(storage, "wait_random_exponential", lambda **_: lambda state: 0)

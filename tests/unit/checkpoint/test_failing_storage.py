@@ -1,0 +1,117 @@
+"""Storage that does not answer, is full or read-only: one error, nothing half-made, and no step back."""
+
+from __future__ import annotations
+
+import subprocess
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from unit.checkpoint.test_manager import found
+from unit.small import checkpoints, save
+
+from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt, committed
+from dist_ft.errors import StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+
+class Unreachable(MemoryFileSystem):
+    """Storage whose fragment files can not be read or written while `broken` says so."""
+
+    protocol = "unreachable"
+    cachable = False
+    broken = ""
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        if Unreachable.broken == "read" and path.endswith(".safetensors"):
+            raise OSError("503 SlowDown")
+        return super().cat_file(path, start=start, end=end, **kwargs)
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if Unreachable.broken and path.endswith(Unreachable.broken):
+            raise OSError("503 SlowDown")
+        return super().pipe_file(path, value, mode=mode, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.split("://", 1)[-1].lstrip("/")
+
+
+@pytest.fixture
+def unreachable(quick):
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    Unreachable.broken = ""
+    store = Store("unreachable://run")
+    yield store
+    Unreachable.broken = ""
+    store.remove("")
+
+
+def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engine):
+    one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
+    save(one, engine, 1)
+    save(one, engine, 2)
+    Unreachable.broken = "read"
+    with pytest.raises(StorageError, match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
+                                           r"503 SlowDown\); gave up after 5 tries; check that the endpoint answers"):
+        one.newest()
+    Unreachable.broken = ""
+    assert one.newest().progress.step == 2
+
+
+@pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors", "manifest.json"])
+def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, suffix):
+    one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
+    save(one, engine, 1)
+    Unreachable.broken = suffix
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: 503 SlowDown\); gave up after 5 tries"):
+        save(one, engine, 2, np.array([[1, 0, 0, 1, 0, 5]]))
+    assert unreachable.list("checkpoints") == ["step-000000001-a0001"]
+    Unreachable.broken = ""
+    save(one, engine, 3, np.array([[2, 0, 0, 2, 0, 5], [1, 0, 0, 1, 0, 5]]))
+    rows = read_ledger(unreachable, one.newest())
+    assert rows[:, 0].tolist() == [0, 1, 2]  # the steps of the failed save are in the next one
+
+
+def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, engine, monkeypatch):
+    one = attempt()
+    monkeypatch.setattr(Store, "size", lambda self, path: 17)
+    with pytest.raises(StorageError, match=r"rank-00000-0000\.safetensors: 17 bytes are there, \d+ were written; the "
+                                           "storage lost some; checkpoint not committed"):
+        save(one, engine, 1)
+    assert committed(store) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for one checkpoint and a half; skips without the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=448k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root with the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, engine):
+    store = Store(str(small_disk / "run"))
+    one = CheckpointManager(store, checkpoints(keep_last=1), World(), Collectives(), 1)
+    save(one, engine, 1)
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*No space left on device.*\); the disk is full; "
+                                           r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)"):
+        save(one, engine, 2)
+    assert store.list("checkpoints") == ["step-000000001-a0001"] and found(store) == 1
+    assert not list(small_disk.rglob(".tmp-*"))
+
+
+def test_a_read_only_disk(small_disk, engine):
+    store = Store(str(small_disk / "run"))
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*Read-only file system.*\); access is refused"):
+        save(one, engine, 1)
+    assert found(store) is None
