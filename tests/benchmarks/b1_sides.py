@@ -1,70 +1,103 @@
-"""The sides of B1 in one rank process: dist_ft's trainer, the bare DeepSpeed loop, Hugging Face's trainer.
+"""The sides of B1 in one rank process: dist_ft, the bare DeepSpeed loop, Hugging Face's trainer.
 
-All three learn from the same sequences in the same order, with the same weights, optimizer settings and DeepSpeed
-config, and are asked for their losses so that nobody can leave work out. A side runs a block of steps when told to and
-returns the seconds of each step. Hugging Face's loop can not be left and entered again, so it drives: between two of
-its blocks its callback runs the blocks of the others.
+All three learn from the same sequences in the same order, with the same weights, optimizer settings and
+DeepSpeed config, and are asked for their losses so that nobody can leave work out. A side makes a block of
+steps when told to and returns the seconds of each. Hugging Face's loop can not be held from outside, so it
+drives: between two of its blocks its callback lets the others make theirs.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.schema import RunConfig
 from dist_ft.data.batch import Batch
 from dist_ft.data.loader import Loader
 from dist_ft.engine import deepspeed_engine, ds_config, optimizers
 from dist_ft.runtime import build
-from dist_ft.runtime.data import open_data
-from dist_ft.storage import Store
-from dist_ft.train.metrics import MetricsLog
 from dist_ft.train.trainer import Hooks, Parts, Trainer
-from dist_ft.world import World, collectives
+from dist_ft.world import World
 
-Block = Callable[[int, int], list[float]]
-"""(first step, number of steps) -> seconds of each step."""
+
+class Recording(Trainer):
+    """The trainer, at hand for who wants to look inside; nothing of it is changed."""
+
+    made: Recording | None = None
+
+    def __init__(self, config: RunConfig, parts: Parts, *rest: Any) -> None:
+        super().__init__(config, parts, *rest)
+        self.parts = parts
+        type(self).made = self
+
+    @property
+    def loss(self) -> float:
+        """The loss of the last step, the same on all ranks."""
+        return float("nan") if self._loss is None else self._loss
 
 
 class Ours:
-    """A run as `runtime.build` wires it, its trainer called block by block."""
+    """A whole run (`runtime.build.run`) in a thread of its own, held where it asks whether to stop."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.comms = collectives(world)
-        store = Store(config.run_url)
-        if world.rank == 0:
-            build.begin(store, config, world)
-        self.comms.barrier()
-        self.data = open_data(config, store, world, self.comms)
-        module, engine = build.open_engine(config, world, False)
-        build._fill(config, module, engine, CheckpointManager(store, config.checkpoint, world, self.comms, 1), None)
-        metrics = MetricsLog(store, 0, 1, config.log.tensorboard) if world.rank == 0 else None
-        self.parts = Parts(engine, self.data.training, None,
-                           CheckpointManager(store, config.checkpoint, world, self.comms, 1), metrics, world,
-                           self.comms, build._tensors(module), build._aliases(module))
-        self.loss = float("nan")
+        self._budget = 0
+        self._stamps: list[float] = []
+        self._go, self._held = threading.Event(), threading.Event()
+        self._ended: BaseException | None = None
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, args=(config, world), daemon=True)
+        build.Trainer = Recording  # type: ignore[misc, assignment]
+        self._thread.start()
+        self._wait()
+        if Recording.made is None:
+            raise RuntimeError("the run has no trainer")
+        self.trainer = Recording.made
 
-    def block(self, first: int, count: int) -> list[float]:
-        """Train; the time of a step runs from one question whether to stop to the next."""
-        stamps: list[float] = []
+    def block(self, count: int) -> list[float]:
+        """Let the run make `count` steps and return the seconds of each, from one question to the next."""
+        self._budget, self._stamps = count, []
+        self._held.clear()
+        self._go.set()
+        self._wait()
+        return _steps(self._stamps)
 
-        def asked() -> bool:
-            stamps.append(time.perf_counter())
-            return False
+    def close(self) -> None:
+        """Ask the run to stop and wait for it."""
+        self._stop = True
+        self._go.set()
+        self._thread.join()
 
-        hooks = Hooks(should_stop=asked)
-        trainer = Trainer(self.config, self.parts, hooks, Progress(step=first, optimizer_step=first), first + count, {})
-        begun = time.perf_counter()
-        self.loss = trainer.run().loss or 0.0
-        return _steps([begun, *stamps[1:], time.perf_counter()])
+    def _run(self, config: RunConfig, world: World) -> None:
+        try:
+            build.run(config, world, Hooks(should_stop=self._asked))
+        except BaseException as error:
+            self._ended = error
+        self._held.set()
+
+    def _asked(self) -> bool:
+        """Note the time; when the block is made, wait for the next."""
+        if self._stamps:
+            self._stamps.append(time.perf_counter())
+        if len(self._stamps) == self._budget + bool(self._budget):
+            self._go.clear()
+            self._held.set()
+            self._go.wait()
+            self._stamps.append(time.perf_counter())
+        return self._stop
+
+    def _wait(self) -> None:
+        self._held.wait()
+        if self._ended is not None:
+            raise RuntimeError("the run ended early") from self._ended
 
 
 class Bare:
@@ -73,21 +106,21 @@ class Bare:
     def __init__(self, config: RunConfig, batches: list[dict[str, torch.Tensor]]) -> None:
         import deepspeed
 
-        self.batches = batches
+        self.batches = itertools.cycle(batches)
         settings = ds_config.build(config)
         with deepspeed_engine.loading(settings):
             model = load(config)
+        optimizer = optimizers.build(_groups(model, config), config.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizers.build(_groups(model, config), config.optimizer), config=settings,
-            dist_init_required=False)
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         self.engine.train()
         self.loss = torch.zeros(())
 
-    def block(self, first: int, count: int) -> list[float]:
-        """Train on the batches of steps first .. first + count - 1."""
+    def block(self, count: int) -> list[float]:
+        """Make `count` steps and return the seconds of each."""
         stamps = [time.perf_counter()]
-        for batch in self.batches[first:first + count]:
-            loss = self.engine(**batch, use_cache=False).loss
+        for _ in range(count):
+            loss = self.engine(**next(self.batches), use_cache=False).loss
             self.engine.backward(loss)
             self.engine.step()
             self.loss = loss.detach()
@@ -96,8 +129,9 @@ class Bare:
 
 
 def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps: int,
-                     between: Callable[[int], bool], log_every: int) -> list[float]:
-    """Train with transformers' Trainer and return the seconds of each of its steps and, last, its first loss.
+                     between: Callable[[int], None], log_every: int
+                     ) -> tuple[list[float], list[float], float]:
+    """Train with transformers' Trainer; return seconds and CPU seconds of each step, and the first loss.
 
     Args:
         rows: (steps * global_batch, T) token ids, in the order they are to be learned.
@@ -110,17 +144,17 @@ def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps:
     from transformers import Trainer as HFTrainer
     from transformers import TrainerCallback, TrainingArguments
 
-    stamps: list[tuple[float, float]] = []
+    arrived: list[tuple[float, float]] = []
+    left: list[tuple[float, float]] = []
 
     class Turn(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            arrived = time.perf_counter()
+            arrived.append(clocks())
             between(state.global_step)
-            stamps.append((arrived, time.perf_counter()))
+            left.append(clocks())
 
         def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            now = time.perf_counter()
-            stamps.append((now, now))
+            arrived.append(clocks())
 
     class InOrder(HFTrainer):
         def _get_train_sampler(self, *unused: Any) -> Any:
@@ -129,8 +163,9 @@ def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps:
     section = config.optimizer
     settings = ds_config.build(config)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=config.batch.micro_batch, use_cpu=True,
-        deepspeed=settings, learning_rate=section.learning_rate, weight_decay=section.weight_decay,
+        output_dir=str(folder), max_steps=steps, use_cpu=True, deepspeed=settings,
+        per_device_train_batch_size=config.batch.micro_batch, learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
         adam_beta1=section.beta1, adam_beta2=section.beta2, adam_epsilon=section.eps,
         max_grad_norm=section.max_grad_norm, lr_scheduler_type="constant", optim="adamw_torch_fused",
         save_strategy="no", report_to="none", logging_steps=log_every, logging_first_step=True,
@@ -140,8 +175,13 @@ def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps:
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
     trainer = InOrder(model=model, args=arguments, train_dataset=data, callbacks=[Turn()])
     trainer.train()
-    seconds = [arrived - left for (_, left), (arrived, _) in zip(stamps, stamps[1:], strict=False)]
-    return [*seconds, float(trainer.state.log_history[0]["loss"])]
+    wall, cpu = (np.array(arrived[1:]) - np.array(left)).T.tolist()
+    return wall, cpu, float(trainer.state.log_history[0]["loss"])
+
+
+def clocks() -> tuple[float, float]:
+    """Return seconds that passed, and seconds this process computed on all its threads."""
+    return time.perf_counter(), time.process_time()
 
 
 def load(config: RunConfig) -> Any:
@@ -186,4 +226,4 @@ def mean_over_ranks(value: float) -> float:
 
 
 def _steps(stamps: list[float]) -> list[float]:
-    return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+    return [after - before for before, after in pairwise(stamps)]

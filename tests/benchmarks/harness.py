@@ -1,8 +1,8 @@
-"""What all benchmarks share: sides in turn, ratios with an interval, what they ran on, a table and a JSON file.
+"""What all benchmarks share: sides in turn, ratios with an interval, what they ran on, a table, a JSON file.
 
-A benchmark is a ratio of two sides measured in one run. Sides alternate in blocks, so that a machine that slows down
-slows both; the interval is a bootstrap over rounds; one side against itself shows what the machine's noise alone does.
-Does not know what is measured.
+A benchmark is a ratio of two sides measured in one run. Sides alternate in blocks, so that a machine that
+slows down slows both; the interval is a bootstrap over rounds; one side against itself shows what the
+machine's noise alone does. Does not know what is measured.
 """
 
 from __future__ import annotations
@@ -109,15 +109,19 @@ def one_thread() -> None:
 
 
 def run_ranks(script: str, arguments: Sequence[str], size: int, log_folder: Path, timeout_s: float) -> None:
-    """Run `script` on `size` ranks (one thread each) to their end; raises RuntimeError with a failing rank's output."""
+    """Run `script` on `size` ranks (one thread each) to their end.
+
+    Raises RuntimeError with the end of a failing rank's output.
+    """
     log_folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
     for rank in range(size):
-        env = {**os.environ, **ONE_THREAD, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-               "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, **ONE_THREAD, "RANK": str(rank), "WORLD_SIZE": str(size),
+               "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with open(log_folder / f"rank-{rank}.log", "wb") as log:
             started.append(subprocess.Popen([sys.executable, script, *arguments], env=env, stdout=log,
                                             stderr=subprocess.STDOUT))
@@ -159,10 +163,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def reached(value: float, goal: float, *, at_least: bool) -> str:
-    """Return a goal and whether `value` reaches it, as text."""
-    good = value >= goal if at_least else value <= goal
-    return f"{'≥' if at_least else '≤'} {goal:g}: {'reached' if good else 'missed'}"
+def reached(measured: Ratio, goal: float, *, at_least: bool) -> str:
+    """Return a goal and whether the whole interval reaches it, as text."""
+    word = "undecided"
+    if measured.low > goal or measured.high < goal:
+        word = "reached" if (measured.value > goal) == at_least else "missed"
+    return f"{'≥' if at_least else '≤'} {goal:g}: {word}"
 
 
 def save(name: str, config: Mapping[str, Any], environment: Mapping[str, Any], result: Mapping[str, Any],
@@ -170,7 +176,8 @@ def save(name: str, config: Mapping[str, Any], environment: Mapping[str, Any], r
     """Write results/<name>.json, or `out` if given."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": name, "environment": dict(environment), "config": dict(config), "result": dict(result)}
+    record = {"benchmark": name, "environment": dict(environment), "config": dict(config),
+              "result": dict(result)}
     path.write_text(json.dumps(record, indent=2, default=_plain) + "\n", "utf-8")
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
 
