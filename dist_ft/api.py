@@ -16,7 +16,7 @@ from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
 from dist_ft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_ft.train.trainer import Result
+    from dist_ft.train.result import Result
 
 
 def check(config: RunConfig) -> list[str]:

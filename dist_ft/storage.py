@@ -9,21 +9,25 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
-from uuid import uuid4
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from dist_ft import local_files
 from dist_ft.errors import StorageError
 from dist_ft.logs import redact
 
 ATTEMPTS = 5
+_attempts: ContextVar[int] = ContextVar("attempts", default=ATTEMPTS)
+_DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError,
           TypeError, ImportError, NotImplementedError)
 _FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
-_HIDDEN = ".tmp-"
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,11 +70,22 @@ def _explain(error: Exception) -> str:
         return "no credentials were found; set them in the environment"
     if not _transient(error):
         return "trying again would not help; check the URL and storage.options"
-    return f"gave up after {ATTEMPTS} tries; check that the endpoint answers"
+    tries = _attempts.get()
+    return f"gave up after {tries} {'tries' if tries > 1 else 'try'}; check that the endpoint answers"
+
+
+@contextmanager
+def attempts(number: int) -> Iterator[None]:
+    """Within: give up after so many tries. For a question whose asker waits, such as `dist-ft check`."""
+    before = _attempts.set(number)
+    try:
+        yield
+    finally:
+        _attempts.reset(before)
 
 
 def _retrying() -> Retrying:
-    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=wait_random_exponential(multiplier=0.2, max=5),
+    return Retrying(stop=stop_after_attempt(_attempts.get()), wait=wait_random_exponential(multiplier=0.2, max=5),
                     retry=retry_if_exception(_transient), reraise=True)
 
 
@@ -109,14 +124,14 @@ class Store:
     def write(self, path: str, content: bytes) -> None:
         """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
         if is_local(self.url):
-            return self._call("write", path, lambda fs, full: _write_local(full, content))
+            return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
         return self._call("write", path, lambda fs, full: fs.pipe_file(full, content))
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file only if it does not exist; return whether it was this call that made it."""
         try:
             if is_local(self.url):
-                self._call("write", path, lambda fs, full: _create_local(full, content))
+                self._call("write", path, lambda fs, full: local_files.create_file(full, content))
             else:
                 self._call("write", path, lambda fs, full: fs.pipe_file(full, content, mode="create"))
         except StorageError as error:
@@ -181,9 +196,15 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec filesystem of `url` and the path within it. Listings are not cached."""
+    import fsspec.config
     from fsspec.core import url_to_fs
 
-    return url_to_fs(url, use_listings_cache=False) if not is_local(url) else url_to_fs(local_path(url))
+    if is_local(url):
+        return url_to_fs(local_path(url))
+    protocol = url.split("://", 1)[0]
+    chosen = fsspec.config.conf.get(protocol, {})
+    defaults = {name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen}
+    return url_to_fs(url, use_listings_cache=False, **defaults)
 
 
 def glob(url: str) -> list[str]:
@@ -229,7 +250,7 @@ def _exists(fs: Any, path: str) -> bool:
 
 def _visible(names: Iterable[str]) -> list[str]:
     """Return `names` without those of files that are still being written."""
-    return [name for name in names if not posixpath.basename(name).startswith(_HIDDEN)]
+    return [name for name in names if not posixpath.basename(name).startswith(local_files.HIDDEN)]
 
 
 def _names(fs: Any, path: str) -> list[str]:
@@ -253,34 +274,3 @@ def _below(fs: Any, path: str) -> list[str]:
 def _remove(fs: Any, path: str) -> None:
     if _exists(fs, path):
         fs.rm(path, recursive=True)
-
-
-def _write_local(path: str, content: bytes) -> None:
-    """Write beside the target, force it to disk, rename over it."""
-    _by_way_of(path, content, os.replace)
-
-
-def _create_local(path: str, content: bytes) -> None:
-    """As `_write_local`, but a file that is already there is an error (a hard link can not overwrite)."""
-    _by_way_of(path, content, os.link)
-
-
-def _by_way_of(path: str, content: bytes, place: Callable[[str, str], None]) -> None:
-    """Write a hidden file beside `path`, force it to disk, `place` it, force the folder's entry to disk."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{_HIDDEN}{name}-{uuid4().hex[:8]}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    entry = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)

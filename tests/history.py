@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.checkpoint import manager
+from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.config.load import load_config
 from dist_ft.data import index as indices
@@ -28,7 +28,7 @@ def losses(run: str | Path) -> list[float]:
 def ledger(run: str | Path) -> np.ndarray:
     """Return the committed ledger's rows."""
     store = Store(str(run))
-    return read_ledger(store, manager.load_manifest(store, manager.committed(store)[0]))
+    return read_ledger(store, catalogue.load_manifest(store, catalogue.committed(store)[0]))
 
 
 def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.checkpoint import manager
+from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
@@ -58,11 +58,11 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
 
 def find(store: Store, step: int | None) -> Manifest:
     """Return the manifest to export, its files verified."""
-    names = manager.committed(store)
+    names = catalogue.committed(store)
     if not names:
         raise CheckpointError(f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
     if step is None:
-        newest = manager.newest(store, World(), Collectives())
+        newest = catalogue.newest(store, World(), Collectives())
         if newest is None:
             raise CheckpointError(f"{store.shown()}: every checkpoint is torn or altered; see the log above")
         return newest
@@ -70,8 +70,8 @@ def find(store: Store, step: int | None) -> Manifest:
     if step not in steps:
         raise CheckpointError(f"--step={step}: not among the checkpoints of {store.shown()}; there are "
                               f"{', '.join(str(found) for found in sorted(steps))}; give one of them")
-    manifest = manager.load_manifest(store, steps[step])
-    manager.verify(store, manifest, World())
+    manifest = catalogue.load_manifest(store, steps[step])
+    catalogue.verify(store, manifest, World())
     return manifest
 
 
@@ -95,10 +95,10 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     model.tie_weights()
     parameters = dict(model.named_parameters())
     shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
-    manager.require_same_tensors(manifest.tensors, shapes, manager.checkpoint_store(store, manifest).shown())
+    manifests.require_same_tensors(manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown())
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
-        for name, values in whole_tensors(manager.reader(store, manifest), manifest, targets):
+        for name, values in whole_tensors(catalogue.reader(store, manifest), manifest, targets):
             targets[name].copy_(values)
     return model.eval(), tokenizer
 

@@ -17,7 +17,7 @@ import numpy as np
 from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
 
-PART_BYTES = 256 * 2**20
+PART_BYTES = 64 * 2**20
 """Largest file a worker writes at once; bounds the memory of writing and reading."""
 GAP_BYTES = 2**20
 """Ranges closer than this are read in one request."""

@@ -1,13 +1,11 @@
-"""Saving, finding and loading the checkpoints of one run.
+"""Saving and loading the checkpoints of one run.
 
 Guarantees: a checkpoint exists when its manifest does, and the manifest is written last, by rank 0, after every file
-was written and its length read back; a checkpoint whose files do not match is passed over for the one before, and the
-log says why; a worker of an older attempt does not commit. Attempts are numbered by files created exclusively.
+was written and its length read back; a worker of an older attempt does not commit.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -17,8 +15,9 @@ import numpy as np
 import torch
 
 from dist_ft import failpoints
+from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.fragments import Fragment, FragmentReader, Wanted, serialise
+from dist_ft.checkpoint.fragments import Fragment, Wanted, serialise
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, Progress, TensorInfo
 from dist_ft.config.schema import CheckpointSection
@@ -28,8 +27,6 @@ from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0, raise_together
 
 log = logging.getLogger("dist_ft.checkpoint")
-FOLDER = "checkpoints"
-ATTEMPTS = "attempts"
 
 
 class CheckpointManager:
@@ -47,7 +44,7 @@ class CheckpointManager:
 
     def newest(self) -> Manifest | None:
         """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
-        manifest = newest(self._store, self._world, self._collectives)
+        manifest = catalogue.newest(self._store, self._world, self._collectives)
         self._ledger = manifest.ledger if manifest else ()
         self._origin = manifest.progress.step if manifest else -1
         return manifest
@@ -57,12 +54,13 @@ class CheckpointManager:
 
         Raises CheckpointError if it is another model's: flat offsets alone would fit a smaller one.
         """
-        require_same_tensors(manifest.tensors, tensors, checkpoint_store(self._store, manifest).shown())
+        where = catalogue.checkpoint_store(self._store, manifest).shown()
+        manifests.require_same_tensors(manifest.tensors, tensors, where)
         slots = list(engine.slots())
         wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
         problem: DistFtError | None = None
         try:
-            for index, values in reader(self._store, manifest).read_many(wanted):
+            for index, values in catalogue.reader(self._store, manifest).read_many(wanted):
                 slots[index].write(torch.from_numpy(values))
         except DistFtError as error:
             problem = error
@@ -73,7 +71,7 @@ class CheckpointManager:
              tensors: dict[str, TensorInfo], evaluation: dict[str, float]) -> str:
         """Commit a checkpoint and return its URL; a collective call. Raises on all ranks if any rank fails."""
         name = manifests.folder_name(progress.step, self._attempt)
-        folder = self._store.child(f"{FOLDER}/{name}")
+        folder = self._store.child(f"{catalogue.FOLDER}/{name}")
         try:
             self._save(folder, engine, progress, ledger_rows, run, aliases, tensors, evaluation)
         except StorageError:
@@ -118,7 +116,7 @@ class CheckpointManager:
     def _commit(self, folder: Store, manifest: Manifest) -> None:
         """Write the manifest, unless a newer attempt has started meanwhile."""
         failpoints.hit("checkpoint.before_manifest")
-        newest = newest_attempt(self._store)
+        newest = catalogue.newest_attempt(self._store)
         if newest > self._attempt:
             raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
                                   "taken over the run; this process ends")
@@ -132,10 +130,11 @@ class CheckpointManager:
     def _prune(self, newest: str) -> None:
         """Remove checkpoints that retention does not keep, those this attempt passed over, and torn ones."""
         try:
-            names = committed(self._store)
+            names = catalogue.committed(self._store)
             history = [name for name in names if not self._passed_over(name)]
             keep = {*kept(history, self._section), newest}
-            torn = [name for name in self._store.list(FOLDER) if name not in names and _attempt(name) <= self._attempt]
+            torn = [name for name in self._store.list(catalogue.FOLDER)
+                    if name not in names and _attempt(name) <= self._attempt]
             self._remove([name for name in names if name not in keep] + torn)
         except StorageError as error:
             log.warning("old checkpoints were not removed: %s", error)
@@ -149,35 +148,10 @@ class CheckpointManager:
         """Remove checkpoints, manifests first; what can not be removed is logged."""
         for name in names:
             try:
-                self._store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
-                self._store.remove(f"{FOLDER}/{name}")
+                self._store.remove(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
+                self._store.remove(f"{catalogue.FOLDER}/{name}")
             except StorageError as error:
                 log.warning("checkpoint %s was not removed: %s", name, error)
-
-
-def newest(store: Store, world: World, collectives: Collectives) -> Manifest | None:
-    """Return the newest checkpoint whose every file matches its manifest, or None; a collective call.
-
-    The files are shared out over the ranks for verification. What is passed over is logged with the reason. Storage
-    that does not answer, or a checkpoint of a newer dist_ft, is an error: the run must not go back because of it.
-    """
-    for name in on_rank0(world, collectives, lambda: committed(store)):
-        manifest, problem = None, ""
-        failure: DistFtError | None = None
-        try:
-            manifest = load_manifest(store, name)
-            verify(store, manifest, world)
-        except (StorageError, manifests.NewerFormatError) as error:
-            failure = error
-        except CheckpointError as error:
-            problem = str(error)
-        raise_together(collectives, failure)
-        problems = [text for text in collectives.all_gather(problem) if text]
-        if not problems:
-            return manifest
-        if world.rank == 0:
-            log.warning("checkpoint %s is passed over: %s", name, problems[0])
-    return None
 
 
 def _attempt(name: str) -> int:
@@ -190,66 +164,6 @@ def kept(names: Sequence[str], section: CheckpointSection) -> list[str]:
     steps = {name: (manifests.parse_folder(name) or (0, 0))[0] for name in names}
     every = section.keep_every_steps
     return [name for i, name in enumerate(names) if i < section.keep_last or (every and steps[name] % every == 0)]
-
-
-def committed(store: Store) -> list[str]:
-    """Return the names of all checkpoints that have a manifest, newest first."""
-    names = [name for name in store.list(FOLDER) if manifests.parse_folder(name)]
-    names.sort(key=lambda name: manifests.parse_folder(name) or (0, 0), reverse=True)
-    return [name for name in names if store.exists(f"{FOLDER}/{name}/{manifests.NAME}")]
-
-
-def load_manifest(store: Store, name: str) -> Manifest:
-    """Read the manifest of checkpoint `name`; raises CheckpointError if it is not sound or another's."""
-    path = f"{FOLDER}/{name}/{manifests.NAME}"
-    manifest = manifests.parse(_read(store, path), store.shown(path))
-    own = manifests.folder_name(manifest.progress.step, manifest.attempt)
-    if own != name:
-        raise CheckpointError(f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
-                              "renamed; it will not be loaded")
-    return manifest
-
-
-def _read(store: Store, path: str) -> bytes:
-    """Return a file of a checkpoint; that it is absent is the checkpoint's fault, not the storage's."""
-    try:
-        return store.read(path)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CheckpointError(f"{store.shown(path)}: the file is not there") from error
-        raise
-
-
-def verify(store: Store, manifest: Manifest, world: World) -> None:
-    """Check length and checksum of this rank's share of the files; raises CheckpointError where they differ."""
-    folder = checkpoint_store(store, manifest)
-    for index in world.share(len(manifest.files)):
-        item = manifest.files[index]
-        content = _read(folder, item.path)
-        if len(content) != item.num_bytes:
-            raise CheckpointError(f"{folder.shown(item.path)}: {len(content)} bytes, the manifest says "
-                                  f"{item.num_bytes}")
-        if manifests.checksum(content) != item.checksum:
-            raise CheckpointError(f"{folder.shown(item.path)}: its checksum differs from the manifest's")
-
-
-def require_same_tensors(saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str) -> None:
-    """Raise CheckpointError for the first weight that only one of checkpoint and model has, or of another shape."""
-    for name in sorted(saved.keys() | wanted.keys()):
-        has, needs = (str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted))
-        if has != needs:
-            raise CheckpointError(f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
-                                  "the same; check model.path")
-
-
-def checkpoint_store(store: Store, manifest: Manifest) -> Store:
-    """Return the folder of a checkpoint of the run at `store`."""
-    return store.child(f"{FOLDER}/{manifests.folder_name(manifest.progress.step, manifest.attempt)}")
-
-
-def reader(store: Store, manifest: Manifest) -> FragmentReader:
-    """Return a reader of the checkpoint's fragments."""
-    return FragmentReader(checkpoint_store(store, manifest), [(f.path, f.num_bytes) for f in manifest.files])
 
 
 def write_files(folder: Store, slots: Sequence[Slot], rank: int) -> list[FileEntry]:
@@ -269,20 +183,3 @@ def to_numpy(values: torch.Tensor) -> np.ndarray:
     """Return a slot's values on the host; bfloat16, which numpy lacks, as float32 (exact)."""
     values = values.detach()
     return (values.float() if values.dtype == torch.bfloat16 else values).cpu().contiguous().numpy()
-
-
-def newest_attempt(store: Store) -> int:
-    """Return the highest attempt number of the run; 0 before the first."""
-    numbers = (name.removesuffix(".json") for name in store.list(ATTEMPTS))
-    return max((int(number) for number in numbers if number.isascii() and number.isdigit()), default=0)
-
-
-def begin_attempt(store: Store, world_size: int) -> int:
-    """Take the next attempt number of the run for this process and its peers (call on rank 0)."""
-    number = newest_attempt(store)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    while True:
-        number += 1
-        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started})
-        if store.create(f"{ATTEMPTS}/{number:06d}.json", note.encode()):
-            return number

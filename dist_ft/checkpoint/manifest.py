@@ -142,3 +142,12 @@ def parse_folder(name: str) -> tuple[int, int] | None:
         return None
     step, attempt = int(found[1]), int(found[2])
     return (step, attempt) if folder_name(step, attempt) == name else None
+
+
+def require_same_tensors(saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str) -> None:
+    """Raise CheckpointError for the first weight that only one of checkpoint and model has, or of another shape."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        has, needs = (str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted))
+        if has != needs:
+            raise CheckpointError(f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
+                                  "the same; check model.path")

@@ -75,8 +75,10 @@ def resolve(sources: Sequence[Source], field: str = "data.train") -> tuple[Shard
 
 
 def is_hub_name(path: str) -> bool:
-    """Tell whether `path` names a Hugging Face data set: `name` or `org/name`, not a local path or a shard."""
-    return bool(_HUB_NAME.fullmatch(path)) and not os.path.exists(path) and _kind(path) is None
+    """Tell whether `path` names a Hugging Face data set: `name` or `org/name`, nothing of a folder here, no shard."""
+    first = path.split("/", 1)[0]
+    here = os.path.exists(first if "/" in path else path)
+    return bool(_HUB_NAME.fullmatch(path)) and not here and _kind(path) is None
 
 
 def read_rows(shard: Shard) -> list[Row]:

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from dist_ft import logs, storage
-from dist_ft.checkpoint import manager as checkpoints
+from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo
@@ -22,7 +22,8 @@ from dist_ft.runtime import summary
 from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
 from dist_ft.train.metrics import MetricsLog, read_metrics
-from dist_ft.train.trainer import Hooks, Parts, Result, Trainer
+from dist_ft.train.result import Hooks, Result
+from dist_ft.train.trainer import Parts, Trainer
 from dist_ft.world import World, collectives, on_rank0
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def begin(store: Store, config: RunConfig, world: World) -> int:
         changed = check_resume(stored, config)
         for change in changed:
             log.info("since the run began, changed: %s", change)
-    number = checkpoints.begin_attempt(store, world.size)
+    number = catalogue.begin_attempt(store, world.size)
     store.write(STORED, resolved_yaml(config).encode())
     return number
 
@@ -180,4 +181,4 @@ def _already_done(config: RunConfig, manifest: Manifest, total_steps: int, store
         hooks.console.say(f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
                           "committed; raise schedule.steps to go on, or export it")
     return Result(config.run_url, manifest.progress.step, total_steps, None, manifest.evaluation.get("before"),
-                  manifest.evaluation.get("after"), checkpoints.checkpoint_store(store, manifest).url)
+                  manifest.evaluation.get("after"), catalogue.checkpoint_store(store, manifest).url)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.train.console import Console
-from dist_ft.train.trainer import Hooks, Result
+from dist_ft.train.result import Hooks, Result
 from dist_ft.world import World
 
 

@@ -18,29 +18,28 @@ from dist_ft.config.schema import RunConfig, Source
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 
-"""File in the run's folder that holds its resolved config."""
+TRIES = 2
+"""Of every storage call here: someone waits for the answer."""
 
 
-def check(config: RunConfig, *, storage: bool = True, whole: bool = True) -> list[str]:
+def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) -> list[str]:
     """Return a line for everything that would stop this run, as far as it can be known here.
 
     Args:
         config: the run.
-        storage: also write (and remove) a small file in the run's storage and look for an older run there.
+        write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
     probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tokenizer, _training_data, _held_out_data, _cpus,
                                                           _gpus]
-    if storage:
+    if write_storage:
         probes += [_writable, _older_run]
-    problems: list[str] = []
     with contextlib.ExitStack() as stack:
         if not whole:
             stack.enter_context(contextlib.suppress(AttributeError))
-        _configure(config)
-    for probe in probes:
-        problems += _lines(probe, config, whole)
-    return problems
+        storage.configure(config.storage.options)
+    with storage.attempts(TRIES):
+        return [line for probe in probes for line in _lines(probe, config, whole)]
 
 
 def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole: bool) -> list[str]:
@@ -55,10 +54,6 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
         if whole:
             raise
         return []
-
-
-def _configure(config: RunConfig) -> None:
-    storage.configure(config.storage.options)
 
 
 def _model(config: RunConfig) -> Iterator[str]:

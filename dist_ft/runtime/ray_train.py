@@ -20,8 +20,9 @@ from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
+from dist_ft.runtime.relay import Relay, RelayConsole
 from dist_ft.train.console import Console
-from dist_ft.train.trainer import Hooks, Result
+from dist_ft.train.result import Hooks, Result
 from dist_ft.world import World
 
 log = logging.getLogger("dist_ft.ray")
@@ -29,54 +30,6 @@ POLL_S = 0.5
 NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
-
-
-class Relay:
-    """An actor between driver and workers: lines and outcomes one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[str, str]] = []
-        self._outcome: Result | DistFtError | None = None
-        self._stop = False
-
-    def put(self, kind: str, text: str) -> None:
-        """Take a line from rank 0 (`kind` is "say" or "progress")."""
-        self._lines.append((kind, text))
-
-    def take(self) -> list[tuple[str, str]]:
-        """Return the lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
-
-    def end(self, outcome: Result | DistFtError) -> None:
-        """Note how the run ended: a result, or an error that starting again would not cure."""
-        self._outcome = self._outcome or outcome
-
-    def outcome(self) -> Result | DistFtError | None:
-        """Return what `end` noted."""
-        return self._outcome
-
-    def stop(self) -> None:
-        """Ask the workers to save and leave."""
-        self._stop = True
-
-    def stopping(self) -> bool:
-        """Tell whether the workers should save and leave."""
-        return self._stop
-
-
-class _RelayConsole(Console):
-    """A console whose lines appear on the driver's terminal."""
-
-    def __init__(self, relay: Any) -> None:
-        super().__init__()
-        self._relay = relay
-
-    def say(self, text: str) -> None:
-        self._relay.put.remote("say", text)
-
-    def progress(self, text: str) -> None:
-        self._relay.put.remote("progress", text)
 
 
 def run(config: RunConfig) -> Result:
@@ -214,7 +167,7 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # an earlier attempt ended in a way that starting again does not cure
     from dist_ft.runtime import build
 
-    hooks = Hooks(_RelayConsole(relay), _reporter(config), _stop_watch(relay, world))
+    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world))
     try:
         result = build.run(config, world, hooks)
         if world.rank == 0:

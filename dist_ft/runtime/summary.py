@@ -11,7 +11,7 @@ from dist_ft.plan import memory
 from dist_ft.plan.batch import batch_arithmetic
 from dist_ft.runtime.data import Data
 from dist_ft.train.console import table
-from dist_ft.train.trainer import Result
+from dist_ft.train.result import Result
 from dist_ft.world import World
 
 if TYPE_CHECKING:

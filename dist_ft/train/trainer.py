@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dist_ft import failpoints
 from dist_ft.checkpoint.ledger import LedgerBuffer
@@ -25,45 +25,13 @@ from dist_ft.engine import schedule
 from dist_ft.engine.base import Engine, StepOutcome, even_out
 from dist_ft.errors import Interrupted, StorageError
 from dist_ft.logs import redact
-from dist_ft.train.console import Console, progress_line
+from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
+from dist_ft.train.result import Hooks, Result
 from dist_ft.world import Collectives, World
 
 log = logging.getLogger("dist_ft.train")
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run stands when its process is done with it.
-
-    Attributes:
-        evaluation_before, evaluation_after: held-out loss before step 1 and after the last; None where not asked for.
-        checkpoint: URL of the newest commit; None without one.
-    """
-
-    run_url: str
-    step: int
-    total_steps: int
-    loss: float | None = None
-    evaluation_before: float | None = None
-    evaluation_after: float | None = None
-    checkpoint: str | None = None
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the surroundings of a run lend it.
-
-    Attributes:
-        console: where rank 0 speaks.
-        committed: called on all ranks with (checkpoint URL, metrics) after a commit.
-        should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
-    """
-
-    console: Console = field(default_factory=Console)
-    committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)

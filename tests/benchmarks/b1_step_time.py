@@ -31,7 +31,7 @@ SIDES = ("ours", "bare", "bare again")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, default=8, help="rounds of blocks for each ZeRO stage")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps a block")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a block")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
     parser.add_argument("--hf-logging-steps", type=int, default=500,
                         help="steps between log entries of Hugging Face's Trainer (dist_ft logs every step)")

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from dist_ft.config.load import load_config
     from dist_ft.runtime import local
     from dist_ft.train.console import Console
-    from dist_ft.train.trainer import Hooks
+    from dist_ft.train.result import Hooks
 
     total = WARM_UP + args.blocks * args.steps + 2  # a step ends where the next begins; one is profiled
     config = load_config(workload.run_config(

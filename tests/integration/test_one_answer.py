@@ -83,9 +83,9 @@ def test_promise_2_at_the_same_world_the_resumed_run_is_bit_exact(base: Path, pl
 
 def weights(run: Path) -> list[tuple[str, str]]:
     """Return (file, checksum) of the last checkpoint."""
-    from dist_ft.checkpoint import manager
+    from dist_ft.checkpoint import catalogue
     from dist_ft.storage import Store
 
     store = Store(str(run))
-    manifest = manager.load_manifest(store, manager.committed(store)[0])
+    manifest = catalogue.load_manifest(store, catalogue.committed(store)[0])
     return [(item.path, item.checksum) for item in manifest.files]

@@ -13,7 +13,8 @@ import pytest
 from unit.small import checkpoints, make_engine, save, tensors_of, train
 
 from dist_ft import storage
-from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt
+from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.errors import StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World

@@ -6,7 +6,8 @@ import pytest
 from unit.small import checkpoints, make_engine, train
 
 from dist_ft import storage
-from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt
+from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 

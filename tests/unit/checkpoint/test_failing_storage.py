@@ -11,8 +11,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from unit.checkpoint.test_manager import found
 from unit.small import checkpoints, save
 
+from dist_ft.checkpoint.catalogue import begin_attempt, committed
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt, committed
+from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.errors import StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from unit.small import checkpoints, make_engine, make_model, save, tensors_of, train
 
-from dist_ft.checkpoint import fragments, manager
+from dist_ft.checkpoint import catalogue, fragments
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.catalogue import begin_attempt, committed, load_manifest, newest_attempt
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.checkpoint.manager import CheckpointManager, begin_attempt, committed, kept, load_manifest, newest_attempt
+from dist_ft.checkpoint.manager import CheckpointManager, kept
 from dist_ft.checkpoint.manifest import NewerFormatError
 from dist_ft.errors import CheckpointError, StorageError
 from dist_ft.storage import Store
@@ -24,7 +25,7 @@ FILES = ["manifest.json", "rank-00000-0000.safetensors", "rank-00000-0001.safete
 
 
 def found(store: Store) -> int | None:
-    manifest = manager.newest(store, World(), Collectives())
+    manifest = catalogue.newest(store, World(), Collectives())
     return manifest.progress.step if manifest else None
 
 

@@ -145,7 +145,8 @@ def test_changed_shard(tmp_path):
 def test_what_is_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("org/local")
-    assert is_hub_name("org/name") and is_hub_name("squad")
+    assert is_hub_name("other/name") and is_hub_name("squad")
+    assert not is_hub_name("org/name")  # a folder org is here: a local path, mistyped
     for path in ("org/local", "./data", "/abs/data", "s3://b/k", "data/*", "a.jsonl", "data/a.parquet", "../up", "a/b/c"):
         assert not is_hub_name(path), path
 

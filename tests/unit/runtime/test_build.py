@@ -15,13 +15,13 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from dist_ft.checkpoint import manager
+from dist_ft.checkpoint import catalogue
 from dist_ft.config.load import load_config
 from dist_ft.errors import CheckpointError, ConfigError, ModelError
 from dist_ft.runtime import build, local
 from dist_ft.storage import Store
 from dist_ft.train.console import Console
-from dist_ft.train.trainer import Hooks
+from dist_ft.train.result import Hooks
 from dist_ft.world import World
 
 
@@ -55,7 +55,7 @@ def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     assert {"config.json", "tokenizer.json", "chat_template.jinja", ".complete"} <= set(store.walk("model")) | {
         name.removeprefix("model/") for name in store.walk("model")}
     assert json.loads(store.read("attempts/000001.json"))["world_size"] == 1
-    manifest = manager.load_manifest(store, manager.committed(store)[0])
+    manifest = catalogue.load_manifest(store, catalogue.committed(store)[0])
     assert manifest.aliases == {"lm_head.weight": "transformer.wte.weight"} and manifest.engine == "TorchEngine"
     assert list(manifest.tensors["transformer.wpe.weight"].shape) == [64, 32]
     assert manifest.evaluation == {"before": result.evaluation_before, "after": result.evaluation_after}
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
     result, _ = go(document, checkpoint={"every_steps": 2})
     assert history.losses(store.url) == losses
     assert result.checkpoint.endswith("step-000000004-a0002")
-    assert manager.committed(store) == ["step-000000004-a0002", "step-000000002-a0001"]
+    assert catalogue.committed(store) == ["step-000000004-a0002", "step-000000002-a0001"]
 
 
 def test_more_workers_than_lanes(document):

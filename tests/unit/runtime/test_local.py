@@ -17,7 +17,7 @@ from dist_ft.errors import Interrupted
 from dist_ft.runtime import local
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.train.console import Console
-from dist_ft.train.trainer import Hooks
+from dist_ft.train.result import Hooks
 
 
 @pytest.fixture(scope="module")

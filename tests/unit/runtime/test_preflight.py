@@ -69,7 +69,7 @@ def test_storage_that_can_not_be_written(base, tmp_path):
     (found,) = lines(base, f"run.storage={tmp_path}/file")
     assert found.startswith(f"run.storage={tmp_path}/file: {tmp_path}/file/x/.probe-")
     assert "can not write it" in found
-    assert preflight.check(load_config(base, [f"run.storage={tmp_path}/file"]), storage=False) == []
+    assert preflight.check(load_config(base, [f"run.storage={tmp_path}/file"]), write_storage=False) == []
 
 
 def test_an_older_run_of_that_name(base, tmp_path):

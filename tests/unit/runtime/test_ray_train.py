@@ -6,8 +6,7 @@ import pytest
 from unit.small import run_config
 
 from dist_ft.errors import DataError, WorkerError
-from dist_ft.runtime.ray_train import Relay, _explain, _require_resources, _resources
-from dist_ft.train.trainer import Result
+from dist_ft.runtime.ray_train import _explain, _require_resources, _resources
 
 
 def config(**cluster):
@@ -22,21 +21,6 @@ class Cluster:
 
     def cluster_resources(self) -> dict[str, float]:
         return self._resources
-
-
-def test_the_relay_hands_lines_one_way_and_the_wish_to_stop_the_other():
-    relay = Relay()
-    relay.put("say", "a")
-    relay.put("progress", "b")
-    assert relay.take() == [("say", "a"), ("progress", "b")] and relay.take() == []
-    assert not relay.stopping()
-    relay.stop()
-    assert relay.stopping()
-    assert relay.outcome() is None
-    first = Result("runs/r", 3, 3)
-    relay.end(first)
-    relay.end(DataError("later"))
-    assert relay.outcome() is first
 
 
 def test_resources_of_a_worker():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unit.small import run_config
 
 from dist_ft.runtime.summary import at_end, memory_line
-from dist_ft.train.trainer import Result
+from dist_ft.train.result import Result
 
 
 def test_the_end_of_a_run():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dist_ft.checkpoint import manager as checkpoints
+from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Progress
@@ -29,7 +29,8 @@ from dist_ft.storage import Store
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog, read_metrics
-from dist_ft.train.trainer import Hooks, Parts, Result, Trainer
+from dist_ft.train.result import Hooks, Result
+from dist_ft.train.trainer import Parts, Trainer
 from dist_ft.world import Collectives, World
 
 STEPS = 6
@@ -62,7 +63,7 @@ class Run:
     def go(self, **hooks) -> tuple[Result, str]:
         """Train from the newest checkpoint on; return the result and what the console showed."""
         config, stream = load_config(self.document()), io.StringIO()
-        attempt = checkpoints.begin_attempt(self.store, 1)
+        attempt = catalogue.begin_attempt(self.store, 1)
         data = open_data(config, self.store, World(), Collectives())
         manager = CheckpointManager(self.store, config.checkpoint, World(), Collectives(), attempt)
         manifest = manager.newest()
@@ -81,7 +82,7 @@ class Run:
             metrics.close()
 
     def ledger(self) -> np.ndarray:
-        newest = checkpoints.newest(self.store, World(), Collectives())
+        newest = catalogue.newest(self.store, World(), Collectives())
         return read_ledger(self.store, newest)
 
 
@@ -131,7 +132,7 @@ def test_metrics_follow_schedule_and_plan(base, straight):
     lines = [line for line in read_metrics(Run(base, "straight").store) if line["kind"] == "train"]
     rates = [config.optimizer.learning_rate * schedule.factor(config.schedule, step, STEPS) for step in range(STEPS)]
     assert [line["learning_rate"] for line in lines] == rates
-    manifest = checkpoints.newest(Run(base, "straight").store, World(), Collectives())
+    manifest = catalogue.newest(Run(base, "straight").store, World(), Collectives())
     assert sum(line["num_target_tokens"] for line in lines) == manifest.progress.num_target_tokens > 0
     assert manifest.progress.num_tokens == straight[1][:, 5].sum()
     assert manifest.progress.optimizer_step == STEPS
@@ -195,7 +196,7 @@ def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run,
         "stopped at step 3 of 6 as asked; storage failed and nothing is saved at this step (the log says why); the same "
         "command goes on from the checkpoint before")
     free()
-    assert checkpoints.newest(run.store, World(), Collectives()).progress.step == 2
+    assert catalogue.newest(run.store, World(), Collectives()).progress.step == 2
 
 
 def test_the_last_save_must_not_fail(run):
@@ -215,7 +216,7 @@ def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
     quiet = Run(base, "quiet", {"checkpoint": {"every_steps": 0, "at_end": False}, "log": {"every_steps": 4},
                                 "evaluation": {"at_start": False, "at_end": False, "every_steps": 3}})
     result, _ = quiet.go()
-    assert checkpoints.committed(quiet.store) == [] and result.checkpoint is None
+    assert catalogue.committed(quiet.store) == [] and result.checkpoint is None
     assert (result.evaluation_before, result.evaluation_after) == (None, None)
     assert [(line["step"], line["kind"]) for line in read_metrics(quiet.store)] == [
         (3, "evaluation"), (4, "train"), (6, "train"), (6, "evaluation")]

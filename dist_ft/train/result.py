@@ -1,0 +1,41 @@
+"""What goes into a run from its surroundings, and what comes out. Light: no torch, so that a driver starts fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dist_ft.train.console import Console
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run stands when its process is done with it.
+
+    Attributes:
+        evaluation_before, evaluation_after: held-out loss before step 1 and after the last; None where not asked for.
+        checkpoint: URL of the newest commit; None without one.
+    """
+
+    run_url: str
+    step: int
+    total_steps: int
+    loss: float | None = None
+    evaluation_before: float | None = None
+    evaluation_after: float | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the surroundings of a run lend it.
+
+    Attributes:
+        console: where rank 0 speaks.
+        committed: called on all ranks with (checkpoint URL, metrics) after a commit.
+        should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
+    """
+
+    console: Console = field(default_factory=Console)
+    committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
+    should_stop: Callable[[], bool] = lambda: False
