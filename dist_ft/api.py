@@ -10,12 +10,15 @@ Thin: decides only where a run happens. Everything else is below.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
 from dist_ft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dist_ft.data.loader import Loader
     from dist_ft.train.result import Result
 
 
@@ -32,18 +35,60 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
     Tokenises the training data (cached for the run); writes nothing to the run's storage. `markup`: mark in rich's
     markup instead of [[ ]].
     """
+    from dist_ft.data import preview as previews
+
+    with _opened(config) as loader:
+        return previews.preview(loader, num_samples, markup)
+
+
+def pack_stats(config: RunConfig) -> str:
+    """Return a table of how full sequences are, for batch.sequence_length, its half and its double."""
+    from dist_ft.data import preview as previews
+
+    with _opened(config) as loader:
+        return previews.pack_stats(loader)
+
+
+def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: float = 64,
+               tokenise: bool = False) -> tuple[int, int]:
+    """Write the training data as new shards into the folder `out`; return (shards there are, written now).
+
+    Args:
+        config: whose data.train is read; with `tokenise` its tokenizer, template and data fields too.
+        out: folder or fsspec URL.
+        suffix: parquet or jsonl.
+        shard_mib: MiB of source data a shard.
+        tokenise: write `input_ids` and `targets` in place of rows.
+    """
+    from dist_ft import storage
+    from dist_ft.data.convert import convert
+    from dist_ft.runtime.data import open_blocks
+
+    storage.configure(config.storage.options)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"block_mib": shard_mib})})
+    blocks = open_blocks(config)
+    try:
+        return len(blocks.blocks), convert(blocks, storage.Store(out), suffix, tokenise)
+    finally:
+        blocks.close()
+
+
+@contextmanager
+def _opened(config: RunConfig) -> Iterator[Loader]:
+    """Yield a loader over the training data that leaves nothing in the run's storage."""
     from uuid import uuid4
 
     from dist_ft import storage
-    from dist_ft.data import preview as previews
     from dist_ft.runtime.data import open_data
     from dist_ft.world import World, collectives
 
     storage.configure(config.storage.options)
     config = config.model_copy(update={"evaluation": EvaluationSection()})
-    scratch = storage.Store(f"memory://preview-{uuid4().hex}")
-    loader = open_data(config, scratch, World(), collectives(World())).training
-    return previews.preview(loader.index, loader.cache, loader.plan, num_samples, markup)
+    data = open_data(config, storage.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World()))
+    try:
+        yield data.training
+    finally:
+        data.close()
 
 
 def train(config: RunConfig, *, skip_check: bool = False) -> Result:

@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | generate | export`.
+"""The command line: `dist-ft train | check | preview | data | generate | export`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_ft import cli_data
+from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted
 
 app = typer.Typer(
@@ -23,17 +25,14 @@ app = typer.Typer(
          "  dist-ft preview configs/single.yaml   what will be learned?\n"
          "  dist-ft train configs/single.yaml     learn it")
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run (path or URL).")]
-Overrides = Annotated[list[str] | None, typer.Argument(
-    metavar="[SECTION.FIELD=VALUE]...", help="Fields to set over the file, such as schedule.steps=100.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST_FT_DEBUG=1).")]
 
 SkipCheck = Annotated[bool, typer.Option(
     "--skip-check", help="Start without the probes of `check` (where only the workers see model and data).")]
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register `function` as a command whose Ctrl-C is an `Interrupted`."""
+def _command(function: Callable[..., None], group: typer.Typer = app, name: str | None = None) -> Callable[..., None]:
+    """Register `function` as a command of `group` whose Ctrl-C is an `Interrupted`."""
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
@@ -42,7 +41,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             raise Interrupted("stopped by the user; what was committed is kept; the same command goes on from "
                               "there") from error
 
-    app.command()(guarded)
+    group.command(name)(guarded)
     return function
 
 
@@ -102,35 +101,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @_command
-def preview(config: Config, overrides: Overrides = None,
-            samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3) -> None:
-    """Show samples as training will see them, with what is learned marked, and the data's length statistics.
-
-    Tokenises the training data once (the run reuses it). What is marked, in colour or [[ ]], is exactly what the loss
-    counts: look here first if a model learns the wrong thing.
-
-    \b
-    Examples:
-      dist-ft preview configs/single.yaml
-      dist-ft preview configs/single.yaml data.train=mine.jsonl data.fields.prompt=question --samples 5
-
-    Next: dist-ft train CONFIG
-    """
-    from dist_ft import api, load_config
-    from dist_ft.logs import quiet_third_parties
-
-    quiet_third_parties()
-    on_terminal = sys.stdout.isatty()
-    text = api.preview(load_config(config, overrides or ()), samples, markup=on_terminal)
-    if on_terminal:
-        from rich.console import Console
-
-        Console(highlight=False).print(text)
-    else:
-        typer.echo(text)
-
-
-@_command
 def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
              prompt: Annotated[str, typer.Option(help="What to answer.")],
              system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -180,6 +150,12 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
     is_config = run.endswith((".yaml", ".yml"))
     api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype)
     typer.echo(f"wrote {out}; next: dist-ft generate {out} --prompt \"...\"")
+
+
+_command(cli_data.preview)
+_data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
+cli_data.commands(lambda function: _command(function, _data))
+app.add_typer(_data, name="data")
 
 
 def main() -> None:

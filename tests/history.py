@@ -12,9 +12,9 @@ import numpy as np
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.config.load import load_config
-from dist_ft.data import index as indices
-from dist_ft.data.plan import Plan
+from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
 
 
 def losses(run: str | Path) -> list[float]:
@@ -34,15 +34,18 @@ def ledger(run: str | Path) -> np.ndarray:
 def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
     """Fail unless the ledger holds, step by step, just the plan's pieces, and each epoch every piece once."""
     config = load_config(document)
-    index = indices.load(Store(str(run)), "data/data.train")
-    assert index is not None
-    plan = Plan(index, config.data, config.batch, config.run.seed)
-    rows, total = ledger(run), plan.total_steps(config.schedule)
-    assert sorted(set(rows[:, 0])) == list(range(total))
-    for step in range(total):
-        consumed = rows[rows[:, 0] == step][:, 3:]
-        planned = plan.samples_seen(step)
-        assert sorted(map(tuple, consumed)) == sorted(map(tuple, planned)), f"step {step}"
-    for epoch in range(config.schedule.epochs or 0):
-        counts = Counter(map(tuple, rows[rows[:, 1] == epoch][:, 3:]))
-        assert set(counts.values()) == {1} and len(counts) == index.num_pieces, f"epoch {epoch}"
+    data = open_data(config, Store(str(run)), World(), Collectives())
+    try:
+        loader, rows = data.training, ledger(run)
+        total = loader.plan.total_steps(config.schedule)
+        assert sorted(set(rows[:, 0])) == list(range(total))
+        for step in range(total):
+            consumed = rows[rows[:, 0] == step][:, [2, 3, 4, 5, 1]]
+            planned = [(batch.lane, *piece) for batch in loader.batches(step, range(config.num_lanes))
+                       for piece in batch.pieces.tolist()]
+            assert sorted(map(tuple, consumed.tolist())) == sorted(planned), f"step {step}"
+        for epoch in range(config.schedule.epochs or 0):
+            counts = Counter(map(tuple, rows[rows[:, 1] == epoch][:, 3:].tolist()))
+            assert set(counts.values()) == {1} and len(counts) == loader.index.total("num_pieces"), f"epoch {epoch}"
+    finally:
+        data.close()

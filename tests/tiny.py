@@ -58,7 +58,7 @@ def config(base: Path, name: str, *, workers: int = 0, stage: int = 3, **changes
         "run": {"name": name, "storage": str(base / "runs"), "seed": 11},
         "model": {"path": str(base / "model"), "dtype": "float32"},
         "data": {"train": str(base / "data" / "*.jsonl"), "format": "instruction", "overlong": "truncate",
-                 "packing_window": 32, "cache_dir": str(base / "cache")},
+                 "block_mib": 0.002, "shuffle_blocks": 2, "cache_dir": str(base / "cache")},
         "batch": {"global_batch": 5, "micro_batch": 1, "sequence_length": 48},
         "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.01},
         "schedule": {"name": "cosine", "epochs": 2, "warmup_steps": 2},

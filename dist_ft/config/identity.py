@@ -72,7 +72,7 @@ def _fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool
         path, is_identity = prefix + name, _is_identity(info)
         if isinstance(value, Section) and info.annotation is type(value):
             yield from _fields(value, f"{path}.")
-        elif isinstance(value, tuple) and is_identity:
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section) and is_identity:
             for index, item in enumerate(value):
                 yield from _fields(item, f"{path}.{index}.")
         else:

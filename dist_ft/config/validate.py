@@ -165,6 +165,36 @@ def _split(config: RunConfig) -> Iterator[str]:
                f"allowed: error, truncate, drop; choose one of those, or set data.format=text")
 
 
+def _mixing(config: RunConfig) -> Iterator[str]:
+    data, sources = config.data, config.data.train
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        missing = next(source for source in sources if source.weight is None)
+        yield (f"data.train: {missing.path} has no weight and others have; either all sources have one or none; "
+               f"give it one, or use repeat")
+    if weighted and any(source.repeat is not None for source in sources):
+        yield ("data.train: weight and repeat are both set; one of them says how often a source comes; "
+               "remove the other")
+    if data.temperature is not None and (weighted or any(source.repeat is not None for source in sources)):
+        yield (f"data.temperature={data.temperature}: weight or repeat of a source is set too; one of them decides; "
+               f"remove the other")
+    for number, phase in enumerate(data.mixing):
+        if len(phase.weights) != len(sources) or not sum(phase.weights):
+            yield (f"data.mixing.{number}.weights={list(phase.weights)}: data.train has {len(sources)} sources; "
+                   f"one weight for each is needed, and one above 0; correct them")
+    steps = [phase.until_step for phase in data.mixing]
+    if steps != sorted(set(steps)) or 0 in steps:
+        yield (f"data.mixing: until_step goes {', '.join(map(str, steps))}; they must rise from 1 on; "
+               f"put them in order")
+
+
+def _source_names(config: RunConfig) -> Iterator[str]:
+    names = [source.name for source in config.data.train if source.name is not None]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        yield f"data.train: two sources are named {twice}; metrics need different names; rename one"
+
+
 def _kept_checkpoints(config: RunConfig) -> Iterator[str]:
     every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
     if keep and (not every or keep % every):
@@ -187,4 +217,5 @@ def _workers(config: RunConfig) -> str:
 CHECKS: tuple[Check, ...] = (
     _batch, _lanes, _worker_range, _length, _warmup, _warmup_fits, _adafactor, _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
-    _memory_storage, _memory_data, _split, _kept_checkpoints, _evaluation, deepspeed_problems, secret_problems)
+    _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _evaluation, deepspeed_problems,
+    secret_problems)

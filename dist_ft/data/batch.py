@@ -18,7 +18,7 @@ class Batch:
         input_ids: (B, T) int64, padded with 0.
         target_ids: (B, T) int64: the token that follows within the same sample, or `IGNORED`.
         position_ids: (B, T) int64, starting again at 0 with each sample of a packed sequence, and in the padding.
-        pieces: (N, 3) int64: sample id, first token and number of tokens of every piece of a sample in here.
+        pieces: (N, 4) int64: sample id, first token, number of tokens and epoch of every piece of a sample in here.
         lane: the place in the global batch; -1 for an empty batch that only keeps ranks in step.
     """
 
@@ -43,4 +43,4 @@ def empty_batch(lane: int = -1, length: int = 8) -> Batch:
     """Return a batch of one sequence with nothing to learn: weight zero, so it changes no gradient."""
     zeros = np.zeros((1, length), dtype=np.int64)
     positions = np.arange(length, dtype=np.int64)[None, :]
-    return Batch(zeros, np.full_like(zeros, IGNORED), positions, np.zeros((0, 3), dtype=np.int64), lane)
+    return Batch(zeros, np.full_like(zeros, IGNORED), positions, np.zeros((0, 4), dtype=np.int64), lane)

@@ -1,55 +1,58 @@
-"""Tokenised shards on local disk: made once, then mapped into memory.
+"""Tokenised blocks on local disk: made once a node, then mapped into memory by all its workers.
 
 A cache file is safetensors (tokens, targets, offsets; a checksum in its metadata) under a key of everything that
-decides its content: tokenizer, template, data fields, shard URL, size and version. Guarantees: written whole or not at
-all, checked when opened, rebuilt when damaged, built by one process of a machine while the others wait. Nothing in it
-is needed to resume: an empty cache only costs time. Does not evict.
+decides its content: tokenizer, template, data fields, and for each part its shard's URL, size and version and where it
+is cut. Guarantees: written whole or not at all, checked when opened, rebuilt when damaged, built by one process of a
+machine while the others wait; what was used least goes when there is too much. Nothing in it is needed to resume: an
+empty cache only costs time.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
-from dist_ft.data.source import Shard, read_rows
-from dist_ft.data.template import Encoded, Encoder, require_fast
-from dist_ft.errors import StorageError
-from dist_ft.world import World
+from dist_ft.data.blocks import Block
+from dist_ft.data.source import Shard
+from dist_ft.data.template import Encoded, require_fast
 
-FORMAT = 1
+FORMAT = 2
 """Version of cached content; raised when the same inputs give other tokens, targets or layout."""
-OPEN_SHARDS = 512  # each holds a file descriptor
-LOCK_TIMEOUT_S = 600.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TokenisedShard:
-    """A cached shard; `tokens` and `targets` are read from disk as they are touched.
+class TokenisedBlock:
+    """A cached block; `tokens` and `targets` are read from disk as they are touched.
 
     Attributes:
         tokens: (sum,) int32 token ids.
         targets: (sum,) uint8: 1 where the token is learned.
         offsets: (n + 1,) int64: row i is tokens[offsets[i]:offsets[i + 1]].
-        format: chat, instruction or text.
+        format: chat, instruction, text or tokens.
+        part_rows: rows of each part.
+        bad_rows: what was wrong with rows that were skipped (they have no tokens).
+        checksum: of all arrays.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     offsets: np.ndarray
     format: str
+    part_rows: tuple[int, ...]
+    bad_rows: tuple[str, ...]
+    checksum: str
 
 
 def fingerprint(tokenizer: Any, data: DataSection) -> str:
@@ -62,99 +65,42 @@ def fingerprint(tokenizer: Any, data: DataSection) -> str:
     require_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.update(truncation=None, padding=None)  # state left by calls, not a property of the tokenizer
-    chosen = data.model_dump(include={"format", "fields", "prompt_template", "targets"})
+    chosen = data.model_dump(include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"})
     parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-class TokenCache:
-    """The tokenised shards of one encoder, in a local folder."""
+def key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -> str:
+    """Return the name of a block's cache file, without suffix."""
+    import xxhash
 
-    def __init__(self, folder: str | Path, encoder: Encoder, encoder_fingerprint: str | None = None) -> None:
-        """Nothing is read or written before the first shard is asked for; only the fingerprint is computed."""
-        self.folder = Path(folder)
-        self.encoder = encoder
-        self.fingerprint = encoder_fingerprint or fingerprint(encoder.tokenizer, encoder.data)
-        self._open: OrderedDict[Shard, TokenisedShard] = OrderedDict()
-        self._checked: set[Shard] = set()
-        self._lock = Lock()
-
-    def shard(self, shard: Shard) -> TokenisedShard:
-        """Return a shard's tokens: from memory, from disk, or else read and tokenised now. Safe over threads.
-
-        Raises:
-            DataError: the shard vanished or changed, or holds a row that can not be used.
-        """
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-            try:
-                found = self._load(shard) or self._build(shard)
-            except OSError as error:
-                raise StorageError(f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
-                                   "for 5 bytes a token is needed; name another") from error
-            self._checked.add(shard)
-            self._open[shard] = found
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return found
-
-    def prepare(self, shards: Sequence[Shard], world: World) -> None:
-        """Have every shard tokenised on this machine, its ranks sharing the work; others may be still at it.
-
-        Worth a call before the first step on a machine with an empty cache: otherwise each shard is made when a
-        sample of it is first needed.
-        """
-        for number in range(world.local_rank, len(shards), world.local_size):
-            self.shard(shards[number])
-
-    def path(self, shard: Shard) -> Path:
-        """Return the cache file of a shard, there or not."""
-        import xxhash
-
-        key = json.dumps([self.fingerprint, shard.url, shard.size, shard.version])
-        return self.folder / f"{xxhash.xxh3_128_hexdigest(key.encode())}.safetensors"
-
-    def _load(self, shard: Shard) -> TokenisedShard | None:
-        """Open a cache file; None if there is none or it is damaged."""
-        path = self.path(shard)
-        try:
-            return read_shard(path, check=shard not in self._checked)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s: the cached shard is damaged (%s); it is made again", path, error)
-            path.unlink(missing_ok=True)
-            return None
-
-    def _build(self, shard: Shard) -> TokenisedShard:
-        """Tokenise a shard and store it; one process of this machine at a time."""
-        from filelock import FileLock, Timeout
-
-        path = self.path(shard)
-        lock = FileLock(path.with_suffix(".lock"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=LOCK_TIMEOUT_S)
-        except (Timeout, NotImplementedError):
-            log.warning("%s: its lock can not be had; the shard is tokenised without it", path)
-        try:
-            found = self._load(shard)  # another process may have been faster
-            if found is None:
-                write_shard(path, self.encoder.encode(read_rows(shard), shard.url))
-                found = read_shard(path)
-            return found
-        finally:
-            lock.release()
+    parts = [(shards[part.shard].url, shards[part.shard].size, shards[part.shard].version, part.start, part.stop)
+             for part in block.parts]
+    return xxhash.xxh3_128_hexdigest(json.dumps([encoder_fingerprint, parts]).encode())
 
 
-def write_shard(path: Path, encoded: Encoded) -> None:
-    """Write a cache file beside its place and rename it there."""
+def write_block(path: Path, encoded: Encoded, limit_bytes: float = float("inf")) -> None:
+    """Write a cache file beside its place and rename it there; make room first where there is too much or too little.
+
+    Raises:
+        OSError: it can not be written, even after all other blocks were removed.
+    """
     from safetensors.numpy import save
 
     arrays = {"offsets": encoded.offsets, "tokens": encoded.tokens, "targets": encoded.targets}
-    body = save(arrays, metadata={"format": encoded.format, "checksum": _checksum(arrays, encoded.format)})
+    about = {"format": encoded.format, "part_rows": json.dumps(encoded.part_rows),
+             "bad_rows": json.dumps(encoded.bad_rows)}
+    body = save(arrays, metadata={**about, "checksum": checksum(arrays, about)})
+    evict(path.parent, limit_bytes - len(body))
+    try:
+        _place(path, body)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not evict(path.parent, 0):
+            raise
+        _place(path, body)
+
+
+def _place(path: Path, body: bytes) -> None:
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -166,7 +112,45 @@ def write_shard(path: Path, encoded: Encoded) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_shard(path: Path, check: bool = True) -> TokenisedShard:
+def evict(folder: Path, limit_bytes: float) -> int:
+    """Remove least recently used blocks until the others hold at most `limit_bytes`; return how many went.
+
+    A block that a process has mapped stays readable to it.
+    """
+    if limit_bytes == float("inf"):
+        return 0
+    found = []
+    for item in os.scandir(folder):
+        if item.name.endswith(".safetensors"):
+            try:
+                about = item.stat()
+            except FileNotFoundError:
+                continue
+            found.append((about.st_mtime, about.st_size, item.path))
+    total, removed = sum(size for _, size, _ in found), 0
+    for _, size, path in sorted(found):
+        if total <= limit_bytes:
+            break
+        Path(path).unlink(missing_ok=True)
+        total, removed = total - size, removed + 1
+    return removed
+
+
+def load_block(path: Path, check: bool = True) -> TokenisedBlock | None:
+    """Map a cache file; None if there is none, or it is damaged (it is then removed)."""
+    try:
+        found = read_block(path, check)
+        os.utime(path)  # for `evict`
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s: the cached block is damaged (%s); it is made again", path, error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def read_block(path: Path, check: bool = True) -> TokenisedBlock:
     """Map a cache file into memory, and with `check` compare its checksum (which reads it all).
 
     Raises:
@@ -181,10 +165,12 @@ def read_shard(path: Path, check: bool = True) -> TokenisedShard:
     header = json.loads(mapped[8:start])
     arrays = {name: _view(mapped, start, header[name], dtype)
               for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"), ("targets", "u1"))}
-    about = header["__metadata__"]
-    if check and _checksum(arrays, about["format"]) != about["checksum"]:
+    about = dict(header["__metadata__"])
+    stored = about.pop("checksum")
+    if check and checksum(arrays, about) != stored:
         raise ValueError("the checksum differs")
-    return TokenisedShard(arrays["tokens"], arrays["targets"], arrays["offsets"], about["format"])
+    return TokenisedBlock(arrays["tokens"], arrays["targets"], arrays["offsets"], about["format"],
+                          tuple(json.loads(about["part_rows"])), tuple(json.loads(about["bad_rows"])), stored)
 
 
 def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:
@@ -194,10 +180,11 @@ def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> n
     return np.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else np.empty(0, dtype)
 
 
-def _checksum(arrays: dict[str, np.ndarray], kind: str) -> str:
+def checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:
+    """Return the checksum of a block: of its arrays, and of what is said about them."""
     import xxhash
 
-    digest = xxhash.xxh3_128(kind.encode())
+    digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode())
     for name in ("offsets", "tokens", "targets"):
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

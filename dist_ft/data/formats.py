@@ -6,6 +6,7 @@ nothing of chat templates but the messages they take.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
     """Return the checked messages of a chat row: each {role, content} with text, at least one an answer."""
     column = data.fields.messages
     found = _get(row, column, "data.fields.messages", url, number)
+    if isinstance(found, str):
+        found = _decoded(found, column, url, number)
     if not isinstance(found, list):
         raise row_error(url, number, f"{column} is a {type(found).__name__}; a list of {{role, content}} is needed; "
                                      "repair the row or set data.fields.messages")
@@ -55,6 +58,8 @@ def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
     if data.targets == "response" and not any(item["role"] == "assistant" for item in checked):
         raise row_error(url, number, f"{column} has no assistant turn, so nothing to learn; at least one is needed; "
                                      "remove the row or set data.targets=all")
+    if data.system_prompt is not None and checked[0]["role"] != "system":
+        checked.insert(0, {"role": "system", "content": data.system_prompt})
     return checked
 
 
@@ -94,18 +99,29 @@ def _instruction(row: Row, data: DataSection, url: str, number: int) -> tuple[st
     if not response.strip():
         raise row_error(url, number, f"{fields.response} is empty; an answer to learn is needed; remove the row")
     if fields.system is None:
-        return None, prompt, response
+        return data.system_prompt, prompt, response
     system = _get(row, fields.system, "data.fields.system", url, number)
-    return (None if system is None else _text(system, fields.system, url, number)), prompt, response
+    return (data.system_prompt if system is None else _text(system, fields.system, url, number)), prompt, response
 
 
 def _message(item: Any, where: str, url: str, number: int) -> Row:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise row_error(url, number, f"{where} has no role; a {{role, content}} object is needed; repair the row")
-    content = _text(item.get("content"), f"{where}.content", url, number)
-    if item["role"] == "assistant" and not content.strip():
+    calls = item.get("tool_calls")
+    said = "" if calls and item.get("content") is None else item.get("content")
+    content = _text(said, f"{where}.content", url, number)
+    if item["role"] == "assistant" and not content.strip() and not calls:
         raise row_error(url, number, f"{where}.content is empty; an assistant turn must say something; remove the row")
-    return {key: value for key, value in item.items() if value is not None}
+    return {**{key: value for key, value in item.items() if value is not None}, "content": content}
+
+
+def _decoded(text: str, column: str, url: str, number: int) -> Any:
+    """Return messages that a table without nested columns (CSV) holds as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise row_error(url, number, f"{column} is text and not JSON ({error.msg}); a list of {{role, content}} is "
+                                     "needed; repair the row or set data.fields.messages") from error
 
 
 def _get(row: Row, column: str, field: str, url: str, number: int) -> Any:

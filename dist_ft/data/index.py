@@ -1,83 +1,94 @@
-"""The index: how long every sample is, and which pieces of it are trained on.
+"""The index: how a data set falls into blocks, and what each block holds. It is the run's data manifest.
 
-Made once (each shard tokenised by one rank, lengths gathered) and stored with the run, so that a resumed run plans
-the same steps without reading the data again. Guarantees: every rank holds the same index or raises the same error;
-a shard that changed or vanished since is refused by name. Holds numbers only, no tokens.
+Made once (each block tokenised by one rank, numbers gathered) and stored with the run, so that a resumed run plans the
+same steps without reading the data again. Guarantees: every rank holds the same index or raises the same error; a
+shard that changed or vanished since is refused by name. Its size grows with shards and blocks, not with samples.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
 from dist_ft.data import pieces as cutting
-from dist_ft.data.cache import TokenCache
+from dist_ft.data import readers
+from dist_ft.data.blocks import Block, Part, make_blocks
 from dist_ft.data.pieces import Measures
 from dist_ft.data.source import Shard
+from dist_ft.data.store import BlockStore
 from dist_ft.errors import DataError, DistFtError
 from dist_ft.logs import redact
-from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
-FORMAT = 1
+T = TypeVar("T")
+ADVICE = "a run keeps the data it began with; restore it, or start a run with another run.name"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Index:
-    """All samples of a data set. Sample ids count rows over all shards, from 0; P pieces are trained on.
+    """All blocks of a data set, source after source. Sample ids count rows over all blocks, from 0.
 
     Attributes:
-        shards: the shards, in order.
-        row_offsets: (len(shards) + 1,) int64: shard s holds the samples row_offsets[s] .. row_offsets[s + 1] - 1.
-        lengths: (N,) int32 tokens of every sample, uncut.
-        target_counts: (N,) int32 learned tokens of every sample, uncut.
-        pieces: (P, 3) int64 [sample id, first token, number of tokens], in order; each at most one sequence long.
-        piece_targets: (P,) int32 targets of every piece (a piece's first token is never one: nothing precedes it).
-        recipe: what decided all this: encoder fingerprint, overlong policy, sequence length.
+        shards: the shards, source after source.
+        shard_sources: the source of each shard.
+        blocks: the blocks.
+        measures: what each block holds.
+        recipe: what decided all this besides the shards: encoder fingerprint, overlong policy, sequence length ...
     """
 
     shards: tuple[Shard, ...]
-    row_offsets: np.ndarray
-    lengths: np.ndarray
-    target_counts: np.ndarray
-    pieces: np.ndarray
-    piece_targets: np.ndarray
-    recipe: Mapping[str, Any]
+    shard_sources: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    measures: tuple[Measures, ...]
+    recipe: dict[str, Any]
+
+    @property
+    def first_samples(self) -> np.ndarray:
+        """Return the first sample id of each block and the number of samples, int64 (blocks + 1,)."""
+        return np.cumsum([0, *(measure.num_rows for measure in self.measures)])
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Return the source of each block, int64 (blocks,)."""
+        return np.array([block.source for block in self.blocks], dtype=np.int64)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Return the sequences of each block, int64 (blocks,)."""
+        return np.array([measure.num_sequences for measure in self.measures], dtype=np.int64)
+
+    def total(self, name: str) -> int:
+        """Return the sum of a field of `Measures` over all blocks."""
+        return sum(int(getattr(measure, name)) for measure in self.measures)
 
     @property
     def num_samples(self) -> int:
-        """N: rows of all shards, those left out too."""
-        return len(self.lengths)
-
-    @property
-    def num_pieces(self) -> int:
-        """P: pieces an epoch trains on."""
-        return len(self.pieces)
-
-    @property
-    def num_left_out(self) -> int:
-        """Samples of which no piece is trained on (dropped, or nothing to learn in them)."""
-        return self.num_samples - len(np.unique(self.pieces[:, 0]))
+        """Rows of all shards, those left out too."""
+        return self.total("num_rows")
 
     def place(self, sample: int) -> tuple[Shard, int]:
         """Return the shard of a sample and its row there, from 0."""
-        shard = int(np.searchsorted(self.row_offsets, sample, side="right")) - 1
-        return self.shards[shard], int(sample - self.row_offsets[shard])
+        first = self.first_samples
+        number = int(np.searchsorted(first, sample, side="right")) - 1
+        row = int(sample - first[number])
+        for part, rows in zip(self.blocks[number].parts, self.measures[number].part_rows, strict=True):
+            if row < rows:
+                return self.shards[part.shard], row + self._rows_before(part)
+            row -= rows
+        raise ValueError(f"sample={sample}: there are {self.num_samples}")
 
-    def first(self, num_samples: int) -> Index:
-        """Return the index of the first `num_samples` samples only (0: all)."""
-        if not num_samples:
-            return self
-        kept = self.pieces[:, 0] < num_samples
-        return replace(self, pieces=self.pieces[kept], piece_targets=self.piece_targets[kept])
+    def _rows_before(self, wanted: Part) -> int:
+        """Return how many rows of its shard lie before a part."""
+        return sum(rows for block, measure in zip(self.blocks, self.measures, strict=True)
+                   for part, rows in zip(block.parts, measure.part_rows, strict=True)
+                   if part.shard == wanted.shard and part.start < wanted.start)
 
     def verify_unchanged(self, shards: Sequence[Shard], field: str = "data.train") -> None:
         """Refuse, by name, data that is not what was indexed.
@@ -87,130 +98,141 @@ class Index:
         """
         now = {shard.url: shard for shard in shards}
         then = {shard.url for shard in self.shards}
-        advice = ("a run keeps the data it began with; restore it, or start a run with another run.name")
         for shard in self.shards:
             if shard.url not in now:
-                raise DataError(redact(f"{field}: the shard {shard.url} vanished since the run began; {advice}"))
+                raise DataError(redact(f"{field}: the shard {shard.url} vanished since the run began; {ADVICE}"))
             if now[shard.url] != shard:
-                raise DataError(redact(f"{field}: the shard {shard.url} changed since the run began; {advice}"))
+                raise DataError(redact(f"{field}: the shard {shard.url} changed since the run began; {ADVICE}"))
         for shard in shards:
             if shard.url not in then:
-                raise DataError(redact(f"{field}: the shard {shard.url} is new since the run began; {advice}"))
+                raise DataError(redact(f"{field}: the shard {shard.url} is new since the run began; {ADVICE}"))
         if tuple(shards) != self.shards:
-            raise DataError(f"{field}: the shards are in another order than when the run began; {advice}")
+            raise DataError(f"{field}: the shards are in another order than when the run began; {ADVICE}")
 
-    def verify_recipe(self, recipe: Mapping[str, Any]) -> None:
+    def verify_recipe(self, wanted: dict[str, Any]) -> None:
         """Refuse an index made with another tokenizer, template, overlong policy or sequence length.
 
         Raises:
             DataError: names what differs.
         """
-        differing = [name for name in recipe if recipe[name] != self.recipe.get(name)]
+        differing = [name for name in wanted if wanted[name] != self.recipe.get(name)]
         if differing:
-            what = "; ".join(f"{name} was {self.recipe.get(name)}, is {recipe[name]}" for name in differing)
+            what = "; ".join(f"{name} was {self.recipe.get(name)}, is {wanted[name]}" for name in differing)
             raise DataError(f"data: samples become other tokens than when the run began ({what}); tokenizer, template "
                             "and data fields may not change; restore them, or start a run with another run.name")
 
-    def save(self, store: Store, name: str = "index") -> None:
-        """Write `<name>.safetensors`, then `<name>.json`, which makes it exist."""
-        import xxhash
-        from safetensors.numpy import save
 
-        body = save({key: np.ascontiguousarray(getattr(self, key)) for key in _ARRAYS})
-        about = {"format": FORMAT, "checksum": xxhash.xxh3_128_hexdigest(body), "recipe": dict(self.recipe),
-                 "shards": [asdict(shard) for shard in self.shards]}
-        store.write(f"{name}.safetensors", body)
-        store.write(f"{name}.json", json.dumps(about, indent=1).encode())
-
-
-_ARRAYS = ("row_offsets", "lengths", "target_counts", "pieces", "piece_targets")
-
-
-def load(store: Store, name: str = "index") -> Index | None:
-    """Return a stored index, or None if there is none.
-
-    Raises:
-        DataError: it is damaged or of another format.
-    """
-    import xxhash
-    from safetensors.numpy import load as unpack
-
-    if not store.exists(f"{name}.json"):
-        return None
-    where = redact(store.full(f"{name}.json"))
-    try:
-        about = json.loads(store.read(f"{name}.json"))
-        if about["format"] != FORMAT:
-            raise DataError(f"{where}: is of format {about['format']}; this version reads {FORMAT}; remove the file, "
-                            "and the index is made again")
-        body = store.read(f"{name}.safetensors")
-        if xxhash.xxh3_128_hexdigest(body) != about["checksum"]:
-            raise ValueError("the checksum differs")
-        shards = tuple(Shard(**shard) for shard in about["shards"])
-        return Index(shards=shards, recipe=about["recipe"], **unpack(body))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: the stored index is damaged ({error}); remove the file, and the index is made "
-                        "again from the same shards") from error
-
-
-def recipe(cache: TokenCache, data: DataSection, sequence_length: int) -> dict[str, Any]:
+def recipe(encoder_fingerprint: str, data: DataSection, sequence_length: int, max_samples: int = 0) -> dict[str, Any]:
     """Return what decides an index besides its shards."""
-    return {"encoder": cache.fingerprint, "overlong": data.overlong, "sequence_length": sequence_length}
+    return {"encoder": encoder_fingerprint, "overlong": data.overlong, "pack": data.pack, "block_mib": data.block_mib,
+            "sequence_length": sequence_length, "max_samples": max_samples}
 
 
-def build(shards: Sequence[Shard], cache: TokenCache, data: DataSection, sequence_length: int,
-          world: World, collectives: Collectives) -> Index:
-    """Tokenise every shard on one rank (shard i on rank i % size), exchange lengths, return the same on every rank.
+def cut_into_blocks(shards: Sequence[Sequence[Shard]], data: DataSection, world: World,
+                    collectives: Collectives) -> tuple[Block, ...]:
+    """Return the blocks of sources' `shards`; each shard is surveyed by one rank. A collective call."""
+    flat = [shard for source in shards for shard in source]
+    block_bytes = max(1, round(data.block_mib * 2**20))
+    found = _shared_out(range(len(flat)), lambda number: readers.survey(flat[number], number, block_bytes),
+                        lambda number: flat[number].url, world, collectives)
+    blocks: list[Block] = []
+    first = 0
+    for source, own in enumerate(shards):
+        parts = [part for number in range(first, first + len(own)) for part in found[number]]
+        blocks += make_blocks(source, parts, block_bytes)
+        first += len(own)
+    return tuple(blocks)
+
+
+def build(shards: Sequence[Sequence[Shard]], store: BlockStore, data: DataSection, sequence_length: int, world: World,
+          collectives: Collectives, max_samples: int = 0) -> Index:
+    """Tokenise every block of `store` on one rank, exchange numbers, return the same index on every rank.
+
+    Args:
+        shards: of each source.
+        store: their blocks (`cut_into_blocks`).
+        data: how rows become sequences.
+        sequence_length: tokens a sequence.
+        world: this rank.
+        collectives: how ranks talk.
+        max_samples: only so many first rows count; 0: all.
 
     Raises:
-        DataError: on all ranks with the same text: what any rank met, or samples longer than `sequence_length` (in
-            tokens) under data.overlong=error, or nothing to learn at all.
+        DataError: on all ranks with the same text what any rank met. Whether the whole may be trained on is
+            `judge`'s business.
     """
-    own: dict[int, Measures] = {}
+    own = _own_share(store.blocks, world)
+    made = store.each(own)
+    measures = _shared_out(own, lambda number: _measure(next(made), number, data, sequence_length),
+                           lambda number: store.shards[store.blocks[number].parts[0].shard].url, world, collectives)
+    if max_samples:
+        measures = _limited(measures, store, data, sequence_length, max_samples)
+    found = Index(store.shards, tuple(i for i, source in enumerate(shards) for _ in source), store.blocks,
+                  tuple(measures[i] for i in range(len(store.blocks))),
+                  recipe(store.fingerprint, data, sequence_length, max_samples))
+    if world.rank == 0:
+        _report(found)
+    return found
+
+
+def _own_share(blocks: Sequence[Block], world: World) -> list[int]:
+    """Return the blocks this rank tokenises: of a shard that is read in one pass, all of them on one rank."""
+    return [number for number, block in enumerate(blocks) if block.parts[0].shard % world.size == world.rank] \
+        if len({block.parts[0].shard for block in blocks}) >= world.size else list(
+            range(world.rank, len(blocks), world.size))
+
+
+def _measure(made: tuple[int, Any], number: int, data: DataSection, sequence_length: int) -> Measures:
+    assert made[0] == number
+    return cutting.measure(made[1], data, sequence_length)
+
+
+def _limited(measures: dict[int, Measures], store: BlockStore, data: DataSection, sequence_length: int,
+             max_samples: int) -> dict[int, Measures]:
+    """Return the measures of the first `max_samples` rows only."""
+    limited, left = {}, max_samples
+    for number in sorted(measures):
+        found = measures[number]
+        if found.num_rows > left:
+            found = cutting.measure(store.block(number), data, sequence_length, left)
+        limited[number] = found
+        left = max(0, left - found.num_rows)
+    return limited
+
+
+def _shared_out(numbers: Sequence[int], action: Callable[[int], T], name: Callable[[int], str], world: World,
+                collectives: Collectives) -> dict[int, T]:
+    """Return `action(number)` of all ranks' numbers on all ranks; the first failure is raised on all.
+
+    With `numbers` being the same range everywhere each rank takes its share of it.
+    """
+    mine = numbers[world.rank::world.size] if isinstance(numbers, range) else numbers
+    own: dict[int, T] = {}
     failure: tuple[int, DistFtError] | None = None
-    for number in range(world.rank, len(shards), world.size):
+    for number in mine:
         try:
-            tokenised = cache.shard(shards[number])
-            own[number] = cutting.measure(tokenised, sequence_length, data.overlong)
+            own[number] = action(number)
         except Exception as error:  # a rank that raised alone would leave the others waiting
             told = error if isinstance(error, DistFtError) else DataError(
-                redact(f"{shards[number].url}: can not be tokenised ({type(error).__name__}: {error})"))
+                redact(f"{name(number)}: can not be read ({type(error).__name__}: {error})"))
             failure = (number, told)
             break
     failures = [found for found in collectives.all_gather(failure) if found is not None]
     if failures:
         raise min(failures, key=lambda found: found[0])[1]
-    measures: dict[int, Measures] = {}
+    gathered: dict[int, T] = {}
     for part in collectives.all_gather(own):
-        measures.update(part)
-    index = _join(tuple(shards), [measures[i] for i in range(len(shards))], recipe(cache, data, sequence_length))
-    cutting.judge(index.lengths, [measures[i].format for i in range(len(shards))], index.shards, index.row_offsets,
-                  sequence_length, data.overlong)
-    _refuse_nothing(index)
-    if index.num_left_out and world.rank == 0:
+        gathered.update(part)
+    return gathered
+
+
+def _report(found: Index) -> None:
+    """Log what was left out."""
+    left_out, bad = found.total("num_left_out"), found.total("num_bad")
+    if bad:
+        first = next(measure.first_bad for measure in found.measures if measure.first_bad)
+        log.warning("data.bad_rows=skip: %d of %d rows can not be used and are left out; the first: %s", bad,
+                    found.num_samples, first)
+    if left_out > bad:
         log.warning("%d of %d samples are left out: too long, or nothing to learn within batch.sequence_length=%d",
-                    index.num_left_out, index.num_samples, sequence_length)
-    return index
-
-
-def _join(shards: tuple[Shard, ...], measures: Sequence[Measures], how: Mapping[str, Any]) -> Index:
-    """Put the shards' measures one after the other, rows becoming sample ids."""
-    rows = np.array([0, *(len(measure.lengths) for measure in measures)], dtype=np.int64)
-    row_offsets = np.cumsum(rows)
-    shifted = [measure.pieces + np.array([start, 0, 0])
-               for measure, start in zip(measures, row_offsets[:-1], strict=True)]
-    return Index(
-        shards, row_offsets,
-        np.concatenate([np.empty(0, np.int32), *(measure.lengths for measure in measures)]),
-        np.concatenate([np.empty(0, np.int32), *(measure.target_counts for measure in measures)]),
-        np.concatenate([np.empty((0, 3), np.int64), *shifted]),
-        np.concatenate([np.empty(0, np.int32), *(measure.piece_targets for measure in measures)]), dict(how))
-
-
-def _refuse_nothing(index: Index) -> None:
-    if not index.num_samples:
-        raise DataError("data: holds no sample; at least one is needed; check the sources")
-    if not index.num_pieces:
-        raise DataError(f"data: none of the {index.num_samples} samples has a token to learn within "
-                        f"batch.sequence_length={index.recipe['sequence_length']}; raise it, or check data.targets, "
-                        "data.overlong and the chat template")
+                    left_out - bad, found.num_samples, found.recipe["sequence_length"])

@@ -7,69 +7,139 @@ no ranks: the caller says which lanes.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
-from dist_ft.config.schema import BatchSection
 from dist_ft.data.batch import IGNORED, Batch, empty_batch
-from dist_ft.data.cache import TokenCache
 from dist_ft.data.index import Index
-from dist_ft.data.plan import Plan
+from dist_ft.data.order import mix
+from dist_ft.data.packing import sequences_of
+from dist_ft.data.pieces import pieces_of
+from dist_ft.data.plan import Plan, Slot
+from dist_ft.data.store import BlockStore
+from dist_ft.errors import DataError
 
-PREFETCHED_STEPS = 2
+BLOCKS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block as an epoch sees it.
+
+    Attributes:
+        pieces: (P, 3) int64 [row, first token, number of tokens].
+        members: (P,) piece numbers, sequence after sequence.
+        offsets: (G + 1,): sequence g is members[offsets[g]:offsets[g + 1]].
+    """
+
+    pieces: np.ndarray
+    members: np.ndarray
+    offsets: np.ndarray
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Return the pieces (n, 3) of a sequence."""
+        return self.pieces[self.members[self.offsets[number]:self.offsets[number + 1]]]
 
 
 class Loader:
     """Reads the batches of a plan."""
 
-    def __init__(self, plan: Plan, index: Index, cache: TokenCache, batch: BatchSection) -> None:
-        """Assign only."""
+    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2,
+                 stop: int | None = None) -> None:
+        """Assign only. `stop`: sequences of the whole run (of a single pass, or of whole epochs); None: no end."""
         self.plan = plan
         self.index = index
-        self.cache = cache
-        self.batch = batch
+        self.store = store
+        self.stop = stop
+        self._prefetch_steps = prefetch_steps
+        self._first_samples = index.first_samples
+        self._limit = index.recipe.get("max_samples") or None
+        self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
+        self._most_open = 0
+        self._lock = Lock()
+
+    @property
+    def steps_of_a_pass(self) -> int:
+        """Steps in which every sequence comes once; the last may be partial."""
+        return self.plan.steps_of(1)
 
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
         """Return one batch for each of `lanes` at `step` (from 0); a lane with no sequence gives an empty batch."""
-        slots = self.plan.sequences(step)
-        size = self.batch.micro_batch
-        return [self._lane(slots[lane * size:(lane + 1) * size], lane) for lane in lanes]
+        return [self._lane(self.plan.slots(step, lane, self.stop), lane) for lane in lanes]
 
     def iterate(self, start: int, stop: int, lanes: Sequence[int]) -> Generator[list[Batch], None, None]:
-        """Yield `batches(step, lanes)` of steps start .. stop - 1, the next two being made in a background thread."""
+        """Yield `batches(step, lanes)` of steps start .. stop - 1, the next ones being made in a background thread."""
+        self._hold(len(lanes))
         pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
         ahead: deque[Future[list[Batch]]] = deque()
         try:
             for step in range(start, stop):
                 ahead.append(pool.submit(self.batches, step, lanes))
-                if len(ahead) > PREFETCHED_STEPS:
+                if len(ahead) > self._prefetch_steps:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _lane(self, slots: Sequence[np.ndarray], lane: int) -> Batch:
-        rows = [pieces for pieces in slots if len(pieces)]
-        if not rows:
-            return empty_batch(lane=lane)
-        pieces = np.concatenate(rows)
-        tokens, learned = self._tokens(pieces)
-        return assemble(tokens, learned, pieces, np.repeat(np.arange(len(rows)), [len(row) for row in rows]), lane)
+    def packed(self, epoch: int, number: int) -> PackedBlock:
+        """Return a block as packed in an epoch of its source. Safe over threads."""
+        with self._lock:
+            if (epoch, number) in self._packed:
+                self._packed.move_to_end((epoch, number))
+                return self._packed[epoch, number]
+        found = self._pack(epoch, number)
+        with self._lock:
+            self._packed[epoch, number] = found
+            if len(self._packed) > max(1, self._most_open):
+                self._packed.popitem(last=False)
+        return found
 
-    def _tokens(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and targets of pieces (n, 3), one after the other."""
-        numbers = np.searchsorted(self.index.row_offsets, pieces[:, 0], side="right") - 1
-        tokens, learned = [], []
-        for number, (sample, first, size) in zip(numbers.tolist(), pieces.tolist(), strict=True):
-            shard = self.cache.shard(self.index.shards[number])
-            start = int(shard.offsets[sample - self.index.row_offsets[number]]) + first
-            tokens.append(shard.tokens[start:start + size])
-            learned.append(shard.targets[start:start + size])
-        return np.concatenate(tokens), np.concatenate(learned)
+    def _hold(self, num_lanes: int) -> None:
+        """Keep as many blocks open as so many lanes read from at a time, and as many again."""
+        self._most_open = 2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
+        self.store.most_open = max(self.store.most_open, self._most_open)
+
+    def _pack(self, epoch: int, number: int) -> PackedBlock:
+        data, length = self.plan.data, self.plan.batch.sequence_length
+        block = self.store.block(number)
+        rows = None if self._limit is None else max(0, self._limit - int(self._first_samples[number]))
+        pieces, _ = pieces_of(block, length, data.overlong, rows)
+        seed = mix(self.plan.seed, epoch, number) if data.shuffle else None
+        members, offsets = sequences_of(pieces[:, 2], length, data.pack, seed)
+        if len(offsets) - 1 != self.index.measures[number].num_sequences:
+            raise DataError(f"data: block {number} makes {len(offsets) - 1} sequences, the run's index says "
+                            f"{self.index.measures[number].num_sequences}; the index was made by another version; "
+                            "go on with that one, or start a run with another run.name")
+        return PackedBlock(pieces, members, offsets)
+
+    def _lane(self, slots: Sequence[Slot], lane: int) -> Batch:
+        if not slots:
+            return empty_batch(lane=lane)
+        self._ask_ahead(slots)
+        rows, tokens, learned = [], [], []
+        for slot in slots:
+            pieces = self.packed(slot.epoch, slot.block).sequence(slot.sequence)
+            block = self.store.block(slot.block)
+            for row, first, size in pieces.tolist():
+                start = int(block.offsets[row]) + first
+                tokens.append(block.tokens[start:start + size])
+                learned.append(block.targets[start:start + size])
+            rows.append(np.column_stack([pieces[:, 0] + self._first_samples[slot.block], pieces[:, 1:],
+                                         np.full(len(pieces), slot.epoch)]))
+        numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        return assemble(np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows), numbers, lane)
+
+    def _ask_ahead(self, slots: Sequence[Slot]) -> None:
+        """Let blocks be made that come next, so that no step waits for one."""
+        for slot in {(slot.source, slot.epoch): slot for slot in slots}.values():
+            for number in self.plan.blocks_after(slot, BLOCKS_AHEAD):
+                self.store.request(number)
 
 
 def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int) -> Batch:
@@ -78,7 +148,7 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
     Args:
         tokens: (sum,) token ids of all pieces.
         learned: (sum,) 1 where a token is a target.
-        pieces: (n, 3) [sample id, first token, number of tokens].
+        pieces: (n, 4) [sample id, first token, number of tokens, epoch].
         rows: (n,) the row of each piece, ascending from 0.
         lane: recorded in the batch.
     """

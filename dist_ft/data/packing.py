@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from dist_ft.data.order import hashes
+
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Return the sequence number of each item, int64 (N,): numbers are 0.., and no sequence exceeds `capacity`.
@@ -45,3 +47,27 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     assignment = np.empty(len(lengths), dtype=np.int64)
     assignment[longest_first] = placed
     return assignment
+
+
+def sequences_of(lengths: np.ndarray, capacity: int, packed: bool, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sequences of a block of pieces: (members, offsets), sequence g being members[offsets[g]:offsets[g+1]].
+
+    Args:
+        lengths: (P,) tokens of the pieces.
+        capacity: tokens a sequence.
+        packed: several pieces to a sequence; else one.
+        seed: which of the pieces of equal length share sequences changes with it, the number of sequences does not
+            (best-fit decreasing sees lengths only); None: as they lie, sequences in the order of their first piece.
+    """
+    count = len(lengths)
+    order = np.arange(count) if seed is None else np.argsort(hashes(seed, count), kind="stable")
+    if not packed or not count:
+        return order, np.arange(count + 1)
+    assigned = pack(lengths[order], capacity)
+    if seed is None:
+        first = np.unique(assigned, return_index=True)[1]
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+        assigned = rank[assigned]
+    members = order[np.argsort(assigned, kind="stable")]
+    return members, np.concatenate([[0], np.cumsum(np.bincount(assigned))])

@@ -1,4 +1,4 @@
-"""Samples to pieces: what becomes of a sample that is longer than a sequence.
+"""Samples to pieces: what becomes of a sample that is longer than a sequence, and what a block holds in the end.
 
 Pure. A piece is a run of tokens of one sample that fits into a sequence; most samples are one piece. Pieces with
 nothing to learn are left out. Cuts by `data.overlong`: truncate keeps the start, drop keeps nothing, split goes on in
@@ -7,46 +7,77 @@ further pieces (which costs one target a cut: the first token of a piece has not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dist_ft.data.cache import TokenisedShard
-from dist_ft.data.source import Shard
-from dist_ft.errors import DataError
-from dist_ft.logs import redact
+from dist_ft.config.schema import DataSection
+from dist_ft.data.cache import TokenisedBlock
+from dist_ft.data.packing import pack
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The numbers of one shard of n rows; the arrays are those of `Index`, with rows in place of sample ids.
+    """The numbers of one block.
 
     Attributes:
-        lengths: (n,) int32 tokens a row.
-        target_counts: (n,) int32 learned tokens a row.
-        pieces: (P, 3) int64 [row, first token, number of tokens].
-        piece_targets: (P,) int32 targets a piece.
-        format: chat, instruction or text.
+        num_rows: rows, those left out too.
+        part_rows: rows of each part.
+        num_pieces: pieces that are trained on.
+        num_sequences: sequences they make; the same in every epoch.
+        num_tokens: tokens of these pieces.
+        num_targets: tokens learned.
+        num_left_out: rows of which nothing is trained on.
+        num_too_long: rows longer than a sequence.
+        longest, longest_row: tokens of the longest row, and its number.
+        num_bad, first_bad: rows that could not be used, and what was wrong with the first.
+        format: chat, instruction, text or tokens.
+        checksum: of tokens and targets.
     """
 
-    lengths: np.ndarray
-    target_counts: np.ndarray
-    pieces: np.ndarray
-    piece_targets: np.ndarray
+    num_rows: int
+    part_rows: tuple[int, ...]
+    num_pieces: int
+    num_sequences: int
+    num_tokens: int
+    num_targets: int
+    num_left_out: int
+    num_too_long: int
+    longest: int
+    longest_row: int
+    num_bad: int
+    first_bad: str
     format: str
+    checksum: str
 
 
-def measure(shard: TokenisedShard, sequence_length: int, overlong: str) -> Measures:
-    """Return lengths and pieces of a tokenised shard; under overlong=error it is cut as for truncate (see `judge`)."""
-    lengths = np.diff(shard.offsets)
-    learned = np.concatenate([[0], np.cumsum(shard.targets, dtype=np.int64)])
+def pieces_of(block: TokenisedBlock, sequence_length: int, overlong: str, max_rows: int | None = None
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pieces (P, 3) int64 [row, first token, number of tokens] of a block, and their targets (P,) int64.
+
+    Under overlong=error rows are cut as for truncate (`judge` refuses them). Only the first `max_rows` rows count.
+    """
+    lengths = np.diff(block.offsets)[:max_rows]
+    learned = np.concatenate([[0], np.cumsum(block.targets, dtype=np.int64)])
     rows, first, size = cut(lengths, sequence_length, overlong)
-    start = shard.offsets[:-1][rows] + first
+    start = block.offsets[:-1][rows] + first
     targets = learned[start + size] - learned[np.minimum(start + 1, start + size)]
     kept = targets > 0
-    return Measures(lengths.astype(np.int32), np.diff(learned[shard.offsets]).astype(np.int32),
-                    np.stack([rows, first, size], axis=1)[kept], targets[kept].astype(np.int32), shard.format)
+    return np.stack([rows, first, size], axis=1)[kept], targets[kept]
+
+
+def measure(block: TokenisedBlock, data: DataSection, sequence_length: int, max_rows: int | None = None) -> Measures:
+    """Return the numbers of a block."""
+    pieces, targets = pieces_of(block, sequence_length, data.overlong, max_rows)
+    lengths = np.diff(block.offsets)[:max_rows]
+    sequences = len(pieces) if not data.pack else int(pack(pieces[:, 2], sequence_length).max(initial=-1)) + 1
+    longest = int(np.argmax(lengths)) if len(lengths) else 0
+    return Measures(
+        num_rows=len(lengths), part_rows=block.part_rows, num_pieces=len(pieces), num_sequences=sequences,
+        num_tokens=int(pieces[:, 2].sum()), num_targets=int(targets.sum()),
+        num_left_out=len(lengths) - len(np.unique(pieces[:, 0])), num_too_long=int((lengths > sequence_length).sum()),
+        longest=int(lengths[longest]) if len(lengths) else 0, longest_row=longest, num_bad=len(block.bad_rows),
+        first_bad=block.bad_rows[0] if block.bad_rows else "", format=block.format, checksum=block.checksum)
 
 
 def cut(lengths: np.ndarray, sequence_length: int, overlong: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,24 +92,3 @@ def cut(lengths: np.ndarray, sequence_length: int, overlong: str) -> tuple[np.nd
     turn = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     first = turn * sequence_length
     return rows, first, np.minimum(lengths[rows] - first, sequence_length)
-
-
-def judge(lengths: np.ndarray, formats: Sequence[str], shards: Sequence[Shard], row_offsets: np.ndarray,
-          sequence_length: int, overlong: str) -> None:
-    """Refuse samples that are too long where the policy does not say what to do with them.
-
-    Raises:
-        DataError: under `error` any, under `split` one that is not plain text; names the longest.
-    """
-    plain = np.repeat(np.array([kind == "text" for kind in formats], dtype=bool), np.diff(row_offsets))
-    refused = (lengths > sequence_length) & (~plain if overlong == "split" else overlong == "error")
-    if not refused.any():
-        return
-    longest = int(np.argmax(np.where(refused, lengths, 0)))
-    shard = int(np.searchsorted(row_offsets, longest, side="right")) - 1
-    what = "samples" if overlong == "error" else "samples that are not plain text"
-    ways = "data.overlong=truncate or drop" + (", or split for text," if overlong == "error" else "")
-    raise DataError(redact(
-        f"data.overlong={overlong}: {int(refused.sum())} of {len(lengths)} {what} are longer than "
-        f"batch.sequence_length={sequence_length} (longest {lengths[longest]} tokens, {shards[shard].url} row "
-        f"{longest - row_offsets[shard] + 1}); set {ways} or raise batch.sequence_length"))

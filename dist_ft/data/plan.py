@@ -1,140 +1,140 @@
-"""The plan: which pieces of which samples make up every step of a run.
+"""The plan: which sequence of which block stands where in every step of a run.
 
-A pure function of index, config and step: samples are ordered by seed and epoch, packed window by window over the
-global order, and sequence g of an epoch goes to step g // global_batch, slot g % global_batch. Guarantees: every piece
-exactly once an epoch; nothing depends on how many workers there are. Does not read tokens.
+A pure function of the index's counts, config, step and lane; what it costs grows with the number of blocks, not of
+samples or ranks. Sequences of a source have positions in an epoch: blocks in an order by seed and epoch, window after
+window of blocks, the sequences of a window shuffled. With shuffling a lane walks through a stretch of positions of its
+own, so that it reads few blocks at a time; without, every step takes the next positions. Guarantees: each position
+once an epoch of its source; nothing depends on how many workers there are. Does not know tokens or lengths.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from threading import RLock
 
 import numpy as np
 
 from dist_ft.config.schema import BatchSection, DataSection, ScheduleSection
-from dist_ft.data.index import Index
+from dist_ft.data.mixture import Mixture, sequences_in_epoch
 from dist_ft.data.order import epoch_order, hashes, mix
-from dist_ft.data.packing import pack
 
-_KEPT_EPOCHS = 2  # prefetching crosses the border of epochs
+_KEPT_EPOCHS = 8
+_KEPT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """The sequences of one epoch, in order.
+class Slot:
+    """Where the sequence of one place in the global batch comes from.
 
     Attributes:
-        members: (P,) int64 piece numbers, sequence after sequence.
-        offsets: (G + 1,) int64: sequence g is members[offsets[g]:offsets[g + 1]].
+        source: number of the source.
+        epoch: of that source, from 0.
+        block: number of the block in the index.
+        sequence: number of the sequence within the packed block.
     """
 
-    members: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def num_sequences(self) -> int:
-        """G: sequences of the epoch."""
-        return len(self.offsets) - 1
-
-
-def plan_epoch(lengths: np.ndarray, data: DataSection, sequence_length: int, seed: int, epoch: int) -> EpochPlan:
-    """Return the sequences of an epoch over pieces of `lengths` (P,) tokens.
-
-    Each window of `data.packing_window` pieces of the order is packed for itself. With data.shuffle its sequences are
-    then shuffled, so that long samples do not come first; without, they follow their first piece.
-    """
-    order = epoch_order(len(lengths), seed, epoch, data.shuffle)
-    if not data.pack or data.packing_window == 1:
-        return EpochPlan(order, np.arange(len(order) + 1, dtype=np.int64))
-    sequence = np.empty(len(order), dtype=np.int64)
-    done = 0
-    for window, start in enumerate(range(0, len(order), data.packing_window)):
-        part = slice(start, start + data.packing_window)
-        assigned = pack(lengths[order[part]], sequence_length)
-        count = int(assigned.max()) + 1
-        rank = np.empty(count, dtype=np.int64)
-        if data.shuffle:
-            rank[np.argsort(hashes(mix(seed, epoch, window), count), kind="stable")] = np.arange(count)
-        else:
-            rank[assigned[np.sort(np.unique(assigned, return_index=True)[1])]] = np.arange(count)
-        sequence[part] = done + rank[assigned]
-        done += count
-    members = order[np.argsort(sequence, kind="stable")]
-    return EpochPlan(members, np.concatenate([[0], np.cumsum(np.bincount(sequence, minlength=done))]))
+    source: int
+    epoch: int
+    block: int
+    sequence: int
 
 
 class Plan:
-    """The steps of a run. Steps and epochs count from 0; step s of the run is `locate(s)`."""
+    """The steps of a run, counted from 0."""
 
-    def __init__(self, index: Index, data: DataSection, batch: BatchSection, seed: int) -> None:
-        """Assign only; an epoch is planned when first asked for."""
-        self.index = index
+    def __init__(self, counts: np.ndarray, sources: np.ndarray, data: DataSection, batch: BatchSection,
+                 seed: int) -> None:
+        """Take the sequences (N,) and the source (N,) of every block; nothing is computed yet.
+
+        `sources` ascends: the blocks of a source lie together.
+        """
         self.data = data
         self.batch = batch
         self.seed = seed
-        self._epochs: OrderedDict[int, EpochPlan] = OrderedDict()
-        self._ends: list[int] = []  # of epochs 0.. that were counted: the first step after each
-        self._lock = RLock()
+        self.num_lanes = batch.global_batch // batch.micro_batch
+        edges = np.searchsorted(sources, np.arange(len(data.train) + 1))
+        self._first = edges[:-1].tolist()
+        self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
+        self._sizes = [int(found.sum()) for found in self._counts]
+        self.mixture = Mixture(data, self._sizes, batch.micro_batch, mix(seed, len(self._sizes)))
+        self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
+        self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
 
-    def epoch(self, epoch: int) -> EpochPlan:
-        """Return an epoch's sequences; the two used last are kept. Safe over threads."""
-        with self._lock:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = plan_epoch(self.index.pieces[:, 2], self.data, self.batch.sequence_length,
-                                                 self.seed, epoch)
-                if len(self._epochs) > _KEPT_EPOCHS:
-                    self._epochs.popitem(last=False)
-            self._epochs.move_to_end(epoch)
-            return self._epochs[epoch]
+    @property
+    def sequences_in_epoch(self) -> int:
+        """Sequences of one epoch of the run."""
+        return sequences_in_epoch(self.data, self._sizes)
 
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Return how many steps an epoch has; the last may be partial."""
-        return self._end(epoch) - (self._end(epoch - 1) if epoch else 0)
+    def num_sequences(self, source: int) -> int:
+        """Return the sequences of one epoch of a source."""
+        return self._sizes[source]
+
+    def steps_of(self, epochs: float) -> int:
+        """Return the steps of so many epochs of the run; the last may be partial."""
+        return -(-round(epochs * self.sequences_in_epoch) // self.batch.global_batch)
 
     def total_steps(self, schedule: ScheduleSection) -> int:
         """Return the steps of the run: schedule.steps, or as many as schedule.epochs have."""
-        return schedule.steps if schedule.steps is not None else self._end((schedule.epochs or 1) - 1)
+        return schedule.steps if schedule.steps is not None else self.steps_of(schedule.epochs or 1)
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """Return (epoch, step within it) of a step of the run; epochs follow one another without end."""
+    def slots(self, step: int, lane: int, stop: int | None = None) -> list[Slot]:
+        """Return the micro_batch slots of a lane at a step.
+
+        Those that lie after the first `stop` sequences of the run (none: there is no end) are left out.
+        """
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        while not self._ends or step >= self._ends[-1]:
-            self._end(len(self._ends))
-        epoch = bisect_right(self._ends, step)
-        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+        size, lanes = self.batch.micro_batch, self.num_lanes
+        first = step * size
+        kept = size if stop is None else max(0, min(size, -(-(stop - lane) // lanes) - first))
+        return [self._slot(source, turn * lanes + lane) for source, turn in self.mixture.draws(lane, first, kept)]
 
-    def sequences(self, step: int) -> list[np.ndarray]:
-        """Return the global_batch slots of a step, each (n, 3) int64 [sample id, first token, number of tokens].
+    def drawn_by_all(self, steps: int) -> list[int]:
+        """Return, for each source, the draws that are surely made after so many steps: all before this number are."""
+        if self.mixture.is_single:
+            return [steps * self.batch.global_batch]
+        least = np.min([self.mixture.before(lane, steps * self.batch.micro_batch) for lane in range(self.num_lanes)],
+                       axis=0)
+        return [int(turns) * self.num_lanes for turns in least]
 
-        Slots of the last step of an epoch that have no sequence are (0, 3).
-        """
-        return [self.index.pieces[members] for members in self._slots(step)]
+    def blocks_after(self, slot: Slot, count: int) -> list[int]:
+        """Return the blocks that follow a slot's in the order of its epoch, and those of its window."""
+        order, ends, window_ends = self._order(slot.source, slot.epoch)
+        at = int(np.flatnonzero(order == slot.block - self._first[slot.source])[0])
+        window = int(np.searchsorted(window_ends, ends[at], side="left"))
+        last = int(np.searchsorted(ends, window_ends[window], side="left"))
+        return [self._first[slot.source] + int(number) for number in order[at:last + 1 + count]]
 
-    def num_target_tokens(self, step: int) -> int:
-        """Return how many tokens the whole step learns: what its loss is divided by, known without reading data."""
-        return sum(int(self.index.piece_targets[members].sum()) for members in self._slots(step))
+    def _slot(self, source: int, draw: int) -> Slot:
+        """Return the slot of a source's draw number `draw`, counted over all epochs."""
+        epoch, number = divmod(draw, self._sizes[source])
+        position = number if not self.data.shuffle else self._stretched(number, self._sizes[source])
+        order, ends, window_ends = self._order(source, epoch)
+        window = int(np.searchsorted(window_ends, position, side="right"))
+        begun = int(window_ends[window - 1]) if window else 0
+        permuted = self._window(source, epoch, window)
+        within = int(permuted[position - begun]) + begun
+        at = int(np.searchsorted(ends, within, side="right"))
+        return Slot(source, epoch, self._first[source] + int(order[at]), within - (int(ends[at - 1]) if at else 0))
 
-    def samples_seen(self, step: int) -> np.ndarray:
-        """Return (n, 3) int64: all pieces of a step, slot after slot; what the ledger records."""
-        return self.index.pieces[np.concatenate(self._slots(step))]
+    def _stretched(self, number: int, size: int) -> int:
+        """Return the position of an epoch's draw: lane after lane has a stretch of its own (a bijection)."""
+        row, column = divmod(number, self.num_lanes)
+        return column * (size // self.num_lanes) + min(column, size % self.num_lanes) + row
 
-    def _end(self, epoch: int) -> int:
-        """Return the first step after an epoch; counting plans every epoch up to it once."""
-        with self._lock:
-            while len(self._ends) <= epoch:
-                steps = -(-self.epoch(len(self._ends)).num_sequences // self.batch.global_batch)
-                self._ends.append(steps + (self._ends[-1] if self._ends else 0))
-            return self._ends[epoch]
+    def _make_order(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the blocks of a source in an epoch's order, the position after each, and that after each window."""
+        counts = self._counts[source]
+        order = epoch_order(len(counts), mix(self.seed, source), epoch, self.data.shuffle)
+        ends = np.cumsum(counts[order])
+        width = max(1, self.data.shuffle_blocks // self.num_lanes) if self.data.shuffle else 1
+        return order, ends, np.append(ends[width - 1:-1:width], ends[-1])
 
-    def _slots(self, step: int) -> list[np.ndarray]:
-        """Return the piece numbers in each of a step's global_batch slots."""
-        epoch, within = self.locate(step)
-        plan = self.epoch(epoch)
-        first = within * self.batch.global_batch
-        bounds = plan.offsets[np.minimum(np.arange(first, first + self.batch.global_batch + 1), plan.num_sequences)]
-        return [plan.members[start:stop] for start, stop in pairwise(bounds)]
+    def _make_window(self, source: int, epoch: int, window: int) -> np.ndarray:
+        """Return the order of the sequences in a window."""
+        _, _, ends = self._order(source, epoch)
+        count = int(ends[window] - (ends[window - 1] if window else 0))
+        if not self.data.shuffle:
+            return np.arange(count)
+        return np.argsort(hashes(mix(self.seed, source, epoch, window), count), kind="stable")

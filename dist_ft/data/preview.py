@@ -1,7 +1,6 @@
 """What training will see, as text: samples with what is learned marked, and the numbers of an epoch.
 
-Pure over index, cache and plan; the command line prints it. What is marked is what the loss counts, after cutting and
-shifting, not what a template promises.
+What is marked is what the loss counts, after cutting and shifting, not what a template promises.
 """
 
 from __future__ import annotations
@@ -12,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.data.cache import TokenCache
-from dist_ft.data.index import Index
-from dist_ft.data.plan import Plan
+from dist_ft.data.loader import Loader
+from dist_ft.data.packing import sequences_of
+from dist_ft.data.pieces import pieces_of
+
+MOST_BLOCKS = 32
+"""Lengths and padding are told from so many blocks at most."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,19 @@ class Statistics:
     Attributes:
         num_samples: rows of all shards.
         num_left_out: rows of which nothing is trained on.
+        num_bad: of these, rows that can not be used (data.bad_rows=skip).
         min_tokens, median_tokens, p95_tokens, max_tokens: lengths of samples, uncut, in tokens.
         learned_share: targets / tokens of what is trained on, 0..1.
         fill: tokens / (sequences * sequence length), 0..1.
         padding_share: padding / positions computed, 0..1 (each micro-batch is as wide as its longest sequence).
         num_sequences: sequences of epoch 0.
         num_steps: optimizer steps of epoch 0.
+        num_blocks: blocks the data set falls into.
     """
 
     num_samples: int
     num_left_out: int
+    num_bad: int
     min_tokens: int
     median_tokens: int
     p95_tokens: int
@@ -43,21 +48,30 @@ class Statistics:
     padding_share: float
     num_sequences: int
     num_steps: int
+    num_blocks: int
 
 
-def statistics(index: Index, plan: Plan) -> Statistics:
-    """Return the numbers of an index and of the first epoch of its plan."""
-    epoch = plan.epoch(0)
-    sizes = np.add.reduceat(index.pieces[epoch.members, 2], epoch.offsets[:-1])
-    tokens = int(sizes.sum())
-    low, median, p95, high = np.quantile(index.lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
+def statistics(loader: Loader) -> Statistics:
+    """Return the numbers of a loader's data and of its first epoch; lengths are those of the first blocks."""
+    index, batch = loader.index, loader.plan.batch
+    blocks = [loader.store.block(number) for number in range(min(MOST_BLOCKS, len(index.blocks)))]
+    lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
+    sizes = np.concatenate([_sequence_tokens(loader, number) for number in range(len(blocks))])
+    low, median, p95, high = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
+    tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
     return Statistics(
-        num_samples=index.num_samples, num_left_out=index.num_left_out, min_tokens=int(low),
-        median_tokens=int(median), p95_tokens=int(p95), max_tokens=int(high),
-        learned_share=float(index.piece_targets.sum()) / tokens,
-        fill=tokens / (len(sizes) * plan.batch.sequence_length),
-        padding_share=1 - tokens / _positions(sizes, plan.batch.global_batch, plan.batch.micro_batch),
-        num_sequences=len(sizes), num_steps=plan.steps_in_epoch(0))
+        num_samples=index.num_samples, num_left_out=index.total("num_left_out"), num_bad=index.total("num_bad"),
+        min_tokens=int(low), median_tokens=int(median), p95_tokens=int(p95), max_tokens=int(high),
+        learned_share=index.total("num_targets") / tokens, fill=tokens / (sequences * batch.sequence_length),
+        padding_share=1 - float(sizes.sum()) / _positions(sizes, batch.global_batch, batch.micro_batch),
+        num_sequences=sequences, num_steps=loader.plan.steps_of(1), num_blocks=len(index.blocks))
+
+
+def _sequence_tokens(loader: Loader, number: int) -> np.ndarray:
+    """Return the tokens of each sequence of a block in epoch 0, int64 (n,)."""
+    found = loader.packed(0, number)
+    filled = np.concatenate([[0], np.cumsum(found.pieces[found.members, 2])])
+    return np.diff(filled[found.offsets])
 
 
 def _positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
@@ -71,10 +85,11 @@ def _positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
 def describe(numbers: Statistics, packed: bool) -> str:
     """Return the lines that tell a person about `numbers`."""
     left_out = f", {numbers.num_left_out} left out" if numbers.num_left_out else ""
+    bad = f" ({numbers.num_bad} can not be used)" if numbers.num_bad else ""
     use = (f"packed, {numbers.fill:.1%} full" if packed
            else f"not packed, {numbers.padding_share:.1%} of the positions are padding")
     return "\n".join([
-        f"samples    {numbers.num_samples}{left_out}",
+        f"samples    {numbers.num_samples}{left_out}{bad}",
         f"tokens     min {numbers.min_tokens}, median {numbers.median_tokens}, 95% {numbers.p95_tokens}, "
         f"max {numbers.max_tokens}",
         f"learned    {numbers.learned_share:.1%} of the tokens",
@@ -82,27 +97,56 @@ def describe(numbers: Statistics, packed: bool) -> str:
         f"steps      {numbers.num_steps} an epoch"])
 
 
-def preview(index: Index, cache: TokenCache, plan: Plan, num_samples: int = 3, rich: bool = False) -> str:
+def pack_stats(loader: Loader) -> str:
+    """Return a table: sequences, fill and padding for the run's sequence length, its half and its double."""
+    data, own = loader.plan.data, loader.plan.batch.sequence_length
+    overlong = "truncate" if data.overlong == "error" else data.overlong
+    lines = [f"{'length':>8}{'cut':>8}{'sequences':>11}{'packed full':>13}{'unpacked full':>15}"]
+    for length in (own // 2, own, own * 2):
+        sequences = tokens = pieces = cut = 0
+        for number in range(min(MOST_BLOCKS, len(loader.index.blocks))):
+            block = loader.store.block(number)
+            sizes = pieces_of(block, length, overlong)[0][:, 2]
+            sequences += len(sequences_of(sizes, length, True, None)[1]) - 1
+            tokens, pieces = tokens + int(sizes.sum()), pieces + len(sizes)
+            cut += int((np.diff(block.offsets) > length).sum())
+        lines.append(f"{length:>8}{cut:>8}{sequences:>11}{tokens / max(1, sequences * length):>13.1%}"
+                     f"{tokens / max(1, pieces * length):>15.1%}")
+    return "\n".join(lines)
+
+
+def preview(loader: Loader, num_samples: int = 3, rich: bool = False) -> str:
     """Return the first samples as text, learned parts in [[ ]] (or in rich's markup), then the numbers.
 
     Args:
-        index: the samples.
-        cache: gives their tokens and the tokenizer.
-        plan: gives sequences and steps.
+        loader: the data.
         num_samples: how many samples are shown, in the order they lie.
         rich: mark with rich's markup, other brackets escaped, in place of [[ ]].
     """
     blocks = []
-    for sample, first, size in index.pieces[:num_samples].tolist():
-        shard, row = index.place(sample)
-        tokenised = cache.shard(shard)
+    for number, row, first, size in _first_pieces(loader, num_samples):
+        tokenised = loader.store.block(number)
         start = int(tokenised.offsets[row]) + first
         learned = tokenised.targets[start:start + size].astype(bool)
         learned[0] = False
-        head = f"sample {sample} ({shard.url} row {row + 1}): {size} tokens, {int(learned.sum())} learned"
-        text = mark(cache.encoder.tokenizer, tokenised.tokens[start:start + size], learned, rich)
+        sample = int(loader.index.first_samples[number]) + row
+        shard, place = loader.index.place(sample)
+        head = f"sample {sample} ({shard.url} row {place + 1}): {size} tokens, {int(learned.sum())} learned"
+        text = mark(loader.store.encoder.tokenizer, tokenised.tokens[start:start + size], learned, rich)
         blocks.append(f"{_escape(head) if rich else head}\n{text}")
-    return "\n\n".join([*blocks, describe(statistics(index, plan), plan.data.pack)])
+    return "\n\n".join([*blocks, describe(statistics(loader), loader.plan.data.pack)])
+
+
+def _first_pieces(loader: Loader, count: int) -> list[tuple[int, int, int, int]]:
+    """Return (block, row, first token, number of tokens) of the first pieces."""
+    found: list[tuple[int, int, int, int]] = []
+    for number in range(len(loader.index.blocks)):
+        if len(found) >= count:
+            break
+        block = loader.store.block(number)
+        pieces, _ = pieces_of(block, loader.plan.batch.sequence_length, loader.plan.data.overlong)
+        found += [(number, *piece) for piece in pieces[:count - len(found)].tolist()]
+    return found
 
 
 def mark(tokenizer: Any, tokens: np.ndarray, learned: np.ndarray, rich: bool = False) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dist_ft.config.schema import DataSection
-from dist_ft.data import formats
+from dist_ft.data import formats, tokens
 from dist_ft.data.formats import Rendered
 from dist_ft.data.source import Row, row_error
 from dist_ft.errors import DataError, ModelError
@@ -34,13 +34,17 @@ class Encoded:
         tokens: (sum,) int32 token ids.
         targets: (sum,) uint8: 1 where the token is learned.
         offsets: (n + 1,) int64: sample i is tokens[offsets[i]:offsets[i + 1]].
-        format: chat, instruction or text.
+        format: chat, instruction, text or tokens; empty without any row.
+        part_rows: rows of each part this was made of.
+        bad_rows: what was wrong with each row that was skipped; such rows have no tokens.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     offsets: np.ndarray
     format: str
+    part_rows: tuple[int, ...] = ()
+    bad_rows: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -52,26 +56,47 @@ class Encoder:
         self.data = data
         self._backend: Any = None
 
-    def encode(self, rows: Sequence[Row], shard_url: str) -> Encoded:
+    def encode(self, rows: Any, shard_url: str, first: int = 1) -> Encoded:
         """Return the tokens of `rows`; `shard_url` is how errors name where they come from.
 
+        Args:
+            rows: a list of rows, `DataError` standing for those that could not be decoded; or an Arrow table.
+            shard_url: where they come from.
+            first: number of the first row in its shard, from 1.
+
         Raises:
-            DataError: a row that can not be used; the text names shard and row (from 1).
+            DataError: a row that can not be used, unless data.bad_rows is skip; the text names shard and row.
             ModelError: a tokenizer that can not do what the format needs.
         """
+        if not isinstance(rows, list):
+            if self.data.format in ("auto", "tokens") and "input_ids" in rows.column_names:
+                return tokens.encode(rows, len(self.tokenizer), shard_url, first)
+            rows = rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
-        if not rows:
-            raise DataError(redact(f"{shard_url}: holds no row; each shard must hold one; remove or fill it"))
-        kind = formats.decide(rows[0], self.data, shard_url)
-        parts = [self._encode_chunk(rows[start:start + CHUNK_ROWS], kind, shard_url, start + 1)
-                 for start in range(0, len(rows), CHUNK_ROWS)]
-        tokens, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        sound = next((row for row in rows if not isinstance(row, DataError)), None)
+        kind = formats.decide(sound, self.data, shard_url) if sound is not None else ""
+        bad: list[str] = []
+        parts = [self._encode_chunk(rows[start:start + CHUNK_ROWS], kind, shard_url, start + first, bad)
+                 for start in range(0, len(rows), CHUNK_ROWS)] or [(np.zeros(0, np.int32), np.zeros(0, np.uint8),
+                                                                    np.zeros(0, np.int64))]
+        ids, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Encoded(tokens, targets, offsets, kind)
+        return Encoded(ids, targets, offsets, kind, (len(rows),), tuple(bad))
 
-    def _encode_chunk(self, rows: Sequence[Row], kind: str, url: str, first: int) -> tuple[np.ndarray, ...]:
-        """Return tokens, targets and lengths of some rows, the first of which is number `first`."""
-        rendered = [self._render(row, kind, url, number) for number, row in enumerate(rows, first)]
+    def _encode_chunk(self, rows: Sequence[Row | DataError], kind: str, url: str, first: int,
+                      bad: list[str]) -> tuple[np.ndarray, ...]:
+        """Return tokens, targets and lengths of some rows, the first of which is number `first`; add to `bad`."""
+        rendered = []
+        for number, row in enumerate(rows, first):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                rendered.append(self._render(row, kind, url, number))
+            except DataError as error:
+                if self.data.bad_rows == "error":
+                    raise
+                bad.append(str(error))
+                rendered.append(Rendered("", [(0, 0)]))
         if kind == "chat" or (kind == "instruction" and self._template is not None):
             return tokenise(self._backend, rendered, [], [])
         before, after = self._frame()

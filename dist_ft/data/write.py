@@ -17,12 +17,12 @@ from dist_ft.storage import Store
 
 def write_parquet(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
     """Write rows as .parquet shards of at most `rows_per_shard`; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "parquet", _parquet)
+    return _write(rows, store, prefix, rows_per_shard, "parquet", as_parquet)
 
 
 def write_jsonl(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
     """Write rows as .jsonl shards of at most `rows_per_shard`, UTF-8; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "jsonl", _jsonl)
+    return _write(rows, store, prefix, rows_per_shard, "jsonl", as_jsonl)
 
 
 def _write(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int, suffix: str,
@@ -40,14 +40,17 @@ def _write(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int, 
     return urls
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
+def as_parquet(rows: Sequence[Row]) -> bytes:
+    """Return rows as a Parquet file, its pages with checksums."""
     import pyarrow
     import pyarrow.parquet
 
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer,
+                                write_page_checksum=True)
     return buffer.getvalue()
 
 
-def _jsonl(rows: Sequence[Row]) -> bytes:
+def as_jsonl(rows: Sequence[Row]) -> bytes:
+    """Return rows as JSON lines in UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -19,12 +19,12 @@ from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.runtime import summary
-from dist_ft.runtime.data import open_data
+from dist_ft.runtime.data import Data, open_data
 from dist_ft.storage import Store
 from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.trainer import Parts, Trainer
-from dist_ft.world import World, collectives, on_rank0
+from dist_ft.world import Collectives, World, collectives, on_rank0
 
 if TYPE_CHECKING:
     from dist_ft.engine.base import Engine
@@ -52,6 +52,15 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     manifest = manager.newest()
     if manifest is not None and manifest.progress.step >= total_steps:
         return _already_done(config, manifest, total_steps, store, hooks, world)
+    try:
+        return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
+    finally:
+        data.close()
+
+
+def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, store: Store, attempt: int, data: Data,
+           manager: CheckpointManager, manifest: Manifest | None, total_steps: int) -> Result:
+    """Train from a checkpoint, or from the pre-trained weights."""
     module, engine = open_engine(config, world, manifest is not None)
     try:
         _fill(config, module, engine, manager, manifest)

@@ -1,16 +1,22 @@
-"""From config to loaders: shards, tokenizer, cache, index (made once, stored with the run), plan."""
+"""From config to loaders: shards, tokenizer, blocks, index (made once, stored with the run), plan."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ft.config.schema import DataSection, RunConfig, Sources
+from dist_ft.config.schema import DataSection, RunConfig, Source
 from dist_ft.data import index as indices
-from dist_ft.data.cache import TokenCache
+from dist_ft.data import manifest
+from dist_ft.data.blocks import Block
+from dist_ft.data.index import Index
+from dist_ft.data.judge import judge
 from dist_ft.data.loader import Loader
 from dist_ft.data.plan import Plan
-from dist_ft.data.source import resolve
+from dist_ft.data.pool import TokeniserPool
+from dist_ft.data.source import Shard, resolve
+from dist_ft.data.store import BlockStore
 from dist_ft.data.template import Encoder
 from dist_ft.model.load import cache_folder, load_tokenizer
 from dist_ft.storage import Store
@@ -27,33 +33,76 @@ class Data:
     training: Loader
     evaluation: Loader | None
 
+    def close(self) -> None:
+        """End what reads ahead."""
+        self.training.store.close()
+        if self.evaluation is not None:
+            self.evaluation.store.close()
+
 
 def open_data(config: RunConfig, store: Store, world: World, collectives: Collectives) -> Data:
     """Return the loaders of a run; a collective call. Every rank ends with the same index or the same error."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    training = _loader(config, config.data, config.data.train, "data.train", tokenizer, store, world, collectives)
+    training = _loader(config, config.data, "data.train", tokenizer, store, world, collectives)
     evaluation = None
     if config.evaluation.data:
-        section = config.data.model_copy(update={"shuffle": False})
-        evaluation = _loader(config, section, config.evaluation.data, "evaluation.data", tokenizer, store, world,
-                             collectives, config.evaluation.max_samples)
+        plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in config.evaluation.data)
+        section = config.data.model_copy(update={"shuffle": False, "train": plain, "mixing": (), "temperature": None})
+        evaluation = _loader(config, section, "evaluation.data", tokenizer, store, world, collectives,
+                             config.evaluation.max_samples)
     return Data(tokenizer, training, evaluation)
 
 
-def _loader(config: RunConfig, section: DataSection, sources: Sources, field: str, tokenizer: Any, store: Store,
-            world: World, collectives: Collectives, max_samples: int = 0) -> Loader:
-    """Return the loader over `sources`, with the run's stored index if there is one."""
-    cache = TokenCache(cache_folder(config.data.cache_dir) / "tokens", Encoder(tokenizer, section))
-    name = f"{FOLDER}/{field}"
-    stored = on_rank0(world, collectives, lambda: indices.load(store, name))
-    shards = on_rank0(world, collectives, lambda: resolve(sources, field))
-    if stored is not None and (field == "data.train" or stored.shards == shards):
-        stored.verify_unchanged(shards, field)
-        stored.verify_recipe(indices.recipe(cache, section, config.batch.sequence_length))
-        index = stored
+def open_blocks(config: RunConfig) -> BlockStore:
+    """Return the training data's blocks, not read yet, for work on the data itself in this process."""
+    tokenizer = load_tokenizer(config.model, config.data.cache_dir)
+    shards = resolve(config.data.train)
+    blocks = indices.cut_into_blocks(shards, config.data, World(), Collectives())
+    return _store(config, config.data, Encoder(tokenizer, config.data), [s for found in shards for s in found], blocks)
+
+
+def _store(config: RunConfig, section: DataSection, encoder: Encoder, shards: Sequence[Shard],
+           blocks: Sequence[Block]) -> BlockStore:
+    limit, processes = section.cache_gib * 2**30, section.tokenizer_processes
+    pool = TokeniserPool(processes, encoder, limit, config.storage.options) if processes else None
+    return BlockStore(cache_folder(config.data.cache_dir) / "tokens", encoder, shards, blocks, pool, limit)
+
+
+def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any, store: Store, world: World,
+            collectives: Collectives, max_samples: int = 0) -> Loader:
+    """Return the loader over a section's sources, with the run's stored index if there is one."""
+    encoder = Encoder(tokenizer, section)
+    length, name = config.batch.sequence_length, f"{FOLDER}/{field}"
+    shards = on_rank0(world, collectives, lambda: resolve(section.train, field))
+    flat = tuple(shard for source in shards for shard in source)
+    index = on_rank0(world, collectives, lambda: manifest.load(store, name))
+    if index is not None and (field == "data.train" or _fits(index, flat, encoder, section, length, max_samples)):
+        index.verify_unchanged(flat, field)
+        blocks = _store(config, section, encoder, flat, index.blocks)
+        index.verify_recipe(indices.recipe(blocks.fingerprint, section, length, max_samples))
     else:
-        index = indices.build(shards, cache, section, config.batch.sequence_length, world, collectives)
-        on_rank0(world, collectives, lambda: index.save(store, name))
-    if max_samples:
-        index = index.first(max_samples)
-    return Loader(Plan(index, section, config.batch, config.run.seed), index, cache, config.batch)
+        cuts = indices.cut_into_blocks(shards, section, world, collectives)
+        blocks = _store(config, section, encoder, flat, cuts)
+        index = indices.build(shards, blocks, section, length, world, collectives, max_samples)
+        judge(index, section, length)
+        made = index
+        on_rank0(world, collectives, lambda: manifest.save(made, store, name))
+    blocks.checksums = [measure.checksum for measure in index.measures]
+    plan = Plan(index.counts, index.sources, section, config.batch, config.run.seed)
+    return Loader(plan, index, blocks, section.prefetch_steps, _stop(config, plan, field))
+
+
+def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: DataSection, length: int,
+          max_samples: int) -> bool:
+    """Tell whether a stored index of held-out data (which may change over a run) is still the right one."""
+    from dist_ft.data.cache import fingerprint
+
+    wanted = indices.recipe(fingerprint(encoder.tokenizer, section), section, length, max_samples)
+    return index.shards == shards and index.recipe == wanted
+
+
+def _stop(config: RunConfig, plan: Plan, field: str) -> int | None:
+    """Return the sequences of the whole run, or None if steps decide."""
+    if field != "data.train":
+        return plan.sequences_in_epoch
+    return None if config.schedule.epochs is None else round(config.schedule.epochs * plan.sequences_in_epoch)

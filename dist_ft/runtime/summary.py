@@ -38,8 +38,8 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
         ("world", f"{world.size} worker{'s' if world.size > 1 else ''}, "
                   f"{world.largest_share(config.num_lanes)} lanes on the busiest"),
         *batch_arithmetic(config),
-        ("data", f"{index.num_samples:,} samples, {int(index.pieces[:, 2].sum()):,} tokens, "
-                 f"{data.training.plan.steps_in_epoch(0):,} steps an epoch"),
+        ("data", f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
+                 f"{data.training.plan.steps_of(1):,} steps an epoch"),
         ("memory", memory_line(sum(counts), world.size, config)),
         ("start", start),
     ])

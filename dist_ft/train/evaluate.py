@@ -17,7 +17,7 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World,
     """
     lanes = world.share(num_lanes)
     loss_sum, num_targets = 0.0, 0
-    for batches in loader.iterate(0, loader.plan.steps_in_epoch(0), lanes):
+    for batches in loader.iterate(0, loader.steps_of_a_pass, lanes):
         evened, _ = even_out(batches, [0] * len(batches), world.largest_share(num_lanes))
         for batch in evened:
             loss_sum += engine.loss_sum(batch)

@@ -101,7 +101,7 @@ class Trainer:
         evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
         rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
         outcome = parts.engine.train_step(evened, seeds, max(1, int(num_targets)), rate)
-        self._ledger.add(step, parts.loader.plan.locate(step)[0], batches)
+        self._ledger.add(step, batches)
         self._step += 1
         self._num_tokens += int(num_tokens)
         self._num_target_tokens += int(num_targets)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import time
 from uuid import uuid4
 
 import fsspec
 import pytest
+from s3 import BUCKET, server
 from unit.small import checkpoints, make_engine, save, tensors_of, train
 
 from dist_ft import storage
@@ -21,28 +19,13 @@ from dist_ft.world import Collectives, World
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
-BUCKET = "bucket"
 
 
 @pytest.fixture(scope="module")
 def endpoint():
     """The URL of an S3 server of our own, with a bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "the S3 server ended"
-            time.sleep(0.1)
+    with server() as port:
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +36,6 @@ def s3(endpoint, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(fsspec.config, "conf", {})
     storage.configure({"s3": {"endpoint_url": endpoint}})
-    fs, _ = storage.filesystem(f"s3://{BUCKET}")
-    if not fs.exists(BUCKET):
-        fs.mkdir(BUCKET)
 
 
 @pytest.fixture

@@ -53,11 +53,12 @@ def make_module(family: str = "llama", attention: str | None = None, dropout: fl
     return CausalLM(make_model(family, attention, dropout, **changes))
 
 
-def batch(*rows: tuple[int, ...], seed: int = 0, learned: float = 0.7, lane: int = 0) -> Batch:
+def batch(*rows: tuple[int, ...], seed: int = 0, learned: float = 0.7, lane: int = 0,
+          epoch: int = 0) -> Batch:
     """Return a batch of rows, each of samples of the given lengths, about `learned` of the tokens being targets."""
     rng = np.random.default_rng(seed)
     lengths = [length for row in rows for length in row]
-    pieces = np.array([[seed * 1000 + i, 0, length] for i, length in enumerate(lengths)], dtype=np.int64)
+    pieces = np.array([[seed * 1000 + i, 0, length, epoch] for i, length in enumerate(lengths)], dtype=np.int64)
     tokens = rng.integers(3, VOCABULARY, sum(lengths))
     return assemble(tokens, (rng.random(len(tokens)) < learned).astype(np.int64), pieces,
                     np.repeat(np.arange(len(rows)), [len(row) for row in rows]), lane)

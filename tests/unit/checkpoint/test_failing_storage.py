@@ -63,7 +63,7 @@ def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engin
     assert one.newest().progress.step == 2
 
 
-@pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors.zst", "manifest.json"])
 def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, suffix):
     one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
     save(one, engine, 1)

@@ -8,7 +8,7 @@ from safetensors.numpy import save
 from unit.checkpoint.test_manifest import make
 from unit.small import batch
 
-from dist_ft.checkpoint.ledger import COLUMNS, LedgerBuffer, read_ledger, write_segment
+from dist_ft.checkpoint.ledger import COLUMNS, LedgerBuffer, pack_rows, read_ledger, unpack_rows, write_segment
 from dist_ft.checkpoint.manifest import LedgerEntry, Progress, entry
 from dist_ft.data.batch import empty_batch
 from dist_ft.errors import CheckpointError
@@ -17,6 +17,12 @@ from dist_ft.storage import Store
 
 def rows(*steps: int) -> np.ndarray:
     return np.array([[step, 0, lane, step * 10 + lane, 0, 5] for step in steps for lane in (1, 0)], dtype=np.int64)
+
+
+def zipped(content: bytes) -> bytes:
+    import pyarrow
+
+    return len(content).to_bytes(8, "little") + pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def manifest_of(*segments: LedgerEntry, step: int | None = None):
@@ -31,7 +37,7 @@ def store(tmp_path):
 
 def test_buffer_notes_pieces_of_batches():
     buffer = LedgerBuffer()
-    buffer.add(4, 1, [batch((3, 4), seed=2, lane=1), empty_batch(lane=2)])
+    buffer.add(4, [batch((3, 4), seed=2, lane=1, epoch=1), empty_batch(lane=2)])
     assert len(COLUMNS) == 6
     assert buffer.take().tolist() == [[4, 1, 1, 2000, 0, 3], [4, 1, 1, 2001, 0, 4]]
     assert buffer.take().shape == (0, 6)
@@ -39,17 +45,17 @@ def test_buffer_notes_pieces_of_batches():
 
 def test_rows_put_back_come_first():
     buffer = LedgerBuffer()
-    buffer.add(0, 0, [batch((3,), seed=1)])
+    buffer.add(0, [batch((3,), seed=1)])
     first = buffer.take()
     buffer.put_back(first)
-    buffer.add(1, 0, [batch((4,), seed=2)])
+    buffer.add(1, [batch((4,), seed=2)])
     assert buffer.take()[:, 0].tolist() == [0, 1]
 
 
 def test_segments_chain_in_order_of_step_and_lane(store):
     first = write_segment(store, 0, 2, 1, [rows(0)[:1], rows(1, 0)[[0, 1, 3]]])
     second = write_segment(store, 2, 3, 2, [rows(2), np.zeros((0, 6), dtype=np.int64)])
-    assert first.file.path == "ledger/000000000-000000002-a0001.safetensors"
+    assert first.file.path == "ledger/000000000-000000002-a0001.safetensors.zst"
     read = read_ledger(store, manifest_of(first, second))
     assert read[:, [0, 2]].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]
     assert read_ledger(store, manifest_of()).shape == (0, 6)
@@ -75,10 +81,22 @@ def test_a_hole_is_refused(store):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (b"no safetensors", "no ledger segment"), (save({"other": rows(0)}), r"no ledger segment \('rows'\)"),
-    (save({"rows": rows(0)[:, :5]}), r"int64 rows of shape \(2, 5\), expected int64 \(n, 6\)"),
-    (save({"rows": rows(0).astype(np.float32)}), r"float32 rows of shape \(2, 6\)")])
+    (b"no safetensors", "no ledger segment"), (b"", "no ledger segment"),
+    (zipped(save({"other": rows(0)})), r"no ledger segment \('step'\)"),
+    (zipped(save({**{name: np.zeros(2) for name in COLUMNS}, "lane": np.zeros(3)})), "no ledger segment"),
+    ((2**40).to_bytes(8, "little") + zipped(b"x")[8:], r"no ledger segment \(1099511627776 bytes\)")])
 def test_a_hostile_segment_is_refused(store, content, said):
     store.write("ledger/x", content)
     with pytest.raises(CheckpointError, match=said):
         read_ledger(store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content))))
+
+
+def test_it_is_compact():
+    """A hundred thousand steps' rows as a run writes them: a few bytes each."""
+    drawn = np.random.default_rng(0)
+    many = np.column_stack([np.arange(100_000) // 40, np.zeros(100_000, int), np.arange(100_000) // 5 % 8,
+                            drawn.integers(0, 10**7, 100_000), np.zeros(100_000, int), drawn.integers(10, 900, 100_000)])
+    many = many[np.lexsort((many[:, 3], many[:, 2], many[:, 0]))].astype(np.int64)
+    packed = pack_rows(many)
+    assert np.array_equal(unpack_rows(packed, "x"), many)
+    assert len(packed) / len(many) < 8

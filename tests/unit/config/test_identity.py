@@ -19,12 +19,13 @@ def test_the_identity_of_a_run():
     """Frozen on purpose: a field that joins or leaves this list changes which old runs can be resumed."""
     assert identity(with_()) == {
         "run.seed": 0, "model.path": "m", "model.revision": None, "model.tokenizer": None, "model.chat_template": None,
-        "data.train.0.path": "a", "data.train.0.subset": None, "data.train.0.split": "train",
-        "data.train.1.path": "b", "data.train.1.subset": None, "data.train.1.split": "train",
+        **{f"data.train.{i}.{name}": value for i, path in enumerate("ab") for name, value in {
+            "path": path, "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}.items()},
         "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
         "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
-        "data.prompt_template": "{prompt}\n", "data.targets": "response", "data.shuffle": True, "data.pack": True,
-        "data.packing_window": 4096, "data.overlong": "error",
+        "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True,
+        "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
+        "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
         "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
 
 
@@ -35,7 +36,7 @@ def test_changes_are_told_apart():
         [Change("batch.micro_batch", 1, 2)],
         [Change("optimizer.learning_rate", 2e-5, 1e-3), Change("zero.deepspeed", {}, {"steps_per_print": 1}),
          Change("cluster.workers", 0, {"min": 1, "max": 2}),
-         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train"}])])
+         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}])])
     assert changes(with_(), with_()) == ([], [])
 
 

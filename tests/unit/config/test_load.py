@@ -200,7 +200,7 @@ def test_broken_overrides(override, line):
     ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, tensorboard, level; remove it"),
     ("zzzzz.qqqqq=1", "zzzzz: no such section; allowed: run, model, data, batch, optimizer, schedule, zero, cluster, "
                       "checkpoint, evaluation, log, storage; remove it"),
-    ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, subset, split; remove it"),
+    ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, subset, split; remove it"),
 ])
 def test_unknown_keys_and_what_was_meant(override, line):
     assert refused(override) == [line]
@@ -252,10 +252,11 @@ def test_a_misspelt_key_counts_as_the_one_that_was_meant():
                              "[1, 4] with both ends at least 1; correct it, or leave it out for the default (0)"),
     ("data.train=[]", "data.train=[]: empty; allowed: a path, or a list of paths or of mappings with path, subset and "
                       "split; at least one; correct it"),
-    ("data.train=[a, 3]", "data.train.1=3: not a source; allowed: a path, or a mapping with path, subset, split; "
+    ("data.train=[a, 3]", "data.train.1=3: not a source; allowed: a path, or a mapping with path, name, weight, repeat, "
+                              "subset, split; "
                           "correct it"),
     ("data.train=[{split: test}]", "data.train.0.path: missing; needed: a text (fsspec URL, file, folder or glob of "
-                                   ".jsonl, .parquet or .txt shards; or a Hugging Face data set); add it"),
+                                       "shards); add it"),
     ("batch=5", "batch=5: not a section; allowed: a mapping with global_batch, micro_batch, sequence_length; indent "
                 "its fields below batch:"),
     ("zero.deepspeed=3", "zero.deepspeed=3: not a mapping; allowed: a mapping; correct it"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from unit.data.data_helpers import data_section
+from unit.data.data_helpers import batch_section, data_section
 
 from dist_ft.config.schema import Source
-from dist_ft.data.cache import TokenCache
+from dist_ft.data.index import build, cut_into_blocks
+from dist_ft.data.loader import Loader
+from dist_ft.data.plan import Plan
 from dist_ft.data.source import resolve
+from dist_ft.data.store import BlockStore
 from dist_ft.data.template import Encoder
 from dist_ft.data.write import write_jsonl
 from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -50,11 +54,25 @@ def plain_tokenizer(tokenizer):
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Return a function: rows -> (shards, cache), the rows lying in shards of `rows_per_shard`."""
-    def make(rows, rows_per_shard=7, tok=None, **values):
-        data = data_section(**values)
+    """Return a function: rows -> (shards of each source, blocks), the rows lying in shards of `rows_per_shard`."""
+    def make(rows, rows_per_shard=7, tok=None, cache="cache", **values):
+        data = data_section(**{"block_mib": 0.0005, **values})
         store = Store(str(tmp_path / "shards"))
         write_jsonl(rows, store, "train", rows_per_shard)
         shards = resolve([Source(path=store.url)])
-        return shards, TokenCache(tmp_path / "cache", Encoder(tok or tokenizer, data))
+        blocks = cut_into_blocks(shards, data, World(), Collectives())
+        return shards, BlockStore(tmp_path / cache, Encoder(tok or tokenizer, data), shards[0], blocks)
     return make
+
+
+@pytest.fixture
+def make_loader(make):
+    """Return a function: rows -> a loader over them."""
+    def make_loader(rows, batch=None, seed=0, **values):
+        shards, blocks = make(rows, **values)
+        batch = batch or batch_section(sequence_length=128)
+        data = blocks.encoder.data
+        index = build(shards, blocks, data, batch.sequence_length, World(), Collectives())
+        plan = Plan(index.counts, index.sources, data, batch, seed)
+        return Loader(plan, index, blocks, stop=plan.sequences_in_epoch)
+    return make_loader

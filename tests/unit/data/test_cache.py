@@ -1,39 +1,37 @@
-"""The token cache: made once, checked, rebuilt."""
+"""The cache files: plain, checked, made again when damaged, and made to fit."""
 
+import errno
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from unit.data.data_helpers import chat, data_section
+from unit.data.data_helpers import data_section
 
 from dist_ft.data import cache as module
-from dist_ft.data.cache import TokenCache, fingerprint
-from dist_ft.errors import DataError, StorageError
-from dist_ft.world import World
+from dist_ft.data.blocks import Block, Part
+from dist_ft.data.cache import evict, fingerprint, key, load_block, write_block
+from dist_ft.data.source import Shard
+from dist_ft.data.template import Encoded
 
-ROWS = [chat(f"question {i}", f"answer {i}") for i in range(10)]
-
-
-def same(a, b):
-    return a.format == b.format and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "targets", "offsets"))
+ENCODED = Encoded(np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], np.uint8), np.array([0, 2, 6]), "text",
+                  (1, 1), ("row 9: no",))
+SHARD = Shard("s3://b/a.jsonl", "jsonl", 100, "v1")
 
 
-def test_made_once_then_read(make, monkeypatch):
-    shards, cache = make(ROWS)
-    first = cache.shard(shards[0])
-    assert len(first.offsets) == 8 and first.tokens.dtype == np.int32
-    assert first is cache.shard(shards[0])
-    monkeypatch.setattr(module, "read_rows", lambda shard: pytest.fail("read again"))
-    assert same(first, TokenCache(cache.folder, cache.encoder).shard(shards[0]))
+def test_what_was_written_is_read(tmp_path):
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    found = load_block(tmp_path / "a.safetensors")
+    for name in ("tokens", "targets", "offsets"):
+        assert np.array_equal(getattr(found, name), getattr(ENCODED, name))
+    assert (found.format, found.part_rows, found.bad_rows) == ("text", (1, 1), ("row 9: no",))
 
 
-def test_file_is_plain_safetensors(make):
+def test_file_is_plain_safetensors(tmp_path):
     from safetensors.numpy import load_file
 
-    shards, cache = make(ROWS)
-    made = cache.shard(shards[0])
-    assert np.array_equal(load_file(cache.path(shards[0]))["tokens"], made.tokens)
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    assert np.array_equal(load_file(tmp_path / "a.safetensors")["tokens"], ENCODED.tokens)
 
 
 @pytest.mark.parametrize("damage", [
@@ -42,66 +40,80 @@ def test_file_is_plain_safetensors(make):
     lambda body: b"\xff" * len(body),
     lambda body: body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
     lambda body: body[:9] + b"x" + body[10:],
+    lambda body: body.replace(b"row 9", b"row 8"),
     lambda body: bytes(len(body)),
 ])
-def test_damaged_file_is_made_again(make, damage, caplog):
-    shards, cache = make(ROWS)
-    made = cache.shard(shards[0])
-    path = cache.path(shards[0])
-    whole = path.read_bytes()
-    path.unlink()
-    path.write_bytes(damage(whole))
-    again = TokenCache(cache.folder, cache.encoder).shard(shards[0])
-    assert same(made, again) and len(path.read_bytes()) == len(whole)
-    assert "the cached shard is damaged" in caplog.text
+def test_damaged_file_counts_as_none(tmp_path, damage, caplog):
+    path = tmp_path / "a.safetensors"
+    write_block(path, ENCODED)
+    path.write_bytes(damage(path.read_bytes()))
+    assert load_block(path) is None and not path.exists()
+    assert "the cached block is damaged" in caplog.text and "it is made again" in caplog.text
 
 
-def test_evicted_shards_come_back(make, monkeypatch):
-    monkeypatch.setattr(module, "OPEN_SHARDS", 1)
-    shards, cache = make(ROWS, rows_per_shard=2)
-    before = [cache.shard(shard) for shard in shards]
-    assert all(same(one, cache.shard(shard)) for one, shard in zip(before, shards, strict=True))
+def fill(folder, count=5):
+    paths = [folder / f"{i}.safetensors" for i in range(count)]
+    for age, path in enumerate(paths):
+        write_block(path, ENCODED)
+        os.utime(path, (1000 + age, 1000 + age))
+    return paths
 
 
-def test_bad_row_leaves_nothing_behind(make):
-    shards, cache = make([*ROWS[:3], chat("a", "")])
-    with pytest.raises(DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"):
-        cache.shard(shards[0])
-    assert [name for name in os.listdir(cache.folder) if not name.endswith(".lock")] == []
+def test_least_recently_used_goes_first(tmp_path):
+    paths = fill(tmp_path)
+    load_block(paths[0])  # used just now
+    assert evict(tmp_path, 2 * paths[0].stat().st_size) == 3
+    assert [path.exists() for path in paths] == [True, False, False, False, True]
 
 
-def test_unwritable_folder(make, tmp_path):
-    shards, cache = make(ROWS)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"data.cache_dir=.*file: can not be used .*; name another"):
-        TokenCache(tmp_path / "file", cache.encoder).shard(shards[0])
+def test_writing_keeps_to_the_limit(tmp_path):
+    paths = fill(tmp_path)
+    size = paths[0].stat().st_size
+    write_block(tmp_path / "new.safetensors", ENCODED, 3 * size)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3 * size
+    assert (tmp_path / "new.safetensors").exists()
 
 
-def test_prepare_shares_the_work_of_a_machine(make):
-    shards, cache = make(ROWS, rows_per_shard=2)
-    for rank in range(2):
-        TokenCache(cache.folder, cache.encoder).prepare(shards, World(rank, 2, rank, 2))
-        done = sum(cache.path(shard).exists() for shard in shards)
-        assert done == (3, 5)[rank]
+def test_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
+    paths, place = fill(tmp_path), module._place
+    calls = []
+
+    def full_once(path, body):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        place(path, body)
+
+    monkeypatch.setattr(module, "_place", full_once)
+    write_block(tmp_path / "new.safetensors", ENCODED)
+    assert load_block(tmp_path / "new.safetensors") is not None and not any(path.exists() for path in paths)
+    monkeypatch.setattr(module, "_place", lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    (tmp_path / "new.safetensors").unlink()
+    with pytest.raises(OSError, match="full"):
+        write_block(tmp_path / "new.safetensors", ENCODED)
 
 
 def test_fingerprint_follows_what_matters(tokenizer):
     base = fingerprint(tokenizer, data_section())
     tokenizer("a b c", max_length=2, truncation=True)
     assert fingerprint(tokenizer, data_section()) == base, "state of a call is no property of the tokenizer"
-    assert fingerprint(tokenizer, data_section(shuffle=False, overlong="drop", packing_window=8)) == base
+    assert fingerprint(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8)) == base
     others = {fingerprint(tokenizer, data_section(**values)) for values in (
-        {"targets": "all"}, {"format": "chat"}, {"fields": {"text": "t"}}, {"prompt_template": "{prompt}"})}
+        {"targets": "all"}, {"format": "chat"}, {"fields": {"text": "t"}}, {"prompt_template": "{prompt}"},
+        {"system_prompt": "be brief"}, {"bad_rows": "skip"})}
     tokenizer.chat_template += " "
     others.add(fingerprint(tokenizer, data_section()))
     tokenizer.add_tokens(["<extra>"])
     others.add(fingerprint(tokenizer, data_section()))
-    assert len(others | {base}) == 7
+    assert len(others | {base}) == 9
 
 
-def test_key_follows_the_shard(make):
-    from dataclasses import replace
+def test_key_follows_shard_and_cut():
+    def name(shard=SHARD, start=0, stop=50):
+        return key("fp", Block(0, (Part(0, start, stop, 50),)), [shard])
 
-    shards, cache = make(ROWS)
-    paths = {cache.path(shards[0]), cache.path(replace(shards[0], version="2")), cache.path(replace(shards[0], size=1))}
-    assert len(paths) == 3
+    names = {name(), name(replace(SHARD, version="v2")), name(replace(SHARD, size=1)), name(start=1), name(stop=51),
+             key("other", Block(0, (Part(0, 0, 50, 50),)), [SHARD])}
+    assert len(names) == 6
+    assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), "neither source nor estimate decides content"
+

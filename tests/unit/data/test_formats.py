@@ -31,7 +31,7 @@ def test_unknown_columns():
 
 @pytest.mark.parametrize(("row", "what"), [
     ({"text": "x"}, "has no column 'messages'; there are text; set data.fields.messages"),
-    ({"messages": "hi"}, r"messages is a str; a list of \{role, content\} is needed"),
+    ({"messages": "hi"}, r"messages is text and not JSON \(Expecting value\); a list of \{role, content\} is needed"),
     ({"messages": []}, r"messages=\[\]: no message; a user and an assistant turn are needed; remove the row"),
     ({"messages": [{"from": "human", "value": "x"}]}, r"messages\[0\] has no role"),
     ({"messages": ["x"]}, r"messages\[0\] has no role"),

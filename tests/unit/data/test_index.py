@@ -3,13 +3,13 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from unit.data.data_helpers import chat, run_ranks
 
-from dist_ft.data import index as module
-from dist_ft.data.cache import TokenCache
-from dist_ft.data.index import build, load, recipe
+from dist_ft.data import manifest
+from dist_ft.data.index import build, cut_into_blocks, recipe
+from dist_ft.data.judge import judge
+from dist_ft.data.store import BlockStore
 from dist_ft.errors import DataError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -18,48 +18,47 @@ ROWS = [chat(f"q {i}", "the fox " * (1 + i % 5)) for i in range(20)]
 TEXTS = [{"text": "the quick fox " * n} for n in (1, 30, 2, 50)]
 
 
-def alone(shards, cache, length=64):
-    return build(shards, cache, cache.encoder.data, length, World(), Collectives())
-
-
-def same(a, b):
-    return (a.shards, a.recipe) == (b.shards, b.recipe) and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in module._ARRAYS)
+def alone(shards, blocks, length=64, **values):
+    index = build(shards, blocks, blocks.encoder.data, length, World(), Collectives(), **values)
+    judge(index, blocks.encoder.data, length)
+    return index
 
 
 def test_numbers(make):
-    shards, cache = make(ROWS)
-    index = alone(shards, cache)
-    assert (index.num_samples, index.num_pieces, index.num_left_out) == (20, 20, 0)
-    assert index.row_offsets.tolist() == [0, 7, 14, 20]
-    assert (index.lengths.dtype, index.target_counts.dtype, index.piece_targets.dtype) == (np.int32,) * 3
-    assert index.pieces[:, 0].tolist() == list(range(20)) and not index.pieces[:, 1].any()
-    assert np.array_equal(index.pieces[:, 2], index.lengths)
-    assert np.array_equal(index.piece_targets, index.target_counts)
-    assert index.place(13) == (shards[1], 6) and index.place(14) == (shards[2], 0)
+    shards, blocks = make(ROWS)
+    index = alone(shards, blocks)
+    assert (index.num_samples, index.total("num_pieces"), index.total("num_left_out")) == (20, 20, 0)
+    assert index.first_samples[-1] == 20 and len(index.blocks) == len(index.measures) > 2
+    lengths = [n for i in range(len(blocks.blocks)) for n in (blocks.block(i).offsets[1:] - blocks.block(i).offsets[:-1])]
+    assert index.total("num_tokens") == sum(lengths)
+    assert index.total("num_targets") == sum(int(blocks.block(i).targets.sum()) for i in range(len(blocks.blocks)))
+    assert [index.place(sample) for sample in range(20)] == [
+        (shards[0][sample // 7], sample % 7) for sample in range(20)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_every_world_has_the_same_index(make, tmp_path, size):
-    shards, cache = make(ROWS, rows_per_shard=3)
-    expected = alone(shards, cache)
+    shards, blocks = make(ROWS, rows_per_shard=3)
+    expected = alone(shards, blocks)
+    data = blocks.encoder.data
 
     def rank(world, collectives):
-        own = TokenCache(tmp_path / f"cache-{world.rank}", cache.encoder, cache.fingerprint)
-        made = build(shards, own, cache.encoder.data, 64, world, collectives)
-        assert len(list(own.folder.glob("*.safetensors"))) == len(range(world.rank, len(shards), size))
-        return made
+        assert cut_into_blocks(shards, data, world, collectives) == blocks.blocks
+        own = BlockStore(tmp_path / f"cache-{world.rank}", blocks.encoder, shards[0], blocks.blocks)
+        made = build(shards, own, data, 64, world, collectives)
+        return made, len(list(own.folder.glob("*.safetensors")))
 
-    for found in run_ranks(size, rank):
-        assert same(found, expected)
+    results = run_ranks(size, rank)
+    assert all(found == expected for found, _ in results)
+    assert sum(count for _, count in results) == len(blocks.blocks), "each block on one rank"
 
 
 def test_an_error_of_one_rank_is_raised_on_all(make):
-    bad = [*ROWS[:8], chat("a", ""), *ROWS[9:]]
-    shards, cache = make(bad, rows_per_shard=4)
+    shards, blocks = make([*ROWS[:8], chat("a", ""), *ROWS[9:]], rows_per_shard=4)
 
     def rank(world, collectives):
-        return build(shards, TokenCache(cache.folder, cache.encoder), cache.encoder.data, 64, world, collectives)
+        own = BlockStore(blocks.folder, blocks.encoder, shards[0], blocks.blocks)
+        return build(shards, own, blocks.encoder.data, 64, world, collectives)
 
     errors = run_ranks(3, rank)
     assert {type(error) for error in errors} == {DataError}
@@ -67,100 +66,124 @@ def test_an_error_of_one_rank_is_raised_on_all(make):
     assert "train-00002-of-00005.jsonl row 1: messages[1].content is empty" in str(errors[0])
 
 
-def test_an_unforeseen_error_does_not_leave_others_waiting(make, monkeypatch):
-    shards, cache = make(ROWS)
+def test_an_unforeseen_error_does_not_leave_others_waiting(make):
+    shards, blocks = make(ROWS)
 
     def rank(world, collectives):
-        own = TokenCache(cache.folder, cache.encoder)
+        own = BlockStore(blocks.folder, blocks.encoder, shards[0], blocks.blocks)
         if world.rank == 1:
-            own.shard = lambda shard: 1 / 0
-        return build(shards, own, cache.encoder.data, 64, world, collectives)
+            own.block = lambda number: 1 / 0
+        return build(shards, own, blocks.encoder.data, 64, world, collectives)
 
     for error in run_ranks(2, rank):
-        assert isinstance(error, DataError) and "can not be tokenised (ZeroDivisionError" in str(error)
+        assert isinstance(error, DataError) and "can not be read (ZeroDivisionError" in str(error)
 
 
 def test_overlong_error(make):
-    shards, cache = make(TEXTS, rows_per_shard=2)
-    lengths = alone(shards, cache, 1000).lengths
+    shards, blocks = make(TEXTS, rows_per_shard=2, block_mib=1)
+    longest = alone(shards, blocks, 1000).measures[0].longest
     with pytest.raises(DataError, match=(
-            rf"^data.overlong=error: 2 of 4 samples are longer than batch.sequence_length=32 \(longest {lengths[3]} "
+            rf"^data.overlong=error: 2 of 4 samples are longer than batch.sequence_length=32 \(longest {longest} "
             r"tokens, .*train-00001-of-00002.jsonl row 2\); set data.overlong=truncate or drop, or split for text, or "
             r"raise batch.sequence_length$")):
-        alone(shards, cache, 32)
+        alone(shards, blocks, 32)
 
 
 def test_overlong_truncate_drop_split(make, caplog):
-    shards, cache = make(TEXTS, overlong="truncate")
-    lengths = alone(shards, cache).lengths
-    assert alone(shards, cache, 32).pieces[:, 2].tolist() == [min(n, 32) for n in lengths]
-    shards, cache = make(TEXTS, overlong="drop")
-    dropped = alone(shards, cache, 32)
-    assert dropped.pieces[:, 0].tolist() == [0, 2] and dropped.num_left_out == 2
+    shards, blocks = make(TEXTS, overlong="truncate", pack=False)
+    assert alone(shards, blocks, 32).total("num_sequences") == 4
+    shards, blocks = make(TEXTS, overlong="drop")
+    dropped = alone(shards, blocks, 32)
+    assert dropped.total("num_pieces") == 2 and dropped.total("num_left_out") == 2
     assert caplog.text.count("2 of 4 samples are left out") == 1
-    shards, cache = make(TEXTS, overlong="split")
-    split = alone(shards, cache, 32)
-    assert split.num_left_out == 0
-    for sample, length in enumerate(lengths):
-        assert split.pieces[split.pieces[:, 0] == sample, 2].sum() >= length - 1
+    shards, blocks = make(TEXTS, overlong="split")
+    assert alone(shards, blocks, 32).total("num_left_out") == 0
 
 
 def test_split_is_for_plain_text(make):
-    shards, cache = make([ROWS[0], chat("a", "fox " * 50)], overlong="split")
+    shards, blocks = make([ROWS[0], chat("a", "fox " * 50)], overlong="split")
     with pytest.raises(DataError, match=r"data.overlong=split: 1 of 2 samples that are not plain text are longer than "
                                         r"batch.sequence_length=32 .*set data.overlong=truncate or drop or raise"):
-        alone(shards, cache, 32)
+        alone(shards, blocks, 32)
 
 
 def test_nothing_to_learn_after_truncation_is_left_out(make, caplog):
-    shards, cache = make([chat("word " * 60, "x"), ROWS[0]], overlong="truncate")
-    index = alone(shards, cache, 32)
-    assert index.pieces[:, 0].tolist() == [1]
+    shards, blocks = make([chat("word " * 60, "x"), ROWS[0]], overlong="truncate")
+    assert alone(shards, blocks, 32).total("num_pieces") == 1
     assert "1 of 2 samples are left out: too long, or nothing to learn within batch.sequence_length=32" in caplog.text
 
 
 def test_nothing_at_all(make):
-    shards, cache = make([chat("word " * 60, "x")], overlong="truncate")
-    with pytest.raises(DataError, match=r"none of the 1 samples has a token to learn within batch.sequence_length=32"):
-        alone(shards, cache, 32)
-    with pytest.raises(DataError, match="data: holds no sample; at least one is needed"):
-        alone((), cache)
+    shards, blocks = make([chat("word " * 60, "x")], overlong="truncate")
+    with pytest.raises(DataError, match=r"none of the 1 samples of .*train-00000-of-00001.jsonl and the shards beside it "
+                                        r"has a token to learn within batch.sequence_length=32"):
+        alone(shards, blocks, 32)
+
+
+def test_a_shard_of_blank_lines_is_refused_by_name(make, tmp_path):
+    from dist_ft.config.schema import Source
+    from dist_ft.data.source import resolve
+
+    _, blocks = make(ROWS)
+    (tmp_path / "shards" / "zz.jsonl").write_text("\n\n")
+    shards = resolve([Source(path=str(tmp_path / "shards"))])
+    data = blocks.encoder.data
+    cuts = cut_into_blocks(shards, data, World(), Collectives())
+    with pytest.raises(DataError, match=r"/zz.jsonl: holds no row; each shard must hold one; remove or fill it"):
+        alone(shards, BlockStore(blocks.folder, blocks.encoder, shards[0], cuts))
+
+
+def test_mixed_kinds_in_one_source_are_refused(make):
+    shards, blocks = make([*ROWS[:7], *TEXTS])
+    with pytest.raises(DataError, match=r"train-00001-of-00002.jsonl: its rows are text, those of .*train-00000-of-00002"
+                                        r".jsonl are chat; shards of one source must hold one kind"):
+        alone(shards, blocks, 256)
+
+
+def test_bad_rows_are_skipped_only_where_asked_counted_and_bounded(make, tmp_path, caplog):
+    rows = [*ROWS[:5], chat("a", ""), {"no": "messages"}, *ROWS[7:]]
+    shards, blocks = make(rows, bad_rows="skip")
+    index = alone(shards, blocks)
+    assert (index.total("num_bad"), index.total("num_left_out"), index.num_samples) == (2, 2, 20)
+    assert "data.bad_rows=skip: 2 of 20 rows can not be used and are left out; the first: " in caplog.text
+    assert "row 6: messages[1].content is empty" in caplog.text
+    shards, blocks = make(rows, bad_rows="skip", max_bad_rows=1)
+    with pytest.raises(DataError, match=r"data.max_bad_rows=1: 2 of 20 rows can not be used; the first: .*row 6: .*; repair "
+                                        r"them, or raise data.max_bad_rows"):
+        alone(shards, blocks)
 
 
 def test_saved_and_loaded(make, tmp_path):
-    shards, cache = make(ROWS)
-    index, store = alone(shards, cache), Store(str(tmp_path / "run"))
-    assert load(store) is None
-    index.save(store)
-    found = load(store)
-    assert same(index, found)
-    found.verify_unchanged(shards)
-    found.verify_recipe(recipe(cache, cache.encoder.data, 64))
+    shards, blocks = make(ROWS)
+    index, store = alone(shards, blocks), Store(str(tmp_path / "run"))
+    assert manifest.load(store, "index") is None
+    manifest.save(index, store, "index")
+    found = manifest.load(store, "index")
+    assert found == index
+    found.verify_unchanged(shards[0])
+    found.verify_recipe(recipe(blocks.fingerprint, blocks.encoder.data, 64))
 
 
-@pytest.mark.parametrize("name", ["index.json", "index.safetensors"])
-def test_damaged_index(make, tmp_path, name):
-    shards, cache = make(ROWS)
+@pytest.mark.parametrize("damage", [lambda body: body[:-9], lambda body: body.replace(b"jsonl", b"jsonk"), lambda body: b""])
+def test_damaged_index(make, tmp_path, damage):
+    shards, blocks = make(ROWS)
     store = Store(str(tmp_path / "run"))
-    alone(shards, cache).save(store)
-    store.write(name, store.read(name)[:-9])
+    manifest.save(alone(shards, blocks), store, "index")
+    store.write("index.json", damage(store.read("index.json")))
     with pytest.raises(DataError, match=r"index.json: the stored index is damaged .*; remove the file"):
-        load(store)
+        manifest.load(store, "index")
 
 
-def test_index_of_another_format(make, tmp_path):
-    shards, cache = make(ROWS)
+def test_index_of_another_format(tmp_path):
     store = Store(str(tmp_path / "run"))
-    alone(shards, cache).save(store)
-    about = json.loads(store.read("index.json"))
-    store.write("index.json", json.dumps({**about, "format": 99}).encode())
-    with pytest.raises(DataError, match=r"index.json: is of format 99; this version reads 1"):
-        load(store)
+    store.write("index.json", json.dumps({"format": 99, "checksum": ""}).encode() + b"\n{}\n")
+    with pytest.raises(DataError, match=r"index.json: is of format 99; this version reads 2"):
+        manifest.load(store, "index")
 
 
 def test_changed_data_is_refused_by_name(make):
-    shards, cache = make(ROWS)
-    index = alone(shards, cache)
+    (shards,), blocks = make(ROWS)
+    index = alone((shards,), blocks)
     other = replace(shards[1], version="2")
     for now, what in [((shards[0], other, shards[2]), f"{other.url} changed since the run began"),
                       (shards[:2], f"{shards[2].url} vanished since the run began"),
@@ -172,14 +195,14 @@ def test_changed_data_is_refused_by_name(make):
 
 
 def test_changed_recipe_is_refused(make):
-    shards, cache = make(ROWS)
-    index = alone(shards, cache)
+    shards, blocks = make(ROWS)
+    index = alone(shards, blocks)
     with pytest.raises(DataError, match=r"other tokens than when the run began \(sequence_length was 64, is 65\)"):
         index.verify_recipe({**index.recipe, "sequence_length": 65})
 
 
-def test_first_samples_only(make):
-    shards, cache = make(ROWS)
-    index = alone(shards, cache)
-    assert index.first(5).pieces[:, 0].tolist() == [0, 1, 2, 3, 4]
-    assert index.first(0) is index and index.first(100).num_pieces == 20
+@pytest.mark.parametrize("count", [1, 5, 7, 19, 20, 100])
+def test_first_samples_only(make, count):
+    shards, blocks = make(ROWS, pack=False)
+    index = alone(shards, blocks, max_samples=count)
+    assert index.total("num_sequences") == index.num_samples == min(count, 20)

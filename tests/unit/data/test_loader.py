@@ -7,25 +7,15 @@ import pytest
 from unit.data.data_helpers import batch_section, chat
 
 from dist_ft.data.batch import IGNORED
-from dist_ft.data.index import build
-from dist_ft.data.loader import Loader, assemble
-from dist_ft.data.plan import Plan
+from dist_ft.data.loader import assemble
 from dist_ft.errors import DataError
-from dist_ft.world import Collectives, World
 
 ROWS = [chat(f"q {i}", "the fox " * (1 + i % 5), "and", f"{i}") for i in range(30)]
 
 
 @pytest.fixture
-def loader(make):
-    return loader_of(make, ROWS)
-
-
-def loader_of(make, rows, batch=None, seed=0, **values):
-    shards, cache = make(rows, **values)
-    batch = batch or batch_section(sequence_length=128)
-    index = build(shards, cache, cache.encoder.data, batch.sequence_length, World(), Collectives())
-    return Loader(Plan(index, cache.encoder.data, batch, seed), index, cache, batch)
+def loader(make_loader):
+    return make_loader(ROWS)
 
 
 def threads():
@@ -36,7 +26,7 @@ def test_assembled_by_hand():
     """Two samples in row 0, one in row 1: shifted within each, padded to the longest row."""
     tokens = np.array([10, 11, 12, 20, 21, 30, 31], dtype=np.int32)
     learned = np.array([0, 1, 1, 1, 1, 0, 1], dtype=np.uint8)
-    pieces = np.array([[7, 0, 3], [2, 4, 2], [5, 0, 2]])
+    pieces = np.array([[7, 0, 3, 0], [2, 4, 2, 0], [5, 0, 2, 1]])
     batch = assemble(tokens, learned, pieces, np.array([0, 0, 1]), lane=3)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21], [30, 31, 0, 0, 0]]
     assert batch.target_ids.tolist() == [[11, 12, IGNORED, 21, IGNORED], [31, IGNORED, IGNORED, IGNORED, IGNORED]]
@@ -46,30 +36,27 @@ def test_assembled_by_hand():
 
 
 def test_targets_are_those_of_the_samples(loader):
-    """Every piece's targets, found again in the batches, are its tokens one further where these are learned."""
+    """Every piece, found again in the batches, is its tokens, and its targets are these one further where learned."""
     seen = []
-    for step in range(loader.plan.steps_in_epoch(0)):
-        batches = loader.batches(step, range(2))
-        assert sum(batch.num_target_tokens for batch in batches) == loader.plan.num_target_tokens(step)
-        for batch in batches:
-            row, column = 0, 0
-            for sample, first, size in batch.pieces.tolist():
-                if column + size > 128 or (column and batch.position_ids[row, column] != 0) or (
-                        column + size > batch.input_ids.shape[1]):
-                    row, column = row + 1, 0
-                shard, line = loader.index.place(sample)
-                tokenised = loader.cache.shard(shard)
-                start = int(tokenised.offsets[line]) + first
-                tokens, learned = (array[start:start + size] for array in (tokenised.tokens, tokenised.targets))
-                at = slice(column, column + size)
-                if not np.array_equal(batch.input_ids[row, at], tokens):
-                    row, column, at = row + 1, 0, slice(0, size)
-                assert np.array_equal(batch.input_ids[row, at], tokens)
-                assert batch.position_ids[row, at].tolist() == list(range(size))
-                assert batch.target_ids[row, at].tolist() == [
-                    *np.where(learned[1:], tokens[1:], IGNORED).tolist(), IGNORED]
-                column = at.stop
-                seen.append(sample)
+    for step in range(loader.steps_of_a_pass):
+        for lane, batch in enumerate(loader.batches(step, range(2))):
+            pieces = iter(batch.pieces.tolist())
+            for row, slot in enumerate(loader.plan.slots(step, lane, loader.stop)):
+                column = 0
+                for _ in loader.packed(slot.epoch, slot.block).sequence(slot.sequence):
+                    sample, first, size, _ = next(pieces)
+                    tokenised = loader.store.block(slot.block)
+                    start = int(tokenised.offsets[sample - loader.index.first_samples[slot.block]]) + first
+                    tokens, learned = (array[start:start + size] for array in (tokenised.tokens, tokenised.targets))
+                    at = slice(column, column + size)
+                    assert np.array_equal(batch.input_ids[row, at], tokens)
+                    assert batch.position_ids[row, at].tolist() == list(range(size))
+                    assert batch.target_ids[row, at].tolist() == [
+                        *np.where(learned[1:], tokens[1:], IGNORED).tolist(), IGNORED]
+                    column = at.stop
+                    seen.append(sample)
+                assert (batch.target_ids[row, column:] == IGNORED).all()
+            assert next(pieces, None) is None
     assert sorted(seen) == list(range(30))
 
 
@@ -81,26 +68,52 @@ def test_lanes_are_the_same_in_any_world(loader):
         assert np.array_equal(alone.target_ids, whole[lane].target_ids)
 
 
-def test_absent_lane_is_an_empty_batch(make):
-    loader = loader_of(make, ROWS[:3], pack=False)
-    full, partial = loader.batches(0, range(2))
-    assert full.input_ids.shape[0] == 2 and partial.input_ids.shape[0] == 1
-    loader = loader_of(make, ROWS[:2], pack=False)
+def test_absent_lane_is_an_empty_batch(make_loader):
+    loader = make_loader(ROWS[:3], pack=False)
+    assert sorted(batch.input_ids.shape[0] for batch in loader.batches(0, range(2))) == [1, 2]
+    loader = make_loader(ROWS[:1], pack=False)
     empty = loader.batches(0, range(2))[1]
     assert (empty.lane, empty.num_target_tokens, empty.num_tokens) == (1, 0, 0)
 
 
-def test_split_text_is_learned_across_all_pieces(make):
-    loader = loader_of(make, [{"text": "the quick brown fox jumps " * 40}], batch_section(sequence_length=32),
-                       overlong="split")
-    index = loader.index
-    batches = [b for step in range(loader.plan.steps_in_epoch(0)) for b in loader.batches(step, range(2))]
-    assert sum(batch.num_tokens for batch in batches) == index.lengths[0]
-    assert sum(batch.num_target_tokens for batch in batches) == index.lengths[0] - index.num_pieces
+def test_split_text_is_learned_across_all_pieces(make_loader):
+    loader = make_loader([{"text": "the quick brown fox jumps " * 40}], batch_section(sequence_length=32),
+                         overlong="split")
+    batches = [b for step in range(loader.steps_of_a_pass) for b in loader.batches(step, range(2))]
+    length, pieces = int(loader.store.block(0).offsets[-1]), loader.index.total("num_pieces")
+    assert sum(batch.num_tokens for batch in batches) == length
+    assert sum(batch.num_target_tokens for batch in batches) == length - pieces
 
 
-def test_iterate_equals_batches_and_crosses_epochs(loader):
-    stop = loader.plan.steps_in_epoch(0) + 3
+@pytest.mark.parametrize("values", [{}, {"pack": False}, {"shuffle": False}, {"block_mib": 1}])
+def test_all_targets_of_the_index_come_once(make_loader, values):
+    loader = make_loader(ROWS, **values)
+    batches = [b for step in range(loader.steps_of_a_pass) for b in loader.batches(step, range(2))]
+    assert sum(batch.num_target_tokens for batch in batches) == loader.index.total("num_targets")
+    assert sum(batch.num_tokens for batch in batches) == loader.index.total("num_tokens")
+
+
+def test_epochs_are_recorded_with_the_pieces(make_loader):
+    loader = make_loader(ROWS)
+    loader.stop = None
+    steps = 2 * loader.steps_of_a_pass
+    pieces = np.concatenate([b.pieces for step in range(steps) for b in loader.batches(step, range(2))])
+    for epoch in range(2 - (loader.plan.sequences_in_epoch % 4 > 0)):
+        assert sorted(pieces[pieces[:, 3] == epoch, 0].tolist()) == list(range(30))
+
+
+def test_an_index_that_does_not_fit_the_blocks_is_refused(make_loader):
+    from dataclasses import replace
+
+    loader = make_loader(ROWS)
+    measures = tuple(replace(found, num_sequences=found.num_sequences + 1) for found in loader.index.measures)
+    loader.index = replace(loader.index, measures=measures)
+    with pytest.raises(DataError, match=r"makes \d+ sequences, the run's index says \d+; the index was made by another"):
+        loader.batches(0, range(2))
+
+
+def test_iterate_equals_batches(loader):
+    stop = loader.steps_of_a_pass + 3
     found = list(loader.iterate(1, stop, range(2)))
     assert len(found) == stop - 1
     for step, batches in enumerate(found, 1):

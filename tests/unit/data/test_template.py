@@ -145,11 +145,6 @@ def test_bad_row_far_down_is_named(tokenizer):
         encode(tokenizer, [{"prompt": "a", "response": "b" * (i != 1499)} for i in range(1600)])
 
 
-def test_no_row(tokenizer):
-    with pytest.raises(DataError, match=r"s3://b/x.jsonl: holds no row"):
-        encode(tokenizer, [])
-
-
 def test_tokenizer_without_end(plain_tokenizer):
     plain_tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"model.tokenizer=.*: has no end-of-sequence token; .*; set eos_token"):

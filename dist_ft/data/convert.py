@@ -1,0 +1,80 @@
+"""Writes a run's training data again as it would be read: other shards, another format, or tokens made ahead.
+
+One shard a block, named by number, so that a writing that was cut off goes on where it stopped; the last file,
+`_complete.json`, says that all are there and what they were made of. Rows, their order and their number stay.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_ft.data import readers
+from dist_ft.data.blocks import Block
+from dist_ft.data.cache import TokenisedBlock, key
+from dist_ft.data.source import Shard
+from dist_ft.data.store import BlockStore
+from dist_ft.data.write import as_jsonl, as_parquet
+from dist_ft.errors import DataError
+from dist_ft.storage import Store
+
+COMPLETE = "_complete.json"
+
+
+def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
+            progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Write the blocks as shards of `suffix` (parquet or jsonl) into `out`; return how many were written now.
+
+    Raises:
+        DataError: `out` holds the shards of other data, or of another cut.
+    """
+    about = json.dumps({"suffix": suffix, "tokenised": tokenise, "blocks": [
+        key(blocks.fingerprint if tokenise else "rows", block, blocks.shards) for block in blocks.blocks]})
+    if out.exists(COMPLETE) and out.read(COMPLETE).decode() != about:
+        raise DataError(f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
+                        "empty folder, or the same call again, is allowed; choose another folder")
+    total, written = len(blocks.blocks), 0
+    there = set(out.list())
+    for number in range(total):
+        name = f"part-{number:05d}-of-{total:05d}.{suffix}"
+        if name not in there:
+            rows = as_table(blocks.block(number)) if tokenise else _rows(blocks.blocks[number], blocks.shards)
+            out.write(name, _encode(rows, suffix))
+            written += 1
+        progress(number + 1, total)
+    out.write(COMPLETE, about.encode())
+    return written
+
+
+def as_table(block: TokenisedBlock) -> Any:
+    """Return a block as an Arrow table of `input_ids` and `targets`; rows that were left out stay empty."""
+    import pyarrow as pa
+
+    offsets = pa.array(block.offsets, pa.int64())
+    return pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(block.tokens)),
+                     "targets": pa.LargeListArray.from_arrays(offsets, pa.array(block.targets))})
+
+
+def _rows(block: Block, shards: Sequence[Shard]) -> list[Any]:
+    found: list[Any] = []
+    for part in block.parts:
+        for _, rows in readers.read(shards[part.shard], [part]):
+            found += rows if isinstance(rows, list) else rows.to_pylist()
+    for row in found:
+        if isinstance(row, DataError):
+            raise row
+    return found
+
+
+def _encode(rows: Any, suffix: str) -> bytes:
+    if suffix == "jsonl":
+        return as_jsonl(rows if isinstance(rows, list) else rows.to_pylist())
+    if isinstance(rows, list):
+        return as_parquet(rows)
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(rows, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()

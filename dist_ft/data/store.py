@@ -1,0 +1,163 @@
+"""The blocks of a data set as tokens: from memory, from the local cache, or made now, here or in processes beside.
+
+Guarantees: a block is made once by a worker however often it is asked for; with checksums from the index, a block that
+is made again must be what it was then, so that data altered under a run can not slip in. Knows nothing of packing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from dist_ft.data import cache, readers
+from dist_ft.data.blocks import Block
+from dist_ft.data.cache import TokenisedBlock
+from dist_ft.data.pool import TokeniserPool
+from dist_ft.data.source import Shard
+from dist_ft.data.template import Encoder
+from dist_ft.data.tokenise import pack_task, run_task
+from dist_ft.errors import DataError, StorageError
+from dist_ft.logs import redact
+
+LOCK_TIMEOUT_S = 1800.0
+SMALL_BYTES = 8 * 2**20
+"""A data set up to this size is tokenised by the worker itself: a process would take longer to start."""
+
+log = logging.getLogger(__name__)
+
+
+class BlockStore:
+    """The tokenised blocks of one data set."""
+
+    def __init__(self, folder: str | Path, encoder: Encoder, shards: Sequence[Shard], blocks: Sequence[Block],
+                 pool: TokeniserPool | None = None, limit_bytes: float = float("inf")) -> None:
+        """Assign only; the fingerprint of the encoder is computed. Without `pool` this process tokenises."""
+        self.folder = Path(folder)
+        self.encoder = encoder
+        self.shards = tuple(shards)
+        self.blocks = tuple(blocks)
+        self.checksums: Sequence[str] | None = None
+        self.most_open = 16
+        self.fingerprint = cache.fingerprint(encoder.tokenizer, encoder.data)
+        self._pool = pool if sum(block.num_bytes for block in blocks) > SMALL_BYTES else None
+        self._limit_bytes = limit_bytes
+        self._threads = ThreadPoolExecutor(pool.size if self._pool and pool else 1, thread_name_prefix="dist_ft-blocks")
+        self._open: OrderedDict[int, TokenisedBlock] = OrderedDict()
+        self._making: dict[int, Future[None]] = {}
+        self._passes: dict[int, list[int]] = {}
+        for number, block in enumerate(self.blocks):
+            if len(block.parts) == 1 and readers.is_sequential(self.shards[block.parts[0].shard]):
+                self._passes.setdefault(block.parts[0].shard, []).append(number)
+        self._lock = Lock()
+
+    def path(self, number: int) -> Path:
+        """Return the cache file of a block, there or not."""
+        return self.folder / f"{cache.key(self.fingerprint, self.blocks[number], self.shards)}.safetensors"
+
+    def block(self, number: int) -> TokenisedBlock:
+        """Return a block's tokens, made now if need be. Safe over threads.
+
+        Raises:
+            DataError: a shard vanished or changed, or holds a row that can not be used.
+            StorageError: the data or the cache can not be read or written.
+        """
+        for _ in range(3):
+            with self._lock:
+                if number in self._open:
+                    self._open.move_to_end(number)
+                    return self._open[number]
+                found = cache.load_block(self.path(number))
+                if found is not None:
+                    return self._keep(number, found)
+            try:
+                self.request(number).result()
+            except OSError as error:
+                raise StorageError(f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
+                                   "for 5 bytes a token is needed; name another") from error
+        raise StorageError(f"data.cache_dir={self.folder}: blocks vanish as soon as they are made; data.cache_gib must "
+                           "hold those in use; raise it")
+
+    def request(self, number: int) -> Future[None]:
+        """Begin to make a block (and those that come with it) unless it is there or being made; do not wait."""
+        with self._lock:
+            if number in self._making:
+                return self._making[number]
+            if number in self._open or self.path(number).exists():
+                ready: Future[None] = Future()
+                ready.set_result(None)
+                return ready
+            together = self._together(number)
+            future = self._threads.submit(self._make, together)
+            for each in together:
+                self._making[each] = future
+        future.add_done_callback(lambda _: self._made(together))
+        return future
+
+    def each(self, numbers: Sequence[int]) -> Iterator[tuple[int, TokenisedBlock]]:
+        """Yield (number, block) for `numbers`, later ones being made meanwhile."""
+        ahead = 2 * (self._pool.size if self._pool else 1)
+        for place, number in enumerate(numbers):
+            for coming in numbers[place:place + ahead]:
+                self.request(coming)
+            yield number, self.block(number)
+            with self._lock:
+                self._open.pop(number, None)
+
+    def close(self) -> None:
+        """Stop making blocks."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
+        self._threads.shutdown(wait=True)
+
+    def _keep(self, number: int, found: TokenisedBlock) -> TokenisedBlock:
+        if self.checksums is not None and found.checksum != self.checksums[number]:
+            urls = ", ".join(dict.fromkeys(self.shards[part.shard].url for part in self.blocks[number].parts))
+            self.path(number).unlink(missing_ok=True)
+            raise DataError(redact(f"{urls}: gives other tokens than when the run began, though its size and version "
+                                   "are the same; shards may not be altered while a run uses them; restore it, or "
+                                   "start a run with another run.name"))
+        self._open[number] = found
+        if len(self._open) > self.most_open:
+            self._open.popitem(last=False)
+        return found
+
+    def _together(self, number: int) -> list[int]:
+        """Return the blocks that one pass makes: all that are missing of a shard that must be read from its start."""
+        parts = self.blocks[number].parts
+        peers = self._passes.get(parts[0].shard, [number]) if len(parts) == 1 else [number]
+        missing = [peer for peer in peers if peer not in self._making and not self.path(peer).exists()]
+        return missing if number in missing else [number]
+
+    def _made(self, numbers: Sequence[int]) -> None:
+        with self._lock:
+            for number in numbers:
+                self._making.pop(number, None)
+
+    def _make(self, numbers: Sequence[int]) -> None:
+        """Tokenise blocks; one process of this machine at a time."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path(numbers[0]).with_suffix(".lock"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except (Timeout, NotImplementedError):
+            log.warning("%s: its lock can not be had; the block is tokenised without it", lock.lock_file)
+        try:
+            missing = [number for number in numbers if not self.path(number).exists()]  # others may have been faster
+            if missing:
+                task = pack_task([self.blocks[i] for i in missing], self.shards, [self.path(i) for i in missing])
+                if self._pool is not None:
+                    self._pool.run(task)
+                else:
+                    run_task(self.encoder, task, self._limit_bytes)
+        finally:
+            lock.release()
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()

@@ -1,0 +1,170 @@
+"""A proxy before an HTTP object store that misbehaves as told: delays, resets, truncates, alters, and answers errors."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+ERRORS = {403: "ExpiredToken", 500: "InternalError", 503: "SlowDown"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one answer.
+
+    Attributes:
+        status: answer this error in place of asking the store.
+        delay_s: wait before answering.
+        reset_after: send so many bytes of the body, then reset the connection.
+        stall_after, stall_s: send so many bytes, then nothing for so long, then reset.
+        truncate: leave so many bytes off the end of the body, and say so in Content-Length: a whole, short answer.
+        flip: alter the byte at this place of the body.
+        error_inside: answer 200 with an S3 error document as the body.
+    """
+
+    status: int = 0
+    delay_s: float = 0
+    reset_after: int | None = None
+    stall_after: int | None = None
+    stall_s: float = 0
+    truncate: int = 0
+    flip: int | None = None
+    error_inside: bool = False
+
+
+Chooser = Callable[[str, str], "Fault | None"]
+
+
+class FaultyProxy:
+    """Serves on loopback until closed; `choose(method, path)` says what goes wrong with each request."""
+
+    def __init__(self, upstream_port: int, choose: Chooser = lambda method, path: None) -> None:
+        self.choose = choose
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.num_faults = 0
+        self.bytes_per_s: float | None = None
+        self._upstream = upstream_port
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Say nothing."""
+
+            def _serve(self) -> None:
+                proxy.serve(self)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+
+        return Handler
+
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        self.requests.append((request.command, request.path, request.headers.get("Range")))
+        fault = self.choose(request.command, request.path)
+        self.num_faults += fault is not None
+        fault = fault or Fault()
+        time.sleep(fault.delay_s)
+        if fault.status:
+            answer = error_document(fault.status)
+            self._send(request, fault.status, {"Content-Type": "application/xml"}, answer, Fault())
+            return
+        status, headers, content = self._ask(request, body)
+        if fault.error_inside:
+            content = error_document(500)
+        content = content[:len(content) - fault.truncate]
+        if fault.flip is not None and fault.flip < len(content):
+            content = content[:fault.flip] + bytes([content[fault.flip] ^ 1]) + content[fault.flip + 1:]
+        self._send(request, status, headers, content, fault)
+
+    def _ask(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        upstream = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=60)
+        try:
+            upstream.request(request.command, request.path, body or None, dict(request.headers.items()))
+            answer = upstream.getresponse()
+            content = answer.read()
+            keep = {key: value for key, value in answer.getheaders()
+                    if key.lower() not in ("transfer-encoding", "connection", "date", "server")}
+            return answer.status, keep, content
+        finally:
+            upstream.close()
+
+    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes,
+              fault: Fault) -> None:
+        length = headers.get("Content-Length") if request.command == "HEAD" else str(len(content))
+        try:
+            request.send_response(status)
+            for key, value in headers.items():
+                if key.lower() != "content-length":
+                    request.send_header(key, value)
+            request.send_header("Content-Length", length or "0")
+            request.end_headers()
+            cut = fault.reset_after if fault.reset_after is not None else fault.stall_after
+            if request.command == "HEAD":
+                return
+            if cut is None or cut >= len(content):
+                self._write(request, content)
+                return
+            self._write(request, content[:cut])
+            request.wfile.flush()
+            if fault.stall_after is not None:
+                time.sleep(fault.stall_s)
+            reset(request.connection)
+            request.close_connection = True
+        except (BrokenPipeError, ConnectionResetError):
+            request.close_connection = True
+
+    def _write(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+        """Write a body, no faster than `bytes_per_s`."""
+        if self.bytes_per_s is None:
+            request.wfile.write(content)
+            return
+        for start in range(0, len(content), 65536):
+            piece = content[start:start + 65536]
+            request.wfile.write(piece)
+            time.sleep(len(piece) / self.bytes_per_s)
+
+
+def reset(connection: socket.socket) -> None:
+    """Close a connection so that the other side sees a reset, not an end."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def error_document(status: int) -> bytes:
+    """Return what S3 says with an error."""
+    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{ERRORS.get(status, "Error")}</Code><Message>as told'
+            f"</Message></Error>").encode()
+
+
+def sometimes(share: float, fault: Fault, seed: int = 0, methods: tuple[str, ...] = ("GET", "PUT", "HEAD", "POST")
+              ) -> Chooser:
+    """Return a chooser that lets `share` of the requests fail, by a seed."""
+    drawn, lock = random.Random(seed), threading.Lock()
+
+    def choose(method: str, path: str) -> Fault | None:
+        with lock:
+            return fault if method in methods and drawn.random() < share else None
+
+    return choose

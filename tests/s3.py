@@ -1,0 +1,57 @@
+"""A real S3 server over HTTP on loopback (moto), for tests."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+BUCKET = "bucket"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing-testing", "AWS_SECRET_ACCESS_KEY": "testing-testing",
+               "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def server() -> Iterator[int]:
+    """Yield the port of an S3 server of our own, with `BUCKET` in it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, "the S3 server ended"
+            time.sleep(0.1)
+        make_bucket(port)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_bucket(port: int, name: str = BUCKET) -> None:
+    """Make a bucket."""
+    import boto3
+
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                 aws_access_key_id="testing-testing", aws_secret_access_key="testing-testing").create_bucket(Bucket=name)
+
+
+def forget(options: dict[str, Any]) -> None:
+    """Configure fsspec anew for this process: options are kept with filesystem instances otherwise."""
+    import fsspec
+    import s3fs
+
+    from dist_ft import storage
+
+    fsspec.config.conf.clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage.configure(options)
