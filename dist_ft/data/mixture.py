@@ -1,25 +1,29 @@
 """Mixing: which source each sequence of a run comes from.
 
-Pure, and the same for every world. Each lane draws its own series of sequences in rounds of `ROUND`; a round holds
-each source as often as its weights up to there ask for, so that shares are kept exactly and not only on average, and
-within a round a source's turns are spread evenly. The k-th draw of lane l from a source is that source's draw number
-k * lanes + l: what has been drawn follows from step and lane by arithmetic, and each source goes round its own epochs.
+Draws of the run are numbered; lanes take them in turn. In rounds of about `ROUND` draws a lane gets each source as
+often as the shares up to there ask for, every lane equally often, its turns spread evenly: so shares are kept exactly
+and not only on average, and what was drawn before any draw follows by arithmetic. Without weights the shares are what
+the sources hold (times `repeat`): an epoch of the run then is finite and ends, after the last whole round, with exactly
+what is left of each source. With weights draws go on for ever, each source going round its own epochs. Pure, and the
+same for every world.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
 from dist_ft.data.order import hashes, mix
 
-ROUND = 256
-_AHEAD = 64  # rounds whose quotas are computed at once
+ROUND = 64
+Draw = tuple[int, int]
+"""(source, number of the draw among all draws from that source)."""
 
 
-def base_weights(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
+def weights_at_start(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
     """Return the shares (S,) of sources that hold `sizes` sequences, summing to 1: by weight, temperature or repeat."""
     counts = np.array(sizes, dtype=np.float64)
     if data.temperature is not None:
@@ -31,85 +35,131 @@ def base_weights(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def sequences_in_epoch(data: DataSection, sizes: Sequence[int]) -> int:
-    """Return the sequences an epoch of the run draws: all sources' sizes, each times its `repeat`."""
-    return max(1, round(sum(size * (source.repeat or 1.0) for size, source in zip(sizes, data.train, strict=True))))
+def is_weighted(data: DataSection) -> bool:
+    """Tell whether shares are given, and not those of the sources' sizes."""
+    return data.temperature is not None or bool(data.mixing) or any(s.weight is not None for s in data.train)
 
 
 class Mixture:
-    """The draws of every lane."""
+    """The draws of a run."""
 
-    def __init__(self, data: DataSection, sizes: Sequence[int], micro_batch: int, seed: int) -> None:
-        """Take the sequences each source holds; quotas are computed when first asked for."""
+    def __init__(self, data: DataSection, sizes: Sequence[int], num_lanes: int, micro_batch: int, seed: int) -> None:
+        """Take the sequences each source holds; nothing is computed yet."""
+        self._data = data
         self._sizes = tuple(sizes)
+        self._lanes = num_lanes
         self._micro_batch = micro_batch
         self._seed = seed
-        self._phases = data.mixing
-        self._base = base_weights(data, sizes)
-        self._totals = [np.zeros(len(sizes), dtype=np.int64)]  # draws a source before each round
-        self._ideal = np.zeros(len(sizes))
+        self._repeats = [1.0 if is_weighted(data) else source.repeat or 1.0 for source in data.train]
+        self._shares = [np.zeros(len(sizes))]  # of endless draws: what a lane is due before each round
+        self._turns = lru_cache(1024)(self._make_turns)
+        self._tail = lru_cache(2)(self._make_tail)
 
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one source only."""
-        return len(self._sizes) == 1
+    def base(self, epoch: float) -> list[int]:
+        """Return how often each source is drawn before an epoch of the run: its size, times repeat, times epochs."""
+        return [int(epoch * repeat * size) for repeat, size in zip(self._repeats, self._sizes, strict=True)]
 
-    def weights(self, step: int) -> np.ndarray:
+    def draws_in(self, epochs: float) -> int:
+        """Return the draws of so many first epochs of the run; with weights, as many as all sources hold."""
+        return sum(self.base(epochs))
+
+    def drawn_by_all(self, draws: int) -> list[int]:
+        """Return, for each source, a number before which all its draws are among the run's first `draws`."""
+        if len(self._sizes) == 1:
+            return [draws]
+        if not is_weighted(self._data):
+            return self.base(self._epoch(draws))
+        least = [self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)]
+        return [int(turns) * self._lanes for turns in np.min(least, axis=0)]
+
+    def draw(self, number: int) -> Draw:
+        """Return which source the run's draw `number` takes, and which draw of that source it is."""
+        if len(self._sizes) == 1:
+            return 0, number
+        if is_weighted(self._data):
+            return self._of_lane(-1, *divmod(number, self._lanes))
+        epoch = self._epoch(number)
+        base, row, lane = self.base(epoch), *divmod(number - self.draws_in(epoch), self._lanes)
+        body = self._due(epoch, self._num_rounds(epoch))
+        if row < body.sum():
+            source, turn = self._of_lane(epoch, row, lane)
+        else:
+            source, turn = self._tail(epoch)[(row - int(body.sum())) * self._lanes + lane].tolist()
+        return source, base[source] + turn
+
+    def weights(self, step: float) -> np.ndarray:
         """Return the shares (S,) at a step, summing to 1."""
-        if not self._phases:
-            return self._base
-        steps = [0, *(phase.until_step for phase in self._phases)]
-        rows = np.array([self._base, *(np.array(p.weights) / sum(p.weights) for p in self._phases)])
+        start = weights_at_start(self._data, self._sizes)
+        if not self._data.mixing:
+            return start
+        steps = [0, *(phase.until_step for phase in self._data.mixing)]
+        rows = np.array([start, *(np.array(p.weights) / sum(p.weights) for p in self._data.mixing)])
         return np.array([np.interp(step, steps, rows[:, i]) for i in range(rows.shape[1])])
 
-    def totals(self, round_number: int) -> np.ndarray:
-        """Return how often a lane has drawn each source, int64 (S,), before a round."""
-        while len(self._totals) <= round_number:
-            for _ in range(_AHEAD):
-                step = (len(self._totals) - 1) * ROUND // self._micro_batch
-                self._ideal = self._ideal + self.weights(step) * ROUND
-                self._totals.append(self._totals[-1] + quotas(self._ideal - self._totals[-1], ROUND))
-        return self._totals[round_number]
+    def _epoch(self, number: int) -> int:
+        """Return the epoch of the run a draw belongs to."""
+        epoch = int(number / max(1, self.draws_in(1)))
+        while self.draws_in(epoch) > number:
+            epoch -= 1
+        while self.draws_in(epoch + 1) <= number:
+            epoch += 1
+        return epoch
 
-    def turns(self, lane: int, round_number: int) -> np.ndarray:
-        """Return the source of each draw of a lane in a round, int64 (ROUND,)."""
-        quota = self.totals(round_number + 1) - self.totals(round_number)
-        source = np.repeat(np.arange(len(quota)), quota)
-        turn = np.arange(ROUND) - np.repeat(np.cumsum(quota) - quota, quota)
-        jitter = hashes(mix(self._seed, lane, round_number), ROUND) / 2.0**64
-        return source[np.argsort((turn + jitter) / quota[source], kind="stable")]
+    def _num_rounds(self, epoch: int) -> int:
+        """Return the whole rounds of an epoch."""
+        return (self.draws_in(epoch + 1) - self.draws_in(epoch)) // (ROUND * self._lanes)
 
-    def before(self, lane: int, number: int) -> np.ndarray:
-        """Return how often a lane draws each source, int64 (S,), in its first `number` draws."""
-        round_number, within = divmod(number, ROUND)
-        turns = self.turns(lane, round_number)[:within]
-        return self.totals(round_number) + np.bincount(turns, minlength=len(self._sizes))
+    def _due(self, epoch: int, round_number: int) -> np.ndarray:
+        """Return how often a lane has drawn each source, int64 (S,), before a round: its shares, rounded down.
 
-    def draws(self, lane: int, first: int, count: int) -> list[tuple[int, int]]:
-        """Return (source, k) of the draws first .. first + count - 1 of a lane: its k-th from that source."""
-        if self.is_single:
-            return [(0, number) for number in range(first, first + count)]
-        found: list[tuple[int, int]] = []
-        number = first
-        while len(found) < count:
-            round_number, within = divmod(number, ROUND)
-            turns = self.turns(lane, round_number)
-            done = self.totals(round_number) + np.bincount(turns[:within], minlength=len(self._sizes))
-            for source in turns[within:within + count - len(found)].tolist():
-                found.append((source, int(done[source])))
-                done[source] += 1
-                number += 1
+        `epoch` counts from the start of an epoch of the run; -1: from the start of endless draws.
+        """
+        if epoch >= 0:
+            sizes = np.subtract(self.base(epoch + 1), self.base(epoch)).astype(np.int64)
+            return sizes * (round_number * ROUND) // max(1, int(sizes.sum()))
+        while len(self._shares) <= round_number:
+            step = (len(self._shares) - 0.5) * ROUND / self._micro_batch
+            self._shares.append(self._shares[-1] + self.weights(step) * ROUND)
+        return np.floor(self._shares[round_number] + 1e-6).astype(np.int64)
+
+    def _of_lane(self, epoch: int, row: int, lane: int) -> Draw:
+        """Return the draw number `row` of a lane."""
+        round_number = row // ROUND
+        while int(self._due(epoch, round_number + 1).sum()) <= row:
+            round_number += 1
+        turns = self._turns(epoch, round_number, lane)
+        within = row - int(self._due(epoch, round_number).sum())
+        source = int(turns[within])
+        before = self._due(epoch, round_number)[source] + np.count_nonzero(turns[:within] == source)
+        return source, int(before) * self._lanes + lane
+
+    def _before(self, lane: int, rows: int) -> np.ndarray:
+        """Return how often a lane draws each source, int64 (S,), in its first `rows` endless draws."""
+        round_number = rows // ROUND
+        while int(self._due(-1, round_number + 1).sum()) <= rows:
+            round_number += 1
+        due = self._due(-1, round_number)
+        turns = self._turns(-1, round_number, lane)[:rows - int(due.sum())]
+        return due + np.bincount(turns, minlength=len(due))
+
+    def _make_turns(self, epoch: int, round_number: int, lane: int) -> np.ndarray:
+        """Return the source of each draw of a lane in a round."""
+        quota = self._due(epoch, round_number + 1) - self._due(epoch, round_number)
+        return spread(quota, mix(self._seed, epoch + 1, round_number, lane))[:, 0]
+
+    def _make_tail(self, epoch: int) -> np.ndarray:
+        """Return (source, turn) of the draws after the whole rounds of an epoch."""
+        done = self._due(epoch, self._num_rounds(epoch)) * self._lanes
+        left = np.subtract(self.base(epoch + 1), self.base(epoch)) - done
+        found = spread(left, mix(self._seed, epoch + 1))
+        found[:, 1] += done[found[:, 0]]
         return found
 
 
-def quotas(due: np.ndarray, total: int) -> np.ndarray:
-    """Return whole numbers int64 (S,) that sum to `total` and follow `due` (S,): floors, then the largest remainders.
-
-    `due` may be below zero where rounding gave a source more before; it then gets nothing now.
-    """
-    wanted = np.maximum(due, 0.0)
-    wanted *= total / wanted.sum()
-    given = np.floor(wanted).astype(np.int64)
-    missing = total - int(given.sum())
-    given[np.argsort(given - wanted, kind="stable")[:missing]] += 1
-    return given
+def spread(counts: np.ndarray, seed: int) -> np.ndarray:
+    """Return (sum, 2) int64 [source, turn]: each source `counts` times, evenly spread, by seed."""
+    source = np.repeat(np.arange(len(counts)), counts)
+    turn = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+    jitter = hashes(seed, len(source)) / 2.0**64
+    order = np.argsort((turn + jitter) / counts[source], kind="stable")
+    return np.column_stack([source[order], turn[order]]).astype(np.int64)

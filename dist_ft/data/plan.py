@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from dist_ft.config.schema import BatchSection, DataSection, ScheduleSection
-from dist_ft.data.mixture import Mixture, sequences_in_epoch
+from dist_ft.data.mixture import Mixture
 from dist_ft.data.order import epoch_order, hashes, mix
 
 _KEPT_EPOCHS = 8
@@ -57,14 +57,13 @@ class Plan:
         self._first = edges[:-1].tolist()
         self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
         self._sizes = [int(found.sum()) for found in self._counts]
-        self.mixture = Mixture(data, self._sizes, batch.micro_batch, mix(seed, len(self._sizes)))
+        self.mixture = Mixture(data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes)))
         self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
         self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
 
-    @property
-    def sequences_in_epoch(self) -> int:
-        """Sequences of one epoch of the run."""
-        return sequences_in_epoch(self.data, self._sizes)
+    def sequences_in(self, epochs: float) -> int:
+        """Return the sequences of so many epochs of the run."""
+        return self.mixture.draws_in(epochs)
 
     def num_sequences(self, source: int) -> int:
         """Return the sequences of one epoch of a source."""
@@ -72,7 +71,7 @@ class Plan:
 
     def steps_of(self, epochs: float) -> int:
         """Return the steps of so many epochs of the run; the last may be partial."""
-        return -(-round(epochs * self.sequences_in_epoch) // self.batch.global_batch)
+        return -(-self.sequences_in(epochs) // self.batch.global_batch)
 
     def total_steps(self, schedule: ScheduleSection) -> int:
         """Return the steps of the run: schedule.steps, or as many as schedule.epochs have."""
@@ -85,18 +84,13 @@ class Plan:
         """
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        size, lanes = self.batch.micro_batch, self.num_lanes
-        first = step * size
-        kept = size if stop is None else max(0, min(size, -(-(stop - lane) // lanes) - first))
-        return [self._slot(source, turn * lanes + lane) for source, turn in self.mixture.draws(lane, first, kept)]
+        size = self.batch.micro_batch
+        draws = range(step * size * self.num_lanes + lane, (step + 1) * size * self.num_lanes, self.num_lanes)
+        return [self._slot(*self.mixture.draw(number)) for number in draws if stop is None or number < stop]
 
     def drawn_by_all(self, steps: int) -> list[int]:
-        """Return, for each source, the draws that are surely made after so many steps: all before this number are."""
-        if self.mixture.is_single:
-            return [steps * self.batch.global_batch]
-        least = np.min([self.mixture.before(lane, steps * self.batch.micro_batch) for lane in range(self.num_lanes)],
-                       axis=0)
-        return [int(turns) * self.num_lanes for turns in least]
+        """Return, for each source, a number before which all its draws are made within so many steps."""
+        return self.mixture.drawn_by_all(steps * self.batch.global_batch)
 
     def blocks_after(self, slot: Slot, count: int) -> list[int]:
         """Return the blocks that follow a slot's in the order of its epoch, and those of its window."""

@@ -104,5 +104,5 @@ def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: Data
 def _stop(config: RunConfig, plan: Plan, field: str) -> int | None:
     """Return the sequences of the whole run, or None if steps decide."""
     if field != "data.train":
-        return plan.sequences_in_epoch
-    return None if config.schedule.epochs is None else round(config.schedule.epochs * plan.sequences_in_epoch)
+        return plan.sequences_in(1)
+    return None if config.schedule.epochs is None else plan.sequences_in(config.schedule.epochs)

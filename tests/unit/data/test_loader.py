@@ -98,7 +98,7 @@ def test_epochs_are_recorded_with_the_pieces(make_loader):
     loader.stop = None
     steps = 2 * loader.steps_of_a_pass
     pieces = np.concatenate([b.pieces for step in range(steps) for b in loader.batches(step, range(2))])
-    for epoch in range(2 - (loader.plan.sequences_in_epoch % 4 > 0)):
+    for epoch in range(2 - (loader.plan.sequences_in(1) % 4 > 0)):
         assert sorted(pieces[pieces[:, 3] == epoch, 0].tolist()) == list(range(30))
 
 

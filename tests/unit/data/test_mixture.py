@@ -1,4 +1,6 @@
-"""Mixing: shares are kept exactly, by arithmetic, in every lane."""
+"""Mixing: shares are kept exactly, epochs are exact, and any draw is found by arithmetic."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,68 +8,99 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.data.data_helpers import data_section
 
-from dist_ft.data.mixture import ROUND, Mixture, base_weights, quotas, sequences_in_epoch
+from dist_ft.data.mixture import Mixture, is_weighted, spread, weights_at_start
 
 
 def section(*sources, **values):
     return data_section(train=[{"path": f"s{i}", **source} for i, source in enumerate(sources)], **values)
 
 
-def shares(mixture, lane, first, count):
-    drawn = np.array([source for source, _ in mixture.draws(lane, first, count)])
-    return np.bincount(drawn, minlength=3) / count
+def draws(mixture, first, count):
+    return [mixture.draw(number) for number in range(first, first + count)]
 
 
 def test_weights_of_every_kind():
     sizes = [100, 300, 600]
-    assert base_weights(section({}, {}, {}), sizes).tolist() == pytest.approx([0.1, 0.3, 0.6])
-    assert base_weights(section({"weight": 1}, {"weight": 1}, {"weight": 2}), sizes).tolist() == [0.25, 0.25, 0.5]
+    assert weights_at_start(section({}, {}, {}), sizes).tolist() == pytest.approx([0.1, 0.3, 0.6])
+    assert weights_at_start(section({"weight": 1}, {"weight": 1}, {"weight": 2}), sizes).tolist() == [0.25, 0.25, 0.5]
     repeated = section({"repeat": 2}, {}, {"repeat": 0.5})
-    assert base_weights(repeated, sizes).tolist() == pytest.approx([0.25, 0.375, 0.375])
-    assert sequences_in_epoch(repeated, sizes) == 800 and sequences_in_epoch(section({}, {}, {}), sizes) == 1000
-    flat = base_weights(section({}, {}, {}, temperature=1e9), sizes)
+    assert weights_at_start(repeated, sizes).tolist() == pytest.approx([0.25, 0.375, 0.375])
+    flat = weights_at_start(section({}, {}, {}, temperature=1e9), sizes)
     assert flat.tolist() == pytest.approx([1 / 3] * 3)
-    assert base_weights(section({}, {}, {}, temperature=1), sizes).tolist() == pytest.approx([0.1, 0.3, 0.6])
+    assert weights_at_start(section({}, {}, {}, temperature=1), sizes).tolist() == pytest.approx([0.1, 0.3, 0.6])
+    assert not is_weighted(repeated) and is_weighted(section({}, {}, temperature=2))
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(1e-6, 1), min_size=2, max_size=6), st.integers(0, 40))
-def test_shares_are_exact_after_every_round(weights, rounds):
-    data = section(*({"weight": weight} for weight in weights))
-    mixture = Mixture(data, [10] * len(weights), 1, seed=3)
-    total = mixture.totals(rounds)
-    assert total.sum() == rounds * ROUND
-    ideal = np.array(weights) / sum(weights) * rounds * ROUND
-    assert np.abs(total - ideal).max() < len(weights)
+SIZES = st.lists(st.integers(1, 700), min_size=2, max_size=5)
 
 
-def test_shares_hold_within_a_round_too():
-    mixture = Mixture(section({"weight": 0.7}, {"weight": 0.2}, {"weight": 0.1}), [10, 10, 10], 1, seed=0)
-    for lane in range(5):
-        assert shares(mixture, lane, 0, 50) == pytest.approx([0.7, 0.2, 0.1], abs=0.05)
-
-
-@given(st.integers(0, 2000), st.integers(1, 20), st.integers(0, 6))
 @settings(max_examples=60, deadline=None)
-def test_draws_by_arithmetic_are_those_counted_from_the_start(first, count, lane):
-    mixture = Mixture(section({"weight": 1}, {"weight": 3}), [10, 20], 2, seed=1)
-    walked = mixture.draws(lane, 0, first + count)
-    assert mixture.draws(lane, first, count) == walked[first:]
-    for source in range(2):
-        turns = [turn for number, turn in walked if number == source]
-        assert turns == list(range(len(turns)))
+@given(SIZES, st.integers(1, 9), st.integers(0, 2**62))
+def test_without_weights_every_epoch_holds_every_sequence_once(sizes, lanes, seed):
+    mixture = Mixture(section(*[{}] * len(sizes)), sizes, lanes, 1, seed)
+    total = sum(sizes)
+    assert mixture.draws_in(2) == 2 * total
+    for epoch in range(2):
+        found = Counter(draws(mixture, epoch * total, total))
+        assert found == Counter((source, epoch * size + i) for source, size in enumerate(sizes) for i in range(size))
+    assert mixture.drawn_by_all(2 * total - 1) == sizes and mixture.drawn_by_all(2 * total) == [2 * n for n in sizes]
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(1, 5), st.lists(st.sampled_from([0.3, 0.5, 1, 2, 3.25]), min_size=5, max_size=5))
+def test_repeats_are_exact_over_epochs(sizes, lanes, repeats):
+    mixture = Mixture(section(*({"repeat": repeat} for repeat in repeats[:len(sizes)])), sizes, lanes, 1, 1)
+    total = mixture.draws_in(4)
+    found = draws(mixture, 0, total)
+    assert len(set(found)) == total
+    for source, size in enumerate(sizes):
+        assert sorted(number for i, number in found if i == source) == list(range(int(4 * repeats[source] * size)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.integers(1, 6), st.integers(1, 3000))
+def test_with_weights_shares_are_kept_and_nothing_is_drawn_twice(weights, lanes, count):
+    mixture = Mixture(section(*({"weight": weight} for weight in weights)), [10] * len(weights), lanes, 1, 3)
+    found = draws(mixture, 0, count)
+    assert len(set(found)) == count
+    shares = np.bincount([source for source, _ in found], minlength=len(weights))
+    ideal = np.array(weights) / sum(weights) * count
+    assert np.abs(shares - ideal).max() < lanes * (len(weights) + 6)
+    for source, least in enumerate(mixture.drawn_by_all(count)):
+        assert {number for i, number in found if i == source} >= set(range(least))
+
+
+def test_shares_hold_within_a_step_too():
+    mixture = Mixture(section({"weight": 0.7}, {"weight": 0.2}, {"weight": 0.1}), [10, 10, 10], 64, 1, 0)
+    for first in range(0, 6400, 640):
+        shares = np.bincount([source for source, _ in draws(mixture, first, 640)], minlength=3) / 640
+        assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.05)
+
+
+def test_a_lane_keeps_to_its_own_draws_of_a_source():
+    """So that it reads few blocks: the k-th draw of lane l from a source is number k * lanes + l, but for the tail."""
+    mixture = Mixture(section({}, {}), [5000, 3000], 4, 1, 0)
+    for number in range(7000):
+        _, turn = mixture.draw(number)
+        assert turn % 4 == number % 4
 
 
 def test_weights_move_over_the_run_in_straight_lines():
     data = section({"weight": 1}, {"weight": 1}, mixing=[{"until_step": 1000, "weights": [1, 0]}])
-    mixture = Mixture(data, [10, 10], micro_batch=4, seed=0)
+    mixture = Mixture(data, [10, 10], 2, 4, 0)
     assert mixture.weights(0).tolist() == [0.5, 0.5] and mixture.weights(500).tolist() == [0.75, 0.25]
     assert mixture.weights(5000).tolist() == [1, 0]
-    assert shares(mixture, 0, 0, 256)[0] == pytest.approx(0.5, abs=0.02)
-    assert shares(mixture, 0, 2000, 512)[0] == pytest.approx(0.8, abs=0.06)
-    assert shares(mixture, 0, 8000, 256)[0] == 1
+
+    def share(step, steps=64):
+        return np.mean([source == 0 for source, _ in draws(mixture, step * 8, steps * 8)])
+
+    assert share(0) == pytest.approx(0.516, abs=0.03)
+    assert share(500) == pytest.approx(0.766, abs=0.03)
+    assert share(1100) == 1
 
 
-def test_a_source_that_got_more_gets_nothing_until_it_is_due():
-    assert quotas(np.array([-3.0, 10.0]), 10).tolist() == [0, 10]
-    assert quotas(np.array([2.5, 2.5, 5.0]), 10).tolist() == [3, 2, 5]
+def test_spread_evenly():
+    found = spread(np.array([90, 10]), 5)
+    places = np.flatnonzero(found[:, 0] == 1)
+    assert len(places) == 10 and np.diff(places).max() < 25
+    assert sorted(map(tuple, found.tolist())) == [(0, i) for i in range(90)] + [(1, i) for i in range(10)]

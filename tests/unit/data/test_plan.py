@@ -37,7 +37,7 @@ def test_once(case):
     """Every sequence of every block exactly once in each of two epochs; only the last step is partial."""
     counts, lanes, size, window, shuffle, seed = case
     plan = plan_of(counts, seed, lanes * size, size, shuffle=shuffle, shuffle_blocks=window)
-    stop = 2 * plan.sequences_in_epoch
+    stop = plan.sequences_in(2)
     steps = plan.total_steps(ScheduleSection(epochs=2))
     slots = [slot for step in walk(plan, steps, stop) for lane in step for slot in lane]
     everything = [(block, i) for block, count in enumerate(counts) for i in range(count)]
