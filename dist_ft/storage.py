@@ -191,6 +191,9 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
                 return action(fs, path)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        answer = getattr(error.__cause__, "response", None)  # of an S3 client: its code says more than its text
+        if isinstance(answer, dict) and "Error" in answer:
+            what = f"{what}; S3 says {answer['Error'].get('Code')}"
         raise StorageError(redact(f"{url}: can not {verb} it ({what}); {_explain(error)}")) from error
 
 

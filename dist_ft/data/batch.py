@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Batch:
         position_ids: (B, T) int64, starting again at 0 with each sample of a packed sequence, and in the padding.
         pieces: (N, 4) int64: sample id, first token, number of tokens and epoch of every piece of a sample in here.
         lane: the place in the global batch; -1 for an empty batch that only keeps ranks in step.
+        sources: (R, 2) int64: source and number of tokens of every row that holds a sequence.
     """
 
     input_ids: np.ndarray
@@ -27,6 +28,7 @@ class Batch:
     position_ids: np.ndarray
     pieces: np.ndarray
     lane: int
+    sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
 
     @property
     def num_target_tokens(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
@@ -60,7 +60,7 @@ class Loader:
         self._first_samples = index.first_samples
         self._limit = index.recipe.get("max_samples") or None
         self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
-        self._most_open = 0
+        self._hold(plan.num_lanes)
         self._lock = Lock()
 
     @property
@@ -96,14 +96,13 @@ class Loader:
         found = self._pack(epoch, number)
         with self._lock:
             self._packed[epoch, number] = found
-            if len(self._packed) > max(1, self._most_open):
+            if len(self._packed) > self.store.most_open:
                 self._packed.popitem(last=False)
         return found
 
     def _hold(self, num_lanes: int) -> None:
         """Keep as many blocks open as so many lanes read from at a time, and as many again."""
-        self._most_open = 2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
-        self.store.most_open = max(self.store.most_open, self._most_open)
+        self.store.most_open = 2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
 
     def _pack(self, epoch: int, number: int) -> PackedBlock:
         data, length = self.plan.data, self.plan.batch.sequence_length
@@ -126,20 +125,27 @@ class Loader:
         for slot in slots:
             pieces = self.packed(slot.epoch, slot.block).sequence(slot.sequence)
             block = self.store.block(slot.block)
-            for row, first, size in pieces.tolist():
-                start = int(block.offsets[row]) + first
-                tokens.append(block.tokens[start:start + size])
-                learned.append(block.targets[start:start + size])
+            places = token_places(block.offsets[pieces[:, 0]] + pieces[:, 1], pieces[:, 2])
+            tokens.append(block.tokens[places])
+            learned.append(block.targets[places])
             rows.append(np.column_stack([pieces[:, 0] + self._first_samples[slot.block], pieces[:, 1:],
                                          np.full(len(pieces), slot.epoch)]))
         numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        return assemble(np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows), numbers, lane)
+        sources = np.array([(slot.source, row[:, 2].sum()) for slot, row in zip(slots, rows, strict=True)])
+        return replace(assemble(np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows), numbers, lane),
+                       sources=sources)
 
     def _ask_ahead(self, slots: Sequence[Slot]) -> None:
         """Let blocks be made that come next, so that no step waits for one."""
         for slot in {(slot.source, slot.epoch): slot for slot in slots}.values():
             for number in self.plan.blocks_after(slot, BLOCKS_AHEAD):
                 self.store.request(number)
+
+
+def token_places(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the places start .. start + size - 1 of every run of tokens, one after the other, int64 (sum,)."""
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1])
 
 
 def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int) -> Batch:

@@ -52,6 +52,7 @@ class Mixture:
         self._seed = seed
         self._repeats = [1.0 if is_weighted(data) else source.repeat or 1.0 for source in data.train]
         self._shares = [np.zeros(len(sizes))]  # of endless draws: what a lane is due before each round
+        self._due = lru_cache(256)(self._make_due)
         self._turns = lru_cache(1024)(self._make_turns)
         self._tail = lru_cache(2)(self._make_tail)
 
@@ -71,6 +72,12 @@ class Mixture:
             return self.base(self._epoch(draws))
         least = [self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)]
         return [int(turns) * self._lanes for turns in np.min(least, axis=0)]
+
+    def drawn_about(self, draws: int) -> list[float]:
+        """Return how often each source has come about in the run's first `draws`: lanes differ by a round's draws."""
+        if is_weighted(self._data):
+            return [float(turns * self._lanes) for turns in self._before(0, draws // self._lanes)]
+        return [draws / max(1, self.draws_in(1)) * count for count in self.base(1)]
 
     def draw(self, number: int) -> Draw:
         """Return which source the run's draw `number` takes, and which draw of that source it is."""
@@ -109,7 +116,7 @@ class Mixture:
         """Return the whole rounds of an epoch."""
         return (self.draws_in(epoch + 1) - self.draws_in(epoch)) // (ROUND * self._lanes)
 
-    def _due(self, epoch: int, round_number: int) -> np.ndarray:
+    def _make_due(self, epoch: int, round_number: int) -> np.ndarray:
         """Return how often a lane has drawn each source, int64 (S,), before a round: its shares, rounded down.
 
         `epoch` counts from the start of an epoch of the run; -1: from the start of endless draws.

@@ -88,6 +88,11 @@ class Plan:
         draws = range(step * size * self.num_lanes + lane, (step + 1) * size * self.num_lanes, self.num_lanes)
         return [self._slot(*self.mixture.draw(number)) for number in draws if stop is None or number < stop]
 
+    def epochs_of(self, step: int) -> list[float]:
+        """Return how many of its epochs each source has about gone through before a step."""
+        drawn = self.mixture.drawn_about(step * self.batch.global_batch)
+        return [count / max(1, size) for count, size in zip(drawn, self._sizes, strict=True)]
+
     def drawn_by_all(self, steps: int) -> list[int]:
         """Return, for each source, a number before which all its draws are made within so many steps."""
         return self.mixture.drawn_by_all(steps * self.batch.global_batch)

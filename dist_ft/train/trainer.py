@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
+
 from dist_ft import failpoints
 from dist_ft.checkpoint.ledger import LedgerBuffer
 from dist_ft.checkpoint.manager import CheckpointManager
@@ -64,6 +66,8 @@ class Trainer:
         self._num_target_tokens = progress.num_target_tokens
         self._evaluation = dict(evaluation)
         self._loss: float | None = None
+        self._sources = source_names(config)
+        self._drawn = np.zeros(2 * len(self._sources))
         self._checkpoint: str | None = None
 
     def run(self) -> Result:
@@ -95,8 +99,9 @@ class Trainer:
         cfg, parts, step = self._config, self._parts, self._step
         failpoints.hit("train.step", parts.world.rank)
         counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
-                  self._hooks.should_stop()]
-        num_targets, num_tokens, stop = parts.collectives.sum(counts)
+                  self._hooks.should_stop(), *by_source(batches, len(self._sources))]
+        num_targets, num_tokens, stop, *drawn = parts.collectives.sum(counts)
+        self._drawn += np.array(drawn)
         seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
         evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
         rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
@@ -118,9 +123,16 @@ class Trainer:
         values = {"loss": self._loss, "learning_rate": rate, "grad_norm": outcome.grad_norm, "step_s": seconds,
                   "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
         if self._parts.metrics is not None:
-            self._parts.metrics.add(self._step, "train", values)
+            self._parts.metrics.add(self._step, "train", values | self._source_metrics())
             left = seconds * (self._total_steps - self._step)
             self._hooks.console.progress(progress_line(self._step, self._total_steps, values, left))
+
+    def _source_metrics(self) -> dict[str, float]:
+        """Return sequences and tokens of each source since the last call, and its epoch; nothing with one source."""
+        names, epochs = self._sources, self._parts.loader.plan.epochs_of(self._step)
+        drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
+        return {key: float(value) for i, name in enumerate(names) for key, value in (
+            (f"sequences/{name}", drawn[2 * i]), (f"tokens/{name}", drawn[2 * i + 1]), (f"epoch/{name}", epochs[i]))}
 
     def _evaluate(self, label: str) -> None:
         """Evaluate if there is held-out data; `label` keeps the loss for the summary (before, after)."""
@@ -170,6 +182,20 @@ class Trainer:
     def _result(self) -> Result:
         return Result(self._config.run_url, self._step, self._total_steps, self._loss,
                       self._evaluation.get("before"), self._evaluation.get("after"), self._checkpoint)
+
+
+def source_names(config: RunConfig) -> list[str]:
+    """Return what metrics call the sources of the training data; none where there is only one."""
+    sources = config.data.train
+    return [source.name or f"source-{i}" for i, source in enumerate(sources)] if len(sources) > 1 else []
+
+
+def by_source(batches: Sequence[Batch], count: int) -> list[float]:
+    """Return [sequences, tokens] of each of `count` sources in `batches`, flat."""
+    found = np.zeros((count, 2))
+    for batch in batches if count else ():
+        np.add.at(found, batch.sources[:, 0], np.column_stack([np.ones(len(batch.sources)), batch.sources[:, 1]]))
+    return found.reshape(-1).tolist()
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,263 @@
+"""Faults 12 to 16 and 22: a real S3 server behind a proxy that misbehaves as the list of faults says."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import proxy
+import pytest
+import s3
+import tiny
+from proxy import Fault, FaultyProxy, sometimes
+
+from dist_ft import api
+from dist_ft.config.load import load_config
+from dist_ft.data.loader import Loader
+from dist_ft.data.write import as_parquet
+from dist_ft.errors import DataError, DistFtError, StorageError
+from dist_ft.runtime.data import open_data
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
+pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
+SAMPLES = 1500
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with s3.server() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
+    """A model, and data in the bucket: JSON lines in two shards of some 100 kB, and Parquet with page checksums."""
+    folder = tmp_path_factory.mktemp("faults")
+    tiny.make_model(folder / "model")
+    rows = tiny.rows(SAMPLES)
+    client = client_of(port)
+    for shard in range(2):
+        body = "".join(json.dumps(row) + "\n" for row in rows[shard::2]).encode()
+        client.put_object(Bucket=s3.BUCKET, Key=f"lines/shard-{shard}.jsonl", Body=body)
+        client.put_object(Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=as_parquet(rows[shard::2]))
+    return folder
+
+
+def client_of(port: int) -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+                        aws_access_key_id="testing-testing", aws_secret_access_key="testing-testing")
+
+
+@pytest.fixture
+def faulty(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the server, which all S3 of this process goes through."""
+    for name, value in s3.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    found = FaultyProxy(port)
+    s3.forget(options(found))
+    yield found
+    found.close()
+    s3.forget({})
+
+
+def options(found: FaultyProxy) -> dict[str, Any]:
+    return {"s3": {"endpoint_url": found.url, "config_kwargs": {
+        "read_timeout": 2, "connect_timeout": 2, "retries": {"total_max_attempts": 1}}}}
+
+
+@pytest.fixture
+def config(base: Path, faulty: FaultyProxy, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes a run over the data in the bucket, with a cache of its own."""
+    def make(where: str = "lines/*.jsonl", **changes: Any) -> Any:
+        document = tiny.config(base, "faults", **{"storage": {"options": options(faulty)}, **changes})
+        document["data"] |= {"train": f"s3://{s3.BUCKET}/{where}", "block_mib": 0.05, "cache_dir": str(tmp_path / "cache"),
+                             **changes.get("data", {})}
+        return load_config(document)
+    return make
+
+
+def loaded(config: Any, tmp_path: Path, name: str = "run") -> Loader:
+    return open_data(config, Store(str(tmp_path / name)), World(), Collectives()).training
+
+
+def tokens(loader: Loader) -> list[np.ndarray]:
+    return [loader.store.block(number).tokens for number in range(len(loader.index.blocks))]
+
+
+@pytest.fixture
+def expected(config: Callable[..., Any], faulty: FaultyProxy, tmp_path: Path) -> Callable[[str], list[np.ndarray]]:
+    """Return what is read where nothing goes wrong."""
+    def read(data: str) -> list[np.ndarray]:
+        choose, faulty.choose = faulty.choose, lambda method, path: None
+        found = tokens(loaded(config(data, data={"cache_dir": str(tmp_path / "sound")}), tmp_path, "sound"))
+        faulty.choose = choose
+        return found
+    return read
+
+
+def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return len(one) == len(other) > 0 and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+DATA = ["lines/*.jsonl", "tables/*.parquet"]
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_fault_12_a_slow_link_is_slower_and_correct(config, faulty, expected, tmp_path, data):
+    sound = expected(data)
+    faulty.bytes_per_s = 200_000
+    assert same(tokens(loaded(config(data), tmp_path)), sound)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("status", [500, 503])
+def test_fault_13_errors_that_pass_are_tried_again(config, faulty, expected, tmp_path, status, data):
+    sound = expected(data)
+    faulty.choose = sometimes(0.3, Fault(status=status), seed=status)
+    assert same(tokens(loaded(config(data), tmp_path)), sound)
+    assert faulty.num_faults > 3
+
+
+def test_fault_13_a_store_that_stays_away_is_one_error_naming_the_url_in_bounded_time(config, faulty, tmp_path):
+    run = config()
+    faulty.choose = lambda method, path: Fault(status=503)
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match=rf"s3://{s3.BUCKET}/lines/.*: can not list it .*; gave up after 5 tries; check that "
+                                           "the endpoint answers"):
+        loaded(run, tmp_path)
+    assert time.monotonic() - begun < 60
+
+
+def test_fault_13_a_save_that_fails_is_told_and_training_goes_on(config, faulty, capfd):
+    run = config(run={"storage": f"s3://{s3.BUCKET}/runs"}, schedule={"epochs": None, "steps": 6},
+                 checkpoint={"every_steps": 2}, data={"overlong": "truncate"})
+    faulty.choose = lambda method, path: (
+        Fault(status=503) if method in ("PUT", "POST") and "step-000000002" in path else None)
+    result = api.train(run, skip_check=True)
+    assert result.step == 6 and faulty.num_faults > 0
+    said = capfd.readouterr().err
+    assert "no checkpoint at step 2, training goes on: s3://bucket/runs/faults/checkpoints/step-000000002" in said
+    assert "SlowDown" in said
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_fault_14_a_reset_mid_body_goes_on_with_what_has_not_come(config, faulty, expected, tmp_path, data, share):
+    """Every body breaks after 66,000 bytes: whole ranges never come, and only smaller ones make progress."""
+    sound = expected(data)
+    faulty.choose = sometimes(share, Fault(reset_after=66_000), methods=("GET",))
+    found = tokens(loaded(config(data, data={"block_mib": 0.5}), tmp_path))
+    assert len(found) == 1 and np.array_equal(found[0], np.concatenate(sound)) and faulty.num_faults > 0
+
+
+def test_fault_14_a_stall_mid_body_ends_by_the_read_timeout(config, faulty, expected, tmp_path):
+    sound = expected("lines/*.jsonl")
+    stalls = iter([Fault(stall_after=1000, stall_s=4)] * 2)
+    faulty.choose = lambda method, path: next(stalls, None) if method == "GET" and "shard-0" in path else None
+    assert same(tokens(loaded(config(), tmp_path)), sound)
+    assert faulty.num_faults == 2
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("fault", [Fault(truncate=100), Fault(truncate=1), Fault(error_inside=True)],
+                         ids=["truncated", "one byte short", "an error inside a 200"])
+def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(config, faulty, expected, tmp_path, data, fault):
+    sound = expected(data)
+    drawn = sometimes(0.3, fault, seed=4, methods=("GET",))
+    faulty.choose = lambda method, path: drawn(method, path) if "/shard-" in path else None
+    assert same(tokens(loaded(config(data), tmp_path)), sound)
+    assert faulty.num_faults > 0
+
+
+def test_fault_15_a_body_that_stays_short_is_one_error(config, faulty, tmp_path):
+    run = config()
+    faulty.choose = lambda method, path: Fault(truncate=5) if method == "GET" and "/shard-" in path else None
+    with pytest.raises(StorageError, match=r"shard-0.jsonl: can not read it \(OSError: \d+ bytes came, \d+ were asked for from "
+                                           r"\d+\); gave up after 5 tries"):
+        loaded(run, tmp_path)
+
+
+def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(config, faulty, expected, tmp_path):
+    """JSON lines have no checksums of their own: the first reading gives them one, and later ones are held to it."""
+    sound = expected("lines/*.jsonl")
+    run = config()
+    assert same(tokens(loaded(run, tmp_path)), sound)
+    again = loaded(config(data={"cache_dir": str(tmp_path / "another-node")}), tmp_path)
+    letter = b"response"
+    place = len(letter) + 30
+
+    def alter(method: str, path: str) -> Fault | None:
+        return Fault(flip=place) if method == "GET" and "/shard-1" in path else None
+
+    faulty.choose = alter
+    with pytest.raises(DataError, match=r"shard-1.jsonl.*(gives other tokens than when the run began|row \d+: )"):
+        tokens(again)
+
+
+def test_fault_16_a_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_path, port):
+    client = client_of(port)
+    body = bytearray(client.get_object(Bucket=s3.BUCKET, Key="tables/shard-0.parquet")["Body"].read())
+    body[len(body) // 3] ^= 4
+    client.put_object(Bucket=s3.BUCKET, Key="flipped/a.parquet", Body=bytes(body))
+    with pytest.raises(DataError, match=r"s3://bucket/flipped/a.parquet: is not Parquet that can be read \(.*\); write the shard"):
+        loaded(config("flipped/*.parquet"), tmp_path)
+
+
+BAD = {"no JSON": (b'{"prompt": "a", "respon', r"row 301: is not JSON \(.* at column \d+\)"),
+       "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'; there are prompt"),
+       "an empty answer": (b'{"prompt": "a", "response": ""}', "row 301: response is empty; an answer to learn is needed"),
+       "a wrong encoding": ('{"prompt": "é", "response": "b"}'.encode("latin-1"), "row 301: byte 12 of the line is not UTF-8")}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(config, faulty, tmp_path, port, kind, caplog):
+    line, said = BAD[kind]
+    rows = [json.dumps(row).encode() for row in tiny.rows(600)]
+    client_of(port).put_object(Bucket=s3.BUCKET, Key="bad/a.jsonl", Body=b"\n".join([*rows[:300], line, *rows[300:]]))
+    with pytest.raises(DataError, match=f"^s3://bucket/bad/a.jsonl {said}"):
+        loaded(config("bad/a.jsonl"), tmp_path)
+    index = loaded(config("bad/a.jsonl", data={"bad_rows": "skip"}), tmp_path, "skipping").index
+    assert (index.total("num_bad"), index.num_samples, index.total("num_pieces")) == (1, 601, 600)
+    assert "data.bad_rows=skip: 1 of 601 rows can not be used and are left out; the first: s3://bucket/bad/a.jsonl row 301" \
+        in caplog.text
+    with pytest.raises(DataError, match=r"data.max_bad_rows=0: 1 of 601 rows can not be used; the first: "):
+        loaded(config("bad/a.jsonl", data={"bad_rows": "skip", "max_bad_rows": 0}), tmp_path, "bounded")
+
+
+def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path):
+    run = config()
+    faulty.choose = lambda method, path: Fault(status=403)
+    begun = time.monotonic()
+    with pytest.raises(DistFtError, match=r"s3://bucket/lines/.*: can not list it \(PermissionError.*; access is refused; check "
+                                          r"credentials \(in the environment\) and permissions"):
+        loaded(run, tmp_path)
+    assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
+
+
+def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, tmp_path, port):
+    client = client_of(port)
+    body = b"".join(json.dumps(row).encode() + b"\n" for row in tiny.rows(300))
+    client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body)
+    loader = loaded(config("changing/*.jsonl"), tmp_path)
+    client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body.replace(b"fox", b"cat"))
+    with pytest.raises(DataError, match=r"data.train: the shard s3://bucket/changing/a.jsonl changed since the run began; a run "
+                                        r"keeps the data it began with; restore it, or start a run with another run.name"):
+        loaded(config("changing/*.jsonl"), tmp_path)
+    empty = config("changing/*.jsonl", data={"cache_dir": str(tmp_path / "empty")})
+    loader.store.folder = Path(empty.data.cache_dir) / "tokens"
+    loader.store._open.clear()
+    with pytest.raises(DataError, match=r"a.jsonl: the shard changed after the data was listed"):
+        tokens(loader)
+
+
+def test_the_proxy_itself_is_transparent(faulty, config, expected, tmp_path):
+    assert same(tokens(loaded(config(), tmp_path)), expected("lines/*.jsonl"))
+    assert faulty.num_faults == 0 and len(faulty.requests) > 10 and proxy.ERRORS
