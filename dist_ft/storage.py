@@ -12,6 +12,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -210,29 +211,34 @@ def filesystem(url: str) -> tuple[Any, str]:
     return url_to_fs(url, use_listings_cache=False, **defaults)
 
 
-def glob(url: str) -> list[str]:
-    """Return the sorted URLs of the files that match `url` (a file, a glob, or a folder: all files below it)."""
-    def find(fs: Any, path: str) -> list[str]:
+def glob(url: str) -> dict[str, dict[str, Any]]:
+    """Return {URL: {size, version}} of the files that match `url` (a file, a glob, or a folder: all below), sorted.
+
+    What the listing tells is enough: no file is asked for by itself. `version` changes when a file's content may have.
+    """
+    def find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
         if any(char in path for char in "*?[") and not _exists(fs, path):
             found = fs.glob(path, detail=True)
         elif fs.isdir(path):
             found = fs.find(path, detail=True)
         else:
             found = {path: fs.info(path)} if _exists(fs, path) else {}
-        files = (name for name, info in found.items() if info["type"] != "directory")
-        return sorted(name if is_local(url) else fs.unstrip_protocol(name) for name in _visible(files))
+        files = {name: info for name, info in found.items() if info["type"] != "directory"}
+        return {name if is_local(url) else fs.unstrip_protocol(name): _about(files[name])
+                for name in sorted(_visible(files))}
 
     return _attempt("list", url, find)
 
 
 def stat(url: str) -> dict[str, Any]:
-    """Return {size, version} of a file; `version` changes when its content may have."""
-    def ask(fs: Any, path: str) -> dict[str, Any]:
-        info = fs.info(path)
-        version = next((info[key] for key in _VERSIONS if info.get(key)), None)
-        return {"size": int(info["size"] or 0), "version": str(version)}
+    """Return {size, version} of a file; see `glob`."""
+    return _attempt("read", url, lambda fs, path: _about(fs.info(path)))
 
-    return _attempt("read", url, ask)
+
+def _about(info: Mapping[str, Any]) -> dict[str, Any]:
+    version = next((info[key] for key in _VERSIONS if info.get(key)), None)
+    told = str(version.timestamp() if isinstance(version, datetime) else version)  # listings tell it as a number
+    return {"size": int(info["size"] or 0), "version": told}
 
 
 def arrow_filesystem(url: str) -> tuple[Any, str]:

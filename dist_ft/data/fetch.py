@@ -68,15 +68,13 @@ def fetch(store: Store, name: str, start: int, stop: int) -> bytes:
     return fetch(store, name, start, middle) + fetch(store, name, middle, stop)
 
 
-class RangeFile(io.RawIOBase):
-    """A shard as a seekable file that reads ahead; for decoders that want one."""
+class ExactFile(io.RawIOBase):
+    """A shard as a seekable file whose every read is that range; for decoders that know what they want."""
 
     def __init__(self, url: str, size: int) -> None:
         """Assign only; nothing is read yet."""
         self._url, self._size = url, size
         self._position = 0
-        self._held, self._held_at = b"", 0
-        self._stream: Iterator[bytes] | None = None
 
     def readable(self) -> bool:
         """Return True."""
@@ -91,10 +89,27 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position; what is read ahead is dropped unless the next read continues it."""
+        """Move to a position."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer`, or what is left of the file; return how many bytes."""
+        content = read(self._url, self._position, min(self._size, self._position + len(buffer)))
+        memoryview(buffer)[:len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+class RangeFile(ExactFile):
+    """A shard as a file that reads ahead; for decoders that go through it."""
+
+    def __init__(self, url: str, size: int) -> None:
+        """Assign only; nothing is read yet."""
+        super().__init__(url, size)
+        self._held, self._held_at = b"", 0
+        self._stream: Iterator[bytes] | None = None
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill some of `buffer`; return how many bytes, 0 at the end."""

@@ -70,7 +70,11 @@ class Loader:
 
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
         """Return one batch for each of `lanes` at `step` (from 0); a lane with no sequence gives an empty batch."""
-        return [self._lane(self.plan.slots(step, lane, self.stop), lane) for lane in lanes]
+        slots = [self.plan.slots(step, lane, self.stop) for lane in lanes]
+        found = [self._lane(own, lane) for own, lane in zip(slots, lanes, strict=True)]
+        for own in slots:
+            self._ask_ahead(own)
+        return found
 
     def iterate(self, start: int, stop: int, lanes: Sequence[int]) -> Generator[list[Batch], None, None]:
         """Yield `batches(step, lanes)` of steps start .. stop - 1, the next ones being made in a background thread."""
@@ -120,7 +124,6 @@ class Loader:
     def _lane(self, slots: Sequence[Slot], lane: int) -> Batch:
         if not slots:
             return empty_batch(lane=lane)
-        self._ask_ahead(slots)
         rows, tokens, learned = [], [], []
         for slot in slots:
             pieces = self.packed(slot.epoch, slot.block).sequence(slot.sequence)

@@ -73,7 +73,7 @@ def resolve(sources: Sequence[Source], field: str = "data.train") -> tuple[tuple
             found = hub.parts(source.path, source.subset, source.split, where)
             found_all.append(tuple(Shard(url, "hub", rows, version) for url, rows, version in found))
         else:
-            found_all.append(tuple(_file_shard(url, where) for url in _files(source.path, where)))
+            found_all.append(tuple(_file_shard(*found, where) for found in _files(source.path, where)))
     _refuse_twice([shard for shards in found_all for shard in shards], field)
     return tuple(found_all)
 
@@ -118,9 +118,10 @@ def _kind(path: str) -> Kind | None:
     return kind if not codec or kind in _ENCODED else None
 
 
-def _files(path: str, where: str) -> list[str]:
-    """Return the shard URLs of a file, a glob or a folder (of which files of other kinds are left aside)."""
-    found = [url for url in storage.glob(path) if not posixpath.basename(url).startswith((".", "_"))]
+def _files(path: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (URL, {size, version}) of a file, a glob or a folder (of which files of other kinds are left aside)."""
+    about = storage.glob(path)
+    found = [url for url in about if not posixpath.basename(url).startswith((".", "_"))]
     if not found:
         raise DataError(f"{where}: matches no file; a file, folder, glob or URL of {_ALLOWED} shards is needed, or "
                         "the name of a Hugging Face data set; check the path")
@@ -130,11 +131,10 @@ def _files(path: str, where: str) -> list[str]:
         unknown = next(url for url in found if _kind(url) is None)
         raise DataError(f"{where}: the kind of {redact(unknown)} is not known by its suffix; allowed are {_ALLOWED}; "
                         "rename or convert it, or write a glob that leaves it out")
-    return known
+    return [(url, about[url]) for url in known]
 
 
-def _file_shard(url: str, where: str) -> Shard:
-    about = storage.stat(url)
+def _file_shard(url: str, about: dict[str, Any], where: str) -> Shard:
     if not about["size"]:
         raise DataError(f"{where}: the shard {redact(url)} is empty; each must hold a row; remove or fill it")
     kind = _kind(url)

@@ -152,7 +152,8 @@ class BlockStore:
         try:
             missing = [number for number in numbers if not self.path(number).exists()]  # others may have been faster
             if missing:
-                task = pack_task([self.blocks[i] for i in missing], self.shards, [self.path(i) for i in missing])
+                task = pack_task([self.blocks[i] for i in missing], self.shards, [self.path(i) for i in missing],
+                                 check=self.checksums is None)
                 if self._pool is not None:
                     self._pool.run(task)
                 else:

@@ -71,12 +71,10 @@ def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
 
 def _parquet(shard: Shard) -> Any:
     """Return the opened Parquet file; checksums of pages are verified where it has them."""
-    import io
-
     import pyarrow.parquet
 
-    raw = io.BufferedReader(fetch.RangeFile(shard.url, shard.size), 2**16)
-    return pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
+    return pyarrow.parquet.ParquetFile(fetch.ExactFile(shard.url, shard.size), pre_buffer=True,
+                                       page_checksum_verification=True)
 
 
 def _parquet_rows(file: Any, part: Part) -> Any:

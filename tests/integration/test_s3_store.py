@@ -80,11 +80,11 @@ def test_create_is_exclusive(store):
 def test_glob_and_stat(store):
     for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"):
         store.write(name, b"one")
-    assert storage.glob(store.full("data/*.jsonl")) == [store.full("data/a.jsonl"), store.full("data/b.jsonl")]
-    assert storage.glob(store.full("data")) == [store.full(name) for name in (
+    assert list(storage.glob(store.full("data/*.jsonl"))) == [store.full("data/a.jsonl"), store.full("data/b.jsonl")]
+    assert list(storage.glob(store.full("data"))) == [store.full(name) for name in (
         "data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")]
-    assert storage.glob(store.full("data/a.jsonl")) == [store.full("data/a.jsonl")]
-    assert storage.glob(store.full("none")) == storage.glob(store.full("none/*")) == []
+    assert list(storage.glob(store.full("data/a.jsonl"))) == [store.full("data/a.jsonl")]
+    assert list(storage.glob(store.full("none"))) == list(storage.glob(store.full("none/*"))) == []
     before = storage.stat(store.full("data/a.jsonl"))
     assert before["size"] == 3 and before["version"] != "None"
     store.write("data/a.jsonl", b"two")

@@ -178,7 +178,7 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path):
     left = [name for name in os.listdir(tmp_path) if name != "file"]
     assert len(left) == 1 and left[0].startswith(".tmp-file-")
     assert store.list() == ["file"] and store.walk() == ["file"]
-    assert storage.glob(str(tmp_path)) == storage.glob(f"{tmp_path}/*") == [str(tmp_path / "file")]
+    assert list(storage.glob(str(tmp_path))) == list(storage.glob(f"{tmp_path}/*")) == [str(tmp_path / "file")]
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

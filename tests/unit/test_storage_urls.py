@@ -32,12 +32,12 @@ def test_glob_finds_files_globs_and_folders(kind, tmp_path):
     def full(name):  # fsspec spells memory://x as memory:///x
         return store.full(name) if kind == "local" else store.full(name).replace("//", "///")
 
-    assert storage.glob(full("data/a.jsonl")) == [full("data/a.jsonl")]
-    assert storage.glob(full("data/*")) == [full("data/a.jsonl"), full("data/b.jsonl")]
-    assert storage.glob(full("data")) == [full("data/a.jsonl"), full("data/b.jsonl"), full("data/sub/c.jsonl")]
-    assert storage.glob(full("**/c.jsonl")) == [full("data/sub/c.jsonl")]
-    assert storage.glob(full("odd[1].txt")) == [full("odd[1].txt")]
-    assert storage.glob(full("nothing")) == storage.glob(full("nothing/*")) == []
+    assert list(storage.glob(full("data/a.jsonl"))) == [full("data/a.jsonl")]
+    assert list(storage.glob(full("data/*"))) == [full("data/a.jsonl"), full("data/b.jsonl")]
+    assert list(storage.glob(full("data"))) == [full("data/a.jsonl"), full("data/b.jsonl"), full("data/sub/c.jsonl")]
+    assert list(storage.glob(full("**/c.jsonl"))) == [full("data/sub/c.jsonl")]
+    assert list(storage.glob(full("odd[1].txt"))) == [full("odd[1].txt")]
+    assert list(storage.glob(full("nothing"))) == list(storage.glob(full("nothing/*"))) == []
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
