@@ -50,6 +50,7 @@ class FaultyProxy:
         self.requests: list[tuple[str, str, str | None]] = []
         self.num_faults = 0
         self.bytes_per_s: float | None = None
+        self._free_at, self._lock = 0.0, threading.Lock()
         self._upstream = upstream_port
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -136,14 +137,17 @@ class FaultyProxy:
             request.close_connection = True
 
     def _write(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
-        """Write a body, no faster than `bytes_per_s`."""
+        """Write a body; all bodies together go no faster than `bytes_per_s`."""
         if self.bytes_per_s is None:
             request.wfile.write(content)
             return
         for start in range(0, len(content), 65536):
             piece = content[start:start + 65536]
+            with self._lock:
+                self._free_at = max(self._free_at, time.monotonic()) + len(piece) / self.bytes_per_s
+                wait = self._free_at - time.monotonic()
+            time.sleep(max(0.0, wait))
             request.wfile.write(piece)
-            time.sleep(len(piece) / self.bytes_per_s)
 
 
 def reset(connection: socket.socket) -> None:

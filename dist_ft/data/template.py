@@ -68,10 +68,9 @@ class Encoder:
             DataError: a row that can not be used, unless data.bad_rows is skip; the text names shard and row.
             ModelError: a tokenizer that can not do what the format needs.
         """
-        if not isinstance(rows, list):
-            if self.data.format in ("auto", "tokens") and "input_ids" in rows.column_names:
-                return tokens.encode(rows, len(self.tokenizer), shard_url, first)
-            rows = rows.to_pylist()
+        if tokens.are_tokens(rows, self.data.format):
+            return tokens.encode(rows, len(self.tokenizer), shard_url, first)
+        rows = rows if isinstance(rows, list) else rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
         sound = next((row for row in rows if not isinstance(row, DataError)), None)
         kind = formats.decide(sound, self.data, shard_url) if sound is not None else ""

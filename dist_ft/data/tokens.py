@@ -18,14 +18,28 @@ if TYPE_CHECKING:
     from dist_ft.data.template import Encoded
 
 
+def are_tokens(rows: Any, kind: str) -> bool:
+    """Tell whether rows (a list or an Arrow table) are tokens, as data.format `kind` says or by their columns."""
+    if kind != "auto":
+        return kind == "tokens"
+    if isinstance(rows, list):
+        return any(isinstance(row, dict) and "input_ids" in row for row in rows[:1])
+    return "input_ids" in rows.column_names
+
+
 def encode(table: Any, vocabulary: int, url: str, first: int) -> Encoded:
-    """Return the rows of `table` as they are; without `targets` every token is learned.
+    """Return the rows of `table` (or of a list) as they are; without `targets` every token is learned.
 
     Raises:
         DataError: a column of another type or length, or an id that is not in 0 .. vocabulary - 1.
     """
     from dist_ft.data.template import Encoded
 
+    if isinstance(table, list):
+        table = _as_table(table)
+    if "input_ids" not in table.column_names:
+        raise DataError(redact(f"{url}: data.format=tokens, and there are the columns {', '.join(table.column_names)}; "
+                               "input_ids is needed (and targets, if not all are learned); set data.format"))
     ids, offsets = _column(table, "input_ids", np.int32, url)
     if "targets" in table.column_names:
         targets, others = _column(table, "targets", np.uint8, url)
@@ -41,6 +55,17 @@ def encode(table: Any, vocabulary: int, url: str, first: int) -> Encoded:
         raise row_error(url, first + row, f"input_ids has {ids[wrong[0]]}; ids 0 to {vocabulary - 1} are allowed; the "
                                           "shard was written for another tokenizer; write it again with this one")
     return Encoded(ids, targets, offsets, "tokens", (len(table),), ())
+
+
+def _as_table(rows: list[Any]) -> Any:
+    """Return decoded rows as an Arrow table; the first that could not be decoded is raised."""
+    import pyarrow as pa
+
+    for row in rows:
+        if isinstance(row, DataError):
+            raise row
+    return pa.Table.from_pylist([{name: row.get(name) for name in ("input_ids", "targets") if name in rows[0]}
+                                 for row in rows])
 
 
 def _column(table: Any, name: str, dtype: Any, url: str) -> tuple[np.ndarray, np.ndarray]:

@@ -165,3 +165,21 @@ def test_deepspeed_keys_agree_with_the_installed_one():
     assert fields - deepspeed_keys.KNOWN_ZERO - owned == set()
     assert deepspeed_keys.KNOWN_ZERO - fields == set()
     assert not deepspeed_keys.KNOWN & deepspeed_keys.OWNED.keys()
+
+
+@pytest.mark.parametrize(("train", "more", "said"), [
+    ([{"path": "a", "weight": 1}, {"path": "b"}], {}, "data.train: b has no weight and others have; either all sources have one"),
+    ([{"path": "a", "weight": 1, "repeat": 2}, {"path": "b", "weight": 1}], {}, "data.train: weight and repeat are both set"),
+    ([{"path": "a", "weight": 1}, {"path": "b", "weight": 1}], {"temperature": 2},
+     "data.temperature=2.0: weight or repeat of a source is set too"),
+    (["a", "b"], {"mixing": [{"until_step": 5, "weights": [1]}]},
+     "data.mixing.0.weights=[1.0]: data.train has 2 sources; one weight for each is needed, and one above 0"),
+    (["a", "b"], {"mixing": [{"until_step": 5, "weights": [0, 0]}]}, "data.mixing.0.weights=[0.0, 0.0]: data.train has 2"),
+    (["a"], {"mixing": [{"until_step": 9, "weights": [1]}, {"until_step": 9, "weights": [1]}]},
+     "data.mixing: until_step goes 9, 9; they must rise from 1 on"),
+    ([{"path": "a", "name": "x"}, {"path": "b", "name": "x"}], {}, "data.train: two sources are named x"),
+])
+def test_mixing_that_contradicts_itself(train, more, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config({**BASE, "data": {"train": train, **more}})
+    assert said in str(caught.value)

@@ -93,3 +93,24 @@ def test_instruction_with_system():
 def test_bad_prompt_template(template):
     with pytest.raises(DataError, match=r"data.prompt_template=.*: is not a template .*write other braces twice"):
         formats.instruction(PAIR, data_section(prompt_template=template), "s", 1)
+
+
+def test_a_system_prompt_for_rows_that_bring_none():
+    data = data_section(system_prompt="be brief")
+    assert formats.messages(chat("a", "b"), data, "s", 1)[0] == {"role": "system", "content": "be brief"}
+    assert formats.messages(chat("a", "b", system="own"), data, "s", 1)[0]["content"] == "own"
+    pair = {"prompt": "a", "response": "b"}
+    assert formats.instruction_messages(pair, data, "s", 1)[0] == {"role": "system", "content": "be brief"}
+
+
+def test_tool_calls_need_no_words():
+    row = {"messages": [{"role": "user", "content": "2+2?"},
+                        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+                        {"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}]}
+    found = formats.messages(row, data_section(), "s", 1)
+    assert found[1]["content"] == "" and found[1]["tool_calls"] and found[2]["role"] == "tool"
+
+
+def test_messages_of_a_table_without_nested_columns():
+    row = {"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'}
+    assert len(formats.messages(row, data_section(), "s", 1)) == 2

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -155,7 +154,7 @@ def test_errors_of_a_process_are_those_of_the_worker(make, tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"):
         store.block(0)
     store.close()
-    assert not [thread for thread in threading.enumerate() if "dist_ft-blocks" in thread.name]
+    assert not any(thread.is_alive() for thread in store._threads._threads)
 
 
 def test_little_data_needs_no_process(make, tmp_path):

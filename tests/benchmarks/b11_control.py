@@ -1,0 +1,122 @@
+"""B11: what control work costs at 1,024 to 16,384 simulated ranks over 100 M samples.
+
+    python tests/benchmarks/b11_control.py
+
+For a rank: find the sequences of its lane at a step it has not seen (order of blocks, window, place), and pack
+the block they lie in. For a commit: gather the entries of every rank's files as the driver of a gloo gather
+does (unpickle them), make the manifest, seal it, write it. Ranks are played one at a time: nothing is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import numpy as np
+import workload
+
+SAMPLES, SAMPLE_BYTES, BLOCK_BYTES, LENGTH = 100_000_000, 1400, 16 * 2**20, 2048
+RANKS = (1024, 4096, 16384)
+FILES_A_RANK = 4
+GOAL_RANK_MS, GOAL_COMMIT_S = 50, 1.0
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=15, help="steps looked up, and commits made")
+    parser.add_argument("--out", help="JSON file to write instead of results/b11_control.json")
+    args = parser.parse_args()
+    harness.one_thread()
+    environment = harness.environment()
+    rows_a_block = BLOCK_BYTES // SAMPLE_BYTES
+    lengths = workload.lognormal_lengths(rows_a_block, seed=0)
+    pack_ms = milliseconds(lambda: packed(lengths), args.repeats)
+    results: dict[str, Any] = {"pack_block_ms": pack_ms, "blocks": SAMPLES // rows_a_block}
+    rows = []
+    for ranks in RANKS:
+        result = measure(ranks, lengths, args.repeats)
+        results[str(ranks)] = result
+        rank_ms = result["cold_step_ms"] + pack_ms
+        rows.append((f"{ranks:,}", f"{result['cold_step_ms']:.1f}", f"{result['warm_step_ms']:.2f}", f"{pack_ms:.1f}",
+                     f"{rank_ms:.1f}", "reached" if rank_ms <= GOAL_RANK_MS else "missed", f"{result['commit_s']:.2f}",
+                     "reached" if result["commit_s"] <= GOAL_COMMIT_S else "missed"))
+    harness.show(f"B11 control work, {SAMPLES:,} samples in {results['blocks']:,} blocks (medians)",
+                 ("ranks", "step, cold ms", "step, warm ms", "pack a block ms", "a rank ms", f"≤ {GOAL_RANK_MS} ms",
+                  "commit s", f"≤ {GOAL_COMMIT_S:g} s"), rows)
+    config = {"samples": SAMPLES, "sample_bytes": SAMPLE_BYTES, "block_bytes": BLOCK_BYTES, "sequence_length": LENGTH,
+              "files_a_rank": FILES_A_RANK, "repeats": args.repeats}
+    harness.save("b11_control", config, environment, results, args.out)
+
+
+def packed(lengths: np.ndarray) -> Any:
+    """Pack one block as an epoch sees it."""
+    from dist_ft.data.packing import sequences_of
+
+    return sequences_of(lengths, LENGTH, True, 1)
+
+
+def milliseconds(action: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of an action."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(times)
+
+
+def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
+    """Return what `ranks` ranks cost, one lane each."""
+    from dist_ft.config.schema import BatchSection, DataSection
+    from dist_ft.data.plan import Plan
+
+    blocks = SAMPLES // len(lengths)
+    counts = np.full(blocks, len(packed(lengths)[1]) - 1)
+    batch = BatchSection(global_batch=ranks, micro_batch=1, sequence_length=LENGTH)
+    data = DataSection.model_validate({"train": "unused"})
+    cold, warm = [], []
+    for number in range(repeats):
+        plan = Plan(counts, np.zeros(blocks, dtype=np.int64), data, batch, seed=number)
+        step, lane = 37 * number, (911 * number) % ranks
+        begun = time.perf_counter()
+        plan.slots(step, lane)
+        cold.append((time.perf_counter() - begun) * 1e3)
+        begun = time.perf_counter()
+        plan.slots(step + 1, lane)
+        warm.append((time.perf_counter() - begun) * 1e3)
+    return {"cold_step_ms": statistics.median(cold), "warm_step_ms": statistics.median(warm),
+            "commit_s": commit_seconds(ranks)}
+
+
+def commit_seconds(ranks: int) -> float:
+    """Return the median time rank 0 takes from every rank's entries to a written manifest."""
+    from dist_ft.checkpoint import manifest as manifests
+    from dist_ft.checkpoint.manifest import FileEntry, Manifest, Progress, TensorInfo
+    from dist_ft.storage import Store
+
+    sums = "xxh3_128:" + "0" * 32
+    sent = [pickle.dumps([FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", num_bytes=2**26, checksum=sums)
+                          for part in range(FILES_A_RANK)]) for rank in range(ranks)]
+    tensors = {f"model.layers.{i}.weight": TensorInfo(shape=(8192, 8192)) for i in range(1200)}
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(5):
+            begun = time.perf_counter()
+            entries = [entry for part in sent for entry in pickle.loads(part)]
+            manifest = Manifest(
+                format_version=manifests.FORMAT_VERSION, run="r", attempt=1, world_size=ranks, engine="DeepSpeedEngine",
+                progress=Progress(step=1, optimizer_step=1), tensors=tensors, aliases={}, files=tuple(entries))
+            Store(folder).write(manifests.NAME, manifests.seal(manifest))
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The peers of B5, run by the interpreter of their own environment: `make` their data, `read` it once.
+
+    peers/bin/python b5_peers.py make|read NAME S3_ENDPOINT FOLDER SAMPLES
+
+Each has its data in its own format in the bucket. `read` prints the bytes of tokens that came and the seconds
+from the first sample asked for to the last. Imports nothing of dist_ft.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BUCKET, TOKENS, A_SHARD = "bucket", 700, 4000
+
+
+def samples(count: int) -> Iterator[np.ndarray]:
+    """Yield `count` samples of TOKENS token ids, int32."""
+    for start in range(0, count, A_SHARD):
+        drawn = np.random.default_rng(start).integers(4, 256, (min(A_SHARD, count - start), TOKENS))
+        yield from drawn.astype(np.int32)
+
+
+def client(endpoint: str) -> Any:
+    """Return an S3 client."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=endpoint)
+
+
+def upload(endpoint: str, folder: Path, prefix: str) -> None:
+    """Copy the files of a folder into the bucket."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client(endpoint).upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
+
+
+def make_parquet(endpoint: str, folder: Path, count: int) -> None:
+    """Parquet shards of one list column: what dist_ft and `datasets` read."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = list(samples(count))
+    for shard in range(0, count, A_SHARD):
+        part = rows[shard:shard + A_SHARD]
+        offsets = np.arange(len(part) + 1, dtype=np.int64) * TOKENS
+        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(part)))
+        pyarrow.parquet.write_table(pa.table({"input_ids": column}), folder / f"{shard:08d}.parquet", compression="none",
+                                    use_dictionary=False, row_group_size=1000)
+
+
+def make_mosaic(endpoint: str, folder: Path, count: int) -> None:
+    """MosaicML's MDS shards."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:int32:{TOKENS}"}, size_limit=2**24) as writer:
+        for row in samples(count):
+            writer.write({"tokens": row})
+
+
+def _numbered(index: tuple[int, int]) -> Iterator[np.ndarray]:
+    start, count = index
+    drawn = np.random.default_rng(start).integers(4, 256, (count, TOKENS))
+    yield from drawn.astype(np.int32)
+
+
+def make_litdata(endpoint: str, folder: Path, count: int) -> None:
+    """LitData's chunks."""
+    from litdata import optimize
+
+    parts = [(start, min(A_SHARD, count - start)) for start in range(0, count, A_SHARD)]
+    optimize(fn=_numbered, inputs=parts, output_dir=str(folder), chunk_bytes=2**24, num_workers=1)
+
+
+def make_webdataset(endpoint: str, folder: Path, count: int) -> None:
+    """Tar shards of .npy files."""
+    rows = list(samples(count))
+    for shard in range(0, count, A_SHARD):
+        with tarfile.open(folder / f"{shard:08d}.tar", "w") as tar:
+            for number, row in enumerate(rows[shard:shard + A_SHARD], shard):
+                body = io.BytesIO()
+                np.save(body, row)
+                info = tarfile.TarInfo(f"{number:08d}.npy")
+                info.size = body.tell()
+                body.seek(0)
+                tar.addfile(info, body)
+
+
+def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
+    """Hugging Face datasets, streaming."""
+    from datasets import load_dataset
+
+    files = f"s3://{BUCKET}/parquet/*.parquet"
+    data = load_dataset("parquet", data_files=files, split="train", streaming=True,
+                        storage_options={"endpoint_url": endpoint}).with_format("numpy")
+    for row in data:
+        yield row["input_ids"].nbytes
+
+
+def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
+    """MosaicML Streaming."""
+    from streaming import StreamingDataset
+
+    os.environ["S3_ENDPOINT_URL"] = endpoint
+    data = StreamingDataset(remote=f"s3://{BUCKET}/mosaic", local=str(folder / "local"), shuffle=False, batch_size=8)
+    for row in data:
+        yield row["tokens"].nbytes
+
+
+def read_litdata(endpoint: str, folder: Path, count: int) -> Iterator[int]:
+    """LitData."""
+    from litdata import StreamingDataset
+
+    data = StreamingDataset(f"s3://{BUCKET}/litdata", cache_dir=str(folder / "local"), shuffle=False,
+                            storage_options={"endpoint_url": endpoint})
+    for row in data:
+        yield row.nbytes
+
+
+def read_webdataset(endpoint: str, folder: Path, count: int) -> Iterator[int]:
+    """WebDataset over HTTP."""
+    import webdataset
+
+    urls = [f"pipe:curl -s -f {endpoint}/{BUCKET}/webdataset/{shard:08d}.tar" for shard in range(0, count, A_SHARD)]
+    for row in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        yield row["npy"].nbytes
+
+
+def main() -> None:
+    """Make or read."""
+    what, name, endpoint, where, count = sys.argv[1:]
+    folder = Path(where) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if what == "make":
+        globals()[f"make_{name}"](endpoint, folder, int(count))
+        upload(endpoint, folder, name)
+        shutil.rmtree(folder)
+        return
+    stream = globals()[f"read_{name}"](endpoint, folder, int(count))
+    begun = time.perf_counter()
+    total = sum(stream)
+    print(f"\nread {total} {time.perf_counter() - begun}", flush=True)
+    os._exit(0)  # some keep threads that would wait
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""B5: MB/s of tokens from object storage into batches. dist_ft / raw ranged GET; dist_ft / four peers.
+
+    tests/benchmarks/peers.sh                # once: an environment for the peers
+    python tests/benchmarks/b5_streaming.py
+
+An S3 server on loopback (moto), its link capped by a proxy, and not capped (then server and readers share the
+cores; raw GET tells the ceiling). Each side reads all samples once, in a process of its own, in the format its
+authors recommend, from an empty cache; dist_ft and `datasets` read the same Parquet. dist_ft makes whole batches
+(shuffled, with positions and targets); the peers yield samples in order, the least they can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+PEERS = ("mosaic", "litdata", "webdataset", "datasets")
+RANGE_BYTES, IN_FLIGHT = 4 * 2**20, 4
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--samples", type=int, default=48_000, help="of 2,800 bytes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cap-mb-s", type=float, default=30)
+    parser.add_argument("--peers-python", default=str(HERE / ".peers" / "bin" / "python"))
+    parser.add_argument("--out", help="JSON file to write instead of results/b5_streaming.json")
+    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read:
+        read_ours(*args.read)
+        return
+    harness.one_thread()
+    environment = harness.environment()
+    import s3
+    import tiny
+    from proxy import FaultyProxy
+
+    os.environ.update(s3.CREDENTIALS)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="dist_ft-b5-") as name, s3.server() as port:
+        folder, direct = Path(name), f"http://127.0.0.1:{port}"
+        tiny.make_model(folder / "model")
+        for peer in ("parquet", "mosaic", "litdata", "webdataset"):
+            run_peer(args, "make", peer, direct, folder)
+        run([sys.executable, __file__, "--read", direct, str(folder), "index"])
+        proxy = FaultyProxy(port)
+        proxy.bytes_per_s = args.cap_mb_s * 1e6
+        for label, endpoint, rounds in (("capped", proxy.url, max(2, args.rounds // 2)), ("uncapped", direct, args.rounds)):
+            sides = {"ours": lambda url=endpoint: rate(run([sys.executable, __file__, "--read", url, str(folder), "read"])),
+                     "raw": lambda url=endpoint: raw(url, direct),
+                     **{peer: lambda url=endpoint, peer=peer: rate(run_peer(args, "read", peer, url, folder))
+                        for peer in PEERS}}
+            found = harness.alternate(sides, rounds)
+            result[label] = {"mb_s": found, **{f"ours_over_{side}": harness.ratio(found["ours"], found[side])
+                                               for side in found if side != "ours"}}
+        proxy.close()
+    report(result, args)
+    config = {"samples": args.samples, "bytes": args.samples * 2800, "cap_mb_s": args.cap_mb_s, "rounds": args.rounds,
+              "peers": versions(args.peers_python)}
+    harness.save("b5_streaming", config, environment, result, args.out)
+
+
+def run(command: list[str]) -> str:
+    """Run a side to its end and return what it printed; its failure is ours."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def run_peer(args: argparse.Namespace, what: str, name: str, url: str, folder: Path) -> str:
+    """Run a peer in its own environment."""
+    python = sys.executable if name == "parquet" else args.peers_python
+    return run([python, str(HERE / "b5_peers.py"), what, name, url, str(folder), str(args.samples)])
+
+
+def rate(printed: str) -> float:
+    """Return MB/s of the line a side printed."""
+    _, total, seconds = next(line for line in printed.splitlines() if line.startswith("read ")).split()
+    return float(total) / float(seconds) / 1e6
+
+
+def versions(python: str) -> dict[str, str]:
+    """Return the versions of the peers."""
+    code = ("from importlib.metadata import version as v\n"
+            "for n in ('mosaicml-streaming', 'litdata', 'webdataset', 'datasets'): print(n, v(n))")
+    return dict(line.split() for line in run([python, "-c", code]).splitlines())
+
+
+def read_ours(url: str, where: str, what: str) -> None:
+    """Read all samples once through a run's loader; `what` index only makes the run's index first."""
+    import shutil
+
+    import s3
+    import tiny
+
+    from dist_ft import storage
+    from dist_ft.config.load import load_config
+    from dist_ft.runtime.data import open_data
+    from dist_ft.storage import Store
+    from dist_ft.world import Collectives, World
+
+    folder = Path(where)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    config = load_config(tiny.config(
+        folder, "streaming", storage={"options": {"s3": {"endpoint_url": url}}}, schedule={"epochs": 1},
+        data={"train": f"s3://{s3.BUCKET}/parquet/*.parquet", "format": "auto", "overlong": "truncate", "block_mib": 4,
+              "shuffle_blocks": 1, "cache_dir": str(folder / "cache"), "tokenizer_processes": 0},
+        batch={"global_batch": 8, "micro_batch": 8, "sequence_length": 2100}))
+    storage.configure(config.storage.options)
+    loader = open_data(config, Store(config.run_url), World(), Collectives()).training
+    if what == "index":
+        return
+    begun, total = time.perf_counter(), 0
+    for batches in loader.iterate(0, loader.steps_of_a_pass, range(1)):
+        total += sum(batch.num_tokens for batch in batches) * 4
+    print(f"\nread {total} {time.perf_counter() - begun}", flush=True)
+
+
+def raw(url: str, direct: str) -> float:
+    """Return MB/s of plain ranged GETs of the same Parquet files, several at a time."""
+    import http.client
+
+    import boto3
+    import s3
+
+    keys = boto3.client("s3", endpoint_url=direct).list_objects_v2(Bucket=s3.BUCKET, Prefix="parquet/")["Contents"]
+    ranges = [(key["Key"], start, min(key["Size"], start + RANGE_BYTES) - 1) for key in keys
+              for start in range(0, key["Size"], RANGE_BYTES)]
+    host = url.removeprefix("http://")
+
+    def get(part: tuple[str, int, int]) -> int:
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", f"/{s3.BUCKET}/{part[0]}", headers={"Range": f"bytes={part[1]}-{part[2]}"})
+        size = len(connection.getresponse().read())
+        connection.close()
+        return size
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(IN_FLIGHT) as threads:
+        total = sum(threads.map(get, ranges))
+    return total / (time.perf_counter() - begun) / 1e6
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what was measured."""
+    rows = []
+    for label, found in result.items():
+        for side, values in found["mb_s"].items():
+            if side == "ours":
+                rows.append((label, side, f"{np.mean(values):.1f}", "", ""))
+                continue
+            goal = 0.95 if side == "raw" else 1.0
+            ratio = found[f"ours_over_{side}"]
+            counts = label == "capped" if side == "raw" else label == "uncapped"
+            rows.append((label, side, f"{np.mean(values):.1f}", str(ratio),
+                         harness.reached(ratio, goal, at_least=True) if counts else ""))
+    harness.show(f"B5 streaming {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
+                 ("link", "side", "MB/s", "ours / it [95 %]", "goal"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""B6: time to the first batch, at 1 % and at 99 % of an epoch, over a changing world; requests; memory.
+
+    python tests/benchmarks/b6_resume.py
+
+10 M samples as Parquet shards of tokens on an S3 server on loopback (moto), behind a proxy that counts. The
+index is made once; then a worker of worlds of 4, 3 and 8 begins with an empty cache at either place: it lists
+the data, reads the index, finds its lanes' blocks and makes the first batch. Last, peak memory of a process
+that reads 10 M samples over that of one that reads 100,000 with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+WORLDS = (4, 3, 8)
+LANES = 8
+SMALL = 100_000
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--samples", type=int, default=10_000_000)
+    parser.add_argument("--repeats", type=int, default=4, help="beginnings at each place and world")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of the memory measurement")
+    parser.add_argument("--out", help="JSON file to write instead of results/b6_resume.json")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        read_all(json.loads(args.memory_of), args.steps)
+        return
+    harness.one_thread()
+    environment = harness.environment()
+    import s3
+    import tiny
+    from proxy import FaultyProxy
+
+    os.environ.update(s3.CREDENTIALS)
+    with tempfile.TemporaryDirectory(prefix="dist_ft-b6-") as name, s3.server() as port:
+        folder, proxy = Path(name), FaultyProxy(port)
+        tiny.make_model(folder / "model")
+        s3.forget(options(f"http://127.0.0.1:{port}"))
+        for count in (SMALL, args.samples):
+            upload(f"s3://{s3.BUCKET}/{count}", count)
+        result: dict[str, Any] = {"first_ever_s": build(folder, port, args.samples)}
+        build(folder, port, SMALL)
+        result |= resume(folder, proxy, args)
+        result["memory"] = {str(count): peak_mib(folder, port, count, args.steps) for count in (SMALL, args.samples)}
+        proxy.close()
+    report(result, args)
+    config = {"samples": args.samples, "lanes": LANES, "worlds": WORLDS, "repeats": args.repeats, "steps": args.steps}
+    harness.save("b6_resume", config, environment, result, args.out)
+
+
+def options(url: str) -> dict[str, Any]:
+    """Return the fsspec options of the server."""
+    return {"s3": {"endpoint_url": url}}
+
+
+def upload(url: str, count: int) -> None:
+    """Write samples of 8 to 24 tokens as shards of 100,000."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    from dist_ft.storage import Store
+
+    rng = np.random.default_rng(count)
+    for shard in range(-(-count // 100_000)):
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(8, 25, 100_000))])
+        ids = rng.integers(4, 256, int(offsets[-1])).astype(np.int32)
+        table = pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))})
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(table, sink, row_group_size=10_000, compression="none")
+        Store(url).write(f"part-{shard:05d}.parquet", sink.getvalue())
+
+
+def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
+    """Return the run over `count` samples."""
+    import s3
+    import tiny
+
+    from dist_ft.config.load import load_config
+
+    return load_config(tiny.config(
+        folder, f"n{count}", storage={"options": options(url)}, schedule={"epochs": 1},
+        data={"train": f"s3://{s3.BUCKET}/{count}/*.parquet", "format": "auto", "block_mib": 1, "shuffle_blocks": 1,
+              "cache_dir": str(folder / cache), "tokenizer_processes": 0},
+        batch={"global_batch": LANES, "micro_batch": 1, "sequence_length": 256}))
+
+
+def opened(config: Any) -> Any:
+    """Return the loader of a run."""
+    from dist_ft import storage
+    from dist_ft.runtime.data import open_data
+    from dist_ft.storage import Store
+    from dist_ft.world import Collectives, World
+
+    storage.configure(config.storage.options)
+    return open_data(config, Store(config.run_url), World(), Collectives()).training
+
+
+def build(folder: Path, port: int, count: int) -> float:
+    """Make the index of a run and return the seconds to its first batch."""
+    begun = time.perf_counter()
+    loader = opened(config_of(folder, f"http://127.0.0.1:{port}", count, "first"))
+    next(loader.iterate(0, 1, range(LANES)))
+    return time.perf_counter() - begun
+
+
+def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds and requests to the first batch of a worker, by place and world."""
+    import s3
+
+    from dist_ft.world import World
+
+    s3.forget(options(proxy.url))
+    config = config_of(folder, proxy.url, args.samples, "empty")
+    seconds: dict[str, list[float]] = {"1 %": [], "99 %": []}
+    requests: dict[str, list[int]] = {"1 %": [], "99 %": []}
+    for number in range(args.repeats):
+        for world in WORLDS:
+            for place in harness.turns(list(seconds), number):
+                shutil.rmtree(folder / "empty", ignore_errors=True)
+                s3.forget(options(proxy.url))
+                proxy.requests.clear()
+                begun = time.perf_counter()
+                loader = opened(config)
+                step = loader.steps_of_a_pass * int(place.split()[0]) // 100
+                loader.batches(step, World(0, world).share(LANES))
+                seconds[place].append(time.perf_counter() - begun)
+                requests[place].append(len(proxy.requests))
+                loader.store.close()
+    return {"seconds": seconds, "requests": requests, "late_over_early": harness.ratio(seconds["99 %"], seconds["1 %"])}
+
+
+def peak_mib(folder: Path, port: int, count: int, steps: int) -> float:
+    """Return the peak memory of a process of its own that reads `steps` steps."""
+    about = json.dumps({"folder": str(folder), "url": f"http://127.0.0.1:{port}", "count": count})
+    done = subprocess.run([sys.executable, __file__, "--memory-of", about, "--steps", str(steps)], check=True,
+                          capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def read_all(about: dict[str, Any], steps: int) -> None:
+    """Read `steps` steps, epoch after epoch if need be, and print the peak memory in MiB."""
+    loader = opened(config_of(Path(about["folder"]), about["url"], about["count"], "first"))
+    loader.stop = None
+    total = loader.steps_of_a_pass
+    for number in range(10):  # ten places of the epoch
+        start = total * number // 10
+        for _ in loader.iterate(start, start + steps // 10, range(LANES)):
+            pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what was measured."""
+    late = result["late_over_early"]
+    harness.show(f"B6 first batch of {args.samples:,} samples, a worker of {', '.join(map(str, WORLDS))} in turn", (
+        "", "1 %", "99 %", "99 % / 1 % [95 %]", "goal"), [
+        ("seconds (mean)", *(f"{np.mean(values):.2f}" for values in result["seconds"].values()), str(late),
+         harness.reached(late, 1.05, at_least=False)),
+        ("requests (most)", *(str(max(values)) for values in result["requests"].values()), "",
+         "≤ 10: " + ("reached" if max(map(max, result["requests"].values())) <= 10 else "missed"))])
+    small, large = result["memory"].values()
+    harness.show("peak memory of a loading process", (f"{SMALL:,} samples", f"{args.samples:,}", "ratio", "goal"), [
+        (f"{small:.0f} MiB", f"{large:.0f} MiB", f"{large / small:.3f}",
+         "≤ 1.1: " + ("reached" if large <= 1.1 * small else "missed"))])
+    print(f"seconds to the first batch ever, index made on the way: {result['first_ever_s']:.0f}")
+
+
+if __name__ == "__main__":
+    main()
