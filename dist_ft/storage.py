@@ -15,19 +15,28 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from dist_ft import local_files
 from dist_ft.errors import StorageError
 from dist_ft.logs import redact
 
 ATTEMPTS = 5
+DEADLINE_S = 300.0
+"""No further try begins after so long."""
 _attempts: ContextVar[int] = ContextVar("attempts", default=ATTEMPTS)
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError,
           TypeError, ImportError, NotImplementedError)
 _FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
+_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -53,11 +62,25 @@ def _transient(error: BaseException) -> bool:
     """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
     if isinstance(error, _FINAL) or not isinstance(error, Exception) or "locate credentials" in str(error):
         return False
+    if _s3_code(error) in _ELSEWHERE:
+        return False
     return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
+
+
+def _s3_code(error: BaseException) -> str | None:
+    """Return the code with which an S3 server answered; it says more than the error's text."""
+    for one in (error, error.__cause__):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict) and "Error" in answer:
+            return str(answer["Error"].get("Code"))
+    return None
 
 
 def _explain(error: Exception) -> str:
     """Say in a few words what to do about `error`."""
+    if _s3_code(error) in _ELSEWHERE:
+        return ("the bucket lies in another region; set AWS_DEFAULT_REGION, or "
+                "storage.options.s3.client_kwargs.region_name")
     code = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError):
         return "there is no such file or bucket; check the URL"
@@ -86,8 +109,9 @@ def attempts(number: int) -> Iterator[None]:
 
 
 def _retrying() -> Retrying:
-    return Retrying(stop=stop_after_attempt(_attempts.get()), wait=wait_random_exponential(multiplier=0.2, max=5),
-                    retry=retry_if_exception(_transient), reraise=True)
+    return Retrying(stop=stop_after_attempt(_attempts.get()) | stop_after_delay(DEADLINE_S),
+                    wait=wait_random_exponential(multiplier=0.2, max=5), retry=retry_if_exception(_transient),
+                    reraise=True)
 
 
 class Store:
@@ -192,9 +216,7 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
                 return action(fs, path)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        answer = getattr(error.__cause__, "response", None)  # of an S3 client: its code says more than its text
-        if isinstance(answer, dict) and "Error" in answer:
-            what = f"{what}; S3 says {answer['Error'].get('Code')}"
+        what += f"; S3 says {_s3_code(error)}" if _s3_code(error) else ""
         raise StorageError(redact(f"{url}: can not {verb} it ({what}); {_explain(error)}")) from error
 
 

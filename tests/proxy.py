@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-ERRORS = {403: "ExpiredToken", 500: "InternalError", 503: "SlowDown"}
+ERRORS = {301: "PermanentRedirect", 403: "ExpiredToken", 500: "InternalError", 503: "SlowDown"}
 
 
 @dataclass(frozen=True)

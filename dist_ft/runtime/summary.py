@@ -60,6 +60,8 @@ def at_end(config: RunConfig, result: Result) -> str:
     before, after = result.evaluation_before, result.evaluation_after
     if before is not None and after is not None:
         rows.append(("held-out loss", f"{before:.4f} before, {after:.4f} after ({(after / before - 1) * 100:+.1f} %)"))
+    if result.data_wait_share is not None:
+        rows.append(("waited for data", f"{result.data_wait_share:.1%} of the time of steps"))
     if result.checkpoint:
         rows.append(("checkpoint", redact(result.checkpoint)))
     rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))

@@ -15,6 +15,7 @@ class Result:
     Attributes:
         evaluation_before, evaluation_after: held-out loss before step 1 and after the last; None where not asked for.
         checkpoint: URL of the newest commit; None without one.
+        data_wait_share: share of the steps' time rank 0 waited for data, 0..1; None without a step.
     """
 
     run_url: str
@@ -24,6 +25,7 @@ class Result:
     evaluation_before: float | None = None
     evaluation_after: float | None = None
     checkpoint: str | None = None
+    data_wait_share: float | None = None
 
 
 @dataclass(frozen=True)

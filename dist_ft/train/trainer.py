@@ -66,6 +66,7 @@ class Trainer:
         self._num_target_tokens = progress.num_target_tokens
         self._evaluation = dict(evaluation)
         self._loss: float | None = None
+        self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
         self._drawn = np.zeros(2 * len(self._sources))
         self._checkpoint: str | None = None
@@ -81,6 +82,8 @@ class Trainer:
             for batches in stream:
                 waited = time.perf_counter() - begun
                 stop = self._train_step(batches, begun, waited)
+                self._waited_s += waited
+                self._steps_s += time.perf_counter() - begun
                 last = self._step == self._total_steps
                 if last and cfg.evaluation.at_end:
                     self._evaluate("after")
@@ -181,7 +184,8 @@ class Trainer:
 
     def _result(self) -> Result:
         return Result(self._config.run_url, self._step, self._total_steps, self._loss,
-                      self._evaluation.get("before"), self._evaluation.get("after"), self._checkpoint)
+                      self._evaluation.get("before"), self._evaluation.get("after"), self._checkpoint,
+                      self._waited_s / self._steps_s if self._steps_s else None)
 
 
 def source_names(config: RunConfig) -> list[str]:

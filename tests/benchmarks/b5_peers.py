@@ -58,8 +58,22 @@ def make_parquet(endpoint: str, folder: Path, count: int) -> None:
                                     use_dictionary=False, row_group_size=1000)
 
 
+def without_torchvision() -> None:
+    """Let MosaicML Streaming be imported where torchvision is built for another torch: its image sets want it."""
+    from types import ModuleType
+
+    names = {"torchvision": (), "torchvision.datasets": ("VisionDataset", "CIFAR10"), "torchvision.transforms": (),
+             "torchvision.transforms.functional": ("to_tensor",)}
+    for name, attributes in names.items():
+        module = ModuleType(name)
+        for attribute in attributes:
+            setattr(module, attribute, type(attribute, (), {}))
+        sys.modules[name] = module
+
+
 def make_mosaic(endpoint: str, folder: Path, count: int) -> None:
     """MosaicML's MDS shards."""
+    without_torchvision()
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:int32:{TOKENS}"}, size_limit=2**24) as writer:
@@ -108,6 +122,7 @@ def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
 def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
     """MosaicML Streaming."""
+    without_torchvision()
     from streaming import StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = endpoint

@@ -242,6 +242,28 @@ def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path)
     assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
 
 
+def test_bad_input_a_bucket_in_another_region_is_told_at_once(config, faulty, tmp_path):
+    run = config()
+    faulty.choose = lambda method, path: Fault(status=301) if method == "GET" else None  # and no header says where
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://bucket/lines/.*; the bucket lies in another region; set AWS_DEFAULT_REGION, or "
+                                           r"storage.options.s3.client_kwargs.region_name"):
+        loaded(run, tmp_path)
+    assert time.monotonic() - begun < 10
+
+
+def test_bad_input_no_credentials_are_told_at_once(config, faulty, tmp_path, monkeypatch):
+    run = config()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3.forget(options(faulty))
+    with pytest.raises(StorageError, match=r"no credentials were found; set them in the environment"):
+        loaded(run, tmp_path)
+
+
 def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, tmp_path, port):
     client = client_of(port)
     body = b"".join(json.dumps(row).encode() + b"\n" for row in tiny.rows(300))
