@@ -104,9 +104,7 @@ def _place(path: Path, body: bytes) -> None:
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(body)  # not forced to disk: a torn file shows by its checksum, and is made again
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from dist_ft.data import cache, readers
 from dist_ft.data.blocks import Block
 from dist_ft.data.cache import TokenisedBlock
 from dist_ft.data.pool import TokeniserPool
-from dist_ft.data.source import Shard
+from dist_ft.data.source import Shard, require_unchanged
 from dist_ft.data.template import Encoder
 from dist_ft.data.tokenise import pack_task, run_task
 from dist_ft.errors import DataError, StorageError
@@ -117,8 +117,11 @@ class BlockStore:
 
     def _keep(self, number: int, found: TokenisedBlock) -> TokenisedBlock:
         if self.checksums is not None and found.checksum != self.checksums[number]:
-            urls = ", ".join(dict.fromkeys(self.shards[part.shard].url for part in self.blocks[number].parts))
+            shards = list(dict.fromkeys(self.shards[part.shard] for part in self.blocks[number].parts))
             self.path(number).unlink(missing_ok=True)
+            for shard in shards:
+                require_unchanged(shard)
+            urls = ", ".join(shard.url for shard in shards)
             raise DataError(redact(f"{urls}: gives other tokens than when the run began, though its size and version "
                                    "are the same; shards may not be altered while a run uses them; restore it, or "
                                    "start a run with another run.name"))
