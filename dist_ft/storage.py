@@ -6,7 +6,6 @@ with jitter, and every failure becomes one `StorageError` that names the URL wit
 
 from __future__ import annotations
 
-import errno
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from tenacity import (
 from dist_ft import local_files
 from dist_ft.errors import StorageError
 from dist_ft.logs import redact
+from dist_ft.storage_errors import explain, is_transient, s3_code
 
 ATTEMPTS = 5
 DEADLINE_S = 300.0
@@ -33,10 +33,6 @@ DEADLINE_S = 300.0
 _attempts: ContextVar[int] = ContextVar("attempts", default=ATTEMPTS)
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError,
-          TypeError, ImportError, NotImplementedError)
-_FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -58,46 +54,6 @@ def local_path(url: str) -> str:
     return os.path.expanduser(url.split("://", 1)[1] if "://" in url else url)
 
 
-def _transient(error: BaseException) -> bool:
-    """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
-    if isinstance(error, _FINAL) or not isinstance(error, Exception) or "locate credentials" in str(error):
-        return False
-    if _s3_code(error) in _ELSEWHERE:
-        return False
-    return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
-
-
-def _s3_code(error: BaseException) -> str | None:
-    """Return the code with which an S3 server answered; it says more than the error's text."""
-    for one in (error, error.__cause__):
-        answer = getattr(one, "response", None)
-        if isinstance(answer, dict) and "Error" in answer:
-            return str(answer["Error"].get("Code"))
-    return None
-
-
-def _explain(error: Exception) -> str:
-    """Say in a few words what to do about `error`."""
-    if _s3_code(error) in _ELSEWHERE:
-        return ("the bucket lies in another region; set AWS_DEFAULT_REGION, or "
-                "storage.options.s3.client_kwargs.region_name")
-    code = getattr(error, "errno", None)
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file or bucket; check the URL"
-    if isinstance(error, PermissionError) or code in (errno.EACCES, errno.EROFS):
-        return "access is refused; check credentials (in the environment) and permissions"
-    if isinstance(error, ImportError):
-        return "its fsspec package is not installed; install the extra for it, such as dist-ft[s3]"
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)"
-    if "locate credentials" in str(error):
-        return "no credentials were found; set them in the environment"
-    if not _transient(error):
-        return "trying again would not help; check the URL and storage.options"
-    tries = _attempts.get()
-    return f"gave up after {tries} {'tries' if tries > 1 else 'try'}; check that the endpoint answers"
-
-
 @contextmanager
 def attempts(number: int) -> Iterator[None]:
     """Within: give up after so many tries. For a question whose asker waits, such as `dist-ft check`."""
@@ -110,7 +66,7 @@ def attempts(number: int) -> Iterator[None]:
 
 def _retrying() -> Retrying:
     return Retrying(stop=stop_after_attempt(_attempts.get()) | stop_after_delay(DEADLINE_S),
-                    wait=wait_random_exponential(multiplier=0.2, max=5), retry=retry_if_exception(_transient),
+                    wait=wait_random_exponential(multiplier=0.2, max=5), retry=retry_if_exception(is_transient),
                     reraise=True)
 
 
@@ -216,8 +172,8 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
                 return action(fs, path)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        what += f"; S3 says {_s3_code(error)}" if _s3_code(error) else ""
-        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {_explain(error)}")) from error
+        what += f"; S3 says {s3_code(error)}" if s3_code(error) else ""
+        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {explain(error, _attempts.get())}")) from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -25,7 +25,7 @@ class Result:
     evaluation_before: float | None = None
     evaluation_after: float | None = None
     checkpoint: str | None = None
-    data_wait_share: float | None = None
+    data_wait_share: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import ranks
 import s3
+import tiny
 
 from dist_ft import api
 from dist_ft.config.load import load_config
+from dist_ft.data.write import as_parquet
+from dist_ft.runtime import audit
 from dist_ft.storage import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
@@ -109,8 +113,6 @@ def test_all_sets_mixed_for_a_few_hundred_steps(shared: Shared, tmp_path: Path, 
     lines = [json.loads(line) for line in Store(run.run_url).read("metrics.jsonl").splitlines()]
     shares = {name: sum(line[f"sequences/{name}"] for line in lines if line["kind"] == "train") / 2400 for name in names}
     assert shares == pytest.approx({"sgd_chat": 1 / 2, "self_instruct": 1 / 6, "wikitext2": 1 / 3}, abs=0.02)
-    from dist_ft.runtime import audit
-
     found = audit.audit(run.run_url)
     assert found.is_sound and {count.source for count in found.epochs} == set(names)
 
@@ -129,3 +131,28 @@ def test_the_mask_of_a_dialogue_of_many_turns_is_golden(shared: Shared, tmp_path
     assert len(first["messages"]) == 8 and expected.count("[[") == 4
     assert "".join(body.split()) == "".join(expected.split())
     assert "[[What city do you want to dine in? Do you have a preferred restaurant?</s>]]" in body
+
+
+def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
+        tmp_path: Path, port: int, url: str) -> None:
+    """Two workers under ZeRO-3, three under ZeRO-1, one without DeepSpeed: data and run in the bucket, mixed, packed."""
+    tiny.make_model(tmp_path / "model")
+    rows = tiny.rows(90)
+    Store(f"{url}/once").write("lines/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:60]).encode())
+    Store(f"{url}/once").write("table/a.parquet", as_parquet(rows[60:]))
+
+    def run(workers: int, stage: int) -> dict[str, Any]:
+        return tiny.config(tmp_path, "once", workers=workers, stage=stage, storage={"options": options(port)},
+                           run={"storage": f"{url}/runs"}, data={"train": [
+                               {"path": f"{url}/once/lines/", "name": "lines"},
+                               {"path": f"{url}/once/table/", "name": "table", "repeat": 2}]})
+
+    for number, (workers, stage, dies_at) in enumerate([(2, 3, 7), (3, 1, 15)]):
+        codes = ranks.run_ranks(workers, [run(workers, stage)], tmp_path / f"ranks-{number}",
+                                env={"DIST_FT_FAILPOINT": f"train.step:{dies_at - 4 * number}"})
+        assert set(codes) == {-9}, (tmp_path / f"ranks-{number}" / "rank-0.log").read_text()[-2000:]
+    api.train(load_config(run(0, 0)), skip_check=True)
+    history.require_exactly_once(f"{url}/runs/once", run(0, 0))
+    found = audit.audit(f"{url}/runs/once")
+    assert found.is_sound and found.attempts == 3
+    assert [(c.source, c.num_pieces) for c in found.epochs] == [("lines", 60)] * 2 + [("table", 30)] * 4
