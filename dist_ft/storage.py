@@ -195,8 +195,9 @@ def glob(url: str) -> dict[str, dict[str, Any]]:
     What the listing tells is enough: no file is asked for by itself. `version` changes when a file's content may have.
     """
     def find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-        if any(char in path for char in "*?[") and not _exists(fs, path):
-            found = fs.glob(path, detail=True)
+        found = fs.glob(path, detail=True) if any(char in path for char in "*?[") else {}
+        if found:  # a pattern; else perhaps a name that looks like one
+            pass
         elif fs.isdir(path):
             found = fs.find(path, detail=True)
         else:
