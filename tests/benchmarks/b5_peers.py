@@ -60,12 +60,14 @@ def make_parquet(endpoint: str, folder: Path, count: int) -> None:
 
 def without_torchvision() -> None:
     """Let MosaicML Streaming be imported where torchvision is built for another torch: its image sets want it."""
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
 
     names = {"torchvision": (), "torchvision.datasets": ("VisionDataset", "CIFAR10"), "torchvision.transforms": (),
              "torchvision.transforms.functional": ("to_tensor",)}
     for name, attributes in names.items():
         module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
         for attribute in attributes:
             setattr(module, attribute, type(attribute, (), {}))
         sys.modules[name] = module
