@@ -1,7 +1,8 @@
 """Writes a run's training data again as it would be read: other shards, another format, or tokens made ahead.
 
-One shard a block, named by number, so that a writing that was cut off goes on where it stopped; the last file,
-`_complete.json`, says that all are there and what they were made of. Rows, their order and their number stay.
+One shard a block, named by number, so that a writing that was cut off goes on where it stopped; `_source.json`, written
+first, says what they are made of, so that shards of other data are never mixed in, and `_complete`, written last, that
+all are there. Rows, their order and their number stay.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dist_ft.data.write import as_jsonl, as_parquet
 from dist_ft.errors import DataError
 from dist_ft.storage import Store
 
-COMPLETE = "_complete.json"
+SOURCE, COMPLETE = "_source.json", "_complete"
 
 
 def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
@@ -32,11 +33,12 @@ def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
     """
     about = json.dumps({"suffix": suffix, "tokenised": tokenise, "blocks": [
         key(blocks.fingerprint if tokenise else "rows", block, blocks.shards) for block in blocks.blocks]})
-    if out.exists(COMPLETE) and out.read(COMPLETE).decode() != about:
+    there = set(out.list())
+    if (SOURCE in there and out.read(SOURCE).decode() != about) or (SOURCE not in there and there):
         raise DataError(f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
                         "empty folder, or the same call again, is allowed; choose another folder")
     total, written = len(blocks.blocks), 0
-    there = set(out.list())
+    out.write(SOURCE, about.encode())
     for number in range(total):
         name = f"part-{number:05d}-of-{total:05d}.{suffix}"
         if name not in there:
@@ -44,7 +46,7 @@ def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
             out.write(name, _encode(rows, suffix))
             written += 1
         progress(number + 1, total)
-    out.write(COMPLETE, about.encode())
+    out.write(COMPLETE, b"")
     return written
 
 

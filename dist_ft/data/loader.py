@@ -49,13 +49,11 @@ class PackedBlock:
 class Loader:
     """Reads the batches of a plan."""
 
-    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2,
-                 stop: int | None = None) -> None:
-        """Assign only. `stop`: sequences of the whole run (of a single pass, or of whole epochs); None: no end."""
+    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2) -> None:
+        """Assign only."""
         self.plan = plan
         self.index = index
         self.store = store
-        self.stop = stop
         self._prefetch_steps = prefetch_steps
         self._first_samples = index.first_samples
         self._limit = index.recipe.get("max_samples") or None
@@ -70,7 +68,7 @@ class Loader:
 
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
         """Return one batch for each of `lanes` at `step` (from 0); a lane with no sequence gives an empty batch."""
-        slots = [self.plan.slots(step, lane, self.stop) for lane in lanes]
+        slots = [self.plan.slots(step, lane) for lane in lanes]
         found = [self._lane(own, lane) for own, lane in zip(slots, lanes, strict=True)]
         for own in slots:
             self._ask_ahead(own)

@@ -1,10 +1,10 @@
 """Mixing: which source each sequence of a run comes from.
 
-Draws of the run are numbered; lanes take them in turn. In rounds of about `ROUND` draws a lane gets each source as
-often as the shares up to there ask for, every lane equally often, its turns spread evenly: so shares are kept exactly
-and not only on average, and what was drawn before any draw follows by arithmetic. Without weights the shares are what
-the sources hold (times `repeat`): an epoch of the run then is finite and ends, after the last whole round, with exactly
-what is left of each source. With weights draws go on for ever, each source going round its own epochs. Pure, and the
+Draws are numbered; lanes take them in turn. In rounds of about `ROUND` draws a lane gets each source as often as the
+shares up to there ask for, every lane equally often, its turns spread evenly: so shares are kept exactly and not only
+on average, and what was drawn before any draw follows by arithmetic. Without weights the shares are what the sources
+hold (times `repeat`): an epoch of the run is finite and ends, after the last whole round, with exactly what is left of
+each source. With weights draws go on for ever (epoch `ENDLESS`), each source going round its own epochs. Pure, and the
 same for every world.
 """
 
@@ -19,6 +19,7 @@ from dist_ft.config.schema import DataSection
 from dist_ft.data.order import hashes, mix
 
 ROUND = 64
+ENDLESS = -1
 Draw = tuple[int, int]
 """(source, number of the draw among all draws from that source)."""
 
@@ -36,7 +37,9 @@ def weights_at_start(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
 
 
 def is_weighted(data: DataSection) -> bool:
-    """Tell whether shares are given, and not those of the sources' sizes."""
+    """Tell whether shares are given, and not those of the sources' sizes: then draws are endless."""
+    if len(data.train) == 1:
+        return False
     return data.temperature is not None or bool(data.mixing) or any(s.weight is not None for s in data.train)
 
 
@@ -60,33 +63,27 @@ class Mixture:
         """Return how often each source is drawn before an epoch of the run: its size, times repeat, times epochs."""
         return [int(epoch * repeat * size) for repeat, size in zip(self._repeats, self._sizes, strict=True)]
 
-    def draws_in(self, epochs: float) -> int:
-        """Return the draws of so many first epochs of the run; with weights, as many as all sources hold."""
-        return sum(self.base(epochs))
+    def size(self, epoch: int) -> int:
+        """Return the draws of an epoch of the run; with weights, as many as all sources hold."""
+        return sum(self.base(epoch + 1)) - sum(self.base(epoch))
 
     def drawn_by_all(self, draws: int) -> list[int]:
-        """Return, for each source, a number before which all its draws are among the run's first `draws`."""
-        if len(self._sizes) == 1:
-            return [draws]
-        if not is_weighted(self._data):
-            return self.base(self._epoch(draws))
+        """Return, for each source, a number before which all its draws are among the first `draws` endless ones."""
         least = [self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)]
         return [int(turns) * self._lanes for turns in np.min(least, axis=0)]
 
-    def drawn_about(self, draws: int) -> list[float]:
-        """Return how often each source has come about in the run's first `draws`: lanes differ by a round's draws."""
-        if is_weighted(self._data):
-            return [float(turns * self._lanes) for turns in self._before(0, draws // self._lanes)]
-        return [draws / max(1, self.draws_in(1)) * count for count in self.base(1)]
+    def drawn_about(self, draws: int) -> list[int]:
+        """Return how often each source has come about in the first `draws` endless ones: lanes differ by a round's."""
+        return [int(turns) * self._lanes for turns in self._before(0, draws // self._lanes)]
 
-    def draw(self, number: int) -> Draw:
-        """Return which source the run's draw `number` takes, and which draw of that source it is."""
-        if len(self._sizes) == 1:
-            return 0, number
-        if is_weighted(self._data):
-            return self._of_lane(-1, *divmod(number, self._lanes))
-        epoch = self._epoch(number)
-        base, row, lane = self.base(epoch), *divmod(number - self.draws_in(epoch), self._lanes)
+    def draw(self, epoch: int, number: int) -> Draw:
+        """Return which source draw `number` of an epoch of the run (or of `ENDLESS`) takes, and which of its draws."""
+        if epoch == ENDLESS:
+            return self._of_lane(ENDLESS, *divmod(number, self._lanes))
+        base = self.base(epoch)
+        if len(base) == 1:
+            return 0, base[0] + number
+        row, lane = divmod(number, self._lanes)
         body = self._due(epoch, self._num_rounds(epoch))
         if row < body.sum():
             source, turn = self._of_lane(epoch, row, lane)
@@ -103,25 +100,16 @@ class Mixture:
         rows = np.array([start, *(np.array(p.weights) / sum(p.weights) for p in self._data.mixing)])
         return np.array([np.interp(step, steps, rows[:, i]) for i in range(rows.shape[1])])
 
-    def _epoch(self, number: int) -> int:
-        """Return the epoch of the run a draw belongs to."""
-        epoch = int(number / max(1, self.draws_in(1)))
-        while self.draws_in(epoch) > number:
-            epoch -= 1
-        while self.draws_in(epoch + 1) <= number:
-            epoch += 1
-        return epoch
-
     def _num_rounds(self, epoch: int) -> int:
         """Return the whole rounds of an epoch."""
-        return (self.draws_in(epoch + 1) - self.draws_in(epoch)) // (ROUND * self._lanes)
+        return self.size(epoch) // (ROUND * self._lanes)
 
     def _make_due(self, epoch: int, round_number: int) -> np.ndarray:
         """Return how often a lane has drawn each source, int64 (S,), before a round: its shares, rounded down.
 
-        `epoch` counts from the start of an epoch of the run; -1: from the start of endless draws.
+        Counted from the start of an epoch of the run, or of all endless draws.
         """
-        if epoch >= 0:
+        if epoch != ENDLESS:
             sizes = np.subtract(self.base(epoch + 1), self.base(epoch)).astype(np.int64)
             return sizes * (round_number * ROUND) // max(1, int(sizes.sum()))
         while len(self._shares) <= round_number:
@@ -143,10 +131,10 @@ class Mixture:
     def _before(self, lane: int, rows: int) -> np.ndarray:
         """Return how often a lane draws each source, int64 (S,), in its first `rows` endless draws."""
         round_number = rows // ROUND
-        while int(self._due(-1, round_number + 1).sum()) <= rows:
+        while int(self._due(ENDLESS, round_number + 1).sum()) <= rows:
             round_number += 1
-        due = self._due(-1, round_number)
-        turns = self._turns(-1, round_number, lane)[:rows - int(due.sum())]
+        due = self._due(ENDLESS, round_number)
+        turns = self._turns(ENDLESS, round_number, lane)[:rows - int(due.sum())]
         return due + np.bincount(turns, minlength=len(due))
 
     def _make_turns(self, epoch: int, round_number: int, lane: int) -> np.ndarray:

@@ -9,6 +9,8 @@ once an epoch of its source; nothing depends on how many workers there are. Does
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -16,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from dist_ft.config.schema import BatchSection, DataSection, ScheduleSection
-from dist_ft.data.mixture import Mixture
+from dist_ft.data.mixture import ENDLESS, Mixture, is_weighted
 from dist_ft.data.order import epoch_order, hashes, mix
 
 _KEPT_EPOCHS = 8
@@ -58,44 +60,61 @@ class Plan:
         self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
         self._sizes = [int(found.sum()) for found in self._counts]
         self.mixture = Mixture(data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes)))
+        self._endless = is_weighted(data)
+        self._ends = [0]  # the first step after epochs of the run, one after the other
         self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
         self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
-
-    def sequences_in(self, epochs: float) -> int:
-        """Return the sequences of so many epochs of the run."""
-        return self.mixture.draws_in(epochs)
 
     def num_sequences(self, source: int) -> int:
         """Return the sequences of one epoch of a source."""
         return self._sizes[source]
 
-    def steps_of(self, epochs: float) -> int:
-        """Return the steps of so many epochs of the run; the last may be partial."""
-        return -(-self.sequences_in(epochs) // self.batch.global_batch)
+    def steps_of(self, epochs: int) -> int:
+        """Return the steps of so many epochs of the run; the last of each may be partial."""
+        if self._endless:
+            return -(-sum(self._sizes) * epochs // self.batch.global_batch)
+        while len(self._ends) <= epochs:
+            size = self.mixture.size(len(self._ends) - 1)
+            self._ends.append(self._ends[-1] + -(-size // self.batch.global_batch))
+        return self._ends[epochs]
 
     def total_steps(self, schedule: ScheduleSection) -> int:
         """Return the steps of the run: schedule.steps, or as many as schedule.epochs have."""
         return schedule.steps if schedule.steps is not None else self.steps_of(schedule.epochs or 1)
 
-    def slots(self, step: int, lane: int, stop: int | None = None) -> list[Slot]:
-        """Return the micro_batch slots of a lane at a step.
-
-        Those that lie after the first `stop` sequences of the run (none: there is no end) are left out.
-        """
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (epoch of the run, step within it); with weights there are no such epochs (`ENDLESS`)."""
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        size = self.batch.micro_batch
-        draws = range(step * size * self.num_lanes + lane, (step + 1) * size * self.num_lanes, self.num_lanes)
-        return [self._slot(*self.mixture.draw(number)) for number in draws if stop is None or number < stop]
+        if self._endless:
+            return ENDLESS, step
+        while self._ends[-1] <= step:
+            self.steps_of(len(self._ends))
+        epoch = bisect_right(self._ends, step) - 1
+        return epoch, step - self._ends[epoch]
+
+    def slots(self, step: int, lane: int) -> list[Slot]:
+        """Return the slots of a lane at a step: micro_batch, or fewer in the last step of an epoch of the run."""
+        epoch, within = self.locate(step)
+        first = within * self.batch.global_batch
+        draws = range(first + lane, first + self.batch.global_batch, self.num_lanes)
+        stop = None if self._endless else self.mixture.size(epoch)
+        return [self._slot(*self.mixture.draw(epoch, number)) for number in draws if stop is None or number < stop]
 
     def epochs_of(self, step: int) -> list[float]:
         """Return how many of its epochs each source has about gone through before a step."""
-        drawn = self.mixture.drawn_about(step * self.batch.global_batch)
-        return [count / max(1, size) for count, size in zip(drawn, self._sizes, strict=True)]
+        epoch, within = self.locate(step)
+        if self._endless:
+            drawn: Sequence[float] = self.mixture.drawn_about(step * self.batch.global_batch)
+        else:
+            drawn = self.mixture.base(epoch + within / (self.steps_of(epoch + 1) - self.steps_of(epoch)))
+        return [count / size for count, size in zip(drawn, self._sizes, strict=True)]
 
     def drawn_by_all(self, steps: int) -> list[int]:
         """Return, for each source, a number before which all its draws are made within so many steps."""
-        return self.mixture.drawn_by_all(steps * self.batch.global_batch)
+        if self._endless:
+            return self.mixture.drawn_by_all(steps * self.batch.global_batch)
+        return self.mixture.base(self.locate(steps)[0])
 
     def blocks_after(self, slot: Slot, count: int) -> list[int]:
         """Return the blocks that follow a slot's in the order of its epoch, and those of its window."""

@@ -94,7 +94,7 @@ def begin(store: Store, config: RunConfig, world: World) -> int:
         stored = _mapping(store)
         changed = check_resume(stored, config)
         for change in changed:
-            log.info("since the run began, changed: %s", change)
+            log.info("since the run began, %s changed from %s to %s", change.path, change.old, change.new)
     number = catalogue.begin_attempt(store, world.size)
     store.write(STORED, resolved_yaml(config).encode())
     return number

@@ -89,7 +89,7 @@ def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any,
         on_rank0(world, collectives, lambda: manifest.save(made, store, name))
     blocks.checksums = [measure.checksum for measure in index.measures]
     plan = Plan(index.counts, index.sources, section, config.batch, config.run.seed)
-    return Loader(plan, index, blocks, section.prefetch_steps, _stop(config, plan, field))
+    return Loader(plan, index, blocks, section.prefetch_steps)
 
 
 def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: DataSection, length: int,
@@ -99,10 +99,3 @@ def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: Data
 
     wanted = indices.recipe(fingerprint(encoder.tokenizer, section), section, length, max_samples)
     return index.shards == shards and index.recipe == wanted
-
-
-def _stop(config: RunConfig, plan: Plan, field: str) -> int | None:
-    """Return the sequences of the whole run, or None if steps decide."""
-    if field != "data.train":
-        return plan.sequences_in(1)
-    return None if config.schedule.epochs is None else plan.sequences_in(config.schedule.epochs)

@@ -160,7 +160,6 @@ def peak_mib(folder: Path, port: int, count: int, steps: int) -> float:
 def read_all(about: dict[str, Any], steps: int) -> None:
     """Read `steps` steps, epoch after epoch if need be, and print the peak memory in MiB."""
     loader = opened(config_of(Path(about["folder"]), about["url"], about["count"], "first"))
-    loader.stop = None
     total = loader.steps_of_a_pass
     for number in range(10):  # ten places of the epoch
         start = total * number // 10

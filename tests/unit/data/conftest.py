@@ -74,5 +74,5 @@ def make_loader(make):
         data = blocks.encoder.data
         index = build(shards, blocks, data, batch.sequence_length, World(), Collectives())
         plan = Plan(index.counts, index.sources, data, batch, seed)
-        return Loader(plan, index, blocks, stop=plan.sequences_in(1))
+        return Loader(plan, index, blocks)
     return make_loader

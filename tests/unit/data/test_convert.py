@@ -52,7 +52,7 @@ def test_it_goes_on_where_it_was_cut_off(make, tmp_path):
     out = Store(str(tmp_path / "out"))
     total = convert(store, out, "parquet", tokenise=False)
     names = out.list()
-    for name in (COMPLETE, names[2]):
+    for name in (COMPLETE, names[3]):
         out.remove(name)
     seen = []
     assert convert(store, out, "parquet", False, lambda done, whole: seen.append((done, whole))) == 1
@@ -67,6 +67,24 @@ def test_other_data_in_the_folder_is_refused(make, tmp_path):
     with pytest.raises(DataError, match=r"--out=.*out: holds shards that were written from other data or in another way; an "
                                         r"empty folder, or the same call again, is allowed; choose another folder"):
         convert(store, out, "parquet", tokenise=True)
+
+
+def test_a_writing_that_was_cut_off_is_not_gone_on_with_from_other_data(make, tmp_path):
+    _, store = make(ROWS)
+    out = Store(str(tmp_path / "out"))
+    convert(store, out, "parquet", tokenise=False)
+    out.remove(COMPLETE)
+    _, other = make([chat(f"question {i}", f"ANSWER {i}") for i in range(40)], cache="cache2")
+    assert len(other.blocks) == len(store.blocks)
+    with pytest.raises(DataError, match="holds shards that were written from other data"):
+        convert(other, out, "parquet", tokenise=False)
+
+
+def test_a_folder_with_other_files_is_refused(make, tmp_path):
+    _, store = make(ROWS)
+    Store(str(tmp_path / "out")).write("mine.txt", b"precious")
+    with pytest.raises(DataError, match="an empty folder, or the same call again, is allowed"):
+        convert(store, Store(str(tmp_path / "out")), "parquet", tokenise=False)
 
 
 def test_a_bad_row_is_not_written(make, tmp_path):

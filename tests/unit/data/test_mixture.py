@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.data.data_helpers import data_section
 
-from dist_ft.data.mixture import Mixture, is_weighted, spread, weights_at_start
+from dist_ft.data.mixture import ENDLESS, Mixture, is_weighted, spread, weights_at_start
 
 
 def section(*sources, **values):
     return data_section(train=[{"path": f"s{i}", **source} for i, source in enumerate(sources)], **values)
 
 
-def draws(mixture, first, count):
-    return [mixture.draw(number) for number in range(first, first + count)]
+def draws(mixture, first, count, epoch=ENDLESS):
+    return [mixture.draw(epoch, number) for number in range(first, first + count)]
 
 
 def test_weights_of_every_kind():
@@ -29,6 +29,7 @@ def test_weights_of_every_kind():
     assert flat.tolist() == pytest.approx([1 / 3] * 3)
     assert weights_at_start(section({}, {}, {}, temperature=1), sizes).tolist() == pytest.approx([0.1, 0.3, 0.6])
     assert not is_weighted(repeated) and is_weighted(section({}, {}, temperature=2))
+    assert not is_weighted(section({"weight": 3})), "one source has no share"
 
 
 SIZES = st.lists(st.integers(1, 700), min_size=2, max_size=5)
@@ -39,20 +40,18 @@ SIZES = st.lists(st.integers(1, 700), min_size=2, max_size=5)
 def test_without_weights_every_epoch_holds_every_sequence_once(sizes, lanes, seed):
     mixture = Mixture(section(*[{}] * len(sizes)), sizes, lanes, 1, seed)
     total = sum(sizes)
-    assert mixture.draws_in(2) == 2 * total
     for epoch in range(2):
-        found = Counter(draws(mixture, epoch * total, total))
+        assert mixture.size(epoch) == total
+        found = Counter(draws(mixture, 0, total, epoch))
         assert found == Counter((source, epoch * size + i) for source, size in enumerate(sizes) for i in range(size))
-    assert mixture.drawn_by_all(2 * total - 1) == sizes and mixture.drawn_by_all(2 * total) == [2 * n for n in sizes]
 
 
 @settings(max_examples=40, deadline=None)
 @given(SIZES, st.integers(1, 5), st.lists(st.sampled_from([0.3, 0.5, 1, 2, 3.25]), min_size=5, max_size=5))
 def test_repeats_are_exact_over_epochs(sizes, lanes, repeats):
     mixture = Mixture(section(*({"repeat": repeat} for repeat in repeats[:len(sizes)])), sizes, lanes, 1, 1)
-    total = mixture.draws_in(4)
-    found = draws(mixture, 0, total)
-    assert len(set(found)) == total
+    found = [draw for epoch in range(4) for draw in draws(mixture, 0, mixture.size(epoch), epoch)]
+    assert len(set(found)) == len(found)
     for source, size in enumerate(sizes):
         assert sorted(number for i, number in found if i == source) == list(range(int(4 * repeats[source] * size)))
 
@@ -81,7 +80,7 @@ def test_a_lane_keeps_to_its_own_draws_of_a_source():
     """So that it reads few blocks: the k-th draw of lane l from a source is number k * lanes + l, but for the tail."""
     mixture = Mixture(section({}, {}), [5000, 3000], 4, 1, 0)
     for number in range(7000):
-        _, turn = mixture.draw(number)
+        _, turn = mixture.draw(0, number)
         assert turn % 4 == number % 4
 
 
