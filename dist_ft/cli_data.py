@@ -118,8 +118,9 @@ def write(config: Config, out: Annotated[str, typer.Option(help="Folder or URL t
     typer.echo(f"{total} shards in {out}, {written} of them written now; next: set data.train={out}")
 
 
-def verify(run: Annotated[str, typer.Argument(metavar="RUN", help="URL of the run's folder: <run.storage>/<run.name>.")]
-           ) -> None:
+def verify(run: Annotated[str, typer.Argument(metavar="RUN", help=(
+               "Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."))],
+           overrides: Overrides = None) -> None:
     """Prove from its ledger that a run consumed every sample exactly once an epoch, over all its attempts.
 
     Also holds the shards as they lie now against those the run began with. Exits 1 if a sample was lost or repeated.
@@ -127,14 +128,19 @@ def verify(run: Annotated[str, typer.Argument(metavar="RUN", help="URL of the ru
     \b
     Examples:
       dist-ft data verify runs/mine
-      dist-ft data verify s3://bucket/runs/mine
+      dist-ft data verify configs/llama-8b.yaml run.name=mine
 
     Next: nothing to do if it says yes.
     """
+    from dist_ft import load_config, storage
     from dist_ft.logs import quiet_third_parties, redact
     from dist_ft.runtime import audit
 
     quiet_third_parties()
+    if run.endswith((".yaml", ".yml")):
+        config = load_config(run, overrides or ())
+        storage.configure(config.storage.options)
+        run = config.run_url
     found = audit.audit(run)
     typer.echo(redact(audit.describe(found)))
     if not found.is_sound:

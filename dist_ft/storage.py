@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
-
-from tenacity import (
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from dist_ft import local_files
 from dist_ft.errors import StorageError
 from dist_ft.logs import redact
-from dist_ft.storage_errors import explain, is_transient, s3_code
+from dist_ft.patience import num_tries, patiently
+from dist_ft.storage_errors import explain, s3_code
 
-ATTEMPTS = 5
-DEADLINE_S = 300.0
-"""No further try begins after so long."""
-_attempts: ContextVar[int] = ContextVar("attempts", default=ATTEMPTS)
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
@@ -52,22 +39,6 @@ def is_local(url: str) -> bool:
 def local_path(url: str) -> str:
     """Return the path of a local `url`, `~` being the home folder."""
     return os.path.expanduser(url.split("://", 1)[1] if "://" in url else url)
-
-
-@contextmanager
-def attempts(number: int) -> Iterator[None]:
-    """Within: give up after so many tries. For a question whose asker waits, such as `dist-ft check`."""
-    before = _attempts.set(number)
-    try:
-        yield
-    finally:
-        _attempts.reset(before)
-
-
-def _retrying() -> Retrying:
-    return Retrying(stop=stop_after_attempt(_attempts.get()) | stop_after_delay(DEADLINE_S),
-                    wait=wait_random_exponential(multiplier=0.2, max=5), retry=retry_if_exception(is_transient),
-                    reraise=True)
 
 
 class Store:
@@ -166,14 +137,11 @@ class Store:
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
     """Return `action(filesystem, path)` of `url`, tried again while that can help; raises StorageError."""
     try:
-        for attempt in _retrying():
-            with attempt:
-                fs, path = filesystem(url)
-                return action(fs, path)
+        return patiently(url, lambda: action(*filesystem(url)), bounded=not is_local(url))
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         what += f"; S3 says {s3_code(error)}" if s3_code(error) else ""
-        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {explain(error, _attempts.get())}")) from error
+        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {explain(error, num_tries())}")) from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -186,7 +154,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     protocol = url.split("://", 1)[0]
     chosen = fsspec.config.conf.get(protocol, {})
     defaults = {name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen}
-    return url_to_fs(url, use_listings_cache=False, **defaults)
+    fs, path = url_to_fs(url, use_listings_cache=False, **defaults)
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1  # as for _DEFAULTS
+    return fs, path
 
 
 def glob(url: str) -> dict[str, dict[str, Any]]:

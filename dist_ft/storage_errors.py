@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError,
-          TypeError, ImportError, NotImplementedError)
+
+class NoAnswerError(Exception):
+    """A place that said nothing for as long as the asker would wait."""
+
+
+_FINAL = (NoAnswerError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
+          ValueError, TypeError, ImportError, NotImplementedError)
 _FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
 _ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 
@@ -33,6 +38,8 @@ def explain(error: Exception, tries: int) -> str:
     if s3_code(error) in _ELSEWHERE:
         return ("the bucket lies in another region; set AWS_DEFAULT_REGION, or "
                 "storage.options.s3.client_kwargs.region_name")
+    if isinstance(error, NoAnswerError):
+        return "check the endpoint (storage.options, proxies, firewalls), or try again later"
     code = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError):
         return "there is no such file or bucket; check the URL"

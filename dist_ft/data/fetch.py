@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 from dist_ft.errors import StorageError
-from dist_ft.storage import Store, attempts
+from dist_ft.patience import attempts
+from dist_ft.storage import Store
 
 RANGE_BYTES = 4 * 2**20
 IN_FLIGHT = 4

@@ -17,8 +17,9 @@ from dist_ft.config.load import STORED, check_resume
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
+from dist_ft.patience import attempts
 
-TRIES = 2
+TRIES, PATIENCE_S = 2, 20.0
 """Of every storage call here: someone waits for the answer."""
 
 
@@ -38,7 +39,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         if not whole:
             stack.enter_context(contextlib.suppress(AttributeError))
         storage.configure(config.storage.options)
-    with storage.attempts(TRIES):
+    with attempts(TRIES, PATIENCE_S):
         return [line for probe in probes for line in _lines(probe, config, whole)]
 
 

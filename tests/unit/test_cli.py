@@ -25,7 +25,7 @@ COMMANDS = {
     "data preview": {"config", "overrides", "--samples"},
     "data pack-stats": {"config", "overrides"},
     "data write": {"config", "overrides", "--out", "--format", "--shard-mib", "--tokenise"},
-    "data verify": {"run"},
+    "data verify": {"run", "overrides"},
 }
 
 

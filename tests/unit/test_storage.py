@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from typing import ClassVar
 from uuid import uuid4
 
@@ -14,8 +15,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dist_ft import storage
+from dist_ft import patience, storage
 from dist_ft.errors import StorageError
+from dist_ft.patience import attempts
 from dist_ft.storage import Store
 
 
@@ -49,7 +51,7 @@ class Flaky(MemoryFileSystem):
 def flaky(monkeypatch):
     """Return a function: the errors the next reads meet -> a store on a filesystem that raises them."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(storage, "wait_random_exponential", lambda **_: lambda state: 0)
+    monkeypatch.setattr(patience, "wait_random_exponential", lambda **_: lambda state: 0)
 
     def prepare(*failures, url="flaky://bucket"):
         Flaky.failures, Flaky.calls = list(failures), 0
@@ -117,7 +119,7 @@ def test_of_many_threads_one_creates(tmp_path):
 
 
 def test_short_answers_are_errors(store, monkeypatch):
-    monkeypatch.setattr(storage, "wait_random_exponential", lambda **_: lambda state: 0)
+    monkeypatch.setattr(patience, "wait_random_exponential", lambda **_: lambda state: 0)
     store.write("file", b"0123")
     with pytest.raises(StorageError, match=r"4 bytes came, 10 were asked for from 0"):
         store.read("file", 0, 10)
@@ -214,7 +216,7 @@ def test_lasting_trouble_is_one_error(flaky):
         store.read("file")
     assert str(caught.value) == ("flaky://bucket/file: can not read it (OSError: 503 SlowDown); gave up after 5 tries; "
                                  "check that the endpoint answers")
-    assert Flaky.calls == storage.ATTEMPTS == 5
+    assert Flaky.calls == patience.ATTEMPTS == 5
     assert caught.value.retryable
 
 
@@ -254,3 +256,17 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match=r"file/run/x: can not write it \(NotADirectoryError"):
         Store(str(tmp_path / "file" / "run")).write("x", b"")
+
+
+def test_a_place_that_does_not_answer_is_given_up_and_not_asked_again(monkeypatch):
+    """For who waits at a terminal: one bound for a call, and none at all for the next to the same place."""
+    asked, never = [], threading.Event()
+    monkeypatch.setattr(storage, "filesystem", lambda url: (asked.append(url), never.wait(30)))
+    begun = time.monotonic()
+    with attempts(2, seconds=0.2):
+        for path, said in (("a", "no answer within 0.2 s"), ("b", "s3://silent gave no answer before")):
+            with pytest.raises(StorageError, match=rf"s3://silent/{path}: can not read it \(NoAnswerError: {said}\); check the "
+                                                   r"endpoint \(storage.options, proxies, firewalls\), or try again later"):
+                Store("s3://silent").read(path)
+    assert asked == ["s3://silent/a"] and time.monotonic() - begun < 5
+    never.set()

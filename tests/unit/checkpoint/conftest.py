@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from unit.small import checkpoints, make_engine, train
 
-from dist_ft import storage
+from dist_ft import patience
 from dist_ft.checkpoint.catalogue import begin_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.storage import Store
@@ -39,4 +39,4 @@ def attempt(store):
 @pytest.fixture
 def quick(monkeypatch):
     """Retries without waiting."""
-    monkeypatch.setattr(storage, "wait_random_exponential", lambda **_: lambda state: 0)
+    monkeypatch.setattr(patience, "wait_random_exponential", lambda **_: lambda state: 0)
