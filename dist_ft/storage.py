@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from dist_ft import local_files
+from dist_ft import listing, local_files
 from dist_ft.errors import StorageError
 from dist_ft.logs import redact
 from dist_ft.patience import num_tries, patiently
@@ -116,7 +116,7 @@ class Store:
 
     def exists(self, path: str = "") -> bool:
         """Tell whether a file or folder is there."""
-        return bool(self._call("read", path, lambda fs, full: _exists(fs, full)))
+        return bool(self._call("read", path, listing.exists))
 
     def walk(self, path: str = "") -> list[str]:
         """Return the sorted paths of all files below a folder, relative to this store."""
@@ -124,7 +124,7 @@ class Store:
 
     def list(self, path: str = "") -> list[str]:
         """Return the sorted names in a folder; an absent folder has none."""
-        return self._call("list", path, _names)
+        return self._call("list", path, listing.names)
 
     def remove(self, path: str) -> None:
         """Remove a file or a folder; an absent one is no error."""
@@ -166,16 +166,8 @@ def glob(url: str) -> dict[str, dict[str, Any]]:
     What the listing tells is enough: no file is asked for by itself. `version` changes when a file's content may have.
     """
     def find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-        found = fs.glob(path, detail=True) if any(char in path for char in "*?[") else {}
-        if found:  # a pattern; else perhaps a name that looks like one
-            pass
-        elif fs.isdir(path):
-            found = fs.find(path, detail=True)
-        else:
-            found = {path: fs.info(path)} if _exists(fs, path) else {}
-        files = {name: info for name, info in found.items() if info["type"] != "directory"}
-        return {name if is_local(url) else fs.unstrip_protocol(name): _about(files[name])
-                for name in sorted(_visible(files))}
+        return {name if is_local(url) else fs.unstrip_protocol(name): _about(info)
+                for name, info in listing.matching(fs, path).items()}
 
     return _attempt("list", url, find)
 
@@ -199,37 +191,11 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(fs)), path
 
 
-def _exists(fs: Any, path: str) -> bool:
-    try:
-        fs.info(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _visible(names: Iterable[str]) -> list[str]:
-    """Return `names` without those of files that are still being written."""
-    return [name for name in names if not posixpath.basename(name).startswith(local_files.HIDDEN)]
-
-
-def _names(fs: Any, path: str) -> list[str]:
-    try:
-        found = fs.ls(path, detail=False, refresh=True)
-    except FileNotFoundError:
-        return []
-    names = {posixpath.basename(name.rstrip("/")) for name in found if name.rstrip("/") != path.rstrip("/")}
-    return sorted(_visible(names))
-
-
 def _below(fs: Any, path: str) -> list[str]:
-    try:
-        found = fs.find(path)
-    except FileNotFoundError:
-        return []
     root = path.rstrip("/") + "/"
-    return _visible(name[len(root):] for name in found if name.startswith(root))
+    return [name[len(root):] for name in listing.below(fs, path) if name.startswith(root)]
 
 
 def _remove(fs: Any, path: str) -> None:
-    if _exists(fs, path):
+    if listing.exists(fs, path):
         fs.rm(path, recursive=True)

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -170,5 +171,18 @@ def sometimes(share: float, fault: Fault, seed: int = 0, methods: tuple[str, ...
     def choose(method: str, path: str) -> Fault | None:
         with lock:
             return fault if method in methods and drawn.random() < share else None
+
+    return choose
+
+
+def at_first(times: int, fault: Fault) -> Chooser:
+    """Return a chooser that lets the first requests for each path fail, so often."""
+    asked: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def choose(method: str, path: str) -> Fault | None:
+        with lock:
+            asked[path] += 1
+            return fault if asked[path] <= times else None
 
     return choose

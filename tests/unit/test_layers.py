@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dist_ft"
-FOUNDATIONS = ("errors", "logs", "failpoints", "local_files", "storage_errors", "patience", "storage", "world")
+FOUNDATIONS = ("errors", "logs", "failpoints", "local_files", "listing", "storage_errors", "patience", "storage", "world")
 LAYERS = ("config", "data", "model", "engine", "checkpoint", "train", "plan", "runtime", "api", "cli_data", "cli")
 DOORS = {"ray": "runtime/ray_train.py", "deepspeed": "engine/deepspeed_engine.py", "fsspec": "storage.py"}
 LONGEST_MODULE, LONGEST_FUNCTION = 300, 60
