@@ -23,8 +23,8 @@ def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
     from dist_ft.runtime import build
 
     world = World.from_environment()
-    with _process_group(config, world), stop_on_signal() as should_stop:
-        hooks = hooks or Hooks()
+    hooks = hooks or Hooks()
+    with _process_group(config, world), stop_on_signal(hooks.console) as should_stop:
         asked = hooks.should_stop
         return build.run(config, world, replace(hooks, should_stop=lambda: should_stop() or asked()))
 
@@ -63,7 +63,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def stop_on_signal(console: Console | None = None) -> Iterator[Callable[[], bool]]:
+def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
     """Yield a question: was this process asked to stop? A second signal acts as if nobody listened."""
     wanted = threading.Event()
     previous: dict[int, Any] = {}
@@ -71,8 +71,7 @@ def stop_on_signal(console: Console | None = None) -> Iterator[Callable[[], bool
     def handle(number: int, _frame: Any) -> None:
         signal.signal(number, previous[number])
         wanted.set()
-        (console or Console()).say(
-            f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)")
+        console.say(f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)")
 
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -81,3 +80,5 @@ def stop_on_signal(console: Console | None = None) -> Iterator[Callable[[], bool
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        console.close()
+        console.close()

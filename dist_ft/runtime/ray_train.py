@@ -148,8 +148,8 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
                 relay.stop.remote()
             for kind, text in ray.get(relay.take.remote()):
                 getattr(console, kind)(text)
-    for kind, text in ray.get(relay.take.remote()):
-        getattr(console, kind)(text)
+        for kind, text in ray.get(relay.take.remote()):
+            getattr(console, kind)(text)
     return failure[0] if failure else None
 
 

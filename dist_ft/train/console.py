@@ -18,10 +18,14 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print `text` on lines of its own."""
+        self.close()
+        self._write(f"{text}\n")
+
+    def close(self) -> None:
+        """End the progress line, if one is shown: what others print begins on a line of its own."""
         if self._open:
             self._write("\n")
             self._open = False
-        self._write(f"{text}\n")
 
     def progress(self, text: str) -> None:
         """Show `text` as the current progress line."""

@@ -38,7 +38,8 @@ def test_the_first_signal_is_a_wish(number):
 
 
 def test_the_second_signal_ends_the_process():
-    program = ("import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\nwith stop_on_signal():\n"
+    program = ("import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\n"
+               "from dist_ft.train.console import Console\nwith stop_on_signal(Console()):\n"
                "    os.kill(os.getpid(), signal.SIGTERM)\n    print('once', flush=True)\n"
                "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n")
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -50,7 +51,7 @@ def test_beside_the_main_thread_signals_are_left_alone():
     seen = []
 
     def watch():
-        with stop_on_signal() as asked:
+        with stop_on_signal(Console()) as asked:
             seen.append((asked(), signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)

@@ -32,7 +32,10 @@ def test_on_a_terminal_progress_replaces_itself():
         console.progress(text)
     console.say("done")
     console.say("bye")
-    assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\ndone\nbye\n"
+    console.progress("step 3")
+    console.close()
+    console.close()
+    assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\ndone\nbye\n\r\x1b[2Kstep 3\n"
 
 
 def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
