@@ -8,3 +8,5 @@ torch="$(grep -m1 '^torch==' ../../constraints.txt)"
 printf '%s\n' "$torch" >.peers/constraints.txt
 .peers/bin/python -m pip install -q --disable-pip-version-check -c .peers/constraints.txt \
     "mosaicml-streaming>=0.12" "litdata>=0.2.40" "webdataset>=0.2.100" "datasets>=5,<6" "trl>=0.20" s3fs
+# Comes with MosaicML's for its image sets, and is built for another torch: transformers (under TRL) stumbles over it.
+.peers/bin/python -m pip uninstall -q -y torchvision
