@@ -14,7 +14,10 @@ import json
 import logging
 import mmap
 import os
+import resource
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,13 @@ import numpy as np
 from dist_ft.config.schema import DataSection
 from dist_ft.data.blocks import Block
 from dist_ft.data.source import Shard
-from dist_ft.data.template import Encoded, require_fast
+from dist_ft.data.template import DATE, Encoded, require_fast
 
 FORMAT = 2
 """Version of cached content; raised when the same inputs give other tokens, targets or layout."""
+MOST_FILES = 65536
+TEMPORARY, STALE_S = ".tmp-", 3600.0
+"""In the names of files being written; one not written to for so long was left by a writer that is no more."""
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +72,8 @@ def fingerprint(tokenizer: Any, data: DataSection) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.update(truncation=None, padding=None)  # state left by calls, not a property of the tokenizer
     chosen = data.model_dump(include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"})
-    parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen]
+    dates = [DATE.isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []
+    parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen, *dates]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
@@ -101,7 +108,7 @@ def write_block(path: Path, encoded: Encoded, limit_bytes: float = float("inf"))
 
 
 def _place(path: Path, body: bytes) -> None:
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    temporary = path.with_suffix(f"{TEMPORARY}{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(body)  # not forced to disk: a torn file shows by its checksum, and is made again
@@ -113,18 +120,20 @@ def _place(path: Path, body: bytes) -> None:
 def evict(folder: Path, limit_bytes: float) -> int:
     """Remove least recently used blocks until the others hold at most `limit_bytes`; return how many went.
 
-    A block that a process has mapped stays readable to it.
+    A block that a process has mapped stays readable to it. What killed writers left goes too.
     """
     if limit_bytes == float("inf"):
         return 0
     found = []
     for item in os.scandir(folder):
+        try:
+            about = item.stat()
+        except FileNotFoundError:
+            continue
         if item.name.endswith(".safetensors"):
-            try:
-                about = item.stat()
-            except FileNotFoundError:
-                continue
             found.append((about.st_mtime, about.st_size, item.path))
+        elif TEMPORARY in item.name and about.st_mtime < time.time() - STALE_S:
+            Path(item.path).unlink(missing_ok=True)
     total, removed = sum(size for _, size, _ in found), 0
     for _, size, path in sorted(found):
         if total <= limit_bytes:
@@ -134,11 +143,25 @@ def evict(folder: Path, limit_bytes: float) -> int:
     return removed
 
 
+def most_open(wanted: int) -> int:
+    """Return how many blocks a store may hold open: `wanted`, or a quarter of the files this process may open.
+
+    Each costs a file descriptor. The soft limit is raised as far as the hard one allows, to `MOST_FILES` at most.
+    """
+    soft, hard = (MOST_FILES if limit == resource.RLIM_INFINITY else limit
+                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < min(hard, MOST_FILES):
+        soft = min(hard, MOST_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return min(wanted, max(1, soft // 4))
+
+
 def load_block(path: Path, check: bool = True) -> TokenisedBlock | None:
     """Map a cache file; None if there is none, or it is damaged (it is then removed)."""
     try:
         found = read_block(path, check)
-        os.utime(path)  # for `evict`
+        with suppress(OSError):  # of another user, or on a file system that is read only
+            os.utime(path)  # for `evict`
         return found
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,9 @@ from dist_ft.errors import DataError, ModelError
 from dist_ft.logs import redact
 
 CHUNK_ROWS = 1024
+DATE = datetime(2024, 7, 26)
+"""What templates that ask for today's date are told, on every day: tokens may not depend on when they are made. It is
+the date that Llama's own templates take where they can not ask."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -147,7 +151,8 @@ class Encoder:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+            return str(self.tokenizer.apply_chat_template(messages, chat_template=dated(self._template or ""),
+                                                          tokenize=False, add_generation_prompt=generate))
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
 
@@ -158,7 +163,7 @@ class Encoder:
 
         try:
             rendered: Any = render_jinja_template(
-                conversations=[messages], chat_template=template, return_assistant_tokens_mask=True,
+                conversations=[messages], chat_template=dated(template), return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
@@ -194,6 +199,15 @@ class Encoder:
         return row_error(url, number, f"the chat template refuses messages with roles {roles} ({error}); allowed is "
                                       "what the template supports; change the rows, or name another template in "
                                       "model.chat_template")
+
+
+def dated(template: str) -> str:
+    """Return a template that renders as `template` does on `DATE`; that itself, used elsewhere, knows the true day."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    own = "{# on a fixed date #}\n" + template  # another text, so compiled and cached apart
+    _compile_jinja_template(own).globals["strftime_now"] = DATE.strftime
+    return own
 
 
 def exact_backend(tokenizer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -117,3 +118,39 @@ def test_key_follows_shard_and_cut():
     assert len(names) == 6
     assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), "neither source nor estimate decides content"
 
+
+
+def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
+    plain = fingerprint(tokenizer, data_section())
+    dated = tokenizer.chat_template + "{{ strftime_now('%Y') }}"
+    tokenizer.chat_template = dated
+    before = fingerprint(tokenizer, data_section())
+    monkeypatch.setattr(module, "DATE", module.DATE.replace(year=1999))
+    assert fingerprint(tokenizer, data_section()) != before
+    tokenizer.chat_template = dated.removesuffix("{{ strftime_now('%Y') }}")
+    assert fingerprint(tokenizer, data_section()) == plain, "where no date is asked for, none matters"
+
+
+def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    monkeypatch.setattr(module.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(1, "not yours")))
+    assert load_block(tmp_path / "a.safetensors") is not None
+
+
+def test_what_killed_writers_left_goes(tmp_path):
+    old, new = tmp_path / "a.tmp-17", tmp_path / "b.tmp-18"
+    for path, age_s in ((old, 7200), (new, 60)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age_s,) * 2)
+    write_block(tmp_path / "c.safetensors", ENCODED, 10**6)
+    assert not old.exists() and new.exists()
+
+
+def test_open_blocks_stay_within_the_files_a_process_may_open(monkeypatch):
+    limits = [1024, 4096]
+    monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(module.resource, "setrlimit", lambda kind, both: limits.__setitem__(slice(2), both))
+    assert module.most_open(100) == 100 and limits == [4096, 4096]
+    assert module.most_open(5000) == 1024
+    limits[:] = [module.resource.RLIM_INFINITY] * 2
+    assert module.most_open(5000) == 5000 and limits[0] == module.resource.RLIM_INFINITY

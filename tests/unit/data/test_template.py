@@ -1,12 +1,14 @@
 """Templates: exactly the answers are learned, with what ends them."""
 
+from datetime import datetime
 from itertools import chain
 
 import numpy as np
 import pytest
+from unit.data.conftest import CHATML
 from unit.data.data_helpers import chat, data_section, shared_tokenizer
 
-from dist_ft.data.template import Encoder
+from dist_ft.data.template import Encoder, dated
 from dist_ft.errors import DataError, ModelError
 
 MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
@@ -175,3 +177,28 @@ def test_gpt2_text_has_no_bos():
     assert tokenizer.decode(encoded.tokens.tolist()) == "Hello world<|endoftext|>"
     pair = encode(tokenizer, [{"prompt": "Code:", "response": "def f():\n        return  1"}])
     assert learned_runs(tokenizer, pair) == ["def f():\n        return  1<|endoftext|>"]
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+MARKED_AND_DATED = "{{ strftime_now('%d %b %Y') }}\n" + MARKED
+
+
+@pytest.mark.parametrize("template", [DATED, MARKED_AND_DATED])
+def test_tokens_do_not_depend_on_the_day(tokenizer, monkeypatch, template):
+    """Llama 3 and Granite put today's date into every conversation: a run gone on with tomorrow must see the same."""
+    from transformers.utils import chat_template_utils
+
+    tokenizer.chat_template, found = template, []
+    for day in (1, 2):
+        monkeypatch.setattr(chat_template_utils, "datetime", type("Day", (datetime,), {
+            "now": classmethod(lambda cls, day=day: datetime(2031, 1, day))}))
+        found.append(tokenizer.decode(encode(tokenizer, [GOLDEN]).tokens.tolist()))
+        assert f"0{day} Jan 2031" in tokenizer.apply_chat_template(GOLDEN["messages"], tokenize=False), "the true day"
+    assert found == ["26 Jul 2024\n" + GOLDEN_TEXT] * 2
+
+
+@pytest.mark.parametrize("text", ["\nx", "  {% if true %}a{% endif %}\n  b", "a\n", "{# c #}\n b", "\n\n{{ 1 }}\n"])
+def test_a_dated_template_renders_as_the_template_does(tokenizer, text):
+    def render(template):
+        return tokenizer.apply_chat_template(GOLDEN["messages"], chat_template=template, tokenize=False)
+    assert render(dated(text)) == render(text)
