@@ -23,12 +23,14 @@ class Part:
         start: the first byte of plain JSON lines (a line belongs to the part it begins in), else the first row.
         stop: the first byte or row after it; `END` for the end of the shard.
         num_bytes: about how much text it holds.
+        group: the same for parts of a shard that are cut from one row group, so that each costs reading it; else `END`.
     """
 
     shard: int
     start: int
     stop: int
     num_bytes: int
+    group: int = END
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from dist_ft.data import readers
 from dist_ft.data.blocks import Block
 from dist_ft.data.cache import TokenisedBlock, key
-from dist_ft.data.source import Shard
+from dist_ft.data.source import Row, Shard
 from dist_ft.data.store import BlockStore
 from dist_ft.data.write import as_jsonl, as_parquet
 from dist_ft.errors import DataError
@@ -37,17 +38,18 @@ def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
     if (SOURCE in there and out.read(SOURCE).decode() != about) or (SOURCE not in there and there):
         raise DataError(f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
                         "empty folder, or the same call again, is allowed; choose another folder")
-    total, written = len(blocks.blocks), 0
+    total = len(blocks.blocks)
+    names = [f"part-{number:05d}-of-{total:05d}.{suffix}" for number in range(total)]
+    missing = [number for number, name in enumerate(names) if name not in there]
+    made: Iterator[Any] = (as_table(block) for _, block in blocks.each(missing)) if tokenise else _rows(
+        [blocks.blocks[number] for number in missing], blocks.shards)
     out.write(SOURCE, about.encode())
-    for number in range(total):
-        name = f"part-{number:05d}-of-{total:05d}.{suffix}"
+    for number, name in enumerate(names):
         if name not in there:
-            rows = as_table(blocks.block(number)) if tokenise else _rows(blocks.blocks[number], blocks.shards)
-            out.write(name, _encode(rows, suffix))
-            written += 1
+            out.write(name, _encode(next(made), suffix))
         progress(number + 1, total)
     out.write(COMPLETE, b"")
-    return written
+    return len(missing)
 
 
 def as_table(block: TokenisedBlock) -> Any:
@@ -59,15 +61,21 @@ def as_table(block: TokenisedBlock) -> Any:
                      "targets": pa.LargeListArray.from_arrays(offsets, pa.array(block.targets))})
 
 
-def _rows(block: Block, shards: Sequence[Shard]) -> list[Any]:
-    found: list[Any] = []
-    for part in block.parts:
-        for _, rows in readers.read(shards[part.shard], [part]):
-            found += rows if isinstance(rows, list) else rows.to_pylist()
-    for row in found:
-        if isinstance(row, DataError):
-            raise row
-    return found
+def _rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
+    """Yield the rows of each block; a shard that several have parts of is read in one pass."""
+    todo = [(number, part) for number, block in enumerate(blocks) for part in block.parts]
+    left, found = [len(block.parts) for block in blocks], list[Row]()
+    for shard, group in groupby(todo, key=lambda item: item[1].shard):
+        numbers, parts = zip(*group, strict=True)
+        for number, (_, rows) in zip(numbers, readers.read(shards[shard], parts), strict=True):
+            for row in rows if isinstance(rows, list) else rows.to_pylist():
+                if isinstance(row, DataError):
+                    raise row
+                found.append(row)
+            left[number] -= 1
+            if not left[number]:
+                yield found
+                found = []
 
 
 def _encode(rows: Any, suffix: str) -> bytes:

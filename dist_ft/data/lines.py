@@ -6,7 +6,10 @@ import csv
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from dist_ft.data import fetch
@@ -14,6 +17,9 @@ from dist_ft.data.blocks import END, Part, cut_range
 from dist_ft.data.source import Row, Shard, row_error
 from dist_ft.errors import DataError, DistFtError
 from dist_ft.logs import redact
+
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field; the csv module's own limit is 131,072."""
 
 
 def cuts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
@@ -30,18 +36,20 @@ def is_json_file(shard: Shard) -> bool:
 
 def sizes(shard: Shard) -> Iterator[tuple[int, int]]:
     """Yield (1, bytes) for every row, in one pass."""
-    if shard.kind == "csv":
-        for row in csv.reader(_text(shard), strict=True):
-            yield 1, sum(map(len, row))
-    else:
-        for line in _open(shard):
-            if line.strip():
-                yield 1, len(line)
+    with _decoding(shard):
+        if shard.kind == "csv":
+            csv.field_size_limit(LONGEST_FIELD)
+            for row in csv.reader(_text(shard), strict=True):
+                yield 1, sum(map(len, row))
+        else:
+            for line in _open(shard):
+                if line.strip():
+                    yield 1, len(line)
 
 
 def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Row | DataError]]]:
     """Yield (part, rows) in one pass; see `readers.read`."""
-    try:
+    with _decoding(shard):
         if shard.kind == "text":
             yield parts[0], [_text_row(shard)]
         elif shard.kind == "csv":
@@ -51,9 +59,19 @@ def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Row |
         else:
             for part in parts:
                 yield part, list(_json_rows(shard, _lines_of(shard, part), part.start))
+
+
+@contextmanager
+def _decoding(shard: Shard) -> Iterator[None]:
+    """Turn what the CSV reader or a decompressor says into one `DataError`."""
+    try:
+        yield
     except DistFtError:
         raise
-    except (OSError, EOFError, ValueError) as error:  # of a decompressor
+    except csv.Error as error:
+        raise DataError(redact(f"{shard.url}: is not CSV that can be read ({error}); write the shard "
+                               "again")) from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(redact(f"{shard.url}: is not whole {shard.codec or shard.kind} ({error}); write the shard "
                                "again")) from error
 
@@ -94,17 +112,13 @@ def _text(shard: Shard) -> Iterator[str]:
 
 
 def _csv_rows(shard: Shard) -> Iterator[Row | DataError]:
-    try:
-        reader = csv.DictReader(_text(shard), strict=True)
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                yield row_error(shard.url, number, "has another number of fields than the header; repair or remove "
-                                                   "the row")
-            else:
-                yield dict(row)
-    except csv.Error as error:
-        raise DataError(redact(f"{shard.url}: is not CSV that can be read ({error}); write the shard "
-                               "again")) from error
+    csv.field_size_limit(LONGEST_FIELD)
+    for number, row in enumerate(csv.DictReader(_text(shard), strict=True), 1):
+        if None in row or None in row.values():
+            yield row_error(shard.url, number, "has another number of fields than the header; repair or remove the "
+                                               "row")
+        else:
+            yield dict(row)
 
 
 def _text_row(shard: Shard) -> Row | DataError:
@@ -121,7 +135,7 @@ def _items(shard: Shard) -> Iterator[Any]:
     if is_json_file(shard) and first.lstrip().startswith(b"["):
         try:
             yield from json.loads(first + file.read())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(redact(f"{shard.url}: is not a JSON array ({error}); one object a line (.jsonl) is allowed "
                                    "too; repair the file")) from error
         return
@@ -168,10 +182,9 @@ def _json_rows(shard: Shard, items: Iterator[Any], first_byte: int = 0) -> Itera
             yield _bad_line(shard, number, first_byte,
                             f"byte {error.start} of the line is not UTF-8; convert the shard")
             continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        except (ValueError, RecursionError) as error:
             yield _bad_line(shard, number, first_byte,
-                            f"is not JSON ({what}); one object a line is needed; repair or remove the line")
+                            f"is not JSON ({_why(error)}); one object a line is needed; repair or remove the line")
             continue
         if not isinstance(row, dict):
             yield _bad_line(shard, number, first_byte, f"is a {type(row).__name__}; an object with named fields is "
@@ -180,12 +193,23 @@ def _json_rows(shard: Shard, items: Iterator[Any], first_byte: int = 0) -> Itera
         yield row
 
 
+def _why(error: ValueError | RecursionError) -> str:
+    """Return what `json.loads` has against a line; a whole number of thousands of digits is a plain ValueError."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "too deep" if isinstance(error, RecursionError) else str(error)
+
+
 def _bad_line(shard: Shard, number: int, first_byte: int, problem: str) -> DataError:
     return row_error(shard.url, number + rows_before(shard, first_byte), problem)
 
 
+@lru_cache(maxsize=16)
 def rows_before(shard: Shard, byte: int) -> int:
-    """Return how many rows of a plain .jsonl shard begin before `byte`. Reads all before it: for errors only."""
+    """Return how many rows of a plain .jsonl shard begin before `byte`.
+
+    For errors only, and asked for by each of a part's bad rows: reads all before it, once.
+    """
     count, blank = 0, True
     for chunk in fetch.stream(shard.url, 0, byte):
         for number, line in enumerate(chunk.split(b"\n")):

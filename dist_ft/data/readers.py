@@ -1,8 +1,9 @@
 """Rows of a shard as it lies: where it can be cut, and the rows of its parts in one pass.
 
-Guarantees: memory is bounded by a part, not by the shard; parts of plain JSON lines and of Parquet are read without
-what lies before them. A row that can not be decoded is returned as the `DataError` that says why, so that the caller
-decides. Does not interpret columns.
+Guarantees: memory is bounded by a part (and the row group or record batch it begins in), not by the shard; parts of
+plain JSON lines and of Parquet are read without what lies before them, save the row group they are cut from, which is
+read once for all parts that are asked for together. A row that can not be decoded is returned as the `DataError` that
+says why, so that the caller decides. Does not interpret columns.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +33,7 @@ def parquet_parts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
         size += num_bytes
         if size > 2 * block_bytes:
             cuts = cut_range(number, first - start, size, block_bytes)
-            parts += [Part(number, start + cut.start, start + cut.stop, cut.num_bytes) for cut in cuts]
+            parts += [Part(number, start + cut.start, start + cut.stop, cut.num_bytes, start) for cut in cuts]
             start, size = first, 0
     return [*parts, Part(number, start, first, size)] if first > start or not parts else parts
 
@@ -39,34 +41,38 @@ def parquet_parts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
 def sizes(shard: Shard) -> Iterator[tuple[int, int]]:
     """Yield (rows, bytes) of every record batch of an Arrow file."""
     with _decoding(shard):
-        for batch in _record_batches(shard):
+        for _, batch in _record_batches(*_arrow(shard)):
             yield batch.num_rows, batch.nbytes
 
 
 def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
-    """Yield (part, Arrow table of its rows), ascending."""
-    import pyarrow
-
+    """Yield (part, Arrow table of its rows), ascending, in one pass."""
     with _decoding(shard):
         if shard.kind == "parquet":
             file = _parquet(shard)
-            for part in parts:
-                yield part, _parquet_rows(file, part)
-            return
-        batches, at = _record_batches(shard), 0
-        held: list[Any] = []  # rows from `at` on
-        for part in parts:
-            stop = part.stop
-            while stop == END or at + sum(batch.num_rows for batch in held) < stop:
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                held.append(batch)
-            table = pyarrow.Table.from_batches(held)
-            count = None if stop == END else stop - part.start
-            yield part, table.slice(part.start - at, count)
-            held = table.slice(stop - at).to_batches() if stop != END else []
-            at = stop
+            yield from _by_parts(_row_groups(file, parts), parts, file.schema_arrow)
+        else:
+            reader, is_file = _arrow(shard)
+            yield from _by_parts(_record_batches(reader, is_file), parts, reader.schema)
+
+
+def _by_parts(batches: Iterator[tuple[int, Any]], parts: Sequence[Part], schema: Any) -> Iterator[tuple[Part, Any]]:
+    """Yield (part, table of its rows) from (first row, batch) in order; holds no batch that ends before the part."""
+    import pyarrow
+
+    held: deque[tuple[int, Any]] = deque()
+    for part in parts:
+        while held and held[0][0] + len(held[0][1]) <= part.start:
+            held.popleft()
+        while part.stop == END or not held or held[-1][0] + len(held[-1][1]) < part.stop:
+            first, batch = next(batches, (0, None))
+            if batch is None:
+                break
+            if first + len(batch) > part.start:
+                held.append((first, batch))
+        table = pyarrow.Table.from_batches([batch for _, batch in held], schema)
+        skipped = part.start - held[0][0] if held else 0
+        yield part, table.slice(skipped, None if part.stop == END else part.stop - part.start)
 
 
 def _parquet(shard: Shard) -> Any:
@@ -77,46 +83,39 @@ def _parquet(shard: Shard) -> Any:
                                        page_checksum_verification=True)
 
 
-def _parquet_rows(file: Any, part: Part) -> Any:
-    """Return the rows of a part, reading only the row groups it lies in."""
-    import pyarrow
-
-    about, first, skipped = file.metadata, 0, 0
-    groups: list[int] = []
-    stop = about.num_rows if part.stop == END else part.stop
-    for number in range(about.num_row_groups):
-        last = first + about.row_group(number).num_rows
-        if first < stop and last > part.start:
-            skipped = part.start - first if not groups else skipped
-            groups.append(number)
-        first = last
-    wanted, batches = stop - part.start, []
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups):
-        if skipped >= len(batch):
-            skipped -= len(batch)
+def _row_groups(file: Any, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, batch) of the row groups that parts lie in, each group once, those of a part at a time."""
+    about, done = file.metadata, 0
+    edges = [0, *itertools.accumulate(about.row_group(number).num_rows for number in range(about.num_row_groups))]
+    for part in parts:
+        stop = edges[-1] if part.stop == END else part.stop
+        groups = [number for number in range(done, about.num_row_groups)
+                  if edges[number] < stop and edges[number + 1] > part.start]
+        if not groups:
             continue
-        batches.append(batch.slice(skipped, wanted))
-        wanted -= len(batches[-1])
-        skipped = 0
-        if wanted == 0:
-            break
-    return pyarrow.Table.from_batches(batches, file.schema_arrow)
+        first, done = edges[groups[0]], groups[-1] + 1
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups):
+            yield first, batch
+            first += len(batch)
 
 
-def _record_batches(shard: Shard) -> Iterator[Any]:
-    """Yield the record batches of an Arrow file, of the stream or of the file format."""
+def _arrow(shard: Shard) -> tuple[Any, bool]:
+    """Return the opened Arrow file, and whether it is of the file format (or of the stream format)."""
     import io
 
     import pyarrow.ipc
 
     raw = io.BufferedReader(fetch.RangeFile(shard.url, shard.size), fetch.RANGE_BYTES)
     is_file = raw.peek(6)[:6] == b"ARROW1"
-    if not is_file:
-        yield from pyarrow.ipc.open_stream(raw)
-        return
-    file = pyarrow.ipc.open_file(raw)
-    for number in range(file.num_record_batches):
-        yield file.get_batch(number)
+    return (pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)), is_file
+
+
+def _record_batches(reader: Any, is_file: bool) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, record batch) of an Arrow file."""
+    first = 0
+    for batch in (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader):
+        yield first, batch
+        first += len(batch)
 
 
 @contextlib.contextmanager

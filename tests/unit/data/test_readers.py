@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import weakref
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ft.config.schema import Source
-from dist_ft.data import fetch, lines, readers
+from dist_ft.data import fetch, lines, readers, tables
 from dist_ft.data.blocks import END, Part, make_blocks
 from dist_ft.data.source import resolve
 from dist_ft.errors import DataError
@@ -161,3 +163,94 @@ def test_a_file_that_seeks(tmp_path):
     assert file.read() == content[-20:] and file.read() == b""
     file.seek(1000)
     assert file.read(300) == content[1000:1300] and file.tell() == 1300
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A list that gets the number of bytes of each ranged read."""
+    asked, fetch_range = [], fetch.fetch
+    monkeypatch.setattr(fetch, "fetch", lambda store, name, start, stop: (
+        asked.append(stop - start), fetch_range(store, name, start, stop))[1])
+    return asked
+
+
+def test_many_bad_lines_cost_one_look_at_what_lies_before(tmp_path, counted):
+    lines.rows_before.cache_clear()
+    content = jsonl(ROWS) + b"not json\n" * 50 + jsonl(ROWS)
+    shard = shard_of(str(tmp_path), "a.jsonl", content)
+    part = Part(0, len(jsonl(ROWS)), len(content), 0)
+    (rows,) = rows_of(shard, [part])
+    assert [f" row {201 + i}: is not JSON" in str(rows[i]) for i in range(51)] == [True] * 50 + [False]
+    assert sum(counted) < 2 * len(content) and len(counted) < 4
+
+
+BIG = [{"text": hashlib.sha512(f"{i}".encode()).hexdigest() * 4} for i in range(20_000)]
+
+
+def test_parts_of_one_row_group_are_read_in_one_pass(tmp_path, counted):
+    shard = shard_of(str(tmp_path), "a.parquet", parquet([*ROWS[:50], *BIG], compression="none", use_dictionary=False,
+                                                         row_group_size=30_000))
+    parts = readers.survey(shard, 0, shard.size // 20)
+    assert len(parts) > 15 and {part.group for part in parts} == {0}
+    counted.clear()
+    rows = rows_of(shard, parts)
+    assert [row["text"] for found in rows for row in found] == [row["text"] for row in [*ROWS[:50], *BIG]]
+    assert sum(counted) < 1.1 * shard.size, "the group once, not once a part"
+    counted.clear()
+    assert rows_of(shard, parts[7:8]) == rows[7:8] and rows_of(shard, parts[-1:]) == rows[-1:]
+    assert sum(counted) < 2.1 * shard.size, "a late part alone: the group once"
+    assert rows_of(shard, parts[2:18:5]) == rows[2:18:5]
+
+
+def test_row_groups_without_a_wanted_part_are_not_read(tmp_path, counted):
+    shard = shard_of(str(tmp_path), "a.parquet", parquet(BIG, compression="none", use_dictionary=False,
+                                                         row_group_size=1000))
+    parts = readers.survey(shard, 0, 10 * shard.size // 20)
+    parts = [Part(0, start, start + 1000, 0) for start in range(0, 20_000, 1000)]
+    counted.clear()
+    first, last = rows_of(shard, [parts[0], parts[15]])
+    assert first == BIG[:1000] and last == BIG[15_000:16_000] and sum(counted) < 0.2 * shard.size
+
+
+def test_a_late_part_of_an_arrow_file_does_not_hold_what_lies_before(monkeypatch):
+    alive, most = [], []
+
+    def batches():
+        for number in range(100):
+            batch = pa.RecordBatch.from_pylist([{"n": number}])
+            alive.append(weakref.ref(batch))
+            most.append(sum(one() is not None for one in alive))
+            yield number, batch
+
+    ((_, table),) = tables._by_parts(batches(), [Part(0, 95, 97, 0)], pa.schema([("n", pa.int64())]))
+    assert table.to_pylist() == [{"n": 95}, {"n": 96}] and max(most) <= 4
+
+
+@pytest.mark.parametrize("open_writer", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_an_arrow_file_without_a_batch_holds_no_row(tmp_path, open_writer):
+    found = io.BytesIO()
+    open_writer(found, pa.schema([("text", pa.string())])).close()
+    shard = shard_of(str(tmp_path), "a.arrow", found.getvalue())
+    assert rows_of(shard, readers.survey(shard, 0, 1000)) == [[]]
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path):
+    rows = [{"text": "x" * 200_000, "n": "1"}, {"text": "y", "n": "2"}]
+    shard = shard_of(str(tmp_path), "a.csv", as_csv(rows))
+    assert [row for found in rows_of(shard, readers.survey(shard, 0, 1000)) for row in found] == rows
+
+
+@pytest.mark.parametrize(("name", "content", "what"), [
+    ("a.csv", b'text,n\n"a"b,1\n' * 100, "is not CSV that can be read"),
+    ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-30], "is not whole gzip"),
+    ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:50] + b"\xff" * 2000, "is not whole gzip"),
+])
+def test_a_shard_that_can_not_be_decoded_is_named_by_the_survey_too(tmp_path, name, content, what):
+    with pytest.raises(DataError, match=f"/{name}: {what}"):
+        readers.survey(shard_of(str(tmp_path), name, content), 0, 100)
+
+
+def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path):
+    content = b'{"a": 1}\n{"a": ' + b"9" * 5000 + b'}\n{"a": 3}\n'
+    (rows,) = rows_of(shard := shard_of(str(tmp_path), "a.jsonl", content), readers.survey(shard, 0, 10**6))
+    assert rows[::2] == [{"a": 1}, {"a": 3}] and "a.jsonl row 2: is not JSON (Exceeds the limit" in str(rows[1])
