@@ -1,21 +1,22 @@
 """From the plan to batches: tokens of the lanes this worker runs, padded and shifted.
 
 Guarantees: a lane's batch is the same bytes in every world; a target is predicted from tokens of its own sample only;
-errors of the prefetching thread are raised where batches are consumed, and the thread ends with its iterator. Knows
-no ranks: the caller says which lanes.
+errors of the prefetching thread are raised where batches are consumed, and the thread ends with its iterator, or, where
+it waits for a block that is being made, once the store is closed. Knows no ranks: the caller says which lanes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
 
 from dist_ft.data.batch import IGNORED, Batch, empty_batch
+from dist_ft.data.cache import most_open
 from dist_ft.data.index import Index
 from dist_ft.data.order import mix
 from dist_ft.data.packing import sequences_of
@@ -25,6 +26,7 @@ from dist_ft.data.store import BlockStore
 from dist_ft.errors import DataError
 
 BLOCKS_AHEAD = 2
+CLOSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Loader:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            busy = wait([one for one in ahead if not one.cancelled()], CLOSE_S).not_done
+            pool.shutdown(wait=not busy)
 
     def packed(self, epoch: int, number: int) -> PackedBlock:
         """Return a block as packed in an epoch of its source. Safe over threads."""
@@ -103,8 +107,8 @@ class Loader:
         return found
 
     def _hold(self, num_lanes: int) -> None:
-        """Keep as many blocks open as so many lanes read from at a time, and as many again."""
-        self.store.most_open = 2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
+        """Keep as many blocks open as so many lanes read from at a time, and as many again, if files may be."""
+        self.store.most_open = most_open(2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks))
 
     def _pack(self, epoch: int, number: int) -> PackedBlock:
         data, length = self.plan.data, self.plan.batch.sequence_length

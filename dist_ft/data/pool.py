@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from queue import LifoQueue
+from threading import Lock
 from typing import Any
 
 from dist_ft import errors
@@ -34,12 +35,16 @@ class TokeniserPool:
         for _ in range(size):
             self._idle.put(None)
         self._folder: str | None = None
+        self._started: list[subprocess.Popen[str]] = []
+        self._closed = False
+        self._lock = Lock()
 
     def run(self, task: Mapping[str, Any]) -> None:
         """Have a process do a task (`tokenise.pack_task`) and wait for it. Safe over threads.
 
         Raises:
-            DistFtError: what the process met; StorageError if processes die of it (as one that runs out of memory).
+            DistFtError: what the process met; StorageError if processes die of it (as one that runs out of memory), or
+                if the pool was closed.
         """
         process, answer = self._idle.get(), None
         try:
@@ -61,21 +66,36 @@ class TokeniserPool:
             raise _error(*answer["error"])
 
     def close(self) -> None:
-        """End the processes. Tasks under way are not waited for."""
-        for _ in range(self._idle.qsize()):
-            process = self._idle.get()
-            if process is not None:
+        """End the processes. Tasks under way are not waited for: `run` raises, and no process is started any more."""
+        with self._lock:
+            self._closed = True
+            for process in self._started:
                 process.kill()
+            for process in self._started:
                 process.wait()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> subprocess.Popen[str]:
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
-            self._encoder.tokenizer.save_pretrained(self._folder)
+        """Return a new process, which `close` knows of.
+
+        Raises:
+            StorageError: the pool is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise StorageError("data: the tokeniser processes were ended while blocks were asked for; none is made "
+                                   "once a run closes; start it again")
+            if self._folder is None:
+                self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
+                self._encoder.tokenizer.save_pretrained(self._folder)
+            self._started = [process for process in self._started if process.poll() is None]
+            self._started.append(self._spawn(self._folder))
+            return self._started[-1]
+
+    def _spawn(self, folder: str) -> subprocess.Popen[str]:
         data = self._encoder.data
-        setup = {"tokenizer": self._folder, "data": data.model_dump(mode="json"), "limit_bytes": self._limit_bytes,
+        setup = {"tokenizer": folder, "data": data.model_dump(mode="json"), "limit_bytes": self._limit_bytes,
                  "options": self._options, "fingerprint": fingerprint(self._encoder.tokenizer, data)}
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])

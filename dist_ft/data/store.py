@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
 from dist_ft.data import cache, readers
-from dist_ft.data.blocks import Block
+from dist_ft.data.blocks import END, Block
 from dist_ft.data.cache import TokenisedBlock
 from dist_ft.data.pool import TokeniserPool
 from dist_ft.data.source import Shard, require_unchanged
@@ -49,10 +50,9 @@ class BlockStore:
         self._threads = ThreadPoolExecutor(max(2, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks")
         self._open: OrderedDict[int, TokenisedBlock] = OrderedDict()
         self._making: dict[int, Future[None]] = {}
-        self._passes: dict[int, list[int]] = {}
-        for number, block in enumerate(self.blocks):
-            if len(block.parts) == 1 and readers.is_sequential(self.shards[block.parts[0].shard]):
-                self._passes.setdefault(block.parts[0].shard, []).append(number)
+        self._passes: dict[tuple[int, int], list[int]] = {}
+        for number in range(len(self.blocks)):
+            self._passes.setdefault(self._pass(number), []).append(number)
         self._lock = Lock()
 
     def path(self, number: int) -> Path:
@@ -67,14 +67,14 @@ class BlockStore:
             StorageError: the data or the cache can not be read or written.
         """
         for _ in range(3):
-            with self._lock:
-                if number in self._open:
-                    self._open.move_to_end(number)
-                    return self._open[number]
-                found = cache.load_block(self.path(number))
-                if found is not None:
-                    return self._keep(number, found)
             try:
+                with self._lock:
+                    if number in self._open:
+                        self._open.move_to_end(number)
+                        return self._open[number]
+                    found = cache.load_block(self.path(number))
+                    if found is not None:
+                        return self._keep(number, found)
                 self.request(number).result()
             except OSError as error:
                 raise StorageError(f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
@@ -82,8 +82,12 @@ class BlockStore:
         raise StorageError(f"data.cache_dir={self.folder}: blocks vanish as soon as they are made; data.cache_gib must "
                            "hold those in use; raise it")
 
-    def request(self, number: int) -> Future[None]:
-        """Begin to make a block (and those that come with it) unless it is there or being made; do not wait."""
+    def request(self, number: int, wanted: Set[int] | None = None) -> Future[None]:
+        """Begin to make a block unless it is there or being made; do not wait.
+
+        Blocks that come with it are made in the same pass: those of them that are `wanted`; None: all that could only
+        be had by reading as much again.
+        """
         with self._lock:
             if number in self._making:
                 return self._making[number]
@@ -91,7 +95,7 @@ class BlockStore:
                 ready: Future[None] = Future()
                 ready.set_result(None)
                 return ready
-            together = self._together(number)
+            together = self._together(number, wanted)
             future = self._threads.submit(self._make, together)
             for each in together:
                 self._making[each] = future
@@ -99,11 +103,14 @@ class BlockStore:
         return future
 
     def each(self, numbers: Sequence[int]) -> Iterator[tuple[int, TokenisedBlock]]:
-        """Yield (number, block) for `numbers`, later ones being made meanwhile."""
-        ahead = 2 * (self._pool.size if self._pool else 1)
-        for place, number in enumerate(numbers):
-            for coming in numbers[place:place + ahead]:
-                self.request(coming)
+        """Yield (number, block) for ascending `numbers`, those of later passes being made meanwhile."""
+        ahead, wanted = 2 * (self._pool.size if self._pool else 1), frozenset(numbers)
+        starts = [next(own) for _, own in groupby(numbers, self._pass)]
+        passes = dict(zip(starts, range(len(starts)), strict=True))
+        for number in numbers:
+            at = passes.get(number)
+            for coming in [number] if at is None else starts[at:at + ahead]:
+                self.request(coming, wanted)
             yield number, self.block(number)
             with self._lock:
                 self._open.pop(number, None)
@@ -118,7 +125,8 @@ class BlockStore:
     def _keep(self, number: int, found: TokenisedBlock) -> TokenisedBlock:
         if self.checksums is not None and found.checksum != self.checksums[number]:
             shards = list(dict.fromkeys(self.shards[part.shard] for part in self.blocks[number].parts))
-            self.path(number).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path(number).unlink()
             for shard in shards:
                 require_unchanged(shard)
             urls = ", ".join(shard.url for shard in shards)
@@ -130,11 +138,27 @@ class BlockStore:
             self._open.popitem(last=False)
         return found
 
-    def _together(self, number: int) -> list[int]:
-        """Return the blocks that one pass makes: all that are missing of a shard that must be read from its start."""
-        parts = self.blocks[number].parts
-        peers = self._passes.get(parts[0].shard, [number]) if len(parts) == 1 else [number]
-        missing = [peer for peer in peers if peer not in self._making and not self.path(peer).exists()]
+    def _pass(self, number: int) -> tuple[int, int]:
+        """Return what blocks have in common that are best made in one pass: a shard, or one of its row groups."""
+        first = self.blocks[number].parts[0]
+        if len(self.blocks[number].parts) == 1:
+            if readers.is_sequential(self.shards[first.shard]):
+                return first.shard, END
+            if first.group != END:
+                return first.shard, first.group
+        return END, number
+
+    def _together(self, number: int, wanted: Set[int] | None) -> list[int]:
+        """Return the blocks that one pass makes: the missing ones of those that are wanted.
+
+        By default those are all blocks of a shard that must be read from its start, but none beside it of a row group,
+        which can be had alone: tokenising blocks that other nodes use costs more than reading the group again.
+        """
+        shard, group = self._pass(number)
+        if wanted is None and group != END:
+            return [number]
+        missing = [peer for peer in self._passes[shard, group] if (wanted is None or peer in wanted)
+                   and peer not in self._making and not self.path(peer).exists()]
         return missing if number in missing else [number]
 
     def _made(self, numbers: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -47,9 +48,9 @@ def tokenise(encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard]
         for (block, part), (_, rows) in zip(wanted, readers.read(shard, [part for _, part in wanted]), strict=True):
             done.append(_encode(encoder, shard, part, rows))
             left[block] -= 1
+            if check:
+                require_unchanged(shard)
             if not left[block]:
-                if check:
-                    require_unchanged(shard)
                 yield _join(done, shard)
                 done = []
 
@@ -101,6 +102,7 @@ def run_task(encoder: Encoder, task: dict[str, Any], limit_bytes: float) -> None
 
 def main() -> None:
     """Serve tasks from standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     os.nice(5)

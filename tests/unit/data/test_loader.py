@@ -1,11 +1,13 @@
 """The loader: targets stay within their sample, batches within their lane, and threads end."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from unit.data.data_helpers import batch_section, chat
 
+from dist_ft.data import loader as module
 from dist_ft.data.batch import IGNORED
 from dist_ft.data.loader import assemble
 from dist_ft.errors import DataError
@@ -157,3 +159,23 @@ def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
     with pytest.raises(DataError, match="the shard vanished"):
         next(stream)
     assert not threads()
+
+
+def test_closing_does_not_wait_for_a_block_that_is_being_made(loader, monkeypatch):
+    made, direct = threading.Event(), loader.batches
+    monkeypatch.setattr(module, "CLOSE_S", 0.2)
+    monkeypatch.setattr(loader, "batches", lambda step, lanes: direct(step, lanes) if not step else made.wait(20))
+    stream = loader.iterate(0, 10, range(2))
+    next(stream)
+    (thread,) = threads()
+    begun = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begun < 5 and thread.is_alive()
+    made.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_no_more_blocks_are_open_than_files_may_be(make_loader, monkeypatch):
+    monkeypatch.setattr(module, "most_open", lambda wanted: min(wanted, 3))
+    assert make_loader(ROWS).store.most_open == 3

@@ -1,17 +1,25 @@
 """Blocks: made once, here or by processes beside, checked against the index, shared by threads."""
 
+import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from unit.data.data_helpers import chat
 
+from dist_ft.config.schema import Source
 from dist_ft.data import store as module
+from dist_ft.data.index import cut_into_blocks
 from dist_ft.data.pool import TokeniserPool
+from dist_ft.data.source import resolve
 from dist_ft.data.store import BlockStore
+from dist_ft.data.write import write_parquet
 from dist_ft.errors import DataError, StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
 
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(40)]
 
@@ -106,12 +114,6 @@ def test_changed_shard_is_refused(make, tmp_path):
 
 def test_a_pass_over_a_compressed_shard_makes_all_its_blocks(tmp_path, make):
     import gzip
-    import json
-
-    from dist_ft.config.schema import Source
-    from dist_ft.data.index import cut_into_blocks
-    from dist_ft.data.source import resolve
-    from dist_ft.world import Collectives, World
 
     _, plain = make(ROWS, block_mib=0.0005)
     folder = tmp_path / "zipped"
@@ -157,8 +159,72 @@ def test_errors_of_a_process_are_those_of_the_worker(make, tmp_path, monkeypatch
     assert not any(thread.is_alive() for thread in store._threads._threads)
 
 
+def test_ctrl_c_is_the_parents_business(pooled):
+    plain, made, pool = pooled
+    made.block(0)
+    (process,) = pool._started
+    process.send_signal(signal.SIGINT)
+    assert same(plain.block(1), made.block(1)) and pool._started == [process]
+
+
+def test_closing_does_not_wait_for_busy_processes(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    _, plain = make(ROWS)
+    pool = TokeniserPool(1, plain.encoder, float("inf"), {})
+    store = again(plain, folder=tmp_path / "pooled", pool=pool)
+    store.block(0)
+    (process,) = pool._started
+    process.send_signal(signal.SIGSTOP)  # as busy as can be
+    futures = [store.request(number) for number in (1, 2, 3)]
+    time.sleep(0.2)
+    begun = time.monotonic()
+    store.close()
+    assert time.monotonic() - begun < 3
+    assert all(future.cancelled() or isinstance(future.exception(), StorageError) for future in futures)
+    assert pool._started == [process] and process.returncode == -signal.SIGKILL
+    with pytest.raises(StorageError, match="data: the tokeniser processes were ended"):
+        pool.run({})
+
+
 def test_little_data_needs_no_process(make, tmp_path):
     _, plain = make(ROWS)
     store = again(plain, folder=tmp_path / "other", pool=TokeniserPool(1, plain.encoder, float("inf"), {}))
     store.block(0)
     assert store._pool is None
+
+
+@pytest.fixture
+def grouped(make, tmp_path):
+    """A store over one Parquet shard of one row group, cut into many blocks."""
+    _, plain = make(ROWS, block_mib=0.0001)
+    write_parquet(ROWS, Store(str(tmp_path / "parquet")), "a", 1000)
+    shards = resolve([Source(path=str(tmp_path / "parquet"))])
+    blocks = cut_into_blocks(shards, plain.encoder.data, World(), Collectives())
+    assert len(blocks) > 5
+    return BlockStore(tmp_path / "grouped", plain.encoder, shards[0], blocks)
+
+
+def test_blocks_of_one_row_group_are_made_in_one_pass(grouped, monkeypatch):
+    tasks, run_task = [], module.run_task
+    monkeypatch.setattr(module, "run_task", lambda encoder, task, limit: (
+        tasks.append(len(task["blocks"])), run_task(encoder, task, limit)))
+    wanted = list(range(1, len(grouped.blocks)))
+    found = list(grouped.each(wanted))
+    assert [number for number, _ in found] == wanted and tasks == [len(wanted)], "all that are wanted, no other"
+    assert not grouped.path(0).exists()
+    assert sum(len(block.offsets) - 1 for _, block in found) < len(ROWS)
+
+
+def test_a_block_of_a_row_group_can_be_had_alone(grouped):
+    last = len(grouped.blocks) - 1
+    grouped.block(last)
+    assert [grouped.path(number).exists() for number in range(last + 1)] == [False] * last + [True]
+
+
+def test_each_shard_of_a_block_must_be_unchanged(make, tmp_path):
+    _, store = make(ROWS, block_mib=1)
+    assert len(store.blocks) == 1 and len(store.shards) > 3
+    path = tmp_path / "shards" / "train-00001-of-00006.jsonl"
+    path.write_text(path.read_text() + json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(DataError, match=r"train-00001-of-00006.jsonl: the shard changed after the data was listed"):
+        store.block(0)
