@@ -155,18 +155,25 @@ def build(shards: Sequence[Sequence[Shard]], store: BlockStore, data: DataSectio
         sequence_length: tokens a sequence.
         world: this rank.
         collectives: how ranks talk.
-        max_samples: only so many first rows count; 0: all.
+        max_samples: only so many first rows of all sources together count; 0: all.
 
     Raises:
         DataError: on all ranks with the same text what any rank met. Whether the whole may be trained on is
             `judge`'s business.
     """
+    def url(number: int) -> str:
+        return store.shards[store.blocks[number].parts[0].shard].url
+
     own = _own_share(store.blocks, world)
     made = store.each(own)
-    measures = _shared_out(own, lambda number: _measure(next(made), number, data, sequence_length),
-                           lambda number: store.shards[store.blocks[number].parts[0].shard].url, world, collectives)
+    measures = _shared_out(own, lambda number: _measure(next(made), number, data, sequence_length), url, world,
+                           collectives)
     if max_samples:
-        measures = _limited(measures, store, data, sequence_length, max_samples)
+        short, left = _limited(measures, max_samples)
+        again = _shared_out([number for number in own if number in left],
+                            lambda number: cutting.measure(store.block(number), data, sequence_length, left[number]),
+                            url, world, collectives)
+        measures = {**short, **again}
     found = Index(store.shards, tuple(i for i, source in enumerate(shards) for _ in source), store.blocks,
                   tuple(measures[i] for i in range(len(store.blocks))),
                   recipe(store.fingerprint, data, sequence_length, max_samples))
@@ -176,10 +183,12 @@ def build(shards: Sequence[Sequence[Shard]], store: BlockStore, data: DataSectio
 
 
 def _own_share(blocks: Sequence[Block], world: World) -> list[int]:
-    """Return the blocks this rank tokenises: of a shard that is read in one pass, all of them on one rank."""
+    """Return the blocks this rank tokenises: whole shards, or, of fewer shards than ranks, blocks side by side.
+
+    Either way what is read in one pass is read by few ranks.
+    """
     return [number for number, block in enumerate(blocks) if block.parts[0].shard % world.size == world.rank] \
-        if len({block.parts[0].shard for block in blocks}) >= world.size else list(
-            range(world.rank, len(blocks), world.size))
+        if len({block.parts[0].shard for block in blocks}) >= world.size else list(world.share(len(blocks)))
 
 
 def _measure(made: tuple[int, Any], number: int, data: DataSection, sequence_length: int) -> Measures:
@@ -187,17 +196,18 @@ def _measure(made: tuple[int, Any], number: int, data: DataSection, sequence_len
     return cutting.measure(made[1], data, sequence_length)
 
 
-def _limited(measures: dict[int, Measures], store: BlockStore, data: DataSection, sequence_length: int,
-             max_samples: int) -> dict[int, Measures]:
-    """Return the measures of the first `max_samples` rows only."""
-    limited, left = {}, max_samples
+def _limited(measures: dict[int, Measures], max_samples: int) -> tuple[dict[int, Measures], dict[int, int]]:
+    """Return the measures of the first `max_samples` rows, and how many rows count of the block they end in, if any.
+
+    That block (as a rule one) has to be measured again; blocks after it hold nothing.
+    """
+    limited, cut, left = {}, {}, max_samples
     for number in sorted(measures):
-        found = measures[number]
-        if found.num_rows > left:
-            found = cutting.measure(store.block(number), data, sequence_length, left)
-        limited[number] = found
-        left = max(0, left - found.num_rows)
-    return limited
+        limited[number] = measures[number] if left else cutting.nothing_of(measures[number])
+        if 0 < left < measures[number].num_rows:
+            cut[number] = left
+        left = max(0, left - measures[number].num_rows)
+    return limited, cut
 
 
 def _shared_out(numbers: Sequence[int], action: Callable[[int], T], name: Callable[[int], str], world: World,

@@ -72,9 +72,10 @@ def _refuse_nothing(index: Index, sequence_length: int) -> None:
         raise DataError("data: holds no sample; at least one is needed; check the sources")
     for source in range(max(index.shard_sources) + 1):
         own = [measure for block, measure in zip(index.blocks, index.measures, strict=True) if block.source == source]
-        if not sum(measure.num_sequences for measure in own):
+        rows = sum(measure.num_rows for measure in own)  # none where max_samples ends before this source
+        if rows and not sum(measure.num_sequences for measure in own):
             url = index.shards[index.shard_sources.index(source)].url
             raise DataError(redact(
-                f"data: none of the {sum(measure.num_rows for measure in own)} samples of {url} and the shards beside "
+                f"data: none of the {rows} samples of {url} and the shards beside "
                 f"it has a token to learn within batch.sequence_length={sequence_length}; raise it, or check "
                 "data.targets, data.overlong and the chat template"))

@@ -7,7 +7,7 @@ further pieces (which costs one target a cut: the first token of a piece has not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,8 +21,8 @@ class Measures:
     """The numbers of one block.
 
     Attributes:
-        num_rows: rows, those left out too.
-        part_rows: rows of each part.
+        num_rows: rows that count, those left out too.
+        part_rows: rows of each part, whether they count or not.
         num_pieces: pieces that are trained on.
         num_sequences: sequences they make; the same in every epoch.
         num_tokens: tokens of these pieces.
@@ -78,6 +78,12 @@ def measure(block: TokenisedBlock, data: DataSection, sequence_length: int, max_
         num_left_out=len(lengths) - len(np.unique(pieces[:, 0])), num_too_long=int((lengths > sequence_length).sum()),
         longest=int(lengths[longest]) if len(lengths) else 0, longest_row=longest, num_bad=len(block.bad_rows),
         first_bad=block.bad_rows[0] if block.bad_rows else "", format=block.format, checksum=block.checksum)
+
+
+def nothing_of(found: Measures) -> Measures:
+    """Return the numbers of a block of which no row counts: only what it is made of stays."""
+    return replace(found, num_rows=0, num_pieces=0, num_sequences=0, num_tokens=0, num_targets=0, num_left_out=0,
+                   num_too_long=0, longest=0, longest_row=0, num_bad=0, first_bad="")
 
 
 def cut(lengths: np.ndarray, sequence_length: int, overlong: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,12 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from unit.data.data_helpers import chat, run_ranks
+from unit.data.data_helpers import batch_section, chat, data_section, run_ranks
 
+from dist_ft.config.schema import Source
 from dist_ft.data import manifest
 from dist_ft.data.index import build, cut_into_blocks, recipe
 from dist_ft.data.judge import judge
+from dist_ft.data.loader import Loader
+from dist_ft.data.plan import Plan
+from dist_ft.data.source import resolve
 from dist_ft.data.store import BlockStore
+from dist_ft.data.template import Encoder
+from dist_ft.data.write import write_jsonl
 from dist_ft.errors import DataError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -121,9 +127,6 @@ def test_nothing_at_all(make):
 
 
 def test_a_shard_of_blank_lines_is_refused_by_name(make, tmp_path):
-    from dist_ft.config.schema import Source
-    from dist_ft.data.source import resolve
-
     _, blocks = make(ROWS)
     (tmp_path / "shards" / "zz.jsonl").write_text("\n\n")
     shards = resolve([Source(path=str(tmp_path / "shards"))])
@@ -206,3 +209,48 @@ def test_first_samples_only(make, count):
     shards, blocks = make(ROWS, pack=False)
     index = alone(shards, blocks, max_samples=count)
     assert index.total("num_sequences") == index.num_samples == min(count, 20)
+
+
+@pytest.fixture
+def two(make, tmp_path):
+    """Two sources of 20 and 5 rows, and their blocks."""
+    shards, blocks = make(ROWS)
+    write_jsonl(ROWS[:5], Store(str(tmp_path / "more")), "b", 100)
+    shards = (*shards, *resolve([Source(path=str(tmp_path / "more"))]))
+    data = data_section(train=["a", "b"], block_mib=0.0005, shuffle=False)
+    cuts = cut_into_blocks(shards, data, World(), Collectives())
+    return shards, BlockStore(tmp_path / "two", Encoder(blocks.encoder.tokenizer, data), (*shards[0], *shards[1]), cuts)
+
+
+@pytest.mark.parametrize("count", [6, 20, 22])
+def test_sources_beyond_the_first_samples_are_not_refused(two, count):
+    shards, blocks = two
+    index = alone(shards, blocks, max_samples=count)
+    assert index.num_samples == count
+    loader = Loader(Plan(index.counts, index.sources, blocks.encoder.data, batch_section(), 0), index, blocks)
+    seen = [piece for batches in loader.iterate(0, loader.steps_of_a_pass, range(2)) for batch in batches
+            for piece in batch.pieces[:, 0].tolist()]
+    assert sorted(seen) == list(range(count))
+
+
+def test_only_the_block_in_which_the_first_samples_end_is_looked_at_again(two, monkeypatch):
+    shards, blocks = two
+    loaded, block = [], blocks.block
+    monkeypatch.setattr(blocks, "block", lambda number: (loaded.append(number), block(number))[1])
+    alone(shards, blocks, max_samples=1)
+    assert loaded == [*range(len(blocks.blocks)), 0]
+
+
+def test_an_error_in_the_block_where_the_first_samples_end_is_raised_on_all(two, monkeypatch):
+    from dist_ft.data import index as module
+
+    shards, blocks = two
+    measure = module.cutting.measure
+    monkeypatch.setattr(module.cutting, "measure", lambda *values: measure(*values) if len(values) < 4 else 1 / 0)
+
+    def rank(world, collectives):
+        own = BlockStore(blocks.folder, blocks.encoder, blocks.shards, blocks.blocks)
+        return build(shards, own, blocks.encoder.data, 64, world, collectives, 1)
+
+    for error in run_ranks(2, rank):
+        assert isinstance(error, DataError) and "can not be read (ZeroDivisionError" in str(error)
