@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class Mixture:
         self._seed = seed
         self._repeats = [1.0 if is_weighted(data) else source.repeat or 1.0 for source in data.train]
         self._shares = [np.zeros(len(sizes))]  # of endless draws: what a lane is due before each round
+        self._lock = Lock()  # of `_shares`: the loader's thread draws while the trainer asks how far it is
         self._due = lru_cache(256)(self._make_due)
         self._turns = lru_cache(1024)(self._make_turns)
         self._tail = lru_cache(2)(self._make_tail)
@@ -112,9 +114,10 @@ class Mixture:
         if epoch != ENDLESS:
             sizes = np.subtract(self.base(epoch + 1), self.base(epoch)).astype(np.int64)
             return sizes * (round_number * ROUND) // max(1, int(sizes.sum()))
-        while len(self._shares) <= round_number:
-            step = (len(self._shares) - 0.5) * ROUND / self._micro_batch
-            self._shares.append(self._shares[-1] + self.weights(step) * ROUND)
+        with self._lock:
+            while len(self._shares) <= round_number:
+                step = (len(self._shares) - 0.5) * ROUND / self._micro_batch
+                self._shares.append(self._shares[-1] + self.weights(step) * ROUND)
         return np.floor(self._shares[round_number] + 1e-6).astype(np.int64)
 
     def _of_lane(self, epoch: int, row: int, lane: int) -> Draw:

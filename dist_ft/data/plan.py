@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Plan:
         self.mixture = Mixture(data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes)))
         self._endless = is_weighted(data)
         self._ends = [0]  # the first step after epochs of the run, one after the other
+        self._lock = Lock()  # of `_ends`: the loader's thread locates steps while the trainer asks how far it is
         self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
         self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
 
@@ -73,9 +75,10 @@ class Plan:
         """Return the steps of so many epochs of the run; the last of each may be partial."""
         if self._endless:
             return -(-sum(self._sizes) * epochs // self.batch.global_batch)
-        while len(self._ends) <= epochs:
-            size = self.mixture.size(len(self._ends) - 1)
-            self._ends.append(self._ends[-1] + -(-size // self.batch.global_batch))
+        with self._lock:
+            while len(self._ends) <= epochs:
+                size = self.mixture.size(len(self._ends) - 1)
+                self._ends.append(self._ends[-1] + -(-size // self.batch.global_batch))
         return self._ends[epochs]
 
     def total_steps(self, schedule: ScheduleSection) -> int:

@@ -41,13 +41,14 @@ def _write(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int, 
 
 
 def as_parquet(rows: Sequence[Row]) -> bytes:
-    """Return rows as a Parquet file, its pages with checksums."""
+    """Return rows as a Parquet file of all columns that any row has, its pages with checksums."""
     import pyarrow
     import pyarrow.parquet
 
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer,
-                                write_page_checksum=True)
+    pyarrow.parquet.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()
 
 

@@ -1,6 +1,8 @@
 """Mixing: shares are kept exactly, epochs are exact, and any draw is found by arithmetic."""
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,3 +105,14 @@ def test_spread_evenly():
     places = np.flatnonzero(found[:, 0] == 1)
     assert len(places) == 10 and np.diff(places).max() < 25
     assert sorted(map(tuple, found.tolist())) == [(0, i) for i in range(90)] + [(1, i) for i in range(10)]
+
+
+def test_threads_that_draw_at_once_see_the_same_shares(monkeypatch):
+    weighted = section({"weight": 1}, {"weight": 3})
+    alone, shared = Mixture(weighted, [100, 100], 2, 1, 0), Mixture(weighted, [100, 100], 2, 1, 0)
+    weights = Mixture.weights
+    monkeypatch.setattr(Mixture, "weights", lambda self, step: (time.sleep(0.001), weights(self, step))[1])
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: shared.draw(ENDLESS, 128 * n), range(20, 24)))
+    for number in range(0, 4000, 37):
+        assert shared.draw(ENDLESS, number) == alone.draw(ENDLESS, number)

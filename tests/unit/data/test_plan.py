@@ -1,6 +1,7 @@
 """The plan: every sequence once an epoch of its source, whatever the sizes; and nothing but counts, config, step."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from unit.data.data_helpers import batch_section, data_section
 
 from dist_ft.config.schema import ScheduleSection
+from dist_ft.data.mixture import Mixture
 from dist_ft.data.plan import Plan
 
 
@@ -152,3 +154,14 @@ def test_cost_does_not_grow_with_samples():
     begun = time.perf_counter()
     plan.slots(900, 5000)
     assert time.perf_counter() - begun < 1
+
+
+def test_threads_that_ask_at_once_see_the_same_epochs(monkeypatch):
+    def quarter():  # epochs of 1, 1, 1 and 2 steps
+        return plan_of([5, 9, 3], train=[{"path": "s", "repeat": 0.25}])
+
+    alone, plan, size = quarter(), quarter(), Mixture.size
+    monkeypatch.setattr(Mixture, "size", lambda self, epoch: (time.sleep(0.001), size(self, epoch))[1])
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(plan.steps_of, [20] * 4))
+    assert [plan.steps_of(epoch) for epoch in range(21)] == [alone.steps_of(epoch) for epoch in range(21)]

@@ -1,8 +1,11 @@
 """The writer's own refusals (what it writes is read back in test_source)."""
 
+import io
+
+import pyarrow.parquet
 import pytest
 
-from dist_ft.data.write import write_jsonl, write_parquet
+from dist_ft.data.write import as_parquet, write_jsonl, write_parquet
 from dist_ft.errors import DataError
 from dist_ft.storage import Store
 
@@ -15,3 +18,9 @@ def test_refusals(tmp_path, write):
     with pytest.raises(DataError, match="rows_per_shard=0: is too small"):
         write([{"a": 1}], store, "train", 0)
     assert store.walk() == []
+
+
+def test_columns_that_only_later_rows_have_are_kept():
+    rows = [{"text": "a"}, {"text": "b", "source": "web"}]
+    found = pyarrow.parquet.read_table(io.BytesIO(as_parquet(rows))).to_pylist()
+    assert found == [{"text": "a", "source": None}, rows[1]]
