@@ -52,7 +52,7 @@ class Loader:
     """Reads the batches of a plan."""
 
     def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2) -> None:
-        """Assign only."""
+        """Assign only; the process's soft limit of open files is raised (`cache.most_open`)."""
         self.plan = plan
         self.index = index
         self.store = store
