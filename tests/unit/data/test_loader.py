@@ -162,11 +162,13 @@ def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
 
 
 def test_closing_does_not_wait_for_a_block_that_is_being_made(loader, monkeypatch):
-    made, direct = threading.Event(), loader.batches
+    begun_to_wait, made, direct = threading.Event(), threading.Event(), loader.batches
     monkeypatch.setattr(module, "CLOSE_S", 0.2)
-    monkeypatch.setattr(loader, "batches", lambda step, lanes: direct(step, lanes) if not step else made.wait(20))
+    monkeypatch.setattr(loader, "batches", lambda step, lanes: direct(step, lanes) if not step else (
+        begun_to_wait.set(), made.wait(20)))
     stream = loader.iterate(0, 10, range(2))
     next(stream)
+    assert begun_to_wait.wait(5)
     (thread,) = threads()
     begun = time.monotonic()
     stream.close()
