@@ -9,7 +9,7 @@ from uuid import uuid4
 HIDDEN = ".tmp-"
 
 
-def write_file(path: str, content: bytes) -> None:
+def write_file(path: str, content: bytes | memoryview) -> None:
     """Write beside the target, force it to disk, rename over it."""
     _by_way_of(path, content, os.replace)
 
@@ -19,7 +19,7 @@ def create_file(path: str, content: bytes) -> None:
     _by_way_of(path, content, os.link)
 
 
-def _by_way_of(path: str, content: bytes, place: Callable[[str, str], None]) -> None:
+def _by_way_of(path: str, content: bytes | memoryview, place: Callable[[str, str], None]) -> None:
     """Write a hidden file beside `path`, force it to disk, `place` it, force the folder's entry to disk."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)

@@ -27,9 +27,13 @@ from dist_ft.logs import redact
 from dist_ft.storage_errors import NoAnswerError, is_transient
 
 log = logging.getLogger("dist_ft.storage")
-ATTEMPTS = 5
+ATTEMPTS = 8
+"""Tries of a call: with the waits between them, half a minute of outage on average."""
+STUBBORN = 20
+"""Tries of what must not be lost: some minutes."""
 DEADLINE_S = 300.0
 """No further try begins after so long."""
+LONGEST_WAIT_S = 30.0
 TOLD_FROM = 3
 """From this try on a failure is told, for then someone may be waiting."""
 
@@ -44,20 +48,23 @@ class _Patience:
         silent: places that gave no answer: they are not asked again.
     """
 
-    tries: int = ATTEMPTS
+    tries: int
     seconds: float | None = None
     silent: set[str] = field(default_factory=set)
 
 
-_USUAL = _Patience()
-_patience: ContextVar[_Patience] = ContextVar("patience", default=_USUAL)
+_patience: ContextVar[_Patience | None] = ContextVar("patience", default=None)
+
+
+def _current() -> _Patience:
+    return _patience.get() or _Patience(ATTEMPTS)
 
 
 @contextmanager
 def attempts(number: int, seconds: float | None = None) -> Iterator[None]:
     """Within: give up after so many tries, and on a place that does not answer within `seconds`.
 
-    For questions whose asker waits, such as `dist-ft check`.
+    Few for questions whose asker waits, such as `dist-ft check`; STUBBORN for what would be lost.
     """
     before = _patience.set(_Patience(number, seconds))
     try:
@@ -68,7 +75,7 @@ def attempts(number: int, seconds: float | None = None) -> Iterator[None]:
 
 def num_tries() -> int:
     """Return how often a call is tried here."""
-    return _patience.get().tries
+    return _current().tries
 
 
 def patiently(url: str, call: Callable[[], Any], bounded: bool = True) -> Any:
@@ -87,14 +94,14 @@ def _retrying(url: str) -> Retrying:
         if state.attempt_number >= TOLD_FROM:
             log.warning("%s: try %d failed (%s), trying again", redact(url), state.attempt_number, type(error).__name__)
 
-    return Retrying(stop=stop_after_attempt(_patience.get().tries) | stop_after_delay(DEADLINE_S),
-                    wait=wait_random_exponential(multiplier=0.2, max=5), retry=retry_if_exception(is_transient),
-                    before_sleep=tell, reraise=True)
+    return Retrying(stop=stop_after_attempt(_current().tries) | stop_after_delay(DEADLINE_S),
+                    wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),
+                    retry=retry_if_exception(is_transient), before_sleep=tell, reraise=True)
 
 
 def _in_time(url: str, call: Callable[[], Any]) -> Any:
     """Return `call()`; where patience has an end, a call that gives no answer is left behind in its thread."""
-    patience, place = _patience.get(), "/".join(url.split("/")[:3])
+    patience, place = _current(), "/".join(url.split("/")[:3])
     if patience.seconds is None:
         return call()
     if place in patience.silent:

@@ -73,11 +73,11 @@ class Store:
 
         return self._call("read", path, fetch)
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | memoryview) -> None:
         """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
         if is_local(self.url):
             return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
-        return self._call("write", path, lambda fs, full: fs.pipe_file(full, content))
+        return self._call("write", path, lambda fs, full: fs.pipe_file(full, bytes(content)))
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file only if it does not exist; return whether it was this call that made it."""
@@ -110,9 +110,9 @@ class Store:
     def _get(self, path: str, local: str) -> None:
         self._call("read", path, lambda fs, full: fs.get_file(full, local))
 
-    def size(self, path: str) -> int:
-        """Return the length of a file in bytes."""
-        return int(self._call("read", path, lambda fs, full: fs.info(full))["size"])
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """Return the length in bytes of every file below a folder, by its path relative to that folder; one listing."""
+        return self._call("list", path, lambda fs, full: _sizes(fs, full))
 
     def exists(self, path: str = "") -> bool:
         """Tell whether a file or folder is there."""
@@ -120,7 +120,7 @@ class Store:
 
     def walk(self, path: str = "") -> list[str]:
         """Return the sorted paths of all files below a folder, relative to this store."""
-        return sorted(posixpath.join(path, name) if path else name for name in self._call("list", path, _below))
+        return sorted(posixpath.join(path, name) if path else name for name in self.sizes(path))
 
     def list(self, path: str = "") -> list[str]:
         """Return the sorted names in a folder; an absent folder has none."""
@@ -191,9 +191,10 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(fs)), path
 
 
-def _below(fs: Any, path: str) -> list[str]:
+def _sizes(fs: Any, path: str) -> dict[str, int]:
     root = path.rstrip("/") + "/"
-    return [name[len(root):] for name in listing.below(fs, path) if name.startswith(root)]
+    return {name[len(root):]: int(info["size"] or 0) for name, info in listing.below(fs, path).items()
+            if name.startswith(root)}
 
 
 def _remove(fs: Any, path: str) -> None:

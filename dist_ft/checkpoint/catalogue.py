@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader
-from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.checkpoint.manifest import FileEntry, Manifest
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0, raise_together
@@ -23,12 +23,15 @@ ATTEMPTS = "attempts"
 
 
 def newest(store: Store, world: World, collectives: Collectives) -> Manifest | None:
-    """Return the newest checkpoint whose every file matches its manifest, or None; a collective call.
+    """Return the newest checkpoint whose every file matches its manifest; None before the first; a collective call.
 
     The files are shared out over the ranks for verification. What is passed over is logged with the reason. Storage
-    that does not answer, or a checkpoint of a newer dist_ft, is an error: the run must not go back because of it.
+    that does not answer, or a checkpoint of a newer dist_ft, is an error: the run must not go back because of it. So
+    is a run of which no checkpoint is sound: to begin again is for its owner to decide.
     """
-    for name in on_rank0(world, collectives, lambda: committed(store)):
+    names = on_rank0(world, collectives, lambda: committed(store))
+    first = ""
+    for name in names:
         manifest, problem = None, ""
         failure: DistFtError | None = None
         try:
@@ -44,6 +47,10 @@ def newest(store: Store, world: World, collectives: Collectives) -> Manifest | N
             return manifest
         if world.rank == 0:
             log.warning("checkpoint %s is passed over: %s", name, problems[0])
+        first = first or problems[0]
+    if names:
+        raise CheckpointError(f"{store.shown(FOLDER)}: none of the {len(names)} committed checkpoints can be loaded "
+                              f"(the newest: {first}); restore one from a copy, or move the folder away to begin again")
     return None
 
 
@@ -80,12 +87,17 @@ def verify(store: Store, manifest: Manifest, world: World) -> None:
     folder = checkpoint_store(store, manifest)
     for index in world.share(len(manifest.files)):
         item = manifest.files[index]
-        content = _read(folder, item.path)
-        if len(content) != item.num_bytes:
-            raise CheckpointError(f"{folder.shown(item.path)}: {len(content)} bytes, the manifest says "
-                                  f"{item.num_bytes}")
-        if manifests.checksum(content) != item.checksum:
-            raise CheckpointError(f"{folder.shown(item.path)}: its checksum differs from the manifest's")
+        problem = _damage(folder, item) and _damage(folder, item)  # what was spoilt on the way comes well again
+        if problem:
+            raise CheckpointError(f"{folder.shown(item.path)}: {problem}")
+
+
+def _damage(folder: Store, item: FileEntry) -> str:
+    """Say how a file differs from its manifest; "" if it does not."""
+    content = _read(folder, item.path)
+    if len(content) != item.num_bytes:
+        return f"{len(content)} bytes, the manifest says {item.num_bytes}"
+    return "" if manifests.checksum(content) == item.checksum else "its checksum differs from the manifest's"
 
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:

@@ -58,14 +58,12 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
 
 def find(store: Store, step: int | None) -> Manifest:
     """Return the manifest to export, its files verified."""
+    newest = catalogue.newest(store, World(), Collectives()) if step is None else None
+    if newest is not None:
+        return newest
     names = catalogue.committed(store)
     if not names:
         raise CheckpointError(f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
-    if step is None:
-        newest = catalogue.newest(store, World(), Collectives())
-        if newest is None:
-            raise CheckpointError(f"{store.shown()}: every checkpoint is torn or altered; see the log above")
-        return newest
     steps = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)}  # newest attempt wins
     if step not in steps:
         raise CheckpointError(f"--step={step}: not among the checkpoints of {store.shown()}; there are "

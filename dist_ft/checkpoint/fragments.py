@@ -1,14 +1,14 @@
-"""Fragments: (parameter name, flat offset, values) in safetensors, and reading any part of them back.
+"""Fragments: (parameter name, flat offset, values) in safetensors files; reading any part of them back.
 
-A worker writes the slots it owns; a reader asks for the slots it has, in whatever world, and gets the bytes that
-overlap, in few merged range reads. Neither side knows the other's world size or ZeRO stage.
+A worker writes the slots it owns (`images`); a reader asks for the slots it has, in whatever world, and gets the bytes
+that overlap, in few merged range reads. Neither side knows the other's world size or ZeRO stage.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
 
 PART_BYTES = 64 * 2**20
-"""Largest file a worker writes at once; bounds the memory of writing and reading."""
+"""Most bytes of values in a file, and in one request: what is written, checked, sent, read at once."""
 GAP_BYTES = 2**20
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -30,16 +30,6 @@ HEADER_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """Values (n,) of elements [offset, offset + n) of state `key` of the flattened parameter `name`."""
-
-    name: str
-    key: str
-    offset: int
-    values: np.ndarray
-
-
-@dataclass(frozen=True)
 class Located:
     """Where a fragment's bytes lie: `start` is its first byte in the file."""
 
@@ -48,29 +38,6 @@ class Located:
     numel: int
     start: int
     dtype: np.dtype
-
-
-def serialise(fragments: Iterable[Fragment]) -> Iterator[bytes]:
-    """Yield safetensors files with at most PART_BYTES of values; larger fragments are cut."""
-    from safetensors.numpy import save
-
-    part: dict[str, np.ndarray] = {}
-    size = 0
-    for fragment in (piece for whole in fragments for piece in _cut(whole)):
-        if part and size + fragment.values.nbytes > PART_BYTES:
-            yield save(part)
-            part, size = {}, 0
-        part[f"{fragment.key}:{fragment.offset}:{fragment.name}"] = fragment.values
-        size += fragment.values.nbytes
-    if part:
-        yield save(part)
-
-
-def _cut(fragment: Fragment) -> Iterator[Fragment]:
-    """Yield `fragment` in pieces of at most PART_BYTES."""
-    most = max(1, PART_BYTES // fragment.values.itemsize)
-    for start in range(0, max(1, len(fragment.values)), most):
-        yield Fragment(fragment.name, fragment.key, fragment.offset + start, fragment.values[start:start + most])
 
 
 def read_header(store: Store, path: str, num_bytes: int) -> dict[tuple[str, str], list[Located]]:

@@ -1,13 +1,16 @@
 """Saving and loading the checkpoints of one run.
 
 Guarantees: a checkpoint exists when its manifest does, and the manifest is written last, by rank 0, after every file
-was written and its length read back; a worker of an older attempt does not commit.
+was written and its length read back; a worker of an older attempt does not commit. In the background a save goes
+through the same two steps: all ranks learn that all files are written, then rank 0 commits; that a rank is ready
+travels with the sum each training step makes anyway (`flags`, `advance`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import datetime, timezone
 from importlib.metadata import version
 
@@ -17,14 +20,16 @@ import torch
 from dist_ft import failpoints
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.fragments import Fragment, Wanted, serialise
+from dist_ft.checkpoint.fragments import Wanted
 from dist_ft.checkpoint.ledger import write_segment
-from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, Progress, TensorInfo
+from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, TensorInfo
+from dist_ft.checkpoint.saves import Draft, Outcome, Save, done, problem_of
+from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.engine.base import Engine, Slot
+from dist_ft.engine.base import Engine
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, on_rank0, raise_together
+from dist_ft.world import Collectives, World, raise_together
 
 log = logging.getLogger("dist_ft.checkpoint")
 
@@ -41,6 +46,8 @@ class CheckpointManager:
         self._attempt = attempt
         self._ledger: tuple[LedgerEntry, ...] = ()
         self._origin: int | None = None
+        self._under_way: Save | None = None
+        self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
     def newest(self) -> Manifest | None:
         """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
@@ -67,45 +74,112 @@ class CheckpointManager:
         raise_together(self._collectives, problem)
         engine.finish_load(manifest.progress.optimizer_step)
 
-    def save(self, engine: Engine, progress: Progress, ledger_rows: np.ndarray, *, run: str, aliases: dict[str, str],
-             tensors: dict[str, TensorInfo], evaluation: dict[str, float]) -> str:
-        """Commit a checkpoint and return its URL; a collective call. Raises on all ranks if any rank fails."""
-        name = manifests.folder_name(progress.step, self._attempt)
-        folder = self._store.child(f"{catalogue.FOLDER}/{name}")
-        try:
-            self._save(folder, engine, progress, ledger_rows, run, aliases, tensors, evaluation)
-        except StorageError:
+    def save(self, engine: Engine, draft: Draft) -> Outcome:
+        """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
+        return self._settle(self._begin(draft, done(lambda folder: self._writer.write(folder, list(engine.slots())))))
+
+    def prepare(self, engine: Engine) -> None:
+        """Make the memory that `begin` copies into."""
+        self._writer.prepare(list(engine.slots()))
+
+    def begin(self, engine: Engine, draft: Draft) -> None:
+        """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
+        slots = list(engine.slots())
+        self._begin(draft, lambda folder: self._writer.snapshot(folder, slots))
+
+    def _begin(self, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]) -> Save:
+        if self._under_way is not None:
+            raise AssertionError("one save at a time")
+        name = manifests.folder_name(draft.progress.step, self._attempt)
+        self._under_way = save = Save(draft, name, write(self._store.child(f"{catalogue.FOLDER}/{name}")))
+        return save
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether a save is under way; the same on all ranks."""
+        return self._under_way is not None
+
+    def flags(self) -> tuple[float, float]:
+        """Return what this rank adds to the two sums `advance` takes: its files are written, the commit has ended."""
+        save = self._under_way
+        if save is None:
+            return 0.0, 0.0
+        return float(save.files.done()), float(save.commit is not None and save.commit.done())
+
+    def advance(self, num_written: float, num_ended: float) -> Outcome | None:
+        """Go on with the save under way, given the sums of all ranks' `flags`; a collective call.
+
+        Waits for nothing but small messages. Returns how the save ended, once it has.
+        """
+        save = self._under_way
+        if save is None:
+            return None
+        if not save.agreed:
+            if num_written < self._world.size:
+                return None
+            return self._agree(save)
+        return self._conclude(save) if num_ended else None
+
+    def settle(self) -> Outcome | None:
+        """Wait for the end of the save under way and return how it ended; a collective call."""
+        return None if self._under_way is None else self._settle(self._under_way)
+
+    def _settle(self, save: Save) -> Outcome:
+        if not save.agreed:
+            wait([save.files])
+            outcome = self._agree(save)
+            if outcome is not None:
+                return outcome
+        if save.commit is not None:
+            wait([save.commit])
+        return self._conclude(save)
+
+    def close(self) -> None:
+        """Leave what is not committed."""
+        self._writer.close()
+
+    def _agree(self, save: Save) -> Outcome | None:
+        """All files are written, or some failed: tell all; rank 0 begins the commit, or clears away."""
+        save.agreed = True
+        problem = problem_of(save.files)
+        first = next((error for error in self._collectives.all_gather(problem) if error is not None), None)
+        gathered = self._collectives.gather((save.files.result() if problem is None else [], save.draft.rows)) or []
+        if first is not None:
             if self._world.rank == 0:
-                self._remove([name])  # on a full disk the next one needs the room
-            raise
+                self._remove([save.name])  # on a full disk the next one needs the room
+            return self._end(save, first)
         if self._world.rank == 0:
-            self._prune(name)
-        return folder.url
+            files = tuple(item for part, _ in gathered for item in part)
+            save.commit = self._writer.later(lambda: self._commit(save, files, [rows for _, rows in gathered]))
+        return None
 
-    def _save(self, folder: Store, engine: Engine, progress: Progress, ledger_rows: np.ndarray, run: str,
-              aliases: dict[str, str], tensors: dict[str, TensorInfo], evaluation: dict[str, float]) -> None:
-        """Write files, agree, commit."""
-        entries: list[FileEntry] = []
-        problem: DistFtError | None = None
+    def _conclude(self, save: Save) -> Outcome:
+        """Tell all ranks how the commit went."""
+        problem = problem_of(save.commit) if save.commit is not None else None
+        return self._end(save, self._collectives.broadcast(problem))
+
+    def _end(self, save: Save, problem: DistFtError | None) -> Outcome:
+        self._under_way = None
+        if problem is not None and not isinstance(problem, StorageError):
+            raise problem
+        return Outcome(save.draft, self._store.child(f"{catalogue.FOLDER}/{save.name}").url, problem)
+
+    def _commit(self, save: Save, files: tuple[FileEntry, ...], rows: Sequence[np.ndarray]) -> None:
+        """Check that the files are there, write ledger and manifest, prune (rank 0, in the background)."""
+        draft, folder = save.draft, self._store.child(f"{catalogue.FOLDER}/{save.name}")
         try:
-            entries = write_files(folder, list(engine.slots()), self._world.rank)
-        except DistFtError as error:
-            problem = error
-        raise_together(self._collectives, problem)
-        gathered = self._collectives.gather((entries, ledger_rows)) or []
-
-        def commit() -> None:
-            ledger = self._extend_ledger(progress.step, [rows for _, rows in gathered])
-            self._commit(folder, Manifest(
-                format_version=manifests.FORMAT_VERSION, run=run, attempt=self._attempt,
-                world_size=self._world.size, engine=type(engine).__name__, progress=progress, tensors=tensors,
-                aliases=aliases, files=tuple(item for part, _ in gathered for item in part),
-                ledger=ledger, evaluation=evaluation,
+            ledger = self._extend_ledger(draft.progress.step, rows)
+            self._seal(folder, Manifest(
+                format_version=manifests.FORMAT_VERSION, run=draft.run, attempt=self._attempt,
+                world_size=self._world.size, engine=draft.engine, progress=draft.progress, tensors=draft.tensors,
+                aliases=draft.aliases, files=files, ledger=ledger, evaluation=draft.evaluation,
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
             self._ledger = ledger
-
-        on_rank0(self._world, self._collectives, commit)
+        except StorageError:
+            self._remove([save.name])
+            raise
+        self._prune(save.name)
 
     def _extend_ledger(self, step: int, parts: Sequence[np.ndarray]) -> tuple[LedgerEntry, ...]:
         start = self._ledger[-1].stop if self._ledger else 0
@@ -113,16 +187,17 @@ class CheckpointManager:
             return self._ledger
         return (*self._ledger, write_segment(self._store, start, step, self._attempt, parts))
 
-    def _commit(self, folder: Store, manifest: Manifest) -> None:
+    def _seal(self, folder: Store, manifest: Manifest) -> None:
         """Write the manifest, unless a newer attempt has started meanwhile."""
         failpoints.hit("checkpoint.before_manifest")
         newest = catalogue.newest_attempt(self._store)
         if newest > self._attempt:
             raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
                                   "taken over the run; this process ends")
+        there = folder.sizes()
         for item in manifest.files:
-            if folder.size(item.path) != item.num_bytes:
-                raise StorageError(f"{folder.shown(item.path)}: {folder.size(item.path)} bytes are there, "
+            if there.get(item.path) != item.num_bytes:
+                raise StorageError(f"{folder.shown(item.path)}: {there.get(item.path, 0)} bytes are there, "
                                    f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
         folder.write(manifests.NAME, manifests.seal(manifest))
         failpoints.hit("checkpoint.after_manifest")
@@ -164,22 +239,3 @@ def kept(names: Sequence[str], section: CheckpointSection) -> list[str]:
     steps = {name: (manifests.parse_folder(name) or (0, 0))[0] for name in names}
     every = section.keep_every_steps
     return [name for i, name in enumerate(names) if i < section.keep_last or (every and steps[name] % every == 0)]
-
-
-def write_files(folder: Store, slots: Sequence[Slot], rank: int) -> list[FileEntry]:
-    """Write the slots this worker owns and return the manifest's entries for them."""
-    fragments = (Fragment(slot.name, slot.key, slot.offset, to_numpy(slot.read())) for slot in slots if slot.owned)
-    entries = []
-    for part, content in enumerate(serialise(fragments)):
-        path = f"rank-{rank:05d}-{part:04d}.safetensors"
-        failpoints.hit("checkpoint.before_file", rank)
-        folder.write(path, content)
-        failpoints.hit("checkpoint.after_file", rank)
-        entries.append(manifests.entry(path, content))
-    return entries
-
-
-def to_numpy(values: torch.Tensor) -> np.ndarray:
-    """Return a slot's values on the host; bfloat16, which numpy lacks, as float32 (exact)."""
-    values = values.detach()
-    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().contiguous().numpy()

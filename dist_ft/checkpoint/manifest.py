@@ -95,12 +95,12 @@ class Manifest(_Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def checksum(content: bytes) -> str:
+def checksum(content: bytes | memoryview) -> str:
     """Return the checksum manifests carry. It finds damage; it is no signature."""
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
-def entry(path: str, content: bytes) -> FileEntry:
+def entry(path: str, content: bytes | memoryview) -> FileEntry:
     """Return the manifest entry of a file with this content."""
     return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
 

@@ -221,6 +221,11 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
     at_end: bool = Field(True, description="Commit the last step too.")
+    background: bool = Field(True, description=(
+        "Write from a copy of the state in host memory while training goes on; false: training waits."))
+    background_mb_s: float = Field(0, ge=0, description="Most MB/s a worker writes in the background; 0: no limit.")
+    when_busy: Literal["wait", "skip"] = Field("wait", description=(
+        "If a save is due while one is still being written: training waits for it, or the new one is skipped."))
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_every_steps: int = Field(0, ge=0, description="Besides, keep those whose step is a multiple; 0: none.")
 

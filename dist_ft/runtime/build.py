@@ -55,6 +55,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     try:
         return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
     finally:
+        manager.close()
         data.close()
 
 

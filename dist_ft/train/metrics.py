@@ -16,6 +16,7 @@ import tempfile
 import time
 from typing import Any
 
+from dist_ft.checkpoint import catalogue
 from dist_ft.errors import StorageError
 from dist_ft.storage import Store
 
@@ -29,6 +30,7 @@ class MetricsLog:
 
     def __init__(self, store: Store, lines: list[dict[str, Any]], attempt: int, tensorboard: bool) -> None:
         self._store = store
+        self._attempt = attempt
         self._lines = list(lines)
         self._flushed = time.monotonic()
         self._tensorboard = tensorboard
@@ -52,9 +54,14 @@ class MetricsLog:
             self.flush()
 
     def flush(self) -> None:
-        """Bring the run's storage up to date; failing storage is logged, training goes on."""
+        """Bring the run's storage up to date; failing storage is logged, training goes on.
+
+        What a newer attempt has written since it took over the run is left alone.
+        """
         self._flushed = time.monotonic()
         try:
+            if catalogue.newest_attempt(self._store) > self._attempt:
+                return
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines)
             self._store.write(FILE, text.encode())
             if self._writer is not None and self._folder is not None:

@@ -19,14 +19,16 @@ from dist_ft import failpoints
 from dist_ft.checkpoint.ledger import LedgerBuffer
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Progress, TensorInfo
+from dist_ft.checkpoint.saves import Draft, Outcome
 from dist_ft.config.schema import RunConfig
 from dist_ft.data.batch import Batch
 from dist_ft.data.loader import Loader
 from dist_ft.data.order import mix
 from dist_ft.engine import schedule
 from dist_ft.engine.base import Engine, StepOutcome, even_out
-from dist_ft.errors import Interrupted, StorageError
+from dist_ft.errors import Interrupted
 from dist_ft.logs import redact
+from dist_ft.patience import STUBBORN, attempts
 from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
@@ -70,6 +72,7 @@ class Trainer:
         self._sources = source_names(config)
         self._drawn = np.zeros(2 * len(self._sources))
         self._checkpoint: str | None = None
+        self._told: dict[str, float] = {}  # what the commit of the save under way is announced with
 
     def run(self) -> Result:
         """Train to the end and return how it went; raises Interrupted after a checkpoint if asked to stop."""
@@ -77,6 +80,8 @@ class Trainer:
         lanes = parts.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
+        if cfg.checkpoint.background and 0 < cfg.checkpoint.every_steps < self._total_steps - self._step:
+            parts.manager.prepare(parts.engine)
         with closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
             begun = time.perf_counter()
             for batches in stream:
@@ -91,10 +96,11 @@ class Trainer:
                     self._evaluate("")
                 saved = False
                 if _due(self._step, cfg.checkpoint.every_steps) or (last and cfg.checkpoint.at_end) or stop:
-                    saved = self._save()
+                    saved = self._save(last or stop)
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
+        self._saved(parts.manager.settle())
         return self._result()
 
     def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> bool:
@@ -102,8 +108,9 @@ class Trainer:
         cfg, parts, step = self._config, self._parts, self._step
         failpoints.hit("train.step", parts.world.rank)
         counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
-                  self._hooks.should_stop(), *by_source(batches, len(self._sources))]
-        num_targets, num_tokens, stop, *drawn = parts.collectives.sum(counts)
+                  self._hooks.should_stop(), *parts.manager.flags(), *by_source(batches, len(self._sources))]
+        num_targets, num_tokens, stop, num_written, num_ended, *drawn = parts.collectives.sum(counts)
+        self._saved(parts.manager.advance(num_written, num_ended))
         self._drawn += np.array(drawn)
         seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
         evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
@@ -150,29 +157,49 @@ class Trainer:
             self._hooks.console.say(f"held-out loss at step {self._step}: {values['loss']:.4f} "
                                     f"(perplexity {values['perplexity']:.2f})")
 
-    def _save(self) -> bool:
-        """Commit a checkpoint and tell the surroundings; where storage fails, training goes on (not at the end).
-
-        Returns whether the checkpoint was committed.
-        """
-        parts = self._parts
-        progress = Progress(step=self._step, optimizer_step=parts.engine.optimizer_step(),
-                            num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
-        rows = self._ledger.take()
+    def _save(self, last: bool) -> bool:
+        """Save, in the background unless it is the `last` time; return whether this step is committed by now."""
+        parts, section = self._parts, self._config.checkpoint
+        background = section.background and not last
+        if parts.manager.busy:
+            if background and section.when_busy == "skip":
+                log.warning("no checkpoint at step %d: the one before is still being written; "
+                            "checkpoint.every_steps=%d is shorter than a save takes", self._step, section.every_steps)
+                return False
+            begun = time.perf_counter()
+            self._saved(parts.manager.settle())
+            if background:
+                log.warning("the save at step %d waited %.1f s for the one before; "
+                            "checkpoint.every_steps=%d is shorter than a save takes",
+                            self._step, time.perf_counter() - begun, section.every_steps)
+        draft = Draft(self._config.run.name, type(parts.engine).__name__, self._progress(), self._ledger.take(),
+                      parts.tensors, parts.aliases, dict(self._evaluation))
+        self._told = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
         if parts.metrics is not None:
             parts.metrics.flush()  # before the commit: a run resumed from it must find the lines of all steps before
-        try:
-            self._checkpoint = parts.manager.save(
-                parts.engine, progress, rows, run=self._config.run.name, aliases=parts.aliases, tensors=parts.tensors,
-                evaluation=self._evaluation)
-        except StorageError as error:  # raised on all ranks together
-            if self._step == self._total_steps:
-                raise
-            self._ledger.put_back(rows)
-            log.warning("no checkpoint at step %d, training goes on: %s", self._step, error)
+        if background:
+            parts.manager.begin(parts.engine, draft)
             return False
-        metrics = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
-        self._hooks.committed(self._checkpoint, metrics)
+        with attempts(STUBBORN):
+            return self._saved(parts.manager.save(parts.engine, draft))
+
+    def _progress(self) -> Progress:
+        return Progress(step=self._step, optimizer_step=self._parts.engine.optimizer_step(),
+                        num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
+
+    def _saved(self, outcome: Outcome | None) -> bool:
+        """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""
+        if outcome is None:
+            return False
+        step = outcome.draft.progress.step
+        if outcome.problem is not None:  # the same on all ranks
+            if step == self._total_steps:
+                raise outcome.problem
+            self._ledger.put_back(outcome.draft.rows)
+            log.warning("no checkpoint at step %d, training goes on: %s", step, outcome.problem)
+            return False
+        self._checkpoint = outcome.url
+        self._hooks.committed(outcome.url, self._told)
         return True
 
     def _interrupted(self, saved: bool) -> Interrupted:

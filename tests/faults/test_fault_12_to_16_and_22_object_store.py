@@ -14,7 +14,7 @@ import s3
 import tiny
 from proxy import Fault, FaultyProxy, at_first, sometimes
 
-from dist_ft import api
+from dist_ft import api, patience
 from dist_ft.config.load import load_config
 from dist_ft.data.loader import Loader
 from dist_ft.data.write import as_parquet
@@ -60,6 +60,7 @@ def faulty(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before the server, which all S3 of this process goes through."""
     for name, value in s3.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(patience, "ATTEMPTS", 5)
     found = FaultyProxy(port)
     s3.forget(options(found))
     yield found

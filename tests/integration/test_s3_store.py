@@ -48,7 +48,7 @@ def test_files_and_ranges(store):
     store.write("deep/file", content)
     assert store.read("deep/file") == content
     assert store.read("deep/file", 5, 9) == content[5:9]
-    assert store.size("deep/file") == len(content)
+    assert store.sizes("deep") == {"file": len(content)}
     with pytest.raises(StorageError, match="5 bytes came, 100 were asked for"):
         store.read("deep/file", len(content) - 5, len(content) + 95)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dist_ft.checkpoint.manifest import Progress, TensorInfo
+from dist_ft.checkpoint.saves import Draft
 from dist_ft.config.schema import CheckpointSection, OptimizerSection, RunConfig
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.loader import assemble
@@ -114,8 +115,16 @@ def tensors_of(engine: TorchEngine) -> dict[str, TensorInfo]:
 def save(manager: Any, engine: Any, step: int, rows: np.ndarray | None = None, **evaluation: float) -> str:
     """Commit a checkpoint of `engine` at `step`."""
     rows = np.array([[step - 1, 0, 0, step, 0, 5]], dtype=np.int64) if rows is None else rows
-    return manager.save(engine, Progress(step=step, optimizer_step=engine.optimizer_step()), rows, run="r", aliases={},
-                        tensors=tensors_of(engine), evaluation=evaluation)
+    outcome = manager.save(engine, draft(engine, step, rows, **evaluation))
+    if outcome.problem is not None:
+        raise outcome.problem
+    return outcome.url
+
+
+def draft(engine: Any, step: int, rows: np.ndarray, **evaluation: float) -> Draft:
+    """Return what a checkpoint of `engine` at `step` says besides its files."""
+    return Draft("r", type(engine).__name__, Progress(step=step, optimizer_step=engine.optimizer_step()), rows,
+                 tensors_of(engine), {}, evaluation)
 
 
 def checkpoints(**fields: Any) -> CheckpointSection:

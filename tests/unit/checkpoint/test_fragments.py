@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from dist_ft.checkpoint import fragments
-from dist_ft.checkpoint.fragments import Fragment, FragmentReader, Wanted, read_header, serialise
+from dist_ft.checkpoint import fragments, images
+from dist_ft.checkpoint.fragments import FragmentReader, Wanted, read_header
+from dist_ft.engine.base import Slot
 from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
+
+
+class Fragment(NamedTuple):
+    """Values (n,) of elements [offset, offset + n) of state `key` of the flattened parameter `name`."""
+
+    name: str
+    key: str
+    offset: int
+    values: np.ndarray
+
+
+def slot_of(fragment: Fragment) -> Slot:
+    """Return a slot that holds a fragment."""
+    values = torch.from_numpy(fragment.values)
+    return Slot(fragment.name, fragment.key, fragment.offset, len(values), True, lambda: values, values.copy_)
 
 
 class CountingStore(Store):
@@ -31,7 +49,10 @@ def write(store: Store, *writers: list[Fragment]) -> list[tuple[str, int]]:
     """Write each writer's fragments and return (path, bytes) of the files."""
     files = []
     for rank, own in enumerate(writers):
-        for part, content in enumerate(serialise(own)):
+        slots = [slot_of(fragment) for fragment in own]
+        for part, layout in enumerate(images.layouts(slots)):
+            content = layout.fill(slots).numpy().tobytes()
+            assert len(content) == layout.num_bytes
             store.write(f"{rank}-{part}", content)
             files.append((f"{rank}-{part}", len(content)))
     return files
@@ -196,3 +217,24 @@ def test_metadata_is_ignored():
     store.write("f", content)
     found = read_header(store, "f", len(content))
     assert {where: (piece.offset, piece.numel) for where, (piece,) in found.items()} == {("w", "param"): (3, 2)}
+
+
+def test_numbers_no_file_can_hold_are_refused():
+    values = torch.zeros(3, dtype=torch.complex64)
+    with pytest.raises(CheckpointError, match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
+                                              r"are torch.float32, .*torch.bfloat16$"):
+        images.layouts([Slot("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
+
+
+def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
+    """Mixed widths in one file: the library reads it, 16-bit brain floats come as float32."""
+    from safetensors.torch import load
+
+    held = {"a": torch.arange(3, dtype=torch.int8), "b": torch.rand(5).bfloat16(), "c": torch.rand(2, dtype=torch.float64),
+            "d": torch.tensor([True, False, True]), "e": torch.zeros(0)}
+    slots = [Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_) for name, values in held.items()]
+    (layout,) = images.layouts(slots)
+    got = load(layout.fill(slots).numpy().tobytes())
+    assert got.keys() == {f"buffer:7:{name}" for name in held}
+    assert all(torch.equal(got[f"buffer:7:{name}"], values.float() if name == "b" else values)
+               for name, values in held.items())

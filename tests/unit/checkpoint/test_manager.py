@@ -117,11 +117,31 @@ def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monk
     assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
 
 
-def test_all_damaged_is_none_and_absent_is_none(store, attempt, engine):
+def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, attempt, engine):
     assert found(store) is None
-    where = save(attempt(), engine, 1)
-    os.remove(os.path.join(where, FILES[1]))
-    assert found(store) is None
+    one = attempt()
+    for step in (1, 2):
+        os.remove(os.path.join(save(one, engine, step), FILES[1]))
+    with pytest.raises(CheckpointError, match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the newest: "
+                                              r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is not there\); "
+                                              "restore one from a copy, or move the folder away to begin again"):
+        found(store)
+    assert len(committed(store)) == 2
+
+
+def test_a_file_spoilt_on_the_way_is_read_again(store, attempt, engine, monkeypatch):
+    save(attempt(), engine, 1)
+    spoilt = []
+
+    def read(self, path, start=None, stop=None, real=Store.read):
+        content = real(self, path, start, stop)
+        if path.endswith(".safetensors") and not spoilt:
+            spoilt.append(path)
+            return content[:-1] + bytes([content[-1] ^ 1])
+        return content
+
+    monkeypatch.setattr(Store, "read", read)
+    assert found(store) == 1 and spoilt
 
 
 def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):

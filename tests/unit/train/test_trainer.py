@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +16,7 @@ import pytest
 import tiny
 
 from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Progress
@@ -51,7 +53,8 @@ class Run:
 
     def document(self) -> dict:
         held = {"data": str(self.base / "data" / "shard-0.jsonl"), "max_samples": 13}
-        changes = {"schedule": {"epochs": None, "steps": STEPS}, "checkpoint": {"every_steps": 2}, "evaluation": held}
+        changes = {"schedule": {"epochs": None, "steps": STEPS}, "checkpoint": {"every_steps": 2, "background": False},
+                   "evaluation": held}
         for section, fields in self.changes.items():
             changes[section] = {**changes.get(section, {}), **fields}
         return tiny.config(self.base, self.name, **changes)
@@ -210,6 +213,41 @@ def test_what_is_told_of_commits(run, straight):
     run.go(committed=lambda url, metrics: told.append((url, metrics)))
     assert [url.rsplit("/", 1)[1] for url, _ in told] == [f"step-{step:09d}-a0001" for step in (2, 4, 6)]
     assert [metrics["loss"] for _, metrics in told] == [straight[0][1], straight[0][3], straight[0][5]]
+
+
+@pytest.mark.parametrize(("busy", "said", "steps"), [
+    ("wait", r"the save at step {} waited \d+\.\d s for the one before; checkpoint.every_steps=1 is shorter than a save takes",
+     range(1, 7)),
+    ("skip", "no checkpoint at step {}: the one before is still being written; checkpoint.every_steps=1 is shorter than a "
+             "save takes", (1, 6))])
+def test_saves_in_the_background_never_pile_up(base, straight, monkeypatch, caplog, busy, said, steps):
+    seconds = {"wait": 0.3, "skip": 3.0}[busy]  # six steps take longer than the one, not than the other
+    monkeypatch.setattr(Store, "write", lambda self, path, content, real=Store.write: (
+        time.sleep(seconds if path.endswith(".safetensors") else 0), real(self, path, content))[1])
+    changes = {"every_steps": 1, "background": True, "when_busy": busy, "keep_last": 9}
+    run, told = Run(base, f"busy-{busy}", {"checkpoint": changes}), []
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        run.go(committed=lambda url, metrics: told.append((metrics["step"], metrics["loss"])))
+    assert history.losses(run.store.url) == straight[0]
+    assert np.array_equal(run.ledger(), straight[1])
+    assert told == [(float(step), straight[0][step - 1]) for step in steps]
+    assert len(caplog.messages) == 4
+    assert all(re.fullmatch(said.format(step), text) for step, text in zip(range(2, 6), caplog.messages, strict=True))
+    assert [manifests.parse_folder(name)[0] for name in catalogue.committed(run.store)] == list(reversed(steps))
+
+
+def test_a_background_save_that_fails_keeps_its_rows_for_the_next(run, straight, caplog, monkeypatch):
+    def write(self, path, content, real=Store.write):
+        if "step-000000002" in self.url and path.endswith(".safetensors"):
+            raise StorageError("no room")
+        real(self, path, content)
+
+    monkeypatch.setattr(Store, "write", write)
+    run.changes["checkpoint"] = {"background": True}
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        run.go()
+    assert "no checkpoint at step 2, training goes on: no room" in caplog.messages
+    assert np.array_equal(run.ledger(), straight[1]) and history.losses(run.store.url) == straight[0]
 
 
 def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):

@@ -1,0 +1,92 @@
+"""Writing one worker's files of a checkpoint: now, or from a snapshot while training goes on.
+
+Guarantees: a snapshot is one copy into buffers that are made once and used again; at most one save is under way, so
+the memory is that of one copy. Files are written, checksummed and uploaded several at a time. Commits nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from dist_ft import failpoints
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.images import Layout, layouts
+from dist_ft.checkpoint.manifest import FileEntry
+from dist_ft.engine.base import Slot
+from dist_ft.storage import Store
+
+T = TypeVar("T")
+IN_FLIGHT = 4
+"""Files written at once."""
+
+
+class Writer:
+    """Writes what this worker owns; `bytes_per_s` bounds what leaves it in the background (0: no bound)."""
+
+    def __init__(self, rank: int, bytes_per_s: float = 0) -> None:
+        self._rank = rank
+        self._bytes_per_s = bytes_per_s
+        self._threads: ThreadPoolExecutor | None = None
+        self._shape: list[tuple[str, str, int, int]] | None = None
+        self._plan: list[Layout] = []
+        self._buffers: list[torch.Tensor] = []
+
+    def write(self, folder: Store, slots: Sequence[Slot]) -> list[FileEntry]:
+        """Write the slots this worker owns, a file at a time, and return the manifest's entries; little memory."""
+        owned = [slot for slot in slots if slot.owned]
+        return [self._write(folder, part, layout.fill(owned)) for part, layout in enumerate(layouts(owned))]
+
+    def prepare(self, slots: Sequence[Slot]) -> None:
+        """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others."""
+        owned = [slot for slot in slots if slot.owned]
+        shape = [(slot.name, slot.key, slot.offset, slot.numel) for slot in owned]
+        if shape != self._shape:
+            pinned = any(slot.read().is_cuda for slot in owned[:1])
+            self._shape, self._plan = shape, layouts(owned)
+            self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+                             for layout in self._plan]
+
+    def snapshot(self, folder: Store, slots: Sequence[Slot]) -> Future[list[FileEntry]]:
+        """Copy the slots this worker owns and write the copy in the background; the future gives the entries."""
+        self.prepare(slots)
+        owned = [slot for slot in slots if slot.owned]
+        for layout, content in zip(self._plan, self._buffers, strict=True):
+            layout.fill(owned, content)
+        if self._buffers and self._buffers[0].is_pinned():
+            torch.cuda.synchronize()
+        return self.later(lambda: self._write_all(folder))
+
+    def later(self, action: Callable[[], T]) -> Future[T]:
+        """Run `action` in the background."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(IN_FLIGHT + 1, thread_name_prefix="checkpoint")
+        return self._threads.submit(copy_context().run, action)
+
+    def close(self) -> None:
+        """Begin no further file; those being written end by themselves."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _write_all(self, folder: Store) -> list[FileEntry]:
+        begun, sent, running = time.monotonic(), 0, []
+        for part, content in enumerate(self._buffers):
+            if self._bytes_per_s:
+                time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
+            running.append(self.later(partial(self._write, folder, part, content)))
+            sent += len(content)
+        return [file.result() for file in running]
+
+    def _write(self, folder: Store, part: int, content: torch.Tensor) -> FileEntry:
+        path = f"rank-{self._rank:05d}-{part:04d}.safetensors"
+        view = memoryview(content.numpy())  # type: ignore[arg-type]
+        failpoints.hit("checkpoint.before_file", self._rank)
+        folder.write(path, view)
+        failpoints.hit("checkpoint.after_file", self._rank)
+        return manifests.entry(path, view)

@@ -1,0 +1,239 @@
+"""B7: how long training stands still for a save / one copy of the state into buffers already touched; beside peers.
+
+    python tests/benchmarks/b7_save.py
+
+A Llama of 106 M parameters under the plain engine: with AdamW's moments 1.27 GB of float32 state, one process, one
+thread, a local disk. Peers: torch.save, torch DCP (async_save), DeepSpeed's save_checkpoint (ZeRO-1, one rank). Each
+save is written out before the next side begins. Then the time of a step while a save drains, with and without
+`checkpoint.background_mb_s`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+
+SHAPE = {"num_hidden_layers": 8, "hidden_size": 768, "intermediate_size": 2064, "num_attention_heads": 12,
+         "num_key_value_heads": 12, "vocab_size": 32768, "tie_word_embeddings": False}
+TOKENS = 64
+GOAL_COPY, GOAL_TORCH = 1.2, 10
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12, help="steps with a save draining, each way")
+    parser.add_argument("--throttle-mb-s", type=float, default=150)
+    parser.add_argument("--out", help="JSON file to write instead of results/b7_save.json")
+    args = parser.parse_args()
+    harness.one_thread()
+    environment = harness.environment()
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29577", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo")
+    with tempfile.TemporaryDirectory(prefix="dist_ft-b7-") as name:
+        folder = Path(name)
+        engine = make_engine()
+        state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.slots()}
+        size = sum(value.numel() * value.element_size() for value in state.values())
+        sides = {"copy": copy_side(state), "ours": ours(engine, folder), "torch.save": torch_side(state, folder),
+                 "DCP async": dcp_side(state, folder), "DeepSpeed": deepspeed_side(folder)}
+        for side in sides.values():
+            side()  # buffers are made, files were there once
+        found = harness.alternate(sides, args.rounds)
+        draining = {label: steps_while_draining(engine, folder, args.steps, limit)
+                    for label, limit in (("throttled", args.throttle_mb_s), ("not throttled", 0.0))}
+    result: dict[str, Any] = {"state_bytes": size, "stall_s": found,
+                              "ours_over_copy": harness.ratio(found["ours"], found["copy"]),
+                              **{f"{peer}_over_ours": harness.ratio(found[peer], found["ours"])
+                                 for peer in found if peer not in ("ours", "copy")}, "draining": draining}
+    report(result)
+    harness.save("b7_save", {"shape": SHAPE, "rounds": args.rounds, "steps": args.steps,
+                             "throttle_mb_s": args.throttle_mb_s}, environment, result, args.out)
+    dist.destroy_process_group()
+
+
+def make_module() -> Any:
+    """Return the model, random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dist_ft.model.causal_lm import CausalLM
+
+    torch.manual_seed(0)
+    return CausalLM(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+
+
+def make_engine() -> Any:
+    """Return the plain engine, its optimizer state made."""
+    import torch
+
+    from dist_ft.config.schema import OptimizerSection
+    from dist_ft.engine.torch_engine import TorchEngine
+
+    return TorchEngine(make_module(), OptimizerSection(learning_rate=1e-5), torch.device("cpu"))
+
+
+def copy_side(state: dict[str, Any]) -> Callable[[], float]:
+    """One copy of the state into buffers that are already touched: the least any save can cost."""
+    import torch
+
+    buffers = {name: torch.zeros_like(value).fill_(1) for name, value in state.items()}
+
+    def run() -> float:
+        begun = time.perf_counter()
+        for name, value in state.items():
+            buffers[name].copy_(value)
+        return time.perf_counter() - begun
+    return run
+
+
+def manager_of(folder: Path, **section: Any) -> Any:
+    """Return a manager of checkpoints in `folder`."""
+    from dist_ft.checkpoint.manager import CheckpointManager
+    from dist_ft.config.schema import CheckpointSection
+    from dist_ft.storage import Store
+    from dist_ft.world import Collectives, World
+
+    return CheckpointManager(Store(str(folder)), CheckpointSection(keep_last=1, **section), World(), Collectives(), 1)
+
+
+def draft_of(engine: Any, step: int) -> Any:
+    """Return what a checkpoint says besides its files."""
+    from dist_ft.checkpoint.manifest import Progress
+    from dist_ft.checkpoint.saves import Draft
+
+    rows = np.zeros((1, 6), np.int64)
+    return Draft("b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {})
+
+
+def ours(engine: Any, folder: Path) -> Callable[[], float]:
+    """How long `begin` takes; the rest is written before this returns."""
+    manager, step = manager_of(folder / "ours"), iter(range(1, 10**6))
+    manager.prepare(engine)
+
+    def run() -> float:
+        begun = time.perf_counter()
+        manager.begin(engine, draft_of(engine, next(step)))
+        seconds = time.perf_counter() - begun
+        outcome = manager.settle()
+        if outcome.problem is not None:
+            raise outcome.problem
+        return seconds
+    return run
+
+
+def torch_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
+    """torch.save to the same disk."""
+    import torch
+
+    def run() -> float:
+        begun = time.perf_counter()
+        torch.save(state, folder / "torch.pt")
+        seconds = time.perf_counter() - begun
+        sync()
+        return seconds
+    return run
+
+
+def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
+    """torch.distributed.checkpoint.async_save: until it gives the loop back; its staging buffers are kept."""
+    from torch.distributed.checkpoint import async_save
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    writer = FileSystemWriter(str(folder / "dcp"), cache_staged_state_dict=True, overwrite=True)
+
+    def run() -> float:
+        begun = time.perf_counter()
+        saving = async_save(state, storage_writer=writer)
+        seconds = time.perf_counter() - begun
+        saving.result()
+        sync()
+        return seconds
+    return run
+
+
+def deepspeed_side(folder: Path) -> Callable[[], float]:
+    """DeepSpeed's own checkpoint of the same model and optimizer, ZeRO-1 on one rank."""
+    from dist_ft.config.schema import OptimizerSection
+    from dist_ft.engine import deepspeed_engine as sharded
+    from dist_ft.world import World
+
+    sharded.start(False)
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 1},
+                "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    engine = sharded.DeepSpeedEngine(make_module(), OptimizerSection(learning_rate=1e-5), settings, World())
+
+    def run() -> float:
+        shutil.rmtree(folder / "deepspeed", ignore_errors=True)
+        begun = time.perf_counter()
+        engine._engine.save_checkpoint(str(folder / "deepspeed"), tag="t")
+        seconds = time.perf_counter() - begun
+        sync()
+        return seconds
+    return run
+
+
+def sync() -> None:
+    """Let the disk come to rest."""
+    os.sync()
+
+
+def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) -> dict[str, Any]:
+    """Return step times with nothing under way and with a save under way, a save begun whenever the last has ended."""
+    manager, step = manager_of(folder / f"drain-{limit:g}", background_mb_s=limit), iter(range(1, 10**6))
+    manager.prepare(engine)
+    free, busy = [], []
+    while len(busy) < count:
+        free.append(one_step(engine))
+        manager.begin(engine, draft_of(engine, next(step)))
+        while manager.advance(*manager.flags()) is None:
+            seconds = one_step(engine)
+            if manager.flags()[0] == 0:  # it was being written all the time
+                busy.append(seconds)
+    return {"free_s": free, "busy_s": busy, "busy_over_free": statistics.median(busy) / statistics.median(free)}
+
+
+def one_step(engine: Any) -> float:
+    """Train one small batch and return how long it took."""
+    from dist_ft.data.loader import assemble
+
+    tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
+    batch = assemble(tokens, np.ones(TOKENS, np.uint8), np.array([[0, 0, TOKENS, 0]]), np.zeros(1, np.int64), 0)
+    begun = time.perf_counter()
+    engine.train_step([batch], [0], TOKENS, 1e-9)
+    return time.perf_counter() - begun
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    rows = []
+    for side, values in result["stall_s"].items():
+        ratio = result["ours_over_copy"] if side == "ours" else result.get(f"{side}_over_ours")
+        goal = ""
+        if side == "ours":
+            goal = harness.reached(ratio, GOAL_COPY, at_least=False)
+        elif side == "torch.save":
+            goal = harness.reached(ratio, GOAL_TORCH, at_least=True)
+        rows.append((side, f"{statistics.median(values):.3f}", str(ratio or ""), goal))
+    harness.show(f"B7 stall of a save of {result['state_bytes'] / 1e9:.2f} GB (ours: over a copy; peers: over ours)",
+                 ("side", "s", "ratio [95 %]", "goal"), rows)
+    for label, found in result["draining"].items():
+        print(f"a step while a save drains, {label}: {statistics.median(found['busy_s']):.2f} s, alone "
+              f"{statistics.median(found['free_s']):.2f} s, ratio {found['busy_over_free']:.3f} ({len(found['busy_s'])} steps)")
+
+
+if __name__ == "__main__":
+    main()
