@@ -1,7 +1,8 @@
-"""Named places where a test can stop the process: `DIST_FT_FAILPOINT=name[:n]` kills it at the n-th passing.
+"""Named places where a test can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]` at the n-th passing.
 
-Without the variable a failpoint costs one dictionary look-up. The kill is SIGKILL: nothing gets to clean up, as with
-a lost machine.
+Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
+up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!fault` touches
+memory that is not there.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ _passed: Counter[str] = Counter()
 
 
 def hit(name: str, rank: int = 0) -> None:
-    """Die here if the environment asks for it (`name`, `name:3` for the third passing, `name:3@1` on rank 1 only)."""
+    """Fail here if the environment asks for it (`name`, `name:3` for the third passing, `name:3@1` on rank 1 only)."""
     wanted = os.environ.get("DIST_FT_FAILPOINT")
     if not wanted:
         return
+    wanted, _, how = wanted.partition("!")
     place, _, only = wanted.partition("@")
     place, _, count = place.partition(":")
     if place != name or (only and int(only) != rank):
@@ -25,7 +27,15 @@ def hit(name: str, rank: int = 0) -> None:
     _passed[name] += 1
     once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
     if _passed[name] == int(count or 1) and _first_time(once):
-        os.kill(os.getpid(), signal.SIGKILL)
+        _fail(how)
+
+
+def _fail(how: str) -> None:
+    if how == "lock":
+        import ctypes
+
+        ctypes.PyDLL(None).sleep(10**6)
+    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "fault": signal.SIGSEGV}.get(how, signal.SIGKILL))
 
 
 def _first_time(marker: str | None) -> bool:

@@ -214,6 +214,9 @@ class ClusterSection(Section):
         "Wait for an autoscaler when the cluster is too small now; off: that is an error at once."))
     start_timeout_s: float = Field(300, gt=0, description="Seconds to wait for workers to start (slow images).")
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
+    progress_timeout_s: float = Field(1800, ge=0, description=(
+        "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "
+        "0: never."))
 
 
 class CheckpointSection(Section):

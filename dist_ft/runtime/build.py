@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dist_ft import logs, storage
@@ -20,6 +21,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError
 from dist_ft.runtime import summary
 from dist_ft.runtime.data import Data, open_data
+from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.result import Hooks, Result
@@ -74,8 +76,9 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
                       _aliases(module))
         try:
-            result = Trainer(config, parts, hooks, progress, total_steps,
-                             manifest.evaluation if manifest else {}).run()
+            with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
+                result = Trainer(config, parts, replace(hooks, beat=watchdog.beat), progress, total_steps,
+                                 manifest.evaluation if manifest else {}).run()
         finally:
             if metrics is not None:
                 metrics.close()

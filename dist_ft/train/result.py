@@ -36,8 +36,10 @@ class Hooks:
         console: where rank 0 speaks.
         committed: called on all ranks with (checkpoint URL, metrics) after a commit.
         should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
+        beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
     """
 
     console: Console = field(default_factory=Console)
     committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
     should_stop: Callable[[], bool] = lambda: False
+    beat: Callable[[], None] = lambda: None

@@ -106,6 +106,7 @@ class Trainer:
     def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> bool:
         """Do one optimizer step; return whether some rank was asked to stop."""
         cfg, parts, step = self._config, self._parts, self._step
+        self._hooks.beat()
         failpoints.hit("train.step", parts.world.rank)
         counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
                   self._hooks.should_stop(), *parts.manager.flags(), *by_source(batches, len(self._sources))]
@@ -149,7 +150,8 @@ class Trainer:
         parts = self._parts
         if parts.evaluation is None:
             return
-        values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives)
+        values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
+                          self._hooks.beat)
         if label:
             self._evaluation[label] = values["loss"]
         if parts.metrics is not None:
@@ -160,6 +162,7 @@ class Trainer:
     def _save(self, last: bool) -> bool:
         """Save, in the background unless it is the `last` time; return whether this step is committed by now."""
         parts, section = self._parts, self._config.checkpoint
+        self._hooks.beat()
         background = section.background and not last
         if parts.manager.busy:
             if background and section.when_busy == "skip":

@@ -1,0 +1,92 @@
+"""Faults 4 and 5 on two real ranks: a stopped rank, an interpreter lock that is never given back, a segfault."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import history
+import pytest
+import ranks
+import tiny
+
+TIMEOUT_S = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("hang"), samples=70)
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path) -> list[float]:
+    folder = base / "ranks-unbroken"
+    ranks.require_ok(ranks.run_ranks(2, [tiny.config(base, "unbroken", workers=2, stage=2)], folder), folder)
+    return history.losses(base / "runs/unbroken")
+
+
+def document_of(base: Path, name: str) -> dict:
+    document = tiny.config(base, name, workers=2, stage=2)
+    document["cluster"]["progress_timeout_s"] = TIMEOUT_S
+    return document
+
+
+def codes_within(processes: list, timeout_s: float) -> list[int | None]:
+    """Return the exit codes after so long; None for a process that still runs."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [process.poll() for process in processes]
+
+
+def goes_on(base: Path, name: str, unbroken: list[float]) -> None:
+    """The same command again reaches the end that nothing happened to."""
+    folder, document = base / f"ranks-{name}-again", document_of(base, name)
+    ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
+    assert history.losses(base / "runs" / name) == unbroken
+    history.require_exactly_once(base / "runs" / name, document)
+
+
+def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(base: Path, unbroken: list[float]) -> None:
+    folder = base / "ranks-stopped"
+    processes = ranks.start_ranks(2, [document_of(base, "stopped")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!stop"})
+    try:
+        assert codes_within(processes[:1], 120) == [75], (folder / "rank-0.log").read_text()[-2000:]
+        assert processes[1].poll() is None
+        said = (folder / "rank-0.log").read_text()
+        assert f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): a peer may be gone" in said
+        stacks = (base / "runs/stopped/attempts/000001-rank-00000-stacks.txt").read_text()
+        assert "train_step" in stacks or "all_reduce" in stacks
+        processes[1].send_signal(signal.SIGCONT)  # a zombie: its own clock has run out too
+        assert codes_within(processes, 30)[1] not in (None, 0)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    goes_on(base, "stopped", unbroken)
+
+
+def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_needs_none(
+        base: Path, unbroken: list[float]) -> None:
+    folder = base / "ranks-locked"
+    processes = ranks.start_ranks(2, [document_of(base, "locked")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!lock"})
+    try:
+        codes = codes_within(processes, 120)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    assert codes[0] == 75 and codes[1] == 1, (folder / "rank-1.log").read_text()[-2000:]
+    assert "Timeout" in (folder / "rank-1.log").read_text() and "in _fail" in (folder / "rank-1.log").read_text()
+    goes_on(base, "locked", unbroken)
+
+
+def test_fault_5_a_segfault_is_noticed_from_outside(base: Path, unbroken: list[float]) -> None:
+    folder = base / "ranks-fault"
+    processes = ranks.start_ranks(2, [document_of(base, "fault")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!fault"})
+    codes = ranks.wait_for_death(processes)
+    assert codes[1] == -signal.SIGSEGV
+    goes_on(base, "fault", unbroken)
