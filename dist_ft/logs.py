@@ -47,13 +47,14 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
-def setup(rank: int = 0, size: int = 1, level: str = "info") -> None:
-    """Send the `dist_ft` logger to stderr: rank 0 from `level`, the others from WARNING."""
+def setup(rank: int = 0, size: int = 1, level: str = "info", also: logging.Handler | None = None) -> None:
+    """Send the `dist_ft` logger to stderr (and to the handler `also`): rank 0 from `level`, the others from WARNING."""
     prefix = f"[rank {rank}] " if size > 1 else ""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Redacting(f"{prefix}%(levelname)s %(message)s"))
+    handlers = [logging.StreamHandler(sys.stderr), *([also] if also is not None else [])]
+    for handler in handlers:
+        handler.setFormatter(_Redacting(f"{prefix}%(levelname)s %(message)s"))
     logger = logging.getLogger("dist_ft")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = handlers
     logger.propagate = False
     logger.setLevel(level.upper() if rank == 0 else logging.WARNING)
     quiet_third_parties()

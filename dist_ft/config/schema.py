@@ -211,8 +211,10 @@ class ClusterSection(Section):
         "PACK", description="Ray placement strategy.")
     max_failures: int = Field(3, ge=-1, description="Restarts after a failure; -1: without limit.")
     wait_for_nodes: bool = Field(False, description=(
-        "Wait for an autoscaler when the cluster is too small now; off: that is an error at once."))
-    start_timeout_s: float = Field(300, gt=0, description="Seconds to wait for workers to start (slow images).")
+        "Wait without limit for nodes (an autoscaler's, or busy ones); off: too small a cluster is an error at once, a "
+        "busy one after start_timeout_s."))
+    start_timeout_s: float = Field(300, gt=0, description=(
+        "Seconds to wait for workers to start (busy cluster, slow images); once lost, for others twice that."))
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
     progress_timeout_s: float = Field(1800, ge=0, description=(
         "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "

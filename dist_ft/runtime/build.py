@@ -37,7 +37,7 @@ log = logging.getLogger("dist_ft.run")
 
 def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     """Train `config` in this worker from where the run stands to its end; a collective call."""
-    logs.setup(world.rank, world.size, config.log.level)
+    logs.setup(world.rank, world.size, config.log.level, hooks.log)
     storage.configure(config.storage.options)
     if world.size > config.num_lanes:
         raise ConfigError([f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "

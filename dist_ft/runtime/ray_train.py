@@ -20,7 +20,7 @@ from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.relay import Relay, RelayConsole
+from dist_ft.runtime.relay import Relay, RelayConsole, RelayLog, show
 from dist_ft.train.console import Console
 from dist_ft.train.result import Hooks, Result
 from dist_ft.world import World
@@ -30,6 +30,8 @@ POLL_S = 0.5
 NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
+LOST_S = 60.0
+"""Without a sign of life for so long, workers are taken for lost."""
 
 
 def run(config: RunConfig) -> Result:
@@ -39,8 +41,7 @@ def run(config: RunConfig) -> Result:
     with _connected(config) as ray:
         _require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
-        relay = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE).remote()
-        ray.get(relay.stopping.remote())
+        relay = _start_relay(ray, name)
         failure = _fit(ray, config, relay, _trainer(config, name))
         outcome = ray.get(relay.outcome.remote())
     if isinstance(outcome, DistFtError):
@@ -55,6 +56,7 @@ def _connected(config: RunConfig) -> Iterator[Any]:
     """Connect to the cluster the config or the environment names, or start one that dies with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in a worker as here
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -77,6 +79,16 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start_relay(ray: Any, name: str) -> Any:
+    """Start the relay on this node: the loss of another must not take it away."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    relay = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+    ray.get(relay.outcome.remote())
+    return relay
 
 
 def _require_resources(ray: Any, config: RunConfig) -> None:
@@ -115,7 +127,7 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     num_workers: Any = config.max_workers if fixed else (config.min_workers, config.max_workers)
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name},
+        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd()},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo",
                                  timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ScalingConfig(
@@ -129,34 +141,69 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
 
 
 def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException | None:
-    """Run the trainer in a thread while this one relays lines and signals; return what it raised."""
+    """Run the trainer in a thread while this one relays lines and signals; return what it raised.
+
+    Raises WorkerError or Interrupted when there is no use in waiting for workers any longer (`_given_up`). Ray's own
+    limit on failed starts would not do: it counts over the whole run, and each lost node may cost one.
+    """
     failure: list[BaseException] = []
 
-    def fit() -> None:
+    def fit(_relay: Any) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
         try:
             trainer.fit()
         except BaseException as error:
             failure.append(error)
 
-    console = Console()
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    console, began = Console(), time.monotonic()
+    thread = threading.Thread(target=fit, args=(relay,), name="ray-train", daemon=True)
     with stop_on_signal(console) as stopping:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
             if stopping():
                 relay.stop.remote()
-            for kind, text in ray.get(relay.take.remote()):
-                getattr(console, kind)(text)
-        for kind, text in ray.get(relay.take.remote()):
-            getattr(console, kind)(text)
+            show(console, ray.get(relay.take.remote()))
+            error = _given_up(config, time.monotonic() - began, ray.get(relay.silent_s.remote()), stopping())
+            if error is not None and thread.is_alive() and ray.get(relay.outcome.remote()) is None:
+                ray.get(relay.end.remote(error))
+                raise error
+        show(console, ray.get(relay.take.remote()))
     return failure[0] if failure else None
+
+
+def _given_up(config: RunConfig, waited_s: float, silent_s: float | None, stopping: bool) -> DistFtError | None:
+    """Return why to wait for workers no longer, if there is a reason. Pure.
+
+    Args:
+        config: the run.
+        waited_s: seconds since workers were asked for.
+        silent_s: seconds since rank 0 was last heard of; None: never.
+        stopping: whether the user wants to stop.
+    """
+    if stopping and (silent_s is None or silent_s > LOST_S):
+        return Interrupted("stopped as asked; no worker was there to save anything; what was committed is kept; the "
+                           "same command goes on from there")
+    cluster = config.cluster
+    if cluster.wait_for_nodes:
+        return None
+    field = f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
+    remedy = "free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
+    if silent_s is None and waited_s > cluster.start_timeout_s:
+        each = ", ".join(f"{count:g} {resource}" for resource, count in _resources(config).items())
+        return WorkerError(f"{field}: no worker has started in that time; {config.min_workers} are needed, of {each} "
+                           f"each, and the cluster is busy, or its images are slow; {remedy}")
+    if silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S:  # Ray may first ask for all in vain
+        return WorkerError(f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; what was "
+                           f"committed is kept, and the same command goes on from there; {remedy}")
+    return None
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs: an attempt of the whole run, from wherever storage says it stands."""
     import ray
 
+    if os.path.isdir(settings["folder"]):
+        os.chdir(settings["folder"])
     train = importlib.import_module("ray.train")
     config = RunConfig.model_validate(settings["config"])
     context = train.get_context()
@@ -167,7 +214,8 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # an earlier attempt ended in a way that starting again does not cure
     from dist_ft.runtime import build
 
-    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world))
+    log_lines = RelayLog(relay) if config.log.level != "debug" else None  # then Ray forwards all there is
+    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world), log_lines)
     try:
         result = build.run(config, world, hooks)
         if world.rank == 0:
@@ -192,7 +240,7 @@ def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
 
 
 def _stop_watch(relay: Any, world: World) -> Callable[[], bool]:
-    """Return a question that costs nothing a step: a thread of rank 0 asks the relay for the answer."""
+    """Return a question that costs nothing a step: a thread of rank 0, by which the driver knows that it lives."""
     if world.rank != 0:
         return lambda: False
     import ray
@@ -200,11 +248,11 @@ def _stop_watch(relay: Any, world: World) -> Callable[[], bool]:
     wanted = threading.Event()
 
     def watch() -> None:
-        while not wanted.is_set():
-            time.sleep(POLL_S)
+        while True:  # as long as the process: also while it saves
             with contextlib.suppress(Exception):
-                if ray.get(relay.stopping.remote()):
+                if ray.get(relay.beat.remote()):
                     wanted.set()
+            time.sleep(POLL_S)
 
     threading.Thread(target=watch, name="stop-watch", daemon=True).start()
     return wanted.is_set

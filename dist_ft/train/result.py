@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,9 +38,11 @@ class Hooks:
         committed: called on all ranks with (checkpoint URL, metrics) after a commit.
         should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
         beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
+        log: also gets the log lines of this worker; none: they go to stderr only.
     """
 
     console: Console = field(default_factory=Console)
     committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
+    log: logging.Handler | None = None

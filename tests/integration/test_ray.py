@@ -30,7 +30,7 @@ def start(base: Path, document: dict[str, Any], **env: str) -> subprocess.Popen[
     path.write_text(yaml.safe_dump(document))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **env}
     environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], env=environment,
+    return subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], env=environment, cwd=base,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -56,17 +56,17 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(base: Path) -> list[float]:
-    """The losses of an unbroken run on two Ray workers under ZeRO-3."""
-    document = tiny.config(base, "unbroken", workers=2)
-    code, output = finish(start(base, document))
+    """The losses of an unbroken run on two Ray workers under ZeRO-3; all its paths are relative."""
+    code, output = finish(start(base, tiny.config(Path("."), "unbroken", workers=2)))
     assert code == 0, output[-3000:]
     assert "2 workers" in output and "ZeRO-3" in output
+    document = tiny.config(base, "unbroken", workers=2)
     history.require_exactly_once(base / "runs/unbroken", document)
     return history.losses(base / "runs/unbroken")
 
 
 def test_a_run_on_ray_shows_its_tables_and_is_complete_when_asked_again(base: Path, unbroken: list[float]) -> None:
-    code, output = finish(start(base, tiny.config(base, "unbroken")))  # in one process: who asks does not matter
+    code, output = finish(start(base, tiny.config(Path("."), "unbroken")))  # in one process: who asks does not matter
     assert code == 0 and f"is complete: step {len(unbroken)} of {len(unbroken)}" in output, output[-3000:]
     assert "Traceback" not in output
 
@@ -101,6 +101,7 @@ def test_fault_9_the_driver_killed_mid_run_the_same_command_goes_on(base: Path, 
     code, output = finish(start(base, document))
     assert code == 0, output[-3000:]
     assert "(attempt 2)" in output
+    assert "[rank 0] INFO going on from step" in output, "what workers log is seen here"
     assert history.losses(base / "runs/driver-died") == unbroken
     history.require_exactly_once(base / "runs/driver-died", document)
 
@@ -140,6 +141,7 @@ def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
                           timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["busy"].startswith("cluster.start_timeout_s=3: no worker has started in that time; 2 are needed")
     assert seen["checkpoint"] == seen["result"] and seen["checkpoint"].endswith("step-000000003-a0001")
     assert time.monotonic() - began < 300
 
@@ -148,11 +150,24 @@ SCRIPT = '''
 import json, sys
 import ray
 from dist_ft import load_config
+from dist_ft.errors import WorkerError
 from dist_ft.runtime import ray_train
+
+class Holder:
+    def hold(self):
+        pass
 
 def main():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="dist_ft")
-    config = load_config(json.load(open(sys.argv[1])))
+    document = json.load(open(sys.argv[1]))
+    config = load_config(document)
+    holder = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(holder.hold.remote())
+    try:
+        ray_train.run(load_config(document, ["run.name=busy", "cluster.workers=2", "cluster.start_timeout_s=3"]))
+    except WorkerError as error:
+        busy = str(error)
+    del holder
     results = []
     fit = ray_train._trainer
     def keep(*args):
@@ -163,7 +178,7 @@ def main():
     ray_train._trainer = keep
     result = ray_train.run(config)
     print()
-    print(json.dumps({"checkpoint": results[0].checkpoint.path, "result": result.checkpoint}))
+    print(json.dumps({"busy": busy, "checkpoint": results[0].checkpoint.path, "result": result.checkpoint}))
 
 main()
 '''

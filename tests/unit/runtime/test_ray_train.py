@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import MagicMock
+
 import pytest
 from unit.small import run_config
 
-from dist_ft.errors import DataError, WorkerError
-from dist_ft.runtime.ray_train import _explain, _require_resources, _resources
+from dist_ft.errors import DataError, Interrupted, WorkerError
+from dist_ft.runtime.ray_train import _explain, _given_up, _require_resources, _resources, _start_relay
 
 
 def config(**cluster):
@@ -39,6 +42,37 @@ def test_a_cluster_that_is_too_small():
         "nodes, or set cluster.wait_for_nodes=true if an autoscaler will")
     with pytest.raises(WorkerError, match="they need 2 GPU, the cluster has 0"):
         _require_resources(Cluster(CPU=8), config(gpus_per_worker=1))
+
+
+def test_the_relay_stays_on_the_drivers_node():
+    """Another node may be lost at any time; with its relay a run would end."""
+    asked: dict[str, Any] = {}
+    actor = MagicMock()
+    actor.options = lambda **options: asked.update(options) or actor
+    ray = MagicMock(remote=lambda **_: lambda _: actor)
+    ray.get_runtime_context().get_node_id.return_value = "ab" * 28
+    _start_relay(ray, "relay")
+    assert asked["scheduling_strategy"].node_id == "ab" * 28 and asked["name"] == "relay"
+
+
+def test_waiting_for_workers_has_an_end():
+    busy = config(start_timeout_s=30)
+    assert _given_up(busy, 30, None, False) is None
+    error = _given_up(busy, 31, None, False)
+    assert isinstance(error, WorkerError)
+    assert str(error) == (
+        "cluster.start_timeout_s=30: no worker has started in that time; 2 are needed, of 1 CPU each, and the cluster is "
+        "busy, or its images are slow; free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit")
+    assert _given_up(busy, 10**6, 119, False) is None, "workers that were lost get time to be replaced"
+    assert "the workers were lost, and none has started for 121 s" in str(_given_up(busy, 10**6, 121, False))
+    for silent_s in (None, 10.0**6):
+        assert _given_up(config(wait_for_nodes=True), 10**6, silent_s, False) is None
+
+
+def test_who_asks_to_stop_while_no_worker_is_there_does_not_wait():
+    assert isinstance(_given_up(config(wait_for_nodes=True), 1, None, True), Interrupted)
+    assert isinstance(_given_up(config(), 900, 61, True), Interrupted)
+    assert _given_up(config(), 900, 5, True) is None, "it saves and leaves"
 
 
 def failure(**workers: Exception) -> Exception:
