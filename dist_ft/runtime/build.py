@@ -1,7 +1,8 @@
 """The only place that wires things: config and world in, trained run out.
 
-In order: storage and run folder, data (errors in it are cheapest here), newest checkpoint, model, engine, weights
-checked, trainer. Every worker of every attempt goes through `run`; where the run stands is read from its storage.
+In order: the run is the same as before, data (errors in it are cheapest here), attempt number, newest checkpoint,
+model, engine, weights checked, trainer. Every worker of every attempt goes through `run`; where the run stands is read
+from its storage.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dist_ft import logs, storage
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo
+from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo, parse_folder
 from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import ConfigError
+from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.runtime import summary
 from dist_ft.runtime.data import Data, open_data
 from dist_ft.runtime.watchdog import Watchdog
@@ -47,14 +48,16 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
                            f"cluster.workers={world.size}, or start one process"])
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
-    attempt = on_rank0(world, comms, lambda: begin(store, config, world))
+    on_rank0(world, comms, lambda: require_same_run(store, config))
     data = open_data(config, store, world, comms)
-    total_steps = data.training.plan.total_steps(config.schedule)
-    manager = CheckpointManager(store, config.checkpoint, world, comms, attempt)
-    manifest = manager.newest()
-    if manifest is not None and manifest.progress.step >= total_steps:
-        return _already_done(config, manifest, total_steps, store, hooks, world)
     try:
+        total_steps = data.training.plan.total_steps(config.schedule)
+        done = _complete(store, world, comms, total_steps)
+        if done is not None:
+            return _already_done(config, done, total_steps, store, hooks, world)
+        attempt = on_rank0(world, comms, lambda: take_over(store, config, world))
+        manager = CheckpointManager(store, config.checkpoint, world, comms, attempt)
+        manifest = manager.newest()
         return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
     finally:
         manager.close()
@@ -89,19 +92,34 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         engine.close()
 
 
-def begin(store: Store, config: RunConfig, world: World) -> int:
-    """Make or check the run's folder and take an attempt number (rank 0 only).
+def require_same_run(store: Store, config: RunConfig) -> None:
+    """Raise ConfigError if the run exists with another identity (rank 0 only); log what else changed."""
+    for change in check_resume(_mapping(store), config) if store.exists(STORED) else ():
+        log.info("since the run began, %s changed from %s to %s", change.path, change.old, change.new)
 
-    Raises ConfigError if the run exists with another identity, StorageError if its storage can not be written.
+
+def take_over(store: Store, config: RunConfig, world: World) -> int:
+    """Take an attempt number (rank 0 only): from here on no attempt before this one can commit.
+
+    As late as can be, but before the newest checkpoint is looked for: a second start by mistake that fails early must
+    not cost the first one its work, and what this one goes on from must stay the newest.
     """
-    if store.exists(STORED):
-        stored = _mapping(store)
-        changed = check_resume(stored, config)
-        for change in changed:
-            log.info("since the run began, %s changed from %s to %s", change.path, change.old, change.new)
     number = catalogue.begin_attempt(store, world.size)
     store.write(STORED, resolved_yaml(config).encode())
     return number
+
+
+def _complete(store: Store, world: World, comms: Collectives, total_steps: int) -> Manifest | None:
+    """Return the checkpoint of the last step, if it is committed and sound; takes no attempt number."""
+    names = on_rank0(world, comms, lambda: catalogue.committed(store))
+    if not names or (parse_folder(names[0]) or (0, 0))[0] < total_steps:
+        return None
+    try:
+        manifest = catalogue.load_manifest(store, names[0])
+        catalogue.verify(store, manifest, world)
+    except DistFtError:
+        manifest = None  # `CheckpointManager.newest` says why
+    return manifest if all(comms.all_gather(manifest is not None)) else None
 
 
 def _mapping(store: Store) -> dict[str, Any]:

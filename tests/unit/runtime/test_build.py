@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.config.load import load_config
-from dist_ft.errors import CheckpointError, ConfigError, ModelError
+from dist_ft.errors import CheckpointError, ConfigError, DataError, ModelError
 from dist_ft.runtime import build, local
 from dist_ft.storage import Store
 from dist_ft.train.console import Console
@@ -70,7 +70,7 @@ def test_a_complete_run_is_not_trained_again(document):
                      "or export it\n")
     assert again == replace(first, loss=None)
     longer, shown = go(document, schedule={"steps": 6})
-    assert longer.step == 6 and "step 4 of 6 (attempt 3)" in shown
+    assert longer.step == 6 and "step 4 of 6 (attempt 2)" in shown, "asking is no attempt"
     assert longer.evaluation_before == first.evaluation_before
     assert len(history.losses(store_of(document).url)) == 6
 
@@ -79,6 +79,16 @@ def test_a_second_run_of_the_name_with_another_identity(document):
     go(document)
     with pytest.raises(ConfigError, match=r"run\.seed"):
         go(document, run={"seed": 12})
+    assert store_of(document).list("attempts") == ["000001.json"]
+
+
+def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
+    """A second start by mistake, whose machine can not read the data: the first must still be able to commit."""
+    go(document, schedule={"steps": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "open_data", lambda *_: (_ for _ in ()).throw(DataError("no such file here")))
+        with pytest.raises(DataError, match="no such file here"):
+            go(document)
     assert store_of(document).list("attempts") == ["000001.json"]
 
 
