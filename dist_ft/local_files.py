@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from typing import BinaryIO
 from uuid import uuid4
 
 HIDDEN = ".tmp-"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def write_file(path: str, content: bytes | memoryview) -> None:
@@ -15,8 +18,32 @@ def write_file(path: str, content: bytes | memoryview) -> None:
 
 
 def create_file(path: str, content: bytes) -> None:
-    """As `write_file`, but a file that is already there is an error (a hard link can not overwrite)."""
-    _by_way_of(path, content, os.link)
+    """As `write_file`, but a file that is already there is an error (a hard link can not overwrite).
+
+    Where there are no hard links (FUSE, FAT) still one caller alone makes the file, but others may see a part of it.
+    """
+    try:
+        _by_way_of(path, content, os.link)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _exclusively(path, content)
+
+
+def _exclusively(path: str, content: bytes) -> None:
+    """Make `path` and write it; FileExistsError if it is there."""
+    with open(path, "xb") as file:
+        try:
+            _to_disk(file, content)
+        except BaseException:
+            os.remove(path)
+            raise
+
+
+def _to_disk(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _by_way_of(path: str, content: bytes | memoryview, place: Callable[[str, str], None]) -> None:
@@ -26,9 +53,7 @@ def _by_way_of(path: str, content: bytes | memoryview, place: Callable[[str, str
     temporary = os.path.join(folder, f"{HIDDEN}{name}-{uuid4().hex[:8]}")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file, content)
         place(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -18,6 +18,7 @@ from dist_ft.config.schema import RunConfig, Source
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 from dist_ft.patience import attempts
+from dist_ft.world import World
 
 TRIES, PATIENCE_S = 2, 20.0
 """Of every storage call here: someone waits for the answer."""
@@ -110,7 +111,11 @@ def _writable(config: RunConfig) -> Iterator[str]:
     store = storage.Store(config.run_url)
     probe, made = f".probe-{uuid4().hex[:8]}", _absent_folders(store.url)
     try:
-        store.write(probe, b"probe")
+        store.create(probe, b"probe")
+        if store.create(probe, b"again"):
+            yield (f"run.storage={config.run.storage}: a file that is there was made once more, so two starts of a "
+                   f"run could not be told apart; storage with conditional writes (If-None-Match) is needed; use "
+                   f"another endpoint or file system")
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"
@@ -140,16 +145,28 @@ def _older_run(config: RunConfig) -> Iterator[str]:
     yield from ()
 
 
+def _by_torchrun() -> bool:
+    """Tell whether torchrun (or the like) started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
+def _workers_here(config: RunConfig) -> int:
+    """Return how many workers need a place on this machine (if the run `_is_here`)."""
+    return World.from_environment().local_size if _by_torchrun() else config.min_workers
+
+
 def _is_here(config: RunConfig) -> bool:
-    """Tell whether the run happens on this machine: one process, or a local Ray of its own."""
-    return config.max_workers == 0 or (config.cluster.address is None and not os.environ.get("RAY_ADDRESS"))
+    """Tell whether the run happens on this machine: one process, torchrun's ranks, or a local Ray of its own."""
+    own_ray = config.cluster.address is None and not os.environ.get("RAY_ADDRESS")
+    return _by_torchrun() or config.max_workers == 0 or own_ray
 
 
 def _cpus(config: RunConfig) -> Iterator[str]:
-    available = os.cpu_count() or 1
-    needed = config.min_workers * config.cluster.cpus_per_worker
-    if _is_here(config) and needed > available:
-        yield (f"cluster.workers={config.min_workers}: needs {config.min_workers} × {config.cluster.cpus_per_worker:g} "
+    if not _is_here(config):
+        return
+    available, workers = os.cpu_count() or 1, _workers_here(config)
+    if workers * config.cluster.cpus_per_worker > available:
+        yield (f"cluster.workers={config.min_workers}: needs {workers} × {config.cluster.cpus_per_worker:g} "
                f"CPUs (cluster.cpus_per_worker), and this machine has {available}; use fewer workers or CPUs a worker, "
                f"or set cluster.address to a larger Ray cluster")
 
@@ -159,7 +176,7 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         return
     import torch
 
-    available, needed = torch.cuda.device_count(), max(1, config.min_workers)
+    available, needed = torch.cuda.device_count(), max(1, _workers_here(config))
     if available < needed:
         yield (f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and this machine "
                f"has {available} that torch can use; set it to 0 to run on CPUs, or set cluster.address to a Ray "

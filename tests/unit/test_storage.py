@@ -98,6 +98,21 @@ def test_create_makes_a_file_once(store):
     assert store.read("attempts/1") == b"mine"
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_folder_without_hard_links_makes_a_file_once_too(tmp_path, monkeypatch, number):
+    """FUSE and FAT answer a hard link with one of these."""
+    def link(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    test_of_many_threads_one_creates(tmp_path)
+    store = Store(str(tmp_path / "own"))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(StorageError, match="the disk is full"):
+        store.create("1", b"mine")
+    assert os.listdir(tmp_path / "own") == []
+
+
 def test_of_many_threads_one_creates(tmp_path):
     store = Store(str(tmp_path))
     for number in range(10):

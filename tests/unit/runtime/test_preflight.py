@@ -15,7 +15,8 @@ from dist_ft.storage import Store
 @pytest.fixture
 def base(shared, tmp_path, monkeypatch):
     """A run all is well with."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "once upon a time"}) + "\n")
     return {"run": {"name": "x", "storage": str(tmp_path / "deep" / "runs")},
             "model": {"path": str(shared("models/stories260k")), "dtype": "float32"},
@@ -88,7 +89,7 @@ def test_more_cpus_than_this_machine_has(base, monkeypatch):
         "cluster.workers=3: needs 3 × 1 CPUs (cluster.cpus_per_worker), and this machine has 2; use fewer workers or "
         "CPUs a worker, or set cluster.address to a larger Ray cluster"]
     assert lines(base, "cluster.workers=3", "cluster.cpus_per_worker=0.5") == []
-    assert lines(base, "cluster.workers=2..3") == [], "an elastic run takes what there is"
+    assert lines(base, "cluster.workers=2..3", "checkpoint.every_steps=2") == [], "an elastic run takes what there is"
     assert lines(base, "cluster.workers=3", "cluster.address=auto") == [], "another machine's business"
 
 
@@ -98,6 +99,28 @@ def test_gpus_that_are_not_there(base, monkeypatch):
     assert lines(base, "cluster.gpus_per_worker=1", "cluster.workers=2") == [
         "cluster.gpus_per_worker=1: 2 GPUs are needed, and this machine has 1 that torch can use; set it to 0 to run on "
         "CPUs, or set cluster.address to a Ray cluster with GPUs"]
+
+
+def test_of_torchruns_ranks_only_those_of_this_machine_count(base, monkeypatch):
+    """Two nodes of four processes each."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    many = ["cluster.workers=8", "cluster.gpus_per_worker=1"]
+    assert lines(base, *many) == []
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [line[:68] for line in lines(base, *many)] == [
+        "cluster.gpus_per_worker=1: 4 GPUs are needed, and this machine has 2"], "whatever RAY_ADDRESS says"
+
+
+def test_storage_that_makes_a_file_twice(base, monkeypatch):
+    """An S3 server that does not know If-None-Match: nothing would keep an older start from committing."""
+    monkeypatch.setattr(Store, "create", lambda self, path, content: (self.write(path, content), True)[1])
+    (found,) = lines(base)
+    assert "storage with conditional writes (If-None-Match) is needed" in found
+    assert not os.path.exists(base["run"]["storage"]), "nothing left behind"
 
 
 def test_all_at_once(base, tmp_path, monkeypatch):
