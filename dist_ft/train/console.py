@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -15,6 +17,7 @@ class Console:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._open = False
+        self._gone = False
 
     def say(self, text: str) -> None:
         """Print `text` on lines of its own."""
@@ -36,10 +39,17 @@ class Console:
         return None
 
     def _write(self, text: str) -> None:
-        """Write what the stream's encoding can say: a missing × must not end a run."""
+        """Write what the stream's encoding can say: neither a missing × nor a reader that left may end a run."""
+        if self._gone:
+            return
         encoding = self._stream.encoding or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding))
-        self._stream.flush()
+        try:
+            self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            self._stream.flush()
+        except OSError:  # `| head` has seen enough, or the terminal was closed
+            self._gone = True
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())  # or Python's flush at exit would fail once more
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> str:

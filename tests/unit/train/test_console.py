@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,23 @@ def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Console(stream).say("2 × 3")
     assert raw.getvalue() == b"2 ? 3\n"
+
+
+def test_a_reader_that_left_does_not_end_the_run():
+    """`dist-ft train ... | head -2`: what is written in vain must neither raise nor change the exit code."""
+    program = ("import sys, time\nfrom dist_ft.train.console import Console\nconsole = Console()\n"
+               "console.say('first')\nsys.stdin.read()\n"
+               "for _ in range(3): console.say('more'); console.progress('step'); console.close()\n"
+               "sys.stderr.write('trained on')")
+    ran = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    assert ran.stdin and ran.stdout and ran.stderr
+    assert ran.stdout.readline() == "first\n"
+    ran.stdout.close()
+    ran.stdin.close()
+    assert ran.stderr.read() == "trained on"
+    assert ran.wait() == 0
+    ran.stderr.close()
 
 
 def test_by_default_it_is_standard_output(capsys):
