@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
                          re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)")
-_QUERY_SECRET = re.compile(
+USERINFO = re.compile(r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)")
+QUERY_SECRET = re.compile(
     r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret|(?:api_?)?key|awsaccesskeyid"
     r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+")
 
@@ -37,7 +37,7 @@ def redact(text: str) -> str:
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         for written in (value, quote(value, safe="")):
             text = text.replace(written, f"<{secrets[value]}>")
-    return _QUERY_SECRET.sub(r"\1<redacted>", _USERINFO.sub("<redacted>", text))
+    return QUERY_SECRET.sub(r"\1<redacted>", USERINFO.sub("<redacted>", text))
 
 
 class _Redacting(logging.Formatter):

@@ -1,7 +1,7 @@
 """Credentials have no place in a config: it is stored with the run and shown to people.
 
-Guarantees: what is found is named by its field and never printed. Finds what it can recognise by name or form, not
-every secret there may be. Pure.
+Guarantees: what is found is named by its field and never printed; in URLs it is what `logs.redact` removes. Finds what
+it can recognise by name or form, not every secret there may be. Pure.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Section
+from dist_ft.logs import QUERY_SECRET, USERINFO
 
 _NAME = re.compile(
     r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$")
 _NOT_SECRET = frozenset({"requester_pays", "token_uri", "cache_token"})
-_USER_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
-_SIGNED_URL = re.compile(r"(?i)[?&](sig|signature|token|x-amz-signature|x-amz-security-token|x-goog-signature)=")
 _VARIABLE = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_APPLICATION_CREDENTIALS",
              "gcs": "GOOGLE_APPLICATION_CREDENTIALS", "abfs": "AZURE_STORAGE_CONNECTION_STRING",
              "az": "AZURE_STORAGE_CONNECTION_STRING"}
@@ -32,11 +31,11 @@ def secret_problems(config: RunConfig) -> Iterator[str]:
                 yield (f"{path}: looks like a credential, and a config is stored with the run; credentials come from "
                        f"the environment; remove it and set {variable}")
     for path, value in _leaves(config, ""):
-        if isinstance(value, str) and _USER_IN_URL.search(value):
-            yield (f"{path}: the URL holds a user name and password; URLs without them are allowed; "
-                   f"remove them and set the credentials in the environment")
-        elif isinstance(value, str) and _SIGNED_URL.search(value):
-            yield (f"{path}: the URL holds a signature or token; URLs without one are allowed; "
+        if isinstance(value, str) and USERINFO.search(value):
+            yield (f"{path}: the URL holds a user name, password or token before its host; URLs without are allowed; "
+                   f"remove it and set the credentials in the environment")
+        elif isinstance(value, str) and QUERY_SECRET.search(value):
+            yield (f"{path}: the URL holds a signature, token or key; URLs without one are allowed; "
                    f"remove it and set the credentials in the environment")
 
 

@@ -215,6 +215,8 @@ class ClusterSection(Section):
         "busy one after start_timeout_s."))
     start_timeout_s: float = Field(300, gt=0, description=(
         "Seconds to wait for workers to start (busy cluster, slow images); once lost, for others twice that."))
+    resize_interval_s: float = Field(600, gt=0, description=(
+        "Elastic run: seconds between looks for more nodes. To take them, work since the last checkpoint is redone."))
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
     progress_timeout_s: float = Field(1800, ge=0, description=(
         "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "

@@ -54,6 +54,12 @@ def _worker_range(config: RunConfig) -> Iterator[str]:
                f"0 is this process without Ray, 1 or more are Ray workers; correct it")
 
 
+def _elastic(config: RunConfig) -> Iterator[str]:
+    if config.max_workers > config.min_workers and not config.checkpoint.every_steps:
+        yield (f"cluster.workers={_workers(config)}: when nodes come, Ray starts the workers anew from the newest "
+               f"checkpoint, and checkpoint.every_steps is 0; a range needs checkpoints; set checkpoint.every_steps")
+
+
 def _length(config: RunConfig) -> Iterator[str]:
     schedule = config.schedule
     if schedule.steps is None and schedule.epochs is None:
@@ -215,7 +221,7 @@ def _workers(config: RunConfig) -> str:
 
 
 CHECKS: tuple[Check, ...] = (
-    _batch, _lanes, _worker_range, _length, _warmup, _warmup_fits, _adafactor, _unused_optimizer_fields,
+    _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
     _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _evaluation, deepspeed_problems,
     secret_problems)

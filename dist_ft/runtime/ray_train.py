@@ -132,6 +132,7 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
                                  timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
+            elastic_resize_monitor_interval_s=cluster.resize_interval_s,  # type: ignore[call-arg]  # mypy sees v1
             use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(config),
             placement_strategy=cluster.placement),
         run_config=RayRunConfig(

@@ -30,12 +30,12 @@ def test_the_identity_of_a_run():
 
 
 def test_changes_are_told_apart():
-    new = with_("cluster.workers=1..2", "batch.micro_batch=2", "optimizer.learning_rate=1e-3", "evaluation.data=c",
+    new = with_("cluster.workers=1..2", "checkpoint.every_steps=2", "batch.micro_batch=2", "optimizer.learning_rate=1e-3", "evaluation.data=c",
                 "zero.deepspeed.steps_per_print=1")
     assert changes(with_(), new) == (
         [Change("batch.micro_batch", 1, 2)],
         [Change("optimizer.learning_rate", 2e-5, 1e-3), Change("zero.deepspeed", {}, {"steps_per_print": 1}),
-         Change("cluster.workers", 0, {"min": 1, "max": 2}),
+         Change("cluster.workers", 0, {"min": 1, "max": 2}), Change("checkpoint.every_steps", 0, 2),
          Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}])])
     assert changes(with_(), with_()) == ([], [])
 

@@ -25,7 +25,7 @@ CASES = [
     (["cluster.workers=5"],
      "cluster.workers=5: more workers than the 4 lanes of a step (batch.global_batch / batch.micro_batch); at most 4; "
      "use fewer workers, or raise batch.global_batch"),
-    (["cluster.workers=1..8"],
+    (["cluster.workers=1..8", "checkpoint.every_steps=4"],
      "cluster.workers=[1, 8]: more workers than the 4 lanes of a step (batch.global_batch / batch.micro_batch); at most "
      "4; use fewer workers, or raise batch.global_batch"),
     (["cluster.workers=3..2"],
@@ -117,11 +117,20 @@ CASES = [
      "storage.options.s3.client_kwargs.aws_secret_access_key: looks like a credential, and a config is stored with the "
      "run; credentials come from the environment; remove it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     (["run.storage=s3://me:hush@host/bucket"],
-     "run.storage: the URL holds a user name and password; URLs without them are allowed; remove them and set the "
-     "credentials in the environment"),
+     "run.storage: the URL holds a user name, password or token before its host; URLs without are allowed; remove it "
+     "and set the credentials in the environment"),
+    (["data.train=https://hf_hush@host/d.jsonl"],
+     "data.train.0.path: the URL holds a user name, password or token before its host; URLs without are allowed; remove "
+     "it and set the credentials in the environment"),
     (["data.train=[a, 'https://h/d.jsonl?X-Amz-Signature=hush']"],
-     "data.train.1.path: the URL holds a signature or token; URLs without one are allowed; remove it and set the "
+     "data.train.1.path: the URL holds a signature, token or key; URLs without one are allowed; remove it and set the "
      "credentials in the environment"),
+    *[([f"model.path=https://h/m?a=1&{name}=hush"],
+       "model.path: the URL holds a signature, token or key; URLs without one are allowed; remove it and set the "
+       "credentials in the environment") for name in ("access_token", "api_key", "password", "token", "sig")],
+    (["cluster.workers=1..4"],
+     "cluster.workers=[1, 4]: when nodes come, Ray starts the workers anew from the newest checkpoint, and "
+     "checkpoint.every_steps is 0; a range needs checkpoints; set checkpoint.every_steps"),
 ]
 
 
@@ -134,7 +143,8 @@ def test_contradictions(overrides, line):
 
 @pytest.mark.parametrize("overrides", [
     ["cluster.workers=4"],
-    ["cluster.workers=1..4"],
+    ["cluster.workers=1..4", "checkpoint.every_steps=4"],
+    ["cluster.workers=4..4"],
     ["schedule.steps=null", "schedule.epochs=1", "schedule.warmup_steps=50"],
     ["schedule.warmup_steps=10"],
     ["optimizer.name=adafactor"],
