@@ -16,7 +16,7 @@ import typer
 
 from dist_ft import cli_data
 from dist_ft.cli_data import Config, Overrides
-from dist_ft.errors import DistFtError, Interrupted
+from dist_ft.errors import DistFtError, Interrupted, known
 
 app = typer.Typer(
     name="dist-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -163,11 +163,16 @@ def main() -> None:
     try:
         app()
     except DistFtError as error:
-        from dist_ft.logs import redact
-
-        _fail(redact(f"dist-ft: {error}"), error.exit_code, error)
+        _fail(_said(error), error.exit_code, error)
     except Exception as error:
-        _fail(_unexpected(error), 1, error)
+        meant = known(error)
+        _fail(_unexpected(error) if meant is None else _said(meant), 1, error)
+
+
+def _said(error: DistFtError) -> str:
+    from dist_ft.logs import redact
+
+    return redact(f"dist-ft: {error}")
 
 
 def _fail(text: str, code: int, error: BaseException) -> None:

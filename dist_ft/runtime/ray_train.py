@@ -18,7 +18,7 @@ from typing import Any
 
 from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import DistFtError, Interrupted, WorkerError
+from dist_ft.errors import DistFtError, Interrupted, WorkerError, known
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.relay import Relay, RelayConsole, RelayLog, show
 from dist_ft.train.console import Console
@@ -265,13 +265,20 @@ def _explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
         return WorkerError(f"run {config.run.name}: the workers ended without a result; see the Ray logs in /tmp/ray")
     causes = getattr(failure, "worker_failures", None) or {}
     for error in causes.values():
-        for inner in (error, getattr(error, "_base_exc", None), getattr(error, "cause", None), error.__cause__):
+        for inner in _inside(error):
             if isinstance(inner, DistFtError):
                 return inner
-    texts = [f"worker {rank}: {_line(error, -1)}" for rank, error in sorted(causes.items())]
+    meant = {rank: next(filter(None, map(known, _inside(error))), None) for rank, error in causes.items()}
+    texts = [f"worker {rank}: {meant[rank] or _line(error, -1)}" for rank, error in sorted(causes.items())]
     text = "; ".join(texts) or _line(failure, -1)
     return WorkerError(f"run {config.run.name}: gave up after cluster.max_failures={config.cluster.max_failures} "
                        f"restarts ({text}); what was committed is kept; the same command goes on from there")
+
+
+def _inside(error: BaseException) -> list[BaseException]:
+    """Return an error and those it wraps."""
+    wrapped = (getattr(error, "_base_exc", None), getattr(error, "cause", None), error.__cause__)
+    return [error, *(inner for inner in wrapped if isinstance(inner, BaseException))]
 
 
 def _line(error: BaseException, index: int) -> str:

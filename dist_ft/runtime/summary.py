@@ -64,5 +64,8 @@ def at_end(config: RunConfig, result: Result) -> str:
         rows.append(("waited for data", f"{result.data_wait_share:.1%} of the time of steps"))
     if result.checkpoint:
         rows.append(("checkpoint", redact(result.checkpoint)))
-    rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
+    if config.storage.options:  # without them the URL alone can not be read
+        rows.append(("next", "dist-ft export CONFIG.yaml --out DIR  (the config of this run: its storage has options)"))
+    else:
+        rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
     return table(f"run {config.run.name}: done", rows)

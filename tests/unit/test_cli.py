@@ -186,6 +186,29 @@ def test_the_unexpected_is_one_line_that_names_a_log(main, monkeypatch, tmp_path
     assert "hush" not in log
 
 
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's, of the same name."""
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+     "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.); a step needs less with a smaller "
+     "batch.micro_batch or"),
+    (MemoryError(), "out of memory (MemoryError); use a machine with more, fewer workers on it"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried"),
+     "out of memory ([enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried)"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41"),
+     "another worker has ended ([gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41); its own log"),
+])
+def test_what_is_not_our_gap_is_named(main, monkeypatch, error, said):
+    def fail(*args, **kwargs):
+        raise ValueError("wrapped") from error
+
+    monkeypatch.setattr("dist_ft.config.load.load_config", fail)
+    code, out, err = main("train", "x.yaml")
+    assert (code, out) == (1, "") and err.startswith(f"dist-ft: {said}") and "report" not in err
+
+
 def test_debug_shows_the_traceback(main, monkeypatch):
     monkeypatch.setenv("DIST_FT_DEBUG", "0")
     code, _, err = main("--debug", "check", "/no/such.yaml")

@@ -91,6 +91,13 @@ def test_the_error_of_a_worker_is_the_runs():
 
 @pytest.mark.parametrize(("error", "said"), [
     (failure(w1=ValueError("long\ntrace\nKeyError: 'x'"), w0=OSError("gone")), "worker 0: gone; worker 1: KeyError: 'x'"),
+    (failure(w0=MemoryError("no room")),
+     "worker 0: out of memory (no room); use a machine with more, fewer workers on it, a smaller batch.micro_batch, or "
+     "leave out zero.offload_optimizer and zero.offload_param"),
+    (failure(w1=RuntimeError("Traceback\n  torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")),
+     "worker 1: out of GPU memory (torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.); a step needs "
+     "less with a smaller batch.micro_batch or batch.sequence_length, the state with more workers, a higher zero.stage, or "
+     "zero.offload_optimizer=cpu"),
     (failure(), "the last one")])
 def test_other_failures_are_one_line(error, said):
     assert str(_explain(error, config(max_failures=2))) == (

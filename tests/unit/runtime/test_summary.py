@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unit.small import run_config
 
+from dist_ft.config.schema import StorageSection
 from dist_ft.runtime.summary import at_end, memory_line
 from dist_ft.train.result import Result
 
@@ -16,6 +17,12 @@ def test_the_end_of_a_run():
     assert "2.0000 before, 1.5000 after (-25.0 %)" in text
     assert "dist-ft export s3://<redacted>@bucket/runs/r --out DIR" in text
     assert "secret" not in text
+
+
+def test_where_storage_needs_options_the_export_needs_them_too():
+    config = run_config("s3://bucket/runs").model_copy(
+        update={"storage": StorageSection(options={"s3": {"endpoint_url": "http://h"}})})
+    assert "dist-ft export CONFIG.yaml --out DIR  (the config of this run" in at_end(config, Result("r", 1, 1))
 
 
 def test_what_did_not_happen_is_not_told():
