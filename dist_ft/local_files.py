@@ -40,7 +40,7 @@ def _exclusively(path: str, content: bytes) -> None:
             raise
 
 
-def _to_disk(file: BinaryIO, content: bytes) -> None:
+def _to_disk(file: BinaryIO, content: bytes | memoryview) -> None:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())

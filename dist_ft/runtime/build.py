@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,10 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
         if done is not None:
             return _already_done(config, done, total_steps, store, hooks, world)
         attempt = on_rank0(world, comms, lambda: take_over(store, config, world))
-        manager = CheckpointManager(store, config.checkpoint, world, comms, attempt)
-        manifest = manager.newest()
-        return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
+        with closing(CheckpointManager(store, config.checkpoint, world, comms, attempt)) as manager:
+            manifest = manager.newest()
+            return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
     finally:
-        manager.close()
         data.close()
 
 

@@ -4,7 +4,8 @@ from dist_ft.config.load import load_config
 from dist_ft.plan.batch import batch_arithmetic
 
 BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "a.jsonl"},
-        "batch": {"global_batch": 10, "micro_batch": 2, "sequence_length": 1024}, "schedule": {"steps": 3}}
+        "batch": {"global_batch": 10, "micro_batch": 2, "sequence_length": 1024},
+        "schedule": {"steps": 3}, "checkpoint": {"every_steps": 2}}
 
 
 def rows(*overrides):
