@@ -216,7 +216,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from dist_ft.runtime import build
 
     log_lines = RelayLog(relay) if config.log.level != "debug" else None  # then Ray forwards all there is
-    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world), log_lines)
+    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world), log=log_lines)
     try:
         result = build.run(config, world, hooks)
         if world.rank == 0:
