@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data
+from dist_ft import cli_data, cli_runs
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -156,6 +156,9 @@ _command(cli_data.preview)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
 cli_data.commands(lambda function: _command(function, _data))
 app.add_typer(_data, name="data")
+_runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_runs.HELP)
+cli_runs.commands(lambda function, name=None: _command(function, _runs, name))
+app.add_typer(_runs, name="runs")
 
 
 def main() -> None:

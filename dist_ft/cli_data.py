@@ -12,6 +12,9 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the 
 Overrides = Annotated[list[str] | None, typer.Argument(
     metavar="[SECTION.FIELD=VALUE]...", help="Fields to set over the file, such as schedule.steps=100.")]
 
+Run = Annotated[str, typer.Argument(metavar="RUN", help=(
+    "Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."))]
+
 HELP = ("Look at data, write it anew, and prove what a run has read.\n\n\b\nFirst steps:\n"
         "  dist-ft data inspect mine/*.jsonl        what is in it, and what is odd?\n"
         "  dist-ft data preview configs/single.yaml what will be learned?\n"
@@ -118,9 +121,7 @@ def write(config: Config, out: Annotated[str, typer.Option(help="Folder or URL t
     typer.echo(f"{total} shards in {out}, {written} of them written now; next: set data.train={out}")
 
 
-def verify(run: Annotated[str, typer.Argument(metavar="RUN", help=(
-               "Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."))],
-           overrides: Overrides = None) -> None:
+def verify(run: Run, overrides: Overrides = None) -> None:
     """Prove from its ledger that a run consumed every sample exactly once an epoch, over all its attempts.
 
     Also holds the shards as they lie now against those the run began with. Exits 1 if a sample was lost or repeated.
@@ -132,17 +133,25 @@ def verify(run: Annotated[str, typer.Argument(metavar="RUN", help=(
 
     Next: nothing to do if it says yes.
     """
-    from dist_ft import load_config, storage
-    from dist_ft.logs import quiet_third_parties, redact
+    from dist_ft.logs import redact
     from dist_ft.runtime import audit
 
-    quiet_third_parties()
-    if run.endswith((".yaml", ".yml")):
-        config = load_config(run, overrides or ())
-        storage.configure(config.storage.options)
-        run = config.run_url
+    run = url_of(run, overrides)
     found = audit.audit(run)
     typer.echo(redact(audit.describe(found)))
     if not found.is_sound:
         raise typer.Exit(1)
     typer.echo(f"shards unchanged since the run began: all {audit.verify_shards(run)}")
+
+
+def url_of(run: str, overrides: list[str] | None) -> str:
+    """Return the URL of a run given by its config or by its folder; storage is set up as the config says."""
+    from dist_ft import load_config, storage
+    from dist_ft.logs import quiet_third_parties
+
+    quiet_third_parties()
+    if not run.endswith((".yaml", ".yml")):
+        return run
+    config = load_config(run, overrides or ())
+    storage.configure(config.storage.options)
+    return config.run_url

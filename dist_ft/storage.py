@@ -10,6 +10,7 @@ import os
 import posixpath
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from threading import Lock
 from typing import Any
 
 from dist_ft import listing, local_files
@@ -20,6 +21,8 @@ from dist_ft.storage_errors import explain, s3_code
 
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
+_filesystems: dict[tuple[int, str], Any] = {}
+_lock = Lock()
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
 
 
@@ -29,6 +32,13 @@ def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
 
     for protocol, values in options.items():
         fsspec.config.conf.setdefault(protocol, {}).update(values)
+    forget()
+
+
+def forget() -> None:
+    """Connect anew at the next call: options or credentials may have changed."""
+    with _lock:
+        _filesystems.clear()
 
 
 def is_local(url: str) -> bool:
@@ -145,19 +155,33 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec filesystem of `url` and the path within it. Listings are not cached."""
+    """Return the fsspec filesystem of `url` and the path within it. Listings are not cached.
+
+    All threads share one for a bucket or host: fsspec makes one a thread, and each begins with a session of its own.
+    """
+    from fsspec.core import url_to_fs
+
+    if is_local(url) or "::" in url:
+        return url_to_fs(local_path(url) if is_local(url) else url)
+    place = os.getpid(), "/".join(url.split("/")[:3])
+    with _lock:
+        fs = _filesystems.get(place)
+        if fs is None:
+            fs = _filesystems[place] = _connect(url)
+    return fs, fs._strip_protocol(url)
+
+
+def _connect(url: str) -> Any:
     import fsspec.config
     from fsspec.core import url_to_fs
 
-    if is_local(url):
-        return url_to_fs(local_path(url))
     protocol = url.split("://", 1)[0]
     chosen = fsspec.config.conf.get(protocol, {})
     defaults = {name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen}
-    fs, path = url_to_fs(url, use_listings_cache=False, **defaults)
+    fs, _ = url_to_fs(url, use_listings_cache=False, **defaults)
     if protocol in ("s3", "s3a"):
         fs.retries = 1  # as for _DEFAULTS
-    return fs, path
+    return fs
 
 
 def glob(url: str) -> dict[str, dict[str, Any]]:

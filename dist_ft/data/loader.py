@@ -25,7 +25,7 @@ from dist_ft.data.plan import Plan, Slot
 from dist_ft.data.store import BlockStore
 from dist_ft.errors import DataError
 
-BLOCKS_AHEAD = 2
+BLOCKS_AHEAD = 4
 CLOSE_S = 1.0
 
 

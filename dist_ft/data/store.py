@@ -47,7 +47,7 @@ class BlockStore:
         self.fingerprint = cache.fingerprint(encoder.tokenizer, encoder.data)
         self._pool = pool if sum(block.num_bytes for block in blocks) > SMALL_BYTES else None
         self._limit_bytes = limit_bytes
-        self._threads = ThreadPoolExecutor(max(2, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks")
+        self._threads = ThreadPoolExecutor(max(4, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks")
         self._open: OrderedDict[int, TokenisedBlock] = OrderedDict()
         self._making: dict[int, Future[None]] = {}
         self._passes: dict[tuple[int, int], list[int]] = {}

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from dist_ft.data import fetch
@@ -79,8 +80,16 @@ def _parquet(shard: Shard) -> Any:
     """Return the opened Parquet file; checksums of pages are verified where it has them."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(fetch.ExactFile(shard.url, shard.size), pre_buffer=True,
+    return pyarrow.parquet.ParquetFile(fetch.ExactFile(shard.url, shard.size), metadata=_footer(shard), pre_buffer=True,
                                        page_checksum_verification=True)
+
+
+@lru_cache(maxsize=256)
+def _footer(shard: Shard) -> Any:
+    """Return the metadata at a shard's end: every block of the shard needs it."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(fetch.ExactFile(shard.url, shard.size))
 
 
 def _row_groups(file: Any, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:

@@ -90,11 +90,11 @@ def _column(table: Any, name: str, url: str, first: int) -> tuple[np.ndarray, np
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise row_error(url, first + row, f"has no {name}, as other rows have; {AGAIN}")
-    offsets = np.asarray(column.offsets, dtype=np.int64)
+    offsets = np.from_dlpack(column.offsets).astype(np.int64)  # pyarrow's own way to numpy imports pandas
     values = column.values.slice(offsets[0], offsets[-1] - offsets[0]) if len(offsets) else column.values
     offsets = offsets - offsets[0]
     if values.null_count:
         gap = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         row = int(np.searchsorted(offsets, gap, side="right")) - 1
         raise row_error(url, first + row, f"{name} has a gap (null); a number for each token is needed; {AGAIN}")
-    return values.to_numpy(zero_copy_only=False), offsets
+    return np.from_dlpack(values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values), offsets

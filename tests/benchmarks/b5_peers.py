@@ -8,6 +8,7 @@ from the first sample asked for to the last. Imports nothing of dist_ft.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
@@ -21,6 +22,9 @@ from typing import Any
 import numpy as np
 
 BUCKET, TOKENS, A_SHARD = "bucket", 700, 4000
+IMPORTS = {"mosaic": ("streaming", "boto3"), "litdata": ("litdata", "boto3"), "webdataset": ("webdataset",),
+           "datasets": ("datasets", "s3fs", "pyarrow.parquet")}
+"""What each imports before its clock starts."""
 
 
 def samples(count: int) -> Iterator[np.ndarray]:
@@ -124,7 +128,6 @@ def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
 def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
     """MosaicML Streaming."""
-    without_torchvision()
     from streaming import StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = endpoint
@@ -166,6 +169,10 @@ def main() -> None:
         upload(endpoint, folder, name)
         shutil.rmtree(folder)
         return
+    if name == "mosaic":
+        without_torchvision()
+    for module in IMPORTS[name]:
+        importlib.import_module(module)
     stream = globals()[f"read_{name}"](endpoint, folder, int(count))
     begun = time.perf_counter()
     total = sum(stream)

@@ -64,6 +64,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     for number in range(rounds):
         for name in turns(list(sides), number):
             values[name].append(sides[name]())
+            print(f"round {number + 1} of {rounds}: {name} {values[name][-1]:.4g}", file=sys.stderr, flush=True)
     return values
 
 

@@ -26,6 +26,11 @@ COMMANDS = {
     "data pack-stats": {"config", "overrides"},
     "data write": {"config", "overrides", "--out", "--format", "--shard-mib", "--tokenise"},
     "data verify": {"run", "overrides"},
+    "runs list": {"storage"},
+    "runs show": {"run", "overrides"},
+    "runs verify": {"run", "overrides"},
+    "runs diff": {"run", "overrides", "--step"},
+    "runs prune": {"run", "overrides", "--keep-last", "--keep-every-steps", "--yes"},
 }
 
 
@@ -54,7 +59,8 @@ def test_the_commands_and_their_options_are_frozen():
 
     found = {}
     every = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    every |= {f"data {name}": command for name, command in every.pop("data").commands.items()}
+    for group in ("data", "runs"):
+        every |= {f"{group} {name}": command for name, command in every.pop(group).commands.items()}
     for name, command in every.items():
         found[name] = {option if option.startswith("--") else parameter.name
                        for parameter in command.params for option in parameter.opts[:1]}
