@@ -212,6 +212,8 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     fs, path = filesystem(url)
+    if not is_local(url):
+        fs = _connect(url)  # Ray compares filesystems, and fsspec's are the same within one thread only
     return PyFileSystem(FSSpecHandler(fs)), path
 
 

@@ -171,7 +171,7 @@ class Trainer:
                 return False
             begun = time.perf_counter()
             self._saved(parts.manager.settle())
-            if background:
+            if background and parts.world.rank == 0:
                 log.warning("the save at step %d waited %.1f s for the one before; "
                             "checkpoint.every_steps=%d is shorter than a save takes",
                             self._step, time.perf_counter() - begun, section.every_steps)

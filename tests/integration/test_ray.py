@@ -182,3 +182,16 @@ def main():
 
 main()
 '''
+
+
+def test_a_run_on_ray_over_an_object_store_ends_in_its_first_attempt(base: Path) -> None:
+    """Ray accepts a checkpoint only if it takes its filesystem for the run's; else it would restart a run that is done."""
+    pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
+    import s3
+
+    with s3.server() as port:
+        document = tiny.config(base, "stored", workers=2, schedule={"epochs": None, "steps": 4}, checkpoint={"every_steps": 2},
+                               storage={"options": {"s3": {"endpoint_url": f"http://127.0.0.1:{port}"}}})
+        document["run"]["storage"] = f"s3://{s3.BUCKET}/runs"
+        code, output = finish(start(base, document, **s3.CREDENTIALS))
+    assert code == 0 and "run stored: done" in output and "is complete" not in output, output[-3000:]
