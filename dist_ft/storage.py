@@ -41,6 +41,13 @@ def forget() -> None:
         _filesystems.clear()
 
 
+def warm(url: str) -> None:
+    """Import what a URL of this kind needs; nothing is contacted."""
+    import fsspec
+
+    fsspec.get_filesystem_class("file" if is_local(url) else url.split("://", 1)[0])
+
+
 def is_local(url: str) -> bool:
     """Tell whether `url` lies on a disk of this machine (or one mounted here)."""
     return "://" not in url or url.startswith(("file://", "local://"))

@@ -17,5 +17,5 @@ say "lint: ruff"
 ruff check .
 say "types: mypy"
 mypy
-say "tests: pytest"
-exec python -m pytest -m "not slow" ${arguments[@]+"${arguments[@]}"}
+say "tests: pytest, two processes"
+exec python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

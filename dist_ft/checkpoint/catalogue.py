@@ -14,6 +14,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader
 from dist_ft.checkpoint.manifest import FileEntry, Manifest
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
+from dist_ft.logs import redact
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0, raise_together
 
@@ -116,12 +117,16 @@ def newest_attempt(store: Store) -> int:
     return max((int(number) for number in numbers if number.isascii() and number.isdigit()), default=0)
 
 
-def begin_attempt(store: Store, world_size: int) -> int:
-    """Take the next attempt number of the run for this process and its peers (call on rank 0)."""
+def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
+    """Take the next attempt number of the run for this process and its peers (call on rank 0).
+
+    `after`: why the attempt before ended, where it is known.
+    """
     number = newest_attempt(store)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:
         number += 1
-        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started})
+        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started,
+                           **({"after": redact(after)} if after else {})})
         if store.create(f"{ATTEMPTS}/{number:06d}.json", note.encode()):
             return number

@@ -69,12 +69,14 @@ class Progress(_Frozen):
         optimizer_step: updates the optimizer counts.
         num_tokens: tokens seen, padding left out.
         num_target_tokens: tokens learned from.
+        history: (loss, gradient norm) of the last sound steps, where anomalies are judged by them.
     """
 
     step: int = Field(ge=0)
     optimizer_step: int = Field(ge=0)
     num_tokens: int = 0
     num_target_tokens: int = 0
+    history: tuple[tuple[float, float], ...] = ()
 
 
 class Manifest(_Frozen):

@@ -123,7 +123,11 @@ class ClusterSection(Section):
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="Further Ray resources a worker.")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray placement strategy.")
-    max_failures: int = Field(3, ge=-1, description="Restarts after a failure; -1: without limit.")
+    max_failures: int = Field(3, ge=-1, description=(
+        "Restarts without a new checkpoint in between (each one refills them); -1: without limit."))
+    standby: bool = Field(True, description=(
+        "Keep a spare process a worker, everything imported, that takes over at once when one fails (about 0.5 GB of "
+        "host memory each)."))
     wait_for_nodes: bool = Field(False, description=(
         "Wait without limit for nodes (an autoscaler's, or busy ones); off: too small a cluster is an error at once, a "
         "busy one after start_timeout_s."))
@@ -149,6 +153,25 @@ class CheckpointSection(Section):
         "If a save is due while one is still being written: training waits for it, or the new one is skipped."))
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_every_steps: int = Field(0, ge=0, description="Besides, keep those whose step is a multiple; 0: none.")
+
+
+class AnomalySection(Section):
+    """What happens when numbers go bad: a loss or gradient norm that is no finite number, or leaps.
+
+    It is judged on all workers together, before weights change; the samples of the step are noted with the run, and a
+    replay of the step does the same again.
+    """
+
+    action: Literal["skip", "rollback", "stop"] = Field("skip", description=(
+        "skip: the step changes nothing, its samples are passed over; rollback: besides, go back to the newest "
+        "checkpoint and pass over the samples of the last rollback_steps steps too; stop: end the run."))
+    loss_factor: float = Field(0, ge=0, description=(
+        "A loss above this times the median of the last `window` steps is an anomaly; 0: only NaN and infinity."))
+    grad_norm_factor: float = Field(0, ge=0, description=(
+        "A gradient norm above this times the median of the last `window` steps is an anomaly; 0: only NaN, infinity."))
+    window: int = Field(64, ge=4, description="Steps the median is taken over; there is none before as many.")
+    rollback_steps: int = Field(8, ge=1, description="rollback: so many steps, up to the bad one, are passed over.")
+    most_in_a_row: int = Field(5, ge=1, description="After so many bad steps one after the other the run ends.")
 
 
 class EvaluationSection(Section):
@@ -189,6 +212,7 @@ class RunConfig(Section):
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="Where workers run.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Held-out loss.")
+    anomaly: AnomalySection = Field(default_factory=AnomalySection, description="Numbers that go bad.")
     log: LogSection = Field(default_factory=LogSection, description="What a person sees.")
     storage: StorageSection = Field(default_factory=StorageSection, description="How storage is reached.")
 

@@ -130,9 +130,10 @@ class Loader:
         for slot in slots:
             pieces = self.packed(slot.epoch, slot.block).sequence(slot.sequence)
             block = self.store.block(slot.block)
-            places = token_places(block.offsets[pieces[:, 0]] + pieces[:, 1], pieces[:, 2])
-            tokens.append(block.tokens[places])
-            learned.append(block.targets[places])
+            starts = block.offsets[pieces[:, 0]] + pieces[:, 1]
+            for start, stop in zip(starts.tolist(), (starts + pieces[:, 2]).tolist(), strict=True):
+                tokens.append(block.tokens[start:stop])
+                learned.append(block.targets[start:stop])
             rows.append(np.column_stack([pieces[:, 0] + self._first_samples[slot.block], pieces[:, 1:],
                                          np.full(len(pieces), slot.epoch)]))
         numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -147,12 +148,6 @@ class Loader:
                 self.store.request(number)
 
 
-def token_places(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the places start .. start + size - 1 of every run of tokens, one after the other, int64 (sum,)."""
-    ends = np.cumsum(sizes)
-    return np.repeat(starts - (ends - sizes), sizes) + np.arange(ends[-1])
-
-
 def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int) -> Batch:
     """Return the batch of pieces laid one after the other, row by row.
 
@@ -165,18 +160,23 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
     """
     sizes = pieces[:, 2]
     ends = np.cumsum(sizes)
-    fill = np.bincount(rows, weights=sizes).astype(np.int64)
-    shape = (len(fill), int(fill.max()))
-    within = np.arange(len(tokens)) - np.repeat(ends - sizes, sizes)
-    row_starts = np.cumsum(fill) - fill
-    places = np.repeat(rows * shape[1] + (ends - sizes) - row_starts[rows], sizes) + within
-
-    follows = np.append(learned[1:], 0).astype(bool)
+    follows = np.zeros(len(tokens), dtype=bool)
+    follows[:-1] = learned[1:]
     follows[ends - 1] = False
-    target_ids = np.full(shape, IGNORED, dtype=np.int64)
-    target_ids.reshape(-1)[places] = np.where(follows, np.append(tokens[1:], 0), IGNORED)
+    targets = np.full(len(tokens), IGNORED, dtype=tokens.dtype)
+    np.copyto(targets[:-1], tokens[1:], where=follows[:-1])
+    positions = np.arange(len(tokens)) - np.repeat(ends - sizes, sizes)
+
+    stops = ends[np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)].tolist()
+    starts = [0, *stops[:-1]]
+    shape = (len(stops), max(stop - start for start, stop in zip(starts, stops, strict=True)))
     input_ids = np.zeros(shape, dtype=np.int64)
-    input_ids.reshape(-1)[places] = tokens
-    position_ids = np.arange(shape[1], dtype=np.int64)[None, :] - fill[:, None]
-    position_ids.reshape(-1)[places] = within
+    target_ids = np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.empty(shape, dtype=np.int64)
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        fill = stop - start
+        input_ids[row, :fill] = tokens[start:stop]
+        target_ids[row, :fill] = targets[start:stop]
+        position_ids[row, :fill] = positions[start:stop]
+        position_ids[row, fill:] = np.arange(shape[1] - fill)
     return Batch(input_ids, target_ids, position_ids, pieces, lane)

@@ -6,6 +6,7 @@ resharding and checking of weights all go through the same slots, so an engine d
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class StepOutcome:
 
     Attributes:
         loss_sum: summed loss of this worker's lanes.
-        grad_norm: global gradient norm before clipping, the same on all workers; NaN where not known.
+        grad_norm: global gradient norm before clipping, the same on all workers.
     """
 
     loss_sum: float
@@ -54,16 +55,28 @@ class Engine(ABC):
     device: torch.device
 
     @abstractmethod
-    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
-                   learning_rate: float) -> StepOutcome:
-        """Do forward and backward for each batch and one optimizer step.
+    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
+        """Do forward and backward for each batch and return the summed loss of this worker's lanes.
 
         Args:
             batches: this worker's lanes; the same number on every worker (`even_out`).
             seeds: one seed a lane for what is random in the model.
             num_target_tokens: of the whole global batch, which the summed loss is divided by.
-            learning_rate: for this step.
         """
+
+    @abstractmethod
+    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
+        """Do one optimizer step with the gradient accumulated, if its norm allows; return that norm before clipping.
+
+        The norm is that of the whole gradient, the same on all workers. Above `most_norm`, or where it is no finite
+        number, nothing changes: neither weights nor optimizer state; the gradient is dropped.
+        """
+
+    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
+                   learning_rate: float) -> StepOutcome:
+        """Do forward and backward for each batch and one optimizer step (see `accumulate` and `update`)."""
+        loss_sum = self.accumulate(batches, seeds, num_target_tokens)
+        return StepOutcome(loss_sum, self.update(learning_rate))
 
     @abstractmethod
     def loss_sum(self, batch: Batch) -> float:

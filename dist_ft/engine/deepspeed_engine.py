@@ -8,6 +8,7 @@ checkpoints are not used: they are pickles bound to one world size.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,11 +20,18 @@ from typing_extensions import override
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, StepOutcome, seed_random
+from dist_ft.engine.base import Engine, Slot, seed_random
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
 from dist_ft.errors import ModelError
 from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
 from dist_ft.world import World
+
+
+def warm(use_gpu: bool) -> None:
+    """Import DeepSpeed, which takes seconds; nothing on a GPU is touched."""
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    import deepspeed  # noqa: F401
 
 
 def start(use_gpu: bool) -> None:
@@ -32,8 +40,7 @@ def start(use_gpu: bool) -> None:
     The shared-memory op is compiled on first use, and a process killed meanwhile leaves a lock that every later start
     waits on without limit; it is switched off.
     """
-    if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    warm(use_gpu)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,6 +82,8 @@ class DeepSpeedEngine(Engine):
         self.device = self._engine.device
         self.module = module.train()
         self._ensure_state()
+        self._norm, self._most_norm = math.nan, math.inf
+        self._step_inner, self._inner.step = self._inner.step, self._step_if_allowed  # type: ignore[method-assign]
 
     @property
     def _zero(self) -> Any:
@@ -87,8 +96,7 @@ class DeepSpeedEngine(Engine):
         return self._zero.optimizer if self._stage else self._zero
 
     @override
-    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
-                   learning_rate: float) -> StepOutcome:
+    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
         loss_sum = torch.zeros((), device=self.device)
         last = len(batches) - 1
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
@@ -97,10 +105,22 @@ class DeepSpeedEngine(Engine):
             loss = self._engine(**to_inputs(batch, self.device))
             self._engine.backward(loss * (self._world.size / num_target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
+        return loss_sum.item()
+
+    @override
+    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
+        self._most_norm = most_norm
+        if self._stage == 0:  # DeepSpeed tells no norm; every worker holds the whole gradient
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))
         optimizers.set_learning_rate(self._zero, learning_rate)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepOutcome(loss_sum.item(), float("nan") if norm is None else float(norm))
+        return self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
+
+    def _step_if_allowed(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the torch optimizer's step, which ZeRO calls once it knows the norm of the whole gradient."""
+        norm = self._norm if self._stage == 0 else float(self._zero._global_grad_norm)
+        return self._step_inner(*args, **kwargs) if norm <= self._most_norm and math.isfinite(norm) else None
 
     @torch.no_grad()
     @override

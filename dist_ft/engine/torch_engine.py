@@ -11,7 +11,7 @@ from typing_extensions import override
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, StepOutcome, seed_random
+from dist_ft.engine.base import Engine, Slot, seed_random
 from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
 
 
@@ -40,8 +40,7 @@ class TorchEngine(Engine):
         optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
 
     @override
-    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
-                   learning_rate: float) -> StepOutcome:
+    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
             seed_random(seed, self.device)
@@ -49,8 +48,7 @@ class TorchEngine(Engine):
             (loss / num_target_tokens).backward()
             self._collect()
             loss_sum += loss.detach()
-        grad_norm = self._update(learning_rate)
-        return StepOutcome(loss_sum.item(), grad_norm)
+        return loss_sum.item()
 
     def _collect(self) -> None:
         """Add 16-bit gradients to those of the float32 masters, so that lanes are summed without rounding."""
@@ -60,15 +58,16 @@ class TorchEngine(Engine):
                 gradient, parameter.grad = parameter.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
-    def _update(self, learning_rate: float) -> float:
-        """Clip, step, copy masters back; return the gradient norm before clipping."""
+    @override
+    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
         limit = self._section.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit)
-        optimizers.set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit).item()
+        if norm <= most_norm and math.isfinite(norm):
+            optimizers.set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+            self._copy_back()
         self.optimizer.zero_grad()
-        self._copy_back()
-        return norm.item()
+        return norm
 
     def _copy_back(self) -> None:
         with torch.no_grad():

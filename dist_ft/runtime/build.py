@@ -25,6 +25,7 @@ from dist_ft.runtime import summary
 from dist_ft.runtime.data import Data, open_data
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
+from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
 from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.trainer import Parts, Trainer
@@ -56,7 +57,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
         done = _complete(store, world, comms, total_steps)
         if done is not None:
             return _already_done(config, done, total_steps, store, hooks, world)
-        attempt = on_rank0(world, comms, lambda: take_over(store, config, world))
+        attempt = on_rank0(world, comms, lambda: take_over(store, config, world, hooks.after))
         with closing(CheckpointManager(store, config.checkpoint, world, comms, attempt)) as manager:
             manifest = manager.newest()
             return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
@@ -76,12 +77,16 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         metrics = MetricsLog(store, lines, attempt, config.log.tensorboard) if world.rank == 0 else None
         if world.rank == 0:
             hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
+        judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
-                      _aliases(module))
+                      _aliases(module), judge, store)
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
-                result = Trainer(config, parts, replace(hooks, beat=watchdog.beat), progress, total_steps,
-                                 manifest.evaluation if manifest else {}).run()
+                def beat() -> None:
+                    watchdog.beat()
+                    hooks.beat()
+
+                result = _train_on(config, parts, replace(hooks, beat=beat), progress, total_steps, manifest)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -92,19 +97,41 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         engine.close()
 
 
+def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress, total_steps: int,
+              manifest: Manifest | None) -> Result:
+    """Train to the end; where numbers went bad and the config says so, go back to the newest checkpoint first."""
+    while True:
+        try:
+            return Trainer(config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}).run()
+        except RollBack:
+            manifest = parts.manager.newest()
+            if manifest is None:
+                raise AnomalyError("anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
+                                   "command begins again and passes the bad steps over; set "
+                                   "checkpoint.every_steps") from None
+            parts.manager.load(manifest, parts.engine, parts.tensors)
+            progress = manifest.progress
+            parts = replace(parts, judge=Judge(config.anomaly, progress.history, parts.judge.vetoed))
+            if parts.metrics is not None:
+                parts.metrics.rewind(progress.step)
+            log.warning("back to step %d", progress.step)
+
+
 def require_same_run(store: Store, config: RunConfig) -> None:
     """Raise ConfigError if the run exists with another identity (rank 0 only); log what else changed."""
     for change in check_resume(_mapping(store), config) if store.exists(STORED) else ():
         log.info("since the run began, %s changed from %s to %s", change.path, change.old, change.new)
 
 
-def take_over(store: Store, config: RunConfig, world: World) -> int:
+def take_over(store: Store, config: RunConfig, world: World, after: str = "") -> int:
     """Take an attempt number (rank 0 only): from here on no attempt before this one can commit.
+
+    `after`, why the one before ended, is noted with it.
 
     As late as can be, but before the newest checkpoint is looked for: a second start by mistake that fails early must
     not cost the first one its work, and what this one goes on from must stay the newest.
     """
-    number = catalogue.begin_attempt(store, world.size)
+    number = catalogue.begin_attempt(store, world.size, after)
     store.write(STORED, resolved_yaml(config).encode())
     return number
 

@@ -1,8 +1,9 @@
 """A run on Ray Train workers: the only module that imports Ray.
 
 The driver connects to a cluster or starts one of its own, asks Ray Train for workers, and relays: progress lines and
-errors from the workers to this terminal, a request to stop from this terminal to the workers. Ray restarts the
-workers after a failure; where the run stands is always read from its storage, never from Ray's memory.
+errors from the workers to this terminal, a request to stop from this terminal to the workers. A worker looks after a
+process that trains (`supervisor`); that a process failed is mended without Ray, that a worker or its node was lost by
+Ray. Where the run stands is always read from its storage, never from Ray's memory.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import DistFtError, Interrupted, WorkerError, known
+from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.relay import Relay, RelayConsole, RelayLog, show
+from dist_ft.runtime.relay import Relay, show
+from dist_ft.runtime.supervisor import Place, Supervisor
 from dist_ft.train.console import Console
-from dist_ft.train.result import Hooks, Result
+from dist_ft.train.result import Result
 from dist_ft.world import World
 
 log = logging.getLogger("dist_ft.ray")
@@ -41,7 +44,7 @@ def run(config: RunConfig) -> Result:
     with _connected(config) as ray:
         _require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
-        relay = _start_relay(ray, name)
+        relay = _start_relay(ray, name, config.cluster.max_failures)
         failure = _fit(ray, config, relay, _trainer(config, name))
         outcome = ray.get(relay.outcome.remote())
     if isinstance(outcome, DistFtError):
@@ -81,12 +84,13 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _start_relay(ray: Any, name: str) -> Any:
+def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
     """Start the relay on this node: the loss of another must not take it away."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    relay = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE, scheduling_strategy=here).remote()
+    actor = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
+    relay = actor.remote(max_failures)
     ray.get(relay.outcome.remote())
     return relay
 
@@ -116,7 +120,14 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     """Return the Ray trainer of a run. Its experiment folder is the run's own: Ray accepts our checkpoints there."""
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.backend import Backend, BackendConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class _Shared(Backend):
+        share_cuda_visible_devices = True  # the training processes of a node reach each other's GPUs
+
+    class _SharedConfig(BackendConfig):
+        backend_cls = _Shared
 
     cluster = config.cluster
     store = storage.Store(config.run_url)
@@ -125,11 +136,10 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     local = storage.is_local(config.run.storage)
     fixed = isinstance(cluster.workers, int)
     num_workers: Any = config.max_workers if fixed else (config.min_workers, config.max_workers)
-    return TorchTrainer(
+    return DataParallelTrainer(  # not TorchTrainer: its workers would import torch, which the processes do
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd()},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo",
-                                 timeout_s=int(cluster.collective_timeout_s)),
+        backend_config=_SharedConfig(),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             elastic_resize_monitor_interval_s=cluster.resize_interval_s,  # type: ignore[call-arg]  # mypy sees v1
@@ -137,7 +147,7 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
             placement_strategy=cluster.placement),
         run_config=RayRunConfig(
             name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # counted by the relay, which knows of progress
             checkpoint_config=CheckpointConfig()))
 
 
@@ -200,32 +210,47 @@ def _given_up(config: RunConfig, waited_s: float, silent_s: float | None, stoppi
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: an attempt of the whole run, from wherever storage says it stands."""
+    """What each Ray Train worker runs: it looks after a process that trains, until the run is over."""
     import ray
 
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
     train = importlib.import_module("ray.train")
     config = RunConfig.model_validate(settings["config"])
-    context = train.get_context()
+    context, runtime = train.get_context(), ray.get_runtime_context()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(),
                   context.get_local_world_size())
-    relay = ray.get_actor(settings["relay"], namespace=NAMESPACE)
-    if ray.get(relay.outcome.remote()) is not None:
-        return  # an earlier attempt ended in a way that starting again does not cure
-    from dist_ft.runtime import build
-
-    log_lines = RelayLog(relay) if config.log.level != "debug" else None  # then Ray forwards all there is
-    hooks = Hooks(RelayConsole(relay), _reporter(config), _stop_watch(relay, world), log=log_lines)
+    place = Place(runtime.get_actor_id() or "", world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
+                  ray.util.get_node_ip_address(), _device(ray.get_gpu_ids(), world.local_rank))
+    relay = _Called(ray, ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
-        result = build.run(config, world, hooks)
-        if world.rank == 0:
-            ray.get(relay.end.remote(result))
-    except DistFtError as error:
-        if not error.retryable:
-            ray.get(relay.end.remote(error))
-        if not isinstance(error, Interrupted):
-            raise
+        Supervisor(config, place, relay, _reporter(config)).run()
+    except ray.exceptions.RayActorError:
+        return  # the relay is gone, and with it the driver
+    except Exception as error:
+        relay.end(WorkerError(f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
+                              "Ray logs in /tmp/ray"))
+        raise
+
+
+class _Called:
+    """An actor whose methods are called and waited for; lines (`put`) are sent on and not waited for."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray = ray
+        self._actor = actor
+
+    def put(self, kind: str, text: str) -> None:
+        self._actor.put.remote(kind, text)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *values: self._ray.get(getattr(self._actor, name).remote(*values))
+
+
+def _device(gpu_ids: Sequence[Any], local_rank: int) -> int:
+    """Return the index of this worker's GPU among those its node's workers share; without one, its local rank."""
+    visible = [text for text in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
+    return visible.index(str(gpu_ids[0])) if gpu_ids and str(gpu_ids[0]) in visible else local_rank
 
 
 def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
@@ -240,45 +265,11 @@ def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
     return committed
 
 
-def _stop_watch(relay: Any, world: World) -> Callable[[], bool]:
-    """Return a question that costs nothing a step: a thread of rank 0, by which the driver knows that it lives."""
-    if world.rank != 0:
-        return lambda: False
-    import ray
-
-    wanted = threading.Event()
-
-    def watch() -> None:
-        while True:  # as long as the process: also while it saves
-            with contextlib.suppress(Exception):
-                if ray.get(relay.beat.remote()):
-                    wanted.set()
-            time.sleep(POLL_S)
-
-    threading.Thread(target=watch, name="stop-watch", daemon=True).start()
-    return wanted.is_set
-
-
 def _explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
-    """Return one line for what Ray Train raised."""
-    if failure is None:
-        return WorkerError(f"run {config.run.name}: the workers ended without a result; see the Ray logs in /tmp/ray")
-    causes = getattr(failure, "worker_failures", None) or {}
-    for error in causes.values():
-        for inner in _inside(error):
-            if isinstance(inner, DistFtError):
-                return inner
-    meant = {rank: next(filter(None, map(known, _inside(error))), None) for rank, error in causes.items()}
-    texts = [f"worker {rank}: {meant[rank] or _line(error, -1)}" for rank, error in sorted(causes.items())]
-    text = "; ".join(texts) or _line(failure, -1)
-    return WorkerError(f"run {config.run.name}: gave up after cluster.max_failures={config.cluster.max_failures} "
-                       f"restarts ({text}); what was committed is kept; the same command goes on from there")
-
-
-def _inside(error: BaseException) -> list[BaseException]:
-    """Return an error and those it wraps."""
-    wrapped = (getattr(error, "_base_exc", None), getattr(error, "cause", None), error.__cause__)
-    return [error, *(inner for inner in wrapped if isinstance(inner, BaseException))]
+    """Return one line for what Ray Train raised: the relay knows nothing, so it is about placing or Ray itself."""
+    said = "ended without a result" if failure is None else f"failed ({_line(failure, -1)})"
+    return WorkerError(f"run {config.run.name}: the workers {said}; see the Ray logs in /tmp/ray; what was committed "
+                       "is kept; the same command goes on from there")
 
 
 def _line(error: BaseException, index: int) -> str:

@@ -1,28 +1,33 @@
-"""What passes between the driver and the workers of a run on Ray. Light: its actor must start fast."""
+"""What passes between the driver and the supervisors of a run on Ray. Light: its actor must start fast."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from dist_ft.errors import DistFtError
 from dist_ft.logs import redact
+from dist_ft.runtime.generations import Failure, Generations, Member, View
 from dist_ft.train.console import Console
 from dist_ft.train.result import Result
 
+REPORT_EVERY_S = 15.0
+"""Ray takes a report of each worker every 2 seconds, and a worker waits until it is taken."""
 MOST_LINES = 2000
 """Held for a driver that does not fetch them; older ones are left out, and it is told how many."""
 
 
 class Relay:
-    """An actor between driver and workers: lines and outcomes one way, the wish to stop the other."""
+    """An actor between driver and supervisors: lines and outcomes one way, the wish to stop the other; who meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_failures: int = 0) -> None:
+        self._generations = Generations(max_failures)
+        self._commits: list[tuple[str, dict[str, float]]] = []
+        self._newest: tuple[str, dict[str, float]] | None = None
+        self._passed_on_at = -REPORT_EVERY_S
         self._lines: deque[tuple[str, str]] = deque(maxlen=MOST_LINES)
         self._num_left_out = 0
         self._heard_at: float | None = None
@@ -44,6 +49,7 @@ class Relay:
 
     def end(self, outcome: Result | DistFtError) -> None:
         """Note how the run ended: a result, or an error that starting again would not cure."""
+        self._pass_on()
         self._outcome = self._outcome or outcome
 
     def outcome(self) -> Result | DistFtError | None:
@@ -54,45 +60,45 @@ class Relay:
         """Ask the workers to save and leave."""
         self._stop = True
 
-    def beat(self) -> bool:
-        """Note that rank 0 lives; tell it whether the workers should save and leave."""
-        self._heard_at = time.monotonic()
-        return self._stop
+    def meet(self, member: Member, num_commits: int) -> View:
+        """Say that this supervisor is ready for the coming generation; its `rendezvous` is there once all are."""
+        self._generations.meet(member, time.monotonic())
+        return self.look(member, num_commits)
+
+    def look(self, member: Member, num_commits: int) -> View:
+        """Tell a supervisor that lives how things stand, and the commits after the first `num_commits`."""
+        now = time.monotonic()
+        if member.rank == 0 and not self._generations.is_replaced(member.key):
+            self._heard_at = now
+        failure = self._generations.decide(now)
+        if failure is not None:
+            self.put("log", f"WARNING {failure}; " + ("the run ends" if self._generations.error else
+                                                      "all workers go on from the newest checkpoint"))
+        if self._generations.error is not None:
+            self.end(self._generations.error)
+        return View(self._generations.generation, self._generations.rendezvous(now), self._stop,
+                    self._outcome is not None or self._generations.is_replaced(member.key), self._generations.after,
+                    tuple(self._commits[num_commits:]))
+
+    def failed(self, generation: int, failure: Failure) -> None:
+        """Note why the process of a worker ended."""
+        self._generations.failed(generation, failure, time.monotonic())
+
+    def committed(self, url: str, metrics: dict[str, float]) -> None:
+        """Note a checkpoint. Of those that come faster than Ray takes reports, some are not passed on."""
+        self._generations.progressed()
+        self._newest = (url, metrics)
+        if time.monotonic() - self._passed_on_at > REPORT_EVERY_S:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._newest is not None:
+            self._commits.append(self._newest)
+            self._newest, self._passed_on_at = None, time.monotonic()
 
     def silent_s(self) -> float | None:
         """Return the seconds since rank 0 was last heard of; None: never."""
         return None if self._heard_at is None else time.monotonic() - self._heard_at
-
-
-class RelayConsole(Console):
-    """A console whose lines appear on the driver's terminal."""
-
-    def __init__(self, relay: Any) -> None:
-        super().__init__()
-        self._relay = relay
-
-    def say(self, text: str) -> None:
-        """Send `text` to be printed on lines of its own."""
-        self._relay.put.remote("say", text)
-
-    def progress(self, text: str) -> None:
-        """Send `text` to be shown as the current progress line."""
-        self._relay.put.remote("progress", text)
-
-
-class RelayLog(logging.Handler):
-    """A log handler whose lines appear on the driver's terminal."""
-
-    def __init__(self, relay: Any) -> None:
-        super().__init__()
-        self._relay = relay
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send the formatted record (`logs.setup` gives the format, which removes credentials)."""
-        try:
-            self._relay.put.remote("log", self.format(record))
-        except Exception:
-            self.handleError(record)
 
 
 def show(console: Console, lines: Sequence[tuple[str, str]]) -> None:

@@ -66,7 +66,9 @@ def attempts(store: Store) -> list[str]:
             note = json.loads(store.read(f"{catalogue.ATTEMPTS}/{name}"))
             stacks = [other for other in names if other.startswith(f"{number}-rank-")]
             hung = f"; made no progress: {', '.join(stacks)}" if stacks else ""
-            lines.append(f"{int(number)}: {note.get('started_at', '?')}, world {note.get('world_size', '?')}{hung}")
+            after = f"; after {note['after']}" if note.get("after") else ""
+            world = note.get("world_size", "?")
+            lines.append(f"{int(number)}: {note.get('started_at', '?')}, world {world}{after}{hung}")
     return lines
 
 

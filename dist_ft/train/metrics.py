@@ -53,6 +53,10 @@ class MetricsLog:
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
+    def rewind(self, step: int) -> None:
+        """Forget the lines of steps after `step`."""
+        self._lines = [line for line in self._lines if line["step"] <= step]
+
     def flush(self) -> None:
         """Bring the run's storage up to date; failing storage is logged, training goes on.
 

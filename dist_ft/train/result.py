@@ -39,6 +39,7 @@ class Hooks:
         should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
         beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
         log: also gets the log lines of this worker; none: they go to stderr only.
+        after: why the attempt before this one ended, as far as the surroundings know; "" if they do not.
     """
 
     console: Console = field(default_factory=Console)
@@ -46,3 +47,4 @@ class Hooks:
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
     log: logging.Handler | None = None
+    after: str = ""

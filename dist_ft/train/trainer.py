@@ -29,11 +29,14 @@ from dist_ft.engine.base import Engine, StepOutcome, even_out
 from dist_ft.errors import Interrupted
 from dist_ft.logs import redact
 from dist_ft.patience import STUBBORN, attempts
+from dist_ft.storage import Store
+from dist_ft.train import anomaly
+from dist_ft.train.anomaly import Judge
 from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
 from dist_ft.train.result import Hooks, Result
-from dist_ft.world import Collectives, World
+from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.train")
 
@@ -51,6 +54,8 @@ class Parts:
     collectives: Collectives
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
+    judge: Judge
+    store: Store
 
 
 class Trainer:
@@ -116,7 +121,7 @@ class Trainer:
         seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
         evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
         rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
-        outcome = parts.engine.train_step(evened, seeds, max(1, int(num_targets)), rate)
+        outcome = self._learn(evened, seeds, num_targets, rate)
         self._ledger.add(step, batches)
         self._step += 1
         self._num_tokens += int(num_tokens)
@@ -125,13 +130,50 @@ class Trainer:
             self._report(outcome, num_targets, num_tokens, rate, begun, waited)
         return stop > 0
 
+    def _learn(self, batches: Sequence[Batch], seeds: Sequence[int], num_targets: float, rate: float) -> StepOutcome:
+        """Learn from the global batch, unless its loss or gradient is bad; return those, as all workers know them."""
+        parts, step = self._parts, self._step
+        loss_sum = parts.engine.accumulate(batches, seeds, max(1, int(num_targets)))
+        (total,) = parts.collectives.sum([loss_sum])
+        self._loss = loss = total / max(1.0, num_targets)
+        reason = parts.judge.of_loss(step, loss)
+        norm = parts.engine.update(rate, -1.0 if reason else parts.judge.most_norm())
+        reason = reason or parts.judge.of_norm(norm)
+        if reason:
+            self._pass_over(batches, reason)
+        else:
+            parts.judge.sound(loss, norm)
+        return StepOutcome(total, norm)
+
+    def _pass_over(self, batches: Sequence[Batch], reason: str) -> None:
+        """The step has changed nothing: keep that with the run, and go on, back, or stop, as the config says."""
+        parts, step, section = self._parts, self._step, self._config.anomaly
+        if step in parts.judge.vetoed:
+            log.info("step %d changes nothing: %s", step + 1, reason)
+            return
+        found = parts.collectives.all_gather(np.concatenate([batch.pieces[:, 0] for batch in batches]))
+        samples = np.unique(np.concatenate(found))
+        parts.judge.in_a_row += 1
+        if section.action == "stop" or parts.judge.in_a_row > section.most_in_a_row:
+            raise anomaly.stopped(section, step, reason, samples)
+        first = max(0, step + 1 - section.rollback_steps) if section.action == "rollback" else step
+        with attempts(STUBBORN):
+            on_rank0(parts.world, parts.collectives,
+                     lambda: anomaly.write_record(parts.store, range(first, step + 1), reason, samples))
+        if parts.world.rank == 0:
+            log.warning("step %d changes nothing: %s; its %d samples are passed over (%s)", step + 1, reason,
+                        len(samples), parts.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"))
+        parts.judge.vetoed.update(range(first, step + 1))
+        if section.action == "rollback":
+            self._saved(parts.manager.settle())
+            raise anomaly.RollBack
+
     def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,
                 waited: float) -> None:
-        """Agree on the step's loss and show it."""
-        (loss_sum,) = self._parts.collectives.sum([outcome.loss_sum])
-        self._loss = loss_sum / max(1.0, num_targets)
+        """Show the step."""
         seconds = time.perf_counter() - begun
-        values = {"loss": self._loss, "learning_rate": rate, "grad_norm": outcome.grad_norm, "step_s": seconds,
+        values = {"loss": outcome.loss_sum / max(1.0, num_targets), "learning_rate": rate,
+                  "grad_norm": outcome.grad_norm, "step_s": seconds,
                   "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
         if self._parts.metrics is not None:
             self._parts.metrics.add(self._step, "train", values | self._source_metrics())
@@ -188,7 +230,8 @@ class Trainer:
 
     def _progress(self) -> Progress:
         return Progress(step=self._step, optimizer_step=self._parts.engine.optimizer_step(),
-                        num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens)
+                        num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens,
+                        history=self._parts.judge.history)
 
     def _saved(self, outcome: Outcome | None) -> bool:
         """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.base(tmp_path_factory.mktemp("ray"))
 
 
-def start(base: Path, document: dict[str, Any], **env: str) -> subprocess.Popen[str]:
-    """Start `dist-ft train` on a document, as a person would."""
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[str]:
+    """Start a Ray cluster that all commands of this module join, and return its address."""
+    program = ("import ray, sys\nfound = ray.init(address='local', num_cpus=4, include_dashboard=False, "
+               "object_store_memory=2**27, log_to_driver=False)\nprint(found.address_info['gcs_address'], flush=True)\n"
+               "sys.stdin.read()\nray.shutdown()")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None and process.stdout is not None
+        patch.setenv("RAY_ADDRESS", next(line.strip() for line in process.stdout if ":" in line))
+        yield os.environ["RAY_ADDRESS"]
+        process.stdin.close()
+        process.wait(60)
+
+
+def start(base: Path, document: dict[str, Any], own: bool = False, **env: str) -> subprocess.Popen[str]:
+    """Start `dist-ft train` on a document, as a person would.
+
+    With `own`, on a Ray of its own: workers of one that is there already do not see `env`.
+    """
     path = base / f"{document['run']['name']}.yaml"
     path.write_text(yaml.safe_dump(document))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **env}
-    environment.pop("RAY_ADDRESS", None)
+    if own:
+        environment.pop("RAY_ADDRESS")
     return subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], env=environment, cwd=base,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -74,7 +98,7 @@ def test_a_run_on_ray_shows_its_tables_and_is_complete_when_asked_again(base: Pa
 def test_fault_1_a_worker_killed_mid_run_is_restarted_and_the_run_is_bit_exact(
         base: Path, unbroken: list[float]) -> None:
     document = tiny.config(base, "worker-died", workers=2)
-    code, output = finish(start(base, document, DIST_FT_FAILPOINT="train.step:11@1",
+    code, output = finish(start(base, document, own=True, DIST_FT_FAILPOINT="train.step:11@1",
                                 DIST_FT_FAILPOINT_ONCE=str(base / "died-once")))
     assert code == 0, output[-3000:]
     assert (base / "died-once").exists() and "(attempt 2)" in output
@@ -84,7 +108,7 @@ def test_fault_1_a_worker_killed_mid_run_is_restarted_and_the_run_is_bit_exact(
 
 def test_fault_2_a_worker_killed_mid_save_loses_only_that_save(base: Path, unbroken: list[float]) -> None:
     document = tiny.config(base, "save-died", workers=2)
-    code, output = finish(start(base, document, DIST_FT_FAILPOINT="checkpoint.after_file:2@0",
+    code, output = finish(start(base, document, own=True, DIST_FT_FAILPOINT="checkpoint.after_file:2@0",
                                 DIST_FT_FAILPOINT_ONCE=str(base / "save-died-once")))
     assert code == 0, output[-3000:]
     assert (base / "save-died-once").exists() and "step 4 of" in output
@@ -92,9 +116,9 @@ def test_fault_2_a_worker_killed_mid_save_loses_only_that_save(base: Path, unbro
     history.require_exactly_once(base / "runs/save-died", document)
 
 
-def test_fault_9_the_driver_killed_mid_run_the_same_command_goes_on(base: Path, unbroken: list[float]) -> None:
+def test_fault_9_the_driver_and_the_head_killed_mid_run_the_same_command_goes_on(base: Path, unbroken: list[float]) -> None:
     document = tiny.config(base, "driver-died", workers=2)
-    process = start(base, document)
+    process = start(base, document, own=True)  # and with it the head of the cluster
     wait_for_line(process, "step 10/")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -9
@@ -138,7 +162,7 @@ def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
     (base / "python.json").write_text(json.dumps(document))
     began = time.monotonic()
     done = subprocess.run([sys.executable, str(script), str(base / "python.json")], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RAY_ADDRESS": ""})
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["busy"].startswith("cluster.start_timeout_s=3: no worker has started in that time; 2 are needed")
@@ -184,6 +208,14 @@ main()
 '''
 
 
+def test_fault_24_without_the_clusters_token_nothing_runs(base: Path) -> None:
+    code, output = finish(start(base, tiny.config(base, "no-token", workers=2), RAY_AUTH_TOKEN="0" * 64))
+    assert code == 1 and not (base / "runs/no-token").exists()
+    last = [line for line in output.splitlines() if line.startswith("dist-ft: ")]
+    assert len(last) == 1 and "can not connect to Ray" in last[0], output[-3000:]
+    assert os.environ["RAY_AUTH_TOKEN"] not in output and "Traceback" not in output
+
+
 def test_a_run_on_ray_over_an_object_store_ends_in_its_first_attempt(base: Path) -> None:
     """Ray accepts a checkpoint only if it takes its filesystem for the run's; else it would restart a run that is done."""
     pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
@@ -193,5 +225,5 @@ def test_a_run_on_ray_over_an_object_store_ends_in_its_first_attempt(base: Path)
         document = tiny.config(base, "stored", workers=2, schedule={"epochs": None, "steps": 4}, checkpoint={"every_steps": 2},
                                storage={"options": {"s3": {"endpoint_url": f"http://127.0.0.1:{port}"}}})
         document["run"]["storage"] = f"s3://{s3.BUCKET}/runs"
-        code, output = finish(start(base, document, **s3.CREDENTIALS))
+        code, output = finish(start(base, document, own=True, **s3.CREDENTIALS))
     assert code == 0 and "run stored: done" in output and "is complete" not in output, output[-3000:]

@@ -199,7 +199,7 @@ def test_broken_overrides(override, line):
     ("data.fields.promt=q", "data.fields.promt: no such field; did you mean data.fields.prompt?"),
     ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, tensorboard, level; remove it"),
     ("zzzzz.qqqqq=1", "zzzzz: no such section; allowed: run, model, data, batch, optimizer, schedule, zero, cluster, "
-                      "checkpoint, evaluation, log, storage; remove it"),
+                      "checkpoint, evaluation, anomaly, log, storage; remove it"),
     ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, subset, split; remove it"),
 ])
 def test_unknown_keys_and_what_was_meant(override, line):

@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 from unit.small import run_config
 
-from dist_ft.errors import DataError, Interrupted, WorkerError
-from dist_ft.runtime.ray_train import _explain, _given_up, _require_resources, _resources, _start_relay
+from dist_ft.errors import Interrupted, WorkerError
+from dist_ft.runtime.ray_train import _device, _explain, _given_up, _require_resources, _resources, _start_relay
 
 
 def config(**cluster):
@@ -51,7 +51,7 @@ def test_the_relay_stays_on_the_drivers_node():
     actor.options = lambda **options: asked.update(options) or actor
     ray = MagicMock(remote=lambda **_: lambda _: actor)
     ray.get_runtime_context().get_node_id.return_value = "ab" * 28
-    _start_relay(ray, "relay")
+    _start_relay(ray, "relay", 3)
     assert asked["scheduling_strategy"].node_id == "ab" * 28 and asked["name"] == "relay"
 
 
@@ -75,41 +75,16 @@ def test_who_asks_to_stop_while_no_worker_is_there_does_not_wait():
     assert _given_up(config(), 900, 5, True) is None, "it saves and leaves"
 
 
-def failure(**workers: Exception) -> Exception:
-    error = RuntimeError("Training failed\nmany lines\nthe last one")
-    error.worker_failures = {int(rank[1:]): problem for rank, problem in workers.items()}  # type: ignore[attr-defined]
-    return error
+def test_what_ray_itself_fails_with_is_one_line():
+    kept = "see the Ray logs in /tmp/ray; what was committed is kept; the same command goes on from there"
+    assert str(_explain(RuntimeError("Training failed\nmany lines\nthe last one"), config())) == (
+        f"run r: the workers failed (the last one); {kept}")
+    assert str(_explain(RuntimeError(), config())) == f"run r: the workers failed (RuntimeError); {kept}"
+    assert str(_explain(None, config())) == f"run r: the workers ended without a result; {kept}"
 
 
-def test_the_error_of_a_worker_is_the_runs():
-    own = DataError("a.jsonl row 3: no")
-    wrapped = RuntimeError("ray says")
-    wrapped.__cause__ = own
-    assert _explain(failure(w1=own), config()) is own
-    assert _explain(failure(w0=ValueError("x"), w1=wrapped), config()) is own
-
-
-@pytest.mark.parametrize(("error", "said"), [
-    (failure(w1=ValueError("long\ntrace\nKeyError: 'x'"), w0=OSError("gone")), "worker 0: gone; worker 1: KeyError: 'x'"),
-    (failure(w0=MemoryError("no room")),
-     "worker 0: out of memory (no room); use a machine with more, fewer workers on it, a smaller batch.micro_batch, or "
-     "leave out zero.offload_optimizer and zero.offload_param"),
-    (failure(w1=RuntimeError("Traceback\n  torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")),
-     "worker 1: out of GPU memory (torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.); a step needs "
-     "less with a smaller batch.micro_batch or batch.sequence_length, the state with more workers, a higher zero.stage, or "
-     "zero.offload_optimizer=cpu"),
-    (failure(), "the last one")])
-def test_other_failures_are_one_line(error, said):
-    assert str(_explain(error, config(max_failures=2))) == (
-        f"run r: gave up after cluster.max_failures=2 restarts ({said}); what was committed is kept; the same command goes "
-        "on from there")
-
-
-def test_a_failure_that_says_nothing():
-    for silent in (failure(w0=OSError()), RuntimeError()):
-        assert str(_explain(silent, config())).startswith("run r: gave up after cluster.max_failures=3 restarts (")
-
-
-def test_no_result_and_no_failure():
-    assert str(_explain(None, config())) == (
-        "run r: the workers ended without a result; see the Ray logs in /tmp/ray")
+def test_the_gpu_of_a_worker_among_those_its_node_shares(monkeypatch):
+    assert _device([], 3) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert [_device([gpu], 0) for gpu in (4, "6", 7)] == [0, 1, 2]
+    assert _device(["MIG-1"], 2) == 2

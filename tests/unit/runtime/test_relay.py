@@ -6,13 +6,15 @@ import io
 import logging
 import subprocess
 import sys
-from types import SimpleNamespace
+from multiprocessing import Pipe
 
 import pytest
 
 from dist_ft import logs
 from dist_ft.errors import DataError
-from dist_ft.runtime.relay import MOST_LINES, Relay, RelayLog, show
+from dist_ft.runtime.generations import Failure, Member, View
+from dist_ft.runtime.process import _Child, _PipeConsole, _PipeLog
+from dist_ft.runtime.relay import MOST_LINES, REPORT_EVERY_S, Relay, show
 from dist_ft.train.console import Console
 from dist_ft.train.result import Result
 
@@ -23,14 +25,43 @@ def test_the_relay_hands_lines_one_way_and_the_wish_to_stop_the_other():
     relay.put("progress", "b")
     assert relay.take() == [("say", "a"), ("progress", "b")] and relay.take() == []
     assert relay.silent_s() is None, "no worker has been heard of"
-    assert not relay.beat()
+    me = Member("key", 0, 1, "node", "host:1")
+    assert not relay.meet(me, 0).stop
     relay.stop()
-    assert relay.beat() and 0 <= relay.silent_s() < 60
+    assert relay.look(me, 0).stop and 0 <= relay.silent_s() < 60
     assert relay.outcome() is None
     first = Result("runs/r", 3, 3)
     relay.end(first)
     relay.end(DataError("later"))
     assert relay.outcome() is first
+
+
+def test_all_supervisors_see_the_same_reports_and_the_last_one_in_the_end(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    relay, me = Relay(), Member("key", 1, 2, "node", "")
+    for step in range(10):
+        relay.committed(f"step-{step}", {"step": step})
+        now += REPORT_EVERY_S / 4
+    assert [url for url, _ in relay.look(me, 0).commits] == ["step-0", "step-5"]
+    assert relay.look(me, 2).commits == ()
+    relay.end(Result("runs/r", 3, 3))
+    assert relay.look(me, 2) == View(0, over=True, commits=(("step-9", {"step": 9}),))
+    assert relay.look(me, 3).commits == ()
+
+
+def test_who_failed_is_told_and_after_too_often_the_run_ends():
+    relay = Relay(max_failures=1)
+    relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
+    relay.failed(0, Failure(0, "node", "killed", "time 0"))
+    first = relay.look(Member("a", 0, 1, "node", "host:1"), 0)
+    assert not first.over and first.generation == 1 and first.after == "worker 0 on node node: killed (time 0)"
+    relay.failed(1, Failure(0, "node", "killed", "time 1"))
+    assert relay.look(Member("a", 0, 1, "node", "host:1"), 0).over
+    assert "gave up after cluster.max_failures=1" in str(relay.outcome())
+    lines = [text for _, text in relay.take()]
+    assert lines == ["WARNING worker 0 on node node: killed (time 0); all workers go on from the newest checkpoint",
+                     "WARNING worker 0 on node node: killed (time 1); the run ends"]
 
 
 def test_lines_nobody_fetches_are_bounded_and_counted():
@@ -54,13 +85,16 @@ def _loggers():
 @pytest.mark.usefixtures("_loggers")
 def test_log_lines_of_workers_reach_the_drivers_terminal_in_order(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    relay = Relay()
-    handle = SimpleNamespace(put=SimpleNamespace(remote=relay.put))
+    relay, (ours, theirs) = Relay(), Pipe()
     for rank in (0, 1):
-        logs.setup(rank, 2, also=RelayLog(handle))
+        logs.setup(rank, 2, also=_PipeLog(_Child(theirs)))
         logging.getLogger("dist_ft.x").info("news")
         logging.getLogger("dist_ft.x").warning("no checkpoint at step 3: s3://u:p@h/x with hf_0123456789")
-        relay.put("progress", f"step {rank}")
+        _PipeConsole(_Child(theirs)).progress(f"step {rank}")
+    while ours.poll():
+        kind, *line = ours.recv()
+        assert kind == "line"
+        relay.put(*line)
     capsys.readouterr()
     shown = io.StringIO()
     lines = relay.take()

@@ -28,6 +28,7 @@ from dist_ft.errors import Interrupted, StorageError
 from dist_ft.runtime import build
 from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
+from dist_ft.train.anomaly import Judge
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog, read_metrics
@@ -76,7 +77,7 @@ class Run:
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, World(), Collectives(),
-                      build._tensors(module), build._aliases(module))
+                      build._tensors(module), build._aliases(module), Judge(config.anomaly), self.store)
         trainer = Trainer(config, parts, Hooks(console=Console(stream), **hooks), progress,
                           data.training.plan.total_steps(config.schedule), manifest.evaluation if manifest else {})
         try:
@@ -285,7 +286,7 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
 
 def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr(TorchEngine, "train_step", lambda self, batches, seeds, *rest, real=TorchEngine.train_step: (
+    monkeypatch.setattr(TorchEngine, "accumulate", lambda self, batches, seeds, *rest, real=TorchEngine.accumulate: (
         seen.append(tuple(seeds)), real(self, batches, seeds, *rest))[1])
     Run(base, "seeds").go()
     assert seen == [tuple(mix(11, step, lane) for lane in range(5)) for step in range(STEPS)]

@@ -1,0 +1,160 @@
+"""Which training processes run together, and what follows when one fails. Pure bookkeeping; the relay keeps it.
+
+A generation is one life of all training processes of a run. Supervisors (one a worker) meet; once all of a world have
+come, each starts its process; when one of them fails, all stop, and meet again for the next generation. Guarantees: a
+supervisor that was replaced is told so and can not come back; the budget of restarts is refilled by every checkpoint;
+what failed twice in the same way without progress is not tried a third time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_ft.errors import WorkerError
+
+Kind = Literal["killed", "crash", "hang", "out of memory", "storage", "peer", "error", "lost"]
+SETTLE_S = 0.7
+"""After news that only says a peer is gone, so long is waited for the peer's own."""
+MOST_BACKOFF_S = 60.0
+COMES_BACK = ("error", "out of memory", "crash")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A supervisor: its unique `key`, its rank among `size`, its node, and where rank 0's process may listen."""
+
+    key: str
+    rank: int
+    size: int
+    node: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a generation ended: whose process, and what is known about it."""
+
+    rank: int
+    node: str
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        return f"worker {self.rank} on node {self.node}: {self.kind} ({self.text})"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a supervisor is told.
+
+    Attributes:
+        generation: the current one.
+        rendezvous: host:port where its rank 0 listens; None: some are not here yet, or it is not time.
+        stop: the user wants to stop.
+        over: there is nothing left to do for this supervisor.
+        after: why the generation before ended; "" for the first.
+        commits: all (checkpoint URL, metrics) of the run so far that came after those asked for.
+    """
+
+    generation: int
+    rendezvous: str | None = None
+    stop: bool = False
+    over: bool = False
+    after: str = ""
+    commits: tuple[tuple[str, dict[str, float]], ...] = ()
+
+
+class Generations:
+    """The bookkeeping. Times are seconds on any steady clock."""
+
+    def __init__(self, max_failures: int) -> None:
+        """Take how many restarts are allowed without a new checkpoint in between; -1: without limit."""
+        self.generation = 0
+        self.after = ""
+        self.error: WorkerError | None = None
+        self._max_failures = max_failures
+        self._members: dict[int, Member] = {}
+        self._replaced: set[str] = set()
+        self._failures: list[Failure] = []
+        self._reports: list[Failure] = []
+        self._decide_at = 0.0
+        self._not_before = 0.0
+
+    def meet(self, member: Member, now: float) -> None:
+        """Take `member` into the coming generation; one of the same rank that was there is replaced by it."""
+        if self.is_replaced(member.key):
+            return
+        others = [own for own in self._members.values() if own.key != member.key]
+        if any(own.rank == member.rank or own.size != member.size for own in others):
+            self._replace(member, now)
+        self._members[member.rank] = member
+
+    def _replace(self, member: Member, now: float) -> None:
+        """Another set of workers has come in place of the one there was."""
+        grown = any(own.size < member.size for own in self._members.values())
+        self._replaced.update(own.key for own in self._members.values())
+        if not grown:  # a run that takes more nodes has lost nothing
+            self._count(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
+        else:
+            self.after = "more workers came"
+        self._next()
+
+    def is_replaced(self, key: str) -> bool:
+        """Tell whether another supervisor has the place of this one."""
+        return key in self._replaced
+
+    def rendezvous(self, now: float) -> str | None:
+        """Return where the current generation meets, once all are there."""
+        first = self._members.get(0)
+        if first is None or len(self._members) < first.size or now < self._not_before:
+            return None
+        return first.address
+
+    def failed(self, generation: int, failure: Failure, now: float) -> None:
+        """Note why a process of `generation` ended."""
+        if generation != self.generation:
+            return
+        if not self._reports:
+            self._decide_at = now + (SETTLE_S if failure.kind == "peer" else 0)
+        elif failure.kind != "peer":
+            self._decide_at = min(self._decide_at, now)
+        self._reports.append(failure)
+
+    def decide(self, now: float) -> Failure | None:
+        """Begin the next generation if this one has failed, and return why; `error` is set if there will be none."""
+        if not self._reports or now < self._decide_at:
+            return None
+        why = next((one for one in self._reports if one.kind != "peer"), self._reports[0])
+        self._count(why, now)
+        self._next()
+        return why
+
+    def _next(self) -> None:
+        self._members, self._reports = {}, []
+        self.generation += 1
+
+    def _count(self, why: Failure, now: float) -> None:
+        """Note a failure; give up, or set the time of the next start."""
+        self._failures.append(why)
+        self.after = str(why)
+        count = len(self._failures)
+        self._not_before = now + backoff_s(count)
+        kept = "what was committed is kept"
+        last = [(one.kind, one.text) for one in self._failures[-2:]]
+        if 0 <= self._max_failures < count:
+            self.error = WorkerError(f"gave up after cluster.max_failures={self._max_failures} restarts without a new "
+                                     f"checkpoint in between ({why}); {kept}; the same command goes on from there")
+        elif why.kind in COMES_BACK and last[1:] == last[:1]:
+            self.error = WorkerError(f"the same failure came back without a new checkpoint in between ({why}); "
+                                     f"starting again does not cure it; {kept}; mend the cause, and the same command "
+                                     "goes on")
+
+    def progressed(self) -> None:
+        """Note a new checkpoint: it refills the budget of restarts."""
+        self._failures = []
+
+
+def backoff_s(failures: int) -> float:
+    """Return how long to wait before the next start after so many failures without progress: none after the first."""
+    return 0.0 if failures <= 1 else min(MOST_BACKOFF_S, 2.0 ** (failures - 2))
