@@ -2,7 +2,7 @@
 
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
 up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!fault` touches
-memory that is not there, `!raise` is a bug (RuntimeError).
+memory that is not there, `!memory` asks for more memory than there is, `!raise` is a bug (RuntimeError).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def _fail(how: str) -> None:
         import ctypes
 
         ctypes.PyDLL(None).sleep(10**6)
+    if how == "memory":
+        bytearray(2**47)
     if how == "raise":
         raise RuntimeError("failpoint")
     os.kill(os.getpid(), {"stop": signal.SIGSTOP, "fault": signal.SIGSEGV}.get(how, signal.SIGKILL))

@@ -6,6 +6,7 @@ They are forked from a server that has imported torch, DeepSpeed and transformer
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -14,10 +15,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+CLONE_NEWNET = 0x40000000
 
 
 class Rank:
@@ -66,15 +70,23 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.environ.clear()
     os.environ.update(env)
+    if "NETNS" in env:
+        with open(f"/var/run/netns/{env['NETNS']}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
     import rank_main
 
     rank_main.main(path)
     sys.stdout.flush()
 
 
-def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None
+def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None,
+                each: Sequence[dict[str, str]] = (),
                 ) -> list[Rank]:
-    """Start `size` processes that run `configs` in turn; each rank's output goes to folder/rank-N.log."""
+    """Start `size` processes that run `configs` in turn; each rank's output goes to folder/rank-N.log.
+
+    `each` holds further variables of each rank; NETNS names the network namespace it runs in.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps(configs))
     with socket.socket() as probe:
@@ -84,7 +96,8 @@ def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dic
     for rank in range(size):
         rank_env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
+                    "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {}),
+                    **(each[rank] if each else {})}
         process = _server().Process(target=_run, args=(str(folder / "configs.json"), str(folder / f"rank-{rank}.log"),
                                                        rank_env))
         process.start()

@@ -188,6 +188,8 @@ class LogSection(Section):
     """What a person sees."""
 
     every_steps: int = Field(1, ge=1, description="Steps between progress lines and metrics.")
+    straggler_steps: int = Field(20, ge=0, description=(
+        "Steps between comparisons of the workers' pace; a slow one is named; 0: never."))
     tensorboard: bool = Field(True, description="Write TensorBoard events into the run's storage.")
     level: Literal["debug", "info", "warning"] = Field("info", description="Least severe log line shown.")
 

@@ -67,11 +67,14 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
     """Yield a question: was this process asked to stop? A second signal acts as if nobody listened."""
     wanted = threading.Event()
     previous: dict[int, Any] = {}
+    said: list[threading.Thread] = []
 
     def handle(number: int, _frame: Any) -> None:
         signal.signal(number, previous[number])
         wanted.set()
-        console.say(f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)")
+        text = f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)"
+        said.append(threading.Thread(target=console.say, args=(text,), daemon=True))
+        said[-1].start()  # this thread may be in the middle of writing a line
 
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -80,5 +83,6 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        console.close()
+        for thread in said:
+            thread.join(1)
         console.close()

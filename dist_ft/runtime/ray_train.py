@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -33,6 +34,7 @@ POLL_S = 0.5
 NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
+ELASTIC_START_S = 20.0
 LOST_S = 60.0
 """Without a sign of life for so long, workers are taken for lost."""
 
@@ -58,7 +60,9 @@ def run(config: RunConfig) -> Result:
 def _connected(config: RunConfig) -> Iterator[Any]:
     """Connect to the cluster the config or the environment names, or start one that dies with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
+    elastic = config.min_workers < config.max_workers  # Ray may wait for a node that was lost: it then asks for fewer
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
+        min(config.cluster.start_timeout_s, ELASTIC_START_S if elastic else math.inf))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in a worker as here
     import ray
 

@@ -36,6 +36,7 @@ from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
 from dist_ft.train.result import Hooks, Result
+from dist_ft.train.stragglers import Stragglers
 from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.train")
@@ -87,11 +88,15 @@ class Trainer:
             self._evaluate("before")
         if cfg.checkpoint.background and 0 < cfg.checkpoint.every_steps < self._total_steps - self._step:
             parts.manager.prepare(parts.engine)
-        with closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
+        watch = Stragglers(parts.world, parts.collectives, parts.engine.device, cfg.log.straggler_steps)
+        with closing(watch) as pace, closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
             begun = time.perf_counter()
             for batches in stream:
                 waited = time.perf_counter() - begun
                 stop = self._train_step(batches, begun, waited)
+                found = pace.after_step(self._step, waited)
+                if found and parts.metrics is not None:
+                    parts.metrics.add(self._step, "pace", found)
                 self._waited_s += waited
                 self._steps_s += time.perf_counter() - begun
                 last = self._step == self._total_steps

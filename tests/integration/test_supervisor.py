@@ -124,6 +124,17 @@ def test_a_bug_that_comes_back_at_once_ends_the_run_in_one_line(
     require_gone(started)
 
 
+def test_fault_20_too_little_memory_is_named_with_what_to_change_and_not_tried_for_ever(
+        base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tiny.config(base, "memory", workers=2, cluster={"standby": False, "max_failures": 100})
+    monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@1!memory")
+    relay, _ = supervise(document)
+    text = str(relay.outcome())
+    assert "worker 1 on node here: out of memory (out of memory (MemoryError); use a machine with more, fewer workers" in text
+    assert text.startswith("the same failure came back") and len(started) == 4
+    require_gone(started)
+
+
 def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
         base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     document = tiny.config(base, "stopped", workers=2, cluster={"progress_timeout_s": 8})

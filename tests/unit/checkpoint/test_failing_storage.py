@@ -98,7 +98,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk(small_disk, engine):
+def test_fault_18_a_full_disk(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(keep_last=1), World(), Collectives(), 1)
     save(one, engine, 1)
@@ -109,7 +109,7 @@ def test_a_full_disk(small_disk, engine):
     assert not list(small_disk.rglob(".tmp-*"))
 
 
-def test_a_read_only_disk(small_disk, engine):
+def test_fault_19_a_read_only_disk(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -202,7 +202,7 @@ def entry(label: str = "param:0:w", **changes) -> bytes:
     (hostile(b"[" * 100_000), "RecursionError"),
     (b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", "header of"),
 ])
-def test_a_header_that_lies_is_refused(content, said):
+def test_fault_23_a_header_that_lies_is_refused(content, said):
     store = memory()
     store.write("f", content)
     with pytest.raises(CheckpointError) as caught:
@@ -219,7 +219,7 @@ def test_metadata_is_ignored():
     assert {where: (piece.offset, piece.numel) for where, (piece,) in found.items()} == {("w", "param"): (3, 2)}
 
 
-def test_numbers_no_file_can_hold_are_refused():
+def test_fault_23_numbers_no_file_can_hold_are_refused():
     values = torch.zeros(3, dtype=torch.complex64)
     with pytest.raises(CheckpointError, match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
                                               r"are torch.float32, .*torch.bfloat16$"):

@@ -85,7 +85,7 @@ def test_a_hole_is_refused(store):
     (zipped(save({"other": rows(0)})), r"no ledger segment \('step'\)"),
     (zipped(save({**{name: np.zeros(2) for name in COLUMNS}, "lane": np.zeros(3)})), "no ledger segment"),
     ((2**40).to_bytes(8, "little") + zipped(b"x")[8:], r"no ledger segment \(1099511627776 bytes\)")])
-def test_a_hostile_segment_is_refused(store, content, said):
+def test_fault_23_a_hostile_segment_is_refused(store, content, said):
     store.write("ledger/x", content)
     with pytest.raises(CheckpointError, match=said):
         read_ledger(store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content))))

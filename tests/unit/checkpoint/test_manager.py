@@ -228,7 +228,7 @@ def test_attempts_are_numbered(store):
     assert store.list("attempts")[0] == "000001.json"
 
 
-def test_a_worker_of_an_older_attempt_does_not_commit(store, attempt, engine):
+def test_fault_11_a_worker_of_an_older_attempt_does_not_commit(store, attempt, engine):
     zombie = attempt()
     save(zombie, engine, 1)
     begin_attempt(store, 1)

@@ -63,7 +63,7 @@ def test_any_truncation_and_any_flipped_bit_is_noticed():
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "C:x", "a\\..\\b", "s3://b/x"])
-def test_paths_that_lead_out_are_refused(path):
+def test_fault_23_paths_that_lead_out_are_refused(path):
     content = altered(make(), lambda values: values["files"][0].update(path=path))
     with pytest.raises(CheckpointError) as caught:
         manifests.parse(content, "m")
@@ -80,7 +80,7 @@ def test_paths_that_lead_out_are_refused(path):
     (lambda v: v.update(attempt=-1), "attempt: Input should be greater than or equal to 0"),
     (lambda v: v.pop("files"), "files: Field required"),
 ])
-def test_what_is_not_sound_is_refused(change, said):
+def test_fault_23_what_is_not_sound_is_refused(change, said):
     with pytest.raises(CheckpointError, match=rf"m: not a sound manifest \({said}.*\); it will not be loaded"):
         manifests.parse(altered(make(), change), "m")
 

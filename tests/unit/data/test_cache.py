@@ -75,7 +75,7 @@ def test_writing_keeps_to_the_limit(tmp_path):
     assert (tmp_path / "new.safetensors").exists()
 
 
-def test_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
+def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
     paths, place = fill(tmp_path), module._place
     calls = []
 

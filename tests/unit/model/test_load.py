@@ -76,7 +76,7 @@ def test_an_empty_model_has_the_structure_only(folder):
 # What is not loaded
 
 
-def test_pickles_are_not_read(folder, tmp_path):
+def test_fault_23_pickles_are_not_read(folder, tmp_path):
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "pwned",))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -35,6 +36,30 @@ def test_the_first_signal_is_a_wish(number):
         assert signal.getsignal(number) == before  # the second acts as if nobody listened
     assert signal.getsignal(number) == before
     assert stream.getvalue() == f"{number.name}: saving after this step, then stopping (again: stop at once)\n"
+
+
+def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
+    """A buffered stream refuses to be entered again by the thread that is in it."""
+    class Pipe(io.RawIOBase):
+        def __init__(self) -> None:
+            self.seen = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            if not self.seen:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            self.seen += bytes(data)
+            return len(data)
+
+    pipe = Pipe()
+    console = Console(io.TextIOWrapper(io.BufferedWriter(pipe)))
+    with stop_on_signal(console) as asked:
+        console.say("step 1")
+        assert asked()
+    assert pipe.seen.decode().splitlines() == ["step 1", "SIGTERM: saving after this step, then stopping (again: stop at once)"]
 
 
 def test_the_second_signal_ends_the_process():

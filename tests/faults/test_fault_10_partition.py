@@ -1,0 +1,85 @@
+"""Fault 10: the link between two ranks is cut, and comes back. The side that was cut off can not commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import history
+import pytest
+import ranks
+import tiny
+
+from dist_ft.checkpoint import manifest as manifests
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip` (network namespaces)")]
+NAMES = ("dist-ft-a", "dist-ft-b")
+LONG = {"schedule": {"epochs": None, "steps": 400}, "optimizer": {"learning_rate": 5e-4}}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def link() -> Iterator[list[dict[str, str]]]:
+    """Make two namespaces with a link between them; return what ranks in them need to know."""
+    made = []
+    try:
+        try:
+            for name in NAMES:
+                ip("netns", "add", name)
+                made.append(name)
+            ip("-n", NAMES[0], "link", "add", "ve0", "type", "veth", "peer", "name", "ve0", "netns", NAMES[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs network namespaces, which can not be made here ({error.stderr.decode().strip()})")
+        for number, name in enumerate(NAMES):
+            ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", "ve0")
+            ip("-n", name, "link", "set", "ve0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [{"NETNS": name, "MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": "ve0"} for name in NAMES]
+    finally:
+        for name in made:
+            ip("netns", "del", name)
+
+
+def commits(run: Path) -> dict[int, int]:
+    """Return the attempt of every committed step."""
+    found = [manifests.parse_folder(path.parent.name) for path in run.glob("checkpoints/*/manifest.json")]
+    return dict(filter(None, found))
+
+
+def test_fault_10_the_side_that_was_cut_off_can_not_commit(tmp_path: Path, link: list[dict[str, str]]) -> None:
+    base = tiny.base(tmp_path)
+    document = tiny.config(base, "cut", workers=2, cluster={"progress_timeout_s": 20},
+                           checkpoint={"keep_last": 1000}, **LONG)
+    run = base / "runs/cut"
+    before = ranks.start_ranks(2, [document], base / "before", each=link)
+    until = time.monotonic() + 90
+    while len(commits(run)) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    ip("-n", NAMES[0], "link", "set", "ve0", "down")
+    seen = commits(run)
+    assert seen and max(seen) < 400, (base / "before/rank-0.log").read_text()[-2000:]
+    alone = tiny.config(base, "cut", checkpoint={"keep_last": 1000}, **LONG)
+    after = ranks.start_ranks(1, [alone], base / "after")
+    while not any(attempt == 2 for attempt in commits(run).values()) and time.monotonic() < until:
+        time.sleep(0.02)
+    ip("-n", NAMES[0], "link", "set", "ve0", "up")  # what was cut off may now go on with what it was doing
+    ranks.require_ok([process.wait(120) for process in after], base / "after")
+    assert all(process.wait(60) != 0 for process in before), "it ends itself"
+    found = commits(run)
+    first = min(step for step, attempt in found.items() if attempt == 2)
+    late = {step for step, attempt in found.items() if attempt == 1} - set(seen)
+    assert all(step < first for step in late), "what the cut-off side had begun may end, but nothing newer may come"
+    assert found[400] == 2
+    unbroken = tiny.config(base, "whole", **LONG)
+    ranks.require_ok(ranks.run_ranks(1, [unbroken], base / "whole"), base / "whole")
+    assert history.losses(run) == pytest.approx(history.losses(base / "runs/whole"), abs=1e-5)
+    rows, whole = history.ledger(run), history.ledger(base / "runs/whole")
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, whole.tolist()))

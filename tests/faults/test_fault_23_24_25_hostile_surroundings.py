@@ -1,0 +1,139 @@
+"""Faults 23, 24 and 25: checkpoints made to do harm, secrets, and locks that the dead have left."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import history
+import pytest
+import ranks
+import tiny
+
+from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.config.load import load_config
+from dist_ft.errors import CheckpointError
+from dist_ft.runtime import local
+from dist_ft.storage import Store
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("hostile"), 40)
+
+
+def document(base: Path, name: str, steps: int = 6) -> dict[str, Any]:
+    return tiny.config(base, name, schedule={"epochs": None, "steps": steps}, checkpoint={"every_steps": 3, "keep_last": 1})
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path) -> Path:
+    local.run(load_config(document(base, "trained")))
+    return base / "runs/trained"
+
+
+class Bomb:
+    """What unpickling would run."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._marker),)
+
+
+def seal_again(folder: Path, change: Any) -> None:
+    """Alter a manifest as one who knows its format can: checksums and all."""
+    path = folder / manifests.NAME
+    found = manifests.parse(path.read_bytes(), "it")
+    raw = json.loads(found.model_dump_json())
+    change(raw)
+    body = json.dumps(raw, indent=1).encode()
+    path.write_bytes(body.removesuffix(manifests._END) + manifests._SEAL + manifests.checksum(body).encode() + b'"'
+                     + manifests._END)
+
+
+def replaced(folder: Path, content: bytes) -> Any:
+    """Put `content` in place of a checkpoint's first file, and say so in the manifest."""
+    def change(raw: dict[str, Any]) -> None:
+        first = raw["files"][0]
+        (folder / first["path"]).write_bytes(content)
+        first.update(num_bytes=len(content), checksum=manifests.checksum(content))
+    return change
+
+
+def renamed(path: str) -> Any:
+    return lambda raw: raw["files"][0].update(path=path)
+
+
+def header(entry: dict[str, Any]) -> bytes:
+    text = json.dumps({"wte.weight::param::0": entry}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(("name", "attack"), [
+    ("pickle", lambda folder, marker: replaced(folder, pickle.dumps(Bomb(marker)))),
+    ("path", lambda folder, marker: renamed("../../../escaped")),
+    ("absolute", lambda folder, marker: renamed("/etc/passwd")),
+    ("huge-header", lambda folder, marker: replaced(folder, (2**62).to_bytes(8, "little") + b"{}")),
+    ("huge-tensor", lambda folder, marker: replaced(folder, header(
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}))),
+    ("dtype", lambda folder, marker: replaced(folder, header({"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}) + bytes(8))),
+    ("huge-file", lambda folder, marker: lambda raw: raw["files"][0].update(num_bytes=2**60))])
+def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(base: Path, trained: Path, tmp_path: Path, name: str,
+                                                           attack: Any) -> None:
+    run, marker = base / "runs" / f"harm-{name}", tmp_path / "executed"
+    shutil.copytree(trained, run)
+    folder = next((run / "checkpoints").iterdir())
+    change = attack(folder, marker)
+    seal_again(folder, change)
+    before = sorted(path.relative_to(base) for path in base.rglob("*") if "attempts" not in path.parts)
+    with pytest.raises(CheckpointError) as caught:
+        local.run(load_config({**document(base, f"harm-{name}", 9)}))
+    text = str(caught.value)
+    assert "\n" not in text and "checkpoints" in text, text
+    assert not marker.exists() and not (base / "escaped").exists() and not (base / "runs/escaped").exists()
+    after = sorted(path.relative_to(base) for path in base.rglob("*") if "attempts" not in path.parts)
+    assert after == before, "nothing was written but that an attempt was made"
+
+
+def test_fault_24_no_secret_reaches_anything_a_run_writes_or_says(
+        base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    secrets = {"HF_TOKEN": "hf_abcdefghijklmnop", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI+K7MDENG/bPxRfiCY",
+               "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEXAMPLETOKEN", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    local.run(load_config(document(base, "secret")))
+    said = "".join(capfd.readouterr())
+    written = b"".join(path.read_bytes() for path in (base / "runs/secret").rglob("*") if path.is_file())
+    assert len(written) > 1000
+    for value in secrets.values():
+        assert value not in said and value.encode() not in written
+
+
+def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(base: Path, tmp_path: Path) -> None:
+    """PyTorch's extension builder waits without end on the lock file of one that was killed; nothing is built here."""
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    for name in ["deepspeed_shm_comm", *ALL_OPS]:
+        for folder in (tmp_path / version / name, tmp_path / name):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "lock").touch()
+    config = tiny.config(base, "locked", workers=2, schedule={"epochs": None, "steps": 2})
+    codes = ranks.run_ranks(2, [config], tmp_path / "ranks", timeout_s=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    ranks.require_ok(codes, tmp_path / "ranks")
+    assert len(history.losses(base / "runs/locked")) == 2
+
+
+def test_the_attacks_would_be_found_where_they_are(trained: Path) -> None:
+    """The copy that is not altered loads: the tests above refuse the attack, not the copy."""
+    store = Store(str(trained))
+    for name in catalogue.committed(store):
+        assert catalogue.load_manifest(store, name).progress.step == 6
