@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,7 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
 def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress, total_steps: int,
               manifest: Manifest | None) -> Result:
     """Train to the end; where numbers went bad and the config says so, go back to the newest checkpoint first."""
+    gone_back: Counter[int] = Counter()
     while True:
         try:
             return Trainer(config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}).run()
@@ -109,9 +111,15 @@ def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress,
                 raise AnomalyError("anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
                                    "command begins again and passes the bad steps over; set "
                                    "checkpoint.every_steps") from None
-            parts.manager.load(manifest, parts.engine, parts.tensors)
             progress = manifest.progress
-            parts = replace(parts, judge=Judge(config.anomaly, progress.history, parts.judge.vetoed))
+            gone_back[progress.step] += 1
+            if gone_back[progress.step] > config.anomaly.most_in_a_row:
+                raise AnomalyError(f"anomaly.action=rollback: gone back to step {progress.step} more than "
+                                   f"{config.anomaly.most_in_a_row} times (anomaly.most_in_a_row); what was committed "
+                                   "is kept; look at the data, or lower optimizer.learning_rate") from None
+            parts.manager.load(manifest, parts.engine, parts.tensors)
+            parts = replace(parts, judge=Judge(config.anomaly, progress.history, parts.judge.vetoed,
+                                                parts.judge.in_a_row))
             if parts.metrics is not None:
                 parts.metrics.rewind(progress.step)
             log.warning("back to step %d", progress.step)

@@ -33,13 +33,13 @@ class RollBack(Exception):
 class Judge:
     """Says which losses and norms are bad, given those of the steps before."""
 
-    def __init__(self, section: AnomalySection, history: Sequence[tuple[float, float]] = (), vetoed: Iterable[int] = ()
-                 ) -> None:
-        """Go on after `history`, (loss, norm) of sound steps; `vetoed` are steps an earlier attempt skipped."""
+    def __init__(self, section: AnomalySection, history: Sequence[tuple[float, float]] = (), vetoed: Iterable[int] = (),
+                 in_a_row: int = 0) -> None:
+        """Go on after `history`, (loss, norm) of sound steps, and `in_a_row` bad ones; `vetoed` were skipped before."""
         self._section = section
         self._history = deque(history, section.window)
         self.vetoed = set(vetoed)
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     @property
     def history(self) -> tuple[tuple[float, float], ...]:

@@ -108,8 +108,9 @@ def test_fault_21_stop_ends_on_all_ranks_and_names_the_samples(base: Path, sampl
     assert kept[-1].startswith("step-000000008")
 
 
-def test_fault_21_too_many_in_a_row_end_the_run(base: Path) -> None:
-    config = document(base, "row", anomaly={"most_in_a_row": 2})
-    config["optimizer"]["learning_rate"] = 1e30
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_fault_21_too_many_in_a_row_end_the_run(base: Path, action: str) -> None:
+    config = document(base, f"row-{action}", anomaly={"most_in_a_row": 2, "action": action},
+                      checkpoint={"every_steps": 1, "background": False}, optimizer={"learning_rate": 1e30})
     codes, log = go(base, config, "1:-1:1")
     assert codes[0] != 0 and "for more than 2 steps one after the other" in log, log[-2000:]
