@@ -69,7 +69,8 @@ def test_the_second_signal_ends_the_process():
                "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n")
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGTERM
-    assert ran.stdout.splitlines()[-1] == "once"
+    said = ran.stdout.splitlines()  # the notice comes from a thread, before or after
+    assert "once" in said and "twice" not in said
 
 
 def test_beside_the_main_thread_signals_are_left_alone():
