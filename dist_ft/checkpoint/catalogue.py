@@ -55,16 +55,16 @@ def newest(store: Store, world: World, collectives: Collectives) -> Manifest | N
     return None
 
 
-def committed(store: Store) -> list[str]:
-    """Return the names of all checkpoints that have a manifest, newest first."""
-    names = [name for name in store.list(FOLDER) if manifests.parse_folder(name)]
+def committed(store: Store, folder: str = FOLDER) -> list[str]:
+    """Return the names of all checkpoints in `folder` that have a manifest, newest first."""
+    names = [name for name in store.list(folder) if manifests.parse_folder(name)]
     names.sort(key=lambda name: manifests.parse_folder(name) or (0, 0), reverse=True)
-    return [name for name in names if store.exists(f"{FOLDER}/{name}/{manifests.NAME}")]
+    return [name for name in names if store.exists(f"{folder}/{name}/{manifests.NAME}")]
 
 
-def load_manifest(store: Store, name: str) -> Manifest:
+def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
     """Read the manifest of checkpoint `name`; raises CheckpointError if it is not sound or another's."""
-    path = f"{FOLDER}/{name}/{manifests.NAME}"
+    path = f"{folder}/{name}/{manifests.NAME}"
     manifest = manifests.parse(_read(store, path), store.shown(path))
     own = manifests.folder_name(manifest.progress.step, manifest.attempt)
     if own != name:
@@ -88,12 +88,12 @@ def verify(store: Store, manifest: Manifest, world: World) -> None:
     folder = checkpoint_store(store, manifest)
     for index in world.share(len(manifest.files)):
         item = manifest.files[index]
-        problem = _damage(folder, item) and _damage(folder, item)  # what was spoilt on the way comes well again
+        problem = damage(folder, item) and damage(folder, item)  # what was spoilt on the way comes well again
         if problem:
             raise CheckpointError(f"{folder.shown(item.path)}: {problem}")
 
 
-def _damage(folder: Store, item: FileEntry) -> str:
+def damage(folder: Store, item: FileEntry) -> str:
     """Say how a file differs from its manifest; "" if it does not."""
     content = _read(folder, item.path)
     if len(content) != item.num_bytes:
@@ -120,13 +120,22 @@ def newest_attempt(store: Store) -> int:
 def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
     """Take the next attempt number of the run for this process and its peers (call on rank 0).
 
-    `after`: why the attempt before ended, where it is known.
+    `after`: why the attempt before ended, where it is known; such an end counts as a failure of the run.
     """
     number = newest_attempt(store)
+    failures = num_failures(store, number) + bool(after)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:
         number += 1
-        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started,
+        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started, "failures": failures,
                            **({"after": redact(after)} if after else {})})
         if store.create(f"{ATTEMPTS}/{number:06d}.json", note.encode()):
             return number
+
+
+def num_failures(store: Store, attempt: int) -> int:
+    """Return how many attempts up to the start of `attempt` ended in a failure that was noticed."""
+    try:
+        return int(json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json")).get("failures", 0)) if attempt else 0
+    except (StorageError, ValueError, AttributeError):
+        return 0

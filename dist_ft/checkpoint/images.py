@@ -63,14 +63,14 @@ class Layout:
         return content
 
 
-def layouts(slots: Sequence[Slot]) -> list[Layout]:
-    """Return the files that hold `slots`, at most PART_BYTES of values each; larger slots are cut.
+def layouts(slots: Sequence[Slot], first: int = 0) -> list[Layout]:
+    """Return the files that hold `slots` from number `first` on, at most PART_BYTES of values each; larger are cut.
 
     Raises CheckpointError for numbers that no file can hold.
     """
     parts: list[list[Piece]] = []
     size = 0
-    for piece in _pieces(slots):
+    for piece in _pieces(slots, first):
         if not parts or size + piece.num_bytes > fragments.PART_BYTES:
             parts.append([])
             size = 0
@@ -79,8 +79,8 @@ def layouts(slots: Sequence[Slot]) -> list[Layout]:
     return [_layout(part) for part in parts]
 
 
-def _pieces(slots: Sequence[Slot]) -> Iterator[Piece]:
-    for index, slot in enumerate(slots):
+def _pieces(slots: Sequence[Slot], start: int) -> Iterator[Piece]:
+    for index, slot in enumerate(slots[start:], start):
         held = slot.read().dtype
         dtype = _STORED.get(held, held)
         if dtype not in _CODES:

@@ -40,8 +40,14 @@ class LedgerBuffer:
 
     def take(self) -> np.ndarray:
         """Return the rows (n, 6) int64 so far and forget them."""
-        rows, self._rows = self._rows, []
-        return np.concatenate(rows) if rows else np.zeros((0, len(COLUMNS)), dtype=np.int64)
+        rows = self.rows()
+        self._rows = []
+        return rows
+
+    def rows(self) -> np.ndarray:
+        """Return the rows (n, 6) int64 so far."""
+        self._rows = [np.concatenate([np.zeros((0, len(COLUMNS)), dtype=np.int64), *self._rows])]
+        return self._rows[0]
 
 
 def write_segment(store: Store, start: int, stop: int, attempt: int, parts: Sequence[np.ndarray]) -> LedgerEntry:

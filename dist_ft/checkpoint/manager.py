@@ -8,10 +8,12 @@ travels with the sum each training step makes anyway (`flags`, `advance`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -23,13 +25,15 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import Wanted
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, TensorInfo
+from dist_ft.checkpoint.node_tier import FOLDER as NODES
+from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.saves import Draft, Outcome, Save, done, problem_of
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.engine.base import Engine
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, raise_together
+from dist_ft.world import Collectives, World, on_rank0, raise_together
 
 log = logging.getLogger("dist_ft.checkpoint")
 
@@ -38,23 +42,35 @@ class CheckpointManager:
     """The checkpoints of the run at `store`, for one worker of one attempt."""
 
     def __init__(self, store: Store, section: CheckpointSection, world: World, collectives: Collectives,
-                 attempt: int) -> None:
+                 attempt: int, nodes: NodeTier | None = None) -> None:
+        """Assign only. `nodes`: what the workers' own nodes hold, if the config has checkpoints there."""
         self._store = store
         self._section = section
         self._world = world
         self._collectives = collectives
         self._attempt = attempt
+        self._nodes = nodes
         self._ledger: tuple[LedgerEntry, ...] = ()
+        self._loose: str | None = None
         self._origin: int | None = None
         self._under_way: Save | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
     def newest(self) -> Manifest | None:
         """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
-        manifest = catalogue.newest(self._store, self._world, self._collectives)
-        self._ledger = manifest.ledger if manifest else ()
-        self._origin = manifest.progress.step if manifest else -1
+        manifest = self._newest_on_nodes() or catalogue.newest(self._store, self._world, self._collectives)
+        self._ledger, self._loose = (manifest.ledger if manifest else ()), None
+        self._origin = origin = manifest.progress.step if manifest else -1
+        if self._nodes is not None and self._world.rank == 0:
+            self._nodes.forget(after=origin)
         return manifest
+
+    def _newest_on_nodes(self) -> Manifest | None:
+        """Return the newest checkpoint that lies on the nodes, unless storage has a newer one."""
+        if self._nodes is None:
+            return None
+        names = on_rank0(self._world, self._collectives, lambda: catalogue.committed(self._store)[:1])
+        return self._nodes.newest((manifests.parse_folder(names[0]) or (0, 0))[0] if names else 0)
 
     def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> None:
         """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
@@ -67,7 +83,9 @@ class CheckpointManager:
         wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
         problem: DistFtError | None = None
         try:
-            for index, values in catalogue.reader(self._store, manifest).read_many(wanted):
+            reader = (self._nodes.reader(manifest) if self._nodes is not None and manifest.layout else
+                      catalogue.reader(self._store, manifest))
+            for index, values in reader.read_many(wanted):
                 slots[index].write(torch.from_numpy(values))
         except DistFtError as error:
             problem = error
@@ -76,28 +94,36 @@ class CheckpointManager:
 
     def save(self, engine: Engine, draft: Draft) -> Outcome:
         """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
-        return self._settle(self._begin(draft, done(lambda folder: self._writer.write(folder, list(engine.slots())))))
+        write = done(lambda folder: self._writer.write(folder, list(engine.slots()), draft.on_nodes))
+        return self._settle(self._begin(draft, write))
 
     def prepare(self, engine: Engine) -> None:
         """Make the memory that `begin` copies into."""
-        self._writer.prepare(list(engine.slots()))
+        self._writer.prepare(list(engine.slots()), self._nodes is not None)
 
     def begin(self, engine: Engine, draft: Draft) -> None:
         """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
         slots = list(engine.slots())
-        self._begin(draft, lambda folder: self._writer.snapshot(folder, slots))
+        self._begin(draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes))
 
     def _begin(self, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]) -> Save:
         if self._under_way is not None:
             raise AssertionError("one save at a time")
         name = manifests.folder_name(draft.progress.step, self._attempt)
-        self._under_way = save = Save(draft, name, write(self._store.child(f"{catalogue.FOLDER}/{name}")))
+        self._under_way = save = Save(draft, name, write(self._files(draft, name)))
         return save
 
+    def _files(self, draft: Draft, name: str) -> Store:
+        if not draft.on_nodes:
+            return self._store.child(f"{catalogue.FOLDER}/{name}")
+        if self._nodes is None:
+            raise AssertionError("there is no folder on the nodes")
+        return self._nodes.files(name)
+
     @property
-    def busy(self) -> bool:
-        """Tell whether a save is under way; the same on all ranks."""
-        return self._under_way is not None
+    def under_way(self) -> Draft | None:
+        """Return the draft of the save under way; the same on all ranks."""
+        return self._under_way.draft if self._under_way else None
 
     def flags(self) -> tuple[float, float]:
         """Return what this rank adds to the two sums `advance` takes: its files are written, the commit has ended."""
@@ -145,8 +171,7 @@ class CheckpointManager:
         first = next((error for error in self._collectives.all_gather(problem) if error is not None), None)
         gathered = self._collectives.gather((save.files.result() if problem is None else [], save.draft.rows)) or []
         if first is not None:
-            if self._world.rank == 0:
-                self._remove([save.name])  # on a full disk the next one needs the room
+            self._clear_away(save)  # on a full disk the next one needs the room
             return self._end(save, first)
         if self._world.rank == 0:
             files = tuple(item for part, _ in gathered for item in part)
@@ -155,31 +180,48 @@ class CheckpointManager:
 
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
-        problem = problem_of(save.commit) if save.commit is not None else None
-        return self._end(save, self._collectives.broadcast(problem))
+        problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
+        if self._nodes is not None and save.draft.on_nodes and problem is None:
+            self._writer.later(partial(self._nodes.clear, save.name))
+        return self._end(save, problem)
 
     def _end(self, save: Save, problem: DistFtError | None) -> Outcome:
         self._under_way = None
         if problem is not None and not isinstance(problem, StorageError):
             raise problem
-        return Outcome(save.draft, self._store.child(f"{catalogue.FOLDER}/{save.name}").url, problem)
+        return Outcome(save.draft, self._files(save.draft, save.name).url, problem)
 
     def _commit(self, save: Save, files: tuple[FileEntry, ...], rows: Sequence[np.ndarray]) -> None:
         """Check that the files are there, write ledger and manifest, prune (rank 0, in the background)."""
-        draft, folder = save.draft, self._store.child(f"{catalogue.FOLDER}/{save.name}")
+        draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
+        folder = self._store.child(f"{NODES if nodes else catalogue.FOLDER}/{save.name}")
         try:
             ledger = self._extend_ledger(draft.progress.step, rows)
             self._seal(folder, Manifest(
                 format_version=manifests.FORMAT_VERSION, run=draft.run, attempt=self._attempt,
                 world_size=self._world.size, engine=draft.engine, progress=draft.progress, tensors=draft.tensors,
                 aliases=draft.aliases, files=files, ledger=ledger, evaluation=draft.evaluation,
+                layout=nodes.layout if nodes else "",
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
-            self._ledger = ledger
         except StorageError:
-            self._remove([save.name])
+            self._clear_away(save)
             raise
-        self._prune(save.name)
+        if nodes is None:
+            self._ledger = ledger
+            self._prune(save.name)
+        self._forget_on_nodes(save, ledger)
+
+    def _forget_on_nodes(self, save: Save, ledger: tuple[LedgerEntry, ...]) -> None:
+        """Remove older manifests of checkpoints on the nodes, and the segment that only they name."""
+        try:
+            if self._nodes is not None:
+                self._nodes.forget(keep=save.name if save.draft.on_nodes else "")
+            if self._loose is not None and self._loose not in [item.file.path for item in ledger]:
+                self._store.remove(self._loose)
+            self._loose = ledger[-1].file.path if save.draft.on_nodes and ledger != self._ledger else None
+        except StorageError as error:
+            log.warning("older checkpoints on the nodes were not removed: %s", error)
 
     def _extend_ledger(self, step: int, parts: Sequence[np.ndarray]) -> tuple[LedgerEntry, ...]:
         start = self._ledger[-1].stop if self._ledger else 0
@@ -194,8 +236,8 @@ class CheckpointManager:
         if newest > self._attempt:
             raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
                                   "taken over the run; this process ends")
-        there = folder.sizes()
-        for item in manifest.files:
+        there = folder.sizes() if not manifest.layout else {}
+        for item in manifest.files if not manifest.layout else ():  # other nodes' files are out of sight here
             if there.get(item.path) != item.num_bytes:
                 raise StorageError(f"{folder.shown(item.path)}: {there.get(item.path, 0)} bytes are there, "
                                    f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
@@ -218,6 +260,14 @@ class CheckpointManager:
         """Tell whether a checkpoint is newer than the one this attempt went on from, and not its own."""
         step, attempt = manifests.parse_folder(name) or (0, 0)
         return self._origin is not None and attempt < self._attempt and step > self._origin
+
+    def _clear_away(self, save: Save) -> None:
+        """Remove what was written of a save that failed (of one on the nodes, this node's)."""
+        if self._nodes is not None and save.draft.on_nodes:
+            with contextlib.suppress(StorageError):
+                self._nodes.files(save.name).remove("")
+        elif self._world.rank == 0:
+            self._remove([save.name])
 
     def _remove(self, names: Sequence[str]) -> None:
         """Remove checkpoints, manifests first; what can not be removed is logged."""

@@ -70,6 +70,7 @@ class Progress(_Frozen):
         num_tokens: tokens seen, padding left out.
         num_target_tokens: tokens learned from.
         history: (loss, gradient norm) of the last sound steps, where anomalies are judged by them.
+        trained_s: seconds the steps so far took.
     """
 
     step: int = Field(ge=0)
@@ -77,10 +78,15 @@ class Progress(_Frozen):
     num_tokens: int = 0
     num_target_tokens: int = 0
     history: tuple[tuple[float, float], ...] = ()
+    trained_s: float = 0.0
 
 
 class Manifest(_Frozen):
-    """A whole checkpoint."""
+    """A whole checkpoint.
+
+    Attributes:
+        layout: of a checkpoint on the workers' nodes: who wrote what; "" for one in storage.
+    """
 
     format_version: int
     run: str
@@ -93,6 +99,7 @@ class Manifest(_Frozen):
     files: tuple[FileEntry, ...]
     ledger: tuple[LedgerEntry, ...] = ()
     evaluation: dict[str, float] = Field(default_factory=dict)
+    layout: str = ""
     created_at: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -22,6 +22,7 @@ class Draft:
     """What a checkpoint says besides its files.
 
     Attributes:
+        on_nodes: its files go to the workers' nodes, not to storage.
         rows: this worker's rows of the ledger since the last checkpoint.
         engine: name of the engine that made it.
     """
@@ -33,6 +34,7 @@ class Draft:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     evaluation: dict[str, float]
+    on_nodes: bool = False
 
 
 @dataclass(frozen=True)

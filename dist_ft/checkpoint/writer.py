@@ -36,32 +36,41 @@ class Writer:
         self._threads: ThreadPoolExecutor | None = None
         self._shape: list[tuple[str, str, int, int]] | None = None
         self._plan: list[Layout] = []
+        self._num_owned = 0
+        self._everything = False
         self._buffers: list[torch.Tensor] = []
 
-    def write(self, folder: Store, slots: Sequence[Slot]) -> list[FileEntry]:
-        """Write the slots this worker owns, a file at a time, and return the manifest's entries; little memory."""
-        owned = [slot for slot in slots if slot.owned]
-        return [self._write(folder, part, layout.fill(owned)) for part, layout in enumerate(layouts(owned))]
+    def write(self, folder: Store, slots: Sequence[Slot], everything: bool = False) -> list[FileEntry]:
+        """Write the slots this worker owns, or all, a file at a time, and return the entries; little memory."""
+        chosen = [slot for slot in slots if slot.owned or everything]
+        return [self._write(folder, part, layout.fill(chosen)) for part, layout in enumerate(layouts(chosen))]
 
-    def prepare(self, slots: Sequence[Slot]) -> None:
-        """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others."""
-        owned = [slot for slot in slots if slot.owned]
-        shape = [(slot.name, slot.key, slot.offset, slot.numel) for slot in owned]
-        if shape != self._shape:
+    def prepare(self, slots: Sequence[Slot], everything: bool = False) -> None:
+        """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others.
+
+        `everything`: there will be snapshots of all slots, not only of those this worker owns.
+        """
+        ordered = _ordered(slots)
+        shape = [(slot.name, slot.key, slot.offset, slot.numel) for slot in ordered]
+        owned = [slot for slot in ordered if slot.owned]
+        if shape != self._shape or (everything and not self._everything):
             pinned = any(slot.read().is_cuda for slot in owned[:1])
             self._shape, self._plan = shape, layouts(owned)
+            self._num_owned, self._everything = len(self._plan), everything
+            if everything:
+                self._plan += layouts(ordered, len(owned))
             self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
                              for layout in self._plan]
 
-    def snapshot(self, folder: Store, slots: Sequence[Slot]) -> Future[list[FileEntry]]:
-        """Copy the slots this worker owns and write the copy in the background; the future gives the entries."""
-        self.prepare(slots)
-        owned = [slot for slot in slots if slot.owned]
-        for layout, content in zip(self._plan, self._buffers, strict=True):
-            layout.fill(owned, content)
+    def snapshot(self, folder: Store, slots: Sequence[Slot], everything: bool = False) -> Future[list[FileEntry]]:
+        """Copy what this worker owns, or all it has, and write the copy in the background; the future gives entries."""
+        self.prepare(slots, everything)
+        ordered, count = _ordered(slots), len(self._plan) if everything else self._num_owned
+        for layout, content in zip(self._plan[:count], self._buffers, strict=False):
+            layout.fill(ordered, content)
         if self._buffers and self._buffers[0].is_pinned():
             torch.cuda.synchronize()
-        return self.later(lambda: self._write_all(folder))
+        return self.later(lambda: self._write_all(folder, count))
 
     def later(self, action: Callable[[], T]) -> Future[T]:
         """Run `action` in the background."""
@@ -74,9 +83,9 @@ class Writer:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _write_all(self, folder: Store) -> list[FileEntry]:
+    def _write_all(self, folder: Store, count: int) -> list[FileEntry]:
         begun, sent, running = time.monotonic(), 0, []
-        for part, content in enumerate(self._buffers):
+        for part, content in enumerate(self._buffers[:count]):
             if self._bytes_per_s:
                 time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
             running.append(self.later(partial(self._write, folder, part, content)))
@@ -90,3 +99,8 @@ class Writer:
         folder.write(path, view)
         failpoints.hit("checkpoint.after_file", self._rank)
         return manifests.entry(path, view)
+
+
+def _ordered(slots: Sequence[Slot]) -> list[Slot]:
+    """Return `slots`, those this worker owns first."""
+    return sorted(slots, key=lambda slot: not slot.owned)

@@ -141,10 +141,22 @@ class ClusterSection(Section):
         "0: never."))
 
 
+Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
+
+
 class CheckpointSection(Section):
     """What is kept."""
 
-    every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    every_steps: Steps = Field(0, description=(
+        "Steps between checkpoints in storage; auto: as often as what saves cost and how often the run fails make best "
+        "(both measured; Young, Daly); 0: only at the end."))
+    node_folder: str = Field("", description=(
+        "Folder on each worker's own node for checkpoints between those in storage: a local disk, or memory "
+        "(/dev/shm/...). They outlive processes, not nodes, and serve a restart with the same workers; empty: none."))
+    node_every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description=(
+        "Steps between checkpoints in node_folder; auto: as for every_steps."))
+    failure_interval_s: float = Field(10800, gt=0, description=(
+        "auto: seconds between failures expected before any was seen (10,800: 3 hours); what is seen outweighs it."))
     at_end: bool = Field(True, description="Commit the last step too.")
     background: bool = Field(True, description=(
         "Write from a copy of the state in host memory while training goes on; false: training waits."))

@@ -203,10 +203,18 @@ def _source_names(config: RunConfig) -> Iterator[str]:
 
 def _kept_checkpoints(config: RunConfig) -> Iterator[str]:
     every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
-    if keep and (not every or keep % every):
-        what = f"not a multiple of checkpoint.every_steps={every}" if every else "checkpoint.every_steps is 0"
+    if keep and (every in (0, "auto") or keep % int(every)):
+        what = f"checkpoint.every_steps is {every}" if every in (0, "auto") else (
+            f"not a multiple of checkpoint.every_steps={every}")
         yield (f"checkpoint.keep_every_steps={keep}: {what}, so such steps are never saved; a multiple of "
                f"checkpoint.every_steps, or 0, is allowed; change one of them")
+
+
+def _node_folder(config: RunConfig) -> Iterator[str]:
+    section = config.checkpoint
+    if "://" in section.node_folder:
+        yield (f"checkpoint.node_folder={section.node_folder}: is no folder of a node; a local disk or memory, such as "
+               f"/dev/shm/dist_ft, is allowed; checkpoints in a bucket are those of run.storage")
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
@@ -223,5 +231,5 @@ def _workers(config: RunConfig) -> str:
 CHECKS: tuple[Check, ...] = (
     _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
-    _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _evaluation, deepspeed_problems,
-    secret_problems)
+    _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _node_folder, _evaluation,
+    deepspeed_problems, secret_problems)

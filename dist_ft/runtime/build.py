@@ -7,6 +7,7 @@ from its storage.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -19,6 +20,7 @@ from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo, parse_folder
+from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
@@ -28,8 +30,9 @@ from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
 from dist_ft.train.metrics import MetricsLog, read_metrics
+from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
-from dist_ft.train.trainer import Parts, Trainer
+from dist_ft.train.trainer import Trainer
 from dist_ft.world import Collectives, World, collectives, on_rank0
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
         if done is not None:
             return _already_done(config, done, total_steps, store, hooks, world)
         attempt = on_rank0(world, comms, lambda: take_over(store, config, world, hooks.after))
-        with closing(CheckpointManager(store, config.checkpoint, world, comms, attempt)) as manager:
+        nodes = node_tier(config, store, world, comms)
+        with closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager:
             manifest = manager.newest()
             return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
     finally:
@@ -80,7 +84,8 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
             hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
         judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
-                      _aliases(module), judge, store)
+                      _aliases(module), judge, store,
+                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)))
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
                 def beat() -> None:
@@ -142,6 +147,16 @@ def take_over(store: Store, config: RunConfig, world: World, after: str = "") ->
     number = catalogue.begin_attempt(store, world.size, after)
     store.write(STORED, resolved_yaml(config).encode())
     return number
+
+
+def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives) -> NodeTier | None:
+    """Return where this worker's node keeps checkpoints of the run; None if the config has no such folder."""
+    if not config.checkpoint.node_folder:
+        return None
+    key = hashlib.sha256(config.run_url.encode()).hexdigest()[:16]  # runs of one name in two buckets stay apart
+    here = Store(f"{config.checkpoint.node_folder}/{config.run.name}-{key}")
+    stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
+    return NodeTier(store, here, f"{stage}, {world.size} workers", world, comms)
 
 
 def _complete(store: Store, world: World, comms: Collectives, total_steps: int) -> Manifest | None:

@@ -182,7 +182,7 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
 
     log_lines = _PipeLog(child) if config.log.level != "debug" else None  # then Ray forwards all there is
     hooks = Hooks(_PipeConsole(child), lambda url, metrics: child.say("committed", url, metrics),
-                  child.asked_to_stop.is_set, beat, log_lines, after)
+                  lambda: child.say("progressed"), child.asked_to_stop.is_set, beat, log_lines, after)
     try:
         return "result", local.run(config, hooks)
     except DistFtError as error:

@@ -91,6 +91,10 @@ class Relay:
         if time.monotonic() - self._passed_on_at > REPORT_EVERY_S:
             self._pass_on()
 
+    def progressed(self) -> None:
+        """Note a checkpoint that Ray is not told of: it lies on the workers' nodes."""
+        self._generations.progressed()
+
     def _pass_on(self) -> None:
         if self._newest is not None:
             self._commits.append(self._newest)

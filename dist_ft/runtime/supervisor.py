@@ -36,6 +36,7 @@ class RelayLike(Protocol):
     def look(self, member: Member, num_commits: int) -> View: ...  # noqa: D102
     def failed(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
     def committed(self, url: str, metrics: dict[str, float]) -> None: ...  # noqa: D102
+    def progressed(self) -> None: ...  # noqa: D102
     def put(self, kind: str, text: str) -> None: ...  # noqa: D102
     def end(self, outcome: Any) -> None: ...  # noqa: D102
 
@@ -128,6 +129,9 @@ class Supervisor:
         elif kind == "committed":
             if self._place.world.rank == 0:
                 self._relay.committed(*rest)
+        elif kind == "progressed":
+            if self._place.world.rank == 0:
+                self._relay.progressed()
         elif kind == "result":
             if self._place.world.rank == 0:
                 self._relay.end(rest[0])

@@ -36,6 +36,7 @@ class Hooks:
     Attributes:
         console: where rank 0 speaks.
         committed: called on all ranks with (checkpoint URL, metrics) after a commit.
+        progressed: called on all ranks after a commit on the workers' nodes only.
         should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
         beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
         log: also gets the log lines of this worker; none: they go to stderr only.
@@ -44,6 +45,7 @@ class Hooks:
 
     console: Console = field(default_factory=Console)
     committed: Callable[[str, dict[str, float]], None] = lambda url, metrics: None
+    progressed: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
     log: logging.Handler | None = None

@@ -11,52 +11,29 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import numpy as np
 
 from dist_ft import failpoints
-from dist_ft.checkpoint.ledger import LedgerBuffer
-from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Progress, TensorInfo
-from dist_ft.checkpoint.saves import Draft, Outcome
+from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.schema import RunConfig
 from dist_ft.data.batch import Batch
-from dist_ft.data.loader import Loader
 from dist_ft.data.order import mix
 from dist_ft.engine import schedule
-from dist_ft.engine.base import Engine, StepOutcome, even_out
+from dist_ft.engine.base import StepOutcome, even_out
 from dist_ft.errors import Interrupted
 from dist_ft.logs import redact
 from dist_ft.patience import STUBBORN, attempts
-from dist_ft.storage import Store
 from dist_ft.train import anomaly
-from dist_ft.train.anomaly import Judge
 from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
-from dist_ft.train.metrics import MetricsLog
+from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
+from dist_ft.train.saving import Saver
 from dist_ft.train.stragglers import Stragglers
-from dist_ft.world import Collectives, World, on_rank0
+from dist_ft.world import on_rank0
 
 log = logging.getLogger("dist_ft.train")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What `runtime.build` wired together."""
-
-    engine: Engine
-    loader: Loader
-    evaluation: Loader | None
-    manager: CheckpointManager
-    metrics: MetricsLog | None
-    world: World
-    collectives: Collectives
-    tensors: dict[str, TensorInfo]
-    aliases: dict[str, str]
-    judge: Judge
-    store: Store
 
 
 class Trainer:
@@ -68,7 +45,6 @@ class Trainer:
         self._parts = parts
         self._hooks = hooks
         self._total_steps = total_steps
-        self._ledger = LedgerBuffer()
         self._step = progress.step
         self._num_tokens = progress.num_tokens
         self._num_target_tokens = progress.num_target_tokens
@@ -77,8 +53,7 @@ class Trainer:
         self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
         self._drawn = np.zeros(2 * len(self._sources))
-        self._checkpoint: str | None = None
-        self._told: dict[str, float] = {}  # what the commit of the save under way is announced with
+        self._saver = Saver(config, parts, hooks, total_steps, progress.trained_s)
 
     def run(self) -> Result:
         """Train to the end and return how it went; raises Interrupted after a checkpoint if asked to stop."""
@@ -86,8 +61,7 @@ class Trainer:
         lanes = parts.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
-        if cfg.checkpoint.background and 0 < cfg.checkpoint.every_steps < self._total_steps - self._step:
-            parts.manager.prepare(parts.engine)
+        self._saver.prepare(self._step)
         watch = Stragglers(parts.world, parts.collectives, parts.engine.device, cfg.log.straggler_steps)
         with closing(watch) as pace, closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
             begun = time.perf_counter()
@@ -97,20 +71,21 @@ class Trainer:
                 found = pace.after_step(self._step, waited)
                 if found and parts.metrics is not None:
                     parts.metrics.add(self._step, "pace", found)
+                seconds = time.perf_counter() - begun
                 self._waited_s += waited
-                self._steps_s += time.perf_counter() - begun
+                self._steps_s += seconds
+                self._saver.after_step(self._step - 1, batches, seconds)
                 last = self._step == self._total_steps
                 if last and cfg.evaluation.at_end:
                     self._evaluate("after")
                 elif _due(self._step, cfg.evaluation.every_steps):
                     self._evaluate("")
-                saved = False
-                if _due(self._step, cfg.checkpoint.every_steps) or (last and cfg.checkpoint.at_end) or stop:
-                    saved = self._save(last or stop)
+                kind = False if stop else self._saver.due(self._step, last)
+                saved = kind is not None and self._save(kind, last or stop)
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
-        self._saved(parts.manager.settle())
+        self._saver.settle()
         return self._result()
 
     def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> bool:
@@ -119,15 +94,14 @@ class Trainer:
         self._hooks.beat()
         failpoints.hit("train.step", parts.world.rank)
         counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
-                  self._hooks.should_stop(), *parts.manager.flags(), *by_source(batches, len(self._sources))]
-        num_targets, num_tokens, stop, num_written, num_ended, *drawn = parts.collectives.sum(counts)
-        self._saved(parts.manager.advance(num_written, num_ended))
-        self._drawn += np.array(drawn)
+                  self._hooks.should_stop(), *self._saver.flags(), *by_source(batches, len(self._sources))]
+        num_targets, num_tokens, stop, *sums = parts.collectives.sum(counts)
+        self._saver.advance(*sums[:4])
+        self._drawn += np.array(sums[4:])
         seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
         evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
         rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
         outcome = self._learn(evened, seeds, num_targets, rate)
-        self._ledger.add(step, batches)
         self._step += 1
         self._num_tokens += int(num_tokens)
         self._num_target_tokens += int(num_targets)
@@ -170,7 +144,7 @@ class Trainer:
                         len(samples), parts.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"))
         parts.judge.vetoed.update(range(first, step + 1))
         if section.action == "rollback":
-            self._saved(parts.manager.settle())
+            self._saver.settle()
             raise anomaly.RollBack
 
     def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,
@@ -206,63 +180,26 @@ class Trainer:
             self._hooks.console.say(f"held-out loss at step {self._step}: {values['loss']:.4f} "
                                     f"(perplexity {values['perplexity']:.2f})")
 
-    def _save(self, last: bool) -> bool:
-        """Save, in the background unless it is the `last` time; return whether this step is committed by now."""
-        parts, section = self._parts, self._config.checkpoint
-        self._hooks.beat()
-        background = section.background and not last
-        if parts.manager.busy:
-            if background and section.when_busy == "skip":
-                log.warning("no checkpoint at step %d: the one before is still being written; "
-                            "checkpoint.every_steps=%d is shorter than a save takes", self._step, section.every_steps)
-                return False
-            begun = time.perf_counter()
-            self._saved(parts.manager.settle())
-            if background and parts.world.rank == 0:
-                log.warning("the save at step %d waited %.1f s for the one before; "
-                            "checkpoint.every_steps=%d is shorter than a save takes",
-                            self._step, time.perf_counter() - begun, section.every_steps)
-        draft = Draft(self._config.run.name, type(parts.engine).__name__, self._progress(), self._ledger.take(),
-                      parts.tensors, parts.aliases, dict(self._evaluation))
-        self._told = {"step": float(self._step), **({"loss": self._loss} if self._loss is not None else {})}
-        if parts.metrics is not None:
-            parts.metrics.flush()  # before the commit: a run resumed from it must find the lines of all steps before
-        if background:
-            parts.manager.begin(parts.engine, draft)
-            return False
-        with attempts(STUBBORN):
-            return self._saved(parts.manager.save(parts.engine, draft))
+    def _save(self, on_nodes: bool, now: bool) -> bool:
+        """Save; return whether this step is committed in storage by now."""
+        values = {"loss": self._loss} if self._loss is not None else {}
+        return self._saver.save(on_nodes, self._progress(), values, self._evaluation, now)
 
     def _progress(self) -> Progress:
         return Progress(step=self._step, optimizer_step=self._parts.engine.optimizer_step(),
                         num_tokens=self._num_tokens, num_target_tokens=self._num_target_tokens,
-                        history=self._parts.judge.history)
-
-    def _saved(self, outcome: Outcome | None) -> bool:
-        """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""
-        if outcome is None:
-            return False
-        step = outcome.draft.progress.step
-        if outcome.problem is not None:  # the same on all ranks
-            if step == self._total_steps:
-                raise outcome.problem
-            self._ledger.put_back(outcome.draft.rows)
-            log.warning("no checkpoint at step %d, training goes on: %s", step, outcome.problem)
-            return False
-        self._checkpoint = outcome.url
-        self._hooks.committed(outcome.url, self._told)
-        return True
+                        history=self._parts.judge.history, trained_s=self._saver.trained_s)
 
     def _interrupted(self, saved: bool) -> Interrupted:
         """Return the error that says the run stopped as asked, and whether its last step is saved."""
-        how = (f"it is saved as {redact(str(self._checkpoint))}; the same command goes on from there" if saved else
+        how = (f"it is saved as {redact(str(self._saver.url))}; the same command goes on from there" if saved else
                "storage failed and nothing is saved at this step (the log says why); the same command goes on from the "
                "checkpoint before")
         return Interrupted(f"stopped at step {self._step} of {self._total_steps} as asked; {how}")
 
     def _result(self) -> Result:
         return Result(self._config.run_url, self._step, self._total_steps, self._loss,
-                      self._evaluation.get("before"), self._evaluation.get("after"), self._checkpoint,
+                      self._evaluation.get("before"), self._evaluation.get("after"), self._saver.url,
                       self._waited_s / self._steps_s if self._steps_s else None)
 
 

@@ -25,8 +25,9 @@ from dist_ft.data.batch import Batch
 from dist_ft.data.loader import Loader
 from dist_ft.engine import deepspeed_engine, ds_config, optimizers
 from dist_ft.runtime import build
+from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks
-from dist_ft.train.trainer import Parts, Trainer
+from dist_ft.train.trainer import Trainer
 from dist_ft.world import World
 
 

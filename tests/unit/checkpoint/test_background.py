@@ -47,11 +47,11 @@ def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
     want = {(slot.name, slot.key): slot.read().clone() for slot in engine.slots()}
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS, before=2.5))
-    assert one.busy and one.flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
+    assert one.under_way and one.flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
     train(engine, range(2))
     held.set()
     outcome = until_it_ends(one)
-    assert outcome.problem is None and not one.busy and outcome.url == store.full("checkpoints/step-000000001-a0001")
+    assert outcome.problem is None and one.under_way is None and outcome.url == store.full("checkpoints/step-000000001-a0001")
     manifest = one.newest()
     assert manifest.evaluation == {"before": 2.5}
     other = make_engine(model=make_model(initializer_range=1.0))

@@ -10,8 +10,8 @@ from unit.small import run_config
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.runtime import build
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack
+from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks
-from dist_ft.train.trainer import Parts
 from dist_ft.world import Collectives, World
 
 

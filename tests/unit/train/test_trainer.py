@@ -32,8 +32,9 @@ from dist_ft.train.anomaly import Judge
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog, read_metrics
+from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
-from dist_ft.train.trainer import Parts, Trainer
+from dist_ft.train.trainer import Trainer
 from dist_ft.world import Collectives, World
 
 STEPS = 6
@@ -69,7 +70,8 @@ class Run:
         config, stream = load_config(self.document()), io.StringIO()
         attempt = catalogue.begin_attempt(self.store, 1)
         data = open_data(config, self.store, World(), Collectives())
-        manager = CheckpointManager(self.store, config.checkpoint, World(), Collectives(), attempt)
+        manager = CheckpointManager(self.store, config.checkpoint, World(), Collectives(), attempt,
+                                    build.node_tier(config, self.store, World(), Collectives()))
         manifest = manager.newest()
         module, engine = build.open_engine(config, World(), manifest is not None)
         if manifest:
@@ -249,6 +251,39 @@ def test_a_background_save_that_fails_keeps_its_rows_for_the_next(run, straight,
         run.go()
     assert "no checkpoint at step 2, training goes on: no room" in caplog.messages
     assert np.array_equal(run.ledger(), straight[1]) and history.losses(run.store.url) == straight[0]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straight, background):
+    run = Run(base, f"tiers-{background}".lower(), {"checkpoint": {
+        "every_steps": 4, "node_folder": str(tmp_path), "node_every_steps": 1, "background": background,
+        "when_busy": "wait"}})
+    progressed = []
+    with pytest.raises(RuntimeError, match="killed"):
+        run.go(should_stop=clock(nothing, nothing, killed), progressed=lambda: progressed.append(1))
+    assert catalogue.committed(run.store) == [] and progressed
+    calls: list[int] = []
+    run.go(should_stop=lambda: bool(calls.append(1)))
+    assert len(calls) < STEPS, "it went on from the node"
+    assert history.losses(run.store.url) == straight[0] and np.array_equal(run.ledger(), straight[1])
+    steps = [line["step"] for line in read_metrics(run.store) if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def killed() -> bool:
+    raise RuntimeError("killed")
+
+
+def test_auto_saves_as_often_as_it_pays(base, straight):
+    """An expected failure every 20 ms asks for a save after the first step; one every 3 hours for none in six steps."""
+    often = Run(base, "often", {"checkpoint": {"every_steps": "auto", "failure_interval_s": 0.02, "keep_last": 9}})
+    often.go()
+    rarely = Run(base, "rarely", {"checkpoint": {"every_steps": "auto", "keep_last": 9}})
+    rarely.go()
+    assert len(catalogue.committed(often.store)) >= 3
+    assert catalogue.committed(rarely.store) == ["step-000000006-a0001"]
+    for run in (often, rarely):
+        assert history.losses(run.store.url) == straight[0] and np.array_equal(run.ledger(), straight[1])
 
 
 def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):

@@ -1,0 +1,36 @@
+"""What `runtime.build` wires together for the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import TensorInfo
+from dist_ft.data.loader import Loader
+from dist_ft.engine.base import Engine
+from dist_ft.storage import Store
+from dist_ft.train.anomaly import Judge
+from dist_ft.train.metrics import MetricsLog
+from dist_ft.world import Collectives, World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run in this worker.
+
+    Attributes:
+        num_failures: of the run's attempts so far (rank 0 knows).
+    """
+
+    engine: Engine
+    loader: Loader
+    evaluation: Loader | None
+    manager: CheckpointManager
+    metrics: MetricsLog | None
+    world: World
+    collectives: Collectives
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    judge: Judge
+    store: Store
+    num_failures: int = 0
