@@ -19,7 +19,7 @@ import tiny
 import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
-STEPS = 400
+STEPS = 260
 
 
 @pytest.fixture(scope="module")

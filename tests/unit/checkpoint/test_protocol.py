@@ -1,0 +1,298 @@
+"""The protocol of checkpoints under any order of saves, deaths, restarts, resizes, zombies, lost nodes and damage.
+
+Ranks are threads, each with a manager, a state and a node's folder of its own; storage is a real folder. The state after
+step s is a function of s, as in a run that resumes exactly, so whatever is loaded can be checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dist_ft import failpoints
+from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
+from dist_ft.checkpoint.node_tier import FOLDER as NODES
+from dist_ft.checkpoint.node_tier import NodeTier
+from dist_ft.checkpoint.saves import Draft
+from dist_ft.config.schema import CheckpointSection
+from dist_ft.engine.base import Slot
+from dist_ft.errors import CheckpointError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+NUMEL, KEEP, LANES = 23, 2, 3
+TENSORS = {"w": TensorInfo(shape=(NUMEL,)), "b": TensorInfo(shape=(3,))}
+SIZES = st.sampled_from([0, 0, 0, 0, 1, 2, 3])  # 0: as many as before
+PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
+
+
+class Killed(BaseException):
+    """A rank died here."""
+
+
+class Ranks:
+    """A world of threads; when one of them dies the others find it gone."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=20)
+        self._values: list[Any] = [None] * size
+
+    def run(self, action: Callable[[World, Collectives], Any]) -> list[Any]:
+        """Return what each rank returned or was ended by."""
+        def one(rank: int) -> Any:
+            try:
+                return action(World(rank, self.size, rank, self.size), _Rank(self, rank))
+            except BaseException as error:
+                self._barrier.abort()
+                return error
+
+        with ThreadPoolExecutor(self.size) as pool:
+            found = list(pool.map(one, range(self.size)))
+        self._barrier.reset()
+        return found
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+
+class _Rank(Collectives):
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self._ranks, self._rank = ranks, rank
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return self._ranks.exchange(self._rank, value)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return self.all_gather(value) if self._rank == 0 else (self.all_gather(value), None)[1]
+
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
+
+
+def state(name: str, step: int) -> torch.Tensor:
+    """Return what the parameter holds after so many steps."""
+    return torch.arange(NUMEL if name == "w" else 3, dtype=torch.float32) * (7 if name == "w" else -3) + step * 1000
+
+
+class Sharded:
+    """What a manager asks of an engine: `w` is cut over the ranks, `b` lies whole on each."""
+
+    def __init__(self, world: World) -> None:
+        self._part = world.share(NUMEL)
+        self._owner = world.rank == 0
+        self.values = {"w": torch.full((len(self._part),), -1.0), "b": torch.full((3,), -1.0)}
+
+    def become(self, step: int) -> None:
+        self.values = {"w": state("w", step)[self._part.start:self._part.stop].clone(), "b": state("b", step)}
+
+    def holds(self, step: int) -> bool:
+        return (torch.equal(self.values["w"], state("w", step)[self._part.start:self._part.stop])
+                and torch.equal(self.values["b"], state("b", step)))
+
+    def slots(self) -> Iterator[Slot]:
+        yield Slot("w", "param", self._part.start, len(self._part), True, lambda: self.values["w"], self._put("w"))
+        yield Slot("b", "frozen", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
+
+    def _put(self, name: str) -> Callable[[torch.Tensor], None]:
+        return lambda values: self.values.__setitem__(name, values.clone())
+
+    def finish_load(self, optimizer_step: int) -> None:
+        pass
+
+
+def rows(steps: range, lanes: Sequence[int]) -> np.ndarray:
+    """Return the ledger's rows of `lanes`: one sample a lane and step."""
+    found = [[step, 0, lane, step * LANES + lane, 0, 5] for step in steps for lane in lanes]
+    return np.array(found, np.int64).reshape(-1, 6)
+
+
+class Attempt:
+    """One life of all ranks."""
+
+    def __init__(self, base: Path, size: int) -> None:
+        self.store, self.size = Store(str(base / "run")), size
+        self.number = catalogue.begin_attempt(self.store, size)
+        self.ranks = Ranks(size)
+        self.saved_from = self.step = 0
+        self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
+
+        def begin(world: World, comms: Collectives) -> Any:
+            nodes = NodeTier(self.store, Store(str(base / f"node-{world.rank}")), f"{size} workers", world, comms)
+            manager = CheckpointManager(self.store, CheckpointSection(keep_last=KEEP), world, comms, self.number, nodes)
+            self.managers[world.rank] = manager
+            manifest = manager.newest()
+            engine = Sharded(world)
+            if manifest is not None:
+                manager.load(manifest, engine, TENSORS)  # type: ignore[arg-type]
+                assert engine.holds(manifest.progress.step)
+            return manifest
+
+        self.began = self.ranks.run(begin)
+        if self.began[0] is not None and not isinstance(self.began[0], BaseException):
+            self.saved_from = self.step = self.began[0].progress.step
+
+    def save(self, on_nodes: bool, background: bool) -> list[Any]:
+        """Save the state of the step this attempt stands at."""
+        steps = range(self.saved_from, self.step)
+
+        def act(world: World, comms: Collectives) -> Any:
+            engine, manager = Sharded(world), self.managers[world.rank]
+            engine.become(self.step)
+            draft = Draft("r", "Sharded", Progress(step=self.step, optimizer_step=self.step),
+                          rows(steps, world.share(LANES)), TENSORS, {}, {}, on_nodes)
+            if not background:
+                return manager.save(engine, draft)  # type: ignore[arg-type]
+            manager.begin(engine, draft)  # type: ignore[arg-type]
+            engine.become(-99)  # training goes on: what is written is the copy
+            return manager.settle()
+
+        found = self.ranks.run(act)
+        if not on_nodes and all(getattr(outcome, "problem", outcome) is None for outcome in found):
+            self.saved_from = self.step
+        return found
+
+    def close(self) -> None:
+        for manager in self.managers:
+            if manager is not None:
+                manager.close()
+
+
+class Protocol(RuleBasedStateMachine):
+    """The run of one user, whatever happens to it."""
+
+    @initialize(size=st.integers(1, 3))
+    def start(self, size: int) -> None:
+        self.base = Path(tempfile.mkdtemp(prefix="protocol-"))
+        self.store = Store(str(self.base / "run"))
+        self.damaged: set[str] = set()
+        self.acknowledged = 0  # the newest step that a save in storage was said to be committed at
+        self.zombies: list[Attempt] = []
+        self.live = Attempt(self.base, size)
+
+    @rule(steps=st.integers(1, 3), on_nodes=st.booleans(), background=st.booleans())
+    def train_and_save(self, steps: int, on_nodes: bool, background: bool) -> None:
+        self.live.step += steps
+        found = self.live.save(on_nodes, background)
+        assert all(outcome.problem is None for outcome in found), found
+        if not on_nodes:
+            self.acknowledged = self.live.step
+
+    @rule(steps=st.integers(1, 3), on_nodes=st.booleans(), place=st.sampled_from(PLACES), rank=st.integers(0, 2),
+          size=SIZES)
+    def die_while_saving(self, steps: int, on_nodes: bool, place: str, rank: int, size: int) -> None:
+        real, own = failpoints.hit, rank % self.live.size if "file" in place else 0
+
+        def hit(name: str, number: int = 0) -> None:
+            if name == place and number == own:
+                raise Killed
+
+        self.live.step += steps
+        failpoints.hit = hit
+        try:
+            found = self.live.save(on_nodes, False)
+        finally:
+            failpoints.hit = real
+        assert any(isinstance(outcome, BaseException) for outcome in found)
+        self.restart(size)
+
+    @rule(steps=st.integers(0, 3), size=SIZES)
+    def die_and_restart(self, steps: int, size: int) -> None:
+        self.live.step += steps
+        self.restart(size)
+
+    def restart(self, size: int) -> None:
+        self.live.close()
+        there = self.sound()
+        self.live = Attempt(self.base, size or self.live.size)
+        for began in self.live.began:
+            assert not isinstance(began, BaseException), began
+        step = self.live.step
+        assert step >= (there[0] if there else 0), "the newest sound checkpoint in storage is the least it goes on from"
+        self.acknowledged = min(self.acknowledged, step)
+        if self.live.began[0] is not None:
+            history = read_ledger(self.store, self.live.began[0])
+            assert np.array_equal(history[:, [0, 2, 3]], rows(range(step), range(LANES))[:, [0, 2, 3]])
+
+    @rule(size=SIZES)
+    def an_old_attempt_is_left_running(self, size: int) -> None:
+        self.zombies.append(self.live)
+        self.live = Attempt(self.base, size or self.live.size)
+
+    @precondition(lambda self: self.zombies)
+    @rule(steps=st.integers(0, 9), on_nodes=st.booleans(), background=st.booleans(), data=st.data())
+    def a_zombie_saves(self, steps: int, on_nodes: bool, background: bool, data: Any) -> None:
+        zombie = data.draw(st.sampled_from(self.zombies))
+        zombie.step += steps
+        before = self.manifests()
+        found = zombie.save(on_nodes, background)
+        assert all(isinstance(outcome, BaseException) for outcome in found)
+        assert any(isinstance(outcome, CheckpointError) and "has taken over" in str(outcome) for outcome in found)
+        assert self.manifests() == before
+        self.zombies.remove(zombie)
+        zombie.close()
+
+    @rule(rank=st.integers(0, 2))
+    def a_node_is_lost(self, rank: int) -> None:
+        shutil.rmtree(self.base / f"node-{rank}", ignore_errors=True)
+
+    @precondition(lambda self: len(self.sound()) > 1)
+    @rule(number=st.integers(0, 9), where=st.floats(0, 0.999), cut=st.booleans())
+    def the_newest_is_damaged(self, number: int, where: float, cut: bool) -> None:
+        name = next(name for name in catalogue.committed(self.store) if name not in self.damaged)
+        files = sorted((self.base / "run" / catalogue.FOLDER / name).iterdir())
+        victim = files[number % len(files)]
+        content = bytearray(victim.read_bytes())
+        place = int(where * len(content))
+        if cut:
+            content = content[:place]
+        else:
+            content[place] ^= 0x20
+        victim.write_bytes(bytes(content))
+        self.damaged.add(name)
+        self.acknowledged = self.sound()[0]
+
+    def sound(self) -> list[int]:
+        """Return the steps of the checkpoints in storage that nobody damaged, newest first."""
+        return [(parse_folder(name) or (0, 0))[0] for name in catalogue.committed(self.store) if name not in self.damaged]
+
+    def manifests(self) -> set[str]:
+        return {str(path) for path in (self.base / "run").rglob(NAME)}
+
+    @invariant()
+    def what_was_said_to_be_committed_is_there(self) -> None:
+        if hasattr(self, "base"):
+            assert self.acknowledged == 0 or (self.sound() or [0])[0] >= self.acknowledged
+            assert len(self.store.list(NODES)) <= 2
+
+    def teardown(self) -> None:
+        if hasattr(self, "base"):
+            self.restart(2)
+            for attempt in [self.live, *self.zombies]:
+                attempt.close()
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.base)
+
+
+Protocol.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None,
+                                      suppress_health_check=list(HealthCheck))
+TestProtocol = Protocol.TestCase
