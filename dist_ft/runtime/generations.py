@@ -52,6 +52,7 @@ class View:
         generation: the current one.
         rendezvous: host:port where its rank 0 listens; None: some are not here yet, or it is not time.
         stop: the user wants to stop.
+        saves: how often a save was asked for since the run began.
         over: there is nothing left to do for this supervisor.
         after: why the generation before ended; "" for the first.
         commits: all (checkpoint URL, metrics) of the run so far that came after those asked for.
@@ -60,6 +61,7 @@ class View:
     generation: int
     rendezvous: str | None = None
     stop: bool = False
+    saves: int = 0
     over: bool = False
     after: str = ""
     commits: tuple[tuple[str, dict[str, float]], ...] = ()
@@ -110,6 +112,12 @@ class Generations:
         if first is None or len(self._members) < first.size or now < self._not_before:
             return None
         return first.address
+
+    def can_save(self, generation: int) -> bool:
+        """Tell whether the processes of `generation` train: all have come, and none has failed."""
+        first = self._members.get(0)
+        return (generation == self.generation and first is not None and len(self._members) == first.size
+                and not self._reports)
 
     def failed(self, generation: int, failure: Failure, now: float) -> None:
         """Note why a process of `generation` ended."""
