@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 log = logging.getLogger("dist_ft.preemption")
 UNKNOWN_S = 120.0
 """So long Ray Train leaves workers on a node that goes without saying when."""
-LEAST_S = 10.0
+LEAST_S = 3.0
 """Nearer to its end nothing is begun any more."""
 MOST_WAIT_S = 600.0
 """So long a resize waits for the save before it."""
@@ -39,8 +38,8 @@ class Saves:
     def __init__(self, relay: Callable[[], Any]) -> None:
         self._relay = relay
         self._nodes: frozenset[str] = frozenset()
-        self._first_at = 0.0
-        self._next_at = math.inf
+        self._first_at = self._asked_at = 0.0
+        self._number = 0
 
     def nodes_go(self, info: Announced, now: float) -> None:
         """Save at once, and again as time runs out: training goes on until the nodes are gone.
@@ -49,18 +48,21 @@ class Saves:
         """
         nodes = info.preempted_node_to_ranks
         known, self._nodes = self._nodes, frozenset(nodes)
-        if self._nodes - known:
-            self._first_at, self._next_at = now, now
+        news = bool(self._nodes - known)
+        if news:
+            self._first_at = now
         ends_at = self._first_at + UNKNOWN_S if info.deadline_ms is None else info.deadline_ms / 1000
-        if now < self._next_at:
+        if not news and not is_due(now, self._asked_at, ends_at):
             return
-        self._next_at = next_save_at(now, ends_at)
         with _told():
             relay = self._relay()
-            if self._nodes - known:
+            if not news and not relay.is_saved(self._number):
+                return
+            self._asked_at = now
+            if news:
                 relay.put("log", f"WARNING {describe(nodes)} will be taken away in {max(0.0, ends_at - now):.0f} s: "
                                  "saving now, training goes on")
-            relay.save()
+            self._number = relay.save()
 
     def before_resize(self) -> None:
         """Save, and wait for it: the workers are about to end."""
@@ -80,10 +82,9 @@ def _told() -> Iterator[None]:
         log.warning("no save before workers end: %s: %s", type(error).__name__, error)
 
 
-def next_save_at(now: float, ends_at: float) -> float:
-    """Return when to save again before workers end at `ends_at`: after half of the time left; inf: no more. Pure."""
-    left = ends_at - now
-    return now + left / 2 if left / 2 >= LEAST_S else math.inf
+def is_due(now: float, asked_at: float, ends_at: float) -> bool:
+    """Tell whether to save again before workers end: when half of the time left at the last wish is over. Pure."""
+    return (asked_at + ends_at) / 2 <= now <= ends_at - LEAST_S
 
 
 def describe(nodes: Mapping[str, Sequence[int]]) -> str:
