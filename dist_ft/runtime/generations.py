@@ -80,6 +80,7 @@ class Generations:
         self._replaced: set[str] = set()
         self._failures: list[Failure] = []
         self._reports: list[Failure] = []
+        self._going = ("", 0)
         self._decide_at = 0.0
         self._not_before = 0.0
 
@@ -96,11 +97,24 @@ class Generations:
         """Another set of workers has come in place of the one there was."""
         grown = any(own.size < member.size for own in self._members.values())
         self._replaced.update(own.key for own in self._members.values())
-        if not grown:  # a run that takes more nodes has lost nothing
-            self._count(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
-        else:
+        if grown:  # a run that takes more nodes has lost nothing
             self.after = "more workers came"
+        else:
+            self._end(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
         self._next()
+
+    def going(self, what: str) -> None:
+        """Note that a node will be taken away: that its workers are lost then is no failure of the run."""
+        self._going = (what, self.generation + 1)  # the peers of a lost worker may fail first, and then be replaced
+
+    def _end(self, why: Failure, now: float) -> None:
+        """Note why this generation ends."""
+        what, until = self._going
+        if what and self.generation <= until and why.kind in ("lost", "peer"):
+            self.after = f"{what} was taken away, as announced"
+            self._going = (what if why.kind == "peer" else "", until)
+        else:
+            self._count(why, now)
 
     def is_replaced(self, key: str) -> bool:
         """Tell whether another supervisor has the place of this one."""
@@ -134,7 +148,7 @@ class Generations:
         if not self._reports or now < self._decide_at:
             return None
         why = next((one for one in self._reports if one.kind != "peer"), self._reports[0])
-        self._count(why, now)
+        self._end(why, now)
         self._next()
         return why
 

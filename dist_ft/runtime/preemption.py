@@ -60,6 +60,7 @@ class Saves:
                 return
             self._asked_at = now
             if news:
+                relay.going(describe(nodes))
                 relay.put("log", f"WARNING {describe(nodes)} will be taken away in {max(0.0, ends_at - now):.0f} s: "
                                  "saving now, training goes on")
             self._number = relay.save()

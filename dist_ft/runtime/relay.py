@@ -69,6 +69,10 @@ class Relay:
         self._saves_of = self._generations.generation
         return self._saves
 
+    def going(self, what: str) -> None:
+        """Note that a node will be taken away: that is why the workers after these come."""
+        self._generations.going(what)
+
     def saved(self, number: int) -> None:
         """Note that all wishes up to `number` are answered: saved, or the log says why not."""
         self._saves_done = max(self._saves_done, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -82,6 +83,8 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
     finally:
         cluster.close()
     print("worlds:", worlds(run))
+    causes = [json.loads(path.read_text()).get("after", "") for path in sorted((run / "attempts").glob("*.json"))]
+    assert causes[0] == "" and causes[-1] == "more workers came" and "was taken away, as announced" in causes[1], causes
     end = step(run)
     fixed = document(base, "fixed", end)
     ranks.require_ok(ranks.run_ranks(2, [fixed], base / "ranks", timeout_s=300), base / "ranks")
