@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+PLANNED = "planned: "
+"""So begins why an attempt ended, where nothing failed."""
+
 
 class DistFtError(Exception):
     """Base of every error a user meets; its text is one clear line."""

@@ -12,6 +12,8 @@ class NoAnswerError(Exception):
 _FINAL = (NoAnswerError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
           ValueError, TypeError, ImportError, NotImplementedError)
 _FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
+_CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
+_NO_ROOM = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 _ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 
 
@@ -19,7 +21,7 @@ def is_transient(error: BaseException) -> bool:
     """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
     if isinstance(error, _FINAL) or not isinstance(error, Exception) or "locate credentials" in str(error):
         return False
-    if s3_code(error) in _ELSEWHERE:
+    if s3_code(error) in (*_ELSEWHERE, *_CLOCK, *_NO_ROOM):
         return False
     return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
 
@@ -38,6 +40,10 @@ def explain(error: Exception, tries: int) -> str:
     if s3_code(error) in _ELSEWHERE:
         return ("the bucket lies in another region; set AWS_DEFAULT_REGION, or "
                 "storage.options.s3.client_kwargs.region_name")
+    if s3_code(error) in _CLOCK:
+        return "the clock of this machine is too far from the server's for signed requests; set it (NTP)"
+    if s3_code(error) in _NO_ROOM:
+        return "the store has no room left; raise its quota or keep fewer checkpoints (checkpoint.keep_last)"
     if isinstance(error, NoAnswerError):
         return "check the endpoint (storage.options, proxies, firewalls), or try again later"
     code = getattr(error, "errno", None)

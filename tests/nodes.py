@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import namespaces
 
 
 class Nodes:
     """The test's side. Nodes are numbered as they are added; the head has no CPU to give."""
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, address: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self._process = subprocess.Popen([sys.executable, __file__, *([address] if address else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          text=True, env={**environment, **(env or {})})
         self.address = self._answer()
 
-    def add(self, cpus: float = 1) -> int:
-        """Add a node and return its number."""
-        return int(self._ask(f"add {cpus}"))
+    def add(self, cpus: float = 1, place: tuple[str, str] | None = None) -> int:
+        """Add a node, in a network namespace and with an address if `place` says so, and return its number."""
+        return int(self._ask(f"add {cpus} {' '.join(place or ())}"))
 
     def kill(self, number: int) -> None:
         """End a node's processes as a lost machine would: no good-bye."""
         self._ask(f"kill {number}")
+
+    def drain(self, number: int, seconds: float) -> None:
+        """Announce that a node will be taken away, as a cloud's agent or a preStop hook does; `kill` it yourself then."""
+        self._ask(f"drain {number} {seconds}")
 
     def close(self) -> None:
         """End the cluster."""
@@ -45,17 +55,55 @@ class Nodes:
         raise AssertionError("the cluster has ended")
 
 
+def worlds(run: Path) -> list[int]:
+    """Return the world size of every attempt so far."""
+    return [json.loads(path.read_text())["world_size"] for path in sorted((run / "attempts").glob("*.json"))]
+
+
+def step(run: Path) -> int:
+    """Return the newest committed step."""
+    found = [int(path.parent.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*/manifest.json")]
+    return max(found, default=0)
+
+
+def wait_for(process: subprocess.Popen[str], what: Callable[[], bool], timeout_s: float = 240) -> None:
+    """Wait until `what()` while the run lives."""
+    until = time.monotonic() + timeout_s
+    while not what():
+        assert process.poll() is None, f"the run ended with {process.returncode}"
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.3)
+
+
+def drain(address: str, node: str, seconds: float) -> None:
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    accepted, why = GcsClient(address=address).drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "a test",
+                                                          int((time.time() + seconds) * 1000))
+    assert accepted, why
+
+
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27,
+                                                            **({"node_ip_address": sys.argv[1]} if sys.argv[1:] else {})})
+    own = f"/proc/self/fd/{os.open('/proc/self/ns/net', os.O_RDONLY)}"
     nodes: list[Any] = []
     print(f"= {cluster.address}", flush=True)
     for line in sys.stdin:
-        what, value = line.split()
+        what, value, *more = line.split()
         if what == "add":
-            nodes.append(cluster.add_node(num_cpus=float(value), object_store_memory=2**27))
+            if more:
+                namespaces.enter(namespaces.INSIDE + more[0])
+            nodes.append(cluster.add_node(num_cpus=float(value), object_store_memory=2**27,
+                                          **({"node_ip_address": more[1]} if more else {})))
+            namespaces.enter(own)
             print(f"= {len(nodes) - 1}", flush=True)
+        elif what == "drain":
+            drain(cluster.address, nodes[int(value)].node_id, float(more[0]))
+            print("= draining", flush=True)
         else:
             cluster.remove_node(nodes[int(value)], allow_graceful=False)
             print("= killed", flush=True)

@@ -22,6 +22,7 @@ class Fault:
 
     Attributes:
         status: answer this error in place of asking the store.
+        code: what S3 calls it; "": the usual one.
         delay_s: wait before answering.
         reset_after: send so many bytes of the body, then reset the connection.
         stall_after, stall_s: send so many bytes, then nothing for so long, then reset.
@@ -31,6 +32,7 @@ class Fault:
     """
 
     status: int = 0
+    code: str = ""
     delay_s: float = 0
     reset_after: int | None = None
     stall_after: int | None = None
@@ -89,7 +91,7 @@ class FaultyProxy:
         fault = fault or Fault()
         time.sleep(fault.delay_s)
         if fault.status:
-            answer = error_document(fault.status)
+            answer = error_document(fault.status, fault.code)
             self._send(request, fault.status, {"Content-Type": "application/xml"}, answer, Fault())
             return
         status, headers, content = self._ask(request, body)
@@ -157,9 +159,9 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def error_document(status: int) -> bytes:
+def error_document(status: int, code: str = "") -> bytes:
     """Return what S3 says with an error."""
-    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{ERRORS.get(status, "Error")}</Code><Message>as told'
+    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code or ERRORS.get(status, "Error")}</Code><Message>as told'
             f"</Message></Error>").encode()
 
 

@@ -6,7 +6,6 @@ They are forked from a server that has imported torch, DeepSpeed and transformer
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-CLONE_NEWNET = 0x40000000
+import rank_main
 
 
 class Rank:
@@ -71,11 +70,9 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     if "NETNS" in env:
-        with open(f"/var/run/netns/{env['NETNS']}") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-    import rank_main
+        import namespaces  # and pytest with it, which the others need not wait for
 
+        namespaces.enter(namespaces.INSIDE + env["NETNS"])
     rank_main.main(path)
     sys.stdout.flush()
 
@@ -85,19 +82,25 @@ def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dic
                 ) -> list[Rank]:
     """Start `size` processes that run `configs` in turn; each rank's output goes to folder/rank-N.log.
 
-    `each` holds further variables of each rank; NETNS names the network namespace it runs in.
+    `each` holds further variables of each rank; NETNS names the network namespace it runs in, and one with LD_PRELOAD is
+    a program of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps(configs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    processes: list[Any] = []
     for rank in range(size):
         rank_env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {}),
                     **(each[rank] if each else {})}
+        if "LD_PRELOAD" in rank_env:  # takes a program of its own
+            with open(folder / f"rank-{rank}.log", "w") as log:
+                processes.append(subprocess.Popen([sys.executable, rank_main.__file__, str(folder / "configs.json")],
+                                                  env=rank_env, stdout=log, stderr=log))
+            continue
         process = _server().Process(target=_run, args=(str(folder / "configs.json"), str(folder / f"rank-{rank}.log"),
                                                        rank_env))
         process.start()

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader
 from dist_ft.checkpoint.manifest import FileEntry, Manifest
-from dist_ft.errors import CheckpointError, DistFtError, StorageError
+from dist_ft.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.logs import redact
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0, raise_together
@@ -120,10 +120,10 @@ def newest_attempt(store: Store) -> int:
 def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
     """Take the next attempt number of the run for this process and its peers (call on rank 0).
 
-    `after`: why the attempt before ended, where it is known; such an end counts as a failure of the run.
+    `after`: why the attempt before ended, where it is known; one that was not planned counts as a failure.
     """
     number = newest_attempt(store)
-    failures = num_failures(store, number) + bool(after)
+    failures = num_failures(store, number) + bool(after and not after.startswith(PLANNED))
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:
         number += 1

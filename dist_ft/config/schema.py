@@ -134,7 +134,7 @@ class ClusterSection(Section):
     start_timeout_s: float = Field(300, gt=0, description=(
         "Seconds to wait for workers to start (busy cluster, slow images); once lost, for others twice that."))
     resize_interval_s: float = Field(600, gt=0, description=(
-        "Elastic run: seconds between looks for more nodes. To take them, work since the last checkpoint is redone."))
+        "Elastic run: seconds between looks for more nodes. To take them the run saves, and its workers start anew."))
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
     progress_timeout_s: float = Field(1800, ge=0, description=(
         "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "

@@ -56,8 +56,8 @@ def _worker_range(config: RunConfig) -> Iterator[str]:
 
 def _elastic(config: RunConfig) -> Iterator[str]:
     if config.max_workers > config.min_workers and not config.checkpoint.every_steps:
-        yield (f"cluster.workers={_workers(config)}: when nodes come, Ray starts the workers anew from the newest "
-               f"checkpoint, and checkpoint.every_steps is 0; a range needs checkpoints; set checkpoint.every_steps")
+        yield (f"cluster.workers={_workers(config)}: when a node is lost, the others go on from the newest checkpoint, "
+               f"and checkpoint.every_steps is 0; a range needs checkpoints; set checkpoint.every_steps")
 
 
 def _length(config: RunConfig) -> Iterator[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_ft.errors import WorkerError
+from dist_ft.errors import PLANNED, WorkerError
 
 Kind = Literal["killed", "crash", "hang", "out of memory", "storage", "peer", "error", "lost"]
 SETTLE_S = 0.7
@@ -52,6 +52,7 @@ class View:
         generation: the current one.
         rendezvous: host:port where its rank 0 listens; None: some are not here yet, or it is not time.
         stop: the user wants to stop.
+        saves: how often a save was asked for since the run began.
         over: there is nothing left to do for this supervisor.
         after: why the generation before ended; "" for the first.
         commits: all (checkpoint URL, metrics) of the run so far that came after those asked for.
@@ -60,6 +61,7 @@ class View:
     generation: int
     rendezvous: str | None = None
     stop: bool = False
+    saves: int = 0
     over: bool = False
     after: str = ""
     commits: tuple[tuple[str, dict[str, float]], ...] = ()
@@ -78,6 +80,7 @@ class Generations:
         self._replaced: set[str] = set()
         self._failures: list[Failure] = []
         self._reports: list[Failure] = []
+        self._going = ("", 0)
         self._decide_at = 0.0
         self._not_before = 0.0
 
@@ -94,11 +97,24 @@ class Generations:
         """Another set of workers has come in place of the one there was."""
         grown = any(own.size < member.size for own in self._members.values())
         self._replaced.update(own.key for own in self._members.values())
-        if not grown:  # a run that takes more nodes has lost nothing
-            self._count(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
+        if grown:  # a run that takes more nodes has lost nothing
+            self.after = f"{PLANNED}more workers came"
         else:
-            self.after = "more workers came"
+            self._end(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
         self._next()
+
+    def going(self, what: str) -> None:
+        """Note that a node will be taken away: that its workers are lost then is no failure of the run."""
+        self._going = (what, self.generation + 1)  # the peers of a lost worker may fail first, and then be replaced
+
+    def _end(self, why: Failure, now: float) -> None:
+        """Note why this generation ends."""
+        what, until = self._going
+        if what and self.generation <= until and why.kind in ("lost", "peer"):
+            self.after = f"{PLANNED}{what} was taken away, as announced"
+            self._going = (what if why.kind == "peer" else "", until)
+        else:
+            self._count(why, now)
 
     def is_replaced(self, key: str) -> bool:
         """Tell whether another supervisor has the place of this one."""
@@ -110,6 +126,12 @@ class Generations:
         if first is None or len(self._members) < first.size or now < self._not_before:
             return None
         return first.address
+
+    def can_save(self, generation: int) -> bool:
+        """Tell whether the processes of `generation` train: all have come, and none has failed."""
+        first = self._members.get(0)
+        return (generation == self.generation and first is not None and len(self._members) == first.size
+                and not self._reports)
 
     def failed(self, generation: int, failure: Failure, now: float) -> None:
         """Note why a process of `generation` ended."""
@@ -126,7 +148,7 @@ class Generations:
         if not self._reports or now < self._decide_at:
             return None
         why = next((one for one in self._reports if one.kind != "peer"), self._reports[0])
-        self._count(why, now)
+        self._end(why, now)
         self._next()
         return why
 

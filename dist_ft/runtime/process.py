@@ -57,6 +57,10 @@ class Process:
         """Ask it to save and leave."""
         self._send("stop")
 
+    def save(self, number: int) -> None:
+        """Ask it to save and train on; it answers ("saved", number) when that is over."""
+        self._send(number)
+
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # it is gone; `messages` tells
             self._pipe.send(message)
@@ -86,6 +90,7 @@ class _Child:
         self._pipe = pipe
         self._lock = threading.Lock()
         self.asked_to_stop = threading.Event()
+        self._wish = self._taken = 0
 
     def say(self, *message: Any) -> None:
         """Send a message; a parent that is gone wants none."""
@@ -96,9 +101,21 @@ class _Child:
         """Take wishes until the parent is gone, and this process with it."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._pipe.recv()
-                self.asked_to_stop.set()
+                wish = self._pipe.recv()
+                if wish == "stop":
+                    self.asked_to_stop.set()
+                else:
+                    self._wish = wish
         os._exit(1)
+
+    def should_save(self) -> bool:
+        """Tell whether there is a wish to save that this was not told of before."""
+        before, self._taken = self._taken, self._wish
+        return self._taken > before
+
+    def saved(self) -> None:
+        """Answer the wish that `should_save` told of last."""
+        self.say("saved", self._taken)
 
 
 class _PipeConsole(Console):
@@ -182,7 +199,8 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
 
     log_lines = _PipeLog(child) if config.log.level != "debug" else None  # then Ray forwards all there is
     hooks = Hooks(_PipeConsole(child), lambda url, metrics: child.say("committed", url, metrics),
-                  lambda: child.say("progressed"), child.asked_to_stop.is_set, beat, log_lines, after)
+                  lambda: child.say("progressed"), child.asked_to_stop.is_set, child.should_save, child.saved, beat,
+                  log_lines, after)
     try:
         return "result", local.run(config, hooks)
     except DistFtError as error:

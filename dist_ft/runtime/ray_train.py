@@ -23,6 +23,7 @@ from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
+from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
 from dist_ft.runtime.supervisor import Place, Supervisor
 from dist_ft.train.console import Console
@@ -63,6 +64,7 @@ def _connected(config: RunConfig) -> Iterator[Any]:
     elastic = config.min_workers < config.max_workers  # Ray may wait for a node that was lost: it then asks for fewer
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
         min(config.cluster.start_timeout_s, ELASTIC_START_S if elastic else math.inf))
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in a worker as here
     import ray
 
@@ -138,8 +140,7 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     store.remove(SNAPSHOT)  # Ray's memory of an earlier start; storage is the truth
     filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
     local = storage.is_local(config.run.storage)
-    fixed = isinstance(cluster.workers, int)
-    num_workers: Any = config.max_workers if fixed else (config.min_workers, config.max_workers)
+    num_workers: Any = cluster.workers if isinstance(cluster.workers, int) else (config.min_workers, config.max_workers)
     return DataParallelTrainer(  # not TorchTrainer: its workers would import torch, which the processes do
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd()},
@@ -152,7 +153,24 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
         run_config=RayRunConfig(
             name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
             failure_config=FailureConfig(max_failures=-1),  # counted by the relay, which knows of progress
-            checkpoint_config=CheckpointConfig()))
+            checkpoint_config=CheckpointConfig(), callbacks=[_saver(relay_name)]))
+
+
+def _saver(relay_name: str) -> Any:
+    """Return what has the run save when Ray Train's controller, in which it lives, knows that workers will end."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller import state as states
+
+    class _Saver(ControllerCallback):
+        saves = Saves(lambda: _Called(relay_name))
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if isinstance(current_state, states.PreemptingState):
+                self.saves.nodes_go(current_state.preemption_info, time.time())
+            elif isinstance(current_state, states.ResizingState):
+                self.saves.before_resize()
+
+    return _Saver()
 
 
 def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException | None:
@@ -226,7 +244,7 @@ def _worker(settings: dict[str, Any]) -> None:
                   context.get_local_world_size())
     place = Place(runtime.get_actor_id() or "", world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
                   ray.util.get_node_ip_address(), _device(ray.get_gpu_ids(), world.local_rank))
-    relay = _Called(ray, ray.get_actor(settings["relay"], namespace=NAMESPACE))
+    relay = _Called(settings["relay"])
     try:
         Supervisor(config, place, relay, _reporter(config)).run()
     except ray.exceptions.RayActorError:
@@ -238,11 +256,12 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 class _Called:
-    """An actor whose methods are called and waited for; lines (`put`) are sent on and not waited for."""
+    """The relay: its methods are called and waited for; lines (`put`) are sent on and not waited for."""
 
-    def __init__(self, ray: Any, actor: Any) -> None:
-        self._ray = ray
-        self._actor = actor
+    def __init__(self, name: str) -> None:
+        import ray
+
+        self._ray, self._actor = ray, ray.get_actor(name, namespace=NAMESPACE)
 
     def put(self, kind: str, text: str) -> None:
         self._actor.put.remote(kind, text)

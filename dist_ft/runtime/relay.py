@@ -16,12 +16,14 @@ from dist_ft.train.result import Result
 
 REPORT_EVERY_S = 15.0
 """Ray takes a report of each worker every 2 seconds, and a worker waits until it is taken."""
+SILENT_S = 15.0
+"""A rank 0 that was not heard of for so long will not save."""
 MOST_LINES = 2000
 """Held for a driver that does not fetch them; older ones are left out, and it is told how many."""
 
 
 class Relay:
-    """An actor between driver and supervisors: lines and outcomes one way, the wish to stop the other; who meets."""
+    """An actor between driver and supervisors: lines and outcomes one way, wishes to stop or save the other."""
 
     def __init__(self, max_failures: int = 0) -> None:
         self._generations = Generations(max_failures)
@@ -33,6 +35,7 @@ class Relay:
         self._heard_at: float | None = None
         self._outcome: Result | DistFtError | None = None
         self._stop = False
+        self._saves = self._saves_done = self._saves_of = 0
 
     def put(self, kind: str, text: str) -> None:
         """Take a line (`kind` is "say" or "progress" of rank 0's console, or "log" of any rank)."""
@@ -60,6 +63,26 @@ class Relay:
         """Ask the workers to save and leave."""
         self._stop = True
 
+    def save(self) -> int:
+        """Ask the workers to save now and train on; return the number of this wish, for `is_saved`."""
+        self._saves += 1
+        self._saves_of = self._generations.generation
+        return self._saves
+
+    def going(self, what: str) -> None:
+        """Note that a node will be taken away: that is why the workers after these come."""
+        self._generations.going(what)
+
+    def saved(self, number: int) -> None:
+        """Note that all wishes up to `number` are answered: saved, or the log says why not."""
+        self._saves_done = max(self._saves_done, number)
+
+    def is_saved(self, number: int) -> bool:
+        """Tell whether wish `number` is answered, or nobody is there who could."""
+        silent_s = self.silent_s()
+        return (self._saves_done >= number or self._outcome is not None or silent_s is None or silent_s > SILENT_S
+                or not self._generations.can_save(self._saves_of))
+
     def meet(self, member: Member, num_commits: int) -> View:
         """Say that this supervisor is ready for the coming generation; its `rendezvous` is there once all are."""
         self._generations.meet(member, time.monotonic())
@@ -76,7 +99,7 @@ class Relay:
                                                       "all workers go on from the newest checkpoint"))
         if self._generations.error is not None:
             self.end(self._generations.error)
-        return View(self._generations.generation, self._generations.rendezvous(now), self._stop,
+        return View(self._generations.generation, self._generations.rendezvous(now), self._stop, self._saves,
                     self._outcome is not None or self._generations.is_replaced(member.key), self._generations.after,
                     tuple(self._commits[num_commits:]))
 

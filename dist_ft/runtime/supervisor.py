@@ -37,6 +37,7 @@ class RelayLike(Protocol):
     def failed(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
     def committed(self, url: str, metrics: dict[str, float]) -> None: ...  # noqa: D102
     def progressed(self) -> None: ...  # noqa: D102
+    def saved(self, number: int) -> None: ...  # noqa: D102
     def put(self, kind: str, text: str) -> None: ...  # noqa: D102
     def end(self, outcome: Any) -> None: ...  # noqa: D102
 
@@ -100,7 +101,7 @@ class Supervisor:
 
     def _watch(self, process: Process, member: Member, view: View) -> bool:
         """Let `process` train; return whether there is nothing more to do."""
-        generation, ended, told = view.generation, False, False
+        generation, ended, told, saves = view.generation, False, False, view.saves
         oom_kills = _oom_kills()
         process.begin(self._environment(view.rendezvous or ""), view.after)
         while True:
@@ -110,6 +111,9 @@ class Supervisor:
             if view.stop and not told:
                 told = True
                 process.stop()
+            if view.saves > saves and self._place.world.rank == 0:  # what one rank is asked for all do, once
+                saves = view.saves
+                process.save(saves)
             if view.over and not ended:
                 self._drain(process)
             self._report(view)
@@ -126,12 +130,9 @@ class Supervisor:
         elif kind == "begun":
             if self._config.cluster.standby and self._spare is None:
                 self._spare = Process(self._config, *rest)
-        elif kind == "committed":
+        elif kind in ("committed", "progressed", "saved"):
             if self._place.world.rank == 0:
-                self._relay.committed(*rest)
-        elif kind == "progressed":
-            if self._place.world.rank == 0:
-                self._relay.progressed()
+                getattr(self._relay, kind)(*rest)
         elif kind == "result":
             if self._place.world.rank == 0:
                 self._relay.end(rest[0])

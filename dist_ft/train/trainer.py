@@ -1,8 +1,8 @@
 """The loop: read from top to bottom, this is what a run does.
 
 Everything a step needs follows from its number: which samples (plan), which seeds (run seed, step, lane), which
-learning rate (schedule). What a rank alone knows and all must act on (a request to stop) travels with the one small
-all-reduce each step makes anyway.
+learning rate (schedule). What a rank alone knows and all must act on (a wish to stop, or to save) travels with the one
+small all-reduce each step makes anyway.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Trainer:
             begun = time.perf_counter()
             for batches in stream:
                 waited = time.perf_counter() - begun
-                stop = self._train_step(batches, begun, waited)
+                stop, asked = self._train_step(batches, begun, waited)
                 found = pace.after_step(self._step, waited)
                 if found and parts.metrics is not None:
                     parts.metrics.add(self._step, "pace", found)
@@ -80,22 +80,25 @@ class Trainer:
                     self._evaluate("after")
                 elif _due(self._step, cfg.evaluation.every_steps):
                     self._evaluate("")
-                kind = False if stop else self._saver.due(self._step, last)
-                saved = kind is not None and self._save(kind, last or stop)
+                kind = False if stop or asked else self._saver.due(self._step, last)
+                saved = kind is not None and self._save(kind, last or stop or asked)
+                if asked:
+                    self._hooks.saved()
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
         self._saver.settle()
         return self._result()
 
-    def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> bool:
-        """Do one optimizer step; return whether some rank was asked to stop."""
+    def _train_step(self, batches: Sequence[Batch], begun: float, waited: float) -> tuple[bool, bool]:
+        """Do one optimizer step; return whether some rank was asked to stop, and whether one was asked to save."""
         cfg, parts, step = self._config, self._parts, self._step
         self._hooks.beat()
         failpoints.hit("train.step", parts.world.rank)
         counts = [sum(b.num_target_tokens for b in batches), sum(b.num_tokens for b in batches),
-                  self._hooks.should_stop(), *self._saver.flags(), *by_source(batches, len(self._sources))]
-        num_targets, num_tokens, stop, *sums = parts.collectives.sum(counts)
+                  self._hooks.should_stop(), self._hooks.should_save(), *self._saver.flags(),
+                  *by_source(batches, len(self._sources))]
+        num_targets, num_tokens, stop, asked, *sums = parts.collectives.sum(counts)
         self._saver.advance(*sums[:4])
         self._drawn += np.array(sums[4:])
         seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
@@ -107,7 +110,7 @@ class Trainer:
         self._num_target_tokens += int(num_targets)
         if _due(self._step, cfg.log.every_steps) or self._step == self._total_steps:
             self._report(outcome, num_targets, num_tokens, rate, begun, waited)
-        return stop > 0
+        return stop > 0, asked > 0
 
     def _learn(self, batches: Sequence[Batch], seeds: Sequence[int], num_targets: float, rate: float) -> StepOutcome:
         """Learn from the global batch, unless its loss or gradient is bad; return those, as all workers know them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import history
+import namespaces
 import nodes
 import numpy as np
 import pytest
@@ -33,25 +33,6 @@ def document(base: Path, name: str, **cluster: Any) -> dict[str, Any]:
                        cluster={"cpus_per_worker": 1, "resize_interval_s": 15, "standby": False, **cluster})
 
 
-def worlds(run: Path) -> list[int]:
-    """Return the world size of every attempt so far."""
-    return [json.loads(path.read_text())["world_size"] for path in sorted((run / "attempts").glob("*.json"))]
-
-
-def step(run: Path) -> int:
-    """Return the newest committed step."""
-    found = [int(path.parent.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max(found, default=0)
-
-
-def wait_for(process: subprocess.Popen[str], what: Any, timeout_s: float = 240) -> None:
-    until = time.monotonic() + timeout_s
-    while not what():
-        assert process.poll() is None, f"the run ended with {process.returncode}"
-        assert time.monotonic() < until, "it takes too long"
-        time.sleep(0.3)
-
-
 def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base: Path) -> None:
     fixed = document(base, "fixed")
     ranks.require_ok(ranks.run_ranks(2, [fixed], base / "fixed-ranks", timeout_s=600), base / "fixed-ranks")
@@ -68,26 +49,68 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
                                             "RAY_ADDRESS": cluster.address})
         try:
             for size in (4, 3, 2):
-                wait_for(process, lambda size=size: worlds(run)[-1:] == [size])
-                begun = step(run)
-                wait_for(process, lambda begun=begun: step(run) >= begun + 20)
+                nodes.wait_for(process, lambda size=size: nodes.worlds(run)[-1:] == [size])
+                begun = nodes.step(run)
+                nodes.wait_for(process, lambda begun=begun: nodes.step(run) >= begun + 20)
                 if size > 2:
                     lost = time.monotonic()
                     cluster.kill(there[size - 1])
-                    wait_for(process, lambda size=size: worlds(run)[-1:] == [size - 1])
+                    nodes.wait_for(process, lambda size=size: nodes.worlds(run)[-1:] == [size - 1])
                     print(f"node lost to an attempt with {size - 1} workers: {time.monotonic() - lost:.1f} s")
             for _ in range(2):
                 cluster.add()
-            wait_for(process, lambda: worlds(run)[-1:] == [4])
+            nodes.wait_for(process, lambda: nodes.worlds(run)[-1:] == [4])
             assert process.wait(600) == 0, (base / "elastic.log").read_text()[-3000:]
         finally:
             process.kill()
             process.wait()
     finally:
         cluster.close()
-    print("worlds:", worlds(run))
-    assert [size for size, before in zip(worlds(run), [0, *worlds(run)], strict=False) if size != before] == [4, 3, 2, 4]
+    print("worlds:", nodes.worlds(run))
+    assert [size for size, before in zip(nodes.worlds(run), [0, *nodes.worlds(run)], strict=False) if size != before] == [4, 3, 2, 4]
     assert history.losses(run) == pytest.approx(history.losses(base / "runs/fixed"), abs=1e-5)
     history.require_exactly_once(run, config)
     own, other = (np.sort(history.ledger(base / "runs" / name), axis=0) for name in ("elastic", "fixed"))
+    np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root (network namespaces)")
+def test_fault_8_a_node_whose_link_is_cut_is_done_without(base: Path) -> None:
+    """Nothing ends on the lost node, and nothing is heard of it: packets vanish."""
+    sharp = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3"}
+    with namespaces.star(3) as places:
+        cluster = nodes.Nodes({**sharp, "GLOO_SOCKET_IFNAME": namespaces.LINK}, namespaces.HOST)
+        try:
+            for place in places:
+                cluster.add(place=place)
+            config, run, log = document(base, "cut", workers=[2, 3]), base / "runs/cut", base / "cut.log"
+            config["schedule"] |= {"steps": 10**6, "name": "constant"}
+            (base / "cut.yaml").write_text(yaml.safe_dump(config))
+            with open(log, "w") as out:
+                process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(base / "cut.yaml")], stdout=out,
+                                           stderr=out, cwd=base, text=True,
+                                           env={**os.environ, **sharp, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                                                "RAY_ADDRESS": cluster.address})
+            try:
+                nodes.wait_for(process, lambda: nodes.step(run) >= 20)
+                assert nodes.worlds(run) == [3]
+                namespaces.cut(places[1][0])
+                at, seen = time.monotonic(), nodes.step(run)
+                nodes.wait_for(process, lambda: nodes.worlds(run)[-1:] == [2])
+                print(f"link cut to an attempt with 2 workers: {time.monotonic() - at:.1f} s")
+                nodes.wait_for(process, lambda: nodes.step(run) >= seen + 40)
+                process.terminate()
+                assert process.wait(120) == 130, log.read_text()[-3000:]
+            finally:
+                process.kill()
+                process.wait()
+        finally:
+            cluster.close()
+    end = nodes.step(run)
+    fixed = document(base, "cut-fixed")
+    fixed["schedule"] |= {"steps": end, "name": "constant"}
+    ranks.require_ok(ranks.run_ranks(2, [fixed], base / "cut-ranks", timeout_s=300), base / "cut-ranks")
+    assert history.losses(run) == pytest.approx(history.losses(base / "runs/cut-fixed"), abs=1e-5)
+    own, other = (np.sort(history.ledger(base / "runs" / name), axis=0) for name in ("cut", "cut-fixed"))
     np.testing.assert_array_equal(own, other)

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import history
+import namespaces
 import pytest
 import ranks
 import tiny
 
 from dist_ft.checkpoint import manifest as manifests
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip` (network namespaces)")]
-NAMES = ("dist-ft-a", "dist-ft-b")
+pytestmark = namespaces.MARKS
 LONG = {"schedule": {"epochs": None, "steps": 400}, "optimizer": {"learning_rate": 5e-4}}
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 @pytest.fixture
 def link() -> Iterator[list[dict[str, str]]]:
-    """Make two namespaces with a link between them; return what ranks in them need to know."""
-    made = []
-    try:
-        try:
-            for name in NAMES:
-                ip("netns", "add", name)
-                made.append(name)
-            ip("-n", NAMES[0], "link", "add", "ve0", "type", "veth", "peer", "name", "ve0", "netns", NAMES[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"needs network namespaces, which can not be made here ({error.stderr.decode().strip()})")
-        for number, name in enumerate(NAMES):
-            ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", "ve0")
-            ip("-n", name, "link", "set", "ve0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield [{"NETNS": name, "MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": "ve0"} for name in NAMES]
-    finally:
-        for name in made:
-            ip("netns", "del", name)
+    with namespaces.pair() as found:
+        yield found
 
 
 def commits(run: Path) -> dict[int, int]:
@@ -63,14 +39,14 @@ def test_fault_10_the_side_that_was_cut_off_can_not_commit(tmp_path: Path, link:
     until = time.monotonic() + 90
     while len(commits(run)) < 3 and time.monotonic() < until:
         time.sleep(0.02)
-    ip("-n", NAMES[0], "link", "set", "ve0", "down")
+    namespaces.cut(link[0]["NETNS"])
     seen = commits(run)
     assert seen and max(seen) < 400, (base / "before/rank-0.log").read_text()[-2000:]
     alone = tiny.config(base, "cut", checkpoint={"keep_last": 1000}, **LONG)
     after = ranks.start_ranks(1, [alone], base / "after")
     while not any(attempt == 2 for attempt in commits(run).values()) and time.monotonic() < until:
         time.sleep(0.02)
-    ip("-n", NAMES[0], "link", "set", "ve0", "up")  # what was cut off may now go on with what it was doing
+    namespaces.join(link[0]["NETNS"])  # what was cut off may now go on with what it was doing
     ranks.require_ok([process.wait(120) for process in after], base / "after")
     assert all(process.wait(60) != 0 for process in before), "it ends itself"
     found = commits(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny
 from proxy import Fault, FaultyProxy, at_first, sometimes
 
 from dist_ft import api, patience
+from dist_ft.checkpoint import catalogue
 from dist_ft.config.load import load_config
 from dist_ft.data.loader import Loader
 from dist_ft.data.write import as_parquet
@@ -240,6 +242,39 @@ def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path)
                                           r"credentials \(in the environment\) and permissions"):
         loaded(run, tmp_path)
     assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
+
+
+def test_fault_22_a_clock_that_is_off_is_named(config, faulty, tmp_path):
+    run = config()
+    faulty.choose = lambda method, path: Fault(status=403, code="RequestTimeTooSkewed")
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://bucket/lines/.*; the clock of this machine is too far from the server's for "
+                                           r"signed requests; set it \(NTP\)$"):
+        loaded(run, tmp_path)
+    assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    (Fault(status=403, code="AccessDenied"), "access is refused; check credentials (in the environment) and permissions"),
+    (Fault(status=403, code="QuotaExceeded"), "the store has no room left; raise its quota or keep fewer checkpoints "
+                                              "(checkpoint.keep_last)"),
+    (Fault(status=507, code="XMinioStorageFull"), "the store has no room left")], ids=["read-only", "quota", "full"])
+def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(config, faulty, capfd, fault, said):
+    """Training goes on to its end; the last save is one error at once, and what was committed can be loaded."""
+    run = config(run={"storage": f"s3://{s3.BUCKET}/runs", "name": f"refused-{fault.code.lower()}"},
+                 schedule={"epochs": None, "steps": 6}, checkpoint={"every_steps": 2}, data={"overlong": "truncate"})
+    faulty.choose = lambda method, path: (
+        fault if method in ("PUT", "POST") and ("step-000000004" in path or "step-000000006" in path) else None)
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match=rf"step-000000006-a0001/.*: can not write it .*S3 says {fault.code}\); {re.escape(said)}"):
+        api.train(run, skip_check=True)
+    assert time.monotonic() - begun < 60
+    told = capfd.readouterr().err
+    assert told.count("no checkpoint at step 4, training goes on: ") == 1 and said in told
+    assert catalogue.newest(Store(run.run_url), World(), Collectives()).progress.step == 2
+    faulty.choose = lambda method, path: None
+    assert api.train(run, skip_check=True).step == 6
+    assert "going on from step 2" in capfd.readouterr().err
 
 
 def test_bad_input_a_bucket_in_another_region_is_told_at_once(config, faulty, tmp_path):

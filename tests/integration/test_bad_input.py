@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import history
 import pytest
 import tiny
 import yaml
 
 from dist_ft import cli
+from dist_ft.checkpoint import manifest
 
 Train = Callable[..., tuple[int, str]]
 
@@ -99,6 +104,53 @@ def test_a_second_run_of_the_same_name_with_another_config(base: Path, dist_ft: 
     code, said = dist_ft("train", short(base, "twice", run={"seed": 12}), "batch.sequence_length=32")
     assert code == 2 and "run.seed=12" in said and "batch.sequence_length=32" in said and "run.name" in said
     assert sorted((base / "runs/twice/checkpoints").iterdir()) == before
+
+
+def test_two_runs_writing_one_folder(base: Path, dist_ft: Train) -> None:
+    """The same command given twice: the later one goes on alone, the earlier one ends itself, nothing is lost or doubled."""
+    document = tiny.config(base, "both", schedule={"epochs": None, "steps": 1500}, checkpoint={"every_steps": 10})
+    run, path = base / "runs/both", base / "both-first.yaml"
+    path.write_text(yaml.safe_dump(document))
+    first = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120
+        while not list(run.glob("checkpoints/*/manifest.json")) and first.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        code, _ = dist_ft("train", document, "schedule.steps=300")
+        _, said = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    last = [line for line in said.splitlines() if line.startswith("dist-ft: ")]
+    assert code == 0 and first.returncode == 1 and "Traceback" not in said
+    assert len(last) == 1 and "attempt 1 must not commit, attempt 2 has taken over the run; this process ends" in last[0]
+    assert len(history.losses(run)) == 300
+    steps = history.ledger(run)[:, 0]
+    assert sorted(set(steps)) == list(range(300)) and len(history.ledger(run)) == len({tuple(row) for row in history.ledger(run)})
+
+
+def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft: Train) -> None:
+    model = tiny.make_model(base / "model-retokenised")
+    document = short(base, "retokenised", model={"path": str(model)})
+    assert dist_ft("train", document)[0] == 0
+    before = sorted((base / "runs/retokenised/checkpoints").iterdir())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-5]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, said = dist_ft("train", document, "schedule.steps=4")
+    assert code == 2 and "samples become other tokens than when the run began" in said and "another run.name" in said
+    assert sorted((base / "runs/retokenised/checkpoints").iterdir()) == before
+
+
+def test_a_checkpoint_of_a_newer_version(base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = short(base, "newer")
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "FORMAT_VERSION", manifest.FORMAT_VERSION + 1)
+        assert dist_ft("train", document)[0] == 0
+    before = sorted((base / "runs/newer/checkpoints").iterdir())
+    code, said = dist_ft("train", document, "schedule.steps=4")
+    assert code == 1 and "is newer than this dist_ft knows" in said and said.endswith("; update dist_ft\n")
+    assert sorted((base / "runs/newer/checkpoints").iterdir()) == before
 
 
 def test_a_sound_run_says_nothing_on_stderr_and_is_complete_when_asked_again(

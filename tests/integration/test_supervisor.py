@@ -70,7 +70,8 @@ class Called:
         return call
 
 
-def supervise(document: dict[str, Any], size: int = 2) -> tuple[Relay, list[tuple[int, str]]]:
+def supervise(document: dict[str, Any], size: int = 2, meanwhile: Callable[[Any], None] = lambda relay: None,
+              ) -> tuple[Relay, list[tuple[int, str]]]:
     """Run a config under `size` supervisors to its end; return the relay and who was told of which checkpoint."""
     config, told = load_config(document), []
     relay = Called(Relay(config.cluster.max_failures))
@@ -80,6 +81,7 @@ def supervise(document: dict[str, Any], size: int = 2) -> tuple[Relay, list[tupl
         own = Supervisor(config, place, relay, lambda url, _, rank=rank: told.append((rank, url)))
         threads.append(threading.Thread(target=own.run, daemon=True))
         threads[-1].start()
+    meanwhile(relay)
     for thread in threads:
         thread.join(250)
     assert not any(thread.is_alive() for thread in threads), relay.take()
@@ -109,6 +111,29 @@ def test_fault_1_a_killed_process_is_replaced_by_the_spare_and_the_run_is_bit_ex
     assert [url for rank, url in told if rank == 0] == [url for rank, url in told if rank == 1] != []
     assert told[-1][1] == result.checkpoint
     assert len(started) == 6, "two, two spares that took over, and two spares after them"
+    require_gone(started)
+
+
+def test_a_wish_to_save_goes_through_to_all_ranks_and_its_answer_comes_back(
+        base: Path, unbroken: list[float], started: list[Process]) -> None:
+    document = tiny.config(base, "wish", workers=2, checkpoint={"every_steps": 0, "keep_last": 9})
+    run, there = base / "runs/wish/checkpoints", []
+
+    def ask(relay: Any) -> None:
+        until = time.monotonic() + 120
+        while not any(kind == "progress" for kind, _ in relay.take()) and time.monotonic() < until:
+            time.sleep(0.02)
+        number = relay.save()
+        while not relay.is_saved(number) and time.monotonic() < until:
+            time.sleep(0.02)
+        there.extend(path.parent.name for path in run.glob("*/manifest.json"))
+
+    relay, _ = supervise(document, meanwhile=ask)
+    assert isinstance(relay.outcome(), Result) and len(there) == 1, there
+    assert 1 <= int(there[0].split("-")[1]) < len(unbroken)
+    assert len(list(run.glob("*/manifest.json"))) == 2, "one for the wish of all ranks, and the last"
+    assert history.losses(base / "runs/wish") == unbroken
+    history.require_exactly_once(base / "runs/wish", document)
     require_gone(started)
 
 

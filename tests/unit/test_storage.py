@@ -240,6 +240,8 @@ def test_lasting_trouble_is_one_error(flaky):
     (PermissionError("403"), "access is refused; check credentials (in the environment) and permissions"),
     (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; free some space or keep fewer checkpoints "
                                                         "(checkpoint.keep_last)"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full; free some space or keep fewer checkpoints "
+                                                   "(checkpoint.keep_last)"),
     (OSError(errno.EROFS, "Read-only file system"), "access is refused; check credentials (in the environment) and "
                                                     "permissions"),
     (ValueError("bad option"), "trying again would not help; check the URL and storage.options"),

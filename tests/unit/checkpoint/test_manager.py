@@ -13,7 +13,7 @@ from unit.small import checkpoints, make_engine, make_model, save, tensors_of, t
 
 from dist_ft.checkpoint import catalogue, fragments
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.catalogue import begin_attempt, committed, load_manifest, newest_attempt
+from dist_ft.checkpoint.catalogue import begin_attempt, committed, load_manifest, newest_attempt, num_failures
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager, kept
 from dist_ft.checkpoint.manifest import NewerFormatError
@@ -226,6 +226,14 @@ def test_attempts_are_numbered(store):
     store.write("attempts/000009.txt", b"")
     assert newest_attempt(store) == 3
     assert store.list("attempts")[0] == "000001.json"
+
+
+def test_failures_are_counted_and_what_was_planned_is_none(store):
+    for after in ("", "worker 1 on node a: killed", "planned: more workers came", "worker 0 on node a: hang"):
+        number = begin_attempt(store, 2, after)
+    assert [num_failures(store, attempt) for attempt in range(number + 1)] == [0, 0, 1, 1, 2]
+    store.write("attempts/000004.json", b"{")
+    assert num_failures(store, 4) == 0
 
 
 def test_fault_11_a_worker_of_an_older_attempt_does_not_commit(store, attempt, engine):

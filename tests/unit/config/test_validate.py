@@ -129,7 +129,7 @@ CASES = [
        "model.path: the URL holds a signature, token or key; URLs without one are allowed; remove it and set the "
        "credentials in the environment") for name in ("access_token", "api_key", "password", "token", "sig")],
     (["cluster.workers=1..4"],
-     "cluster.workers=[1, 4]: when nodes come, Ray starts the workers anew from the newest checkpoint, and "
+     "cluster.workers=[1, 4]: when a node is lost, the others go on from the newest checkpoint, and "
      "checkpoint.every_steps is 0; a range needs checkpoints; set checkpoint.every_steps"),
 ]
 

@@ -110,10 +110,30 @@ def test_a_supervisor_that_was_replaced_stays_out():
 def test_other_sizes_are_other_workers_and_more_of_them_are_no_failure():
     found = met(Generations(0), size=2)
     found.meet(member(2, "b", size=3), 1)
-    assert found.error is None and found.after == "more workers came"
+    assert found.error is None and found.after == "planned: more workers came"
     met(found, "b", 3)
     found.meet(member(0, "c", size=2), 2)
     assert found.error is not None and "a worker or its node was lost" in str(found.error)
+
+
+def test_a_node_that_was_announced_to_go_is_no_failure():
+    told = "planned: node abc (worker 2) was taken away, as announced"
+    for peers_first in (False, True):
+        found = met(Generations(0), size=3)
+        found.going("node abc (worker 2)")
+        if peers_first:
+            found.failed(0, failure("peer", 0), 1)
+            found.decide(9)
+            found.meet(member(0, size=3), 9)
+        met(found, "b", 2)
+        assert found.error is None and found.after == told
+        found.failed(found.generation, failure(), 10)
+        assert found.decide(10) == failure() and found.error is not None, "what fails by itself counts"
+    found = met(Generations(0), size=3)
+    found.going("node abc (worker 2)")
+    for key in "bc":
+        met(found, key, 2)
+    assert found.error is not None and "a worker or its node was lost" in found.after, "it goes once"
 
 
 def test_starts_are_spaced_out_more_and_more():

@@ -14,7 +14,7 @@ from dist_ft import logs
 from dist_ft.errors import DataError
 from dist_ft.runtime.generations import Failure, Member, View
 from dist_ft.runtime.process import _Child, _PipeConsole, _PipeLog
-from dist_ft.runtime.relay import MOST_LINES, REPORT_EVERY_S, Relay, show
+from dist_ft.runtime.relay import MOST_LINES, REPORT_EVERY_S, SILENT_S, Relay, show
 from dist_ft.train.console import Console
 from dist_ft.train.result import Result
 
@@ -34,6 +34,46 @@ def test_the_relay_hands_lines_one_way_and_the_wish_to_stop_the_other():
     relay.end(first)
     relay.end(DataError("later"))
     assert relay.outcome() is first
+
+
+def test_a_wish_to_save_is_numbered_and_answered():
+    relay = Relay()
+    assert relay.is_saved(relay.save()), "nobody trains: there is nothing to wait for"
+    first, second = Member("a", 0, 2, "node", "host:1"), Member("b", 1, 2, "node", "")
+    relay.meet(first, 0)
+    assert relay.is_saved(relay.save()), "not all have come"
+    assert relay.meet(second, 0).saves == 2
+    number = relay.save()
+    assert number == relay.look(first, 0).saves == 3 and not relay.is_saved(number)
+    relay.saved(2)
+    assert not relay.is_saved(number), "that was an earlier wish"
+    relay.saved(3)
+    assert relay.is_saved(number)
+
+
+def test_nobody_waits_for_a_save_of_processes_that_ended(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    def training() -> tuple[Relay, int]:
+        relay = Relay()
+        relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
+        number = relay.save()
+        assert not relay.is_saved(number)
+        return relay, number
+
+    relay, number = training()
+    relay.failed(0, Failure(0, "node", "killed", "by SIGKILL"))
+    assert relay.is_saved(number)
+    relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
+    relay.look(Member("a", 0, 1, "node", "host:1"), 0)
+    assert relay.is_saved(number), "the process after it was not asked"
+    relay, number = training()
+    relay.end(Result("runs/r", 3, 3))
+    assert relay.is_saved(number)
+    relay, number = training()
+    now += SILENT_S + 1
+    assert relay.is_saved(number), "rank 0 is gone without a word"
 
 
 def test_all_supervisors_see_the_same_reports_and_the_last_one_in_the_end(monkeypatch):

@@ -162,6 +162,24 @@ def test_a_request_to_stop_at_the_last_step_changes_nothing(run):
     assert run.go(should_stop=clock(*[nothing] * (STEPS - 1), stop))[0].step == STEPS
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_a_wish_to_save_commits_that_step_at_once_and_changes_nothing_else(run, straight, background):
+    run.changes["checkpoint"] = {"every_steps": 4, "background": background, "keep_last": 9}
+    told, answered = [], []
+    run.go(should_save=clock(nothing, nothing, stop, nothing, stop), saved=lambda: answered.append(told[-1]),
+           committed=lambda url, metrics: told.append(metrics["step"]))
+    assert told == [3, 4, 5, 6] and answered == [3, 5], "answered when committed, not when begun"
+    assert history.losses(run.store.url) == straight[0]
+    assert np.array_equal(run.ledger(), straight[1])
+
+
+def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
+    block, free = blocker(run.store)
+    answered = []
+    result, _ = run.go(should_save=clock(block, lambda: True, free), saved=lambda: answered.append(True))
+    assert result.step == STEPS and answered == [True] and "no checkpoint at step 2, training goes on" in caplog.text
+
+
 def blocker(store: Store):
     """Return (block, free): while blocked, nothing can be written below checkpoints/."""
     folder, aside = Path(store.full("checkpoints")), Path(store.full("aside"))
@@ -280,7 +298,7 @@ def test_auto_saves_as_often_as_it_pays(base, straight):
     often.go()
     rarely = Run(base, "rarely", {"checkpoint": {"every_steps": "auto", "keep_last": 9}})
     rarely.go()
-    assert len(catalogue.committed(often.store)) >= 3
+    assert len(catalogue.committed(often.store)) >= 2
     assert catalogue.committed(rarely.store) == ["step-000000006-a0001"]
     for run in (often, rarely):
         assert history.losses(run.store.url) == straight[0] and np.array_equal(run.ledger(), straight[1])
