@@ -22,9 +22,13 @@ COMES_BACK = ("error", "out of memory", "crash")
 
 @dataclass(frozen=True)
 class Member:
-    """A supervisor: its unique `key`, its rank among `size`, its node, and where rank 0's process may listen."""
+    """A supervisor: the set of workers it is of, its rank among `size`, its node, where rank 0's process may listen.
 
-    key: str
+    Attributes:
+        group: the same for all workers that were placed together, and for no others.
+    """
+
+    group: str
     rank: int
     size: int
     node: str
@@ -77,6 +81,7 @@ class Generations:
         self.error: WorkerError | None = None
         self._max_failures = max_failures
         self._members: dict[int, Member] = {}
+        self._group, self._size, self._begun = "", 0, False
         self._replaced: set[str] = set()
         self._failures: list[Failure] = []
         self._reports: list[Failure] = []
@@ -85,19 +90,21 @@ class Generations:
         self._not_before = 0.0
 
     def meet(self, member: Member, now: float) -> None:
-        """Take `member` into the coming generation; one of the same rank that was there is replaced by it."""
-        if self.is_replaced(member.key):
+        """Take `member` into the coming generation; the first of another set of workers replaces all there were."""
+        if self.is_replaced(member.group):
             return
-        others = [own for own in self._members.values() if own.key != member.key]
-        if any(own.rank == member.rank or own.size != member.size for own in others):
+        if self._group not in ("", member.group):
             self._replace(member, now)
+        self._group, self._size = member.group, member.size
         self._members[member.rank] = member
+        self._begun |= len(self._members) == member.size
 
     def _replace(self, member: Member, now: float) -> None:
         """Another set of workers has come in place of the one there was."""
-        grown = any(own.size < member.size for own in self._members.values())
-        self._replaced.update(own.key for own in self._members.values())
-        if grown:  # a run that takes more nodes has lost nothing
+        self._replaced.add(self._group)
+        if self._failures and self._failures[-1].kind in ("peer", "lost") and not self._begun:
+            self._failures.pop()  # the same loss, seen by its peers first, or by workers that never came together
+        if self._size < member.size:  # a run that takes more nodes has lost nothing
             self.after = f"{PLANNED}more workers came"
         else:
             self._end(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
@@ -116,9 +123,9 @@ class Generations:
         else:
             self._count(why, now)
 
-    def is_replaced(self, key: str) -> bool:
-        """Tell whether another supervisor has the place of this one."""
-        return key in self._replaced
+    def is_replaced(self, group: str) -> bool:
+        """Tell whether other workers have the place of these."""
+        return group in self._replaced
 
     def rendezvous(self, now: float) -> str | None:
         """Return where the current generation meets, once all are there."""
@@ -153,7 +160,7 @@ class Generations:
         return why
 
     def _next(self) -> None:
-        self._members, self._reports = {}, []
+        self._members, self._reports, self._begun = {}, [], False
         self.generation += 1
 
     def _count(self, why: Failure, now: float) -> None:

@@ -25,7 +25,7 @@ from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
-from dist_ft.runtime.supervisor import Place, Supervisor
+from dist_ft.runtime.supervisor import NobodyCameError, Place, Supervisor
 from dist_ft.train.console import Console
 from dist_ft.train.result import Result
 from dist_ft.world import World
@@ -242,13 +242,18 @@ def _worker(settings: dict[str, Any]) -> None:
     context, runtime = train.get_context(), ray.get_runtime_context()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(),
                   context.get_local_world_size())
-    place = Place(runtime.get_actor_id() or "", world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
+    placed = ray.util.get_current_placement_group()  # Ray Train makes one for each set of workers
+    if placed is None:
+        raise AssertionError("workers of Ray Train lie in a placement group")
+    place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
                   ray.util.get_node_ip_address(), _device(ray.get_gpu_ids(), world.local_rank))
     relay = _Called(settings["relay"])
     try:
         Supervisor(config, place, relay, _reporter(config)).run()
     except ray.exceptions.RayActorError:
         return  # the relay is gone, and with it the driver
+    except NobodyCameError:
+        raise
     except Exception as error:
         relay.end(WorkerError(f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
                               "Ray logs in /tmp/ray"))

@@ -91,7 +91,7 @@ class Relay:
     def look(self, member: Member, num_commits: int) -> View:
         """Tell a supervisor that lives how things stand, and the commits after the first `num_commits`."""
         now = time.monotonic()
-        if member.rank == 0 and not self._generations.is_replaced(member.key):
+        if member.rank == 0 and not self._generations.is_replaced(member.group):
             self._heard_at = now
         failure = self._generations.decide(now)
         if failure is not None:
@@ -100,7 +100,7 @@ class Relay:
         if self._generations.error is not None:
             self.end(self._generations.error)
         return View(self._generations.generation, self._generations.rendezvous(now), self._stop, self._saves,
-                    self._outcome is not None or self._generations.is_replaced(member.key), self._generations.after,
+                    self._outcome is not None or self._generations.is_replaced(member.group), self._generations.after,
                     tuple(self._commits[num_commits:]))
 
     def failed(self, generation: int, failure: Failure) -> None:

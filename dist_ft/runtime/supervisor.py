@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, StorageError
-from dist_ft.runtime.generations import Failure, Kind, Member, View
+from dist_ft.runtime.generations import MOST_BACKOFF_S, Failure, Kind, Member, View
 from dist_ft.runtime.process import Process
 from dist_ft.runtime.watchdog import EXIT_CODE as HUNG
 from dist_ft.world import World
@@ -27,6 +27,10 @@ LOOKS_PER_S = 1000
 """Of all supervisors together: the relay is one process. News of one's own process is passed on at once."""
 REPORTS_S = 20.0
 OOM_EVENTS = "/sys/fs/cgroup/memory.events"
+
+
+class NobodyCameError(Exception):
+    """The other supervisors of this worker's group are not there, and no other group has come in its place."""
 
 
 class RelayLike(Protocol):
@@ -44,9 +48,9 @@ class RelayLike(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where this worker is: its world, its node's name and address, and the device it may use on that node."""
+    """Where this worker is: who was placed with it, its world, its node's name and address, its device there."""
 
-    key: str
+    group: str
     world: World
     node: str
     host: str
@@ -89,14 +93,16 @@ class Supervisor:
             self._reports.shutdown(wait=False)
 
     def _meet(self) -> tuple[Member, View]:
-        """Wait for the others."""
-        world = self._place.world
-        member = Member(self._place.key, world.rank, world.size, self._place.node,
+        """Wait for the others; raises NobodyCameError if it takes too long: Ray then places all anew."""
+        world, until = self._place.world, time.monotonic() + self._config.cluster.start_timeout_s + MOST_BACKOFF_S
+        member = Member(self._place.group, world.rank, world.size, self._place.node,
                         f"{self._place.host}:{_free_port()}" if world.rank == 0 else "")
         while True:
             view = self._relay.meet(member, self._num_commits)
             if view.over or view.rendezvous is not None:
                 return member, view
+            if time.monotonic() > until:
+                raise NobodyCameError(f"worker {world.rank} of {world.size} waited in vain for the others")
             time.sleep(MEET_S)
 
     def _watch(self, process: Process, member: Member, view: View) -> bool:

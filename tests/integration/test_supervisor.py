@@ -77,7 +77,7 @@ def supervise(document: dict[str, Any], size: int = 2, meanwhile: Callable[[Any]
     relay = Called(Relay(config.cluster.max_failures))
     threads = []
     for rank in range(size):
-        place = Place(f"key-{rank}", World(rank, size, rank, size), "here", "127.0.0.1", rank)
+        place = Place("group", World(rank, size, rank, size), "here", "127.0.0.1", rank)
         own = Supervisor(config, place, relay, lambda url, _, rank=rank: told.append((rank, url)))
         threads.append(threading.Thread(target=own.run, daemon=True))
         threads[-1].start()

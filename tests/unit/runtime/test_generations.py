@@ -9,7 +9,7 @@ from dist_ft.runtime.generations import MOST_BACKOFF_S, SETTLE_S, Failure, Gener
 
 
 def member(rank: int, key: str = "a", size: int = 2) -> Member:
-    return Member(f"{key}{rank}", rank, size, "node", f"host:{100 + rank}" if rank == 0 else "")
+    return Member(key, rank, size, "node", f"host:{100 + rank}" if rank == 0 else "")
 
 
 def failure(kind="killed", rank=1, text="by SIGKILL") -> Failure:
@@ -100,11 +100,35 @@ def test_what_comes_back_at_once_is_not_tried_a_third_time():
 def test_a_supervisor_that_was_replaced_stays_out():
     found = met(Generations(3))
     found.meet(member(0, "b"), 1)
-    assert found.is_replaced("a0") and found.is_replaced("a1") and found.generation == 1
+    assert found.is_replaced("a") and not found.is_replaced("b") and found.generation == 1
     found.meet(member(1, "a"), 1)
     assert found.rendezvous(9) is None, "the returned zombie is no member"
     found.meet(member(1, "b"), 1)
     assert found.rendezvous(9) == "host:100" and "lost" in found.after
+
+
+def test_workers_of_two_groups_are_never_mixed():
+    """One of the old workers lives on after its peer was lost, and waits; the new ones come in any order."""
+    for first, second in ((0, 1), (1, 0)):
+        found = met(Generations(1))
+        found.failed(0, failure("peer", 0), 1.0)
+        assert found.decide(9.0) is not None
+        found.meet(member(0), 9.0)
+        found.meet(member(first, "b"), 10.0)
+        assert found.is_replaced("a") and not found.is_replaced("b")
+        found.meet(member(0), 10.5)
+        found.meet(member(second, "b"), 11.0)
+        assert not found.is_replaced("b") and found.rendezvous(11.0) == "host:100"
+        assert found.error is None and "a worker or its node was lost" in found.after, "one loss, one failure"
+
+
+def test_a_group_that_never_came_together_is_no_further_failure():
+    found = met(Generations(1))
+    for key in "bcdef":
+        found.meet(member(1, key), 1)
+    assert found.error is None
+    found.meet(member(0, "f"), 2)
+    assert found.rendezvous(2) == "host:100"
 
 
 def test_other_sizes_are_other_workers_and_more_of_them_are_no_failure():
@@ -157,4 +181,4 @@ def test_who_was_replaced_is_in_no_generation(events):
         there = found._members.values()
         if found.rendezvous(now + 10**6) is not None:
             assert {own.rank for own in there} == {0, 1, 2}
-        assert not any(found.is_replaced(own.key) for own in there)
+        assert not any(found.is_replaced(own.group) for own in there)

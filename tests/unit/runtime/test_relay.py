@@ -39,7 +39,7 @@ def test_the_relay_hands_lines_one_way_and_the_wish_to_stop_the_other():
 def test_a_wish_to_save_is_numbered_and_answered():
     relay = Relay()
     assert relay.is_saved(relay.save()), "nobody trains: there is nothing to wait for"
-    first, second = Member("a", 0, 2, "node", "host:1"), Member("b", 1, 2, "node", "")
+    first, second = Member("a", 0, 2, "node", "host:1"), Member("a", 1, 2, "node", "")
     relay.meet(first, 0)
     assert relay.is_saved(relay.save()), "not all have come"
     assert relay.meet(second, 0).saves == 2
