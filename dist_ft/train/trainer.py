@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from dist_ft.patience import STUBBORN, attempts
 from dist_ft.storage import Store
 from dist_ft.train import anomaly
 from dist_ft.train.anomaly import Judge
+from dist_ft.train.clock import Clock
 from dist_ft.train.console import progress_line
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.metrics import MetricsLog
@@ -57,6 +58,7 @@ class Parts:
     aliases: dict[str, str]
     judge: Judge
     store: Store
+    clock: Clock = field(default_factory=Clock)
 
 
 class Trainer:
@@ -86,14 +88,18 @@ class Trainer:
         lanes = parts.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
+        parts.clock.to("start")
         if cfg.checkpoint.background and 0 < cfg.checkpoint.every_steps < self._total_steps - self._step:
             parts.manager.prepare(parts.engine)
         watch = Stragglers(parts.world, parts.collectives, parts.engine.device, cfg.log.straggler_steps)
         with closing(watch) as pace, closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
             begun = time.perf_counter()
+            parts.clock.to("data")
             for batches in stream:
                 waited = time.perf_counter() - begun
+                parts.clock.to("compute")
                 stop = self._train_step(batches, begun, waited)
+                parts.clock.to("other")
                 found = pace.after_step(self._step, waited)
                 if found and parts.metrics is not None:
                     parts.metrics.add(self._step, "pace", found)
@@ -110,6 +116,8 @@ class Trainer:
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
+                parts.clock.to("data")
+        parts.clock.to("save")
         self._saved(parts.manager.settle())
         return self._result()
 
@@ -176,6 +184,7 @@ class Trainer:
     def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,
                 waited: float) -> None:
         """Show the step."""
+        self._parts.clock.to("other")
         seconds = time.perf_counter() - begun
         values = {"loss": outcome.loss_sum / max(1.0, num_targets), "learning_rate": rate,
                   "grad_norm": outcome.grad_norm, "step_s": seconds,
@@ -197,6 +206,7 @@ class Trainer:
         parts = self._parts
         if parts.evaluation is None:
             return
+        parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
                           self._hooks.beat)
         if label:
@@ -209,6 +219,8 @@ class Trainer:
     def _save(self, last: bool) -> bool:
         """Save, in the background unless it is the `last` time; return whether this step is committed by now."""
         parts, section = self._parts, self._config.checkpoint
+        parts.clock.mark(self._step)
+        parts.clock.to("save")
         self._hooks.beat()
         background = section.background and not last
         if parts.manager.busy:
