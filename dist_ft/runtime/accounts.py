@@ -40,3 +40,12 @@ def lines(store: Store) -> Iterator[str]:
            f"{goodput.attributed(seconds):.1%} attributed")
     for part, meaning in goodput.PARTS.items():
         yield f"{part:<10} {seconds[part] / wall_s if wall_s else 0:6.1%} {seconds[part]:12,.1f} s  {meaning}"
+
+
+def stall_s(found: list[Account]) -> float | None:
+    """Return how long training stood still for a save, on average over the saves of the first attempt but its last.
+
+    The last is left out: it may be the end's, which is waited for. None: there were fewer than two.
+    """
+    marks = found[0].marks if found else ()
+    return marks[-1][1].get("save", 0.0) / (len(marks) - 1) if len(marks) > 1 else None
