@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +36,7 @@ def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
 
     Next: dist-ft train CONFIG
     """
-    from dataclasses import asdict
+    import signal
     from pathlib import Path
 
     from dist_ft import load_config
@@ -51,6 +50,7 @@ def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
         raise ConfigError([f"--scenario={name}: no such scenario; there are {', '.join(NAMES[1:])}; correct it"
                            for name in unknown], "drill")
     quiet_third_parties()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no command is left running
     if config is None or ("=" in config and not config.endswith((".yaml", ".yml"))):
         given = load_config(ALONE, [*([config] if config else []), *(overrides or ())])
     else:
@@ -58,6 +58,6 @@ def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
     report = drills.run(given, scenario or (), keep, typer.echo)
     typer.echo(drills.describe(report))
     if json_out is not None:
-        Path(json_out).write_text(json.dumps({"held": report.held, **asdict(report)}, indent=1) + "\n")
+        Path(json_out).write_text(drills.as_json(report))
     if not report.held:
         raise typer.Exit(1)

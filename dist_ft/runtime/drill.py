@@ -8,6 +8,7 @@ the end if all held. Guarantees: no command outlives its time or this process's 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,14 +17,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_ft import storage
 from dist_ft.config.load import resolved_yaml
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import ConfigError, DistFtError
+from dist_ft.errors import ConfigError, DistFtError, Interrupted
 from dist_ft.logs import redact
 from dist_ft.runtime import accounts, audit, drill_material, preflight, runs
 from dist_ft.runtime.drill_scenarios import (
@@ -32,6 +33,7 @@ from dist_ft.runtime.drill_scenarios import (
     Line,
     Scenario,
     config_of,
+    heard_of,
     lanes,
     problems,
     scenarios,
@@ -48,7 +50,7 @@ LEAVE_S = 30.0
 
 @dataclass(frozen=True)
 class Finding:
-    """How one scenario went: what did not hold (nothing: it held), what was measured, what was seen."""
+    """How one scenario went: what did not hold (nothing: it held), seconds measured, what was seen where it held."""
 
     name: str
     what: str
@@ -100,9 +102,12 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
             found.append(_judge(scenario, evidence, wanted))
             if not found[0].held:
                 break  # nothing to compare with
-    except BaseException:
+    except BaseException as error:
         if not keep:
             parent.remove(name)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("the drill was stopped; " + ("its folder is kept" if keep else "its folder is removed")
+                              ) from error
         raise
     kept = keep or not all(finding.held for finding in found)
     if not kept:
@@ -111,11 +116,13 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
 
 
 def _judge(scenario: Scenario, evidence: Evidence, wanted: tuple[tuple[int, float | None], ...]) -> Finding:
-    attempts = evidence.num_attempts
-    seen = (f"{len(evidence.losses)} steps, losses equal to the last bit, every sample once; "
-            f"{evidence.num_checkpoints} checkpoints sound; {attempts} attempt{'s' if attempts != 1 else ''}")
-    return Finding(scenario.name, scenario.what, tuple(map(redact, problems(scenario, evidence, wanted))),
-                   times(scenario, evidence), seen)
+    wrong, attempts = problems(scenario, evidence, wanted), evidence.num_attempts
+    heard = [f"{text}; " for text in (heard_of(scenario, evidence.lines),) if text]
+    equal = "losses equal to the last bit, " if scenario.failpoint else ""
+    seen = "" if wrong else "".join(heard) + (
+        f"{len(evidence.losses)} steps, {equal}every sample once; {evidence.num_checkpoints} checkpoints "
+        f"sound; {attempts} attempt{'s' if attempts != 1 else ''}")
+    return Finding(scenario.name, scenario.what, tuple(map(redact, wrong)), times(scenario, evidence), seen)
 
 
 def _play(config: RunConfig, scenario: Scenario, place: Store) -> Evidence:
@@ -198,10 +205,15 @@ def _evidence(url: str, codes: Sequence[int | None], lines: Sequence[Line]) -> E
                     len(runs.attempts(store)), accounts.stall_s(times_kept))
 
 
+def as_json(report: Report) -> str:
+    """Return a report as JSON: held, workers, kept, and a finding a scenario."""
+    findings = [{"held": one.held, **asdict(one)} for one in report.findings]
+    return json.dumps({"held": report.held, **asdict(report), "findings": findings}, indent=1) + "\n"
+
+
 def describe(report: Report) -> str:
     """Return the table a person reads, and details of what did not hold."""
-    rows = [(one.name, "yes" if one.held else "NO", _times(one.times), one.seen if one.held else "see below")
-            for one in report.findings]
+    rows = [(one.name, "yes" if one.held else "NO", _times(one), one.seen or "see below") for one in report.findings]
     workers = report.workers
     where = f"{workers} Ray worker{'s' if workers > 1 else ''}" if workers else "one process"
     said = [table(f"drill on {where}", rows, ("scenario", "held", "time", "what was seen"))]
@@ -214,10 +226,10 @@ def describe(report: Report) -> str:
     return "\n".join(said)
 
 
-def _times(measured: dict[str, float]) -> str:
+def _times(finding: Finding) -> str:
     meanings = {"noticed_s": "noticed after {:.1f} s", "left_s": "saved after {:.1f} s",
                 "back_s": "first new step after {:.1f} s"}
-    said = [text.format(measured[key]) for key, text in meanings.items() if key in measured]
-    if "stall_s" in measured:
-        said.append(f"a save stops training for {1000 * measured['stall_s']:.0f} ms")
+    said = [text.format(finding.times[key]) for key, text in meanings.items() if key in finding.times]
+    if not said and "stall_s" in finding.times:
+        said.append(f"a save stops training for {1000 * finding.times['stall_s']:.0f} ms")
     return "; ".join(said)

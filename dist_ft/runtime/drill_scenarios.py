@@ -63,10 +63,10 @@ def scenarios(workers: int) -> list[Scenario]:
         Scenario("death", f"{died} is killed (kill -9)", f"train.step:{AT}@{last}", first_code=-9 if alone else 0,
                  restarts=True),
         Scenario("hang", hang, f"train.step:{AT}@{last}!{stopped}", {"cluster": {"progress_timeout_s": HANG_S}},
-                 first_code=HUNG if alone else 0, restarts=True, said="made no progress|: hang "),
+                 first_code=HUNG if alone else 0, restarts=True, said=r"made no progress for \d+ s|: hang \("),
         Scenario("preemption", "SIGTERM to the command, which is then given again",
                  f"train.step:{AT}@0!sleep{WINDOW_S}", terminate=True, first_code=130, restarts=True,
-                 said="stopped at step"),
+                 said=r"stopped at step \d+"),
         Scenario("storage", "storage fails in the middle of a save", "checkpoint.before_file:2@0!storage",
                  said=r"no checkpoint at step \d+, training goes on"),
     ]
@@ -143,7 +143,7 @@ def problems(scenario: Scenario, found: Evidence, wanted: Sequence[tuple[int, fl
         said.append(f"exit codes {_list(found.codes)}, {_list(expected)} expected")
     if scenario.failpoint and injected(found.lines) is None:
         said.append("it was not disturbed: the place was not reached")
-    elif scenario.said and not any(re.search(scenario.said, line.text) for line in found.lines):
+    elif scenario.said and not heard_of(scenario, found.lines):
         said.append(f"it did not say {scenario.said!r}")
     if scenario.restarts and found.num_attempts < 2:
         said.append("there was no second attempt")
@@ -151,6 +151,12 @@ def problems(scenario: Scenario, found: Evidence, wanted: Sequence[tuple[int, fl
     if found.ledger:
         said.append(f"ledger: {found.ledger}")
     return said + [f"checkpoint {text}" for text in found.damaged]
+
+
+def heard_of(scenario: Scenario, lines: Sequence[Line]) -> str:
+    """Return what a scenario must say, as it said it; "" if it did not, or need not."""
+    found = (re.search(scenario.said, line.text) for line in lines if scenario.said)
+    return next((match.group(0) for match in found if match), "")
 
 
 def losses_differ(found: Sequence[tuple[int, float | None]], wanted: Sequence[tuple[int, float | None]]) -> list[str]:

@@ -62,12 +62,13 @@ class Clock:
             self._resumed_at = step
         self.news.set()
 
-    def mark(self, step: int) -> None:
-        """Note how much time had been spent when `step` steps were done and a checkpoint of them was begun."""
+    def saving(self, step: int) -> None:
+        """A checkpoint of `step` steps begins: note how much time they took, and count as "save" from now on."""
         with self._lock:
             self._settle()
             self._marks.pop(step, None)
             self._marks[step] = dict(self._seconds)
+            self._phase = "save"
             for old in list(self._marks)[:-MOST_MARKS]:
                 del self._marks[old]
         self.news.set()

@@ -219,8 +219,7 @@ class Trainer:
     def _save(self, last: bool) -> bool:
         """Save, in the background unless it is the `last` time; return whether this step is committed by now."""
         parts, section = self._parts, self._config.checkpoint
-        parts.clock.mark(self._step)
-        parts.clock.to("save")
+        parts.clock.saving(self._step)
         self._hooks.beat()
         background = section.background and not last
         if parts.manager.busy:

@@ -48,4 +48,5 @@ def test_a_drill_on_two_ray_workers_holds_in_all_scenarios(tmp_path: Path) -> No
     assert 0 < seen["death"]["times"]["back_s"] < 60
     assert 15 <= seen["hang"]["times"]["noticed_s"] <= seen["hang"]["times"]["back_s"]
     assert set(seen["preemption"]["times"]) == {"stall_s", "left_s", "back_s"}
-    assert all(finding["seen"].startswith("40 steps, losses equal to the last bit") for finding in seen.values())
+    assert all("40 steps, losses equal to the last bit" in finding["seen"] for name, finding in seen.items()
+               if name != "reference")

@@ -22,6 +22,7 @@ from dist_ft.runtime.drill_scenarios import (
     Evidence,
     Line,
     config_of,
+    heard_of,
     problems,
     scenarios,
     times,
@@ -84,6 +85,8 @@ def test_times_are_those_of_the_next_attempt():
     assert times(scenario("death"), DEATH) == {"back_s": 3.5}
     assert times(scenario("death"), replace(DEATH, lines=DEATH.lines[:3])) == {}
     assert times(scenario("reference"), replace(DEATH, lines=(), stall_s=0.01)) == {"stall_s": 0.01}
+    assert heard_of(scenario("hang"), lines((1, "x"), (2, "rank 0 made no progress for 15 s (c"))) == (
+        "made no progress for 15 s")
     hang = replace(DEATH, lines=(*DEATH.lines[:3], Line(25, "ERROR rank 0 made no progress for 15 s"), *DEATH.lines[3:]))
     assert times(scenario("hang"), hang) == {"noticed_s": 15.0, "back_s": 3.5}
     stop = lines((10, "WARNING failpoint train.step: sleep5"), (16, "dist-ft: stopped at step 27 of 40"), (20, AGAIN),

@@ -58,7 +58,7 @@ def test_marks_say_what_had_been_spent_and_only_the_newest_are_kept(now):
     clock.resume(2)
     for step in range(3, 3 + module.MOST_MARKS + 5):
         spend(clock, now, ("compute", 1))
-        clock.mark(step)
+        clock.saving(step)
     account = clock.account()
     assert account["resumed_at"] == 2 and len(account["marks"]) == module.MOST_MARKS
     step, then = account["marks"][-1]
@@ -68,9 +68,10 @@ def test_marks_say_what_had_been_spent_and_only_the_newest_are_kept(now):
 def test_going_back_moves_work_to_lost(now):
     clock = Clock()
     spend(clock, now, ("compute", 5))
-    clock.mark(4)
-    spend(clock, now, ("save", 1), ("compute", 3), ("data", 1), ("evaluation", 2))
-    clock.mark(8)
+    clock.saving(4)
+    now[0] += 1
+    spend(clock, now, ("compute", 3), ("data", 1), ("evaluation", 2))
+    clock.saving(8)
     spend(clock, now, ("start", 1))
     clock.rewind(4)
     account = clock.account()
@@ -95,7 +96,7 @@ def test_a_save_is_told_at_once(store, monkeypatch):
     clock = Clock()
     with kept(clock, store, 1, World()):
         assert eventually(lambda: store.exists("time/000001.json"))
-        clock.mark(7)
+        clock.saving(7)
         assert eventually(lambda: [step for step, _ in read(store)["marks"]] == [7])
 
 
