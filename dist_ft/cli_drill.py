@@ -9,9 +9,11 @@ import typer
 from dist_ft.cli_data import Overrides
 
 ALONE: dict[str, Any] = {"run": {"name": "drill"}, "model": {"path": "made-by-the-drill", "dtype": "float32"},
-                         "data": {"train": "made-by-the-drill"}, "batch": {"global_batch": 1, "sequence_length": 64},
-                         "schedule": {"steps": 1}}
-"""What a drill without a config starts from; of this only the number format and the defaults of all else matter."""
+                         "data": {"train": "made-by-the-drill"},
+                         "batch": {"global_batch": 2**16, "sequence_length": 64}, "schedule": {"steps": 1},
+                         "checkpoint": {"every_steps": 1}}
+"""What a drill without a config starts from: any number of workers, or range of them, fits. Of this only the number
+format and the defaults of all else matter."""
 
 
 def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(

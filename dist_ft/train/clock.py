@@ -32,7 +32,7 @@ WORK: tuple[Phase, ...] = ("compute", "evaluation", "data", "other")
 """What has to be done again if the steps it was spent on are."""
 LOCAL_S, REMOTE_S = 2.0, 30.0
 """Seconds between writings, besides those at saves: to a disk, and to an object store."""
-PATIENCE_S = 10.0
+PATIENCE_S = 5.0
 MOST_MARKS = 64
 
 

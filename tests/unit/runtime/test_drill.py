@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from dist_ft.cli_drill import ALONE
 from dist_ft.config.load import load_config
 from dist_ft.runtime import drill
 from dist_ft.runtime.drill import Finding, Report, describe, follow
@@ -120,6 +121,12 @@ def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data()
         assert found.model.path == "s3://b/runs/drill-1/model" and "secret" not in str(found)
         assert found.num_lanes % 2 == 1 and found.num_lanes > 3
         assert found.cluster.progress_timeout_s == (15 if one.name == "hang" else 1800)
+
+
+@pytest.mark.parametrize("workers", ["0", "2", "1024", "4..64"])
+def test_without_a_config_any_number_of_workers_fits(workers):
+    found = config_of(load_config(ALONE, [f"cluster.workers={workers}"]), "/runs/drill-1", scenario("reference"))
+    assert found.cluster.workers == int(workers.split("..")[0]) and found.model.dtype == "float32"
 
 
 def test_a_command_is_followed_and_failpoints_of_this_process_are_not_passed_on(monkeypatch):
