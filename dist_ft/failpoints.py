@@ -3,7 +3,8 @@
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
 up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!sleep` does
 nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory` asks for more memory than
-there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError). A failpoint says so first.
+there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError); `!sleep5+stop` is one after
+the other. A failpoint says so first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def hit(name: str, rank: int = 0) -> None:
     once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
     if _passed[name] == int(count or 1) and _first_time(once):
         log.warning("failpoint %s: %s", name, how or "kill")
-        _fail(how)
+        for one in how.split("+"):
+            _fail(one)
 
 
 def environment() -> dict[str, str]:

@@ -16,12 +16,14 @@ from dist_ft.config.load import load_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.runtime.watchdog import EXIT_CODE as HUNG
 
-STEPS, EVERY, AT = 40, 5, 27
+STEPS, EVERY, AT = 24, 4, 17
 """Steps of a run, between checkpoints, and the passing of a step at which it is disturbed: from the checkpoint it then
 goes on from to the end there are fewer, so that a process of the next attempt does not pass it."""
-WINDOW_S = 5
-"""So long rank 0 rests where the drill sends SIGTERM: a small run may else be over before the signal is heard."""
-HANG_S = 15.0
+WINDOW_S, SPARES_S = 5, 15
+"""So long a worker rests before the drill's SIGTERM is obeyed (so small a run may else be over before it is heard), and
+before it is killed (in a longer run the spare processes are ready by then)."""
+HANG_S, PATIENT_S = 15.0, 600.0
+"""cluster.progress_timeout_s where a worker hangs, and where none does."""
 AGAIN = "drill: the same command again"
 NAMES = ("reference", "death", "hang", "preemption", "storage")
 
@@ -35,6 +37,7 @@ class Scenario:
         what: what is done to it, for people.
         failpoint: where it is disturbed; "": nowhere.
         changes: fields of the config by section.
+        rest_s: seconds a worker rests at the failpoint before it is disturbed; they are not counted.
         terminate: send SIGTERM to the command once the failpoint is reached.
         first_code: exit code its first command must have; where that is not 0, the same command is given again.
         restarts: whether a further attempt must have been made.
@@ -45,6 +48,7 @@ class Scenario:
     what: str
     failpoint: str = ""
     changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    rest_s: float = 0
     terminate: bool = False
     first_code: int = 0
     restarts: bool = False
@@ -60,12 +64,13 @@ def scenarios(workers: int) -> list[Scenario]:
     died = "the process" if alone else "the process of the last worker"
     return [
         Scenario("reference", "nothing is done to it"),
-        Scenario("death", f"{died} is killed (kill -9)", f"train.step:{AT}@{last}", first_code=-9 if alone else 0,
-                 restarts=True),
+        Scenario("death", f"{died} is killed (kill -9)",
+                 f"train.step:{AT}@{last}" + ("" if alone else f"!sleep{SPARES_S}+kill"),
+                 rest_s=0 if alone else SPARES_S, first_code=-9 if alone else 0, restarts=True),
         Scenario("hang", hang, f"train.step:{AT}@{last}!{stopped}", {"cluster": {"progress_timeout_s": HANG_S}},
                  first_code=HUNG if alone else 0, restarts=True, said=r"made no progress for \d+ s|: hang \("),
         Scenario("preemption", "SIGTERM to the command, which is then given again",
-                 f"train.step:{AT}@0!sleep{WINDOW_S}", terminate=True, first_code=130, restarts=True,
+                 f"train.step:{AT}@0!sleep{WINDOW_S}", rest_s=WINDOW_S, terminate=True, first_code=130, restarts=True,
                  said=r"stopped at step \d+"),
         Scenario("storage", "storage fails in the middle of a save", "checkpoint.before_file:2@0!storage",
                  said=r"no checkpoint at step \d+, training goes on"),
@@ -88,7 +93,8 @@ def config_of(base: RunConfig, place: str, scenario: Scenario) -> RunConfig:
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"steps": STEPS},
         "zero": base.zero.model_dump(mode="json"),
-        "cluster": {**base.cluster.model_dump(mode="json"), "workers": workers, "max_failures": 3},
+        "cluster": {**base.cluster.model_dump(mode="json"), "workers": workers, "max_failures": 3,
+                    "progress_timeout_s": PATIENT_S},
         "checkpoint": {"every_steps": EVERY, "keep_last": 3},
         "log": {"tensorboard": False},
         "storage": base.storage.model_dump(mode="json"),
@@ -177,19 +183,19 @@ def injected(lines: Sequence[Line]) -> int | None:
 def times(scenario: Scenario, found: Evidence) -> dict[str, float]:
     """Return the seconds that were measured, as a person at the terminal sees them.
 
-    From the disturbance, `noticed_s`: until a hang is told; `left_s`: until a run that was asked to stop is saved (the
-    drill's own rest is not counted); `back_s`: until a new step of the next attempt is told, after a preemption counted
+    From the disturbance, `noticed_s`: until a hang is told; `left_s`: until a run that was asked to stop is
+    saved; `back_s`: until a new step of the next attempt is told, after a preemption counted
     from the command that is given again. And `stall_s`: training stands still for a save, on average.
     """
     measured = {} if found.stall_s is None else {"stall_s": found.stall_s}
     begin = injected(found.lines)
     if begin is None:
         return measured
-    at_s, rest = found.lines[begin].at_s, found.lines[begin + 1:]
+    at_s, rest = found.lines[begin].at_s + scenario.rest_s, found.lines[begin + 1:]
     if scenario.name == "hang":
         measured |= _first("noticed_s", at_s, rest, scenario.said)
     if scenario.terminate:
-        measured |= _first("left_s", at_s + WINDOW_S, rest, "stopped at step")
+        measured |= _first("left_s", at_s, rest, "stopped at step")
         at_s = next((line.at_s for line in rest if line.text == AGAIN), at_s)
     again = next((i for i, line in enumerate(rest) if re.search(r"\(attempt \d+\)", line.text)), None)
     if scenario.restarts and again is not None:

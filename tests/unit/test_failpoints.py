@@ -45,7 +45,8 @@ def test_it_says_so_first_and_storage_or_sleep_are_no_death():
     program = ("import time\nfrom dist_ft import failpoints\nbegun = time.monotonic()\n"
                "try:\n    failpoints.hit('place')\nexcept Exception as error:\n    print(type(error).__name__)\n"
                "print(time.monotonic() - begun > 0.3)")
-    for how, said in (("storage", ["StorageError", "False"]), ("sleep0.3", ["True"])):
+    for how, said in (("storage", ["StorageError", "False"]), ("sleep0.3", ["True"]),
+                      ("sleep0.3+storage", ["StorageError", "True"])):
         ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                              env={**os.environ, "DIST_FT_FAILPOINT": f"place!{how}"})
         assert ran.stdout.splitlines() == said and ran.stderr.splitlines()[0] == f"failpoint place: {how}"

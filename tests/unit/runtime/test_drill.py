@@ -18,6 +18,7 @@ from dist_ft.runtime.drill_scenarios import (
     AT,
     EVERY,
     NAMES,
+    SPARES_S,
     STEPS,
     WINDOW_S,
     Evidence,
@@ -62,11 +63,11 @@ def test_what_is_as_it_should_be_held():
     ({"codes": (1,)}, "exit codes 1, 0 expected"),
     ({"lines": ()}, "it was not disturbed: the place was not reached"),
     ({"num_attempts": 1}, "there was no second attempt"),
-    ({"losses": LOSSES[:-1]}, "metrics hold 39 steps, the last 39; 1 to 40 are needed"),
-    ({"losses": ()}, "metrics hold 0 steps, the last none; 1 to 40 are needed"),
-    ({"losses": (*LOSSES[:30], *LOSSES[29:])}, "metrics hold 41 steps, the last 40; 1 to 40 are needed"),
-    ({"losses": (*LOSSES[:29], (30, 0.2 + 2e-16), *LOSSES[30:])},
-     "step 30: loss 0.2000000000000002, 0.2 in the undisturbed run"),
+    ({"losses": LOSSES[:-1]}, f"metrics hold {STEPS - 1} steps, the last {STEPS - 1}; 1 to {STEPS} are needed"),
+    ({"losses": ()}, f"metrics hold 0 steps, the last none; 1 to {STEPS} are needed"),
+    ({"losses": (*LOSSES[:20], *LOSSES[19:])}, f"metrics hold {STEPS + 1} steps, the last {STEPS}; 1 to {STEPS} are needed"),
+    ({"losses": (*LOSSES[:19], (20, 0.3 + 2e-16), *LOSSES[20:])},
+     "step 20: loss 0.3000000000000002, 0.3 in the undisturbed run"),
     ({"ledger": "2 lost"}, "ledger: 2 lost"),
     ({"damaged": ("step-5: altered",)}, "checkpoint step-5: altered"),
 ])
@@ -83,7 +84,9 @@ def test_a_scenario_must_be_heard_of():
 
 
 def test_times_are_those_of_the_next_attempt():
-    assert times(scenario("death"), DEATH) == {"back_s": 3.5}
+    assert times(scenario("death", 0), DEATH) == {"back_s": 3.5}
+    rested = replace(DEATH, lines=tuple(Line(line.at_s + SPARES_S * (i > 2), line.text) for i, line in enumerate(DEATH.lines)))
+    assert times(scenario("death"), rested) == {"back_s": 3.5}
     assert times(scenario("death"), replace(DEATH, lines=DEATH.lines[:3])) == {}
     assert times(scenario("reference"), replace(DEATH, lines=(), stall_s=0.01)) == {"stall_s": 0.01}
     assert heard_of(scenario("hang"), lines((1, "x"), (2, "rank 0 made no progress for 15 s (c"))) == (
@@ -120,7 +123,7 @@ def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data()
         assert found.run_url == f"s3://b/runs/drill-1/{one.name}"
         assert found.model.path == "s3://b/runs/drill-1/model" and "secret" not in str(found)
         assert found.num_lanes % 2 == 1 and found.num_lanes > 3
-        assert found.cluster.progress_timeout_s == (15 if one.name == "hang" else 1800)
+        assert found.cluster.progress_timeout_s == (15 if one.name == "hang" else 600)
 
 
 @pytest.mark.parametrize("workers", ["0", "2", "1024", "4..64"])
