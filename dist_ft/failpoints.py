@@ -1,16 +1,24 @@
-"""Named places where a test can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]` at the n-th passing.
+"""Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing.
 
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
-up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!fault` touches
-memory that is not there, `!memory` asks for more memory than there is, `!raise` is a bug (RuntimeError).
+up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!sleep` does
+nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory` asks for more memory than
+there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError); `!sleep5+stop` is one after
+the other. A failpoint says so first.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import time
 from collections import Counter
 
+from dist_ft.errors import StorageError
+
+log = logging.getLogger("dist_ft.failpoints")
+VARIABLES = ("DIST_FT_FAILPOINT", "DIST_FT_FAILPOINT_ONCE")
 _passed: Counter[str] = Counter()
 
 
@@ -27,19 +35,30 @@ def hit(name: str, rank: int = 0) -> None:
     _passed[name] += 1
     once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
     if _passed[name] == int(count or 1) and _first_time(once):
-        _fail(how)
+        log.warning("failpoint %s: %s", name, how or "kill")
+        for one in how.split("+"):
+            _fail(one)
+
+
+def environment() -> dict[str, str]:
+    """Return what this process was asked, for one on another machine."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _fail(how: str) -> None:
+    if how.startswith("sleep"):
+        return time.sleep(float(how.removeprefix("sleep") or 10**6))
     if how == "lock":
         import ctypes
 
         ctypes.PyDLL(None).sleep(10**6)
     if how == "memory":
         bytearray(2**47)
+    if how == "storage":
+        raise StorageError("failpoint: storage fails")
     if how == "raise":
         raise RuntimeError("failpoint")
-    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "fault": signal.SIGSEGV}.get(how, signal.SIGKILL))
+    return os.kill(os.getpid(), {"stop": signal.SIGSTOP, "fault": signal.SIGSEGV}.get(how, signal.SIGKILL))
 
 
 def _first_time(marker: str | None) -> bool:

@@ -29,6 +29,7 @@ from dist_ft.runtime.data import Data, open_data
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
+from dist_ft.train.clock import Clock, kept
 from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
@@ -44,6 +45,7 @@ log = logging.getLogger("dist_ft.run")
 
 def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     """Train `config` in this worker from where the run stands to its end; a collective call."""
+    clock = Clock()
     logs.setup(world.rank, world.size, config.log.level, hooks.log)
     storage.configure(config.storage.options)
     if world.size > config.num_lanes:
@@ -63,15 +65,17 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
             return _already_done(config, done, total_steps, store, hooks, world)
         attempt = on_rank0(world, comms, lambda: take_over(store, config, world, hooks.after))
         nodes = node_tier(config, store, world, comms)
-        with closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager:
+        with (kept(clock, store, attempt, world),
+              closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager):
             manifest = manager.newest()
-            return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps)
+            clock.resume(manifest.progress.step if manifest else 0)
+            return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps, clock)
     finally:
         data.close()
 
 
 def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, store: Store, attempt: int, data: Data,
-           manager: CheckpointManager, manifest: Manifest | None, total_steps: int) -> Result:
+           manager: CheckpointManager, manifest: Manifest | None, total_steps: int, clock: Clock) -> Result:
     """Train from a checkpoint, or from the pre-trained weights."""
     module, engine = open_engine(config, world, manifest is not None)
     try:
@@ -85,7 +89,7 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
                       _aliases(module), judge, store,
-                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)))
+                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock)
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
                 def beat() -> None:
@@ -111,6 +115,7 @@ def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress,
         try:
             return Trainer(config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}).run()
         except RollBack:
+            parts.clock.to("start")
             manifest = parts.manager.newest()
             if manifest is None:
                 raise AnomalyError("anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
@@ -127,6 +132,7 @@ def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress,
                                                 parts.judge.in_a_row))
             if parts.metrics is not None:
                 parts.metrics.rewind(progress.step)
+            parts.clock.rewind(progress.step)
             log.warning("back to step %d", progress.step)
 
 

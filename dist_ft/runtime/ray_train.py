@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dist_ft import logs, storage
+from dist_ft import failpoints, logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, WorkerError
 from dist_ft.runtime.local import stop_on_signal
@@ -143,7 +143,8 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
     num_workers: Any = cluster.workers if isinstance(cluster.workers, int) else (config.min_workers, config.max_workers)
     return DataParallelTrainer(  # not TorchTrainer: its workers would import torch, which the processes do
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd()},
+        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd(),
+                           "failpoints": failpoints.environment()},  # a cluster has its own environment
         backend_config=_SharedConfig(),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -237,6 +238,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
+    os.environ.update(settings["failpoints"])
     train = importlib.import_module("ray.train")
     config = RunConfig.model_validate(settings["config"])
     context, runtime = train.get_context(), ray.get_runtime_context()

@@ -17,6 +17,7 @@ from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, DataError
+from dist_ft.runtime import accounts
 from dist_ft.storage import Store
 from dist_ft.train.console import table
 from dist_ft.world import World
@@ -93,6 +94,7 @@ def describe(url: str) -> str:
         said = one.problem or (f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}, world "
                                f"{one.world_size}, {one.created_at}")
         rows.append(("checkpoint" if first else "", f"{one.name}: {said}"))
+    rows += [("time" if first else "", line) for first, line in _first(list(accounts.lines(store)))]
     return table(f"run {store.shown()}", rows)
 
 

@@ -52,15 +52,16 @@ class Console:
                 os.dup2(nothing.fileno(), self._stream.fileno())  # or Python's flush at exit would fail once more
 
 
-def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a two-column table as text, at most 100 characters wide."""
+def table(title: str, rows: Sequence[Sequence[str]], heads: Sequence[str] = ("", "")) -> str:
+    """Return a table as text, at most 100 characters wide; it has a column for each of `heads`, shown if not empty."""
     from rich import box
     from rich.console import Console as Rich
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
-    drawn.add_column(style="bold", no_wrap=True)
-    drawn.add_column(overflow="fold")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(heads), pad_edge=False)
+    drawn.add_column(heads[0], style="bold", no_wrap=True)
+    for head in heads[1:]:
+        drawn.add_column(head, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     stream = io.StringIO()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import TensorInfo
@@ -10,6 +10,7 @@ from dist_ft.data.loader import Loader
 from dist_ft.engine.base import Engine
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import Judge
+from dist_ft.train.clock import Clock
 from dist_ft.train.metrics import MetricsLog
 from dist_ft.world import Collectives, World
 
@@ -19,7 +20,8 @@ class Parts:
     """The parts of a run in this worker.
 
     Attributes:
-        num_failures: of the run's attempts so far (rank 0 knows).
+        num_failures: of the run's attempts so far.
+        clock: what this process spends its time on.
     """
 
     engine: Engine
@@ -34,3 +36,4 @@ class Parts:
     judge: Judge
     store: Store
     num_failures: int = 0
+    clock: Clock = field(default_factory=Clock)

@@ -109,6 +109,7 @@ class Saver:
         `values` are announced with the commit, `evaluation` is kept with it.
         """
         parts = self._parts
+        parts.clock.saving(progress.step)
         self._hooks.beat()
         background, begun = self._section.background and not now, time.perf_counter()
         if parts.manager.under_way is not None:

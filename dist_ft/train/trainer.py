@@ -61,13 +61,17 @@ class Trainer:
         lanes = parts.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
+        parts.clock.to("start")
         self._saver.prepare(self._step)
         watch = Stragglers(parts.world, parts.collectives, parts.engine.device, cfg.log.straggler_steps)
         with closing(watch) as pace, closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream:
             begun = time.perf_counter()
+            parts.clock.to("data")
             for batches in stream:
                 waited = time.perf_counter() - begun
+                parts.clock.to("compute")
                 stop, asked = self._train_step(batches, begun, waited)
+                parts.clock.to("other")
                 found = pace.after_step(self._step, waited)
                 if found and parts.metrics is not None:
                     parts.metrics.add(self._step, "pace", found)
@@ -87,6 +91,8 @@ class Trainer:
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
+                parts.clock.to("data")
+        parts.clock.to("save")
         self._saver.settle()
         return self._result()
 
@@ -153,6 +159,7 @@ class Trainer:
     def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,
                 waited: float) -> None:
         """Show the step."""
+        self._parts.clock.to("other")
         seconds = time.perf_counter() - begun
         values = {"loss": outcome.loss_sum / max(1.0, num_targets), "learning_rate": rate,
                   "grad_norm": outcome.grad_norm, "step_s": seconds,
@@ -174,6 +181,7 @@ class Trainer:
         parts = self._parts
         if parts.evaluation is None:
             return
+        parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
                           self._hooks.beat)
         if label:

@@ -47,7 +47,7 @@ def cluster() -> Iterator[str]:
 def start(base: Path, document: dict[str, Any], own: bool = False, **env: str) -> subprocess.Popen[str]:
     """Start `dist-ft train` on a document, as a person would.
 
-    With `own`, on a Ray of its own: workers of one that is there already do not see `env`.
+    With `own`, on a Ray of its own: workers of one that is there already see nothing of `env` but failpoints.
     """
     path = base / f"{document['run']['name']}.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -108,7 +108,7 @@ def test_fault_1_a_worker_killed_mid_run_is_restarted_and_the_run_is_bit_exact(
 
 def test_fault_2_a_worker_killed_mid_save_loses_only_that_save(base: Path, unbroken: list[float]) -> None:
     document = tiny.config(base, "save-died", workers=2)
-    code, output = finish(start(base, document, own=True, DIST_FT_FAILPOINT="checkpoint.after_file:2@0",
+    code, output = finish(start(base, document, DIST_FT_FAILPOINT="checkpoint.after_file:2@0",
                                 DIST_FT_FAILPOINT_ONCE=str(base / "save-died-once")))
     assert code == 0, output[-3000:]
     assert (base / "save-died-once").exists() and "step 4 of" in output

@@ -21,6 +21,7 @@ COMMANDS = {
     "preview": {"config", "overrides", "--samples"},
     "generate": {"model", "--prompt", "--system", "--max-new-tokens"},
     "export": {"run", "overrides", "--out", "--step", "--dtype"},
+    "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
     "data inspect": {"paths"},
     "data preview": {"config", "overrides", "--samples"},
     "data pack-stats": {"config", "overrides"},

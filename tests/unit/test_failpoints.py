@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from dist_ft import failpoints
+
 PROGRAM = ("from dist_ft import failpoints\n"
            "for i in range(5):\n"
            "    for rank in (0, 1):\n"
@@ -37,3 +39,20 @@ def test_dies_only_once_over_processes(tmp_path):
     env = {"DIST_FT_FAILPOINT": "place:2", "DIST_FT_FAILPOINT_ONCE": str(tmp_path / "died")}
     assert run(**env) == (-signal.SIGKILL, "0 1")
     assert run(**env) == (0, "4 1")
+
+
+def test_it_says_so_first_and_storage_or_sleep_are_no_death():
+    program = ("import time\nfrom dist_ft import failpoints\nbegun = time.monotonic()\n"
+               "try:\n    failpoints.hit('place')\nexcept Exception as error:\n    print(type(error).__name__)\n"
+               "print(time.monotonic() - begun > 0.3)")
+    for how, said in (("storage", ["StorageError", "False"]), ("sleep0.3", ["True"]),
+                      ("sleep0.3+storage", ["StorageError", "True"])):
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                             env={**os.environ, "DIST_FT_FAILPOINT": f"place!{how}"})
+        assert ran.stdout.splitlines() == said and ran.stderr.splitlines()[0] == f"failpoint place: {how}"
+
+
+def test_what_was_asked_can_be_handed_on(monkeypatch):
+    monkeypatch.delenv("DIST_FT_FAILPOINT_ONCE", raising=False)
+    monkeypatch.setenv("DIST_FT_FAILPOINT", "place")
+    assert failpoints.environment() == {"DIST_FT_FAILPOINT": "place"}

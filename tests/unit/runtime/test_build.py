@@ -51,7 +51,7 @@ def store_of(document) -> Store:
 def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     result, shown = go(document)
     store = store_of(document)
-    assert store.list() == ["attempts", "checkpoints", "data", "ledger", "metrics.jsonl", "model", "run.yaml"]
+    assert store.list() == ["attempts", "checkpoints", "data", "ledger", "metrics.jsonl", "model", "run.yaml", "time"]
     assert {"config.json", "tokenizer.json", "chat_template.jinja", ".complete"} <= set(store.walk("model")) | {
         name.removeprefix("model/") for name in store.walk("model")}
     assert json.loads(store.read("attempts/000001.json"))["world_size"] == 1

@@ -1,0 +1,65 @@
+"""The command `dist-ft drill`; `cli` hangs it in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dist_ft.cli_data import Overrides
+
+ALONE: dict[str, Any] = {"run": {"name": "drill"}, "model": {"path": "made-by-the-drill", "dtype": "float32"},
+                         "data": {"train": "made-by-the-drill"},
+                         "batch": {"global_batch": 2**16, "sequence_length": 64}, "schedule": {"steps": 1},
+                         "checkpoint": {"every_steps": 1}}
+"""What a drill without a config starts from: any number of workers, or range of them, fits. Of this only the number
+format and the defaults of all else matter."""
+
+
+def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
+              "YAML file (path or URL) of a run: its cluster, storage and zero sections are used. None: this process, "
+              "./runs."))] = None,
+          overrides: Overrides = None,
+          scenario: Annotated[list[str] | None, typer.Option(
+              help="Only this one: death, hang, preemption or storage; may be given several times.")] = None,
+          keep: Annotated[bool, typer.Option("--keep", help="Keep the drill's folder though all held.")] = False,
+          json_out: Annotated[str | None, typer.Option("--json", metavar="PATH", help=(
+              "Also write what was found as JSON."))] = None) -> None:
+    """Disturb short runs on your own cluster and storage, and see whether they come through.
+
+    A small model is trained undisturbed, then again with a worker killed, a worker that hangs, SIGTERM, and storage
+    that fails. Each must end with the same losses to the last bit, every sample counted once, every checkpoint sound.
+    Takes minutes. Works in a new folder below run.storage, which is removed if all held. Exits 1 if something did not.
+
+    \b
+    Examples:
+      dist-ft drill configs/llama-8b.yaml
+      dist-ft drill cluster.workers=2 run.storage=s3://bucket/runs --scenario death
+
+    Next: dist-ft train CONFIG
+    """
+    import signal
+    from pathlib import Path
+
+    from dist_ft import load_config
+    from dist_ft.errors import ConfigError
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime import drill as drills
+    from dist_ft.runtime.drill_scenarios import NAMES
+
+    unknown = [name for name in scenario or () if name not in NAMES[1:]]
+    if unknown:
+        raise ConfigError([f"--scenario={name}: no such scenario; there are {', '.join(NAMES[1:])}; correct it"
+                           for name in unknown], "drill")
+    quiet_third_parties()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no command is left running
+    if config is None or ("=" in config and not config.endswith((".yaml", ".yml"))):
+        given = load_config(ALONE, [*([config] if config else []), *(overrides or ())])
+    else:
+        given = load_config(config, overrides or ())
+    report = drills.run(given, scenario or (), keep, typer.echo)
+    typer.echo(drills.describe(report))
+    if json_out is not None:
+        Path(json_out).write_text(drills.as_json(report))
+    if not report.held:
+        raise typer.Exit(1)
