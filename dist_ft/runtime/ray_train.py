@@ -16,13 +16,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dist_ft import failpoints, logs, storage
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import DistFtError, Interrupted, WorkerError
+from dist_ft.errors import DistFtError, WorkerError
 from dist_ft.runtime.local import stop_on_signal
+from dist_ft.runtime.placing import device, explain, given_up, line_of, require_resources, resources
 from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
 from dist_ft.runtime.supervisor import NobodyCameError, Place, Supervisor
@@ -36,8 +37,6 @@ NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
 ELASTIC_START_S = 20.0
-LOST_S = 60.0
-"""Without a sign of life for so long, workers are taken for lost."""
 
 
 def run(config: RunConfig) -> Result:
@@ -45,7 +44,7 @@ def run(config: RunConfig) -> Result:
     logs.setup(level=config.log.level)
     storage.configure(config.storage.options)
     with _connected(config) as ray:
-        _require_resources(ray, config)
+        require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
         relay = _start_relay(ray, name, config.cluster.max_failures)
         failure = _fit(ray, config, relay, _trainer(config, name))
@@ -54,7 +53,7 @@ def run(config: RunConfig) -> Result:
         raise outcome
     if outcome is not None:
         return outcome
-    raise _explain(failure, config)
+    raise explain(failure, config)
 
 
 @contextlib.contextmanager
@@ -81,7 +80,7 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         else:  # address="local": never a stale cluster of another run
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({_line(error, 0)}); check "
+        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error
     try:
@@ -99,27 +98,6 @@ def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
     relay = actor.remote(max_failures)
     ray.get(relay.outcome.remote())
     return relay
-
-
-def _require_resources(ray: Any, config: RunConfig) -> None:
-    """Raise WorkerError if the cluster as it stands can never hold the fewest workers."""
-    if config.cluster.wait_for_nodes:
-        return
-    has = ray.cluster_resources()
-    for resource, each in _resources(config).items():
-        need = each * config.min_workers
-        if has.get(resource, 0) < need - 1e-9:
-            raise WorkerError(
-                f"cluster.workers={config.min_workers}: they need {need:g} {resource}, the cluster has "
-                f"{has.get(resource, 0):g}; lower cluster.workers or cluster.cpus_per_worker, add nodes, or set "
-                "cluster.wait_for_nodes=true if an autoscaler will")
-
-
-def _resources(config: RunConfig) -> dict[str, float]:
-    """Return what one worker reserves."""
-    cluster = config.cluster
-    gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
-    return {"CPU": cluster.cpus_per_worker, **gpus, **cluster.resources_per_worker}
 
 
 def _trainer(config: RunConfig, relay_name: str) -> Any:
@@ -149,7 +127,7 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             elastic_resize_monitor_interval_s=cluster.resize_interval_s,  # type: ignore[call-arg]  # mypy sees v1
-            use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=_resources(config),
+            use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources(config),
             placement_strategy=cluster.placement),
         run_config=RayRunConfig(
             name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
@@ -197,39 +175,12 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
             if stopping():
                 relay.stop.remote()
             show(console, ray.get(relay.take.remote()))
-            error = _given_up(config, time.monotonic() - began, ray.get(relay.silent_s.remote()), stopping())
+            error = given_up(config, time.monotonic() - began, ray.get(relay.silent_s.remote()), stopping())
             if error is not None and thread.is_alive() and ray.get(relay.outcome.remote()) is None:
                 ray.get(relay.end.remote(error))
                 raise error
         show(console, ray.get(relay.take.remote()))
     return failure[0] if failure else None
-
-
-def _given_up(config: RunConfig, waited_s: float, silent_s: float | None, stopping: bool) -> DistFtError | None:
-    """Return why to wait for workers no longer, if there is a reason. Pure.
-
-    Args:
-        config: the run.
-        waited_s: seconds since workers were asked for.
-        silent_s: seconds since rank 0 was last heard of; None: never.
-        stopping: whether the user wants to stop.
-    """
-    if stopping and (silent_s is None or silent_s > LOST_S):
-        return Interrupted("stopped as asked; no worker was there to save anything; what was committed is kept; the "
-                           "same command goes on from there")
-    cluster = config.cluster
-    if cluster.wait_for_nodes:
-        return None
-    field = f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
-    remedy = "free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
-    if silent_s is None and waited_s > cluster.start_timeout_s:
-        each = ", ".join(f"{count:g} {resource}" for resource, count in _resources(config).items())
-        return WorkerError(f"{field}: no worker has started in that time; {config.min_workers} are needed, of {each} "
-                           f"each, and the cluster is busy, or its images are slow; {remedy}")
-    if silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S:  # Ray may first ask for all in vain
-        return WorkerError(f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; what was "
-                           f"committed is kept, and the same command goes on from there; {remedy}")
-    return None
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -248,7 +199,7 @@ def _worker(settings: dict[str, Any]) -> None:
     if placed is None:
         raise AssertionError("workers of Ray Train lie in a placement group")
     place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
-                  ray.util.get_node_ip_address(), _device(ray.get_gpu_ids(), world.local_rank))
+                  ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank))
     relay = _Called(settings["relay"])
     try:
         Supervisor(config, place, relay, _reporter(config)).run()
@@ -277,12 +228,6 @@ class _Called:
         return lambda *values: self._ray.get(getattr(self._actor, name).remote(*values))
 
 
-def _device(gpu_ids: Sequence[Any], local_rank: int) -> int:
-    """Return the index of this worker's GPU among those its node's workers share; without one, its local rank."""
-    visible = [text for text in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
-    return visible.index(str(gpu_ids[0])) if gpu_ids and str(gpu_ids[0]) in visible else local_rank
-
-
 def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
     """Return the hook that tells Ray of a checkpoint that already lies in storage."""
     def committed(url: str, metrics: dict[str, float]) -> None:
@@ -293,15 +238,3 @@ def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
         report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
     return committed
-
-
-def _explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
-    """Return one line for what Ray Train raised: the relay knows nothing, so it is about placing or Ray itself."""
-    said = "ended without a result" if failure is None else f"failed ({_line(failure, -1)})"
-    return WorkerError(f"run {config.run.name}: the workers {said}; see the Ray logs in /tmp/ray; what was committed "
-                       "is kept; the same command goes on from there")
-
-
-def _line(error: BaseException, index: int) -> str:
-    """Return a line of an error's text (the last, of a remote traceback, is the error); without text, its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[index]
