@@ -29,7 +29,7 @@ from dist_ft.config.schema import CheckpointSection
 from dist_ft.engine.base import Engine
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, raise_together
+from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
 
@@ -50,29 +50,44 @@ class CheckpointManager:
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
     def newest(self) -> Manifest | None:
-        """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
-        manifest = catalogue.newest(self._store, self._world, self._collectives)
+        """Return the newest checkpoint, the same on all ranks, of which manifest and lengths are right.
+
+        None of its bytes is read: `load` checks them, and may have to go back further.
+        """
+        return self._go_on_from(catalogue.newest(self._store, self._world, self._collectives, self._require_whole))
+
+    def _require_whole(self, manifest: Manifest) -> None:
+        on_rank0(self._world, self._collectives, lambda: catalogue.require_whole(self._store, manifest))
+
+    def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
+        """Take a checkpoint for the end of the history that this attempt goes on with."""
         self._ledger = manifest.ledger if manifest else ()
         self._origin = manifest.progress.step if manifest else -1
         return manifest
 
-    def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> None:
+    def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> Manifest:
         """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
 
-        Raises CheckpointError if it is another model's: flat offsets alone would fit a smaller one.
+        Each byte is read once and checked before it is used. Returns the checkpoint that was loaded: where `manifest`
+        turns out to be damaged, on any rank, the newest sound one before it. Raises CheckpointError if there is none,
+        or if it is another model's: flat offsets alone would fit a smaller one.
         """
-        where = catalogue.checkpoint_store(self._store, manifest).shown()
-        manifests.require_same_tensors(manifest.tensors, tensors, where)
         slots = list(engine.slots())
         wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
-        problem: DistFtError | None = None
-        try:
-            for index, values in catalogue.reader(self._store, manifest).read_many(wanted):
+
+        def fill(found: Manifest) -> None:
+            where = catalogue.checkpoint_store(self._store, found).shown()
+            manifests.require_same_tensors(found.tensors, tensors, where)
+            reader = catalogue.shared_reader(self._store, found, self._world, self._collectives)
+            for index, values in reader.read_many(wanted):
                 slots[index].write(torch.from_numpy(values))
-        except DistFtError as error:
-            problem = error
-        raise_together(self._collectives, problem)
-        engine.finish_load(manifest.progress.optimizer_step)
+
+        name = manifests.folder_name(manifest.progress.step, manifest.attempt)
+        loaded = self._go_on_from(catalogue.newest(self._store, self._world, self._collectives, fill, name))
+        if loaded is None:
+            raise CheckpointError(f"{self._store.shown(catalogue.FOLDER)}: {name} is gone, and there is none before it")
+        engine.finish_load(loaded.progress.optimizer_step)
+        return loaded
 
     def save(self, engine: Engine, draft: Draft) -> Outcome:
         """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
@@ -25,6 +25,8 @@ from dist_ft.storage import Store
 T = TypeVar("T")
 IN_FLIGHT = 4
 """Files written at once."""
+AHEAD = 2
+"""Files still being written while the next one is made, where training waits for them."""
 
 
 class Writer:
@@ -39,9 +41,17 @@ class Writer:
         self._buffers: list[torch.Tensor] = []
 
     def write(self, folder: Store, slots: Sequence[Slot]) -> list[FileEntry]:
-        """Write the slots this worker owns, a file at a time, and return the manifest's entries; little memory."""
+        """Write the slots this worker owns and return the manifest's entries; memory for a few files only."""
         owned = [slot for slot in slots if slot.owned]
-        return [self._write(folder, part, layout.fill(owned)) for part, layout in enumerate(layouts(owned))]
+        running: list[Future[FileEntry]] = []
+        try:
+            for part, layout in enumerate(layouts(owned)):
+                if part >= AHEAD:
+                    running[part - AHEAD].result()
+                running.append(self.later(partial(self._write, folder, part, layout.fill(owned))))
+        finally:
+            wait(running)  # what fails is cleared away: nothing may be written after
+        return [file.result() for file in running]
 
     def prepare(self, slots: Sequence[Slot]) -> None:
         """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others."""
@@ -89,4 +99,4 @@ class Writer:
         failpoints.hit("checkpoint.before_file", self._rank)
         folder.write(path, view)
         failpoints.hit("checkpoint.after_file", self._rank)
-        return manifests.entry(path, view)
+        return manifests.entry_in_blocks(path, view)
