@@ -24,7 +24,7 @@ PART_BYTES = 64 * 2**20
 """Most bytes of values in a file: what is written, checked, sent at once."""
 REQUEST_BYTES = 16 * 2**20
 """Most bytes read at once."""
-GAP_BYTES = 2**20
+GAP_BYTES = 2**21
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code) for name, code in

@@ -20,7 +20,7 @@ _SEAL, _END = b',\n "checksum": "', b"\n}"
 _DIGITS = 16
 _FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 NAME = "manifest.json"
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**21
 """What has a checksum of its own: the least that can be read and checked. 16 characters of manifest each."""
 
 

@@ -47,13 +47,13 @@ def test_round_trip():
 
 
 def test_each_block_has_a_checksum():
-    content = memoryview(np.arange(525_000, dtype=np.uint32).tobytes())
+    content = memoryview(np.arange(1_050_000, dtype=np.uint32).tobytes())
     entry = manifests.entry_in_blocks("f", content)
-    assert entry.block_bytes == 2**20 and len(entry.blocks) == 3 * 16
-    for start, stop in ((0, 2**20), (2**20, 2**21), (2**20, len(content)), (0, len(content))):
+    assert entry.block_bytes == 2**21 and len(entry.blocks) == 3 * 16
+    for start, stop in ((0, 2**21), (2**21, 2**22), (2**21, len(content)), (0, len(content))):
         assert manifests.matches(entry, start, content[start:stop])
         assert not manifests.matches(entry, start, content[1:][start:stop])
-    assert not manifests.matches(entry, 2**20, content[:2**20]), "as good, but of another place"
+    assert not manifests.matches(entry, 2**21, content[:2**21]), "as good, but of another place"
     whole = manifests.entry("f", content)
     assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
 
