@@ -17,6 +17,16 @@ def write_file(path: str, content: bytes | memoryview) -> None:
     _by_way_of(path, content, os.replace)
 
 
+def read_into(path: str, start: int, memory: memoryview) -> memoryview:
+    """Fill `memory` with the bytes of a file from `start` on; return the part of it that the file reaches."""
+    done = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(memory) and (count := file.readinto(memory[done:])):
+            done += count
+    return memory[:done]
+
+
 def create_file(path: str, content: bytes) -> None:
     """As `write_file`, but a file that is already there is an error (a hard link can not overwrite).
 

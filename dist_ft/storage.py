@@ -82,13 +82,15 @@ class Store:
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or all of them; fewer bytes than asked for are an error."""
-        def fetch(fs: Any, full: str) -> bytes:
-            content = fs.cat_file(full, start=start, end=stop)
-            if stop is not None and len(content) != stop - (start or 0):
-                raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
-            return content
+        return self._call("read", path, lambda fs, full: _whole(fs.cat_file(full, start=start, end=stop), start, stop))
 
-        return self._call("read", path, fetch)
+    def read_into(self, path: str, start: int, memory: memoryview) -> memoryview:
+        """Return as many bytes of a file as `memory` is long, from `start` on; from a local disk, in that memory."""
+        stop = start + len(memory)
+        if not is_local(self.url):
+            return memoryview(self.read(path, start, stop))
+        return self._call("read", path,
+                          lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop))
 
     def write(self, path: str, content: bytes | memoryview) -> None:
         """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
@@ -149,6 +151,13 @@ class Store:
 
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
         return _attempt(verb, self.full(path), action)
+
+
+def _whole(content: Any, start: int | None, stop: int | None) -> Any:
+    """Return `content`, all of the bytes [start, stop) of a file; OSError if some are missing."""
+    if stop is not None and len(content) != stop - (start or 0):
+        raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
+    return content
 
 
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:

@@ -153,7 +153,7 @@ class FragmentReader:
         return next(self.read_many([Wanted(0, name, key, offset, numel)]))[1]
 
     def read_many(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index, values) for every request, each as soon as its last byte has come.
+        """Yield (index, values) for every request, each as soon as its last byte has come; good until the next.
 
         Raises DamagedError if bytes are not what was written; none of those has been given out then.
         """
@@ -167,11 +167,16 @@ class FragmentReader:
         parts = self._files.read_all([(path, first, last) for path, first, last, _ in requests])
         for part, (*_, copies) in zip(parts, requests, strict=True):
             for copy in copies:
+                content = np.frombuffer(part.slice(copy.start, copy.stop), np.uint8)
+                if len(content) == sizes[copy.index] * copy.dtype.itemsize:
+                    values = content.view(copy.dtype)
+                    if values.flags.aligned and values.flags.writeable:  # torch wants to be able to write
+                        yield copy.index, values
+                        continue
                 buffer = buffers.get(copy.index)
                 if buffer is None:
                     buffer = buffers[copy.index] = np.empty(sizes[copy.index], copy.dtype)
                     missing[copy.index] = buffer.nbytes
-                content = np.frombuffer(part.slice(copy.start, copy.stop), np.uint8)
                 buffer.view(np.uint8)[copy.into:copy.into + len(content)] = content
                 missing[copy.index] -= len(content)
                 if missing[copy.index] == 0:

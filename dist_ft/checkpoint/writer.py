@@ -25,7 +25,7 @@ from dist_ft.storage import Store
 T = TypeVar("T")
 IN_FLIGHT = 4
 """Files written at once."""
-AHEAD = 2
+AHEAD = 3
 """Files still being written while the next one is made, where training waits for them."""
 
 
