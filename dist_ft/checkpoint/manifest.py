@@ -7,6 +7,7 @@ versions), and nothing here touches storage.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pydantic
@@ -17,7 +18,7 @@ from dist_ft.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _SEAL, _END = b',\n "checksum": "', b"\n}"
-_DIGITS = 16
+_KIND, _DIGITS = "xxh3_128:", 16
 _FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 NAME = "manifest.json"
 BLOCK_BYTES = 2**21
@@ -118,7 +119,7 @@ class Manifest(_Frozen):
 
 def checksum(content: bytes | memoryview) -> str:
     """Return the checksum manifests carry. It finds damage; it is no signature."""
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+    return f"{_KIND}{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def entry(path: str, content: bytes | memoryview) -> FileEntry:
@@ -128,13 +129,16 @@ def entry(path: str, content: bytes | memoryview) -> FileEntry:
 
 def entry_in_blocks(path: str, content: memoryview) -> FileEntry:
     """Return the manifest entry of a file with this content, parts of which can be read and checked."""
-    return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content), block_bytes=BLOCK_BYTES,
-                     blocks=_digests(content, BLOCK_BYTES))
+    whole, blocks = xxhash.xxh3_128(), []
+    for block in _blocks(content, BLOCK_BYTES):  # both while it is in the processor's cache
+        whole.update(block)
+        blocks.append(xxhash.xxh3_64_hexdigest(block))
+    return FileEntry(path=path, num_bytes=len(content), checksum=f"{_KIND}{whole.hexdigest()}", block_bytes=BLOCK_BYTES,
+                     blocks="".join(blocks))
 
 
-def _digests(content: memoryview, block_bytes: int) -> str:
-    return "".join(xxhash.xxh3_64_hexdigest(content[start:start + block_bytes])
-                   for start in range(0, len(content), block_bytes))
+def _blocks(content: memoryview, block_bytes: int) -> Iterator[memoryview]:
+    return (content[start:start + block_bytes] for start in range(0, len(content), block_bytes))
 
 
 def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
@@ -142,7 +146,7 @@ def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
     if not entry.block_bytes:
         return len(content) == entry.num_bytes and checksum(content) == entry.checksum
     first = start // entry.block_bytes * _DIGITS
-    found = _digests(content, entry.block_bytes)
+    found = "".join(map(xxhash.xxh3_64_hexdigest, _blocks(content, entry.block_bytes)))
     return entry.blocks[first:first + len(found)] == found
 
 

@@ -55,6 +55,7 @@ def test_each_block_has_a_checksum():
         assert not manifests.matches(entry, start, content[1:][start:stop])
     assert not manifests.matches(entry, 2**21, content[:2**21]), "as good, but of another place"
     whole = manifests.entry("f", content)
+    assert entry.checksum == whole.checksum
     assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
 
 
