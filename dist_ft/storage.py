@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from threading import Lock
 from typing import Any
@@ -92,11 +92,12 @@ class Store:
         return self._call("read", path,
                           lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop))
 
-    def write(self, path: str, content: bytes | memoryview) -> None:
-        """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
+    def write(self, path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
+        """Write a file, given in parts or not, whole or not at all; on a local disk it is on the platter then."""
         if is_local(self.url):
             return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
-        return self._call("write", path, lambda fs, full: fs.pipe_file(full, bytes(content)))
+        whole = bytes(content) if isinstance(content, bytes | memoryview) else b"".join(content)
+        return self._call("write", path, lambda fs, full: fs.pipe_file(full, whole))
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file only if it does not exist; return whether it was this call that made it."""

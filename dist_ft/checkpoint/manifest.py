@@ -7,7 +7,6 @@ versions), and nothing here touches storage.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pydantic
@@ -127,18 +126,22 @@ def entry(path: str, content: bytes | memoryview) -> FileEntry:
     return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
 
 
-def entry_in_blocks(path: str, content: memoryview) -> FileEntry:
-    """Return the manifest entry of a file with this content, parts of which can be read and checked."""
-    whole, blocks = xxhash.xxh3_128(), []
-    for block in _blocks(content, BLOCK_BYTES):  # both while it is in the processor's cache
-        whole.update(block)
-        blocks.append(xxhash.xxh3_64_hexdigest(block))
-    return FileEntry(path=path, num_bytes=len(content), checksum=f"{_KIND}{whole.hexdigest()}", block_bytes=BLOCK_BYTES,
-                     blocks="".join(blocks))
-
-
-def _blocks(content: memoryview, block_bytes: int) -> Iterator[memoryview]:
-    return (content[start:start + block_bytes] for start in range(0, len(content), block_bytes))
+def entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
+    """Return the manifest entry of a file with this content (all parts, each of bytes), which can be read in parts."""
+    whole, block, digests, room = xxhash.xxh3_128(), xxhash.xxh3_64(), [], BLOCK_BYTES
+    for part in parts:
+        while len(part):
+            piece, part = part[:room], part[room:]
+            whole.update(piece)
+            block.update(piece)
+            room -= len(piece)
+            if not room:
+                digests.append(block.hexdigest())
+                block, room = xxhash.xxh3_64(), BLOCK_BYTES
+    if room < BLOCK_BYTES:
+        digests.append(block.hexdigest())
+    return FileEntry(path=path, num_bytes=sum(map(len, parts)), checksum=f"{_KIND}{whole.hexdigest()}",
+                     block_bytes=BLOCK_BYTES, blocks="".join(digests))
 
 
 def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
@@ -146,7 +149,8 @@ def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
     if not entry.block_bytes:
         return len(content) == entry.num_bytes and checksum(content) == entry.checksum
     first = start // entry.block_bytes * _DIGITS
-    found = "".join(map(xxhash.xxh3_64_hexdigest, _blocks(content, entry.block_bytes)))
+    found = "".join(xxhash.xxh3_64_hexdigest(content[begin:begin + entry.block_bytes])
+                    for begin in range(0, len(content), entry.block_bytes))
     return entry.blocks[first:first + len(found)] == found
 
 

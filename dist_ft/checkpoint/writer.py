@@ -41,14 +41,17 @@ class Writer:
         self._buffers: list[torch.Tensor] = []
 
     def write(self, folder: Store, slots: Sequence[Slot]) -> list[FileEntry]:
-        """Write the slots this worker owns and return the manifest's entries; memory for a few files only."""
+        """Write the slots this worker owns, which must not change meanwhile, and return the manifest's entries.
+
+        What lies in host memory is written from where it lies; a few files' worth of memory for the rest.
+        """
         owned = [slot for slot in slots if slot.owned]
         running: list[Future[FileEntry]] = []
         try:
             for part, layout in enumerate(layouts(owned)):
                 if part >= AHEAD:
                     running[part - AHEAD].result()
-                running.append(self.later(partial(self._write, folder, part, layout.fill(owned))))
+                running.append(self.later(partial(self._write, folder, part, layout.parts(owned))))
         finally:
             wait(running)  # what fails is cleared away: nothing may be written after
         return [file.result() for file in running]
@@ -89,14 +92,17 @@ class Writer:
         for part, content in enumerate(self._buffers):
             if self._bytes_per_s:
                 time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
-            running.append(self.later(partial(self._write, folder, part, content)))
+            running.append(self.later(partial(self._write, folder, part, [_bytes_of(content)])))
             sent += len(content)
         return [file.result() for file in running]
 
-    def _write(self, folder: Store, part: int, content: torch.Tensor) -> FileEntry:
+    def _write(self, folder: Store, part: int, content: Sequence[memoryview]) -> FileEntry:
         path = f"rank-{self._rank:05d}-{part:04d}.safetensors"
-        view = memoryview(content.numpy())  # type: ignore[arg-type]
         failpoints.hit("checkpoint.before_file", self._rank)
-        folder.write(path, view)
+        folder.write(path, content)
         failpoints.hit("checkpoint.after_file", self._rank)
-        return manifests.entry_in_blocks(path, view)
+        return manifests.entry_in_blocks(path, *content)
+
+
+def _bytes_of(content: torch.Tensor) -> memoryview:
+    return memoryview(content.numpy())  # type: ignore[arg-type]

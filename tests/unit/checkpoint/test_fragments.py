@@ -54,7 +54,7 @@ def write(store: Store, *writers: list[Fragment], entry=manifest.entry_in_blocks
         slots = [slot_of(fragment) for fragment in own]
         for part, layout in enumerate(images.layouts(slots)):
             content = layout.fill(slots).numpy().tobytes()
-            assert len(content) == layout.num_bytes
+            assert len(content) == layout.num_bytes and b"".join(layout.parts(slots)) == content
             store.write(f"{rank}-{part}", content)
             files.append(entry(f"{rank}-{part}", memoryview(content)))
     return CheckedFiles(store, files)
@@ -244,6 +244,7 @@ def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
     slots = [Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_) for name, values in held.items()]
     (layout,) = images.layouts(slots)
     got = load(layout.fill(slots).numpy().tobytes())
+    assert b"".join(layout.parts(slots)) == layout.fill(slots).numpy().tobytes()
     assert got.keys() == {f"buffer:7:{name}" for name in held}
     assert all(torch.equal(got[f"buffer:7:{name}"], values.float() if name == "b" else values)
                for name, values in held.items())

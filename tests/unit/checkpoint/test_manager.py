@@ -117,7 +117,7 @@ def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monk
     assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
 
 
-@pytest.mark.parametrize("entry", [manifests.entry, manifests.entry_in_blocks])
+@pytest.mark.parametrize("entry", [lambda path, *parts: manifests.entry(path, b"".join(parts)), manifests.entry_in_blocks])
 @pytest.mark.parametrize("place", [0, 9, 5000, -1])
 @pytest.mark.parametrize("name", FILES[1:])
 def test_fault_17_a_flipped_bit_is_found_while_loading(store, attempt, monkeypatch, caplog, name, place, entry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,6 +57,9 @@ def test_each_block_has_a_checksum():
     assert not manifests.matches(entry, 2**21, content[:2**21]), "as good, but of another place"
     whole = manifests.entry("f", content)
     assert entry.checksum == whole.checksum
+    cuts = [0, 0, 5, 2**20, 2**21, 2**21 + 1, 4_000_000, len(content)]
+    assert manifests.entry_in_blocks("f", *(content[a:b] for a, b in pairwise(cuts))) == entry
+    assert manifests.entry_in_blocks("f", memoryview(b"")).blocks == ""
     assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
 
 
