@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -12,9 +12,19 @@ HIDDEN = ".tmp-"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def write_file(path: str, content: bytes | memoryview) -> None:
+def write_file(path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
     """Write beside the target, force it to disk, rename over it."""
     _by_way_of(path, content, os.replace)
+
+
+def read_into(path: str, start: int, memory: memoryview) -> memoryview:
+    """Fill `memory` with the bytes of a file from `start` on; return the part of it that the file reaches."""
+    done = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(memory) and (count := file.readinto(memory[done:])):
+            done += count
+    return memory[:done]
 
 
 def create_file(path: str, content: bytes) -> None:
@@ -40,13 +50,15 @@ def _exclusively(path: str, content: bytes) -> None:
             raise
 
 
-def _to_disk(file: BinaryIO, content: bytes | memoryview) -> None:
-    file.write(content)
+def _to_disk(file: BinaryIO, content: bytes | memoryview | Sequence[memoryview]) -> None:
+    for part in [content] if isinstance(content, bytes | memoryview) else content:
+        file.write(part)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _by_way_of(path: str, content: bytes | memoryview, place: Callable[[str, str], None]) -> None:
+def _by_way_of(path: str, content: bytes | memoryview | Sequence[memoryview],
+               place: Callable[[str, str], None]) -> None:
     """Write a hidden file beside `path`, force it to disk, `place` it, force the folder's entry to disk."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from threading import Lock
 from typing import Any
@@ -82,19 +82,22 @@ class Store:
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or all of them; fewer bytes than asked for are an error."""
-        def fetch(fs: Any, full: str) -> bytes:
-            content = fs.cat_file(full, start=start, end=stop)
-            if stop is not None and len(content) != stop - (start or 0):
-                raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
-            return content
+        return self._call("read", path, lambda fs, full: _whole(fs.cat_file(full, start=start, end=stop), start, stop))
 
-        return self._call("read", path, fetch)
+    def read_into(self, path: str, start: int, memory: memoryview) -> memoryview:
+        """Return as many bytes of a file as `memory` is long, from `start` on; from a local disk, in that memory."""
+        stop = start + len(memory)
+        if not is_local(self.url):
+            return memoryview(self.read(path, start, stop))
+        return self._call("read", path,
+                          lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop))
 
-    def write(self, path: str, content: bytes | memoryview) -> None:
-        """Write a file whole or not at all; on a local disk it is on the platter when this returns."""
+    def write(self, path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
+        """Write a file, given in parts or not, whole or not at all; on a local disk it is on the platter then."""
         if is_local(self.url):
             return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
-        return self._call("write", path, lambda fs, full: fs.pipe_file(full, bytes(content)))
+        whole = bytes(content) if isinstance(content, bytes | memoryview) else b"".join(content)
+        return self._call("write", path, lambda fs, full: fs.pipe_file(full, whole))
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file only if it does not exist; return whether it was this call that made it."""
@@ -149,6 +152,13 @@ class Store:
 
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
         return _attempt(verb, self.full(path), action)
+
+
+def _whole(content: Any, start: int | None, stop: int | None) -> Any:
+    """Return `content`, all of the bytes [start, stop) of a file; OSError if some are missing."""
+    if stop is not None and len(content) != stop - (start or 0):
+        raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
+    return content
 
 
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:

@@ -8,97 +8,132 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.fragments import FragmentReader
-from dist_ft.checkpoint.manifest import FileEntry, Manifest
+from dist_ft.checkpoint.blocks import CheckedFiles
+from dist_ft.checkpoint.fragments import REQUEST_BYTES, FragmentReader, gather_index
+from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from dist_ft.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.logs import redact
 from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, on_rank0, raise_together
+from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
 FOLDER = "checkpoints"
 ATTEMPTS = "attempts"
 
 
-def newest(store: Store, world: World, collectives: Collectives) -> Manifest | None:
-    """Return the newest checkpoint whose every file matches its manifest; None before the first; a collective call.
+def newest(store: Store, world: World, collectives: Collectives, take: Callable[[Manifest], None] | None = None,
+           upto: str = "") -> Manifest | None:
+    """Return the newest checkpoint that is what was written; None before the first; a collective call.
 
-    The files are shared out over the ranks for verification. What is passed over is logged with the reason. Storage
-    that does not answer, or a checkpoint of a newer dist_ft, is an error: the run must not go back because of it. So
-    is a run of which no checkpoint is sound: to begin again is for its owner to decide.
+    What is passed over is logged with the reason. Storage that does not answer, or a checkpoint of a newer dist_ft, is
+    an error: the run must not go back because of it. So is a run of which no checkpoint is sound: to begin again is for
+    its owner to decide.
+
+    Args:
+        store: the run's folder.
+        world: this process among its peers.
+        collectives: how they talk.
+        take: raises DamagedError if the checkpoint is not what was written, on any rank, and any other error to end
+            the search; by default every file is read and held against the manifest, shared out over the ranks.
+        upto: name of the newest checkpoint that comes into question.
     """
+    take = take or (lambda manifest: verify(store, manifest, world))
     names = on_rank0(world, collectives, lambda: committed(store))
+    names = [name for name in names if not upto or _order(name) <= _order(upto)]
     first = ""
     for name in names:
-        manifest, problem = None, ""
-        failure: DistFtError | None = None
-        try:
-            manifest = load_manifest(store, name)
-            verify(store, manifest, world)
-        except (StorageError, manifests.NewerFormatError) as error:
-            failure = error
-        except CheckpointError as error:
-            problem = str(error)
-        raise_together(collectives, failure)
-        problems = [text for text in collectives.all_gather(problem) if text]
-        if not problems:
+        manifest, problem = taken(store, name, world, collectives, take)
+        if not problem:
             return manifest
         if world.rank == 0:
-            log.warning("checkpoint %s is passed over: %s", name, problems[0])
-        first = first or problems[0]
+            log.warning("checkpoint %s is passed over: %s", name, problem)
+        first = first or problem
     if names:
         raise CheckpointError(f"{store.shown(FOLDER)}: none of the {len(names)} committed checkpoints can be loaded "
                               f"(the newest: {first}); restore one from a copy, or move the folder away to begin again")
     return None
 
 
+def taken(store: Store, name: str, world: World, collectives: Collectives, take: Callable[[Manifest], None],
+          folder: str = FOLDER) -> tuple[Manifest | None, str]:
+    """Return a checkpoint's manifest, taken by all ranks, and how it is damaged: the same on all ranks."""
+    try:
+        manifest = on_rank0(world, collectives, lambda: load_manifest(store, name, folder))
+    except DamagedError as error:
+        return None, str(error)
+    problem: DistFtError | None = None
+    try:
+        take(manifest)
+    except DistFtError as error:
+        problem = error
+    problems = [error for error in collectives.all_gather(problem) if error is not None]
+    for failure in problems:
+        if not isinstance(failure, DamagedError):
+            raise failure
+    return manifest, str(problems[0]) if problems else ""
+
+
 def committed(store: Store, folder: str = FOLDER) -> list[str]:
     """Return the names of all checkpoints in `folder` that have a manifest, newest first."""
     names = [name for name in store.list(folder) if manifests.parse_folder(name)]
-    names.sort(key=lambda name: manifests.parse_folder(name) or (0, 0), reverse=True)
+    names.sort(key=_order, reverse=True)
     return [name for name in names if store.exists(f"{folder}/{name}/{manifests.NAME}")]
 
 
+def _order(name: str) -> tuple[int, int]:
+    return manifests.parse_folder(name) or (0, 0)
+
+
 def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
-    """Read the manifest of checkpoint `name`; raises CheckpointError if it is not sound or another's."""
+    """Read the manifest of checkpoint `name`; raises DamagedError if it is not sound or another's."""
     path = f"{folder}/{name}/{manifests.NAME}"
-    manifest = manifests.parse(_read(store, path), store.shown(path))
+    try:
+        content = store.read(path)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # the checkpoint's fault, not the storage's
+            raise DamagedError(f"{store.shown(path)}: the file is not there") from error
+        raise
+    manifest = manifests.parse(content, store.shown(path))
     own = manifests.folder_name(manifest.progress.step, manifest.attempt)
     if own != name:
-        raise CheckpointError(f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
+        raise DamagedError(f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
                               "renamed; it will not be loaded")
     return manifest
 
 
-def _read(store: Store, path: str) -> bytes:
-    """Return a file of a checkpoint; that it is absent is the checkpoint's fault, not the storage's."""
-    try:
-        return store.read(path)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CheckpointError(f"{store.shown(path)}: the file is not there") from error
-        raise
+def require_whole(store: Store, manifest: Manifest) -> None:
+    """Raise DamagedError if a file is missing or has another length: one listing tells, no file is read."""
+    require_there(checkpoint_store(store, manifest), manifest.files)
+
+
+def require_there(folder: Store, files: Iterable[FileEntry]) -> None:
+    """Raise DamagedError if one of `files` is missing in `folder`, or has another length."""
+    there = folder.sizes()
+    for item in files:
+        if item.path not in there:
+            raise DamagedError(f"{folder.shown(item.path)}: the file is not there")
+        if there[item.path] != item.num_bytes:
+            raise DamagedError(f"{folder.shown(item.path)}: {there[item.path]} bytes, the manifest says "
+                               f"{item.num_bytes}")
 
 
 def verify(store: Store, manifest: Manifest, world: World) -> None:
-    """Check length and checksum of this rank's share of the files; raises CheckpointError where they differ."""
-    folder = checkpoint_store(store, manifest)
-    for index in world.share(len(manifest.files)):
-        item = manifest.files[index]
-        problem = damage(folder, item) and damage(folder, item)  # what was spoilt on the way comes well again
-        if problem:
-            raise CheckpointError(f"{folder.shown(item.path)}: {problem}")
+    """Check length and checksum of this rank's share of the files; raises DamagedError where they differ."""
+    require_whole(store, manifest)
+    files = _files(store, manifest)
+    own = [manifest.files[index] for index in world.share(len(manifest.files))]
+    windows = [(item.path, start, min(item.num_bytes, start + width)) for item in own
+               for width in [files.window(item.path, REQUEST_BYTES)] for start in range(0, item.num_bytes, width)]
+    for _ in files.read_all(windows):
+        pass
 
 
-def damage(folder: Store, item: FileEntry) -> str:
-    """Say how a file differs from its manifest; "" if it does not."""
-    content = _read(folder, item.path)
-    if len(content) != item.num_bytes:
-        return f"{len(content)} bytes, the manifest says {item.num_bytes}"
-    return "" if manifests.checksum(content) == item.checksum else "its checksum differs from the manifest's"
+def _files(store: Store, manifest: Manifest) -> CheckedFiles:
+    return CheckedFiles(checkpoint_store(store, manifest), manifest.files)
 
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:
@@ -108,7 +143,13 @@ def checkpoint_store(store: Store, manifest: Manifest) -> Store:
 
 def reader(store: Store, manifest: Manifest) -> FragmentReader:
     """Return a reader of the checkpoint's fragments."""
-    return FragmentReader(checkpoint_store(store, manifest), [(f.path, f.num_bytes) for f in manifest.files])
+    return FragmentReader(_files(store, manifest))
+
+
+def shared_reader(store: Store, manifest: Manifest, world: World, collectives: Collectives) -> FragmentReader:
+    """Return a reader of the checkpoint's fragments, the headers read by all ranks together; a collective call."""
+    files = _files(store, manifest)
+    return FragmentReader(files, gather_index(files, world, collectives))
 
 
 def newest_attempt(store: Store) -> int:

@@ -1,7 +1,8 @@
 """Fragments: (parameter name, flat offset, values) in safetensors files; reading any part of them back.
 
 A worker writes the slots it owns (`images`); a reader asks for the slots it has, in whatever world, and gets the bytes
-that overlap, in few merged range reads. Neither side knows the other's world size or ZeRO stage.
+that overlap: read once, in few merged requests, several on their way, each checked before it is given out (`blocks`).
+Neither side knows the other's world size or ZeRO stage.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from dist_ft.errors import CheckpointError
-from dist_ft.storage import Store
+from dist_ft.checkpoint.blocks import CheckedFiles, Part
+from dist_ft.errors import CheckpointError, DistFtError
+from dist_ft.world import Collectives, World, raise_together
 
 PART_BYTES = 64 * 2**20
-"""Most bytes of values in a file, and in one request: what is written, checked, sent, read at once."""
-GAP_BYTES = 2**20
+"""Most bytes of values in a file: what is written, checked, sent at once."""
+REQUEST_BYTES = 16 * 2**20
+"""Most bytes read at once."""
+GAP_BYTES = 2**21
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code) for name, code in
@@ -40,14 +45,46 @@ class Located:
     dtype: np.dtype
 
 
-def read_header(store: Store, path: str, num_bytes: int) -> dict[tuple[str, str], list[Located]]:
-    """Return what lies where in a fragment file; raises CheckpointError for a header that is not sound."""
+Index = dict[tuple[str, str], list[Located]]
+"""What lies where, by (parameter name, key)."""
+
+
+def read_index(files: CheckedFiles, paths: Sequence[str]) -> Index:
+    """Return what lies in some of a checkpoint's files; raises CheckpointError for a header that is not sound."""
+    index: Index = defaultdict(list)
+    begins = files.read_all([(path, 0, min(files.num_bytes(path), 8)) for path in paths])
+    for path, begin in zip(paths, begins, strict=True):
+        for where, found in _read_header(files, path, begin).items():
+            index[where].extend(found)
+    return index
+
+
+def gather_index(files: CheckedFiles, world: World, collectives: Collectives) -> Index:
+    """Return what lies in all files of a checkpoint, each header having been read by one rank; a collective call."""
+    own: Index = {}
+    problem: DistFtError | None = None
     try:
-        length = int.from_bytes(store.read(path, 0, 8), "little") if num_bytes >= 8 else 0
+        own = read_index(files, [files.paths[i] for i in world.share(len(files.paths))])
+    except DistFtError as error:
+        problem = error
+    raise_together(collectives, problem)
+    index: Index = defaultdict(list)
+    for part in collectives.all_gather(own):
+        for where, found in part.items():
+            index[where].extend(found)
+    return index
+
+
+def _read_header(files: CheckedFiles, path: str, begin: Part) -> Index:
+    """Return what lies where in a file, of which the first block was read."""
+    num_bytes = files.num_bytes(path)
+    try:
+        length = int.from_bytes(begin.slice(0, 8), "little") if num_bytes >= 8 else 0
         if not 2 <= length <= min(num_bytes - 8, HEADER_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {num_bytes}")
-        header = json.loads(store.read(path, 8, 8 + length))
-        found: dict[tuple[str, str], list[Located]] = defaultdict(list)
+        whole = begin if 8 + length <= len(begin.content) else files.read(path, 0, 8 + length)
+        header = json.loads(bytes(whole.slice(8, 8 + length)))
+        found: Index = defaultdict(list)
         for label, info in dict(header).items():
             if label != "__metadata__":
                 name, key, located = _locate(path, label, info, 8 + length, num_bytes)
@@ -55,7 +92,7 @@ def read_header(store: Store, path: str, num_bytes: int) -> dict[tuple[str, str]
         return found
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | RecursionError) else str(error)
-        raise CheckpointError(f"{store.shown(path)}: not a sound fragment file ({what}); it will not be "
+        raise CheckpointError(f"{files.shown(path)}: not a sound fragment file ({what}); it will not be "
                               "loaded") from error
 
 
@@ -84,39 +121,35 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One overlap: `numel` elements at byte `start` of a file go to element `into` of request `index`."""
+    """One overlap: the bytes [start, stop) of a file go to byte `into` of request `index`."""
 
     index: int
     into: int
-    numel: int
+    path: str
     start: int
+    stop: int
     dtype: np.dtype
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.numel * self.dtype.itemsize
 
 
 class FragmentReader:
     """Reads parts of parameters out of the fragment files of one checkpoint."""
 
-    def __init__(self, store: Store, files: Sequence[tuple[str, int]]) -> None:
-        """Take the folder and its (path, bytes) files; headers are read at the first request."""
-        self._store = store
+    def __init__(self, files: CheckedFiles, index: Index | None = None) -> None:
+        """Take the files, and what lies where in them; none: all headers are read at the first request."""
         self._files = files
-        self._index: dict[tuple[str, str], list[Located]] | None = None
+        self._index = index
+
+    def shown(self) -> str:
+        """Return the URL of the checkpoint, without credentials."""
+        return self._files.shown()
 
     def keys(self) -> set[tuple[str, str]]:
         """Return every (name, key) in the checkpoint."""
         return set(self._located())
 
-    def _located(self) -> dict[tuple[str, str], list[Located]]:
+    def _located(self) -> Index:
         if self._index is None:
-            index: dict[tuple[str, str], list[Located]] = defaultdict(list)
-            for path, num_bytes in self._files:
-                for where, found in read_header(self._store, path, num_bytes).items():
-                    index[where].extend(found)
-            self._index = index
+            self._index = read_index(self._files, self._files.paths)
         return self._index
 
     def read(self, name: str, key: str, offset: int, numel: int) -> np.ndarray:
@@ -124,31 +157,39 @@ class FragmentReader:
         return next(self.read_many([Wanted(0, name, key, offset, numel)]))[1]
 
     def read_many(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index, values) for every request, each as soon as its last byte has come."""
-        by_file = self._plan(wanted)
+        """Yield (index, values) for every request, each as soon as its last byte has come; good until the next.
+
+        Raises DamagedError if bytes are not what was written; none of those has been given out then.
+        """
+        requests = list(_merge(self._plan(wanted), self._files))
+        sizes = {request.index: request.numel for request in wanted}
         buffers: dict[int, np.ndarray] = {}
-        missing = {request.index: request.numel for request in wanted}
-        sizes = dict(missing)
+        missing: dict[int, int] = {}
         for request in wanted:
             if request.numel == 0:
                 yield request.index, np.zeros(0, np.float32)
-        for path in sorted(by_file):
-            for first, last, copies in _merge(by_file[path]):
-                content = memoryview(self._store.read(path, first, last))
-                for copy in copies:
-                    values = np.frombuffer(content, copy.dtype, copy.numel, copy.start - first)
-                    buffer = buffers.get(copy.index)
-                    if buffer is None:
-                        buffer = buffers[copy.index] = np.empty(sizes[copy.index], copy.dtype)
-                    buffer[copy.into:copy.into + copy.numel] = values
-                    missing[copy.index] -= copy.numel
-                    if missing[copy.index] == 0:
-                        yield copy.index, buffers.pop(copy.index)
+        parts = self._files.read_all([(path, first, last) for path, first, last, _ in requests])
+        for part, (*_, copies) in zip(parts, requests, strict=True):
+            for copy in copies:
+                content = np.frombuffer(part.slice(copy.start, copy.stop), np.uint8)
+                if len(content) == sizes[copy.index] * copy.dtype.itemsize:
+                    values = content.view(copy.dtype)
+                    if values.flags.aligned and values.flags.writeable:  # torch wants to be able to write
+                        yield copy.index, values
+                        continue
+                buffer = buffers.get(copy.index)
+                if buffer is None:
+                    buffer = buffers[copy.index] = np.empty(sizes[copy.index], copy.dtype)
+                    missing[copy.index] = buffer.nbytes
+                buffer.view(np.uint8)[copy.into:copy.into + len(content)] = content
+                missing[copy.index] -= len(content)
+                if missing[copy.index] == 0:
+                    yield copy.index, buffers.pop(copy.index)
 
-    def _plan(self, wanted: Sequence[Wanted]) -> dict[str, list[_Copy]]:
-        """Return the overlaps of `wanted` with the fragments, by file; raises CheckpointError for a hole."""
+    def _plan(self, wanted: Sequence[Wanted]) -> list[_Copy]:
+        """Return the overlaps of `wanted` with the fragments; raises CheckpointError for a hole."""
         located = self._located()
-        by_file: dict[str, list[_Copy]] = defaultdict(list)
+        copies: list[_Copy] = []
         for request in wanted:
             stop, reached = request.offset + request.numel, request.offset
             for piece in sorted(located.get((request.name, request.key), ()), key=lambda found: found.offset):
@@ -156,28 +197,39 @@ class FragmentReader:
                 if begin > reached:
                     break
                 if end > begin:
-                    start = piece.start + (begin - piece.offset) * piece.dtype.itemsize
-                    by_file[piece.path].append(
-                        _Copy(request.index, begin - request.offset, end - begin, start, piece.dtype))
+                    width = piece.dtype.itemsize
+                    start = piece.start + (begin - piece.offset) * width
+                    copies.append(_Copy(request.index, (begin - request.offset) * width, piece.path, start,
+                                        start + (end - begin) * width, piece.dtype))
                     reached = end
             if reached < stop:
                 raise CheckpointError(
-                    f"{self._store.shown()}: elements from {reached} of {request.key} of {request.name} are not in "
+                    f"{self._files.shown()}: elements from {reached} of {request.key} of {request.name} are not in "
                     "this checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name")
-        return by_file
+        return copies
 
 
-def _merge(copies: list[_Copy]) -> Iterator[tuple[int, int, list[_Copy]]]:
-    """Yield (first byte, last byte, copies) of requests that join neighbours up to PART_BYTES."""
-    group: list[_Copy] = []
-    first = last = 0
-    for copy in sorted(copies, key=lambda item: item.start):
-        if group and (copy.start > last + GAP_BYTES or copy.stop - first > PART_BYTES):
-            yield first, last, group
-            group = []
-        if not group:
-            first = last = copy.start
-        group.append(copy)
-        last = max(last, copy.stop)
-    if group:
-        yield first, last, group
+def _merge(copies: Sequence[_Copy], files: CheckedFiles) -> Iterator[tuple[str, int, int, list[_Copy]]]:
+    """Yield (path, first byte, last byte, copies) of requests that join neighbours; no block is read twice."""
+    windows = {copy.path: files.window(copy.path, REQUEST_BYTES) for copy in copies}
+    cut = [part for copy in copies for part in _cut(copy, windows[copy.path])]
+    cut.sort(key=lambda copy: (copy.path, copy.start))
+    for (path, _), inside in groupby(cut, lambda copy: (copy.path, copy.start // windows[copy.path])):
+        group: list[_Copy] = []
+        last = 0
+        for copy in inside:
+            if group and copy.start > last + max(GAP_BYTES, files.window(path, 1)):
+                yield path, group[0].start, last, group
+                group = []
+            group.append(copy)
+            last = max(last, copy.stop)
+        yield path, group[0].start, last, group
+
+
+def _cut(copy: _Copy, window: int) -> Iterator[_Copy]:
+    """Yield the parts of a copy that lie in different windows of its file."""
+    start = copy.start
+    while start < copy.stop:
+        stop = min(copy.stop, (start // window + 1) * window)
+        yield replace(copy, into=copy.into + start - copy.start, start=start, stop=stop)
+        start = stop

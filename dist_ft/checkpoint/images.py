@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_ft.checkpoint import fragments
@@ -61,6 +62,15 @@ class Layout:
             content[start:start + piece.num_bytes].view(piece.dtype).copy_(values, non_blocking=True)
             start += piece.num_bytes
         return content
+
+    def parts(self, slots: Sequence[Slot]) -> list[memoryview]:
+        """Return the file in parts; nothing is copied that lies in host memory as it is stored: it must not change."""
+        found = [memoryview(self.header)]
+        for piece in self.pieces:
+            values = slots[piece.slot].read().detach()[piece.first:piece.first + piece.numel]
+            plain = values.to("cpu", piece.dtype).contiguous().numpy().view(np.uint8)
+            found.append(memoryview(plain))  # type: ignore[arg-type]
+        return found
 
 
 def layouts(slots: Sequence[Slot], first: int = 0) -> list[Layout]:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dist_ft import failpoints
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import catalogue, retention
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.fragments import Wanted
+from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, TensorInfo
 from dist_ft.checkpoint.node_tier import FOLDER as NODES
@@ -33,7 +33,7 @@ from dist_ft.config.schema import CheckpointSection
 from dist_ft.engine.base import Engine
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, on_rank0, raise_together
+from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
 
@@ -57,40 +57,52 @@ class CheckpointManager:
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
     def newest(self) -> Manifest | None:
-        """Return the newest sound checkpoint, the same on all ranks; this attempt's history goes on from it."""
-        manifest = self._newest_on_nodes() or catalogue.newest(self._store, self._world, self._collectives)
+        """Return the newest checkpoint, the same on all ranks, of which manifest and lengths are right.
+
+        None of its bytes is read: `load` checks them, and may have to go back further.
+        """
+        return self._go_on_from((self._nodes.newest() if self._nodes else None) or catalogue.newest(
+            self._store, self._world, self._collectives, self._require_whole))
+
+    def _require_whole(self, manifest: Manifest) -> None:
+        on_rank0(self._world, self._collectives, lambda: catalogue.require_whole(self._store, manifest))
+
+    def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
+        """Take a checkpoint for the end of the history that this attempt goes on with."""
         self._ledger, self._loose = (manifest.ledger if manifest else ()), None
         self._origin = origin = manifest.progress.step if manifest else -1
         if self._nodes is not None and self._world.rank == 0:
             self._nodes.forget(after=origin)
         return manifest
 
-    def _newest_on_nodes(self) -> Manifest | None:
-        """Return the newest checkpoint that lies on the nodes, unless storage has a newer one."""
-        if self._nodes is None:
-            return None
-        names = on_rank0(self._world, self._collectives, lambda: catalogue.committed(self._store)[:1])
-        return self._nodes.newest((manifests.parse_folder(names[0]) or (0, 0))[0] if names else 0)
-
-    def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> None:
+    def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> Manifest:
         """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
 
-        Raises CheckpointError if it is another model's: flat offsets alone would fit a smaller one.
+        Each byte is read once and checked before it is used. Returns the checkpoint that was loaded: where `manifest`
+        turns out to be damaged, on any rank, the newest sound one before it. Raises CheckpointError if there is none,
+        or if it is another model's: flat offsets alone would fit a smaller one.
         """
-        where = catalogue.checkpoint_store(self._store, manifest).shown()
-        manifests.require_same_tensors(manifest.tensors, tensors, where)
         slots = list(engine.slots())
         wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
-        problem: DistFtError | None = None
-        try:
-            reader = (self._nodes.reader(manifest) if self._nodes is not None and manifest.layout else
-                      catalogue.reader(self._store, manifest))
+
+        def fill(found: Manifest, reader: FragmentReader) -> None:
+            manifests.require_same_tensors(found.tensors, tensors, reader.shown())
             for index, values in reader.read_many(wanted):
                 slots[index].write(torch.from_numpy(values))
-        except DistFtError as error:
-            problem = error
-        raise_together(self._collectives, problem)
-        engine.finish_load(manifest.progress.optimizer_step)
+
+        def from_storage(found: Manifest) -> None:
+            fill(found, catalogue.shared_reader(self._store, found, self._world, self._collectives))
+
+        name = manifests.folder_name(manifest.progress.step, manifest.attempt)
+        loaded = self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
+        if loaded is None:
+            loaded = catalogue.newest(self._store, self._world, self._collectives, from_storage,
+                                      "" if manifest.layout else name)
+        if self._go_on_from(loaded) is None or loaded is None:
+            raise CheckpointError(f"{self._store.shown()}: checkpoint {name} is gone, and there is none before it; the "
+                                  "same command begins again")
+        engine.finish_load(loaded.progress.optimizer_step)
+        return loaded
 
     def save(self, engine: Engine, draft: Draft) -> Outcome:
         """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
@@ -209,7 +221,7 @@ class CheckpointManager:
             raise
         if nodes is None:
             self._ledger = ledger
-            self._prune(save.name)
+            retention.prune(self._store, self._section, self._attempt, self._origin, save.name)
         self._forget_on_nodes(save, ledger)
 
     def _forget_on_nodes(self, save: Save, ledger: tuple[LedgerEntry, ...]) -> None:
@@ -244,48 +256,10 @@ class CheckpointManager:
         folder.write(manifests.NAME, manifests.seal(manifest))
         failpoints.hit("checkpoint.after_manifest")
 
-    def _prune(self, newest: str) -> None:
-        """Remove checkpoints that retention does not keep, those this attempt passed over, and torn ones."""
-        try:
-            names = catalogue.committed(self._store)
-            history = [name for name in names if not self._passed_over(name)]
-            keep = {*kept(history, self._section), newest}
-            torn = [name for name in self._store.list(catalogue.FOLDER)
-                    if name not in names and _attempt(name) <= self._attempt]
-            self._remove([name for name in names if name not in keep] + torn)
-        except StorageError as error:
-            log.warning("old checkpoints were not removed: %s", error)
-
-    def _passed_over(self, name: str) -> bool:
-        """Tell whether a checkpoint is newer than the one this attempt went on from, and not its own."""
-        step, attempt = manifests.parse_folder(name) or (0, 0)
-        return self._origin is not None and attempt < self._attempt and step > self._origin
-
     def _clear_away(self, save: Save) -> None:
         """Remove what was written of a save that failed (of one on the nodes, this node's)."""
         if self._nodes is not None and save.draft.on_nodes:
             with contextlib.suppress(StorageError):
                 self._nodes.files(save.name).remove("")
         elif self._world.rank == 0:
-            self._remove([save.name])
-
-    def _remove(self, names: Sequence[str]) -> None:
-        """Remove checkpoints, manifests first; what can not be removed is logged."""
-        for name in names:
-            try:
-                self._store.remove(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
-                self._store.remove(f"{catalogue.FOLDER}/{name}")
-            except StorageError as error:
-                log.warning("checkpoint %s was not removed: %s", name, error)
-
-
-def _attempt(name: str) -> int:
-    parsed = manifests.parse_folder(name)
-    return parsed[1] if parsed else 2**31
-
-
-def kept(names: Sequence[str], section: CheckpointSection) -> list[str]:
-    """Return which of `names` (newest first) retention keeps."""
-    steps = {name: (manifests.parse_folder(name) or (0, 0))[0] for name in names}
-    every = section.keep_every_steps
-    return [name for i, name in enumerate(names) if i < section.keep_last or (every and steps[name] % every == 0)]
+            retention.remove(self._store, [save.name])

@@ -17,8 +17,15 @@ from dist_ft.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _SEAL, _END = b',\n "checksum": "', b"\n}"
+_KIND, _DIGITS = "xxh3_128:", 16
 _FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 NAME = "manifest.json"
+BLOCK_BYTES = 2**21
+"""What has a checksum of its own: the least that can be read and checked. 16 characters of manifest each."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written: torn, truncated, altered. The one before is taken in its place."""
 
 
 class NewerFormatError(CheckpointError):
@@ -40,11 +47,23 @@ class _Frozen(BaseModel):
 
 
 class FileEntry(_Frozen):
-    """One file: its path in the checkpoint's (or, for the ledger, the run's) folder, length and checksum."""
+    """One file: its path in the checkpoint's (or, for the ledger, the run's) folder, length and checksum.
+
+    Attributes:
+        blocks: xxh3_64 of every `block_bytes` of the file, one after the other; "" where only the whole has a checksum.
+    """
 
     path: RelativePath
     num_bytes: int = Field(ge=0, lt=2**50)
     checksum: str = Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")
+    block_bytes: int = Field(0, ge=0, lt=2**50)
+    blocks: str = Field("", pattern=r"^[0-9a-f]*$")
+
+    @pydantic.model_validator(mode="after")
+    def _all_blocks(self) -> FileEntry:
+        if len(self.blocks) != _DIGITS * (-(-self.num_bytes // self.block_bytes) if self.block_bytes else 0):
+            raise ValueError(f"{self.path}: {len(self.blocks)} characters of block checksums do not fit its length")
+        return self
 
 
 class TensorInfo(_Frozen):
@@ -106,12 +125,40 @@ class Manifest(_Frozen):
 
 def checksum(content: bytes | memoryview) -> str:
     """Return the checksum manifests carry. It finds damage; it is no signature."""
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
+    return f"{_KIND}{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def entry(path: str, content: bytes | memoryview) -> FileEntry:
-    """Return the manifest entry of a file with this content."""
+    """Return the manifest entry of a file with this content, which will be read whole."""
     return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
+
+
+def entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
+    """Return the manifest entry of a file with this content (all parts, each of bytes), which can be read in parts."""
+    whole, block, digests, room = xxhash.xxh3_128(), xxhash.xxh3_64(), [], BLOCK_BYTES
+    for part in parts:
+        while len(part):
+            piece, part = part[:room], part[room:]
+            whole.update(piece)
+            block.update(piece)
+            room -= len(piece)
+            if not room:
+                digests.append(block.hexdigest())
+                block, room = xxhash.xxh3_64(), BLOCK_BYTES
+    if room < BLOCK_BYTES:
+        digests.append(block.hexdigest())
+    return FileEntry(path=path, num_bytes=sum(map(len, parts)), checksum=f"{_KIND}{whole.hexdigest()}",
+                     block_bytes=BLOCK_BYTES, blocks="".join(digests))
+
+
+def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
+    """Tell whether `content` is what `entry` says of its file from byte `start` on; whole blocks are needed."""
+    if not entry.block_bytes:
+        return len(content) == entry.num_bytes and checksum(content) == entry.checksum
+    first = start // entry.block_bytes * _DIGITS
+    found = "".join(xxhash.xxh3_64_hexdigest(content[begin:begin + entry.block_bytes])
+                    for begin in range(0, len(content), entry.block_bytes))
+    return entry.blocks[first:first + len(found)] == found
 
 
 def seal(manifest: Manifest) -> bytes:
@@ -121,17 +168,17 @@ def seal(manifest: Manifest) -> bytes:
 
 
 def parse(content: bytes, where: str) -> Manifest:
-    """Return the manifest in `content`; raises CheckpointError that names `where` for anything not sound."""
+    """Return the manifest in `content`; raises DamagedError that names `where` for anything not sound."""
     body, _, sealed = content.rpartition(_SEAL)
     if sealed != checksum(body + _END).encode() + b'"' + _END:
-        raise CheckpointError(f"{where}: torn or altered since it was written (its checksum differs); it will not be "
+        raise DamagedError(f"{where}: torn or altered since it was written (its checksum differs); it will not be "
                               "loaded")
     try:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be "
+        raise DamagedError(f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be "
                               "loaded") from error
     if manifest.format_version > FORMAT_VERSION:
         raise NewerFormatError(f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "

@@ -9,13 +9,15 @@ whole; else the newest in storage is, and the log says why.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.blocks import CheckedFiles
 from dist_ft.checkpoint.fragments import FragmentReader
-from dist_ft.checkpoint.manifest import FileEntry, Manifest
-from dist_ft.errors import CheckpointError, DistFtError
+from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from dist_ft.errors import DistFtError, StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
 
@@ -38,40 +40,46 @@ class NodeTier:
     world: World
     collectives: Collectives
 
-    def newest(self, at_least: int) -> Manifest | None:
-        """Return the newest checkpoint of a step >= `at_least` that all workers find whole; a collective call."""
-        names = on_rank0(self.world, self.collectives, self._names)
-        for name in names:
-            if (manifests.parse_folder(name) or (0, 0))[0] < at_least:
-                break
-            manifest, problem = None, ""
-            try:
-                manifest = catalogue.load_manifest(self.store, name, FOLDER)
-                problem = self._problem(manifest)
-            except DistFtError as error:
-                problem = str(error)
-            problems = [text for text in self.collectives.all_gather(problem) if text]
-            if not problems:
+    def newest(self) -> Manifest | None:
+        """Return the newest checkpoint, unless storage has a newer one, of which all workers find their files.
+
+        A collective call. Lengths are compared, no file is read: `load` does that.
+        """
+        for name in on_rank0(self.world, self.collectives, self._candidates):
+            manifest = self._taken(name, self._require_there)
+            if manifest is not None:
                 return manifest
-            if self.world.rank == 0:
-                log.warning("checkpoint %s on the nodes is passed over: %s", name, problems[0])
         return None
+
+    def _require_there(self, manifest: Manifest) -> None:
+        catalogue.require_there(self.files(_name(manifest)), self._own(manifest))
+
+    def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
+        """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
+        return self._taken(name, lambda found: fill(found, FragmentReader(
+            CheckedFiles(self.files(_name(found)), self._own(found)))))
+
+    def _taken(self, name: str, take: Callable[[Manifest], None]) -> Manifest | None:
+        def guarded(manifest: Manifest) -> None:
+            if manifest.layout != self.layout:
+                raise DamagedError(f"it is of {manifest.layout}, this is {self.layout}")
+            try:
+                take(manifest)
+            except StorageError as error:  # of this node's own disk
+                raise DamagedError(str(error)) from error
+
+        manifest, problem = catalogue.taken(self.store, name, self.world, self.collectives, guarded, FOLDER)
+        if problem and self.world.rank == 0:
+            log.warning("checkpoint %s on the nodes is passed over: %s", name, problem)
+        return None if problem else manifest
+
+    def _candidates(self) -> list[str]:
+        """Return the checkpoints that are not older than the newest in storage, newest first."""
+        newest = [_step(name) for name in catalogue.committed(self.store)[:1]]
+        return [name for name in self._names() if not newest or _step(name) >= newest[0]]
 
     def _names(self) -> list[str]:
         return catalogue.committed(self.store, FOLDER)
-
-    def _problem(self, manifest: Manifest) -> str:
-        if manifest.layout != self.layout:
-            return f"it is of {manifest.layout}, this is {self.layout}"
-        folder = self.files(manifests.folder_name(manifest.progress.step, manifest.attempt))
-        try:
-            for item in self._own(manifest):
-                damage = catalogue.damage(folder, item)
-                if damage:
-                    return f"{folder.shown(item.path)}: {damage}"
-        except CheckpointError as error:
-            return f"{error} (worker {self.world.rank})"
-        return ""
 
     def _own(self, manifest: Manifest) -> list[FileEntry]:
         return [item for item in manifest.files if item.path.startswith(f"rank-{self.world.rank:05d}-")]
@@ -80,15 +88,10 @@ class NodeTier:
         """Return where the files of checkpoint `name` lie on this node."""
         return self.here.child(name)
 
-    def reader(self, manifest: Manifest) -> FragmentReader:
-        """Return a reader of this worker's own files."""
-        folder = self.files(manifests.folder_name(manifest.progress.step, manifest.attempt))
-        return FragmentReader(folder, [(item.path, item.num_bytes) for item in self._own(manifest)])
-
     def forget(self, keep: str = "", after: int = -1) -> None:
         """Remove manifests but that of `keep`, if their step is > `after` (rank 0)."""
         for name in self._names():
-            if name != keep and (manifests.parse_folder(name) or (0, 0))[0] > after:
+            if name != keep and _step(name) > after:
                 self.store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
                 self.store.remove(f"{FOLDER}/{name}")
 
@@ -102,3 +105,11 @@ class NodeTier:
                     self.here.remove(name)
                 except DistFtError as error:
                     log.debug("%s was not removed: %s", self.here.shown(name), error)
+
+
+def _name(manifest: Manifest) -> str:
+    return manifests.folder_name(manifest.progress.step, manifest.attempt)
+
+
+def _step(name: str) -> int:
+    return (manifests.parse_folder(name) or (0, 0))[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
@@ -25,6 +25,8 @@ from dist_ft.storage import Store
 T = TypeVar("T")
 IN_FLIGHT = 4
 """Files written at once."""
+AHEAD = 3
+"""Files still being written while the next one is made, where training waits for them."""
 
 
 class Writer:
@@ -41,9 +43,20 @@ class Writer:
         self._buffers: list[torch.Tensor] = []
 
     def write(self, folder: Store, slots: Sequence[Slot], everything: bool = False) -> list[FileEntry]:
-        """Write the slots this worker owns, or all, a file at a time, and return the entries; little memory."""
+        """Write the slots this worker owns, or all; they must not change meanwhile. Return the manifest's entries.
+
+        What lies in host memory is written from where it lies; a few files' worth of memory for the rest.
+        """
         chosen = [slot for slot in slots if slot.owned or everything]
-        return [self._write(folder, part, layout.fill(chosen)) for part, layout in enumerate(layouts(chosen))]
+        running: list[Future[FileEntry]] = []
+        try:
+            for part, layout in enumerate(layouts(chosen)):
+                if part >= AHEAD:
+                    running[part - AHEAD].result()
+                running.append(self.later(partial(self._write, folder, part, layout.parts(chosen))))
+        finally:
+            wait(running)  # what fails is cleared away: nothing may be written after
+        return [file.result() for file in running]
 
     def prepare(self, slots: Sequence[Slot], everything: bool = False) -> None:
         """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others.
@@ -88,17 +101,20 @@ class Writer:
         for part, content in enumerate(self._buffers[:count]):
             if self._bytes_per_s:
                 time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
-            running.append(self.later(partial(self._write, folder, part, content)))
+            running.append(self.later(partial(self._write, folder, part, [_bytes_of(content)])))
             sent += len(content)
         return [file.result() for file in running]
 
-    def _write(self, folder: Store, part: int, content: torch.Tensor) -> FileEntry:
+    def _write(self, folder: Store, part: int, content: Sequence[memoryview]) -> FileEntry:
         path = f"rank-{self._rank:05d}-{part:04d}.safetensors"
-        view = memoryview(content.numpy())  # type: ignore[arg-type]
         failpoints.hit("checkpoint.before_file", self._rank)
-        folder.write(path, view)
+        folder.write(path, content)
         failpoints.hit("checkpoint.after_file", self._rank)
-        return manifests.entry(path, view)
+        return manifests.entry_in_blocks(path, *content)
+
+
+def _bytes_of(content: torch.Tensor) -> memoryview:
+    return memoryview(content.numpy())  # type: ignore[arg-type]
 
 
 def _ordered(slots: Sequence[Slot]) -> list[Slot]:

@@ -68,7 +68,6 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
         with (kept(clock, store, attempt, world),
               closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager):
             manifest = manager.newest()
-            clock.resume(manifest.progress.step if manifest else 0)
             return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps, clock)
     finally:
         data.close()
@@ -79,9 +78,10 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
     """Train from a checkpoint, or from the pre-trained weights."""
     module, engine = open_engine(config, world, manifest is not None)
     try:
-        _fill(config, module, engine, manager, manifest)
+        manifest = _fill(config, module, engine, manager, manifest)
         on_rank0(world, comms, lambda: _store_model(store, module, data.tokenizer))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
+        clock.resume(progress.step)
         lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
         metrics = MetricsLog(store, lines, attempt, config.log.tensorboard) if world.rank == 0 else None
         if world.rank == 0:
@@ -121,13 +121,13 @@ def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress,
                 raise AnomalyError("anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
                                    "command begins again and passes the bad steps over; set "
                                    "checkpoint.every_steps") from None
+            manifest = parts.manager.load(manifest, parts.engine, parts.tensors)
             progress = manifest.progress
             gone_back[progress.step] += 1
             if gone_back[progress.step] > config.anomaly.most_in_a_row:
                 raise AnomalyError(f"anomaly.action=rollback: gone back to step {progress.step} more than "
                                    f"{config.anomaly.most_in_a_row} times (anomaly.most_in_a_row); what was committed "
                                    "is kept; look at the data, or lower optimizer.learning_rate") from None
-            parts.manager.load(manifest, parts.engine, parts.tensors)
             parts = replace(parts, judge=Judge(config.anomaly, progress.history, parts.judge.vetoed,
                                                 parts.judge.in_a_row))
             if parts.metrics is not None:
@@ -211,8 +211,11 @@ def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalL
 
 
 def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: CheckpointManager,
-          manifest: Manifest | None) -> None:
-    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works."""
+          manifest: Manifest | None) -> Manifest | None:
+    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
+
+    Returns the checkpoint that was loaded: an older one where `manifest` is damaged.
+    """
     import torch
 
     from dist_ft.engine.fingerprint import verify_weights
@@ -220,7 +223,7 @@ def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: Checkpoi
     from dist_ft.model.load import fetch
 
     if manifest is not None:
-        manager.load(manifest, engine, _tensors(module))
+        manifest = manager.load(manifest, engine, _tensors(module))
         log.info("going on from step %d", manifest.progress.step)
     else:
         folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
@@ -228,6 +231,7 @@ def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: Checkpoi
         log.debug("%d parameters hold what the files say", compared)
     if config.data.pack:
         require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
+    return manifest
 
 
 def _store_model(store: Store, module: CausalLM, tokenizer: Any) -> None:

@@ -23,6 +23,7 @@ from dist_ft import failpoints, logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, WorkerError
 from dist_ft.runtime.local import stop_on_signal
+from dist_ft.runtime.node_watch import NodeWatch
 from dist_ft.runtime.placing import device, explain, given_up, line_of, require_resources, resources
 from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
@@ -36,7 +37,8 @@ POLL_S = 0.5
 NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
-ELASTIC_START_S = 20.0
+ELASTIC_START_S = 5.0
+"""For a place, which an elastic run asks for where one is free: where a lost node is still counted, it asks again."""
 
 
 def run(config: RunConfig) -> Result:
@@ -166,7 +168,7 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
         except BaseException as error:
             failure.append(error)
 
-    console, began = Console(), time.monotonic()
+    console, began, watch = Console(), time.monotonic(), NodeWatch(ray)
     thread = threading.Thread(target=fit, args=(relay,), name="ray-train", daemon=True)
     with stop_on_signal(console) as stopping:
         thread.start()
@@ -175,6 +177,8 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
             if stopping():
                 relay.stop.remote()
             show(console, ray.get(relay.take.remote()))
+            if config.min_workers < config.max_workers:
+                watch.look()
             error = given_up(config, time.monotonic() - began, ray.get(relay.silent_s.remote()), stopping())
             if error is not None and thread.is_alive() and ray.get(relay.outcome.remote()) is None:
                 ray.get(relay.end.remote(error))

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.manager import kept
 from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.checkpoint.retention import kept
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, DataError

@@ -101,8 +101,10 @@ def commit_seconds(ranks: int) -> float:
     from dist_ft.checkpoint.manifest import FileEntry, Manifest, Progress, TensorInfo
     from dist_ft.storage import Store
 
-    sums = "xxh3_128:" + "0" * 32
-    sent = [pickle.dumps([FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", num_bytes=2**26, checksum=sums)
+    sums, size = "xxh3_128:" + "0" * 32, 2**26
+    about = {"num_bytes": size, "checksum": sums, "block_bytes": manifests.BLOCK_BYTES,
+             "blocks": "0" * 16 * (size // manifests.BLOCK_BYTES)}
+    sent = [pickle.dumps([FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", **about)
                           for part in range(FILES_A_RANK)]) for rank in range(ranks)]
     tensors = {f"model.layers.{i}.weight": TensorInfo(shape=(8192, 8192)) for i in range(1200)}
     times = []

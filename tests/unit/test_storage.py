@@ -69,6 +69,11 @@ def test_files_come_back_whole_and_in_ranges(store):
     assert store.read("deep/er/file") == b"0123456789"
     assert store.read("deep/er/file", 2, 5) == b"234"
     assert store.read("deep/er/file", 7) == b"789"
+    memory = memoryview(bytearray(3))
+    assert store.read_into("deep/er/file", 2, memory) == b"234"
+    assert memory == (b"234" if storage.is_local(store.url) else bytes(3))
+    with pytest.raises(StorageError, match="1 bytes came, 3 were asked for from 9"), attempts(1):
+        store.read_into("deep/er/file", 9, memory)
     assert store.sizes("deep") == {"er/file": 10} and store.sizes("none") == {}
     assert store.exists("deep/er/file") and store.exists("deep") and not store.exists("deep/else")
     store.write("deep/er/file", b"new")

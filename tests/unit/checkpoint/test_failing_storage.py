@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from unit.checkpoint.test_manager import found
-from unit.small import checkpoints, save
+from unit.small import checkpoints, make_engine, save, tensors_of
 
 from dist_ft.checkpoint.catalogue import begin_attempt, committed
 from dist_ft.checkpoint.ledger import read_ledger
@@ -58,9 +58,11 @@ def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engin
     Unreachable.broken = "read"
     with pytest.raises(StorageError, match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
                                            r"503 SlowDown\); gave up after 8 tries; check that the endpoint answers"):
-        one.newest()
+        one.load(one.newest(), make_engine(), tensors_of(engine))
+    with pytest.raises(StorageError, match="503 SlowDown"):
+        found(unreachable)
     Unreachable.broken = ""
-    assert one.newest().progress.step == 2
+    assert one.load(one.newest(), make_engine(), tensors_of(engine)).progress.step == 2
 
 
 @pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors.zst", "manifest.json"])

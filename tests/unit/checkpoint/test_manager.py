@@ -15,8 +15,9 @@ from dist_ft.checkpoint import catalogue, fragments
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.catalogue import begin_attempt, committed, load_manifest, newest_attempt, num_failures
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.checkpoint.manager import CheckpointManager, kept
+from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
+from dist_ft.checkpoint.retention import kept
 from dist_ft.errors import CheckpointError, StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -117,6 +118,61 @@ def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monk
     assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
 
 
+@pytest.mark.parametrize("entry", [lambda path, *parts: manifests.entry(path, b"".join(parts)), manifests.entry_in_blocks])
+@pytest.mark.parametrize("place", [0, 9, 5000, -1])
+@pytest.mark.parametrize("name", FILES[1:])
+def test_fault_17_a_flipped_bit_is_found_while_loading(store, attempt, monkeypatch, caplog, name, place, entry):
+    """Lengths are right, so `newest` takes it; `load` goes back to the one before, whole, and the history with it."""
+    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(manifests, "entry_in_blocks", entry)
+    engine, one = make_engine(), attempt()
+    train(engine, range(1))
+    save(one, engine, 1)
+    want = [slot.read().clone() for slot in engine.slots()]
+    train(engine, range(1, 2))
+    path = os.path.join(save(one, engine, 2), name)
+    with open(path, "rb+") as file:
+        content = bytearray(file.read())
+        content[place] ^= 4
+        file.seek(0)
+        file.write(content)
+    two, other = attempt(), make_engine(model=make_model(initializer_range=1.0))
+    manifest = two.newest()
+    assert manifest.progress.step == 2
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        loaded = two.load(manifest, other, tensors_of(other))
+    assert (loaded.progress.step, other.optimizer_step(), two._origin, two._ledger) == (1, 1, 1, loaded.ledger)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"checkpoint step-000000002-a0001 is passed over: {path}: its checksum differs from the manifest's"]
+    assert all(np.array_equal(slot.read(), values) for slot, values in zip(other.slots(), want, strict=True))
+
+
+def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine):
+    one = attempt()
+    for step in (1, 2):
+        with open(os.path.join(save(one, engine, step), FILES[1]), "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+    with pytest.raises(CheckpointError, match=r"none of the 2 committed checkpoints can be loaded \(the newest: .*its checksum"):
+        one.load(one.newest(), engine, tensors_of(engine))
+
+
+def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
+    """But for the first block of each file, which holds the header."""
+    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
+    one, read = attempt(), []
+    save(one, engine, 1)
+    monkeypatch.setattr(Store, "read_into", lambda self, path, start, memory, real=Store.read_into: (
+        read.append((path, start, start + len(memory))), real(self, path, start, memory))[1])
+    manifest = one.newest()
+    one.load(manifest, engine, tensors_of(engine))
+    for item in manifest.files:
+        parts = sorted((start, stop) for path, start, stop in read if path == item.path)
+        assert parts[0] == (0, 2**12) and parts[1:] == [(0, item.num_bytes)]
+
+
 def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, attempt, engine):
     assert found(store) is None
     one = attempt()
@@ -133,14 +189,14 @@ def test_a_file_spoilt_on_the_way_is_read_again(store, attempt, engine, monkeypa
     save(attempt(), engine, 1)
     spoilt = []
 
-    def read(self, path, start=None, stop=None, real=Store.read):
-        content = real(self, path, start, stop)
-        if path.endswith(".safetensors") and not spoilt:
+    def read_into(self, path, start, memory, real=Store.read_into):
+        content = real(self, path, start, memory)
+        if not spoilt:
             spoilt.append(path)
-            return content[:-1] + bytes([content[-1] ^ 1])
+            content[-1] ^= 1
         return content
 
-    monkeypatch.setattr(Store, "read", read)
+    monkeypatch.setattr(Store, "read_into", read_into)
     assert found(store) == 1 and spoilt
 
 

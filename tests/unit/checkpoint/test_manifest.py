@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from dist_ft.checkpoint import manifest as manifests
@@ -43,6 +45,29 @@ def test_round_trip():
     content = manifests.seal(manifest)
     assert manifests.parse(content, "m") == manifest
     assert json.loads(content)["checksum"].startswith("xxh3_128:")
+
+
+def test_each_block_has_a_checksum():
+    content = memoryview(np.arange(1_050_000, dtype=np.uint32).tobytes())
+    entry = manifests.entry_in_blocks("f", content)
+    assert entry.block_bytes == 2**21 and len(entry.blocks) == 3 * 16
+    for start, stop in ((0, 2**21), (2**21, 2**22), (2**21, len(content)), (0, len(content))):
+        assert manifests.matches(entry, start, content[start:stop])
+        assert not manifests.matches(entry, start, content[1:][start:stop])
+    assert not manifests.matches(entry, 2**21, content[:2**21]), "as good, but of another place"
+    whole = manifests.entry("f", content)
+    assert entry.checksum == whole.checksum
+    cuts = [0, 0, 5, 2**20, 2**21, 2**21 + 1, 4_000_000, len(content)]
+    assert manifests.entry_in_blocks("f", *(content[a:b] for a, b in pairwise(cuts))) == entry
+    assert manifests.entry_in_blocks("f", memoryview(b"")).blocks == ""
+    assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
+
+
+@pytest.mark.parametrize("changes", [{"blocks": "0" * 16}, {"blocks": "0" * 48, "block_bytes": 4}, {"block_bytes": 4}])
+def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
+    content = altered(make(), lambda values: values["files"][0].update(changes))
+    with pytest.raises(CheckpointError, match=r"not a sound manifest \(files.0: .*block checksums do not fit its length"):
+        manifests.parse(content, "m")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

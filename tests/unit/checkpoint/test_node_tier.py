@@ -15,6 +15,7 @@ from dist_ft.checkpoint.catalogue import begin_attempt
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.node_tier import FOLDER, NodeTier
+from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
@@ -107,6 +108,8 @@ def test_a_node_that_lost_its_files_falls_back_to_storage(store, tmp_path, begin
     harm(tmp_path / "node/step-000000002-a0001")
     with caplog.at_level(logging.WARNING, "dist_ft"):
         two, newest = begin()
+        other = make_engine(model=make_model(initializer_range=1.0))
+        newest = two.load(newest, other, tensors_of(other))
     assert newest.progress.step == 1
     assert any("on the nodes is passed over" in text and said in text for text in caplog.messages)
     assert store.list(FOLDER) == [], "nobody may go on from it any more"
@@ -154,3 +157,14 @@ def test_commands_for_people_see_what_is_in_storage_only(store, begin, engine):
     one, _ = begin()
     one.save(engine, on_nodes(engine, 2, 0, 1))
     assert catalogue.committed(store) == []
+
+
+def test_damage_found_while_loading_without_any_in_storage(store, tmp_path, begin, engine):
+    one, _ = begin()
+    one.save(engine, on_nodes(engine, 2, 0, 1))
+    for file in (tmp_path / "node").glob("*/*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    two, newest = begin()
+    with pytest.raises(CheckpointError, match="checkpoint step-000000002-a0001 is gone, and there is none before it; the same"):
+        two.load(newest, engine, tensors_of(engine))
+    assert begin()[1] is None

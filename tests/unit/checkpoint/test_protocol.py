@@ -143,7 +143,7 @@ class Attempt:
             manifest = manager.newest()
             engine = Sharded(world)
             if manifest is not None:
-                manager.load(manifest, engine, TENSORS)  # type: ignore[arg-type]
+                manifest = manager.load(manifest, engine, TENSORS)  # type: ignore[arg-type]
                 assert engine.holds(manifest.progress.step)
             return manifest
 

@@ -75,7 +75,7 @@ class Run:
         manifest = manager.newest()
         module, engine = build.open_engine(config, World(), manifest is not None)
         if manifest:
-            manager.load(manifest, engine, build._tensors(module))
+            manifest = manager.load(manifest, engine, build._tensors(module))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, World(), Collectives(),

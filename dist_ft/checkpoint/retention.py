@@ -1,0 +1,54 @@
+"""Which checkpoints in storage stay, and removing the others: manifests first, so that none is ever half there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.config.schema import CheckpointSection
+from dist_ft.errors import StorageError
+from dist_ft.storage import Store
+
+log = logging.getLogger("dist_ft.checkpoint")
+
+
+def kept(names: Sequence[str], section: CheckpointSection) -> list[str]:
+    """Return which of `names` (newest first) retention keeps."""
+    every = section.keep_every_steps
+    return [name for i, name in enumerate(names) if i < section.keep_last or (every and _of(name)[0] % every == 0)]
+
+
+def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str) -> None:
+    """Remove checkpoints that retention does not keep, torn ones, and those that `attempt` passed over.
+
+    `attempt` went on from step `origin`; `newest` is its own last one and stays. What can not be removed is logged.
+    """
+    def passed_over(name: str) -> bool:
+        """Tell whether a checkpoint is newer than what this attempt went on from, and not its own."""
+        step, number = _of(name)
+        return origin is not None and number < attempt and step > origin
+
+    try:
+        names = catalogue.committed(store)
+        keep = {*kept([name for name in names if not passed_over(name)], section), newest}
+        torn = [name for name in store.list(catalogue.FOLDER) if name not in names and _of(name)[1] <= attempt]
+        remove(store, [name for name in names if name not in keep] + torn)
+    except StorageError as error:
+        log.warning("old checkpoints were not removed: %s", error)
+
+
+def remove(store: Store, names: Sequence[str]) -> None:
+    """Remove checkpoints, manifests first; what can not be removed is logged."""
+    for name in names:
+        try:
+            store.remove(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
+            store.remove(f"{catalogue.FOLDER}/{name}")
+        except StorageError as error:
+            log.warning("checkpoint %s was not removed: %s", name, error)
+
+
+def _of(name: str) -> tuple[int, int]:
+    """Return (step, attempt) of a checkpoint; what is none is of no attempt that ever was."""
+    return manifests.parse_folder(name) or (0, 2**31)
