@@ -23,6 +23,8 @@ from dist_ft.storage import Store
 
 IN_FLIGHT = 4
 """Parts on their way at once."""
+AHEAD = 8
+"""Parts that have come or are on their way before they are wanted: one that is slow does not hold up the others."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ class CheckedFiles:
 
         A part is good until the next is asked for: their memory is used again.
         """
-        memories = cycle([Memory() for _ in range(IN_FLIGHT + 1)])
+        memories = cycle([Memory() for _ in range(AHEAD + 1)])
         ahead: deque[Future[Part]] = deque()
         threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="restore")
         try:
             for (path, start, stop), memory in zip(ranges, memories, strict=False):
                 ahead.append(threads.submit(copy_context().run, partial(self.read, path, start, stop, memory)))
-                if len(ahead) > IN_FLIGHT:
+                if len(ahead) > AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -137,10 +138,9 @@ def ours(base: Path, number: int, address: str, under_way_s: float, kill: Callab
         process.kill()
         process.wait()
         reader.join(5)
-    for at, line in lines:
-        if at > killed and not line.startswith("step "):
-            print(f"  {at - killed:6.2f} {line.rstrip()[:150]}", file=sys.stderr)
-    return (first_step(lines, said) or 0) - killed
+    noticed = next((at - killed for at, line in lines if at > killed and "nodes were lost" in line), None)
+    print(f"  Ray took the node for lost after {noticed or math.nan:.2f} s", file=sys.stderr, flush=True)
+    return (first_step(lines, said) or math.nan) - killed
 
 
 def first_step(lines: list[tuple[float, str]], said: str) -> float | None:

@@ -75,4 +75,4 @@ def test_memory_is_that_of_the_parts_on_their_way(tmp_path):
     checked = files(Store(str(tmp_path)))
     where = {part.content.obj.__array_interface__["data"][0]
              for part in checked.read_all([("f", start, start + 1) for start in range(0, 1050, 100)] * 5)}
-    assert len(where) <= blocks.IN_FLIGHT + 1
+    assert len(where) <= blocks.AHEAD + 1

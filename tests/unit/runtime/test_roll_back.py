@@ -29,8 +29,7 @@ class Diverging:
 
 def parts(config, manifest) -> Parts:
     manager = MagicMock()
-    manager.newest.return_value = manifest
-    manager.load.return_value = manifest
+    manager.newest.return_value = manager.load.return_value = manifest
     return Parts(MagicMock(), MagicMock(), None, manager, None, World(), Collectives(), {}, {}, Judge(config.anomaly),
                  MagicMock())
 
