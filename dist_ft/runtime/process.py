@@ -90,7 +90,7 @@ class _Child:
         self._pipe = pipe
         self._lock = threading.Lock()
         self.asked_to_stop = threading.Event()
-        self._wish = self._taken = 0
+        self._wish = self._taken = self._answered = 0
 
     def say(self, *message: Any) -> None:
         """Send a message; a parent that is gone wants none."""
@@ -109,12 +109,13 @@ class _Child:
         os._exit(1)
 
     def should_save(self) -> bool:
-        """Tell whether there is a wish to save that this was not told of before."""
-        before, self._taken = self._taken, self._wish
-        return self._taken > before
+        """Tell whether there is a wish to save that is not answered yet."""
+        self._taken = self._wish
+        return self._taken > self._answered
 
     def saved(self) -> None:
-        """Answer the wish that `should_save` told of last."""
+        """Answer what `should_save` told of last."""
+        self._answered = self._taken
         self.say("saved", self._taken)
 
 

@@ -38,8 +38,8 @@ class Hooks:
         committed: called on all ranks with (checkpoint URL, metrics) after a commit.
         progressed: called on all ranks after a commit on the workers' nodes only.
         should_stop: asked on every rank once a step; one True stops all after that step, with a checkpoint.
-        should_save: asked on every rank once a step; one True: all save after that step, wait for it, train on.
-        saved: called on every rank when a save that was asked for is over; `committed` was called if it went well.
+        should_save: asked on every rank once a step, True until `saved`; one True: all save after that step and wait.
+        saved: called on every rank when that save is over; `committed` was called if it went well.
         beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
         log: also gets the log lines of this worker; none: they go to stderr only.
         after: why the attempt before this one ended, as far as the surroundings know; "" if they do not.

@@ -21,13 +21,13 @@ import yaml
 from nodes import step, wait_for, worlds
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-NEVER, NOTICE_S = 10**6, 30
+NEVER, NOTICE_S = 10**6, 20
 
 
 def document(base: Path, name: str, steps: int, **cluster: Any) -> dict[str, Any]:
     return tiny.config(base, name, workers=2, schedule={"epochs": None, "steps": steps, "name": "constant"},
                        checkpoint={"every_steps": NEVER}, optimizer={"learning_rate": 1e-4},
-                       cluster={"cpus_per_worker": 1, "resize_interval_s": 15, "standby": False, **cluster})
+                       cluster={"cpus_per_worker": 1, "resize_interval_s": 10, "standby": False, **cluster})
 
 
 def shown(log: Path, until: str = "\0") -> list[int]:
@@ -67,14 +67,14 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
             print(f"gone at step {last}; with 2 workers from step {going_on(log)[-1]} after "
                   f"{time.monotonic() - at - NOTICE_S:.1f} s")
             assert going_on(log)[-1] == kept > noticed, "saved again as time ran out"
-            wait_for(process, lambda: shown(log)[-1] > last + 20)
+            wait_for(process, lambda: shown(log)[-1] > last + 5)
             cluster.add()
             wait_for(process, lambda: worlds(run)[-1:] == [3] and going_on(log)[-1] > kept)
             begun = going_on(log)[-1]
             before = shown(log, "workers is about to change")[-1]
             print(f"resize announced at step {before}, with 3 workers from step {begun}")
             assert begun >= before > last, "what was done before the resize is not done again"
-            wait_for(process, lambda: shown(log)[-1] > begun + 20)
+            wait_for(process, lambda: shown(log)[-1] > begun + 5)
             process.terminate()
             assert process.wait(120) == 130, log.read_text()[-3000:]
         finally:

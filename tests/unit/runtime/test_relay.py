@@ -51,6 +51,19 @@ def test_a_wish_to_save_is_numbered_and_answered():
     assert relay.is_saved(number)
 
 
+def test_a_wish_to_save_stands_until_it_is_answered():
+    ours, theirs = Pipe()
+    child = _Child(theirs)
+    assert not child.should_save()
+    child._wish = 1
+    assert child.should_save() and child.should_save(), "the step it was told in may have been gone back on"
+    child._wish = 2  # too late for the save of this step
+    child.saved()
+    assert ours.recv() == ("saved", 1) and child.should_save()
+    child.saved()
+    assert ours.recv() == ("saved", 2) and not child.should_save()
+
+
 def test_nobody_waits_for_a_save_of_processes_that_ended(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
