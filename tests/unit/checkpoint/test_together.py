@@ -1,0 +1,147 @@
+"""Restoring is a matter of all ranks: headers shared out, and one that finds damage takes all of them back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
+
+from dist_ft.checkpoint import fragments
+from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.errors import StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+SIZE = 2
+
+
+class Threads(Collectives):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, values: list[Any], meeting: threading.Barrier) -> None:
+        self._rank, self._values, self._meeting = rank, values, meeting
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self._values[self._rank] = value
+        self._meeting.wait(20)
+        found = list(self._values)
+        self._meeting.wait(20)
+        return found
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return self.all_gather(value) if self._rank == 0 else self.all_gather(value) and None
+
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
+
+    def sum(self, values: Any) -> list[float]:
+        return [float(sum(column)) for column in zip(*self.all_gather(list(values)), strict=True)]
+
+
+class Rank:
+    """One of them: a whole model of which it saves every other slot."""
+
+    def __init__(self, rank: int, store: Store, collectives: Collectives, attempt: int) -> None:
+        self.rank = rank
+        self.engine = make_engine(model=make_model(initializer_range=1.0))
+        self.manager = CheckpointManager(store, checkpoints(keep_last=9), World(rank, SIZE), collectives, attempt)
+        self.optimizer_step, self.finish_load = self.engine.optimizer_step, self.engine.finish_load
+
+    def slots(self):
+        return (replace(slot, owned=index % SIZE == self.rank) for index, slot in enumerate(self.engine.slots()))
+
+    def save(self, step: int) -> None:
+        train(self.engine, range(step - 1, step))
+        rows = np.zeros((0, 6), dtype=np.int64)
+        self.manager.save(self, draft(self.engine, step, rows))
+
+    def load(self) -> int:
+        manifest = self.manager.newest()
+        assert manifest is not None and manifest.progress.step == 2
+        return self.manager.load(manifest, self, tensors_of(self.engine)).progress.step
+
+
+@pytest.fixture
+def together(store, monkeypatch):
+    """Return a function that runs an action on all ranks of a new attempt and returns the ranks and what it gave."""
+    monkeypatch.setattr(fragments, "PART_BYTES", 2**16)
+
+    def run(action):
+        meeting, values, attempt = threading.Barrier(SIZE), [None] * SIZE, begin_attempt(store, SIZE)
+        ranks = [Rank(rank, store, Threads(rank, values, meeting), attempt) for rank in range(SIZE)]
+        with ThreadPoolExecutor(SIZE) as threads:
+            return ranks, [future.result() for future in [threads.submit(action, rank) for rank in ranks]]
+
+    return run
+
+
+def saved(together) -> list[np.ndarray]:
+    """Save steps 1 and 2 and return the state at step 1."""
+    states = []
+
+    def save(rank: Rank) -> None:
+        rank.save(1)
+        if rank.rank == 0:
+            states.extend(slot.read().numpy().copy() for slot in rank.slots())
+        rank.save(2)
+
+    together(save)
+    return states
+
+
+@pytest.mark.parametrize("owner", range(SIZE))
+def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, caplog, owner):
+    want = saved(together)
+    folder = store.full("checkpoints/step-000000002-a0001")
+    name = sorted(name for name in os.listdir(folder) if name.startswith(f"rank-{owner:05d}"))[-1]
+    with open(os.path.join(folder, name), "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    ranks, steps = together(Rank.load)
+    assert steps == [1, 1]
+    for rank in ranks:
+        assert all(np.array_equal(slot.read(), values) for slot, values in zip(rank.slots(), want, strict=True))
+    said = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert said == [f"checkpoint step-000000002-a0001 is passed over: {folder}/{name}: its checksum differs from the manifest's"]
+
+
+def test_each_header_is_read_by_one_rank(store, together, monkeypatch):
+    saved(together)
+    begun: list[str] = []
+
+    def read_index(files, paths, real=fragments.read_index):
+        begun.extend(paths)
+        return real(files, paths)
+
+    monkeypatch.setattr(fragments, "read_index", read_index)
+    _, steps = together(Rank.load)
+    files = [name for name in os.listdir(store.full("checkpoints/step-000000002-a0001")) if name.startswith("rank-")]
+    assert steps == [2, 2] and sorted(begun) == sorted(files) and len(files) > SIZE
+
+
+def test_storage_in_trouble_on_one_rank_stops_all_and_takes_none_back(store, together, monkeypatch):
+    saved(together)
+
+    def read_into(self, path, start, memory, real=Store.read_into):
+        if path.startswith("rank-00001"):
+            raise StorageError(f"{path}: no answer")
+        return real(self, path, start, memory)
+
+    monkeypatch.setattr(Store, "read_into", read_into)
+
+    def load(rank: Rank) -> str:
+        with pytest.raises(StorageError) as caught:
+            rank.load()
+        return str(caught.value)
+
+    _, said = together(load)
+    assert said[0] == said[1] and "no answer" in said[0]
