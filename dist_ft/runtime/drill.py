@@ -100,6 +100,7 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
             evidence = _play(config_of(config, place.url, scenario), scenario, place)
             wanted = wanted or evidence.losses
             found.append(_judge(scenario, evidence, wanted))
+            tell("  held" if found[-1].held else f"  did NOT hold: {'; '.join(found[-1].problems)}")
             if not found[0].held:
                 break  # nothing to compare with
     except BaseException as error:
