@@ -18,7 +18,7 @@ PARTS = {
     "data": "waiting for data",
     "save": "training stood still for a save",
     "start": "opening the data, loading model and checkpoint",
-    "restart": "between attempts: noticing, starting again; pauses too",
+    "restart": "between attempts: to notice and start again, pauses",
     "lost": "work that a later attempt had to do again",
     "other": "not attributed",
 }

@@ -39,19 +39,17 @@ def test_a_drill_of_one_process_without_a_config_holds_and_leaves_nothing(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("scenarios", [("death", "hang"), ("preemption", "storage")])
-def test_a_drill_on_two_ray_workers_holds(tmp_path: Path, scenarios: tuple[str, ...]) -> None:
-    chosen = [word for name in scenarios for word in ("--scenario", name)]
-    code, output = drill(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=0.5", "--json", "found.json", *chosen)
+@pytest.mark.parametrize(("scenario", "measured"), [
+    ("death", {"back_s"}), ("hang", {"noticed_s", "back_s"}), ("preemption", {"left_s", "back_s"}), ("storage", set())])
+def test_a_drill_on_two_ray_workers_holds(tmp_path: Path, scenario: str, measured: set[str]) -> None:
+    code, output = drill(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=0.5", "--json", "found.json",
+                         "--scenario", scenario)
     print(output)
     assert code == 0, output[-3000:]
     seen = found(tmp_path)
-    assert list(seen) == ["reference", *scenarios] and not any(finding["problems"] for finding in seen.values())
-    assert all("24 steps, losses equal to the last bit" in seen[name]["seen"] for name in scenarios)
-    took = {name: set(finding["times"]) - {"stall_s"} for name, finding in seen.items()}
-    if "hang" in scenarios:
-        assert took["death"] == {"back_s"} and took["hang"] == {"noticed_s", "back_s"}
-        assert 0 < seen["death"]["times"]["back_s"] < 60
-        assert 14 <= seen["hang"]["times"]["noticed_s"] <= seen["hang"]["times"]["back_s"]
-    else:
-        assert took["preemption"] == {"left_s", "back_s"} and took["storage"] == set()
+    assert list(seen) == ["reference", scenario] and not any(finding["problems"] for finding in seen.values())
+    assert "24 steps, losses equal to the last bit" in seen[scenario]["seen"]
+    took = {name: seconds for name, seconds in seen[scenario]["times"].items() if name != "stall_s"}
+    assert set(took) == measured and all(0 < seconds < 120 for seconds in took.values())
+    if scenario == "hang":
+        assert 14 <= took["noticed_s"] <= took["back_s"]
