@@ -10,6 +10,8 @@ soft caps) are noticed in the first forward, by what they do to a 1.0, and take 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +20,16 @@ from torch import nn
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.errors import ModelError
 from dist_ft.model.head_loss import head_loss
+from dist_ft.model.packed_attention import by_sample, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
 
 
 def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
-    """Return the tensors of `batch` on `device`; the positions to learn are found on the host, without a GPU sync."""
+    """Return what `CausalLM.forward` takes, tensors on `device`; what it must know is found on the host, unsynced."""
     targets = torch.from_numpy(batch.target_ids).reshape(-1)
     keep = torch.nonzero(targets != IGNORED).reshape(-1)
     if len(keep) == 0:
@@ -37,7 +40,8 @@ def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
         "positions": keep,
         "targets": targets[keep],
     }
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+            "lengths": lengths_of(batch.position_ids)}
 
 
 class CausalLM(nn.Module):
@@ -48,6 +52,7 @@ class CausalLM(nn.Module):
         self.model = model
         self._positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
+        self._samples = by_sample(model)
         self._flatten = str(model.config._attn_implementation).startswith("flash")
         head = model.get_output_embeddings()
         if head is None:
@@ -68,7 +73,7 @@ class CausalLM(nn.Module):
         return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *args[1:])
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
-                targets: torch.Tensor) -> torch.Tensor:
+                targets: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the loss summed over targets, float32 ().
 
         Args:
@@ -77,7 +82,13 @@ class CausalLM(nn.Module):
                 (`use_cache=False` is what makes transformers see it).
             positions: (N,) indices into B*T of the positions to learn.
             targets: (N,) token ids to predict there, or IGNORED.
+            lengths: by row, of the samples in it, as position_ids say.
         """
+        with self._samples.told(lengths) if self._samples is not None else nullcontext():
+            return self._loss(input_ids, position_ids, positions, targets)
+
+    def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+              targets: torch.Tensor) -> torch.Tensor:
         if self._flatten:  # flash attention finds packed samples in one flat row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         if self._chunked:

@@ -5,8 +5,9 @@
 
 Model S, sequences of 2,048, lognormal lengths. How full sequences are is told of 20,000 samples; how fast they
 train of some samples in a subset all sides share, one process, one thread, plain engine, sides in turn. Every
-side computes the same loss over the same tokens (checked): only the layout differs. TRL's layout is what its
-`pack_dataset` (best fit) makes; the engine under it is ours.
+side computes the same loss over the same tokens (checked). TRL's layout is what its `pack_dataset` (best fit) makes.
+The engine under all is ours; attention of the padded sides is causal over whole rows, without a mask, that of TRL's
+side is what transformers does by itself with packed rows (sdpa).
 """
 
 from __future__ import annotations
@@ -102,12 +103,16 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
         path = workload.make_model(Path(folder) / "model-s", "S")
         module = CausalLM(load_model(ModelSection(path=path, dtype="float32"), folder))
     engine = TorchEngine(module, OptimizerSection(learning_rate=1e-9), torch.device("cpu"))
-    losses = {name: total_loss(engine, texts, batches, name) for name, batches in sides.items()}
+    losses = {}
+    for name, batches in sides.items():
+        attend(module, name)
+        losses[name] = total_loss(engine, texts, batches, name)
     if max(losses.values()) / min(losses.values()) - 1 > 1e-5:
         raise SystemExit(f"the sides do not learn the same: {losses}")
 
     def timed(name: str) -> Callable[[], float]:
         def run() -> float:
+            attend(module, name)
             begun = time.perf_counter()
             for rows in sides[name]:
                 batch = batch_of(texts, rows, name)
@@ -120,13 +125,21 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
             **{f"ours_over_{name}": harness.ratio(found["ours"], found[name]) for name in sides if name != "ours"}}
 
 
+def attend(module: Any, name: str) -> None:
+    """Let the side attend in its way."""
+    from dist_ft.model.packed_attention import by_sample
+
+    module.model.set_attn_implementation("sdpa")
+    module._samples = by_sample(module.model) if name == "ours" else None
+
+
 def total_loss(engine: Any, texts: Sequence[np.ndarray], batches: list[Layout], name: str) -> float:
     """Return the summed loss of all samples in a layout."""
     return sum(engine.loss_sum(batch_of(texts, rows, name)) for rows in batches)
 
 
 def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
-    """Return a micro-batch; padding to full is one row's own width of padding at the end."""
+    """Return a micro-batch; positions of the padded sides run on through the padding: plain causal rows."""
     from dataclasses import replace
 
     from dist_ft.data.batch import IGNORED
@@ -136,12 +149,13 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     pieces = np.array([[sample, 0, len(texts[sample]), 0] for sample in samples], dtype=np.int64)
     tokens = np.concatenate([texts[sample] for sample in samples])
     batch = assemble(tokens, np.ones(len(tokens), np.uint8), pieces, np.repeat(np.arange(len(rows)), list(map(len, rows))), 0)
-    missing = LENGTH - batch.input_ids.shape[1]
-    if name != "pad full" or not missing:
+    if not name.startswith("pad"):
         return batch
+    missing = LENGTH - batch.input_ids.shape[1] if name == "pad full" else 0
+    width = batch.input_ids.shape[1] + missing
     return replace(batch, input_ids=np.pad(batch.input_ids, ((0, 0), (0, missing))),
                    target_ids=np.pad(batch.target_ids, ((0, 0), (0, missing)), constant_values=IGNORED),
-                   position_ids=np.concatenate([batch.position_ids, np.tile(np.arange(missing), (len(rows), 1))], axis=1))
+                   position_ids=np.tile(np.arange(width), (len(rows), 1)))
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
