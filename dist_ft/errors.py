@@ -62,6 +62,12 @@ class WorkerError(DistFtError):
     """Workers that could not be placed, or that died more often than the config allows."""
 
 
+class PeerError(WorkerError):
+    """Another worker failed; its own error says why."""
+
+    retryable = True
+
+
 class Interrupted(DistFtError):
     """The user (or the machine) asked the run to stop; what was committed is kept."""
 

@@ -1,7 +1,7 @@
 """Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing.
 
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
-up, as with a lost machine. `!stop` stops it (SIGSTOP), `!lock` holds the interpreter lock for good, `!sleep` does
+up, as with a lost machine. `!stop` stops it (SIGSTOP), `!term` asks it to end (SIGTERM), `!lock` holds the interpreter lock for good, `!sleep` does
 nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory` asks for more memory than
 there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError); `!sleep5+stop` is one after
 the other. A failpoint says so first.
@@ -19,6 +19,7 @@ from dist_ft.errors import StorageError
 
 log = logging.getLogger("dist_ft.failpoints")
 VARIABLES = ("DIST_FT_FAILPOINT", "DIST_FT_FAILPOINT_ONCE")
+_SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM, "fault": signal.SIGSEGV}
 _passed: Counter[str] = Counter()
 
 
@@ -58,7 +59,7 @@ def _fail(how: str) -> None:
         raise StorageError("failpoint: storage fails")
     if how == "raise":
         raise RuntimeError("failpoint")
-    return os.kill(os.getpid(), {"stop": signal.SIGSTOP, "fault": signal.SIGSEGV}.get(how, signal.SIGKILL))
+    return os.kill(os.getpid(), _SIGNALS.get(how, signal.SIGKILL))
 
 
 def _first_time(marker: str | None) -> bool:

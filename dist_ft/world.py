@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from dist_ft.errors import ConfigError, DistFtError, WorkerError
+from dist_ft.errors import ConfigError, DistFtError, PeerError
 
 T = TypeVar("T")
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
@@ -82,7 +82,7 @@ class Collectives:
 def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on all ranks; its DistFtError is raised on all ranks.
 
-    Any other exception is a bug: rank 0 raises it as it is, the others a WorkerError, so that none waits.
+    Any other exception is a bug: rank 0 raises it as it is, the others a PeerError, so that none waits.
     """
     result: Any = None
     error: DistFtError | None = None
@@ -93,7 +93,7 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
         except DistFtError as problem:
             error = problem
         except Exception as problem:
-            bug, error = problem, WorkerError(f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error")
+            bug, error = problem, PeerError(f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error")
     result, error = collectives.broadcast((result, error))
     if bug is not None:
         raise bug

@@ -43,7 +43,7 @@ def newest(store: Store, world: World, collectives: Collectives, take: Callable[
     """
     take = take or (lambda manifest: verify(store, manifest, world))
     names = on_rank0(world, collectives, lambda: committed(store))
-    names = [name for name in names if not upto or _order(name) <= _order(upto)]
+    names = [name for name in names if not upto or order(name) <= order(upto)]
     first = ""
     for name in names:
         manifest, problem = taken(store, name, world, collectives, take)
@@ -80,12 +80,14 @@ def taken(store: Store, name: str, world: World, collectives: Collectives, take:
 def committed(store: Store, folder: str = FOLDER) -> list[str]:
     """Return the names of all checkpoints in `folder` that have a manifest, newest first."""
     names = [name for name in store.list(folder) if manifests.parse_folder(name)]
-    names.sort(key=_order, reverse=True)
+    names.sort(key=order, reverse=True)
     return [name for name in names if store.exists(f"{folder}/{name}/{manifests.NAME}")]
 
 
-def _order(name: str) -> tuple[int, int]:
-    return manifests.parse_folder(name) or (0, 0)
+def order(name: str) -> tuple[int, int]:
+    """Return what checkpoints are ordered by: what a newer attempt committed is newer, whatever its step."""
+    step, attempt = manifests.parse_folder(name) or (0, 0)
+    return attempt, step
 
 
 def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:

@@ -39,7 +39,11 @@ log = logging.getLogger("dist_ft.checkpoint")
 
 
 class CheckpointManager:
-    """The checkpoints of the run at `store`, for one worker of one attempt."""
+    """The checkpoints of the run at `store`, for one worker of one attempt.
+
+    Attributes:
+        reached: step of the newest commit of this attempt, or of what it went on from; the same on all ranks.
+    """
 
     def __init__(self, store: Store, section: CheckpointSection, world: World, collectives: Collectives,
                  attempt: int, nodes: NodeTier | None = None) -> None:
@@ -53,6 +57,7 @@ class CheckpointManager:
         self._ledger: tuple[LedgerEntry, ...] = ()
         self._loose: str | None = None
         self._origin: int | None = None
+        self.reached = 0
         self._under_way: Save | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
@@ -70,10 +75,19 @@ class CheckpointManager:
     def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
         """Take a checkpoint for the end of the history that this attempt goes on with."""
         self._ledger, self._loose = (manifest.ledger if manifest else ()), None
-        self._origin = origin = manifest.progress.step if manifest else -1
-        if self._nodes is not None and self._world.rank == 0:
-            self._nodes.forget(after=origin)
+        self._origin = manifest.progress.step if manifest else -1
+        self.reached = max(0, self._origin)
+        if self._nodes is not None:
+            keep = (manifests.folder_name(manifest.progress.step, manifest.attempt)
+                    if manifest is not None and manifest.layout else "")
+            if self._world.rank == 0:
+                self._forget_on_nodes(keep)
+            self._remove_on_nodes(self._nodes.others(keep))
         return manifest
+
+    def _remove_on_nodes(self, names: list[str]) -> None:
+        if self._nodes is not None and names:
+            self._writer.later(partial(self._nodes.remove, names))
 
     def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> Manifest:
         """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
@@ -91,6 +105,7 @@ class CheckpointManager:
                 slots[index].write(torch.from_numpy(values))
 
         def from_storage(found: Manifest) -> None:
+            self._require_whole(found)
             fill(found, catalogue.shared_reader(self._store, found, self._world, self._collectives))
 
         name = manifests.folder_name(manifest.progress.step, manifest.attempt)
@@ -193,8 +208,10 @@ class CheckpointManager:
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
         problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
-        if self._nodes is not None and save.draft.on_nodes and problem is None:
-            self._writer.later(partial(self._nodes.clear, save.name))
+        if problem is None:
+            self.reached = save.draft.progress.step
+        if self._nodes is not None and problem is None:  # once it is in storage, it need not be on the nodes
+            self._remove_on_nodes(self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name))
         return self._end(save, problem)
 
     def _end(self, save: Save, problem: DistFtError | None) -> Outcome:
@@ -207,6 +224,8 @@ class CheckpointManager:
         """Check that the files are there, write ledger and manifest, prune (rank 0, in the background)."""
         draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
         folder = self._store.child(f"{NODES if nodes else catalogue.FOLDER}/{save.name}")
+        if draft.before is not None:
+            wait([draft.before])
         try:
             ledger = self._extend_ledger(draft.progress.step, rows)
             self._seal(folder, Manifest(
@@ -222,16 +241,16 @@ class CheckpointManager:
         if nodes is None:
             self._ledger = ledger
             retention.prune(self._store, self._section, self._attempt, self._origin, save.name)
-        self._forget_on_nodes(save, ledger)
+        self._forget_on_nodes(save.name if nodes else "", ledger)
+        self._loose = ledger[-1].file.path if nodes and ledger != self._ledger else None
 
-    def _forget_on_nodes(self, save: Save, ledger: tuple[LedgerEntry, ...]) -> None:
-        """Remove older manifests of checkpoints on the nodes, and the segment that only they name."""
+    def _forget_on_nodes(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
+        """Remove other manifests of checkpoints on the nodes, and the segment that only they name, not `ledger`."""
         try:
             if self._nodes is not None:
-                self._nodes.forget(keep=save.name if save.draft.on_nodes else "")
+                self._nodes.forget(keep)
             if self._loose is not None and self._loose not in [item.file.path for item in ledger]:
                 self._store.remove(self._loose)
-            self._loose = ledger[-1].file.path if save.draft.on_nodes and ledger != self._ledger else None
         except StorageError as error:
             log.warning("older checkpoints on the nodes were not removed: %s", error)
 
@@ -244,17 +263,25 @@ class CheckpointManager:
     def _seal(self, folder: Store, manifest: Manifest) -> None:
         """Write the manifest, unless a newer attempt has started meanwhile."""
         failpoints.hit("checkpoint.before_manifest")
-        newest = catalogue.newest_attempt(self._store)
-        if newest > self._attempt:
-            raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
-                                  "taken over the run; this process ends")
+        self._require_current(folder)
         there = folder.sizes() if not manifest.layout else {}
         for item in manifest.files if not manifest.layout else ():  # other nodes' files are out of sight here
             if there.get(item.path) != item.num_bytes:
                 raise StorageError(f"{folder.shown(item.path)}: {there.get(item.path, 0)} bytes are there, "
                                    f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
         folder.write(manifests.NAME, manifests.seal(manifest))
+        try:
+            self._require_current(folder)  # that write may have taken long
+        except CheckpointError:
+            folder.remove(manifests.NAME)
+            raise
         failpoints.hit("checkpoint.after_manifest")
+
+    def _require_current(self, folder: Store) -> None:
+        newest = catalogue.newest_attempt(self._store)
+        if newest > self._attempt:
+            raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
+                                  "taken over the run; this process ends")
 
     def _clear_away(self, save: Save) -> None:
         """Remove what was written of a save that failed (of one on the nodes, this node's)."""

@@ -9,7 +9,7 @@ whole; else the newest in storage is, and the log says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dist_ft.checkpoint import catalogue
@@ -75,8 +75,8 @@ class NodeTier:
 
     def _candidates(self) -> list[str]:
         """Return the checkpoints that are not older than the newest in storage, newest first."""
-        newest = [_step(name) for name in catalogue.committed(self.store)[:1]]
-        return [name for name in self._names() if not newest or _step(name) >= newest[0]]
+        newest = catalogue.committed(self.store)[:1]
+        return [name for name in self._names() if not newest or catalogue.order(name) >= catalogue.order(newest[0])]
 
     def _names(self) -> list[str]:
         return catalogue.committed(self.store, FOLDER)
@@ -88,28 +88,32 @@ class NodeTier:
         """Return where the files of checkpoint `name` lie on this node."""
         return self.here.child(name)
 
-    def forget(self, keep: str = "", after: int = -1) -> None:
-        """Remove manifests but that of `keep`, if their step is > `after` (rank 0)."""
+    def forget(self, keep: str = "") -> None:
+        """Remove manifests but that of `keep` (rank 0)."""
         for name in self._names():
-            if name != keep and _step(name) > after:
+            if name != keep:
                 self.store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
                 self.store.remove(f"{FOLDER}/{name}")
 
-    def clear(self, keep: str) -> None:
-        """Remove from this node what is older than `keep`; another worker of the node may be doing the same."""
-        newest = manifests.parse_folder(keep) or (0, 0)
-        for name in self.here.list():
-            step, attempt = manifests.parse_folder(name) or newest
-            if step < newest[0] or attempt < newest[1]:
-                try:
-                    self.here.remove(name)
-                except DistFtError as error:
-                    log.debug("%s was not removed: %s", self.here.shown(name), error)
+    def others(self, keep: str = "", before: str = "") -> list[str]:
+        """Return what lies on this node but `keep`; with `before`, a checkpoint of this attempt, only what is older."""
+        step, attempt = manifests.parse_folder(before) or (2**62, 2**62)
+        try:
+            found = [(name, manifests.parse_folder(name)) for name in self.here.list()]
+        except DistFtError as error:
+            log.debug("%s can not be listed: %s", self.here.shown(), error)
+            return []
+        return [name for name, own in found
+                if own is not None and name != keep and (own[0] < step or own[1] < attempt or name == before)]
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files of checkpoints from this node; another worker of it may be doing the same."""
+        for name in names:
+            try:
+                self.here.remove(name)
+            except DistFtError as error:
+                log.debug("%s was not removed: %s", self.here.shown(name), error)
 
 
 def _name(manifest: Manifest) -> str:
     return manifests.folder_name(manifest.progress.step, manifest.attempt)
-
-
-def _step(name: str) -> int:
-    return (manifests.parse_folder(name) or (0, 0))[0]

@@ -23,6 +23,7 @@ class Draft:
 
     Attributes:
         on_nodes: its files go to the workers' nodes, not to storage.
+        before: what must be over before the commit (rank 0's).
         rows: this worker's rows of the ledger since the last checkpoint.
         engine: name of the engine that made it.
     """
@@ -35,6 +36,7 @@ class Draft:
     aliases: dict[str, str]
     evaluation: dict[str, float]
     on_nodes: bool = False
+    before: Future[None] | None = None
 
 
 @dataclass(frozen=True)

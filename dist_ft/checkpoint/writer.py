@@ -97,13 +97,19 @@ class Writer:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _write_all(self, folder: Store, count: int) -> list[FileEntry]:
-        begun, sent, running = time.monotonic(), 0, []
-        for part, content in enumerate(self._buffers[:count]):
-            if self._bytes_per_s:
-                time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
-            running.append(self.later(partial(self._write, folder, part, [_bytes_of(content)])))
-            sent += len(content)
-        return [file.result() for file in running]
+        begun, sent = time.monotonic(), 0
+        running: list[Future[FileEntry]] = []
+        try:
+            for part, content in enumerate(self._buffers[:count]):
+                if self._bytes_per_s:
+                    time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
+                running.append(self.later(partial(self._write, folder, part, [_bytes_of(content)])))
+                sent += len(content)
+            return [file.result() for file in running]
+        finally:
+            for file in running:
+                file.cancel()
+            wait(running)  # as above
 
     def _write(self, folder: Store, part: int, content: Sequence[memoryview]) -> FileEntry:
         path = f"rank-{self._rank:05d}-{part:04d}.safetensors"

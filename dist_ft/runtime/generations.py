@@ -102,8 +102,8 @@ class Generations:
     def _replace(self, member: Member, now: float) -> None:
         """Another set of workers has come in place of the one there was."""
         self._replaced.add(self._group)
-        if self._failures and self._failures[-1].kind in ("peer", "lost") and not self._begun:
-            self._failures.pop()  # the same loss, seen by its peers first, or by workers that never came together
+        if self._failures and self._failures[-1].kind == "peer" and not self._begun:
+            self._failures.pop()  # the same loss, noticed by its peers first
         if self._size < member.size:  # a run that takes more nodes has lost nothing
             self.after = f"{PLANNED}more workers came"
         else:

@@ -24,7 +24,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, WorkerError
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.node_watch import NodeWatch
-from dist_ft.runtime.placing import device, explain, given_up, line_of, require_resources, resources
+from dist_ft.runtime.placing import LOST_S, device, explain, given_up, line_of, require_resources, resources
 from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
 from dist_ft.runtime.supervisor import NobodyCameError, Place, Supervisor
@@ -207,13 +207,13 @@ def _worker(settings: dict[str, Any]) -> None:
     relay = _Called(settings["relay"])
     try:
         Supervisor(config, place, relay, _reporter(config)).run()
-    except ray.exceptions.RayActorError:
+    except ray.exceptions.ActorDiedError:
         return  # the relay is gone, and with it the driver
     except NobodyCameError:
         raise
     except Exception as error:
         relay.end(WorkerError(f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
-                              "Ray logs in /tmp/ray"))
+                              "Ray logs in /tmp/ray"), place.group)
         raise
 
 
@@ -229,7 +229,16 @@ class _Called:
         self._actor.put.remote(kind, text)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *values: self._ray.get(getattr(self._actor, name).remote(*values))
+        def call(*values: Any) -> Any:
+            until = time.monotonic() + LOST_S
+            while True:
+                try:
+                    return self._ray.get(getattr(self._actor, name).remote(*values))
+                except self._ray.exceptions.ActorUnavailableError:  # the way there is cut, perhaps for a moment
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(POLL_S)
+        return call
 
 
 def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:

@@ -50,8 +50,13 @@ class Relay:
         self._num_left_out = 0
         return lines
 
-    def end(self, outcome: Result | DistFtError) -> None:
-        """Note how the run ended: a result, or an error that starting again would not cure."""
+    def end(self, outcome: Result | DistFtError, group: str = "") -> None:
+        """Note how the run ended: a result, or an error that starting again would not cure.
+
+        `group`: whose word this is; that of workers which were replaced counts nothing, here as in the calls below.
+        """
+        if self._generations.is_replaced(group):
+            return
         self._pass_on()
         self._outcome = self._outcome or outcome
 
@@ -73,9 +78,10 @@ class Relay:
         """Note that a node will be taken away: that is why the workers after these come."""
         self._generations.going(what)
 
-    def saved(self, number: int) -> None:
+    def saved(self, number: int, group: str = "") -> None:
         """Note that all wishes up to `number` are answered: saved, or the log says why not."""
-        self._saves_done = max(self._saves_done, number)
+        if not self._generations.is_replaced(group):
+            self._saves_done = max(self._saves_done, number)
 
     def is_saved(self, number: int) -> bool:
         """Tell whether wish `number` is answered, or nobody is there who could."""
@@ -107,16 +113,23 @@ class Relay:
         """Note why the process of a worker ended."""
         self._generations.failed(generation, failure, time.monotonic())
 
-    def committed(self, url: str, metrics: dict[str, float]) -> None:
+    def num_commits(self) -> int:
+        """Return how many checkpoints were passed on so far."""
+        return len(self._commits)
+
+    def committed(self, url: str, metrics: dict[str, float], group: str = "") -> None:
         """Note a checkpoint. Of those that come faster than Ray takes reports, some are not passed on."""
+        if self._generations.is_replaced(group):
+            return
         self._generations.progressed()
         self._newest = (url, metrics)
         if time.monotonic() - self._passed_on_at > REPORT_EVERY_S:
             self._pass_on()
 
-    def progressed(self) -> None:
+    def progressed(self, group: str = "") -> None:
         """Note a checkpoint that Ray is not told of: it lies on the workers' nodes."""
-        self._generations.progressed()
+        if not self._generations.is_replaced(group):
+            self._generations.progressed()
 
     def _pass_on(self) -> None:
         if self._newest is not None:

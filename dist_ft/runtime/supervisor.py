@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import DistFtError, Interrupted, StorageError
+from dist_ft.errors import DistFtError, Interrupted, PeerError, StorageError
 from dist_ft.runtime.generations import MOST_BACKOFF_S, Failure, Kind, Member, View
 from dist_ft.runtime.process import Process
 from dist_ft.runtime.watchdog import EXIT_CODE as HUNG
@@ -39,11 +39,12 @@ class RelayLike(Protocol):
     def meet(self, member: Member, num_commits: int) -> View: ...  # noqa: D102
     def look(self, member: Member, num_commits: int) -> View: ...  # noqa: D102
     def failed(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
-    def committed(self, url: str, metrics: dict[str, float]) -> None: ...  # noqa: D102
-    def progressed(self) -> None: ...  # noqa: D102
-    def saved(self, number: int) -> None: ...  # noqa: D102
+    def num_commits(self) -> int: ...  # noqa: D102
+    def committed(self, url: str, metrics: dict[str, float], group: str) -> None: ...  # noqa: D102
+    def progressed(self, group: str) -> None: ...  # noqa: D102
+    def saved(self, number: int, group: str) -> None: ...  # noqa: D102
     def put(self, kind: str, text: str) -> None: ...  # noqa: D102
-    def end(self, outcome: Any) -> None: ...  # noqa: D102
+    def end(self, outcome: Any, group: str) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ class Supervisor:
         self._committed = committed
         self._look_s = max(LOOK_S, place.world.size / LOOKS_PER_S)
         self._num_commits = 0
+        self._stopping = False
         self._spare: Process | None = None
         self._reports = ThreadPoolExecutor(1, thread_name_prefix="reports")  # a report waits for those of all workers
 
     def run(self) -> None:
         """Look after training processes until the run is over or this supervisor is replaced."""
+        self._num_commits = self._relay.num_commits()  # older ones were told of by the workers before these
         try:
             while True:
                 self._spare = self._spare or Process(self._config)
@@ -115,7 +118,7 @@ class Supervisor:
                 ended = ended or self._take(message, generation, oom_kills)
             view = self._relay.look(member, self._num_commits)
             if view.stop and not told:
-                told = True
+                self._stopping = told = True
                 process.stop()
             if view.saves > saves and self._place.world.rank == 0:  # what one rank is asked for all do, once
                 saves = view.saves
@@ -138,10 +141,10 @@ class Supervisor:
                 self._spare = Process(self._config, *rest)
         elif kind in ("committed", "progressed", "saved"):
             if self._place.world.rank == 0:
-                getattr(self._relay, kind)(*rest)
+                getattr(self._relay, kind)(*rest, self._place.group)
         elif kind == "result":
             if self._place.world.rank == 0:
-                self._relay.end(rest[0])
+                self._relay.end(rest[0], self._place.group)
             return True
         else:
             self._relay_failure(kind, rest, generation, oom_kills)
@@ -151,9 +154,11 @@ class Supervisor:
     def _relay_failure(self, kind: str, rest: list[Any], generation: int, oom_kills: int) -> None:
         """Tell all how the process ended, if it was not with a result."""
         place = self._place
-        if kind == "error" and (isinstance(rest[0], Interrupted) or not rest[0].retryable):
-            return self._relay.end(rest[0])
-        if kind == "error":
+        if kind == "error" and isinstance(rest[0], Interrupted) and not self._stopping:
+            failure = Failure(place.world.rank, place.node, "killed", "a signal asked a worker to stop; all saved")
+        elif kind == "error" and (isinstance(rest[0], Interrupted) or not rest[0].retryable):
+            return self._relay.end(rest[0], place.group)
+        elif kind == "error":
             failure = Failure(place.world.rank, place.node, _kind_of(rest[0]), str(rest[0]))
         elif kind == "failed":
             is_peer, text = rest
@@ -208,7 +213,7 @@ def how_it_ended(code: int, oom_kills: int) -> tuple[Kind, str]:
 
 
 def _kind_of(error: DistFtError) -> Kind:
-    return "storage" if isinstance(error, StorageError) else "error"
+    return "storage" if isinstance(error, StorageError) else "peer" if isinstance(error, PeerError) else "error"
 
 
 def _oom_kills() -> int:

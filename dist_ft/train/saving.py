@@ -120,11 +120,10 @@ class Saver:
                 log.warning("the save at step %d waited %.1f s for the one before; %s is shorter than a save takes",
                             progress.step, time.perf_counter() - begun, self._interval(on_nodes))
         rows = self._ledger.rows() if on_nodes else self._ledger.take()
+        lines = parts.metrics.flush() if parts.metrics is not None else None
         draft = Draft(self._name, type(parts.engine).__name__, progress, rows, parts.tensors, parts.aliases,
-                      dict(evaluation), on_nodes)
+                      dict(evaluation), on_nodes, lines)  # who goes on from it must find the lines of all steps before
         self._told = {"step": float(progress.step), **values}
-        if parts.metrics is not None:
-            parts.metrics.flush()  # before the commit: a run resumed from it must find the lines of all steps before
         if background:
             parts.manager.begin(parts.engine, draft)
             self._begun(on_nodes, begun)

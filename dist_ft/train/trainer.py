@@ -144,7 +144,10 @@ class Trainer:
         parts.judge.in_a_row += 1
         if section.action == "stop" or parts.judge.in_a_row > section.most_in_a_row:
             raise anomaly.stopped(section, step, reason, samples)
-        first = max(0, step + 1 - section.rollback_steps) if section.action == "rollback" else step
+        first = step
+        if section.action == "rollback":
+            self._saver.settle()
+            first = min(step, max(parts.manager.reached, step + 1 - section.rollback_steps))  # not before that commit
         with attempts(STUBBORN):
             on_rank0(parts.world, parts.collectives,
                      lambda: anomaly.write_record(parts.store, range(first, step + 1), reason, samples))
@@ -153,7 +156,6 @@ class Trainer:
                         len(samples), parts.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"))
         parts.judge.vetoed.update(range(first, step + 1))
         if section.action == "rollback":
-            self._saver.settle()
             raise anomaly.RollBack
 
     def _report(self, outcome: StepOutcome, num_targets: float, num_tokens: float, rate: float, begun: float,

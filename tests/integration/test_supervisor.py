@@ -160,6 +160,21 @@ def test_fault_20_too_little_memory_is_named_with_what_to_change_and_not_tried_f
     require_gone(started)
 
 
+def test_fault_7_a_signal_to_one_process_does_not_end_the_run(
+        base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is shut down without notice: all save, nobody asked the run to stop, and it goes on."""
+    document = tiny.config(base, "signalled", workers=2, checkpoint={"every_steps": 0})
+    monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1!term")
+    monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "signalled-once"))
+    relay, _ = supervise(document)
+    assert isinstance(relay.outcome(), Result)
+    assert history.losses(base / "runs/signalled") == unbroken
+    history.require_exactly_once(base / "runs/signalled", document)
+    said = [text for _, text in relay.take()]
+    assert any("killed (a signal asked a worker to stop; all saved); all workers go on" in text for text in said)
+    assert any("going on from step 11" in text for text in said), "no step was lost"
+
+
 def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
         base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     document = tiny.config(base, "stopped", workers=2, cluster={"progress_timeout_s": 8})

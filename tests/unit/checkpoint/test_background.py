@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import catalogue, fragments
 from dist_ft.checkpoint.catalogue import begin_attempt, committed
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.errors import CheckpointError, StorageError
@@ -99,6 +99,25 @@ def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, en
     assert committed(store) == [] and store.list("checkpoints") == []
     one.begin(engine, draft(engine, 2, ROWS))
     assert until_it_ends(one).problem is None
+
+
+def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monkeypatch):
+    """Files that wait behind the one that failed do not fill the room that was cleared."""
+    def write(self, path, content, real=Store.write):
+        if path.endswith("0000.safetensors"):
+            raise StorageError("no room")
+        threading.Event().wait(0.02)
+        real(self, path, content)
+
+    monkeypatch.setattr(fragments, "PART_BYTES", 2048)
+    monkeypatch.setattr(Store, "write", write)
+    one = attempt()
+    one.begin(engine, draft(engine, 1, ROWS))
+    assert len(one._writer._buffers) > 20
+    assert str(until_it_ends(one).problem) == "no room"
+    for _ in range(10):
+        assert store.list("checkpoints") == []
+        threading.Event().wait(0.02)
 
 
 def test_a_manifest_that_can_not_be_written_is_one_outcome(store, attempt, engine, monkeypatch):

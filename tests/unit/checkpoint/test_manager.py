@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +246,46 @@ def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, e
     save(two, engine, 2)
     assert store.list("checkpoints") == ["notes.txt", "step-000000001-a0003", "step-000000002-a0002"]
     assert one is not two
+
+
+def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(store, attempt, engine, monkeypatch):
+    one = attempt()
+
+    def write(self, path, content, real=Store.write):
+        if path == "manifest.json":
+            begin_attempt(store, 1)
+        real(self, path, content)
+
+    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(CheckpointError, match="attempt 1 must not commit, attempt 2 has taken over"):
+        save(one, engine, 1)
+    assert committed(store) == []
+
+
+def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine, monkeypatch):
+    """Should a zombie slip through all the same, it is not gone on from."""
+    one = attempt()
+    save(one, engine, 1)
+    two = attempt()
+    save(two, engine, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "newest_attempt", lambda _: 1)
+        save(one, engine, 5)
+    assert committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
+    assert attempt()._origin == 3
+
+
+def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine):
+    """The newest is altered, which loading finds; the one before is shorter than it was."""
+    one = attempt()
+    for step in (1, 2, 3):
+        save(one, engine, step)
+    for step, harm in ((3, lambda content: content[:-1] + b"?"), (2, lambda content: content[:-9])):
+        path = Path(store.full(f"checkpoints/step-{step:09d}-a0001/{FILES[1]}"))
+        path.write_bytes(harm(path.read_bytes()))
+    two = attempt()
+    assert two._origin == 3
+    assert two.load(two.newest(), engine, tensors_of(engine)).progress.step == 1
 
 
 def test_what_was_passed_over_takes_no_place(store, attempt, engine):

@@ -293,6 +293,6 @@ class Protocol(RuleBasedStateMachine):
                 shutil.rmtree(self.base)
 
 
-Protocol.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None,
+Protocol.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None,
                                       suppress_health_check=list(HealthCheck))
 TestProtocol = Protocol.TestCase

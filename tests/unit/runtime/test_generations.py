@@ -122,13 +122,13 @@ def test_workers_of_two_groups_are_never_mixed():
         assert found.error is None and "a worker or its node was lost" in found.after, "one loss, one failure"
 
 
-def test_a_group_that_never_came_together_is_no_further_failure():
-    found = met(Generations(1))
-    for key in "bcdef":
+def test_groups_that_never_come_together_use_the_budget_up():
+    found = met(Generations(2))
+    for key in "bc":
         found.meet(member(1, key), 1)
     assert found.error is None
-    found.meet(member(0, "f"), 2)
-    assert found.rendezvous(2) == "host:100"
+    found.meet(member(1, "d"), 1)
+    assert "gave up after cluster.max_failures=2" in str(found.error)
 
 
 def test_other_sizes_are_other_workers_and_more_of_them_are_no_failure():

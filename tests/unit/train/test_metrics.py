@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import tempfile
+import threading
+import time
 
 import pytest
 
@@ -60,10 +62,29 @@ def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": 1.0})
     assert not store.exists("metrics.jsonl")
-    log.flush()
+    log.flush().result()
     assert steps(store) == [(1, "train")]
     monkeypatch.setattr(module, "FLUSH_S", 0.0)
+    log.flush().result()
+    log._next_s = 0.0
     log.add(2, "train", {"loss": 1.0})
+    log._flushes.result()
+    assert steps(store) == [(1, "train"), (2, "train")]
+
+
+def test_training_does_not_wait_for_storage(store, monkeypatch):
+    gate, real = threading.Event(), Store.write
+    monkeypatch.setattr(Store, "write", lambda self, path, content: (gate.wait(20), real(self, path, content))[1])
+    log = MetricsLog(store, [], 1, False)
+    log.add(1, "train", {"loss": 1.0})
+    first = log.flush()
+    while not first.running():
+        time.sleep(0.001)
+    log.add(2, "train", {"loss": 1.0})
+    second, third = log.flush(), log.flush()
+    assert second is third is not first and not first.done()
+    gate.set()
+    second.result()
     assert steps(store) == [(1, "train"), (2, "train")]
 
 
@@ -85,7 +106,7 @@ def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": 1.0})
     with caplog.at_level(logging.WARNING, "dist_ft"):
-        log.flush()
+        log.flush().result()
     assert caplog.messages[0].startswith(f"metrics were not written: {tmp_path}/run/metrics.jsonl: can not write it (")
     os.remove(tmp_path / "run")
     log.close()
