@@ -1,10 +1,10 @@
 """Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing.
 
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
-up, as with a lost machine. `!stop` stops it (SIGSTOP), `!term` asks it to end (SIGTERM), `!lock` holds the interpreter lock for good, `!sleep` does
-nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory` asks for more memory than
-there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError); `!sleep5+stop` is one after
-the other. A failpoint says so first.
+up, as with a lost machine. `!stop` stops it (SIGSTOP), `!term` asks it to end (SIGTERM), `!lock` holds the interpreter
+lock for good, `!sleep` does nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory`
+asks for more memory than there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError);
+`!sleep5+stop` is one after the other. A failpoint says so first.
 """
 
 from __future__ import annotations
