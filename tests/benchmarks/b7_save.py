@@ -152,12 +152,15 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
     """torch.distributed.checkpoint.async_save: until it gives the loop back; its staging buffers are kept."""
     from torch.distributed.checkpoint import async_save
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    writer = FileSystemWriter(str(folder / "dcp"), cache_staged_state_dict=True, overwrite=True)
+    writer = FileSystemWriter(str(folder / "dcp"), overwrite=True)
+    stager = DefaultStager(StagingOptions(use_pinned_memory=False, use_shared_memory=True, use_async_staging=False,
+                                          use_non_blocking_copy=False))  # pinned memory wants an accelerator
 
     def run() -> float:
         begun = time.perf_counter()
-        saving = async_save(state, storage_writer=writer)
+        saving = async_save(state, storage_writer=writer, async_stager=stager)
         seconds = time.perf_counter() - begun
         saving.result()
         sync()
