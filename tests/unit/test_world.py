@@ -131,7 +131,7 @@ def test_only_rank_0_acts_and_all_know_what_came_of_it(two):
     assert [said["result"] for said in two] == ["made", "made"]
     assert [said["error"] for said in two] == ["ConfigError: x: 1 problem\n  - a=1: no"] * 2
     assert [said["bug"] for said in two] == [
-        "KeyError: 'b'", "WorkerError: rank 0 failed (KeyError: 'b'); see its own error"]
+        "KeyError: 'b'", "PeerError: rank 0 failed (KeyError: 'b'); see its own error"]
 
 
 def test_an_error_of_one_rank_is_raised_on_all(two):

@@ -147,7 +147,7 @@ def test_neighbouring_ranges_are_read_together():
 
 def test_far_ranges_are_read_apart(monkeypatch):
     monkeypatch.setattr(fragments, "GAP_BYTES", 100)
-    monkeypatch.setattr(manifest, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 200)
     store, values = memory(), np.arange(1000, dtype=np.float32)
     reader = FragmentReader(write(store, [Fragment("w", "param", 0, values)]))
     reader.keys()

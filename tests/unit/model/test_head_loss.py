@@ -81,7 +81,7 @@ def test_models_that_change_their_logits_are_noticed(kind, chunked):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     ours = CausalLM(model)
-    got = ours(ids, torch.arange(10).expand(2, 10), torch.arange(20), targets)
+    got = ours(ids, torch.arange(10).expand(2, 10), torch.arange(20), targets, ((10,), (10,)))
     got.backward()
     assert ours._chunked is chunked
     torch.testing.assert_close(got, want)
