@@ -121,4 +121,6 @@ class CheckedFiles:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            threads.shutdown(cancel_futures=True)
+            # Not waited for: a reader that was dropped half-way ends here in the garbage collector, which may run while
+            # a thread is just being started; to join one there takes a lock that is held already (CPython 3.11).
+            threads.shutdown(wait=False, cancel_futures=True)
