@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.ledger import read_ledger
@@ -29,6 +30,12 @@ def ledger(run: str | Path) -> np.ndarray:
     """Return the committed ledger's rows."""
     store = Store(str(run))
     return read_ledger(store, catalogue.load_manifest(store, catalogue.committed(store)[0]))
+
+
+def require_same(run: Path, other: Path) -> None:
+    """Fail unless two runs of any worlds saw the same samples at each step and place, with losses within 1e-5."""
+    assert losses(run) == pytest.approx(losses(other), abs=1e-5)
+    assert sorted(map(tuple, ledger(run).tolist())) == sorted(map(tuple, ledger(other).tolist()))
 
 
 def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
