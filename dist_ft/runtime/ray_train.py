@@ -48,9 +48,14 @@ def run(config: RunConfig) -> Result:
     with _connected(config) as ray:
         require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
-        relay = _start_relay(ray, name, config.cluster.max_failures)
-        failure = _fit(ray, config, relay, _trainer(config, name))
-        outcome = ray.get(relay.outcome.remote())
+        actor = _start_relay(ray, name, config.cluster.max_failures)  # it lives as long as this refers to it
+        relay = _Called(actor)
+        try:
+            failure = _fit(ray, config, relay, _trainer(config, name))
+            outcome = relay.outcome()
+        except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
+            raise WorkerError("the process that joins the workers with this one was lost (killed for want of memory?); "
+                              "what was committed is kept; the same command goes on from there") from error
     if isinstance(outcome, DistFtError):
         raise outcome
     if outcome is not None:
@@ -95,7 +100,8 @@ def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
     """Start the relay on this node: the loss of another must not take it away."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(  # a soft one means nothing to an actor without CPUs: Ray puts it anywhere
+        ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
     relay = actor.remote(max_failures)
     ray.get(relay.outcome.remote())
@@ -142,8 +148,13 @@ def _saver(relay_name: str) -> Any:
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller import state as states
 
+    def relay() -> _Called:
+        import ray
+
+        return _Called(ray.get_actor(relay_name, namespace=NAMESPACE))
+
     class _Saver(ControllerCallback):
-        saves = Saves(lambda: _Called(relay_name))
+        saves = Saves(relay)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, states.PreemptingState):
@@ -154,7 +165,7 @@ def _saver(relay_name: str) -> Any:
     return _Saver()
 
 
-def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException | None:
+def _fit(ray: Any, config: RunConfig, relay: _Called, trainer: Any) -> BaseException | None:
     """Run the trainer in a thread while this one relays lines and signals; return what it raised.
 
     Raises WorkerError or Interrupted when there is no use in waiting for workers any longer (`_given_up`). Ray's own
@@ -162,7 +173,7 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
     """
     failure: list[BaseException] = []
 
-    def fit(_relay: Any) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
+    def fit(_relay: _Called) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
         try:
             trainer.fit()
         except BaseException as error:
@@ -175,15 +186,15 @@ def _fit(ray: Any, config: RunConfig, relay: Any, trainer: Any) -> BaseException
         while thread.is_alive():
             thread.join(POLL_S)
             if stopping():
-                relay.stop.remote()
-            show(console, ray.get(relay.take.remote()))
+                relay.stop()
+            show(console, relay.take())
             if config.min_workers < config.max_workers:
                 watch.look()
-            error = given_up(config, time.monotonic() - began, ray.get(relay.silent_s.remote()), stopping())
-            if error is not None and thread.is_alive() and ray.get(relay.outcome.remote()) is None:
-                ray.get(relay.end.remote(error))
+            error = given_up(config, time.monotonic() - began, relay.silent_s(), stopping())
+            if error is not None and thread.is_alive() and relay.outcome() is None:
+                relay.end(error)
                 raise error
-        show(console, ray.get(relay.take.remote()))
+        show(console, relay.take())
     return failure[0] if failure else None
 
 
@@ -204,7 +215,7 @@ def _worker(settings: dict[str, Any]) -> None:
         raise AssertionError("workers of Ray Train lie in a placement group")
     place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
                   ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank))
-    relay = _Called(settings["relay"])
+    relay = _Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
         Supervisor(config, place, relay, _reporter(config)).run()
     except ray.exceptions.ActorDiedError:
@@ -220,10 +231,10 @@ def _worker(settings: dict[str, Any]) -> None:
 class _Called:
     """The relay: its methods are called and waited for; lines (`put`) are sent on and not waited for."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, actor: Any) -> None:
         import ray
 
-        self._ray, self._actor = ray, ray.get_actor(name, namespace=NAMESPACE)
+        self._ray, self._actor = ray, actor
 
     def put(self, kind: str, text: str) -> None:
         self._actor.put.remote(kind, text)

@@ -71,6 +71,28 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
     history.require_exactly_once(run, config)
 
 
+PLACED = """
+import ray
+from dist_ft.runtime.ray_train import NAMESPACE, _start_relay
+ray.init(address="auto", namespace=NAMESPACE, logging_level="ERROR")
+from ray._private.state import actors
+relays = [_start_relay(ray, f"relay-{number}", 0) for number in range(6)]
+here = ray.get_runtime_context().get_node_id()
+assert all(actors(relay._actor_id.hex())["Address"]["NodeID"] == here for relay in relays), "elsewhere"
+"""
+
+
+def test_fault_8_what_joins_workers_and_driver_is_on_the_drivers_node() -> None:
+    """Ray puts an actor without CPUs anywhere, unless it must be here; with its node the run would be lost."""
+    cluster = nodes.Nodes()
+    try:
+        for _ in range(3):
+            cluster.add()
+        subprocess.run([sys.executable, "-c", PLACED], check=True, env={**os.environ, "RAY_ADDRESS": cluster.address})
+    finally:
+        cluster.close()
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root (network namespaces)")
 def test_fault_8_a_node_whose_link_is_cut_is_done_without(base: Path) -> None:

@@ -16,4 +16,5 @@ def test_the_relay_stays_on_the_drivers_node():
     ray = MagicMock(remote=lambda **_: lambda _: actor)
     ray.get_runtime_context().get_node_id.return_value = "ab" * 28
     _start_relay(ray, "relay", 3)
-    assert asked["scheduling_strategy"].node_id == "ab" * 28 and asked["name"] == "relay"
+    strategy = asked["scheduling_strategy"]
+    assert strategy.node_id == "ab" * 28 and not strategy.soft and asked["name"] == "relay"
