@@ -13,16 +13,16 @@ import importlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, known
+from dist_ft.runtime import keeper
 from dist_ft.train.console import Console
 from dist_ft.train.result import Hooks
 
@@ -33,24 +33,38 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Process:
-    """The parent's side."""
+    """The worker's side."""
 
-    def __init__(self, config: RunConfig, modules: Sequence[str] = ()) -> None:
-        """Start a process that imports what training needs (`modules`: what it needed before), and waits."""
-        self._pipe, theirs = Pipe()
-        command = [sys.executable, "-m", "dist_ft.runtime.process", str(theirs.fileno())]
+    def __init__(self, kept: keeper.Kept) -> None:
+        """Take a process that waits: use `start` or `claim`."""
+        self._kept, self._pipe = kept, kept.pipe
+
+    @classmethod
+    def start(cls, config: RunConfig, modules: Sequence[str] = (), spares: str = "") -> Process:
+        """Start a process that imports what training needs (`modules`: what it needed before), and waits.
+
+        Raises OSError if the system lets none start.
+        """
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment)
-        theirs.close()
-        self._send((config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
+        command = [sys.executable, "-m", "dist_ft.runtime.process"]
+        process = cls(keeper.start(command, environment, _name(spares)))
+        process._send((config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
+        return process
+
+    @classmethod
+    def claim(cls, spares: str) -> Process | None:
+        """Return a process that a lost worker with the same `spares` (run and node) and GPUs has left, or None."""
+        kept = keeper.claim(_name(spares))
+        return None if kept is None else cls(kept)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._kept.pid
 
     def begin(self, environment: Mapping[str, str], after: str) -> None:
-        """Let it train; `after`: why the generation before ended."""
+        """Let it train, and end with this worker; `after`: why the generation before ended."""
+        self._kept.begun()
         self._send((dict(environment), after))
 
     def stop(self) -> None:
@@ -72,15 +86,17 @@ class Process:
             while self._pipe.poll(0 if found else timeout_s):
                 found.append(self._pipe.recv())
         except (EOFError, OSError):
-            found.append(("gone", self._process.wait()))
+            found.append(("gone", self._kept.wait()))
         return found
 
     def end(self) -> None:
         """Kill it, whatever it does, and wait until it is gone."""
-        with contextlib.suppress(OSError):
-            self._process.kill()
-        self._process.wait()
-        self._pipe.close()
+        self._kept.end()
+
+
+def _name(spares: str) -> str:
+    """Return what says which processes a worker may claim: imported anew they would see the same GPUs."""
+    return repr((spares, sys.executable, sorted(item for item in os.environ.items() if "VISIBLE" in item[0])))
 
 
 class _Child:

@@ -214,7 +214,8 @@ def _worker(settings: dict[str, Any]) -> None:
     if placed is None:
         raise AssertionError("workers of Ray Train lie in a placement group")
     place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
-                  ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank))
+                  ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank),
+                  f"{settings['relay']}/{runtime.get_node_id()}")
     relay = _Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
         Supervisor(config, place, relay, _reporter(config)).run()

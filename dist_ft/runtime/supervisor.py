@@ -7,10 +7,11 @@ checkpoint, without Ray having to place anything anew; a supervisor that was rep
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,13 +50,17 @@ class RelayLike(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where this worker is: who was placed with it, its world, its node's name and address, its device there."""
+    """Where this worker is: who was placed with it, its world, its node's name and address, its device there.
+
+    spares: the name under which a worker of this run on this node leaves its spare process, if it is lost.
+    """
 
     group: str
     world: World
     node: str
     host: str
     device: int
+    spares: str
 
 
 class Supervisor:
@@ -79,7 +84,7 @@ class Supervisor:
         self._num_commits = self._relay.num_commits()  # older ones were told of by the workers before these
         try:
             while True:
-                self._spare = self._spare or Process(self._config)
+                self._spare = self._spare or Process.claim(self._place.spares) or self._new_process()
                 member, view = self._meet()
                 if view.over:
                     return self._leave(view)
@@ -94,6 +99,9 @@ class Supervisor:
             if self._spare is not None:
                 self._spare.end()
             self._reports.shutdown(wait=False)
+
+    def _new_process(self, modules: Sequence[str] = ()) -> Process:
+        return Process.start(self._config, modules, self._place.spares)
 
     def _meet(self) -> tuple[Member, View]:
         """Wait for the others; raises NobodyCameError if it takes too long: Ray then places all anew."""
@@ -138,7 +146,8 @@ class Supervisor:
             self._relay.put(*rest)
         elif kind == "begun":
             if self._config.cluster.standby and self._spare is None:
-                self._spare = Process(self._config, *rest)
+                with contextlib.suppress(OSError):  # one is started when it is needed
+                    self._spare = self._new_process(*rest)
         elif kind in ("committed", "progressed", "saved"):
             if self._place.world.rank == 0:
                 getattr(self._relay, kind)(*rest, self._place.group)

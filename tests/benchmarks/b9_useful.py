@@ -131,7 +131,7 @@ def _processes(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and b"dist_ft.runtime.process" in (folder / "cmdline").read_bytes() \
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().split(b"\0")[2:3] == [b"dist_ft.runtime.process"] \
                     and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
         except OSError:

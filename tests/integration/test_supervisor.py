@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ import ranks
 import tiny
 
 from dist_ft.config.load import load_config
-from dist_ft.runtime import supervisor
 from dist_ft.runtime.process import Process
 from dist_ft.runtime.relay import Relay
 from dist_ft.runtime.supervisor import Place, Supervisor
@@ -45,12 +45,13 @@ def unbroken(base: Path) -> list[float]:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
     """Return all training processes that are started."""
     found: list[Process] = []
+    start = Process.start
 
-    def start(*values: Any) -> Process:
-        found.append(Process(*values))
+    def noted(*values: Any) -> Process:
+        found.append(start(*values))
         return found[-1]
 
-    monkeypatch.setattr(supervisor, "Process", start)
+    monkeypatch.setattr(Process, "start", noted)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return found
@@ -71,13 +72,13 @@ class Called:
 
 
 def supervise(document: dict[str, Any], size: int = 2, meanwhile: Callable[[Any], None] = lambda relay: None,
-              ) -> tuple[Relay, list[tuple[int, str]]]:
+              spares: str = "") -> tuple[Relay, list[tuple[int, str]]]:
     """Run a config under `size` supervisors to its end; return the relay and who was told of which checkpoint."""
     config, told = load_config(document), []
     relay = Called(Relay(config.cluster.max_failures))
     threads = []
     for rank in range(size):
-        place = Place("group", World(rank, size, rank, size), "here", "127.0.0.1", rank)
+        place = Place("group", World(rank, size, rank, size), "here", "127.0.0.1", rank, spares)
         own = Supervisor(config, place, relay, lambda url, _, rank=rank: told.append((rank, url)))
         threads.append(threading.Thread(target=own.run, daemon=True))
         threads[-1].start()
@@ -188,22 +189,63 @@ def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
     require_gone(started)
 
 
-def test_a_process_ends_with_its_supervisor(base: Path, tmp_path: Path) -> None:
-    """Even one that is stopped and can not listen: the kernel sees to it."""
-    program = ("import sys, time, yaml\nfrom dist_ft.config.load import load_config\n"
-               "from dist_ft.runtime.process import Process\n"
-               "if __name__ == '__main__':\n"
-               "    print(Process(load_config(yaml.safe_load(sys.argv[1]))).pid, flush=True)\n    time.sleep(600)\n")
-    parent = subprocess.Popen([sys.executable, "-c", program, json.dumps(tiny.config(base, "orphan", workers=2))],
+LOST = """
+import sys, time, yaml
+from dist_ft.config.load import load_config
+from dist_ft.runtime.process import Process
+process = Process.start(load_config(yaml.safe_load(sys.argv[1])), (), sys.argv[2])
+if sys.argv[3] == "begun":
+    process.begin({}, "")
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def lose_a_worker(document: dict[str, Any], spares: str, state: str, stopped: bool = False) -> int:
+    """Kill a worker that has a process; return the process's id."""
+    worker = subprocess.Popen([sys.executable, "-c", LOST, json.dumps(document), spares, state],
                               stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    time.sleep(5)  # until it runs Python
-    os.kill(pid, signal.SIGSTOP)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(
-            f"/proc/{pid}/status").read_text():
-        time.sleep(0.1)
-    assert not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    assert worker.stdout is not None
+    pid = int(worker.stdout.readline())
+    if stopped:
+        time.sleep(5)  # until it runs Python
+        os.kill(pid, signal.SIGSTOP)
+    worker.kill()
+    worker.wait()
+    return pid
+
+
+def ended(pid: int, within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+                time.sleep(0.1)
+                continue
+        return True
+    return False
+
+
+def test_a_process_ends_with_its_supervisor(base: Path) -> None:
+    """Even one that is stopped and can not listen: its keeper sees to it."""
+    assert ended(lose_a_worker(tiny.config(base, "orphan", workers=2), "orphan", "begun", stopped=True))
+
+
+def test_the_spare_of_a_lost_worker_serves_the_next_one_once(base: Path, unbroken: list[float],
+                                                             started: list[Process]) -> None:
+    document = tiny.config(base, "claimed", workers=2)
+    pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
+    config = load_config(document)
+    assert Process.claim("of another run or node") is None
+    found = [Process.claim("claimed"), Process.claim("claimed")]
+    assert {process.pid for process in found if process} == pids and Process.claim("claimed") is None
+    for process in found:
+        assert process is not None
+        process.end()
+    assert all(ended(pid, 1) for pid in pids)
+
+    pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
+    relay, _ = supervise({**document, "cluster": {**document["cluster"], "standby": False}}, spares="claimed")
+    assert isinstance(relay.outcome(), Result) and started == []
+    assert history.losses(base / "runs/claimed") == unbroken
+    assert all(ended(pid, 1) for pid in pids) and config.cluster.standby

@@ -1,7 +1,7 @@
 """Kills a run again and again at random moments, and checks that nothing was lost: in parts, with a journal.
 
     python tests/soak/soak.py --mode ranks --kills 160     # two ranks without Ray: kill -9, and deaths inside a save
-    python tests/soak/soak.py --mode ray --kills 40        # training processes, Ray workers, the driver
+    python tests/soak/soak.py --mode ray --kills 40        # training processes, their keepers, Ray workers, the driver
     python tests/soak/soak.py --report                     # what the journal says
 
 Each run is a small model with dropout, packed, in the background saved every four steps. After every kill all committed
@@ -27,6 +27,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
+MARK = "DIST_FT_SOAK"
+"""In the environment of all that belongs to the run: keepers and what they keep are no children of the driver."""
 STEPS = {"ranks": 240, "ray": 300}
 
 
@@ -175,15 +177,15 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
     while True:
         with open(log, "ab") as output:
             driver = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], cwd=base, stdout=output,
-                                      stderr=output)
+                                      stderr=output, env={**os.environ, MARK: base.name})
         while driver.poll() is None:
             until = time.monotonic() + rng.uniform(2.0, 12.0)
             while driver.poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
-            victims = living(driver) if kills < most else {}
+            victims = living(driver, base.name) if kills < most else {}
             if not victims or not (run / "attempts").exists():
                 continue
-            kind = rng.choices(list(victims), [{"process": 20, "worker": 3, "driver": 1}[kind] for kind in victims])[0]
+            kind = rng.choices(list(victims), [{"process": 20, "keeper": 2, "worker": 3, "driver": 1}[kind] for kind in victims])[0]
             victim = rng.choice(victims[kind])
             victim.kill()
             kills += 1
@@ -196,20 +198,20 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
             raise SystemExit(f"the driver ended with {driver.returncode}")
 
 
-def living(driver: subprocess.Popen[bytes]) -> dict[str, list[Any]]:
-    """Return the processes of a run that trains: training processes (spares too), Ray workers, the driver."""
+def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
+    """Return the processes of a run that trains: training processes (spares too), keepers, Ray workers, the driver."""
     import psutil
 
-    found: dict[str, list[Any]] = {"process": [], "worker": []}
-    for process in psutil.Process(driver.pid).children(recursive=True):
+    found: dict[str, list[Any]] = {"process": [], "keeper": [], "worker": []}
+    for process in psutil.process_iter():
         try:
-            line = " ".join(process.cmdline())
+            words = process.cmdline()
+            if words[1:2] == ["-m"] and words[2].startswith("dist_ft.runtime.") and process.environ().get(MARK) == mark:
+                found[words[2].rpartition(".")[2]].append(process)
         except psutil.Error:
             continue
-        if "dist_ft.runtime.process" in line:
-            found["process"].append(process)
-        elif "RayTrainWorker" in line:
-            found["worker"].append(process)
+    found["worker"] = [process for process in psutil.Process(driver.pid).children(recursive=True)
+                       if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())]
     return {**found, "driver": [psutil.Process(driver.pid)]} if all(found.values()) else {}
 
 
