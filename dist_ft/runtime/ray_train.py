@@ -90,10 +90,32 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error
+    if not verbose:
+        _shorten_notices()
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _shorten_notices() -> None:
+    """Have what Ray tells of a lost node be a line each, not the node's state and last log besides.
+
+    No public part of Ray: with one that has no such part, all of it is shown.
+    """
+    with contextlib.suppress(Exception):
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+        told: set[str] = set()
+
+        def tell(batch: dict[str, Any]) -> None:
+            for line in {str(text).strip().split("\n")[0][:200] for text in batch["lines"]} - told:
+                told.add(line)
+                log.warning("Ray: %s", line)
+
+        dispatcher.remove_handler("ray_print_logs")
+        dispatcher.remove_handler(__name__)
+        dispatcher.add_handler(__name__, tell)
 
 
 def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
