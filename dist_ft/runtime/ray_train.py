@@ -23,7 +23,7 @@ from dist_ft import failpoints, logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, WorkerError
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.node_watch import NodeWatch
+from dist_ft.runtime.node_watch import NodeWatch, count_anew
 from dist_ft.runtime.placing import LOST_S, device, explain, given_up, line_of, require_resources, resources
 from dist_ft.runtime.preemption import Saves
 from dist_ft.runtime.relay import Relay, show
@@ -162,11 +162,14 @@ def _trainer(config: RunConfig, relay_name: str) -> Any:
         run_config=RayRunConfig(
             name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
             failure_config=FailureConfig(max_failures=-1),  # counted by the relay, which knows of progress
-            checkpoint_config=CheckpointConfig(), callbacks=[_saver(relay_name)]))
+            checkpoint_config=CheckpointConfig(), callbacks=[_callback(relay_name)]))
 
 
-def _saver(relay_name: str) -> Any:
-    """Return what has the run save when Ray Train's controller, in which it lives, knows that workers will end."""
+def _callback(relay_name: str) -> Any:
+    """Return what lives in Ray Train's controller: it has the run save when that knows that workers will end.
+
+    When they have failed, it sees to it that new ones are not waited for on a node that is lost.
+    """
     from ray.train.v2._internal.execution.callback import ControllerCallback
     from ray.train.v2._internal.execution.controller import state as states
 
@@ -175,7 +178,7 @@ def _saver(relay_name: str) -> Any:
 
         return _Called(ray.get_actor(relay_name, namespace=NAMESPACE))
 
-    class _Saver(ControllerCallback):
+    class _Callback(ControllerCallback):
         saves = Saves(relay)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
@@ -184,7 +187,12 @@ def _saver(relay_name: str) -> Any:
             elif isinstance(current_state, states.ResizingState):
                 self.saves.before_resize()
 
-    return _Saver()
+        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+            import ray
+
+            count_anew(ray)
+
+    return _Callback()
 
 
 def _fit(ray: Any, config: RunConfig, relay: _Called, trainer: Any) -> BaseException | None:

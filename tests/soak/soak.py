@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
 MARK = "DIST_FT_SOAK"
 """In the environment of all that belongs to the run: keepers and what they keep are no children of the driver."""
+COMMIT_S = 120.0
 STEPS = {"ranks": 240, "ray": 300}
 
 
@@ -179,7 +180,9 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
             driver = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], cwd=base, stdout=output,
                                       stderr=output, env={**os.environ, MARK: base.name})
         while driver.poll() is None:
-            until = time.monotonic() + rng.uniform(2.0, 12.0)
+            if rng.random() < 0.85:  # else perhaps before it has recovered from the last kill
+                wait_for_a_commit(run, driver)
+            until = time.monotonic() + rng.uniform(0.5, 10.0)
             while driver.poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
             victims = living(driver, base.name) if kills < most else {}
@@ -196,6 +199,17 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
         if driver.returncode != -9:
             journal.add(what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **about)
             raise SystemExit(f"the driver ended with {driver.returncode}")
+
+
+def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until the run has committed a checkpoint more: a run that never trains is no test."""
+    from dist_ft.checkpoint import catalogue
+    from dist_ft.storage import Store
+
+    store = Store(str(run))
+    before, until = catalogue.committed(store)[:1], time.monotonic() + COMMIT_S
+    while driver.poll() is None and time.monotonic() < until and catalogue.committed(store)[:1] == before:
+        time.sleep(0.1)
 
 
 def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
