@@ -12,6 +12,7 @@ one to the last bit, and the ledger must hold every sample once. A line of the j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -169,6 +170,7 @@ def ranks_run(base: Path, document: dict[str, Any], rng: random.Random, most: in
 def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int, about: dict[str, Any],
             journal: Journal) -> int:
     """Run to the end under Ray over kills of what it is made of; return how many there were."""
+    import psutil
     import yaml
 
     run, kills = base / "runs" / document["run"]["name"], 0
@@ -189,8 +191,10 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
             if not victims or not (run / "attempts").exists():
                 continue
             kind = rng.choices(list(victims), [{"process": 20, "keeper": 2, "worker": 3, "driver": 1}[kind] for kind in victims])[0]
-            victim = rng.choice(victims[kind])
-            victim.kill()
+            try:
+                rng.choice(victims[kind]).kill()
+            except psutil.NoSuchProcess:
+                continue
             kills += 1
             time.sleep(0.5)
             check(run, journal, victim=kind, **about)
@@ -224,9 +228,11 @@ def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
                 found[words[2].rpartition(".")[2]].append(process)
         except psutil.Error:
             continue
-    found["worker"] = [process for process in psutil.Process(driver.pid).children(recursive=True)
-                       if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())]
-    return {**found, "driver": [psutil.Process(driver.pid)]} if all(found.values()) else {}
+    with contextlib.suppress(psutil.Error):  # it may end meanwhile
+        found["worker"] = [process for process in psutil.Process(driver.pid).children(recursive=True)
+                           if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())]
+        found["driver"] = [psutil.Process(driver.pid)]
+    return found if len(found) == 4 and all(found.values()) else {}
 
 
 if __name__ == "__main__":
