@@ -55,9 +55,10 @@ class Memory:
 class CheckedFiles:
     """The files of one checkpoint."""
 
-    def __init__(self, store: Store, entries: Iterable[FileEntry]) -> None:
-        """Take the checkpoint's folder and what its manifest says of the files in it."""
+    def __init__(self, store: Store, entries: Iterable[FileEntry], shared: Store | None = None) -> None:
+        """Take the checkpoint's folder, what its manifest says of its files, and the folder of those it shares."""
         self._store = store
+        self._shared = shared
         self._entries = {entry.path: entry for entry in entries}
 
     @property
@@ -67,7 +68,12 @@ class CheckedFiles:
 
     def shown(self, path: str = "") -> str:
         """Return the URL of a file, without credentials."""
-        return self._store.shown(path)
+        return self._of(path).shown(path)
+
+    def _of(self, path: str) -> Store:
+        """Return the folder a file lies in."""
+        is_shared = path in self._entries and self._entries[path].shared
+        return self._shared if is_shared and self._shared is not None else self._store
 
     def num_bytes(self, path: str) -> int:
         """Return the length of a file."""
@@ -99,7 +105,7 @@ class CheckedFiles:
 
     def _fetch(self, path: str, first: int, memory: memoryview) -> memoryview:
         try:
-            return self._store.read_into(path, first, memory)
+            return self._of(path).read_into(path, first, memory)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise DamagedError(f"{self.shown(path)}: the file is not there") from error

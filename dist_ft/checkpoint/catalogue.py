@@ -22,7 +22,11 @@ from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
 FOLDER = "checkpoints"
+NODES = "node-checkpoints"
+"""Folder of the manifests of checkpoints that lie on the workers' nodes."""
 ATTEMPTS = "attempts"
+FROZEN = "frozen"
+"""Folder of a run with the files of weights that do not learn: checkpoints share them."""
 
 
 def newest(store: Store, world: World, collectives: Collectives, take: Callable[[Manifest], None] | None = None,
@@ -109,7 +113,15 @@ def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
 
 def require_whole(store: Store, manifest: Manifest) -> None:
     """Raise DamagedError if a file is missing or has another length: one listing tells, no file is read."""
-    require_there(checkpoint_store(store, manifest), manifest.files)
+    require_there(checkpoint_store(store, manifest), [item for item in manifest.files if not item.shared])
+    require_shared(store, manifest)
+
+
+def require_shared(store: Store, manifest: Manifest) -> None:
+    """Do as `require_whole` for the files it shares with other checkpoints."""
+    shared = [item for item in manifest.files if item.shared]
+    if shared:
+        require_there(store.child(FROZEN), shared)
 
 
 def require_there(folder: Store, files: Iterable[FileEntry]) -> None:
@@ -135,7 +147,7 @@ def verify(store: Store, manifest: Manifest, world: World) -> None:
 
 
 def _files(store: Store, manifest: Manifest) -> CheckedFiles:
-    return CheckedFiles(checkpoint_store(store, manifest), manifest.files)
+    return CheckedFiles(checkpoint_store(store, manifest), manifest.files, store.child(FROZEN))
 
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:

@@ -25,12 +25,11 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, TensorInfo
-from dist_ft.checkpoint.node_tier import FOLDER as NODES
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.saves import Draft, Outcome, Save, done, problem_of
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.engine.base import Engine
+from dist_ft.engine.base import Engine, Slot
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
@@ -55,6 +54,8 @@ class CheckpointManager:
         self._attempt = attempt
         self._nodes = nodes
         self._ledger: tuple[LedgerEntry, ...] = ()
+        self._shared: tuple[FileEntry, ...] = ()
+        self._frozen: frozenset[str] = frozenset()
         self._loose: str | None = None
         self._origin: int | None = None
         self.reached = 0
@@ -77,6 +78,8 @@ class CheckpointManager:
         self._ledger, self._loose = (manifest.ledger if manifest else ()), None
         self._origin = manifest.progress.step if manifest else -1
         self.reached = max(0, self._origin)
+        self._shared = tuple(item for item in manifest.files if item.shared) if manifest else ()
+        self._frozen = frozenset(manifest.frozen if manifest else ())
         if self._nodes is not None:
             keep = (manifests.folder_name(manifest.progress.step, manifest.attempt)
                     if manifest is not None and manifest.layout else "")
@@ -121,23 +124,27 @@ class CheckpointManager:
 
     def save(self, engine: Engine, draft: Draft) -> Outcome:
         """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
-        write = done(lambda folder: self._writer.write(folder, list(engine.slots()), draft.on_nodes))
-        return self._settle(self._begin(draft, write))
+        write = done(lambda folder: self._writer.write(folder, _changing(engine), draft.on_nodes))
+        return self._settle(self._begin(engine, draft, write))
 
     def prepare(self, engine: Engine) -> None:
         """Make the memory that `begin` copies into."""
-        self._writer.prepare(list(engine.slots()), self._nodes is not None)
+        self._writer.prepare(_changing(engine), self._nodes is not None)
 
     def begin(self, engine: Engine, draft: Draft) -> None:
         """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
-        slots = list(engine.slots())
-        self._begin(draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes))
+        slots = _changing(engine)
+        self._begin(engine, draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes))
 
-    def _begin(self, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]) -> Save:
+    def _begin(self, engine: Engine, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]) -> Save:
         if self._under_way is not None:
             raise AssertionError("one save at a time")
         name = manifests.folder_name(draft.progress.step, self._attempt)
-        self._under_way = save = Save(draft, name, write(self._files(draft, name)))
+        self._under_way = save = Save(draft, name, write(self._files(draft, name)), engine.frozen())
+        if not save.frozen <= self._frozen:  # the same on all ranks
+            slots = [slot for slot in engine.slots() if slot.key == "frozen"]
+            shared = self._store.child(f"{catalogue.FROZEN}/{name}")
+            save.shared = self._writer.later(lambda: self._writer.write(shared, slots))
         return save
 
     def _files(self, draft: Draft, name: str) -> Store:
@@ -157,7 +164,7 @@ class CheckpointManager:
         save = self._under_way
         if save is None:
             return 0.0, 0.0
-        return float(save.files.done()), float(save.commit is not None and save.commit.done())
+        return float(save.is_written()), float(save.commit is not None and save.commit.done())
 
     def advance(self, num_written: float, num_ended: float) -> Outcome | None:
         """Go on with the save under way, given the sums of all ranks' `flags`; a collective call.
@@ -179,7 +186,7 @@ class CheckpointManager:
 
     def _settle(self, save: Save) -> Outcome:
         if not save.agreed:
-            wait([save.files])
+            save.wait()
             outcome = self._agree(save)
             if outcome is not None:
                 return outcome
@@ -194,22 +201,33 @@ class CheckpointManager:
     def _agree(self, save: Save) -> Outcome | None:
         """All files are written, or some failed: tell all; rank 0 begins the commit, or clears away."""
         save.agreed = True
-        problem = problem_of(save.files)
+        problem = save.problem()
         first = next((error for error in self._collectives.all_gather(problem) if error is not None), None)
-        gathered = self._collectives.gather((save.files.result() if problem is None else [], save.draft.rows)) or []
+        gathered = self._collectives.gather((self._entries(save) if problem is None else [], save.draft.rows)) or []
         if first is not None:
             self._clear_away(save)  # on a full disk the next one needs the room
             return self._end(save, first)
         if self._world.rank == 0:
             files = tuple(item for part, _ in gathered for item in part)
+            if save.shared is None:
+                files += self._shared
             save.commit = self._writer.later(lambda: self._commit(save, files, [rows for _, rows in gathered]))
         return None
+
+    def _entries(self, save: Save) -> list[FileEntry]:
+        """Return what the manifest will say of this worker's files."""
+        shared = save.shared.result() if save.shared is not None else []
+        return [*save.files.result(),
+                *(item.model_copy(update={"path": f"{save.name}/{item.path}", "shared": True}) for item in shared)]
 
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
         problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
-        if problem is None:
+        if problem is not None:
+            self._frozen = frozenset()  # perhaps it is their files that were lost: the next save writes them anew
+        else:
             self.reached = save.draft.progress.step
+            self._frozen = save.frozen if save.shared is not None else self._frozen
         if self._nodes is not None and problem is None:  # once it is in storage, it need not be on the nodes
             self._remove_on_nodes(self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name))
         return self._end(save, problem)
@@ -223,21 +241,23 @@ class CheckpointManager:
     def _commit(self, save: Save, files: tuple[FileEntry, ...], rows: Sequence[np.ndarray]) -> None:
         """Check that the files are there, write ledger and manifest, prune (rank 0, in the background)."""
         draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
-        folder = self._store.child(f"{NODES if nodes else catalogue.FOLDER}/{save.name}")
+        folder = self._store.child(f"{catalogue.NODES if nodes else catalogue.FOLDER}/{save.name}")
         if draft.before is not None:
             wait([draft.before])
         try:
             ledger = self._extend_ledger(draft.progress.step, rows)
             self._seal(folder, Manifest(
-                format_version=manifests.FORMAT_VERSION, run=draft.run, attempt=self._attempt,
+                format_version=manifests.FORMAT_VERSION if save.frozen else 1, run=draft.run, attempt=self._attempt,
                 world_size=self._world.size, engine=draft.engine, progress=draft.progress, tensors=draft.tensors,
-                aliases=draft.aliases, files=files, ledger=ledger, evaluation=draft.evaluation,
-                layout=nodes.layout if nodes else "",
+                aliases=draft.aliases, files=files, ledger=ledger,
+                frozen=tuple(sorted(save.frozen if save.shared is not None else self._frozen)),
+                evaluation=draft.evaluation, layout=nodes.layout if nodes else "",
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
         except StorageError:
             self._clear_away(save)
             raise
+        self._shared = tuple(item for item in files if item.shared)
         if nodes is None:
             self._ledger = ledger
             retention.prune(self._store, self._section, self._attempt, self._origin, save.name)
@@ -264,11 +284,7 @@ class CheckpointManager:
         """Write the manifest, unless a newer attempt has started meanwhile."""
         failpoints.hit("checkpoint.before_manifest")
         self._require_current(folder)
-        there = folder.sizes() if not manifest.layout else {}
-        for item in manifest.files if not manifest.layout else ():  # other nodes' files are out of sight here
-            if there.get(item.path) != item.num_bytes:
-                raise StorageError(f"{folder.shown(item.path)}: {there.get(item.path, 0)} bytes are there, "
-                                   f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
+        self._require_written(folder, manifest)
         folder.write(manifests.NAME, manifests.seal(manifest))
         try:
             self._require_current(folder)  # that write may have taken long
@@ -276,6 +292,18 @@ class CheckpointManager:
             folder.remove(manifests.NAME)
             raise
         failpoints.hit("checkpoint.after_manifest")
+
+    def _require_written(self, folder: Store, manifest: Manifest) -> None:
+        """Raise StorageError if a file that can be seen from here is not as long as what was written."""
+        own = folder.sizes() if not manifest.layout else {}
+        shared = self._store.child(catalogue.FROZEN).sizes() if manifest.frozen else {}
+        for item in manifest.files:
+            if manifest.layout and not item.shared:
+                continue  # on its worker's node
+            where, found = (self._store.child(catalogue.FROZEN), shared) if item.shared else (folder, own)
+            if found.get(item.path) != item.num_bytes:
+                raise StorageError(f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, "
+                                   f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
 
     def _require_current(self, folder: Store) -> None:
         newest = catalogue.newest_attempt(self._store)
@@ -290,3 +318,11 @@ class CheckpointManager:
                 self._nodes.files(save.name).remove("")
         elif self._world.rank == 0:
             retention.remove(self._store, [save.name])
+        if self._world.rank == 0 and save.shared is not None:
+            with contextlib.suppress(StorageError):
+                self._store.remove(f"{catalogue.FROZEN}/{save.name}")
+
+
+def _changing(engine: Engine) -> list[Slot]:
+    """Return the state that every checkpoint holds anew."""
+    return [slot for slot in engine.slots() if slot.key != "frozen"]

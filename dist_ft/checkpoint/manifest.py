@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dist_ft.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: what dist_ft before files that checkpoints share reads too."""
 _SEAL, _END = b',\n "checksum": "', b"\n}"
 _KIND, _DIGITS = "xxh3_128:", 16
 _FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
@@ -50,6 +51,7 @@ class FileEntry(_Frozen):
     """One file: its path in the checkpoint's (or, for the ledger, the run's) folder, length and checksum.
 
     Attributes:
+        shared: whether it lies in the run's own folder of what does not change, and other checkpoints name it too.
         blocks: xxh3_64 of every `block_bytes` of the file, one after the other; "" where only the whole has a checksum.
     """
 
@@ -58,6 +60,7 @@ class FileEntry(_Frozen):
     checksum: str = Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")
     block_bytes: int = Field(0, ge=0, lt=2**50)
     blocks: str = Field("", pattern=r"^[0-9a-f]*$")
+    shared: bool = False
 
     @pydantic.model_validator(mode="after")
     def _all_blocks(self) -> FileEntry:
@@ -104,6 +107,7 @@ class Manifest(_Frozen):
     """A whole checkpoint.
 
     Attributes:
+        frozen: names of the weights in the shared files: they do not learn, and were written once.
         layout: of a checkpoint on the workers' nodes: who wrote what; "" for one in storage.
     """
 
@@ -117,6 +121,7 @@ class Manifest(_Frozen):
     aliases: dict[str, str]
     files: tuple[FileEntry, ...]
     ledger: tuple[LedgerEntry, ...] = ()
+    frozen: tuple[str, ...] = ()
     evaluation: dict[str, float] = Field(default_factory=dict)
     layout: str = ""
     created_at: str = ""

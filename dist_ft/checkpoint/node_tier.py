@@ -1,9 +1,10 @@
 """Checkpoints on the workers' own nodes, between those in storage: quick to write, quick to read, gone with a node.
 
 The manifest lies in the run's storage (so order, fencing and the ledger are those of any checkpoint), the files on the
-node of the worker that wrote them. Each worker writes all it would need, and reads only its own: such a checkpoint
-serves a restart of the same workers, engine and stage. Guarantees: it is taken only if every worker finds its files
-whole; else the newest in storage is, and the log says why.
+node of the worker that wrote them (those of frozen weights in storage, where all checkpoints share them). Each worker
+writes all it would need, and reads only its own: such a checkpoint serves a restart of the same workers, engine and
+stage. Guarantees: it is taken only if every worker finds its files whole; else the newest in storage is, and the log
+says why.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
-FOLDER = "node-checkpoints"
-
 
 @dataclass(frozen=True)
 class NodeTier:
@@ -52,12 +51,13 @@ class NodeTier:
         return None
 
     def _require_there(self, manifest: Manifest) -> None:
-        catalogue.require_there(self.files(_name(manifest)), self._own(manifest))
+        catalogue.require_there(self.files(_name(manifest)), [item for item in self._own(manifest) if not item.shared])
+        catalogue.require_shared(self.store, manifest)
 
     def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
         """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
         return self._taken(name, lambda found: fill(found, FragmentReader(
-            CheckedFiles(self.files(_name(found)), self._own(found)))))
+            CheckedFiles(self.files(_name(found)), self._own(found), self.store.child(catalogue.FROZEN)))))
 
     def _taken(self, name: str, take: Callable[[Manifest], None]) -> Manifest | None:
         def guarded(manifest: Manifest) -> None:
@@ -68,7 +68,7 @@ class NodeTier:
             except StorageError as error:  # of this node's own disk
                 raise DamagedError(str(error)) from error
 
-        manifest, problem = catalogue.taken(self.store, name, self.world, self.collectives, guarded, FOLDER)
+        manifest, problem = catalogue.taken(self.store, name, self.world, self.collectives, guarded, catalogue.NODES)
         if problem and self.world.rank == 0:
             log.warning("checkpoint %s on the nodes is passed over: %s", name, problem)
         return None if problem else manifest
@@ -79,10 +79,10 @@ class NodeTier:
         return [name for name in self._names() if not newest or catalogue.order(name) >= catalogue.order(newest[0])]
 
     def _names(self) -> list[str]:
-        return catalogue.committed(self.store, FOLDER)
+        return catalogue.committed(self.store, catalogue.NODES)
 
     def _own(self, manifest: Manifest) -> list[FileEntry]:
-        return [item for item in manifest.files if item.path.startswith(f"rank-{self.world.rank:05d}-")]
+        return [item for item in manifest.files if item.shared or item.path.startswith(f"rank-{self.world.rank:05d}-")]
 
     def files(self, name: str) -> Store:
         """Return where the files of checkpoint `name` lie on this node."""
@@ -92,8 +92,8 @@ class NodeTier:
         """Remove manifests but that of `keep` (rank 0)."""
         for name in self._names():
             if name != keep:
-                self.store.remove(f"{FOLDER}/{name}/{manifests.NAME}")
-                self.store.remove(f"{FOLDER}/{name}")
+                self.store.remove(f"{catalogue.NODES}/{name}/{manifests.NAME}")
+                self.store.remove(f"{catalogue.NODES}/{name}")
 
     def others(self, keep: str = "", before: str = "") -> list[str]:
         """Return what lies on this node but `keep`; with `before`, a checkpoint of this attempt, only what is older."""

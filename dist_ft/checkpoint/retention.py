@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.errors import StorageError
+from dist_ft.errors import CheckpointError, StorageError
 from dist_ft.storage import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
@@ -35,8 +35,22 @@ def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | 
         keep = {*kept([name for name in names if not passed_over(name)], section), newest}
         torn = [name for name in store.list(catalogue.FOLDER) if name not in names and _of(name)[1] <= attempt]
         remove(store, [name for name in names if name not in keep] + torn)
-    except StorageError as error:
+        forget_shared(store, attempt)
+    except (StorageError, CheckpointError) as error:
         log.warning("old checkpoints were not removed: %s", error)
+
+
+def forget_shared(store: Store, attempt: int) -> None:
+    """Remove files of frozen weights that no checkpoint names, of attempts up to `attempt`."""
+    folders = store.list(catalogue.FROZEN)
+    if len(folders) < 2:
+        return
+    named = {item.path.split("/")[0] for folder in (catalogue.FOLDER, catalogue.NODES)
+             for name in catalogue.committed(store, folder)
+             for item in catalogue.load_manifest(store, name, folder).files if item.shared}
+    for name in folders:
+        if name not in named and _of(name)[1] <= attempt:
+            store.remove(f"{catalogue.FROZEN}/{name}")
 
 
 def remove(store: Store, names: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,32 @@ class Outcome:
 
 @dataclass
 class Save:
-    """A save under way: files first; `agreed` once all ranks know of all files; then rank 0's commit."""
+    """A save under way: files first; `agreed` once all ranks know of all files; then rank 0's commit.
+
+    Attributes:
+        frozen: names of the weights that do not learn.
+        shared: their files, where none of this run hold them yet.
+    """
 
     draft: Draft
     name: str
     files: Future[list[FileEntry]]
+    frozen: frozenset[str]
+    shared: Future[list[FileEntry]] | None = None
     agreed: bool = False
     commit: Future[None] | None = None
+
+    def is_written(self) -> bool:
+        """Tell whether all files of this worker are written, or failed to be."""
+        return self.files.done() and (self.shared is None or self.shared.done())
+
+    def wait(self) -> None:
+        """Wait until all files of this worker are written, or failed to be."""
+        wait([self.files, *([self.shared] if self.shared is not None else [])])
+
+    def problem(self) -> DistFtError | None:
+        """Return what the writing of this worker's files failed with."""
+        return problem_of(self.files) or (problem_of(self.shared) if self.shared is not None else None)
 
 
 def problem_of(future: Future[Any]) -> DistFtError | None:

@@ -87,6 +87,10 @@ class Engine(ABC):
         """Iterate over all state this worker holds; optimizer state exists from the start."""
 
     @abstractmethod
+    def frozen(self) -> frozenset[str]:
+        """Return the names of the parameters that do not learn; the same on all workers."""
+
+    @abstractmethod
     def optimizer_step(self) -> int:
         """Return how many updates the optimizer counts; 0 for one that does not count (SGD)."""
 

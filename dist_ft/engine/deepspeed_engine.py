@@ -186,6 +186,10 @@ class DeepSpeedEngine(Engine):
         return optimizers.STATE_KEYS[self._section.name]
 
     @override
+    def frozen(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self._parameters.items() if not parameter.requires_grad)
+
+    @override
     def optimizer_step(self) -> int:
         steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
         return steps[0] if steps else 0

@@ -97,6 +97,10 @@ class TorchEngine(Engine):
         yield from buffer_slots(self.module)
 
     @override
+    def frozen(self) -> frozenset[str]:
+        return frozenset(self._parameters.keys() - self._learned.keys())
+
+    @override
     def optimizer_step(self) -> int:
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         return steps[0] if steps else 0

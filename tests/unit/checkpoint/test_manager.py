@@ -209,13 +209,14 @@ def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):
     assert "is the manifest of step-000000001-a0001; a checkpoint may not be copied or renamed" in caplog.text
 
 
-def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine, monkeypatch):
+def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(manifests, "FORMAT_VERSION", 2)
-        save(one, engine, 2)
-    with pytest.raises(NewerFormatError, match=r"format_version=2 is newer than this dist_ft knows \(1\); update dist_ft"):
+    save(one, engine, 2)
+    newest = load_manifest(store, committed(store)[0])
+    store.write(f"checkpoints/{committed(store)[0]}/{manifests.NAME}",
+                manifests.seal(newest.model_copy(update={"format_version": 3})))
+    with pytest.raises(NewerFormatError, match=r"format_version=3 is newer than this dist_ft knows \(2\); update dist_ft"):
         found(store)
 
 

@@ -11,10 +11,11 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of
 
 from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint.catalogue import NODES as FOLDER
 from dist_ft.checkpoint.catalogue import begin_attempt
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.node_tier import FOLDER, NodeTier
+from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.errors import CheckpointError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World

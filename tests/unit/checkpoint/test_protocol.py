@@ -23,10 +23,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dist_ft import failpoints
 from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint.catalogue import NODES
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
-from dist_ft.checkpoint.node_tier import FOLDER as NODES
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.saves import Draft
 from dist_ft.config.schema import CheckpointSection

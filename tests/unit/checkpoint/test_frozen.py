@@ -1,0 +1,169 @@
+"""Weights that do not learn are written once a run, and shared by its checkpoints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from unit.small import checkpoints, draft, make_engine, make_model, save, tensors_of, train
+
+from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint.catalogue import FROZEN, begin_attempt, committed, load_manifest
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import NewerFormatError
+from dist_ft.checkpoint.node_tier import NodeTier
+from dist_ft.checkpoint.retention import forget_shared
+from dist_ft.errors import CheckpointError, StorageError
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World
+
+ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
+
+
+def partial(num_frozen: int = 1, **changes: Any) -> Any:
+    """Return an engine whose first layers and embeddings do not learn."""
+    model = make_model(**changes)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    for layer in model.model.layers[:num_frozen]:
+        layer.requires_grad_(False)
+    return make_engine(model=model)
+
+
+def own_bytes(store: Store, name: str) -> int:
+    return sum(size for path, size in store.child(f"checkpoints/{name}").sizes().items() if path != "manifest.json")
+
+
+@pytest.fixture
+def engine() -> Any:
+    return partial()
+
+
+def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engine):
+    one = attempt(keep_last=3)
+    frozen = engine.frozen()
+    assert frozen and "model.embed_tokens.weight" in frozen
+    for step in (1, 2, 3):
+        train(engine, range(step - 1, step))
+        save(one, engine, step)
+    assert store.list(FROZEN) == ["step-000000001-a0001"]
+    manifests = [load_manifest(store, name) for name in committed(store)]
+    shared = [[item for item in manifest.files if item.shared] for manifest in manifests]
+    assert shared[0] == shared[1] == shared[2] != [] and manifests[0].frozen == tuple(sorted(frozen))
+    learned = sum(parameter.numel() for parameter in engine._masters.values())
+    assert own_bytes(store, committed(store)[0]) < 1.3 * 4 * 3 * learned  # weights and two moments; headers
+    assert sum(item.num_bytes for item in shared[0]) >= 4 * sum(engine._parameters[name].numel() for name in frozen)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_background):
+    straight = partial()
+    want = train(straight, range(5))
+    first, one = partial(), attempt()
+    train(first, range(3))
+    (save_in_background if in_background else save)(one, first, 3)
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    second = partial(initializer_range=1.0)
+    two.load(two.newest(), second, tensors_of(second))
+    for name, parameter in second._parameters.items():
+        assert torch.equal(parameter, first._parameters[name]), name
+    assert train(second, range(3, 5)) == want[3:]
+    save(two, second, 5)
+    assert store.list(FROZEN) == ["step-000000003-a0001"]
+    assert catalogue.newest(store, World(), Collectives()).progress.step == 5
+
+
+def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> None:
+    manager.begin(engine, draft(engine, step, ROWS))
+    outcome = manager.settle()
+    assert outcome is not None and outcome.problem is None
+
+
+def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
+    first, one = partial(2), attempt()
+    save(one, first, 1)
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    again = partial(2)
+    two.load(two.newest(), again, tensors_of(again))
+    thawed = partial(1)
+    train(thawed, range(1))
+    save(two, thawed, 2)
+    assert store.list(FROZEN) == ["step-000000001-a0001"]
+    third = partial(1, initializer_range=1.0)
+    three = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    three.load(three.newest(), third, tensors_of(third))
+    for name, parameter in third._parameters.items():
+        assert torch.equal(parameter, thawed._parameters[name]), name
+
+
+def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_their_last_checkpoint(store, attempt):
+    one = attempt(keep_last=1)
+    save(one, partial(1), 1)
+    save(one, partial(2), 2)
+    assert store.list(FROZEN) == ["step-000000002-a0001"]
+    assert load_manifest(store, committed(store)[0]).frozen == tuple(sorted(partial(2).frozen()))
+
+
+def test_files_of_a_newer_attempt_stay(store, attempt, engine):
+    save(attempt(), engine, 1)
+    for name in ("step-000000007-a0009", "step-000000001-a0000"):
+        store.write(f"{FROZEN}/{name}/rank-00000-0000.safetensors", b"x")
+    forget_shared(store, 1)
+    assert sorted(store.list(FROZEN)) == ["step-000000001-a0001", "step-000000007-a0009"]
+
+
+def test_a_damaged_one_is_found_and_nothing_is_loaded(store, attempt, engine):
+    one = attempt()
+    save(one, engine, 1)
+    (path,) = [path for path in store.child(FROZEN).sizes() if path.endswith("0000.safetensors")][:1]
+    content = bytearray(store.read(f"{FROZEN}/{path}"))
+    content[-1] ^= 1
+    store.write(f"{FROZEN}/{path}", bytes(content))
+    with pytest.raises(CheckpointError, match=re.escape("none of the 1 committed checkpoints can be loaded")):
+        one.load(one.newest(), engine, tensors_of(engine))
+
+
+def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
+    one = attempt()
+    save(one, engine, 1)
+    store.remove(f"{FROZEN}/step-000000001-a0001")
+    with pytest.raises(StorageError, match="0 bytes are there"):
+        save(one, engine, 2)
+    save(one, engine, 3)
+    assert catalogue.newest(store, World(), Collectives()).progress.step == 3
+
+
+def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
+    real = Store.write
+
+    def full(self: Store, path: str, content: Any) -> None:
+        if path.startswith("rank-") and "/checkpoints/" in self.url:
+            raise StorageError("the disk is full")
+        real(self, path, content)
+
+    monkeypatch.setattr(Store, "write", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        save(attempt(), engine, 1)
+    assert store.list(FROZEN) == []
+
+
+def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
+    attempt = begin_attempt(store, 1)
+    nodes = NodeTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), attempt, nodes)
+    train(engine, range(1))
+    outcome = one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True))
+    assert outcome.problem is None and store.list(FROZEN) == ["step-000000001-a0001"]
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    second = partial(initializer_range=1.0)
+    found = two.load(two.newest(), second, tensors_of(second))
+    assert found.layout and all(torch.equal(p, engine._parameters[name]) for name, p in second._parameters.items())
+
+
+def test_a_run_in_which_all_learns_is_read_by_older_versions(store, attempt, engine):
+    save(attempt(), make_engine(), 1)
+    assert load_manifest(store, committed(store)[0]).format_version == 1 and not store.list(FROZEN)
+    assert issubclass(NewerFormatError, CheckpointError)
