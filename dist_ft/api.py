@@ -111,7 +111,8 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
     return ray_train.run(config)
 
 
-def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None) -> None:
+def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
+           adapter: bool = False) -> None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
 
     Args:
@@ -119,6 +120,7 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
         out: local folder to write.
         step: the committed step; none: the newest.
         dtype: float32 or bfloat16 of the weights written; none: as the model was trained.
+        adapter: write the adapter alone, for `peft`; else it is merged into the weights.
     """
     from dist_ft import storage
     from dist_ft.checkpoint.export import export_run
@@ -126,7 +128,7 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     if isinstance(run, RunConfig):
         storage.configure(run.storage.options)
         run = run.run_url
-    export_run(run, out, step=step, dtype=dtype)
+    export_run(run, out, step=step, dtype=dtype, adapter=adapter)
 
 
 def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128) -> str:

@@ -128,7 +128,9 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
            overrides: Overrides = None,
            step: Annotated[int | None, typer.Option(min=0, help="Committed step; none: the newest.")] = None,
            dtype: Annotated[str | None, typer.Option(
-               help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None) -> None:
+               help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None,
+           adapter: Annotated[bool, typer.Option(
+               "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged.")] = False) -> None:
     """Write a checkpoint as a Hugging Face folder: safetensors, config, tokenizer, chat template.
 
     It is read back with plain transformers and its logits compared before this says done.
@@ -148,8 +150,9 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
         raise ConfigError([f"--dtype={dtype}: no such choice; allowed: bfloat16, float32; correct it"], "export")
     quiet_third_parties()
     is_config = run.endswith((".yaml", ".yml"))
-    api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype)
-    typer.echo(f"wrote {out}; next: dist-ft generate {out} --prompt \"...\"")
+    api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype,
+               adapter=adapter)
+    typer.echo(f"wrote {out}" + ("" if adapter else f"; next: dist-ft generate {out} --prompt \"...\""))
 
 
 _command(cli_data.preview)

@@ -17,7 +17,10 @@ from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.config.load import STORED
+from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import CheckpointError
+from dist_ft.model import tuning
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
@@ -28,14 +31,17 @@ MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
 
-def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None) -> str:
+def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False) -> str:
     """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
+
+    Adapters are added into the weights they stand beside, in float32.
 
     Args:
         run_url: fsspec URL of the run's folder.
         out: folder that does not exist yet, or is empty.
         step: a committed step; none: the newest sound checkpoint.
         dtype: "float32" or "bfloat16"; none: as the model's config says.
+        adapter: write the adapter alone, as `peft` loads it.
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -46,10 +52,13 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "model"
-        model, tokenizer = load_trained(store, manifest, dtype)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _compare(model, folder)
+        if adapter:
+            _save_adapter(store, manifest, folder)
+        else:
+            model, tokenizer = load_trained(store, manifest, dtype)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            _compare(model, folder)
         if target.exists():
             target.rmdir()
         shutil.move(str(folder), target)
@@ -74,7 +83,26 @@ def find(store: Store, step: int | None) -> Manifest:
 
 
 def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> tuple[Any, Any]:
-    """Return (model, tokenizer) with the weights of a checkpoint, on the CPU."""
+    """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them."""
+    import torch
+
+    model, _, tokenizer, wanted = _load(store, manifest, dtype)
+    if stored_tuning(store).method in tuning.ADDED:
+        tuning.merge(model)
+        model = model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+    return model.eval(), tokenizer
+
+
+def stored_tuning(store: Store) -> TuningSection:
+    """Return which weights learned in the run at `store`."""
+    import yaml
+
+    document = yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
+    return TuningSection.model_validate(document.get("tuning") or {})
+
+
+def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:
+    """Return model, peft's model around it (or None), tokenizer, and the number format to export in."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
@@ -88,9 +116,12 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+    section = stored_tuning(store)
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        held = torch.float32 if section.method in tuning.ADDED else wanted
+        model = AutoModelForCausalLM.from_config(config, dtype=held)
     model.tie_weights()
+    around = tuning.apply(model, section, seed=0)
     parameters = dict(model.named_parameters())
     shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
     manifests.require_same_tensors(manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown())
@@ -98,7 +129,34 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     with torch.no_grad():
         for name, values in whole_tensors(catalogue.reader(store, manifest), manifest, targets):
             targets[name].copy_(values)
-    return model.eval(), tokenizer
+    return model.eval(), around, tokenizer, wanted
+
+
+def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
+    """Write the adapter of a run, and require that `peft` reads it back as it was."""
+    import torch
+    from peft import load_peft_weights
+    from peft.utils import get_peft_model_state_dict
+
+    section = stored_tuning(store)
+    if section.method not in tuning.ADDED or section.trainable:
+        why = "learned weights of the model itself too" if section.trainable else f"was made with {section.method}"
+        raise CheckpointError(f"--adapter: the run {why} (tuning); allowed where only an adapter learned; export it "
+                              "without --adapter")
+    _, around, tokenizer, _ = _load(store, manifest, "float32")
+    around.peft_config["default"].base_model_name_or_path = _base(store)
+    around.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    written, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(around)
+    if written.keys() != held.keys() or not all(torch.equal(written[name], held[name].cpu()) for name in held):
+        raise CheckpointError(f"{folder}: read again it is not the adapter that was written; nothing was exported")
+
+
+def _base(store: Store) -> str:
+    """Return what the run's config calls the model the adapter belongs to."""
+    import yaml
+
+    return str(yaml.safe_load(store.read(STORED))["model"]["path"])
 
 
 def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor]

@@ -9,22 +9,18 @@ travels with the sum each training step makes anyway (`flags`, `advance`).
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from dist_ft import failpoints
 from dist_ft.checkpoint import catalogue, retention
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.commits import Commits
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
-from dist_ft.checkpoint.ledger import write_segment
-from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest, TensorInfo
+from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.saves import Draft, Outcome, Save, done, problem_of
 from dist_ft.checkpoint.writer import Writer
@@ -33,8 +29,6 @@ from dist_ft.engine.base import Engine, Slot
 from dist_ft.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
-
-log = logging.getLogger("dist_ft.checkpoint")
 
 
 class CheckpointManager:
@@ -48,16 +42,12 @@ class CheckpointManager:
                  attempt: int, nodes: NodeTier | None = None) -> None:
         """Assign only. `nodes`: what the workers' own nodes hold, if the config has checkpoints there."""
         self._store = store
-        self._section = section
         self._world = world
         self._collectives = collectives
         self._attempt = attempt
         self._nodes = nodes
-        self._ledger: tuple[LedgerEntry, ...] = ()
-        self._shared: tuple[FileEntry, ...] = ()
+        self._commits = Commits(store, section, world.size, attempt, nodes)
         self._frozen: frozenset[str] = frozenset()
-        self._loose: str | None = None
-        self._origin: int | None = None
         self.reached = 0
         self._under_way: Save | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
@@ -75,16 +65,14 @@ class CheckpointManager:
 
     def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
         """Take a checkpoint for the end of the history that this attempt goes on with."""
-        self._ledger, self._loose = (manifest.ledger if manifest else ()), None
-        self._origin = manifest.progress.step if manifest else -1
-        self.reached = max(0, self._origin)
-        self._shared = tuple(item for item in manifest.files if item.shared) if manifest else ()
+        self._commits.go_on_from(manifest)
+        self.reached = manifest.progress.step if manifest else 0
         self._frozen = frozenset(manifest.frozen if manifest else ())
         if self._nodes is not None:
             keep = (manifests.folder_name(manifest.progress.step, manifest.attempt)
                     if manifest is not None and manifest.layout else "")
             if self._world.rank == 0:
-                self._forget_on_nodes(keep)
+                self._commits.forget_on_nodes(keep)
             self._remove_on_nodes(self._nodes.others(keep))
         return manifest
 
@@ -209,9 +197,8 @@ class CheckpointManager:
             return self._end(save, first)
         if self._world.rank == 0:
             files = tuple(item for part, _ in gathered for item in part)
-            if save.shared is None:
-                files += self._shared
-            save.commit = self._writer.later(lambda: self._commit(save, files, [rows for _, rows in gathered]))
+            rows, frozen = [part for _, part in gathered], self._frozen_after(save)
+            save.commit = self._writer.later(lambda: self._commit(save, files, frozen, rows))
         return None
 
     def _entries(self, save: Save) -> list[FileEntry]:
@@ -220,6 +207,10 @@ class CheckpointManager:
         return [*save.files.result(),
                 *(item.model_copy(update={"path": f"{save.name}/{item.path}", "shared": True}) for item in shared)]
 
+    def _frozen_after(self, save: Save) -> frozenset[str]:
+        """Return the names of the weights in shared files once `save` is committed."""
+        return self._frozen if save.shared is None else save.frozen
+
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
         problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
@@ -227,7 +218,7 @@ class CheckpointManager:
             self._frozen = frozenset()  # perhaps it is their files that were lost: the next save writes them anew
         else:
             self.reached = save.draft.progress.step
-            self._frozen = save.frozen if save.shared is not None else self._frozen
+            self._frozen = self._frozen_after(save)
         if self._nodes is not None and problem is None:  # once it is in storage, it need not be on the nodes
             self._remove_on_nodes(self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name))
         return self._end(save, problem)
@@ -238,78 +229,13 @@ class CheckpointManager:
             raise problem
         return Outcome(save.draft, self._files(save.draft, save.name).url, problem)
 
-    def _commit(self, save: Save, files: tuple[FileEntry, ...], rows: Sequence[np.ndarray]) -> None:
-        """Check that the files are there, write ledger and manifest, prune (rank 0, in the background)."""
-        draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
-        folder = self._store.child(f"{catalogue.NODES if nodes else catalogue.FOLDER}/{save.name}")
-        if draft.before is not None:
-            wait([draft.before])
+    def _commit(self, save: Save, files: tuple[FileEntry, ...], frozen: frozenset[str],
+                rows: Sequence[np.ndarray]) -> None:
         try:
-            ledger = self._extend_ledger(draft.progress.step, rows)
-            self._seal(folder, Manifest(
-                format_version=manifests.FORMAT_VERSION if save.frozen else 1, run=draft.run, attempt=self._attempt,
-                world_size=self._world.size, engine=draft.engine, progress=draft.progress, tensors=draft.tensors,
-                aliases=draft.aliases, files=files, ledger=ledger,
-                frozen=tuple(sorted(save.frozen if save.shared is not None else self._frozen)),
-                evaluation=draft.evaluation, layout=nodes.layout if nodes else "",
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
+            self._commits.commit(save, files, frozen, rows)
         except StorageError:
             self._clear_away(save)
             raise
-        self._shared = tuple(item for item in files if item.shared)
-        if nodes is None:
-            self._ledger = ledger
-            retention.prune(self._store, self._section, self._attempt, self._origin, save.name)
-        self._forget_on_nodes(save.name if nodes else "", ledger)
-        self._loose = ledger[-1].file.path if nodes and ledger != self._ledger else None
-
-    def _forget_on_nodes(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
-        """Remove other manifests of checkpoints on the nodes, and the segment that only they name, not `ledger`."""
-        try:
-            if self._nodes is not None:
-                self._nodes.forget(keep)
-            if self._loose is not None and self._loose not in [item.file.path for item in ledger]:
-                self._store.remove(self._loose)
-        except StorageError as error:
-            log.warning("older checkpoints on the nodes were not removed: %s", error)
-
-    def _extend_ledger(self, step: int, parts: Sequence[np.ndarray]) -> tuple[LedgerEntry, ...]:
-        start = self._ledger[-1].stop if self._ledger else 0
-        if step == start:
-            return self._ledger
-        return (*self._ledger, write_segment(self._store, start, step, self._attempt, parts))
-
-    def _seal(self, folder: Store, manifest: Manifest) -> None:
-        """Write the manifest, unless a newer attempt has started meanwhile."""
-        failpoints.hit("checkpoint.before_manifest")
-        self._require_current(folder)
-        self._require_written(folder, manifest)
-        folder.write(manifests.NAME, manifests.seal(manifest))
-        try:
-            self._require_current(folder)  # that write may have taken long
-        except CheckpointError:
-            folder.remove(manifests.NAME)
-            raise
-        failpoints.hit("checkpoint.after_manifest")
-
-    def _require_written(self, folder: Store, manifest: Manifest) -> None:
-        """Raise StorageError if a file that can be seen from here is not as long as what was written."""
-        own = folder.sizes() if not manifest.layout else {}
-        shared = self._store.child(catalogue.FROZEN).sizes() if manifest.frozen else {}
-        for item in manifest.files:
-            if manifest.layout and not item.shared:
-                continue  # on its worker's node
-            where, found = (self._store.child(catalogue.FROZEN), shared) if item.shared else (folder, own)
-            if found.get(item.path) != item.num_bytes:
-                raise StorageError(f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, "
-                                   f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
-
-    def _require_current(self, folder: Store) -> None:
-        newest = catalogue.newest_attempt(self._store)
-        if newest > self._attempt:
-            raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
-                                  "taken over the run; this process ends")
 
     def _clear_away(self, save: Save) -> None:
         """Remove what was written of a save that failed (of one on the nodes, this node's)."""

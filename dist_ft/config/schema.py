@@ -13,8 +13,10 @@ from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
 from dist_ft.config.section import Identity, Section
+from dist_ft.config.tuning import LoraSection, TuningSection
 
-__all__ = ["DataSection", "FieldsSection", "MixingPhase", "RunConfig", "Source", "Sources"]
+__all__ = ["DataSection", "FieldsSection", "LoraSection", "MixingPhase", "RunConfig", "Source", "Sources",
+           "TuningSection"]
 
 
 class RunSection(Section):
@@ -219,6 +221,7 @@ class RunConfig(Section):
     run: RunSection
     model: ModelSection
     data: DataSection
+    tuning: TuningSection = Field(default_factory=TuningSection, description="Which weights learn.")
     batch: BatchSection
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="How weights follow gradients.")
     schedule: ScheduleSection = Field(description="Length and learning rate.")

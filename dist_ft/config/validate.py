@@ -91,6 +91,22 @@ def _adafactor(config: RunConfig) -> Iterator[str]:
                f"zero.stage=0 or cluster.workers=0; use optimizer.name=adamw, or one of those")
 
 
+def _tuning(config: RunConfig) -> Iterator[str]:
+    tuning = config.tuning
+    if tuning.method == "partial" and not tuning.last_layers and not tuning.trainable:
+        yield ("tuning.method=partial: it does not say what learns; needs tuning.last_layers or tuning.trainable; set "
+               "one, or tuning.method=full")
+    if tuning.last_layers and tuning.method != "partial":
+        yield (f"tuning.last_layers={tuning.last_layers}: tuning.method={tuning.method} does not use it; allowed with "
+               f"tuning.method=partial; set that, or remove it")
+    if tuning.trainable and tuning.method == "full":
+        yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
+               "tuning.method=partial, or remove it")
+    if tuning.method != "lora" and tuning.lora != type(tuning.lora)():
+        yield (f"tuning.lora: tuning.method={tuning.method} does not use it; allowed with tuning.method=lora; set "
+               f"that, or remove it")
+
+
 def _unused_optimizer_fields(config: RunConfig) -> Iterator[str]:
     used = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",), "adafactor": ()}
     owner = {"beta1": "adamw", "beta2": "adamw", "eps": "adamw", "momentum": "sgd"}
@@ -229,7 +245,8 @@ def _workers(config: RunConfig) -> str:
 
 
 CHECKS: tuple[Check, ...] = (
-    _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _unused_optimizer_fields,
+    _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _tuning,
+    _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
     _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _node_folder, _evaluation,
     deepspeed_problems, secret_problems)

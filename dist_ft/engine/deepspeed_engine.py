@@ -24,6 +24,7 @@ from dist_ft.engine.base import Engine, Slot, seed_random
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
 from dist_ft.errors import ModelError
 from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
+from dist_ft.model.tuning import is_added
 from dist_ft.world import World
 
 
@@ -72,7 +73,7 @@ class DeepSpeedEngine(Engine):
         self._section = section
         self._stage: int = ds_config["zero_optimization"]["stage"]
         self._parameters = canonical_names(module)
-        whole = [name for name, p in self._parameters.items() if not hasattr(p, "ds_id")]
+        whole = [name for name, p in self._parameters.items() if not hasattr(p, "ds_id") and not is_added(name)]
         if self._stage == 3 and whole:
             raise ModelError(f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
                              "not sharded (zero.Init did not take); load the model inside `loading`")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,29 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
     return found
 
 
-def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype) -> int:
+def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype,
+                   name_in_files: Callable[[str], str] = lambda name: name) -> int:
     """Compare this worker's weights with the files in `folder`; return how many parameters were compared.
 
-    Parameters that transformers renames or fuses on loading have no tensor of their name and are left to its own
-    report of missing keys. Raises ModelError for the first that differs.
+    `name_in_files` maps a slot's name to the tensor's. Parameters that transformers renames or fuses on loading have
+    no tensor of their name and are left to its own report of missing keys. Raises ModelError for the first that
+    differs.
     """
     from safetensors import safe_open
 
     files = files_by_tensor(folder)
     compared = 0
     for slot in slots:
-        if slot.key not in ("param", "frozen") or slot.name not in files or slot.numel == 0:
+        name = name_in_files(slot.name)
+        if slot.key not in ("param", "frozen") or name not in files or slot.numel == 0:
             continue
-        with safe_open(files[slot.name], framework="pt") as opened:
-            want = _elements(opened.get_slice(slot.name), slot.offset, min(ELEMENTS, slot.numel))
+        with safe_open(files[name], framework="pt") as opened:
+            want = _elements(opened.get_slice(name), slot.offset, min(ELEMENTS, slot.numel))
         got = slot.read()[:len(want)].float().cpu()
         if not (torch.equal(got, want.to(dtype).float()) or torch.equal(got, want.float())):  # some stay in float32
             raise ModelError(
-                f"{slot.name}: the weights in memory (elements from {slot.offset}) are not those of "
-                f"{files[slot.name]}; they were re-initialised or misplaced while loading; the run stops before step 1")
+                f"{name}: the weights in memory (elements from {slot.offset}) are not those of "
+                f"{files[name]}; they were re-initialised or misplaced while loading; the run stops before step 1")
         compared += 1
     return compared
 

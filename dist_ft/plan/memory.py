@@ -13,7 +13,7 @@ _MASTER_BYTES = 4
 
 
 def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
-                      optimizer: str = "adamw") -> dict[str, int]:
+                      optimizer: str = "adamw", num_learned: int | None = None) -> dict[str, int]:
     """Return bytes a worker holds of weights, gradients and optimizer state.
 
     Per parameter: weights and gradients 4 + 4 in float32, 2 + 2 in bfloat16; two float32 moments of AdamW 8 (4 for
@@ -21,20 +21,22 @@ def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
     float32 at stage 0 the weights are their own masters; from stage 1 on DeepSpeed clones them all the same.
 
     Args:
-        num_parameters: of the whole model; all of them learn.
+        num_parameters: of the whole model.
         world: number of workers.
         stage: ZeRO stage; 0 also for the plain engine.
         dtype: float32 or bfloat16.
         optimizer: adamw, sgd (with momentum) or adafactor.
+        num_learned: parameters that learn; none: all. The others have neither gradients nor optimizer state.
     """
+    num_learned = num_parameters if num_learned is None else num_learned
     size = _BYTES[dtype]
     has_master = dtype != "float32" or stage > 0
     state = _MOMENT_BYTES[optimizer] + (_MASTER_BYTES if has_master else 0)
-    share = -(-num_parameters // world)
+    share, learned = -(-num_parameters // world), -(-num_learned // world)
     return {
         "weights": size * (share if stage >= 3 else num_parameters),
-        "gradients": size * (share if stage >= 2 else num_parameters),
-        "optimizer": state * (share if stage >= 1 else num_parameters),
+        "gradients": size * (learned if stage >= 2 else num_learned),
+        "optimizer": state * (learned if stage >= 1 else num_learned),
     }
 
 

@@ -189,15 +189,20 @@ def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalL
     """Return the model inside the engine the config asks for; its weights are pre-trained, or empty if `resumed`."""
     import torch
 
+    from dist_ft.model import tuning
     from dist_ft.model.causal_lm import CausalLM
     from dist_ft.model.load import empty_model, load_model
 
-    load = empty_model if resumed else load_model
+    def tuned() -> CausalLM:
+        model = (empty_model if resumed else load_model)(config.model, config.data.cache_dir)
+        tuning.apply(model, config.tuning, config.run.seed)
+        return CausalLM(model)
+
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:
         from dist_ft.engine.torch_engine import TorchEngine
 
-        module = CausalLM(load(config.model, config.data.cache_dir))
+        module = tuned()
         device = torch.device("cuda" if use_gpu else "cpu")
         return module, TorchEngine(module, config.optimizer, device)
     from dist_ft.engine import deepspeed_engine as sharded
@@ -206,7 +211,7 @@ def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalL
     sharded.start(use_gpu)
     settings = ds_config.build(config)
     with sharded.loading(settings):
-        module = CausalLM(load(config.model, config.data.cache_dir))
+        module = tuned()
     return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world)
 
 
@@ -220,6 +225,7 @@ def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: Checkpoi
 
     from dist_ft.engine.fingerprint import verify_weights
     from dist_ft.engine.probe import require_packing
+    from dist_ft.model import tuning
     from dist_ft.model.load import fetch
 
     if manifest is not None:
@@ -227,7 +233,8 @@ def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: Checkpoi
         log.info("going on from step %d", manifest.progress.step)
     else:
         folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
-        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype))
+        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype),
+                                  tuning.name_in_files)
         log.debug("%d parameters hold what the files say", compared)
     if config.data.pack:
         require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)

@@ -32,8 +32,8 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
-    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tokenizer, _training_data, _held_out_data, _cpus,
-                                                          _gpus]
+    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _tokenizer, _training_data,
+                                                          _held_out_data, _cpus, _gpus]
     if write_storage:
         probes += [_writable, _older_run]
     with contextlib.ExitStack() as stack:
@@ -67,6 +67,21 @@ def _model(config: RunConfig) -> Iterator[str]:
     if longest and config.batch.sequence_length > longest:
         yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
                f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
+
+
+def _tuning(config: RunConfig) -> Iterator[str]:
+    """Try on a model without weights whether what `tuning` names is there."""
+    if config.tuning == type(config.tuning)():
+        return
+    import torch
+
+    from dist_ft.model import tuning
+    from dist_ft.model.load import empty_model
+
+    with torch.device("meta"):
+        model = empty_model(config.model, config.data.cache_dir)
+        tuning.apply(model, config.tuning, config.run.seed)
+    yield from ()
 
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:

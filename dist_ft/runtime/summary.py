@@ -33,22 +33,28 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
     return table(f"run {config.run.name}", [
         ("storage", redact(config.run_url)),
         ("model", f"{config.model.path} ({module.model.config.model_type}), {sum(counts):,} parameters, "
-                  f"{learned:,} learned"),
+                  f"{learned:,} learned" + _method(config)),
         ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
         ("world", f"{world.size} worker{'s' if world.size > 1 else ''}, "
                   f"{world.largest_share(config.num_lanes)} lanes on the busiest"),
         *batch_arithmetic(config),
         ("data", f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
                  f"{data.training.plan.steps_of(1):,} steps an epoch"),
-        ("memory", memory_line(sum(counts), world.size, config)),
+        ("memory", memory_line(sum(counts), learned, world.size, config)),
         ("start", start),
     ])
 
 
-def memory_line(num_parameters: int, world_size: int, config: RunConfig) -> str:
+def _method(config: RunConfig) -> str:
+    lora = f" of rank {config.tuning.lora.rank}" if config.tuning.method == "lora" else ""
+    return f" ({config.tuning.method}{lora})" if config.tuning.method != "full" else ""
+
+
+def memory_line(num_parameters: int, num_learned: int, world_size: int, config: RunConfig) -> str:
     """Return what weights, gradients and optimizer state take on one worker (activations come on top)."""
     stage = config.zero.stage if config.max_workers else 0
-    state = memory.model_state_bytes(num_parameters, world_size, stage, config.model.dtype, config.optimizer.name)
+    state = memory.model_state_bytes(num_parameters, world_size, stage, config.model.dtype, config.optimizer.name,
+                                     num_learned)
     return f"{memory.summary(state)}; activations come on top"
 
 

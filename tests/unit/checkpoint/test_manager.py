@@ -143,7 +143,7 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(store, attempt, monkeypat
     assert manifest.progress.step == 2
     with caplog.at_level(logging.WARNING, "dist_ft"):
         loaded = two.load(manifest, other, tensors_of(other))
-    assert (loaded.progress.step, other.optimizer_step(), two._origin, two._ledger) == (1, 1, 1, loaded.ledger)
+    assert (loaded.progress.step, other.optimizer_step(), two.reached, two._commits._ledger) == (1, 1, 1, loaded.ledger)
     assert [record.getMessage() for record in caplog.records] == [
         f"checkpoint step-000000002-a0001 is passed over: {path}: its checksum differs from the manifest's"]
     assert all(np.array_equal(slot.read(), values) for slot, values in zip(other.slots(), want, strict=True))
@@ -273,7 +273,7 @@ def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine
         patch.setattr(catalogue, "newest_attempt", lambda _: 1)
         save(one, engine, 5)
     assert committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
-    assert attempt()._origin == 3
+    assert attempt().reached == 3
 
 
 def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine):
@@ -285,7 +285,7 @@ def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine
         path = Path(store.full(f"checkpoints/step-{step:09d}-a0001/{FILES[1]}"))
         path.write_bytes(harm(path.read_bytes()))
     two = attempt()
-    assert two._origin == 3
+    assert two.reached == 3
     assert two.load(two.newest(), engine, tensors_of(engine)).progress.step == 1
 
 
@@ -296,7 +296,7 @@ def test_what_was_passed_over_takes_no_place(store, attempt, engine):
         save(one, engine, step)
     os.remove(store.full("checkpoints/step-000000005-a0001/" + FILES[1]))
     two = attempt(keep_last=2)
-    assert two._origin == 2
+    assert two.reached == 2
     save(two, engine, 3)
     assert committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
 

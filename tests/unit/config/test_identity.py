@@ -26,6 +26,9 @@ def test_the_identity_of_a_run():
         "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True,
         "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
         "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
+        "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
+        "tuning.lora.rank": 8, "tuning.lora.alpha": 16.0, "tuning.lora.targets": ["all-linear"], "tuning.lora.rslora": False,
+        "tuning.lora.dora": False,
         "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
 
 

@@ -33,7 +33,7 @@ def test_what_did_not_happen_is_not_told():
 def test_memory_shrinks_with_workers_and_stage():
     def gib(workers: int, stage: int) -> float:
         config = run_config("runs", cluster={"workers": workers}, zero={"stage": stage})
-        return float(memory_line(10**9, max(1, workers), config).split(" GiB")[0].split()[-1])
+        return float(memory_line(10**9, 10**9, max(1, workers), config).split(" GiB")[0].split()[-1])
 
     alone = gib(0, 3)
     assert gib(4, 0) == alone > gib(4, 1) > gib(4, 2) > gib(4, 3) > alone / 5

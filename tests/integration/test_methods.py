@@ -1,0 +1,122 @@
+"""Each way to choose what learns, under each engine: one answer, exact resume, and what comes out of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import history
+import pytest
+import ranks
+import tiny
+import torch
+
+from dist_ft import api
+from dist_ft.checkpoint import catalogue
+from dist_ft.config.load import load_config
+from dist_ft.errors import ConfigError
+from dist_ft.model import tuning
+from dist_ft.runtime import local
+from dist_ft.storage import Store
+
+METHODS: dict[str, dict[str, Any]] = {
+    "partial": {"method": "partial", "last_layers": 1},
+    "head": {"method": "partial", "trainable": "lm_head.*"},
+    "lora": {"method": "lora", "lora": {"rank": 4, "dropout": 0.1}},
+    "dora": {"method": "lora", "lora": {"rank": 2, "dora": True, "targets": ["c_attn"]}, "trainable": "*ln_f*"},
+    "ia3": {"method": "ia3"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("methods"))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, method: str) -> list[float]:
+    """The losses of the plain engine, which learned something."""
+    document = document_of(base, method, "plain")
+    local.run(load_config(document))
+    losses = history.losses(base / f"runs/{method}-plain")
+    assert sum(losses[-5:]) < sum(losses[:5])
+    return losses
+
+
+def document_of(base: Path, method: str, name: str, **fields: Any) -> dict[str, Any]:
+    return tiny.config(base, f"{method}-{name}", tuning=METHODS[method], **fields)
+
+
+def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, method: str, plain: list[float]) -> None:
+    documents = [document_of(base, method, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)]
+    folder = base / f"ranks-{method}"
+    ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
+    for document in documents:
+        run = base / "runs" / document["run"]["name"]
+        assert history.losses(run) == pytest.approx(plain, abs=1e-5), document["run"]["name"]
+        history.require_exactly_once(run, document)
+        store = Store(str(run))
+        assert len(store.list(catalogue.FROZEN)) == 1  # in the first checkpoint, never again
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_promise_2_killed_and_resumed_it_is_bit_exact(base: Path, method: str, plain: list[float], stage: int) -> None:
+    unbroken = base / f"runs/{method}-z{stage}"
+    if not unbroken.exists():
+        pytest.skip("needs the runs of the test above; run the module whole")
+    document, folder = document_of(base, method, f"killed-{stage}", workers=2, stage=stage), base / f"k-{method}-{stage}"
+    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+    ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
+    run = base / "runs" / document["run"]["name"]
+    assert history.losses(run) == history.losses(unbroken)
+    assert Store(str(run)).list(catalogue.FROZEN) == ["step-000000004-a0001"]
+
+
+def test_what_comes_out_is_a_plain_model(base: Path, method: str, plain: list[float], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = str(base / f"runs/{method}-plain")
+    api.export(run, str(tmp_path / "out"))
+    before = AutoModelForCausalLM.from_pretrained(base / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        "partial": {name for name in before if name.startswith(("transformer.h.1.", "transformer.ln_f."))},
+        "head": {"transformer.wte.weight", "lm_head.weight"},
+        "lora": {name for name in before if ".h." in name and name.endswith("weight") and "ln_" not in name},
+        "dora": {name for name in before if name.endswith("c_attn.weight") or "ln_f" in name},
+        "ia3": changed}[method] and changed
+
+
+def test_an_adapter_alone_is_what_peft_loads(base: Path, method: str, plain: list[float], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, out = str(base / f"runs/{method}-plain"), str(tmp_path / "adapter")
+    if METHODS[method]["method"] not in tuning.ADDED or "trainable" in METHODS[method]:
+        with pytest.raises(Exception, match="--adapter: the run "):
+            api.export(run, out, adapter=True)
+        return
+    api.export(run, out, adapter=True)
+    api.export(run, str(tmp_path / "merged"))
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        base_model = AutoModelForCausalLM.from_pretrained(base / "model")
+        adapted = PeftModel.from_pretrained(base_model, out).eval()(input_ids=tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base / "model")
+
+
+def test_a_run_does_not_go_on_with_another_method(base: Path, method: str, plain: list[float]) -> None:
+    document = document_of(base, method, "plain")
+    document["tuning"] = {"method": "lora", "lora": {"rank": 3}}
+    with pytest.raises(ConfigError, match=r"tuning\."):
+        local.run(load_config(document))
