@@ -75,9 +75,14 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         return
     import torch
 
+    from dist_ft.errors import ModelError
     from dist_ft.model import tuning
-    from dist_ft.model.load import empty_model
+    from dist_ft.model.load import empty_model, read_config
 
+    try:
+        read_config(config.model, config.data.cache_dir)
+    except ModelError:
+        return  # `_model` says so
     with torch.device("meta"):
         model = empty_model(config.model, config.data.cache_dir)
         tuning.apply(model, config.tuning, config.run.seed)

@@ -47,6 +47,17 @@ CASES = [
      "optimizer.name=adafactor: with zero.stage=2 on Ray workers its update is not element-wise, so ZeRO's flat "
      "partitions change it (losses off by up to 4e-2); allowed with zero.stage=0 or cluster.workers=0; use "
      "optimizer.name=adamw, or one of those"),
+    (["tuning.method=partial"],
+     "tuning.method=partial: it does not say what learns; needs tuning.last_layers or tuning.trainable; set one, or "
+     "tuning.method=full"),
+    (["tuning.method=lora", "tuning.last_layers=2"],
+     "tuning.last_layers=2: tuning.method=lora does not use it; allowed with tuning.method=partial; set that, or remove "
+     "it"),
+    (["tuning.trainable=lm_head.*"],
+     "tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
+     "tuning.method=partial, or remove it"),
+    (["tuning.method=ia3", "tuning.lora.rank=4"],
+     "tuning.lora: tuning.method=ia3 does not use it; allowed with tuning.method=lora; set that, or remove it"),
     (["optimizer.momentum=0.9"],
      "optimizer.momentum=0.9: optimizer.name=adamw does not use it; only sgd does; remove it, or set optimizer.name=sgd"),
     (["optimizer.name=sgd", "optimizer.beta2=0.9"],
@@ -147,6 +158,8 @@ def test_contradictions(overrides, line):
     ["cluster.workers=4..4"],
     ["schedule.steps=null", "schedule.epochs=1", "schedule.warmup_steps=50"],
     ["schedule.warmup_steps=10"],
+    ["tuning.method=partial", "tuning.last_layers=2"], ["tuning.method=lora", "tuning.lora.targets=[q_proj, v_proj]"],
+    ["tuning.method=lora", "tuning.trainable='*norm*'"], ["tuning.frozen='*embed*'"],
     ["optimizer.name=adafactor"],
     ["optimizer.name=adafactor", "cluster.workers=2", "zero.stage=0"],
     ["optimizer.name=sgd", "optimizer.momentum=0.9"],

@@ -52,6 +52,18 @@ def test_a_sequence_longer_than_the_model_takes(base):
         f"shorten it, or choose another model"]
 
 
+@pytest.mark.parametrize(("override", "said"), [
+    ("tuning={method: partial, last_layers: 6}", "tuning.last_layers=6: the model has 5 layers; give at most as many"),
+    ("tuning={method: partial, trainable: 'lmhead.*'}", "tuning.trainable=lmhead.*: no weight has such a name; there are"),
+    ("tuning={method: lora, lora: {targets: q_prj}}", "tuning.lora.targets=['q_prj']: this model can not get such adapters"),
+    ("tuning={method: lora, lora: {dora: true}}", None)])
+def test_what_shall_learn_is_looked_for_in_the_model(base, override, said):
+    found = lines(base, override)
+    assert [said is not None and line.startswith(said) for line in found] == [True] * bool(said)
+    if said:
+        assert len(lines(base, override, "model.path=/no/model")) == 1
+
+
 def test_every_source_that_names_nothing(base, tmp_path):
     found = lines(base, f"data.train=[{tmp_path}/none.jsonl, {tmp_path}/a.jsonl, {tmp_path}/no*.parquet]",
                   f"evaluation.data={tmp_path}/gone.txt")
