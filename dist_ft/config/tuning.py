@@ -1,4 +1,4 @@
-"""The tuning section: which weights learn."""
+"""The tuning section: which weights learn, and what keeps them from learning by heart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class LoraSection(Section):
 
 
 class TuningSection(Section):
-    """Which weights learn. What does not learn takes no optimizer memory and is written once to checkpoints."""
+    """Which weights learn, and how they are kept from learning by heart.
+
+    What does not learn takes no optimizer memory and is written once to checkpoints.
+    """
 
     method: Literal["full", "partial", "lora", "ia3"] = Identity("full", description=(
         "full: all weights; partial: last_layers and trainable; lora, ia3: added weights (and trainable), the others "
@@ -43,3 +46,9 @@ class TuningSection(Section):
     frozen: Patterns = Identity((), description=(
         "Weights whose name matches one of these patterns do not learn, whatever the other fields say."))
     lora: LoraSection = Field(default_factory=LoraSection, description="method lora.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description=(
+        "Share of each target's probability spread evenly over the vocabulary (Szegedy et al., arXiv:1512.00567); "
+        "training only, held-out losses are told without."))
+    neftune_alpha: float = Field(0.0, ge=0, description=(
+        "Noise added to input embeddings in training, uniform within alpha / sqrt(tokens of the sample x width) "
+        "(NEFTune, arXiv:2310.05914); 0: none."))

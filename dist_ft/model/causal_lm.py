@@ -47,9 +47,15 @@ def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
 class CausalLM(nn.Module):
     """A transformers causal model whose forward returns the summed loss of a batch."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
+        """Wrap `model`; smoothing and noise (see `TuningSection`) are for training, `eval` leaves them out."""
         super().__init__()
         self.model = model
+        self._smoothing = label_smoothing
+        self._alpha = neftune_alpha
+        if neftune_alpha:
+            model.get_input_embeddings().register_forward_hook(self._add_noise)
+        self._lengths: Sequence[Sequence[int]] | None = None
         self._positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
         self._samples = by_sample(model)
@@ -72,6 +78,15 @@ class CausalLM(nn.Module):
         hidden = args[0]
         return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *args[1:])
 
+    def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it, packed or not."""
+        if not self.training or self._lengths is None:
+            return None
+        sizes = torch.tensor([size for row in self._lengths for size in row], device=output.device)
+        tokens = torch.repeat_interleave(sizes, sizes).reshape(*output.shape[:2], 1)
+        noise = torch.rand(output.shape, device=output.device) * 2 - 1  # lanes are seeded: the same in every world
+        return output + (noise * self._alpha / (tokens * output.shape[-1]).sqrt()).to(output.dtype)
+
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                 targets: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the loss summed over targets, float32 ().
@@ -84,8 +99,12 @@ class CausalLM(nn.Module):
             targets: (N,) token ids to predict there, or IGNORED.
             lengths: by row, of the samples in it, as position_ids say.
         """
-        with self._samples.told(lengths) if self._samples is not None else nullcontext():
-            return self._loss(input_ids, position_ids, positions, targets)
+        self._lengths = lengths
+        try:
+            with self._samples.told(lengths) if self._samples is not None else nullcontext():
+                return self._loss(input_ids, position_ids, positions, targets)
+        finally:
+            self._lengths = None
 
     def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
               targets: torch.Tensor) -> torch.Tensor:
@@ -99,7 +118,8 @@ class CausalLM(nn.Module):
                 return loss
         logits = self._run(input_ids, position_ids, positions, None)
         return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets,
-                                           ignore_index=IGNORED, reduction="sum")
+                                           ignore_index=IGNORED, reduction="sum",
+                                           label_smoothing=self._smoothing if self.training else 0.0)
 
     def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
              targets: torch.Tensor | None) -> torch.Tensor:
@@ -117,7 +137,8 @@ class CausalLM(nn.Module):
         """
         if self._targets is None:
             return self._plain_head(hidden)
-        loss = head_loss(hidden.reshape(-1, hidden.shape[-1]), head.weight, self._targets)
+        loss = head_loss(hidden.reshape(-1, hidden.shape[-1]), head.weight, self._targets,
+                         self._smoothing if self.training else 0.0)
         return torch.stack([loss, torch.ones_like(loss)]).reshape(1, 1, 2)
 
 

@@ -196,7 +196,7 @@ def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalL
     def tuned() -> CausalLM:
         model = (empty_model if resumed else load_model)(config.model, config.data.cache_dir)
         tuning.apply(model, config.tuning, config.run.seed)
-        return CausalLM(model)
+        return CausalLM(model, config.tuning.label_smoothing, config.tuning.neftune_alpha)
 
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "lora": {"rank": 4, "dropout": 0.1}},
     "dora": {"method": "lora", "lora": {"rank": 2, "dora": True, "targets": ["c_attn"]}, "trainable": "*ln_f*"},
     "ia3": {"method": "ia3"},
+    "noisy": {"method": "full", "frozen": "*wpe*", "label_smoothing": 0.1, "neftune_alpha": 5},
 }
 
 
@@ -92,6 +93,7 @@ def test_what_comes_out_is_a_plain_model(base: Path, method: str, plain: list[fl
         "head": {"transformer.wte.weight", "lm_head.weight"},
         "lora": {name for name in before if ".h." in name and name.endswith("weight") and "ln_" not in name},
         "dora": {name for name in before if name.endswith("c_attn.weight") or "ln_f" in name},
+        "noisy": before.keys() - {"transformer.wpe.weight"},
         "ia3": changed}[method] and changed
 
 

@@ -21,18 +21,20 @@ def operands(dtype: torch.dtype = torch.float32, count: int = 13) -> tuple[torch
     return hidden, weight, targets
 
 
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORED, reduction="sum")
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    return cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORED, reduction="sum",
+                         label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("rows", [1, 5, 13, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, rows, dtype, tolerance):
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, rows, dtype, tolerance, smoothing):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * 29)
     results = []
     for way in (plain, head_loss):
         hidden, weight, targets = operands(dtype)
-        loss = way(hidden, weight, targets)
+        loss = way(hidden, weight, targets, smoothing)
         (loss / 7).backward()
         results.append((loss.detach(), hidden.grad, weight.grad))
     for want, got in zip(*results, strict=True):
