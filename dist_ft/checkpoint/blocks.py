@@ -55,9 +55,14 @@ class Memory:
 class CheckedFiles:
     """The files of one checkpoint."""
 
-    def __init__(self, store: Store, entries: Iterable[FileEntry], shared: Store | None = None) -> None:
-        """Take the checkpoint's folder, what its manifest says of its files, and the folder of those it shares."""
+    def __init__(self, store: Store, entries: Iterable[FileEntry], shared: Store | None = None,
+                 own_disk: bool = False) -> None:
+        """Take the checkpoint's folder, what its manifest says of its files, and the folder of those it shares.
+
+        own_disk: what can not be read in the checkpoint's folder (not: what it shares) is damaged.
+        """
         self._store = store
+        self._own_disk = own_disk
         self._shared = shared
         self._entries = {entry.path: entry for entry in entries}
 
@@ -109,6 +114,8 @@ class CheckedFiles:
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise DamagedError(f"{self.shown(path)}: the file is not there") from error
+            if self._own_disk and not self._entries[path].shared:
+                raise DamagedError(str(error)) from error
             raise
 
     def read_all(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[Part]:

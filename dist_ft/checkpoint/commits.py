@@ -20,7 +20,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest
 from dist_ft.checkpoint.node_tier import NodeTier
-from dist_ft.checkpoint.saves import Save
+from dist_ft.checkpoint.saves import LostSharedError, Save
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, StorageError
 from dist_ft.storage import Store
@@ -119,8 +119,9 @@ class Commits:
                 continue  # on its worker's node
             where, found = (self._store.child(catalogue.FROZEN), shared) if item.shared else (folder, own)
             if found.get(item.path) != item.num_bytes:
-                raise StorageError(f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, "
-                                   f"{item.num_bytes} were written; the storage lost some; checkpoint not committed")
+                kind = LostSharedError if item.shared else StorageError
+                raise kind(f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, {item.num_bytes} "
+                           "were written; the storage lost some; checkpoint not committed")
 
     def _require_current(self, folder: Store) -> None:
         newest = catalogue.newest_attempt(self._store)

@@ -27,6 +27,8 @@ from dist_ft.world import Collectives, World
 if TYPE_CHECKING:
     import torch
 
+MERGED = 1e-3
+"""How much logits may change, relative to the largest, when an adapter is merged in float32."""
 MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
@@ -87,10 +89,35 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     import torch
 
     model, _, tokenizer, wanted = _load(store, manifest, dtype)
-    if stored_tuning(store).method in tuning.ADDED:
+    if stored_tuning(store).method not in tuning.ADDED:
+        return model.eval(), tokenizer
+    tokens = _tokens(model)
+    with torch.no_grad():
+        before = model.eval()(tokens).logits
         tuning.merge(model)
-        model = model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
-    return model.eval(), tokenizer
+        difference = (model(tokens).logits - before).abs().max().item() / before.abs().max().item()
+    if difference > MERGED:
+        raise CheckpointError(f"{store.shown()}: with its adapter merged the model does not give the same logits "
+                              f"(relative difference {difference:.1e}); nothing was exported; use --adapter")
+    return _in_format(model, wanted), tokenizer
+
+
+def _in_format(model: Any, wanted: torch.dtype) -> Any:
+    """Return the model with weights as `wanted`; what it computes with besides is made anew, as when it is loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        made = AutoModelForCausalLM.from_config(model.config, dtype=wanted)
+    made.tie_weights()
+    targets = dict(made.named_parameters()) | {name: made.get_buffer(name) for name in made.state_dict()
+                                               if name in dict(made.named_buffers())}
+    values = model.state_dict()
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])
+    return made.eval()
 
 
 def stored_tuning(store: Store) -> TuningSection:
@@ -144,19 +171,20 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
         raise CheckpointError(f"--adapter: the run {why} (tuning); allowed where only an adapter learned; export it "
                               "without --adapter")
     _, around, tokenizer, _ = _load(store, manifest, "float32")
-    around.peft_config["default"].base_model_name_or_path = _base(store)
-    around.save_pretrained(folder)
+    around.peft_config["default"].base_model_name_or_path, around.peft_config["default"].revision = _base(store)
+    around.save_pretrained(folder, save_embedding_layers=False)  # to find out whether, it would ask the hub
     tokenizer.save_pretrained(folder)
     written, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(around)
     if written.keys() != held.keys() or not all(torch.equal(written[name], held[name].cpu()) for name in held):
         raise CheckpointError(f"{folder}: read again it is not the adapter that was written; nothing was exported")
 
 
-def _base(store: Store) -> str:
-    """Return what the run's config calls the model the adapter belongs to."""
+def _base(store: Store) -> tuple[str, str | None]:
+    """Return path and revision of the model the adapter belongs to."""
     import yaml
 
-    return str(yaml.safe_load(store.read(STORED))["model"]["path"])
+    section = yaml.safe_load(store.read(STORED))["model"]
+    return str(section["path"]), section.get("revision")
 
 
 def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor]
@@ -175,12 +203,19 @@ def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str,
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
 
 
+def _tokens(model: Any) -> torch.Tensor:
+    """Return token ids (1, 24) to compare models by."""
+    import torch
+
+    return (torch.arange(24) * 7919 + 11)[None] % model.config.vocab_size
+
+
 def _compare(model: Any, folder: Path) -> None:
     """Raise CheckpointError unless the written folder, loaded anew, gives exactly the logits of `model`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.vocab_size
+    tokens = _tokens(model)
     with torch.no_grad():
         expected = model(tokens).logits
         pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)

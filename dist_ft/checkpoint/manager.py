@@ -22,7 +22,7 @@ from dist_ft.checkpoint.commits import Commits
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
 from dist_ft.checkpoint.node_tier import NodeTier
-from dist_ft.checkpoint.saves import Draft, Outcome, Save, done, problem_of
+from dist_ft.checkpoint.saves import Draft, LostSharedError, Outcome, Save, done, problem_of
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.engine.base import Engine, Slot
@@ -132,7 +132,7 @@ class CheckpointManager:
         if not save.frozen <= self._frozen:  # the same on all ranks
             slots = [slot for slot in engine.slots() if slot.key == "frozen"]
             shared = self._store.child(f"{catalogue.FROZEN}/{name}")
-            save.shared = self._writer.later(lambda: self._writer.write(shared, slots))
+            save.shared = self._writer.later(lambda: self._writer.write(shared, slots, in_background=True))
         return save
 
     def _files(self, draft: Draft, name: str) -> Store:
@@ -214,9 +214,9 @@ class CheckpointManager:
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
         problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
-        if problem is not None:
-            self._frozen = frozenset()  # perhaps it is their files that were lost: the next save writes them anew
-        else:
+        if isinstance(problem, LostSharedError):
+            self._frozen = frozenset()
+        elif problem is None:
             self.reached = save.draft.progress.step
             self._frozen = self._frozen_after(save)
         if self._nodes is not None and problem is None:  # once it is in storage, it need not be on the nodes
@@ -239,14 +239,15 @@ class CheckpointManager:
 
     def _clear_away(self, save: Save) -> None:
         """Remove what was written of a save that failed (of one on the nodes, this node's)."""
-        if self._nodes is not None and save.draft.on_nodes:
+        on_nodes = self._nodes is not None and save.draft.on_nodes
+        if self._nodes is not None and on_nodes:
             with contextlib.suppress(StorageError):
                 self._nodes.files(save.name).remove("")
-        elif self._world.rank == 0:
-            retention.remove(self._store, [save.name])
-        if self._world.rank == 0 and save.shared is not None:
-            with contextlib.suppress(StorageError):
-                self._store.remove(f"{catalogue.FROZEN}/{save.name}")
+        if self._world.rank == 0:
+            gone = retention.remove(self._store, [save.name], catalogue.NODES if on_nodes else catalogue.FOLDER)
+            if gone and save.shared is not None:  # while a manifest may be there, what it names stays
+                with contextlib.suppress(StorageError):
+                    self._store.remove(f"{catalogue.FROZEN}/{save.name}")
 
 
 def _changing(engine: Engine) -> list[Slot]:

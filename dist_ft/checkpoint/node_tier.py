@@ -51,22 +51,24 @@ class NodeTier:
         return None
 
     def _require_there(self, manifest: Manifest) -> None:
-        catalogue.require_there(self.files(_name(manifest)), [item for item in self._own(manifest) if not item.shared])
+        try:
+            own = [item for item in self._own(manifest) if not item.shared]
+            catalogue.require_there(self.files(_name(manifest)), own)
+        except StorageError as error:  # of this node's own disk; the run's storage is another matter
+            raise DamagedError(str(error)) from error
         catalogue.require_shared(self.store, manifest)
 
     def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
         """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
+        shared = self.store.child(catalogue.FROZEN)
         return self._taken(name, lambda found: fill(found, FragmentReader(
-            CheckedFiles(self.files(_name(found)), self._own(found), self.store.child(catalogue.FROZEN)))))
+            CheckedFiles(self.files(_name(found)), self._own(found), shared, own_disk=True))))
 
     def _taken(self, name: str, take: Callable[[Manifest], None]) -> Manifest | None:
         def guarded(manifest: Manifest) -> None:
             if manifest.layout != self.layout:
                 raise DamagedError(f"it is of {manifest.layout}, this is {self.layout}")
-            try:
-                take(manifest)
-            except StorageError as error:  # of this node's own disk
-                raise DamagedError(str(error)) from error
+            take(manifest)
 
         manifest, problem = catalogue.taken(self.store, name, self.world, self.collectives, guarded, catalogue.NODES)
         if problem and self.world.rank == 0:

@@ -36,7 +36,7 @@ def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | 
         torn = [name for name in store.list(catalogue.FOLDER) if name not in names and _of(name)[1] <= attempt]
         remove(store, [name for name in names if name not in keep] + torn)
         forget_shared(store, attempt)
-    except (StorageError, CheckpointError) as error:
+    except StorageError as error:
         log.warning("old checkpoints were not removed: %s", error)
 
 
@@ -45,22 +45,29 @@ def forget_shared(store: Store, attempt: int) -> None:
     folders = store.list(catalogue.FROZEN)
     if len(folders) < 2:
         return
-    named = {item.path.split("/")[0] for folder in (catalogue.FOLDER, catalogue.NODES)
-             for name in catalogue.committed(store, folder)
-             for item in catalogue.load_manifest(store, name, folder).files if item.shared}
+    try:
+        named = {item.path.split("/")[0] for folder in (catalogue.FOLDER, catalogue.NODES)
+                 for name in catalogue.committed(store, folder)
+                 for item in catalogue.load_manifest(store, name, folder).files if item.shared}
+    except CheckpointError as error:
+        log.warning("files of frozen weights are not tidied up: %s", error)
+        return
     for name in folders:
         if name not in named and _of(name)[1] <= attempt:
             store.remove(f"{catalogue.FROZEN}/{name}")
 
 
-def remove(store: Store, names: Sequence[str]) -> None:
-    """Remove checkpoints, manifests first; what can not be removed is logged."""
+def remove(store: Store, names: Sequence[str], folder: str = catalogue.FOLDER) -> bool:
+    """Remove checkpoints, manifests first; what can not be removed is logged. Return whether all are gone."""
+    all_gone = True
     for name in names:
         try:
-            store.remove(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
-            store.remove(f"{catalogue.FOLDER}/{name}")
+            store.remove(f"{folder}/{name}/{manifests.NAME}")
+            store.remove(f"{folder}/{name}")
         except StorageError as error:
+            all_gone = False
             log.warning("checkpoint %s was not removed: %s", name, error)
+    return all_gone
 
 
 def _of(name: str) -> tuple[int, int]:

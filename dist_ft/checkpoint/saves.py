@@ -17,6 +17,10 @@ from dist_ft.storage import Store
 log = logging.getLogger("dist_ft.checkpoint")
 
 
+class LostSharedError(StorageError):
+    """A file that checkpoints share is not what was written: the next save writes them anew."""
+
+
 @dataclass(frozen=True)
 class Draft:
     """What a checkpoint says besides its files.

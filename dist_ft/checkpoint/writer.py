@@ -42,17 +42,22 @@ class Writer:
         self._everything = False
         self._buffers: list[torch.Tensor] = []
 
-    def write(self, folder: Store, slots: Sequence[Slot], everything: bool = False) -> list[FileEntry]:
+    def write(self, folder: Store, slots: Sequence[Slot], everything: bool = False,
+              in_background: bool = False) -> list[FileEntry]:
         """Write the slots this worker owns, or all; they must not change meanwhile. Return the manifest's entries.
 
         What lies in host memory is written from where it lies; a few files' worth of memory for the rest.
         """
         chosen = [slot for slot in slots if slot.owned or everything]
         running: list[Future[FileEntry]] = []
+        begun, sent = time.monotonic(), 0
         try:
             for part, layout in enumerate(layouts(chosen)):
                 if part >= AHEAD:
                     running[part - AHEAD].result()
+                if in_background and self._bytes_per_s:
+                    time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
+                sent += layout.num_bytes
                 running.append(self.later(partial(self._write, folder, part, layout.parts(chosen))))
         finally:
             wait(running)  # what fails is cleared away: nothing may be written after

@@ -102,6 +102,12 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     if tuning.trainable and tuning.method == "full":
         yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
                "tuning.method=partial, or remove it")
+    if "all-linear" in tuning.lora.targets and len(tuning.lora.targets) > 1:
+        yield (f"tuning.lora.targets={list(tuning.lora.targets)}: all-linear stands for a list of its own; allowed "
+               f"alone; remove it, or the others")
+    if config.zero.offload_param == "nvme" and (tuning.method != "full" or tuning.frozen):
+        yield ("zero.offload_param=nvme: weights that do not learn can not be read back from there (tuning); allowed "
+               "where all learn; set zero.offload_param=cpu")
     if tuning.method != "lora" and tuning.lora != type(tuning.lora)():
         yield (f"tuning.lora: tuning.method={tuning.method} does not use it; allowed with tuning.method=lora; set "
                f"that, or remove it")

@@ -18,8 +18,8 @@ STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def decays(shape: Iterable[int]) -> bool:
-    """Tell whether a parameter of this shape decays: matrices do, biases and norms do not."""
-    return len(tuple(shape)) > 1
+    """Tell whether a parameter of this shape decays: matrices do, biases and norms (and IA3's scales) do not."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

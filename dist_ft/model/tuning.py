@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_ft.model")
 ADDED = ("lora", "ia3")
 """Methods that add weights."""
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
 SHOWN = 3
 
 
@@ -31,11 +32,12 @@ def apply(model: PreTrainedModel, section: TuningSection, seed: int) -> Any:
 
     Raises ModelError if the model has no such layers, or a pattern names none of its weights.
     """
+    own = set(_by_name(model))
     around = _add(model, section, seed) if section.method in ADDED else None
     if section.method == "full" and not section.frozen:
         return around
     parameters = _by_name(model)
-    learns = set(parameters) if section.method == "full" else {name for name in parameters if is_added(name)}
+    learns = own if section.method == "full" else {name for name in parameters if name_in_files(name) not in own}
     if section.last_layers:
         learns |= _last_layers(model, section.last_layers)
     for field in ("trainable", "frozen"):
@@ -74,10 +76,35 @@ def _add(model: PreTrainedModel, section: TuningSection, seed: int) -> Any:
     import torch
     from peft import get_peft_model
 
-    with _explained(section), torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a layer is transposed: peft sees to it
-        torch.manual_seed(seed)
-        return get_peft_model(model, peft_config(section), autocast_adapter_dtype=False)
+    with _explained(section), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a layer is transposed (peft sees to it), or tied (below)
+        torch.default_generator.manual_seed(seed)
+        around = get_peft_model(model, peft_config(section), autocast_adapter_dtype=False)
+    _require_sound(model, section)
+    return around
+
+
+def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
+    """Raise ModelError for a target nothing has the name of, and for an adapter on a matrix used in two places."""
+    every = [(name_in_files(name), name, parameter)
+             for name, parameter in model.named_parameters(remove_duplicate=False)]
+    adapted = {name: parameter for name, now, parameter in every if now != name}
+    layers = [name.rpartition(".")[0] for name in adapted]
+    for target in section.lora.targets if section.method == "lora" else ():
+        if target != "all-linear" and not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise ModelError(f"tuning.lora.targets={list(section.lora.targets)}: no layer is called {target}; there "
+                             f"are {', '.join(_linear_layers(model))}; correct it")
+    for name, parameter in adapted.items():
+        other = next((other for other, _, shared in every if shared is parameter and other != name), None)
+        if other is not None:
+            raise ModelError(f"tuning.{section.method}: {name} is one matrix with {other}, and what is learned beside "
+                             "one of them can not be added to both; give other targets")
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return what linear layers are called, each name once."""
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name, module in model.named_modules()
+                   if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)})
 
 
 def peft_config(section: TuningSection) -> Any:
@@ -99,9 +126,10 @@ def _explained(section: TuningSection) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         first = str(error).strip().split("\n")[0][:200]
-        field = f"tuning.lora.targets={list(section.lora.targets)}" if section.method == "lora" else "tuning.method=ia3"
-        raise ModelError(f"{field}: this model can not get such adapters ({first}); name linear layers it has, or "
-                         "choose another tuning.method") from error
+        field, remedy = "tuning.method=ia3", "use tuning.method=lora"
+        if section.method == "lora":
+            field, remedy = f"tuning.lora.targets={list(section.lora.targets)}", "name linear layers it has"
+        raise ModelError(f"{field}: this model can not get such adapters ({first}); {remedy}") from error
 
 
 def _by_name(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
@@ -133,13 +161,20 @@ def _last_layers(model: PreTrainedModel, count: int) -> set[str]:
     prefix, layers = _layers(model)
     if count > len(layers):
         raise ModelError(f"tuning.last_layers={count}: the model has {len(layers)} layers; give at most as many")
-    names = list(_by_name(model))
     chosen = tuple(f"{prefix}.{index}." for index in range(len(layers) - count, len(layers)))
-    last = max(index for index, name in enumerate(names) if name.startswith(f"{prefix}."))
-    embedded = {id(model.get_input_embeddings().weight)}  # a tied output layer is the input's too: it stays
+    beside = model.get_submodule(prefix.rpartition(".")[0])
+    norms = {name: norm for name, norm in beside.named_children() if "norm" in type(norm).__name__.lower()}
+    if len(norms) > 1:
+        norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
+        if len(norms) != 1:
+            raise ModelError(f"tuning.last_layers: which norm of a {model.config.model_type} model is its last is not "
+                             "known; use tuning.trainable with patterns of names")
     parameters = _by_name(model)
-    return {name for index, name in enumerate(names)
-            if name.startswith(chosen) or (index > last and id(parameters[name]) not in embedded)}
+    after = {id(parameter) for norm in norms.values() for parameter in norm.parameters()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:  # a tied one is the input's too: it stays
+        after |= {id(parameter) for parameter in head.parameters()}
+    return {name for name, parameter in parameters.items() if name.startswith(chosen) or id(parameter) in after}
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, Any]:

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, Pipe
 log = logging.getLogger("dist_ft.keeper")
 KEPT_S = 120.0
 ANSWER_S = 30.0
-BEGIN, END = b"b", b"e"
+READY, BEGIN, END = b"r", b"b", b"e"
 _NUMBER = struct.Struct("i")
 
 
@@ -44,26 +44,37 @@ class Kept:
             keeper.close()
             raise ConnectionError("the process is not to be had")
         (self.pid,) = _NUMBER.unpack(said)
+        os.set_inheritable(descriptors[0], False)
         self.pipe = Connection(descriptors[0])
+
+    def ready(self) -> None:
+        """Let another worker claim it, if this one is lost: it has been told all it needs before it begins."""
+        self._say(READY)
 
     def begun(self) -> None:
         """Have it end with this worker from now on."""
+        self._say(BEGIN)
+
+    def _say(self, what: bytes) -> None:
         with contextlib.suppress(OSError):
-            self._keeper.sendall(BEGIN)
+            self._keeper.sendall(what)
 
     def wait(self) -> int:
-        """Return its exit code (negative: signal) once it has ended; SIGKILL's where its keeper was killed."""
-        with contextlib.suppress(OSError):
-            self._keeper.settimeout(None)
-            said = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
-            if len(said) == _NUMBER.size:
-                return int(_NUMBER.unpack(said)[0])
+        """Return the exit code (negative: signal) of a process that has closed its pipe.
+
+        One that does not end in a while is killed; where its keeper was killed it was, too.
+        """
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                self._keeper.settimeout(ANSWER_S)
+                said = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
+                return int(_NUMBER.unpack(said)[0]) if len(said) == _NUMBER.size else -signal.SIGKILL
+            self._say(END)
         return -signal.SIGKILL
 
     def end(self) -> None:
         """Kill it, whatever it does, and wait until it is gone."""
-        with contextlib.suppress(OSError):
-            self._keeper.sendall(END)
+        self._say(END)
         with contextlib.suppress(OSError):
             self._keeper.settimeout(ANSWER_S)
             while self._keeper.recv(_NUMBER.size):
@@ -78,7 +89,11 @@ def start(command: Sequence[str], environment: dict[str, str], name: str) -> Kep
     with theirs:
         keeper = subprocess.Popen([sys.executable, "-m", __name__, str(theirs.fileno()), _prefix(name), *command],
                                   pass_fds=[theirs.fileno()], start_new_session=True, env=environment)
-    keeper.wait()  # it has a child that goes on
+    try:
+        keeper.wait(ANSWER_S)  # it has a child that goes on
+    except subprocess.TimeoutExpired as error:
+        keeper.kill()
+        raise TimeoutError("no process can be started") from error
     return Kept(ours)
 
 
@@ -93,9 +108,19 @@ def claim(name: str) -> Kept | None:
             keeper.settimeout(ANSWER_S)
             keeper.connect(os.path.join(folder, entry))
             return Kept(keeper)
-        except OSError:  # another worker was first, or its time is over
+        except OSError:  # another worker was first, its time is over, or it was killed
             keeper.close()
+            _tidy(folder, entry)
     return None
+
+
+def _tidy(folder: str, entry: str) -> None:
+    """Remove the socket of a keeper that is no more."""
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            os.kill(int(entry.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            os.unlink(os.path.join(folder, entry))
 
 
 def _prefix(name: str) -> str:
@@ -121,12 +146,13 @@ def main() -> None:
     descriptor, prefix, *command = sys.argv[1:]
     if os.fork():
         os._exit(0)  # Ray kills the children of a worker that it ends: this one has no parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = socket.socket(fileno=int(descriptor))
     worker.set_inheritable(False)
     pipe, theirs = Pipe()
     process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what they mean the process decides
+        signal.signal(number, signal.SIG_IGN)
     ended, wake = socket.socketpair()
     threading.Thread(target=_tell, args=(process, wake), daemon=True).start()
     try:
@@ -149,18 +175,18 @@ def _tell(process: subprocess.Popen[bytes], wake: socket.socket) -> None:
 
 def _serve(worker: socket.socket, pipe: Connection, process: subprocess.Popen[bytes], ended: socket.socket) -> bool:
     """Give the process to `worker` and wait until one of them is gone; return whether it may be given to another."""
-    begun = False
+    may_go_on = False
     with contextlib.suppress(OSError):
         socket.send_fds(worker, [_NUMBER.pack(process.pid)], [pipe.fileno()])
         while ended not in select.select([worker, ended], [], [])[0]:
             said = worker.recv(1)
             if not said:
-                return not begun
+                return may_go_on
             if said == END:
                 return False
-            begun = True
+            may_go_on = said == READY
         return False
-    return not begun
+    return may_go_on
 
 
 def _next_worker(path: str, ended: socket.socket) -> socket.socket | None:

@@ -49,13 +49,17 @@ class Process:
         command = [sys.executable, "-m", "dist_ft.runtime.process"]
         process = cls(keeper.start(command, environment, _name(spares)))
         process._send((config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
+        process._kept.ready()
         return process
 
     @classmethod
     def claim(cls, spares: str) -> Process | None:
         """Return a process that a lost worker with the same `spares` (run and node) and GPUs has left, or None."""
         kept = keeper.claim(_name(spares))
-        return None if kept is None else cls(kept)
+        if kept is None:
+            return None
+        kept.ready()
+        return cls(kept)
 
     @property
     def pid(self) -> int:

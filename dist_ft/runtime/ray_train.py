@@ -90,32 +90,37 @@ def _connected(config: RunConfig) -> Iterator[Any]:
         raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error
-    if not verbose:
-        _shorten_notices()
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    with contextlib.nullcontext() if verbose else _short_notices():
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
-def _shorten_notices() -> None:
+@contextlib.contextmanager
+def _short_notices() -> Iterator[None]:
     """Have what Ray tells of a lost node be a line each, not the node's state and last log besides.
 
     No public part of Ray: with one that has no such part, all of it is shown.
     """
+    told: set[str] = set()
+
+    def tell(batch: dict[str, Any]) -> None:
+        for line in {str(text).strip().split("\n")[0][:200] for text in batch["lines"]} - told:
+            told.add(line)
+            log.warning("Ray: %s", line)
+
+    dispatcher: Any = None
     with contextlib.suppress(Exception):
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
-        told: set[str] = set()
-
-        def tell(batch: dict[str, Any]) -> None:
-            for line in {str(text).strip().split("\n")[0][:200] for text in batch["lines"]} - told:
-                told.add(line)
-                log.warning("Ray: %s", line)
-
         dispatcher.remove_handler("ray_print_logs")
-        dispatcher.remove_handler(__name__)
         dispatcher.add_handler(__name__, tell)
+    try:
+        yield
+    finally:
+        if dispatcher is not None:
+            dispatcher.remove_handler(__name__)
 
 
 def _start_relay(ray: Any, name: str, max_failures: int) -> Any:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.manifest import Manifest
-from dist_ft.checkpoint.retention import kept
+from dist_ft.checkpoint.retention import forget_shared, kept
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, DataError
@@ -35,6 +35,7 @@ class Kept:
     world_size: int = 0
     created_at: str = ""
     problem: str = ""
+    num_shared_bytes: int = 0
 
 
 def runs_below(url: str) -> list[str]:
@@ -53,8 +54,9 @@ def _kept(store: Store, name: str) -> Kept:
         manifest = catalogue.load_manifest(store, name)
     except CheckpointError as error:
         return Kept(name, problem=str(error))
-    return Kept(name, sum(item.num_bytes for item in manifest.files), len(manifest.files), manifest.world_size,
-                manifest.created_at)
+    own = [item for item in manifest.files if not item.shared]
+    return Kept(name, sum(item.num_bytes for item in own), len(own), manifest.world_size, manifest.created_at,
+                num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared))
 
 
 def attempts(store: Store) -> list[str]:
@@ -91,11 +93,15 @@ def describe(url: str) -> str:
     store = _run(url)
     rows = [("attempt" if first else "", line) for first, line in _first(attempts(store))]
     for first, one in _first(checkpoints(store)):
-        said = one.problem or (f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}, world "
-                               f"{one.world_size}, {one.created_at}")
+        said = one.problem or (f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}{_shared(one)}, "
+                               f"world {one.world_size}, {one.created_at}")
         rows.append(("checkpoint" if first else "", f"{one.name}: {said}"))
     rows += [("time" if first else "", line) for first, line in _first(list(accounts.lines(store)))]
     return table(f"run {store.shown()}", rows)
+
+
+def _shared(one: Kept) -> str:
+    return f" and {one.num_shared_bytes / 2**20:,.1f} MiB shared" if one.num_shared_bytes else ""
 
 
 def verify(url: str) -> Iterator[tuple[str, str]]:
@@ -123,6 +129,8 @@ def prune(url: str, section: CheckpointSection, remove: bool) -> list[str]:
     for name in gone if remove else ():
         store.remove(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
         store.remove(f"{catalogue.FOLDER}/{name}")
+    if remove:
+        forget_shared(store, catalogue.newest_attempt(store))
     return gone
 
 

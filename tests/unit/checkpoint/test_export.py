@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_ft.checkpoint.export import export_run
 from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.config.load import STORED
+from dist_ft.config.tuning import TuningSection
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.errors import CheckpointError
+from dist_ft.model import tuning
 from dist_ft.model.causal_lm import aliases
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -162,3 +166,23 @@ def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, mo
 
 def test_no_credentials_in_errors(tmp_path):
     assert refused("memory://me:secret@nowhere", tmp_path / "x").startswith("memory://<redacted>@nowhere: no committed")
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wanted", [None, "float32", "bfloat16"])
+def test_an_adapter_is_merged_in_float32_whatever_the_format(trained, wanted, tmp_path):
+    """Of a model with rotary embeddings, whose frequencies must not be rounded with the weights."""
+    section = TuningSection(method="lora", trainable="model.norm.*")
+    model = small.make_model().to(getattr(torch, trained))
+    model.config.dtype = getattr(torch, trained)
+    tuning.apply(model, section, seed=1)
+    engine = small.make_engine(model=model)
+    store = make_run(str(tmp_path / "r"), engine, (1, 2, 3))
+    store.write(STORED, json.dumps({"model": {"path": "x"}, "tuning": section.model_dump(mode="json")}).encode())
+    out = AutoModelForCausalLM.from_pretrained(export_run(str(tmp_path / "r"), str(tmp_path / "out"), dtype=wanted))
+    assert out.dtype == getattr(torch, wanted or trained)
+    if (trained, wanted) != ("bfloat16", "float32"):
+        assert torch.allclose(logits(out).float(), logits(model).float(), atol=1e-4 if out.dtype == torch.float32 else 0.3)
+    assert set(dict(out.named_parameters())) == set(dict(small.make_model().named_parameters()))
+    with pytest.raises(CheckpointError, match="--adapter: the run learned weights of the model itself too"):
+        export_run(str(tmp_path / "r"), str(tmp_path / "adapter"), adapter=True)

@@ -13,11 +13,14 @@ from unit.small import checkpoints, draft, make_engine, make_model, save, tensor
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint.catalogue import FROZEN, begin_attempt, committed, load_manifest
+from dist_ft.checkpoint.commits import Commits
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.retention import forget_shared
+from dist_ft.config.load import STORED
 from dist_ft.errors import CheckpointError, StorageError
+from dist_ft.runtime import runs
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
@@ -148,6 +151,69 @@ def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
     with pytest.raises(StorageError, match="the disk is full"):
         save(attempt(), engine, 1)
     assert store.list(FROZEN) == []
+
+
+def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, engine, monkeypatch):
+    one = attempt()
+    save(one, engine, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Commits, "_seal", lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
+        with pytest.raises(StorageError, match="no answer"):
+            save(one, engine, 2)
+    save(one, engine, 3)
+    assert store.list(FROZEN) == ["step-000000001-a0001"]
+
+
+def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(store, attempt, engine, monkeypatch):
+    one, real = attempt(), Store.remove
+
+    def refuses(self: Store, path: str) -> None:
+        if path.endswith("manifest.json"):
+            raise StorageError("no answer")
+        real(self, path)
+
+    monkeypatch.setattr(Commits, "_require_current", lambda self, folder: (
+        (_ for _ in ()).throw(StorageError("no answer")) if folder.exists("manifest.json") else None))
+    monkeypatch.setattr(Store, "remove", refuses)
+    with pytest.raises(StorageError, match="no answer"):
+        save(one, engine, 1)
+    monkeypatch.undo()
+    again = attempt()
+    assert again.load(again.newest(), engine, tensors_of(engine)).progress.step == 1
+
+
+def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
+    one = attempt()
+    save(one, partial(1), 1)
+    save(one, partial(2), 2)
+    store.write(STORED, b"{}")
+    assert len(store.list(FROZEN)) == 2
+    assert runs.prune(store.url, checkpoints(keep_last=1), remove=True) == ["step-000000001-a0001"]
+    assert store.list(FROZEN) == ["step-000000002-a0001"]
+    assert "MiB shared, world 1" in runs.describe(store.url)
+
+
+@pytest.mark.parametrize("kind", ["list", "read"])
+def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(store, tmp_path, engine, kind, monkeypatch):
+    """Else the run would go back to an older one, and remove the newer."""
+    nodes = NodeTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    assert one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True)).problem is None
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    manifest = two.newest()
+    method = {"list": "sizes", "read": "read_into"}[kind]
+    real = getattr(Store, method)
+
+    def silent(self: Store, *values: Any) -> Any:
+        if f"/{FROZEN}" in self.url:
+            raise StorageError("no answer")
+        return real(self, *values)
+
+    monkeypatch.setattr(Store, method, silent)
+    with pytest.raises(StorageError, match="no answer"):
+        two.newest() if kind == "list" else two.load(manifest, engine, tensors_of(engine))
+    monkeypatch.undo()
+    assert two.load(two.newest(), engine, tensors_of(engine)).layout == "plain"
 
 
 def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):

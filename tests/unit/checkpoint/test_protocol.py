@@ -36,7 +36,7 @@ from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
 NUMEL, KEEP, LANES = 23, 2, 3
-TENSORS = {"w": TensorInfo(shape=(NUMEL,)), "b": TensorInfo(shape=(3,))}
+TENSORS = {"w": TensorInfo(shape=(NUMEL,)), "b": TensorInfo(shape=(3,)), "f": TensorInfo(shape=(NUMEL,))}
 SIZES = st.sampled_from([0, 0, 0, 0, 1, 2, 3])  # 0: as many as before
 PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
 
@@ -90,28 +90,36 @@ class _Rank(Collectives):
 
 
 def state(name: str, step: int) -> torch.Tensor:
-    """Return what the parameter holds after so many steps."""
+    """Return what the parameter holds after so many steps; `f` does not learn."""
+    if name == "f":
+        return torch.arange(NUMEL, dtype=torch.float32) * 11 + 5
     return torch.arange(NUMEL if name == "w" else 3, dtype=torch.float32) * (7 if name == "w" else -3) + step * 1000
 
 
 class Sharded:
-    """What a manager asks of an engine: `w` is cut over the ranks, `b` lies whole on each."""
+    """What a manager asks of an engine: `w` and `f` are cut over the ranks, `b` lies whole on each."""
 
     def __init__(self, world: World) -> None:
         self._part = world.share(NUMEL)
         self._owner = world.rank == 0
-        self.values = {"w": torch.full((len(self._part),), -1.0), "b": torch.full((3,), -1.0)}
+        self.values = {name: torch.full((3 if name == "b" else len(self._part),), -1.0) for name in TENSORS}
 
     def become(self, step: int) -> None:
-        self.values = {"w": state("w", step)[self._part.start:self._part.stop].clone(), "b": state("b", step)}
+        self.values = {name: self._own(name, step).clone() for name in TENSORS}
 
     def holds(self, step: int) -> bool:
-        return (torch.equal(self.values["w"], state("w", step)[self._part.start:self._part.stop])
-                and torch.equal(self.values["b"], state("b", step)))
+        return all(torch.equal(self.values[name], self._own(name, step)) for name in TENSORS)
+
+    def _own(self, name: str, step: int) -> torch.Tensor:
+        return state(name, step) if name == "b" else state(name, step)[self._part.start:self._part.stop]
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"f"})
 
     def slots(self) -> Iterator[Slot]:
         yield Slot("w", "param", self._part.start, len(self._part), True, lambda: self.values["w"], self._put("w"))
-        yield Slot("b", "frozen", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
+        yield Slot("f", "frozen", self._part.start, len(self._part), True, lambda: self.values["f"], self._put("f"))
+        yield Slot("b", "buffer", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
 
     def _put(self, name: str) -> Callable[[torch.Tensor], None]:
         return lambda values: self.values.__setitem__(name, values.clone())

@@ -52,6 +52,7 @@ class Rank:
         self.rank = rank
         self.engine = make_engine(model=make_model(initializer_range=1.0))
         self.manager = CheckpointManager(store, checkpoints(keep_last=9), World(rank, SIZE), collectives, attempt)
+        self.frozen = self.engine.frozen
         self.optimizer_step, self.finish_load = self.engine.optimizer_step, self.engine.finish_load
 
     def slots(self):

@@ -58,6 +58,12 @@ CASES = [
      "tuning.method=partial, or remove it"),
     (["tuning.method=ia3", "tuning.lora.rank=4"],
      "tuning.lora: tuning.method=ia3 does not use it; allowed with tuning.method=lora; set that, or remove it"),
+    (["tuning.method=lora", "tuning.lora.targets=[all-linear, q_proj]"],
+     "tuning.lora.targets=['all-linear', 'q_proj']: all-linear stands for a list of its own; allowed alone; remove it, or "
+     "the others"),
+    (["tuning.method=lora", "cluster.workers=2", "zero.stage=3", "zero.offload_param=nvme", "zero.nvme_path=/x"],
+     "zero.offload_param=nvme: weights that do not learn can not be read back from there (tuning); allowed where all learn; "
+     "set zero.offload_param=cpu"),
     (["optimizer.momentum=0.9"],
      "optimizer.momentum=0.9: optimizer.name=adamw does not use it; only sgd does; remove it, or set optimizer.name=sgd"),
     (["optimizer.name=sgd", "optimizer.beta2=0.9"],

@@ -117,8 +117,34 @@ def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, fami
     ({"method": "partial", "last_layers": 3}, "tuning.last_layers=3: the model has 2 layers; give at most as many"),
     ({"method": "partial", "trainable": "lmhead.*"}, "tuning.trainable=lmhead.*: no weight has such a name; there are model"),
     ({"method": "full", "frozen": "*"}, "tuning: no weight learns"),
-    ({"method": "lora", "lora": {"targets": ["q_prj"]}}, "tuning.lora.targets=['q_prj']: this model can not get such")])
+    ({"method": "lora", "lora": {"targets": ["q_prj"]}}, "tuning.lora.targets=['q_prj']: this model can not get such"),
+    ({"method": "lora", "lora": {"targets": ["q_proj", "v_prj"]}},
+     "tuning.lora.targets=['q_proj', 'v_prj']: no layer is called v_prj; there are down_proj, gate_proj, k_proj, lm_head, "
+     "o_proj, q_proj, up_proj, v_proj; correct it")])
 def test_what_is_not_there_is_told_in_a_line(fields, said):
     with pytest.raises(ModelError, match=re.escape(said)) as found:
         tuned(**fields)
     assert "\n" not in str(found.value)
+
+
+def test_an_adapter_on_a_tied_output_layer_is_refused():
+    """Merged, it would change the input embeddings too."""
+    with pytest.raises(ModelError, match=re.escape("tuning.lora: lm_head.weight is one matrix with model.embed_tokens.weight")):
+        tuned(model=make_model(tie_word_embeddings=True), method="lora", lora=LoraSection(targets=("v_proj", "lm_head")))
+    assert learned(tuned(model=make_model(tie_word_embeddings=False), method="lora", lora=LoraSection(targets="lm_head")))
+
+
+def test_the_last_norm_may_be_made_before_the_layers():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model = OPTForCausalLM(OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=3, word_embed_proj_dim=32,
+                                     num_attention_heads=4, max_position_embeddings=64))
+    found = learned(tuned(model=model, method="partial", last_layers=1))
+    assert {name for name in found if ".layers.2." not in name} == {
+        "model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"}
+
+
+def test_weights_of_the_models_own_that_are_called_like_an_adapters_do_not_learn_by_themselves():
+    model = make_model()
+    model.model.lora_scale = torch.nn.Parameter(torch.ones(3))
+    assert "model.lora_scale" not in learned(tuned(model=model, method="partial", last_layers=1))

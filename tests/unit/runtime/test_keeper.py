@@ -20,6 +20,7 @@ ECHO = ("import sys\nfrom multiprocessing.connection import Connection\npipe = C
 COMMAND = [sys.executable, "-c", ECHO]
 WORKER = ("import os, sys, time\nfrom dist_ft.runtime import keeper\n"
           "kept = keeper.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), sys.argv[2])\n"
+          "if sys.argv[3] != 'new':\n    kept.ready()\n"
           "if sys.argv[3] == 'begun':\n    kept.begun()\nprint(kept.pid, flush=True)\ntime.sleep(600)\n")
 
 
@@ -90,6 +91,34 @@ def test_a_process_that_has_begun_ends_with_its_worker():
     assert keeper.claim("a") is None
 
 
+def test_one_that_was_not_told_all_it_needs_ends_with_its_worker_too():
+    pid = lost("a", "new")
+    wait_until(lambda: not is_there(pid))
+    assert keeper.claim("a") is None
+
+
+def test_a_process_that_closes_its_pipe_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keeper, "ANSWER_S", 1.0)
+    stay = "import os, sys, time\nos.close(int(sys.argv[1]))\ntime.sleep(600)\n"
+    kept = keeper.start([sys.executable, "-c", stay], dict(os.environ), "a")
+    with pytest.raises(EOFError):
+        kept.pipe.recv()
+    assert kept.wait() == -signal.SIGKILL and not is_there(kept.pid)
+    kept.end()
+
+
+def test_signals_to_all_are_the_processs_to_answer():
+    kept = keeper.start(COMMAND, dict(os.environ), "a")
+    parent = int(Path(f"/proc/{kept.pid}/stat").read_text().split()[3])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(parent, number)
+    kept.pipe.send("heard")
+    assert kept.pipe.recv() == "heard"
+    kept.pipe.send("leave")
+    assert kept.wait() == 7
+    kept.end()
+
+
 def test_one_that_has_not_is_claimed_by_one_other_of_the_same_name(own_folder: Path):
     pid = lost("a", "spare")
     kept = claimed("a")
@@ -97,6 +126,7 @@ def test_one_that_has_not_is_claimed_by_one_other_of_the_same_name(own_folder: P
     assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
     kept.pipe.send("heard")
     assert kept.pipe.recv() == "heard"
+    kept.ready()
     kept.begun()
     kept.pipe.send("leave")
     assert kept.wait() == 7
@@ -111,6 +141,7 @@ def test_what_nobody_claims_ends_in_time(own_folder: Path):
                    pass_fds=[theirs.fileno()], check=True)
     theirs.close()
     kept = keeper.Kept(ours)
+    kept.ready()
     kept._keeper.close()
     wait_until(lambda: not is_there(kept.pid))
     wait_until(lambda: not list(own_folder.iterdir()))
@@ -121,7 +152,8 @@ def test_a_killed_keeper_leaves_a_door_nobody_opens(own_folder: Path):
     wait_until(lambda: list(own_folder.iterdir()))
     os.kill(int(Path(f"/proc/{pid}/stat").read_text().split()[3]), signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
-    assert keeper.claim("a") is None
+    wait_until(lambda: not is_there(pid))
+    wait_until(lambda: keeper.claim("a") is None and not list(own_folder.iterdir()))
 
 
 def test_in_a_folder_others_may_write_to_nothing_is_kept(own_folder: Path):
