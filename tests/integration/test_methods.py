@@ -39,7 +39,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.base(tmp_path_factory.mktemp("methods"))
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=[] if name in ("partial", "lora") else pytest.mark.slow) for name in METHODS])
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -55,7 +56,8 @@ def plain(base: Path, method: str) -> list[float]:
 
 
 def document_of(base: Path, method: str, name: str, **fields: Any) -> dict[str, Any]:
-    return tiny.config(base, f"{method}-{name}", tuning=METHODS[method], **fields)
+    rate = {"learning_rate": 0.1 if method == "ia3" else 5e-3}
+    return tiny.config(base, f"{method}-{name}", tuning=METHODS[method], optimizer=rate, **fields)
 
 
 def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, method: str, plain: list[float]) -> None:
