@@ -143,7 +143,7 @@ def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft:
 
 
 def test_a_checkpoint_of_a_newer_version(base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = short(base, "newer")
+    document = short(base, "newer") | {"tuning": {"frozen": "*wpe*"}}  # only what needs it is written in the newest format
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "FORMAT_VERSION", manifest.FORMAT_VERSION + 1)
         assert dist_ft("train", document)[0] == 0

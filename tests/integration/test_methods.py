@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=[] if name in ("partial", "lora") else pytest.mark.slow) for name in METHODS])
+    pytest.param(name, marks=[] if name == "lora" else pytest.mark.slow) for name in METHODS])
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

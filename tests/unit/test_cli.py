@@ -20,7 +20,7 @@ COMMANDS = {
     "check": {"config", "overrides"},
     "preview": {"config", "overrides", "--samples"},
     "generate": {"model", "--prompt", "--system", "--max-new-tokens"},
-    "export": {"run", "overrides", "--out", "--step", "--dtype"},
+    "export": {"run", "overrides", "--out", "--step", "--dtype", "--adapter"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
     "data inspect": {"paths"},
     "data preview": {"config", "overrides", "--samples"},
