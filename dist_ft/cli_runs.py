@@ -96,6 +96,7 @@ def diff(run: Run, step: Annotated[list[int], typer.Option(help="A committed ste
 def prune(run: Run, overrides: Overrides = None,
           keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints kept.")] = 1,
           keep_every_steps: Annotated[int, typer.Option(min=0, help="Besides, those at multiples; 0: none.")] = 0,
+          keep_best: Annotated[int, typer.Option(min=0, help="Besides, those of lowest held-out loss; 0: none.")] = 0,
           yes: Annotated[bool, typer.Option("--yes", help="Remove; without it they are only named.")] = False) -> None:
     """Remove checkpoints of a run that is over (a running one keeps its own house). The newest sound one stays.
 
@@ -109,7 +110,7 @@ def prune(run: Run, overrides: Overrides = None,
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.runtime import runs
 
-    section = CheckpointSection(keep_last=keep_last, keep_every_steps=keep_every_steps)
+    section = CheckpointSection(keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
     gone = runs.prune(url_of(run, overrides), section, yes)
     for name in gone:
         typer.echo(f"{'removed' if yes else 'would be removed'}: {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
@@ -14,10 +14,26 @@ from dist_ft.storage import Store
 log = logging.getLogger("dist_ft.checkpoint")
 
 
-def kept(names: Sequence[str], section: CheckpointSection) -> list[str]:
-    """Return which of `names` (newest first) retention keeps."""
+def kept(names: Sequence[str], section: CheckpointSection, losses: Mapping[str, float]) -> list[str]:
+    """Return which of `names` (newest first) retention keeps; `losses` are the held-out ones, where known."""
     every = section.keep_every_steps
-    return [name for i, name in enumerate(names) if i < section.keep_last or (every and _of(name)[0] % every == 0)]
+    best = sorted((name for name in names if name in losses), key=lambda name: losses[name])[:section.keep_best]
+    return [name for i, name in enumerate(names)
+            if i < section.keep_last or name in best or (every and _of(name)[0] % every == 0)]
+
+
+def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
+    """Return the held-out loss of each checkpoint that has one; none is looked for where retention does not ask."""
+    losses = {}
+    for name in names if section.keep_best else ():
+        try:
+            evaluation = catalogue.load_manifest(store, name).evaluation
+        except CheckpointError as error:
+            log.warning("checkpoint %s: its held-out loss is not known: %s", name, error)
+            continue
+        if "loss" in evaluation:
+            losses[name] = evaluation["loss"]
+    return losses
 
 
 def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str) -> None:
@@ -32,7 +48,8 @@ def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | 
 
     try:
         names = catalogue.committed(store)
-        keep = {*kept([name for name in names if not passed_over(name)], section), newest}
+        own = [name for name in names if not passed_over(name)]
+        keep = {*kept(own, section, held_out(store, own, section)), newest}
         torn = [name for name in store.list(catalogue.FOLDER) if name not in names and _of(name)[1] <= attempt]
         remove(store, [name for name in names if name not in keep] + torn)
         forget_shared(store, attempt)

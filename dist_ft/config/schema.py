@@ -167,6 +167,8 @@ class CheckpointSection(Section):
         "If a save is due while one is still being written: training waits for it, or the new one is skipped."))
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_every_steps: int = Field(0, ge=0, description="Besides, keep those whose step is a multiple; 0: none.")
+    keep_best: int = Field(0, ge=0, description=(
+        "Besides, keep so many with the lowest held-out loss (evaluation.every_steps); 0: none."))
 
 
 class AnomalySection(Section):

@@ -232,6 +232,14 @@ def _kept_checkpoints(config: RunConfig) -> Iterator[str]:
                f"checkpoint.every_steps, or 0, is allowed; change one of them")
 
 
+def _best_checkpoints(config: RunConfig) -> Iterator[str]:
+    best, every, told = config.checkpoint.keep_best, config.checkpoint.every_steps, config.evaluation.every_steps
+    if best and (not config.evaluation.data or not told or every in (0, "auto") or int(every) % told):
+        yield (f"checkpoint.keep_best={best}: needs a held-out loss at every checkpoint; allowed with evaluation.data "
+               f"and a checkpoint.every_steps ({every}) that is a multiple of evaluation.every_steps ({told}); set "
+               f"them so")
+
+
 def _node_folder(config: RunConfig) -> Iterator[str]:
     section = config.checkpoint
     if "://" in section.node_folder:
@@ -254,5 +262,6 @@ CHECKS: tuple[Check, ...] = (
     _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _tuning,
     _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
-    _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _node_folder, _evaluation,
+    _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _best_checkpoints,
+    _node_folder, _evaluation,
     deepspeed_problems, secret_problems)

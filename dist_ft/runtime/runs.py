@@ -13,7 +13,7 @@ from typing import TypeVar
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.manifest import Manifest
-from dist_ft.checkpoint.retention import forget_shared, kept
+from dist_ft.checkpoint.retention import forget_shared, held_out, kept
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, DataError
@@ -36,6 +36,7 @@ class Kept:
     created_at: str = ""
     problem: str = ""
     num_shared_bytes: int = 0
+    loss: float | None = None
 
 
 def runs_below(url: str) -> list[str]:
@@ -56,7 +57,8 @@ def _kept(store: Store, name: str) -> Kept:
         return Kept(name, problem=str(error))
     own = [item for item in manifest.files if not item.shared]
     return Kept(name, sum(item.num_bytes for item in own), len(own), manifest.world_size, manifest.created_at,
-                num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared))
+                num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared),
+                loss=manifest.evaluation.get("loss"))
 
 
 def attempts(store: Store) -> list[str]:
@@ -94,7 +96,8 @@ def describe(url: str) -> str:
     rows = [("attempt" if first else "", line) for first, line in _first(attempts(store))]
     for first, one in _first(checkpoints(store)):
         said = one.problem or (f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}{_shared(one)}, "
-                               f"world {one.world_size}, {one.created_at}")
+                               f"world {one.world_size}, {one.created_at}"
+                               + (f", held-out loss {one.loss:.4f}" if one.loss is not None else ""))
         rows.append(("checkpoint" if first else "", f"{one.name}: {said}"))
     rows += [("time" if first else "", line) for first, line in _first(list(accounts.lines(store)))]
     return table(f"run {store.shown()}", rows)
@@ -123,7 +126,7 @@ def prune(url: str, section: CheckpointSection, remove: bool) -> list[str]:
     """Return the checkpoints that retention by `section` does not keep, removed if `remove`; a sound one stays."""
     store = _run(url)
     names = catalogue.committed(store)
-    keep = set(kept(names, section))
+    keep = set(kept(names, section, held_out(store, names, section)))
     keep |= {next((name for name in names if not _damage(store, name)), "")}
     gone = [name for name in names if name not in keep]
     for name in gone if remove else ():

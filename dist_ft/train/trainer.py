@@ -48,7 +48,8 @@ class Trainer:
         self._step = progress.step
         self._num_tokens = progress.num_tokens
         self._num_target_tokens = progress.num_target_tokens
-        self._evaluation = dict(evaluation)
+        self._evaluation = {label: loss for label, loss in evaluation.items() if label != "loss"}  # of another step
+        self._held_out: tuple[int, float] | None = None  # the last evaluation: step, loss
         self._loss: float | None = None
         self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
@@ -186,6 +187,7 @@ class Trainer:
         parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
                           self._hooks.beat)
+        self._held_out = self._step, values["loss"]
         if label:
             self._evaluation[label] = values["loss"]
         if parts.metrics is not None:
@@ -196,7 +198,9 @@ class Trainer:
     def _save(self, on_nodes: bool, now: bool) -> bool:
         """Save; return whether this step is committed in storage by now."""
         values = {"loss": self._loss} if self._loss is not None else {}
-        return self._saver.save(on_nodes, self._progress(), values, self._evaluation, now)
+        step, loss = self._held_out or (-1, 0.0)
+        evaluation = self._evaluation | ({"loss": loss} if step == self._step else {})
+        return self._saver.save(on_nodes, self._progress(), values, evaluation, now)
 
     def _progress(self) -> Progress:
         return Progress(step=self._step, optimizer_step=self._parts.engine.optimizer_step(),

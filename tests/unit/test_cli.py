@@ -31,7 +31,7 @@ COMMANDS = {
     "runs show": {"run", "overrides"},
     "runs verify": {"run", "overrides"},
     "runs diff": {"run", "overrides", "--step"},
-    "runs prune": {"run", "overrides", "--keep-last", "--keep-every-steps", "--yes"},
+    "runs prune": {"run", "overrides", "--keep-last", "--keep-every-steps", "--keep-best", "--yes"},
 }
 
 

@@ -228,7 +228,26 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
 def test_kept(keep_last, keep_every, want):
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     section = checkpoints(keep_last=keep_last, keep_every_steps=keep_every)
-    assert [manifests.parse_folder(name)[0] for name in kept(names, section)] == want
+    assert [manifests.parse_folder(name)[0] for name in kept(names, section, {})] == want
+
+
+@pytest.mark.parametrize(("keep_best", "want"), [(0, [7]), (1, [7, 3]), (2, [7, 3, 2]), (3, [7, 5, 3, 2])])
+def test_the_best_are_kept(keep_best, want):
+    """Of equal ones the newest; one without a loss is no candidate."""
+    names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
+    losses = dict(zip(names[1:], [3.0, 2.0, 2.5, 1.0, 1.5, 2.0], strict=True))
+    found = kept(names, checkpoints(keep_last=1, keep_best=keep_best), losses)
+    assert [manifests.parse_folder(name)[0] for name in found] == want
+
+
+def test_the_checkpoint_of_the_lowest_held_out_loss_stays(store, attempt, engine):
+    one = attempt(keep_last=1, keep_best=1)
+    for step, loss in enumerate([5.0, 3.0, 4.0, 3.5], 1):
+        save(one, engine, step, loss=loss)
+    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [4, 2]
+    save(one, engine, 5, loss=2.0)
+    save(one, engine, 6)
+    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [6, 5]
 
 
 def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):

@@ -100,6 +100,9 @@ CASES = [
     (["data.overlong=split"],
      "data.overlong=split: only plain text can go on in a further sequence (data.format=auto); allowed: error, "
      "truncate, drop; choose one of those, or set data.format=text"),
+    (["checkpoint.every_steps=4", "checkpoint.keep_best=2", "evaluation.data=b.jsonl", "evaluation.every_steps=3"],
+     "checkpoint.keep_best=2: needs a held-out loss at every checkpoint; allowed with evaluation.data and a "
+     "checkpoint.every_steps (4) that is a multiple of evaluation.every_steps (3); set them so"),
     (["checkpoint.every_steps=4", "checkpoint.keep_every_steps=6"],
      "checkpoint.keep_every_steps=6: not a multiple of checkpoint.every_steps=4, so such steps are never saved; a "
      "multiple of checkpoint.every_steps, or 0, is allowed; change one of them"),
@@ -176,6 +179,7 @@ def test_contradictions(overrides, line):
     ["run.storage=memory://runs"],
     ["data.overlong=split", "data.format=text"],
     ["checkpoint.every_steps=4", "checkpoint.keep_every_steps=8"],
+    ["checkpoint.every_steps=4", "checkpoint.keep_best=2", "evaluation.data=b.jsonl", "evaluation.every_steps=2"],
     ["evaluation.every_steps=5", "evaluation.data=b.jsonl"],
     ["zero.deepspeed.zero_optimization.overlap_comm=true", "zero.deepspeed.zero_optimization.offload_param.pin_memory=1"],
     ["zero.deepspeed.a_key_of_a_newer_version=1"],
