@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from dist_ft.checkpoint import catalogue
@@ -23,7 +24,7 @@ def kept(names: Sequence[str], section: CheckpointSection, losses: Mapping[str, 
 
 
 def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
-    """Return the held-out loss of each checkpoint that has one; none is looked for where retention does not ask."""
+    """Return the held-out loss of each checkpoint with a finite one; none is looked for where retention does not ask."""
     losses = {}
     for name in names if section.keep_best else ():
         try:
@@ -31,7 +32,7 @@ def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> 
         except CheckpointError as error:
             log.warning("checkpoint %s: its held-out loss is not known: %s", name, error)
             continue
-        if "loss" in evaluation:
+        if math.isfinite(evaluation.get("loss", math.nan)):
             losses[name] = evaluation["loss"]
     return losses
 
