@@ -24,7 +24,7 @@ def kept(names: Sequence[str], section: CheckpointSection, losses: Mapping[str, 
 
 
 def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
-    """Return the held-out loss of each checkpoint with a finite one; none is looked for where retention does not ask."""
+    """Return the held-out loss of each checkpoint with a finite one; none is looked for if retention does not ask."""
     losses = {}
     for name in names if section.keep_best else ():
         try:
