@@ -76,7 +76,7 @@ def _add(model: PreTrainedModel, section: TuningSection, seed: int) -> Any:
     import torch
     from peft import get_peft_model
 
-    with _explained(section), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _explained(model, section), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a layer is transposed (peft sees to it), or tied (below)
         torch.default_generator.manual_seed(seed)
         around = get_peft_model(model, peft_config(section), autocast_adapter_dtype=False)
@@ -120,7 +120,7 @@ def peft_config(section: TuningSection) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(section: TuningSection) -> Iterator[None]:
+def _explained(model: PreTrainedModel, section: TuningSection) -> Iterator[None]:
     """Turn what peft raises for a model it can not change into one line."""
     try:
         yield
@@ -128,7 +128,8 @@ def _explained(section: TuningSection) -> Iterator[None]:
         first = str(error).strip().split("\n")[0][:200]
         field, remedy = "tuning.method=ia3", "use tuning.method=lora"
         if section.method == "lora":
-            field, remedy = f"tuning.lora.targets={list(section.lora.targets)}", "name linear layers it has"
+            field = f"tuning.lora.targets={list(section.lora.targets)}"
+            remedy = f"name linear layers it has: {', '.join(_linear_layers(model))}"
         raise ModelError(f"{field}: this model can not get such adapters ({first}); {remedy}") from error
 
 
