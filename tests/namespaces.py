@@ -16,7 +16,9 @@ MARKS = [pytest.mark.root, pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip` (network namespaces)")]
 LINK = "ve0"
 """The name of the link inside every namespace."""
-BRIDGE, HOST = "dist-ft-br", "10.213.8.1"
+HOST = "10.213.8.1"
+OURS = re.compile(r"df(\d+)-\w+")
+"""Names carry the process that made them, so that another may clear away what one that was killed left."""
 INSIDE = "/var/run/netns/"
 CLONE_NEWNET = 0x40000000
 
@@ -25,12 +27,27 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def _own(name: str) -> str:
+    return f"df{os.getpid()}-{name}"
+
+
+def _clear_stale() -> None:
+    """Remove the namespaces and bridges of test processes that are gone."""
+    bridges = subprocess.run(["ip", "-o", "link", "show", "type", "bridge"], capture_output=True, text=True).stdout
+    places = os.listdir(INSIDE) if os.path.isdir(INSIDE) else []
+    for listing, command in ((" ".join(places), ["netns", "del"]), (bridges, ["link", "del"])):
+        for found in OURS.finditer(listing):
+            if not os.path.exists(f"/proc/{found[1]}"):
+                subprocess.run(["ip", *command, found[0]], capture_output=True)
+
+
 @contextmanager
 def _made(names: tuple[str, ...]) -> Iterator[None]:
     """Make namespaces; skip the test where that is impossible."""
     made = []
     try:
         try:
+            _clear_stale()
             for name in names:
                 ip("netns", "add", name)
                 made.append(name)
@@ -46,7 +63,7 @@ def _made(names: tuple[str, ...]) -> Iterator[None]:
 @contextmanager
 def pair() -> Iterator[list[dict[str, str]]]:
     """Yield what each of two ranks needs to know (`ranks.start_ranks`, `each`); a link joins their namespaces."""
-    names = ("dist-ft-a", "dist-ft-b")
+    names = (_own("a"), _own("b"))
     with _made(names):
         ip("-n", names[0], "link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", names[1])
         for number, name in enumerate(names):
@@ -58,21 +75,22 @@ def pair() -> Iterator[list[dict[str, str]]]:
 @contextmanager
 def star(size: int) -> Iterator[list[tuple[str, str]]]:
     """Yield (namespace, address) of so many machines, each on a link of its own to a bridge; this one is `HOST`."""
-    names = tuple(f"dist-ft-{number}" for number in range(size))
+    names = tuple(_own(str(number)) for number in range(size))
     found = [(name, f"10.213.8.{number + 2}") for number, name in enumerate(names)]
     with _made(names):
-        ip("link", "add", BRIDGE, "type", "bridge")
+        bridge = _own("br")
+        ip("link", "add", bridge, "type", "bridge")
         try:
-            ip("addr", "add", f"{HOST}/24", "dev", BRIDGE)
-            ip("link", "set", BRIDGE, "up")
+            ip("addr", "add", f"{HOST}/24", "dev", bridge)
+            ip("link", "set", bridge, "up")
             for name, address in found:
-                ip("link", "add", f"{name}-up", "type", "veth", "peer", "name", LINK, "netns", name)
-                ip("link", "set", f"{name}-up", "master", BRIDGE, "up")
+                ip("link", "add", f"{name}u", "type", "veth", "peer", "name", LINK, "netns", name)
+                ip("link", "set", f"{name}u", "master", bridge, "up")
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
                 ip("-n", name, "link", "set", LINK, "up")
             yield found
         finally:
-            ip("link", "del", BRIDGE)
+            ip("link", "del", bridge)
 
 
 def enter(path: str) -> None:

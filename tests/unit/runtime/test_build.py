@@ -58,7 +58,8 @@ def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     manifest = catalogue.load_manifest(store, catalogue.committed(store)[0])
     assert manifest.aliases == {"lm_head.weight": "transformer.wte.weight"} and manifest.engine == "TorchEngine"
     assert list(manifest.tensors["transformer.wpe.weight"].shape) == [64, 32]
-    assert manifest.evaluation == {"before": result.evaluation_before, "after": result.evaluation_after}
+    assert manifest.evaluation == {"before": result.evaluation_before, "after": result.evaluation_after,
+                                   "loss": result.evaluation_after}, "the loss by which the best are kept"
     assert f"run {document['run']['name']}" in shown and "plain PyTorch, float32, attention sdpa" in shown
     assert f"run {document['run']['name']}: done" in shown and result.evaluation_after < result.evaluation_before
 
