@@ -65,6 +65,9 @@ def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: 
     from dist_ft.runtime.data import open_blocks
 
     storage.configure(config.storage.options)
+    if tokenise and config.task.name != "causal_lm":
+        raise ConfigError([f"--tokenise: with task.name={config.task.name} rows hold labels besides tokens; allowed "
+                           "with causal_lm; write rows"], "data write")
     config = config.model_copy(update={"data": config.data.model_copy(update={"block_mib": shard_mib})})
     blocks = open_blocks(config)
     try:

@@ -1,4 +1,4 @@
-"""The commands `dist-ft data inspect | preview | pack-stats | write | verify`; `cli` hangs them in."""
+"""The commands `dist-ft data inspect | import | split | preview | pack-stats | write | verify`; `cli` hangs them in."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ HELP = ("Look at data, write it anew, and prove what a run has read.\n\n\b\nFirs
         "  dist-ft data verify runs/mine            was every sample read just once?")
 
 
-def commands(register: Callable[[Callable[..., None]], Any]) -> None:
+def commands(register: Callable[..., Any]) -> None:
     """Hand every command to `register`."""
-    for command in (inspect, preview, pack_stats, write, verify):
+    for command in (inspect, split, preview, pack_stats, write, verify):
         register(command)
+    register(import_, "import")
 
 
 def inspect(paths: Annotated[list[str], typer.Argument(
@@ -45,6 +46,100 @@ def inspect(paths: Annotated[list[str], typer.Argument(
 
     quiet_third_parties()
     typer.echo(inspection.describe(inspection.inspect(paths)))
+
+
+def import_(kind: Annotated[str, typer.Argument(metavar="KIND", help=(
+                "conll (a word and its tag a line), squad, labelled (files of texts as PATH=LABEL), parallel (sources, "
+                "targets), pairs (JSON lists of [text, label])."))],
+            paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files or URLs.")],
+            out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
+            encoding: Annotated[str, typer.Option(help="Of the files.")] = "utf-8",
+            part: Annotated[str | None, typer.Option(help="pairs: which of several lists.")] = None) -> None:
+    """Turn files of a well-known format into JSON lines that can be trained on.
+
+    \b
+    Examples:
+      dist-ft data import conll train.conll --out train.jsonl
+      dist-ft data import labelled reviews.pos=positive reviews.neg=negative --out reviews.jsonl --encoding latin-1
+
+    Next: dist-ft data split FILE --out DIR, or name the file in data.train.
+    """
+    from dist_ft.data.importers import IMPORTERS
+    from dist_ft.errors import ConfigError
+    from dist_ft.logs import quiet_third_parties
+
+    if kind not in IMPORTERS:
+        raise ConfigError([f"KIND={kind}: no such format; allowed: {', '.join(IMPORTERS)}; correct it"], "data import")
+    quiet_third_parties()
+    rows = list(IMPORTERS[kind](paths, encoding, part))
+    _write_rows(rows, out)
+    typer.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
+
+
+def split(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
+          out: Annotated[str, typer.Option(help="Folder or URL to write NAME.jsonl into.")],
+          share: Annotated[list[str] | None, typer.Option(
+              help="NAME=SHARE of a split, in order (train=0.8); none: train=0.9 and held-out=0.1.")] = None,
+          by: Annotated[str | None, typer.Option(
+              help="Column whose values have the same shares in every split (such as label).")] = None,
+          group: Annotated[str | None, typer.Option(
+              help="Column of which rows of one value stay together (articles, users).")] = None,
+          per_label: Annotated[int, typer.Option(
+              min=0, help="Keep so many rows of each value of --by in the first split; 0: all.")] = 0,
+          seed: Annotated[int, typer.Option(min=0, help="Which rows go where.")] = 0) -> None:
+    """Split rows into named sets by seed: stratified by a column, and with few examples a label where asked for.
+
+    \b
+    Examples:
+      dist-ft data split all.jsonl --out sets/ --by label
+      dist-ft data split all.jsonl --out few/ --share train=0.8 --share held-out=0.2 --by label --per-label 8
+
+    Next: set data.train and evaluation.data to the files.
+    """
+    from dist_ft.config.schema import Source
+    from dist_ft.data import readers, splitting
+    from dist_ft.data.source import resolve
+    from dist_ft.errors import ConfigError, DataError
+    from dist_ft.logs import quiet_third_parties
+
+    quiet_third_parties()
+    shares = {}
+    for given in share or ("train=0.9", "held-out=0.1"):
+        name, _, value = given.partition("=")
+        try:
+            shares[name] = float(value)
+        except ValueError:
+            raise ConfigError([f"--share={given}: is no NAME=SHARE, such as train=0.8; correct it"],
+                              "data split") from None
+    if by is not None and group is not None:
+        raise ConfigError([f"--group={group}: with --by={by} rows could not both stay together and keep shares; one of "
+                           "them is allowed; leave one out"], "data split")
+    if per_label and by is None:
+        raise ConfigError([f"--per-label={per_label}: of which column is not said; set --by"], "data split")
+    rows: list[Any] = []
+    for row in (row for shards in resolve([Source(path=path) for path in paths], "PATH") for shard in shards
+                for row in readers.rows_of(shard)):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    found = splitting.split(rows, shares, seed, by, group)
+    if per_label:
+        first = next(iter(found))
+        found[first] = splitting.few(found[first], per_label, seed, by or "")
+    for name, rows in found.items():
+        _write_rows(rows, f"{out.rstrip('/')}/{name}.jsonl")
+        typer.echo(f"{len(rows):>8,} rows in {out.rstrip('/')}/{name}.jsonl")
+
+
+def _write_rows(rows: list[Any], out: str) -> None:
+    from dist_ft.data.write import as_jsonl
+    from dist_ft.errors import DataError
+    from dist_ft.storage import Store
+
+    if not rows:
+        raise DataError(f"{out}: there is no row to write; at least one is needed; check the source")
+    folder, _, name = out.rpartition("/")
+    Store(folder or ".").write(name, as_jsonl(rows))
 
 
 def preview(config: Config, overrides: Overrides = None,

@@ -18,9 +18,11 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
+from dist_ft.config.task import TaskSection
 from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import CheckpointError
-from dist_ft.model import tuning
+from dist_ft.model import heads, tuning
+from dist_ft.model.load import from_config, options
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
@@ -60,7 +62,7 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
             model, tokenizer = load_trained(store, manifest, dtype)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            _compare(model, folder)
+            _compare(model, stored_task(store), folder)
         if target.exists():
             target.rmdir()
         shutil.move(str(folder), target)
@@ -91,26 +93,21 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     model, _, tokenizer, wanted = _load(store, manifest, dtype)
     if stored_tuning(store).method not in tuning.ADDED:
         return model.eval(), tokenizer
-    tokens = _tokens(model)
     with torch.no_grad():
-        before = model.eval()(tokens).logits
+        before = _told(model.eval())
         tuning.merge(model)
-        difference = (model(tokens).logits - before).abs().max().item() / before.abs().max().item()
+        difference = (_told(model) - before).abs().max().item() / before.abs().max().item()
     if difference > MERGED:
         raise CheckpointError(f"{store.shown()}: with its adapter merged the model does not give the same logits "
                               f"(relative difference {difference:.1e}); nothing was exported; use --adapter")
-    return _in_format(model, wanted), tokenizer
+    return _in_format(model, stored_task(store), wanted), tokenizer
 
 
-def _in_format(model: Any, wanted: torch.dtype) -> Any:
+def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
     """Return the model with weights as `wanted`; what it computes with besides is made anew, as when it is loaded."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
-    with no_init_weights():
-        made = AutoModelForCausalLM.from_config(model.config, dtype=wanted)
-    made.tie_weights()
+    made = from_config(model.config, task, wanted)
     targets = dict(made.named_parameters()) | {name: made.get_buffer(name) for name in made.state_dict()
                                                if name in dict(made.named_buffers())}
     values = model.state_dict()
@@ -128,11 +125,18 @@ def stored_tuning(store: Store) -> TuningSection:
     return TuningSection.model_validate(document.get("tuning") or {})
 
 
+def stored_task(store: Store) -> TaskSection:
+    """Return what the model of the run at `store` does."""
+    import yaml
+
+    document = yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
+    return TaskSection.model_validate(document.get("task") or {})
+
+
 def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:
     """Return model, peft's model around it (or None), tokenizer, and the number format to export in."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -143,12 +147,9 @@ def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
-    section = stored_tuning(store)
-    with no_init_weights():
-        held = torch.float32 if section.method in tuning.ADDED else wanted
-        model = AutoModelForCausalLM.from_config(config, dtype=held)
-    model.tie_weights()
-    around = tuning.apply(model, section, seed=0)
+    section, task = stored_tuning(store), stored_task(store)
+    model = from_config(config, task, torch.float32 if section.method in tuning.ADDED else wanted)
+    around = tuning.apply(model, section, 0, task)
     parameters = dict(model.named_parameters())
     shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
     manifests.require_same_tensors(manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown())
@@ -166,8 +167,10 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     section = stored_tuning(store)
-    if section.method not in tuning.ADDED or section.trainable:
-        why = "learned weights of the model itself too" if section.trainable else f"was made with {section.method}"
+    headed = stored_task(store).name in heads.HEADED
+    if section.method not in tuning.ADDED or section.trainable or headed:
+        why = ("learned weights of the model itself too" if section.trainable or headed
+               else f"was made with {section.method}")
         raise CheckpointError(f"--adapter: the run {why} (tuning); allowed where only an adapter learned; export it "
                               "without --adapter")
     _, around, tokenizer, _ = _load(store, manifest, "float32")
@@ -203,24 +206,27 @@ def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str,
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
 
 
-def _tokens(model: Any) -> torch.Tensor:
-    """Return token ids (1, 24) to compare models by."""
+def _told(model: Any) -> torch.Tensor:
+    """Return, flat, all numbers a model tells of 24 token ids."""
     import torch
 
-    return (torch.arange(24) * 7919 + 11)[None] % model.config.vocab_size
+    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
+    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    told = model(input_ids=tokens, **given)
+    return torch.cat([value.float().flatten() for value in told.values()
+                      if torch.is_tensor(value) and value.is_floating_point()])
 
 
-def _compare(model: Any, folder: Path) -> None:
+def _compare(model: Any, task: TaskSection, folder: Path) -> None:
     """Raise CheckpointError unless the written folder, loaded anew, gives exactly the logits of `model`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    tokens = _tokens(model)
     with torch.no_grad():
-        expected = model(tokens).logits
-        pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        expected = _told(model)
+        pair: Any = heads.auto_class(task).from_pretrained(folder, dtype=model.dtype, output_loading_info=True,
+                                                           **options(model.config, task))
         loaded, info = pair
-        got = loaded.eval()(tokens).logits
+        got = _told(loaded.eval())
     if info["missing_keys"] or not torch.equal(expected, got):
         worst = (expected - got).abs().max().item()
         raise CheckpointError(f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "

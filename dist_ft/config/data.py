@@ -65,7 +65,12 @@ class DataSection(Section):
     targets: Literal["response", "all"] = Identity("response", description=(
         "Which tokens are learned: answers (assistant turns) only, or all. Plain text always learns all."))
     shuffle: bool = Identity(True, description="Order samples anew each epoch by run.seed; off: as they lie.")
-    pack: bool = Identity(True, description="Fill sequences with several samples kept apart; off: one sample each.")
+    pack: bool = Identity(True, description=(
+        "Fill sequences with several samples kept apart; off: one sample each, as always where task.name is not "
+        "causal_lm."))
+    bucket: int | None = Identity(None, ge=0, description=(
+        "Not packed: micro-batches hold samples of like length, chosen among so many micro-batches at a time; 0: as "
+        "they come; none: 64 (causal_lm: 0)."))
     block_mib: float = Identity(16, gt=0, le=4096, description=(
         "MiB of consecutive source data that are read, tokenised, cached and packed together."))
     shuffle_blocks: int = Identity(16, ge=1, description=(

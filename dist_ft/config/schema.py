@@ -13,10 +13,15 @@ from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
 from dist_ft.config.section import Identity, Section
+from dist_ft.config.task import ColumnsSection, TaskSection
 from dist_ft.config.tuning import LoraSection, TuningSection
 
-__all__ = ["DataSection", "FieldsSection", "LoraSection", "MixingPhase", "RunConfig", "Source", "Sources",
-           "TuningSection"]
+__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "RunConfig", "Source",
+           "Sources", "TaskSection", "TuningSection"]
+
+
+BUCKET = 64
+"""Micro-batches among which samples of like length are looked for, unless data.bucket says otherwise."""
 
 
 class RunSection(Section):
@@ -223,6 +228,7 @@ class RunConfig(Section):
     run: RunSection
     model: ModelSection
     data: DataSection
+    task: TaskSection = Field(default_factory=TaskSection, description="What the model is to do.")
     tuning: TuningSection = Field(default_factory=TuningSection, description="Which weights learn.")
     batch: BatchSection
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="How weights follow gradients.")
@@ -239,6 +245,16 @@ class RunConfig(Section):
     def num_lanes(self) -> int:
         """Micro-batches an optimizer step, over all workers: the fixed places sequences go to."""
         return self.batch.global_batch // self.batch.micro_batch
+
+    @property
+    def reading(self) -> DataSection:
+        """The data section as it is followed: tasks with padded batches do not pack, and bucket unless told not to."""
+        if self.task.name == "causal_lm":
+            return self.data.model_copy(update={"bucket": self.data.bucket or 0})
+        changes: dict[str, Any] = {"pack": False, "bucket": BUCKET if self.data.bucket is None else self.data.bucket}
+        if self.task.name == "question_answering":
+            changes["overlong"] = "split"  # a long context goes on in further windows
+        return self.data.model_copy(update=changes)
 
     @property
     def max_workers(self) -> int:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from dist_ft.config import learning
 from dist_ft.config.credentials import secret_problems
 from dist_ft.config.deepspeed_keys import deepspeed_problems
 from dist_ft.config.schema import OptimizerSection, RunConfig
+
+SPLITTING = ("masked_lm", "question_answering")
+"""Tasks of which a long row may go on in a further sequence."""
 
 Check = Callable[[RunConfig], Iterator[str]]
 
@@ -91,28 +95,6 @@ def _adafactor(config: RunConfig) -> Iterator[str]:
                f"zero.stage=0 or cluster.workers=0; use optimizer.name=adamw, or one of those")
 
 
-def _tuning(config: RunConfig) -> Iterator[str]:
-    tuning = config.tuning
-    if tuning.method == "partial" and not tuning.last_layers and not tuning.trainable:
-        yield ("tuning.method=partial: it does not say what learns; needs tuning.last_layers or tuning.trainable; set "
-               "one, or tuning.method=full")
-    if tuning.last_layers and tuning.method != "partial":
-        yield (f"tuning.last_layers={tuning.last_layers}: tuning.method={tuning.method} does not use it; allowed with "
-               f"tuning.method=partial; set that, or remove it")
-    if tuning.trainable and tuning.method == "full":
-        yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
-               "tuning.method=partial, or remove it")
-    if "all-linear" in tuning.lora.targets and len(tuning.lora.targets) > 1:
-        yield (f"tuning.lora.targets={list(tuning.lora.targets)}: all-linear stands for a list of its own; allowed "
-               f"alone; remove it, or the others")
-    if config.zero.offload_param == "nvme" and (tuning.method != "full" or tuning.frozen):
-        yield ("zero.offload_param=nvme: weights that do not learn can not be read back from there (tuning); allowed "
-               "where all learn; set zero.offload_param=cpu")
-    if tuning.method != "lora" and tuning.lora != type(tuning.lora)():
-        yield (f"tuning.lora: tuning.method={tuning.method} does not use it; allowed with tuning.method=lora; set "
-               f"that, or remove it")
-
-
 def _unused_optimizer_fields(config: RunConfig) -> Iterator[str]:
     used = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",), "adafactor": ()}
     owner = {"beta1": "adamw", "beta2": "adamw", "eps": "adamw", "momentum": "sgd"}
@@ -188,7 +170,7 @@ def _memory_data(config: RunConfig) -> Iterator[str]:
 
 def _split(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.overlong == "split" and data.format != "text":
+    if data.overlong == "split" and data.format != "text" and config.task.name not in SPLITTING:
         yield (f"data.overlong=split: only plain text can go on in a further sequence (data.format={data.format}); "
                f"allowed: error, truncate, drop; choose one of those, or set data.format=text")
 
@@ -259,7 +241,7 @@ def _workers(config: RunConfig) -> str:
 
 
 CHECKS: tuple[Check, ...] = (
-    _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, _tuning,
+    _batch, _lanes, _worker_range, _elastic, _length, _warmup, _warmup_fits, _adafactor, *learning.CHECKS,
     _unused_optimizer_fields,
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
     _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _best_checkpoints,

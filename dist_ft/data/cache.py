@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.config.schema import DataSection
+from dist_ft.data.batch import IGNORED
 from dist_ft.data.blocks import Block
+from dist_ft.data.fast import require_fast
 from dist_ft.data.source import Shard
-from dist_ft.data.template import DATE, Encoded, require_fast
+from dist_ft.data.template import DATE, Encoded, Encoder
 
 FORMAT = 2
 """Version of cached content; raised when the same inputs give other tokens, targets or layout."""
@@ -44,9 +45,9 @@ class TokenisedBlock:
 
     Attributes:
         tokens: (sum,) int32 token ids.
-        targets: (sum,) uint8: 1 where the token is learned.
+        targets: (sum,) uint8: 1 where the token is learned; or int32: what the task wants there, or `IGNORED`.
         offsets: (n + 1,) int64: row i is tokens[offsets[i]:offsets[i + 1]].
-        format: chat, instruction, text or tokens.
+        format: chat, instruction, text or tokens; or the name of the task.
         part_rows: rows of each part.
         bad_rows: what was wrong with rows that were skipped (they have no tokens).
         checksum: of all arrays.
@@ -60,20 +61,32 @@ class TokenisedBlock:
     bad_rows: tuple[str, ...]
     checksum: str
 
+    @property
+    def is_labelled(self) -> bool:
+        """Tell whether targets are labels of a task, not marks of tokens to be told from those before."""
+        return self.targets.dtype == np.int32
 
-def fingerprint(tokenizer: Any, data: DataSection) -> str:
+    @property
+    def learned(self) -> np.ndarray:
+        """Return bool (sum,): where something is learned."""
+        return self.targets != IGNORED if self.is_labelled else self.targets.astype(bool)
+
+
+def fingerprint(encoder: Encoder) -> str:
     """Return a hash of all that decides tokens and targets of a row: 32 hexadecimal digits.
 
-    The sequence length is not part of it: samples are cached whole and cut later.
+    The sequence length is no part of it, except for tasks that cut rows themselves: others are cached whole.
     """
     import xxhash
 
+    tokenizer, data = encoder.tokenizer, encoder.data
     require_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.update(truncation=None, padding=None)  # state left by calls, not a property of the tokenizer
     chosen = data.model_dump(include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"})
     dates = [DATE.isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []
-    parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen, *dates]
+    parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen, *dates,
+             *([encoder.recipe] if encoder.recipe else [])]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
@@ -185,7 +198,8 @@ def read_block(path: Path, check: bool = True) -> TokenisedBlock:
         raise ValueError("the header is cut off")
     header = json.loads(mapped[8:start])
     arrays = {name: _view(mapped, start, header[name], dtype)
-              for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"), ("targets", "u1"))}
+              for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"),
+                                  ("targets", "<i4" if header["targets"]["dtype"] == "I32" else "u1"))}
     about = dict(header["__metadata__"])
     stored = about.pop("checksum")
     if check and checksum(arrays, about) != stored:

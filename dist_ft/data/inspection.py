@@ -18,7 +18,7 @@ import numpy as np
 
 from dist_ft.config.schema import Source
 from dist_ft.data import readers
-from dist_ft.data.source import Row, Shard, resolve
+from dist_ft.data.source import Row, resolve
 from dist_ft.errors import DataError
 
 BLOCK_BYTES = 16 * 2**20
@@ -70,7 +70,7 @@ def inspect(paths: Sequence[str]) -> Inspection:
             found.num_shards += 1
             found.num_bytes += shard.size if shard.kind != "hub" else 0
             found.kinds[shard.kind + (f" ({shard.codec})" if shard.codec else "")] += 1
-            for number, row in enumerate(_rows(shard), 1):
+            for number, row in enumerate(readers.rows_of(shard, BLOCK_BYTES), 1):
                 found.num_rows += 1
                 where = f"{shard.url} row {number}"
                 if isinstance(row, DataError):
@@ -83,11 +83,6 @@ def inspect(paths: Sequence[str]) -> Inspection:
                     found.num_duplicates += digest in seen
                     seen.add(digest)
     return found
-
-
-def _rows(shard: Shard) -> Iterator[Row | DataError]:
-    for _, rows in readers.read(shard, readers.survey(shard, 0, BLOCK_BYTES)):
-        yield from rows if isinstance(rows, list) else rows.to_pylist()
 
 
 def _judge(found: Inspection, row: Row, where: str) -> None:

@@ -7,6 +7,9 @@ from dist_ft.data.index import Index
 from dist_ft.errors import DataError
 from dist_ft.logs import redact
 
+SPLIT = ("text", "tokens", "question_answering", "masked_lm")
+"""Formats that can go on in a further sequence."""
+
 
 def judge(index: Index, data: DataSection, sequence_length: int) -> None:
     """Refuse a data set that can not be trained on as it is.
@@ -52,7 +55,7 @@ def _refuse_mixed(index: Index) -> None:
 def _refuse_long(index: Index, data: DataSection, sequence_length: int) -> None:
     split = data.overlong == "split"
     refused = [number for number, measure in enumerate(index.measures)
-               if measure.num_too_long and (measure.format not in ("text", "tokens") if split
+               if measure.num_too_long and (measure.format not in SPLIT if split
                                             else data.overlong == "error")]
     if not refused:
         return

@@ -18,6 +18,7 @@ import numpy as np
 from dist_ft.data.batch import IGNORED, Batch, empty_batch
 from dist_ft.data.cache import most_open
 from dist_ft.data.index import Index
+from dist_ft.data.masking import Masking
 from dist_ft.data.order import mix
 from dist_ft.data.packing import sequences_of
 from dist_ft.data.pieces import pieces_of
@@ -51,12 +52,14 @@ class PackedBlock:
 class Loader:
     """Reads the batches of a plan."""
 
-    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2) -> None:
+    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2,
+                 masking: Masking | None = None) -> None:
         """Assign only; the process's soft limit of open files is raised (`cache.most_open`)."""
         self.plan = plan
         self.index = index
         self.store = store
         self._prefetch_steps = prefetch_steps
+        self._masking = masking
         self._first_samples = index.first_samples
         self._limit = index.recipe.get("max_samples") or None
         self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
@@ -116,7 +119,8 @@ class Loader:
         rows = None if self._limit is None else max(0, self._limit - int(self._first_samples[number]))
         pieces, _ = pieces_of(block, length, data.overlong, rows)
         seed = mix(self.plan.seed, epoch, number) if data.shuffle else None
-        members, offsets = sequences_of(pieces[:, 2], length, data.pack, seed)
+        members, offsets = sequences_of(pieces[:, 2], length, data.pack, seed,
+                                        (data.bucket or 0) * self.plan.batch.micro_batch)
         if len(offsets) - 1 != self.index.measures[number].num_sequences:
             raise DataError(f"data: block {number} makes {len(offsets) - 1} sequences, the run's index says "
                             f"{self.index.measures[number].num_sequences}; the index was made by another version; "
@@ -138,8 +142,10 @@ class Loader:
                                          np.full(len(pieces), slot.epoch)]))
         numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         sources = np.array([(slot.source, row[:, 2].sum()) for slot, row in zip(slots, rows, strict=True)])
-        return replace(assemble(np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows), numbers, lane),
-                       sources=sources)
+        flat, wanted, pieces = np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows)
+        if self._masking is not None:
+            flat, wanted = self._masking.apply(flat, wanted, pieces)
+        return replace(assemble(flat, wanted, pieces, numbers, lane), sources=sources)
 
     def _ask_ahead(self, slots: Sequence[Slot]) -> None:
         """Let blocks be made that come next, so that no step waits for one."""
@@ -153,18 +159,14 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
 
     Args:
         tokens: (sum,) token ids of all pieces.
-        learned: (sum,) 1 where a token is a target.
+        learned: (sum,) uint8: 1 where a token is a target; or int32: labels, which stay where they are.
         pieces: (n, 4) [sample id, first token, number of tokens, epoch].
         rows: (n,) the row of each piece, ascending from 0.
         lane: recorded in the batch.
     """
     sizes = pieces[:, 2]
     ends = np.cumsum(sizes)
-    follows = np.zeros(len(tokens), dtype=bool)
-    follows[:-1] = learned[1:]
-    follows[ends - 1] = False
-    targets = np.full(len(tokens), IGNORED, dtype=tokens.dtype)
-    np.copyto(targets[:-1], tokens[1:], where=follows[:-1])
+    targets = learned if learned.dtype == np.int32 else _shifted(tokens, learned, ends)
     positions = np.arange(len(tokens)) - np.repeat(ends - sizes, sizes)
 
     stops = ends[np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)].tolist()
@@ -180,3 +182,13 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
         position_ids[row, :fill] = positions[start:stop]
         position_ids[row, fill:] = np.arange(shape[1] - fill)
     return Batch(input_ids, target_ids, position_ids, pieces, lane)
+
+
+def _shifted(tokens: np.ndarray, learned: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return, (sum,), at each token the one that follows within its piece if that is a target, else IGNORED."""
+    follows = np.zeros(len(tokens), dtype=bool)
+    follows[:-1] = learned[1:]
+    follows[ends - 1] = False
+    targets = np.full(len(tokens), IGNORED, dtype=tokens.dtype)
+    np.copyto(targets[:-1], tokens[1:], where=follows[:-1])
+    return targets

@@ -49,7 +49,8 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return assignment
 
 
-def sequences_of(lengths: np.ndarray, capacity: int, packed: bool, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+def sequences_of(lengths: np.ndarray, capacity: int, packed: bool, seed: int | None, pool: int = 0
+                 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequences of a block of pieces: (members, offsets), sequence g being members[offsets[g]:offsets[g+1]].
 
     Args:
@@ -58,10 +59,13 @@ def sequences_of(lengths: np.ndarray, capacity: int, packed: bool, seed: int | N
         packed: several pieces to a sequence; else one.
         seed: which of the pieces of equal length share sequences changes with it, the number of sequences does not
             (best-fit decreasing sees lengths only); None: as they lie, sequences in the order of their first piece.
+        pool: not packed: so many neighbours at a time are put in the order of their lengths; 0: none.
     """
     count = len(lengths)
     order = np.arange(count) if seed is None else np.argsort(hashes(seed, count), kind="stable")
     if not packed or not count:
+        if pool:
+            order = order[np.lexsort((lengths[order], np.arange(count) // pool))]
         return order, np.arange(count + 1)
     assigned = pack(lengths[order], capacity)
     if seed is None:

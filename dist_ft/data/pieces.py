@@ -31,7 +31,7 @@ class Measures:
         num_too_long: rows longer than a sequence.
         longest, longest_row: tokens of the longest row, and its number.
         num_bad, first_bad: rows that could not be used, and what was wrong with the first.
-        format: chat, instruction, text or tokens.
+        format: chat, instruction, text or tokens, or the name of the task.
         checksum: of tokens and targets.
     """
 
@@ -58,10 +58,11 @@ def pieces_of(block: TokenisedBlock, sequence_length: int, overlong: str, max_ro
     Under overlong=error rows are cut as for truncate (`judge` refuses them). Only the first `max_rows` rows count.
     """
     lengths = np.diff(block.offsets)[:max_rows]
-    learned = np.concatenate([[0], np.cumsum(block.targets, dtype=np.int64)])
+    learned = np.concatenate([[0], np.cumsum(block.learned, dtype=np.int64)])
     rows, first, size = cut(lengths, sequence_length, overlong)
     start = block.offsets[:-1][rows] + first
-    targets = learned[start + size] - learned[np.minimum(start + 1, start + size)]
+    first_told = start if block.is_labelled else np.minimum(start + 1, start + size)  # what comes first, none foretells
+    targets = learned[start + size] - learned[first_told]
     kept = targets > 0
     return np.stack([rows, first, size], axis=1)[kept], targets[kept]
 

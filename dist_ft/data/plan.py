@@ -3,7 +3,8 @@
 A pure function of the index's counts, config, step and lane; what it costs grows with the number of blocks, not of
 samples or ranks. Sequences of a source have positions in an epoch: blocks in an order by seed and epoch, window after
 window of blocks, the sequences of a window shuffled. With shuffling a lane walks through a stretch of positions of its
-own, so that it reads few blocks at a time; without, every step takes the next positions. Guarantees: each position
+own, so that it reads few blocks at a time; without, every step takes the next positions. With `data.bucket`, sequences
+that lie together in a block are of like length, and whole micro-batches of them are shuffled. Guarantees: each position
 once an epoch of its source; nothing depends on how many workers there are. Does not know tokens or lengths.
 """
 
@@ -56,6 +57,7 @@ class Plan:
         self.batch = batch
         self.seed = seed
         self.num_lanes = batch.global_batch // batch.micro_batch
+        self._together = batch.micro_batch if data.bucket and not data.pack else 1
         edges = np.searchsorted(sources, np.arange(len(data.train) + 1))
         self._first = edges[:-1].tolist()
         self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
@@ -142,6 +144,9 @@ class Plan:
     def _stretched(self, number: int, size: int) -> int:
         """Return the position of an epoch's draw: lane after lane has a stretch of its own (a bijection)."""
         row, column = divmod(number, self.num_lanes)
+        if self._together > 1:  # stretches of whole micro-batches; what is left is walked by all lanes
+            share = size // (self.num_lanes * self._together) * self._together
+            return column * share + row if number < share * self.num_lanes else number
         return column * (size // self.num_lanes) + min(column, size % self.num_lanes) + row
 
     def _make_order(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,4 +163,12 @@ class Plan:
         count = int(ends[window] - (ends[window - 1] if window else 0))
         if not self.data.shuffle:
             return np.arange(count)
-        return np.argsort(hashes(mix(self.seed, source, epoch, window), count), kind="stable")
+        seed, size = mix(self.seed, source, epoch, window), self._together
+        if size == 1:
+            return np.argsort(hashes(seed, count), kind="stable")
+        begun = int(ends[window - 1]) if window else 0
+        first = min(-begun % size, count)  # lanes take micro-batches from positions that `size` divides
+        groups = (count - first) // size
+        order = np.argsort(hashes(seed, groups), kind="stable")
+        whole = (first + order[:, None] * size + np.arange(size)).reshape(-1)
+        return np.concatenate([np.arange(first), whole, np.arange(first + groups * size, count)])

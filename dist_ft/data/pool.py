@@ -96,7 +96,7 @@ class TokeniserPool:
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
         data = self._encoder.data
         setup = {"tokenizer": folder, "data": data.model_dump(mode="json"), "limit_bytes": self._limit_bytes,
-                 "options": self._options, "fingerprint": fingerprint(self._encoder.tokenizer, data)}
+                 "options": self._options, "fingerprint": fingerprint(self._encoder), **self._encoder.recipe}
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(

@@ -127,11 +127,13 @@ def preview(loader: Loader, num_samples: int = 3, rich: bool = False) -> str:
     for number, row, first, size in _first_pieces(loader, num_samples):
         tokenised = loader.store.block(number)
         start = int(tokenised.offsets[row]) + first
-        learned = tokenised.targets[start:start + size].astype(bool)
-        learned[0] = False
+        learned = tokenised.learned[start:start + size].copy()
+        learned[0] &= tokenised.is_labelled
         sample = int(loader.index.first_samples[number]) + row
         shard, place = loader.index.place(sample)
+        told = loader.store.encoder.shown(tokenised.targets[start:start + size])
         head = f"sample {sample} ({shard.url} row {place + 1}): {size} tokens, {int(learned.sum())} learned"
+        head += f" ({told})" if told else ""
         text = mark(loader.store.encoder.tokenizer, tokenised.tokens[start:start + size], learned, rich)
         blocks.append(f"{_escape(head) if rich else head}\n{text}")
     return "\n\n".join([*blocks, describe(statistics(loader), loader.plan.data.pack)])

@@ -14,8 +14,8 @@ from typing import Any
 
 from dist_ft.data import hub, lines, tables
 from dist_ft.data.blocks import END, Part
-from dist_ft.data.source import Shard, vanished
-from dist_ft.errors import StorageError
+from dist_ft.data.source import Row, Shard, vanished
+from dist_ft.errors import DataError, StorageError
 
 
 def survey(shard: Shard, number: int, block_bytes: int) -> list[Part]:
@@ -66,6 +66,12 @@ def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
             yield from tables.read(shard, parts)
         else:
             yield from lines.read(shard, parts)
+
+
+def rows_of(shard: Shard, block_bytes: int = 16 * 2**20) -> Iterator[Row | DataError]:
+    """Yield every row of a shard, read once, about `block_bytes` at a time."""
+    for _, rows in read(shard, survey(shard, 0, block_bytes)):
+        yield from rows if isinstance(rows, list) else rows.to_pylist()
 
 
 @contextmanager

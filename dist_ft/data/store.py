@@ -44,7 +44,7 @@ class BlockStore:
         self.blocks = tuple(blocks)
         self.checksums: Sequence[str] | None = None
         self.most_open = 16
-        self.fingerprint = cache.fingerprint(encoder.tokenizer, encoder.data)
+        self.fingerprint = cache.fingerprint(encoder)
         self._pool = pool if sum(block.num_bytes for block in blocks) > SMALL_BYTES else None
         self._limit_bytes = limit_bytes
         self._threads = ThreadPoolExecutor(max(4, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks")

@@ -8,16 +8,18 @@ template that allows neither is refused, never guessed. Tokenisation is one batc
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
 from dist_ft.data import formats, tokens
+from dist_ft.data.fast import exact_backend, name_of
 from dist_ft.data.formats import Rendered
 from dist_ft.data.source import Row, row_error
 from dist_ft.errors import DataError, ModelError
@@ -36,9 +38,9 @@ class Encoded:
 
     Attributes:
         tokens: (sum,) int32 token ids.
-        targets: (sum,) uint8: 1 where the token is learned.
+        targets: (sum,) uint8: 1 where the token is learned; or int32: what the task wants there, or `IGNORED`.
         offsets: (n + 1,) int64: sample i is tokens[offsets[i]:offsets[i + 1]].
-        format: chat, instruction, text or tokens; empty without any row.
+        format: chat, instruction, text or tokens, or the name of the task; empty without any row.
         part_rows: rows of each part this was made of.
         bad_rows: what was wrong with each row that was skipped; such rows have no tokens.
     """
@@ -52,7 +54,13 @@ class Encoded:
 
 
 class Encoder:
-    """Turns rows into tokens as `data` says, with one tokenizer."""
+    """Turns rows into tokens as `data` says, with one tokenizer.
+
+    Attributes:
+        recipe: what decides the tokens besides tokenizer and data section; empty: nothing.
+    """
+
+    recipe: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tokenizer: Any, data: DataSection) -> None:
         """Assign only. `tokenizer` is a fast Hugging Face tokenizer; its `chat_template` may have been replaced."""
@@ -85,6 +93,10 @@ class Encoder:
         ids, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Encoded(ids, targets, offsets, kind, (len(rows),), tuple(bad))
+
+    def shown(self, targets: np.ndarray) -> str:
+        """Return, for a person, what a sample's targets (T,) say besides what can be marked in its text."""
+        return ""
 
     def _encode_chunk(self, rows: Sequence[Row | DataError], kind: str, url: str, first: int,
                       bad: list[str]) -> tuple[np.ndarray, ...]:
@@ -130,7 +142,7 @@ class Encoder:
         start = next((i for i in range(len(framed)) if framed[i:i + len(plain)] == plain), 0)
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise ModelError(f"model.tokenizer={_name(self.tokenizer)}: has no end-of-sequence token; text and "
+            raise ModelError(f"model.tokenizer={name_of(self.tokenizer)}: has no end-of-sequence token; text and "
                              "instruction samples end with one; set eos_token in its tokenizer_config.json")
         return framed[:start], [eos]
 
@@ -210,24 +222,6 @@ def dated(template: str) -> str:
     return own
 
 
-def exact_backend(tokenizer: Any) -> Any:
-    """Return a copy of a fast tokenizer's backend that neither cuts nor pads and tells every token's whole range.
-
-    Byte-level tokenizers usually trim blanks from the ranges they tell; indentation would be lost from the mask.
-
-    Raises:
-        ModelError: the tokenizer is not a fast one.
-    """
-    from tokenizers import Tokenizer
-
-    require_fast(tokenizer)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace(
-        '"trim_offsets":true', '"trim_offsets":false'))
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def tokenise(backend: Any, rendered: Sequence[Rendered], before: Sequence[int],
              after: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
@@ -276,18 +270,3 @@ def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendere
     inside = np.concatenate([[0], np.cumsum(np.cumsum(marks) > 0)])
     begin, end = (offsets + np.repeat(bases, lengths)[:, None]).T
     return (inside[end] > inside[begin]).astype(np.uint8)
-
-
-def require_fast(tokenizer: Any) -> None:
-    """Refuse a tokenizer that can not say which characters a token stands for.
-
-    Raises:
-        ModelError: names it.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.tokenizer={_name(tokenizer)}: is not a fast tokenizer; one with character offsets "
-                         "(tokenizer.json) is needed; convert it, or name another in model.tokenizer")
-
-
-def _name(tokenizer: Any) -> str:
-    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

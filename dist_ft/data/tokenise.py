@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from dist_ft import errors
-from dist_ft.config.schema import DataSection
+from dist_ft.config.schema import DataSection, TaskSection
 from dist_ft.data import lines, readers
 from dist_ft.data.blocks import Block, Part
 from dist_ft.data.cache import fingerprint, write_block
+from dist_ft.data.labelled import make_encoder
 from dist_ft.data.source import Shard, require_unchanged
 from dist_ft.data.template import Encoded, Encoder
 from dist_ft.errors import DataError, DistFtError
@@ -131,10 +132,12 @@ def _encoder(setup: dict[str, Any]) -> Encoder:
     storage.configure(setup["options"])
     data = DataSection.model_validate(setup["data"])
     tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
-    if fingerprint(tokenizer, data) != setup["fingerprint"]:
+    task = TaskSection.model_validate(setup.get("task") or {})
+    encoder = make_encoder(tokenizer, data, task, setup.get("sequence_length", 0))
+    if fingerprint(encoder) != setup["fingerprint"]:
         raise errors.ModelError("model.tokenizer: saved and loaded again it is another tokenizer; only those that "
                                 "survive that can be used in processes; set data.tokenizer_processes=0")
-    return Encoder(tokenizer, data)
+    return encoder
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_ft.data.batch import Batch, empty_batch
@@ -81,6 +82,13 @@ class Engine(ABC):
     @abstractmethod
     def loss_sum(self, batch: Batch) -> float:
         """Return the summed loss of `batch` without learning (dropout off); a collective call under ZeRO-3."""
+
+    @abstractmethod
+    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+        """Return the summed loss of `batch`, and what a model with a head tells of each row (float32, rows first).
+
+        Without learning, as `loss_sum`; a collective call under ZeRO-3.
+        """
 
     @abstractmethod
     def slots(self) -> Iterator[Slot]:

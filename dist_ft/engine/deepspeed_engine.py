@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import override
@@ -23,7 +24,7 @@ from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
 from dist_ft.errors import ModelError
-from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
+from dist_ft.model.learner import Learner, canonical_names
 from dist_ft.model.tuning import is_added
 from dist_ft.world import World
 
@@ -66,7 +67,7 @@ def loading(ds_config: dict[str, Any]) -> Iterator[None]:
 class DeepSpeedEngine(Engine):
     """A model sharded by DeepSpeed over `world`."""
 
-    def __init__(self, module: CausalLM, section: OptimizerSection, ds_config: dict[str, Any], world: World) -> None:
+    def __init__(self, module: Learner, section: OptimizerSection, ds_config: dict[str, Any], world: World) -> None:
         import deepspeed
 
         self._world = world
@@ -103,7 +104,7 @@ class DeepSpeedEngine(Engine):
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             seed_random(seed, self.device)
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss = self._engine(**to_inputs(batch, self.device))
+            loss = self._engine(**self.module.inputs(batch, self.device))
             self._engine.backward(loss * (self._world.size / num_target_tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
         return loss_sum.item()
@@ -128,7 +129,17 @@ class DeepSpeedEngine(Engine):
     def loss_sum(self, batch: Batch) -> float:
         self._engine.eval()
         try:
-            return self._engine(**to_inputs(batch, self.device)).item()
+            return self._engine(**self.module.inputs(batch, self.device)).item()
+        finally:
+            self._engine.train()
+
+    @torch.no_grad()
+    @override
+    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+        self._engine.eval()
+        try:
+            loss, outputs = self._engine(**self.module.inputs(batch, self.device), told=True)
+            return loss.item(), outputs.float().cpu().numpy()
         finally:
             self._engine.train()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from typing_extensions import override
 
@@ -12,7 +13,7 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.model.causal_lm import CausalLM, canonical_names, to_inputs
+from dist_ft.model.learner import Learner, canonical_names
 
 
 def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
@@ -27,7 +28,7 @@ def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> 
 class TorchEngine(Engine):
     """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
 
-    def __init__(self, module: CausalLM, section: OptimizerSection, device: torch.device) -> None:
+    def __init__(self, module: Learner, section: OptimizerSection, device: torch.device) -> None:
         self.device = device
         self.module = module.to(device).train()
         self._section = section
@@ -44,7 +45,7 @@ class TorchEngine(Engine):
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
             seed_random(seed, self.device)
-            loss = self.module(**to_inputs(batch, self.device))
+            loss = self.module(**self.module.inputs(batch, self.device))
             (loss / num_target_tokens).backward()
             self._collect()
             loss_sum += loss.detach()
@@ -80,7 +81,17 @@ class TorchEngine(Engine):
     def loss_sum(self, batch: Batch) -> float:
         self.module.eval()
         try:
-            return self.module(**to_inputs(batch, self.device)).item()
+            return self.module(**self.module.inputs(batch, self.device)).item()
+        finally:
+            self.module.train()
+
+    @torch.no_grad()
+    @override
+    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+        self.module.eval()
+        try:
+            loss, outputs = self.module(**self.module.inputs(batch, self.device), told=True)
+            return loss.item(), outputs.float().cpu().numpy()
         finally:
             self.module.train()
 
@@ -111,7 +122,7 @@ class TorchEngine(Engine):
         self._copy_back()
 
 
-def buffer_slots(module: CausalLM, owned: Callable[[int], bool] = lambda index: True) -> Iterator[Slot]:
+def buffer_slots(module: Learner, owned: Callable[[int], bool] = lambda index: True) -> Iterator[Slot]:
     """Iterate over the buffers that belong to the model's saved state."""
     persistent = set(module.state_dict().keys()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.errors import ModelError
 from dist_ft.model.head_loss import head_loss
+from dist_ft.model.learner import Inputs, Learner
 from dist_ft.model.packed_attention import by_sample, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Inputs = dict[str, Any]
-
 
 def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
     """Return what `CausalLM.forward` takes, tensors on `device`; what it must know is found on the host, unsynced."""
@@ -44,17 +43,13 @@ def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
             "lengths": lengths_of(batch.position_ids)}
 
 
-class CausalLM(nn.Module):
+class CausalLM(Learner):
     """A transformers causal model whose forward returns the summed loss of a batch."""
 
     def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
         """Wrap `model`; smoothing and noise (see `TuningSection`) are for training, `eval` leaves them out."""
-        super().__init__()
-        self.model = model
+        super().__init__(model, neftune_alpha)
         self._smoothing = label_smoothing
-        self._alpha = neftune_alpha
-        if neftune_alpha:
-            model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._lengths: Sequence[Sequence[int]] | None = None
         self._positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
@@ -78,14 +73,16 @@ class CausalLM(nn.Module):
         hidden = args[0]
         return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *args[1:])
 
-    def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it, packed or not."""
-        if not self.training or self._lengths is None:
+    @override
+    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        return to_inputs(batch, device)
+
+    @override
+    def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
+        if self._lengths is None:
             return None
-        sizes = torch.tensor([size for row in self._lengths for size in row], device=output.device)
-        tokens = torch.repeat_interleave(sizes, sizes).reshape(*output.shape[:2], 1)
-        noise = torch.rand(output.shape, device=output.device) * 2 - 1  # lanes are seeded: the same in every world
-        return output + (noise * self._alpha / (tokens * output.shape[-1]).sqrt()).to(output.dtype)
+        sizes = torch.tensor([size for row in self._lengths for size in row], device=self.model.device)
+        return torch.repeat_interleave(sizes, sizes).reshape(shape[:2])
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                 targets: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -140,16 +137,3 @@ class CausalLM(nn.Module):
         loss = head_loss(hidden.reshape(-1, hidden.shape[-1]), head.weight, self._targets,
                          self._smoothing if self.training else 0.0)
         return torch.stack([loss, torch.ones_like(loss)]).reshape(1, 1, 2)
-
-
-def canonical_names(module: CausalLM) -> dict[str, nn.Parameter]:
-    """Return the parameters by the name transformers gives them; tied weights appear once, under the first name."""
-    return {name.removeprefix("model."): parameter for name, parameter in module.named_parameters()}
-
-
-def aliases(module: CausalLM) -> dict[str, str]:
-    """Return {other name: first name} of tied weights."""
-    first = {id(parameter): name for name, parameter in canonical_names(module).items()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name.removeprefix("model."): first[id(parameter)] for name, parameter in every
-            if first[id(parameter)] != name.removeprefix("model.")}

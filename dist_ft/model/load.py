@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft import storage
-from dist_ft.config.schema import ModelSection
+from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.errors import DistFtError, ModelError
 from dist_ft.logs import redact
+from dist_ft.model import heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("dist_ft.model")
+CAUSAL_LM = TaskSection()
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
@@ -93,32 +95,24 @@ def _explained(section: ModelSection, what: str) -> Any:
                                 f"({type(error).__name__}: {first}); {hint}")) from error
 
 
-def read_config(section: ModelSection, cache_dir: str | None = None) -> PretrainedConfig:
-    """Return the model's config; raises ModelError for a model that is absent or no causal language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
+                ) -> PretrainedConfig:
+    """Return the model's config, with the labels of `task`.
+
+    Raises ModelError for a model that is absent, can not do the task, or has a head for other labels.
+    """
+    from transformers import AutoConfig
 
     folder = fetch(section.path, section.revision, cache_dir)
     with _explained(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    if (not known and not section.trust_remote_code) or _sees_what_follows(config):
-        raise ModelError(f"model.path={section.path}: a {config.model_type} model can not continue text; causal "
-                         "language models are allowed; choose another model")
+    if not heads.can(config, task) and not (section.trust_remote_code and hasattr(config, "auto_map")):
+        raise ModelError(f"model.path={section.path}: {heads.refusal(config, task)}")
+    heads.prepare(config, task, section.path)
     if section.dropout is not None:
         with _explained(section, f"config with model.dropout={section.dropout}"):
             set_dropout(config, section.dropout)
     return config
-
-
-def _sees_what_follows(config: PretrainedConfig) -> bool:
-    """Tell whether this is an encoder, whose attention sees the tokens it should predict.
-
-    transformers lists BERT and its kind as causal models too; they are, if their config says `is_decoder`.
-    """
-    from transformers import AutoModelForMaskedLM
-
-    masked = type(config) in AutoModelForMaskedLM._model_mapping
-    return bool(getattr(config, "is_encoder_decoder", False)) or (masked and not getattr(config, "is_decoder", False))
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
@@ -151,38 +145,79 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
 
 
 def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
-    """Return the model in `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights."""
+    """Return the causal language model in `model.dtype` (see `load_for`)."""
+    return load_for(CAUSAL_LM, section, cache_dir)[0]
+
+
+def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = None
+             ) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Return the model for `task` and the names of its new weights, whose values mean nothing yet.
+
+    In `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
     folder = fetch(section.path, section.revision, cache_dir)
-    config = read_config(section, cache_dir)
+    config = read_config(section, cache_dir, task)
     with _explained(section, "weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = heads.auto_class(task).from_pretrained(
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+            ignore_mismatched_sizes=True, **options(config, task))
     model, info = loaded
-    refuse_incomplete(section.path, info)
-    return _finish(model, section)
+    new = _new_weights(model, task, info)
+    refuse_incomplete(section.path, {kind: [found for found in info.get(kind) or () if _name(found) not in new]
+                                     for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")})
+    if new:
+        log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
+    return _finish(model, section), new
 
 
-def empty_model(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
+def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any]) -> frozenset[str]:
+    """Return the weights of a head that the files do not hold, or that a new head replaces."""
+    absent = {_name(found) for kind in ("missing_keys", "mismatched_keys") for found in info.get(kind) or ()}
+    names = {name for name, _ in model.named_parameters()}
+    replaced = {name for name in names if heads.is_outside(name, model)} if task.new_head else set()
+    return frozenset(name for name in (absent | replaced) & names if heads.may_be_new(name, model, task))
+
+
+def _name(found: Any) -> str:
+    return str(found[0] if isinstance(found, tuple) else found)
+
+
+def options(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
+    """Return what the class must be told besides: a pooler that nothing would use would not learn."""
+    import inspect
+
+    if task.name != "embedding":
+        return {}
+    kind: Any = heads.auto_class(task)._model_mapping[type(config)]
+    kind = kind[0] if isinstance(kind, tuple | list) else kind
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+
+
+def empty_model(section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM) -> PreTrainedModel:
     """Return the model with arbitrary weights, for a resumed run whose checkpoint fills all of them."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    config = read_config(section, cache_dir, task)
+    with _explained(section, "structure"):
+        model = from_config(config, task, getattr(torch, section.dtype), attn_implementation=section.attention,
+                            trust_remote_code=section.trust_remote_code)
+    return _finish(model, section)
+
+
+def from_config(config: PretrainedConfig, task: TaskSection, dtype: Any, **given: Any) -> PreTrainedModel:
+    """Return a model for `task` with arbitrary weights."""
     from transformers.initialization import no_init_weights
 
-    config = read_config(section, cache_dir)
-    with _explained(section, "structure"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code)
+    with no_init_weights():
+        model = heads.auto_class(task).from_config(config, dtype=dtype, **given, **options(config, task))
     model.tie_weights()
-    return _finish(model, section)
+    return model
 
 
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:

@@ -13,31 +13,37 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from dist_ft.config.task import TaskSection
 from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import ModelError
+from dist_ft.model import heads
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 log = logging.getLogger("dist_ft.model")
+CAUSAL_LM = TaskSection()
 ADDED = ("lora", "ia3")
 """Methods that add weights."""
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
 SHOWN = 3
 
 
-def apply(model: PreTrainedModel, section: TuningSection, seed: int) -> Any:
+def apply(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection = CAUSAL_LM) -> Any:
     """Freeze what does not learn and add what is new, in place; return peft's model around it, None where none is.
 
-    Raises ModelError if the model has no such layers, or a pattern names none of its weights.
+    A head of the task's own learns with every method, unless `frozen` names it. Raises ModelError if the model has no
+    such layers, or a pattern names none of its weights.
     """
     own = set(_by_name(model))
-    around = _add(model, section, seed) if section.method in ADDED else None
+    head = {name for name in own if heads.is_head(name, model)} if task.name in heads.HEADED else set()
+    around = _add(model, section, seed, task, head) if section.method in ADDED else None
     if section.method == "full" and not section.frozen:
         return around
     parameters = _by_name(model)
     learns = own if section.method == "full" else {name for name in parameters if name_in_files(name) not in own}
+    learns |= head
     if section.last_layers:
         learns |= _last_layers(model, section.last_layers)
     for field in ("trainable", "frozen"):
@@ -72,14 +78,14 @@ def merge(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def _add(model: PreTrainedModel, section: TuningSection, seed: int) -> Any:
+def _add(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection, head: set[str]) -> Any:
     import torch
     from peft import get_peft_model
 
     with _explained(model, section), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a layer is transposed (peft sees to it), or tied (below)
         torch.default_generator.manual_seed(seed)
-        around = get_peft_model(model, peft_config(section), autocast_adapter_dtype=False)
+        around = get_peft_model(model, peft_config(section, task, head), autocast_adapter_dtype=False)
     _require_sound(model, section)
     return around
 
@@ -107,15 +113,17 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
                    if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)})
 
 
-def peft_config(section: TuningSection) -> Any:
-    """Return what peft calls the method of `section`."""
+def peft_config(section: TuningSection, task: TaskSection = CAUSAL_LM, head: Iterable[str] = ()) -> Any:
+    """Return what peft calls the method of `section`; the weights of a `head` get no adapter, they learn themselves."""
     from peft import IA3Config, LoraConfig
 
+    kind = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task.name)
+    apart = sorted({name.rpartition(".")[0] for name in head}) or None
     if section.method == "ia3":
-        return IA3Config(task_type="CAUSAL_LM")
+        return IA3Config(task_type=kind, exclude_modules=apart)  # type: ignore[arg-type]
     lora = section.lora
     targets: Any = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
-    return LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+    return LoraConfig(task_type=kind, exclude_modules=apart, r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
                       lora_dropout=lora.dropout, target_modules=targets, use_rslora=lora.rslora, use_dora=lora.dora)
 
 

@@ -68,7 +68,7 @@ def audit(url: str) -> Audit:
         raise DataError(f"{store.shown()}: has no checkpoint yet, so nothing was committed; a run with one is needed; "
                         "let it reach one")
     rows = read_ledger(store, newest)
-    plan = Plan(index.counts, index.sources, config.data, config.batch, config.run.seed)
+    plan = Plan(index.counts, index.sources, config.reading, config.batch, config.run.seed)
     return Audit(newest.progress.step, len(set(store.list(catalogue.ATTEMPTS))), len(rows),
                  tuple(_count(rows, index, plan, config, newest.progress.step)))
 

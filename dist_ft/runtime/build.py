@@ -8,24 +8,23 @@ from its storage.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_ft import logs, storage
 from dist_ft.checkpoint import catalogue
-from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Manifest, Progress, TensorInfo, parse_folder
+from dist_ft.checkpoint.manifest import Manifest, Progress, parse_folder
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.runtime import summary
 from dist_ft.runtime.data import Data, open_data
+from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
@@ -35,10 +34,6 @@ from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.trainer import Trainer
 from dist_ft.world import Collectives, World, collectives, on_rank0
-
-if TYPE_CHECKING:
-    from dist_ft.engine.base import Engine
-    from dist_ft.model.causal_lm import CausalLM
 
 log = logging.getLogger("dist_ft.run")
 
@@ -58,12 +53,13 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
     data = open_data(config, store, world, comms)
+    stored, config = config, data.config
     try:
         total_steps = data.training.plan.total_steps(config.schedule)
         done = _complete(store, world, comms, total_steps)
         if done is not None:
             return _already_done(config, done, total_steps, store, hooks, world)
-        attempt = on_rank0(world, comms, lambda: take_over(store, config, world, hooks.after))
+        attempt = on_rank0(world, comms, lambda: take_over(store, stored, world, hooks.after))
         nodes = node_tier(config, store, world, comms)
         with (kept(clock, store, attempt, world),
               closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager):
@@ -76,10 +72,10 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
 def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, store: Store, attempt: int, data: Data,
            manager: CheckpointManager, manifest: Manifest | None, total_steps: int, clock: Clock) -> Result:
     """Train from a checkpoint, or from the pre-trained weights."""
-    module, engine = open_engine(config, world, manifest is not None)
+    module, engine, new = open_engine(config, world, manifest is not None, data.tokenizer)
     try:
-        manifest = _fill(config, module, engine, manager, manifest)
-        on_rank0(world, comms, lambda: _store_model(store, module, data.tokenizer))
+        manifest = fill(config, module, engine, manager, manifest, new)
+        on_rank0(world, comms, lambda: store_model(store, module, data.tokenizer))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         clock.resume(progress.step)
         lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
@@ -87,8 +83,8 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         if world.rank == 0:
             hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
         judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
-        parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, _tensors(module),
-                      _aliases(module), judge, store,
+        parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, tensors(module),
+                      aliases(module), judge, store,
                       on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock)
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
@@ -183,93 +179,6 @@ def _mapping(store: Store) -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load(store.read(STORED))
-
-
-def open_engine(config: RunConfig, world: World, resumed: bool) -> tuple[CausalLM, Engine]:
-    """Return the model inside the engine the config asks for; its weights are pre-trained, or empty if `resumed`."""
-    import torch
-
-    from dist_ft.model import tuning
-    from dist_ft.model.causal_lm import CausalLM
-    from dist_ft.model.load import empty_model, load_model
-
-    def tuned() -> CausalLM:
-        model = (empty_model if resumed else load_model)(config.model, config.data.cache_dir)
-        tuning.apply(model, config.tuning, config.run.seed)
-        return CausalLM(model, config.tuning.label_smoothing, config.tuning.neftune_alpha)
-
-    use_gpu = config.cluster.gpus_per_worker > 0
-    if config.max_workers == 0:
-        from dist_ft.engine.torch_engine import TorchEngine
-
-        module = tuned()
-        device = torch.device("cuda" if use_gpu else "cpu")
-        return module, TorchEngine(module, config.optimizer, device)
-    from dist_ft.engine import deepspeed_engine as sharded
-    from dist_ft.engine import ds_config
-
-    sharded.start(use_gpu)
-    settings = ds_config.build(config)
-    with sharded.loading(settings):
-        module = tuned()
-    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world)
-
-
-def _fill(config: RunConfig, module: CausalLM, engine: Engine, manager: CheckpointManager,
-          manifest: Manifest | None) -> Manifest | None:
-    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
-
-    Returns the checkpoint that was loaded: an older one where `manifest` is damaged.
-    """
-    import torch
-
-    from dist_ft.engine.fingerprint import verify_weights
-    from dist_ft.engine.probe import require_packing
-    from dist_ft.model import tuning
-    from dist_ft.model.load import fetch
-
-    if manifest is not None:
-        manifest = manager.load(manifest, engine, _tensors(module))
-        log.info("going on from step %d", manifest.progress.step)
-    else:
-        folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
-        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype),
-                                  tuning.name_in_files)
-        log.debug("%d parameters hold what the files say", compared)
-    if config.data.pack:
-        require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
-    return manifest
-
-
-def _store_model(store: Store, module: CausalLM, tokenizer: Any) -> None:
-    """Keep the model's config and tokenizer with the run, so that it can be exported anywhere."""
-    import tempfile
-    from pathlib import Path
-
-    if store.exists(f"{MODEL}/.complete"):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        module.model.config.save_pretrained(folder)
-        if module.model.generation_config is not None:
-            module.model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                store.write(f"{MODEL}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    store.write(f"{MODEL}/.complete", json.dumps({}).encode())
-
-
-def _tensors(module: CausalLM) -> dict[str, TensorInfo]:
-    from dist_ft.model.causal_lm import canonical_names
-
-    return {name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in canonical_names(module).items()}
-
-
-def _aliases(module: CausalLM) -> dict[str, str]:
-    from dist_ft.model.causal_lm import aliases
-
-    return aliases(module)
 
 
 def _already_done(config: RunConfig, manifest: Manifest, total_steps: int, store: Store, hooks: Hooks,

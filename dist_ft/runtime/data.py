@@ -12,13 +12,16 @@ from dist_ft.data import manifest
 from dist_ft.data.blocks import Block
 from dist_ft.data.index import Index
 from dist_ft.data.judge import judge
+from dist_ft.data.labelled import make_encoder
 from dist_ft.data.loader import Loader
+from dist_ft.data.masking import Masking
 from dist_ft.data.plan import Plan
 from dist_ft.data.pool import TokeniserPool
 from dist_ft.data.source import Shard, resolve
 from dist_ft.data.store import BlockStore
 from dist_ft.data.template import Encoder
 from dist_ft.model.load import cache_folder, load_tokenizer
+from dist_ft.runtime.labels import with_labels
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
 
@@ -27,8 +30,13 @@ FOLDER = "data"
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: its tokenizer, and a loader over training and held-out data (None without any)."""
+    """What a run reads: its tokenizer, and a loader over training and held-out data (None without any).
 
+    Attributes:
+        config: the run's, with the labels of its task filled in.
+    """
+
+    config: RunConfig
     tokenizer: Any
     training: Loader
     evaluation: Loader | None
@@ -43,18 +51,20 @@ class Data:
 def open_data(config: RunConfig, store: Store, world: World, collectives: Collectives) -> Data:
     """Return the loaders of a run; a collective call. Every rank ends with the same index or the same error."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    training = _loader(config, config.data, "data.train", tokenizer, store, world, collectives)
+    config = with_labels(config, store, world, collectives)
+    training = _loader(config, config.reading, "data.train", tokenizer, store, world, collectives)
     evaluation = None
     if config.evaluation.data:
         plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in config.evaluation.data)
-        section = config.data.model_copy(update={"shuffle": False, "train": plain, "mixing": (), "temperature": None})
+        section = config.reading.model_copy(update={
+            "shuffle": False, "train": plain, "mixing": (), "temperature": None})
         evaluation = _loader(config, section, "evaluation.data", tokenizer, store, world, collectives,
                              config.evaluation.max_samples)
-    return Data(tokenizer, training, evaluation)
+    return Data(config, tokenizer, training, evaluation)
 
 
 def open_blocks(config: RunConfig) -> BlockStore:
-    """Return the training data's blocks, not read yet, for work on the data itself in this process."""
+    """Return the training data's blocks, not read yet, for work on its rows (or their tokens, if it is causal_lm)."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
     shards = resolve(config.data.train)
     blocks = indices.cut_into_blocks(shards, config.data, World(), Collectives())
@@ -71,8 +81,8 @@ def _store(config: RunConfig, section: DataSection, encoder: Encoder, shards: Se
 def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any, store: Store, world: World,
             collectives: Collectives, max_samples: int = 0) -> Loader:
     """Return the loader over a section's sources, with the run's stored index if there is one."""
-    encoder = Encoder(tokenizer, section)
     length, name = config.batch.sequence_length, f"{FOLDER}/{field}"
+    encoder = make_encoder(tokenizer, section, config.task, length)
     shards = on_rank0(world, collectives, lambda: resolve(section.train, field))
     flat = tuple(shard for source in shards for shard in source)
     index = on_rank0(world, collectives, lambda: manifest.load(store, name))
@@ -89,7 +99,8 @@ def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any,
         on_rank0(world, collectives, lambda: manifest.save(made, store, name))
     blocks.checksums = [measure.checksum for measure in index.measures]
     plan = Plan(index.counts, index.sources, section, config.batch, config.run.seed)
-    return Loader(plan, index, blocks, section.prefetch_steps)
+    masking = Masking.of(tokenizer, config.task, config.run.seed) if config.task.name == "masked_lm" else None
+    return Loader(plan, index, blocks, section.prefetch_steps, masking)
 
 
 def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: DataSection, length: int,
@@ -97,5 +108,5 @@ def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: Data
     """Tell whether a stored index of held-out data (which may change over a run) is still the right one."""
     from dist_ft.data.cache import fingerprint
 
-    wanted = indices.recipe(fingerprint(encoder.tokenizer, section), section, length, max_samples)
+    wanted = indices.recipe(fingerprint(encoder), section, length, max_samples)
     return index.shards == shards and index.recipe == wanted

@@ -14,7 +14,8 @@ from uuid import uuid4
 from dist_ft import storage
 from dist_ft.config.document import parse_yaml
 from dist_ft.config.load import STORED, check_resume
-from dist_ft.config.schema import RunConfig, Source
+from dist_ft.config.schema import RunConfig, Source, TaskSection
+from dist_ft.config.task import LABELLED
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 from dist_ft.patience import attempts
@@ -61,12 +62,20 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
 def _model(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.load import read_config
 
-    model = read_config(config.model, config.data.cache_dir)
+    model = read_config(config.model, config.data.cache_dir, _known(config))
     inner = model.get_text_config() if hasattr(model, "get_text_config") else model
     longest = getattr(inner, "max_position_embeddings", None)
     if longest and config.batch.sequence_length > longest:
         yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
                f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
+
+
+def _known(config: RunConfig) -> TaskSection:
+    """Return the task with labels, without a look at the data: where none are named, two that fit any model."""
+    task = config.task
+    if task.name not in LABELLED or task.labels:
+        return task
+    return task.model_copy(update={"labels": ("0", "1"), "new_head": True})
 
 
 def _tuning(config: RunConfig) -> Iterator[str]:
@@ -80,12 +89,12 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.load import empty_model, read_config
 
     try:
-        read_config(config.model, config.data.cache_dir)
+        read_config(config.model, config.data.cache_dir, _known(config))
     except ModelError:
         return  # `_model` says so
     with torch.device("meta"):
-        model = empty_model(config.model, config.data.cache_dir)
-        tuning.apply(model, config.tuning, config.run.seed)
+        model = empty_model(config.model, config.data.cache_dir, _known(config))
+        tuning.apply(model, config.tuning, config.run.seed, config.task)
     yield from ()
 
 
@@ -98,7 +107,7 @@ def _tokenizer(config: RunConfig) -> Iterator[str]:
     except ModelError:
         if config.model.tokenizer is None:
             try:
-                read_config(config.model, config.data.cache_dir)
+                read_config(config.model, config.data.cache_dir, _known(config))
             except ModelError:
                 return  # the model itself is not there: `_model` says so once
         raise

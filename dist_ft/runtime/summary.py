@@ -15,13 +15,13 @@ from dist_ft.train.result import Result
 from dist_ft.world import World
 
 if TYPE_CHECKING:
-    from dist_ft.model.causal_lm import CausalLM
+    from dist_ft.model.learner import Learner
 
 
-def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, total_steps: int, progress: Progress,
+def at_start(config: RunConfig, module: Learner, data: Data, world: World, total_steps: int, progress: Progress,
              attempt: int) -> str:
     """Return the table shown before the first step."""
-    from dist_ft.model.causal_lm import canonical_names
+    from dist_ft.model.learner import canonical_names
 
     parameters = canonical_names(module).values()
     counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
@@ -34,6 +34,7 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
         ("storage", redact(config.run_url)),
         ("model", f"{config.model.path} ({module.model.config.model_type}), {sum(counts):,} parameters, "
                   f"{learned:,} learned" + _method(config)),
+        *_task(config),
         ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
         ("world", f"{world.size} worker{'s' if world.size > 1 else ''}, "
                   f"{world.largest_share(config.num_lanes)} lanes on the busiest"),
@@ -43,6 +44,12 @@ def at_start(config: RunConfig, module: CausalLM, data: Data, world: World, tota
         ("memory", memory_line(sum(counts), learned, world.size, config)),
         ("start", start),
     ])
+
+
+def _task(config: RunConfig) -> list[tuple[str, str]]:
+    labels = config.task.labels
+    shown = f": {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''} ({len(labels)} labels)" if labels else ""
+    return [("task", config.task.name.replace("_", " ") + shown)] if config.task.name != "causal_lm" else []
 
 
 def _method(config: RunConfig) -> str:

@@ -81,3 +81,10 @@ def progress_line(step: int, total: int, values: dict[str, float], seconds_left:
     return (f"step {step:>{width}}/{total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {values['step_s']:.2f} s/step  "
             f"left {duration(seconds_left)}")
+
+
+def evaluation_line(values: dict[str, float]) -> str:
+    """Return what one evaluation found: the loss, then the task's metrics."""
+    others = [f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 3}f}"
+              for name, value in values.items() if name not in ("loss", "num_target_tokens")]
+    return f"{values['loss']:.4f} ({', '.join(others)})" if others else f"{values['loss']:.4f}"

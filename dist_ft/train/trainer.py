@@ -25,8 +25,8 @@ from dist_ft.errors import Interrupted
 from dist_ft.logs import redact
 from dist_ft.patience import STUBBORN, attempts
 from dist_ft.train import anomaly
-from dist_ft.train.console import progress_line
-from dist_ft.train.evaluate import evaluate
+from dist_ft.train.console import evaluation_line, progress_line
+from dist_ft.train.evaluate import evaluate, keep_evaluation
 from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.saving import Saver
@@ -186,14 +186,15 @@ class Trainer:
             return
         parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
-                          self._hooks.beat)
+                          self._hooks.beat, self._config.task)
         self._held_out = self._step, values["loss"]
         if label:
             self._evaluation[label] = values["loss"]
+        on_rank0(parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values))
         if parts.metrics is not None:
-            parts.metrics.add(self._step, "evaluation", values)
-            self._hooks.console.say(f"held-out loss at step {self._step}: {values['loss']:.4f} "
-                                    f"(perplexity {values['perplexity']:.2f})")
+            numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
+            parts.metrics.add(self._step, "evaluation", numbers)
+            self._hooks.console.say(f"held-out loss at step {self._step}: {evaluation_line(numbers)}")
 
     def _save(self, on_nodes: bool, now: bool) -> bool:
         """Save; return whether this step is committed in storage by now."""

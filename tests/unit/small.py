@@ -13,7 +13,8 @@ from dist_ft.config.schema import CheckpointSection, OptimizerSection, RunConfig
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.loader import assemble
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.causal_lm import CausalLM, canonical_names
+from dist_ft.model.causal_lm import CausalLM
+from dist_ft.model.learner import canonical_names
 
 VOCABULARY = 97
 _WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -19,7 +19,7 @@ from dist_ft.config.tuning import TuningSection
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.errors import CheckpointError
 from dist_ft.model import tuning
-from dist_ft.model.causal_lm import aliases
+from dist_ft.model.learner import aliases
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 

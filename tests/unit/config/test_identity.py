@@ -23,9 +23,12 @@ def test_the_identity_of_a_run():
             "path": path, "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}.items()},
         "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
         "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
-        "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True,
+        "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True, "data.bucket": None,
         "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
         "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
+        "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.stride": 64, "task.masked_share": 0.15,
+        "task.pooling": "mean", "task.columns.pair": None, **{f"task.columns.{name}": name for name in (
+            "text", "label", "tokens", "tags", "question", "context", "answers", "source", "target")},
         "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
         "tuning.lora.rank": 8, "tuning.lora.alpha": 16.0, "tuning.lora.targets": ["all-linear"], "tuning.lora.rslora": False,
         "tuning.lora.dora": False,

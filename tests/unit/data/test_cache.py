@@ -13,7 +13,7 @@ from dist_ft.data import cache as module
 from dist_ft.data.blocks import Block, Part
 from dist_ft.data.cache import evict, fingerprint, key, load_block, write_block
 from dist_ft.data.source import Shard
-from dist_ft.data.template import Encoded
+from dist_ft.data.template import Encoded, Encoder
 
 ENCODED = Encoded(np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], np.uint8), np.array([0, 2, 6]), "text",
                   (1, 1), ("row 9: no",))
@@ -95,17 +95,17 @@ def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
 
 
 def test_fingerprint_follows_what_matters(tokenizer):
-    base = fingerprint(tokenizer, data_section())
+    base = fingerprint(Encoder(tokenizer, data_section()))
     tokenizer("a b c", max_length=2, truncation=True)
-    assert fingerprint(tokenizer, data_section()) == base, "state of a call is no property of the tokenizer"
-    assert fingerprint(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8)) == base
-    others = {fingerprint(tokenizer, data_section(**values)) for values in (
+    assert fingerprint(Encoder(tokenizer, data_section())) == base, "state of a call is no property of the tokenizer"
+    assert fingerprint(Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8))) == base
+    others = {fingerprint(Encoder(tokenizer, data_section(**values))) for values in (
         {"targets": "all"}, {"format": "chat"}, {"fields": {"text": "t"}}, {"prompt_template": "{prompt}"},
         {"system_prompt": "be brief"}, {"bad_rows": "skip"})}
     tokenizer.chat_template += " "
-    others.add(fingerprint(tokenizer, data_section()))
+    others.add(fingerprint(Encoder(tokenizer, data_section())))
     tokenizer.add_tokens(["<extra>"])
-    others.add(fingerprint(tokenizer, data_section()))
+    others.add(fingerprint(Encoder(tokenizer, data_section())))
     assert len(others | {base}) == 9
 
 
@@ -121,14 +121,14 @@ def test_key_follows_shard_and_cut():
 
 
 def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
-    plain = fingerprint(tokenizer, data_section())
+    plain = fingerprint(Encoder(tokenizer, data_section()))
     dated = tokenizer.chat_template + "{{ strftime_now('%Y') }}"
     tokenizer.chat_template = dated
-    before = fingerprint(tokenizer, data_section())
+    before = fingerprint(Encoder(tokenizer, data_section()))
     monkeypatch.setattr(module, "DATE", module.DATE.replace(year=1999))
-    assert fingerprint(tokenizer, data_section()) != before
+    assert fingerprint(Encoder(tokenizer, data_section())) != before
     tokenizer.chat_template = dated.removesuffix("{{ strftime_now('%Y') }}")
-    assert fingerprint(tokenizer, data_section()) == plain, "where no date is asked for, none matters"
+    assert fingerprint(Encoder(tokenizer, data_section())) == plain, "where no date is asked for, none matters"
 
 
 def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):

@@ -165,3 +165,25 @@ def test_threads_that_ask_at_once_see_the_same_epochs(monkeypatch):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(plan.steps_of, [20] * 4))
     assert [plan.steps_of(epoch) for epoch in range(21)] == [alone.steps_of(epoch) for epoch in range(21)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(CASES, st.integers(2, 5))
+def test_once_in_micro_batches_of_like_length(case, size):
+    """Bucketed: each sequence once an epoch, and but for seams micro-batches are neighbours of one block."""
+    counts, lanes, _, window, shuffle, seed = case
+    plan = plan_of(counts, seed, lanes * size, size, shuffle=shuffle, shuffle_blocks=window, bucket=8, pack=False)
+    everything = [(block, i) for block, count in enumerate(counts) for i in range(count)]
+    for epoch in range(2):
+        slots = [slot for step in walk(plan, plan.steps_of(1), first=epoch * plan.steps_of(1)) for lane in step
+                 for slot in lane]
+        assert sorted((slot.block, slot.sequence) for slot in slots) == everything
+
+
+def test_buckets_are_walked_whole():
+    plan = plan_of([64, 64, 64], 5, 8, 4, bucket=8, pack=False)
+    lanes = [lane for step in walk(plan, plan.steps_of(1)) for lane in step]
+    whole = [lane for lane in lanes if len({slot.block for slot in lane}) == 1
+             and [slot.sequence for slot in lane] == list(range(lane[0].sequence, lane[0].sequence + 4))]
+    assert len(whole) == len(lanes) == 48
+    assert [lane[0].sequence for lane in lanes[:16]] != sorted(lane[0].sequence for lane in lanes[:16]), "but shuffled"

@@ -9,7 +9,8 @@ from unit.small import FAMILIES, VOCABULARY, batch, kernels, make_model, make_mo
 
 from dist_ft.data.batch import IGNORED, empty_batch
 from dist_ft.errors import ModelError
-from dist_ft.model.causal_lm import CausalLM, aliases, canonical_names, to_inputs
+from dist_ft.model.causal_lm import CausalLM, to_inputs
+from dist_ft.model.learner import aliases, canonical_names
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 

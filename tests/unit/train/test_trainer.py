@@ -25,7 +25,7 @@ from dist_ft.data.order import mix
 from dist_ft.engine import schedule
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.errors import Interrupted, StorageError
-from dist_ft.runtime import build
+from dist_ft.runtime import build, opening
 from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import Judge
@@ -73,13 +73,13 @@ class Run:
         manager = CheckpointManager(self.store, config.checkpoint, World(), Collectives(), attempt,
                                     build.node_tier(config, self.store, World(), Collectives()))
         manifest = manager.newest()
-        module, engine = build.open_engine(config, World(), manifest is not None)
+        module, engine, _ = opening.open_engine(config, World(), manifest is not None, data.tokenizer)
         if manifest:
-            manifest = manager.load(manifest, engine, build._tensors(module))
+            manifest = manager.load(manifest, engine, opening.tensors(module))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, World(), Collectives(),
-                      build._tensors(module), build._aliases(module), Judge(config.anomaly), self.store)
+                      opening.tensors(module), opening.aliases(module), Judge(config.anomaly), self.store)
         trainer = Trainer(config, parts, Hooks(console=Console(stream), **hooks), progress,
                           data.training.plan.total_steps(config.schedule), manifest.evaluation if manifest else {})
         try:
@@ -320,7 +320,7 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     run = Run(base, "straight")
     config = load_config(run.document())
     loader = open_data(config, run.store, World(), Collectives()).evaluation
-    _, engine = build.open_engine(config, World(), False)
+    _, engine, _ = opening.open_engine(config, World(), False, None)
     calls: list[int] = []
     whole = evaluate(engine, loader, config.num_lanes, World(), Collectives())
     loss_sum = engine.loss_sum

@@ -1,0 +1,82 @@
+"""The commands `dist-ft evaluate | predict`: models as they are, without training; `cli` hangs them in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dist_ft.cli_data import Config, Overrides
+
+
+def evaluate(config: Config, overrides: Overrides = None,
+             model: Annotated[list[str] | None, typer.Option(
+                 help="Model folder, URL or hub name to score; several: side by side; none: model.path.")] = None,
+             random_head: Annotated[bool, typer.Option(
+                 "--random-head", help="Score a head that was never trained too, labelled so.")] = False,
+             json: Annotated[bool, typer.Option("--json", help="All metrics, tables by label too, as JSON.")] = False
+             ) -> None:
+    """Score models on a config's held-out data, without training: the metrics of its task.
+
+    \b
+    Examples:
+      dist-ft evaluate configs/recipes/reviews.yaml --model out/
+      dist-ft evaluate configs/single.yaml --model BASE_MODEL --model out/
+
+    Next: dist-ft predict MODEL FILE --out FILE says what a model answers to each row.
+    """
+    from dist_ft.config.load import load_config
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime.evaluating import evaluate_models
+    from dist_ft.train.console import table
+
+    quiet_third_parties()
+    run = load_config(config, overrides or ())
+    found = evaluate_models(run, model or [run.model.path], random_head)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
+        return
+    names = [name for values in found.values() for name, value in values.items() if isinstance(value, float | int)]
+    rows = [[name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
+            for name in dict.fromkeys(names)]
+    heads = ["", *(path + (" (random head)" if values["head"] == "random" else "") for path, values in found.items())]
+    on = ", ".join(source.path for source in run.evaluation.data)
+    typer.echo(table(f"{run.task.name.replace('_', ' ')} on {on}", rows, heads))
+
+
+def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
+            paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
+            out: Annotated[str, typer.Option(help="Local file of JSON lines to write, or to go on with.")],
+            batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+            max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to make, in tokens.")] = 128) -> None:
+    """Let a model say what it finds in each row: a label, tags, an answer, a number, a vector or a text.
+
+    Rows keep their order and their columns and get one more, `prediction`. Read are `text` (and `pair`), `tokens`,
+    `question` and `context`, `source`, or `prompt`, by what the model does. Cut off, the same command goes on.
+
+    \b
+    Examples:
+      dist-ft predict out/ new.jsonl --out said.jsonl
+      dist-ft predict out/ "s3://bucket/rows/*.parquet" --out said.jsonl --batch 64
+
+    Next: dist-ft data inspect said.jsonl
+    """
+    from dist_ft.config.schema import Source
+    from dist_ft.data import readers
+    from dist_ft.data.source import resolve
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime.predicting import Predictor, predict_file
+
+    quiet_third_parties()
+    shards = [shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found]
+    count = predict_file(Predictor(model, batch, max_new_tokens),
+                         (row for shard in shards for row in readers.rows_of(shard)), out)
+    typer.echo(f"{count:,} rows in {out}")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"

@@ -1,0 +1,72 @@
+"""Contradictions about what a run learns: its task, its method, and what only some of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dist_ft.config.schema import RunConfig
+from dist_ft.config.task import LABELLED
+
+USED_BY = {
+    "labels": LABELLED, "new_head": LABELLED, "class_weights": ("sequence_classification", "token_classification"),
+    "focal_gamma": LABELLED, "stride": ("question_answering",), "masked_share": ("masked_lm",),
+    "temperature": ("embedding",), "pooling": ("embedding",)}
+"""Fields of the task section and the tasks that use them."""
+SMOOTHED = ("causal_lm", "sequence_classification", "token_classification", "seq2seq", "masked_lm")
+
+
+def _tuning(config: RunConfig) -> Iterator[str]:
+    tuning = config.tuning
+    if tuning.method == "partial" and not tuning.last_layers and not tuning.trainable:
+        yield ("tuning.method=partial: it does not say what learns; needs tuning.last_layers or tuning.trainable; set "
+               "one, or tuning.method=full")
+    if tuning.last_layers and tuning.method != "partial":
+        yield (f"tuning.last_layers={tuning.last_layers}: tuning.method={tuning.method} does not use it; allowed with "
+               f"tuning.method=partial; set that, or remove it")
+    if tuning.trainable and tuning.method == "full":
+        yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
+               "tuning.method=partial, or remove it")
+    if "all-linear" in tuning.lora.targets and len(tuning.lora.targets) > 1:
+        yield (f"tuning.lora.targets={list(tuning.lora.targets)}: all-linear stands for a list of its own; allowed "
+               f"alone; remove it, or the others")
+    if config.zero.offload_param == "nvme" and (tuning.method != "full" or tuning.frozen):
+        yield ("zero.offload_param=nvme: weights that do not learn can not be read back from there (tuning); allowed "
+               "where all learn; set zero.offload_param=cpu")
+    if tuning.method != "lora" and tuning.lora != type(tuning.lora)():
+        yield (f"tuning.lora: tuning.method={tuning.method} does not use it; allowed with tuning.method=lora; set "
+               f"that, or remove it")
+
+
+def _task(config: RunConfig) -> Iterator[str]:
+    task = config.task
+    unused = [field for field, tasks in USED_BY.items() if task.name not in tasks
+              and getattr(task, field) != type(task).model_fields[field].default]
+    for field in unused:
+        yield (f"task.{field}: task.name={task.name} does not use it; only {', '.join(USED_BY[field])} do; remove "
+               f"it, or set task.name")
+    if len(set(task.labels)) < len(task.labels):
+        twice = next(label for label in task.labels if task.labels.count(label) > 1)
+        yield f"task.labels: {twice} stands there twice; each label once is allowed; remove one"
+    if len(task.labels) == 1:
+        yield (f"task.labels=[{task.labels[0]}]: there is nothing to choose among; at least two are needed; name the "
+               f"others")
+    if task.name != "causal_lm" and (config.data.format != "auto" or config.data.fields != type(config.data.fields)()):
+        yield (f"data.format={config.data.format}: with task.name={task.name} columns are those of task.columns; "
+               f"allowed with task.name=causal_lm; remove it and data.fields")
+    if config.tuning.label_smoothing and task.name not in SMOOTHED:
+        yield (f"tuning.label_smoothing={config.tuning.label_smoothing}: the loss of task.name={task.name} has no "
+               f"probabilities of labels to smooth; allowed with {', '.join(SMOOTHED)}; remove it")
+
+
+def _task_sizes(config: RunConfig) -> Iterator[str]:
+    task, batch = config.task, config.batch
+    if task.name == "embedding" and batch.micro_batch < 2:
+        yield (f"batch.micro_batch={batch.micro_batch}: task.name=embedding tells each text from the others of its "
+               f"micro-batch; at least 2 are needed, more are better; raise it")
+    if task.name == "question_answering" and task.stride >= batch.sequence_length // 2:
+        yield (f"task.stride={task.stride}: windows of batch.sequence_length={batch.sequence_length} can not share so "
+               f"many tokens; less than half is allowed; lower it")
+
+
+CHECKS = (_tuning, _task, _task_sizes)
+"""Each from a config to a line for each contradiction."""

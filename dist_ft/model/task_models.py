@@ -1,0 +1,186 @@
+"""Models with a head: a padded batch in, the summed loss of its task out, and what the model tells of each row.
+
+Guarantees: padding is seen by nothing; a batch without labels gives loss zero and a gradient of zero everywhere, so
+that every rank can make the same number of calls; the sum (not the mean) leaves the module, as in `causal_lm`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from typing_extensions import override
+
+from dist_ft.config.task import TaskSection
+from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.labelled import BITS
+from dist_ft.model import losses
+from dist_ft.model.learner import Inputs, Learner
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a model must know of its tokenizer.
+
+    Attributes:
+        pad: id that padding has.
+        separator: id between the texts of a pair, after which token types are 1; None: the model knows no types.
+    """
+
+    pad: int
+    separator: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: PretrainedConfig) -> SpecialTokens:
+        """Return those of a model and its tokenizer; a model that names no pad token is told one."""
+        inner = config.get_text_config()
+        if inner.pad_token_id is None:
+            known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+            inner.pad_token_id = next((found for found in known if found is not None), 0)
+            config.pad_token_id = inner.pad_token_id
+        return cls(inner.pad_token_id,
+                   tokenizer.sep_token_id if "token_type_ids" in tokenizer.model_input_names else None)
+
+
+class TaskModel(Learner):
+    """A transformers model with the head of a task."""
+
+    def __init__(self, model: PreTrainedModel, task: TaskSection, special: SpecialTokens, label_smoothing: float = 0.0,
+                 neftune_alpha: float = 0.0) -> None:
+        """Wrap `model`; smoothing and noise are for training, `eval` leaves them out."""
+        super().__init__(model, neftune_alpha)
+        self._task = task
+        self._special = special
+        self._smoothing = label_smoothing
+        self._weights = torch.tensor(task.class_weights) if task.class_weights else None
+        self._sizes: torch.Tensor | None = None
+        self._caches = "use_cache" in inspect.signature(model.forward).parameters
+        self._types = special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
+
+    @override
+    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        """Return `ids` (B, T), `mask` (B, T) and `labels` (B, T), or what they become for two texts a row."""
+        ids, labels = batch.input_ids, batch.target_ids
+        sizes = batch.pieces[:, 2] if len(batch.pieces) else np.full(len(ids), ids.shape[1])
+        mask = np.arange(ids.shape[1]) < sizes[:, None]
+        arrays = {"ids": np.where(mask, ids, self._special.pad), "mask": mask.astype(np.int64), "labels": labels}
+        if self._task.name in ("seq2seq", "embedding"):
+            arrays = self._apart(arrays["ids"], mask, labels)
+        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+    def _apart(self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Return both texts of each row as (B, T1) and (B, T2); the second begins with the first label."""
+        marked = labels != IGNORED
+        begins = np.where(marked.any(1), marked.argmax(1), np.maximum(1, mask.sum(1) // 2))
+        ends = mask.sum(1)
+        rows = [(row[:cut], row[cut:end], bool(own.any())) for row, cut, end, own in
+                zip(ids, begins.tolist(), ends.tolist(), marked, strict=True)]
+        first, first_mask = _padded([row[0] for row in rows], self._special.pad)
+        second, second_mask = _padded([row[1] for row in rows], self._special.pad)
+        counted = np.array([row[2] for row in rows])[:, None]
+        return {"ids": first, "mask": first_mask, "second": second, "second_mask": second_mask,
+                "labels": np.where((second_mask > 0) & counted, second, IGNORED)}
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None,
+                second_mask: torch.Tensor | None = None, told: bool = False) -> Any:
+        """Return the summed loss (); with `told` also what the model tells: a tensor whose first axis is the rows."""
+        loss, outputs = getattr(self, f"_{self._task.name}")(ids, mask, labels, second, second_mask)
+        self._sizes = None
+        return (loss, outputs.detach()) if told else loss
+
+    @override
+    def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
+        return self._sizes
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        self._sizes = mask.sum(1, keepdim=True)
+        given = {"input_ids": ids, "attention_mask": mask}
+        if self._types:
+            ends = (ids == self._special.separator) & (mask > 0)
+            given["token_type_ids"] = ((ends.cumsum(1) - ends.long() > 0) & (mask > 0)).long()
+        return self.model(**given, **({"use_cache": False} if self._caches else {}))
+
+    def _classify(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._weights is not None and self._weights.device != logits.device:
+            self._weights = self._weights.to(logits.device)
+        return losses.cross_entropy(logits, targets, self._weights, self._task.focal_gamma,
+                                    self._smoothing if self.training else 0.0)
+
+    def _sequence_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self._run(ids, mask).logits
+        return self._classify(logits, labels[:, 0]), logits
+
+    def _token_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self._run(ids, mask).logits
+        return self._classify(logits.flatten(0, 1), labels.flatten()), logits
+
+    def _multi_label(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self._run(ids, mask).logits
+        numbers = torch.arange(logits.shape[1], device=logits.device)
+        words = -(-logits.shape[1] // BITS)
+        bits = labels[:, :words].clamp(min=0)[:, numbers // BITS] >> (numbers % BITS) & 1
+        counted = (labels[:, 0] != IGNORED) * words  # as often as the row has labelled positions
+        return losses.binary_cross_entropy(logits, bits, counted, self._task.focal_gamma), logits
+
+    def _regression(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values = self._run(ids, mask).logits[:, 0]
+        counted = labels[:, 0] != IGNORED
+        wanted = labels[:, 0].to(torch.int32).view(torch.float32)
+        return losses.squared_error(values, torch.where(counted, wanted, 0.0), counted), values
+
+    def _question_answering(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        told = self._run(ids, mask)
+        marked = labels != IGNORED
+        start = torch.where(marked.any(1), marked.long().argmax(1), IGNORED)
+        end = torch.where(marked.any(1), labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0], IGNORED)
+        both = [told.start_logits.masked_fill(mask == 0, -1e9), told.end_logits.masked_fill(mask == 0, -1e9)]
+        loss = (losses.cross_entropy(both[0], start) + losses.cross_entropy(both[1], end)) / 2
+        return loss, torch.stack(both, -1)
+
+    def _masked_lm(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self._run(ids, mask).logits
+        loss = losses.cross_entropy(logits.flatten(0, 1), labels.flatten(),
+                                    smoothing=self._smoothing if self.training else 0.0)
+        return loss, logits.argmax(-1)
+
+    def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._sizes = None  # noise is the source's and the target's, whose lengths differ: none
+        start = self.model.config.decoder_start_token_id
+        before = torch.cat([torch.full_like(second[:, :1], start), second[:, :-1]], 1)
+        logits = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=before,
+                            decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
+                            use_cache=False).logits
+        loss = losses.cross_entropy(logits.flatten(0, 1), labels.flatten(),
+                                    smoothing=self._smoothing if self.training else 0.0)
+        return loss, logits.argmax(-1)
+
+    def _embedding(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+        first, other = (self._pooled(self._run(*text).last_hidden_state, text[1])
+                        for text in ((ids, mask), (second, second_mask)))
+        counted = (labels != IGNORED).any(1)
+        return losses.contrastive(first, other, counted, self._task.temperature), torch.stack([first, other], 1)
+
+    def _pooled(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return (B, H) of hidden states (B, T, H)."""
+        if self._task.pooling == "first":
+            return hidden[:, 0]
+        if self._task.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _padded(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of ids as one array (B, T), padded, and its mask."""
+    sizes = np.array([len(row) for row in rows])
+    mask = np.arange(max(1, sizes.max())) < sizes[:, None]
+    ids = np.full(mask.shape, pad, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask.astype(np.int64)

@@ -1,0 +1,67 @@
+"""The labels of a run: those of the config, or those of the training data, found once and kept with the run."""
+
+from __future__ import annotations
+
+import json
+
+from dist_ft.config.schema import RunConfig
+from dist_ft.config.task import LABELLED
+from dist_ft.data import readers, task_rows
+from dist_ft.data.source import resolve
+from dist_ft.errors import ConfigError, DataError
+from dist_ft.logs import redact
+from dist_ft.storage import Store
+from dist_ft.world import Collectives, World, on_rank0
+
+KEPT = "data/labels.json"
+MOST = 10_000
+
+
+def with_labels(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
+    """Return the config with the labels of its task filled in; a collective call.
+
+    Raises:
+        DataError: a row without a label (under data.bad_rows=error), or data with fewer than two labels.
+        ConfigError: task.class_weights of another number of labels.
+    """
+    task = config.task
+    if task.name not in LABELLED:
+        return config
+    found = task.labels or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
+    if task.class_weights and len(task.class_weights) != len(found):
+        raise ConfigError([f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
+                           f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "
+                           "this order; correct them"])
+    return config.model_copy(update={"task": task.model_copy(update={"labels": tuple(found)})})
+
+
+def _kept(config: RunConfig, store: Store) -> list[str]:
+    """Return the labels the run began with; if it has not begun, find and keep them (rank 0 only)."""
+    if store.exists(KEPT):
+        return list(json.loads(store.read(KEPT)))
+    found = find_labels(config)
+    store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
+    return found
+
+
+def find_labels(config: RunConfig) -> list[str]:
+    """Return the labels of the training data in the order of a head's outputs; reads every row once."""
+    found: set[str] = set()
+    for shard in (shard for source in resolve(config.data.train) for shard in source):
+        for number, row in enumerate(readers.rows_of(shard), 1):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                found.update(task_rows.labels_of(row, config.task, shard.url, number))
+            except DataError:
+                if config.data.bad_rows == "error":
+                    raise
+        if len(found) > MOST:
+            raise DataError(redact(f"{shard.url}: there are {len(found)} labels by now; at most {MOST} are "
+                                   "allowed; set task.columns.label to a column of labels, or, for numbers, "
+                                   "task.name=regression"))
+    if len(found) < 2:
+        raise DataError(f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
+                        f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
+                        "task.columns, or name them in task.labels")
+    return list(task_rows.ordered(found))

@@ -1,0 +1,127 @@
+"""From a config to its model inside an engine, with the weights it begins with or goes on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dist_ft.checkpoint.export import MODEL
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.config.schema import RunConfig
+from dist_ft.storage import Store
+from dist_ft.world import World
+
+if TYPE_CHECKING:
+    from dist_ft.engine.base import Engine
+    from dist_ft.model.learner import Learner
+
+log = logging.getLogger("dist_ft.run")
+
+
+def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
+                ) -> tuple[Learner, Engine, frozenset[str]]:
+    """Return the model inside the engine the config asks for, and which of its weights are new (`heads`).
+
+    Its weights are pre-trained, or empty if `resumed`.
+    """
+    import torch
+
+    use_gpu = config.cluster.gpus_per_worker > 0
+    if config.max_workers == 0:
+        from dist_ft.engine.torch_engine import TorchEngine
+
+        module, new = _tuned(config, resumed, tokenizer)
+        device = torch.device("cuda" if use_gpu else "cpu")
+        return module, TorchEngine(module, config.optimizer, device), new
+    from dist_ft.engine import deepspeed_engine as sharded
+    from dist_ft.engine import ds_config
+
+    sharded.start(use_gpu)
+    settings = ds_config.build(config)
+    with sharded.loading(settings):
+        module, new = _tuned(config, resumed, tokenizer)
+    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world), new
+
+
+def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, frozenset[str]]:
+    """Return the model with its head and adapters, its loss around it, and which of its weights are new."""
+    from dist_ft.model import tuning
+    from dist_ft.model.causal_lm import CausalLM
+    from dist_ft.model.load import empty_model, load_for
+    from dist_ft.model.task_models import SpecialTokens, TaskModel
+
+    cache, new = config.data.cache_dir, frozenset[str]()
+    if resumed:
+        model = empty_model(config.model, cache, config.task)
+    else:
+        model, new = load_for(config.task, config.model, cache)
+    tuning.apply(model, config.tuning, config.run.seed, config.task)
+    noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
+    if config.task.name == "causal_lm":
+        return CausalLM(model, *noise), new
+    return TaskModel(model, config.task, SpecialTokens.of(tokenizer, model.config), *noise), new
+
+
+def fill(config: RunConfig, module: Learner, engine: Engine, manager: CheckpointManager,
+          manifest: Manifest | None, new: frozenset[str]) -> Manifest | None:
+    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
+
+    Returns the checkpoint that was loaded: an older one where `manifest` is damaged.
+    """
+    import torch
+
+    from dist_ft.engine.fingerprint import verify_weights
+    from dist_ft.engine.probe import require_packing
+    from dist_ft.model import heads, tuning
+    from dist_ft.model.load import fetch
+
+    if manifest is not None:
+        manifest = manager.load(manifest, engine, tensors(module))
+        log.info("going on from step %d", manifest.progress.step)
+    else:
+        folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype),
+                                  lambda name: "" if name in new else tuning.name_in_files(name))
+        log.debug("%d parameters hold what the files say", compared)
+        heads.begin(engine.slots, new, {name: found.shape for name, found in tensors(module).items()},
+                    module.model.config, config.run.seed)
+        if new:
+            engine.finish_load(0)
+    if config.reading.pack:
+        require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
+    return manifest
+
+
+def store_model(store: Store, module: Learner, tokenizer: Any) -> None:
+    """Keep the model's config and tokenizer with the run, so that it can be exported anywhere."""
+    import tempfile
+    from pathlib import Path
+
+    if store.exists(f"{MODEL}/.complete"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        module.model.config.save_pretrained(folder)
+        if getattr(module.model, "generation_config", None) is not None:
+            module.model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                store.write(f"{MODEL}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    store.write(f"{MODEL}/.complete", json.dumps({}).encode())
+
+
+def tensors(module: Learner) -> dict[str, TensorInfo]:
+    """Return the shape of every weight, whole."""
+    from dist_ft.model.learner import canonical_names
+
+    return {name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in canonical_names(module).items()}
+
+
+def aliases(module: Learner) -> dict[str, str]:
+    """Return {other name: first name} of tied weights."""
+    from dist_ft.model import learner
+
+    return learner.aliases(module)

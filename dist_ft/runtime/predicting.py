@@ -1,0 +1,236 @@
+"""A model folder applied to rows: labels, tags, answers, numbers, vectors or texts, in the rows' own order.
+
+One process and plain transformers; the folder itself says which task it does. Rows of like length share a batch, order
+is restored. Guarantees: a head that was never trained is refused; a file that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_ft.config.schema import ModelSection, TaskSection
+from dist_ft.data.source import Row
+from dist_ft.errors import DataError, ModelError
+from dist_ft.logs import redact
+from dist_ft.model import heads
+from dist_ft.model.load import fetch, load_for, load_tokenizer
+from dist_ft.train.scores import softmax
+from dist_ft.train.scoring import best_span
+
+MOST_TOKENS = 384
+"""Of a window of a context."""
+CHUNK_ROWS = 2048
+"""Rows that are sorted by length, and written, together."""
+KINDS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",
+         "QuestionAnswering": "question_answering", "ConditionalGeneration": "seq2seq", "CausalLM": "causal_lm",
+         "MaskedLM": "masked_lm"}
+"""Ends of the names of transformers' classes, and the tasks they do."""
+PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
+
+
+def task_of(config: Any, path: str) -> TaskSection:
+    """Return the task the model of a config does, with its labels."""
+    name = next((task for name in config.architectures or () for end, task in KINDS.items() if name.endswith(end)),
+                "embedding")
+    name = PROBLEMS.get(config.problem_type or "", name) if name == "sequence_classification" else name
+    if name == "masked_lm":
+        raise ModelError(f"model.path={path}: is a masked language model, which has nothing to say of a text yet; "
+                         "models with a head, causal models and encoder-decoders are allowed; train one")
+    labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
+    return TaskSection.model_validate({"name": name, "labels": labels if name in heads.LABELLED else ()})
+
+
+class Predictor:
+    """A model folder that is asked."""
+
+    def __init__(self, path: str, batch: int = 32, max_new_tokens: int = 128) -> None:
+        """Load the folder (URL, hub name) at `path`.
+
+        Args:
+            path: of the model.
+            batch: rows at once.
+            max_new_tokens: longest text to make, in tokens.
+
+        Raises:
+            ModelError: there is no such model, or weights of its head are missing.
+        """
+        import torch
+        from transformers import AutoConfig
+
+        on_gpu = torch.cuda.is_available()
+        self._section = ModelSection(path=path, dtype="bfloat16" if on_gpu else "float32")
+        self.task = task_of(AutoConfig.from_pretrained(fetch(path)), path)
+        self.tokenizer = load_tokenizer(self._section)
+        self.model: Any
+        self.model, new = load_for(self.task, self._section)
+        if new:
+            raise ModelError(f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
+                             f"{min(new)}; what it says would be random; train it first")
+        self.model.eval().to("cuda" if on_gpu else "cpu")
+        self._batch, self._most = batch, max_new_tokens
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._length = min(longest or 10**6, 10**6)
+
+    def predict(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return what the model says of each row, in their order."""
+        import torch
+
+        read = getattr(self, f"_{self.task.name}")
+        order = np.argsort([-len(str(row)) for row in rows], kind="stable")
+        found: list[dict[str, Any]] = [{}] * len(rows)
+        with torch.inference_mode():
+            for start in range(0, len(rows), self._batch):
+                places = order[start:start + self._batch].tolist()
+                for place, value in zip(places, read([rows[place] for place in places]), strict=True):
+                    found[place] = value
+        return found
+
+    def _inputs(self, *texts: list[Any], **options: Any) -> Any:
+        return self.tokenizer(*texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt",
+                              **options)
+
+    def _told(self, encoded: Any) -> Any:
+        return self.model(**{name: value.to(self.model.device) for name, value in encoded.items()})
+
+    def _texts(self, rows: Sequence[Row]) -> list[list[str]]:
+        """Return the texts, and the second ones if rows have them."""
+        columns = self.task.columns
+        pair = columns.pair or ("pair" if all("pair" in row for row in rows) else None)
+        return [[_text(row, name) for row in rows] for name in (columns.text, pair) if name is not None]
+
+    def _sequence_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        shares = softmax(self._told(self._inputs(*self._texts(rows))).logits.float().cpu().numpy())
+        for row in shares:
+            yield {"label": self.task.labels[int(row.argmax())], "score": round(float(row.max()), 6)}
+
+    def _multi_label(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        logits = self._told(self._inputs(*self._texts(rows))).logits.float().cpu().numpy()
+        for row in logits:
+            yield {"label": [label for label, value in zip(self.task.labels, row, strict=True) if value > 0]}
+
+    def _regression(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        for value in self._told(self._inputs(*self._texts(rows))).logits[:, 0].float().cpu().tolist():
+            yield {"label": value}
+
+    def _token_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        words = [row["tokens"] if "tokens" in row else _text(row, "text").split() for row in rows]
+        encoded = self._inputs(words, is_split_into_words=True)
+        logits = self._told(encoded).logits.float().cpu().numpy()
+        for number, own in enumerate(words):
+            tags = ["O" if "O" in self.task.labels else self.task.labels[0]] * len(own)
+            places = encoded.word_ids(number)
+            for at in reversed(range(len(places))):  # the first token of a word decides, as in training
+                if places[at] is not None:
+                    tags[places[at]] = self.task.labels[int(logits[number, at].argmax())]
+            yield {"tokens": own, "tags": tags}
+
+    def _question_answering(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        questions, contexts = ([_text(row, name) for row in rows] for name in ("question", "context"))
+        length = min(MOST_TOKENS, self._length)
+        encoded = self.tokenizer(questions, contexts, padding=True, truncation="only_second", stride=length // 4,
+                                 max_length=length, return_overflowing_tokens=True,
+                                 return_offsets_mapping=True, return_tensors="pt")
+        owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        told = self._told(encoded)
+        logits = np.stack([told.start_logits.float().cpu().numpy(), told.end_logits.float().cpu().numpy()], -1)
+        best = [(-np.inf, "")] * len(rows)
+        for window, owner in enumerate(owners.tolist()):
+            own = np.array([part == 1 for part in encoded.sequence_ids(window)])
+            own[0] = True  # no answer
+            first, last, score = best_span(np.where(own[:, None], logits[window], -1e9))
+            start, stop = int(offsets[window, first, 0]), int(offsets[window, last, 1])
+            answer = contexts[owner][start:stop] if last else ""
+            best[owner] = max(best[owner], (score, answer), key=lambda found: found[0])
+        for score, answer in best:
+            yield {"answer": answer, "score": round(float(score), 4)}
+
+    def _embedding(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        encoded = self._inputs([_text(row, "text") for row in rows])
+        hidden = self._told(encoded).last_hidden_state.float().cpu()
+        mask = encoded["attention_mask"][..., None]
+        vectors = (hidden * mask).sum(1) / mask.sum(1)
+        for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
+            yield {"embedding": vector}
+
+    def _seq2seq(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        encoded = self._inputs([_text(row, "source" if "source" in row else "text") for row in rows])
+        encoded.pop("token_type_ids", None)
+        made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=self._most, do_sample=False)
+        for text in self.tokenizer.batch_decode(made, skip_special_tokens=True):
+            yield {"text": text.strip()}
+
+    def _causal_lm(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        prompts = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
+        if self.tokenizer.chat_template:
+            prompts = [str(self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                              add_generation_prompt=True)) for prompt in prompts]
+        encoded = self._inputs(prompts, padding_side="left")
+        encoded.pop("token_type_ids", None)
+        made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=self._most, do_sample=False,
+                                   pad_token_id=self.tokenizer.pad_token_id)
+        for text in self.tokenizer.batch_decode(made[:, encoded["input_ids"].shape[1]:], skip_special_tokens=True):
+            yield {"response": text.strip()}
+
+
+def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str,
+                 progress: Callable[[int], None] = lambda done: None) -> int:
+    """Write each row with what the model says of it (`prediction`) to the local file `out`, JSON lines.
+
+    Returns how many rows there are. A file that is there is gone on with: as many rows as it has whole lines are passed
+    over.
+    """
+    path = Path(out).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = _whole_lines(path)
+    with open(path, "a", encoding="utf-8") as file:
+        chunk: list[Row] = []
+        number = 0
+        for row in rows:
+            number += 1
+            if isinstance(row, DataError):
+                raise row
+            if number > done:
+                chunk.append(row)
+            if len(chunk) == CHUNK_ROWS:
+                _write(predictor, chunk, file)
+                chunk = []
+                progress(number)
+        _write(predictor, chunk, file)
+    if number < done:
+        raise DataError(redact(f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
+                               "rows; name another"))
+    return number
+
+
+def _write(predictor: Predictor, rows: list[Row], file: Any) -> None:
+    for row, value in zip(rows, predictor.predict(rows) if rows else (), strict=True):
+        file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _whole_lines(path: Path) -> int:
+    """Return how many whole lines a file has; what follows them is cut off."""
+    if not path.exists():
+        return 0
+    held = path.read_bytes()
+    end = held.rfind(b"\n") + 1
+    if end < len(held):
+        os.truncate(path, end)
+    return held.count(b"\n")
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"a row has no text in '{name}' (it has {', '.join(map(str, row)) or 'nothing'}); rename its "
+                        "column, or remove it")
+    return value

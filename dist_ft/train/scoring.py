@@ -1,0 +1,105 @@
+"""From what a model tells of batches to what was told of each sample, whichever worker saw it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dist_ft.config.task import TaskSection
+from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.labelled import BITS
+from dist_ft.train.scores import SCORES
+from dist_ft.world import Collectives
+
+LONGEST_ANSWER = 64
+"""Tokens of an answer at most."""
+
+Found = tuple[Any, Any]
+"""What was wanted and what was told of one row of a batch."""
+
+
+class Scorer:
+    """Gathers what a model tells, and scores it."""
+
+    def __init__(self, task: TaskSection) -> None:
+        self._task = task
+        self._rows: list[tuple[int, int, Any, Any]] = []
+
+    def add(self, batch: Batch, told: np.ndarray) -> None:
+        """Take what the model told of `batch`, rows first."""
+        read = getattr(self, f"_{self._task.name}")
+        for row, (sample, first, size, _) in enumerate(batch.pieces.tolist()):
+            self._rows.append((sample, first, *read(batch.target_ids[row, :size], told[row])))
+
+    def scores(self, collectives: Collectives) -> dict[str, Any]:
+        """Return the metrics over the rows of all workers, on all workers; a collective call."""
+        rows = [row for part in collectives.all_gather(self._rows) for row in part]
+        rows.sort(key=lambda row: row[:2])
+        if not rows:
+            return {}
+        if self._task.name == "question_answering":
+            wanted, told = _best_windows(rows)
+        else:
+            wanted, told = ([row[index] for row in rows] for index in (2, 3))
+        if self._task.name == "token_classification":
+            return SCORES[self._task.name](self._task, wanted, told)
+        return SCORES[self._task.name](self._task, np.array(wanted), np.array(told))
+
+    def _sequence_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        return int(labels[0]), told
+
+    def _multi_label(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        numbers = np.arange(len(told))
+        return labels[numbers // BITS] >> (numbers % BITS) & 1, told
+
+    def _regression(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        return float(labels[:1].astype(np.int32).view(np.float32)[0]), float(told)
+
+    def _token_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        words = labels != IGNORED
+        return labels[words], told[:len(labels)][words].argmax(-1)
+
+    def _question_answering(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        start = int((labels != IGNORED).argmax())
+        return (start, int(labels[start])), best_span(told[:len(labels)])
+
+    def _embedding(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        return told[0], told[1]
+
+    def _masked_lm(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        wanted = labels != IGNORED
+        return (int((told[:len(labels)] == labels)[wanted].sum()), int(wanted.sum())), 0
+
+    def _seq2seq(self, labels: np.ndarray, told: np.ndarray) -> Found:
+        wanted = labels[labels != IGNORED]
+        return (int((told[:len(wanted)] == wanted).sum()), len(wanted)), 0
+
+
+def best_span(logits: np.ndarray) -> tuple[int, int, float]:
+    """Return (first, last, score) of the best span in (T, 2) logits of starts and ends; (0, 0, ...): there is none.
+
+    The score is that of the span over that of no answer, which the first position stands for.
+    """
+    starts, ends = logits[:, 0].astype(float), logits[:, 1].astype(float)
+    sums = starts[:, None] + ends[None, :]
+    length = np.arange(len(starts))[None, :] - np.arange(len(starts))[:, None]
+    sums[(length < 0) | (length >= LONGEST_ANSWER)] = -np.inf
+    sums[0, :], sums[:, 0] = -np.inf, -np.inf
+    first, last = divmod(int(sums.argmax()), len(starts))
+    score = float(sums[first, last] - starts[0] - ends[0])
+    return (first, last, score) if score > 0 else (0, 0, score)
+
+
+def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Return [window, first, last] wanted and told of each sample, of its windows the best."""
+    wanted: dict[int, tuple[int, int, int]] = {}
+    told: dict[int, tuple[float, tuple[int, int, int]]] = {}
+    for sample, window, gold, (first, last, score) in rows:
+        wanted.setdefault(sample, (-1, 0, 0))
+        if gold != (0, 0) and wanted[sample][0] < 0:
+            wanted[sample] = (window, *gold)
+        found = (window, first, last) if (first, last) != (0, 0) else (-1, 0, 0)
+        if sample not in told or score > told[sample][0]:
+            told[sample] = score, found
+    return list(wanted.values()), [told[sample][1] for sample in wanted]

@@ -1,0 +1,51 @@
+"""What a task does not use, or what contradicts it, is said."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_ft.config.load import load_config
+from dist_ft.errors import ConfigError
+
+DOCUMENT = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "d"}, "schedule": {"steps": 1},
+            "batch": {"global_batch": 4, "micro_batch": 2, "sequence_length": 32}}
+
+
+def problems(**sections) -> list[str]:
+    document = {key: {**DOCUMENT.get(key, {}), **sections.get(key, {})} for key in {**DOCUMENT, **sections}}
+    try:
+        load_config(document)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize(("sections", "text"), [
+    ({"task": {"labels": ["a", "b"]}}, "task.labels: task.name=causal_lm does not use it; only sequence_classification, "),
+    ({"task": {"name": "masked_lm", "focal_gamma": 2}}, "task.focal_gamma: task.name=masked_lm does not use it; "),
+    ({"task": {"name": "multi_label", "class_weights": [1, 2]}}, "task.class_weights: task.name=multi_label does not use it"),
+    ({"task": {"name": "sequence_classification", "labels": ["a", "a"]}}, "task.labels: a stands there twice; "),
+    ({"task": {"name": "sequence_classification", "labels": ["a"]}}, "task.labels=[a]: there is nothing to choose among; "),
+    ({"task": {"name": "seq2seq"}, "data": {"format": "instruction"}}, "data.format=instruction: with task.name=seq2seq "),
+    ({"task": {"name": "regression"}, "tuning": {"label_smoothing": 0.1}}, "tuning.label_smoothing=0.1: the loss of "),
+    ({"task": {"name": "embedding"}, "batch": {"micro_batch": 1}}, "batch.micro_batch=1: task.name=embedding tells each "),
+    ({"task": {"name": "question_answering", "stride": 32}}, "task.stride=32: windows of batch.sequence_length=32 can not "),
+    ({"task": {"name": "seq2seq"}, "data": {"overlong": "split"}}, "data.overlong=split: only plain text can go on"),
+])
+def test_contradictions(sections, text):
+    found = problems(**sections)
+    assert len(found) == 1 and found[0].startswith(text)
+
+
+@pytest.mark.parametrize("sections", [
+    {"task": {"name": "sequence_classification", "labels": [0, 1], "class_weights": [1, 3], "focal_gamma": 1}},
+    {"task": {"name": "masked_lm"}, "data": {"overlong": "split"}}, {"task": {"name": "embedding", "pooling": "first"}}])
+def test_what_is_allowed(sections):
+    assert problems(**sections) == []
+
+
+def test_tasks_with_padded_batches_do_not_pack():
+    config = load_config({**DOCUMENT, "task": {"name": "question_answering", "stride": 8}})
+    assert (config.reading.pack, config.reading.bucket, config.reading.overlong) == (False, 64, "split")
+    plain = load_config(DOCUMENT)
+    assert (plain.reading.pack, plain.reading.bucket) == (True, 0)

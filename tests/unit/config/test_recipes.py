@@ -1,0 +1,24 @@
+"""Every config that is shipped is one that `load_config` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_ft.config.load import load_config
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_is_a_config(path):
+    config = load_config(str(path))
+    assert "dist-ft train" in path.read_text() or path.parent.name == "configs", "a recipe says how it is run"
+    assert path.parent.name != "recipes" or config.run.name == path.stem
+
+
+def test_there_is_a_recipe_for_each_task():
+    tasks = {load_config(str(path)).task.name for path in CONFIGS}
+    assert {"causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq", "masked_lm",
+            "embedding"} <= tasks

@@ -1,0 +1,106 @@
+"""Heads: which are new, how they begin, which labels they have, and which models can do a task."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_tasks
+import torch
+
+from dist_ft.config.schema import ModelSection, TaskSection, TuningSection
+from dist_ft.errors import ModelError
+from dist_ft.model import heads, tuning
+from dist_ft.model.load import load_for, read_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_tasks.base(tmp_path_factory.mktemp("models"))
+
+
+def section(path) -> ModelSection:
+    return ModelSection(path=str(path), dtype="float32")
+
+
+def task(name="sequence_classification", *labels, **values) -> TaskSection:
+    return TaskSection.model_validate({"name": name, "labels": labels, **values})
+
+
+def test_a_head_that_is_not_in_the_files_is_new(folder):
+    model, new = load_for(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    assert new == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.problem_type == "single_label_classification"
+    _, new = load_for(task("masked_lm"), section(folder / "bert"))
+    assert not new
+    _, new = load_for(task("question_answering"), section(folder / "bert"))
+    assert new == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def test_vectors_need_no_pooler(folder):
+    model, new = load_for(task("embedding"), section(folder / "bert"))
+    assert not new and not [name for name, _ in model.named_parameters() if "pooler" in name]
+
+
+def test_a_weight_of_the_model_itself_may_not_be_missing(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_tasks.make_encoder(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in held if "layer.0" in name)
+    held.pop(gone)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing in the files, such as bert\.encoder\.layer\.0"):
+        load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+
+
+def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
+    model, _ = load_for(task("sequence_classification", "a", "b"), section(folder / "bert"))
+    model.save_pretrained(tmp_path)
+    same, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+    assert not new and torch.equal(same.classifier.weight, model.classifier.weight)
+    for labels in (("b", "a"), ("a", "b", "c")):
+        with pytest.raises(ModelError, match="has a head for a, b, and the labels are"):
+            load_for(task("sequence_classification", *labels), section(tmp_path))
+        _, new = load_for(task("sequence_classification", *labels, new_head=True), section(tmp_path))
+        assert new == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize(("name", "model", "text"), [
+    ("causal_lm", "bert", "a bert model can not continue text; causal language models are allowed; choose another model"),
+    ("seq2seq", "bert", "a bert model can not make a text from a text; encoder-decoders are allowed"),
+    ("masked_lm", "bart", "a bart model can not tell masked tokens; encoders such as BERT are allowed"),
+    ("token_classification", "bart", "a bart model can not tag words; ")])
+def test_a_model_that_can_not_do_the_task_is_refused(folder, name, model, text):
+    with pytest.raises(ModelError) as caught:
+        read_config(section(folder / model), None, task(name, *(("a", "b") if name == "token_classification" else ())))
+    assert str(caught.value).startswith(f"model.path={folder / model}: {text}")
+
+
+def test_new_weights_follow_from_seed_and_name():
+    whole = heads.initial("classifier.weight", (3, 8), 0.02, 1)
+    assert torch.equal(whole, heads.initial("classifier.weight", (3, 8), 0.02, 1))
+    assert not torch.equal(whole, heads.initial("classifier.weight", (3, 8), 0.02, 2))
+    assert not torch.equal(whole, heads.initial("score.weight", (3, 8), 0.02, 1))
+    assert 0.005 < whole.std() < 0.05
+    assert heads.initial("x.bias", (4,), 0.02, 1).tolist() == [0] * 4 and heads.initial("n.weight", (4,), 1, 1).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "partial"])
+def test_the_head_learns_with_every_method(folder, method):
+    model, _ = load_for(task("sequence_classification", "a", "b"), section(folder / "bert"))
+    values = {"last_layers": 1} if method == "partial" else {}
+    tuning.apply(model, TuningSection(method=method, **values), 0, task("sequence_classification", "a", "b"))
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"classifier.weight", "classifier.bias"} <= learns
+    assert not [name for name in learns if "embeddings" in name]
+    assert not [name for name, _ in model.named_parameters() if name.startswith("classifier.") and "lora" in name]
+
+
+def test_causal_models_classify_by_their_last_token(tmp_path):
+    import tiny
+
+    tiny.make_model(tmp_path)
+    model, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+    assert new == {"score.weight"} and not heads.is_head("transformer.wte.weight", model)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]

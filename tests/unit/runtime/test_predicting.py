@@ -1,0 +1,127 @@
+"""Trained models asked: what they say of rows, in order, and what evaluating them without training gives."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import tiny_tasks
+
+from dist_ft import api
+from dist_ft.config.load import load_config
+from dist_ft.data import readers
+from dist_ft.data.source import resolve
+from dist_ft.errors import ConfigError, DataError, ModelError
+from dist_ft.runtime import local, predicting
+from dist_ft.runtime.evaluating import evaluate_models
+from dist_ft.runtime.predicting import Predictor, predict_file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_tasks.base(tmp_path_factory.mktemp("predict"))
+
+
+@pytest.fixture(scope="module")
+def trained(base):
+    """Return a function: task -> (its config, the folder of its exported model)."""
+    made = {}
+
+    def train(task: str):
+        if task not in made:
+            document = tiny_tasks.config(base, task, "plain", schedule={"epochs": 6},
+                                         task={"stride": 2} if task == "question_answering" else {})
+            config = load_config(document)
+            local.run(config)
+            out = str(base / "out" / task)
+            api.export(config, out)
+            made[task] = config, out
+        return made[task]
+    return train
+
+
+def rows(task: str, count: int, seed: int = 1):
+    rng = random.Random(seed)
+    return [tiny_tasks.row(task, rng) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
+def test_what_is_predicted_is_what_was_scored(base, trained, task):
+    config, out = trained(task)
+    found = Predictor(out, batch=7).predict(rows(task, 23))
+    scored = evaluate_models(config, [out])[out]
+    assert scored["head"] == "trained"
+    if task == "sequence_classification":
+        right = [said["label"] == row["label"] for said, row in zip(found, rows(task, 23), strict=True)]
+        assert sum(right) / 23 == pytest.approx(scored["accuracy"]) and scored["accuracy"] > 0.5
+    elif task == "token_classification":
+        tags = [said["tags"] for said in found]
+        assert [len(own) for own in tags] == [len(row["tokens"]) for row in rows(task, 23)]
+        flat = [a == b for own, row in zip(tags, rows(task, 23), strict=True) for a, b in zip(own, row["tags"], strict=True)]
+        assert sum(flat) / len(flat) == pytest.approx(scored["accuracy"])
+    else:
+        errors = [(said["label"] - row["label"]) ** 2 for said, row in zip(found, rows(task, 23), strict=True)]
+        assert sum(errors) / 23 == pytest.approx(scored["mse"], rel=1e-3)
+
+
+def test_answers_are_parts_of_their_contexts(base, trained):
+    _, out = trained("question_answering")
+    asked = rows("question_answering", 9)
+    for said, row in zip(Predictor(out, batch=4).predict(asked), asked, strict=True):
+        assert said["answer"] in row["context"]
+
+
+def test_texts_are_made(base, trained):
+    _, out = trained("seq2seq")
+    found = Predictor(out, batch=4, max_new_tokens=5).predict(rows("seq2seq", 5))
+    assert len(found) == 5 and all(isinstance(said["text"], str) for said in found)
+    alone = Predictor(out, batch=1, max_new_tokens=5).predict(rows("seq2seq", 5))
+    assert alone == found, "whatever shares a batch"
+
+
+def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
+    _, out = trained("sequence_classification")
+    source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
+    monkeypatch.setattr(predicting, "CHUNK_ROWS", 4)
+    predictor = Predictor(out)
+    (shards,) = resolve(load_config(tiny_tasks.config(base, "regression", "x", data={"train": source})).data.train)
+
+    def every():
+        return (row for shard in shards for row in readers.rows_of(shard))
+
+    assert predict_file(predictor, every(), str(tmp_path / "whole.jsonl")) == 20
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    first = json.loads(whole.splitlines()[0])
+    assert set(first) == {"text", "label", "prediction"} and first["prediction"]["label"] in tiny_tasks.LABELS
+    (tmp_path / "cut.jsonl").write_bytes(whole[:len(whole) // 2])
+    asked = []
+    predict = predictor.predict
+    monkeypatch.setattr(predictor, "predict", lambda rows: asked.extend(rows) or predict(rows))
+    predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole and 8 <= len(asked) <= 12
+    with pytest.raises(DataError, match="holds 20 rows and there are 3"):
+        predict_file(predictor, iter(list(every())[:3]), str(tmp_path / "whole.jsonl"))
+
+
+def test_a_head_that_was_never_trained_says_nothing(base, trained):
+    config, _ = trained("sequence_classification")
+    encoder = str(base / "bert")
+    with pytest.raises(ModelError, match=r"weights of its head are not in the files, such as .* --random-head"):
+        evaluate_models(config, [encoder])
+    assert evaluate_models(config, [encoder], random_head=True)[encoder]["head"] == "random"
+    with pytest.raises(ModelError, match="is a masked language model, which has nothing to say"):
+        Predictor(encoder)
+
+
+def test_there_must_be_something_to_score_on(base, trained):
+    config, out = trained("sequence_classification")
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": ()})})
+    with pytest.raises(ConfigError, match=r"evaluation\.data: is empty"):
+        evaluate_models(config, [out])
+
+
+def test_a_row_without_text_is_named(base, trained):
+    _, out = trained("sequence_classification")
+    with pytest.raises(DataError, match=r"a row has no text in 'text' \(it has label\)"):
+        Predictor(out).predict([{"label": "x"}])
