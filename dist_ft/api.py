@@ -115,7 +115,7 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
 
 
 def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
-           adapter: bool = False) -> None:
+           adapter: bool = False, best: bool = False) -> None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
 
     Args:
@@ -124,6 +124,7 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
         step: the committed step; none: the newest.
         dtype: float32 or bfloat16 of the weights written; none: as the model was trained.
         adapter: write the adapter alone, for `peft`; else it is merged into the weights.
+        best: that of the checkpoints there are which is best by checkpoint.best_by.
     """
     from dist_ft import storage
     from dist_ft.checkpoint.export import export_run
@@ -131,7 +132,7 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     if isinstance(run, RunConfig):
         storage.configure(run.storage.options)
         run = run.run_url
-    export_run(run, out, step=step, dtype=dtype, adapter=adapter)
+    export_run(run, out, step=step, dtype=dtype, adapter=adapter, best=best)
 
 
 def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128) -> str:

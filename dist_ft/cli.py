@@ -127,6 +127,7 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
            out: Annotated[str, typer.Option(help="Local folder to write.")],
            overrides: Overrides = None,
            step: Annotated[int | None, typer.Option(min=0, help="Committed step; none: the newest.")] = None,
+           best: Annotated[bool, typer.Option("--best", help="The best step by checkpoint.best_by.")] = False,
            dtype: Annotated[str | None, typer.Option(
                help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None,
            adapter: Annotated[bool, typer.Option(
@@ -150,8 +151,11 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
         raise ConfigError([f"--dtype={dtype}: no such choice; allowed: bfloat16, float32; correct it"], "export")
     quiet_third_parties()
     is_config = run.endswith((".yaml", ".yml"))
-    api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype,
-               adapter=adapter)
+    if best and step is not None:
+        raise ConfigError([f"--step={step}: with --best the step is found; one of them is allowed; leave one out"],
+                          "export")
+    api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype, adapter=adapter,
+               best=best)
     typer.echo(f"wrote {out}" + ("" if adapter else f"; next: dist-ft generate {out} --prompt \"...\""))
 
 

@@ -1,4 +1,4 @@
-"""The commands `dist-ft runs list | show | verify | diff | prune`; `cli` hangs them in."""
+"""The commands `dist-ft runs list | show | report | verify | diff | prune`; `cli` hangs them in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELP = ("Look at what runs have left in storage, check it, and clear away.\n\n\b
 def commands(register: Callable[..., Any]) -> None:
     """Hand every command to `register`, which takes (function) or (function, name)."""
     register(list_runs, "list")
-    for command in (show, verify, diff, prune):
+    for command in (show, report, verify, diff, prune):
         register(command)
 
 
@@ -51,6 +51,31 @@ def show(run: Run, overrides: Overrides = None) -> None:
     from dist_ft.runtime import runs
 
     typer.echo(runs.describe(url_of(run, overrides)))
+
+
+def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for report.html, report.md and report.json.")],
+           overrides: Overrides = None) -> None:
+    """Write a run's report: curves, metrics before and after, tables by label, what was run. One page, nothing loaded.
+
+    \b
+    Examples:
+      dist-ft runs report runs/mine --out report/
+      dist-ft runs report configs/recipes/entities.yaml --out report/
+
+    Next: open report/report.html
+    """
+    import json
+    from pathlib import Path
+
+    from dist_ft.runtime import report as reports
+
+    found = reports.gather(url_of(run, overrides))
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("html", reports.to_html(found)), ("md", reports.to_markdown(found)),
+                       ("json", json.dumps(found, indent=1, ensure_ascii=False))):
+        (folder / f"report.{name}").write_text(text, "utf-8")
+    typer.echo(f"wrote report.html, report.md and report.json in {out}")
 
 
 def verify(run: Run, overrides: Overrides = None) -> None:

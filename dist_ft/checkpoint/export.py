@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_ft.checkpoint import best as bests
 from dist_ft.checkpoint import catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
@@ -35,7 +36,8 @@ MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
 
-def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False) -> str:
+def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False,
+               best: bool = False) -> str:
     """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
 
     Adapters are added into the weights they stand beside, in float32.
@@ -46,13 +48,14 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
         step: a committed step; none: the newest sound checkpoint.
         dtype: "float32" or "bfloat16"; none: as the model's config says.
         adapter: write the adapter alone, as `peft` loads it.
+        best: of the checkpoints there are, the best by checkpoint.best_by.
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"--out={out}: {'the folder is not empty' if target.is_dir() else 'a file is there'}; a "
                               "new or an empty folder is allowed; give another")
     store = Store(run_url)
-    manifest = find(store, step)
+    manifest = find(store, find_best(store) if best else step)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "model"
@@ -84,6 +87,24 @@ def find(store: Store, step: int | None) -> Manifest:
     manifest = catalogue.load_manifest(store, steps[step])
     catalogue.verify(store, manifest, World())
     return manifest
+
+
+def find_best(store: Store) -> int:
+    """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
+    metric = str((_stored(store).get("checkpoint") or {}).get("best_by", "loss"))
+    found = [(manifest.progress.step, manifest.evaluation[metric]) for manifest in (
+        catalogue.load_manifest(store, name) for name in catalogue.committed(store)) if metric in manifest.evaluation]
+    if not found:
+        raise CheckpointError(f"--best: no checkpoint of {store.shown()} is of a step that was evaluated by {metric}; "
+                              "needs evaluation.every_steps and checkpoint.keep_best; export the newest")
+    return bests.best(metric, found)[0]
+
+
+def _stored(store: Store) -> dict[str, Any]:
+    """Return the config of the run at `store` as a mapping."""
+    import yaml
+
+    return yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
 
 
 def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> tuple[Any, Any]:
@@ -119,18 +140,12 @@ def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
 
 def stored_tuning(store: Store) -> TuningSection:
     """Return which weights learned in the run at `store`."""
-    import yaml
-
-    document = yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
-    return TuningSection.model_validate(document.get("tuning") or {})
+    return TuningSection.model_validate(_stored(store).get("tuning") or {})
 
 
 def stored_task(store: Store) -> TaskSection:
     """Return what the model of the run at `store` does."""
-    import yaml
-
-    document = yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
-    return TaskSection.model_validate(document.get("task") or {})
+    return TaskSection.model_validate(_stored(store).get("task") or {})
 
 
 def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:
@@ -184,9 +199,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
 
 def _base(store: Store) -> tuple[str, str | None]:
     """Return path and revision of the model the adapter belongs to."""
-    import yaml
-
-    section = yaml.safe_load(store.read(STORED))["model"]
+    section = _stored(store)["model"]
     return str(section["path"]), section.get("revision")
 
 

@@ -107,7 +107,8 @@ class Manifest(_Frozen):
     """A whole checkpoint.
 
     Attributes:
-        evaluation: held-out losses: "before" and "after" the run, and "loss" at this very step, where it was evaluated.
+        evaluation: held-out losses "before" and "after" the run; and "loss" and all metrics at this very step, where it
+            was evaluated.
         frozen: names of the weights in the shared files: they do not learn, and were written once.
         layout: of a checkpoint on the workers' nodes: who wrote what; "" for one in storage.
     """

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import best, catalogue
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.errors import CheckpointError, StorageError
@@ -15,26 +15,27 @@ from dist_ft.storage import Store
 log = logging.getLogger("dist_ft.checkpoint")
 
 
-def kept(names: Sequence[str], section: CheckpointSection, losses: Mapping[str, float]) -> list[str]:
-    """Return which of `names` (newest first) retention keeps; `losses` are the held-out ones, where known."""
+def kept(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]) -> list[str]:
+    """Return which of `names` (newest first) retention keeps; the lower a rank (`held_out`), the better."""
     every = section.keep_every_steps
-    best = sorted((name for name in names if name in losses), key=lambda name: losses[name])[:section.keep_best]
+    chosen = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])[:section.keep_best]
     return [name for i, name in enumerate(names)
-            if i < section.keep_last or name in best or (every and _of(name)[0] % every == 0)]
+            if i < section.keep_last or name in chosen or (every and _of(name)[0] % every == 0)]
 
 
 def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
-    """Return the held-out loss of each checkpoint with a finite one; none is looked for if retention does not ask."""
-    losses = {}
+    """Return the rank of each checkpoint by section.best_by, where known; none where retention does not ask."""
+    ranks = {}
     for name in names if section.keep_best else ():
         try:
             evaluation = catalogue.load_manifest(store, name).evaluation
         except CheckpointError as error:
-            log.warning("checkpoint %s: its held-out loss is not known: %s", name, error)
+            log.warning("checkpoint %s: its evaluation is not known: %s", name, error)
             continue
-        if math.isfinite(evaluation.get("loss", math.nan)):
-            losses[name] = evaluation["loss"]
-    return losses
+        found = best.rank(section.best_by, evaluation.get(section.best_by, math.nan))
+        if math.isfinite(found):
+            ranks[name] = found
+    return ranks
 
 
 def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str) -> None:

@@ -173,7 +173,10 @@ class CheckpointSection(Section):
     keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_every_steps: int = Field(0, ge=0, description="Besides, keep those whose step is a multiple; 0: none.")
     keep_best: int = Field(0, ge=0, description=(
-        "Besides, keep so many with the lowest held-out loss (evaluation.every_steps); 0: none."))
+        "Besides, keep so many that are best by best_by (evaluation.every_steps); 0: none."))
+    best_by: str = Field("loss", min_length=1, description=(
+        "Metric of evaluations by which checkpoints are best: loss, or one of the task's (accuracy, f1, ...); losses, "
+        "errors and perplexity are better when lower, others when higher."))
 
 
 class AnomalySection(Section):
@@ -199,7 +202,11 @@ class EvaluationSection(Section):
     """Loss on held-out data."""
 
     data: Sources = Field((), description="Held-out data, in the training data's format; empty: no evaluation.")
-    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: only at start and end.")
+    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: none by steps.")
+    every_epochs: int = Field(0, ge=0, description="Epochs between evaluations; 0: none by epochs.")
+    patience: int = Field(0, ge=0, description=(
+        "Early stopping: the run ends once so many evaluations in a row were no better (checkpoint.best_by) than one "
+        "before; 0: never."))
     at_start: bool = Field(True, description="Evaluate before step 1.")
     at_end: bool = Field(True, description="Evaluate after the last step.")
     max_samples: int = Field(0, ge=0, description="First so many samples; 0: all.")

@@ -46,6 +46,12 @@ class TuningSection(Section):
     frozen: Patterns = Identity((), description=(
         "Weights whose name matches one of these patterns do not learn, whatever the other fields say."))
     lora: LoraSection = Field(default_factory=LoraSection, description="method lora.")
+    layer_decay: float = Field(1.0, gt=0, le=1, description=(
+        "Each layer's learning rate is that of the one above times this, the embeddings' the least (arXiv:1801.06146); "
+        "1: all the same."))
+    unfreeze_steps: int = Field(0, ge=0, description=(
+        "Gradual unfreezing: the head learns from the start, each layer below so many steps after the one above, then "
+        "the embeddings (arXiv:1801.06146); 0: all from the start."))
     label_smoothing: float = Field(0.0, ge=0, lt=1, description=(
         "Share of each target's probability spread evenly over the vocabulary (Szegedy et al., arXiv:1512.00567); "
         "training only, held-out losses are told without."))

@@ -216,8 +216,10 @@ def _kept_checkpoints(config: RunConfig) -> Iterator[str]:
 
 def _best_checkpoints(config: RunConfig) -> Iterator[str]:
     best, every, told = config.checkpoint.keep_best, config.checkpoint.every_steps, config.evaluation.every_steps
+    if best and config.evaluation.every_epochs and config.evaluation.data:
+        return  # which steps end an epoch is not known here
     if best and (not config.evaluation.data or not told or every in (0, "auto") or int(every) % told):
-        yield (f"checkpoint.keep_best={best}: needs a held-out loss at every checkpoint; allowed with evaluation.data "
+        yield (f"checkpoint.keep_best={best}: needs an evaluation at every checkpoint; allowed with evaluation.data "
                f"and a checkpoint.every_steps ({every}) that is a multiple of evaluation.every_steps ({told}); set "
                f"them so")
 
@@ -230,6 +232,17 @@ def _node_folder(config: RunConfig) -> Iterator[str]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
+    patience, again = config.evaluation.patience, config.evaluation.every_steps or config.evaluation.every_epochs
+    if patience and not (config.evaluation.data and again):
+        yield (f"evaluation.patience={patience}: there are no evaluations to wait for; needs evaluation.data, and "
+               f"evaluation.every_steps or every_epochs; set them")
+    if config.evaluation.every_epochs and (config.data.mixing or config.data.temperature is not None or any(
+            source.weight is not None for source in config.data.train)):
+        yield (f"evaluation.every_epochs={config.evaluation.every_epochs}: sources drawn by weight have no epochs of "
+               f"the run; allowed without weight, temperature and mixing; use evaluation.every_steps")
+    if config.evaluation.every_epochs and not config.evaluation.data:
+        yield (f"evaluation.every_epochs={config.evaluation.every_epochs}: there is nothing to evaluate on; needs "
+               f"evaluation.data; set it, or leave every_epochs out")
     if config.evaluation.every_steps and not config.evaluation.data:
         yield (f"evaluation.every_steps={config.evaluation.every_steps}: there is nothing to evaluate on; "
                f"needs evaluation.data; set it, or leave every_steps out")

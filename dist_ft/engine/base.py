@@ -66,11 +66,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
+    def update(self, learning_rate: float, most_norm: float = math.inf,
+               of_depth: Callable[[int], float] | None = None) -> float:
         """Do one optimizer step with the gradient accumulated, if its norm allows; return that norm before clipping.
 
-        The norm is that of the whole gradient, the same on all workers. Above `most_norm`, or where it is no finite
-        number, nothing changes: neither weights nor optimizer state; the gradient is dropped.
+        `of_depth` multiplies the rate of weights at a depth, if the engine was made `by_depth`. The norm is that of the
+        whole gradient, the same on all workers. Above `most_norm`, or where it is no finite number, nothing changes:
+        neither weights nor optimizer state; the gradient is dropped.
         """
 
     def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,

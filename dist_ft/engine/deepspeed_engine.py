@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,8 @@ def loading(ds_config: dict[str, Any]) -> Iterator[None]:
 class DeepSpeedEngine(Engine):
     """A model sharded by DeepSpeed over `world`."""
 
-    def __init__(self, module: Learner, section: OptimizerSection, ds_config: dict[str, Any], world: World) -> None:
+    def __init__(self, module: Learner, section: OptimizerSection, ds_config: dict[str, Any], world: World,
+                 by_depth: bool = False) -> None:
         import deepspeed
 
         self._world = world
@@ -78,7 +79,8 @@ class DeepSpeedEngine(Engine):
         if self._stage == 3 and whole:
             raise ModelError(f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
                              "not sharded (zero.Init did not take); load the model inside `loading`")
-        optimizer = optimizers.build(optimizers.param_groups(self._parameters, section.weight_decay), section)
+        groups = optimizers.param_groups(self._parameters, section.weight_decay, by_depth)
+        optimizer = optimizers.build(groups, section)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self.device = self._engine.device
@@ -110,12 +112,13 @@ class DeepSpeedEngine(Engine):
         return loss_sum.item()
 
     @override
-    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
+    def update(self, learning_rate: float, most_norm: float = math.inf,
+               of_depth: Callable[[int], float] | None = None) -> float:
         self._most_norm = most_norm
         if self._stage == 0:  # DeepSpeed tells no norm; every worker holds the whole gradient
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
-        optimizers.set_learning_rate(self._zero, learning_rate)
+        optimizers.set_learning_rate(self._zero, learning_rate, of_depth)
         self._engine.step()
         return self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
 

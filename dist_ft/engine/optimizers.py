@@ -6,7 +6,8 @@ used only where whole parameters are at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from dist_ft.config.schema import OptimizerSection
 
+_LAYER = re.compile(r"(.*?)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed|wte|wpe|shared")
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -22,16 +25,33 @@ def decays(shape: Iterable[int]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups, with and without weight decay, in the order of `parameters`; empty groups are left out.
+def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, by_depth: bool = False
+                 ) -> list[dict[str, Any]]:
+    """Return groups with and without weight decay, in the order of `parameters`; empty groups are left out.
 
-    ZeRO-3 parameters are empty outside of a gather; `ds_shape` is their shape.
+    With `by_depth` each depth has its own (`depths`), for `set_learning_rate`. ZeRO-3 parameters are empty outside of a
+    gather; `ds_shape` is their shape.
     """
-    learned = [p for p in parameters.values() if p.requires_grad]
-    matrices = [p for p in learned if decays(getattr(p, "ds_shape", p.shape))]
-    vectors = [p for p in learned if not decays(getattr(p, "ds_shape", p.shape))]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    learned = {name: p for name, p in parameters.items() if p.requires_grad}
+    places = depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {
+        (depth, decaying): {"params": [], "weight_decay": weight_decay if decaying else 0.0, "depth": depth}
+        for depth in sorted(set(places.values())) for decaying in (True, False)}
+    for name, parameter in learned.items():
+        decaying = decays(getattr(parameter, "ds_shape", parameter.shape))
+        groups[places[name], decaying]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """Return how far each weight lies below the output: 0 what comes after the layers, then layers, then embeddings."""
+    found = {name: _LAYER.match(name) for name in names}
+    tops: dict[str, int] = {}
+    for match in filter(None, found.values()):
+        tops[match[1]] = max(tops.get(match[1], 0), int(match[2]))
+    deepest = max(tops.values(), default=0) + 2
+    return {name: tops[match[1]] - int(match[2]) + 1 if match else deepest * bool(_EMBEDDING.search(name))
+            for name, match in found.items()}
 
 
 def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
@@ -79,7 +99,7 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"].fill_(float(step))
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+def set_learning_rate(optimizer: Any, learning_rate: float, of_depth: Callable[[int], float] | None = None) -> None:
+    """Set the learning rate of every group, times what `of_depth` says of its depth."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * (1.0 if of_depth is None else of_depth(group["depth"]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from dist_ft.config.schema import ScheduleSection
+from dist_ft.config.schema import ScheduleSection, TuningSection
 
 
 def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
@@ -24,3 +25,18 @@ def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     shape = 1.0 - progress if section.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return section.min_ratio + (1.0 - section.min_ratio) * shape
+
+
+def by_depth(tuning: TuningSection) -> bool:
+    """Tell whether weights of different depths (`optimizers.depths`) learn at different rates."""
+    return tuning.layer_decay != 1 or tuning.unfreeze_steps > 0
+
+
+def of_depth(tuning: TuningSection, step: int) -> Callable[[int], float] | None:
+    """Return what the learning rate is multiplied with at a depth at `step`; None: nothing.
+
+    A layer that does not learn yet has rate 0: its moments follow its gradients meanwhile, its weights stay.
+    """
+    if not by_depth(tuning):
+        return None
+    return lambda depth: tuning.layer_decay**depth if step >= depth * tuning.unfreeze_steps else 0.0

@@ -28,7 +28,8 @@ def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> 
 class TorchEngine(Engine):
     """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
 
-    def __init__(self, module: Learner, section: OptimizerSection, device: torch.device) -> None:
+    def __init__(self, module: Learner, section: OptimizerSection, device: torch.device,
+                 by_depth: bool = False) -> None:
         self.device = device
         self.module = module.to(device).train()
         self._section = section
@@ -36,7 +37,7 @@ class TorchEngine(Engine):
         self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                          for name, p in self._learned.items()}
-        groups = optimizers.param_groups(self._masters, section.weight_decay)  # type: ignore[arg-type]
+        groups = optimizers.param_groups(self._masters, section.weight_decay, by_depth)  # type: ignore[arg-type]
         self.optimizer = optimizers.build(groups, section)
         optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
 
@@ -60,11 +61,12 @@ class TorchEngine(Engine):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @override
-    def update(self, learning_rate: float, most_norm: float = math.inf) -> float:
+    def update(self, learning_rate: float, most_norm: float = math.inf,
+               of_depth: Callable[[int], float] | None = None) -> float:
         limit = self._section.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit).item()
         if norm <= most_norm and math.isfinite(norm):
-            optimizers.set_learning_rate(self.optimizer, learning_rate)
+            optimizers.set_learning_rate(self.optimizer, learning_rate, of_depth)
             self.optimizer.step()
             self._copy_back()
         self.optimizer.zero_grad()

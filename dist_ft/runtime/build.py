@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_ft import logs, storage
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import best, catalogue
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, parse_folder
 from dist_ft.checkpoint.node_tier import NodeTier
@@ -56,7 +56,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     stored, config = config, data.config
     try:
         total_steps = data.training.plan.total_steps(config.schedule)
-        done = _complete(store, world, comms, total_steps)
+        done = _complete(config, store, world, comms, total_steps)
         if done is not None:
             return _already_done(config, done, total_steps, store, hooks, world)
         attempt = on_rank0(world, comms, lambda: take_over(store, stored, world, hooks.after))
@@ -85,7 +85,8 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, tensors(module),
                       aliases(module), judge, store,
-                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock)
+                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock,
+                      _evaluated(config, lines))
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
                 def beat() -> None:
@@ -161,10 +162,15 @@ def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives)
     return NodeTier(store, here, f"{stage}, {world.size} workers", world, comms)
 
 
-def _complete(store: Store, world: World, comms: Collectives, total_steps: int) -> Manifest | None:
-    """Return the checkpoint of the last step, if it is committed and sound; takes no attempt number."""
+def _complete(config: RunConfig, store: Store, world: World, comms: Collectives, total_steps: int
+              ) -> Manifest | None:
+    """Return the checkpoint of the last step, if it is committed and sound; takes no attempt number.
+
+    The last step may be one the run ended early at.
+    """
     names = on_rank0(world, comms, lambda: catalogue.committed(store))
-    if not names or (parse_folder(names[0]) or (0, 0))[0] < total_steps:
+    step = (parse_folder(names[0]) or (0, 0))[0] if names else 0
+    if not names or (step < total_steps and not on_rank0(world, comms, lambda: _ended_early(config, store, step))):
         return None
     try:
         manifest = catalogue.load_manifest(store, names[0])
@@ -172,6 +178,22 @@ def _complete(store: Store, world: World, comms: Collectives, total_steps: int) 
     except DistFtError:
         manifest = None  # `CheckpointManager.newest` says why
     return manifest if all(comms.all_gather(manifest is not None)) else None
+
+
+def _evaluated(config: RunConfig, lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Return (step, value) of checkpoint.best_by at every evaluation among the lines of metrics."""
+    metric = config.checkpoint.best_by
+    found = {line["step"]: line[metric] for line in lines if line["kind"] == "evaluation" and metric in line}
+    return sorted((step, float("nan") if value is None else value) for step, value in found.items())
+
+
+def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
+    """Tell whether the run's newest step is one that early stopping ended it at (rank 0 only)."""
+    if not config.evaluation.patience:
+        return False
+    told = _evaluated(config, read_metrics(store, step))
+    return bool(told) and told[-1][0] == step and best.is_over(config.checkpoint.best_by, told,
+                                                               config.evaluation.patience)
 
 
 def _mapping(store: Store) -> dict[str, Any]:
@@ -185,7 +207,9 @@ def _already_done(config: RunConfig, manifest: Manifest, total_steps: int, store
                   world: World) -> Result:
     """Return the result of a run that has nothing left to do."""
     if world.rank == 0:
+        early = manifest.progress.step < total_steps
         hooks.console.say(f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
-                          "committed; raise schedule.steps to go on, or export it")
+                          f"committed{', where it ended early' if early else ''}; raise "
+                          f"{'evaluation.patience' if early else 'schedule.steps'} to go on, or export it")
     return Result(config.run_url, manifest.progress.step, total_steps, None, manifest.evaluation.get("before"),
                   manifest.evaluation.get("after"), catalogue.checkpoint_store(store, manifest).url)

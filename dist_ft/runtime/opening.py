@@ -30,19 +30,21 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
 
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:
+        from dist_ft.engine import schedule
         from dist_ft.engine.torch_engine import TorchEngine
 
         module, new = _tuned(config, resumed, tokenizer)
         device = torch.device("cuda" if use_gpu else "cpu")
-        return module, TorchEngine(module, config.optimizer, device), new
+        return module, TorchEngine(module, config.optimizer, device, schedule.by_depth(config.tuning)), new
     from dist_ft.engine import deepspeed_engine as sharded
-    from dist_ft.engine import ds_config
+    from dist_ft.engine import ds_config, schedule
 
     sharded.start(use_gpu)
     settings = ds_config.build(config)
     with sharded.loading(settings):
         module, new = _tuned(config, resumed, tokenizer)
-    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world), new
+    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world,
+                                           schedule.by_depth(config.tuning)), new
 
 
 def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, frozenset[str]]:

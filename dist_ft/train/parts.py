@@ -22,6 +22,7 @@ class Parts:
     Attributes:
         num_failures: of the run's attempts so far.
         clock: what this process spends its time on.
+        evaluated: (step, value) of checkpoint.best_by at every evaluation of the run so far; grows.
     """
 
     engine: Engine
@@ -37,3 +38,4 @@ class Parts:
     store: Store
     num_failures: int = 0
     clock: Clock = field(default_factory=Clock)
+    evaluated: list[tuple[int, float]] = field(default_factory=list)

@@ -15,13 +15,14 @@ from contextlib import closing
 import numpy as np
 
 from dist_ft import failpoints
+from dist_ft.checkpoint import best
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.schema import RunConfig
 from dist_ft.data.batch import Batch
 from dist_ft.data.order import mix
 from dist_ft.engine import schedule
 from dist_ft.engine.base import StepOutcome, even_out
-from dist_ft.errors import Interrupted
+from dist_ft.errors import ConfigError, Interrupted
 from dist_ft.logs import redact
 from dist_ft.patience import STUBBORN, attempts
 from dist_ft.train import anomaly
@@ -48,8 +49,9 @@ class Trainer:
         self._step = progress.step
         self._num_tokens = progress.num_tokens
         self._num_target_tokens = progress.num_target_tokens
-        self._evaluation = {label: loss for label, loss in evaluation.items() if label != "loss"}  # of another step
-        self._held_out: tuple[int, float] | None = None  # the last evaluation: step, loss
+        self._evaluation = {label: loss for label, loss in evaluation.items() if label in ("before", "after")}
+        self._held_out: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: step, metrics
+        parts.evaluated[:] = [found for found in parts.evaluated if found[0] <= progress.step]
         self._loss: float | None = None
         self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
@@ -83,12 +85,15 @@ class Trainer:
                 last = self._step == self._total_steps
                 if last and cfg.evaluation.at_end:
                     self._evaluate("after")
-                elif _due(self._step, cfg.evaluation.every_steps):
+                elif self._evaluation_due():
                     self._evaluate("")
-                kind = False if stop or asked else self._saver.due(self._step, last)
-                saved = kind is not None and self._save(kind, last or stop or asked)
+                over = not last and self._is_over()
+                kind = False if stop or asked or over else self._saver.due(self._step, last)
+                saved = kind is not None and self._save(kind, last or stop or asked or over)
                 if asked:
                     self._hooks.saved()
+                if over:
+                    break
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
@@ -126,7 +131,8 @@ class Trainer:
         (total,) = parts.collectives.sum([loss_sum])
         self._loss = loss = total / max(1.0, num_targets)
         reason = parts.judge.of_loss(step, loss)
-        norm = parts.engine.update(rate, -1.0 if reason else parts.judge.most_norm())
+        norm = parts.engine.update(rate, -1.0 if reason else parts.judge.most_norm(),
+                                   schedule.of_depth(self._config.tuning, step))
         reason = reason or parts.judge.of_norm(norm)
         if reason:
             self._pass_over(batches, reason)
@@ -187,20 +193,49 @@ class Trainer:
         parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
                           self._hooks.beat, self._config.task)
-        self._held_out = self._step, values["loss"]
-        if label:
-            self._evaluation[label] = values["loss"]
+        numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
+        self._note(numbers, label)
         on_rank0(parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values))
         if parts.metrics is not None:
-            numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
             parts.metrics.add(self._step, "evaluation", numbers)
             self._hooks.console.say(f"held-out loss at step {self._step}: {evaluation_line(numbers)}")
+
+    def _note(self, numbers: dict[str, float], label: str) -> None:
+        """Keep an evaluation for the summary, for the checkpoint of this step, and for early stopping."""
+        metric, told = self._config.checkpoint.best_by, self._parts.evaluated
+        if metric not in numbers:
+            raise ConfigError([f"checkpoint.best_by={metric}: evaluations have no such metric; there are "
+                               f"{', '.join(numbers)}; name one of them"], "evaluation")
+        self._held_out = self._step, {name: value for name, value in numbers.items() if name != "num_target_tokens"}
+        if not told or told[-1][0] < self._step:
+            told.append((self._step, numbers[metric]))
+        if label:
+            self._evaluation[label] = numbers["loss"]
+
+    def _evaluation_due(self) -> bool:
+        section, plan = self._config.evaluation, self._parts.loader.plan
+        if _due(self._step, section.every_steps):
+            return True
+        epoch, within = plan.locate(self._step) if section.every_epochs else (0, 1)
+        return within == 0 and epoch % section.every_epochs == 0
+
+    def _is_over(self) -> bool:
+        """Tell whether the run ends early, now that this step was evaluated; the same on all ranks."""
+        metric, told = self._config.checkpoint.best_by, self._parts.evaluated
+        if self._held_out[0] != self._step or not best.is_over(metric, told, self._config.evaluation.patience):
+            return False
+        step, value = best.best(metric, told)
+        self._evaluation["after"] = self._held_out[1]["loss"]
+        if self._parts.world.rank == 0:
+            self._hooks.console.say(f"ends early at step {self._step}: {metric} is no better than {value:.4f} of step "
+                                    f"{step} since {self._config.evaluation.patience} evaluations")
+        return True
 
     def _save(self, on_nodes: bool, now: bool) -> bool:
         """Save; return whether this step is committed in storage by now."""
         values = {"loss": self._loss} if self._loss is not None else {}
-        step, loss = self._held_out or (-1, 0.0)
-        evaluation = self._evaluation | ({"loss": loss} if step == self._step else {})
+        step, found = self._held_out
+        evaluation = self._evaluation | (found if step == self._step else {})
         return self._saver.save(on_nodes, self._progress(), values, evaluation, now)
 
     def _progress(self) -> Progress:

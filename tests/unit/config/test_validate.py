@@ -101,7 +101,7 @@ CASES = [
      "data.overlong=split: only plain text can go on in a further sequence (data.format=auto); allowed: error, "
      "truncate, drop; choose one of those, or set data.format=text"),
     (["checkpoint.every_steps=4", "checkpoint.keep_best=2", "evaluation.data=b.jsonl", "evaluation.every_steps=3"],
-     "checkpoint.keep_best=2: needs a held-out loss at every checkpoint; allowed with evaluation.data and a "
+     "checkpoint.keep_best=2: needs an evaluation at every checkpoint; allowed with evaluation.data and a "
      "checkpoint.every_steps (4) that is a multiple of evaluation.every_steps (3); set them so"),
     (["checkpoint.every_steps=4", "checkpoint.keep_every_steps=6"],
      "checkpoint.keep_every_steps=6: not a multiple of checkpoint.every_steps=4, so such steps are never saved; a "

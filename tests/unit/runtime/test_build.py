@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -59,7 +60,8 @@ def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     assert manifest.aliases == {"lm_head.weight": "transformer.wte.weight"} and manifest.engine == "TorchEngine"
     assert list(manifest.tensors["transformer.wpe.weight"].shape) == [64, 32]
     assert manifest.evaluation == {"before": result.evaluation_before, "after": result.evaluation_after,
-                                   "loss": result.evaluation_after}, "the loss by which the best are kept"
+                                   "loss": result.evaluation_after,
+                                   "perplexity": pytest.approx(math.exp(result.evaluation_after))}, "for the best"
     assert f"run {document['run']['name']}" in shown and "plain PyTorch, float32, attention sdpa" in shown
     assert f"run {document['run']['name']}: done" in shown and result.evaluation_after < result.evaluation_before
 
