@@ -66,7 +66,9 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
     finally:
         cluster.close()
     print("worlds:", nodes.worlds(run))
-    assert [size for size, before in zip(nodes.worlds(run), [0, *nodes.worlds(run)], strict=False) if size != before] == [4, 3, 2, 4]
+    sizes = [size for size, before in zip(nodes.worlds(run), [0, *nodes.worlds(run)], strict=False) if size != before]
+    # the two nodes come one after the other: as a rule both are found together, on a busy machine 3 workers start first
+    assert sizes in ([4, 3, 2, 4], [4, 3, 2, 3, 4])
     history.require_same(run, base / "runs/fixed")
     history.require_exactly_once(run, config)
 
