@@ -45,6 +45,7 @@ set_up() {
         say "environment $VENV is up to date"
     else
         say "installing into $VENV (minutes the first time): torch"
+        pip_install --upgrade "pip>=23.1" # an older one can not build seqeval, which is published as source only
         pip_install "$(pinned torch)"
         say "installing dist_ft[$extra] and what it needs"
         pip_install -e "$ROOT[$extra]"

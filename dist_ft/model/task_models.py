@@ -17,6 +17,7 @@ from typing_extensions import override
 from dist_ft.config.task import TaskSection
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.labelled import BITS
+from dist_ft.errors import ModelError
 from dist_ft.model import losses
 from dist_ft.model.learner import Inputs, Learner
 
@@ -61,6 +62,9 @@ class TaskModel(Learner):
         self._weights = torch.tensor(task.class_weights) if task.class_weights else None
         self._sizes: torch.Tensor | None = None
         self._caches = "use_cache" in inspect.signature(model.forward).parameters
+        if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
+            raise ModelError(f"model of type {model.config.model_type}: its config names no decoder_start_token_id, "
+                             "which begins every text it makes; one is needed; set it in config.json")
         self._types = special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
 
     @override

@@ -51,7 +51,7 @@ def _of_model(config: RunConfig, path: str) -> RunConfig:
 
 def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
     from dist_ft.model import heads
-    from dist_ft.runtime.opening import open_engine, tensors
+    from dist_ft.runtime.opening import open_engine, probe, tensors
 
     world = World()
     comms = collectives(world)
@@ -66,6 +66,7 @@ def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
         heads.begin(engine.slots, new, {name: one.shape for name, one in tensors(module).items()}, module.model.config,
                     config.run.seed)
         engine.finish_load(0)
+        probe(config, module, engine)
         assert data.evaluation is not None
         values = evaluate(engine, data.evaluation, config.num_lanes, world, comms, task=config.task)
         return {**values, "head": "random" if new else "trained"}

@@ -75,7 +75,6 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
     import torch
 
     from dist_ft.engine.fingerprint import verify_weights
-    from dist_ft.engine.probe import require_packing
     from dist_ft.model import heads, tuning
     from dist_ft.model.load import fetch
 
@@ -91,9 +90,16 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
                     module.model.config, config.run.seed)
         if new:
             engine.finish_load(0)
+    probe(config, module, engine)
+    return manifest
+
+
+def probe(config: RunConfig, module: Learner, engine: Engine) -> None:
+    """Raise ModelError if samples are packed and this model does not keep them apart; a collective call."""
+    from dist_ft.engine.probe import require_packing
+
     if config.reading.pack:
         require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
-    return manifest
 
 
 def store_model(store: Store, module: Learner, tokenizer: Any) -> None:

@@ -78,7 +78,7 @@ class Predictor:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._length = min(longest or 10**6, 10**6)
+        self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
 
     def predict(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Return what the model says of each row, in their order."""
@@ -95,6 +95,7 @@ class Predictor:
         return found
 
     def _inputs(self, *texts: list[Any], **options: Any) -> Any:
+        options = {"padding_side": "right", **options}
         return self.tokenizer(*texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt",
                               **options)
 
