@@ -7,6 +7,7 @@ fragments tensor by tensor; the whole model must fit into memory twice (once whi
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 MERGED = 1e-3
 """How much logits may change, relative to the largest, when an adapter is merged in float32."""
+ABOUT = "dist_ft.json"
+"""File of an exported folder: task, attention, prompt template and sequence length of the run."""
 MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
@@ -65,11 +68,21 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
             model, tokenizer = load_trained(store, manifest, dtype)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            (folder / ABOUT).write_text(json.dumps(_about(store), indent=1), "utf-8")
             _compare(model, stored_task(store), folder)
         if target.exists():
             target.rmdir()
         shutil.move(str(folder), target)
     return str(target)
+
+
+def _about(store: Store) -> dict[str, Any]:
+    """Return what one must know to ask the model as it was trained, besides what transformers keeps."""
+    stored = _stored(store)
+    return {"task": stored_task(store).model_dump(mode="json"),
+            "attention": (stored.get("model") or {}).get("attention", "sdpa"),
+            "prompt_template": (stored.get("data") or {}).get("prompt_template", "{prompt}\n"),
+            "sequence_length": (stored.get("batch") or {}).get("sequence_length")}
 
 
 def find(store: Store, step: int | None) -> Manifest:

@@ -53,6 +53,9 @@ def _task(config: RunConfig) -> Iterator[str]:
     if task.name != "causal_lm" and (config.data.format != "auto" or config.data.fields != type(config.data.fields)()):
         yield (f"data.format={config.data.format}: with task.name={task.name} columns are those of task.columns; "
                f"allowed with task.name=causal_lm; remove it and data.fields")
+    if config.tuning.neftune_alpha and task.name == "seq2seq":
+        yield (f"tuning.neftune_alpha={config.tuning.neftune_alpha}: task.name=seq2seq does not use it (source and "
+               f"target share their embeddings); all other tasks do; remove it")
     if config.tuning.label_smoothing and task.name not in SMOOTHED:
         yield (f"tuning.label_smoothing={config.tuning.label_smoothing}: the loss of task.name={task.name} has no "
                f"probabilities of labels to smooth; allowed with {', '.join(SMOOTHED)}; remove it")

@@ -42,6 +42,12 @@ def makes_windows(task: TaskSection, overlong: str) -> bool:
     return task.name == "question_answering" or (task.name == "masked_lm" and overlong == "split")
 
 
+def with_blanks(sentences: Sequence[Sequence[str]], backend: str) -> list[list[str]]:
+    """Return words as a tokenizer wants them: with a byte-level `backend` (JSON) each brings the blank before it."""
+    apart = "ByteLevel" in backend
+    return [[(" " if apart and i else "") + word for i, word in enumerate(words)] for words in sentences]
+
+
 class TaskEncoder(Encoder):
     """Turns rows into tokens and labels."""
 
@@ -52,6 +58,7 @@ class TaskEncoder(Encoder):
         self.sequence_length = sequence_length
         self.recipe = {"task": task.model_dump(mode="json", include=set(_DECIDING)), "overlong": data.overlong,
                        "sequence_length": sequence_length}
+        self._measure: Any = None
         self._ids = {label: number for number, label in enumerate(task.labels)}
 
     def encode(self, rows: Any, shard_url: str, first: int = 1) -> Encoded:
@@ -125,8 +132,7 @@ class TaskEncoder(Encoder):
             both = self._backend.encode_batch([text for one in samples for text in (one.first, one.second)])
             return list(zip(both[::2], both[1::2], strict=True))
         if self.task.name == "token_classification":
-            apart = "ByteLevel" in self._backend.to_str()  # words of such tokenizers bring the blank before them
-            words = [[(" " if apart and i else "") + word for i, word in enumerate(one.first)] for one in samples]
+            words = with_blanks([one.first for one in samples], self._backend.to_str())
             return list(self._backend.encode_batch(words, is_pretokenized=True))
         texts = [one.first if one.second is None else (one.first, one.second) for one in samples]
         if self.task.name == "question_answering":
@@ -134,13 +140,13 @@ class TaskEncoder(Encoder):
         return list(self._backend.encode_batch(texts))
 
     def _windows_of(self, texts: Any) -> Any:
-        """Return the windows of a question and its context; None where the question leaves no room for one."""
-        try:
-            return self._backend.encode(*texts)
-        except Exception as error:  # tokenizers raises a bare Exception
-            if "runcation" in str(error) or "stride" in str(error):
-                return None
-            raise
+        """Return the windows of a question and its context; None where the question leaves no room for one.
+
+        Asked first: tokenizers would end the whole process's patience with a panic, which is no Exception.
+        """
+        self._measure = self._measure or exact_backend(self.tokenizer)
+        room = self.sequence_length - len(self._measure.encode(texts[0], "").ids)
+        return self._backend.encode(*texts) if room > self.task.stride else None
 
     def _prepared(self) -> Any:
         """Return the tokenizer's backend, cutting as the task and data.overlong say."""

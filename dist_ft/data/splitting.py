@@ -29,7 +29,7 @@ def split(rows: Sequence[Row], shares: Mapping[str, float], seed: int = 0, by: s
     edges = np.cumsum(list(shares.values()))
     chosen = np.zeros(len(rows), dtype=np.int64)
     if group is not None:
-        whole = list(groups(rows, group).values())
+        whole = list(groups(rows, group, "--group").values())
         order = np.argsort(hashes(mix(seed), len(whole)), kind="stable").tolist()
         begins = np.cumsum([0, *(len(whole[number]) for number in order)])[:-1] / max(1, len(rows))
         for number, at in zip(order, np.searchsorted(edges, begins, side="right"), strict=True):
@@ -58,12 +58,12 @@ def few(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> li
     return [rows[place] for place in sorted(kept)]
 
 
-def groups(rows: Sequence[Row], by: str | None) -> dict[str, list[int]]:
+def groups(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[str, list[int]]:
     """Return the places of rows by the value of a column; all in one without."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if by is not None and by not in row:
-            raise DataError(f"--by={by}: row {place + 1} has no such column; there are {', '.join(row)}; name one")
+            raise DataError(f"{option}={by}: row {place + 1} has no such column; there are {', '.join(row)}; name one")
         found.setdefault(str(row[by]) if by is not None else "", []).append(place)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,8 @@ def question_answering(row: Row, task: TaskSection, ids: Mapping[str, int], url:
     if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
         raise row_error(url, number, f"{names.answers} is no {{text, answer_start}}; lists of texts and of their first "
                                      "characters are needed; repair the row")
-    texts, starts = list(answers["text"] or ()), list(answers["answer_start"] or ())
+    texts, starts = (_list(answers[name], f"{names.answers}.{name}", "answers", url, number)
+                     for name in ("text", "answer_start"))
     if len(texts) != len(starts):
         raise row_error(url, number, f"{names.answers} has {len(texts)} texts and {len(starts)} places; as many are "
                                      "needed; repair the row")
@@ -159,7 +161,7 @@ def labels_of(row: Row, task: TaskSection, url: str, number: int) -> list[str]:
 def ordered(labels: Iterable[str]) -> tuple[str, ...]:
     """Return labels in the order a head has them: numbers by value, O first, then by name, I- after its B-."""
     found = set(labels)
-    if all(label.lstrip("-").isdigit() for label in found):
+    if all(re.fullmatch(r"-?[0-9]+", label) for label in found):
         return tuple(sorted(found, key=int))
 
     def place(label: str) -> tuple[bool, str, str]:

@@ -54,4 +54,4 @@ def as_parquet(rows: Sequence[Row]) -> bytes:
 
 def as_jsonl(rows: Sequence[Row]) -> bytes:
     """Return rows as JSON lines in UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()

@@ -28,7 +28,7 @@ WHAT = {
     "question_answering": ("mark answers", ""), "seq2seq": ("make a text from a text", "encoder-decoders"),
     "masked_lm": ("tell masked tokens", "encoders such as BERT"), "embedding": ("embed texts", "")}
 """What a task does, and which models can, where that is a kind of its own."""
-HEADED = (*LABELLED, "regression", "question_answering")
+HEADED = (*LABELLED, "regression", "question_answering", "masked_lm")
 """Tasks whose head is their own: it always learns."""
 
 
@@ -71,7 +71,9 @@ def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
 
     Raises ModelError if the model in `path` has a head of the same kind for other labels.
     """
-    if task.name not in HEADED or task.name == "question_answering":
+    if task.name == "question_answering":
+        config.num_labels = 2  # where an answer begins, and where it ends; a folder may have had a head for others
+    if task.name not in LABELLED and task.name != "regression":
         return
     labels = task.labels if task.name in LABELLED else ("score",)
     own = [label for _, label in sorted((config.id2label or {}).items())]

@@ -168,20 +168,27 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **options(config, task))
     model, info = loaded
-    new = _new_weights(model, task, info)
-    refuse_incomplete(section.path, {kind: [found for found in info.get(kind) or () if _name(found) not in new]
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    new = _new_weights(model, task, info, names)
+    refuse_incomplete(section.path, {kind: [found for found in info.get(kind) or ()
+                                            if names.get(_name(found)) not in new]
                                      for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")})
     if new:
         log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
     return _finish(model, section), new
 
 
-def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any]) -> frozenset[str]:
-    """Return the weights of a head that the files do not hold, or that a new head replaces."""
+def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]
+                 ) -> frozenset[str]:
+    """Return the weights of a head that the files do not hold, or that a new head replaces.
+
+    `names` maps every name of a weight to its first one, which tied weights are known by.
+    """
     absent = {_name(found) for kind in ("missing_keys", "mismatched_keys") for found in info.get(kind) or ()}
-    names = {name for name, _ in model.named_parameters()}
-    replaced = {name for name in names if heads.is_outside(name, model)} if task.new_head else set()
-    return frozenset(name for name in (absent | replaced) & names if heads.may_be_new(name, model, task))
+    replaced = {name for name in names.values() if heads.is_outside(name, model)} if task.new_head else set()
+    return frozenset(names[name] for name in (absent | replaced) & names.keys()
+                     if heads.may_be_new(name, model, task) and heads.may_be_new(names[name], model, task))
 
 
 def _name(found: Any) -> str:
@@ -192,7 +199,7 @@ def options(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
     """Return what the class must be told besides: a pooler that nothing would use would not learn."""
     import inspect
 
-    if task.name != "embedding":
+    if task.name != "embedding" or type(config) not in heads.auto_class(task)._model_mapping:
         return {}
     kind: Any = heads.auto_class(task)._model_mapping[type(config)]
     kind = kind[0] if isinstance(kind, tuple | list) else kind

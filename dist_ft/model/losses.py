@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from dist_ft.data.batch import IGNORED
 
+LEAST = 1e-6
+"""Of what a focal loss is scaled by: below it the slope of its power has no number."""
+
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, gamma: float = 0.0,
                   smoothing: float = 0.0) -> torch.Tensor:
@@ -27,7 +30,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     safe = targets.clamp(min=0)
     if gamma:
         shares = torch.softmax(logits.float(), -1).gather(-1, safe[:, None])[:, 0]
-        losses = losses * (1 - shares) ** gamma
+        losses = losses * (1 - shares).clamp(min=LEAST) ** gamma
     if weights is not None:
         losses = losses * weights[safe]
     return losses.sum()
@@ -41,7 +44,7 @@ def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counted: t
     """
     losses = functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     if gamma:
-        losses = losses * (-torch.expm1(-losses)) ** gamma  # exp(-loss) is the probability of what is the case
+        losses = losses * (-torch.expm1(-losses)).clamp(min=LEAST) ** gamma  # exp(-loss): how probable what is so
     return (losses.mean(-1) * counted).sum()
 
 

@@ -167,18 +167,19 @@ class TaskModel(Learner):
 
     def _embedding(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
                    ) -> tuple[torch.Tensor, torch.Tensor]:
-        first, other = (self._pooled(self._run(*text).last_hidden_state, text[1])
+        first, other = (pooled(self._run(*text).last_hidden_state, text[1], self._task.pooling)
                         for text in ((ids, mask), (second, second_mask)))
         counted = (labels != IGNORED).any(1)
         return losses.contrastive(first, other, counted, self._task.temperature), torch.stack([first, other], 1)
 
-    def _pooled(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return (B, H) of hidden states (B, T, H)."""
-        if self._task.pooling == "first":
-            return hidden[:, 0]
-        if self._task.pooling == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+    """Return the vectors (B, H) of texts from hidden states (B, T, H), padded on the right; `how`: see task.pooling."""
+    if how == "first":
+        return hidden[:, 0]
+    if how == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def _padded(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:

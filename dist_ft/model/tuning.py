@@ -191,7 +191,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, Any]:
     from torch import nn
 
     config = model.config.get_text_config()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if not config.is_encoder_decoder else ():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return name, module
     raise ModelError(f"tuning.last_layers: where a {model.config.model_type} model keeps its layers is not known; use "

@@ -43,7 +43,8 @@ def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = Fal
 def _of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
     changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
-                               "tuning": type(config.tuning)()}
+                               "tuning": type(config.tuning)(),
+                               "task": config.task.model_copy(update={"new_head": False})}
     if path != config.model.path:
         changes["model"] = config.model.model_copy(update={"path": path, "revision": None})
     return config.model_copy(update=changes)

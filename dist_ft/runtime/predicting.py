@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from dist_ft.checkpoint import export
 from dist_ft.config.schema import ModelSection, TaskSection
+from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
 from dist_ft.errors import DataError, ModelError
 from dist_ft.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.load import fetch, load_for, load_tokenizer
+from dist_ft.model.task_models import pooled
 from dist_ft.train.scores import softmax
 from dist_ft.train.scoring import best_span
 
@@ -29,7 +32,7 @@ CHUNK_ROWS = 2048
 """Rows that are sorted by length, and written, together."""
 KINDS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",
          "QuestionAnswering": "question_answering", "ConditionalGeneration": "seq2seq", "CausalLM": "causal_lm",
-         "MaskedLM": "masked_lm"}
+         "LMHeadModel": "causal_lm", "MaskedLM": "masked_lm"}
 """Ends of the names of transformers' classes, and the tasks they do."""
 PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
 
@@ -38,7 +41,8 @@ def task_of(config: Any, path: str) -> TaskSection:
     """Return the task the model of a config does, with its labels."""
     name = next((task for name in config.architectures or () for end, task in KINDS.items() if name.endswith(end)),
                 "embedding")
-    name = PROBLEMS.get(config.problem_type or "", name) if name == "sequence_classification" else name
+    if name == "sequence_classification":
+        name = PROBLEMS.get(config.problem_type or "", "regression" if config.num_labels == 1 else name)
     if name == "masked_lm":
         raise ModelError(f"model.path={path}: is a masked language model, which has nothing to say of a text yet; "
                          "models with a head, causal models and encoder-decoders are allowed; train one")
@@ -64,8 +68,20 @@ class Predictor:
         from transformers import AutoConfig
 
         on_gpu = torch.cuda.is_available()
-        self._section = ModelSection(path=path, dtype="bfloat16" if on_gpu else "float32")
-        self.task = task_of(AutoConfig.from_pretrained(fetch(path)), path)
+        folder = fetch(path)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
+                             "`dist-ft export` writes is needed; export the run first") from error
+        told = Path(folder) / export.ABOUT
+        about = json.loads(told.read_text("utf-8")) if told.exists() else {}
+        self._template = str(about.get("prompt_template", "{prompt}\n"))
+        self._section = ModelSection.model_validate({"path": path, "dtype": "bfloat16" if on_gpu else "float32",
+                                                     "attention": about.get("attention", "sdpa")})
+        self.task = task_of(config, path)
+        if "task" in about:
+            self.task = TaskSection.model_validate({**about["task"], "labels": self.task.labels, "new_head": False})
         self.tokenizer = load_tokenizer(self._section)
         self.model: Any
         self.model, new = load_for(self.task, self._section)
@@ -124,7 +140,8 @@ class Predictor:
 
     def _token_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         words = [row["tokens"] if "tokens" in row else _text(row, "text").split() for row in rows]
-        encoded = self._inputs(words, is_split_into_words=True)
+        given = with_blanks(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        encoded = self._inputs(given, is_split_into_words=True)
         logits = self._told(encoded).logits.float().cpu().numpy()
         for number, own in enumerate(words):
             tags = ["O" if "O" in self.task.labels else self.task.labels[0]] * len(own)
@@ -155,10 +172,9 @@ class Predictor:
             yield {"answer": answer, "score": round(float(score), 4)}
 
     def _embedding(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        encoded = self._inputs([_text(row, "text") for row in rows])
+        encoded = self._inputs([_text(row, self.task.columns.text) for row in rows])
         hidden = self._told(encoded).last_hidden_state.float().cpu()
-        mask = encoded["attention_mask"][..., None]
-        vectors = (hidden * mask).sum(1) / mask.sum(1)
+        vectors = pooled(hidden, encoded["attention_mask"], self.task.pooling)
         for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
             yield {"embedding": vector}
 
@@ -171,10 +187,14 @@ class Predictor:
 
     def _causal_lm(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         prompts = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
-        if self.tokenizer.chat_template:
+        templated = bool(self.tokenizer.chat_template)
+        if not templated:
+            prompts = [self._template.replace("{prompt}", prompt) for prompt in prompts]
+        else:
             prompts = [str(self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                               add_generation_prompt=True)) for prompt in prompts]
-        encoded = self._inputs(prompts, padding_side="left")
+        self.tokenizer.truncation_side = "left"  # what begins the answer stays
+        encoded = self._inputs(prompts, padding_side="left", add_special_tokens=not templated)
         encoded.pop("token_type_ids", None)
         made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=self._most, do_sample=False,
                                    pad_token_id=self.tokenizer.pad_token_id)
@@ -214,7 +234,7 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
 
 def _write(predictor: Predictor, rows: list[Row], file: Any) -> None:
     for row, value in zip(rows, predictor.predict(rows) if rows else (), strict=True):
-        file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False, default=str) + "\n")
     file.flush()
 
 

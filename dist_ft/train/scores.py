@@ -1,7 +1,6 @@
 """The metrics of each task from what a model told of every sample: pure, and the same at every world size.
 
-Values are those of scikit-learn, scipy and seqeval. A metric that is not defined for the data at hand (one class only,
-no spread) is left out.
+Values are those of scikit-learn, scipy and seqeval. A metric that is not defined for the data (no spread) is NaN.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ def regression(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[
 
     values = {"mse": float(((told - wanted) ** 2).mean()), "mae": float(np.abs(told - wanted).mean())}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN and left out
+        warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
         values["pearson"] = float(stats.pearsonr(wanted, told)[0]) if len(wanted) > 1 else math.nan
         values["spearman"] = float(stats.spearmanr(wanted, told)[0]) if len(wanted) > 1 else math.nan
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    return values
 
 
 def token_classification(task: TaskSection, wanted: Sequence[np.ndarray], told: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -105,8 +104,9 @@ def question_answering(task: TaskSection, wanted: np.ndarray, told: np.ndarray) 
 def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """Return how well vectors `first` (N, H) find theirs among all `second` (N, H): recall@k, MRR, NDCG@10."""
     first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second))
-    own = (first * second).sum(1)[:, None] + TIE  # a sum in another order may differ in the last bit
-    places = np.concatenate([(first[start:start + ROWS] @ second.T > own[start:start + ROWS]).sum(1) + 1
+    own = (first * second).sum(1)[:, None] - TIE
+    # what is not clearly farther counts as nearer: vectors that are all alike, or no numbers, find nothing
+    places = np.concatenate([(~(first[start:start + ROWS] @ second.T < own[start:start + ROWS])).sum(1)
                              for start in range(0, len(first), ROWS)])
     values = {f"recall@{k}": float((places <= k).mean()) for k in RECALLS if k <= len(places)}
     gains = np.where(places <= 10, 1 / np.log2(places + 1), 0.0)

@@ -92,14 +92,18 @@ def best_span(logits: np.ndarray) -> tuple[int, int, float]:
 
 
 def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Return [window, first, last] wanted and told of each sample, of its windows the best."""
-    wanted: dict[int, tuple[int, int, int]] = {}
+    """Return [window, first, last] wanted and told of each sample, of its windows the best.
+
+    Windows share tokens: an answer may lie in two of them, and is told rightly in either.
+    """
+    golds: dict[int, dict[int, tuple[int, int, int]]] = {}
     told: dict[int, tuple[float, tuple[int, int, int]]] = {}
     for sample, window, gold, (first, last, score) in rows:
-        wanted.setdefault(sample, (-1, 0, 0))
-        if gold != (0, 0) and wanted[sample][0] < 0:
-            wanted[sample] = (window, *gold)
+        own = golds.setdefault(sample, {})
+        if gold != (0, 0):
+            own[window] = (window, *gold)
         found = (window, first, last) if (first, last) != (0, 0) else (-1, 0, 0)
         if sample not in told or score > told[sample][0]:
             told[sample] = score, found
-    return list(wanted.values()), [told[sample][1] for sample in wanted]
+    wanted = [own.get(told[sample][1][0], next(iter(own.values()), (-1, 0, 0))) for sample, own in golds.items()]
+    return wanted, [told[sample][1] for sample in golds]

@@ -167,3 +167,11 @@ def test_a_question_that_leaves_no_room_is_refused():
     row = {"question": "the quick brown fox " * 5, "context": "the fox", "answers": {"text": [], "answer_start": []}}
     with pytest.raises(DataError, match=r"row 1: its question leaves no room for its context in batch\.sequence_length=12"):
         samples(encoder("question_answering", length=12, stride=3), row)
+
+
+def test_only_byte_level_words_bring_a_blank(tokenizer):
+    from dist_ft.data.labelled import with_blanks
+
+    words = [["the", "fox"], ["tea"]]
+    assert with_blanks(words, tokenizer.backend_tokenizer.to_str()) == [["the", " fox"], ["tea"]]
+    assert with_blanks(words, TOKENIZER.backend_tokenizer.to_str()) == words

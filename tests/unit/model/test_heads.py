@@ -104,3 +104,20 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
     model, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
     assert new == {"score.weight"} and not heads.is_head("transformer.wte.weight", model)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
+    model, _ = load_for(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    model.save_pretrained(tmp_path)
+    model, new = load_for(task("question_answering"), section(tmp_path))
+    assert model.qa_outputs.out_features == 2 and new == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
+    bare, _ = load_for(task("embedding"), section(folder / "bert"))
+    bare.save_pretrained(tmp_path)
+    model, new = load_for(task("masked_lm"), section(tmp_path))
+    assert "cls.predictions.transform.dense.weight" in new
+    tuning.apply(model, TuningSection(method="lora"), 0, task("masked_lm"))
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert new <= learns

@@ -125,3 +125,31 @@ def test_a_row_without_text_is_named(base, trained):
     _, out = trained("sequence_classification")
     with pytest.raises(DataError, match=r"a row has no text in 'text' \(it has label\)"):
         Predictor(out).predict([{"label": "x"}])
+
+
+def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
+    import torch
+    from transformers import AutoModel
+
+    document = tiny_tasks.config(base, "embedding", "first", schedule={"epochs": None, "steps": 2}, task={"pooling": "first"})
+    local.run(load_config(document))
+    api.export(load_config(document), str(tmp_path / "out"))
+    predictor = Predictor(str(tmp_path / "out"))
+    assert predictor.task.pooling == "first"
+    (said,) = predictor.predict([{"text": "the quick fox"}])
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(tmp_path / "out").eval()
+        hidden = model(**predictor.tokenizer("the quick fox", return_tensors="pt")).last_hidden_state[0, 0]
+    assert torch.allclose(torch.tensor(said["embedding"]), hidden / hidden.norm(), atol=1e-5)
+
+
+def test_a_run_is_no_model_folder(base, trained):
+    config, _ = trained("sequence_classification")
+    with pytest.raises(ModelError, match=r"is no model folder \(.*\); what `dist-ft export` writes is needed"):
+        Predictor(config.run_url)
+
+
+def test_a_model_begun_with_a_new_head_is_evaluated_with_it(base, trained):
+    config, out = trained("sequence_classification")
+    anew = config.model_copy(update={"task": config.task.model_copy(update={"new_head": True})})
+    assert evaluate_models(anew, [out])[out]["head"] == "trained"

@@ -37,7 +37,7 @@ def test_numbers():
     found = scores.regression(task("regression"), np.array([1.0, 2, 3]), np.array([2.0, 3, 4]))
     assert found == pytest.approx({"mse": 1, "mae": 1, "pearson": 1, "spearman": 1})
     flat = scores.regression(task("regression"), np.array([1.0, 1]), np.array([1.0, 2]))
-    assert set(flat) == {"mse", "mae"}, "a correlation that is not defined is left out"
+    assert flat["mse"] == 0.5 and np.isnan(flat["pearson"]), "a correlation that is not defined is no number"
 
 
 def test_entities_count_whole():
@@ -62,6 +62,12 @@ def test_vectors_find_theirs():
     found = scores.embedding(task("embedding"), first, np.array([[1.0, 0, 0], [1, 0.1, 1], [0, 0.2, 1]]))
     assert found["recall@1"] == pytest.approx(2 / 3) and found["mrr"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert found["ndcg@10"] == pytest.approx((1 + 1 / np.log2(3) + 1) / 3) and "recall@5" not in found
+
+
+def test_vectors_that_are_all_alike_find_nothing():
+    alike = scores.embedding(task("embedding"), np.ones((9, 4)), np.ones((9, 4)))
+    assert alike["recall@1"] == 0 and alike["mrr"] == pytest.approx(1 / 9)
+    assert scores.embedding(task("embedding"), np.full((9, 4), np.nan), np.ones((9, 4)))["recall@5"] == 0
 
 
 def test_tokens():

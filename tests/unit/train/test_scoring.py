@@ -67,3 +67,12 @@ def test_of_the_windows_of_a_question_the_best_counts():
 
 def test_nothing_to_score():
     assert Scorer(task("masked_lm")).scores(Collectives()) == {}
+
+
+def test_an_answer_in_what_two_windows_share_is_right_in_either():
+    scorer = Scorer(task("question_answering"))
+    told = np.full((2, 4, 2), -5.0)
+    told[0, 3], told[1, 1] = 2, 4
+    scorer.add(batch([[IGNORED, IGNORED, IGNORED, 3], [IGNORED, 1, IGNORED, IGNORED]], [7, 7], [4, 4]), told)
+    scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
+    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
