@@ -135,6 +135,21 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     export_run(run, out, step=step, dtype=dtype, adapter=adapter, best=best)
 
 
+def next_step(folder: str) -> str:
+    """Return the command that tries an exported folder, by what its model does."""
+    import json
+    from pathlib import Path
+
+    from dist_ft.checkpoint.export import ABOUT
+
+    task = json.loads((Path(folder).expanduser() / ABOUT).read_text("utf-8"))["task"]["name"]
+    if task == "causal_lm":
+        return f'dist-ft generate {folder} --prompt "..."'
+    if task == "masked_lm":
+        return f"train it for a task with model.path={folder}"
+    return f"dist-ft predict {folder} ROWS.jsonl --out said.jsonl"
+
+
 def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128) -> str:
     """Return a model folder's greedy answer to `prompt`, through its chat template if it has one."""
     import torch

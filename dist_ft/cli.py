@@ -156,7 +156,7 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
                           "export")
     api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype, adapter=adapter,
                best=best)
-    typer.echo(f"wrote {out}" + ("" if adapter else f"; next: dist-ft generate {out} --prompt \"...\""))
+    typer.echo(f"wrote {out}" + ("" if adapter else f"; next: {api.next_step(out)}"))
 
 
 _command(cli_data.preview)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.task import LABELLED
+from dist_ft.config.task import LABELLED, METRICS
 
 USED_BY = {
     "labels": LABELLED, "new_head": LABELLED, "class_weights": ("sequence_classification", "token_classification"),
@@ -61,6 +61,13 @@ def _task(config: RunConfig) -> Iterator[str]:
                f"probabilities of labels to smooth; allowed with {', '.join(SMOOTHED)}; remove it")
 
 
+def _metric(config: RunConfig) -> Iterator[str]:
+    metric, known = config.checkpoint.best_by, ("loss", *METRICS[config.task.name])
+    if metric not in known:
+        yield (f"checkpoint.best_by={metric}: evaluations of task.name={config.task.name} have no such metric; "
+               f"allowed: {', '.join(known)}; name one of them")
+
+
 def _task_sizes(config: RunConfig) -> Iterator[str]:
     task, batch = config.task, config.batch
     if task.name == "embedding" and batch.micro_batch < 2:
@@ -71,5 +78,5 @@ def _task_sizes(config: RunConfig) -> Iterator[str]:
                f"many tokens; less than half is allowed; lower it")
 
 
-CHECKS = (_tuning, _task, _task_sizes)
+CHECKS = (_tuning, _task, _metric, _task_sizes)
 """Each from a config to a line for each contradiction."""

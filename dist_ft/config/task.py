@@ -13,6 +13,15 @@ TaskName = Literal["causal_lm", "sequence_classification", "multi_label", "regre
 LABELLED = ("sequence_classification", "multi_label", "token_classification")
 """Tasks that choose among labels."""
 
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal_lm": ("perplexity",), "sequence_classification": (
+        "accuracy", "f1_macro", "f1_weighted", "mcc", "calibration_error"),
+    "multi_label": ("accuracy", "f1_micro", "f1_macro"), "regression": ("mse", "mae", "pearson", "spearman"),
+    "token_classification": ("accuracy", "precision", "recall", "f1"), "question_answering": ("exact_match", "f1"),
+    "seq2seq": ("perplexity", "accuracy"), "masked_lm": ("perplexity", "accuracy"),
+    "embedding": ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")}
+"""What evaluations of each task tell besides the loss."""
+
 
 def _as_labels(value: object) -> object:
     """Accept numbers for names of labels."""

@@ -45,7 +45,7 @@ def decide(row: Row, data: DataSection, shard_url: str) -> str:
 def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
     """Return the checked messages of a chat row: each {role, content} with text, at least one an answer."""
     column = data.fields.messages
-    found = _get(row, column, "data.fields.messages", url, number)
+    found = column_of(row, column, "data.fields.messages", url, number)
     if isinstance(found, str):
         found = _decoded(found, column, url, number)
     if not isinstance(found, list):
@@ -87,21 +87,21 @@ def instruction(row: Row, data: DataSection, url: str, number: int) -> Rendered:
 
 def text(row: Row, data: DataSection, url: str, number: int) -> Rendered:
     """Return a text row, all of it learned."""
-    content = _text(_get(row, data.fields.text, "data.fields.text", url, number), data.fields.text, url, number)
+    content = text_of(column_of(row, data.fields.text, "data.fields.text", url, number), data.fields.text, url, number)
     return Rendered(content, [(0, len(content))])
 
 
 def _instruction(row: Row, data: DataSection, url: str, number: int) -> tuple[str | None, str, str]:
     fields = data.fields
     prompt, response = (
-        _text(_get(row, column, f"data.fields.{name}", url, number), column, url, number)
+        text_of(column_of(row, column, f"data.fields.{name}", url, number), column, url, number)
         for name, column in (("prompt", fields.prompt), ("response", fields.response)))
     if not response.strip():
         raise row_error(url, number, f"{fields.response} is empty; an answer to learn is needed; remove the row")
     if fields.system is None:
         return data.system_prompt, prompt, response
-    system = _get(row, fields.system, "data.fields.system", url, number)
-    return (data.system_prompt if system is None else _text(system, fields.system, url, number)), prompt, response
+    system = column_of(row, fields.system, "data.fields.system", url, number)
+    return (data.system_prompt if system is None else text_of(system, fields.system, url, number)), prompt, response
 
 
 def _message(item: Any, where: str, url: str, number: int) -> Row:
@@ -109,7 +109,7 @@ def _message(item: Any, where: str, url: str, number: int) -> Row:
         raise row_error(url, number, f"{where} has no role; a {{role, content}} object is needed; repair the row")
     calls = item.get("tool_calls")
     said = "" if calls and item.get("content") is None else item.get("content")
-    content = _text(said, f"{where}.content", url, number)
+    content = text_of(said, f"{where}.content", url, number)
     if item["role"] == "assistant" and not content.strip() and not calls:
         raise row_error(url, number, f"{where}.content is empty; an assistant turn must say something; remove the row")
     return {**{key: value for key, value in item.items() if value is not None}, "content": content}
@@ -124,14 +124,16 @@ def _decoded(text: str, column: str, url: str, number: int) -> Any:
                                      "needed; repair the row or set data.fields.messages") from error
 
 
-def _get(row: Row, column: str, field: str, url: str, number: int) -> Any:
+def column_of(row: Row, column: str, field: str, url: str, number: int) -> Any:
+    """Return the value of a row's column, which the config's `field` names. Raises DataError if it has none."""
     if column not in row:
         raise row_error(url, number, f"has no column '{column}'; there are {', '.join(map(str, row)) or 'none'}; set "
                                      f"{field} to the right one or repair the row")
     return row[column]
 
 
-def _text(value: Any, where: str, url: str, number: int) -> str:
+def text_of(value: Any, where: str, url: str, number: int) -> str:
+    """Return a value that is text. Raises DataError for any other."""
     if not isinstance(value, str):
         raise row_error(url, number, f"{where} is a {type(value).__name__}; text is needed; convert it or remove "
                                      "the row")

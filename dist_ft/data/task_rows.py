@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dist_ft.config.schema import TaskSection
+from dist_ft.data.formats import column_of, text_of
 from dist_ft.data.source import Row, row_error
 
 SHOWN = 8
@@ -195,14 +196,10 @@ def _list(value: Any, column: str, what: str, url: str, number: int) -> list[Any
 
 
 def _get(row: Row, column: str, field: str, url: str, number: int) -> Any:
-    if column not in row:
-        raise row_error(url, number, f"has no column '{column}'; there are {', '.join(map(str, row)) or 'none'}; set "
-                                     f"task.columns.{field} to the right one or repair the row")
-    return row[column]
+    return column_of(row, column, f"task.columns.{field}", url, number)
 
 
 def _text(value: Any, where: str, url: str, number: int) -> str:
-    if not isinstance(value, str) or not value.strip():
-        what = "empty" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise row_error(url, number, f"{where} is {what}; text is needed; convert it or remove the row")
-    return value
+    if not text_of(value, where, url, number).strip():
+        raise row_error(url, number, f"{where} is empty; text is needed; convert it or remove the row")
+    return str(value)

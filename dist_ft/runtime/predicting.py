@@ -26,6 +26,8 @@ from dist_ft.model.task_models import pooled
 from dist_ft.train.scores import softmax
 from dist_ft.train.scoring import best_span
 
+BESIDE = ".model"
+"""End of the name of the file beside the rows that says which model they are of."""
 MOST_TOKENS = 384
 """Of a window of a context."""
 CHUNK_ROWS = 2048
@@ -74,6 +76,8 @@ class Predictor:
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
                              "`dist-ft export` writes is needed; export the run first") from error
+        self.version = json.dumps([path, max_new_tokens, *sorted(
+            (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).glob("*.safetensors"))])
         told = Path(folder) / export.ABOUT
         about = json.loads(told.read_text("utf-8")) if told.exists() else {}
         self._template = str(about.get("prompt_template", "{prompt}\n"))
@@ -207,11 +211,16 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
     """Write each row with what the model says of it (`prediction`) to the local file `out`, JSON lines.
 
     Returns how many rows there are. A file that is there is gone on with: as many rows as it has whole lines are passed
-    over.
+    over. Raises DataError if they are of another model.
     """
     path = Path(out).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_lines(path)
+    beside = path.with_name(path.name + BESIDE)
+    if done and (not beside.exists() or beside.read_text("utf-8") != predictor.version):
+        raise DataError(redact(f"--out={out}: holds what another model said of {done} rows, or this one before it was "
+                               "made anew; name another file, or remove this one"))
+    beside.write_text(predictor.version, "utf-8")
     with open(path, "a", encoding="utf-8") as file:
         chunk: list[Row] = []
         number = 0

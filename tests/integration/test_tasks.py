@@ -13,6 +13,7 @@ import tiny_tasks
 
 from dist_ft import api
 from dist_ft.config.load import load_config
+from dist_ft.config.task import METRICS
 from dist_ft.runtime import local
 from dist_ft.storage import Store
 
@@ -65,6 +66,8 @@ def plain(base: Path, task: str) -> Path:
     losses = history.losses(run)
     assert sum(losses[-4:]) < sum(losses[:4])
     assert all(TASKS[task][0] in evaluation(run, which) for which in (0, -1))
+    told = {name for name in evaluation(run, -1) if name not in ("step", "kind", "time", "loss", "num_target_tokens")}
+    assert told == set(METRICS[document["task"]["name"]]), "what checkpoint.best_by may be"
     return run
 
 

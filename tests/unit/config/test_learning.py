@@ -28,6 +28,7 @@ def problems(**sections) -> list[str]:
     ({"task": {"name": "sequence_classification", "labels": ["a"]}}, "task.labels=[a]: there is nothing to choose among; "),
     ({"task": {"name": "seq2seq"}, "data": {"format": "instruction"}}, "data.format=instruction: with task.name=seq2seq "),
     ({"task": {"name": "regression"}, "tuning": {"label_smoothing": 0.1}}, "tuning.label_smoothing=0.1: the loss of "),
+    ({"checkpoint": {"best_by": "f1"}}, "checkpoint.best_by=f1: evaluations of task.name=causal_lm have no such metric; allowed: loss, perplexity"),
     ({"task": {"name": "embedding"}, "batch": {"micro_batch": 1}}, "batch.micro_batch=1: task.name=embedding tells each "),
     ({"task": {"name": "question_answering", "stride": 32}}, "task.stride=32: windows of batch.sequence_length=32 can not "),
     ({"task": {"name": "seq2seq"}, "data": {"overlong": "split"}}, "data.overlong=split: only plain text can go on"),

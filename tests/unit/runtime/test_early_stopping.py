@@ -82,7 +82,7 @@ def test_epochs_too_are_evaluated(base):
 def test_a_metric_that_is_not_there_is_named(base):
     made = document(base, f"run-{uuid4().hex[:8]}")
     made["checkpoint"]["best_by"] = "f1"
-    with pytest.raises(ConfigError, match=r"checkpoint\.best_by=f1: evaluations have no such metric; there are loss, perplexity"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.best_by=f1: evaluations of task\.name=causal_lm have no such metric; "):
         go(made)
 
 

@@ -95,6 +95,9 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     first = json.loads(whole.splitlines()[0])
     assert set(first) == {"text", "label", "prediction"} and first["prediction"]["label"] in tiny_tasks.LABELS
     (tmp_path / "cut.jsonl").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match="holds what another model said of"):
+        predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
+    (tmp_path / "cut.jsonl.model").write_text(predictor.version)
     asked = []
     predict = predictor.predict
     monkeypatch.setattr(predictor, "predict", lambda rows: asked.extend(rows) or predict(rows))
