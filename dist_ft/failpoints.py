@@ -1,4 +1,5 @@
-"""Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing.
+"""Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing
+(`*`: each).
 
 Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
 up, as with a lost machine. `!stop` stops it (SIGSTOP), `!term` asks it to end (SIGTERM), `!lock` holds the interpreter
@@ -35,8 +36,9 @@ def hit(name: str, rank: int = 0) -> None:
         return
     _passed[name] += 1
     once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
-    if _passed[name] == int(count or 1) and _first_time(once):
-        log.warning("failpoint %s: %s", name, how or "kill")
+    if count == "*" or (_passed[name] == int(count or 1) and _first_time(once)):
+        if count != "*" or _passed[name] == 1:
+            log.warning("failpoint %s: %s", name, how or "kill")
         for one in how.split("+"):
             _fail(one)
 

@@ -19,6 +19,8 @@ import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 260
+STEP_S = 0.25
+"""A step takes this and more on every machine: nodes that come must find a run that is still under way."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
             process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], stdout=log, stderr=log,
                                        cwd=base, text=True,
                                        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                            "RAY_ADDRESS": cluster.address})
+                                            "RAY_ADDRESS": cluster.address,
+                                            "DIST_FT_FAILPOINT": f"train.step:*!sleep{STEP_S}"})
         try:
             for size in (4, 3, 2):
                 nodes.wait_for(process, lambda size=size: nodes.worlds(run)[-1:] == [size])

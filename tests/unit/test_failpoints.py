@@ -52,6 +52,14 @@ def test_it_says_so_first_and_storage_or_sleep_are_no_death():
         assert ran.stdout.splitlines() == said and ran.stderr.splitlines()[0] == f"failpoint place: {how}"
 
 
+def test_every_passing_if_asked_and_one_line_says_so():
+    program = ("import time\nfrom dist_ft import failpoints\nbegun = time.monotonic()\n"
+               "for _ in range(3):\n    failpoints.hit('place')\nprint(0.3 < time.monotonic() - begun < 5)")
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env={**os.environ, "DIST_FT_FAILPOINT": "place:*!sleep0.1"})
+    assert ran.stdout.split() == ["True"] and ran.stderr.splitlines() == ["failpoint place: sleep0.1"]
+
+
 def test_what_was_asked_can_be_handed_on(monkeypatch):
     monkeypatch.delenv("DIST_FT_FAILPOINT_ONCE", raising=False)
     monkeypatch.setenv("DIST_FT_FAILPOINT", "place")
