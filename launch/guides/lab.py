@@ -1,0 +1,164 @@
+"""What the guides share: where data and models lie, one engine's runs, and tables that two engines must agree on.
+
+Everything is done by the commands anyone would type; this module types them, reads what the runs kept, and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINES = {
+    "plain": ["cluster.workers=0"],
+    "zero2": ["cluster.workers=2", "zero.stage=2", "cluster.standby=false"],
+    "zero3": ["cluster.workers=2", "zero.stage=3", "cluster.standby=false"],
+}
+"""Overrides of a config by engine."""
+TOLERANCE = 2e-2
+"""Two engines' metrics differ at most by so much: after hundreds of steps of float32 a few samples of the held-out data
+lie so near the boundary that rounding decides."""
+COSTS = ("seconds", "MB", "tokens/s", "ms")
+"""Ends of column heads that tell costs, which are not compared."""
+
+
+@dataclass
+class Table:
+    """A table of a guide: heads, and rows of a name and values."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[Any]]
+
+    def shown(self) -> str:
+        """Return it as Markdown."""
+        lines = [f"| {' | '.join(self.heads)} |", f"| --- |{' ---: |' * (len(self.heads) - 1)}"]
+        lines += [f"| {' | '.join(shown(value) for value in row)} |" for row in self.rows]
+        return "\n".join([f"### {self.title}", "", *lines, ""])
+
+
+@dataclass
+class Lab:
+    """One engine's part of a guide."""
+
+    name: str
+    engine: str
+    data: Path
+    out: Path
+    tables: list[Table] = field(default_factory=list)
+    took: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    def train(self, run: str, config: str, *overrides: str) -> dict[str, Any]:
+        """Train configs/recipes/`config` as run `run`; return its report, with `seconds` and `MB` of the process."""
+        arguments = [f"configs/recipes/{config}", f"run.name={run}", f"run.storage={self.out / 'runs'}",
+                     f"data.cache_dir={self.out / 'cache'}", *overrides, *ENGINES[self.engine]]
+        url = f"{self.out / 'runs'}/{run}"
+        begun = time.monotonic()
+        peak = command("train", *arguments, quiet=self.out / f"{run}.log")
+        seconds = time.monotonic() - begun
+        if run not in self.took:
+            self.took[run] = seconds, peak if self.engine == "plain" else None
+        report = gather(url)
+        return {**report, "url": url, "seconds": self.took[run][0], "MB": self.took[run][1],
+                "arguments": [one for one in arguments if one not in ENGINES[self.engine]]}
+
+    def export(self, url: str, *options: str) -> Path:
+        """Export a run; return the folder."""
+        folder = self.out / "models" / url.rpartition("/")[2]
+        shutil.rmtree(folder, ignore_errors=True)
+        command("export", url, "--out", str(folder), *options)
+        return folder
+
+    def evaluate(self, config: str, *arguments: str) -> dict[str, dict[str, Any]]:
+        """Return what `dist-ft evaluate` tells of models: {path: metrics}."""
+        done = dist_ft("evaluate", f"configs/recipes/{config}", f"data.cache_dir={self.out / 'cache'}", *arguments,
+                       "--json")
+        return dict(json.loads(done))
+
+    def table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Keep and print a table; columns of costs (seconds, MB) are not compared between engines."""
+        self.tables.append(Table(f"{title} ({self.engine})", list(heads), [list(row) for row in rows]))
+        print(f"\n{self.tables[-1].shown()}", flush=True)
+
+    def rows(self, path: str, rows: Iterable[dict[str, Any]]) -> Path:
+        """Write rows as JSON lines into the guide's folder of data; return the file."""
+        file = self.out / "data" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        return file
+
+    def imported(self, kind: str, name: str, *arguments: str) -> Path:
+        """Return what `dist-ft data import` makes of files."""
+        file = self.out / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        dist_ft("data", "import", kind, *arguments, "--out", str(file))
+        return file
+
+
+def compare(labs: Sequence[Lab]) -> float:
+    """Return the largest difference between the numbers of two engines' tables, costs left out."""
+    worst = 0.0
+    for one, other in zip(labs[0].tables, labs[1].tables, strict=True):
+        for left, right in zip(one.rows, other.rows, strict=True):
+            for head, a, b in zip(one.heads, left, right, strict=True):
+                if head.endswith(COSTS):
+                    continue
+                if isinstance(a, int | float) and isinstance(b, int | float):
+                    worst = max(worst, abs(a - b) / max(1.0, abs(a)))
+    return worst
+
+
+def command(*arguments: str, quiet: Path | None = None) -> float:
+    """Run a dist-ft command, shown as one would type it; return the MB its process held at most."""
+    say(f"dist-ft {' '.join(arguments)}")
+    with open(quiet, "w") if quiet else nullcontext() as out:
+        process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, stdout=out, stderr=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"error: it ended with {process.returncode}" + (f":\n{tail(quiet)}" if quiet else ""))
+    return usage.ru_maxrss / 1024
+
+
+def dist_ft(*arguments: str) -> str:
+    """Run a dist-ft command and return what it says."""
+    say(f"dist-ft {' '.join(arguments)}")
+    done = subprocess.run([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"error: it ended with {done.returncode}:\n{(done.stderr + done.stdout)[-3000:]}")
+    return done.stdout
+
+
+def gather(url: str) -> dict[str, Any]:
+    """Return the report of a run."""
+    from dist_ft.runtime import report
+
+    return report.gather(url)
+
+
+def tail(path: Path | None) -> str:
+    """Return the end of a file of output."""
+    return path.read_text(errors="replace")[-3000:] if path else ""
+
+
+def shown(value: Any) -> str:
+    """Return a cell's text."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 100 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def say(*lines: str) -> None:
+    """Print lines under a mark that sets them apart."""
+    print("\n== " + "\n   ".join(lines), flush=True)

