@@ -6,12 +6,17 @@ Reads whole files behind any fsspec URL; every refusal names file and line. Writ
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from dist_ft import storage
 from dist_ft.data.source import Row
 from dist_ft.errors import DataError
 from dist_ft.logs import redact
+
+
+COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
+"""A line about a sentence, before its words, in files of the CoNLL-U kind."""
 
 
 def conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
@@ -25,7 +30,7 @@ def conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
                 if words:
                     yield {"tokens": words, "tags": tags}
                 words, tags = [], []
-            elif line.startswith("-DOCSTART-"):
+            elif line.startswith("-DOCSTART-") or (not words and COMMENT.match(line)):
                 continue
             elif len(columns) < 2:
                 raise _error(path, number, f"has one column ({line.strip()[:40]}); a word and its tag are needed; "

@@ -37,10 +37,11 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
 
 
 def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype,
-                   name_in_files: Callable[[str], str] = lambda name: name) -> int:
+                   name_in_files: Callable[[str], str] = lambda name: name, prefix: str = "") -> int:
     """Compare this worker's weights with the files in `folder`; return how many parameters were compared.
 
-    `name_in_files` maps a slot's name to the tensor's. Parameters that transformers renames or fuses on loading have
+    `name_in_files` maps a slot's name to the tensor's; files of a model without its head leave out the `prefix` of its
+    body, and files of one with a head have it. Parameters that transformers renames or fuses on loading have
     no tensor of their name and are left to its own report of missing keys. Raises ModelError for the first that
     differs.
     """
@@ -49,8 +50,9 @@ def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype,
     files = files_by_tensor(folder)
     compared = 0
     for slot in slots:
-        name = name_in_files(slot.name)
-        if slot.key not in ("param", "frozen") or name not in files or slot.numel == 0:
+        mapped = name_in_files(slot.name)
+        name = next((one for one in (mapped, mapped.removeprefix(prefix), prefix + mapped) if one in files), "")
+        if slot.key not in ("param", "frozen") or not name or not mapped or slot.numel == 0:
             continue
         with safe_open(files[name], framework="pt") as opened:
             want = _elements(opened.get_slice(name), slot.offset, min(ELEMENTS, slot.numel))

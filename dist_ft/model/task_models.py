@@ -65,7 +65,16 @@ class TaskModel(Learner):
         if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
             raise ModelError(f"model of type {model.config.model_type}: its config names no decoder_start_token_id, "
                              "which begins every text it makes; one is needed; set it in config.json")
+        self._positions: torch.Tensor | None = None
+        if task.name == "masked_lm":
+            model.get_output_embeddings().register_forward_pre_hook(self._select)
         self._types = special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
+
+    def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        """Hand the output layer only the hidden states (1, N, H) at masked positions of (B, T, H)."""
+        if self._positions is None:
+            return None
+        return (args[0].reshape(1, -1, args[0].shape[-1])[:, self._positions], *args[1:])
 
     @override
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
@@ -76,6 +85,8 @@ class TaskModel(Learner):
         arrays = {"ids": np.where(mask, ids, self._special.pad), "mask": mask.astype(np.int64), "labels": labels}
         if self._task.name in ("seq2seq", "embedding"):
             arrays = self._apart(arrays["ids"], mask, labels)
+        if self._task.name == "masked_lm":  # found on the host; one that counts nothing where none is masked
+            arrays["positions"] = np.flatnonzero(labels != IGNORED) if (labels != IGNORED).any() else np.zeros(1, int)
         return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
     def _apart(self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,10 +103,12 @@ class TaskModel(Learner):
                 "labels": np.where((second_mask > 0) & counted, second, IGNORED)}
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None,
-                second_mask: torch.Tensor | None = None, told: bool = False) -> Any:
+                second_mask: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+                told: bool = False) -> Any:
         """Return the summed loss (); with `told` also what the model tells: a tensor whose first axis is the rows."""
+        self._positions = positions
         loss, outputs = getattr(self, f"_{self._task.name}")(ids, mask, labels, second, second_mask)
-        self._sizes = None
+        self._sizes = self._positions = None
         return (loss, outputs.detach()) if told else loss
 
     @override
@@ -148,10 +161,11 @@ class TaskModel(Learner):
         return loss, torch.stack(both, -1)
 
     def _masked_lm(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._run(ids, mask).logits
-        loss = losses.cross_entropy(logits.flatten(0, 1), labels.flatten(),
+        logits = self._run(ids, mask).logits[0]
+        loss = losses.cross_entropy(logits, labels.flatten()[self._positions],
                                     smoothing=self._smoothing if self.training else 0.0)
-        return loss, logits.argmax(-1)
+        found = torch.full_like(ids.flatten(), IGNORED).index_put((self._positions,), logits.argmax(-1))
+        return loss, found.view(ids.shape)
 
     def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
                  ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,7 +84,8 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
     else:
         folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
         compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype),
-                                  lambda name: "" if name in new else tuning.name_in_files(name))
+                                  lambda name: "" if name in new else tuning.name_in_files(name),
+                                  f"{module.model.base_model_prefix}.")
         log.debug("%d parameters hold what the files say", compared)
         heads.begin(engine.slots, new, {name: found.shape for name, found in tensors(module).items()},
                     module.model.config, config.run.seed)

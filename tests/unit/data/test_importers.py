@@ -21,6 +21,8 @@ def file(tmp_path):
 def test_tagged_words(file):
     path = file("-DOCSTART- -X- O\n\nAda NNP B-PER\nwrote VB O\n\n\nthe DT O")
     assert list(conll([path])) == [{"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]}, {"tokens": ["the"], "tags": ["O"]}]
+    told = file("# newdoc\n# text = Ada wrote\nAda NNP B-PER\n# = O\n\n# O\nthe DT O")
+    assert [row["tokens"] for row in conll([told])] == [["Ada", "#"], ["#", "the"]]
     assert list(conll([file("a b\tO\r\n\r\n")])) == [{"tokens": ["a b"], "tags": ["O"]}]
     with pytest.raises(DataError, match="x line 2: has one column"):
         list(conll([file("a O\nb\n")]))

@@ -88,6 +88,21 @@ def test_sharded_files_and_names_that_are_not_in_them(folder, tmp_path):
     assert verify_weights(renamed, folder, torch.float32) == 0
 
 
+def test_files_without_the_head_or_with_it(folder):
+    """A body's files lie under a model with a head, and the other way round."""
+    names = dict(make_model().named_parameters())
+    body = {name.removeprefix("model."): parameter.detach().clone() for name, parameter in names.items()}
+    save_file(body, f"{folder}/model.safetensors")
+    assert verify_weights(make_engine().slots(), folder, torch.float32) < len(names)
+    assert verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.") == len(names)
+    save_file({f"model.{name}": one for name, one in body.items()}, f"{folder}/model.safetensors")
+    bare = [replace(slot, name=slot.name.removeprefix("model.")) for slot in make_engine().slots()]
+    assert verify_weights(bare, folder, torch.float32, prefix="model.") == len(names)
+    save_file({name: one + 1 for name, one in body.items()}, f"{folder}/model.safetensors")
+    with pytest.raises(ModelError, match="the weights in memory"):
+        verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.")
+
+
 def test_scalars_are_compared(folder):
     save_file({"scale": torch.tensor(2.0)}, f"{folder}/model.safetensors")
     for value, equal in ((2.0, True), (3.0, False)):
