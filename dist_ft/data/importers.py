@@ -14,7 +14,6 @@ from dist_ft.data.source import Row
 from dist_ft.errors import DataError
 from dist_ft.logs import redact
 
-
 COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
 """A line about a sentence, before its words, in files of the CoNLL-U kind."""
 

@@ -70,7 +70,7 @@ class TaskModel(Learner):
             model.get_output_embeddings().register_forward_pre_hook(self._select)
         self._types = special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
 
-    def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    def _select(self, _head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         """Hand the output layer only the hidden states (1, N, H) at masked positions of (B, T, H)."""
         if self._positions is None:
             return None
