@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,16 +61,18 @@ class Lab:
     def train(self, run: str, config: str, *overrides: str) -> dict[str, Any]:
         """Train configs/recipes/`config` as run `run`; return its report, with `seconds` and `MB` of the process."""
         arguments = [f"configs/recipes/{config}", f"run.name={run}", f"run.storage={self.out / 'runs'}",
-                     f"data.cache_dir={self.out / 'cache'}", *overrides, *ENGINES[self.engine]]
+                     f"data.cache_dir={self.out / 'cache'}", "checkpoint.keep_best=0", *overrides,
+                     *ENGINES[self.engine]]
         url = f"{self.out / 'runs'}/{run}"
         begun = time.monotonic()
         peak = command("train", *arguments, quiet=self.out / f"{run}.log")
         seconds = time.monotonic() - begun
         if run not in self.took:
             self.took[run] = seconds, peak if self.engine == "plain" else None
+        learned = re.search(r"([\d,]+)\s+learned", (self.out / f"{run}.log").read_text(errors="replace"))
         report = gather(url)
         return {**report, "url": url, "seconds": self.took[run][0], "MB": self.took[run][1],
-                "arguments": [one for one in arguments if one not in ENGINES[self.engine]]}
+                "learned": int(learned[1].replace(",", "")) if learned else None}
 
     def export(self, url: str, *options: str) -> Path:
         """Export a run; return the folder."""
