@@ -20,6 +20,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
+from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.task import TaskSection
 from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import CheckpointError
@@ -157,8 +158,9 @@ def stored_tuning(store: Store) -> TuningSection:
 
 
 def stored_task(store: Store) -> TaskSection:
-    """Return what the model of the run at `store` does."""
-    return TaskSection.model_validate(_stored(store).get("task") or {})
+    """Return what the model itself of the run at `store` does: one that was asked for labels continues text."""
+    return of_model(TaskSection.model_validate(_stored(store).get("task") or {}),
+                    PromptingSection.model_validate(_stored(store).get("prompting") or {}))
 
 
 def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dist_ft.config import prompting
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 
@@ -78,5 +79,9 @@ def _task_sizes(config: RunConfig) -> Iterator[str]:
                f"many tokens; less than half is allowed; lower it")
 
 
-CHECKS = (_tuning, _task, _metric, _task_sizes)
+def _prompting(config: RunConfig) -> Iterator[str]:
+    yield from prompting.problems(config.task, config.prompting)
+
+
+CHECKS = (_tuning, _task, _metric, _task_sizes, _prompting)
 """Each from a config to a line for each contradiction."""

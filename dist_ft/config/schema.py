@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
+from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.section import Identity, Section
 from dist_ft.config.task import ColumnsSection, TaskSection
 from dist_ft.config.tuning import LoraSection, TuningSection
 
-__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "RunConfig", "Source",
-           "Sources", "TaskSection", "TuningSection"]
+__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "PromptingSection",
+           "RunConfig", "Source", "Sources", "TaskSection", "TuningSection"]
 
 
 BUCKET = 64
@@ -236,6 +237,7 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     task: TaskSection = Field(default_factory=TaskSection, description="What the model is to do.")
+    prompting: PromptingSection = Field(default_factory=PromptingSection, description="Labels without a head.")
     tuning: TuningSection = Field(default_factory=TuningSection, description="Which weights learn.")
     batch: BatchSection
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="How weights follow gradients.")
@@ -252,6 +254,11 @@ class RunConfig(Section):
     def num_lanes(self) -> int:
         """Micro-batches an optimizer step, over all workers: the fixed places sequences go to."""
         return self.batch.global_batch // self.batch.micro_batch
+
+    @property
+    def model_task(self) -> TaskSection:
+        """What the model itself is loaded for: where it is prompted for labels, it continues text."""
+        return of_model(self.task, self.prompting)
 
     @property
     def reading(self) -> DataSection:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.config.schema import DataSection, TaskSection
+from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.data import task_rows
 from dist_ft.data.batch import IGNORED
 from dist_ft.data.fast import exact_backend
@@ -23,6 +23,7 @@ from dist_ft.data.task_rows import Sample
 from dist_ft.data.template import CHUNK_ROWS, Encoded, Encoder
 from dist_ft.errors import DataError, ModelError
 
+NO_PROMPT = PromptingSection()
 BITS = 30
 """multi_label: so many labels share one int32."""
 
@@ -30,10 +31,15 @@ Tokens = tuple[list[int], np.ndarray]
 """Token ids (T,) and labels int32 (T,) of a sample."""
 
 
-def make_encoder(tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int) -> Encoder:
+def make_encoder(tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int,
+                 prompting: PromptingSection = NO_PROMPT) -> Encoder:
     """Return what turns the rows of `data` into tokens for `task`; its labels must be known."""
     if task.name == "causal_lm":
         return Encoder(tokenizer, data)
+    if prompting.method == "likelihood":
+        from dist_ft.data.prompted import PromptEncoder
+
+        return PromptEncoder(tokenizer, data, task, prompting, sequence_length)
     return TaskEncoder(tokenizer, data, task, sequence_length)
 
 

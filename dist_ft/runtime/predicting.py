@@ -97,7 +97,7 @@ class Predictor:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
 
     def predict(self, rows: Sequence[Row]) -> list[dict[str, Any]]:

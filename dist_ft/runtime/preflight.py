@@ -60,11 +60,11 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
 
 
 def _model(config: RunConfig) -> Iterator[str]:
+    from dist_ft.model.heads import longest_input
     from dist_ft.model.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, _known(config))
-    inner = model.get_text_config() if hasattr(model, "get_text_config") else model
-    longest = getattr(inner, "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest and config.batch.sequence_length > longest:
         yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
                f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
@@ -72,7 +72,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _known(config: RunConfig) -> TaskSection:
     """Return the task with labels, without a look at the data: where none are named, two that fit any model."""
-    task = config.task
+    task = config.model_task
     if task.name not in LABELLED or task.labels:
         return task
     return task.model_copy(update={"labels": ("0", "1"), "new_head": True})
@@ -94,7 +94,7 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         return  # `_model` says so
     with torch.device("meta"):
         model = empty_model(config.model, config.data.cache_dir, _known(config))
-        tuning.apply(model, config.tuning, config.run.seed, config.task)
+        tuning.apply(model, config.tuning, config.run.seed, config.model_task)
     yield from ()
 
 

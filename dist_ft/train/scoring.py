@@ -34,17 +34,20 @@ class Scorer:
 
     def scores(self, collectives: Collectives) -> dict[str, Any]:
         """Return the metrics over the rows of all workers, on all workers; a collective call."""
-        rows = [row for part in collectives.all_gather(self._rows) for row in part]
-        rows.sort(key=lambda row: row[:2])
-        if not rows:
+        wanted, told = self.gathered(collectives)
+        if not wanted:
             return {}
-        if self._task.name == "question_answering":
-            wanted, told = _best_windows(rows)
-        else:
-            wanted, told = ([row[index] for row in rows] for index in (2, 3))
         if self._task.name == "token_classification":
             return SCORES[self._task.name](self._task, wanted, told)
         return SCORES[self._task.name](self._task, np.array(wanted), np.array(told))
+
+    def gathered(self, collectives: Collectives) -> tuple[list[Any], list[Any]]:
+        """Return what was wanted and what was told of each sample of all workers, in order; a collective call."""
+        rows = [row for part in collectives.all_gather(self._rows) for row in part]
+        rows.sort(key=lambda row: row[:2])
+        if rows and self._task.name == "question_answering":
+            return _best_windows(rows)
+        return [row[2] for row in rows], [row[3] for row in rows]
 
     def _sequence_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return int(labels[0]), told
