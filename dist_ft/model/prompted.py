@@ -47,19 +47,11 @@ class PromptModel(TaskModel):
         self._mean = words.mean
         self._ids, self._counts = _table(words.ids)
         self._empty = [list(ids) for ids in words.no_content]
-        self._places: torch.Tensor | None = None
         head.register_forward_pre_hook(self._select)
-
-    def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        """Hand the output layer only the hidden states (1, N, H) at the chosen places of (B, T, H)."""
-        if self._places is None:
-            return None
-        hidden = args[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._places], *args[1:])
 
     @override
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, second: Any = None,
-                second_mask: Any = None, told: bool = False) -> Any:
+                second_mask: Any = None, positions: Any = None, told: bool = False) -> Any:
         """Return the summed loss (), of prompts (B, T); with `told` also the scores of all labels (B, K)."""
         if self._ids.device != ids.device:
             self._ids, self._counts = self._ids.to(ids.device), self._counts.to(ids.device)
@@ -130,12 +122,12 @@ class PromptModel(TaskModel):
     def _run_at(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor | None, **given: Any) -> Any:
         """Return the model's output for ids (B, T), the last of what `mask` (B, P + T) covers, logits at `places`."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        self._places = places
+        self._positions = places
         try:
             return self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
                               **({"use_cache": False, **given} if self._caches else given))
         finally:
-            self._places = None
+            self._positions = None
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return logits (N, vocabulary) at places of prompts padded on the right, learning."""

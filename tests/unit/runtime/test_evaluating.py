@@ -32,7 +32,9 @@ def base(tmp_path_factory):
 def config(base, *, templates=TEMPLATES[:1], **fields):
     """A run of the tiny GPT-2 by prompts."""
     document = tiny_tasks.config(base, "sequence_classification", "plain", model={"path": str(base / "model")}, prompting={
-        "method": "likelihood", "templates": templates, "verbalisers": WORDS, **fields.pop("prompting", {})}, **fields)
+        "method": "likelihood", "templates": templates, "verbalisers": WORDS, **fields.pop("prompting", {})})
+    for section, changed in fields.items():
+        document.setdefault(section, {}).update(changed)
     return load_config(document)
 
 
