@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_ft.config import prompting
+from dist_ft.config import prompting, robustness
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 
@@ -81,6 +81,7 @@ def _task_sizes(config: RunConfig) -> Iterator[str]:
 
 def _prompting(config: RunConfig) -> Iterator[str]:
     yield from prompting.problems(config.task, config.prompting)
+    yield from robustness.problems(config.task, config.evaluation.robustness)
 
 
 CHECKS = (_tuning, _task, _metric, _task_sizes, _prompting)

@@ -64,6 +64,13 @@ def of_model(task: TaskSection, prompting: PromptingSection) -> TaskSection:
     return TaskSection(name="embedding") if prompting.method == "prototypes" else task
 
 
+def untrainable(prompting: PromptingSection) -> Iterator[str]:
+    """Yield a line if what the section asks for has nothing that learns."""
+    if prompting.method in ("generation", "prototypes"):
+        yield (f"prompting.method={prompting.method}: nothing of it learns; `dist-ft evaluate` uses it, and training "
+               f"takes none or likelihood; evaluate, or set another method")
+
+
 def problems(task: TaskSection, prompting: PromptingSection) -> Iterator[str]:
     """Yield a line for each contradiction within the section, and with the task."""
     method = prompting.method

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
 from dist_ft.config.prompting import PromptingSection, of_model
+from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.section import Identity, Section
 from dist_ft.config.task import ColumnsSection, TaskSection
 from dist_ft.config.tuning import LoraSection, TuningSection
@@ -211,6 +212,7 @@ class EvaluationSection(Section):
     at_start: bool = Field(True, description="Evaluate before step 1.")
     at_end: bool = Field(True, description="Evaluate after the last step.")
     max_samples: int = Field(0, ge=0, description="First so many samples; 0: all.")
+    robustness: RobustnessSection = Field(default_factory=RobustnessSection, description="What evaluate tells besides.")
 
 
 class LogSection(Section):

@@ -16,6 +16,8 @@ from dist_ft.data.order import mix
 from dist_ft.data.task_rows import Sample
 from dist_ft.errors import ConfigError
 
+ALL = 2**31
+"""More examples than there are."""
 NO_CONTENT = ("N/A", "", "[MASK]")
 """Texts without content (Zhao et al., arXiv:2102.09690)."""
 

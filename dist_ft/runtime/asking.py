@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from dist_ft.config.prompting import PromptingSection
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.task import LABELLED
 from dist_ft.errors import ModelError
-from dist_ft.runtime import opening
+from dist_ft.runtime import opening, prototypes
 from dist_ft.runtime.data import open_held_out
 from dist_ft.runtime.labels import with_labels
 from dist_ft.runtime.prompting import with_examples
@@ -23,6 +23,9 @@ from dist_ft.storage import Store
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.scoring import Scorer
 from dist_ft.world import World, collectives
+
+if TYPE_CHECKING:
+    from dist_ft.model.prototypes import PrototypeModel
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Asked:
         from dist_ft.engine.forward import ForwardEngine
 
         device = torch.device("cuda" if self.config.cluster.gpus_per_worker > 0 else "cpu")
-        return ForwardEngine(opening.wrapped(self.model, self.config, self.tokenizer), device)
+        engine = ForwardEngine(opening.wrapped(self.model, self.config, self.tokenizer), device)
+        if self.kind == "prototypes":
+            prototypes.learn(cast("PrototypeModel", engine.module), self.config, self.tokenizer, device)
+        return engine
 
     def _labelled(self, config: RunConfig) -> RunConfig:
         """Return the config with labels (the model's own where it has a head for some) and examples."""
@@ -108,8 +114,12 @@ class Asked:
             own = tuple(label for _, label in sorted((about.id2label or {}).items()))
             if heads.has_head(about, config.task) and len(own) > 1:
                 config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
+        outside = config.evaluation.robustness.out_of_scope_label
         store = Store(f"memory://evaluate-{uuid4().hex}")
         config = with_labels(config, store, self._world, self._comms)
+        if config.prompting.method != "none" and outside in config.task.labels:  # found in the training data
+            labels = tuple(label for label in config.task.labels if label != outside)
+            config = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
         return with_examples(config, store, self._world, self._comms)
 
 

@@ -11,6 +11,8 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import METRICS
 from dist_ft.errors import ConfigError
 from dist_ft.runtime.asking import Asked, by_head
+from dist_ft.runtime.entities import Written
+from dist_ft.runtime.robustness import scored
 
 
 def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = False,
@@ -52,13 +54,13 @@ def _of_model(config: RunConfig, path: str) -> RunConfig:
 
 
 def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
-    asked = Asked(config, random_head)
+    asked: Any = Written(config) if config.prompting.method == "generation" else Asked(config, random_head)
     templates = asked.config.prompting.templates
     found = []
     for template in templates or ("",):
         if len(templates) > 1:
             asked.by_template(template)
-        found.append(asked.about(config.evaluation.data).values)
+        found.append(scored(asked, config))
     named = dict(zip(config.prompting.templates, found, strict=True)) if len(templates) > 1 else {}
     return {**(over_templates(config.task.name, named) if named else found[0]), "head": asked.kind}
 

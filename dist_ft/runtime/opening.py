@@ -76,6 +76,10 @@ def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
 
         words = prompt_encoder(config, tokenizer).words()
         return PromptModel(model, config.task, special, words, config.batch.sequence_length, *noise)
+    if config.prompting.method == "prototypes":
+        from dist_ft.model.prototypes import PrototypeModel
+
+        return PrototypeModel(model, config.task, special)
     return TaskModel(model, config.task, special, *noise)
 
 

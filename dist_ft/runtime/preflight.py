@@ -14,6 +14,7 @@ from uuid import uuid4
 from dist_ft import storage
 from dist_ft.config.document import parse_yaml
 from dist_ft.config.load import STORED, check_resume
+from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig, Source, TaskSection
 from dist_ft.config.task import LABELLED
 from dist_ft.errors import ConfigError, DistFtError
@@ -33,7 +34,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
-    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _tokenizer, _training_data,
+    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _method, _tokenizer, _training_data,
                                                           _held_out_data, _cpus, _gpus]
     if write_storage:
         probes += [_writable, _older_run]
@@ -96,6 +97,10 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         model = empty_model(config.model, config.data.cache_dir, _known(config))
         tuning.apply(model, config.tuning, config.run.seed, config.model_task)
     yield from ()
+
+
+def _method(config: RunConfig) -> Iterator[str]:
+    yield from untrainable(config.prompting)
 
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:

@@ -33,15 +33,15 @@ def _kept(config: RunConfig, store: Store) -> list[str]:
     if store.exists(KEPT):
         return list(json.loads(store.read(KEPT)))
     section, labels = config.prompting, config.task.labels
-    shown = examples(config)
+    shown = examples(config, section.shots)
     found = [prompts.few_shot(template, [prompts.answered(template, sample, labels, section) for sample in shown],
                               section.separator) for template in section.templates]
     store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
     return found
 
 
-def examples(config: RunConfig) -> list[Sample]:
-    """Return prompting.shots rows of the training data, of each label or in all, in an order drawn by seed."""
+def examples(config: RunConfig, count: int) -> list[Sample]:
+    """Return `count` rows of the training data, of each label or in all, in an order drawn by prompting.seed."""
     ids = {label: number for number, label in enumerate(config.task.labels)}
 
     def samples() -> Iterator[tuple[int, Sample]]:
@@ -52,9 +52,10 @@ def examples(config: RunConfig) -> list[Sample]:
                 if config.data.bad_rows == "error":
                     raise
                 continue
-            yield sample.label if config.prompting.shots_by == "label" else 0, sample
+            yield sample.label if by_label else 0, sample
 
-    found = prompts.draw(samples(), config.prompting.shots, config.prompting.seed)
+    by_label = config.prompting.shots_by == "label" and config.task.name == "sequence_classification"
+    found = prompts.draw(samples(), count, config.prompting.seed)
     if not found:
         raise DataError("data.train: has no row that prompting.shots could show; rows with a label are needed; set "
                         "data.train, or prompting.shots=0")
@@ -62,10 +63,12 @@ def examples(config: RunConfig) -> list[Sample]:
 
 
 def rows(config: RunConfig) -> Iterator[tuple[str, int, Row]]:
-    """Yield (shard, number, row) of the training data that could be decoded."""
+    """Yield (shard, number, row) of the training data that could be decoded and are in scope."""
+    outside, column = config.evaluation.robustness.out_of_scope_label, config.task.columns.label
     for shard in (shard for source in resolve(config.data.train) for shard in source):
         for number, row in enumerate(readers.rows_of(shard), 1):
-            if not isinstance(row, DataError):
+            if isinstance(row, DataError):
+                if config.data.bad_rows == "error":
+                    raise row
+            elif outside is None or str(row.get(column)) != outside:
                 yield shard.url, number, row
-            elif config.data.bad_rows == "error":
-                raise row

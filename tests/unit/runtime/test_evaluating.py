@@ -72,7 +72,7 @@ def test_few_shot_shows_what_was_drawn(base):
         (base / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = config(base, prompting={"shots": 1, "separator": " and ", "seed": 3}, batch={"sequence_length": 64},
                   data={"overlong": "error", "train": str(base / "shown.jsonl")}, evaluation={"data": str(base / "short.jsonl")})
-    shown = examples(made.model_copy(update={"task": made.task.model_copy(update={"labels": tuple(WORDS)})}))
+    shown = examples(made.model_copy(update={"task": made.task.model_copy(update={"labels": tuple(WORDS)})}), 1)
     assert len(shown) == 4 and sorted(sample.label for sample in shown) == [0, 1, 2, 3]
     assert {sample.first for sample in shown} <= {row["text"] for row in short[::2]}
     before = "".join(f"say {one.first} :{list(WORDS.values())[one.label]} and " for one in shown)
