@@ -8,6 +8,10 @@ import typer
 
 from dist_ft.cli_data import Config, Overrides
 
+HOW = {"random": " (random head)", "likelihood": " (prompted)", "generation": " (written)",
+       "prototypes": " (prototypes)"}
+"""What the table says of a model that has no trained head."""
+
 
 def evaluate(config: Config, overrides: Overrides = None,
              model: Annotated[list[str] | None, typer.Option(
@@ -41,7 +45,7 @@ def evaluate(config: Config, overrides: Overrides = None,
     names = [name for values in found.values() for name, value in values.items() if isinstance(value, float | int)]
     rows = [[name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
             for name in dict.fromkeys(names)]
-    heads = ["", *(path + (" (random head)" if values["head"] == "random" else "") for path, values in found.items())]
+    heads = ["", *(path + HOW.get(values["head"], "") for path, values in found.items())]
     on = ", ".join(source.path for source in run.evaluation.data)
     typer.echo(table(f"{run.task.name.replace('_', ' ')} on {on}", rows, heads))
 

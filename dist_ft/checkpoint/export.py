@@ -20,6 +20,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
+from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.task import TaskSection
 from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import CheckpointError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MERGED = 1e-3
 """How much logits may change, relative to the largest, when an adapter is merged in float32."""
+ROUNDING = 16
+"""Roundings, of the largest logit, by which the same weights may give other logits."""
 ABOUT = "dist_ft.json"
 """File of an exported folder: task, attention, prompt template and sequence length of the run."""
 MODEL = "model"
@@ -157,8 +160,9 @@ def stored_tuning(store: Store) -> TuningSection:
 
 
 def stored_task(store: Store) -> TaskSection:
-    """Return what the model of the run at `store` does."""
-    return TaskSection.model_validate(_stored(store).get("task") or {})
+    """Return what the model itself of the run at `store` does: one that was asked for labels continues text."""
+    return of_model(TaskSection.model_validate(_stored(store).get("task") or {}),
+                    PromptingSection.model_validate(_stored(store).get("prompting") or {}))
 
 
 def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:
@@ -244,7 +248,10 @@ def _told(model: Any) -> torch.Tensor:
 
 
 def _compare(model: Any, task: TaskSection, folder: Path) -> None:
-    """Raise CheckpointError unless the written folder, loaded anew, gives exactly the logits of `model`."""
+    """Raise CheckpointError unless the written folder, loaded anew, has the weights and gives the logits of `model`.
+
+    Weights to the bit, logits but for rounding: where weights lie in memory may change the order of a sum.
+    """
     import torch
 
     with torch.no_grad():
@@ -253,7 +260,10 @@ def _compare(model: Any, task: TaskSection, folder: Path) -> None:
                                                            **options(model.config, task))
         loaded, info = pair
         got = _told(loaded.eval())
-    if info["missing_keys"] or not torch.equal(expected, got):
+    held, written = model.state_dict(), loaded.state_dict()
+    same = held.keys() == written.keys() and all(torch.equal(held[name], written[name]) for name in held)
+    rounding = ROUNDING * torch.finfo(model.dtype).eps * expected.abs().max()
+    if info["missing_keys"] or not same or not torch.allclose(expected, got, rtol=0, atol=float(rounding)):
         worst = (expected - got).abs().max().item()
         raise CheckpointError(f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "
                               f"missing {sorted(info['missing_keys'])[:3]}); nothing was exported")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dist_ft.config import prompting, robustness
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 
@@ -12,6 +13,8 @@ USED_BY = {
     "focal_gamma": LABELLED, "stride": ("question_answering",), "masked_share": ("masked_lm",),
     "temperature": ("embedding",), "pooling": ("embedding",)}
 """Fields of the task section and the tasks that use them."""
+LONGEST_WINDOW = 16384
+"""Tokens whose places fit into the labels of question_answering (`data.spans`)."""
 SMOOTHED = ("causal_lm", "sequence_classification", "token_classification", "seq2seq", "masked_lm")
 
 
@@ -73,10 +76,18 @@ def _task_sizes(config: RunConfig) -> Iterator[str]:
     if task.name == "embedding" and batch.micro_batch < 2:
         yield (f"batch.micro_batch={batch.micro_batch}: task.name=embedding tells each text from the others of its "
                f"micro-batch; at least 2 are needed, more are better; raise it")
+    if task.name == "question_answering" and batch.sequence_length > LONGEST_WINDOW:
+        yield (f"batch.sequence_length={batch.sequence_length}: windows of task.name=question_answering have at most "
+               f"{LONGEST_WINDOW} tokens; longer contexts become several; lower it")
     if task.name == "question_answering" and task.stride >= batch.sequence_length // 2:
         yield (f"task.stride={task.stride}: windows of batch.sequence_length={batch.sequence_length} can not share so "
                f"many tokens; less than half is allowed; lower it")
 
 
-CHECKS = (_tuning, _task, _metric, _task_sizes)
+def _prompting(config: RunConfig) -> Iterator[str]:
+    yield from prompting.problems(config.task, config.prompting)
+    yield from robustness.problems(config.task, config.evaluation.robustness)
+
+
+CHECKS = (_tuning, _task, _metric, _task_sizes, _prompting)
 """Each from a config to a line for each contradiction."""

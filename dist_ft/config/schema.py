@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
+from dist_ft.config.prompting import PromptingSection, of_model
+from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.section import Identity, Section
 from dist_ft.config.task import ColumnsSection, TaskSection
 from dist_ft.config.tuning import LoraSection, TuningSection
 
-__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "RunConfig", "Source",
-           "Sources", "TaskSection", "TuningSection"]
+__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "PromptingSection",
+           "RunConfig", "Source", "Sources", "TaskSection", "TuningSection"]
 
 
 BUCKET = 64
@@ -210,6 +212,7 @@ class EvaluationSection(Section):
     at_start: bool = Field(True, description="Evaluate before step 1.")
     at_end: bool = Field(True, description="Evaluate after the last step.")
     max_samples: int = Field(0, ge=0, description="First so many samples; 0: all.")
+    robustness: RobustnessSection = Field(default_factory=RobustnessSection, description="What evaluate tells besides.")
 
 
 class LogSection(Section):
@@ -236,6 +239,7 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     task: TaskSection = Field(default_factory=TaskSection, description="What the model is to do.")
+    prompting: PromptingSection = Field(default_factory=PromptingSection, description="Labels without a head.")
     tuning: TuningSection = Field(default_factory=TuningSection, description="Which weights learn.")
     batch: BatchSection
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="How weights follow gradients.")
@@ -252,6 +256,11 @@ class RunConfig(Section):
     def num_lanes(self) -> int:
         """Micro-batches an optimizer step, over all workers: the fixed places sequences go to."""
         return self.batch.global_batch // self.batch.micro_batch
+
+    @property
+    def model_task(self) -> TaskSection:
+        """What the model itself is loaded for: where it is prompted for labels, it continues text."""
+        return of_model(self.task, self.prompting)
 
     @property
     def reading(self) -> DataSection:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.config.schema import DataSection, TaskSection
-from dist_ft.data import task_rows
+from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+from dist_ft.data import spans, task_rows
 from dist_ft.data.batch import IGNORED
 from dist_ft.data.fast import exact_backend
 from dist_ft.data.source import Row, row_error
@@ -23,6 +23,7 @@ from dist_ft.data.task_rows import Sample
 from dist_ft.data.template import CHUNK_ROWS, Encoded, Encoder
 from dist_ft.errors import DataError, ModelError
 
+NO_PROMPT = PromptingSection()
 BITS = 30
 """multi_label: so many labels share one int32."""
 
@@ -30,10 +31,15 @@ Tokens = tuple[list[int], np.ndarray]
 """Token ids (T,) and labels int32 (T,) of a sample."""
 
 
-def make_encoder(tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int) -> Encoder:
+def make_encoder(tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int,
+                 prompting: PromptingSection = NO_PROMPT) -> Encoder:
     """Return what turns the rows of `data` into tokens for `task`; its labels must be known."""
     if task.name == "causal_lm":
         return Encoder(tokenizer, data)
+    if prompting.method == "likelihood":
+        from dist_ft.data.prompted import PromptEncoder
+
+        return PromptEncoder(tokenizer, data, task, prompting, sequence_length)
     return TaskEncoder(tokenizer, data, task, sequence_length)
 
 
@@ -57,7 +63,8 @@ class TaskEncoder(Encoder):
         self.task = task
         self.sequence_length = sequence_length
         self.recipe = {"task": task.model_dump(mode="json", include=set(_DECIDING)), "overlong": data.overlong,
-                       "sequence_length": sequence_length}
+                       "sequence_length": sequence_length,
+                       **({"labels": "spans"} if task.name == "question_answering" else {})}
         self._measure: Any = None
         self._ids = {label: number for number, label in enumerate(task.labels)}
 
@@ -196,7 +203,7 @@ def _by_word(encoding: Any, sample: Sample, encoder: TaskEncoder) -> Tokens:
 
 
 def _windows(encoding: Any, sample: Sample, encoder: TaskEncoder) -> Tokens:
-    """In each window: its last token's place, on the first token of the answer; 0 on 0 where there is none."""
+    """In each window what `spans` says, on the answer's first token; on the first of all where there is none."""
     ids: list[int] = []
     labels = []
     for window in (encoding, *encoding.overflowing):
@@ -204,8 +211,9 @@ def _windows(encoding: Any, sample: Sample, encoder: TaskEncoder) -> Tokens:
         start, stop = sample.label or (0, 0)
         first = window.char_to_token(start, 1) if stop else None
         last = window.char_to_token(stop - 1, 1) if stop else None
-        own[first if last is not None and first is not None else 0] = (
-            last if last is not None and first is not None else 0)
+        if first is None or last is None:
+            first = last = 0
+        own[first] = spans.pack(spans.Span(last, *spans.context_of(window.sequence_ids)))
         ids += window.ids
         labels.append(own)
     return ids, np.concatenate(labels)

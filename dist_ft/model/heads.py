@@ -28,6 +28,9 @@ WHAT = {
     "question_answering": ("mark answers", ""), "seq2seq": ("make a text from a text", "encoder-decoders"),
     "masked_lm": ("tell masked tokens", "encoders such as BERT"), "embedding": ("embed texts", "")}
 """What a task does, and which models can, where that is a kind of its own."""
+PADDED_PLACES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text",
+                 "ibert", "longformer", "luke", "mpnet", "xmod", "mra")
+"""Types of models whose first place is pad_token_id + 1."""
 HEADED = (*LABELLED, "regression", "question_answering", "masked_lm")
 """Tasks whose head is their own: it always learns."""
 
@@ -47,6 +50,18 @@ def can(config: PretrainedConfig, task: TaskSection) -> bool:
     if task.name == "causal_lm":
         return not (both or _sees_what_follows(config))
     return both if task.name == "seq2seq" else not both
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model of this config can take; None: it names no limit.
+
+    RoBERTa and its kind count places from the pad token's number on, so that 514 of them are 512 tokens.
+    """
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(inner, "max_position_embeddings", None)
+    if longest and inner.model_type in PADDED_PLACES:
+        return int(longest) - int(inner.pad_token_id if inner.pad_token_id is not None else 1) - 1
+    return longest
 
 
 def refusal(config: PretrainedConfig, task: TaskSection) -> str:

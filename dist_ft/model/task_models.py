@@ -17,6 +17,7 @@ from typing_extensions import override
 from dist_ft.config.task import TaskSection
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.labelled import BITS
+from dist_ft.data.spans import last_of
 from dist_ft.errors import ModelError
 from dist_ft.model import losses
 from dist_ft.model.learner import Inputs, Learner
@@ -155,7 +156,8 @@ class TaskModel(Learner):
         told = self._run(ids, mask)
         marked = labels != IGNORED
         start = torch.where(marked.any(1), marked.long().argmax(1), IGNORED)
-        end = torch.where(marked.any(1), labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0], IGNORED)
+        last = last_of(labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0])
+        end = torch.where(marked.any(1), last, IGNORED)
         both = [told.start_logits.masked_fill(mask == 0, -1e9), told.end_logits.masked_fill(mask == 0, -1e9)]
         loss = (losses.cross_entropy(both[0], start) + losses.cross_entropy(both[1], end)) / 2
         return loss, torch.stack(both, -1)

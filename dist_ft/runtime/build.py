@@ -20,6 +20,7 @@ from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, parse_folder
 from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.config.load import STORED, check_resume, resolved_yaml
+from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.runtime import summary
@@ -49,6 +50,8 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     if world.size > 1 and config.max_workers == 0:
         raise ConfigError([f"cluster.workers=0: means one process, and this is one of {world.size} (WORLD_SIZE); set "
                            f"cluster.workers={world.size}, or start one process"])
+    for line in untrainable(config.prompting):
+        raise ConfigError([line])
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))

@@ -22,6 +22,7 @@ from dist_ft.data.store import BlockStore
 from dist_ft.data.template import Encoder
 from dist_ft.model.load import cache_folder, load_tokenizer
 from dist_ft.runtime.labels import with_labels
+from dist_ft.runtime.prompting import with_examples
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
 
@@ -51,16 +52,18 @@ class Data:
 def open_data(config: RunConfig, store: Store, world: World, collectives: Collectives) -> Data:
     """Return the loaders of a run; a collective call. Every rank ends with the same index or the same error."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    config = with_labels(config, store, world, collectives)
+    config = with_examples(with_labels(config, store, world, collectives), store, world, collectives)
     training = _loader(config, config.reading, "data.train", tokenizer, store, world, collectives)
-    evaluation = None
-    if config.evaluation.data:
-        plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in config.evaluation.data)
-        section = config.reading.model_copy(update={
-            "shuffle": False, "train": plain, "mixing": (), "temperature": None})
-        evaluation = _loader(config, section, "evaluation.data", tokenizer, store, world, collectives,
-                             config.evaluation.max_samples)
+    evaluation = open_held_out(config, tokenizer, store, world, collectives) if config.evaluation.data else None
     return Data(config, tokenizer, training, evaluation)
+
+
+def open_held_out(config: RunConfig, tokenizer: Any, store: Store, world: World, collectives: Collectives) -> Loader:
+    """Return the loader of held-out data alone; labels and examples must be in the config. A collective call."""
+    plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in config.evaluation.data)
+    section = config.reading.model_copy(update={"shuffle": False, "train": plain, "mixing": (), "temperature": None})
+    return _loader(config, section, "evaluation.data", tokenizer, store, world, collectives,
+                   config.evaluation.max_samples)
 
 
 def open_blocks(config: RunConfig) -> BlockStore:
@@ -82,7 +85,7 @@ def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any,
             collectives: Collectives, max_samples: int = 0) -> Loader:
     """Return the loader over a section's sources, with the run's stored index if there is one."""
     length, name = config.batch.sequence_length, f"{FOLDER}/{field}"
-    encoder = make_encoder(tokenizer, section, config.task, length)
+    encoder = make_encoder(tokenizer, section, config.task, length, config.prompting)
     shards = on_rank0(world, collectives, lambda: resolve(section.train, field))
     flat = tuple(shard for source in shards for shard in source)
     index = on_rank0(world, collectives, lambda: manifest.load(store, name))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 from dist_ft import storage
+from dist_ft.checkpoint import best
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import ConfigError, ModelError
-from dist_ft.runtime.data import open_data
-from dist_ft.storage import Store
-from dist_ft.train.evaluate import evaluate
-from dist_ft.world import World, collectives
+from dist_ft.config.task import METRICS
+from dist_ft.errors import ConfigError
+from dist_ft.runtime.asking import Asked, by_head
+from dist_ft.runtime.entities import Written
+from dist_ft.runtime.robustness import scored
 
 
 def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = False,
                     told: Callable[[str, dict[str, Any]], None] = lambda path, values: None
                     ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of the model at each of `paths` on evaluation.data, in this process, with a head as it is.
+    """Return the metrics of the model at each of `paths` on evaluation.data, in this process, as it is.
+
+    A model with a head for the task is asked by it; another one as `prompting` says. With several templates the metrics
+    are the means, `<metric>_best` and `<metric>_worst` stand beside, and all of them in `by_template`.
 
     Args:
         config: task, data and batch; its model is replaced by each of `paths`, but for the tokenizer it names.
@@ -47,29 +50,29 @@ def _of_model(config: RunConfig, path: str) -> RunConfig:
                                "task": config.task.model_copy(update={"new_head": False})}
     if path != config.model.path:
         changes["model"] = config.model.model_copy(update={"path": path, "revision": None})
-    return config.model_copy(update=changes)
+    return by_head(config.model_copy(update=changes))
 
 
 def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
-    from dist_ft.model import heads
-    from dist_ft.runtime.opening import open_engine, probe, tensors
+    asked: Any = Written(config) if config.prompting.method == "generation" else Asked(config, random_head)
+    templates = asked.config.prompting.templates
+    found = []
+    for template in templates or ("",):
+        if len(templates) > 1:
+            asked.by_template(template)
+        found.append(scored(asked, config))
+    named = dict(zip(config.prompting.templates, found, strict=True)) if len(templates) > 1 else {}
+    return {**(over_templates(config.task.name, named) if named else found[0]), "head": asked.kind}
 
-    world = World()
-    comms = collectives(world)
-    data = open_data(config, Store(f"memory://evaluate-{uuid4().hex}"), world, comms)
-    try:
-        config = data.config
-        module, engine, new = open_engine(config, world, False, data.tokenizer)
-        if new and not random_head:
-            raise ModelError(f"model.path={config.model.path}: {len(new)} weights of its head are not in the files, "
-                             f"such as {min(new)}; its scores would be random; train it first, or ask for them with "
-                             "--random-head")
-        heads.begin(engine.slots, new, {name: one.shape for name, one in tensors(module).items()}, module.model.config,
-                    config.run.seed)
-        engine.finish_load(0)
-        probe(config, module, engine)
-        assert data.evaluation is not None
-        values = evaluate(engine, data.evaluation, config.num_lanes, world, comms, task=config.task)
-        return {**values, "head": "random" if new else "trained"}
-    finally:
-        data.close()
+
+def over_templates(task: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return means of the numbers of several templates, the best and the worst of each metric, and all of them."""
+    every = list(found.values())
+    numbers = [name for name, value in every[0].items() if isinstance(value, float | int)]
+    values: dict[str, Any] = {name: sum(one[name] for one in every) / len(every) for name in numbers}
+    for name in METRICS[task]:
+        own = [one[name] for one in every if name in one]
+        own.sort(key=lambda value: best.rank(name, value))
+        if own:
+            values[f"{name}_best"], values[f"{name}_worst"] = own[0], own[-1]
+    return {**values, "by_template": found}

@@ -27,7 +27,8 @@ def with_labels(config: RunConfig, store: Store, world: World, collectives: Coll
     task = config.task
     if task.name not in LABELLED:
         return config
-    found = task.labels or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
+    spoken = config.prompting.verbalisers if config.prompting.method == "likelihood" else ()
+    found = task.labels or tuple(spoken) or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
     if task.class_weights and len(task.class_weights) != len(found):
         raise ConfigError([f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
                            f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "

@@ -14,6 +14,7 @@ from dist_ft.storage import Store
 from dist_ft.world import World
 
 if TYPE_CHECKING:
+    from dist_ft.data.prompted import PromptEncoder
     from dist_ft.engine.base import Engine
     from dist_ft.model.learner import Learner
 
@@ -50,20 +51,43 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
 def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, frozenset[str]]:
     """Return the model with its head and adapters, its loss around it, and which of its weights are new."""
     from dist_ft.model import tuning
-    from dist_ft.model.causal_lm import CausalLM
     from dist_ft.model.load import empty_model, load_for
-    from dist_ft.model.task_models import SpecialTokens, TaskModel
 
     cache, new = config.data.cache_dir, frozenset[str]()
     if resumed:
-        model = empty_model(config.model, cache, config.task)
+        model = empty_model(config.model, cache, config.model_task)
     else:
-        model, new = load_for(config.task, config.model, cache)
-    tuning.apply(model, config.tuning, config.run.seed, config.task)
+        model, new = load_for(config.model_task, config.model, cache)
+    tuning.apply(model, config.tuning, config.run.seed, config.model_task)
+    return wrapped(model, config, tokenizer), new
+
+
+def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
+    """Return a transformers model with the loss of the config's task around it, or what it is asked by."""
+    from dist_ft.model.causal_lm import CausalLM
+    from dist_ft.model.task_models import SpecialTokens, TaskModel
+
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
     if config.task.name == "causal_lm":
-        return CausalLM(model, *noise), new
-    return TaskModel(model, config.task, SpecialTokens.of(tokenizer, model.config), *noise), new
+        return CausalLM(model, *noise)
+    special = SpecialTokens.of(tokenizer, model.config)
+    if config.prompting.method == "likelihood":
+        from dist_ft.model.prompted import PromptModel
+
+        words = prompt_encoder(config, tokenizer).words()
+        return PromptModel(model, config.task, special, words, config.batch.sequence_length, *noise)
+    if config.prompting.method == "prototypes":
+        from dist_ft.model.prototypes import PrototypeModel
+
+        return PrototypeModel(model, config.task, special)
+    return TaskModel(model, config.task, special, *noise)
+
+
+def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
+    """Return what makes the prompts of a run that asks for labels by likelihood."""
+    from dist_ft.data.prompted import PromptEncoder
+
+    return PromptEncoder(tokenizer, config.reading, config.task, config.prompting, config.batch.sequence_length)
 
 
 def fill(config: RunConfig, module: Learner, engine: Engine, manager: CheckpointManager,

@@ -18,6 +18,7 @@ from dist_ft.checkpoint import export
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
+from dist_ft.data.spans import context_of
 from dist_ft.errors import DataError, ModelError
 from dist_ft.logs import redact
 from dist_ft.model import heads
@@ -97,7 +98,7 @@ class Predictor:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
 
     def predict(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -166,9 +167,8 @@ class Predictor:
         logits = np.stack([told.start_logits.float().cpu().numpy(), told.end_logits.float().cpu().numpy()], -1)
         best = [(-np.inf, "")] * len(rows)
         for window, owner in enumerate(owners.tolist()):
-            own = np.array([part == 1 for part in encoded.sequence_ids(window)])
-            own[0] = True  # no answer
-            first, last, score = best_span(np.where(own[:, None], logits[window], -1e9))
+            begin, tail = context_of(encoded.sequence_ids(window))
+            first, last, score = best_span(logits[window], begin, logits.shape[1] - tail)
             start, stop = int(offsets[window, first, 0]), int(offsets[window, last, 1])
             answer = contexts[owner][start:stop] if last else ""
             best[owner] = max(best[owner], (score, answer), key=lambda found: found[0])

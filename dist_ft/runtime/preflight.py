@@ -14,6 +14,7 @@ from uuid import uuid4
 from dist_ft import storage
 from dist_ft.config.document import parse_yaml
 from dist_ft.config.load import STORED, check_resume
+from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig, Source, TaskSection
 from dist_ft.config.task import LABELLED
 from dist_ft.errors import ConfigError, DistFtError
@@ -33,7 +34,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
-    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _tokenizer, _training_data,
+    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _method, _tokenizer, _training_data,
                                                           _held_out_data, _cpus, _gpus]
     if write_storage:
         probes += [_writable, _older_run]
@@ -60,11 +61,11 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
 
 
 def _model(config: RunConfig) -> Iterator[str]:
+    from dist_ft.model.heads import longest_input
     from dist_ft.model.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, _known(config))
-    inner = model.get_text_config() if hasattr(model, "get_text_config") else model
-    longest = getattr(inner, "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest and config.batch.sequence_length > longest:
         yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
                f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
@@ -72,7 +73,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _known(config: RunConfig) -> TaskSection:
     """Return the task with labels, without a look at the data: where none are named, two that fit any model."""
-    task = config.task
+    task = config.model_task
     if task.name not in LABELLED or task.labels:
         return task
     return task.model_copy(update={"labels": ("0", "1"), "new_head": True})
@@ -94,8 +95,12 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         return  # `_model` says so
     with torch.device("meta"):
         model = empty_model(config.model, config.data.cache_dir, _known(config))
-        tuning.apply(model, config.tuning, config.run.seed, config.task)
+        tuning.apply(model, config.tuning, config.run.seed, config.model_task)
     yield from ()
+
+
+def _method(config: RunConfig) -> Iterator[str]:
+    yield from untrainable(config.prompting)
 
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:

@@ -20,17 +20,19 @@ TELLS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
 
 
 def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, collectives: Collectives,
-             beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM) -> dict[str, Any]:
+             beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM, scorer: Scorer | None = None
+             ) -> dict[str, Any]:
     """Return {loss, perplexity, num_target_tokens, metrics of the task} over one pass of `loader`; a collective call.
 
     Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values.
 
     Lanes are dealt as in training; a worker without a lane runs an empty batch of weight zero. `beat` is called for
-    each.
+    each. `scorer`: takes what is told, for a caller who wants more than metrics.
     """
     lanes = world.share(num_lanes)
     loss_sum, num_targets = 0.0, 0
-    scorer = Scorer(task) if task.name != "causal_lm" else None
+    if task.name != "causal_lm":
+        scorer = scorer or Scorer(task)
     for batches in loader.iterate(0, loader.steps_of_a_pass, lanes):
         evened, _ = even_out(batches, [0] * len(batches), world.largest_share(num_lanes))
         for batch in evened:

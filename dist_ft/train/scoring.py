@@ -9,6 +9,7 @@ import numpy as np
 from dist_ft.config.task import TaskSection
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.labelled import BITS
+from dist_ft.data.spans import unpack
 from dist_ft.train.scores import SCORES
 from dist_ft.world import Collectives
 
@@ -34,17 +35,20 @@ class Scorer:
 
     def scores(self, collectives: Collectives) -> dict[str, Any]:
         """Return the metrics over the rows of all workers, on all workers; a collective call."""
-        rows = [row for part in collectives.all_gather(self._rows) for row in part]
-        rows.sort(key=lambda row: row[:2])
-        if not rows:
+        wanted, told = self.gathered(collectives)
+        if not wanted:
             return {}
-        if self._task.name == "question_answering":
-            wanted, told = _best_windows(rows)
-        else:
-            wanted, told = ([row[index] for row in rows] for index in (2, 3))
         if self._task.name == "token_classification":
             return SCORES[self._task.name](self._task, wanted, told)
         return SCORES[self._task.name](self._task, np.array(wanted), np.array(told))
+
+    def gathered(self, collectives: Collectives) -> tuple[list[Any], list[Any]]:
+        """Return what was wanted and what was told of each sample of all workers, in order; a collective call."""
+        rows = [row for part in collectives.all_gather(self._rows) for row in part]
+        rows.sort(key=lambda row: row[:2])
+        if rows and self._task.name == "question_answering":
+            return _best_windows(rows)
+        return [row[2] for row in rows], [row[3] for row in rows]
 
     def _sequence_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return int(labels[0]), told
@@ -62,7 +66,8 @@ class Scorer:
 
     def _question_answering(self, labels: np.ndarray, told: np.ndarray) -> Found:
         start = int((labels != IGNORED).argmax())
-        return (start, int(labels[start])), best_span(told[:len(labels)])
+        span = unpack(int(labels[start]))
+        return (start, span.last), best_span(told[:len(labels)], span.begin, len(labels) - span.tail)
 
     def _embedding(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return told[0], told[1]
@@ -76,16 +81,19 @@ class Scorer:
         return (int((told[:len(wanted)] == wanted).sum()), len(wanted)), 0
 
 
-def best_span(logits: np.ndarray) -> tuple[int, int, float]:
+def best_span(logits: np.ndarray, begin: int, stop: int) -> tuple[int, int, float]:
     """Return (first, last, score) of the best span in (T, 2) logits of starts and ends; (0, 0, ...): there is none.
 
-    The score is that of the span over that of no answer, which the first position stands for.
+    It lies within the context, tokens [begin, stop): neither in the question nor on what frames both. The score is that
+    of the span over that of no answer, which the first position stands for.
     """
     starts, ends = logits[:, 0].astype(float), logits[:, 1].astype(float)
     sums = starts[:, None] + ends[None, :]
     length = np.arange(len(starts))[None, :] - np.arange(len(starts))[:, None]
     sums[(length < 0) | (length >= LONGEST_ANSWER)] = -np.inf
-    sums[0, :], sums[:, 0] = -np.inf, -np.inf
+    outside = np.ones(len(starts), dtype=bool)
+    outside[max(1, begin):stop] = False
+    sums[outside, :], sums[:, outside] = -np.inf, -np.inf
     first, last = divmod(int(sums.argmax()), len(starts))
     score = float(sums[first, last] - starts[0] - ends[0])
     return (first, last, score) if score > 0 else (0, 0, score)

@@ -29,6 +29,9 @@ def test_the_identity_of_a_run():
         "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.stride": 64, "task.masked_share": 0.15,
         "task.pooling": "mean", "task.columns.pair": None, **{f"task.columns.{name}": name for name in (
             "text", "label", "tokens", "tags", "question", "context", "answers", "source", "target")},
+        "prompting.method": "none", "prompting.templates": [], "prompting.verbalisers": {}, "prompting.shots": 0,
+        "prompting.shots_by": "label", "prompting.separator": "\n\n", "prompting.seed": 0, "prompting.normalise": "sum",
+        "prompting.calibrate": False,
         "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
         "tuning.lora.rank": 8, "tuning.lora.alpha": 16.0, "tuning.lora.targets": ["all-linear"], "tuning.lora.rslora": False,
         "tuning.lora.dora": False,

@@ -8,6 +8,7 @@ import tiny_tasks
 from unit.data.data_helpers import data_section
 
 from dist_ft.config.schema import TaskSection
+from dist_ft.data import spans
 from dist_ft.data.batch import IGNORED
 from dist_ft.data.cache import fingerprint, read_block, write_block
 from dist_ft.data.labelled import TaskEncoder, make_encoder
@@ -86,10 +87,12 @@ def test_a_long_context_becomes_windows_that_share_a_stride():
     windows = [found[i:i + 12] for i in range(0, len(found), 12)]
     assert len(windows) > 1 and all(len(window) == 12 for window in windows[:-1])
     for window, own in zip(windows, [labels[i:i + 12] for i in range(0, len(labels), 12)], strict=True):
-        (at, last), = [(i, label) for i, label in enumerate(own) if label != IGNORED]
+        (at, (last, begin, tail)), = [(i, spans.unpack(label)) for i, label in enumerate(own) if label != IGNORED]
         assert window[0] == CLS
         assert (at, last) == (0, 0) or TOKENIZER.decode(window[at:last + 1]) == "owls"
-    assert any(label not in (IGNORED, 0) for label in labels)
+        assert TOKENIZER.decode(window[begin:len(window) - tail]) in context
+        assert begin == len(TOKENIZER("who")["input_ids"]) and tail == 1
+    assert any(label != IGNORED and spans.unpack(label).last for label in labels)
 
 
 def test_windows_are_the_pieces_of_a_row(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dist_ft.config.schema import TaskSection
+from dist_ft.data import spans
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.train.scoring import Scorer, best_span
 from dist_ft.world import Collectives
@@ -19,6 +20,28 @@ def batch(labels: list[list[int]], samples: list[int], sizes: list[int], first: 
     pieces = np.array([[sample, first, size, 0] for sample, size in zip(samples, sizes, strict=True)])
     targets = np.array(labels, np.int64)
     return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), pieces, 0)
+
+
+def wanted(last: int, begin: int = 1, tail: int = 0) -> int:
+    return spans.pack(spans.Span(last, begin, tail))
+
+
+def test_an_answer_lies_in_the_context():
+    """A model that points at the question, or at what ends the window, has said nothing of the context."""
+    scorer, told = Scorer(task("question_answering")), np.full((1, 8, 2), -5.0)
+    told[0, 2] = 9  # in the question
+    told[0, 7] = 8  # the last separator
+    told[0, 4, 0], told[0, 5, 1] = 3, 3
+    scorer.add(batch([[IGNORED] * 4 + [wanted(5, 4, 1)] + [IGNORED] * 3], [0], [8]), told)
+    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
+    assert scorer._rows[0][3][:2] == (4, 5)
+
+
+@pytest.mark.parametrize("span", [spans.Span(0, 0, 0), spans.Span(16383, 16383, 7), spans.Span(5, 16000, 1)])
+def test_spans_are_packed_into_an_int32(span):
+    number = spans.pack(span)
+    assert spans.unpack(int(np.int32(number))) == span and number >= 0
+    assert spans.last_of(np.array([number])).tolist() == [span.last]
 
 
 def test_padding_never_counts():
@@ -47,20 +70,20 @@ def test_samples_of_two_workers_are_scored_once_in_order():
 def test_spans_are_ordered_and_bounded():
     logits = np.full((100, 2), -5.0)
     logits[3, 0], logits[5, 1] = 4, 4
-    assert best_span(logits)[:2] == (3, 5)
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
     logits[1, 1] = 9  # ends before it starts
-    assert best_span(logits)[:2] == (3, 5)
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
     logits[99, 1] = 9  # too long
-    assert best_span(logits)[:2] == (3, 5)
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
     logits[0] = 6
-    assert best_span(logits)[:2] == (0, 0), "no answer is likelier"
+    assert best_span(logits, 1, 100)[:2] == (0, 0), "no answer is likelier"
 
 
 def test_of_the_windows_of_a_question_the_best_counts():
     scorer = Scorer(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 1], told[1, 2] = 1, 4
-    scorer.add(batch([[0, IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, 2, IGNORED]], [7, 7], [4, 4]), told)
+    scorer.add(batch([[wanted(0), IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, wanted(2), IGNORED]], [7, 7], [4, 4]), told)
     scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
     assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
 
@@ -73,6 +96,6 @@ def test_an_answer_in_what_two_windows_share_is_right_in_either():
     scorer = Scorer(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 3], told[1, 1] = 2, 4
-    scorer.add(batch([[IGNORED, IGNORED, IGNORED, 3], [IGNORED, 1, IGNORED, IGNORED]], [7, 7], [4, 4]), told)
+    scorer.add(batch([[IGNORED, IGNORED, IGNORED, wanted(3)], [IGNORED, wanted(1), IGNORED, IGNORED]], [7, 7], [4, 4]), told)
     scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
     assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}

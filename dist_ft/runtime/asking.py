@@ -1,0 +1,146 @@
+"""A model that is ready to be scored: by its head, by prompts, by prototypes, or by what it writes.
+
+In this process, without an optimizer, and of the data only what is asked for. Guarantees: a head that was never trained
+is refused, or said to be random; all ways give the same metrics on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
+
+from dist_ft.config.prompting import PromptingSection
+from dist_ft.config.schema import RunConfig, Source
+from dist_ft.config.task import LABELLED
+from dist_ft.errors import ModelError
+from dist_ft.runtime import opening, prototypes
+from dist_ft.runtime.data import open_held_out
+from dist_ft.runtime.labels import with_labels
+from dist_ft.runtime.prompting import with_examples
+from dist_ft.storage import Store
+from dist_ft.train.evaluate import evaluate
+from dist_ft.train.scoring import Scorer
+from dist_ft.world import World, collectives
+
+if TYPE_CHECKING:
+    from dist_ft.model.prototypes import PrototypeModel
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model told of some rows.
+
+    Attributes:
+        values: metrics, tables by label among them.
+        wanted: of each row, as `train.scores` takes it.
+        told: the same.
+    """
+
+    values: dict[str, Any]
+    wanted: list[Any]
+    told: list[Any]
+
+
+class Asked:
+    """A model of a config, its weights loaded once.
+
+    Attributes:
+        config: with labels and examples.
+        kind: trained, random (a head that was never trained), likelihood or prototypes.
+    """
+
+    def __init__(self, config: RunConfig, random_head: bool = False) -> None:
+        """Load the model; see `evaluating.evaluate_models`."""
+        from dist_ft.model import heads
+        from dist_ft.model.load import load_for, load_tokenizer
+
+        self._world = World()
+        self._comms = collectives(self._world)
+        self.config = self._labelled(config)
+        self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
+        self.model, self._new = load_for(self.config.model_task, config.model, config.data.cache_dir)
+        if self._new and not random_head:
+            raise ModelError(f"model.path={config.model.path}: {len(self._new)} weights of its head are not in the "
+                             f"files, such as {min(self._new)}; its scores would be random; train it first, or ask for "
+                             "them with --random-head")
+        self.kind = "random" if self._new else "trained"
+        if config.prompting.method != "none":
+            self.kind = config.prompting.method
+        self._engine = self._wrapped()
+        module = self._engine.module
+        heads.begin(self._engine.slots, self._new, {name: one.shape for name, one in opening.tensors(module).items()},
+                    module.model.config, config.run.seed)
+        opening.probe(self.config, module, self._engine)
+
+    def by_template(self, template: str) -> None:
+        """Ask by another template from now on (one of the config as it is here, examples in it)."""
+        section = self.config.prompting.model_copy(update={"templates": (template,)})
+        self.config = self.config.model_copy(update={"prompting": section})
+        self._engine = self._wrapped()
+
+    def about(self, sources: Sequence[Source]) -> Told:
+        """Return what the model tells of the rows of `sources`."""
+        evaluation = self.config.evaluation.model_copy(update={"data": tuple(sources)})
+        config = self.config.model_copy(update={"evaluation": evaluation})
+        loader = open_held_out(config, self.tokenizer, Store(f"memory://evaluate-{uuid4().hex}"), self._world,
+                               self._comms)
+        scorer = Scorer(config.task)
+        try:
+            values = evaluate(self._engine, loader, config.num_lanes, self._world, self._comms, task=config.task,
+                              scorer=scorer)
+        finally:
+            loader.store.close()
+        return Told(values, *scorer.gathered(self._comms))
+
+    def _wrapped(self) -> Any:
+        import torch
+
+        from dist_ft.engine.forward import ForwardEngine
+
+        device = torch.device("cuda" if self.config.cluster.gpus_per_worker > 0 else "cpu")
+        engine = ForwardEngine(opening.wrapped(self.model, self.config, self.tokenizer), device)
+        if self.kind == "prototypes":
+            prototypes.learn(cast("PrototypeModel", engine.module), self.config, self.tokenizer, device)
+        return engine
+
+    def _labelled(self, config: RunConfig) -> RunConfig:
+        """Return the config with labels (the model's own where it has a head for some) and examples."""
+        from dist_ft.model import heads
+
+        if config.task.name in LABELLED and config.prompting.method == "none" and not config.task.labels:
+            about = _about(config)
+            own = tuple(label for _, label in sorted((about.id2label or {}).items()))
+            if heads.has_head(about, config.task) and len(own) > 1:
+                config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
+        outside = config.evaluation.robustness.out_of_scope_label
+        store = Store(f"memory://evaluate-{uuid4().hex}")
+        config = with_labels(config, store, self._world, self._comms)
+        if config.prompting.method != "none" and outside in config.task.labels:  # found in the training data
+            labels = tuple(label for label in config.task.labels if label != outside)
+            config = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
+        return with_examples(config, store, self._world, self._comms)
+
+
+def by_head(config: RunConfig) -> RunConfig:
+    """Return the config without prompting if its model's files hold a head for the task."""
+    from dist_ft.model import heads
+
+    if config.prompting.method == "none" or not heads.has_head(_about(config), config.task):
+        return config
+    return config.model_copy(update={"prompting": PromptingSection()})
+
+
+def _about(config: RunConfig) -> Any:
+    """Return what a model's files say of it, whatever it can do."""
+    from transformers import AutoConfig
+
+    from dist_ft.model.load import fetch
+
+    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={config.model.path}: is no model folder ({str(error).splitlines()[0][:100]}); "
+                         "what save_pretrained or `dist-ft export` writes is needed; correct the path") from error
