@@ -12,6 +12,7 @@ from dist_ft.errors import ConfigError, ModelError
 from dist_ft.runtime.data import open_data
 from dist_ft.storage import Store
 from dist_ft.train.evaluate import evaluate
+from dist_ft.train.generate import HeldOutTexts
 from dist_ft.world import World, collectives
 
 
@@ -69,7 +70,8 @@ def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
         engine.finish_load(0)
         probe(config, module, engine)
         assert data.evaluation is not None
-        values = evaluate(engine, data.evaluation, config.num_lanes, world, comms, task=config.task)
+        values = evaluate(engine, data.evaluation, config.num_lanes, world, comms, task=config.task,
+                          texts=HeldOutTexts.of(config, data.tokenizer))
         return {**values, "head": "random" if new else "trained"}
     finally:
         data.close()
