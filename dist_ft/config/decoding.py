@@ -81,7 +81,7 @@ class TextsSection(Section):
         "else split at blanks (rouge: by its own rule, for Latin letters)."))
 
 
-def told(section: DecodingSection) -> str:
+def short_form(section: DecodingSection) -> str:
     """Return a strategy in the short form `parse` reads."""
     first = {"greedy": "greedy", "beam": f"beam:{section.num_beams}", "sample": f"sample:{section.temperature:g}"}
     left = {name: getattr(section, name) for name, field in type(section).model_fields.items()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from dist_ft import storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, ModelError
-from dist_ft.runtime.data import open_data
+from dist_ft.runtime.data import Data, open_data
 from dist_ft.storage import Store
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.generate import HeldOutTexts
-from dist_ft.world import World, collectives
+from dist_ft.world import Collectives, World, collectives
+
+if TYPE_CHECKING:
+    from dist_ft.engine.base import Engine
 
 
 def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = False,
@@ -36,12 +40,12 @@ def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = Fal
     storage.configure(config.storage.options)
     found = {}
     for path in paths:
-        found[path] = _evaluate(_of_model(config, path), random_head)
+        found[path] = _evaluate(of_model(config, path), random_head)
         told(path, found[path])
     return found
 
 
-def _of_model(config: RunConfig, path: str) -> RunConfig:
+def of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
     changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
                                "tuning": type(config.tuning)(),
@@ -51,13 +55,17 @@ def _of_model(config: RunConfig, path: str) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
+@contextmanager
+def opened(config: RunConfig, random_head: bool = False) -> Iterator[tuple[RunConfig, Data, Engine, bool]]:
+    """Yield a config with its labels, its data, its model in the plain engine, and whether the model's head is new.
+
+    Raises as `evaluate_models`.
+    """
     from dist_ft.model import heads
     from dist_ft.runtime.opening import open_engine, probe, tensors
 
     world = World()
-    comms = collectives(world)
-    data = open_data(config, Store(f"memory://evaluate-{uuid4().hex}"), world, comms)
+    data = open_data(config, Store(f"memory://evaluate-{uuid4().hex}"), world, collectives(world))
     try:
         config = data.config
         module, engine, new = open_engine(config, world, False, data.tokenizer)
@@ -69,9 +77,14 @@ def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
                     config.run.seed)
         engine.finish_load(0)
         probe(config, module, engine)
-        assert data.evaluation is not None
-        values = evaluate(engine, data.evaluation, config.num_lanes, world, comms, task=config.task,
-                          texts=HeldOutTexts.of(config, data.tokenizer))
-        return {**values, "head": "random" if new else "trained"}
+        yield config, data, engine, bool(new)
     finally:
         data.close()
+
+
+def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
+    with opened(config, random_head) as (config, data, engine, is_new):
+        assert data.evaluation is not None
+        values = evaluate(engine, data.evaluation, config.num_lanes, World(), Collectives(), task=config.task,
+                          texts=HeldOutTexts.of(config, data.tokenizer))
+        return {**values, "head": "random" if is_new else "trained"}

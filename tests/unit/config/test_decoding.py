@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_ft.config.decoding import DecodingSection, parse, told
+from dist_ft.config.decoding import DecodingSection, parse, short_form
 from dist_ft.errors import ConfigError
 
 BASE = DecodingSection(max_new_tokens=9, strategy="beam", num_beams=7, choices=("a", "b"), seed=4, repetition_penalty=1.2)
@@ -12,7 +12,7 @@ BASE = DecodingSection(max_new_tokens=9, strategy="beam", num_beams=7, choices=(
 
 @pytest.mark.parametrize("text", ["greedy", "beam:3", "sample:0.7", "beam:5,length_penalty=0.8,early_stopping=True", "sample:1,top_p=0.9,num_samples=2"])
 def test_what_is_told_is_what_is_read(text):
-    assert told(parse(text)) == text
+    assert short_form(parse(text)) == text
 
 
 def test_what_belongs_to_no_strategy_is_kept():
