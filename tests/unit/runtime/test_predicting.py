@@ -84,7 +84,8 @@ def test_texts_are_made(base, trained):
 def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(base, trained, strategy, tmp_path, monkeypatch):
     _, out = trained("seq2seq")
     whole = Predictor(out, 4, 6, strategy).predict(rows("seq2seq", 5))
-    assert all(len(said["others"]) == 1 and said["text"] != said["others"][0] for said in whole)
+    assert all(len(said["others"]) == 1 for said in whole)
+    assert strategy.startswith("beam") or all(said["text"] != said["others"][0] for said in whole)
     assert whole != Predictor(out, 4, 6).predict(rows("seq2seq", 5))
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
     file = tmp_path / "said.jsonl"
