@@ -150,28 +150,34 @@ def next_step(folder: str) -> str:
     return f"dist-ft predict {folder} ROWS.jsonl --out said.jsonl"
 
 
-def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128) -> str:
-    """Return a model folder's greedy answer to `prompt`, through its chat template if it has one."""
+def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128,
+             strategy: str = "greedy") -> str:
+    """Return a model folder's answer to `prompt`, through its chat template if it has one.
+
+    `strategy`: greedy, beam:4, sample:0.7 (`config.decoding.parse`); several answers (num_samples) stand between ---.
+    """
+    import numpy as np
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from dist_ft.config.decoding import DecodingSection, parse
+    from dist_ft.model.decoding import Asked, Decoder
     from dist_ft.model.load import load_model, load_tokenizer
 
+    section = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
     transformers_logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
-    section = ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
-    tokenizer, network = load_tokenizer(section), load_model(section).eval()
+    files = ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
+    tokenizer, network = load_tokenizer(files), load_model(files).eval()
     if on_gpu:
         network.cuda()
     if tokenizer.chat_template:
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": prompt})
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        inputs = tokenizer(f"{system}\n{prompt}" if system else prompt, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-    inputs = inputs.to(network.device)  # type: ignore[union-attr]
-    with torch.inference_mode():
-        output = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                                  pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)).strip()
+        ids = tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"]
+    decoder = Decoder(section, tokenizer)
+    (texts,) = decoder.make_all(network, [Asked(np.array(ids))])
+    return "\n---\n".join(decoder.text(made) for made in texts)

@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | data | runs | drill | evaluate | predict | generate | export`.
+"""The command line: `dist-ft train | check | preview | data | runs | drill | evaluate | predict | decode | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -104,13 +104,14 @@ def check(config: Config, overrides: Overrides = None) -> None:
 def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
              prompt: Annotated[str, typer.Option(help="What to answer.")],
              system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-             max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128) -> None:
-    """Let a model folder answer a prompt, with plain transformers: greedy, through its chat template if it has one.
+             max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+             strategy: cli_models.Strategy = "greedy") -> None:
+    """Let a model folder answer a prompt, with plain transformers, through its chat template if it has one.
 
     \b
     Examples:
       dist-ft generate out/ --prompt "What does os.path.join do?"
-      dist-ft generate out/ --prompt "Why is the sky blue?" --system "Answer briefly." --max-new-tokens 64
+      dist-ft generate out/ --prompt "Why is the sky blue?" --max-new-tokens 64 --strategy sample:0.7,top_p=0.9,seed=1
 
     Next: compare with the model you began from: dist-ft generate BASE_MODEL --prompt ...
     """
@@ -118,7 +119,8 @@ def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model f
     from dist_ft.logs import quiet_third_parties
 
     quiet_third_parties()
-    typer.echo(api.generate(model, prompt, system=system, max_new_tokens=max_new_tokens))
+    typer.echo(api.generate(model, prompt, system=system, max_new_tokens=max_new_tokens,
+                            strategy=strategy))
 
 
 @_command
@@ -162,6 +164,7 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
 _command(cli_data.preview)
 _command(cli_models.evaluate)
 _command(cli_models.predict)
+_command(cli_models.decode)
 _command(cli_drill.drill)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
 cli_data.commands(lambda function, name=None: _command(function, _data, name))

@@ -1,4 +1,4 @@
-"""The commands `dist-ft evaluate | predict`: models as they are, without training; `cli` hangs them in."""
+"""The commands `dist-ft evaluate | predict | decode`: models as they are, without training; `cli` hangs them in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from dist_ft.cli_data import Config, Overrides
 HOW = {"random": " (random head)", "likelihood": " (prompted)", "generation": " (written)",
        "prototypes": " (prototypes)"}
 """What the table says of a model that has no trained head."""
+Strategy = Annotated[str, typer.Option(help=(
+    "How texts are made: greedy, beam:4 (beams) or sample:0.7 (temperature), with further fields of "
+    "evaluation.decoding as in beam:4,length_penalty=0.8 or sample:0.7,top_p=0.9,num_samples=3,seed=1."))]
 
 
 def evaluate(config: Config, overrides: Overrides = None,
@@ -54,7 +57,8 @@ def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model fo
             paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
             out: Annotated[str, typer.Option(help="Local file of JSON lines to write, or to go on with.")],
             batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
-            max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to make, in tokens.")] = 128) -> None:
+            max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to make, in tokens.")] = 128,
+            strategy: Strategy = "greedy") -> None:
     """Let a model say what it finds in each row: a label, tags, an answer, a number, a vector or a text.
 
     Rows keep their order and their columns and get one more, `prediction`. Read are `text` (and `pair`), `tokens`,
@@ -75,9 +79,47 @@ def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model fo
 
     quiet_third_parties()
     shards = [shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found]
-    count = predict_file(Predictor(model, batch, max_new_tokens),
+    count = predict_file(Predictor(model, batch, max_new_tokens, strategy),
                          (row for shard in shards for row in readers.rows_of(shard)), out)
     typer.echo(f"{count:,} rows in {out}")
+
+
+def decode(config: Config, overrides: Overrides = None,
+           model: Annotated[list[str] | None, typer.Option(
+               help="Model folder, URL or hub name; several: side by side; none: model.path.")] = None,
+           strategy: Annotated[list[str] | None, typer.Option(
+               help="A way to make texts, as of `generate`; several are compared; none: that of evaluation.decoding.")
+           ] = None,
+           json: Annotated[bool, typer.Option("--json", help="As JSON, with the first texts.")] = False) -> None:
+    """Compare ways to make texts: evaluation.text_metrics on held-out prompts, seconds, tokens a second.
+
+    Prompts, lengths and metrics are those of the section evaluation; evaluation.decoding.max_new_tokens must be set.
+
+    \b
+    Examples:
+      dist-ft decode configs/recipes/translation.yaml --strategy greedy --strategy beam:4 --strategy sample:0.7
+      dist-ft decode configs/recipes/math.yaml evaluation.generate_samples=50 --model BASE_MODEL --model out/
+
+    Next: set the best as evaluation.decoding, or give it to dist-ft predict MODEL FILE --strategy ...
+    """
+    from dist_ft.config.load import load_config
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime.decoding import compare
+    from dist_ft.train.console import table
+
+    quiet_third_parties()
+    run = load_config(config, overrides or ())
+    found = compare(run, model or [run.model.path], strategy or [])
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
+        return
+    names = [name for name, value in found[0].items() if isinstance(value, float | int)]
+    rows = [[one["strategy"], one["model"], *(_number(one[name]) for name in names)] for one in found]
+    heads = ["", "model", *(name.replace("_", " ") for name in names)]
+    on = ", ".join(source.path for source in run.evaluation.data)
+    typer.echo(table(f"texts on {on}", rows, heads))
 
 
 def _number(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-LOWER = ("loss", "perplexity", "mse", "mae", "calibration_error")
+LOWER = ("loss", "perplexity", "mse", "mae", "calibration_error", "token_error_rate")
 """Metrics that are better when lower; all others are better when higher."""
 
 

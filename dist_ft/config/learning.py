@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_ft.config import prompting, robustness
+from dist_ft.config import decoding, prompting, robustness
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 
@@ -65,10 +65,29 @@ def _task(config: RunConfig) -> Iterator[str]:
 
 
 def _metric(config: RunConfig) -> Iterator[str]:
-    metric, known = config.checkpoint.best_by, ("loss", *METRICS[config.task.name])
+    texts = config.evaluation.text_metrics if config.evaluation.decoding.max_new_tokens else ()
+    metric, known = config.checkpoint.best_by, ("loss", *METRICS[config.task.name], *texts)
     if metric not in known:
         yield (f"checkpoint.best_by={metric}: evaluations of task.name={config.task.name} have no such metric; "
                f"allowed: {', '.join(known)}; name one of them")
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    section = config.evaluation
+    yield from decoding.contradictions(section.decoding, "evaluation.decoding")
+    if not section.decoding.max_new_tokens:
+        for field in decoding.TextsSection.model_fields:
+            value = getattr(section, field)
+            if field != "decoding" and value != type(section).model_fields[field].default:
+                yield (f"evaluation.{field}={value}: no texts are made; needs evaluation.decoding.max_new_tokens; set "
+                       f"that, or remove it")
+        return
+    if config.task.name not in decoding.MAKERS:
+        yield (f"evaluation.decoding.max_new_tokens={section.decoding.max_new_tokens}: models of task.name="
+               f"{config.task.name} make no texts; allowed with {' and '.join(decoding.MAKERS)}; set it to 0")
+    if not section.data:
+        yield (f"evaluation.decoding.max_new_tokens={section.decoding.max_new_tokens}: there are no prompts; needs "
+               f"evaluation.data; set it")
 
 
 def _task_sizes(config: RunConfig) -> Iterator[str]:
@@ -89,5 +108,5 @@ def _prompting(config: RunConfig) -> Iterator[str]:
     yield from robustness.problems(config.task, config.evaluation.robustness)
 
 
-CHECKS = (_tuning, _task, _metric, _task_sizes, _prompting)
+CHECKS = (_tuning, _task, _metric, _texts, _task_sizes, _prompting)
 """Each from a config to a line for each contradiction."""

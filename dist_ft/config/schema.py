@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
+from dist_ft.config.decoding import TextsSection
 from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.section import Identity, Section
@@ -177,8 +178,8 @@ class CheckpointSection(Section):
     keep_best: int = Field(0, ge=0, description=(
         "Besides, keep so many that are best by best_by (evaluation.every_steps); 0: none."))
     best_by: str = Field("loss", min_length=1, description=(
-        "Metric of evaluations by which checkpoints are best: loss, or one of the task's (accuracy, f1, ...); losses, "
-        "errors and perplexity are better when lower, others when higher."))
+        "Metric of evaluations by which checkpoints are best: loss, one of the task's (accuracy, f1, ...) or of "
+        "evaluation.text_metrics; losses, errors and perplexity are better when lower, others when higher."))
 
 
 class AnomalySection(Section):
@@ -200,8 +201,8 @@ class AnomalySection(Section):
     most_in_a_row: int = Field(5, ge=1, description="After so many bad steps one after the other the run ends.")
 
 
-class EvaluationSection(Section):
-    """Loss on held-out data."""
+class EvaluationSection(TextsSection):
+    """Loss on held-out data, and the texts made there."""
 
     data: Sources = Field((), description="Held-out data, in the training data's format; empty: no evaluation.")
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: none by steps.")

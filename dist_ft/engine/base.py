@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +92,13 @@ class Engine(ABC):
         """Return the summed loss of `batch`, and what a model with a head tells of each row (float32, rows first).
 
         Without learning, as `loss_sum`; a collective call under ZeRO-3.
+        """
+
+    @abstractmethod
+    def generating(self) -> AbstractContextManager[tuple[Any, bool]]:
+        """Return a context with the transformers model itself, ready to make texts, and whether that is collective.
+
+        If it is (ZeRO-3), every worker must call its forward as often, which `synced_gpus` of `generate` sees to.
         """
 
     @abstractmethod

@@ -146,6 +146,21 @@ class DeepSpeedEngine(Engine):
         finally:
             self._engine.train()
 
+    @contextlib.contextmanager
+    @override
+    def generating(self) -> Iterator[tuple[Any, bool]]:
+        self._engine.eval()
+        hooks = []
+        if self._stage == 3:  # its record of the order of layers begins anew where the outermost module is called
+            begin = self._zero.parameter_offload.get_param_coordinator().reset_step
+            hooks.append(self.module.model.register_forward_pre_hook(lambda *_: begin(), prepend=True))
+        try:
+            yield self.module.model, self._stage == 3
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._engine.train()
+
     @override
     def slots(self) -> Iterator[Slot]:
         for index, (name, parameter) in enumerate(self._parameters.items()):

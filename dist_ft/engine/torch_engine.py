@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +96,15 @@ class TorchEngine(Engine):
         try:
             loss, outputs = self.module(**self.module.inputs(batch, self.device), told=True)
             return loss.item(), outputs.float().cpu().numpy()
+        finally:
+            self.module.train()
+
+    @contextmanager
+    @override
+    def generating(self) -> Iterator[tuple[Any, bool]]:
+        self.module.eval()
+        try:
+            yield self.module.model, False
         finally:
             self.module.train()
 

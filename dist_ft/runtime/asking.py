@@ -6,7 +6,8 @@ is refused, or said to be random; all ways give the same metrics on the same row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -21,10 +22,12 @@ from dist_ft.runtime.labels import with_labels
 from dist_ft.runtime.prompting import with_examples
 from dist_ft.storage import Store
 from dist_ft.train.evaluate import evaluate
+from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.scoring import Scorer
 from dist_ft.world import World, collectives
 
 if TYPE_CHECKING:
+    from dist_ft.data.loader import Loader
     from dist_ft.model.prototypes import PrototypeModel
 
 
@@ -48,6 +51,7 @@ class Asked:
 
     Attributes:
         config: with labels and examples.
+        engine: the model inside an engine that only looks.
         kind: trained, random (a head that was never trained), likelihood or prototypes.
     """
 
@@ -68,30 +72,36 @@ class Asked:
         self.kind = "random" if self._new else "trained"
         if config.prompting.method != "none":
             self.kind = config.prompting.method
-        self._engine = self._wrapped()
-        module = self._engine.module
-        heads.begin(self._engine.slots, self._new, {name: one.shape for name, one in opening.tensors(module).items()},
+        self.engine = self._wrapped()
+        module = self.engine.module
+        heads.begin(self.engine.slots, self._new, {name: one.shape for name, one in opening.tensors(module).items()},
                     module.model.config, config.run.seed)
-        opening.probe(self.config, module, self._engine)
+        opening.probe(self.config, module, self.engine)
 
     def by_template(self, template: str) -> None:
         """Ask by another template from now on (one of the config as it is here, examples in it)."""
         section = self.config.prompting.model_copy(update={"templates": (template,)})
         self.config = self.config.model_copy(update={"prompting": section})
-        self._engine = self._wrapped()
+        self.engine = self._wrapped()
 
-    def about(self, sources: Sequence[Source]) -> Told:
-        """Return what the model tells of the rows of `sources`."""
+    @contextmanager
+    def reading(self, sources: Sequence[Source]) -> Iterator[Loader]:
+        """Yield a loader over the rows of `sources`."""
         evaluation = self.config.evaluation.model_copy(update={"data": tuple(sources)})
         config = self.config.model_copy(update={"evaluation": evaluation})
         loader = open_held_out(config, self.tokenizer, Store(f"memory://evaluate-{uuid4().hex}"), self._world,
                                self._comms)
-        scorer = Scorer(config.task)
         try:
-            values = evaluate(self._engine, loader, config.num_lanes, self._world, self._comms, task=config.task,
-                              scorer=scorer)
+            yield loader
         finally:
             loader.store.close()
+
+    def about(self, sources: Sequence[Source]) -> Told:
+        """Return what the model tells of the rows of `sources`."""
+        config, scorer = self.config, Scorer(self.config.task)
+        with self.reading(sources) as loader:
+            values = evaluate(self.engine, loader, config.num_lanes, self._world, self._comms, task=config.task,
+                              scorer=scorer, texts=HeldOutTexts.of(config, self.tokenizer))
         return Told(values, *scorer.gathered(self._comms))
 
     def _wrapped(self) -> Any:

@@ -38,12 +38,12 @@ def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = Fal
     storage.configure(config.storage.options)
     found = {}
     for path in paths:
-        found[path] = _evaluate(_of_model(config, path), random_head)
+        found[path] = _evaluate(of_model(config, path), random_head)
         told(path, found[path])
     return found
 
 
-def _of_model(config: RunConfig, path: str) -> RunConfig:
+def of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
     changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
                                "tuning": type(config.tuning)(),

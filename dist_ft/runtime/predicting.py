@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dist_ft.checkpoint import export
+from dist_ft.config.decoding import MAKERS, DecodingSection, parse, short_form
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
@@ -56,20 +57,23 @@ def task_of(config: Any, path: str) -> TaskSection:
 class Predictor:
     """A model folder that is asked."""
 
-    def __init__(self, path: str, batch: int = 32, max_new_tokens: int = 128) -> None:
+    def __init__(self, path: str, batch: int = 32, max_new_tokens: int = 128, strategy: str = "greedy") -> None:
         """Load the folder (URL, hub name) at `path`.
 
         Args:
             path: of the model.
             batch: rows at once.
             max_new_tokens: longest text to make, in tokens.
+            strategy: how texts are made (`config.decoding.parse`); draws follow from the number of the row.
 
         Raises:
             ModelError: there is no such model, or weights of its head are missing.
+            ConfigError: there is no such strategy.
         """
         import torch
         from transformers import AutoConfig
 
+        self._decoding = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens, rows=batch))
         on_gpu = torch.cuda.is_available()
         folder = fetch(path)
         try:
@@ -77,7 +81,7 @@ class Predictor:
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
                              "`dist-ft export` writes is needed; export the run first") from error
-        self.version = json.dumps([path, max_new_tokens, *sorted(
+        self.version = json.dumps([path, max_new_tokens, short_form(self._decoding), self._decoding.seed, *sorted(
             (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).glob("*.safetensors"))])
         told = Path(folder) / export.ABOUT
         about = json.loads(told.read_text("utf-8")) if told.exists() else {}
@@ -94,17 +98,19 @@ class Predictor:
             raise ModelError(f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
                              f"{min(new)}; what it says would be random; train it first")
         self.model.eval().to("cuda" if on_gpu else "cpu")
-        self._batch, self._most = batch, max_new_tokens
+        self._batch = batch
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
 
-    def predict(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Return what the model says of each row, in their order."""
+    def predict(self, rows: Sequence[Row], first: int = 0) -> list[dict[str, Any]]:
+        """Return what the model says of each row, in their order; `first`: number of the first of them in all."""
         import torch
 
+        if self.task.name in MAKERS:
+            return self._made(rows, first)
         read = getattr(self, f"_{self.task.name}")
         order = np.argsort([-len(str(row)) for row in rows], kind="stable")
         found: list[dict[str, Any]] = [{}] * len(rows)
@@ -182,14 +188,20 @@ class Predictor:
         for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
             yield {"embedding": vector}
 
-    def _seq2seq(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        encoded = self._inputs([_text(row, "source" if "source" in row else "text") for row in rows])
-        encoded.pop("token_type_ids", None)
-        made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=self._most, do_sample=False)
-        for text in self.tokenizer.batch_decode(made, skip_special_tokens=True):
-            yield {"text": text.strip()}
+    def _made(self, rows: Sequence[Row], first: int) -> list[dict[str, Any]]:
+        """Return the texts made of rows."""
+        from dist_ft.model.decoding import Asked, Decoder
 
-    def _causal_lm(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        decoder, name = Decoder(self._decoding, self.tokenizer), "text" if self.task.name == "seq2seq" else "response"
+        asked = [Asked(np.array(ids), first + number) for number, ids in enumerate(self._asked(rows))]
+        made = [[decoder.text(ids) for ids in texts] for texts in decoder.make_all(self.model, asked)]
+        return [{name: texts[0], **({"others": texts[1:]} if texts[1:] else {})} for texts in made]
+
+    def _asked(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return what stands before the texts to make, as tokens."""
+        if self.task.name == "seq2seq":
+            sources = [_text(row, "source" if "source" in row else "text") for row in rows]
+            return list(self.tokenizer(sources, truncation=True, max_length=self._length)["input_ids"])
         prompts = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
         templated = bool(self.tokenizer.chat_template)
         if not templated:
@@ -198,12 +210,9 @@ class Predictor:
             prompts = [str(self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                               add_generation_prompt=True)) for prompt in prompts]
         self.tokenizer.truncation_side = "left"  # what begins the answer stays
-        encoded = self._inputs(prompts, padding_side="left", add_special_tokens=not templated)
-        encoded.pop("token_type_ids", None)
-        made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=self._most, do_sample=False,
-                                   pad_token_id=self.tokenizer.pad_token_id)
-        for text in self.tokenizer.batch_decode(made[:, encoded["input_ids"].shape[1]:], skip_special_tokens=True):
-            yield {"response": text.strip()}
+        room = max(1, self._length - self._decoding.max_new_tokens)
+        return list(self.tokenizer(prompts, truncation=True, max_length=room, add_special_tokens=not templated
+                                   )["input_ids"])
 
 
 def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str,
@@ -223,7 +232,7 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
     beside.write_text(predictor.version, "utf-8")
     with open(path, "a", encoding="utf-8") as file:
         chunk: list[Row] = []
-        number = 0
+        number = 0  # of the row, from 1
         for row in rows:
             number += 1
             if isinstance(row, DataError):
@@ -231,18 +240,18 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
             if number > done:
                 chunk.append(row)
             if len(chunk) == CHUNK_ROWS:
-                _write(predictor, chunk, file)
+                _write(predictor, chunk, number - len(chunk), file)
                 chunk = []
                 progress(number)
-        _write(predictor, chunk, file)
+        _write(predictor, chunk, number - len(chunk), file)
     if number < done:
         raise DataError(redact(f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
                                "rows; name another"))
     return number
 
 
-def _write(predictor: Predictor, rows: list[Row], file: Any) -> None:
-    for row, value in zip(rows, predictor.predict(rows) if rows else (), strict=True):
+def _write(predictor: Predictor, rows: list[Row], first: int, file: Any) -> None:
+    for row, value in zip(rows, predictor.predict(rows, first) if rows else (), strict=True):
         file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False, default=str) + "\n")
     file.flush()
 

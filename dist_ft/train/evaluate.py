@@ -11,6 +11,7 @@ from dist_ft.config.task import TaskSection
 from dist_ft.data.loader import Loader
 from dist_ft.engine.base import Engine, even_out
 from dist_ft.storage import Store
+from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.scoring import Scorer
 from dist_ft.world import Collectives, World
 
@@ -20,14 +21,15 @@ TELLS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
 
 
 def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, collectives: Collectives,
-             beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM, scorer: Scorer | None = None
-             ) -> dict[str, Any]:
+             beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM, scorer: Scorer | None = None,
+             texts: HeldOutTexts | None = None) -> dict[str, Any]:
     """Return {loss, perplexity, num_target_tokens, metrics of the task} over one pass of `loader`; a collective call.
 
     Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values.
 
     Lanes are dealt as in training; a worker without a lane runs an empty batch of weight zero. `beat` is called for
-    each. `scorer`: takes what is told, for a caller who wants more than metrics.
+    each. `scorer`: takes what is told, for a caller who wants more than metrics. With `texts`, some are made then, and
+    their metrics and the first of them are among the values.
     """
     lanes = world.share(num_lanes)
     loss_sum, num_targets = 0.0, 0
@@ -44,12 +46,17 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, colle
                 loss_sum += loss
                 scorer.add(batch, told)
             num_targets += batch.num_target_tokens
+            if texts is not None:
+                texts.see(batch)
     total, count = collectives.sum([loss_sum, num_targets])
     loss = total / max(1.0, count)
     values: dict[str, Any] = {"loss": loss}
     if task.name in TELLS_TOKENS:
         values["perplexity"] = math.exp(min(loss, 700.0))
-    return {**values, "num_target_tokens": count, **(scorer.scores(collectives) if scorer is not None else {})}
+    scores = scorer.scores(collectives) if scorer is not None else {}
+    if texts is not None:
+        scores |= texts.scores(engine, world, collectives, beat)
+    return {**values, "num_target_tokens": count, **scores}
 
 
 def keep_evaluation(store: Store, step: int, values: dict[str, Any]) -> None:

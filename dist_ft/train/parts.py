@@ -11,6 +11,7 @@ from dist_ft.engine.base import Engine
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import Judge
 from dist_ft.train.clock import Clock
+from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.metrics import MetricsLog
 from dist_ft.world import Collectives, World
 
@@ -23,6 +24,7 @@ class Parts:
         num_failures: of the run's attempts so far.
         clock: what this process spends its time on.
         evaluated: (step, value) of checkpoint.best_by at every evaluation of the run so far; grows.
+        texts: what makes texts at evaluations; None: none are made.
     """
 
     engine: Engine
@@ -39,3 +41,4 @@ class Parts:
     num_failures: int = 0
     clock: Clock = field(default_factory=Clock)
     evaluated: list[tuple[int, float]] = field(default_factory=list)
+    texts: HeldOutTexts | None = None

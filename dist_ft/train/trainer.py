@@ -192,7 +192,7 @@ class Trainer:
             return
         parts.clock.to("evaluation")
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
-                          self._hooks.beat, self._config.task)
+                          self._hooks.beat, self._config.task, texts=parts.texts)
         numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
         self._note(numbers, label)
         on_rank0(parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values))

@@ -80,6 +80,24 @@ def test_texts_are_made(base, trained):
     assert alone == found, "whatever shares a batch"
 
 
+@pytest.mark.parametrize("strategy", ["beam:3,num_samples=2", "sample:1.5,num_samples=2,seed=4"])
+def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(base, trained, strategy, tmp_path, monkeypatch):
+    _, out = trained("seq2seq")
+    whole = Predictor(out, 4, 6, strategy).predict(rows("seq2seq", 5))
+    assert all(len(said["others"]) == 1 for said in whole)
+    assert strategy.startswith("beam") or all(said["text"] != said["others"][0] for said in whole)
+    assert whole != Predictor(out, 4, 6).predict(rows("seq2seq", 5))
+    monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
+    file = tmp_path / "said.jsonl"
+    predict_file(Predictor(out, 4, 6, strategy), iter(rows("seq2seq", 5)), str(file))
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]))
+    predict_file(Predictor(out, 4, 6, strategy), iter(rows("seq2seq", 5)), str(file))
+    assert [json.loads(line)["prediction"] for line in file.read_text().splitlines()] == whole
+    with pytest.raises(DataError, match="holds what another model said of 5 rows"):
+        predict_file(Predictor(out, 4, 6), iter(rows("seq2seq", 5)), str(file))
+
+
 def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     _, out = trained("sequence_classification")
     source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
