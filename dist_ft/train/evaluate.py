@@ -33,8 +33,7 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, colle
     """
     lanes = world.share(num_lanes)
     loss_sum, num_targets = 0.0, 0
-    if task.name != "causal_lm":
-        scorer = scorer or Scorer(task)
+    scorer = (scorer or Scorer(task)) if task.name != "causal_lm" else None
     for batches in loader.iterate(0, loader.steps_of_a_pass, lanes):
         evened, _ = even_out(batches, [0] * len(batches), world.largest_share(num_lanes))
         for batch in evened:
