@@ -122,6 +122,14 @@ def decode(config: Config, overrides: Overrides = None,
     typer.echo(table(f"texts on {on}", rows, heads))
 
 
+def before_after(title: str, measured: dict[str, tuple[float, float]]) -> str:
+    """Return {measure: (before, after)} as a table."""
+    from dist_ft.train.console import table
+
+    rows = [[name.replace("_", " "), _number(before), _number(after)] for name, (before, after) in measured.items()]
+    return table(title, rows, ["", "before", "after"])
+
+
 def _number(value: Any) -> str:
     if value is None:
         return ""
