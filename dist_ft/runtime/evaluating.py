@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_ft import storage
-from dist_ft.checkpoint import best
+from dist_ft.checkpoint import best, origin
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import METRICS
 from dist_ft.errors import ConfigError
@@ -47,9 +47,11 @@ def of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
     changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
                                "tuning": type(config.tuning)(),
-                               "task": config.task.model_copy(update={"new_head": False})}
+                               "task": config.task.model_copy(update={"new_head": False, "grow_head": False})}
+    model = config.model
     if path != config.model.path:
-        changes["model"] = config.model.model_copy(update={"path": path, "revision": None})
+        model = config.model.model_copy(update={"path": path, "revision": None})
+    changes["model"] = origin.local(model, config.data.cache_dir)
     return by_head(config.model_copy(update=changes))
 
 

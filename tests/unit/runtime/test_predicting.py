@@ -118,7 +118,7 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     (tmp_path / "cut.jsonl.model").write_text(predictor.version)
     asked = []
     predict = predictor.predict
-    monkeypatch.setattr(predictor, "predict", lambda rows: asked.extend(rows) or predict(rows))
+    monkeypatch.setattr(predictor, "predict", lambda rows, first=0: asked.extend(rows) or predict(rows, first))
     predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
     assert (tmp_path / "cut.jsonl").read_bytes() == whole and 8 <= len(asked) <= 12
     with pytest.raises(DataError, match="holds 20 rows and there are 3"):
