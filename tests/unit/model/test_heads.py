@@ -127,7 +127,6 @@ def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
     ("roberta", 514, 512), ("xlm-roberta", 514, 512), ("mpnet", 514, 512), ("bert", 512, 512), ("llama", 128, 128)])
 def test_places_kept_for_padding_take_no_token(kind, places, longest):
     """A model of that many places takes so many tokens, and not one more."""
-    import torch
     from transformers import AutoConfig, AutoModel
 
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 30}

@@ -16,6 +16,7 @@ from dist_ft.data import readers
 from dist_ft.data.source import resolve
 from dist_ft.errors import ConfigError
 from dist_ft.runtime.evaluating import evaluate_models, over_templates
+from dist_ft.runtime.predicting import Predictor
 from dist_ft.runtime.prompting import examples
 
 TEMPLATES = ["say {text} :", "the child counts {text} with"]
@@ -136,13 +137,19 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
     from dist_ft.runtime import local
 
     made = config(base, log={"every_steps": 100}, schedule={"epochs": 4, "warmup_steps": 2}, optimizer={"learning_rate": 1e-2}, evaluation={
-        "every_steps": 20}, checkpoint={"best_by": "accuracy", "keep_best": 1, "every_steps": 20}, run={"name": "learns"})
+        "every_steps": 20}, checkpoint={"best_by": "accuracy", "keep_best": 1, "every_steps": 20}, run={"name": "learns"},
+        prompting={"shots": 1, "shots_by": "all", "calibrate": True})
     before = evaluate_models(made, [made.model.path])[made.model.path]
     local.run(made)
     api.export(made, str(base / "learned"), best=True)
     after = evaluate_models(made, [str(base / "learned")])[str(base / "learned")]
     assert after["head"] == "likelihood" and after["accuracy"] > max(0.5, before["accuracy"]) and after["loss"] < before["loss"]
     AutoModelForCausalLM.from_pretrained(base / "learned")
+    assert "dist-ft predict" in api.next_step(str(base / "learned"))
+    rows = held_out(made)
+    said = Predictor(str(base / "learned"), batch=7).predict([{"text": row["text"]} for row in rows])
+    right = [one["label"] == row["label"] for one, row in zip(said, rows, strict=True)]
+    assert sum(right) / len(rows) == pytest.approx(after["accuracy"]), "what is predicted is what was scored"
 
 
 @pytest.mark.parametrize(("fields", "line"), [
