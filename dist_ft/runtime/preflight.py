@@ -100,7 +100,20 @@ def _tuning(config: RunConfig) -> Iterator[str]:
 
 
 def _method(config: RunConfig) -> Iterator[str]:
+    """Try whether what is asked can be learned, and whether labels that are named have words of their own."""
     yield from untrainable(config.prompting)
+    named = config.task.labels or tuple(config.prompting.verbalisers)
+    if config.prompting.method == "likelihood" and named:
+        from dist_ft.errors import ModelError
+        from dist_ft.model.load import load_tokenizer
+        from dist_ft.runtime.opening import prompt_encoder
+
+        try:
+            tokenizer = load_tokenizer(config.model, config.data.cache_dir)
+        except ModelError:
+            return  # `_tokenizer` says so
+        task = config.task.model_copy(update={"labels": named})
+        prompt_encoder(config.model_copy(update={"task": task}), tokenizer).words()
 
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:
