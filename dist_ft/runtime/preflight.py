@@ -61,14 +61,12 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    from dist_ft.model.heads import longest_input
+    from dist_ft.model.heads import too_long
     from dist_ft.model.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, _known(config))
-    longest = longest_input(model)
-    if longest and config.batch.sequence_length > longest:
-        yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
-               f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
+    if line := too_long(model, config.batch.sequence_length, config.model.path):
+        yield line
 
 
 def _known(config: RunConfig) -> TaskSection:
