@@ -28,11 +28,12 @@ def evaluate(config: Config, overrides: Overrides = None,
     \b
     Examples:
       dist-ft evaluate configs/recipes/reviews.yaml --model out/
-      dist-ft evaluate configs/single.yaml --model BASE_MODEL --model out/
+      dist-ft evaluate configs/recipes/zero-shot.yaml --model BASE_MODEL --model out/
 
     Next: dist-ft predict MODEL FILE --out FILE says what a model answers to each row.
     """
     from dist_ft.config.load import load_config
+    from dist_ft.config.task import METRICS
     from dist_ft.logs import quiet_third_parties
     from dist_ft.runtime.evaluating import evaluate_models
     from dist_ft.train.console import table
@@ -51,6 +52,9 @@ def evaluate(config: Config, overrides: Overrides = None,
     heads = ["", *(path + HOW.get(values["head"], "") for path, values in found.items())]
     on = ", ".join(source.path for source in run.evaluation.data)
     typer.echo(table(f"{run.task.name.replace('_', ' ')} on {on}", rows, heads))
+    for path, values in found.items():
+        if "by_template" in values:
+            typer.echo(_by_template(path, values["by_template"], METRICS[run.task.name]))
 
 
 def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
@@ -128,6 +132,14 @@ def before_after(title: str, measured: dict[str, tuple[float, float]]) -> str:
 
     rows = [[name.replace("_", " "), _number(before), _number(after)] for name, (before, after) in measured.items()]
     return table(title, rows, ["", "before", "after"])
+
+
+def _by_template(path: str, found: dict[str, dict[str, Any]], metrics: tuple[str, ...]) -> str:
+    """Return a table of what a model told by each template."""
+    from dist_ft.train.console import table
+
+    rows = [[name.replace("_", " "), *(_number(values.get(name)) for values in found.values())] for name in metrics]
+    return table(f"{path} by template", rows, ["", *(template.replace("\n", "\\n") for template in found)])
 
 
 def _number(value: Any) -> str:

@@ -84,7 +84,8 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
 def _about(store: Store) -> dict[str, Any]:
     """Return what one must know to ask the model as it was trained, besides what transformers keeps."""
     stored = _stored(store)
-    return {"task": stored_task(store).model_dump(mode="json"),
+    task, prompting = _asked(store)
+    return {"task": task.model_dump(mode="json"), "prompting": prompting.model_dump(mode="json"),
             "attention": (stored.get("model") or {}).get("attention", "sdpa"),
             "prompt_template": (stored.get("data") or {}).get("prompt_template", "{prompt}\n"),
             "sequence_length": (stored.get("batch") or {}).get("sequence_length")}
@@ -168,8 +169,20 @@ def stored_tuning(store: Store) -> TuningSection:
 
 def stored_task(store: Store) -> TaskSection:
     """Return what the model itself of the run at `store` does: one that was asked for labels continues text."""
-    return of_model(TaskSection.model_validate(_stored(store).get("task") or {}),
-                    PromptingSection.model_validate(_stored(store).get("prompting") or {}))
+    return of_model(*_asked(store))
+
+
+def _asked(store: Store) -> tuple[TaskSection, PromptingSection]:
+    """Return the task of the run at `store`, and how its model was asked: with its labels, its examples in place."""
+    task = TaskSection.model_validate(_stored(store).get("task") or {})
+    prompting = PromptingSection.model_validate(_stored(store).get("prompting") or {})
+    if prompting.method == "none":
+        return task, prompting
+    labels = task.labels or tuple(prompting.verbalisers) or tuple(json.loads(store.read("data/labels.json")))
+    if prompting.shots:
+        templates = tuple(json.loads(store.read("data/examples.json")))
+        prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
+    return task.model_copy(update={"labels": labels}), prompting
 
 
 def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:

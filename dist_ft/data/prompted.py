@@ -48,6 +48,10 @@ class PromptEncoder(TaskEncoder):
             self._words = Words(ids, tuple(tuple(own) for own in empty), self._prompting.normalise == "mean")
         return self._words
 
+    def prompts(self, samples: Sequence[Sample]) -> list[list[int] | None]:
+        """Return the ids of each prompt; None where the prompt leaves its text no room."""
+        return self._tokenise(samples)
+
     @override
     def _tokenise(self, samples: Sequence[Sample]) -> list[Any]:
         """Return the ids of each prompt; None where the prompt leaves its text no room."""

@@ -64,6 +64,15 @@ def longest_input(config: PretrainedConfig) -> int | None:
     return longest
 
 
+def too_long(config: PretrainedConfig, length: int, path: str) -> str | None:
+    """Return what to say if sequences of `length` tokens are longer than the model in `path` can take."""
+    longest = longest_input(config)
+    if longest is None or length <= longest:
+        return None
+    return (f"batch.sequence_length={length}: longer than the model can take; at most {longest} "
+            f"(max_position_embeddings of {path}); shorten it, or choose another model")
+
+
 def refusal(config: PretrainedConfig, task: TaskSection) -> str:
     """Return what to say of a model that can not do `task`."""
     what, which = WHAT[task.name]

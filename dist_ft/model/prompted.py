@@ -19,7 +19,7 @@ from dist_ft.config.task import TaskSection
 from dist_ft.data.batch import IGNORED
 from dist_ft.data.prompts import Words
 from dist_ft.errors import ModelError
-from dist_ft.model.heads import longest_input
+from dist_ft.model.heads import too_long
 from dist_ft.model.task_models import SpecialTokens, TaskModel
 
 if TYPE_CHECKING:
@@ -37,13 +37,12 @@ class PromptModel(TaskModel):
             ModelError: a model without an output layer, or one that can not take so long a sequence.
         """
         super().__init__(model, task, special, label_smoothing, neftune_alpha)
-        head, longest = model.get_output_embeddings(), longest_input(model.config)
+        head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"model of type {model.config.model_type}: it has no output embeddings to score words "
                              "with; causal language models are allowed; choose another model")
-        if longest and sequence_length > longest:
-            raise ModelError(f"batch.sequence_length={sequence_length}: longer than the model can take; at most "
-                             f"{longest}; shorten it, or choose another model")
+        if line := too_long(model.config, sequence_length, str(model.name_or_path)):
+            raise ModelError(line)
         self._mean = words.mean
         self._ids, self._counts = _table(words.ids)
         self._empty = [list(ids) for ids in words.no_content]

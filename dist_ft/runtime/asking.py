@@ -65,6 +65,8 @@ class Asked:
         self.config = self._labelled(config)
         self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
         self.model, self._new = load_for(self.config.model_task, config.model, config.data.cache_dir)
+        if line := heads.too_long(self.model.config, config.batch.sequence_length, config.model.path):
+            raise ModelError(line)
         if self._new and not random_head:
             raise ModelError(f"model.path={config.model.path}: {len(self._new)} weights of its head are not in the "
                              f"files, such as {min(self._new)}; its scores would be random; train it first, or ask for "

@@ -56,6 +56,12 @@ class Written:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model: Any = load_for(config.model_task, config.model, config.data.cache_dir)[0].eval()
+        limits = [longest_input(self.model.config), config.batch.sequence_length]
+        self._room = min(length for length in limits if length) - config.prompting.max_new_tokens
+        if self._room < 1:
+            raise ConfigError([f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no room for a "
+                               f"prompt in batch.sequence_length={config.batch.sequence_length}; fewer are allowed; "
+                               "lower it, or raise the length"], "evaluate")
         if config.cluster.gpus_per_worker:
             self.model.to("cuda")
 
@@ -82,11 +88,10 @@ class Written:
         import torch
 
         most = self.config.prompting.max_new_tokens
-        limits = [length for length in (longest_input(self.model.config), self.config.batch.sequence_length) if length]
         prompts_of = [prompts.filled(self._template, " ".join(sample.first)) for sample in samples]
         self.tokenizer.truncation_side = "left"  # the row itself stays
         encoded = self.tokenizer(prompts_of, padding=True, padding_side="left", truncation=True,
-                                 max_length=max(1, min(limits) - most), return_tensors="pt")
+                                 max_length=self._room, return_tensors="pt")
         encoded.pop("token_type_ids", None)
         with torch.inference_mode():
             made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=most, do_sample=False,

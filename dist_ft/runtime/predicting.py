@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_ft.checkpoint import export, origin
 from dist_ft.config.decoding import MAKERS, DecodingSection, parse, short_form
+from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
@@ -25,6 +26,7 @@ from dist_ft.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.load import fetch, load_for, load_tokenizer
 from dist_ft.model.task_models import pooled
+from dist_ft.runtime.prompting import Prompted
 from dist_ft.train.scores import softmax
 from dist_ft.train.scoring import best_span
 
@@ -90,12 +92,15 @@ class Predictor:
         self._section = ModelSection.model_validate({"path": given, "dtype": "bfloat16" if on_gpu else "float32",
                                                      "attention": about.get("attention", "sdpa")})
         self.task = task_of(config, path)
-        if "task" in about:
+        prompting = PromptingSection.model_validate(about.get("prompting") or {})
+        if prompting.method == "likelihood":
+            self.task = TaskSection.model_validate(about["task"])
+        elif "task" in about:
             self.task = TaskSection.model_validate({**about["task"], "labels": self.task.labels, "new_head": False,
                                                     "grow_head": False})
         self.tokenizer = load_tokenizer(self._section)
         self.model: Any
-        self.model, new = load_for(self.task, self._section)
+        self.model, new = load_for(of_model(self.task, prompting), self._section)
         if new:
             raise ModelError(f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
                              f"{min(new)}; what it says would be random; train it first")
@@ -106,6 +111,8 @@ class Predictor:
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
+        self._prompted = Prompted(self.model, self.tokenizer, self.task, prompting, min(
+            self._length, about.get("sequence_length") or self._length)) if prompting.method == "likelihood" else None
 
     def predict(self, rows: Sequence[Row], first: int = 0) -> list[dict[str, Any]]:
         """Return what the model says of each row, in their order; `first`: number of the first of them in all."""
@@ -138,7 +145,11 @@ class Predictor:
         return [[_text(row, name) for row in rows] for name in (columns.text, pair) if name is not None]
 
     def _sequence_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        shares = softmax(self._told(self._inputs(*self._texts(rows))).logits.float().cpu().numpy())
+        texts = self._texts(rows)
+        if self._prompted is not None:
+            shares = softmax(self._prompted.scores(*texts))
+        else:
+            shares = softmax(self._told(self._inputs(*texts)).logits.float().cpu().numpy())
         for row in shares:
             yield {"label": self.task.labels[int(row.argmax())], "score": round(float(row.max()), 6)}
 

@@ -77,17 +77,15 @@ def _seen(config: RunConfig, whole: bool) -> tuple[list[str], RunConfig | None]:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    from dist_ft.model.heads import longest_input
+    from dist_ft.model.heads import too_long
     from dist_ft.model.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, _known(config))
     if getattr(model, "quantization_config", None):
         yield (f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
                "weights is needed; export the run without --int8")
-    longest = longest_input(model)
-    if longest and config.batch.sequence_length > longest:
-        yield (f"batch.sequence_length={config.batch.sequence_length}: longer than the model can take; at most "
-               f"{longest} (max_position_embeddings of {config.model.path}); shorten it, or choose another model")
+    if line := too_long(model, config.batch.sequence_length, config.model.path):
+        yield line
 
 
 def _known(config: RunConfig) -> TaskSection:
@@ -119,7 +117,20 @@ def _tuning(config: RunConfig) -> Iterator[str]:
 
 
 def _method(config: RunConfig) -> Iterator[str]:
+    """Try whether what is asked can be learned, and whether labels that are named have words of their own."""
     yield from untrainable(config.prompting)
+    named = config.task.labels or tuple(config.prompting.verbalisers)
+    if config.prompting.method == "likelihood" and named:
+        from dist_ft.errors import ModelError
+        from dist_ft.model.load import load_tokenizer
+        from dist_ft.runtime.opening import prompt_encoder
+
+        try:
+            tokenizer = load_tokenizer(config.model, config.data.cache_dir)
+        except ModelError:
+            return  # `_tokenizer` says so
+        task = config.task.model_copy(update={"labels": named})
+        prompt_encoder(config.model_copy(update={"task": task}), tokenizer).words()
 
 
 def _tokenizer(config: RunConfig) -> Iterator[str]:

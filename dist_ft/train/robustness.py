@@ -35,4 +35,6 @@ def _predicted(task: str, told: Any) -> Any:
     """Return what is predicted of one row: the number of a label, yes or no for each, or the number of each tag."""
     if task == "sequence_classification":
         return np.asarray(told).argmax()
+    if task == "token_classification":
+        return told[0]
     return np.asarray(told) > 0 if task == "multi_label" else np.asarray(told)

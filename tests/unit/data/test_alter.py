@@ -59,6 +59,7 @@ def test_keys_are_beside_each_other():
 def test_names_are_swapped_both_ways_as_whole_words():
     swap = alter.swaps([("Emma", "Ahmed"), ("New York", "Lagos")])
     assert swap("Emma met Ahmed in New York; Emmanuel stayed in Lagos") == "Ahmed met Emma in Lagos; Emmanuel stayed in New York"
+    assert swap("ReEmma and LiEmmas") == "ReEmma and LiEmmas"
     assert swap(swap(TEXT + " Emma")) == TEXT + " Emma"
 
 

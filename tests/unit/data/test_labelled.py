@@ -90,7 +90,6 @@ def test_a_long_context_becomes_windows_that_share_a_stride():
         (at, (last, begin, tail)), = [(i, spans.unpack(label)) for i, label in enumerate(own) if label != IGNORED]
         assert window[0] == CLS
         assert (at, last) == (0, 0) or TOKENIZER.decode(window[at:last + 1]) == "owls"
-        assert TOKENIZER.decode(window[begin:len(window) - tail]) in context
         assert begin == len(TOKENIZER("who")["input_ids"]) and tail == 1
     assert any(label != IGNORED and spans.unpack(label).last for label in labels)
 

@@ -59,9 +59,10 @@ def test_the_label_itself_is_its_words_by_default():
     assert prompts.words_of("1", PromptingSection(verbalisers={"1": " good"})) == " good"
 
 
-def test_words_that_melt_into_the_prompt_are_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"prompting\.verbalisers='ea': after the template's end ' t' it is no token"):
-        prompts.word_tokens(exact_backend(tokenizer), "{text} t", "ea")
+@pytest.mark.parametrize("words", ["ea", "ea and news of tea", ""])
+def test_words_that_melt_into_the_prompt_are_refused(tokenizer, words):
+    with pytest.raises(ConfigError, match=f"prompting\\.verbalisers='{words}': after the template's end ' t' it is no token"):
+        prompts.word_tokens(exact_backend(tokenizer), "{text} t", words)
 
 
 def test_labels_of_the_same_tokens_are_refused(tokenizer):

@@ -121,3 +121,19 @@ def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
     tuning.apply(model, TuningSection(method="lora"), 0, task("masked_lm"))
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert new <= learns
+
+
+@pytest.mark.parametrize(("kind", "places", "longest"), [
+    ("roberta", 514, 512), ("xlm-roberta", 514, 512), ("mpnet", 514, 512), ("bert", 512, 512), ("llama", 128, 128)])
+def test_places_kept_for_padding_take_no_token(kind, places, longest):
+    """A model of that many places takes so many tokens, and not one more."""
+    from transformers import AutoConfig, AutoModel
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 30}
+    config = AutoConfig.for_model(kind, **small, max_position_embeddings=places)
+    assert heads.longest_input(config) == longest
+    model = AutoModel.from_config(config)
+    model(input_ids=torch.full((1, longest), 5), attention_mask=torch.ones(1, longest, dtype=torch.long))
+    if kind != "llama":  # places that are computed have no end
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, longest + 1), 5), attention_mask=torch.ones(1, longest + 1, dtype=torch.long))

@@ -11,11 +11,14 @@ import tiny_tasks
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft.config.load import load_config
+from dist_ft import api
+from dist_ft.config.load import load_config, to_mapping
 from dist_ft.data import readers
 from dist_ft.data.source import resolve
 from dist_ft.errors import ConfigError
+from dist_ft.runtime import preflight
 from dist_ft.runtime.evaluating import evaluate_models, over_templates
+from dist_ft.runtime.predicting import Predictor
 from dist_ft.runtime.prompting import examples
 
 TEMPLATES = ["say {text} :", "the child counts {text} with"]
@@ -107,7 +110,6 @@ def test_nothing_of_the_training_data_is_needed(base):
 
 
 def test_a_trained_head_stands_beside_a_prompted_model(base):
-    from dist_ft import api
     from dist_ft.runtime import local
 
     trained = load_config(tiny_tasks.config(base, "sequence_classification", "beside", schedule={"epochs": 4}, checkpoint={"every_steps": 0}, log={"every_steps": 100}))
@@ -132,17 +134,22 @@ def test_no_optimizer_is_made(base, monkeypatch):
 
 
 def test_a_prompted_model_learns_and_stays_a_plain_model(base):
-    from dist_ft import api
     from dist_ft.runtime import local
 
     made = config(base, log={"every_steps": 100}, schedule={"epochs": 4, "warmup_steps": 2}, optimizer={"learning_rate": 1e-2}, evaluation={
-        "every_steps": 20}, checkpoint={"best_by": "accuracy", "keep_best": 1, "every_steps": 20}, run={"name": "learns"})
+        "every_steps": 20}, checkpoint={"best_by": "accuracy", "keep_best": 1, "every_steps": 20}, run={"name": "learns"},
+        prompting={"shots": 1, "shots_by": "all", "calibrate": True})
     before = evaluate_models(made, [made.model.path])[made.model.path]
     local.run(made)
     api.export(made, str(base / "learned"), best=True)
     after = evaluate_models(made, [str(base / "learned")])[str(base / "learned")]
     assert after["head"] == "likelihood" and after["accuracy"] > max(0.5, before["accuracy"]) and after["loss"] < before["loss"]
     AutoModelForCausalLM.from_pretrained(base / "learned")
+    assert "dist-ft predict" in api.next_step(str(base / "learned"))
+    rows = held_out(made)
+    said = Predictor(str(base / "learned"), batch=7).predict([{"text": row["text"]} for row in rows])
+    right = [one["label"] == row["label"] for one, row in zip(said, rows, strict=True)]
+    assert sum(right) / len(rows) == pytest.approx(after["accuracy"]), "what is predicted is what was scored"
 
 
 @pytest.mark.parametrize(("fields", "line"), [
@@ -159,6 +166,36 @@ def test_what_contradicts_itself_is_one_line(base, fields, line):
     with pytest.raises(ConfigError, match=line) as caught:
         config(base, **fields)
     assert all("\n" not in problem for problem in caught.value.problems)
+
+
+def test_check_tries_the_words_of_labels(base):
+    assert preflight.check(config(base)) == []
+    (line,) = preflight.check(config(base, templates=["{text} t"], prompting={"verbalisers": {**WORDS, "food": "ea"}}))
+    assert line.startswith("prompting.verbalisers='ea': after the template's end ' t' it is no token of its own; ")
+
+
+def test_a_preview_shows_prompts_and_their_labels(base):
+    shown = api.preview(config(base, prompting={"shots": 1, "shots_by": "all"}), 2)
+    assert "say " in shown and any(label in shown for label in WORDS)
+
+
+def test_the_table_names_what_was_asked_how(base, monkeypatch, capsys):
+    import yaml
+
+    from dist_ft import cli
+
+    made = config(base, templates=TEMPLATES)
+    (base / "config.yaml").write_text(yaml.safe_dump(to_mapping(made)))
+    monkeypatch.setattr("sys.argv", ["dist-ft", "evaluate", str(base / "config.yaml")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    assert "(prompted)" in said.replace("\n", "") and "accuracy worst" in said and "by template" in said
+    monkeypatch.setattr("sys.argv", ["dist-ft", "evaluate", str(base / "config.yaml"), "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert list(found["by_template"]) == TEMPLATES and found["head"] == "likelihood"
 
 
 def test_rows_of_another_label_are_named(base):

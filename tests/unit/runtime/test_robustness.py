@@ -17,7 +17,7 @@ from dist_ft import api
 from dist_ft.config.load import load_config
 from dist_ft.data import alter, readers
 from dist_ft.data.source import resolve
-from dist_ft.errors import ConfigError, DataError
+from dist_ft.errors import ConfigError, DataError, ModelError
 from dist_ft.runtime import local
 from dist_ft.runtime.evaluating import evaluate_models
 from dist_ft.runtime.prompting import examples
@@ -148,6 +148,15 @@ def test_entities_are_written_and_scored(base, monkeypatch):
     found = evaluate_models(made, [made.model.path])[made.model.path]
     assert found["f1"] == 1 == found["readable"]
     assert len(prompts) == 23 and all(prompt.count(" :") == 2 for prompt in prompts), "one answered example, then the row"
+
+
+def test_what_does_not_fit_is_one_line(base):
+    with pytest.raises(ConfigError, match=r"prompting\.max_new_tokens=64: leaves no room for a prompt"):
+        made = config(base, "token_classification", prompting={"method": "generation"}, model={"path": str(base / "model")})
+        evaluate_models(made, [made.model.path])
+    made = config(base, batch={"sequence_length": 65})
+    with pytest.raises(ModelError, match=r"batch\.sequence_length=65: longer than the model can take; at most 64"):
+        evaluate_models(made, [str(base / "out")])
 
 
 def test_robustness_needs_its_task(base):
