@@ -10,9 +10,9 @@ Thin: decides only where a run happens. Everything else is below.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
 from dist_ft.errors import ConfigError
@@ -61,6 +61,7 @@ def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: 
         tokenise: write `input_ids` and `targets` in place of rows.
     """
     from dist_ft import storage
+    from dist_ft.checkpoint import origin
     from dist_ft.data.convert import convert
     from dist_ft.runtime.data import open_blocks
 
@@ -69,7 +70,7 @@ def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: 
         raise ConfigError([f"--tokenise: with task.name={config.task.name} rows hold labels besides tokens; allowed "
                            "with causal_lm; write rows"], "data write")
     config = config.model_copy(update={"data": config.data.model_copy(update={"block_mib": shard_mib})})
-    blocks = open_blocks(config)
+    blocks = open_blocks(origin.seen(config))
     try:
         return len(blocks.blocks), convert(blocks, storage.Store(out), suffix, tokenise)
     finally:
@@ -82,11 +83,12 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
     from uuid import uuid4
 
     from dist_ft import storage
+    from dist_ft.checkpoint import origin
     from dist_ft.runtime.data import open_data
     from dist_ft.world import World, collectives
 
     storage.configure(config.storage.options)
-    config = config.model_copy(update={"evaluation": EvaluationSection()})
+    config = origin.seen(config.model_copy(update={"evaluation": EvaluationSection()}))
     data = open_data(config, storage.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World()))
     try:
         yield data.training
@@ -112,6 +114,22 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
     from dist_ft.runtime import ray_train
 
     return ray_train.run(config)
+
+
+def stages(file: str, overrides: Sequence[str] = (), *, skip_check: bool = False,
+           say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the stages in a YAML file, one after the other, or go on with them; return the matrix of what is kept.
+
+    Args:
+        file: path or URL of the stages' file.
+        overrides: section.field=value, set in every stage's config.
+        skip_check: start each run without the probes of `check`.
+        say: where a person is told.
+    """
+    from dist_ft.config.stages import load_stages
+    from dist_ft.runtime import staging
+
+    return staging.run(load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say)
 
 
 def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
@@ -155,11 +173,12 @@ def generate(model: str, prompt: str, *, system: str | None = None, max_new_toke
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from dist_ft.checkpoint import origin
     from dist_ft.model.load import load_model, load_tokenizer
 
     transformers_logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
-    section = ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
+    section = origin.local(ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32"))
     tokenizer, network = load_tokenizer(section), load_model(section).eval()
     if on_gpu:
         network.cuda()

@@ -1,4 +1,5 @@
-"""The command line: `dist-ft train | check | preview | data | runs | drill | evaluate | predict | generate | export`.
+"""The command line: `dist-ft train | check | preview | data | runs | drill | stages | evaluate | predict |
+generate | export`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_models, cli_runs
+from dist_ft import cli_data, cli_drill, cli_models, cli_runs, cli_series
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -163,6 +164,7 @@ _command(cli_data.preview)
 _command(cli_models.evaluate)
 _command(cli_models.predict)
 _command(cli_drill.drill)
+_command(cli_series.stages)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
 cli_data.commands(lambda function, name=None: _command(function, _data, name))
 app.add_typer(_data, name="data")

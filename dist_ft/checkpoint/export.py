@@ -252,6 +252,8 @@ def _compare(model: Any, task: TaskSection, folder: Path) -> None:
         pair: Any = heads.auto_class(task).from_pretrained(folder, dtype=model.dtype, output_loading_info=True,
                                                            **options(model.config, task))
         loaded, info = pair
+        for parameter in loaded.parameters():  # in a mapped file they lie anywhere: other kernels, other last digits
+            parameter.data = parameter.data.clone()
         got = _told(loaded.eval())
     if info["missing_keys"] or not torch.equal(expected, got):
         worst = (expected - got).abs().max().item()

@@ -20,6 +20,9 @@ class Source(Section):
         "Share of the sequences drawn from this source, relative to the others'; none: as its size says."))
     repeat: float | None = Identity(None, gt=0, description=(
         "Times this source counts in an epoch (0.5: half of it, 2: twice), in place of weight; none: once."))
+    share: float | None = Identity(None, gt=0, lt=1, description=(
+        "Share of an epoch's sequences that comes from this source, beside those without a share, which come by "
+        "repeat: for a replay of older data; none: by weight or repeat."))
     subset: str | None = Identity(None, description="Configuration name of a Hugging Face data set; none: default.")
     split: str = Identity("train", description="Split of a Hugging Face data set.")
 

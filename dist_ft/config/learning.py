@@ -8,7 +8,8 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 
 USED_BY = {
-    "labels": LABELLED, "new_head": LABELLED, "class_weights": ("sequence_classification", "token_classification"),
+    "labels": LABELLED, "new_head": LABELLED, "grow_head": LABELLED,
+    "class_weights": ("sequence_classification", "token_classification"),
     "focal_gamma": LABELLED, "stride": ("question_answering",), "masked_share": ("masked_lm",),
     "temperature": ("embedding",), "pooling": ("embedding",)}
 """Fields of the task section and the tasks that use them."""
@@ -44,6 +45,9 @@ def _task(config: RunConfig) -> Iterator[str]:
     for field in unused:
         yield (f"task.{field}: task.name={task.name} does not use it; only {', '.join(USED_BY[field])} do; remove "
                f"it, or set task.name")
+    if task.grow_head and task.new_head:
+        yield ("task.grow_head: task.new_head begins another head, which has nothing to keep; one of them is allowed; "
+               "remove the other")
     if len(set(task.labels)) < len(task.labels):
         twice = next(label for label in task.labels if task.labels.count(label) > 1)
         yield f"task.labels: {twice} stands there twice; each label once is allowed; remove one"

@@ -39,7 +39,10 @@ class ModelSection(Section):
     """Which model learns, and how it computes."""
 
     path: str = Identity(description=(
-        "Model folder, fsspec URL of one, or hub name (org/name; gated ones read HF_TOKEN from the environment)."))
+        "Model folder, fsspec URL of one, or hub name (org/name; gated ones read HF_TOKEN from the environment); or "
+        "the folder of a run (<run.storage>/<run.name>), whose result is begun with."))
+    checkpoint: Literal["newest", "best"] = Identity("newest", description=(
+        "Where path is a run's folder: begin with its newest checkpoint, or its best by its checkpoint.best_by."))
     revision: str | None = Identity(None, description="Hub branch, tag or commit; none: the default branch.")
     tokenizer: str | None = Identity(None, description="Folder, URL or hub name of the tokenizer; none: `path`.")
     chat_template: str | None = Identity(None, description=(

@@ -62,6 +62,8 @@ class TaskSection(Section):
         "Labels or tags in the order of the head's outputs; empty: those of the training data, sorted."))
     new_head: bool = Identity(False, description=(
         "Begin a new head where the model's own has other labels; off: that is an error."))
+    grow_head: bool = Identity(False, description=(
+        "Keep the model's head and add rows, drawn by run.seed, for labels it has not; off: see new_head."))
     class_weights: tuple[PositiveFloat, ...] = Field((), description=(
         "sequence_classification, token_classification: what a sample of each label counts, in their order (King, Zeng "
         "2001); empty: 1."))

@@ -188,6 +188,14 @@ def _mixing(config: RunConfig) -> Iterator[str]:
     if data.temperature is not None and (weighted or any(source.repeat is not None for source in sources)):
         yield (f"data.temperature={data.temperature}: weight or repeat of a source is set too; one of them decides; "
                f"remove the other")
+    shares = [source.share for source in sources if source.share is not None]
+    if shares and (sum(shares) >= 1 or len(shares) == len(sources)):
+        yield (f"data.train: sources with a share leave {max(0.0, 1 - sum(shares)):g} to {len(sources) - len(shares)} "
+               f"others; together less than 1, and one source without, is allowed; lower them")
+    if shares and (weighted or data.mixing or data.temperature is not None or any(
+            source.repeat is not None for source in sources if source.share is not None)):
+        yield ("data.train: share of a source is set beside weight or data.mixing or data.temperature, or its repeat; "
+               "one of them says how often a source comes; remove the others")
     for number, phase in enumerate(data.mixing):
         if len(phase.weights) != len(sources) or not sum(phase.weights):
             yield (f"data.mixing.{number}.weights={list(phase.weights)}: data.train has {len(sources)} sources; "

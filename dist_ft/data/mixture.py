@@ -33,8 +33,17 @@ def weights_at_start(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
     elif any(source.weight is not None for source in data.train):
         weights = np.array([source.weight or 0.0 for source in data.train])
     else:
-        weights = counts * np.array([source.repeat or 1.0 for source in data.train])
+        weights = counts * np.array(repeats(data, sizes))
     return weights / weights.sum()
+
+
+def repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
+    """Return the times each source counts in an epoch: its repeat, or what gives it its share of the sequences."""
+    plain = [source.repeat or 1.0 for source in data.train]
+    shares = [source.share or 0.0 for source in data.train]
+    own = sum(times * size for times, size, share in zip(plain, sizes, shares, strict=True) if not share)
+    return [share / (1 - sum(shares)) * own / size if share and size else times
+            for times, size, share in zip(plain, sizes, shares, strict=True)]
 
 
 def is_weighted(data: DataSection) -> bool:
@@ -54,7 +63,7 @@ class Mixture:
         self._lanes = num_lanes
         self._micro_batch = micro_batch
         self._seed = seed
-        self._repeats = [1.0 if is_weighted(data) else source.repeat or 1.0 for source in data.train]
+        self._repeats = [1.0] * len(self._sizes) if is_weighted(data) else repeats(data, self._sizes)
         self._shares = [np.zeros(len(sizes))]  # of endless draws: what a lane is due before each round
         self._lock = Lock()  # of `_shares`: the loader's thread draws while the trainer asks how far it is
         self._due = lru_cache(256)(self._make_due)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_ft import logs, storage
-from dist_ft.checkpoint import best, catalogue
+from dist_ft.checkpoint import best, catalogue, origin
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, parse_folder
 from dist_ft.checkpoint.node_tier import NodeTier
@@ -24,7 +24,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.runtime import summary
 from dist_ft.runtime.data import Data, open_data
-from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors
+from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors, with_whole_head
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
@@ -52,8 +52,9 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
+    stored, config = config, origin.begun(config, store, world, comms)
     data = open_data(config, store, world, comms)
-    stored, config = config, data.config
+    config = with_whole_head(data.config)
     try:
         total_steps = data.training.plan.total_steps(config.schedule)
         done = _complete(config, store, world, comms, total_steps)

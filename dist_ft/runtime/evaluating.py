@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from dist_ft import storage
+from dist_ft.checkpoint import origin
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, ModelError
 from dist_ft.runtime.data import open_data
@@ -44,9 +45,11 @@ def _of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
     changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
                                "tuning": type(config.tuning)(),
-                               "task": config.task.model_copy(update={"new_head": False})}
+                               "task": config.task.model_copy(update={"new_head": False, "grow_head": False})}
+    model = config.model
     if path != config.model.path:
-        changes["model"] = config.model.model_copy(update={"path": path, "revision": None})
+        model = config.model.model_copy(update={"path": path, "revision": None})
+    changes["model"] = origin.local(model, config.data.cache_dir)
     return config.model_copy(update=changes)
 
 

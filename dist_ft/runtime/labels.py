@@ -1,15 +1,21 @@
-"""The labels of a run: those of the config, or those of the training data, found once and kept with the run."""
+"""The labels of a run: those of the config, or those of the training data, found once and kept with the run.
+
+With task.grow_head those of the model's head come first, and stay.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
-from dist_ft.config.schema import RunConfig
+from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.task import LABELLED
 from dist_ft.data import readers, task_rows
 from dist_ft.data.source import resolve
 from dist_ft.errors import ConfigError, DataError
 from dist_ft.logs import redact
+from dist_ft.model.growing import grown_labels, own_labels
+from dist_ft.model.load import fetch
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World, on_rank0
 
@@ -28,6 +34,9 @@ def with_labels(config: RunConfig, store: Store, world: World, collectives: Coll
     if task.name not in LABELLED:
         return config
     found = task.labels or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
+    if task.grow_head:
+        own = own_labels(fetch(config.model.path, config.model.revision, config.data.cache_dir), task)
+        found = grown_labels(own, found, named=bool(task.labels))
     if task.class_weights and len(task.class_weights) != len(found):
         raise ConfigError([f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
                            f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "
@@ -39,15 +48,25 @@ def _kept(config: RunConfig, store: Store) -> list[str]:
     """Return the labels the run began with; if it has not begun, find and keep them (rank 0 only)."""
     if store.exists(KEPT):
         return list(json.loads(store.read(KEPT)))
-    found = find_labels(config)
+    found = find_labels(config, least=1 if config.task.grow_head else 2)
     store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
     return found
 
 
-def find_labels(config: RunConfig) -> list[str]:
+def find_labels(config: RunConfig, least: int = 2) -> list[str]:
     """Return the labels of the training data in the order of a head's outputs; reads every row once."""
+    found = labels_in(config, config.data.train)
+    if len(found) < least:
+        raise DataError(f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
+                        f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
+                        "task.columns, or name them in task.labels")
+    return list(task_rows.ordered(found))
+
+
+def labels_in(config: RunConfig, sources: Sequence[Source]) -> set[str]:
+    """Return the labels that rows of `sources` have; reads every row once."""
     found: set[str] = set()
-    for shard in (shard for source in resolve(config.data.train) for shard in source):
+    for shard in (shard for source in resolve(sources) for shard in source):
         for number, row in enumerate(readers.rows_of(shard), 1):
             try:
                 if isinstance(row, DataError):
@@ -60,8 +79,4 @@ def find_labels(config: RunConfig) -> list[str]:
             raise DataError(redact(f"{shard.url}: there are {len(found)} labels by now; at most {MOST} are "
                                    "allowed; set task.columns.label to a column of labels, or, for numbers, "
                                    "task.name=regression"))
-    if len(found) < 2:
-        raise DataError(f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
-                        f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
-                        "task.columns, or name them in task.labels")
-    return list(task_rows.ordered(found))
+    return found

@@ -66,6 +66,19 @@ def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, f
     return TaskModel(model, config.task, SpecialTokens.of(tokenizer, model.config), *noise), new
 
 
+def with_whole_head(config: RunConfig) -> RunConfig:
+    """Return the config with a model whose head has a row for each label, where task.grow_head adds some."""
+    from dist_ft.model.growing import grow
+    from dist_ft.model.load import cache_folder, fetch
+
+    if not config.task.grow_head:
+        return config
+    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+    grown = grow(folder, config.task, config.run.seed, cache_folder(config.data.cache_dir) / "models")
+    return config if grown == folder else config.model_copy(
+        update={"model": config.model.model_copy(update={"path": grown, "revision": None})})
+
+
 def fill(config: RunConfig, module: Learner, engine: Engine, manager: CheckpointManager,
           manifest: Manifest | None, new: frozenset[str]) -> Manifest | None:
     """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
@@ -111,6 +124,7 @@ def store_model(store: Store, module: Learner, tokenizer: Any) -> None:
     if store.exists(f"{MODEL}/.complete"):
         return
     with tempfile.TemporaryDirectory() as folder:
+        module.model.config.architectures = [type(module.model).__name__]
         module.model.config.save_pretrained(folder)
         if getattr(module.model, "generation_config", None) is not None:
             module.model.generation_config.save_pretrained(folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.checkpoint import export
+from dist_ft.checkpoint import export, origin
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
@@ -70,7 +70,8 @@ class Predictor:
         from transformers import AutoConfig
 
         on_gpu = torch.cuda.is_available()
-        folder = fetch(path)
+        given = origin.local(ModelSection(path=path)).path
+        folder = fetch(given)
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -81,11 +82,12 @@ class Predictor:
         told = Path(folder) / export.ABOUT
         about = json.loads(told.read_text("utf-8")) if told.exists() else {}
         self._template = str(about.get("prompt_template", "{prompt}\n"))
-        self._section = ModelSection.model_validate({"path": path, "dtype": "bfloat16" if on_gpu else "float32",
+        self._section = ModelSection.model_validate({"path": given, "dtype": "bfloat16" if on_gpu else "float32",
                                                      "attention": about.get("attention", "sdpa")})
         self.task = task_of(config, path)
         if "task" in about:
-            self.task = TaskSection.model_validate({**about["task"], "labels": self.task.labels, "new_head": False})
+            self.task = TaskSection.model_validate({**about["task"], "labels": self.task.labels, "new_head": False,
+                                                    "grow_head": False})
         self.tokenizer = load_tokenizer(self._section)
         self.model: Any
         self.model, new = load_for(self.task, self._section)

@@ -42,7 +42,9 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
             stack.enter_context(contextlib.suppress(AttributeError))
         storage.configure(config.storage.options)
     with attempts(TRIES, PATIENCE_S):
-        return [line for probe in probes for line in _lines(probe, config, whole)]
+        problems, seen = _seen(config, whole)
+        return problems + [line for probe in probes if seen or probe not in OF_MODEL
+                           for line in _lines(probe, seen if seen and probe in OF_MODEL else config, whole)]
 
 
 def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole: bool) -> list[str]:
@@ -59,6 +61,20 @@ def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole
         return []
 
 
+def _seen(config: RunConfig, whole: bool) -> tuple[list[str], RunConfig | None]:
+    """Return the config with a model folder, where model.path names a run's; or why there is none."""
+    found: list[RunConfig] = []
+
+    def probe(config: RunConfig) -> Iterator[str]:
+        from dist_ft.checkpoint import origin
+
+        found.append(origin.seen(config))
+        yield from ()
+
+    problems = _lines(probe, config, whole)
+    return problems, found[0] if found else (None if problems else config)
+
+
 def _model(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.load import read_config
 
@@ -73,9 +89,9 @@ def _model(config: RunConfig) -> Iterator[str]:
 def _known(config: RunConfig) -> TaskSection:
     """Return the task with labels, without a look at the data: where none are named, two that fit any model."""
     task = config.task
-    if task.name not in LABELLED or task.labels:
+    if task.name not in LABELLED or (task.labels and not task.grow_head):
         return task
-    return task.model_copy(update={"labels": ("0", "1"), "new_head": True})
+    return task.model_copy(update={"labels": ("0", "1"), "new_head": True, "grow_head": False})
 
 
 def _tuning(config: RunConfig) -> Iterator[str]:
@@ -210,3 +226,7 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         yield (f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and this machine "
                f"has {available} that torch can use; set it to 0 to run on CPUs, or set cluster.address to a Ray "
                f"cluster with GPUs")
+
+
+OF_MODEL = (_model, _tuning, _tokenizer)
+"""Probes that look at the model's folder."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": {"config", "overrides", "--model", "--random-head", "--json"},
     "predict": {"model", "paths", "--out", "--batch", "--max-new-tokens"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
+    "stages": {"file", "overrides", "--skip-check"},
     "data inspect": {"paths"},
     "data import": {"kind", "paths", "--out", "--encoding", "--part"},
     "data split": {"paths", "--out", "--share", "--by", "--group", "--per-label", "--seed"},

@@ -18,15 +18,15 @@ def with_(*overrides):
 def test_the_identity_of_a_run():
     """Frozen on purpose: a field that joins or leaves this list changes which old runs can be resumed."""
     assert identity(with_()) == {
-        "run.seed": 0, "model.path": "m", "model.revision": None, "model.tokenizer": None, "model.chat_template": None,
+        "run.seed": 0, "model.path": "m", "model.checkpoint": "newest", "model.revision": None, "model.tokenizer": None, "model.chat_template": None,
         **{f"data.train.{i}.{name}": value for i, path in enumerate("ab") for name, value in {
-            "path": path, "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}.items()},
+            "path": path, "subset": None, "split": "train", "name": None, "weight": None, "repeat": None, "share": None}.items()},
         "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
         "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
         "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True, "data.bucket": None,
         "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
         "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
-        "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.stride": 64, "task.masked_share": 0.15,
+        "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.grow_head": False, "task.stride": 64, "task.masked_share": 0.15,
         "task.pooling": "mean", "task.columns.pair": None, **{f"task.columns.{name}": name for name in (
             "text", "label", "tokens", "tags", "question", "context", "answers", "source", "target")},
         "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
@@ -42,7 +42,7 @@ def test_changes_are_told_apart():
         [Change("batch.micro_batch", 1, 2)],
         [Change("optimizer.learning_rate", 2e-5, 1e-3), Change("zero.deepspeed", {}, {"steps_per_print": 1}),
          Change("cluster.workers", 0, {"min": 1, "max": 2}), Change("checkpoint.every_steps", 0, 2),
-         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train", "name": None, "weight": None, "repeat": None}])])
+         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train", "name": None, "weight": None, "repeat": None, "share": None}])])
     assert changes(with_(), with_()) == ([], [])
 
 
