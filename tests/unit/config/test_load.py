@@ -200,7 +200,7 @@ def test_broken_overrides(override, line):
     ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, straggler_steps, tensorboard, level; remove it"),
     ("zzzzz.qqqqq=1", "zzzzz: no such section; allowed: run, model, data, task, tuning, batch, optimizer, schedule, zero, "
                       "cluster, checkpoint, evaluation, anomaly, log, storage; remove it"),
-    ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, subset, split; remove it"),
+    ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, share, subset, split; remove it"),
 ])
 def test_unknown_keys_and_what_was_meant(override, line):
     assert refused(override) == [line]
@@ -253,7 +253,7 @@ def test_a_misspelt_key_counts_as_the_one_that_was_meant():
     ("data.train=[]", "data.train=[]: empty; allowed: a path, or a list of paths or of mappings with path, subset and "
                       "split; at least one; correct it"),
     ("data.train=[a, 3]", "data.train.1=3: not a source; allowed: a path, or a mapping with path, name, weight, repeat, "
-                              "subset, split; "
+                              "share, subset, split; "
                           "correct it"),
     ("data.train=[{split: test}]", "data.train.0.path: missing; needed: a text (fsspec URL, file, folder or glob of "
                                        "shards); add it"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.data.data_helpers import data_section
 
-from dist_ft.data.mixture import ENDLESS, Mixture, is_weighted, spread, weights_at_start
+from dist_ft.data.mixture import ENDLESS, Mixture, is_weighted, repeats, spread, weights_at_start
 
 
 def section(*sources, **values):
@@ -116,3 +116,13 @@ def test_threads_that_draw_at_once_see_the_same_shares(monkeypatch):
         list(threads.map(lambda n: shared.draw(ENDLESS, 128 * n), range(20, 24)))
     for number in range(0, 4000, 37):
         assert shared.draw(ENDLESS, number) == alone.draw(ENDLESS, number)
+
+
+def test_a_share_is_that_of_an_epochs_sequences():
+    data = section({}, {"repeat": 2}, {"share": 0.1}, {"share": 0.3})
+    sizes = [40, 10, 1000, 9]
+    counts = [times * size for times, size in zip(repeats(data, sizes), sizes, strict=True)]
+    assert counts == pytest.approx([40, 20, 10, 30])
+    mixture = Mixture(data, sizes, num_lanes=2, micro_batch=1, seed=1)
+    drawn = [mixture.draw(epoch, number)[0] for epoch in range(3) for number in range(mixture.size(epoch))]
+    assert np.bincount(drawn).tolist() == [120, 60, 30, 90]
