@@ -132,6 +132,22 @@ def stages(file: str, overrides: Sequence[str] = (), *, skip_check: bool = False
     return staging.run(load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say)
 
 
+def tune(config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
+         ) -> dict[str, Any]:
+    """Run the search in the YAML file `search` over the config file `config`, or go on with it; return its trials.
+
+    Args:
+        config: path or URL of the config.
+        search: path or URL of the search's file.
+        overrides: section.field=value, set in every trial's config.
+        say: where a person is told.
+    """
+    from dist_ft.config.search import load_search
+    from dist_ft.runtime import search as searches
+
+    return searches.run(load_search(config, search, overrides), say)
+
+
 def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
            adapter: bool = False, best: bool = False) -> None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.

@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | data | runs | drill | stages | evaluate | predict |
+"""The command line: `dist-ft train | check | preview | data | runs | drill | stages | tune | evaluate | predict |
 generate | export`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
@@ -165,6 +165,7 @@ _command(cli_models.evaluate)
 _command(cli_models.predict)
 _command(cli_drill.drill)
 _command(cli_series.stages)
+_command(cli_series.tune)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
 cli_data.commands(lambda function, name=None: _command(function, _data, name))
 app.add_typer(_data, name="data")

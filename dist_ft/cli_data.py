@@ -1,4 +1,4 @@
-"""The commands `dist-ft data inspect | import | split | preview | pack-stats | write | verify`; `cli` hangs them in."""
+"""The commands `dist-ft data inspect | import | split | pseudo | preview | pack-stats | write | verify`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELP = ("Look at data, write it anew, and prove what a run has read.\n\n\b\nFirs
 
 def commands(register: Callable[..., Any]) -> None:
     """Hand every command to `register`."""
-    for command in (inspect, split, preview, pack_stats, write, verify):
+    for command in (inspect, split, pseudo, preview, pack_stats, write, verify):
         register(command)
     register(import_, "import")
 
@@ -129,6 +129,42 @@ def split(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Fi
     for name, rows in found.items():
         _write_rows(rows, f"{out.rstrip('/')}/{name}.jsonl")
         typer.echo(f"{len(rows):>8,} rows in {out.rstrip('/')}/{name}.jsonl")
+
+
+def pseudo(model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained classifier, or a run's.")],
+           paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
+           out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
+           confidence: Annotated[float, typer.Option(
+               min=0, max=1, help="Least probability of a label that is taken.")] = 0.9,
+           most: Annotated[int, typer.Option(min=0, help="Most rows a label, the surest; 0: all.")] = 0,
+           batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32) -> None:
+    """Let a trained classifier label rows that have no label, where it is sure enough; tell how many it was not.
+
+    \b
+    Examples:
+      dist-ft data pseudo out/ unlabelled.jsonl --out pseudo.jsonl --confidence 0.95
+      dist-ft data pseudo runs/intents "s3://bucket/rows/*.parquet" --out pseudo.jsonl --most 500
+
+    Next: add it to data.train: [{path: train.jsonl}, {path: pseudo.jsonl, repeat: 0.5}]
+    """
+    from dist_ft.config.schema import Source
+    from dist_ft.data import readers
+    from dist_ft.data.source import resolve
+    from dist_ft.errors import DataError
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime.predicting import Predictor
+    from dist_ft.runtime.pseudo import describe, pseudo_label
+
+    quiet_third_parties()
+    shards = [shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found]
+    labelled = pseudo_label(Predictor(model, batch), (row for shard in shards for row in readers.rows_of(shard)),
+                            confidence, most)
+    if not labelled.rows:
+        raise DataError(f"--confidence={confidence}: the model is as sure of none of {labelled.num_unsure:,} rows "
+                        f"({labelled.num_labelled:,} more had a label); a lower one may keep some; lower it, or train "
+                        "the model longer")
+    _write_rows(labelled.rows, out)
+    typer.echo(describe(labelled, out))
 
 
 def _write_rows(rows: list[Any], out: str) -> None:

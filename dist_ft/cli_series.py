@@ -6,7 +6,31 @@ from typing import Annotated
 
 import typer
 
-from dist_ft.cli_data import Overrides
+from dist_ft.cli_data import Config, Overrides
+
+
+def tune(config: Config, search: Annotated[str, typer.Argument(metavar="SEARCH", help="YAML file of the search.")],
+         overrides: Overrides = None) -> None:
+    """Try values of a config's fields, each trial a run of its own, and tell which are best.
+
+    By grid, random draw or Optuna, with early stopping of trials that fall behind (ASHA), through Ray Tune. Trials are
+    compared by checkpoint.best_by of their evaluations. Cut off, the same command goes on.
+
+    \b
+    Examples:
+      dist-ft tune configs/recipes/intents.yaml configs/recipes/search.yaml
+      dist-ft tune mine.yaml search.yaml schedule.epochs=2 run.storage=s3://bucket/runs
+
+    Next: dist-ft export RUN --out DIR --best with the run of the best trial.
+    """
+    from dist_ft import api
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.runtime.search_report import as_text
+
+    quiet_third_parties()
+    report = api.tune(config, search, overrides or (), say=typer.echo)
+    typer.echo(as_text(report))
+    typer.echo(f"kept in {report['url']}: search.json, search.md, search.png")
 
 
 def stages(file: Annotated[str, typer.Argument(metavar="STAGES", help="YAML file of the stages (path or URL).")],

@@ -143,6 +143,14 @@ def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
     return None
 
 
+def with_field(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a nested mapping with the field at `path` set; what is in the way is replaced."""
+    if len(path) == 1:
+        return {**mapping, path[0]: value}
+    held = mapping.get(path[0])
+    return {**mapping, path[0]: with_field(held if isinstance(held, Mapping) else {}, path[1:], value)}
+
+
 def _copy(value: Any) -> Any:
     """Copy nested mappings (keys as text); leave other values alone."""
     return {str(key): _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value

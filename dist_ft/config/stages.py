@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dist_ft.config.document import read_document
+from dist_ft.config.document import read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.section import Section
@@ -88,7 +88,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
     trained: list[tuple[str, tuple[Source, ...]]] = []
     for stage in file.stages:
         mapping, wrong = _merged(base, stage.overrides)
-        mapping = _set(mapping, ("run", "name"), f"{file.name}-{stage.name}")
+        mapping = with_field(mapping, ("run", "name"), f"{file.name}-{stage.name}")
         config, found, _ = inspect_config(mapping, overrides)
         wrong = [*wrong, *found]
         if not wrong:
@@ -145,14 +145,8 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict
         elif len(path) == 1 and inside is not None:
             result[path[0]] = {**_section(result, path[0]), **inside}
         else:
-            result = _set(result, path, value)
+            result = with_field(result, path, value)
     return result, problems
-
-
-def _set(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    if len(path) == 1:
-        return {**mapping, path[0]: value}
-    return {**mapping, path[0]: _set(_section(mapping, path[0]), path[1:], value)}
 
 
 def _section(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:

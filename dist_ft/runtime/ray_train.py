@@ -45,7 +45,7 @@ def run(config: RunConfig) -> Result:
     """Run `config` on Ray workers and return its result; raises DistFtError with one clear line."""
     logs.setup(level=config.log.level)
     storage.configure(config.storage.options)
-    with _connected(config) as ray:
+    with connected(config) as ray:
         require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
         actor = _start_relay(ray, name, config.cluster.max_failures)  # it lives as long as this refers to it
@@ -64,7 +64,7 @@ def run(config: RunConfig) -> Result:
 
 
 @contextlib.contextmanager
-def _connected(config: RunConfig) -> Iterator[Any]:
+def connected(config: RunConfig) -> Iterator[Any]:
     """Connect to the cluster the config or the environment names, or start one that dies with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     elastic = config.min_workers < config.max_workers  # Ray may wait for a node that was lost: it then asks for fewer

@@ -43,6 +43,7 @@ class Hooks:
         beat: called on every rank whenever there is progress: a step, an evaluated batch, a save.
         log: also gets the log lines of this worker; none: they go to stderr only.
         after: why the attempt before this one ended, as far as the surroundings know; "" if they do not.
+        evaluated: called on rank 0 with (step, metrics) after an evaluation.
     """
 
     console: Console = field(default_factory=Console)
@@ -54,3 +55,4 @@ class Hooks:
     beat: Callable[[], None] = lambda: None
     log: logging.Handler | None = None
     after: str = ""
+    evaluated: Callable[[int, dict[str, float]], None] = lambda step, metrics: None

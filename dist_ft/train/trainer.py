@@ -199,6 +199,7 @@ class Trainer:
         if parts.metrics is not None:
             parts.metrics.add(self._step, "evaluation", numbers)
             self._hooks.console.say(f"held-out loss at step {self._step}: {evaluation_line(numbers)}")
+            self._hooks.evaluated(self._step, numbers)
 
     def _note(self, numbers: dict[str, float], label: str) -> None:
         """Keep an evaluation for the summary, for the checkpoint of this step, and for early stopping."""

@@ -151,7 +151,7 @@ def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbrok
     api.export(str(unbroken / "after"), str(base / "after-out"))
     moved = load_file(base / "after-out" / "model.safetensors")
     assert all((moved[name] - value).abs().max() < 1e-8 for name, value in source.items())
-    first = [json.loads(line) for line in Store(str(unbroken / "after")).read("metrics.jsonl").splitlines()][0]
+    first = json.loads(Store(str(unbroken / "after")).read("metrics.jsonl").splitlines()[0])
     assert first["loss"] == pytest.approx(matrix(unbroken)["metrics"][0][0]["loss"], rel=1e-6)
     (unbroken / "seq-one").rename(base / "hidden")
     try:
