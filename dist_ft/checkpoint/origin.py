@@ -8,6 +8,7 @@ has its model's config and tokenizer itself. Does not read weights to look at a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -16,7 +17,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.export import MODEL, export_run, find_best
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
-from dist_ft.errors import CheckpointError, ModelError
+from dist_ft.errors import CheckpointError, ModelError, StorageError
 from dist_ft.logs import redact
 from dist_ft.model.load import cache_folder
 from dist_ft.storage import Store
@@ -52,8 +53,9 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
 def seen(config: RunConfig) -> RunConfig:
     """Return the config with a model folder to look at (config and tokenizer), where model.path names a run's."""
     store = Store(config.run_url)
-    if _is_under_way(config, store):
-        return _with(config, described(store.url, config.data.cache_dir))
+    with contextlib.suppress(StorageError):  # of the run's own storage `preflight` says what is wrong
+        if _is_under_way(config, store):
+            return _with(config, described(store.url, config.data.cache_dir))
     if is_run(config.model.path):
         newest_step(config.model.path, config.model.checkpoint)
     return config.model_copy(update={"model": local(config.model, config.data.cache_dir, weights=False)})

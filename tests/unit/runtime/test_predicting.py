@@ -164,10 +164,12 @@ def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
     assert torch.allclose(torch.tensor(said["embedding"]), hidden / hidden.norm(), atol=1e-5)
 
 
-def test_a_run_is_no_model_folder(base, trained):
-    config, _ = trained("sequence_classification")
+def test_a_runs_folder_answers_as_what_is_exported_from_it(base, trained, tmp_path):
+    config, out = trained("sequence_classification")
+    asked = rows("sequence_classification", 5)
+    assert Predictor(config.run_url).predict(asked) == Predictor(out).predict(asked)
     with pytest.raises(ModelError, match=r"is no model folder \(.*\); what `dist-ft export` writes is needed"):
-        Predictor(config.run_url)
+        Predictor(str(tmp_path))
 
 
 def test_a_model_begun_with_a_new_head_is_evaluated_with_it(base, trained):
