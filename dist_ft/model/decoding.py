@@ -62,7 +62,7 @@ class Decoder:
 
     @torch.no_grad()
     def make(self, model: PreTrainedModel, rows: Sequence[Asked], synced: bool = False,
-             beat: Callable[[], None] = lambda: None) -> list[list[list[int]]]:
+             beat: Callable[[], None] = lambda: None, with_end: bool = False) -> list[list[list[int]]]:
         """Return the texts of one batch, as `make_all`.
 
         Args:
@@ -70,6 +70,7 @@ class Decoder:
             rows: what is asked, all at once.
             synced: every forward is a collective call, so all workers call this as often and go on until all are done.
             beat: called for each token.
+            with_end: leave what ended a text at its end.
 
         Raises:
             ConfigError: the longest prompt and text have more tokens than the model has places.
@@ -87,7 +88,7 @@ class Decoder:
             synced_gpus=synced)
         stops, texts = set(config.eos_token_id), []  # type: ignore[arg-type]
         for row in made[:, start:].tolist():
-            texts.append(row[:next((at for at, token in enumerate(row) if token in stops), len(row))])
+            texts.append(row[:next((at + with_end for at, token in enumerate(row) if token in stops), len(row))])
         each = section.num_samples
         return [texts[first:first + each] for first in range(0, len(texts), each)]
 

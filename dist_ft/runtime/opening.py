@@ -61,6 +61,12 @@ def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, f
         model, new = load_for(config.task, config.model, cache)
     tuning.apply(model, config.tuning, config.run.seed, config.task)
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
+    if config.task.objective == "minimum_risk":
+        from dist_ft.model.minimum_risk import RiskCausalLM, RiskSeq2Seq
+
+        if config.task.name == "causal_lm":
+            return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha), new
+        return RiskSeq2Seq(model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk), new
     if config.task.name == "causal_lm":
         return CausalLM(model, *noise), new
     return TaskModel(model, config.task, SpecialTokens.of(tokenizer, model.config), *noise), new
