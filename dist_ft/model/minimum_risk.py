@@ -95,7 +95,7 @@ class RiskCausalLM(CausalLM):
         return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
 
     @override
-    def forward(self, texts: Texts | None = None, **given: Any) -> torch.Tensor:
+    def forward(self, texts: Texts | None = None, **given: Any) -> torch.Tensor:  # type: ignore[override]
         """As `CausalLM.forward`; with `texts` the expected risk of the rows."""
         self._texts = texts
         try:
@@ -132,7 +132,7 @@ class RiskSeq2Seq(TaskModel):
         return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
 
     @override
-    def forward(self, texts: Texts | None = None, **given: Any) -> Any:
+    def forward(self, texts: Texts | None = None, **given: Any) -> Any:  # type: ignore[override]
         """As `TaskModel.forward`; with `texts` the expected risk of the rows."""
         self._texts = texts
         try:

@@ -53,22 +53,23 @@ class MinimumRisk:
         from dist_ft.model.decoding import Asked, Decoder
 
         found: list[Batch] = []
-        section = self._section
+        section, every = self._section, [list(samples_of(batch, self._both)) for batch in batches]
+        told = collectives.all_gather((sum(map(len, every)), max([len(one.prompt) for own in every for one in own],
+                                                                 default=1)))
         with engine.generating() as (model, synced):
-            for batch in batches:
-                samples = list(samples_of(batch, self._both))
+            for batch, samples in zip(batches, every, strict=True):
                 # what ends a text ends the references too; where they end otherwise, they were cut
                 ends = {int(one.target[-1]) for one in samples} & set(self._tokenizer.all_special_ids)
                 decoder = Decoder(DecodingSection(
                     max_new_tokens=section.max_new_tokens, strategy="sample", temperature=section.temperature,
                     num_samples=section.candidates, seed=self._seed), self._tokenizer, ends)
+                decoder.require_room(model, max(longest for _, longest in told))  # of all, as all must know
                 asked = [Asked(one.prompt, mix(step, batch.lane, row)) for row, one in enumerate(samples)]
                 made: list[list[list[int]]] = []
                 if asked or synced:
                     made = decoder.make(model, asked or [Asked(np.ones(1, np.int64))], synced, beat, with_end=True)
                 found.append(self._texts(batch, samples, made, decoder) if samples else batch)
-        (count,) = collectives.sum([sum(int(one.groups[-1]) + 1 for one in found if hasattr(one, "groups"))])
-        return found, int(count)
+        return found, sum(count for count, _ in told)
 
     def _texts(self, batch: Batch, samples: Sequence[HeldOut], made: Sequence[Sequence[Sequence[int]]],
                decoder: Decoder) -> Batch:

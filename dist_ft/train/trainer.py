@@ -172,6 +172,7 @@ class Trainer:
         """Show the step."""
         self._parts.clock.to("other")
         seconds = time.perf_counter() - begun
+        assert self._loss is not None
         values = {"loss": self._loss, "learning_rate": rate,
                   "grad_norm": outcome.grad_norm, "step_s": seconds,
                   "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
