@@ -94,6 +94,24 @@ def _texts(config: RunConfig) -> Iterator[str]:
                f"evaluation.data; set it")
 
 
+def _risk(config: RunConfig) -> Iterator[str]:
+    task = config.task
+    if task.objective != "minimum_risk":
+        if task.risk != type(task.risk)():
+            yield (f"task.risk: task.objective={task.objective} does not use it; allowed with minimum_risk; set that, "
+                   f"or remove it")
+        return
+    if task.name not in decoding.MAKERS:
+        yield (f"task.objective=minimum_risk: models of task.name={task.name} make no texts; allowed with "
+               f"{' and '.join(decoding.MAKERS)}; remove it")
+    if task.name == "causal_lm" and config.data.pack:
+        yield ("task.objective=minimum_risk: a row holds a prompt and one text; packed samples are not; set "
+               "data.pack=false")
+    if config.tuning.label_smoothing:
+        yield (f"tuning.label_smoothing={config.tuning.label_smoothing}: task.objective=minimum_risk does not use it; "
+               f"allowed with likelihood; remove it")
+
+
 def _task_sizes(config: RunConfig) -> Iterator[str]:
     task, batch = config.task, config.batch
     if task.name == "embedding" and batch.micro_batch < 2:
@@ -112,5 +130,5 @@ def _prompting(config: RunConfig) -> Iterator[str]:
     yield from robustness.problems(config.task, config.evaluation.robustness)
 
 
-CHECKS = (_tuning, _task, _metric, _texts, _task_sizes, _prompting)
+CHECKS = (_tuning, _task, _metric, _texts, _risk, _task_sizes, _prompting)
 """Each from a config to a line for each contradiction."""

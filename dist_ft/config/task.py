@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
+from dist_ft.config.risk import RiskSection
 from dist_ft.config.section import Identity, Section
 
 TaskName = Literal["causal_lm", "sequence_classification", "multi_label", "regression", "token_classification",
@@ -57,6 +58,10 @@ class TaskSection(Section):
         "token_classification: a tag a word; question_answering: a span of a text; seq2seq: a text from a text, by an "
         "encoder-decoder; "
         "masked_lm: masked tokens; embedding: vectors that are near for texts that belong together."))
+    objective: Literal["likelihood", "minimum_risk"] = Field("likelihood", description=(
+        "causal_lm, seq2seq: what is learned from the targets: their likelihood, or (minimum_risk) the texts the model "
+        "makes itself, as task.risk says; other tasks: likelihood."))
+    risk: RiskSection = Field(default_factory=RiskSection, description="objective minimum_risk.")
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Column names.")
     labels: Annotated[tuple[str, ...], BeforeValidator(_as_labels)] = Identity((), description=(
         "Labels or tags in the order of the head's outputs; empty: those of the training data, sorted."))

@@ -62,7 +62,7 @@ class Decoder:
 
     @torch.no_grad()
     def make(self, model: PreTrainedModel, rows: Sequence[Asked], synced: bool = False,
-             beat: Callable[[], None] = lambda: None) -> list[list[list[int]]]:
+             beat: Callable[[], None] = lambda: None, with_end: bool = False) -> list[list[list[int]]]:
         """Return the texts of one batch, as `make_all`.
 
         Args:
@@ -70,6 +70,7 @@ class Decoder:
             rows: what is asked, all at once.
             synced: every forward is a collective call, so all workers call this as often and go on until all are done.
             beat: called for each token.
+            with_end: leave what ended a text at its end.
 
         Raises:
             ConfigError: the longest prompt and text have more tokens than the model has places.
@@ -78,7 +79,7 @@ class Decoder:
         copies = section.num_samples if section.strategy == "sample" else 1
         rows = [replace(row, draw=draw) for row in rows for draw in range(copies)] if copies > 1 else list(rows)
         config = self._config(model)
-        require_room(model, rows, config.max_new_tokens)  # type: ignore[arg-type]
+        self.require_room(model, max(len(row.ids) for row in rows))
         ids, mask = padded([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
         start = 1 if both else ids.shape[1]
         made = model.generate(  # type: ignore[operator]
@@ -87,9 +88,19 @@ class Decoder:
             synced_gpus=synced)
         stops, texts = set(config.eos_token_id), []  # type: ignore[arg-type]
         for row in made[:, start:].tolist():
-            texts.append(row[:next((at for at, token in enumerate(row) if token in stops), len(row))])
+            texts.append(row[:next((at + with_end for at, token in enumerate(row) if token in stops), len(row))])
         each = section.num_samples
         return [texts[first:first + each] for first in range(0, len(texts), each)]
+
+    def require_room(self, model: PreTrainedModel, longest: int) -> None:
+        """Raise ConfigError if a prompt of `longest` tokens and its text do not fit into the places of `model`."""
+        config, length = model.config.get_text_config(decoder=True), self._config(model).max_new_tokens or 0
+        places = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        longest = 0 if model.config.is_encoder_decoder else longest
+        if isinstance(places, int) and longest + length > places:
+            raise ConfigError([f"decoding.max_new_tokens={length}: the model has {places} places and the longest "
+                               f"prompt {longest} tokens; at most {max(0, places - longest)} are allowed; lower it, or "
+                               "shorten the prompts"], "decoding")
 
     def text(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without special ones."""
@@ -209,14 +220,3 @@ def padded(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[torch.Tens
         ids[number, place] = torch.from_numpy(np.asarray(row, dtype=np.int64))
         mask[number, place] = 1
     return ids, mask
-
-
-def require_room(model: PreTrainedModel, rows: Sequence[Asked], length: int) -> None:
-    """Raise ConfigError if prompts and texts of `length` tokens do not fit into the places of `model`."""
-    config = model.config.get_text_config(decoder=True)
-    places = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    longest = 0 if model.config.is_encoder_decoder else max(len(row.ids) for row in rows)
-    if isinstance(places, int) and longest + length > places:
-        raise ConfigError([f"decoding.max_new_tokens={length}: the model has {places} places and the longest prompt "
-                           f"{longest} tokens; at most {max(0, places - longest)} are allowed; lower it, or shorten "
-                           "the prompts"], "decoding")

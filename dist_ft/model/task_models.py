@@ -171,15 +171,18 @@ class TaskModel(Learner):
 
     def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._sizes = None  # noise is the source's and the target's, whose lengths differ: none
-        start = self.model.config.decoder_start_token_id
-        before = torch.cat([torch.full_like(second[:, :1], start), second[:, :-1]], 1)
-        logits = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=before,
-                            decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
-                            use_cache=False).logits
+        logits = self._seq2seq_logits(ids, mask, second, second_mask)
         loss = losses.cross_entropy(logits.flatten(0, 1), labels.flatten(),
                                     smoothing=self._smoothing if self.training else 0.0)
         return loss, logits.argmax(-1)
+
+    def _seq2seq_logits(self, ids: Any, mask: Any, second: Any, second_mask: Any) -> torch.Tensor:
+        self._sizes = None  # noise is the source's and the target's, whose lengths differ: none
+        start = self.model.config.decoder_start_token_id
+        before = torch.cat([torch.full_like(second[:, :1], start), second[:, :-1]], 1)
+        return self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=before,
+                          decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
+                          use_cache=False).logits
 
     def _embedding(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
                    ) -> tuple[torch.Tensor, torch.Tensor]:

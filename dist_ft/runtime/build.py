@@ -32,6 +32,7 @@ from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
 from dist_ft.train.clock import Clock, kept
 from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.metrics import MetricsLog, read_metrics
+from dist_ft.train.minimum_risk import MinimumRisk
 from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.trainer import Trainer
@@ -91,7 +92,8 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, tensors(module),
                       aliases(module), judge, store,
                       on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock,
-                      _evaluated(config, lines), HeldOutTexts.of(config, data.tokenizer))
+                      _evaluated(config, lines), HeldOutTexts.of(config, data.tokenizer),
+                      MinimumRisk.of(config, data.tokenizer))
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
                 def beat() -> None:

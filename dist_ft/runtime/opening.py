@@ -68,6 +68,12 @@ def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
     from dist_ft.model.task_models import SpecialTokens, TaskModel
 
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
+    if config.task.objective == "minimum_risk":
+        from dist_ft.model.minimum_risk import RiskCausalLM, RiskSeq2Seq
+
+        if config.task.name == "causal_lm":
+            return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha), new
+        return RiskSeq2Seq(model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk), new
     if config.task.name == "causal_lm":
         return CausalLM(model, *noise)
     special = SpecialTokens.of(tokenizer, model.config)

@@ -50,6 +50,8 @@ def make_together(decoder: Decoder, engine: Engine, rows: Sequence[Asked], world
     mine = batches[world.rank::world.size]
     found: dict[int, list[list[int]]] = {}
     with engine.generating() as (model, synced):
+        if rows:  # on all workers, as all must know
+            decoder.require_room(model, max(len(row.ids) for row in rows))
         for call in range(world.largest_share(len(batches))):
             own = mine[call] if call < len(mine) else []
             if own or synced:

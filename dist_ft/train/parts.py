@@ -13,6 +13,7 @@ from dist_ft.train.anomaly import Judge
 from dist_ft.train.clock import Clock
 from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.metrics import MetricsLog
+from dist_ft.train.minimum_risk import MinimumRisk
 from dist_ft.world import Collectives, World
 
 
@@ -25,6 +26,7 @@ class Parts:
         clock: what this process spends its time on.
         evaluated: (step, value) of checkpoint.best_by at every evaluation of the run so far; grows.
         texts: what makes texts at evaluations; None: none are made.
+        risk: what draws the texts of minimum risk training; None: the likelihood is learned.
     """
 
     engine: Engine
@@ -42,3 +44,4 @@ class Parts:
     clock: Clock = field(default_factory=Clock)
     evaluated: list[tuple[int, float]] = field(default_factory=list)
     texts: HeldOutTexts | None = None
+    risk: MinimumRisk | None = None

@@ -126,8 +126,10 @@ class Trainer:
 
     def _learn(self, batches: Sequence[Batch], seeds: Sequence[int], num_targets: float, rate: float) -> StepOutcome:
         """Learn from the global batch, unless its loss or gradient is bad; return those, as all workers know them."""
-        parts, step = self._parts, self._step
-        loss_sum = parts.engine.accumulate(batches, seeds, max(1, int(num_targets)))
+        parts, step, learned = self._parts, self._step, batches
+        if parts.risk is not None:
+            learned, num_targets = parts.risk.prepare(batches, step, parts.engine, parts.collectives, self._hooks.beat)
+        loss_sum = parts.engine.accumulate(learned, seeds, max(1, int(num_targets)))
         (total,) = parts.collectives.sum([loss_sum])
         self._loss = loss = total / max(1.0, num_targets)
         reason = parts.judge.of_loss(step, loss)
@@ -170,7 +172,8 @@ class Trainer:
         """Show the step."""
         self._parts.clock.to("other")
         seconds = time.perf_counter() - begun
-        values = {"loss": outcome.loss_sum / max(1.0, num_targets), "learning_rate": rate,
+        assert self._loss is not None
+        values = {"loss": self._loss, "learning_rate": rate,
                   "grad_norm": outcome.grad_norm, "step_s": seconds,
                   "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
         if self._parts.metrics is not None:
