@@ -54,13 +54,15 @@ def show(run: Run, overrides: Overrides = None) -> None:
 
 
 def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for report.html, report.md and report.json.")],
-           overrides: Overrides = None) -> None:
-    """Write a run's report: curves, metrics before and after, tables by label, what was run. One page, nothing loaded.
+           overrides: Overrides = None,
+           attributions: Annotated[bool, typer.Option("--attributions", help=(
+               "Ask the model again which tokens spoke for its errors (integrated gradients)."))] = False) -> None:
+    """Write a run's report: curves, metrics before and after, tables, errors, what was run. One page, nothing loaded.
 
     \b
     Examples:
       dist-ft runs report runs/mine --out report/
-      dist-ft runs report configs/recipes/entities.yaml --out report/
+      dist-ft runs report configs/recipes/entities.yaml --out report/ --attributions
 
     Next: open report/report.html
     """
@@ -69,7 +71,15 @@ def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for rep
 
     from dist_ft.runtime import report as reports
 
-    found = reports.gather(url_of(run, overrides))
+    url = url_of(run, overrides)
+    found = reports.gather(url)
+    if attributions and found["examples"]:
+        from dist_ft.logs import quiet_third_parties
+        from dist_ft.runtime.attributions import attribute
+        from dist_ft.storage import Store
+
+        quiet_third_parties()
+        found["attributions"] = attribute(Store(url), found["examples"], found["examples_step"])
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("html", reports.to_html(found)), ("md", reports.to_markdown(found)),

@@ -73,7 +73,8 @@ class Commits:
             aliases=draft.aliases, files=files, ledger=ledger, frozen=tuple(sorted(frozen)),
             evaluation=draft.evaluation, layout=nodes.layout if nodes else "",
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in ("torch", "transformers", "safetensors")}))
+            versions={name: version(name) for name in
+                      ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")}))
         self._shared = tuple(item for item in files if item.shared)
         if nodes is None:
             self._ledger = ledger

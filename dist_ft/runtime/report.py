@@ -1,7 +1,7 @@
-"""The report of a run: what was run, how it learned, what it scores; JSON, Markdown and one self-contained HTML page.
+"""The report of a run: what was run, how it learned, what it scores, where it errs; JSON, Markdown and one HTML page.
 
-Reads what lies in the run's storage, whoever wrote it, and needs no model and no GPU. The page loads nothing from
-anywhere; what comes from data is escaped.
+Reads what lies in the run's storage, whoever wrote it, and needs no model and no GPU (`attributions` does, if asked).
+The page loads nothing from anywhere; what comes from data is escaped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dist_ft.config.load import STORED
 from dist_ft.errors import DataError
 from dist_ft.logs import redact
 from dist_ft.runtime import accounts, runs
+from dist_ft.runtime.facts import facts
 from dist_ft.storage import Store
 from dist_ft.train.evaluate import FOLDER
 from dist_ft.train.metrics import read_metrics
@@ -25,6 +26,7 @@ PLOTTED = 600
 """Points of a curve at most; of more, means of neighbours are drawn."""
 MOST_CONFUSED = 30
 """Labels of a confusion matrix that is shown; of more, the pairs most often taken for each other are told."""
+LONGEST_CELL = 300
 TITLES = {"by_label": "By label", "by_tag": "By tag"}
 
 
@@ -46,12 +48,15 @@ def gather(url: str) -> dict[str, Any]:
     metric = (config.get("checkpoint") or {}).get("best_by", "loss")
     known = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
     chosen = dict(zip(("step", "value"), best.best(metric, known), strict=True)) if known else None
+    newest, details = _details(store)
     return {
         "name": config["run"]["name"], "storage": store.shown(), "config": text,
         "task": (config.get("task") or {}).get("name", "causal_lm"), "model": redact(str(config["model"]["path"])),
         "steps": train[-1]["step"] if train else 0, "train": train, "evaluations": evaluations,
         "best": {**chosen, "metric": metric} if chosen else None,
-        "tables": _tables(store), "attempts": runs.attempts(store), "time": list(accounts.lines(store)),
+        "tables": _tables(details),
+        "examples": details.get("examples", []), "examples_step": newest, "attributions": None,
+        "facts": facts(store), "attempts": runs.attempts(store), "time": list(accounts.lines(store)),
         "checkpoints": catalogue.committed(store)}
 
 
@@ -59,12 +64,17 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if isinstance(value, int | float)}
 
 
-def _tables(store: Store) -> dict[str, Any]:
-    """Return the tables of the newest evaluation that has any: by label, and what was taken for what."""
+def _details(store: Store) -> tuple[int | None, dict[str, Any]]:
+    """Return step and values of the newest evaluation that has more than numbers; (None, {}) without any."""
     names = store.list(FOLDER)
     if not names:
-        return {}
-    found = json.loads(store.read(f"{FOLDER}/{max(names)}"))
+        return None, {}
+    newest = max(names)
+    return int(newest.removeprefix("step-").removesuffix(".json")), json.loads(store.read(f"{FOLDER}/{newest}"))
+
+
+def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables of an evaluation: by label, and what was taken for what."""
     tables: dict[str, Any] = {name: found[name] for name in TITLES if found.get(name)}
     if "confusion" in found:
         tables["labels"], tables["confusion"] = list(found["by_label"]), found["confusion"]
@@ -103,13 +113,26 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         if name in report["tables"]:
             heads, table = _rows(report["tables"][name])
             parts += [f"## {title}", "", f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}",
-                      *(f"| {label} | {' | '.join(values)} |" for label, values in table), ""]
+                      *(f"| {_cell(label)} | {' | '.join(values)} |" for label, values in table), ""]
     if "confusion" in report["tables"]:
         pairs = confused(report["tables"]["labels"], report["tables"]["confusion"])
-        parts += ["## Taken for another", "", *(f"- {one} for {other}: {count}" for one, other, count in pairs), ""]
+        parts += ["## Taken for another", "", *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs), ""]
+    if report["examples"]:
+        parts += [f"## Most confident errors at step {report['examples_step']}", "",
+                  "| sample | text | wanted | told | score |", "| ---: | --- | --- | --- | ---: |"]
+        parts += [f"| {one['sample']} | {_cell(one['text'])} | {_cell(one['wanted'])} | {_cell(one['told'])} | "
+                  f"{_shown(one['score'])} |" for one in report["examples"]]
+        parts.append("")
+    parts += ["## What was run", "", *(f"- {name}: {_cell(value)}" for name, value in report["facts"].items()), ""]
     parts += ["## Attempts and time", "", *(f"- {line}" for line in [*report["attempts"], *report["time"]]), "",
               "## Config", "", "```yaml", report["config"].rstrip(), "```", ""]
     return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table, on one line and not too long."""
+    line = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return line if len(line) <= LONGEST_CELL else line[:LONGEST_CELL] + " ..."
 
 
 def to_html(report: Mapping[str, Any]) -> str:
@@ -121,10 +144,18 @@ def to_html(report: Mapping[str, Any]) -> str:
     tables = {TITLES[name]: _rows(report["tables"][name]) for name in TITLES if name in report["tables"]}
     labels = report["tables"].get("labels", [])
     return template.render(
-        report=report, curves=_curves(report), tables=tables, shown=_shown,
+        report=report, shaded=[shaded(one.get("tokens", ())) for one in report["examples"]],
+        curves=_curves(report), tables=tables, shown=_shown,
         metrics=before_after(report["evaluations"]), labels=labels if len(labels) <= MOST_CONFUSED else [],
         matrix=report["tables"].get("confusion", []),
         pairs=confused(labels, report["tables"]["confusion"]) if labels else [])
+
+
+def shaded(tokens: Sequence[tuple[str, float]]) -> list[tuple[str, str, str]]:
+    """Return (text, colour, weight to show) of tokens: orange spoke for what was told, blue against it."""
+    most = max((abs(weight) for _, weight in tokens), default=0.0) or 1.0
+    return [(text, f"rgba({'230, 120, 20' if weight > 0 else '30, 110, 200'}, {abs(weight) / most * 0.75:.2f})",
+             f"{weight:+.4f}") for text, weight in tokens]
 
 
 def _rows(table: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[tuple[str, list[str]]]]:

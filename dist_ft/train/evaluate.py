@@ -11,6 +11,7 @@ from dist_ft.config.task import TaskSection
 from dist_ft.data.loader import Loader
 from dist_ft.engine.base import Engine, even_out
 from dist_ft.storage import Store
+from dist_ft.train.examples import DESCRIBERS
 from dist_ft.train.scoring import Scorer
 from dist_ft.world import Collectives, World
 
@@ -23,7 +24,8 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, colle
              beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM) -> dict[str, Any]:
     """Return {loss, perplexity, num_target_tokens, metrics of the task} over one pass of `loader`; a collective call.
 
-    Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values.
+    Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values;
+    `examples` is what was most wrong (`examples.described`).
 
     Lanes are dealt as in training; a worker without a lane runs an empty batch of weight zero. `beat` is called for
     each.
@@ -47,7 +49,12 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, colle
     values: dict[str, Any] = {"loss": loss}
     if task.name in TELLS_TOKENS:
         values["perplexity"] = math.exp(min(loss, 700.0))
-    return {**values, "num_target_tokens": count, **(scorer.scores(collectives) if scorer is not None else {})}
+    values["num_target_tokens"] = count
+    if scorer is not None:
+        values |= scorer.scores(collectives)
+        if task.name in DESCRIBERS:
+            values["examples"] = scorer.examples(collectives, loader.store.encoder.tokenizer)
+    return values
 
 
 def keep_evaluation(store: Store, step: int, values: dict[str, Any]) -> None:

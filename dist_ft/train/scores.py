@@ -128,7 +128,7 @@ SCORES: dict[str, Callable[[TaskSection, Any, Any], dict[str, Any]]] = {
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Return the expected calibration error (Guo et al., arXiv:1706.04599) over 15 bins of confidence (N,)."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)
     count = np.bincount(bins, minlength=BINS)
     gap = np.bincount(bins, confidence, BINS) - np.bincount(bins, right.astype(float), BINS)
     return float(np.abs(gap).sum() / max(1, count.sum()))

@@ -9,7 +9,8 @@ import numpy as np
 from dist_ft.config.task import TaskSection
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.data.labelled import BITS
-from dist_ft.train.scores import SCORES
+from dist_ft.train import examples
+from dist_ft.train.scores import SCORES, softmax
 from dist_ft.world import Collectives
 
 LONGEST_ANSWER = 64
@@ -25,26 +26,40 @@ class Scorer:
     def __init__(self, task: TaskSection) -> None:
         self._task = task
         self._rows: list[tuple[int, int, Any, Any]] = []
+        self._seen: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._all: list[tuple[int, int, Any, Any]] = []
 
     def add(self, batch: Batch, told: np.ndarray) -> None:
         """Take what the model told of `batch`, rows first."""
         read = getattr(self, f"_{self._task.name}")
         for row, (sample, first, size, _) in enumerate(batch.pieces.tolist()):
             self._rows.append((sample, first, *read(batch.target_ids[row, :size], told[row])))
+            if self._task.name in examples.DESCRIBERS:
+                self._seen[sample, first] = tuple(  # type: ignore[assignment]
+                    array[row, :size].astype(np.int32) for array in (batch.input_ids, batch.target_ids))
 
     def scores(self, collectives: Collectives) -> dict[str, Any]:
         """Return the metrics over the rows of all workers, on all workers; a collective call."""
         rows = [row for part in collectives.all_gather(self._rows) for row in part]
         rows.sort(key=lambda row: row[:2])
+        self._all = rows
         if not rows:
             return {}
         if self._task.name == "question_answering":
-            wanted, told = _best_windows(rows)
+            wanted, told, _ = _best_windows(rows)
         else:
             wanted, told = ([row[index] for row in rows] for index in (2, 3))
         if self._task.name == "token_classification":
-            return SCORES[self._task.name](self._task, wanted, told)
+            return SCORES[self._task.name](self._task, wanted, [tags for tags, _ in told])
         return SCORES[self._task.name](self._task, np.array(wanted), np.array(told))
+
+    def examples(self, collectives: Collectives, tokenizer: Any) -> list[dict[str, Any]]:
+        """Return what was most wrong (`examples.described`), on all workers; a collective call, after `scores`."""
+        answers = _answers(self._all) if self._task.name == "question_answering" else ()
+        picks = examples.worst(self._task, self._all, answers)
+        own = {key: self._seen[key] for pick in picks for key in pick.keys if key in self._seen}
+        seen = {key: value for part in collectives.all_gather(own) for key, value in part.items()}
+        return examples.described(self._task, picks, seen, tokenizer)
 
     def _sequence_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return int(labels[0]), told
@@ -58,7 +73,8 @@ class Scorer:
 
     def _token_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
         words = labels != IGNORED
-        return labels[words], told[:len(labels)][words].argmax(-1)
+        logits = told[:len(labels)][words]
+        return labels[words], (logits.argmax(-1), softmax(logits.astype(float)).max(-1))
 
     def _question_answering(self, labels: np.ndarray, told: np.ndarray) -> Found:
         start = int((labels != IGNORED).argmax())
@@ -91,8 +107,8 @@ def best_span(logits: np.ndarray) -> tuple[int, int, float]:
     return (first, last, score) if score > 0 else (0, 0, score)
 
 
-def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Return [window, first, last] wanted and told of each sample, of its windows the best.
+def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], list[Any], list[float]]:
+    """Return [window, first, last] wanted and told of each sample, of its windows the best, and the score of that.
 
     Windows share tokens: an answer may lie in two of them, and is told rightly in either.
     """
@@ -106,4 +122,12 @@ def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], lis
         if sample not in told or score > told[sample][0]:
             told[sample] = score, found
     wanted = [own.get(told[sample][1][0], next(iter(own.values()), (-1, 0, 0))) for sample, own in golds.items()]
-    return wanted, [told[sample][1] for sample in golds]
+    return wanted, [told[sample][1] for sample in golds], [told[sample][0] for sample in golds]
+
+
+def _answers(rows: list[tuple[int, int, Any, Any]]) -> list[tuple[int, int, Any, Any, float]]:
+    """Return (sample, window to show, wanted, told, how sure) of each question."""
+    first = {row[0]: row[1] for row in reversed(rows)}
+    found = zip(dict.fromkeys(row[0] for row in rows), *_best_windows(rows), strict=True)
+    return [(sample, next((side[0] for side in (told, wanted) if side[0] >= 0), first[sample]), wanted, told,
+             abs(score)) for sample, wanted, told, score in found]

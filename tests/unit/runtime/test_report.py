@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,21 +11,27 @@ from html.parser import HTMLParser
 import pytest
 import tiny_tasks
 
+from dist_ft.checkpoint import export
 from dist_ft.config.load import load_config
 from dist_ft.errors import DataError
-from dist_ft.runtime import local, report
+from dist_ft.runtime import attributions, local, report
 from dist_ft.storage import Store
 
 EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def url(tmp_path_factory):
     base = tiny_tasks.base(tmp_path_factory.mktemp("report"))
     made = tiny_tasks.config(base, "sequence_classification", "told", task={"labels": [*tiny_tasks.LABELS, EVIL]})
     made["evaluation"]["every_steps"] = 5
     result = local.run(load_config(made))
-    return report.gather(result.run_url)
+    return result.run_url
+
+
+@pytest.fixture(scope="module")
+def found(url):
+    return report.gather(url)
 
 
 def test_it_holds_what_the_run_holds(found):
@@ -35,6 +42,44 @@ def test_it_holds_what_the_run_holds(found):
     assert json.loads(json.dumps(found)) == found
     rows = {name: (first, last) for name, first, last in report.before_after(found["evaluations"])}
     assert rows["loss"][1] < rows["loss"][0]
+    wrong = round((1 - found["evaluations"][-1]["accuracy"]) * 23)
+    assert len(found["examples"]) == min(20, wrong) and found["examples_step"] == 20
+    scores = [one["score"] for one in found["examples"]]
+    assert scores == sorted(scores, reverse=True)
+    assert found["facts"]["training data"].endswith(": 2 shards, 96 samples, "
+                                                    f"{found['facts']['training data'].split()[-2]} tokens")
+    assert "torch 2" in found["facts"]["versions"] and found["facts"]["engine"] == "plain PyTorch, 1 worker"
+
+
+def test_tokens_are_told_by_how_they_spoke_for_an_error(found, url):
+    """Weights of a text sum up to what is told of it less what is told of padding (the completeness axiom)."""
+    import torch
+
+    told = copy.deepcopy(found["examples"][:3])
+    assert attributions.attribute(Store(url), told, 20)["step"] == 20
+    manifest = export.find(Store(url), 20)
+    model, tokenizer = export.load_trained(Store(url), manifest, "float32")
+    for one in told:
+        ids = torch.tensor([one["ids"]])
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+        padding = torch.where(special, ids, tokenizer.pad_token_id)
+        with torch.no_grad():
+            label = one["at"][0]
+            expected = model(input_ids=ids).logits[0, label]
+            expected = (expected - model(input_ids=padding, attention_mask=torch.ones_like(ids)).logits[0, label]).item()
+        assert sum(weight for _, weight in one["tokens"]) == pytest.approx(expected, abs=0.05 * max(1, abs(expected)))
+        assert "".join(text for text, _ in one["tokens"]).split() == one["text"].split()
+    page = report.to_html({**found, "examples": told, "attributions": {"step": 20, "method": "m"}})
+    assert page.count('title="') >= len(told[0]["tokens"]) and "rgba(230, 120, 20" in page
+
+
+def test_texts_of_examples_are_escaped_in_both_pages(found):
+    evil = {"sample": 1, "window": 0, "text": f"{EVIL} | a", "wanted": EVIL, "told": "<b>", "score": 0.5, "ids": [],
+            "at": [0], "tokens": [[EVIL, 0.5], ["x", -0.25]]}
+    told = {**found, "examples": [evil], "facts": {"base model": EVIL}}
+    assert EVIL not in report.to_html(told) and "<b>" not in report.to_html(told)
+    assert EVIL not in report.to_markdown({**told, "config": ""}) and "\\| a" in report.to_markdown(told)
+    assert report.shaded([["a", 2.0], ["b", -1.0]])[1][1] == "rgba(30, 110, 200, 0.38)"
 
 
 def test_the_page_is_whole_and_loads_nothing(found):
