@@ -115,8 +115,10 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
 
 
 def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
-           adapter: bool = False, best: bool = False) -> None:
+           adapter: bool = False, best: bool = False, int8: bool = False) -> dict[str, tuple[float, float]] | None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
+
+    With it goes a model card, README.md. Returns what int8 weights changed, {measure: (before, after)}, or None.
 
     Args:
         run: the run's config, or the URL of its folder (<run.storage>/<run.name>).
@@ -125,14 +127,15 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
         dtype: float32 or bfloat16 of the weights written; none: as the model was trained.
         adapter: write the adapter alone, for `peft`; else it is merged into the weights.
         best: that of the checkpoints there are which is best by checkpoint.best_by.
+        int8: weights of linear layers as 8-bit integers (torchao); size, latency and scores are measured.
     """
     from dist_ft import storage
-    from dist_ft.checkpoint.export import export_run
+    from dist_ft.runtime.shipping import ship
 
     if isinstance(run, RunConfig):
         storage.configure(run.storage.options)
         run = run.run_url
-    export_run(run, out, step=step, dtype=dtype, adapter=adapter, best=best)
+    return ship(run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8)
 
 
 def next_step(folder: str) -> str:

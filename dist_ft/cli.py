@@ -131,8 +131,10 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
            dtype: Annotated[str | None, typer.Option(
                help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None,
            adapter: Annotated[bool, typer.Option(
-               "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged.")] = False) -> None:
-    """Write a checkpoint as a Hugging Face folder: safetensors, config, tokenizer, chat template.
+               "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged.")] = False,
+           int8: Annotated[bool, typer.Option(
+               "--int8", help="8-bit weights (torchao); size, latency and scores before and after.")] = False) -> None:
+    """Write a checkpoint as a Hugging Face folder: safetensors, config, tokenizer, chat template, model card.
 
     It is read back with plain transformers and its logits compared before this says done.
 
@@ -154,8 +156,10 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
     if best and step is not None:
         raise ConfigError([f"--step={step}: with --best the step is found; one of them is allowed; leave one out"],
                           "export")
-    api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype, adapter=adapter,
-               best=best)
+    measured = api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype,
+                          adapter=adapter, best=best, int8=int8)
+    if measured:
+        typer.echo(cli_models.before_after("int8 weights", measured))
     typer.echo(f"wrote {out}" + ("" if adapter else f"; next: {api.next_step(out)}"))
 
 

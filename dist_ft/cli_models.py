@@ -76,6 +76,14 @@ def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model fo
     typer.echo(f"{count:,} rows in {out}")
 
 
+def before_after(title: str, measured: dict[str, tuple[float, float]]) -> str:
+    """Return {measure: (before, after)} as a table."""
+    from dist_ft.train.console import table
+
+    rows = [[name.replace("_", " "), _number(before), _number(after)] for name, (before, after) in measured.items()]
+    return table(title, rows, ["", "before", "after"])
+
+
 def _number(value: Any) -> str:
     if value is None:
         return ""

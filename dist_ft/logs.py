@@ -28,6 +28,7 @@ QUIET_LOGGERS = (
     "botocore.credentials",  # "found credentials in environment variables"
     "ray.data",  # not used by training
     "absl",
+    "torchao", "torchao.kernel.intmm", "torch.utils._pytree",  # kernels of GPUs that are not there
 )
 
 

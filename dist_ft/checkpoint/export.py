@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from dist_ft.config.task import TaskSection
 from dist_ft.config.tuning import TuningSection
 from dist_ft.errors import CheckpointError
 from dist_ft.model import heads, tuning
-from dist_ft.model.load import from_config, options
+from dist_ft.model.load import from_config, options, told
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
@@ -40,7 +40,7 @@ MODEL = "model"
 
 
 def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False,
-               best: bool = False) -> str:
+               best: bool = False, finish: Callable[[Path, Manifest], None] = lambda folder, manifest: None) -> str:
     """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
 
     Adapters are added into the weights they stand beside, in float32.
@@ -52,6 +52,7 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
         dtype: "float32" or "bfloat16"; none: as the model's config says.
         adapter: write the adapter alone, as `peft` loads it.
         best: of the checkpoints there are, the best by checkpoint.best_by.
+        finish: called with the whole folder and what it was made from, before the folder appears.
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -70,6 +71,7 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
             tokenizer.save_pretrained(folder)
             (folder / ABOUT).write_text(json.dumps(_about(store), indent=1), "utf-8")
             _compare(model, stored_task(store), folder)
+        finish(folder, manifest)
         if target.exists():
             target.rmdir()
         shutil.move(str(folder), target)
@@ -83,6 +85,11 @@ def _about(store: Store) -> dict[str, Any]:
             "attention": (stored.get("model") or {}).get("attention", "sdpa"),
             "prompt_template": (stored.get("data") or {}).get("prompt_template", "{prompt}\n"),
             "sequence_length": (stored.get("batch") or {}).get("sequence_length")}
+
+
+def about_task(folder: Path) -> TaskSection:
+    """Return what the model of an exported folder does."""
+    return TaskSection.model_validate(json.loads((folder / ABOUT).read_text("utf-8"))["task"])
 
 
 def find(store: Store, step: int | None) -> Manifest:
@@ -128,9 +135,9 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     if stored_tuning(store).method not in tuning.ADDED:
         return model.eval(), tokenizer
     with torch.no_grad():
-        before = _told(model.eval())
+        before = told(model.eval())
         tuning.merge(model)
-        difference = (_told(model) - before).abs().max().item() / before.abs().max().item()
+        difference = (told(model) - before).abs().max().item() / before.abs().max().item()
     if difference > MERGED:
         raise CheckpointError(f"{store.shown()}: with its adapter merged the model does not give the same logits "
                               f"(relative difference {difference:.1e}); nothing was exported; use --adapter")
@@ -232,27 +239,18 @@ def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str,
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
 
 
-def _told(model: Any) -> torch.Tensor:
-    """Return, flat, all numbers a model tells of 24 token ids."""
-    import torch
-
-    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
-    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    told = model(input_ids=tokens, **given)
-    return torch.cat([value.float().flatten() for value in told.values()
-                      if torch.is_tensor(value) and value.is_floating_point()])
-
-
 def _compare(model: Any, task: TaskSection, folder: Path) -> None:
     """Raise CheckpointError unless the written folder, loaded anew, gives exactly the logits of `model`."""
     import torch
 
     with torch.no_grad():
-        expected = _told(model)
+        expected = told(model)
         pair: Any = heads.auto_class(task).from_pretrained(folder, dtype=model.dtype, output_loading_info=True,
                                                            **options(model.config, task))
         loaded, info = pair
-        got = _told(loaded.eval())
+        for tensor in (*loaded.parameters(), *loaded.buffers()):  # where a mapped file lies in memory decides last bits
+            tensor.data = tensor.data.clone()
+        got = told(loaded.eval())
     if info["missing_keys"] or not torch.equal(expected, got):
         worst = (expected - got).abs().max().item()
         raise CheckpointError(f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "

@@ -227,7 +227,22 @@ def from_config(config: PretrainedConfig, task: TaskSection, dtype: Any, **given
     return model
 
 
+def told(model: Any) -> Any:
+    """Return, flat, all numbers a model tells of 24 token ids."""
+    import torch
+
+    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
+    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        outputs = model(input_ids=tokens, **given)
+    return torch.cat([value.float().flatten() for value in outputs.values()
+                      if torch.is_tensor(value) and value.is_floating_point()])
+
+
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+    if getattr(model, "hf_quantizer", None) is not None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(not hasattr(parameter, "qdata"))  # whole numbers have no gradient
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

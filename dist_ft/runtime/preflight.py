@@ -63,6 +63,9 @@ def _model(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, _known(config))
+    if getattr(model, "quantization_config", None):
+        yield (f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
+               "weights is needed; export the run without --int8")
     inner = model.get_text_config() if hasattr(model, "get_text_config") else model
     longest = getattr(inner, "max_position_embeddings", None)
     if longest and config.batch.sequence_length > longest:

@@ -116,7 +116,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
                       *(f"| {_cell(label)} | {' | '.join(values)} |" for label, values in table), ""]
     if "confusion" in report["tables"]:
         pairs = confused(report["tables"]["labels"], report["tables"]["confusion"])
-        parts += ["## Taken for another", "", *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs), ""]
+        parts += ["## Taken for another", "",
+                  *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs), ""]
     if report["examples"]:
         parts += [f"## Most confident errors at step {report['examples_step']}", "",
                   "| sample | text | wanted | told | score |", "| ---: | --- | --- | --- | ---: |"]

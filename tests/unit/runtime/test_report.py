@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -55,8 +54,8 @@ def test_tokens_are_told_by_how_they_spoke_for_an_error(found, url):
     """Weights of a text sum up to what is told of it less what is told of padding (the completeness axiom)."""
     import torch
 
-    told = copy.deepcopy(found["examples"][:3])
-    assert attributions.attribute(Store(url), told, 20)["step"] == 20
+    told = json.loads(Store(url).read("evaluations/step-000000000.json"))["examples"][:3]  # of a head that knows nothing
+    assert attributions.attribute(Store(url), told, 0)["step"] == 20
     manifest = export.find(Store(url), 20)
     model, tokenizer = export.load_trained(Store(url), manifest, "float32")
     for one in told:
