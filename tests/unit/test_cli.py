@@ -22,7 +22,7 @@ COMMANDS = {
     "generate": {"model", "--prompt", "--system", "--max-new-tokens"},
     "export": {"run", "overrides", "--out", "--step", "--best", "--dtype", "--adapter", "--int8"},
     "evaluate": {"config", "overrides", "--model", "--random-head", "--json"},
-    "predict": {"model", "paths", "--out", "--batch", "--max-new-tokens"},
+    "predict": {"model", "paths", "--out", "--workers", "--format", "--batch", "--max-new-tokens"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
     "data inspect": {"paths"},
     "data import": {"kind", "paths", "--out", "--encoding", "--part"},

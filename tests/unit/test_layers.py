@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dist_ft"
 FOUNDATIONS = ("errors", "logs", "failpoints", "local_files", "listing", "storage_errors", "patience", "storage", "world")
 LAYERS = ("config", "data", "model", "engine", "checkpoint", "train", "plan", "runtime", "api", "cli_data", "cli_drill", "cli_models", "cli_runs", "cli")
 DOORS = {"ray": "runtime/ray_train.py", "deepspeed": "engine/deepspeed_engine.py", "fsspec": "storage.py"}
+RAY_DOORS = {"runtime/ray_data.py": "data"}  # beside runtime/ray_train.py, which trains
 LONGEST_MODULE, LONGEST_FUNCTION = 300, 60
 DOCUMENTED = 0.9  # of public functions, methods and classes
 
@@ -75,7 +76,14 @@ def test_the_package_itself_lends_names_only_to_the_top():
 @pytest.mark.parametrize(("library", "door"), DOORS.items())
 def test_one_door_for_each_third_party(library, door):
     users = {path for path in PATHS for name in imported(path) if name.split(".")[0] == library}
-    assert users == {door}
+    assert users - RAY_DOORS.keys() == {door}
+
+
+@pytest.mark.parametrize(("door", "part"), RAY_DOORS.items())
+def test_further_doors_to_ray_are_for_one_part_of_it(door, part):
+    used = {name for name in imported(door) if name.split(".")[0] == "ray"}
+    assert used == {"ray", f"ray.{part}"}, "ray itself to connect with, and its part"
+    assert all(f"ray.{part}" not in set(imported(path)) for path in PATHS if path != door)
 
 
 @pytest.mark.parametrize("path", PATHS)
