@@ -8,6 +8,7 @@ another format is refused. One process makes them here; `ray_data` has many do i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +20,7 @@ from dist_ft.data.write import as_jsonl, as_parquet
 from dist_ft.errors import DataError
 from dist_ft.logs import redact
 from dist_ft.runtime.predicting import Predictor, version_of
-from dist_ft.storage import Store
+from dist_ft.storage import Store, is_local, local_path
 
 PART_BYTES = 2 * 2**20
 """Of input text, about, in a part."""
@@ -97,7 +98,7 @@ def predict_folder(model: str, shards: Sequence[Shard], out: str, *, suffix: str
     if workers and todo:
         from dist_ft.runtime import ray_data
 
-        counts = ray_data.predict(model, out, todo, workers, batch, max_new_tokens)
+        counts = ray_data.predict(_absolute(model), store.url, todo, workers, batch, max_new_tokens)
     rows = 0
     for done, count in enumerate(counts, len(tasks) - len(todo) + 1):
         rows += count
@@ -106,6 +107,12 @@ def predict_folder(model: str, shards: Sequence[Shard], out: str, *, suffix: str
         raise DataError(redact(f"--out={out}: some shards are not there after all were made; does another process "
                                "remove them? the same command makes them"))
     return len(tasks), rows
+
+
+def _absolute(model: str) -> str:
+    """Return the path of a local folder as workers, which may run elsewhere, can use it; other names as they are."""
+    folder = os.path.abspath(local_path(model)) if is_local(model) else ""
+    return folder if os.path.isdir(folder) else model
 
 
 def _here(model: str, store: Store, todo: Sequence[Task], batch: int, max_new_tokens: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 
+import numpy as np
 import pytest
 import tiny_tasks
 
@@ -15,8 +16,8 @@ from dist_ft.config.load import load_config
 from dist_ft.config.schema import Source
 from dist_ft.data import readers
 from dist_ft.data.source import resolve
-from dist_ft.errors import ConfigError, DataError
-from dist_ft.runtime import local, predict_parts
+from dist_ft.errors import ConfigError, DataError, ModelError, WorkerError
+from dist_ft.runtime import local, predict_parts, ray_data
 from dist_ft.runtime.predicting import Predictor
 from dist_ft.storage import Store
 
@@ -95,6 +96,24 @@ def test_a_bad_row_ends_it_and_leaves_no_shard_of_its_part(model, tmp_path):
     last = max(names)
     number, count = int(last[5:10]), int(last[14:19])
     assert names and number == count - 2, "all but the part with the bad row"
+
+
+def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp_path):
+    """What Ray Data calls, without Ray: errors travel as values, for Ray would wrap them beyond recognition."""
+    source = make_rows(tmp_path / "in")
+    shards = [shard for found in resolve([Source(path=source)]) for shard in found]
+    tasks = predict_parts.cut(shards, "jsonl")
+    asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128)
+    told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
+    assert told["wrong"] == ["", ""]
+    whole = {name: Store(str(tmp_path / "said")).read(name).count(b"\n") for name in Store(str(tmp_path / "said")).list()}
+    assert whole == {task["name"]: rows for task, rows in zip(tasks[:2], told["rows"], strict=True)}
+    nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128)
+    (wrong,) = nobody({"task": np.array([json.dumps(tasks[0])])})["wrong"]
+    error = ray_data._named(*json.loads(wrong))
+    assert type(error) is ModelError and "there is no such folder" in str(error)
+    assert type(ray_data._named("KeyError", "x")) is WorkerError
+    assert not (tmp_path / "other").exists()
 
 
 def test_files_and_folders_are_told_apart(model, tmp_path):
