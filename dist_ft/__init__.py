@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "check", "export", "load_config", "train"]
+__all__ = ["RunConfig", "__version__", "check", "evaluate", "export", "generate", "load_config", "predict", "report",
+           "train"]
 
 if TYPE_CHECKING:
-    from dist_ft.api import check, export, train
+    from dist_ft.api import check, evaluate, export, generate, predict, report, train
     from dist_ft.config.load import load_config
     from dist_ft.config.schema import RunConfig
 
@@ -18,6 +19,10 @@ _WHERE = {
     "train": "dist_ft.api",
     "check": "dist_ft.api",
     "export": "dist_ft.api",
+    "evaluate": "dist_ft.api",
+    "predict": "dist_ft.api",
+    "generate": "dist_ft.api",
+    "report": "dist_ft.api",
 }
 
 

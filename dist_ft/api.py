@@ -172,6 +172,68 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     return ship(run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8)
 
 
+def predict(model: str, paths: str | Sequence[str], out: str, *, workers: int = 0, form: str = "jsonl",
+            batch: int = 32, max_new_tokens: int = 128, strategy: str = "greedy") -> tuple[int, int]:
+    """Write what a model says of every row of files into a file or a folder of shards; return (files, rows).
+
+    Args:
+        model: folder, URL or hub name.
+        paths: files, folders, globs or URLs of rows; see `dist-ft predict --help` for their columns.
+        out: local file (.jsonl), or folder or URL for shards; what is there of the same rows is gone on with.
+        workers: Ray workers, each with the model, that write shards; 0: this process.
+        form: of shards, jsonl or parquet.
+        batch: rows at once.
+        max_new_tokens: longest text to make, in tokens.
+        strategy: how texts are made: greedy, beam:4, sample:0.7, ... (`config.decoding.parse`).
+
+    Raises ConfigError, DataError, ModelError with one clear line.
+    """
+    from dist_ft.config.schema import Source
+    from dist_ft.data import readers
+    from dist_ft.data.source import resolve
+    from dist_ft.runtime.predict_parts import ENCODERS, predict_folder
+    from dist_ft.runtime.predicting import Predictor, predict_file
+
+    if form not in ENCODERS:
+        raise ConfigError([f"--format={form}: no such choice; allowed: {', '.join(ENCODERS)}; correct it"], "predict")
+    if out.endswith(".jsonl") and (workers or form != "jsonl"):
+        raise ConfigError([f"--out={out}: is one file, which one process writes as JSON lines; a folder is allowed "
+                           "with --workers and --format; name one"], "predict")
+    names = [paths] if isinstance(paths, str) else list(paths)
+    shards = [shard for found in resolve([Source(path=path) for path in names], "PATH") for shard in found]
+    if out.endswith(".jsonl"):
+        return 1, predict_file(Predictor(model, batch, max_new_tokens, strategy),
+                               (row for shard in shards for row in readers.rows_of(shard)), out)
+    return predict_folder(model, shards, out, suffix=form, workers=workers, batch=batch,
+                          max_new_tokens=max_new_tokens, strategy=strategy)
+
+
+def evaluate(config: RunConfig, models: str | Sequence[str] = (), *, random_head: bool = False
+             ) -> dict[str, dict[str, Any]]:
+    """Return {model: metrics} of models as they are on the config's held-out data, without training.
+
+    Args:
+        config: its task, evaluation.data and batch are used.
+        models: folders, URLs or hub names; none: model.path.
+        random_head: score a head that was never trained too; else that is an error.
+    """
+    from dist_ft.runtime.evaluating import evaluate_models
+
+    paths = [models] if isinstance(models, str) else list(models)
+    return evaluate_models(config, paths or [config.model.path], random_head)
+
+
+def report(run: RunConfig | str) -> dict[str, Any]:
+    """Return a run's report as JSON values: curves, tables, the most confident errors, what was run."""
+    from dist_ft import storage
+    from dist_ft.runtime.report import gather
+
+    if isinstance(run, RunConfig):
+        storage.configure(run.storage.options)
+        run = run.run_url
+    return gather(run)
+
+
 def next_step(folder: str) -> str:
     """Return the command that tries an exported folder, by what its model does."""
     import json

@@ -59,7 +59,11 @@ def evaluate(config: Config, overrides: Overrides = None,
 
 def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
             paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
-            out: Annotated[str, typer.Option(help="Local file of JSON lines to write, or to go on with.")],
+            out: Annotated[str, typer.Option(help=(
+                "To write, or to go on with: a local file (.jsonl), or a folder or URL for shards."))],
+            workers: Annotated[int, typer.Option(
+                min=0, help="Ray workers, each with the model, writing shards; 0: this process.")] = 0,
+            form: Annotated[str, typer.Option("--format", help="Of shards: jsonl or parquet.")] = "jsonl",
             batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
             max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to make, in tokens.")] = 128,
             strategy: Strategy = "greedy") -> None:
@@ -67,25 +71,23 @@ def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model fo
 
     Rows keep their order and their columns and get one more, `prediction`. Read are `text` (and `pair`), `tokens`,
     `question` and `context`, `source`, or `prompt`, by what the model does. Cut off, the same command goes on.
+    A folder holds a shard for each 2 MiB or so of input, the same for any number of workers.
 
     \b
     Examples:
       dist-ft predict out/ new.jsonl --out said.jsonl
-      dist-ft predict out/ "s3://bucket/rows/*.parquet" --out said.jsonl --batch 64
+      dist-ft predict out/ "s3://bucket/rows/*.parquet" --out s3://bucket/said --format parquet --workers 8
 
     Next: dist-ft data inspect said.jsonl
     """
-    from dist_ft.config.schema import Source
-    from dist_ft.data import readers
-    from dist_ft.data.source import resolve
+    from dist_ft import api
     from dist_ft.logs import quiet_third_parties
-    from dist_ft.runtime.predicting import Predictor, predict_file
 
     quiet_third_parties()
-    shards = [shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found]
-    count = predict_file(Predictor(model, batch, max_new_tokens, strategy),
-                         (row for shard in shards for row in readers.rows_of(shard)), out)
-    typer.echo(f"{count:,} rows in {out}")
+    shards, rows = api.predict(model, paths, out, workers=workers, form=form, batch=batch,
+                               max_new_tokens=max_new_tokens, strategy=strategy)
+    typer.echo(f"{rows:,} rows in {out}" if out.endswith(".jsonl") else
+               f"{shards:,} shards in {out}; {rows:,} rows written now")
 
 
 def decode(config: Config, overrides: Overrides = None,

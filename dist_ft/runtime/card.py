@@ -39,11 +39,13 @@ def render(store: Store, manifest: Manifest, folder: Path, int8: dict[str, tuple
         int8: what int8 weights changed.
     """
     config, about = stored_config(store), json.loads((folder / ABOUT).read_text("utf-8"))
+    kind = json.loads((folder / "config.json").read_text("utf-8"))
     task, labels = about["task"]["name"], []
     if task in LABELLED:
-        named = json.loads((folder / "config.json").read_text("utf-8")).get("id2label") or {}
+        named = kind.get("id2label") or {}
         labels = [named[number] for number in sorted(named, key=int)]
     told = {name: _public(value) for name, value in facts(store).items()}
+    told["architecture"] = f"{', '.join(kind.get('architectures') or ())} ({kind.get('model_type')})"
     told |= {"trained": f"{manifest.progress.step:,} steps, {manifest.progress.num_tokens:,} tokens",
              "saved": manifest.created_at, "versions": ", ".join(
                  f"{name} {number}" for name, number in sorted(manifest.versions.items()))}

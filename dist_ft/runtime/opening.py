@@ -72,8 +72,8 @@ def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
         from dist_ft.model.minimum_risk import RiskCausalLM, RiskSeq2Seq
 
         if config.task.name == "causal_lm":
-            return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha), new
-        return RiskSeq2Seq(model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk), new
+            return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha)
+        return RiskSeq2Seq(model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk)
     if config.task.name == "causal_lm":
         return CausalLM(model, *noise)
     special = SpecialTokens.of(tokenizer, model.config)

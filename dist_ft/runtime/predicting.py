@@ -7,6 +7,7 @@ is restored. Guarantees: a head that was never trained is refused; a file that w
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from dist_ft.runtime.prompting import Prompted
 from dist_ft.train.scores import softmax
 from dist_ft.train.scoring import best_span
 
+log = logging.getLogger("dist_ft.predict")
 BESIDE = ".model"
 """End of the name of the file beside the rows that says which model they are of."""
 MOST_TOKENS = 384
@@ -56,6 +58,50 @@ def task_of(config: Any, path: str) -> TaskSection:
     return TaskSection.model_validate({"name": name, "labels": labels if name in heads.LABELLED else ()})
 
 
+def version_of(path: str, max_new_tokens: int, strategy: str = "greedy") -> str:
+    """Return what changes when the model at `path` does, or what it is asked for."""
+    folder = Path(fetch(origin.local(ModelSection(path=path)).path))
+    asked = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
+    return json.dumps([path, max_new_tokens, short_form(asked), asked.seed, *sorted(
+        (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in folder.glob("*.safetensors"))])
+
+
+def _task(path: str, folder: str, about: dict[str, Any], prompting: PromptingSection) -> TaskSection:
+    """Return what the model in a folder does, by its config and by what an export says besides."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
+                         "`dist-ft export` writes is needed; export the run first") from error
+    if prompting.method == "likelihood":
+        return TaskSection.model_validate(about["task"])
+    task = task_of(config, path)
+    return TaskSection.model_validate({**about["task"], "labels": task.labels, "new_head": False, "grow_head": False}
+                                      ) if "task" in about else task
+
+
+def _attention(trained_with: str, device: str) -> str:
+    """Return the attention to compute with: flash attention has kernels for GPUs only."""
+    if device == "cpu" and "flash" in trained_with:
+        log.warning("model.attention=%s: needs a GPU; sdpa is used here, which computes the same", trained_with)
+        return "sdpa"
+    return trained_with
+
+
+def _model(task: TaskSection, section: ModelSection, tokenizer: Any, path: str) -> Any:
+    """Return the model, ready to be asked; one whose head was never trained is refused."""
+    model, new = load_for(task, section)
+    if new:
+        raise ModelError(f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
+                         f"{min(new)}; what it says would be random; train it first")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.eval()
+
+
 class Predictor:
     """A model folder that is asked."""
 
@@ -73,42 +119,22 @@ class Predictor:
             ConfigError: there is no such strategy.
         """
         import torch
-        from transformers import AutoConfig
 
         self._decoding = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens, rows=batch))
-        on_gpu = torch.cuda.is_available()
-        given = origin.local(ModelSection(path=path)).path
-        folder = fetch(given)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
-                             "`dist-ft export` writes is needed; export the run first") from error
-        self.version = json.dumps([path, max_new_tokens, short_form(self._decoding), self._decoding.seed, *sorted(
-            (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).glob("*.safetensors"))])
+        self._batch = batch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = fetch(origin.local(ModelSection(path=path)).path)
+        self.version = version_of(path, max_new_tokens, strategy)
         told = Path(folder) / export.ABOUT
         about = json.loads(told.read_text("utf-8")) if told.exists() else {}
         self._template = str(about.get("prompt_template", "{prompt}\n"))
-        self._section = ModelSection.model_validate({"path": given, "dtype": "bfloat16" if on_gpu else "float32",
-                                                     "attention": about.get("attention", "sdpa")})
-        self.task = task_of(config, path)
         prompting = PromptingSection.model_validate(about.get("prompting") or {})
-        if prompting.method == "likelihood":
-            self.task = TaskSection.model_validate(about["task"])
-        elif "task" in about:
-            self.task = TaskSection.model_validate({**about["task"], "labels": self.task.labels, "new_head": False,
-                                                    "grow_head": False})
-        self.tokenizer = load_tokenizer(self._section)
-        self.model: Any
-        self.model, new = load_for(of_model(self.task, prompting), self._section)
-        if new:
-            raise ModelError(f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
-                             f"{min(new)}; what it says would be random; train it first")
-        self.model.eval().to("cuda" if on_gpu else "cpu")
-        self._batch = batch
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.task = _task(path, folder, about, prompting)
+        section = ModelSection.model_validate({
+            "path": folder, "dtype": "bfloat16" if device == "cuda" else "float32",
+            "attention": _attention(about.get("attention", "sdpa"), device)})
+        self.tokenizer = load_tokenizer(section)
+        self.model: Any = _model(of_model(self.task, prompting), section, self.tokenizer, path).to(device)
         longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
         self._prompted = Prompted(self.model, self.tokenizer, self.task, prompting, min(

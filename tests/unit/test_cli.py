@@ -22,7 +22,7 @@ COMMANDS = {
     "generate": {"model", "--prompt", "--system", "--max-new-tokens", "--strategy"},
     "export": {"run", "overrides", "--out", "--step", "--best", "--dtype", "--adapter", "--int8"},
     "evaluate": {"config", "overrides", "--model", "--random-head", "--json"},
-    "predict": {"model", "paths", "--out", "--batch", "--max-new-tokens", "--strategy"},
+    "predict": {"model", "paths", "--out", "--workers", "--format", "--batch", "--max-new-tokens", "--strategy"},
     "decode": {"config", "overrides", "--model", "--strategy", "--json"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
     "tune": {"config", "search", "overrides"},

@@ -52,6 +52,7 @@ def test_it_holds_what_the_run_holds(found):
 
 def test_tokens_are_told_by_how_they_spoke_for_an_error(found, url):
     """Weights of a text sum up to what is told of it less what is told of padding (the completeness axiom)."""
+    pytest.importorskip("captum", reason="attributions need the extra explain")
     import torch
 
     told = json.loads(Store(url).read("evaluations/step-000000000.json"))["examples"][:3]  # of a head that knows nothing

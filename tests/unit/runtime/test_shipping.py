@@ -38,7 +38,7 @@ def test_the_card_says_what_was_run_and_no_path_of_this_machine(trained, tmp_pat
     head, body = read_card(tmp_path / "out")
     assert head["pipeline_tag"] == "text-classification" and head["library_name"] == "transformers"
     assert "base_model" not in head, "a local folder is no name of the hub"
-    assert "| base model | bert |" in body and "96 samples" in body and "23 samples" in body
+    assert "| base model | bert |" in body and "| architecture | BertForSequenceClassification (bert) |" in body and "96 samples" in body and "23 samples" in body
     assert "animal, drink, food, place" in body and f"| seed | {config.run.seed} |" in body and "| accuracy | " in body
     assert re.search(r"\| metric \| step 0 \| step \d+ \|", body)
     assert str(base) not in body and str(tmp_path) not in body
