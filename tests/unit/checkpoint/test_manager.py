@@ -47,7 +47,7 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
     manifest = two.newest()
     assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (3, 1, {"before": 2.5})
-    assert set(manifest.versions) == {"torch", "transformers", "safetensors"}
+    assert set(manifest.versions) >= {"torch", "transformers", "safetensors"}
     second = make_engine(model=make_model(initializer_range=1.0))
     train(second, range(1))
     two.load(manifest, second, tensors_of(second))
