@@ -88,7 +88,8 @@ class ScheduleSection(Section):
     """How long a run is and how the learning rate moves. A pure function of the step."""
 
     name: Literal["linear", "cosine", "constant"] = Field("cosine", description="Shape after warm-up.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps of the whole run; none: by epochs.")
+    steps: int | None = Field(None, ge=0, description=(
+        "Optimizer steps of the whole run; none: by epochs; 0: held-out data are scored, nothing is learned."))
     epochs: int | None = Field(None, ge=1, description="Passes over the training data; none: by steps.")
     warmup_steps: int | None = Field(None, ge=0, description="Steps of linear warm-up; none: by warmup_ratio.")
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="Share of all steps that warms up; none: 0.")

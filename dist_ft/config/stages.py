@@ -243,6 +243,7 @@ def scored(config: RunConfig, run: RunConfig, begin: str, labels: Sequence[str])
     plain = {"weight": None, "repeat": None, "share": None}
     held_out = tuple(source.model_copy(update=plain) for source in config.evaluation.data)
     return config.model_copy(update={
+        "cluster": config.cluster.model_copy(update={"workers": 0}),
         "model": config.model.model_copy(update={"path": run.run_url, "checkpoint": begin, "revision": None}),
         "task": config.task.model_copy(update={"labels": tuple(labels), "grow_head": False, "new_head": False,
                                                "class_weights": ()}),

@@ -24,7 +24,7 @@ from dist_ft.storage import Store
 from dist_ft.train.evaluate import evaluate
 from dist_ft.train.generate import HeldOutTexts
 from dist_ft.train.scoring import Scorer
-from dist_ft.world import World, collectives
+from dist_ft.world import Collectives, World, collectives
 
 if TYPE_CHECKING:
     from dist_ft.data.loader import Loader
@@ -62,7 +62,7 @@ class Asked:
 
         self._world = World()
         self._comms = collectives(self._world)
-        self.config = self._labelled(config)
+        self.config = labelled(config, self._world, self._comms)
         self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
         self.model, self._new = load_for(self.config.model_task, config.model, config.data.cache_dir)
         if line := heads.too_long(self.model.config, config.batch.sequence_length, config.model.path):
@@ -117,29 +117,32 @@ class Asked:
             prototypes.learn(cast("PrototypeModel", engine.module), self.config, self.tokenizer, device)
         return engine
 
-    def _labelled(self, config: RunConfig) -> RunConfig:
-        """Return the config with labels (the model's own where it has a head for some) and examples."""
-        from dist_ft.model import heads
 
-        if config.task.name in LABELLED and config.prompting.method == "none" and not config.task.labels:
-            about = _about(config)
-            own = tuple(label for _, label in sorted((about.id2label or {}).items()))
-            if heads.has_head(about, config.task) and len(own) > 1:
-                config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
-        outside = config.evaluation.robustness.out_of_scope_label
-        store = Store(f"memory://evaluate-{uuid4().hex}")
-        config = with_labels(config, store, self._world, self._comms)
-        if config.prompting.method != "none" and outside in config.task.labels:  # found in the training data
-            labels = tuple(label for label in config.task.labels if label != outside)
-            config = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
-        return with_examples(config, store, self._world, self._comms)
+def labelled(config: RunConfig, world: World, comms: Collectives) -> RunConfig:
+    """Return the config with labels (the model's own where it has a head for some) and examples; a collective call."""
+    if config.task.name in LABELLED and config.prompting.method == "none" and not config.task.labels:
+        own = tuple(label for _, label in sorted((_about(config).id2label or {}).items()))
+        if has_own_head(config) and len(own) > 1:
+            config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
+    outside = config.evaluation.robustness.out_of_scope_label
+    store = Store(f"memory://evaluate-{uuid4().hex}")
+    config = with_labels(config, store, world, comms)
+    if config.prompting.method != "none" and outside in config.task.labels:  # found in the training data
+        labels = tuple(label for label in config.task.labels if label != outside)
+        config = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
+    return with_examples(config, store, world, comms)
+
+
+def has_own_head(config: RunConfig) -> bool:
+    """Tell whether the files of the config's model hold a head for its task."""
+    from dist_ft.model import heads
+
+    return heads.has_head(_about(config), config.task)
 
 
 def by_head(config: RunConfig) -> RunConfig:
     """Return the config without prompting if its model's files hold a head for the task."""
-    from dist_ft.model import heads
-
-    if config.prompting.method == "none" or not heads.has_head(_about(config), config.task):
+    if config.prompting.method == "none" or not has_own_head(config):
         return config
     return config.model_copy(update={"prompting": PromptingSection()})
 

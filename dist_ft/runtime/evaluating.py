@@ -10,6 +10,7 @@ from dist_ft.checkpoint import best, origin
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import METRICS
 from dist_ft.errors import ConfigError
+from dist_ft.runtime import scoring_run
 from dist_ft.runtime.asking import Asked, by_head
 from dist_ft.runtime.entities import Written
 from dist_ft.runtime.robustness import scored
@@ -18,7 +19,9 @@ from dist_ft.runtime.robustness import scored
 def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = False,
                     told: Callable[[str, dict[str, Any]], None] = lambda path, values: None
                     ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of the model at each of `paths` on evaluation.data, in this process, as it is.
+    """Return the metrics of the model at each of `paths` on evaluation.data, as it is.
+
+    In this process, or, with cluster.workers, on workers that share its weights (`scoring_run`).
 
     A model with a head for the task is asked by it; another one as `prompting` says. With several templates the metrics
     are the means, `<metric>_best` and `<metric>_worst` stand beside, and all of them in `by_template`.
@@ -38,7 +41,9 @@ def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = Fal
     storage.configure(config.storage.options)
     found = {}
     for path in paths:
-        found[path] = _evaluate(of_model(config, path), random_head)
+        here = of_model(config, path)
+        found[path] = (_evaluate(here, random_head) if config.max_workers == 0 else
+                       scoring_run.score(here.model_copy(update={"cluster": config.cluster}), random_head))
         told(path, found[path])
     return found
 

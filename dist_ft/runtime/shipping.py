@@ -92,7 +92,8 @@ def compare(before: Path, after: Path, config: RunConfig | None) -> Table:
             0.0, ((logits[1] - logits[0]).abs().max() / logits[0].abs().max()).item())}
     del models
     if config is not None:
-        scores = evaluate_models(config, [str(before), str(after)])
+        here = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 0})})
+        scores = evaluate_models(here, [str(before), str(after)])
         first, second = scores[str(before)], scores[str(after)]
         table |= {name: (float(first[name]), float(second[name])) for name in first
                   if isinstance(first[name], int | float) and name != "num_target_tokens"}
