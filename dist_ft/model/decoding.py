@@ -84,9 +84,9 @@ class Decoder:
         start = 1 if both else ids.shape[1]
         made = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-            logits_processor=self._processors(rows, start, set(config.eos_token_id), both, beat),  # type: ignore
+            logits_processor=self._processors(rows, start, set(config.eos_token_id or ()), both, beat),  # type: ignore
             synced_gpus=synced)
-        stops, texts = set(config.eos_token_id), []  # type: ignore[arg-type]
+        stops, texts = set(config.eos_token_id or ()), []  # type: ignore[arg-type]
         for row in made[:, start:].tolist():
             texts.append(row[:next((at + with_end for at, token in enumerate(row) if token in stops), len(row))])
         each = section.num_samples
@@ -125,11 +125,14 @@ class Decoder:
             length_penalty=section.length_penalty, early_stopping=section.early_stopping,
             num_return_sequences=section.num_samples if beams else 1, repetition_penalty=section.repetition_penalty,
             no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, encoder_repetition_penalty=1.0, min_length=0,
-            min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, eos_token_id=sorted(stops),
+            min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, eos_token_id=sorted(stops) or None,
             pad_token_id=next(pad for pad in pads if pad is not None))
 
     def _choices(self, stops: set[int], both: bool) -> list[list[int]]:
         """Return the choices as tokens, each with its end."""
+        if not stops:
+            raise ConfigError(["decoding.choices: neither the model nor its tokenizer names a token that ends a text; "
+                               "one is needed; set eos_token in tokenizer_config.json, or remove choices"], "decoding")
         encoded = [list(self._tokenizer(choice, add_special_tokens=both)["input_ids"])
                    for choice in self.section.choices]
         end = self._tokenizer.eos_token_id if self._tokenizer.eos_token_id in stops else min(stops)

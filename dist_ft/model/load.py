@@ -214,6 +214,12 @@ def empty_model(section: ModelSection, cache_dir: str | None = None, task: TaskS
     with _explained(section, "structure"):
         model = from_config(config, task, getattr(torch, section.dtype), attn_implementation=section.attention,
                             trust_remote_code=section.trust_remote_code)
+    if model.can_generate():
+        from transformers import GenerationConfig
+
+        with contextlib.suppress(OSError):  # as from_pretrained: what ends a text may stand in a file of its own
+            model.generation_config = GenerationConfig.from_pretrained(
+                fetch(section.path, section.revision, cache_dir))
     return _finish(model, section)
 
 

@@ -281,3 +281,13 @@ def test_a_real_model_loads(shared):
     with torch.no_grad():
         logits = model(torch.tensor([[1, 403, 407, 261, 378]])).logits
     assert torch.isfinite(logits).all() and logits.std() > 1
+
+
+def test_an_empty_model_ends_texts_as_the_full_one_does(folder):
+    """A resumed run must not make other texts: end tokens may stand in generation_config.json only."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
+    empty, full = empty_model(section(folder)), load_model(section(folder))
+    assert empty.generation_config.eos_token_id == full.generation_config.eos_token_id == [2, 7]
+    file.unlink()
+    assert empty_model(section(folder)).generation_config.eos_token_id == load_model(section(folder)).generation_config.eos_token_id == 2
