@@ -22,7 +22,7 @@ from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
 from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.task import TaskSection
-from dist_ft.config.tuning import TuningSection
+from dist_ft.config.tuning import ADDED, TuningSection
 from dist_ft.errors import CheckpointError
 from dist_ft.model import heads, tuning
 from dist_ft.model.load import from_config, options, told
@@ -136,7 +136,7 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     import torch
 
     model, _, tokenizer, wanted = _load(store, manifest, dtype)
-    if stored_tuning(store).method not in tuning.ADDED:
+    if stored_tuning(store).method not in ADDED:
         return model.eval(), tokenizer
     with torch.no_grad():
         before = told(model.eval())
@@ -200,7 +200,7 @@ def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     section, task = stored_tuning(store), stored_task(store)
-    model = from_config(config, task, torch.float32 if section.method in tuning.ADDED else wanted)
+    model = from_config(config, task, torch.float32 if section.method in ADDED else wanted)
     around = tuning.apply(model, section, 0, task)
     parameters = dict(model.named_parameters())
     shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
@@ -220,7 +220,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
 
     section = stored_tuning(store)
     headed = stored_task(store).name in heads.HEADED
-    if section.method not in tuning.ADDED or section.trainable or headed:
+    if section.method not in ADDED or section.trainable or headed:
         why = ("learned weights of the model itself too" if section.trainable or headed
                else f"was made with {section.method}")
         raise CheckpointError(f"--adapter: the run {why} (tuning); allowed where only an adapter learned; export it "
