@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.model import prompts
+from dist_ft.model import adalora, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ class Learner(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.virtual = prompts.of(model)
-        self.penalty: Callable[[], torch.Tensor] | None = None
+        self.ranks = adalora.of(model)
         self._alpha = neftune_alpha
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
@@ -41,9 +40,9 @@ class Learner(nn.Module, ABC):
 
     def penalised(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the summed loss with, in training, the model's penalty for each label: over a global batch, once."""
-        if self.penalty is None or not self.training:
+        if self.ranks is None or not self.training:
             return loss
-        return loss + self.penalty() * (labels != IGNORED).sum()
+        return loss + self.ranks.penalty() * (labels != IGNORED).sum()
 
     def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it."""

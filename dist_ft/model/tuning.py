@@ -42,6 +42,10 @@ def apply(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskS
     own = set(_by_name(model))
     head = {name for name in own if heads.is_head(name, model)} if task.name in heads.HEADED else set()
     around = _add(model, section, seed, task, head) if section.method in MERGED else None
+    if section.method == "adalora":
+        from dist_ft.model import adalora
+
+        adalora.install(model, around.base_model)  # type: ignore[union-attr]
     if section.method in PROMPTS:
         from dist_ft.model import prompts
 
