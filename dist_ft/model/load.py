@@ -16,7 +16,7 @@ from dist_ft import storage
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.errors import DistFtError, ModelError
 from dist_ft.logs import redact
-from dist_ft.model import heads
+from dist_ft.model import adapted, heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -161,6 +161,9 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
     folder = fetch(section.path, section.revision, cache_dir)
+    said = adapted.about(folder)
+    if said is not None:
+        return _load_adapted(task, section, cache_dir, said, folder)
     config = read_config(section, cache_dir, task)
     with _explained(section, "weights"):
         loaded: Any = heads.auto_class(task).from_pretrained(
@@ -177,6 +180,14 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     if new:
         log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
     return _finish(model, section), new
+
+
+def _load_adapted(task: TaskSection, section: ModelSection, cache_dir: str | None, said: dict[str, Any], folder: str
+                  ) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Return the model an adapter's folder belongs to, with the adapter in it, and which weights are still new."""
+    base = section.model_copy(update=said["base"])
+    model, new = load_for(task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir)
+    return model, new - adapted.fill(model, folder, said, task)
 
 
 def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]

@@ -85,6 +85,18 @@ def of(model: PreTrainedModel) -> VirtualTokens | None:
     return found if isinstance(found, VirtualTokens) else None
 
 
+def prepended(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's inputs (B, T), padded on the right, with its virtual tokens, if any, in front."""
+    if virtual is None or not virtual.ids:
+        return given
+    ids, mask = virtual.before(given["input_ids"], given["attention_mask"])
+    made = given | {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in given:
+        types = given["token_type_ids"]
+        made["token_type_ids"] = torch.cat([torch.zeros_like(types[:, :1]).expand(-1, virtual.count), types], 1)
+    return made
+
+
 def install(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection,
             text_ids: Sequence[int] = ()) -> None:
     """Give `model` the virtual tokens of `section`, drawn by `seed` or begun as the tokens `text_ids`.
