@@ -22,9 +22,11 @@ from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
 from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.task import TaskSection
-from dist_ft.config.tuning import TuningSection
+from dist_ft.config.tuning import ADDED, TuningSection
+from dist_ft.config.tuning import MERGED as MERGEABLE
 from dist_ft.errors import CheckpointError
-from dist_ft.model import heads, tuning
+from dist_ft.model import adapted, heads, tuning
+from dist_ft.model.adapted import ABOUT
 from dist_ft.model.load import from_config, options, told
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
@@ -36,8 +38,6 @@ MERGED = 1e-3
 """How much logits may change, relative to the largest, when an adapter is merged in float32."""
 ROUNDING = 16
 """Roundings, of the largest logit, by which the same weights may give other logits."""
-ABOUT = "dist_ft.json"
-"""File of an exported folder: task, attention, prompt template and sequence length of the run."""
 MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
@@ -135,8 +135,12 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> 
     """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them."""
     import torch
 
+    method = stored_tuning(store).method
+    if method in ADDED and method not in MERGEABLE:
+        raise CheckpointError(f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
+                              "exported alone; use --adapter")
     model, _, tokenizer, wanted = _load(store, manifest, dtype)
-    if stored_tuning(store).method not in tuning.ADDED:
+    if method not in ADDED:
         return model.eval(), tokenizer
     with torch.no_grad():
         before = told(model.eval())
@@ -200,7 +204,7 @@ def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     section, task = stored_tuning(store), stored_task(store)
-    model = from_config(config, task, torch.float32 if section.method in tuning.ADDED else wanted)
+    model = from_config(config, task, torch.float32 if section.method in ADDED else wanted)
     around = tuning.apply(model, section, 0, task)
     parameters = dict(model.named_parameters())
     shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
@@ -213,25 +217,20 @@ def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any
 
 
 def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
-    """Write the adapter of a run, and require that `peft` reads it back as it was."""
+    """Write what a run added to its model, and require that it is read back as it was."""
     import torch
-    from peft import load_peft_weights
-    from peft.utils import get_peft_model_state_dict
 
-    section = stored_tuning(store)
-    headed = stored_task(store).name in heads.HEADED
-    if section.method not in tuning.ADDED or section.trainable or headed:
-        why = ("learned weights of the model itself too" if section.trainable or headed
-               else f"was made with {section.method}")
-        raise CheckpointError(f"--adapter: the run {why} (tuning); allowed where only an adapter learned; export it "
-                              "without --adapter")
-    _, around, tokenizer, _ = _load(store, manifest, "float32")
-    around.peft_config["default"].base_model_name_or_path, around.peft_config["default"].revision = _base(store)
-    around.save_pretrained(folder, save_embedding_layers=False)  # to find out whether, it would ask the hub
+    section, task = stored_tuning(store), stored_task(store)
+    if section.method not in ADDED:
+        raise CheckpointError(f"--adapter: the run was made with {section.method} (tuning); allowed where an adapter "
+                              "learned; export it without --adapter")
+    model, around, tokenizer, _ = _load(store, manifest, "float32")
+    adapted.save(model, around, section, _base(store), folder)
     tokenizer.save_pretrained(folder)
-    written, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(around)
-    if written.keys() != held.keys() or not all(torch.equal(written[name], held[name].cpu()) for name in held):
-        raise CheckpointError(f"{folder}: read again it is not the adapter that was written; nothing was exported")
+    path, revision = _base(store)
+    said = {**_about(store), "tuning": section.model_dump(mode="json"), "base": {"path": path, "revision": revision}}
+    (folder / ABOUT).write_text(json.dumps(said, indent=1), "utf-8")
+    adapted.compare(model, from_config(model.config, task, torch.float32).eval(), section, task, folder)
 
 
 def _base(store: Store) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dist_ft.config import decoding, prompting, robustness
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
+from dist_ft.config.tuning import PROMPTS
 
 USED_BY = {
     "labels": LABELLED, "new_head": LABELLED, "grow_head": LABELLED,
@@ -16,6 +17,9 @@ USED_BY = {
 """Fields of the task section and the tasks that use them."""
 LONGEST_WINDOW = 16384
 """Tokens whose places fit into the labels of question_answering (`data.spans`)."""
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("lora",), "adalora": ("adalora",), "bottleneck": ("bottleneck",), "prompt": PROMPTS}
+"""Parts of the tuning section and the methods that use them."""
 SMOOTHED = ("causal_lm", "sequence_classification", "token_classification", "seq2seq", "masked_lm")
 
 
@@ -28,17 +32,76 @@ def _tuning(config: RunConfig) -> Iterator[str]:
         yield (f"tuning.last_layers={tuning.last_layers}: tuning.method={tuning.method} does not use it; allowed with "
                f"tuning.method=partial; set that, or remove it")
     if tuning.trainable and tuning.method == "full":
-        yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
+        yield ("tuning.trainable: with tuning.method=full all weights learn; allowed with all other methods; set "
                "tuning.method=partial, or remove it")
-    if "all-linear" in tuning.lora.targets and len(tuning.lora.targets) > 1:
-        yield (f"tuning.lora.targets={list(tuning.lora.targets)}: all-linear stands for a list of its own; allowed "
-               f"alone; remove it, or the others")
+    for name in ("lora", "adalora", "bottleneck"):
+        targets = getattr(tuning, name).targets
+        for whole in {"all-linear", "auto"} & set(targets) if len(targets) > 1 else ():
+            yield (f"tuning.{name}.targets={list(targets)}: {whole} stands for a list of its own; allowed alone; "
+                   f"remove it, or the others")
     if config.zero.offload_param == "nvme" and (tuning.method != "full" or tuning.frozen):
         yield ("zero.offload_param=nvme: weights that do not learn can not be read back from there (tuning); allowed "
                "where all learn; set zero.offload_param=cpu")
-    if tuning.method != "lora" and tuning.lora != type(tuning.lora)():
-        yield (f"tuning.lora: tuning.method={tuning.method} does not use it; allowed with tuning.method=lora; set "
-               f"that, or remove it")
+    for name, methods in SECTIONS.items():
+        section = getattr(tuning, name)
+        if tuning.method not in methods and section != type(section)():
+            yield (f"tuning.{name}: tuning.method={tuning.method} does not use it; allowed with tuning.method="
+                   f"{' or '.join(methods)}; set that, or remove it")
+
+
+def _prompts(config: RunConfig) -> Iterator[str]:
+    tuning, prompt = config.tuning, config.tuning.prompt
+    if tuning.method not in PROMPTS:
+        return
+    method = f"tuning.method={tuning.method}"
+    if config.task.name == "masked_lm":
+        yield (f"{method}: peft has no virtual tokens for task.name=masked_lm; allowed with all other tasks; set "
+               f"tuning.method=lora")
+    if config.prompting.method != "none" or config.task.objective != "likelihood":
+        yield (f"{method}: virtual tokens are for training by likelihood, with a head or of texts; allowed with "
+               f"prompting.method=none and task.objective=likelihood; set those, or tuning.method=lora")
+    if tuning.method == "prefix_tuning" and config.reading.pack:
+        yield (f"{method}: samples packed into one sequence would share one prefix; allowed with data.pack=false; set "
+               f"that, or tuning.method=prompt_tuning")
+    if tuning.method == "prefix_tuning" and (config.model.activation_checkpointing or
+                                             config.model.attention.startswith("flash")):
+        yield (f"{method}: the prefix lies in the cache, which model.activation_checkpointing and flash attention do "
+               f"without; allowed with sdpa and eager; set model.attention=sdpa, model.activation_checkpointing=false")
+    if (prompt.init == "text") != (prompt.text is not None):
+        yield (f"tuning.prompt.init={prompt.init}: tuning.prompt.text is what init=text begins with; allowed together; "
+               f"set both, or none")
+    used = {"init": "prompt_tuning", "projection": "prefix_tuning"}
+    for name, only in used.items():
+        if tuning.method != only and getattr(prompt, name) != type(prompt).model_fields[name].default:
+            yield f"tuning.prompt.{name}: {method} does not use it; allowed with tuning.method={only}; remove it"
+    if prompt.hidden_size and (tuning.method == "prompt_tuning" or (
+            tuning.method == "prefix_tuning" and not prompt.projection)):
+        yield (f"tuning.prompt.hidden_size={prompt.hidden_size}: {method} has no network here; allowed with p_tuning, "
+               f"and prefix_tuning with tuning.prompt.projection; remove it")
+    if tuning.unfreeze_steps or tuning.layer_decay < 1:
+        yield (f"{method}: virtual tokens lie in no layer, so tuning.layer_decay and tuning.unfreeze_steps mean "
+               f"nothing; allowed with methods that teach layers; remove them")
+
+
+def _adalora(config: RunConfig) -> Iterator[str]:
+    ada = config.tuning.adalora
+    if config.tuning.method != "adalora":
+        return
+    if ada.end_step <= ada.begin_step:
+        yield (f"tuning.adalora.end_step={ada.end_step}: ranks are dealt between tuning.adalora.begin_step="
+               f"{ada.begin_step} and this step; a later one is needed; set it, below the steps of the run")
+    if ada.rank >= ada.initial_rank:
+        yield (f"tuning.adalora.rank={ada.rank}: nothing would be taken away from tuning.adalora.initial_rank="
+               f"{ada.initial_rank}; less is allowed; lower it")
+    if config.prompting.method != "none" or config.task.objective != "likelihood":
+        yield ("tuning.method=adalora: its penalty is for training by likelihood, with a head or of texts; allowed with "
+               "prompting.method=none and task.objective=likelihood; set those, or tuning.method=lora")
+    if config.max_workers and config.zero.stage:
+        yield (f"zero.stage={config.zero.stage}: tuning.method=adalora weighs whole gradients, which ZeRO-1 to 3 take "
+               f"apart; allowed with zero.stage=0 and in one process; set zero.stage=0, or tuning.method=lora")
+    if config.model.dtype != "float32":
+        yield (f"model.dtype={config.model.dtype}: tuning.method=adalora weighs float32 gradients of the weights "
+               f"themselves; allowed with float32; set that, or tuning.method=lora")
 
 
 def _task(config: RunConfig) -> Iterator[str]:
@@ -130,5 +193,5 @@ def _prompting(config: RunConfig) -> Iterator[str]:
     yield from robustness.problems(config.task, config.evaluation.robustness)
 
 
-CHECKS = (_tuning, _task, _metric, _texts, _risk, _task_sizes, _prompting)
+CHECKS = (_tuning, _prompts, _adalora, _task, _metric, _texts, _risk, _task_sizes, _prompting)
 """Each from a config to a line for each contradiction."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dist_ft.data.batch import Batch, empty_batch
+from dist_ft.model.adalora import RankSchedule
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Engine(ABC):
     """A model that learns, wherever its parts lie."""
 
     device: torch.device
+    step = 0
+    """The step under way, 1 the first; whoever trains tells it, for what follows from it (AdaLoRA's ranks)."""
+
+    def _deal_ranks(self, ranks: RankSchedule | None, optimizer: torch.optim.Optimizer) -> None:
+        """Let `ranks`, if the model has any to deal, know of each update `optimizer` makes."""
+        if ranks is not None:
+            optimizer.register_step_post_hook(lambda *_: ranks.after_update(self.step))
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:

@@ -86,6 +86,7 @@ class DeepSpeedEngine(Engine):
         self.device = self._engine.device
         self.module = module.train()
         self._ensure_state()
+        self._deal_ranks(module.ranks, self._inner)
         self._norm, self._most_norm = math.nan, math.inf
         self._step_inner, self._inner.step = self._inner.step, self._step_if_allowed  # type: ignore[method-assign]
 

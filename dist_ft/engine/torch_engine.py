@@ -42,6 +42,7 @@ class TorchEngine(Engine):
         groups = optimizers.param_groups(self._masters, section.weight_decay, by_depth)  # type: ignore[arg-type]
         self.optimizer = optimizers.build(groups, section)
         optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
+        self._deal_ranks(module.ranks, self.optimizer)
 
     @override
     def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:

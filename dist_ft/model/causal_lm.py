@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.errors import ModelError
+from dist_ft.model import prompts
 from dist_ft.model.head_loss import head_loss
 from dist_ft.model.learner import Inputs, Learner
 from dist_ft.model.packed_attention import by_sample, lengths_of
@@ -75,7 +76,8 @@ class CausalLM(Learner):
 
     @override
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        return to_inputs(batch, device)
+        ids = self.virtual.ids if self.virtual is not None else ()
+        return to_inputs(prompts.before_samples(batch, ids) if ids else batch, device)
 
     @override
     def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
@@ -99,7 +101,7 @@ class CausalLM(Learner):
         self._lengths = lengths
         try:
             with self._samples.told(lengths) if self._samples is not None else nullcontext():
-                return self._loss(input_ids, position_ids, positions, targets)
+                return self.penalised(self._loss(input_ids, position_ids, positions, targets), targets)
         finally:
             self._lengths = None
 

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 from dist_ft.config.decoding import DecodingSection
 from dist_ft.data.order import mix
 from dist_ft.errors import ConfigError
+from dist_ft.model import prompts
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -79,7 +80,13 @@ class Decoder:
         copies = section.num_samples if section.strategy == "sample" else 1
         rows = [replace(row, draw=draw) for row in rows for draw in range(copies)] if copies > 1 else list(rows)
         config = self._config(model)
-        self.require_room(model, max(len(row.ids) for row in rows))
+        virtual = prompts.of(model)
+        self.require_room(model, max(len(row.ids) for row in rows) + (virtual.count if virtual else 0))
+        if virtual is not None and virtual.ids:
+            if section.repetition_penalty != 1 and not both:
+                raise ConfigError([f"decoding.repetition_penalty={section.repetition_penalty}: virtual tokens (tuning."
+                                   "prompt) are no words to be repeated; 1 is allowed with them; remove it"], "decoding")
+            rows = [replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64)) for row in rows]
         ids, mask = padded([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
         start = 1 if both else ids.shape[1]
         made = model.generate(  # type: ignore[operator]

@@ -64,12 +64,13 @@ def longest_input(config: PretrainedConfig) -> int | None:
     return longest
 
 
-def too_long(config: PretrainedConfig, length: int, path: str) -> str | None:
-    """Return what to say if sequences of `length` tokens are longer than the model in `path` can take."""
+def too_long(config: PretrainedConfig, length: int, path: str, virtual: int = 0) -> str | None:
+    """Return what to say if sequences of `length` tokens, behind `virtual` ones, are longer than the model can take."""
     longest = longest_input(config)
-    if longest is None or length <= longest:
+    if longest is None or length + virtual <= longest:
         return None
-    return (f"batch.sequence_length={length}: longer than the model can take; at most {longest} "
+    more = f" with the {virtual} of tuning.prompt.tokens before it" if virtual else ""
+    return (f"batch.sequence_length={length}: longer{more} than the model can take; at most {longest - virtual} "
             f"(max_position_embeddings of {path}); shorten it, or choose another model")
 
 

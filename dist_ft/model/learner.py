@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dist_ft.data.batch import Batch
+from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.model import adalora, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ class Learner(nn.Module, ABC):
         """Wrap `model`; `neftune_alpha`: see `TuningSection`."""
         super().__init__()
         self.model = model
+        self.virtual = prompts.of(model)
+        self.ranks = adalora.of(model)
         self._alpha = neftune_alpha
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
@@ -34,6 +37,12 @@ class Learner(nn.Module, ABC):
     def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
         """Return tokens of the sample at each place of the batch under way, (B, T) or (B, 1); None: none is."""
         return None
+
+    def penalised(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss with, in training, the model's penalty for each label: over a global batch, once."""
+        if self.ranks is None or not self.training:
+            return loss
+        return loss + self.ranks.penalty() * (labels != IGNORED).sum()
 
     def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it."""

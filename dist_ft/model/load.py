@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dist_ft import storage
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.errors import DistFtError, ModelError
 from dist_ft.logs import redact
-from dist_ft.model import heads
+from dist_ft.model import adapted, heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -161,12 +162,15 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
     folder = fetch(section.path, section.revision, cache_dir)
+    said = adapted.about(folder)
+    if said is not None:
+        return _load_adapted(task, section, cache_dir, said, folder)
     config = read_config(section, cache_dir, task)
     with _explained(section, "weights"):
         loaded: Any = heads.auto_class(task).from_pretrained(
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options(config, task))
+            ignore_mismatched_sizes=True, key_mapping=_hidden(section, folder, config, task), **options(config, task))
     model, info = loaded
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -177,6 +181,45 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     if new:
         log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
     return _finish(model, section), new
+
+
+def _hidden(section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection) -> dict[str, str] | None:
+    """Return other names for tensors of the files that a new head replaces, so that nothing loads them.
+
+    transformers passes over one of another shape by itself, but not under ZeRO-3: there rank 0 alone raises.
+    """
+    from transformers import AutoConfig
+
+    if task.name not in heads.HEADED or type(config) not in heads.auto_class(task)._model_mapping:
+        return None
+    kind: Any = heads.auto_class(task)._model_mapping[type(config)]
+    prefix = f"{(kind[0] if isinstance(kind, tuple | list) else kind).base_model_prefix}."
+    shapes = tensors_of(folder)
+    if not any(name.startswith(prefix) for name in shapes):
+        return None  # of a bare model: no head
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code).num_labels
+    other = {name for name, shape in shapes.items() if not name.startswith(prefix) and (
+        task.new_head or (stored != config.num_labels and shape[:1] == [stored]))}
+    return {f"^{re.escape(name)}$": f"replaced.{name}" for name in other} or None
+
+
+def tensors_of(folder: str) -> dict[str, list[int]]:
+    """Return the shape of each tensor in the safetensors of a model's folder."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found.update({name: list(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+    return found
+
+
+def _load_adapted(task: TaskSection, section: ModelSection, cache_dir: str | None, said: dict[str, Any], folder: str
+                  ) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Return the model an adapter's folder belongs to, with the adapter in it, and which weights are still new."""
+    base = section.model_copy(update=said["base"])
+    model, new = load_for(task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir)
+    return model, new - adapted.fill(model, folder, said, task)
 
 
 def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]

@@ -109,6 +109,7 @@ class TaskModel(Learner):
         """Return the summed loss (); with `told` also what the model tells: a tensor whose first axis is the rows."""
         self._positions = positions
         loss, outputs = getattr(self, f"_{self._task.name}")(ids, mask, labels, second, second_mask)
+        loss = self.penalised(loss, labels)
         self._sizes = self._positions = None
         return (loss, outputs.detach()) if told else loss
 
@@ -117,12 +118,19 @@ class TaskModel(Learner):
         return self._sizes
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        """Return what the model puts out for its virtual tokens, if it has any, and those of `ids` (B, T) behind."""
+        if self.virtual is not None:
+            ids, mask = self.virtual.before(ids, mask)
         self._sizes = mask.sum(1, keepdim=True)
         given = {"input_ids": ids, "attention_mask": mask}
         if self._types:
             ends = (ids == self._special.separator) & (mask > 0)
             given["token_type_ids"] = ((ends.cumsum(1) - ends.long() > 0) & (mask > 0)).long()
         return self.model(**given, **({"use_cache": False} if self._caches else {}))
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what is said of each token, (B, T, ...), without the virtual ones in front."""
+        return values[:, len(self.virtual.ids):] if self.virtual is not None else values
 
     def _classify(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._weights is not None and self._weights.device != logits.device:
@@ -135,7 +143,7 @@ class TaskModel(Learner):
         return self._classify(logits, labels[:, 0]), logits
 
     def _token_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._run(ids, mask).logits
+        logits = self._own(self._run(ids, mask).logits)
         return self._classify(logits.flatten(0, 1), labels.flatten()), logits
 
     def _multi_label(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +166,7 @@ class TaskModel(Learner):
         start = torch.where(marked.any(1), marked.long().argmax(1), IGNORED)
         last = last_of(labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0])
         end = torch.where(marked.any(1), last, IGNORED)
-        both = [told.start_logits.masked_fill(mask == 0, -1e9), told.end_logits.masked_fill(mask == 0, -1e9)]
+        both = [self._own(found).masked_fill(mask == 0, -1e9) for found in (told.start_logits, told.end_logits)]
         loss = (losses.cross_entropy(both[0], start) + losses.cross_entropy(both[1], end)) / 2
         return loss, torch.stack(both, -1)
 
@@ -180,13 +188,15 @@ class TaskModel(Learner):
         self._sizes = None  # noise is the source's and the target's, whose lengths differ: none
         start = self.model.config.decoder_start_token_id
         before = torch.cat([torch.full_like(second[:, :1], start), second[:, :-1]], 1)
+        if self.virtual is not None:
+            ids, mask = self.virtual.before(ids, mask)
         return self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=before,
                           decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
                           use_cache=False).logits
 
     def _embedding(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
                    ) -> tuple[torch.Tensor, torch.Tensor]:
-        first, other = (pooled(self._run(*text).last_hidden_state, text[1], self._task.pooling)
+        first, other = (pooled(self._own(self._run(*text).last_hidden_state), text[1], self._task.pooling)
                         for text in ((ids, mask), (second, second_mask)))
         counted = (labels != IGNORED).any(1)
         return losses.contrastive(first, other, counted, self._task.temperature), torch.stack([first, other], 1)

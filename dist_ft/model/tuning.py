@@ -1,7 +1,9 @@
-"""Which weights of a model learn, and which are added to it: full, partial, LoRA, IA3.
+"""Which weights of a model learn, and which are added to it.
 
-Adapters are those of `peft`, put into the model itself: its names, its forward and its loss stay what they were. Every
-engine, world and resumed run builds the same: what is added is drawn from the run's seed. Does not load weights.
+What is added is put into the model itself: its names, its forward and its loss stay what they were. Low-rank matrices
+and scales are those of `peft`, here; virtual tokens (`prompts`) and networks behind layers (`bottleneck`) have modules
+of their own. Every engine, world and resumed run builds the same: all is drawn from the run's seed. Does not load
+weights.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.task import TaskSection
-from dist_ft.config.tuning import TuningSection
+from dist_ft.config.tuning import MERGED, PROMPTS, TuningSection
 from dist_ft.errors import ModelError
 from dist_ft.model import heads
 
@@ -24,25 +26,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
-ADDED = ("lora", "ia3")
-"""Methods that add weights."""
+PARTS = ("ranknum", "virtual_tokens", "bottleneck")
+"""Parts of names of added weights, besides those that begin with lora_ or ia3_."""
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
 SHOWN = 3
 
 
-def apply(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection = CAUSAL_LM) -> Any:
+def apply(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection = CAUSAL_LM,
+          text_ids: Sequence[int] = ()) -> Any:
     """Freeze what does not learn and add what is new, in place; return peft's model around it, None where none is.
 
-    A head of the task's own learns with every method, unless `frozen` names it. Raises ModelError if the model has no
-    such layers, or a pattern names none of its weights.
+    `text_ids` are the tokens of tuning.prompt.text. A head of the task's own learns with every method, unless `frozen`
+    names it. Raises ModelError if the model has no such layers, or a pattern names none of its weights.
     """
     own = set(_by_name(model))
     head = {name for name in own if heads.is_head(name, model)} if task.name in heads.HEADED else set()
-    around = _add(model, section, seed, task, head) if section.method in ADDED else None
+    around = _add(model, section, seed, task, head) if section.method in MERGED else None
+    if section.method == "adalora":
+        from dist_ft.model import adalora
+
+        adalora.install(model, around.base_model)  # type: ignore[union-attr]
+    if section.method in PROMPTS:
+        from dist_ft.model import prompts
+
+        prompts.install(model, section, seed, task, text_ids)
+    if section.method == "bottleneck":
+        from dist_ft.model import bottleneck
+
+        bottleneck.install(model, section.bottleneck, seed)
     if section.method == "full" and not section.frozen:
         return around
     parameters = _by_name(model)
-    learns = own if section.method == "full" else {name for name in parameters if name_in_files(name) not in own}
+    learns = own if section.method == "full" else {
+        name for name, found in parameters.items() if name_in_files(name) not in own and found.requires_grad}
     learns |= head
     if section.last_layers:
         learns |= _last_layers(model, section.last_layers)
@@ -59,7 +75,7 @@ def apply(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskS
 
 def is_added(name: str) -> bool:
     """Tell whether a weight of this name is an adapter's, of which a model's own files know nothing."""
-    return any(part.startswith(("lora_", "ia3_")) for part in name.split("."))
+    return any(part.startswith(("lora_", "ia3_")) or part in PARTS for part in name.split("."))
 
 
 def name_in_files(name: str) -> str:
@@ -96,10 +112,10 @@ def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
              for name, parameter in model.named_parameters(remove_duplicate=False)]
     adapted = {name: parameter for name, now, parameter in every if now != name}
     layers = [name.rpartition(".")[0] for name in adapted]
-    for target in section.lora.targets if section.method == "lora" else ():
+    for target in targets(section):
         if target != "all-linear" and not any(f".{layer}".endswith(f".{target}") for layer in layers):
-            raise ModelError(f"tuning.lora.targets={list(section.lora.targets)}: no layer is called {target}; there "
-                             f"are {', '.join(_linear_layers(model))}; correct it")
+            raise ModelError(f"tuning.{section.method}.targets={list(targets(section))}: no layer is called {target}; "
+                             f"there are {', '.join(linear_layers(model))}; correct it")
     for name, parameter in adapted.items():
         other = next((other for other, _, shared in every if shared is parameter and other != name), None)
         if other is not None:
@@ -107,7 +123,12 @@ def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
                              "one of them can not be added to both; give other targets")
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
+def targets(section: TuningSection) -> tuple[str, ...]:
+    """Return which layers `section` gives matrices to."""
+    return {"lora": section.lora.targets, "adalora": section.adalora.targets}.get(section.method, ())
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return what linear layers are called, each name once."""
     return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name, module in model.named_modules()
                    if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)})
@@ -115,16 +136,23 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 def peft_config(section: TuningSection, task: TaskSection = CAUSAL_LM, head: Iterable[str] = ()) -> Any:
     """Return what peft calls the method of `section`; the weights of a `head` get no adapter, they learn themselves."""
-    from peft import IA3Config, LoraConfig
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     kind = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task.name)
     apart = sorted({name.rpartition(".")[0] for name in head}) or None
+    given: dict[str, Any] = {"task_type": kind, "exclude_modules": apart}
     if section.method == "ia3":
-        return IA3Config(task_type=kind, exclude_modules=apart)  # type: ignore[arg-type]
+        return IA3Config(**given)
+    given["target_modules"] = "all-linear" if targets(section) == ("all-linear",) else list(targets(section))
+    if section.method == "adalora":
+        ada = section.adalora
+        return AdaLoraConfig(**given, lora_alpha=ada.alpha,  # type: ignore[arg-type]
+                             init_r=ada.initial_rank, target_r=ada.rank, lora_dropout=ada.dropout,
+                             tinit=ada.begin_step, tfinal=0, total_step=ada.end_step,
+                             deltaT=ada.every_steps, orth_reg_weight=ada.orthogonality)
     lora = section.lora
-    targets: Any = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
-    return LoraConfig(task_type=kind, exclude_modules=apart, r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
-                      lora_dropout=lora.dropout, target_modules=targets, use_rslora=lora.rslora, use_dora=lora.dora)
+    return LoraConfig(**given, r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+                      lora_dropout=lora.dropout, use_rslora=lora.rslora, use_dora=lora.dora)
 
 
 @contextlib.contextmanager
@@ -135,9 +163,9 @@ def _explained(model: PreTrainedModel, section: TuningSection) -> Iterator[None]
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         first = str(error).strip().split("\n")[0][:200]
         field, remedy = "tuning.method=ia3", "use tuning.method=lora"
-        if section.method == "lora":
-            field = f"tuning.lora.targets={list(section.lora.targets)}"
-            remedy = f"name linear layers it has: {', '.join(_linear_layers(model))}"
+        if section.method != "ia3":
+            field = f"tuning.{section.method}.targets={list(targets(section))}"
+            remedy = f"name linear layers it has: {', '.join(linear_layers(model))}"
         raise ModelError(f"{field}: this model can not get such adapters ({first}); {remedy}") from error
 
 

@@ -58,7 +58,9 @@ def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, f
         model = empty_model(config.model, cache, config.model_task)
     else:
         model, new = load_for(config.model_task, config.model, cache)
-    tuning.apply(model, config.tuning, config.run.seed, config.model_task)
+    text = config.tuning.prompt.text
+    tuning.apply(model, config.tuning, config.run.seed, config.model_task,
+                 tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())
     return wrapped(model, config, tokenizer), new
 
 

@@ -24,7 +24,7 @@ from dist_ft.data.source import Row
 from dist_ft.data.spans import context_of
 from dist_ft.errors import DataError, ModelError
 from dist_ft.logs import redact
-from dist_ft.model import heads
+from dist_ft.model import heads, prompts
 from dist_ft.model.load import fetch, load_for, load_tokenizer
 from dist_ft.model.task_models import pooled
 from dist_ft.runtime.prompting import Prompted
@@ -135,6 +135,7 @@ class Predictor:
             "attention": _attention(about.get("attention", "sdpa"), device)})
         self.tokenizer = load_tokenizer(section)
         self.model: Any = _model(of_model(self.task, prompting), section, self.tokenizer, path).to(device)
+        self._virtual = prompts.of(self.model)
         longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
         self._prompted = Prompted(self.model, self.tokenizer, self.task, prompting, min(
@@ -161,8 +162,13 @@ class Predictor:
         return self.tokenizer(*texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt",
                               **options)
 
+    def _own(self, values: Any) -> Any:
+        """Return what is said of each token, without the virtual ones in front."""
+        return values[:, len(self._virtual.ids):] if self._virtual is not None else values
+
     def _told(self, encoded: Any) -> Any:
-        return self.model(**{name: value.to(self.model.device) for name, value in encoded.items()})
+        return self.model(**prompts.prepended(self._virtual, {
+            name: value.to(self.model.device) for name, value in encoded.items()}))
 
     def _texts(self, rows: Sequence[Row]) -> list[list[str]]:
         """Return the texts, and the second ones if rows have them."""
@@ -192,7 +198,7 @@ class Predictor:
         words = [row["tokens"] if "tokens" in row else _text(row, "text").split() for row in rows]
         given = with_blanks(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         encoded = self._inputs(given, is_split_into_words=True)
-        logits = self._told(encoded).logits.float().cpu().numpy()
+        logits = self._own(self._told(encoded).logits).float().cpu().numpy()
         for number, own in enumerate(words):
             tags = ["O" if "O" in self.task.labels else self.task.labels[0]] * len(own)
             places = encoded.word_ids(number)
@@ -209,7 +215,8 @@ class Predictor:
                                  return_offsets_mapping=True, return_tensors="pt")
         owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
         told = self._told(encoded)
-        logits = np.stack([told.start_logits.float().cpu().numpy(), told.end_logits.float().cpu().numpy()], -1)
+        logits = np.stack([self._own(found).float().cpu().numpy()
+                           for found in (told.start_logits, told.end_logits)], -1)
         best = [(-np.inf, "")] * len(rows)
         for window, owner in enumerate(owners.tolist()):
             begin, tail = context_of(encoded.sequence_ids(window))
@@ -222,7 +229,7 @@ class Predictor:
 
     def _embedding(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         encoded = self._inputs([_text(row, self.task.columns.text) for row in rows])
-        hidden = self._told(encoded).last_hidden_state.float().cpu()
+        hidden = self._own(self._told(encoded).last_hidden_state).float().cpu()
         vectors = pooled(hidden, encoded["attention_mask"], self.task.pooling)
         for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
             yield {"embedding": vector}
@@ -241,16 +248,16 @@ class Predictor:
         if self.task.name == "seq2seq":
             sources = [_text(row, "source" if "source" in row else "text") for row in rows]
             return list(self.tokenizer(sources, truncation=True, max_length=self._length)["input_ids"])
-        prompts = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
+        asked = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
         templated = bool(self.tokenizer.chat_template)
         if not templated:
-            prompts = [self._template.replace("{prompt}", prompt) for prompt in prompts]
+            asked = [self._template.replace("{prompt}", prompt) for prompt in asked]
         else:
-            prompts = [str(self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                              add_generation_prompt=True)) for prompt in prompts]
+            asked = [str(self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                              add_generation_prompt=True)) for prompt in asked]
         self.tokenizer.truncation_side = "left"  # what begins the answer stays
         room = max(1, self._length - self._decoding.max_new_tokens)
-        return list(self.tokenizer(prompts, truncation=True, max_length=room, add_special_tokens=not templated
+        return list(self.tokenizer(asked, truncation=True, max_length=room, add_special_tokens=not templated
                                    )["input_ids"])
 
 

@@ -17,6 +17,7 @@ from dist_ft.config.load import STORED, check_resume
 from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig, Source, TaskSection
 from dist_ft.config.task import LABELLED
+from dist_ft.config.tuning import PROMPTS
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 from dist_ft.patience import attempts
@@ -84,7 +85,8 @@ def _model(config: RunConfig) -> Iterator[str]:
     if getattr(model, "quantization_config", None):
         yield (f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
                "weights is needed; export the run without --int8")
-    if line := too_long(model, config.batch.sequence_length, config.model.path):
+    virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPTS else 0
+    if line := too_long(model, config.batch.sequence_length, config.model.path, virtual):
         yield line
 
 

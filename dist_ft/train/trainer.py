@@ -127,6 +127,7 @@ class Trainer:
     def _learn(self, batches: Sequence[Batch], seeds: Sequence[int], num_targets: float, rate: float) -> StepOutcome:
         """Learn from the global batch, unless its loss or gradient is bad; return those, as all workers know them."""
         parts, step, learned = self._parts, self._step, batches
+        parts.engine.step = step + 1
         if parts.risk is not None:
             learned, num_targets = parts.risk.prepare(batches, step, parts.engine, parts.collectives, self._hooks.beat)
         loss_sum = parts.engine.accumulate(learned, seeds, max(1, int(num_targets)))

@@ -112,3 +112,22 @@ def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
 
     with api._opened(load_config(document_of(base, task, "plain"))) as loader:
         assert preview.statistics(loader).padding_share < 0.15
+
+
+@pytest.mark.slow
+def test_a_new_head_of_another_size_begins_alike_in_every_engine(base: Path) -> None:
+    """transformers passes over the old one by itself, but under ZeRO-3 raised on rank 0 alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = base / "seven"
+    AutoModelForSequenceClassification.from_pretrained(base / "bert", num_labels=7).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base / "bert").save_pretrained(folder)
+    documents = [tiny_tasks.config(base, "sequence_classification", f"seven-{workers}-{stage}", workers=workers, stage=stage,
+                                   task={"new_head": True}) for workers, stage in ((0, 0), (2, 2), (2, 3))]
+    for document in documents:
+        document["model"]["path"] = str(folder)
+    local.run(load_config(documents[0]))
+    ranks.require_ok(ranks.run_ranks(2, documents[1:], base / "ranks-seven", timeout_s=120), base / "ranks-seven")
+    first, *others = [history.losses(base / "runs" / document["run"]["name"]) for document in documents]
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-5)

@@ -35,6 +35,11 @@ def test_the_identity_of_a_run():
         "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
         "tuning.lora.rank": 8, "tuning.lora.alpha": 16.0, "tuning.lora.targets": ["all-linear"], "tuning.lora.rslora": False,
         "tuning.lora.dora": False,
+        "tuning.adalora.initial_rank": 12, "tuning.adalora.rank": 8, "tuning.adalora.alpha": 16.0,
+        "tuning.adalora.targets": ["all-linear"], "tuning.adalora.begin_step": 0, "tuning.adalora.end_step": 0,
+        "tuning.adalora.every_steps": 10, "tuning.bottleneck.size": 64, "tuning.bottleneck.activation": "gelu",
+        "tuning.bottleneck.targets": ["auto"], "tuning.prompt.tokens": 20, "tuning.prompt.init": "vocabulary",
+        "tuning.prompt.text": None, "tuning.prompt.hidden_size": 0, "tuning.prompt.projection": False,
         "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
 
 

@@ -21,6 +21,22 @@ def problems(**sections) -> list[str]:
 
 
 @pytest.mark.parametrize(("sections", "text"), [
+    ({"tuning": {"method": "prefix_tuning"}}, "tuning.method=prefix_tuning: samples packed into one sequence would share"),
+    ({"tuning": {"method": "prefix_tuning"}, "data": {"pack": False}, "model": {"activation_checkpointing": True}},
+     "tuning.method=prefix_tuning: the prefix lies in the cache"),
+    ({"tuning": {"method": "p_tuning"}, "task": {"name": "masked_lm"}}, "tuning.method=p_tuning: peft has no virtual tokens"),
+    ({"tuning": {"method": "prompt_tuning", "prompt": {"init": "text"}}}, "tuning.prompt.init=text: tuning.prompt.text is what"),
+    ({"tuning": {"method": "p_tuning", "prompt": {"projection": True}}}, "tuning.prompt.projection: tuning.method=p_tuning"),
+    ({"tuning": {"method": "prompt_tuning", "prompt": {"hidden_size": 4}}}, "tuning.prompt.hidden_size=4: "),
+    ({"tuning": {"method": "prompt_tuning", "layer_decay": 0.5}}, "tuning.method=prompt_tuning: virtual tokens lie in no"),
+    ({"tuning": {"prompt": {"tokens": 4}}}, "tuning.prompt: tuning.method=full does not use it; allowed with "),
+    ({"tuning": {"method": "adalora"}, "model": {"dtype": "float32"}}, "tuning.adalora.end_step=0: ranks are dealt between"),
+    ({"tuning": {"method": "adalora", "adalora": {"end_step": 9, "rank": 12}}, "model": {"dtype": "float32"}},
+     "tuning.adalora.rank=12: nothing would be taken away"),
+    ({"tuning": {"method": "adalora", "adalora": {"end_step": 9}}, "model": {"dtype": "float32"},
+      "cluster": {"workers": 2}, "zero": {"stage": 2}}, "zero.stage=2: tuning.method=adalora weighs whole gradients"),
+    ({"tuning": {"method": "adalora", "adalora": {"end_step": 9}}, "model": {"dtype": "bfloat16"}},
+     "model.dtype=bfloat16: tuning.method=adalora weighs float32"),
     ({"task": {"labels": ["a", "b"]}}, "task.labels: task.name=causal_lm does not use it; only sequence_classification, "),
     ({"task": {"name": "masked_lm", "focal_gamma": 2}}, "task.focal_gamma: task.name=masked_lm does not use it; "),
     ({"task": {"name": "multi_label", "class_weights": [1, 2]}}, "task.class_weights: task.name=multi_label does not use it"),

@@ -54,7 +54,7 @@ CASES = [
      "tuning.last_layers=2: tuning.method=lora does not use it; allowed with tuning.method=partial; set that, or remove "
      "it"),
     (["tuning.trainable=lm_head.*"],
-     "tuning.trainable: with tuning.method=full all weights learn; allowed with partial, lora and ia3; set "
+     "tuning.trainable: with tuning.method=full all weights learn; allowed with all other methods; set "
      "tuning.method=partial, or remove it"),
     (["tuning.method=ia3", "tuning.lora.rank=4"],
      "tuning.lora: tuning.method=ia3 does not use it; allowed with tuning.method=lora; set that, or remove it"),
