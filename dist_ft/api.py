@@ -191,8 +191,9 @@ def predict(model: str, paths: str | Sequence[str], out: str, *, workers: int = 
     from dist_ft.config.schema import Source
     from dist_ft.data import readers
     from dist_ft.data.source import resolve
+    from dist_ft.runtime.predict_lines import predict_file
     from dist_ft.runtime.predict_parts import ENCODERS, predict_folder
-    from dist_ft.runtime.predicting import Predictor, predict_file
+    from dist_ft.runtime.predicting import Predictor
 
     if form not in ENCODERS:
         raise ConfigError([f"--format={form}: no such choice; allowed: {', '.join(ENCODERS)}; correct it"], "predict")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from dist_ft.data.labelled import with_blanks
 from dist_ft.data.source import Row
 from dist_ft.data.spans import context_of
 from dist_ft.errors import DataError, ModelError
-from dist_ft.logs import redact
 from dist_ft.model import heads, prompts
 from dist_ft.model.load import fetch, load_for, load_tokenizer
 from dist_ft.model.task_models import pooled
@@ -32,12 +30,8 @@ from dist_ft.train.scores import softmax
 from dist_ft.train.scoring import best_span
 
 log = logging.getLogger("dist_ft.predict")
-BESIDE = ".model"
-"""End of the name of the file beside the rows that says which model they are of."""
 MOST_TOKENS = 384
 """Of a window of a context."""
-CHUNK_ROWS = 2048
-"""Rows that are sorted by length, and written, together."""
 KINDS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",
          "QuestionAnswering": "question_answering", "ConditionalGeneration": "seq2seq", "CausalLM": "causal_lm",
          "LMHeadModel": "causal_lm", "MaskedLM": "masked_lm"}
@@ -259,58 +253,6 @@ class Predictor:
         room = max(1, self._length - self._decoding.max_new_tokens)
         return list(self.tokenizer(asked, truncation=True, max_length=room, add_special_tokens=not templated
                                    )["input_ids"])
-
-
-def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str,
-                 progress: Callable[[int], None] = lambda done: None) -> int:
-    """Write each row with what the model says of it (`prediction`) to the local file `out`, JSON lines.
-
-    Returns how many rows there are. A file that is there is gone on with: as many rows as it has whole lines are passed
-    over. Raises DataError if they are of another model.
-    """
-    path = Path(out).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = _whole_lines(path)
-    beside = path.with_name(path.name + BESIDE)
-    if done and (not beside.exists() or beside.read_text("utf-8") != predictor.version):
-        raise DataError(redact(f"--out={out}: holds what another model said of {done} rows, or this one before it was "
-                               "made anew; name another file, or remove this one"))
-    beside.write_text(predictor.version, "utf-8")
-    with open(path, "a", encoding="utf-8") as file:
-        chunk: list[Row] = []
-        number = 0  # of the row, from 1
-        for row in rows:
-            number += 1
-            if isinstance(row, DataError):
-                raise row
-            if number > done:
-                chunk.append(row)
-            if len(chunk) == CHUNK_ROWS:
-                _write(predictor, chunk, number - len(chunk), file)
-                chunk = []
-                progress(number)
-        _write(predictor, chunk, number - len(chunk), file)
-    if number < done:
-        raise DataError(redact(f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
-                               "rows; name another"))
-    return number
-
-
-def _write(predictor: Predictor, rows: list[Row], first: int, file: Any) -> None:
-    for row, value in zip(rows, predictor.predict(rows, first) if rows else (), strict=True):
-        file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False, default=str) + "\n")
-    file.flush()
-
-
-def _whole_lines(path: Path) -> int:
-    """Return how many whole lines a file has; what follows them is cut off."""
-    if not path.exists():
-        return 0
-    held = path.read_bytes()
-    end = held.rfind(b"\n") + 1
-    if end < len(held):
-        os.truncate(path, end)
-    return held.count(b"\n")
 
 
 def _text(row: Row, name: str) -> str:

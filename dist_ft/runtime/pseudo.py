@@ -15,7 +15,8 @@ from typing import Any
 
 from dist_ft.data.source import Row
 from dist_ft.errors import DataError, ModelError
-from dist_ft.runtime.predicting import CHUNK_ROWS, Predictor
+from dist_ft.runtime.predict_lines import CHUNK_ROWS
+from dist_ft.runtime.predicting import Predictor
 
 CONFIDENCE = "confidence"
 """Column that tells how sure the model was: its probability of the label."""

@@ -7,10 +7,14 @@ random. Prototypes, entities a model writes and robustness scores are asked for 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sys
 from typing import Any
 from uuid import uuid4
 
+from dist_ft import storage
 from dist_ft.checkpoint import origin
 from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.schema import CheckpointSection, EvaluationSection, RunConfig, ScheduleSection
@@ -84,7 +88,8 @@ def _told(config: RunConfig) -> dict[str, Any]:
     config = config.model_copy(update={"model": origin.local(config.model, config.data.cache_dir)})
     store = Store(config.run_url)
     try:
-        ray_train.run(config)
+        with contextlib.redirect_stdout(sys.stderr):  # what a run says goes beside what it was asked for
+            ray_train.run(config)
         (line,) = [line for line in read_metrics(store) if line["kind"] == "evaluation"]
         numbers = {name: value for name, value in line.items() if name not in ("step", "kind", "time", "attempt")}
         tables = f"{FOLDER}/step-{0:09d}.json"
@@ -92,3 +97,5 @@ def _told(config: RunConfig) -> dict[str, Any]:
     finally:
         for path in store.walk(""):
             store.remove(path)
+        if storage.is_local(store.url):  # folders exist there
+            shutil.rmtree(storage.local_path(store.url), ignore_errors=True)

@@ -103,12 +103,12 @@ def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp
     source = make_rows(tmp_path / "in")
     shards = [shard for found in resolve([Source(path=source)]) for shard in found]
     tasks = predict_parts.cut(shards, "jsonl")
-    asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128)
+    asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128, "greedy")
     told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
     assert told["wrong"] == ["", ""]
     whole = {name: Store(str(tmp_path / "said")).read(name).count(b"\n") for name in Store(str(tmp_path / "said")).list()}
     assert whole == {task["name"]: rows for task, rows in zip(tasks[:2], told["rows"], strict=True)}
-    nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128)
+    nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128, "greedy")
     (wrong,) = nobody({"task": np.array([json.dumps(tasks[0])])})["wrong"]
     error = ray_data._named(*json.loads(wrong))
     assert type(error) is ModelError and "there is no such folder" in str(error)

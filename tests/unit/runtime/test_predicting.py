@@ -13,9 +13,10 @@ from dist_ft.config.load import load_config
 from dist_ft.data import readers
 from dist_ft.data.source import resolve
 from dist_ft.errors import ConfigError, DataError, ModelError
-from dist_ft.runtime import local, predicting
+from dist_ft.runtime import local
 from dist_ft.runtime.evaluating import evaluate_models
-from dist_ft.runtime.predicting import Predictor, predict_file
+from dist_ft.runtime.predict_lines import predict_file
+from dist_ft.runtime.predicting import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(base, trained,
     assert all(len(said["others"]) == 1 for said in whole)
     assert strategy.startswith("beam") or all(said["text"] != said["others"][0] for said in whole)
     assert whole != Predictor(out, 4, 6).predict(rows("seq2seq", 5))
-    monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(predict_lines, "CHUNK_ROWS", 2)
     file = tmp_path / "said.jsonl"
     predict_file(Predictor(out, 4, 6, strategy), iter(rows("seq2seq", 5)), str(file))
     lines = file.read_text().splitlines(keepends=True)
@@ -101,7 +102,7 @@ def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(base, trained,
 def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     _, out = trained("sequence_classification")
     source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
-    monkeypatch.setattr(predicting, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(predict_lines, "CHUNK_ROWS", 4)
     predictor = Predictor(out)
     (shards,) = resolve(load_config(tiny_tasks.config(base, "regression", "x", data={"train": source})).data.train)
 
