@@ -94,8 +94,8 @@ def _adalora(config: RunConfig) -> Iterator[str]:
         yield (f"tuning.adalora.rank={ada.rank}: nothing would be taken away from tuning.adalora.initial_rank="
                f"{ada.initial_rank}; less is allowed; lower it")
     if config.prompting.method != "none" or config.task.objective != "likelihood":
-        yield ("tuning.method=adalora: its penalty is for training by likelihood, with a head or of texts; allowed with "
-               "prompting.method=none and task.objective=likelihood; set those, or tuning.method=lora")
+        yield ("tuning.method=adalora: its penalty is for training by likelihood, with a head or of texts; allowed "
+               "with prompting.method=none and task.objective=likelihood; set those, or tuning.method=lora")
     if config.max_workers and config.zero.stage:
         yield (f"zero.stage={config.zero.stage}: tuning.method=adalora weighs whole gradients, which ZeRO-1 to 3 take "
                f"apart; allowed with zero.stage=0 and in one process; set zero.stage=0, or tuning.method=lora")

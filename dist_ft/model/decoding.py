@@ -85,7 +85,7 @@ class Decoder:
         if virtual is not None and virtual.ids:
             if section.repetition_penalty != 1 and not both:
                 raise ConfigError([f"decoding.repetition_penalty={section.repetition_penalty}: virtual tokens (tuning."
-                                   "prompt) are no words to be repeated; 1 is allowed with them; remove it"], "decoding")
+                                   "prompt) are no words; 1 is allowed; remove it"], "decoding")
             rows = [replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64)) for row in rows]
         ids, mask = padded([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
         start = 1 if both else ids.shape[1]

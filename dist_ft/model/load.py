@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from dist_ft import storage
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.errors import DistFtError, ModelError
 from dist_ft.logs import redact
-from dist_ft.model import adapted, heads
+from dist_ft.model import adapted, heads, replaced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -170,7 +169,8 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
         loaded: Any = heads.auto_class(task).from_pretrained(
             folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, key_mapping=_hidden(section, folder, config, task), **options(config, task))
+            ignore_mismatched_sizes=True, key_mapping=replaced.hidden(section, folder, config, task),
+            **options(config, task))
     model, info = loaded
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -181,37 +181,6 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     if new:
         log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
     return _finish(model, section), new
-
-
-def _hidden(section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection) -> dict[str, str] | None:
-    """Return other names for tensors of the files that a new head replaces, so that nothing loads them.
-
-    transformers passes over one of another shape by itself, but not under ZeRO-3: there rank 0 alone raises.
-    """
-    from transformers import AutoConfig
-
-    if task.name not in heads.HEADED or type(config) not in heads.auto_class(task)._model_mapping:
-        return None
-    kind: Any = heads.auto_class(task)._model_mapping[type(config)]
-    prefix = f"{(kind[0] if isinstance(kind, tuple | list) else kind).base_model_prefix}."
-    shapes = tensors_of(folder)
-    if not any(name.startswith(prefix) for name in shapes):
-        return None  # of a bare model: no head
-    stored = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code).num_labels
-    other = {name for name, shape in shapes.items() if not name.startswith(prefix) and (
-        task.new_head or (stored != config.num_labels and shape[:1] == [stored]))}
-    return {f"^{re.escape(name)}$": f"replaced.{name}" for name in other} or None
-
-
-def tensors_of(folder: str) -> dict[str, list[int]]:
-    """Return the shape of each tensor in the safetensors of a model's folder."""
-    from safetensors import safe_open
-
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found.update({name: list(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
-    return found
 
 
 def _load_adapted(task: TaskSection, section: ModelSection, cache_dir: str | None, said: dict[str, Any], folder: str
