@@ -32,8 +32,8 @@ def _unfit(config: RunConfig) -> Iterator[str]:
     other = ("task.objective=minimum_risk" if config.task.objective == "minimum_risk" else
              f"prompting.method={config.prompting.method}" if config.prompting.method != "none" else "")
     if other and config.tuning.adversarial.method != "none":
-        yield (f"tuning.adversarial.method={config.tuning.adversarial.method}: does not go with {other}, which asks the "
-               f"model of other texts than those of the data; allowed without; remove one")
+        yield (f"tuning.adversarial.method={config.tuning.adversarial.method}: does not go with {other}, which asks "
+               f"the model of other texts than the data's; allowed without; remove one")
     if other and config.data.augment != type(config.data.augment)():
         yield f"data.augment: does not go with {other}, whose texts hold other words too; allowed without; remove one"
 
