@@ -59,8 +59,6 @@ def problems(**sections) -> list[str]:
     ({"tuning": {"anchor": {"max_samples": 3}}}, "tuning.anchor.max_samples=3: tuning.anchor.method=none does not use it; "),
     ({"tuning": {"method": "lora", "anchor": {"method": "l2", "strength": 1}}}, "tuning.anchor.method=l2: with tuning.method=lora only "),
     ({"evaluation": {"of": "ema"}}, "evaluation.of=ema: no average of the weights is kept; "),
-    ({"task": {"objective": "minimum_risk"}, "tuning": {"adversarial": {"method": "fgm"}}},
-     "tuning.adversarial.method=fgm: does not go with task.objective=minimum_risk, "),
     ({"task": {"name": "seq2seq"}, "data": {"overlong": "split"}}, "data.overlong=split: only plain text can go on"),
 ])
 def test_contradictions(sections, text):
@@ -80,3 +78,11 @@ def test_tasks_with_padded_batches_do_not_pack():
     assert (config.reading.pack, config.reading.bucket, config.reading.overlong) == (False, 64, "split")
     plain = load_config(DOCUMENT)
     assert (plain.reading.pack, plain.reading.bucket) == (True, 0)
+
+
+def test_adversaries_and_augmentation_want_the_texts_of_the_data():
+    found = problems(task={"objective": "minimum_risk"}, tuning={"adversarial": {"method": "fgm"}})
+    assert any(line.startswith("tuning.adversarial.method=fgm: does not go with task.objective=minimum_risk, ") for line in found)
+    found = problems(task={"name": "sequence_classification"}, prompting={"method": "prototypes"},
+                     data={"augment": {"delete": 0.1}})
+    assert any(line.startswith("data.augment: does not go with prompting.method=prototypes, ") for line in found)
