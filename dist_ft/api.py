@@ -149,7 +149,8 @@ def tune(config: str, search: str, overrides: Sequence[str] = (), *, say: Callab
 
 
 def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
-           adapter: bool = False, best: bool = False, int8: bool = False) -> dict[str, tuple[float, float]] | None:
+           adapter: bool = False, best: bool = False, int8: bool = False, average: bool | None = None
+           ) -> dict[str, tuple[float, float]] | None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
 
     With it goes a model card, README.md. Returns what int8 weights changed, {measure: (before, after)}, or None.
@@ -162,6 +163,7 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
         adapter: write the adapter alone, for `peft`; else it is merged into the weights.
         best: that of the checkpoints there are which is best by checkpoint.best_by.
         int8: weights of linear layers as 8-bit integers (torchao); size, latency and scores are measured.
+        average: the moving average of the weights (tuning.ema_decay); none: if that is what was evaluated.
     """
     from dist_ft import storage
     from dist_ft.runtime.shipping import ship
@@ -169,7 +171,8 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     if isinstance(run, RunConfig):
         storage.configure(run.storage.options)
         run = run.run_url
-    return ship(run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8)
+    return ship(run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8,
+                average=average)
 
 
 def predict(model: str, paths: str | Sequence[str], out: str, *, workers: int = 0, form: str = "jsonl",

@@ -132,6 +132,8 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
            best: Annotated[bool, typer.Option("--best", help="The best step by checkpoint.best_by.")] = False,
            dtype: Annotated[str | None, typer.Option(
                help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None,
+           average: Annotated[bool | None, typer.Option(
+               "--ema/--no-ema", help="The average of the weights; else if evaluation.of says so.")] = None,
            adapter: Annotated[bool, typer.Option(
                "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged.")] = False,
            int8: Annotated[bool, typer.Option(
@@ -159,7 +161,7 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
         raise ConfigError([f"--step={step}: with --best the step is found; one of them is allowed; leave one out"],
                           "export")
     measured = api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype,
-                          adapter=adapter, best=best, int8=int8)
+                          adapter=adapter, best=best, int8=int8, average=average)
     if measured:
         typer.echo(cli_models.before_after("int8 weights", measured))
     typer.echo(f"wrote {out}" + ("" if adapter else f"; next: {api.next_step(out)}"))

@@ -43,7 +43,8 @@ MODEL = "model"
 
 
 def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False,
-               best: bool = False, finish: Callable[[Path, Manifest], None] = lambda folder, manifest: None) -> str:
+               best: bool = False, finish: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
+               average: bool | None = None) -> str:
     """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
 
     Adapters are added into the weights they stand beside, in float32.
@@ -56,6 +57,7 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
         adapter: write the adapter alone, as `peft` loads it.
         best: of the checkpoints there are, the best by checkpoint.best_by.
         finish: called with the whole folder and what it was made from, before the folder appears.
+        average: the moving average of the weights (tuning.ema_decay); none: if that is what was evaluated.
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -67,9 +69,9 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "model"
         if adapter:
-            _save_adapter(store, manifest, folder)
+            _save_adapter(store, manifest, folder, average)
         else:
-            model, tokenizer = load_trained(store, manifest, dtype)
+            model, tokenizer = load_trained(store, manifest, dtype, average)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / ABOUT).write_text(json.dumps(_about(store), indent=1), "utf-8")
@@ -131,15 +133,19 @@ def _stored(store: Store) -> dict[str, Any]:
     return yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
 
 
-def load_trained(store: Store, manifest: Manifest, dtype: str | None = None) -> tuple[Any, Any]:
-    """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them."""
+def load_trained(store: Store, manifest: Manifest, dtype: str | None = None, average: bool | None = None
+                 ) -> tuple[Any, Any]:
+    """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them.
+
+    `average`: see `export_run`.
+    """
     import torch
 
     method = stored_tuning(store).method
     if method in ADDED and method not in MERGEABLE:
         raise CheckpointError(f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
                               "exported alone; use --adapter")
-    model, _, tokenizer, wanted = _load(store, manifest, dtype)
+    model, _, tokenizer, wanted = _load(store, manifest, dtype, average)
     if method not in ADDED:
         return model.eval(), tokenizer
     with torch.no_grad():
@@ -189,7 +195,7 @@ def _asked(store: Store) -> tuple[TaskSection, PromptingSection]:
     return task.model_copy(update={"labels": labels}), prompting
 
 
-def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any, Any, Any]:
+def _load(store: Store, manifest: Manifest, dtype: str | None, average: bool | None) -> tuple[Any, Any, Any, Any]:
     """Return model, peft's model around it (or None), tokenizer, and the number format to export in."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
@@ -211,12 +217,23 @@ def _load(store: Store, manifest: Manifest, dtype: str | None) -> tuple[Any, Any
     manifests.require_same_tensors(manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown())
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
-        for name, values in whole_tensors(catalogue.reader(store, manifest), manifest, targets):
+        for name, values in whole_tensors(catalogue.reader(store, manifest), manifest, targets,
+                                          _learned_key(store, average)):
             targets[name].copy_(values)
     return model.eval(), around, tokenizer, wanted
 
 
-def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
+def _learned_key(store: Store, average: bool | None) -> str:
+    """Return the state of learned weights that is exported: their values, or their average."""
+    stored = _stored(store)
+    if average and not stored_tuning(store).ema_decay:
+        raise CheckpointError(f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
+                              "allowed where it did; export it without --ema")
+    evaluated = (stored.get("evaluation") or {}).get("of") == "ema"
+    return "ema" if average or (average is None and evaluated) else "param"
+
+
+def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool | None) -> None:
     """Write what a run added to its model, and require that it is read back as it was."""
     import torch
 
@@ -224,7 +241,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path) -> None:
     if section.method not in ADDED:
         raise CheckpointError(f"--adapter: the run was made with {section.method} (tuning); allowed where an adapter "
                               "learned; export it without --adapter")
-    model, around, tokenizer, _ = _load(store, manifest, "float32")
+    model, around, tokenizer, _ = _load(store, manifest, "float32", average)
     adapted.save(model, around, section, _base(store), folder)
     tokenizer.save_pretrained(folder)
     path, revision = _base(store)
@@ -239,12 +256,15 @@ def _base(store: Store) -> tuple[str, str | None]:
     return str(section["path"]), section.get("revision")
 
 
-def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor]
+def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor], learned: str = "param"
                   ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of everything in the checkpoint that the model holds; raises if a weight is missing."""
+    """Yield (name, tensor) of everything in the checkpoint that the model holds; raises if a weight is missing.
+
+    `learned` is the state of the weights that learn which is asked for.
+    """
     import torch
 
-    keys = {name: key for name, key in sorted(reader.keys()) if key in ("param", "frozen", "buffer")}
+    keys = {name: key for name, key in sorted(reader.keys()) if key in (learned, "frozen", "buffer")}
     missing = sorted(set(manifest.tensors) - set(keys))
     if missing:
         raise CheckpointError(f"{missing[0]}: in the run's list of weights but not in the files of its checkpoint of "

@@ -54,6 +54,19 @@ class FieldsSection(Section):
     text: str = Identity("text", description="format text: column with the text.")
 
 
+class AugmentSection(Section):
+    """Random changes of the words of training texts, anew each epoch (EDA, arXiv:1901.11196)."""
+
+    share: float = Identity(1.0, gt=0, le=1, description="Share of an epoch's texts that are changed at all.")
+    synonyms: str | None = Identity(None, description=(
+        "File or fsspec URL of lines `word<TAB>synonym,synonym`; kept with the run when it begins; none: no such."))
+    replace: float = Identity(0.0, ge=0, le=1, description=(
+        "Probability that a word which has synonyms becomes one of them."))
+    swap: float = Identity(0.0, ge=0, le=1, description=(
+        "Probability that a word changes places with another one of its text."))
+    delete: float = Identity(0.0, ge=0, lt=1, description="Probability that a word is left out.")
+
+
 class DataSection(Section):
     """Which samples are learned from, and how they become sequences."""
 
@@ -89,6 +102,8 @@ class DataSection(Section):
     overlong: Literal["error", "truncate", "drop", "split"] = Identity("error", description=(
         "A sample longer than batch.sequence_length: stop with an error, cut its end off, leave it out, or (plain "
         "text only) go on in a further sequence."))
+    augment: AugmentSection = Field(default_factory=AugmentSection, description=(
+        "Training texts with some words changed (tasks with labels and regression)."))
     cache_dir: str | None = Field(None, description=(
         "Local folder for tokenised blocks and fetched models, shared by a node's workers; none: ~/.cache/dist_ft."))
     cache_gib: float = Field(200, gt=0, description="Least recently used tokenised blocks go when there are more GiB.")

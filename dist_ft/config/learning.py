@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_ft.config import decoding, prompting, robustness
+from dist_ft.config import decoding, guards, prompting, robustness
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task import LABELLED, METRICS
 from dist_ft.config.tuning import PROMPTS
@@ -193,5 +193,5 @@ def _prompting(config: RunConfig) -> Iterator[str]:
     yield from robustness.problems(config.task, config.evaluation.robustness)
 
 
-CHECKS = (_tuning, _prompts, _adalora, _task, _metric, _texts, _risk, _task_sizes, _prompting)
+CHECKS = (_tuning, _prompts, _adalora, _task, _metric, _texts, _risk, _task_sizes, _prompting, *guards.CHECKS)
 """Each from a config to a line for each contradiction."""

@@ -17,7 +17,7 @@ from dist_ft.config.prompting import PromptingSection, of_model
 from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.section import Identity, Section
 from dist_ft.config.task import ColumnsSection, TaskSection
-from dist_ft.config.tuning import LoraSection, TuningSection
+from dist_ft.config.tuning import LoraSection, Patterns, TuningSection
 
 __all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "PromptingSection",
            "RunConfig", "Source", "Sources", "TaskSection", "TuningSection"]
@@ -77,6 +77,8 @@ class OptimizerSection(Section):
         "adafactor is not element-wise: plain engine or ZeRO stage 0 only."))
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay; biases and norms are exempt.")
+    decay_exempt: Patterns = Field((), description=(
+        "Besides, weights whose name matches one of these patterns (*embed*, lm_head.*) do not decay."))
     beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment.")
     beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the second moment.")
     eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator.")
@@ -209,6 +211,8 @@ class EvaluationSection(TextsSection):
     """Loss on held-out data, and the texts made there."""
 
     data: Sources = Field((), description="Held-out data, in the training data's format; empty: no evaluation.")
+    of: Literal["weights", "ema"] = Field("weights", description=(
+        "What is evaluated and, unless told otherwise, exported: the weights, or their average (tuning.ema_decay)."))
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: none by steps.")
     every_epochs: int = Field(0, ge=0, description="Epochs between evaluations; 0: none by epochs.")
     patience: int = Field(0, ge=0, description=(

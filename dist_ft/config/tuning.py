@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dist_ft.config.data import Sources
 from dist_ft.config.section import Identity, Section
 
 
@@ -83,6 +84,33 @@ class BottleneckSection(Section):
         "and of each feed-forward block, as in the paper."))
 
 
+class AdversarialSection(Section):
+    """Learning besides from input embeddings moved to where the loss is larger."""
+
+    method: Literal["none", "fgm", "pgd"] = Field("none", description=(
+        "fgm: one step along the gradient (arXiv:1605.07725), about twice the compute; pgd: several, each back into "
+        "the ball of epsilon (arXiv:1706.06083), about 1 + steps times the compute; none: no such."))
+    epsilon: float = Field(1.0, gt=0, description=(
+        "How far the embeddings of a sample are moved at most, together (L2 norm)."))
+    steps: int = Field(3, ge=1, description="pgd: steps along the gradient.")
+    step_size: float = Field(0.4, gt=0, description="pgd: length of a step (L2 norm).")
+    weight: float = Field(1.0, gt=0, description="What the loss there counts, the plain loss counting 1.")
+
+
+class AnchorSection(Section):
+    """A pull back to the weights a run began with."""
+
+    method: Literal["none", "l2", "ewc"] = Identity("none", description=(
+        "l2: all weights alike (L2-SP, arXiv:1802.01483); ewc: each as its Fisher information on `data` says (elastic "
+        "weight consolidation, arXiv:1612.00796); none: no such."))
+    strength: float = Field(0.0, ge=0, description=(
+        "Each step a weight goes back by about the learning rate times this (ewc: times its Fisher information) times "
+        "its distance; decoupled from the gradient, as weight decay is."))
+    data: Sources = Field((), description=(
+        "ewc: data of what is to be kept, in the training data's format; gone through once, before the first step."))
+    max_samples: int = Field(0, ge=0, description="ewc: first so many samples of `data`; 0: all.")
+
+
 class TuningSection(Section):
     """Which weights learn, and how they are kept from learning by heart.
 
@@ -118,3 +146,10 @@ class TuningSection(Section):
     neftune_alpha: float = Field(0.0, ge=0, description=(
         "Noise added to input embeddings in training, uniform within alpha / sqrt(tokens of the sample x width) "
         "(NEFTune, arXiv:2310.05914); 0: none."))
+    adversarial: AdversarialSection = Field(default_factory=AdversarialSection, description=(
+        "Adversarial training on embeddings."))
+    anchor: AnchorSection = Field(default_factory=AnchorSection, description=(
+        "Pull back to the weights the run began with; new ones (a head, an adapter) are not pulled."))
+    ema_decay: float = Identity(0.0, ge=0, lt=1, description=(
+        "Keep an exponential moving average of the weights: of the one before so much, of the weights after each step "
+        "the rest (evaluation.of: ema evaluates and exports it); 0: none."))

@@ -21,6 +21,7 @@ class Batch:
         pieces: (N, 4) int64: sample id, first token, number of tokens and epoch of every piece of a sample in here.
         lane: the place in the global batch; -1 for an empty batch that only keeps ranks in step.
         sources: (R, 2) int64: source and number of tokens of every row that holds a sequence.
+        sizes: (N,) int64: tokens of every piece as it lies here, if it was changed since it was read; None: as read.
     """
 
     input_ids: np.ndarray
@@ -29,6 +30,7 @@ class Batch:
     pieces: np.ndarray
     lane: int
     sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    sizes: np.ndarray | None = None
 
     @property
     def num_target_tokens(self) -> int:
@@ -38,7 +40,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """How many positions hold a token of a sample (not padding)."""
-        return int(self.pieces[:, 2].sum())
+        return int(self.held.sum())
+
+    @property
+    def held(self) -> np.ndarray:
+        """Tokens of every piece as it lies here, (N,)."""
+        return self.pieces[:, 2] if self.sizes is None else self.sizes
 
 
 def empty_batch(lane: int = -1, length: int = 8) -> Batch:

@@ -15,6 +15,7 @@ from threading import Lock
 
 import numpy as np
 
+from dist_ft.data.augment import Augmenting
 from dist_ft.data.batch import IGNORED, Batch, empty_batch
 from dist_ft.data.cache import most_open
 from dist_ft.data.index import Index
@@ -53,13 +54,14 @@ class Loader:
     """Reads the batches of a plan."""
 
     def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2,
-                 masking: Masking | None = None) -> None:
+                 masking: Masking | None = None, augmenting: Augmenting | None = None) -> None:
         """Assign only; the process's soft limit of open files is raised (`cache.most_open`)."""
         self.plan = plan
         self.index = index
         self.store = store
         self._prefetch_steps = prefetch_steps
         self._masking = masking
+        self._augmenting = augmenting
         self._first_samples = index.first_samples
         self._limit = index.recipe.get("max_samples") or None
         self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
@@ -145,7 +147,10 @@ class Loader:
         flat, wanted, pieces = np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows)
         if self._masking is not None:
             flat, wanted = self._masking.apply(flat, wanted, pieces)
-        return replace(assemble(flat, wanted, pieces, numbers, lane), sources=sources)
+        sizes = None
+        if self._augmenting is not None:
+            flat, wanted, sizes = self._augmenting.apply(flat, wanted, pieces)
+        return replace(assemble(flat, wanted, pieces, numbers, lane, sizes), sources=sources)
 
     def _ask_ahead(self, slots: Sequence[Slot]) -> None:
         """Let blocks be made that come next, so that no step waits for one."""
@@ -154,7 +159,8 @@ class Loader:
                 self.store.request(number)
 
 
-def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int) -> Batch:
+def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int,
+             changed: np.ndarray | None = None) -> Batch:
     """Return the batch of pieces laid one after the other, row by row.
 
     Args:
@@ -163,8 +169,9 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
         pieces: (n, 4) [sample id, first token, number of tokens, epoch].
         rows: (n,) the row of each piece, ascending from 0.
         lane: recorded in the batch.
+        changed: (n,) tokens of each piece, if not as `pieces` say.
     """
-    sizes = pieces[:, 2]
+    sizes = pieces[:, 2] if changed is None else changed
     ends = np.cumsum(sizes)
     targets = learned if learned.dtype == np.int32 else _shifted(tokens, learned, ends)
     positions = np.arange(len(tokens)) - np.repeat(ends - sizes, sizes)
@@ -181,7 +188,7 @@ def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: 
         target_ids[row, :fill] = targets[start:stop]
         position_ids[row, :fill] = positions[start:stop]
         position_ids[row, fill:] = np.arange(shape[1] - fill)
-    return Batch(input_ids, target_ids, position_ids, pieces, lane)
+    return Batch(input_ids, target_ids, position_ids, pieces, lane, sizes=changed)
 
 
 def _shifted(tokens: np.ndarray, learned: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -110,6 +110,21 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def add_squares(self, batch: Batch) -> None:
+        """Add the squared gradient of the summed loss of `batch`, over all workers, to the Fisher information.
+
+        Without dropout, clipping or learning; a collective call. All workers but one give a batch without targets.
+        """
+
+    @abstractmethod
+    def scale_squares(self, factor: float) -> None:
+        """Multiply the Fisher information, once all squares are added."""
+
+    @abstractmethod
+    def exchange_average(self) -> None:
+        """Let the weights and their moving average change places; again, and all is as before; a collective call."""
+
+    @abstractmethod
     def slots(self) -> Iterator[Slot]:
         """Iterate over all state this worker holds; optimizer state exists from the start."""
 

@@ -8,6 +8,7 @@ checkpoints are not used: they are pickles bound to one world size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,12 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
+from dist_ft.engine.guards import Guards, add_squares, exchange, scale_squares
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
+from dist_ft.engine.zero_slots import local_slot, stage12_slots
 from dist_ft.errors import ModelError
-from dist_ft.model.learner import Learner, canonical_names
+from dist_ft.model.adversary import Adversary, learn_lane
+from dist_ft.model.learner import Inputs, Learner, canonical_names
 from dist_ft.model.tuning import is_added
 from dist_ft.world import World
 
@@ -68,9 +72,12 @@ class DeepSpeedEngine(Engine):
     """A model sharded by DeepSpeed over `world`."""
 
     def __init__(self, module: Learner, section: OptimizerSection, ds_config: dict[str, Any], world: World,
-                 by_depth: bool = False) -> None:
+                 by_depth: bool = False, adversary: Adversary | None = None, guards: Guards | None = None) -> None:
         import deepspeed
 
+        self._adversary = adversary
+        self._guards = guards or Guards()
+        self._measuring = False
         self._world = world
         self._section = section
         self._stage: int = ds_config["zero_optimization"]["stage"]
@@ -79,7 +86,7 @@ class DeepSpeedEngine(Engine):
         if self._stage == 3 and whole:
             raise ModelError(f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
                              "not sharded (zero.Init did not take); load the model inside `loading`")
-        groups = optimizers.param_groups(self._parameters, section.weight_decay, by_depth)
+        groups = optimizers.param_groups(self._parameters, section.weight_decay, by_depth, section.decay_exempt)
         optimizer = optimizers.build(groups, section)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -105,11 +112,18 @@ class DeepSpeedEngine(Engine):
         loss_sum = torch.zeros((), device=self.device)
         last = len(batches) - 1
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-            seed_random(seed, self.device)
-            self._engine.set_gradient_accumulation_boundary(index == last)
-            loss = self._engine(**self.module.inputs(batch, self.device))
-            self._engine.backward(loss * (self._world.size / num_target_tokens), scale_wrt_gas=False)
-            loss_sum += loss.detach()
+            inputs = self.module.inputs(batch, self.device)
+
+            def forward(inner: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed) -> torch.Tensor:
+                seed_random(seed, self.device)
+                return inner(**inputs)
+
+            def backward(loss: torch.Tensor, weight: float = 1.0, of_lane: bool = True, index: int = index) -> None:
+                self._engine.set_gradient_accumulation_boundary(index == last and of_lane)
+                self._engine.backward(loss * (weight * self._world.size / num_target_tokens), scale_wrt_gas=False)
+
+            # only the module's own hooks, which gather weights, go along where no weight gets a gradient
+            loss_sum += learn_lane(self._adversary, forward, backward, functools.partial(forward, self.module))
         return loss_sum.item()
 
     @override
@@ -126,7 +140,37 @@ class DeepSpeedEngine(Engine):
     def _step_if_allowed(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the torch optimizer's step, which ZeRO calls once it knows the norm of the whole gradient."""
         norm = self._norm if self._stage == 0 else float(self._zero._global_grad_norm)
-        return self._step_inner(*args, **kwargs) if norm <= self._most_norm and math.isfinite(norm) else None
+        if self._measuring:
+            return add_squares(self._inner)
+        if not (norm <= self._most_norm and math.isfinite(norm)):
+            return None
+        result = self._step_inner(*args, **kwargs)
+        self._guards.after_step(self._inner)
+        return result
+
+    @override
+    def add_squares(self, batch: Batch) -> None:
+        owner, field = (self._zero, "clip_grad") if self._stage else (self._engine._config, "gradient_clipping")
+        limit = getattr(owner, field)
+        setattr(owner, field, 0.0)
+        self.module.eval()
+        self._measuring = True
+        loss = self._engine(**self.module.inputs(batch, self.device))
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._engine.step()
+        self._measuring = False
+        self.module.train()
+        setattr(owner, field, limit)
+
+    @override
+    def scale_squares(self, factor: float) -> None:
+        scale_squares(self._inner, factor)
+
+    @override
+    def exchange_average(self) -> None:
+        exchange(self._inner)
+        self.finish_load(self.optimizer_step())
 
     @torch.no_grad()
     @override
@@ -176,7 +220,7 @@ class DeepSpeedEngine(Engine):
                     if torch.is_tensor(value) and key != "step":
                         yield view_slot(name, key, value, mine)
             else:
-                yield from _stage12_slots(name, parameter)
+                yield from stage12_slots(name, parameter)
         yield from buffer_slots(self.module, lambda index: index % self._world.size == self._world.rank)
 
     def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[Slot]:
@@ -194,7 +238,7 @@ class DeepSpeedEngine(Engine):
         if numel <= 0:
             return
         if not parameter.requires_grad:
-            yield _local_slot(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
+            yield local_slot(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
             return
 
         def slot(key: str, get: Any, put: Any) -> Slot:
@@ -212,9 +256,8 @@ class DeepSpeedEngine(Engine):
                        lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key))
 
     def _state_keys(self) -> tuple[str, ...]:
-        if self._section.name == "sgd" and not self._section.momentum:
-            return ()
-        return optimizers.STATE_KEYS[self._section.name]
+        plain = self._section.name == "sgd" and not self._section.momentum
+        return (*(() if plain else optimizers.STATE_KEYS[self._section.name]), *self._guards.keys)
 
     @override
     def frozen(self) -> frozenset[str]:
@@ -231,11 +274,9 @@ class DeepSpeedEngine(Engine):
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
+            self._zero._partition_all_parameters()  # a forward may have left some gathered, with other values
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            persistent = self._zero.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
             self._zero.checkpoint_event_epilogue()
 
     def _ensure_state(self) -> None:
@@ -244,28 +285,10 @@ class DeepSpeedEngine(Engine):
                  3: lambda: self._zero.fp32_partitioned_groups_flat}
         tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()
         optimizers.ensure_state(self._inner, self._section.name, self._section.momentum, tensors)
+        self._guards.ensure(self._inner, tensors)
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
 
     @override
     def close(self) -> None:
         self._engine.destroy()
-
-
-def _local_slot(name: str, key: str, offset: int, numel: int, view: Any) -> Slot:
-    """Return a slot of the first `numel` elements of the flat tensor that `view` gives."""
-    def write(values: torch.Tensor) -> None:
-        view()[:numel].copy_(values)
-
-    return Slot(name, key, offset, numel, True, lambda: view()[:numel], write)
-
-
-def _stage12_slots(name: str, parameter: nn.Parameter) -> Iterator[Slot]:
-    """ZeRO-1 and 2 map each parameter onto a flat float32 partition of its group."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return  # no part of it lies on this worker
-    address = mapping.lp_fragment_address
-    for key in (None, *mapping.get_optim_state_keys()):
-        yield _local_slot(name, key or "param", address.start, address.numel,
-                          lambda key=key: mapping.get_hp_fragment(key).detach())

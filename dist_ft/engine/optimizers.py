@@ -6,14 +6,16 @@ used only where whole parameters are at hand.
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dist_ft.config.schema import OptimizerSection
+from dist_ft.errors import ModelError
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|wte|wpe|shared")
@@ -25,20 +27,26 @@ def decays(shape: Iterable[int]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, by_depth: bool = False
-                 ) -> list[dict[str, Any]]:
+def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, by_depth: bool = False,
+                 exempt: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return groups with and without weight decay, in the order of `parameters`; empty groups are left out.
 
-    With `by_depth` each depth has its own (`depths`), for `set_learning_rate`. ZeRO-3 parameters are empty outside of a
+    Names that match a pattern of `exempt` do not decay; raises ModelError for one that none matches. With `by_depth`
+    each depth has its own (`depths`), for `set_learning_rate`. ZeRO-3 parameters are empty outside of a
     gather; `ds_shape` is their shape.
     """
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
+    for pattern in exempt:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in learned):
+            raise ModelError(f"optimizer.decay_exempt={pattern}: no weight that learns has such a name; there are "
+                             f"{', '.join(list(learned)[:3])}, ...; correct it")
     places = depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {
         (depth, decaying): {"params": [], "weight_decay": weight_decay if decaying else 0.0, "depth": depth}
         for depth in sorted(set(places.values())) for decaying in (True, False)}
     for name, parameter in learned.items():
-        decaying = decays(getattr(parameter, "ds_shape", parameter.shape))
+        named = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
+        decaying = decays(getattr(parameter, "ds_shape", parameter.shape)) and not named
         groups[places[name], decaying]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 

@@ -15,7 +15,9 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.model.learner import Learner, canonical_names
+from dist_ft.engine.guards import Guards, add_squares, exchange, scale_squares
+from dist_ft.model.adversary import Adversary, learn_lane
+from dist_ft.model.learner import Inputs, Learner, canonical_names
 
 
 def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
@@ -31,28 +33,38 @@ class TorchEngine(Engine):
     """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
 
     def __init__(self, module: Learner, section: OptimizerSection, device: torch.device,
-                 by_depth: bool = False) -> None:
+                 by_depth: bool = False, adversary: Adversary | None = None, guards: Guards | None = None) -> None:
         self.device = device
+        self._adversary = adversary
+        self._guards = guards or Guards()
         self.module = module.to(device).train()
         self._section = section
         self._parameters = canonical_names(module)
         self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                          for name, p in self._learned.items()}
-        groups = optimizers.param_groups(self._masters, section.weight_decay, by_depth)  # type: ignore[arg-type]
+        groups = optimizers.param_groups(self._masters, section.weight_decay, by_depth,  # type: ignore[arg-type]
+                                         section.decay_exempt)
         self.optimizer = optimizers.build(groups, section)
         optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
         self._deal_ranks(module.ranks, self.optimizer)
+        self._guards.ensure(self.optimizer, self._masters.values())
 
     @override
     def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
-            seed_random(seed, self.device)
-            loss = self.module(**self.module.inputs(batch, self.device))
-            (loss / num_target_tokens).backward()
-            self._collect()
-            loss_sum += loss.detach()
+            inputs = self.module.inputs(batch, self.device)
+
+            def forward(inputs: Inputs = inputs, seed: int = seed) -> torch.Tensor:
+                seed_random(seed, self.device)
+                return self.module(**inputs)
+
+            def backward(loss: torch.Tensor, weight: float = 1.0, last: bool = True) -> None:
+                (loss * weight / num_target_tokens).backward()
+                self._collect()
+
+            loss_sum += learn_lane(self._adversary, forward, backward, forward)
         return loss_sum.item()
 
     def _collect(self) -> None:
@@ -71,6 +83,7 @@ class TorchEngine(Engine):
         if norm <= most_norm and math.isfinite(norm):
             optimizers.set_learning_rate(self.optimizer, learning_rate, of_depth)
             self.optimizer.step()
+            self._guards.after_step(self.optimizer)
             self._copy_back()
         self.optimizer.zero_grad()
         return norm
@@ -108,6 +121,26 @@ class TorchEngine(Engine):
             yield self.module.model, False
         finally:
             self.module.train()
+
+    @override
+    def add_squares(self, batch: Batch) -> None:
+        self.module.eval()
+        try:
+            self.module(**self.module.inputs(batch, self.device)).backward()
+            self._collect()
+            add_squares(self.optimizer)
+        finally:
+            self.module.train()
+            self.optimizer.zero_grad()
+
+    @override
+    def scale_squares(self, factor: float) -> None:
+        scale_squares(self.optimizer, factor)
+
+    @override
+    def exchange_average(self) -> None:
+        exchange(self.optimizer)
+        self._copy_back()
 
     @override
     def slots(self) -> Iterator[Slot]:

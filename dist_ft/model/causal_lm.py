@@ -86,6 +86,12 @@ class CausalLM(Learner):
         sizes = torch.tensor([size for row in self._lengths for size in row], device=self.model.device)
         return torch.repeat_interleave(sizes, sizes).reshape(shape[:2])
 
+    @override
+    def sample_lengths(self, shape: torch.Size) -> torch.Tensor:
+        if self._lengths is None:
+            return super().sample_lengths(shape)
+        return torch.tensor([size for row in self._lengths for size in row])
+
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                 targets: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the loss summed over targets, float32 ().

@@ -44,6 +44,13 @@ class Learner(nn.Module, ABC):
             return loss
         return loss + self.ranks.penalty() * (labels != IGNORED).sum()
 
+    def sample_lengths(self, shape: torch.Size) -> torch.Tensor:
+        """Return the lengths (N,) of the samples of the batch under way, one after the other: they fill B*T places.
+
+        Padding belongs to the sample of its row, or is one of its own.
+        """
+        return torch.full((shape[0],), shape[1], dtype=torch.long)
+
     def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it."""
         sizes = self.sample_sizes(output.shape) if self.training else None

@@ -81,7 +81,7 @@ class TaskModel(Learner):
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
         """Return `ids` (B, T), `mask` (B, T) and `labels` (B, T), or what they become for two texts a row."""
         ids, labels = batch.input_ids, batch.target_ids
-        sizes = batch.pieces[:, 2] if len(batch.pieces) else np.full(len(ids), ids.shape[1])
+        sizes = batch.held if len(batch.pieces) else np.full(len(ids), ids.shape[1])
         mask = np.arange(ids.shape[1]) < sizes[:, None]
         arrays = {"ids": np.where(mask, ids, self._special.pad), "mask": mask.astype(np.int64), "labels": labels}
         if self._task.name in ("seq2seq", "embedding"):

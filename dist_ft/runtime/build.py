@@ -24,7 +24,8 @@ from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.runtime import summary
-from dist_ft.runtime.data import Data, open_data
+from dist_ft.runtime.anchoring import measure
+from dist_ft.runtime.data import Data, open_anchor, open_data
 from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors, with_whole_head
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
@@ -81,6 +82,10 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
     module, engine, new = open_engine(config, world, manifest is not None, data.tokenizer)
     try:
         manifest = fill(config, module, engine, manager, manifest, new)
+        if manifest is None and config.tuning.anchor.method == "ewc":
+            kept_data = open_anchor(config, data.tokenizer, store, world, comms)
+            with closing(kept_data.store):
+                measure(config, engine, kept_data, world, comms, hooks.beat)
         on_rank0(world, comms, lambda: store_model(store, module, data.tokenizer))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         clock.resume(progress.step)

@@ -9,6 +9,7 @@ from typing import Any
 from dist_ft.config.schema import DataSection, RunConfig, Source
 from dist_ft.data import index as indices
 from dist_ft.data import manifest
+from dist_ft.data.augment import Augmenting, read_file
 from dist_ft.data.blocks import Block
 from dist_ft.data.index import Index
 from dist_ft.data.judge import judge
@@ -66,6 +67,14 @@ def open_held_out(config: RunConfig, tokenizer: Any, store: Store, world: World,
                    config.evaluation.max_samples)
 
 
+def open_anchor(config: RunConfig, tokenizer: Any, store: Store, world: World, collectives: Collectives) -> Loader:
+    """Return the loader of tuning.anchor.data; a collective call. Its store is to be closed."""
+    section = config.reading.model_copy(update={
+        "shuffle": False, "train": config.tuning.anchor.data, "mixing": (), "temperature": None})
+    return _loader(config, section, "tuning.anchor.data", tokenizer, store, world, collectives,
+                   config.tuning.anchor.max_samples)
+
+
 def open_blocks(config: RunConfig) -> BlockStore:
     """Return the training data's blocks, not read yet, for work on its rows (or their tokens, if it is causal_lm)."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
@@ -103,7 +112,21 @@ def _loader(config: RunConfig, section: DataSection, field: str, tokenizer: Any,
     blocks.checksums = [measure.checksum for measure in index.measures]
     plan = Plan(index.counts, index.sources, section, config.batch, config.run.seed)
     masking = Masking.of(tokenizer, config.task, config.run.seed) if config.task.name == "masked_lm" else None
-    return Loader(plan, index, blocks, section.prefetch_steps, masking)
+    augmenting = None
+    if field == "data.train" and section.augment != type(section.augment)():
+        synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
+        augmenting = Augmenting.of(tokenizer, section.augment, config.task, length, config.run.seed, synonyms)
+    return Loader(plan, index, blocks, section.prefetch_steps, masking, augmenting)
+
+
+def _synonyms(section: DataSection, store: Store) -> str:
+    """Return the run's synonyms: as they were when it began (rank 0 only)."""
+    path, kept = section.augment.synonyms, f"{FOLDER}/synonyms.tsv"
+    if path is None:
+        return ""
+    if not store.exists(kept):
+        store.write(kept, read_file(path).encode())
+    return store.read(kept).decode()
 
 
 def _fits(index: Index, shards: tuple[Any, ...], encoder: Encoder, section: DataSection, length: int,

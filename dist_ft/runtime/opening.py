@@ -16,6 +16,7 @@ from dist_ft.world import World
 if TYPE_CHECKING:
     from dist_ft.data.prompted import PromptEncoder
     from dist_ft.engine.base import Engine
+    from dist_ft.model.adversary import Adversary
     from dist_ft.model.learner import Learner
 
 log = logging.getLogger("dist_ft.run")
@@ -29,6 +30,8 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
     """
     import torch
 
+    from dist_ft.engine.guards import Guards
+
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:
         from dist_ft.engine import schedule
@@ -36,7 +39,8 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
 
         module, new = _tuned(config, resumed, tokenizer)
         device = torch.device("cuda" if use_gpu else "cpu")
-        return module, TorchEngine(module, config.optimizer, device, schedule.by_depth(config.tuning)), new
+        return module, TorchEngine(module, config.optimizer, device, schedule.by_depth(config.tuning),
+                                   _adversary(config, module), Guards.of(config.tuning)), new
     from dist_ft.engine import deepspeed_engine as sharded
     from dist_ft.engine import ds_config, schedule
 
@@ -45,7 +49,16 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
     with sharded.loading(settings):
         module, new = _tuned(config, resumed, tokenizer)
     return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world,
-                                           schedule.by_depth(config.tuning)), new
+                                           schedule.by_depth(config.tuning), _adversary(config, module),
+                                           Guards.of(config.tuning)), new
+
+
+def _adversary(config: RunConfig, module: Learner) -> Adversary | None:
+    """Return who moves the embeddings of `module` in training, if anybody; made before an engine adds its hooks."""
+    from dist_ft.model.adversary import Adversary
+
+    section = config.tuning.adversarial
+    return Adversary(section, module) if section.method != "none" else None
 
 
 def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, frozenset[str]]:
@@ -119,6 +132,7 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
     """
     import torch
 
+    from dist_ft.engine import guards
     from dist_ft.engine.fingerprint import verify_weights
     from dist_ft.model import heads, tuning
     from dist_ft.model.load import fetch
@@ -136,6 +150,7 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
                     module.model.config, config.run.seed)
         if new:
             engine.finish_load(0)
+        guards.begin(engine.slots, new)
     probe(config, module, engine)
     return manifest
 

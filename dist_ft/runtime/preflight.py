@@ -36,7 +36,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
     probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _method, _tokenizer, _training_data,
-                                                          _held_out_data, _cpus, _gpus]
+                                                          _held_out_data, _synonyms, _cpus, _gpus]
     if write_storage:
         probes += [_writable, _older_run]
     with contextlib.ExitStack() as stack:
@@ -99,11 +99,12 @@ def _known(config: RunConfig) -> TaskSection:
 
 
 def _tuning(config: RunConfig) -> Iterator[str]:
-    """Try on a model without weights whether what `tuning` names is there."""
-    if config.tuning == type(config.tuning)():
+    """Try on a model without weights whether what `tuning` and `optimizer` name is there."""
+    if config.tuning == type(config.tuning)() and not config.optimizer.decay_exempt:
         return
     import torch
 
+    from dist_ft.engine import optimizers
     from dist_ft.errors import ModelError
     from dist_ft.model import tuning
     from dist_ft.model.load import empty_model, read_config
@@ -115,6 +116,8 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     with torch.device("meta"):
         model = empty_model(config.model, config.data.cache_dir, _known(config))
         tuning.apply(model, config.tuning, config.run.seed, config.model_task)
+        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizers.param_groups(learned, 0.0, exempt=config.optimizer.decay_exempt)
     yield from ()
 
 
@@ -157,6 +160,16 @@ def _training_data(config: RunConfig) -> Iterator[str]:
 
 def _held_out_data(config: RunConfig) -> Iterator[str]:
     yield from _data(config.evaluation.data, "evaluation.data")
+    if config.tuning.anchor.data:
+        yield from _data(config.tuning.anchor.data, "tuning.anchor.data")
+
+
+def _synonyms(config: RunConfig) -> Iterator[str]:
+    from dist_ft.data import augment
+
+    if config.data.augment.synonyms is not None:
+        augment.read_file(config.data.augment.synonyms)
+    yield from ()
 
 
 def _data(sources: tuple[Source, ...], field: str) -> Iterator[str]:

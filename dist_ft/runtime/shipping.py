@@ -30,7 +30,7 @@ TOKENS, PASSES = 32, 20
 
 
 def ship(url: str, out: str, *, step: int | None = None, dtype: str | None = None, adapter: bool = False,
-         best: bool = False, as_int8: bool = False) -> Table | None:
+         best: bool = False, as_int8: bool = False, average: bool | None = None) -> Table | None:
     """Export the run at `url` into the local folder `out`; return what int8 weights changed, if they were asked for.
 
     See `export_run` for the arguments. Raises CheckpointError, ConfigError, ModelError; then there is no folder.
@@ -50,7 +50,8 @@ def ship(url: str, out: str, *, step: int | None = None, dtype: str | None = Non
             table = found[0] if found else None
             (folder / "README.md").write_text(card.render(store, manifest, folder, table), "utf-8")
 
-    export.export_run(url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish)
+    export.export_run(url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish,
+                      average=average)
     return found[0] if found else None
 
 

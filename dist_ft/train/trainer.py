@@ -195,8 +195,13 @@ class Trainer:
         if parts.evaluation is None:
             return
         parts.clock.to("evaluation")
+        averaged = self._config.evaluation.of == "ema"
+        if averaged:
+            parts.engine.exchange_average()
         values = evaluate(parts.engine, parts.evaluation, self._config.num_lanes, parts.world, parts.collectives,
                           self._hooks.beat, self._config.task, texts=parts.texts)
+        if averaged:
+            parts.engine.exchange_average()
         numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
         self._note(numbers, label)
         on_rank0(parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values))

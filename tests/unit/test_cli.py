@@ -20,7 +20,7 @@ COMMANDS = {
     "check": {"config", "overrides"},
     "preview": {"config", "overrides", "--samples"},
     "generate": {"model", "--prompt", "--system", "--max-new-tokens", "--strategy"},
-    "export": {"run", "overrides", "--out", "--step", "--best", "--dtype", "--adapter", "--int8"},
+    "export": {"run", "overrides", "--out", "--step", "--best", "--dtype", "--adapter", "--ema", "--int8"},
     "evaluate": {"config", "overrides", "--model", "--random-head", "--json"},
     "predict": {"model", "paths", "--out", "--workers", "--format", "--batch", "--max-new-tokens", "--strategy"},
     "decode": {"config", "overrides", "--model", "--strategy", "--json"},

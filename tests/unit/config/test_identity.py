@@ -24,7 +24,8 @@ def test_the_identity_of_a_run():
         "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
         "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
         "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True, "data.bucket": None,
-        "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
+        "data.augment.share": 1.0, "data.augment.synonyms": None, "data.augment.replace": 0.0, "data.augment.swap": 0.0,
+        "data.augment.delete": 0.0, "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
         "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
         "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.grow_head": False, "task.stride": 64, "task.masked_share": 0.15,
         "task.pooling": "mean", "task.columns.pair": None, **{f"task.columns.{name}": name for name in (
@@ -40,6 +41,7 @@ def test_the_identity_of_a_run():
         "tuning.adalora.every_steps": 10, "tuning.bottleneck.size": 64, "tuning.bottleneck.activation": "gelu",
         "tuning.bottleneck.targets": ["auto"], "tuning.prompt.tokens": 20, "tuning.prompt.init": "vocabulary",
         "tuning.prompt.text": None, "tuning.prompt.hidden_size": 0, "tuning.prompt.projection": False,
+        "tuning.anchor.method": "none", "tuning.ema_decay": 0.0,
         "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
 
 

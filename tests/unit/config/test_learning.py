@@ -63,6 +63,18 @@ def problems(**sections) -> list[str]:
     ({"evaluation": {"decoding": {"choices": ["a"]}}}, "evaluation.decoding.choices: with max_new_tokens=0 no text is made; "),
     ({"task": {"name": "embedding"}, "batch": {"micro_batch": 1}}, "batch.micro_batch=1: task.name=embedding tells each "),
     ({"task": {"name": "question_answering", "stride": 32}}, "task.stride=32: windows of batch.sequence_length=32 can not "),
+    ({"tuning": {"adversarial": {"method": "fgm", "steps": 2}}}, "tuning.adversarial.steps=2: tuning.adversarial.method=fgm does not use it; pgd does; "),
+    ({"tuning": {"adversarial": {"epsilon": 2}}}, "tuning.adversarial.epsilon=2.0: tuning.adversarial.method=none does not use it; fgm or pgd do"),
+    ({"tuning": {"adversarial": {"method": "pgd", "steps": 2}}}, "tuning.adversarial.epsilon=1.0: 2 steps of step_size=0.4 do not reach so far; at most 0.8 "),
+    ({"data": {"augment": {"delete": 0.1}}}, "data.augment: task.name=causal_lm does not use it"),
+    ({"task": {"name": "regression"}, "data": {"augment": {"replace": 0.1}}}, "data.augment.replace=0.1: data.augment.synonyms is not set; "),
+    ({"task": {"name": "regression"}, "data": {"augment": {"share": 0.1}}}, "data.augment: it does not say what is done to words; "),
+    ({"tuning": {"anchor": {"method": "l2"}}}, "tuning.anchor.strength=0: tuning.anchor.method is l2; l2 or ewc with a strength"),
+    ({"tuning": {"anchor": {"method": "ewc", "strength": 1}}}, "tuning.anchor.data: is not set with tuning.anchor.method=ewc; "),
+    ({"tuning": {"anchor": {"method": "l2", "strength": 1, "data": "d"}}}, "tuning.anchor.data: is set with tuning.anchor.method=l2; "),
+    ({"tuning": {"anchor": {"max_samples": 3}}}, "tuning.anchor.max_samples=3: tuning.anchor.method=none does not use it; "),
+    ({"tuning": {"method": "lora", "anchor": {"method": "l2", "strength": 1}}}, "tuning.anchor.method=l2: with tuning.method=lora only "),
+    ({"evaluation": {"of": "ema"}}, "evaluation.of=ema: no average of the weights is kept; "),
     ({"task": {"name": "seq2seq"}, "data": {"overlong": "split"}}, "data.overlong=split: only plain text can go on"),
 ])
 def test_contradictions(sections, text):
@@ -82,3 +94,11 @@ def test_tasks_with_padded_batches_do_not_pack():
     assert (config.reading.pack, config.reading.bucket, config.reading.overlong) == (False, 64, "split")
     plain = load_config(DOCUMENT)
     assert (plain.reading.pack, plain.reading.bucket) == (True, 0)
+
+
+def test_adversaries_and_augmentation_want_the_texts_of_the_data():
+    found = problems(task={"objective": "minimum_risk"}, tuning={"adversarial": {"method": "fgm"}})
+    assert any(line.startswith("tuning.adversarial.method=fgm: does not go with task.objective=minimum_risk, ") for line in found)
+    found = problems(task={"name": "sequence_classification"}, prompting={"method": "prototypes"},
+                     data={"augment": {"delete": 0.1}})
+    assert any(line.startswith("data.augment: does not go with prompting.method=prototypes, ") for line in found)

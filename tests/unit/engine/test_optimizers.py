@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from dist_ft.config.schema import OptimizerSection, TuningSection
 from dist_ft.engine import optimizers, schedule
+from dist_ft.errors import ModelError
 
 NAMES = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.weight", "bert.encoder.layer.1.output.weight",
          "bert.encoder.layer.1.norm.bias", "bert.pooler.dense.weight", "classifier.weight"]
@@ -27,6 +29,16 @@ def test_depths_count_from_the_output():
 def test_without_depths_there_are_the_two_groups_as_ever():
     groups = optimizers.param_groups(parameters(), 0.1)
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 5), (0.0, 1)]
+
+
+def test_weights_named_do_not_decay_either():
+    first, *_ = names = list(parameters())
+    held = parameters()
+    groups = optimizers.param_groups(held, 0.1, exempt=[first])
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 4), (0.0, 2)]
+    assert groups[1]["params"][0] is held[first] and len(names) == 6
+    with pytest.raises(ModelError, match=r"optimizer.decay_exempt=nothing\.\*: no weight that learns has such a name; "):
+        optimizers.param_groups(held, 0.1, exempt=["nothing.*"])
 
 
 def test_each_depth_has_its_rate():

@@ -13,7 +13,7 @@ from dist_ft.config.load import load_config
 from dist_ft.data import readers
 from dist_ft.data.source import resolve
 from dist_ft.errors import ConfigError, DataError, ModelError
-from dist_ft.runtime import local
+from dist_ft.runtime import local, predict_lines
 from dist_ft.runtime.evaluating import evaluate_models
 from dist_ft.runtime.predict_lines import predict_file
 from dist_ft.runtime.predicting import Predictor
