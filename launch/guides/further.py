@@ -62,7 +62,9 @@ def recipes(here: lab.Lab) -> Iterator[tuple[str, str, list[str], tuple[str, ...
     sums = [here.rows(f"gsm8k-{part}.jsonl", ({"prompt": row["question"], "response": row["answer"]}
                                               for row in read(data / f"gsm8k/{part}.jsonl")))
             for part in ("train", "test")]
-    yield "arithmetic", "math.yaml", files(*sums), on_causal
+    yield "arithmetic", "math.yaml", files(*sums), (*on_causal, "evaluation.every_epochs=0", "checkpoint.best_by=loss",
+                                                    "evaluation.generate_samples=2",
+                                                    "evaluation.decoding.max_new_tokens=48")
     tasks = list(map(instruction, read(data / "self_instruct/seed_tasks.jsonl")))
     seeds = [here.rows(f"self-instruct-{name}.jsonl", rows) for name, rows in
              (("train", tasks[:-20]), ("held-out", tasks[-20:]))]

@@ -81,11 +81,13 @@ class Lab:
         command("export", url, "--out", str(folder), *options)
         return folder
 
-    def evaluate(self, config: str, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Return what `dist-ft evaluate` tells of models: {path: metrics}."""
-        done = dist_ft("evaluate", f"configs/recipes/{config}", f"data.cache_dir={self.out / 'cache'}", *arguments,
+    def evaluate(self, config: str, *arguments: str, here: bool = False) -> dict[str, Any]:
+        """Return what `dist-ft evaluate` tells of one model, and its `seconds`; `here`: in one process in any case."""
+        begun = time.monotonic()
+        done = dist_ft("evaluate", f"configs/recipes/{config}", f"run.storage={self.out / 'runs'}",
+                       f"data.cache_dir={self.out / 'cache'}", *arguments, *ENGINES["plain" if here else self.engine],
                        "--json")
-        return dict(json.loads(done))
+        return {**next(iter(json.loads(done).values())), "seconds": time.monotonic() - begun}
 
     def table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Keep and print a table; columns of costs (seconds, MB) are not compared between engines."""
