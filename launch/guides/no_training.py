@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 
 import lab
 import small_models
@@ -22,7 +23,7 @@ ROWS, TWEETS, INTENT_ROWS = 120, 24, 600
 def guide(here: lab.Lab) -> list[str]:
     """Run the guide in one engine; return what it missed: a random head must be told as one."""
     causal, encoder = f"model.path={small_models.smollm2(lab.say)}", f"model.path={small_models.minilm()}"
-    given = [*sentiment_data(here), f"evaluation.max_samples={ROWS}"]
+    given = sentiment_data(here)
     found = []
     for number, template in enumerate(TEMPLATES, 1):
         one = f"prompting.templates={json.dumps([template])}"
@@ -61,7 +62,9 @@ def sentiment_data(here: lab.Lab) -> list[str]:
     whole = here.imported("labelled", "reviews.jsonl", f"{source}/rt-polarity.pos=positive",
                           f"{source}/rt-polarity.neg=negative", "--encoding", "latin-1")
     lab.dist_ft("data", "split", str(whole), "--out", str(whole.parent / "reviews"), "--by", "label")
-    return [f"data.train={whole.parent}/reviews/train.jsonl", f"evaluation.data={whole.parent}/reviews/held-out.jsonl"]
+    held_out = (whole.parent / "reviews" / "held-out.jsonl").read_text("utf-8").splitlines()
+    some = here.rows("reviews-some.jsonl", map(json.loads, random.Random(0).sample(held_out, ROWS)))
+    return [f"data.train={whole.parent}/reviews/train.jsonl", f"evaluation.data={some}"]
 
 
 def banking(here: lab.Lab, part: str) -> list[dict[str, str]]:
