@@ -70,6 +70,7 @@ def stages(here: lab.Lab, replay: float) -> None:
     lab.command("stages", str(file), f"model.path={small_models.minilm()}", "task.columns.label=label",
                 "tuning.method=full", "tuning.last_layers=0", "schedule.epochs=3", "evaluation.every_steps=0",
                 "evaluation.at_start=false", "evaluation.at_end=false", "checkpoint.every_steps=0",
+                "checkpoint.keep_best=0",
                 f"run.storage={here.out / 'runs'}", f"data.cache_dir={here.out / 'cache'}",
                 *lab.ENGINES[here.engine], quiet=here.out / f"{name}.log")
     kept = json.loads((here.out / "runs" / name / "matrix.json").read_text())
