@@ -76,9 +76,10 @@ def stages(here: lab.Lab, replay: float) -> None:
     kept = json.loads((here.out / "runs" / name / "matrix.json").read_text())
     here.table(f"Intents in stages, {replay:.0%} replay: accuracy of each part after each stage",
                ["after", *(part["name"] for part in parts)],
-               [[part["name"], *row] for part, row in zip(parts, kept["scores"], strict=True)])
+               [[part["name"], *row] for part, row in zip(parts, kept["matrix"], strict=True)])
     here.table(f"Intents in stages, {replay:.0%} replay: what was kept", ["", "value"],
-               [[key, kept[key]] for key in ("average", "forgetting", "backward_transfer") if key in kept])
+               [[key.replace("_", " "), kept["after"][-1][key]] for key in ("average", "forgetting",
+                                                                            "backward_transfer")])
 
 
 def rows(here: lab.Lab, part: str) -> list[dict[str, str]]:
