@@ -111,9 +111,11 @@ def _parsed(document: Mapping[str, Any], path: str, problems: list[str]) -> Stag
     try:
         found = StagesSection.model_validate(document)
     except ValidationError as error:
+        found_wrong = error.errors(include_url=False)
+        inner = {one["loc"][0] for one in found_wrong if len(one["loc"]) > 1}  # said once, there
         problems = [*problems, *(
             f"{'.'.join(str(part) for part in one['loc'])}: {one['msg'].lower()}; allowed: {_fields(one['loc'])}; "
-            "correct it" for one in error.errors(include_url=False))]
+            "correct it" for one in found_wrong if len(one["loc"]) > 1 or one["loc"][0] not in inner)]
         raise ConfigError(problems, path) from error
     if problems:
         raise ConfigError(problems, path)

@@ -80,28 +80,32 @@ def expected_risk(log_probabilities: torch.Tensor, risks: torch.Tensor, groups: 
     return (powers / sums[groups] * risks).sum()
 
 
-class RiskCausalLM(CausalLM):
+class _TakesTexts:
+    """What both models share: a batch may bring texts, which the loss is then of."""
+
+    _texts: Texts | None = None
+
+    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        """As the model's own; of a batch that brings texts, those too."""
+        found = super().inputs(batch, device)  # type: ignore[misc]
+        return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
+
+    def forward(self, texts: Texts | None = None, **given: Any) -> Any:
+        """As the model's own; with `texts` the expected risk of the rows."""
+        self._texts = texts
+        try:
+            return super().forward(**given)  # type: ignore[misc]
+        finally:
+            self._texts = None
+
+
+class RiskCausalLM(_TakesTexts, CausalLM):  # type: ignore[misc]
     """A causal model that learns from expected risk where a batch brings texts."""
 
     def __init__(self, model: Any, section: RiskSection, neftune_alpha: float = 0.0) -> None:
         """Wrap `model`."""
         super().__init__(model, 0.0, neftune_alpha)
         self._section = section
-        self._texts: Texts | None = None
-
-    @override
-    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        found = super().inputs(batch, device)
-        return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
-
-    @override
-    def forward(self, texts: Texts | None = None, **given: Any) -> torch.Tensor:  # type: ignore[override]
-        """As `CausalLM.forward`; with `texts` the expected risk of the rows."""
-        self._texts = texts
-        try:
-            return super().forward(**given)
-        finally:
-            self._texts = None
 
     @override
     def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
@@ -117,28 +121,13 @@ class RiskCausalLM(CausalLM):
         return self._texts.loss(losses, rows, self._section)
 
 
-class RiskSeq2Seq(TaskModel):
+class RiskSeq2Seq(_TakesTexts, TaskModel):  # type: ignore[misc]
     """An encoder-decoder that learns from expected risk where a batch brings texts."""
 
     def __init__(self, model: Any, task: Any, special: Any, section: RiskSection) -> None:
         """Wrap `model`."""
         super().__init__(model, task, special)
         self._section = section
-        self._texts: Texts | None = None
-
-    @override
-    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        found = super().inputs(batch, device)
-        return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
-
-    @override
-    def forward(self, texts: Texts | None = None, **given: Any) -> Any:  # type: ignore[override]
-        """As `TaskModel.forward`; with `texts` the expected risk of the rows."""
-        self._texts = texts
-        try:
-            return super().forward(**given)
-        finally:
-            self._texts = None
 
     @override
     def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any

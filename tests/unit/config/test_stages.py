@@ -103,3 +103,8 @@ def test_weights_that_move_leave_no_room_for_a_share(tmp_path):
     b = stage("b", replay=0.1)
     b["overrides"]["data.temperature"] = 2
     assert "stage b: replay=0.1: data.temperature or data.mixing" in problems(write(tmp_path, [stage("a"), b]))[0]
+
+
+def test_a_misspelt_field_of_a_stage_is_said_once(tmp_path):
+    (found,) = problems(write(tmp_path, [stage("a", replai=0.1)]))
+    assert found.startswith("stages.0.replai: extra inputs are not permitted; allowed: name, replay, overrides")
