@@ -20,6 +20,8 @@ from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
 SIZE = 2
+LEARNING = threading.Lock()
+"""Models of a process learn one after the other (`packed_attention`); real ranks are processes."""
 
 
 class Threads(Collectives):
@@ -59,7 +61,8 @@ class Rank:
         return (replace(slot, owned=index % SIZE == self.rank) for index, slot in enumerate(self.engine.slots()))
 
     def save(self, step: int) -> None:
-        train(self.engine, range(step - 1, step))
+        with LEARNING:
+            train(self.engine, range(step - 1, step))
         rows = np.zeros((0, 6), dtype=np.int64)
         self.manager.save(self, draft(self.engine, step, rows))
 
