@@ -2,8 +2,10 @@
 
 By itself transformers gives such rows a mask (B, 1, T, T), and the kernel computes all of it to throw most away. Here
 each sample is one causal call. Where a model wants more than plain causal attention (a window shorter than a sample,
-masks of its own), or outside a training forward, all is as transformers does it. Flash attention has its own way. Of all
-models of a process one at a time may run such a forward and its backward: two in threads would see each other's samples.
+masks of its own), or outside a training forward, all is as transformers does it. Flash attention has its own way.
+
+Of all models of a process one at a time may run such a forward and its backward: two in threads would see each other's
+samples.
 """
 
 from __future__ import annotations
