@@ -30,9 +30,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(base: Path, name: str, **fields: Any) -> str:
+def write(base: Path, name: str, /, **fields: Any) -> str:
     path = base / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"name": name, **fields}))
+    path.write_text(yaml.safe_dump({**fields, "name": name}))
     return str(path)
 
 
