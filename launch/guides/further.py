@@ -59,10 +59,8 @@ def recipes(here: lab.Lab) -> Iterator[tuple[str, str, list[str], tuple[str, ...
     titles = [here.rows(f"scitldr-{part}.jsonl", map(summary, read(data / f"scitldr_a/{part}.jsonl")))
               for part in ("train", "dev")]
     yield "summaries", "instructions.yaml", files(*titles), on_causal
-    sums = [here.rows(f"gsm8k-{part}.jsonl", ({"prompt": row["question"], "response": row["answer"]}
-                                              for row in read(data / f"gsm8k/{part}.jsonl")))
-            for part in ("train", "test")]
-    yield "arithmetic", "math.yaml", files(*sums), (*on_causal, "evaluation.every_epochs=0", "checkpoint.best_by=loss",
+    yield "arithmetic", "math.yaml", files(
+        data / "gsm8k/train.jsonl", data / "gsm8k/test.jsonl"), (*on_causal, "evaluation.every_epochs=0", "checkpoint.best_by=loss",
                                                     "evaluation.generate_samples=2",
                                                     "evaluation.decoding.max_new_tokens=48")
     tasks = list(map(instruction, read(data / "self_instruct/seed_tasks.jsonl")))
