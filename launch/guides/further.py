@@ -59,10 +59,9 @@ def recipes(here: lab.Lab) -> Iterator[tuple[str, str, list[str], tuple[str, ...
     titles = [here.rows(f"scitldr-{part}.jsonl", map(summary, read(data / f"scitldr_a/{part}.jsonl")))
               for part in ("train", "dev")]
     yield "summaries", "instructions.yaml", files(*titles), on_causal
-    yield "arithmetic", "math.yaml", files(
-        data / "gsm8k/train.jsonl", data / "gsm8k/test.jsonl"), (*on_causal, "evaluation.every_epochs=0", "checkpoint.best_by=loss",
-                                                    "evaluation.generate_samples=2",
-                                                    "evaluation.decoding.max_new_tokens=48")
+    yield "arithmetic", "math.yaml", files(data / "gsm8k/train.jsonl", data / "gsm8k/test.jsonl"), (
+        *on_causal, "evaluation.every_epochs=0", "checkpoint.best_by=loss", "evaluation.generate_samples=2",
+        "evaluation.decoding.max_new_tokens=48")
     tasks = list(map(instruction, read(data / "self_instruct/seed_tasks.jsonl")))
     seeds = [here.rows(f"self-instruct-{name}.jsonl", rows) for name, rows in
              (("train", tasks[:-20]), ("held-out", tasks[-20:]))]
