@@ -67,8 +67,10 @@ def recipes(here: lab.Lab) -> Iterator[tuple[str, str, list[str], tuple[str, ...
              (("train", tasks[:-20]), ("held-out", tasks[-20:]))]
     yield "instructions", "instructions.yaml", files(*seeds), on_causal
     yield "conversations", "chat.yaml", files(data / "sgd_chat/train.jsonl", data / "sgd_chat/eval.jsonl"), on_causal
-    yield "encyclopedia", "continued.yaml", files(
-        data / "wikitext2/test.txt", data / "wikitext2/valid.txt"), (*on_causal[:-1], "data.overlong=split")
+    lines = [line for line in (data / "wikitext2/valid.txt").read_text("utf-8").splitlines() if len(line) > 200]
+    some = here.rows("wikitext2-held-out.jsonl", ({"text": line} for line in lines[:16]))
+    yield "encyclopedia", "continued.yaml", files(data / "wikitext2/test.txt", some), (
+        *on_causal[:-1], "data.overlong=split")
 
 
 def files(train: Path, held_out: Path) -> list[str]:
