@@ -186,11 +186,19 @@ def main() -> None:
     """Run the command line; every failure becomes a text on stderr and an exit code."""
     try:
         app()
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
     except DistFtError as error:
-        _fail(_said(error), error.exit_code, error)
+        _leave(_failed(_said(error), error.exit_code, error))
     except Exception as error:
         meant = known(error)
-        _fail(_unexpected(error) if meant is None else _said(meant), 1, error)
+        _leave(_failed(_unexpected(error) if meant is None else _said(meant), 1, error))
+
+
+def _leave(code: int) -> None:
+    """Exit; in the way of one that was in a process group, if it was (what knows is imported then)."""
+    local = sys.modules.get("dist_ft.runtime.local")
+    (local.leave if local else sys.exit)(code)
 
 
 def _said(error: DistFtError) -> str:
@@ -199,7 +207,7 @@ def _said(error: DistFtError) -> str:
     return redact(f"dist-ft: {error}")
 
 
-def _fail(text: str, code: int, error: BaseException) -> None:
+def _failed(text: str, code: int, error: BaseException) -> int:
     if os.environ.get("DIST_FT_DEBUG") == "1":
         import traceback
 
@@ -207,7 +215,7 @@ def _fail(text: str, code: int, error: BaseException) -> None:
 
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
     print(text, file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 def _unexpected(error: Exception) -> str:

@@ -6,11 +6,11 @@ They are forked from a server that has imported torch, DeepSpeed and transformer
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import ports
 import rank_main
 
 
@@ -65,6 +66,7 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable(2)
     sys.stdin = open(os.devnull)  # noqa: SIM115
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.environ.clear()
@@ -87,9 +89,7 @@ def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dic
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps(configs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free()
     processes: list[Any] = []
     for rank in range(size):
         rank_env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
@@ -114,11 +114,27 @@ def run_ranks(size: int, configs: list[dict[str, Any]], folder: Path, timeout_s:
     processes = start_ranks(size, configs, folder, env)
     try:
         return [process.wait(timeout_s) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(_of_hung(processes, folder, timeout_s)) from None
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _of_hung(processes: list[Rank], folder: Path, timeout_s: float) -> str:
+    """Return how each rank stands and the end of its log, with the stacks of those that go on (SIGABRT prints them)."""
+    said = []
+    for rank, process in enumerate(processes):
+        code = process.poll()
+        if code is None:
+            process.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        said.append(f"rank {rank}: {'still there' if code is None else f'ended with {code}'}\n"
+                    + (folder / f"rank-{rank}.log").read_text(errors="replace")[-6000:])
+    return f"not done after {timeout_s:g} s\n" + "\n".join(said)
 
 
 def require_ok(codes: list[int], folder: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ports
+
 BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing-testing", "AWS_SECRET_ACCESS_KEY": "testing-testing",
                "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -18,9 +20,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing-testing", "AWS_SECRET_ACCESS_KEY": 
 @contextmanager
 def server() -> Iterator[int]:
     """Yield the port of an S3 server of our own, with `BUCKET` in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free()
     process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

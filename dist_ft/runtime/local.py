@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.train.console import Console
 from dist_ft.train.result import Hooks, Result
 from dist_ft.world import World
+
+in_group = threading.Event()
+"""Set once this process has been in a process group; see `leave`."""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, at once if it was in a process group.
+
+    Threads of gloo may let go of the last tensors while the interpreter is taken down, which aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291): a run that went well would end with SIGABRT.
+    """
+    if in_group.is_set():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
@@ -38,6 +57,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    in_group.set()
     use_gpu = config.cluster.gpus_per_worker > 0
     if use_gpu:
         torch.cuda.set_device(world.local_rank)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ports
 import pytest
 import tiny_tasks
 
@@ -45,9 +45,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     config = load_config(tiny_tasks.config(base, "sequence_classification", "served", schedule={"epochs": 2}))
     local.run(config)
     api.export(config, str(base / "out"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ports.free()
     with open(base / "stderr", "w") as told:
         process = subprocess.Popen([sys.executable, "-c", START, str(port)], cwd=ROOT, stdout=subprocess.PIPE,
                                    stderr=told, text=True, start_new_session=True,

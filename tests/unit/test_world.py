@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import ports
 import pytest
 
 from dist_ft.errors import ConfigError, DataError
@@ -103,9 +103,7 @@ def test_alone_every_result_is_ones_own():
 def two(tmp_path_factory) -> list[dict]:
     """What two real gloo ranks said, by rank."""
     folder: Path = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free()
     ranks = [subprocess.Popen([sys.executable, "-c", RANK_PROGRAM, str(folder)], stderr=subprocess.PIPE, env={
         **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import ports
 import pytest
 from unit.small import make_engine, train
 
@@ -67,9 +67,7 @@ dist.destroy_process_group()
 def found(tmp_path_factory) -> dict[str, dict]:
     """What every case gave, from one process."""
     out = tmp_path_factory.mktemp("deepspeed") / "model"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free()
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
            "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
            "TORCH_EXTENSIONS_DIR": str(out.parent)}

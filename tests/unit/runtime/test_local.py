@@ -118,3 +118,21 @@ def test_the_callers_wish_to_stop_counts(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
     with pytest.raises(Interrupted, match="stopped at step 1 of 5 as asked"):
         local.run(load_config(document), Hooks(console=Console(io.StringIO()), should_stop=lambda: True))
+
+
+GROUPED = """
+import atexit, logging, sys
+from dist_ft.runtime import local
+atexit.register(lambda: print("taken down"))
+print("said", end="")
+if sys.argv[1] == "group":
+    local.in_group.set()
+local.leave(3)
+"""
+
+
+@pytest.mark.parametrize(("which", "said"), [("group", "said"), ("alone", "saidtaken down\n")])
+def test_who_was_in_a_process_group_is_not_taken_down_by_the_interpreter(which, said):
+    """Threads of gloo that still hold tensors would abort it then."""
+    ran = subprocess.run([sys.executable, "-c", GROUPED, which], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (3, said), ran.stderr
