@@ -48,6 +48,7 @@ def guide(here: lab.Lab) -> list[str]:
                                               "tuning.last_layers=0", *on_encoder),
             "MiniLM, last two layers": here.train(f"last-{size}", "intents.yaml", *on_encoder),
             "SmolLM2, prompt, output matrix": here.train(f"prompt-{size}", "prompted.yaml", f"model.path={causal}",
+                                                         "optimizer.learning_rate=2e-3",
                                                          f"schedule.steps={PROMPT_STEPS}", *data)}
         for name, run in kinds.items():
             before, after = run["evaluations"][0], run["evaluations"][-1]

@@ -6,7 +6,6 @@ Everything is done by the commands anyone would type; this module types them, re
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -127,11 +126,22 @@ def command(*arguments: str, quiet: Path | None = None) -> float:
     say(f"dist-ft {' '.join(arguments)}")
     with open(quiet, "w") if quiet else nullcontext() as out:
         process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, stdout=out, stderr=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0.0  # not by wait4: a child begins with the peak of the process it was forked from
+        while process.poll() is None:
+            peak = max(peak, _peak(process.pid))
+            time.sleep(0.1)
     if process.returncode != 0:
         raise SystemExit(f"error: it ended with {process.returncode}" + (f":\n{tail(quiet)}" if quiet else ""))
-    return usage.ru_maxrss / 1024
+    return peak
+
+
+def _peak(pid: int) -> float:
+    """Return the MB that a process has held at most so far (0: it is gone, or this is not Linux)."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def dist_ft(*arguments: str) -> str:

@@ -112,7 +112,8 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(base: Path, guard: str, pl
     if not unbroken.exists():
         pytest.skip("needs the runs of the test above; run the module whole")
     document, folder = document_of(base, guard, f"killed-{stage}", workers=2, stage=stage), base / f"k-{guard}-{stage}"
-    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+    step = min(11, len(plain) - 1)  # one ends early
+    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": f"train.step:{step}"}) == [-9, -9]
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
 
