@@ -40,7 +40,8 @@ time.sleep(3600)
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Return the URL of the example and the folder of its model."""
-    pytest.importorskip("fastapi", reason="Ray Serve needs the extra serve")
+    for module in ("fastapi", "grpc_reflection"):
+        pytest.importorskip(module, reason="Ray Serve needs the extra serve")
     base = tiny_tasks.base(tmp_path_factory.mktemp("serve"))
     config = load_config(tiny_tasks.config(base, "sequence_classification", "served", schedule={"epochs": 2}))
     local.run(config)
