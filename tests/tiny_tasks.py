@@ -17,15 +17,19 @@ PLAIN = [word for word in tiny.WORDS if word not in KINDS]
 
 def make_tokenizer() -> Any:
     """Return a WordPiece tokenizer as BERT has."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # by hand: a trainer breaks ties by chance, and with it what a tiny model learns
+    words = [word.lower() for word in tiny.WORDS]
+    pieces = {*"".join(words), *(f"##{letter}" for letter in "".join(words)), *(word[:4] for word in words),
+              *(f"##{word[4:7]}" for word in words if len(word) > 4)}
+    made = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate([*SPECIAL, *sorted(pieces)])},
+                                      unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
-    made.train_from_iterator([" ".join(tiny.WORDS)] * 4, trainers.WordPieceTrainer(
-        vocab_size=150, special_tokens=SPECIAL, show_progress=False))
+    made.add_special_tokens(SPECIAL)
     ends = [(name, made.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
