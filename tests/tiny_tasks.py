@@ -12,6 +12,15 @@ import tiny
 KINDS = {"tea": "drink", "bread": "food", "fox": "animal", "owls": "animal", "rivers": "place", "towns": "place"}
 LABELS = ["animal", "drink", "food", "place"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = """
+a b c d e f g h i j k l m n o p q r s t u v w x y z ##e ##v ##n ##r ##o ##w ##t ##u ##s ##i ##h ##a ##d ##c
+##l ##y ##f ##m ##p ##g ##z ##x ##k ##ve ##nt ##il ##ver an br co st wi ##es ##ea ##ow ##hil and ##own be chil
+do di ever fo ju la mo ne ow ol of over qu ru ri se th tea town unt wa whil ##ee ##ni ##ng ##nes ##rs ##rni
+##ones ##ws ##wee ##th ##ta ##tc ##twee ##unt ##se ##sta ##ic ##ars ##ls ##mp ##mes ##gs ##zy ##ven ##vers
+brea brown count comes stones stars with wise betwee child dogs dista every fox jump lazy morni news owls old
+quic run rivers seven the towns until watc while bread counts between
+"""
+"""Of a vocabulary: one trained once, for a trainer breaks ties by chance, and with it what a tiny model learns."""
 PLAIN = [word for word in tiny.WORDS if word not in KINDS]
 
 
@@ -20,12 +29,8 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    # by hand: a trainer breaks ties by chance, and with it what a tiny model learns
-    words = [word.lower() for word in tiny.WORDS]
-    pieces = {*"".join(words), *(f"##{letter}" for letter in "".join(words)), *(word[:4] for word in words),
-              *(f"##{word[4:7]}" for word in words if len(word) > 4)}
-    made = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate([*SPECIAL, *sorted(pieces)])},
-                                      unk_token="[UNK]"))
+    pieces = [*SPECIAL, *PIECES.split()]
+    made = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
