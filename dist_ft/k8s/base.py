@@ -1,4 +1,4 @@
-"""The objects of a run on Kubernetes, complete without a templating tool: plain values that follow from its config. Pure.
+"""The objects of a run on Kubernetes: plain values that follow from its config, without a templating tool. Pure.
 
 `k8s/base` in the repository is what this gives for configs/llama-8b.yaml; a test holds them together.
 """
@@ -56,20 +56,20 @@ def refused(config: RunConfig, options: Options) -> list[str]:
     name = config.run.name
     problems = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", name):
-        problems.append(f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a letter "
-                        "(a-z), go on with letters, digits and '-', and have at most 47 characters; choose another")
+        problems.append(f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a "
+                        "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose another")
     if not config.max_workers:
-        problems.append("cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it to a "
-                        "number of workers, or a range")
+        problems.append("cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it "
+                        "to a number of workers, or a range")
     for field, path in _local(config):
         if not (options.claim and path.startswith(options.claim_mount.rstrip("/") + "/")):
-            problems.append(f"{field}={path}: a local path that no pod sees; allowed: a URL such as s3://bucket/..., or "
-                            f"a path below a volume that all pods mount (--claim NAME, {options.claim_mount}/...); "
+            problems.append(f"{field}={path}: a local path that no pod sees; allowed: a URL such as s3://bucket/..., "
+                            f"or a path below a volume that all pods mount (--claim NAME, {options.claim_mount}/...); "
                             "change it")
     cache = config.data.cache_dir or CACHE_MOUNT
     if not cache.startswith("/"):
-        problems.append(f"data.cache_dir={cache}: a pod mounts its disk there; allowed: an absolute path; change it, or "
-                        "leave it out")
+        problems.append(f"data.cache_dir={cache}: a pod mounts its disk there; allowed: an absolute path; change it, "
+                        "or leave it out")
     if config.zero.nvme_path and not f"{config.zero.nvme_path}/".startswith(cache.rstrip("/") + "/"):
         problems.append(f"zero.nvme_path={config.zero.nvme_path}: pods have a disk at data.cache_dir={cache} alone; "
                         "allowed: a folder below it; change it")
@@ -153,7 +153,7 @@ def _priority(component: str, value: int) -> Json:
 
 
 def _network(config: RunConfig, here: Json) -> Json:
-    """Return what the run's pods may reach and be reached from: one another; from the operator, the dashboard's port."""
+    """Return what the run's pods may reach and be reached from: one another; the operator reaches the dashboard."""
     own: Json = {"podSelector": {"matchLabels": labels(config)}}
     operator: Json = {"namespaceSelector": {},
                       "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
@@ -185,7 +185,8 @@ def _budget(config: RunConfig, here: Json, component: str, fewest: int) -> Json:
     """Return how many pods voluntary disruptions leave: a number, as nothing with a scale owns these pods."""
     return {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
             "metadata": {**here, "name": f"{config.run.name}-{component}"},
-            "spec": {"minAvailable": fewest, "selector": {"matchLabels": labels(config, component)}}}
+            "spec": {"minAvailable": fewest, "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                     "selector": {"matchLabels": labels(config, component)}}}
 
 
 def _claim(options: Options) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Custom resources held against the schema of their CRD, as the API server does it: defaults first, unknown fields refused,
-then the rules (x-kubernetes-validations, CEL). Rules about a change (oldSelf) say nothing of one manifest, and are left out.
+"""Custom resources held against the schema of their CRD, as the API server does it.
+
+Defaults are put in first, unknown fields are refused, then come the rules (x-kubernetes-validations, CEL). Rules about a
+change (oldSelf) say nothing of one manifest, and are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dist_ft.errors import ConfigError
 Json = dict[str, Any]
 Schemas = dict[tuple[str, str], Json]
 """openAPIV3Schema by (kind in lower case, version)."""
-GROUP = "ray.io"
+KEPT = frozenset({"type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
+                  "minProperties", "maxProperties", "uniqueItems", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+"""What OpenAPI and JSON Schema say in the same way."""
 
 
 def load(path: str) -> Schemas:
@@ -34,9 +38,10 @@ def load(path: str) -> Schemas:
     found: Schemas = {}
     for file in files:
         try:
-            for content in yaml.safe_load_all(file.read_text(encoding="utf-8")):
+            text = file.read_text(encoding="utf-8")
+            for content in [json.loads(text)] if file.suffix == ".json" else yaml.safe_load_all(text):
                 found |= dict(_schemas(content, file))
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except (yaml.YAMLError, ValueError, OSError) as error:
             raise ConfigError([f"--crd={file}: can not be read ({type(error).__name__}); give CRDs as YAML or JSON"],
                               "k8s check") from error
     if not found:
@@ -56,11 +61,12 @@ def _schemas(content: Any, file: Path) -> Iterator[tuple[tuple[str, str], Json]]
             yield (content["spec"]["names"]["kind"].lower(), version["name"]), version["schema"]["openAPIV3Schema"]
     elif "properties" in content or "openAPIV3Schema" in content:
         kind, _, rest = file.name.partition(".")
-        yield (kind.lower(), rest.split(".")[0] if rest.startswith("v") else "v1"), content.get("openAPIV3Schema", content)
+        version = rest.split(".")[0] if rest.startswith("v") else "v1"
+        yield (kind.lower(), version), content.get("openAPIV3Schema", content)
 
 
-def problems(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
-    """Yield (path, what is wrong) of an object; the object stays as it is."""
+def problems(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (path, what is wrong) of an object, which stays as it is; rules that can not be read here go to `notes`."""
     import jsonschema
 
     content = copy.deepcopy(content)
@@ -70,7 +76,7 @@ def problems(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
         yield dotted(error.absolute_path), error.message.replace("\n", " ")[:300]
     if not errors:
         yield from _twice(content, schema)
-        yield from _broken(content, schema)
+        yield from _broken(content, schema, notes)
 
 
 def dotted(path: Any) -> str:
@@ -82,9 +88,7 @@ def dotted(path: Any) -> str:
 def strict(schema: Json) -> Json:
     """Return a structural schema as a JSON Schema that refuses fields it does not know."""
     made = {key: value for key, value in schema.items()
-            if key in ("type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems",
-                       "maxItems", "minProperties", "maxProperties", "uniqueItems", "exclusiveMinimum",
-                       "exclusiveMaximum", "multipleOf")}
+            if key in KEPT}
     for bound in ("Minimum", "Maximum"):  # OpenAPI 3.0 writes them as true beside the bound
         if made.get(f"exclusive{bound}") is True:
             made[f"exclusive{bound}"] = made.pop(bound.lower())
@@ -157,7 +161,7 @@ def _twice(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
             yield dotted(path), f"{', '.join(keys or ['value'])} {one} stands there twice"
 
 
-def _broken(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
+def _broken(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the rules that do not hold."""
     import celpy
 
@@ -166,11 +170,11 @@ def _broken(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
         for rule in part.get("x-kubernetes-validations", ()):
             if "oldSelf" in rule["rule"]:
                 continue
-            program = environment.program(environment.compile(rule["rule"]))
             try:
+                program = environment.program(environment.compile(rule["rule"]))
                 held = bool(program.evaluate({"self": celpy.json_to_cel(value)}))
-            except celpy.CELEvalError as error:
-                yield dotted(path), f"its rule can not be worked out ({error}): {rule['rule']}"
+            except (celpy.CELParseError, celpy.CELEvalError):  # a function only the API server has
+                notes.append(f"{dotted(path)}: a rule of the schema could not be tried here: {rule['rule']}")
                 continue
             if not held:
                 yield dotted(path), str(rule.get("message") or f"breaks the rule {rule['rule']}")

@@ -1,4 +1,4 @@
-"""Reads manifests: files, folders, and folders for kustomize. Runs kubectl or kustomize for the last; needs no cluster."""
+"""Reads manifests: files, folders, and folders for kustomize, for which it runs kubectl or kustomize. Needs no cluster."""
 
 from __future__ import annotations
 
@@ -104,11 +104,12 @@ def _read(path: Path) -> Iterator[Document]:
 def parse(name: str, text: str) -> Iterator[Document]:
     """Yield the objects of a YAML stream; those of a List one by one. Raises ConfigError with the line it fails at."""
     try:
-        contents = [content for content in yaml.load_all(text, Loader=_Loader) if content is not None]  # noqa: S506
+        contents = [content for content in yaml.load_all(text, Loader=_Loader) if content is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError([f"{name}{line}: not YAML ({getattr(error, 'problem', None) or error}); correct it"]) from error
+        why = getattr(error, "problem", None) or error
+        raise ConfigError([f"{name}{line}: not YAML ({why}); correct it"]) from error
     for content in contents:
         for one in content["items"] if isinstance(content, dict) and content.get("kind") == "List" else [content]:
             if not isinstance(one, dict):
@@ -120,20 +121,20 @@ def _kustomized(folder: Path, file: Path) -> Iterator[Document]:
     """Yield what kustomize makes of a folder; where it only lists files, these are read without it."""
     content = next(iter(parse(str(file), _text(file)))).content
     if content.get("kind") == "Component":
-        raise ConfigError([f"{folder}: a kustomize component, which is nothing by itself; give an overlay that takes it"])
+        raise ConfigError([f"{folder}: a kustomize component is nothing by itself; give an overlay that takes it"])
     resources = content.get("resources") or []
     if content.keys() <= {"apiVersion", "kind", "resources"} and all((folder / name).is_file() for name in resources):
         return (document for name in resources for document in parse(str(folder / name), _text(folder / name)))
     command = next(([tool, *more] for tool, more in (("kubectl", ["kustomize"]), ("kustomize", ["build"]))
                     if shutil.which(tool)), None)
     if command is None:
-        raise ConfigError([f"{folder}: a folder for kustomize, and neither kubectl nor kustomize is here; install one, or "
-                           "check what `dist-ft k8s render --overlay` writes, which needs neither"])
+        raise ConfigError([f"{folder}: a folder for kustomize, and neither kubectl nor kustomize is here; install "
+                           "one, or check what `dist-ft k8s render --overlay` writes, which needs neither"])
     try:
         done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=KUSTOMIZE_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ConfigError([f"{folder}: {command[0]} gave no answer in {KUSTOMIZE_S} s; does it load from the network?"]) \
-            from error
+        raise ConfigError([f"{folder}: {command[0]} gave no answer in {KUSTOMIZE_S} s; does it load from the "
+                           "network?"]) from error
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError([f"{folder}: {command[0]} can not put it together ({why}); correct it"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dist_ft.errors import ConfigError
 
 LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 PAIR = re.compile(r"[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*")
@@ -77,3 +80,24 @@ class Options(BaseModel):
     metrics_namespace: Name = "monitoring"
     efa: int = Field(32, ge=1, description="EFA devices a node.")
     rdma_resource: str = Field("rdma/hca", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
+
+
+def parse(given: Mapping[str, object], more: Sequence[str] = ()) -> Options:
+    """Return options as given (None: not given), and NAME=VALUE ones; raises ConfigError with all that is wrong."""
+    values = {name: value for name, value in given.items() if value is not None}
+    problems = []
+    for pair in more:
+        name, sign, value = pair.partition("=")
+        if not sign or name not in Options.model_fields:
+            problems.append(f"--set={pair}: no such option; allowed: NAME=VALUE with one of "
+                            f"{', '.join(Options.model_fields)}; correct it")
+        else:
+            values[name] = tuple(value.split(",")) if name == "node_selector" else value
+    try:
+        options = Options.model_validate(values)
+    except ValidationError as error:
+        for one in error.errors():
+            problems.append(f"{one['loc'][0]}={one['input']}: {one['msg'].removeprefix('Value error, ')}; correct it")
+    if problems:
+        raise ConfigError(problems, "k8s render")
+    return options

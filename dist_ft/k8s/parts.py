@@ -1,7 +1,7 @@
 """What is added to a run's manifests: components by name, and the overlays made of them. Pure.
 
-`k8s/components` and `k8s/overlays` are these, written as kustomize takes them; `dist-ft k8s render --overlay` applies the
-same operations without it.
+`k8s/components` and `k8s/overlays` are these, written as kustomize takes them; `dist-ft k8s render --overlay` applies
+the same operations without it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _spot(options: Options, sizes: Sizing) -> Part:
 
 
 def _own_namespace(about: str, options: Options, resources: dict[str, str], more: list[Json]) -> Part:
-    """Return a part that needs locked memory: more than the restricted standard grants, so in a namespace of its own."""
+    """Return a part that needs locked memory, which the restricted standard does not grant: a namespace of its own."""
     container = f"{WORKER}/containers/0"
     amounts = [_add(f"{container}/resources/{kind}/{name.replace('/', '~1')}", amount)
                for kind in ("requests", "limits") for name, amount in resources.items()]
@@ -114,8 +114,8 @@ def _redis(config: RunConfig, options: Options) -> Part:
     port = int(options.redis.rsplit(":", 1)[1])
     password = {"valueFrom": {"secretKeyRef": {"name": options.redis_secret, "key": "password"}}}
     peers: list[Json] = [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}]
-    return Part("Ray's control plane keeps its state in a Redis of yours: worker pods outlive a lost head, and the job goes "
-                "on from storage.", [
+    return Part("Ray's control plane keeps its state in a Redis of yours: worker pods outlive a lost head, and the "
+                "job goes on from storage.", [
         Patch("RayJob", [_add(f"{CLUSTER}/gcsFaultToleranceOptions", {
             "redisAddress": options.redis, "redisPassword": password})]),
         Patch("NetworkPolicy", [_add("/spec/egress/-", {

@@ -15,7 +15,7 @@ CACHE_MOUNT = "/var/cache/dist_ft"
 HEAD_CPUS, HEAD_GIB = 4, 16
 USER = 1000
 SAVE_SECONDS = "dist-ft/save-seconds"
-"""Annotation of worker pods: what a save was reckoned to take; `dist-ft k8s check` holds the grace period against it."""
+"""Annotation of worker pods: what a save was reckoned to take; `dist-ft k8s check` compares the grace period with it."""
 SECURITY: Json = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
                   "seccompProfile": {"type": "RuntimeDefault"}}
 DRAIN = """\
@@ -26,8 +26,8 @@ busy && ray drain-node --address "$RAY_ADDRESS" --node-id "$node" --reason DRAIN
 while busy && [ "$SECONDS" -lt {seconds} ]; do sleep 1; done
 """
 """preStop of a worker. Ray tells the run that this node goes, and the run saves; the pod is held until then, or until
-nothing runs on it any more (at the end of a job: none waits for nothing). Not `ray stop`, which would end the raylet and
-with it the worker that is to save (kuberay#2606)."""
+nothing runs on it any more (at the end of a job no pod waits for nothing). Not `ray stop`, which would end the raylet
+and with it the worker that is to save (kuberay#2606)."""
 
 
 def drain(seconds: int) -> Json:

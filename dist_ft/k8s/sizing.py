@@ -1,7 +1,7 @@
 """How many pods a run takes and how large they are: arithmetic on its config. Pure.
 
-A pod is a node's share of the run: `workers_per_node` workers, each with its GPU. What each of them holds in host memory
-is written out by part, so that a person can check the sum; `dist-ft k8s render` prints it.
+A pod is a node's share of the run: `workers_per_node` workers, each with its GPU. What each of them holds in host
+memory is written out by part, so that a person can check the sum; `dist-ft k8s render` prints it.
 """
 
 from __future__ import annotations
