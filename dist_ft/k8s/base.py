@@ -57,7 +57,7 @@ def refused(config: RunConfig, options: Options) -> list[str]:
     problems = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", name):
         problems.append(f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a "
-                        "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose another")
+                        "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose one")
     if not config.max_workers:
         problems.append("cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it "
                         "to a number of workers, or a range")

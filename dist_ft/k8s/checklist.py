@@ -1,7 +1,7 @@
 """Our production checklist, part one: what can be said of one object. Pure.
 
-Each rule names what would go wrong: an image that is another tomorrow, a pod killed in the middle of a save, a port open
-to the cluster, a secret in a file.
+Each rule names what would go wrong: an image that is another tomorrow, a pod killed in the middle of a save, a port
+open to all, a secret in a file.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from dist_ft.k8s import secrets
 from dist_ft.k8s.documents import at
 from dist_ft.k8s.operator_rules import groups
 from dist_ft.k8s.options import image_problem
 from dist_ft.k8s.pods import SAVE_SECONDS, gibibytes
 from dist_ft.k8s.restricted import pod_problems, security_problems
-from dist_ft.logs import QUERY_SECRET, SECRET_NAME, USERINFO
 
 Problem = tuple[str, str]
-KEY_FORM = re.compile(r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{36}|xox[bp]-[0-9A-Za-z-]{20,})|"
-                      r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
-REFERENCE = re.compile(r"^\$\(?\{?[A-Z_]+\}?\)?$")
 
 
 def templates(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,7 +64,7 @@ def problems(content: dict[str, Any], locked: bool = False) -> Iterator[Problem]
         yield from ((f"{below}.{path}", text) for path, text in _cluster(cluster))
     if content.get("kind") == "RayJob":
         yield from _job(content)
-    yield from _secrets(content)
+    yield from secrets.problems(content)
     yield from _open(content)
 
 
@@ -100,8 +97,8 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[Problem]:
 
 def _head(group: dict[str, Any]) -> Iterator[Problem]:
     if at(group, "rayStartParams", "num-cpus") != "0":
-        yield "headGroupSpec.rayStartParams.num-cpus", ('not "0": workers may be placed on the head, whose loss is that '
-                                                        'of the job; set it')
+        yield "headGroupSpec.rayStartParams.num-cpus", ('not "0": workers may be placed on the head, whose loss is '
+                                                        'that of the job; set it')
     kinds = {at(group, "serviceType"), at(group, "headService", "spec", "type")} - {None, "ClusterIP"}
     if kinds:
         yield "headGroupSpec.serviceType", (f"{', '.join(sorted(kinds))}: opens the dashboard and job ports beyond the "
@@ -151,8 +148,8 @@ def _shared(spec: dict[str, Any], container: dict[str, Any]) -> Iterator[Problem
     memory = at(container, "resources", "limits", "memory")
     try:
         if memory is not None and gibibytes(str(size)) >= gibibytes(str(memory)):
-            yield "spec.volumes", (f"/dev/shm of {size} leaves nothing of the memory limit of {memory}, which it counts "
-                                   "in; raise the limit")
+            yield "spec.volumes", (f"/dev/shm of {size} leaves nothing of the memory limit of {memory}, which it "
+                                   "counts in; raise the limit")
     except ValueError:
         yield "spec.volumes", f"sizeLimit={size} or memory={memory}: not an amount; correct it"
 
@@ -163,7 +160,8 @@ def _job(content: dict[str, Any]) -> Iterator[Problem]:
         yield "spec.submissionMode", (f"{at(spec, 'submissionMode', default='K8sJobMode')}: a broken log stream may "
                                       "fail a run that is well (kuberay#4921); take HTTPMode")
     if at(spec, "backoffLimit", default=0) < 1 and at(spec, "clusterSelector") is None:
-        yield "spec.backoffLimit", "none: the loss of the head ends the run for good; give at least 1: it goes on from storage"
+        yield "spec.backoffLimit", ("none: the loss of the head ends the run for good; give at least 1, it goes on "
+                                    "from storage")
     if not at(spec, "shutdownAfterJobFinishes", default=False) and not at(spec, "deletionStrategy"):
         yield "spec.shutdownAfterJobFinishes", "off: GPUs are paid for after the end; set it"
     entry = str(at(spec, "entrypoint", default=""))
@@ -173,47 +171,9 @@ def _job(content: dict[str, Any]) -> Iterator[Problem]:
         yield "spec.jobId", "a fixed id: the job of a new cluster is taken for the old one; leave it out"
 
 
-def _secrets(content: dict[str, Any]) -> Iterator[Problem]:
-    """Yield literal secrets; their values are never shown."""
-    told = "a literal secret in a file; take it out (and change it), and name a Secret made apart: secretKeyRef, secretRef"
-    if content.get("kind") == "Secret" and (at(content, "data") or at(content, "stringData")):
-        yield "data", "a Secret with its values in a file; make it apart: kubectl create secret generic NAME --from-..."
-    for path, value in leaves(content):
-        name = path.rpartition(".")[2]
-        named = name if name != "value" else str(_sibling(content, path))
-        if content.get("kind") == "Secret" or not isinstance(value, str) or not value:
-            continue
-        secret = SECRET_NAME.search(named) and not REFERENCE.match(value) and name in ("value", named) \
-            and (name == "value" or named.isupper())
-        if secret or KEY_FORM.search(value) or USERINFO.search(value) or QUERY_SECRET.search(value) \
-                or name == "redis-password" or path.endswith("redisPassword.value"):
-            yield path, told
-        for line in re.findall(r"^\s*([A-Z][A-Z0-9_]+): *['\"]?[^\s'\"{]+", value, re.MULTILINE):
-            if SECRET_NAME.search(line):
-                yield f"{path} ({line})", told
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of everything in an object that is no mapping and no list."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value
-
-
-def _sibling(content: dict[str, Any], path: str) -> Any:
-    """Return the `name` beside the value at `path`."""
-    steps = [int(step[1:-1]) if step.startswith("[") else step
-             for step in re.findall(r"\[\d+\]|[^.\[\]]+", path.rpartition(".")[0])]
-    return at(content, *steps, "name", default="")
-
-
 def _open(content: dict[str, Any]) -> Iterator[Problem]:
-    if content.get("kind") == "Service" and at(content, "spec", "type", default="ClusterIP") in ("LoadBalancer", "NodePort"):
-        yield "spec.type", f"{content['spec']['type']}: opens ports beyond the cluster; take ClusterIP"
+    kind = at(content, "spec", "type", default="ClusterIP")
+    if content.get("kind") == "Service" and kind in ("LoadBalancer", "NodePort"):
+        yield "spec.type", f"{kind}: opens ports beyond the cluster; take ClusterIP"
     if content.get("kind") == "Ingress":
         yield "kind", "an Ingress opens a port beyond the namespace; leave it out, and use kubectl port-forward"

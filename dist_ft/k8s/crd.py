@@ -1,7 +1,7 @@
 """Custom resources held against the schema of their CRD, as the API server does it.
 
-Defaults are put in first, unknown fields are refused, then come the rules (x-kubernetes-validations, CEL). Rules about a
-change (oldSelf) say nothing of one manifest, and are left out.
+Defaults are put in first, unknown fields are refused, then come the rules (x-kubernetes-validations, CEL). Rules about
+a change (oldSelf) say nothing of one manifest, and are left out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dist_ft.errors import ConfigError
 Json = dict[str, Any]
 Schemas = dict[tuple[str, str], Json]
 """openAPIV3Schema by (kind in lower case, version)."""
-KEPT = frozenset({"type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
-                  "minProperties", "maxProperties", "uniqueItems", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+KEPT = frozenset("""type enum required pattern minimum maximum minLength maxLength minItems maxItems minProperties
+maxProperties uniqueItems exclusiveMinimum exclusiveMaximum multipleOf""".split())
 """What OpenAPI and JSON Schema say in the same way."""
 
 

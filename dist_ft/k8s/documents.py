@@ -1,4 +1,4 @@
-"""Reads manifests: files, folders, and folders for kustomize, for which it runs kubectl or kustomize. Needs no cluster."""
+"""Reads manifests: files, folders, and folders for kustomize (by kubectl or kustomize). Needs no cluster."""
 
 from __future__ import annotations
 

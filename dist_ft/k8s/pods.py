@@ -15,7 +15,7 @@ CACHE_MOUNT = "/var/cache/dist_ft"
 HEAD_CPUS, HEAD_GIB = 4, 16
 USER = 1000
 SAVE_SECONDS = "dist-ft/save-seconds"
-"""Annotation of worker pods: what a save was reckoned to take; `dist-ft k8s check` compares the grace period with it."""
+"""Annotation of worker pods: what a save was reckoned to take; `dist-ft k8s check` asks for as much grace."""
 SECURITY: Json = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
                   "seccompProfile": {"type": "RuntimeDefault"}}
 DRAIN = """\

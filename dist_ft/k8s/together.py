@@ -76,7 +76,7 @@ def _budget(budget: Document, pods: Sequence[tuple[Document, dict[str, str]]]) -
         yield budget.say("spec.selector", "selects no pods of these files; correct its labels or its namespace")
     spec = at(budget.content, "spec", default={})
     if "maxUnavailable" in spec or isinstance(at(spec, "minAvailable"), str):
-        yield budget.say("spec", "pods of Ray have no owner with a scale: only minAvailable as a number works; use that")
+        yield budget.say("spec", "pods of Ray have no owner with a scale: only minAvailable, a number, works; use it")
 
 
 def _namespace(document: Document, documents: Sequence[Document]) -> Iterator[str]:
