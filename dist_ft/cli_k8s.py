@@ -48,7 +48,7 @@ def render(config: Config, overrides: Overrides = None,
 
     Next: dist-ft k8s check DIR --crd FILE
     """
-    from dist_ft import load_config
+    from dist_ft.config.load import load_config
     from dist_ft.errors import ConfigError
     from dist_ft.k8s import render as rendering
     from dist_ft.k8s.options import parse

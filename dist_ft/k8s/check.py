@@ -6,6 +6,8 @@ RayJob and RayCluster against their CRD, if its schema is given, and the operato
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,14 +130,20 @@ def _ray(document: Document, schemas: crd.Schemas, version: str, notes: list[str
             yield f"{path}.{inner}", text
 
 
-def _core(content: dict[str, Any], version: str) -> list[tuple[str, str]] | None:
+def _core(content: dict[str, Any], version: str) -> Sequence[tuple[str, str]] | None:
     """Return what is wrong with an object of Kubernetes' own; None: it has no schema here."""
+    return _core_of(json.dumps(content, default=str), version)
+
+
+@functools.lru_cache(maxsize=1024)
+def _core_of(text: str, version: str) -> Sequence[tuple[str, str]] | None:
+    """As `_core`, of an object as JSON; remembered, for the library reads all its schemas anew for each object."""
     import kubernetes_validate
 
     try:
-        kubernetes_validate.validate(content, version, strict=True)
+        kubernetes_validate.validate(json.loads(text), version, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return [(crd.dotted(error.absolute_path), error.message.replace("\n", " ")[:300])]
+        return ((crd.dotted(error.absolute_path), error.message.replace("\n", " ")[:300]),)
     except kubernetes_validate.SchemaNotFoundError:
         return None
-    return []
+    return ()

@@ -19,8 +19,9 @@ from dist_ft.errors import ConfigError
 Json = dict[str, Any]
 Schemas = dict[tuple[str, str], Json]
 """openAPIV3Schema by (kind in lower case, version)."""
-KEPT = frozenset("""type enum required pattern minimum maximum minLength maxLength minItems maxItems minProperties
-maxProperties uniqueItems exclusiveMinimum exclusiveMaximum multipleOf""".split())
+KEPT = frozenset((
+    "type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
+    "minProperties", "maxProperties", "uniqueItems", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
 """What OpenAPI and JSON Schema say in the same way."""
 
 

@@ -54,9 +54,7 @@ def _fixed(sizes: Sizing, pods: int) -> list[Json]:
     """Return what makes an elastic run's group one of `pods`, which nobody scales."""
     ops = [_set(f"{GROUP}/{field}", pods) for field in ("replicas", "minReplicas", "maxReplicas")]
     if sizes.elastic:
-        ops += [_set(f"{CLUSTER}/enableInTreeAutoscaling", False),
-                {"op": "remove", "path": f"{CLUSTER}/autoscalerOptions"},
-                _set(f"{HEAD}/automountServiceAccountToken", False)]
+        ops += [_set(f"{CLUSTER}/enableInTreeAutoscaling", False), _set(f"{HEAD}/automountServiceAccountToken", False)]
     return ops
 
 

@@ -50,16 +50,14 @@ def rendered(config: RunConfig, options: Options, overlay: str = "", components:
         config: the run.
         options: what the config does not say.
         overlay: one of OVERLAYS; empty: the base.
-        components: further ones of COMPONENTS, in this order, after the overlay.
+        components: further ones of COMPONENTS, in this order; as in kustomize, what is the overlay's own comes last.
     """
     _known("--overlay", [overlay] if overlay else [], list(OVERLAYS))
     _known("--with", components, COMPONENTS)
     files = objects(config, options)
     made = parts(config, options, sizing(config, options))
     taken, own = OVERLAYS.get(overlay, ((), ""))
-    for name in [*taken, *([own] if own else []), *components]:
-        if name in components and name in taken:
-            continue
+    for name in dict.fromkeys([*taken, *components, *([own] if own else [])]):
         files = {file: applied(documents, made[name]) for file, documents in files.items()}
     return files
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import yaml
+from unit.k8s.test_sizing import OPTIONS, job, with_
 
 from dist_ft.config.load import load_config
 from dist_ft.errors import ConfigError
 from dist_ft.k8s.base import as_stored, on_cluster
-from dist_ft.k8s.options import Options, parse
+from dist_ft.k8s.options import parse
 from dist_ft.k8s.render import rendered
-from unit.k8s.test_sizing import OPTIONS, job, with_
 
 
 def of(kind, config, options=OPTIONS):
