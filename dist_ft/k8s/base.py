@@ -157,15 +157,25 @@ def _network(config: RunConfig, here: Json) -> Json:
     own: Json = {"podSelector": {"matchLabels": labels(config)}}
     operator: Json = {"namespaceSelector": {},
                       "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
-    names: Json = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
-                   "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}}
+    names: list[Json] = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+                          "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}},
+                         {"ipBlock": {"cidr": "169.254.20.10/32"}}]  # the node's own cache of names
     world: Json = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}  # not the machine's own identity
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
             "metadata": {"name": config.run.name, **here}, "spec": {
                 "podSelector": {"matchLabels": labels(config)}, "policyTypes": ["Ingress", "Egress"],
                 "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
-                "egress": [{"to": [own]}, {"to": [names], "ports": _ports("UDP", 53) + _ports("TCP", 53)},
-                           {"to": [world], "ports": _ports("TCP", *_outside(config))}]}}
+                "egress": [{"to": [own]}, {"to": names, "ports": _ports("UDP", 53) + _ports("TCP", 53)},
+                           *_google(config), {"to": [world], "ports": _ports("TCP", *_outside(config))}]}}
+
+
+def _google(config: RunConfig) -> list[Json]:
+    """Return the way to GKE's metadata server, by which pods have an identity for gs://; none for other stores."""
+    urls = [config.run.storage, config.model.path, *(source.path for source in config.data.train)]
+    if not any(url.startswith(("gs://", "gcs://")) for url in urls):
+        return []
+    peers = [{"ipBlock": {"cidr": f"169.254.169.{last}/32"}} for last in (252, 254)]
+    return [{"to": peers, "ports": _ports("TCP", 80, 987, 988)}]
 
 
 def _outside(config: RunConfig) -> list[int]:

@@ -18,9 +18,10 @@ def problems(documents: Sequence[Document]) -> Iterator[str]:
     policies = [document for document in documents if document.kind == "NetworkPolicy"]
     budgets = [document for document in documents if document.kind == "PodDisruptionBudget"]
     pods = [(document, path, at(template, "metadata", "labels", default={}))
-            for document in documents if cluster_of(document.content)[0] is not None
-            for path, template in templates(document.content)]
+            for document in documents for path, template in templates(document.content)]
     for document, path, labels in pods:
+        if cluster_of(document.content)[0] is None:
+            continue
         if not any(_selects(policy, "podSelector", document, labels) and "Ingress" in at(
                 policy.content, "spec", "policyTypes", default=["Ingress"]) for policy in policies):
             yield document.say(path, "no NetworkPolicy for ingress selects these pods: the whole cluster reaches their "

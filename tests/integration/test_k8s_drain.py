@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ports
 import pytest
 
 from dist_ft.k8s.pods import drain
-import ports
 
 NOTICE_S = 40
 INSIDE = '''

@@ -50,6 +50,13 @@ def test_ports_of_a_store_of_ones_own_are_opened():
     assert [port["port"] for port in policy["spec"]["egress"][-1]["ports"]] == [443, 6443, 9000]
 
 
+def test_the_machines_identity_is_reached_only_where_the_store_is_googles():
+    def told(*overrides):
+        return str(of("NetworkPolicy", with_(*overrides))[1]["spec"]["egress"]).count("169.254.169.254/32")
+
+    assert (told(), told("run.storage=gs://b/runs")) == (0, 1)
+
+
 def test_only_the_run_and_the_operator_reach_its_pods():
     default, policy = of("NetworkPolicy", with_())
     assert default["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}

@@ -15,13 +15,13 @@ from dist_ft.k8s.options import Options
 from dist_ft.k8s.parts import COMPONENTS, OVERLAYS
 from dist_ft.k8s.render import rendered
 
-PAIRS = [(overlay, components) for overlay in ("", *OVERLAYS)
-         for components in [(), *((name,) for name in COMPONENTS), ("spot", "kueue", "gcs-fault-tolerance"), ("efa", "spot")]]
+RUNS = [*(("llama-8b", overlay, components) for overlay in ("", *OVERLAYS) for components in [
+            (), ("efa", "spot"), ("spot", "kueue", "gcs-fault-tolerance")]),
+        *(("llama-8b", "", (name,)) for name in COMPONENTS), *(("llama-70b", overlay, ()) for overlay in ("", *OVERLAYS))]
 
 
-@pytest.mark.parametrize("name", ["llama-8b", "llama-70b"])
-@pytest.mark.parametrize(("overlay", "components"), PAIRS)
-def test_every_combination_passes(root, overlay, components, name):
+@pytest.mark.parametrize(("name", "overlay", "components"), RUNS)
+def test_every_combination_passes(root, name, overlay, components):
     pytest.importorskip("kubernetes_validate", reason="needs the extra k8s: pip install 'dist-ft[k8s]'")
     files = rendered(load_config(str(root / f"configs/{name}.yaml")), OPTIONS, overlay, components)
     found = [Document(file, one) for file, documents in files.items() for one in documents]
