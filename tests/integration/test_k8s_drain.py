@@ -20,9 +20,9 @@ import pytest
 
 from dist_ft.k8s.pods import drain
 
-NOTICE_S = 40
+NOTICE_S = 90
 INSIDE = '''
-import json, subprocess, sys, time
+import glob, json, re, subprocess, sys, time
 import ray
 from ray._raylet import GcsClient
 
@@ -31,6 +31,16 @@ hook, address, notice_s = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3
 @ray.remote(num_cpus=1)
 class Worker:
     def ready(self): return True
+
+def titles():
+    """Return how Ray names its processes that run here."""
+    found = set()
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            found |= set(re.findall("ray::[A-Za-z_]+", open(path, errors="replace").read()))
+        except OSError:
+            pass  # it has just ended
+    return sorted(found)
 
 ray.init(address=address, logging_level="ERROR", log_to_driver=False)
 found = {}
@@ -46,10 +56,12 @@ found["deadline_s"] = {node if isinstance(node, str) else node.hex(): at / 1000 
                        for node, at in gcs.get_draining_nodes().items()}.get(me)
 time.sleep(2)
 found["held"] = running.poll() is None
-killed = time.monotonic()
 ray.kill(worker)
+while "ray::Worker" in titles() and running.poll() is None:  # on a busy machine Ray takes seconds to end it
+    time.sleep(0.1)
+gone, found["left"] = time.monotonic(), titles()
 found["said"] = running.communicate(timeout=60)[0]
-found["released_s"] = time.monotonic() - killed
+found["released_s"] = time.monotonic() - gone
 begun = time.monotonic()
 subprocess.run(hook, timeout=60, check=False, capture_output=True)
 found["idle_s"] = time.monotonic() - begun
@@ -81,7 +93,7 @@ def test_the_hook_announces_the_end_and_holds_the_pod_while_something_runs(tmp_p
     found = json.loads(line.removeprefix("FOUND "))
     print(found)
     assert found["deadline_s"] is not None, f"Ray was not told: {found}"
-    assert NOTICE_S - 5 < found["deadline_s"] < NOTICE_S + 20, "the deadline Ray knows; the command takes seconds to start"
+    assert NOTICE_S - 5 < found["deadline_s"] < NOTICE_S + 30, "the deadline Ray knows; the command takes seconds to start"
     assert found["held"], "the pod is held while a worker runs"
-    assert found["released_s"] < 10, "and not for longer"
+    assert found["released_s"] < 10, f"and not for longer: {found['left']}"
     assert found["idle_s"] < 3, "nor where nothing runs: at the end of a job no pod waits"
