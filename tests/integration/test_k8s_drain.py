@@ -69,7 +69,6 @@ print("FOUND " + json.dumps(found))
 '''
 
 
-@pytest.mark.slow  # half a minute on a quiet machine, some on a busy one
 @pytest.mark.ray
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare (process ids)")
