@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | data | runs | drill | stages | tune | evaluate | decode | ...`.
+"""The command line: `dist-ft train | check | preview | data | runs | k8s | drill | stages | tune | evaluate | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_models, cli_runs, cli_series
+from dist_ft import cli_data, cli_drill, cli_k8s, cli_models, cli_runs, cli_series
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -180,6 +180,9 @@ app.add_typer(_data, name="data")
 _runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_runs.HELP)
 cli_runs.commands(lambda function, name=None: _command(function, _runs, name))
 app.add_typer(_runs, name="runs")
+_k8s = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_k8s.HELP)
+cli_k8s.commands(lambda function, name=None: _command(function, _k8s, name))
+app.add_typer(_k8s, name="k8s")
 
 
 def main() -> None:

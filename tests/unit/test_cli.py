@@ -41,6 +41,9 @@ COMMANDS = {
     "runs verify": {"run", "overrides"},
     "runs diff": {"run", "overrides", "--step"},
     "runs prune": {"run", "overrides", "--keep-last", "--keep-every-steps", "--keep-best", "--yes"},
+    "k8s render": {"config", "overrides", "--out", "--kustomize", "--overlay", "--with", "--image", "--namespace",
+                   "--workers-per-node", "--parameters", "--node-selector", "--set"},
+    "k8s check": {"paths", "--crd", "--kubernetes"},
 }
 
 
@@ -69,7 +72,7 @@ def test_the_commands_and_their_options_are_frozen():
 
     found = {}
     every = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    for group in ("data", "runs"):
+    for group in ("data", "runs", "k8s"):
         every |= {f"{group} {name}": command for name, command in every.pop(group).commands.items()}
     for name, command in every.items():
         found[name] = {option if option.startswith("--") else parameter.name
