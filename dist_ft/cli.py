@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | plan | preview | data | runs | drill | stages | tune | evaluate | decode | ...`.
+"""The command line: `dist-ft train | check | plan | preview | data | runs | drill | stages | tune | evaluate | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.

@@ -14,7 +14,7 @@ def plan(config: Config, overrides: Overrides = None,
              "Only this kind: H100, A100-80GB, L40S, ...; none: a table of all that are known."))] = None,
          gpus: Annotated[int | None, typer.Option(help="So many workers, a GPU each; none: cluster.workers.")] = None,
          model_config: Annotated[str | None, typer.Option(
-             "--model-config", help="A config.json in place of the one at model.path (see configs/architectures).")] = None,
+             "--model-config", help="A config.json in place of model.path's (see configs/architectures).")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, in bytes.")] = False) -> None:
     """Tell what a run will need: memory by kind and ZeRO stage, bytes on the wire, checkpoints, which GPUs, how many.
 

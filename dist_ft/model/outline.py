@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def build(config: RunConfig, task: TaskSection, file: str | None = None) -> PreT
     """
     import torch
 
-    with described(config.model, file) as section, torch.device("meta"):
+    with warnings.catch_warnings(), described(config.model, file) as section, torch.device("meta"):
+        warnings.simplefilter("ignore")
         model = empty_model(section, None, task)
         text_ids = range(config.tuning.prompt.tokens) if config.tuning.prompt.text else ()
         tuning.apply(model, config.tuning, config.run.seed, task, list(text_ids))
@@ -125,8 +127,8 @@ def _require_json(file: str, told: str) -> None:
         raise ModelError(f"{told}: its config.json can not be read ({str(error)[:100]}); it must be JSON; fetch it "
                          "anew") from error
     if not isinstance(content, dict) or "model_type" not in content:
-        raise ModelError(f"{told}: its config.json names no model_type, so what it describes is not known; transformers "
-                         "writes one; fetch it anew")
+        raise ModelError(f"{told}: its config.json names no model_type, so what it describes is not known; "
+                         "transformers writes one; fetch it anew")
 
 
 class Bare(Learner):

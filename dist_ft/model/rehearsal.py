@@ -57,9 +57,10 @@ def peak_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on
     hooks = [] if keep_gradients else [
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for p in module.parameters() if p.requires_grad]
-    ledger = _Ledger([*module.parameters(), *module.buffers(), *(i for i in inputs.values() if torch.is_tensor(i))], on_cpu)
+    given = [value for value in inputs.values() if torch.is_tensor(value)]
+    ledger = _Ledger([*module.parameters(), *module.buffers(), *given], on_cpu)
     try:
-        with ledger, _kernel_attention(), _marked(module, ledger):
+        with ledger, _kernels(on_cpu), _marked(module, ledger):
             for lane in range(2 if keep_gradients else 1):
                 if lane:
                     ledger.forget(p.grad for p in module.parameters() if p.grad is not None)
@@ -82,7 +83,8 @@ def order_of(module: Learner, inputs: dict[str, Any]) -> tuple[tuple[str, ...], 
     handles = [inner.register_forward_pre_hook(note) for inner in module.modules()
                if next(inner.parameters(recurse=False), None) is not None]
     try:
-        with torch.no_grad(), _Ledger((), False), _kernel_attention():
+        ledger = _Ledger((), False)
+        with torch.no_grad(), ledger, _kernels(True), _marked(module, ledger):
             module(**inputs)
     finally:
         for handle in handles:
@@ -125,7 +127,10 @@ class _Ledger(TorchDispatchMode):
     def forget(self, tensors: Any) -> None:
         """Count these no more, and begin anew with the peak."""
         for tensor in tensors:
-            self._gone(tensor.untyped_storage()._cdata)
+            key = tensor.untyped_storage()._cdata
+            kind, size = self._known[key]
+            self._live[kind] -= size
+            self._known[key] = kind, 0
         self.most = dict(self._live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,14 +173,25 @@ class _Ledger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _kernel_attention() -> Iterator[None]:
-    """Let a kernel that keeps no (T, T) matrix play torch's attention, by its name (modes are off in recomputation)."""
-    plain = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+def _kernels(on_cpu: bool) -> Iterator[None]:
+    """Let kernels be played by their names (modes are off in recomputation): what one is kept of differs by device.
+
+    Attention keeps no (T, T) matrix. Dropout on GPUs keeps a mask of one byte an element; on CPUs, as on the meta
+    device, factors in the type of its input.
+    """
+    functional: Any = nn.functional
+    plain = functional.scaled_dot_product_attention, functional.dropout
+
+    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    if not on_cpu:
+        functional.dropout = dropout
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = plain
+        functional.scaled_dot_product_attention, functional.dropout = plain
 
 
 class _Attention(torch.autograd.Function):

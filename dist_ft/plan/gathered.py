@@ -1,4 +1,4 @@
-"""How many weights a ZeRO-3 worker has whole at once: DeepSpeed's fetching and releasing, played over a model's modules.
+"""How many weights a ZeRO-3 worker has whole at once: DeepSpeed's fetching and releasing, played over the modules.
 
 Source: the rules of DeepSpeed 0.19's parameter coordinator. A module's weights are gathered before it runs, further
 ones ahead of it up to `prefetch` elements while fewer than `max_live` are whole; after it they are let go, unless they

@@ -95,7 +95,7 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
 
 
 def _learner(model: Any, config: RunConfig) -> Learner:
-    """Return the model with the run's loss around it; of tasks with a tokenizer's tokens in theirs, its outputs alone."""
+    """Return the model with the run's loss around it; where that needs a tokenizer, its outputs alone."""
     from dist_ft.model.outline import Bare
     from dist_ft.runtime.opening import wrapped
 
@@ -157,6 +157,6 @@ def _gpu(name: str, shape: ModelShape, config: RunConfig, zero: dict[str, Any], 
     found = {stage: gpus.fewest(need(stage), config.num_lanes, room) for stage in (0, 1, 2, 3)
              if stage or config.model.dtype == "float32"}
     least = min(((count, stage) for stage, count in found.items() if count is not None), default=None)
-    return {"name": name, "gb": gpus.GPUS[name], "room": room, "fits": used <= room, "used": used / (gpus.GPUS[name] * 1e9),
-            "fewest": gpus.fewest(need(None), most, room),
+    return {"name": name, "gb": gpus.GPUS[name], "room": room, "fits": used <= room,
+            "used": used / (gpus.GPUS[name] * 1e9), "fewest": gpus.fewest(need(None), most, room),
             "least": {"gpus": least[0], "stage": least[1], "nodes": -(-least[0] // gpus.A_NODE)} if least else None}

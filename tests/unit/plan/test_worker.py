@@ -1,0 +1,103 @@
+"""Terms of the ZeRO paper, and what DeepSpeed holds besides."""
+
+import dataclasses
+
+import pytest
+
+from dist_ft.plan import traffic
+from dist_ft.plan.shape import Held, ModelShape, Weight
+from dist_ft.plan.worker import Setup, of_worker
+
+PSI = 7_500_000_000
+NOTHING = Held(0, 0)
+
+
+def shape(*weights, added=NOTHING, passed=NOTHING):
+    made = tuple(Weight(f"w{i}", *(w if isinstance(w, tuple) else (w,))) for i, w in enumerate(weights))
+    return ModelShape("x", made, tuple((i,) for i in range(len(made))), added, passed)
+
+
+def setup(**given):
+    base = Setup(world=64, stage=3, dtype="bfloat16", optimizer="adamw", guards=0, lanes=1, plain=False, overlap=False,
+                 zero={"reduce_bucket_size": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
+                       "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0})
+    return dataclasses.replace(base, **given)
+
+
+@pytest.mark.parametrize("world", [1, 4, 64, 1024])
+@pytest.mark.parametrize("stage", range(4))
+def test_model_state_is_the_papers(stage, world):
+    """2 psi + 2 psi + K psi with K = 12 (arXiv:1910.02054, figure 1), over the workers from the stage on."""
+    psi, k = 1024 * 7_000_000, 12
+    expected = {0: (2 + 2 + k) * psi, 1: (2 + 2) * psi + k * psi // world, 2: 2 * psi + (2 + k) * psi // world,
+                3: (2 + 2 + k) * psi // world}[stage]
+    gpu = of_worker(shape(psi), setup(stage=stage, world=world)).gpu
+    assert gpu["weights"] + gpu["gradients"] + gpu["optimizer"] == expected
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 2), (3, 3)])
+def test_volume_is_the_papers(stage, times):
+    """Section 7: 2 psi up to ZeRO-2, 3 psi with ZeRO-3."""
+    moved = traffic.of_step(shape(PSI), setup(stage=stage))
+    assert sum(moved.elements.values()) == times * PSI
+    assert moved.sent_bytes == times * PSI * 2 * 63 // 64
+
+
+@pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 5), (3, 12)])
+def test_lanes_reduce_each_from_stage_2_on(stage, times):
+    assert sum(traffic.of_step(shape(100), setup(stage=stage, lanes=4)).elements.values()) == times * 100
+
+
+def test_one_worker_sends_nothing():
+    assert traffic.of_step(shape(100), setup(world=1)).sent_bytes == 0
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_frozen_weights_have_neither_gradients_nor_state(stage):
+    model = shape((900, False), (100, True))
+    gpu = of_worker(model, setup(stage=stage, world=1)).gpu
+    assert (gpu["gradients"], gpu["optimizer"]) == (200, 1200)
+    assert gpu["weights"] == 2000
+    assert traffic.checkpoint_bytes(model, setup(world=2)) == {
+        "checkpoint": 1200, "a worker's part": 600, "frozen, once a run": 1800, "exported model": 2000}
+    moved = traffic.of_step(model, setup(stage=3)).elements
+    assert moved == {"gradients": 100, "weights": 2000}
+
+
+@pytest.mark.parametrize("guards", [1, 2, 3])
+def test_each_guard_is_a_float32_copy(guards):
+    without, with_them = (of_worker(shape(6400), setup(guards=g)).gpu["optimizer"] for g in (0, guards))
+    assert with_them - without == 4 * guards * 100
+    assert traffic.checkpoint_bytes(shape(100), setup(guards=guards))["checkpoint"] == 400 * (3 + guards)
+
+
+def test_sgd_without_momentum_has_masters_only():
+    assert of_worker(shape(6400), setup(optimizer="sgd", has_moments=False)).gpu["optimizer"] == 400
+    assert of_worker(shape(6400), setup(optimizer="sgd")).gpu["optimizer"] == 800
+
+
+def test_the_peak_is_among_lanes_or_at_the_update():
+    """At the update a partition's gradients lie once more in float32; activations are gone."""
+    small = of_worker(shape(6400), setup(stage=1, world=2))
+    assert (small.when, small.gpu["buffers"]) == ("update", 4 * 3200)
+    large = of_worker(shape(6400, added=Held(10**6, 5)), setup(stage=1, world=2))
+    assert (large.when, large.gpu["activations"], large.gpu["logits"]) == ("lanes", 10**6, 5)
+
+
+def test_buckets_are_doubled_where_reductions_overlap():
+    one, two = (of_worker(shape(64, added=Held(10**6, 0)), setup(
+        stage=1, overlap=overlap, zero={"reduce_bucket_size": 1000})).gpu["buffers"] for overlap in (False, True))
+    assert (one, two) == (2000, 4000)
+
+
+def test_offload_moves_state_to_the_host():
+    memory = of_worker(shape(6400), setup(offload_optimizer="cpu", offload_param="cpu"))
+    assert memory.host == {"optimizer": 1200, "gradients": 200, "weights": 200}
+    assert memory.gpu["optimizer"] == memory.gpu["gradients"] == memory.gpu["weights"] == 0
+
+
+def test_more_workers_never_need_more():
+    model = shape(*[10**6] * 40)
+    for stage in range(4):
+        needs = [of_worker(model, setup(stage=stage, world=world)).total for world in (2, 4, 8, 64)]
+        assert needs == sorted(needs, reverse=True)
