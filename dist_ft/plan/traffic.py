@@ -16,10 +16,15 @@ from dist_ft.plan.worker import Setup
 
 @dataclass(frozen=True)
 class Traffic:
-    """Elements moved a step by kind, as published, and bytes a worker sends of them."""
+    """Elements moved a step by kind, as published, and bytes a worker sends of them; and those of DeepSpeed 0.19.
+
+    DeepSpeed reduces gradients of ZeRO-1 and 2 by all-reduce and lets each worker copy its part
+    (`use_multi_rank_bucket_allreduce`): psi more than a reduce-scatter would be.
+    """
 
     elements: dict[str, int]
     sent_bytes: int
+    sent_by_deepspeed_bytes: int
 
 
 def of_step(shape: ModelShape, setup: Setup) -> Traffic:
@@ -33,7 +38,9 @@ def of_step(shape: ModelShape, setup: Setup) -> Traffic:
     if setup.world == 1:
         elements = dict.fromkeys(elements, 0)
     size = 4 if setup.dtype == "float32" else 2
-    return Traffic(elements, sum(elements.values()) * size * (setup.world - 1) // setup.world)
+    published = sum(elements.values())
+    really = published + (elements["gradients"] if setup.stage in (1, 2) else 0)
+    return Traffic(elements, *(number * size * (setup.world - 1) // setup.world for number in (published, really)))
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:

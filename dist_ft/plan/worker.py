@@ -1,9 +1,9 @@
-"""Memory of one worker, by kind, at the two moments of a step that need most: among its lanes, and at its update.
+"""Memory of one worker, by kind, at the moment of a step that needs most.
 
 Model state is that of the ZeRO paper (`memory.model_state_bytes`); what DeepSpeed 0.19 holds besides is counted as its
-code makes it: the bucket of reductions (two with overlap), ZeRO-3's gathered weights (`gathered`), and a flat float32
-copy of a partition's gradients at the update. Not counted: what lies outside torch's allocator (CUDA context, NCCL) and
-its fragmentation; `gpus.HEADROOM` leaves room for them. Pure.
+code makes it: the bucket of reductions (two with overlap) and its flat copy, ZeRO-3's gathered weights (`gathered`),
+and a flat float32 copy of a partition's gradients at the update. Not counted: what lies outside torch's allocator (CUDA
+context, NCCL) and its fragmentation; `gpus.HEADROOM` leaves room for them. Pure.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from dist_ft.config.schema import RunConfig
 from dist_ft.plan import gathered
 from dist_ft.plan.memory import model_state_bytes
-from dist_ft.plan.shape import ModelShape
+from dist_ft.plan.shape import Held, ModelShape
 
+NOTHING = Held(0, 0)
 SUB_GROUP = 1_000_000_000
 """Elements of a partition that ZeRO-3 updates at once (DeepSpeed's stage3 default)."""
 
@@ -56,7 +57,7 @@ class Setup:
 class Memory:
     """Bytes of one worker: `gpu` by kind at the moment most are held, `host` by kind what was moved off it.
 
-    `when` is "lanes" or "update".
+    `when` is "lanes", "gather" (ZeRO-3, before the lane's activations), "reduction" (after them) or "update".
     """
 
     gpu: dict[str, int]
@@ -93,24 +94,30 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
     state = _state(shape, setup, size)
     held = shape.added if setup.stage < 2 else shape.passed
     whole, gather = _gathered(shape, setup, size)
-    lanes = {**state, "gathered weights": whole, "buffers": _buffers(shape, setup, size),
-             "activations": held.activations, "logits": held.logits}
-    early = {**lanes, "buffers": lanes["buffers"] + gather, "activations": 0, "logits": 0}
-    update = {**state, "gathered weights": _persistent(shape, setup, size),
-              "buffers": _at_update(shape, setup, size), "activations": 0, "logits": 0}
+    buckets, reducing, meanwhile = _buffers(shape, setup, size)
+    stays = _persistent(shape, setup, size)
+
+    def moment(whole: int, buffers: int, held: Held = NOTHING) -> dict[str, int]:
+        return {**state, "gathered weights": whole, "buffers": buffers, "activations": held.activations,
+                "logits": held.logits}
+
+    moments = {"lanes": moment(whole, buckets + meanwhile * reducing, held),
+               "gather": moment(whole, buckets + gather),
+               "reduction": moment(stays, buckets + reducing),
+               "update": moment(stays, _at_update(shape, setup, size))}
     host: dict[str, int] = {}
     moved = (["optimizer", "gradients"] if setup.offload_optimizer != "none" else []) + (
         ["weights"] if setup.offload_param != "none" else [])
     for kind in moved:
         host[kind] = state[kind]
-        for moment in (lanes, early, update):
-            moment[kind] = 0
+        for one in moments.values():
+            one[kind] = 0
     if "optimizer" in moved:
-        update["buffers"] = 0
-        learned = [weight.numel for weight in shape.weights if weight.learned]
-        lanes["buffers"] += size * max(learned, default=0) if setup.stage < 3 else 0
-    when, most = max((("lanes", lanes), ("lanes", early), ("update", update)), key=lambda one: sum(one[1].values()))
-    return Memory(most, host, when)
+        moments["update"]["buffers"] = 0
+        largest = max((weight.numel for weight in shape.weights if weight.learned), default=0)
+        moments["lanes"]["buffers"] += size * largest if setup.stage < 3 else 0  # one weight's, on its way to the host
+    when = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(moments[when], host, when)
 
 
 def _state(shape: ModelShape, setup: Setup, size: int) -> dict[str, int]:
@@ -139,18 +146,23 @@ def _persistent(shape: ModelShape, setup: Setup, size: int) -> int:
     return size * gathered.play(shape, gathered.Limits.of(setup.zero)).persistent
 
 
-def _buffers(shape: ModelShape, setup: Setup, size: int) -> int:
-    """Return what reductions hold among lanes."""
+def _buffers(shape: ModelShape, setup: Setup, size: int) -> tuple[int, int, bool]:
+    """Return bytes of the buckets, what a reduction takes besides, and whether it does while activations are there.
+
+    It does where gradients fill more than a bucket, or are reduced beside the backward; else once the backward is done.
+    """
+    learned = shape.num_learned
     if setup.plain:
-        return 0 if setup.dtype == "float32" else size * shape.num_learned  # of the lane under way, before it is added
+        return (0 if setup.dtype == "float32" else size * learned), 0, False  # of the lane under way, not added yet
     if setup.stage == 0:
-        return 0
-    bucket = size * int(setup.zero.get("reduce_bucket_size", 500_000_000))
-    if setup.stage == 3:
-        return bucket
+        return 0, 0, False
+    numel = int(setup.zero.get("reduce_bucket_size", 500_000_000))
+    flat = size * min(numel, learned) if setup.world > 1 else 0  # what is in the bucket, laid out for the collective
     # ZeRO-2 reduces each lane into a partition of its own, then adds it to that of the lanes before
-    more = size * -(-shape.num_learned // setup.world) if setup.stage == 2 and setup.lanes > 1 else 0
-    return bucket * (2 if setup.overlap else 1) + more
+    more = size * -(-learned // setup.world) if setup.stage == 2 and setup.lanes > 1 else 0
+    twice = setup.overlap and setup.stage < 3
+    meanwhile = twice or (setup.stage > 1 and learned > numel)
+    return size * numel * (2 if twice else 1), flat + more, meanwhile
 
 
 def _at_update(shape: ModelShape, setup: Setup, size: int) -> int:

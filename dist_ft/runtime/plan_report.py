@@ -71,12 +71,13 @@ def _besides(plan: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, st
 
 
 def _traffic(plan: dict[str, Any]) -> list[str]:
-    rows = [["", "elements", "of the model", "sent by a worker, GB"]]
+    rows = [["", "elements", "of the model", "sent by a worker, GB", "as DeepSpeed does it, GB"]]
     for row in plan["memory"]:
         if not row["plain"]:
             moved = sum(row["elements"].values())
             rows.append([("> " if row["chosen"] else "  ") + _name(row), f"{moved:,}",
-                         f"{moved / plan['model']['parameters']:.3g} x", _gb(row["sent_bytes"])])
+                         f"{moved / plan['model']['parameters']:.3g} x", _gb(row["sent_bytes"]),
+                         _gb(row["sent_by_deepspeed_bytes"])])
     return _grid(rows)
 
 

@@ -142,7 +142,7 @@ def _row(shape: ModelShape, setup: worker.Setup, chosen: bool) -> dict[str, Any]
                if value != "none"}
     return {"stage": setup.stage, "plain": setup.plain, "chosen": chosen, "offload": offload, "gpu": memory.gpu,
             "total": memory.total, "when": memory.when, "host": memory.host, "elements": moved.elements,
-            "sent_bytes": moved.sent_bytes}
+            "sent_bytes": moved.sent_bytes, "sent_by_deepspeed_bytes": moved.sent_by_deepspeed_bytes}
 
 
 def _gpu(name: str, shape: ModelShape, config: RunConfig, zero: dict[str, Any], now: worker.Setup) -> dict[str, Any]:

@@ -43,6 +43,12 @@ def test_volume_is_the_papers(stage, times):
     assert moved.sent_bytes == times * PSI * 2 * 63 // 64
 
 
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 3), (2, 3), (3, 3)])
+def test_deepspeed_reduces_by_all_reduce(stage, times):
+    moved = traffic.of_step(shape(PSI), setup(stage=stage))
+    assert moved.sent_by_deepspeed_bytes == times * PSI * 2 * 63 // 64
+
+
 @pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 5), (3, 12)])
 def test_lanes_reduce_each_from_stage_2_on(stage, times):
     assert sum(traffic.of_step(shape(100), setup(stage=stage, lanes=4)).elements.values()) == times * 100
@@ -87,7 +93,14 @@ def test_the_peak_is_among_lanes_or_at_the_update():
 def test_buckets_are_doubled_where_reductions_overlap():
     one, two = (of_worker(shape(64, added=Held(10**6, 0)), setup(
         stage=1, overlap=overlap, zero={"reduce_bucket_size": 1000})).gpu["buffers"] for overlap in (False, True))
-    assert (one, two) == (2000, 4000)
+    assert (one, two) == (2000, 4000 + 2 * 64), "and what is in one, flat"
+
+
+@pytest.mark.parametrize(("bucket", "buffers"), [(10**4, 2 * 10**4), (100, 2 * 100 + 2 * 100 + 2 * 100)])
+def test_small_models_of_zero_2_reduce_after_their_activations(bucket, buffers):
+    """A full bucket is reduced at once, into a second partition where a lane was before."""
+    model = shape(6400, passed=Held(10**6, 0))
+    assert of_worker(model, setup(stage=2, lanes=2, zero={"reduce_bucket_size": bucket})).gpu["buffers"] == buffers
 
 
 def test_offload_moves_state_to_the_host():
