@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from dist_ft.errors import ConfigError
 
-GPUS = {"RTX4090": 24, "A10G": 24, "L4": 24, "V100": 32, "RTX5090": 32, "A100-40GB": 40, "L40S": 48, "A100-80GB": 80,
+GPUS = {"RTX4090": 24, "A10G": 24, "L4": 24, "RTX5090": 32, "A100-40GB": 40, "L40S": 48, "A100-80GB": 80,
         "H100": 80, "H100-NVL": 94, "H200": 141, "B200": 192, "MI300X": 192}
 """GB by name."""
 HEADROOM = 0.1

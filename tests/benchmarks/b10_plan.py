@@ -45,15 +45,15 @@ def main() -> None:
     environment, cells = harness.environment(), earlier(args) if args.add else []
     with tempfile.TemporaryDirectory(prefix="dist_ft-b10-") as name:
         workload.make_model(Path(name) / f"model-{args.shape.lower()}", args.shape)
-        for stage in args.stages:
-            for world in args.worlds:
-                found = measure(args, Path(name), stage, world)
-                cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [found]
-                print(f"ZeRO-{stage} on {world}: {found['ratio']:.4f}", file=sys.stderr, flush=True)
-    cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
+        for stage, world in ((stage, world) for stage in args.stages for world in args.worlds):
+            found = measure(args, Path(name), stage, world)
+            cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [found]
+            cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
+            harness.save("b10_plan", {
+                "shape": args.shape, "micro_batch": ROWS, "sequence_length": TOKENS, "lanes": args.lanes,
+                "steps": STEPS, "dtype": "float32"}, environment, {"cells": cells}, args.out)
+            print(f"ZeRO-{stage} on {world}: {found['ratio']:.4f}", file=sys.stderr, flush=True)
     report(cells)
-    harness.save("b10_plan", {"shape": args.shape, "micro_batch": ROWS, "sequence_length": TOKENS, "lanes": args.lanes,
-                              "steps": STEPS, "dtype": "float32"}, environment, {"cells": cells}, args.out)
 
 
 def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
