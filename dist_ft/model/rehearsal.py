@@ -44,8 +44,9 @@ class Peak:
         return self.activations + self.logits
 
 
-def peak_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False) -> Peak:
-    """Return the peak of a forward and backward of `module`, all on the meta device, as of a later lane of a step.
+def peaks_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
+             ) -> tuple[Peak, Peak]:
+    """Return the peaks of a forward and of its backward of `module`, on the meta device, as of a later lane of a step.
 
     Args:
         module: its parameters are left without gradients.
@@ -64,12 +65,15 @@ def peak_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on
             for lane in range(2 if keep_gradients else 1):
                 if lane:
                     ledger.forget(p.grad for p in module.parameters() if p.grad is not None)
-                module(**inputs).backward()
+                loss = module(**inputs)
+                forward = Peak(ledger.most[LAYERS], ledger.most[HEAD])
+                ledger.anew()
+                loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         module.zero_grad(set_to_none=True)
-    return Peak(ledger.most[LAYERS], ledger.most[HEAD])
+    return forward, Peak(ledger.most[LAYERS], ledger.most[HEAD])
 
 
 def order_of(module: Learner, inputs: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -125,12 +129,16 @@ class _Ledger(TorchDispatchMode):
         self._note()
 
     def forget(self, tensors: Any) -> None:
-        """Count these no more, and begin anew with the peak."""
+        """Count these no more."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             kind, size = self._known[key]
             self._live[kind] -= size
             self._known[key] = kind, 0
+        self.anew()
+
+    def anew(self) -> None:
+        """Begin anew with the peak."""
         self.most = dict(self._live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,7 +16,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes a forward and backward hold at their peak, beyond weights and gradients (see `model.rehearsal.Peak`)."""
+    """Bytes held at a peak, beyond weights and gradients (see `model.rehearsal.Peak`)."""
 
     activations: int
     logits: int
@@ -25,6 +25,14 @@ class Held:
     def total(self) -> int:
         """Both."""
         return self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a lane holds at most while it goes forward, and backward."""
+
+    forward: Held
+    backward: Held
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class ModelShape:
     kind: str
     weights: tuple[Weight, ...]
     order: tuple[tuple[int, ...], ...]
-    added: Held
-    passed: Held
+    added: Lane
+    passed: Lane
     rehearsed: bool = True
 
     @property

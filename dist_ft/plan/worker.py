@@ -57,7 +57,8 @@ class Setup:
 class Memory:
     """Bytes of one worker: `gpu` by kind at the moment most are held, `host` by kind what was moved off it.
 
-    `when` is "lanes", "gather" (ZeRO-3, before the lane's activations), "reduction" (after them) or "update".
+    `when` is "forward" or "backward" of a lane, "gather" (ZeRO-3, before its activations), "reduction" (after them) or
+    "update".
     """
 
     gpu: dict[str, int]
@@ -92,7 +93,7 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
     """Return what the busiest worker holds at its peak."""
     size = 4 if setup.dtype == "float32" else 2
     state = _state(shape, setup, size)
-    held = shape.added if setup.stage < 2 else shape.passed
+    lane = shape.added if setup.stage < 2 else shape.passed
     whole, gather = _gathered(shape, setup, size)
     buckets, reducing, meanwhile = _buffers(shape, setup, size)
     stays = _persistent(shape, setup, size)
@@ -101,7 +102,10 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
         return {**state, "gathered weights": whole, "buffers": buffers, "activations": held.activations,
                 "logits": held.logits}
 
-    moments = {"lanes": moment(whole, buckets + meanwhile * reducing, held),
+    # the bucket of ZeRO-1 stays from the first backward on, that of ZeRO-2 is made for each; ZeRO-3 has its own always
+    there = setup.stage == 3 or (setup.stage == 1 and setup.lanes > 1)
+    moments = {"forward": moment(whole, buckets * there, lane.forward),
+               "backward": moment(whole, buckets + meanwhile * reducing, lane.backward),
                "gather": moment(whole, buckets + gather),
                "reduction": moment(stays, buckets + reducing),
                "update": moment(stays, _at_update(shape, setup, size))}
@@ -115,7 +119,7 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
     if "optimizer" in moved:
         moments["update"]["buffers"] = 0
         largest = max((weight.numel for weight in shape.weights if weight.learned), default=0)
-        moments["lanes"]["buffers"] += size * largest if setup.stage < 3 else 0  # one weight's, on its way to the host
+        moments["backward"]["buffers"] += size * largest if setup.stage < 3 else 0  # one weight's, on its way
     when = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(moments[when], host, when)
 

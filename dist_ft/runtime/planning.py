@@ -15,7 +15,7 @@ from dist_ft.errors import ConfigError
 from dist_ft.plan import gpus, traffic, worker
 from dist_ft.plan.batch import batch_arithmetic
 from dist_ft.plan.memory import activation_bytes
-from dist_ft.plan.shape import Held, ModelShape, Weight
+from dist_ft.plan.shape import Held, Lane, ModelShape, Weight
 from dist_ft.runtime.preflight import known_task
 
 if TYPE_CHECKING:
@@ -82,15 +82,15 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     try:
         inputs = module.train().inputs(_batch(config), "meta")
         order = tuple(tuple(places[name] for name in names) for names in rehearsal.order_of(module, inputs))
-        peaks = [rehearsal.peak_of(module, inputs, keep_gradients=keep, on_cpu=on_cpu) for keep in (True, False)]
+        added, passed = (Lane(*(Held(peak.activations, peak.logits) for peak in rehearsal.peaks_of(
+            module, inputs, keep_gradients=keep, on_cpu=on_cpu))) for keep in (True, False))
     except Exception as error:  # code that looks at values can not be rehearsed: whatever it raises
         from logging import getLogger
 
         getLogger("dist_ft.plan").debug("not rehearsed", exc_info=error)
         held = Held(_estimated(model, config), 0)
-        return ModelShape(model.config.model_type, weights, tuple((place,) for place in range(len(weights))), held,
-                          held, rehearsed=False)
-    added, passed = (Held(peak.activations, peak.logits) for peak in peaks)
+        return ModelShape(model.config.model_type, weights, tuple((place,) for place in range(len(weights))),
+                          Lane(held, held), Lane(held, held), rehearsed=False)
     return ModelShape(model.config.model_type, weights, order, added, passed)
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/b10_plan.py
 
 Model M, float32, micro-batch 2 x 512, two lanes a rank, ZeRO-1, 2 and 3 on 1, 2 and 4 real ranks over gloo, the run's own
-DeepSpeed config. *Measured* is what torch's allocator gave out at most during a step (the third and fourth, from the first
-allocation of the process on: torch's memory profiler), which is what `torch.cuda.max_memory_allocated` tells on a GPU; the
+DeepSpeed config. *Measured* is what torch's allocator gave out at most during its last two steps (counted from the first
+allocation of the process on by torch's memory profiler), which is what `torch.cuda.max_memory_allocated` tells on a GPU; the
 busiest rank counts. *Resident* is how far the process itself grew (VmHWM): without the pages of buffers nothing was
 written to, with what gloo and Python hold. *Predicted* is made from the config and the model's config.json alone.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import workload
 
 LOW, HIGH = 0.95, 1.05
-ROWS, TOKENS, LANES, STEPS = 2, 512, 2, 4
+ROWS, TOKENS, LANES, STEPS = 2, 512, 2, 3
 COUNTED = 2
 """Steps at the end that are measured; the ones before make what is made once."""
 
@@ -37,16 +37,20 @@ def main() -> None:
     parser.add_argument("--shape", default="M", choices=sorted(workload.SHAPES))
     parser.add_argument("--add", action="store_true", help="keep the cells a file of results has already")
     parser.add_argument("--out", help="JSON file to write instead of results/b10_plan.json")
+    parser.add_argument("--predict", action="store_true", help="predict anew beside what a file of results measured")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         return be_rank(args)
     harness.one_thread()
-    environment, cells = harness.environment(), earlier(args) if args.add else []
+    environment, cells = harness.environment(), earlier(args) if args.add or args.predict else []
     with tempfile.TemporaryDirectory(prefix="dist_ft-b10-") as name:
         workload.make_model(Path(name) / f"model-{args.shape.lower()}", args.shape)
         for stage, world in ((stage, world) for stage in args.stages for world in args.worlds):
-            found = measure(args, Path(name), stage, world)
+            old = next((cell["ranks"] for cell in cells if (cell["stage"], cell["world"]) == (stage, world)), None)
+            if args.predict and old is None:
+                continue
+            found = beside(args, Path(name), stage, world, old if args.predict else measure(args, Path(name), stage, world))
             cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [found]
             cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
             harness.save("b10_plan", {
@@ -71,16 +75,20 @@ def config_of(args: argparse.Namespace, folder: Path, stage: int, world: int) ->
         lanes=args.lanes * world, steps=STEPS, workers=world, stage=stage))
 
 
-def measure(args: argparse.Namespace, folder: Path, stage: int, world: int) -> dict[str, Any]:
-    """Return the peaks of all ranks beside what was predicted."""
-    from dist_ft.plan import worker
-    from dist_ft.runtime import planning
-
+def measure(args: argparse.Namespace, folder: Path, stage: int, world: int) -> list[dict[str, int]]:
+    """Return the peaks of all ranks."""
     part = folder / f"part-{stage}-{world}"
     given = ["--rank", str(folder), "--stages", str(stage), "--worlds", str(world), "--lanes", str(args.lanes),
              "--shape", args.shape]
     harness.run_ranks(__file__, given, world, part, 280)
-    ranks = [json.loads((part / f"{rank}.json").read_text()) for rank in range(world)]
+    return [json.loads((part / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def beside(args: argparse.Namespace, folder: Path, stage: int, world: int, ranks: list[dict[str, int]]) -> dict[str, Any]:
+    """Return the peaks of all ranks beside what was predicted."""
+    from dist_ft.plan import worker
+    from dist_ft.runtime import planning
+
     config = config_of(args, folder, stage, world)
     plan = planning.plan(config)
     row = next(row for row in plan["memory"] if row["chosen"])

@@ -29,9 +29,13 @@ def batch():
     return Batch(ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0)
 
 
+def most(peaks):
+    return max(peaks, key=lambda one: one.total)
+
+
 def peak(keep_gradients=True, on_cpu=True, **given):
     module = learner(**given)
-    return rehearsal.peak_of(module, module.inputs(batch(), "meta"), keep_gradients=keep_gradients, on_cpu=on_cpu)
+    return most(rehearsal.peaks_of(module, module.inputs(batch(), "meta"), keep_gradients=keep_gradients, on_cpu=on_cpu))
 
 
 def measured(**given):
@@ -69,7 +73,7 @@ def test_a_layer_of_gpt2_is_megatrons_formula():
         module = CausalLM(model).train()
         ids = np.ones((2, 512), dtype=np.int64)
         one = Batch(ids, ids, np.tile(np.arange(512), (2, 1)), np.zeros((0, 4), dtype=np.int64), 0)
-        held.append(rehearsal.peak_of(module, module.inputs(one, "meta"), keep_gradients=False).total)
+        held.append(most(rehearsal.peaks_of(module, module.inputs(one, "meta"), keep_gradients=False)).total)
     s, b, h, a = 512, 2, 256, 8
     assert (held[1] - held[0]) / 4 == pytest.approx(s * b * h * (34 + 5 * a * s / h), rel=0.1)
 

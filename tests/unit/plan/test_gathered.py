@@ -1,13 +1,15 @@
 import pytest
 
 from dist_ft.plan.gathered import Limits, play
-from dist_ft.plan.shape import Held, ModelShape, Weight
+from dist_ft.plan.shape import Held, Lane, ModelShape, Weight
+
+NOTHING = Lane(Held(0, 0), Held(0, 0))
 
 
 def shape(*numel):
     """Return a model whose modules run in the order of their weights."""
     return ModelShape("x", tuple(Weight(f"w{i}", size) for i, size in enumerate(numel)),
-                      tuple((i,) for i in range(len(numel))), Held(0, 0), Held(0, 0))
+                      tuple((i,) for i in range(len(numel))), NOTHING, NOTHING)
 
 
 def test_a_small_model_is_whole_between_its_forward_and_its_backward():

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from dist_ft.plan import traffic
-from dist_ft.plan.shape import Held, ModelShape, Weight
+from dist_ft.plan.shape import Held, Lane, ModelShape, Weight
 from dist_ft.plan.worker import Setup, of_worker
 
 PSI = 7_500_000_000
-NOTHING = Held(0, 0)
+NOTHING = Lane(Held(0, 0), Held(0, 0))
+MUCH = Lane(Held(10**6, 5), Held(10**6, 5))
 
 
 def shape(*weights, added=NOTHING, passed=NOTHING):
@@ -82,16 +83,27 @@ def test_sgd_without_momentum_has_masters_only():
     assert of_worker(shape(6400), setup(optimizer="sgd")).gpu["optimizer"] == 800
 
 
+def test_the_bucket_of_zero_2_is_not_there_in_forward():
+    """So a forward may hold more than its backward and not be the peak."""
+    model = shape(6400, added=Lane(Held(10**6, 500), Held(10**6, 0)), passed=Lane(Held(10**6, 500), Held(10**6, 0)))
+    found = {(stage, lanes): of_worker(model, setup(stage=stage, lanes=lanes, zero={"reduce_bucket_size": 10**4}))
+             for stage in (1, 2, 3) for lanes in (1, 2)}
+    assert {key: memory.when for key, memory in found.items()} == {
+        (1, 1): "backward", (1, 2): "forward", (2, 1): "backward", (2, 2): "backward", (3, 1): "forward",
+        (3, 2): "forward"}
+    assert found[1, 2].total - found[1, 1].total == 500
+
+
 def test_the_peak_is_among_lanes_or_at_the_update():
     """At the update a partition's gradients lie once more in float32; activations are gone."""
     small = of_worker(shape(6400), setup(stage=1, world=2))
     assert (small.when, small.gpu["buffers"]) == ("update", 4 * 3200)
-    large = of_worker(shape(6400, added=Held(10**6, 5)), setup(stage=1, world=2))
-    assert (large.when, large.gpu["activations"], large.gpu["logits"]) == ("lanes", 10**6, 5)
+    large = of_worker(shape(6400, added=MUCH), setup(stage=1, world=2))
+    assert (large.when, large.gpu["activations"], large.gpu["logits"]) == ("forward", 10**6, 5)
 
 
 def test_buckets_are_doubled_where_reductions_overlap():
-    one, two = (of_worker(shape(64, added=Held(10**6, 0)), setup(
+    one, two = (of_worker(shape(64, added=MUCH), setup(
         stage=1, overlap=overlap, zero={"reduce_bucket_size": 1000})).gpu["buffers"] for overlap in (False, True))
     assert (one, two) == (2000, 4000 + 2 * 64), "and what is in one, flat"
 
@@ -99,7 +111,7 @@ def test_buckets_are_doubled_where_reductions_overlap():
 @pytest.mark.parametrize(("bucket", "buffers"), [(10**4, 2 * 10**4), (100, 2 * 100 + 2 * 100 + 2 * 100)])
 def test_small_models_of_zero_2_reduce_after_their_activations(bucket, buffers):
     """A full bucket is reduced at once, into a second partition where a lane was before."""
-    model = shape(6400, passed=Held(10**6, 0))
+    model = shape(6400, passed=MUCH)
     assert of_worker(model, setup(stage=2, lanes=2, zero={"reduce_bucket_size": bucket})).gpu["buffers"] == buffers
 
 
