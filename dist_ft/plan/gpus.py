@@ -42,7 +42,7 @@ def room(name: str) -> int:
 def fewest(need: Callable[[int], int], most: int, room_bytes: int) -> int | None:
     """Return the fewest workers, at most `most`, whose `need(workers)` fits into the room; None: none does.
 
-    More workers never need more (up to rounding).
+    More workers do not need more (ZeRO-2 may, by a weight that lies across a border).
     """
     if need(most) > room_bytes:
         return None

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its name, its elements, and whether it learns."""
+    """One parameter: its name, its elements, whether it learns, and whether it decays (optimizers keep those apart)."""
 
     name: str
     numel: int
     learned: bool = True
+    decays: bool = True
 
 
 @dataclass(frozen=True)

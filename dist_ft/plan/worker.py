@@ -163,10 +163,28 @@ def _buffers(shape: ModelShape, setup: Setup, size: int) -> tuple[int, int, bool
     numel = int(setup.zero.get("reduce_bucket_size", 500_000_000))
     flat = size * min(numel, learned) if setup.world > 1 else 0  # what is in the bucket, laid out for the collective
     # ZeRO-2 reduces each lane into a partition of its own, then adds it to that of the lanes before
-    more = size * -(-learned // setup.world) if setup.stage == 2 and setup.lanes > 1 else 0
+    share = -(-learned // setup.world)
+    touched = _touched(shape, setup.world) if setup.stage == 2 else share
+    more = size * touched if setup.stage == 2 and setup.lanes > 1 else 0
     twice = setup.overlap and setup.stage < 3
     meanwhile = twice or (setup.stage > 1 and learned > numel)
-    return size * numel * (2 if twice else 1), flat + more, meanwhile
+    return size * (numel * (2 if twice else 1) + max(0, touched - share)), flat + more, meanwhile
+
+
+def _touched(shape: ModelShape, world: int) -> int:
+    """Return the elements of all weights that some part of the busiest worker's partition belongs to.
+
+    ZeRO-2 keeps the gradient of a weight that lies across a border whole on both sides of it.
+    """
+    found = [0] * world
+    for decays in (True, False):
+        sizes = [weight.numel for weight in shape.weights if weight.learned and weight.decays is decays]
+        part, begin = max(1, -(-sum(sizes) // world)), 0
+        for size in sizes:
+            for owner in range(begin // part, (begin + size - 1) // part + 1):
+                found[owner] += size
+            begin += size
+    return max(found)
 
 
 def _at_update(shape: ModelShape, setup: Setup, size: int) -> int:

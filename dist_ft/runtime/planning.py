@@ -6,6 +6,7 @@ the rest is arithmetic (`plan`). No weights are read, no GPU is needed, nothing 
 
 from __future__ import annotations
 
+import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import RunConfig
@@ -68,6 +69,7 @@ def _with_workers(config: RunConfig, num_gpus: int | None) -> RunConfig:
 
 def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     """Return the model of a run as `plan` counts it, rehearsed where its code can be."""
+    from dist_ft.engine import optimizers
     from dist_ft.logs import quiet_third_parties
     from dist_ft.model import outline, rehearsal
     from dist_ft.model.learner import canonical_names
@@ -76,7 +78,9 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     model = outline.build(config, known_task(config), model_config)
     module = _learner(model, config)
     parameters = canonical_names(module)
-    weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in parameters.items())
+    exempt = config.optimizer.decay_exempt
+    weights = tuple(Weight(name, p.numel(), p.requires_grad, optimizers.decays(p.shape) and not any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in exempt)) for name, p in parameters.items())
     places = {name: place for place, name in enumerate(parameters)}
     on_cpu = config.cluster.gpus_per_worker == 0 and config.max_workers > 0
     try:

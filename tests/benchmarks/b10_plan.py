@@ -3,11 +3,11 @@
     python tests/benchmarks/b10_plan.py
 
 Model M, float32, micro-batch 2 x 512, two lanes a rank, ZeRO-1, 2 and 3 on 1, 2 and 4 real ranks over gloo, the run's own
-DeepSpeed config. *Measured* is the bytes of all tensors there are between two steps, and what torch's allocator gave out at
-most beyond that during the next two (torch's memory profiler), on the busiest rank: what `torch.cuda.max_memory_allocated`
-tells on a GPU. (The profiler's own sum from the start is no measure: it misses what gloo's threads free, hundreds of MiB
-while ZeRO-3 loads.) *Resident* is how far the process itself grew (VmHWM), with its imports, gloo and the profiler.
-*Predicted* is made from the config and the model's config.json alone.
+DeepSpeed config. *Measured* is the bytes of all tensors there are when a lane (or the update) begins and what torch's
+allocator gives out at most beyond that until it ends (torch's memory profiler), over two steps, on the busiest rank: what
+`torch.cuda.max_memory_allocated` tells on a GPU. (The profiler's own sum is no measure over longer stretches: it misses what
+gloo's threads free, 225 MiB a lane here.) *Resident* is how far the process itself grew (VmHWM), with its imports, gloo and
+the profiler. *Predicted* is made from the config and the model's config.json alone.
 """
 
 from __future__ import annotations
@@ -118,17 +118,21 @@ def be_rank(args: argparse.Namespace) -> None:
     random = np.random.default_rng(world.rank)
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
     before = memory("VmRSS")
+    spans = Spans()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        _, engine, _ = open_engine(config, world, False, None)
+        module, engine, _ = open_engine(config, world, False, None)
+        module.register_forward_pre_hook(lambda *_: spans.begin())
         for step in range(STEPS):
             if step == STEPS - COUNTED:
-                held = held_bytes()
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from what is held now
-            with torch.profiler.record_function("counted" if step >= STEPS - COUNTED else "warm"):
-                lanes = [batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)]
-                engine.train_step(lanes, list(range(args.lanes)), args.lanes * world.size * ROWS * TOKENS, 1e-4)
-    resident = memory("VmHWM") - before
-    found = {"held": held, "allocated": held + most_beyond(profile), "resident": resident}
+                spans.counts = True
+            lanes = [batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)]
+            engine.accumulate(lanes, list(range(args.lanes)), args.lanes * world.size * ROWS * TOKENS)
+            spans.begin()
+            engine.update(1e-4)
+        spans.end()
+    found = {"spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]}
+    found |= {"allocated": max(found["spans"]), "resident": memory("VmHWM") - before}
     (folder / f"part-{stage}-{world.size}" / f"{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
@@ -141,6 +145,31 @@ def batch(random: np.random.Generator, vocabulary: int) -> Any:
     return Batch(ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0)
 
 
+class Spans:
+    """Lanes and updates, each from what all tensors hold when it begins."""
+
+    def __init__(self) -> None:
+        self.counts = False
+        self.held: list[int] = []
+        self._open: Any = None
+
+    def begin(self) -> None:
+        """Begin the next one."""
+        import torch
+
+        self.end()
+        if self.counts:
+            self.held.append(held_bytes())
+            self._open = torch.profiler.record_function("counted")
+            self._open.__enter__()
+
+    def end(self) -> None:
+        """End the one under way."""
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
 def held_bytes() -> int:
     """Return the bytes of all tensors there are, each storage once."""
     import gc
@@ -149,18 +178,23 @@ def held_bytes() -> int:
 
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    found += [one.grad for one in found if one.is_leaf and one.grad is not None]  # which Python may not know yet
     storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in found if one.device.type == "cpu"}
     return sum(storages.values())
 
 
-def most_beyond(profile: Any) -> int:
-    """Return the most bytes torch's allocator gave out during the counted steps beyond what it had before them."""
+def most_beyond(profile: Any) -> list[int]:
+    """Return the most bytes torch's allocator gave out during each span beyond what it had before it."""
     events = profile.kineto_results.events()
     moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in events if event.name() == "counted"]
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events
+                   if event.name() == "counted")
     at, held = np.array([time for time, _ in moves]), np.cumsum([size for _, size in moves])
-    within = (at >= min(start for start, _ in spans)) & (at <= max(end for _, end in spans))
-    return int(held[within].max() - held[np.flatnonzero(within)[0] - 1])
+    most = []
+    for start, end in spans:
+        first, last = np.searchsorted(at, start), np.searchsorted(at, end)
+        most.append(int(held[first - 1:last].max() - held[first - 1]))
+    return most
 
 
 def memory(field: str) -> int:

@@ -111,8 +111,16 @@ def test_buckets_are_doubled_where_reductions_overlap():
 @pytest.mark.parametrize(("bucket", "buffers"), [(10**4, 2 * 10**4), (100, 2 * 100 + 2 * 100 + 2 * 100)])
 def test_small_models_of_zero_2_reduce_after_their_activations(bucket, buffers):
     """A full bucket is reduced at once, into a second partition where a lane was before."""
-    model = shape(6400, passed=MUCH)
+    model = shape(*[100] * 64, passed=MUCH)
     assert of_worker(model, setup(stage=2, lanes=2, zero={"reduce_bucket_size": bucket})).gpu["buffers"] == buffers
+
+
+def test_zero_2_keeps_gradients_across_a_border_whole():
+    """Of two workers each has half, 150: the first touches both weights of 100 and 200, the second that of 200."""
+    model = shape(100, 200, added=MUCH, passed=MUCH)
+    one, two = (of_worker(model, setup(stage=2, world=world)).gpu for world in (1, 2))
+    assert (one["buffers"], one["gradients"]) == (0, 600)
+    assert (two["buffers"], two["gradients"]) == (2 * (300 - 150), 300)
 
 
 def test_offload_moves_state_to_the_host():
