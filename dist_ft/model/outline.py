@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -110,6 +111,7 @@ def _from_hub(name: str, revision: str | None) -> str:
     """Fetch config.json alone (HF_TOKEN from the environment opens gated models)."""
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its tries would be a line
     try:
         return hf_hub_download(name, CONFIG, revision=revision)
     except Exception as error:
