@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | data | runs | k8s | drill | stages | tune | evaluate | ...`.
+"""The command line: `dist-ft train | check | plan | preview | data | runs | k8s | drill | stages | tune | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_k8s, cli_models, cli_runs, cli_series
+from dist_ft import cli_data, cli_drill, cli_k8s, cli_models, cli_plan, cli_runs, cli_series
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -167,6 +167,7 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
     typer.echo(f"wrote {out}" + ("" if adapter else f"; next: {api.next_step(out)}"))
 
 
+_command(cli_plan.plan)
 _command(cli_data.preview)
 _command(cli_models.evaluate)
 _command(cli_models.predict)

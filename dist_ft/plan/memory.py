@@ -1,8 +1,8 @@
 """How much memory a worker will need: model state after the ZeRO paper's table, activations of a Llama-like decoder.
 
 Source of the former: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-arXiv:1910.02054, section 3.1 and figure 1. Not counted: buffers of communication, fragmentation, the CUDA context, and
-offloaded state (which lies on the host instead). Pure.
+arXiv:1910.02054, section 3.1 and figure 1. What a step holds besides (buffers, gathered weights) is `worker`'s; where
+the model's code can be rehearsed, its activations are measured there and not estimated. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ _MASTER_BYTES = 4
 
 
 def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
-                      optimizer: str = "adamw", num_learned: int | None = None) -> dict[str, int]:
+                      optimizer: str = "adamw", num_learned: int | None = None, num_guards: int = 0
+                      ) -> dict[str, int]:
     """Return bytes a worker holds of weights, gradients and optimizer state.
 
     Per parameter: weights and gradients 4 + 4 in float32, 2 + 2 in bfloat16; two float32 moments of AdamW 8 (4 for
@@ -27,11 +28,12 @@ def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
         dtype: float32 or bfloat16.
         optimizer: adamw, sgd (with momentum) or adafactor.
         num_learned: parameters that learn; none: all. The others have neither gradients nor optimizer state.
+        num_guards: float32 copies kept beside the optimizer's own state (anchor, Fisher information, average).
     """
     num_learned = num_parameters if num_learned is None else num_learned
     size = _BYTES[dtype]
     has_master = dtype != "float32" or stage > 0
-    state = _MOMENT_BYTES[optimizer] + (_MASTER_BYTES if has_master else 0)
+    state = _MOMENT_BYTES[optimizer] + (_MASTER_BYTES if has_master else 0) + 4 * num_guards
     share, learned = -(-num_parameters // world), -(-num_learned // world)
     return {
         "weights": size * (share if stage >= 3 else num_parameters),

@@ -81,7 +81,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.heads import too_long
     from dist_ft.model.load import read_config
 
-    model = read_config(config.model, config.data.cache_dir, _known(config))
+    model = read_config(config.model, config.data.cache_dir, known_task(config))
     if getattr(model, "quantization_config", None):
         yield (f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
                "weights is needed; export the run without --int8")
@@ -90,7 +90,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield line
 
 
-def _known(config: RunConfig) -> TaskSection:
+def known_task(config: RunConfig) -> TaskSection:
     """Return the task with labels, without a look at the data: where none are named, two that fit any model."""
     task = config.model_task
     if task.name not in LABELLED or (task.labels and not task.grow_head):
@@ -110,11 +110,11 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     from dist_ft.model.load import empty_model, read_config
 
     try:
-        read_config(config.model, config.data.cache_dir, _known(config))
+        read_config(config.model, config.data.cache_dir, known_task(config))
     except ModelError:
         return  # `_model` says so
     with torch.device("meta"):
-        model = empty_model(config.model, config.data.cache_dir, _known(config))
+        model = empty_model(config.model, config.data.cache_dir, known_task(config))
         tuning.apply(model, config.tuning, config.run.seed, config.model_task)
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizers.param_groups(learned, 0.0, exempt=config.optimizer.decay_exempt)
@@ -147,7 +147,7 @@ def _tokenizer(config: RunConfig) -> Iterator[str]:
     except ModelError:
         if config.model.tokenizer is None:
             try:
-                read_config(config.model, config.data.cache_dir, _known(config))
+                read_config(config.model, config.data.cache_dir, known_task(config))
             except ModelError:
                 return  # the model itself is not there: `_model` says so once
         raise

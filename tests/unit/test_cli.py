@@ -18,6 +18,7 @@ from dist_ft.errors import StorageError
 COMMANDS = {
     "train": {"config", "overrides", "--skip-check"},
     "check": {"config", "overrides"},
+    "plan": {"config", "overrides", "--gpu", "--gpus", "--model-config", "--json"},
     "preview": {"config", "overrides", "--samples"},
     "generate": {"model", "--prompt", "--system", "--max-new-tokens", "--strategy"},
     "export": {"run", "overrides", "--out", "--step", "--best", "--dtype", "--adapter", "--ema", "--int8"},

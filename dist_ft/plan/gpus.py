@@ -1,0 +1,53 @@
+"""Which GPUs there are, what fits on them, and how many it takes. Pure.
+
+Sizes are what the makers' data sheets say, in 10^9 bytes; the driver shows somewhat less or more of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dist_ft.errors import ConfigError
+
+GPUS = {"RTX4090": 24, "A10G": 24, "L4": 24, "RTX5090": 32, "A100-40GB": 40, "L40S": 48, "A100-80GB": 80,
+        "H100": 80, "H100-NVL": 94, "H200": 141, "B200": 192, "MI300X": 192}
+"""GB by name."""
+HEADROOM = 0.1
+"""Share of a GPU left to what is not counted: CUDA context, NCCL, workspaces, the allocator's fragmentation."""
+A_NODE = 8
+
+
+def named(name: str) -> str:
+    """Return the table's name of a GPU: case, spaces, and a maker's name do not count.
+
+    Raises ConfigError for one that is not in the table, or an A100 without its size.
+    """
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower().removeprefix("nvidia").removeprefix("amd") if c.isalnum())
+
+    wanted = plain(name.strip())
+    found = [known for known in GPUS if wanted in (plain(known), plain(known).removesuffix("gb"),
+                                                   plain(known) + f"{GPUS[known]}gb", plain(known) + f"{GPUS[known]}")]
+    if not found:
+        raise ConfigError([f"--gpu={name}: no such GPU is known; known are {', '.join(GPUS)}; give one of those"],
+                          "plan")
+    return found[0]
+
+
+def room(name: str) -> int:
+    """Return the bytes of a GPU that a worker may plan with."""
+    return int(GPUS[name] * 10**9 * (1 - HEADROOM))
+
+
+def fewest(need: Callable[[int], int], most: int, room_bytes: int) -> int | None:
+    """Return the fewest workers, at most `most`, whose `need(workers)` fits into the room; None: none does.
+
+    More workers do not need more (ZeRO-2 may, by a weight that lies across a border).
+    """
+    if need(most) > room_bytes:
+        return None
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if need(middle) <= room_bytes else (middle + 1, high)
+    return low

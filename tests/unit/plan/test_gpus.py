@@ -1,0 +1,22 @@
+import pytest
+
+from dist_ft.errors import ConfigError
+from dist_ft.plan import gpus
+
+
+@pytest.mark.parametrize(("said", "meant"), [
+    ("H100", "H100"), ("h100", "H100"), ("H100-80GB", "H100"), ("NVIDIA H200", "H200"), ("a100-80gb", "A100-80GB"),
+    ("A100 40", "A100-40GB"), ("rtx 4090", "RTX4090"), ("L40S", "L40S")])
+def test_names_in_any_spelling(said, meant):
+    assert gpus.named(said) == meant
+
+
+@pytest.mark.parametrize("name", ["H1000", "A100", "", "TPU"])
+def test_an_unknown_name_is_one_line(name):
+    with pytest.raises(ConfigError, match=rf"--gpu={name}: no such GPU is known; known are .*A100-80GB.*; give one"):
+        gpus.named(name)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(1000, 1), (999, 2), (101, 10), (100, 10), (99, None)])
+def test_the_fewest_workers_that_fit(room, expected):
+    assert gpus.fewest(lambda world: 1000 // world, 10, room) == expected
