@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | preview | data | runs | drill | stages | tune | evaluate | decode | ...`.
+"""The command line: `dist-ft train | check | preview | data | runs | submit | jobs | drill | stages | tune | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_models, cli_runs, cli_series
+from dist_ft import cli_data, cli_drill, cli_jobs, cli_models, cli_runs, cli_series
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -172,6 +172,7 @@ _command(cli_models.evaluate)
 _command(cli_models.predict)
 _command(cli_models.decode)
 _command(cli_drill.drill)
+_command(cli_jobs.submit)
 _command(cli_series.stages)
 _command(cli_series.tune)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
@@ -180,6 +181,9 @@ app.add_typer(_data, name="data")
 _runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_runs.HELP)
 cli_runs.commands(lambda function, name=None: _command(function, _runs, name))
 app.add_typer(_runs, name="runs")
+_jobs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_jobs.HELP)
+cli_jobs.commands(lambda function, name=None: _command(function, _jobs, name))
+app.add_typer(_jobs, name="jobs")
 
 
 def main() -> None:
