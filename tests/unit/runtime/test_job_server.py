@@ -87,7 +87,7 @@ def test_the_token_is_read_where_ray_reads_it(monkeypatch, tmp_path):
     assert job_server.token() == "given"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH=.*can not be read"):
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH=.*can not be read"):
         job_server.token()
 
 

@@ -81,7 +81,7 @@ def test_a_cluster_that_stays_away_is_given_up(follow, monkeypatch):
 
 
 def test_a_head_that_was_started_anew_knows_nothing_of_it(follow):
-    with pytest.raises(WorkerError, match="no such job.*the same command submits the run again"):
+    with pytest.raises(WorkerError, match=r"no such job.*the same command submits the run again"):
         follow(Client(99, 1), Server([UnknownJobError("x: no such job at http://h")]))
 
 
