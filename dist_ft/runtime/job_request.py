@@ -81,7 +81,7 @@ def make(config: RunConfig, where: Where, folder: Path, *, name: str, grace_s: i
 
 def inline(config: RunConfig) -> str:
     """Return the config as a text that `load_config` takes, for the cluster around the job. Pure."""
-    document = config.model_dump(mode="json", exclude_unset=True)
+    document = config.model_dump(mode="json", exclude_defaults=True)  # short: people read it
     if load_config(document) != config:
         document = to_mapping(config)
     document.get("cluster", {}).pop("address", None)
