@@ -47,7 +47,6 @@ def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[in
     """Submit a run that must not start; return code and what was said, by a person's measure: no traceback."""
     code, output = there.run("submit", write(base, "refused")[0], "--skip-check", *arguments, cwd=base, **env)
     assert "Traceback" not in output and there.token not in output
-    assert there.run("jobs", "list", cwd=base)[1].endswith("0 jobs\n") or "refused:" not in output
     assert not (base / "runs/refused").exists()
     return code, output
 
@@ -59,14 +58,15 @@ def test_what_can_not_start_is_one_line_before_anything_does(there: Cluster, bas
     assert code == 1 and "it wants a token, and none was found; set RAY_AUTH_TOKEN_PATH" in output
     code, output = refused(there, base, "--address", "http://127.0.0.1:9")
     assert code == 1 and "no job server of Ray answers there (connection refused)" in output
-    code, output = refused(there, base, "cluster.workers=64", "cluster.cpus_per_worker=1")
-    assert code == 2 and "64 workers with 1 CPU each are wanted, and the cluster (2 nodes, 4 CPU) has room for 4" in output
+    code, output = refused(there, base, "cluster.workers=5", "cluster.cpus_per_worker=1")
+    assert code == 2 and "5 workers with 1 CPU each are wanted, and the cluster (2 nodes, 4 CPU) has room for 4" in output
     code, output = refused(there, base, "cluster.gpus_per_worker=1")
     assert code == 2 and "(2 nodes, 4 CPU, 0 GPU) has room for 0" in output
     code, output = refused(there, base, "--package", "run.storage=runs")
     assert code == 2 and "run.storage=runs: would lie in the job's own copy of the project" in output
     code, output = refused(there, base, "run.name=Not_For_Kubernetes")
     assert code == 2 and "run.name=Not_For_Kubernetes" in output
+    assert "refused" not in there.run("jobs", "list", cwd=base)[1]
     code, output = there.run("jobs", "status", "none", cwd=base)
     assert code == 1 and "none: no such job at" in output and "Traceback" not in output
 
