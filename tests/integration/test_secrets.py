@@ -11,6 +11,7 @@ import tiny
 import yaml
 from job_cluster import cluster
 
+pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PLANTED = {"environment": "pl4nted-environment-7f3a", "url": "pl4nted-url-91bc", "override": "pl4nted-override-c2d4",
            "dotenv": "pl4nted-dotenv-55e0", "repository": "pl4nted-repository-08aa", "older run": "pl4nted-older-run-3b3b"}

@@ -14,6 +14,7 @@ import tiny
 import yaml
 from job_cluster import Cluster, Cutter, cluster
 
+pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytestmark = pytest.mark.ray
 
 
