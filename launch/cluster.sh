@@ -82,7 +82,9 @@ start() {
     launch head --head --num-cpus 0 --node-ip-address 127.0.0.1 --port "$GCS_PORT" --dashboard-host 127.0.0.1 \
         --dashboard-port "$PORT" --dashboard-agent-listen-port "$AGENT_PORT" --temp-dir "$FOLDER/ray"
     await "the head" job_server
+    # a folder of its own: nodes that share one take away each other's copy of a job's project
     launch worker --address "127.0.0.1:$GCS_PORT" --node-ip-address 127.0.0.1 --dashboard-agent-listen-port 0 \
+        --temp-dir "$FOLDER/worker" \
         --num-cpus "${DIST_FT_CLUSTER_CPUS:-$(nproc)}"
     await "the worker node" two_nodes
     say "it runs; next: eval \"\$($0 env)\""

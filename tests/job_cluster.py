@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,31 @@ from pathlib import Path
 import ports
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Watched:
+    """A command that runs: `said` is its stdout so far, `noted` its stderr."""
+
+    def __init__(self, command: list[str], cwd: Path, out: Path, env: dict[str, str]) -> None:
+        self._out, self._err = out, out.with_suffix(".err")
+        with open(self._out, "w") as stdout, open(self._err, "w") as stderr:
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+
+    @property
+    def said(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def noted(self) -> str:
+        return self._err.read_text()
+
+    def wait_for(self, text: str, timeout_s: float = 200) -> None:
+        """Wait until it has said or noted `text`."""
+        until = time.monotonic() + timeout_s
+        while text not in self.said + self.noted:
+            over = self.process.poll() is not None or time.monotonic() > until
+            assert not over, f"{self.process.poll()}; not said: {text!r}\n{self.said[-3000:]}\n{self.noted[-2000:]}"
+            time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -31,19 +57,15 @@ class Cluster:
     def token(self) -> str:
         return (self.folder / "token").read_text()
 
-    def start(self, *arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
-        """Start `dist-ft` as a person would."""
-        return subprocess.Popen([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=cwd, env={**self.env, **env},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(self, *arguments: str, cwd: Path, out: Path, **env: str) -> Watched:
+        """Start `dist-ft` as a person would; what it says goes to files."""
+        return Watched([sys.executable, "-m", "dist_ft.cli", *arguments], cwd, out, {**self.env, **env})
 
     def run(self, *arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
         """Return exit code and output."""
-        process = self.start(*arguments, cwd=cwd, **env)
-        try:
-            output, _ = process.communicate(timeout=240)
-        finally:
-            process.kill()
-        return process.returncode, output
+        done = subprocess.run([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=cwd, env={**self.env, **env},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+        return done.returncode, done.stdout
 
 
 @contextlib.contextmanager

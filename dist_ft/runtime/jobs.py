@@ -134,27 +134,24 @@ def submit(server: Server, request: Request) -> None:
 
 def _client(server: Server) -> Any:
     """Return Ray's client; it would follow the environment rather than what it is given."""
-    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
     from ray.job_submission import JobSubmissionClient
 
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = server.url
     try:
-        with _quiet():
-            return JobSubmissionClient(server.url, headers=dict(server.headers))
+        _quiet()
+        return JobSubmissionClient(server.url, headers=dict(server.headers))
     finally:
         os.environ.pop("RAY_API_SERVER_ADDRESS")
         if before is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Have Ray's client not tell how it reads an address; it sets the level of its loggers when it is imported."""
+def _quiet() -> None:
+    """Have Ray's client not tell how it reads an address and packs; it sets its loggers' levels when it is imported."""
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
-                 "ray._private.authentication.authentication_token_setup"):
+                 "ray._private.runtime_env.packaging", "ray._private.runtime_env.working_dir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    yield
 
 
 class Follower:

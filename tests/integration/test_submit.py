@@ -35,15 +35,6 @@ def write(base: Path, name: str, **changes: dict) -> tuple[str, dict]:
     return f"{name}.yaml", document
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
-    read = []
-    for line in process.stdout or ():
-        read.append(line)
-        if text in line:
-            return "".join(read)
-    raise AssertionError(f"ended with {process.wait()} before it said {text!r}:\n{''.join(read)[-3000:]}")
-
-
 def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[int, str]:
     """Submit a run that must not start; return code and what was said, by a person's measure: no traceback."""
     code, output = there.run("submit", write(base, "refused")[0], "--skip-check", *arguments, cwd=base, **env)
@@ -101,31 +92,31 @@ def test_a_failing_job_gives_its_own_code(there: Cluster, base: Path) -> None:
 def test_a_cut_stream_ctrl_c_stop_and_the_same_command_again(there: Cluster, base: Path) -> None:
     file, _ = write(base, "long", checkpoint={"every_steps": 0}, schedule={"epochs": None, "steps": 5000})
     cutter = Cutter(int(there.url.rpartition(":")[2]))
-    watching = there.start("submit", file, cwd=base, RAY_API_SERVER_ADDRESS=cutter.url)
-    shown = wait_for_line(watching, "step    5/")
-    cutter.cut()
-    shown += wait_for_line(watching, "step   10/")
-    cutter.cut()
-    shown += wait_for_line(watching, "step   15/")
-    assert cutter.num_cut >= 2
-    attached = there.start("submit", file, "optimizer.learning_rate=1e-4", "--skip-check", cwd=base)
-    assert "job long of this run is there already" in wait_for_line(attached, "attached to it")
-    watching.send_signal(signal.SIGINT)
-    rest, _ = watching.communicate(timeout=60)
-    assert watching.returncode == 130 and "job long goes on; watch it again: dist-ft jobs logs --follow long" in rest
-    assert "Traceback" not in rest
+    watching = there.start("submit", file, cwd=base, out=base / "first", RAY_API_SERVER_ADDRESS=cutter.url)
+    for count in (5, 10, 15):
+        watching.wait_for(f"step {count:4}/")
+        cutter.cut()
+    assert cutter.num_cut >= 3
+    attached = there.start("submit", file, "optimizer.learning_rate=1e-4", "--skip-check", cwd=base, out=base / "second")
+    attached.wait_for("job long of this run is there already (RUNNING); attached to it; it was started with another config")
+    watching.wait_for(f"step {20:4}/")
+    watching.process.send_signal(signal.SIGINT)
+    assert watching.process.wait(60) == 130
+    assert "the log of job long broke off" in watching.noted and "asking again" in watching.noted
+    assert "job long goes on; watch it again: dist-ft jobs logs --follow long" in watching.noted
+    assert "Traceback" not in watching.noted
     code, output = there.run("jobs", "status", "long", cwd=base)
     assert code == 0 and "long: RUNNING" in output
-    whole = there.run("jobs", "logs", "long", cwd=base)[1].splitlines()
-    seen = [line for line in (shown + rest).splitlines() if not line.startswith("dist-ft: ")]
-    assert seen == whole[:len(seen)], "not a line is lost or doubled"
+    assert there.run("jobs", "logs", "long", cwd=base)[1].startswith(watching.said), "nothing is lost or doubled"
     code, output = there.run("jobs", "stop", "long", cwd=base)
     assert code == 0 and "long: STOPPED" in output, output
-    said, _ = attached.communicate(timeout=60)
-    assert attached.returncode == 130 and "stopped at step" in said, said[-2000:]
+    assert attached.process.wait(60) == 130 and "stopped at step" in attached.said, attached.said[-2000:]
+    assert attached.said == there.run("jobs", "logs", "long", cwd=base)[1], "the whole log, to its end"
     assert list((base / "runs/long/checkpoints").glob("step-*/manifest.json")), "it has saved"
-    again = there.start("submit", file, cwd=base)
-    assert "job long-2 is submitted" in wait_for_line(again, "going on from step")
+    again = there.start("submit", file, cwd=base, out=base / "third")
+    again.wait_for("job long-2 is submitted")
+    again.wait_for("going on from step")
     code, output = there.run("jobs", "stop", "long-2", cwd=base)
     assert code == 0 and "long-2: STOPPED" in output, output
-    assert again.wait(60) == 130
+    assert again.process.wait(60) == 130
+    cutter.close()
