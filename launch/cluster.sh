@@ -99,17 +99,20 @@ environment() {
 stop() {
     local name pid rest count
     for name in worker head; do
-        if ! running "$name"; then
-            rm -f "$FOLDER/$name.pid"
-            continue
+        if running "$name"; then
+            read -r pid rest <"$FOLDER/$name.pid"
+            kill -TERM "$pid" # `ray start --block` takes its own processes with it
         fi
-        read -r pid rest <"$FOLDER/$name.pid"
-        kill -TERM "$pid" # `ray start --block` takes its own processes with it
-        for count in $(seq 60); do
-            if ! running "$name"; then break; fi
-            sleep 0.5
-        done
-        if running "$name"; then kill -KILL -- "-$pid"; fi # the session that was made for it
+    done
+    for count in $(seq 30); do
+        if ! running worker && ! running head; then break; fi
+        sleep 0.5
+    done
+    for name in worker head; do
+        if running "$name"; then
+            read -r pid rest <"$FOLDER/$name.pid"
+            kill -KILL -- "-$pid" # the session that was made for it
+        fi
         rm -f "$FOLDER/$name.pid"
     done
     say "stopped"
