@@ -1,8 +1,8 @@
 """A run to try a cluster with, made of nothing that must be fetched: python launch/tiny_run.py
 
-Writes `runs/tiny.yaml` and, in `runs/tiny-material`, a Llama of a million parameters with new weights, a tokenizer trained
-on the spot, and what the functions of this Python do, in the words of their docstrings. It learns in a minute or two on
-two CPUs; it is not meant to know anything afterwards.
+Writes `runs/tiny.yaml` and, in `runs/tiny-material`, a Llama of a million parameters with new weights, a tokenizer
+trained on the spot, and what the functions of this Python do, in the words of their docstrings. It learns in a minute
+or two on two CPUs; it is not meant to know anything afterwards.
 """
 
 from __future__ import annotations
