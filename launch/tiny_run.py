@@ -24,10 +24,10 @@ model: {path: ./runs/tiny-material/model, dtype: float32}
 data: {train: ./runs/tiny-material/train.jsonl, format: instruction, overlong: truncate}
 batch: {global_batch: 8, micro_batch: 4, sequence_length: 128}
 optimizer: {learning_rate: 1.0e-3}
-schedule: {steps: 200, warmup_steps: 5}
+schedule: {steps: 600, warmup_steps: 5}
 zero: {stage: 3}
 cluster: {workers: 2, cpus_per_worker: 0.5}
-checkpoint: {every_steps: 50}
+checkpoint: {every_steps: 200}
 """
 
 
