@@ -1,4 +1,4 @@
-"""The command line: `dist-ft train | check | plan | preview | data | runs | k8s | drill | stages | tune | ...`.
+"""The command line: `dist-ft train | check | plan | submit | jobs | data | runs | k8s | drill | evaluate | ...`.
 
 Guarantees: what goes wrong is one clear text on stderr and an exit code (2: something to correct in what was asked;
 1: the run failed; 130: stopped), never a stack trace unless --debug asks for it; `--help` imports nothing heavy.
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_k8s, cli_models, cli_plan, cli_runs, cli_series
+from dist_ft import cli_data, cli_drill, cli_jobs, cli_k8s, cli_models, cli_plan, cli_runs, cli_series
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
@@ -173,6 +173,7 @@ _command(cli_models.evaluate)
 _command(cli_models.predict)
 _command(cli_models.decode)
 _command(cli_drill.drill)
+_command(cli_jobs.submit)
 _command(cli_series.stages)
 _command(cli_series.tune)
 _data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_data.HELP)
@@ -184,6 +185,9 @@ app.add_typer(_runs, name="runs")
 _k8s = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_k8s.HELP)
 cli_k8s.commands(lambda function, name=None: _command(function, _k8s, name))
 app.add_typer(_k8s, name="k8s")
+_jobs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=cli_jobs.HELP)
+cli_jobs.commands(lambda function, name=None: _command(function, _jobs, name))
+app.add_typer(_jobs, name="jobs")
 
 
 def main() -> None:

@@ -53,9 +53,12 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def read_document(source: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the mapping in the YAML file (or URL) `source`, and its problems; one that can't be used is an error."""
-    name = redact(source)
-    text = _read_text(source)
+    """Return the mapping in the YAML file (or URL) `source`, and its problems; one that can't be used is an error.
+
+    A `source` that begins with a brace is the document itself: so a job of Ray takes its config along.
+    """
+    name = name_of(source)
+    text = source if is_document(source) else _read_text(source)
     try:
         value, problems = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -67,6 +70,16 @@ def read_document(source: str) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError([f"holds {_kind(value)}, not a mapping; a config is `section:` lines with indented "
                            f"`field: value` lines below; see configs/ for complete ones"], name)
     return dict(value), problems
+
+
+def is_document(source: str) -> bool:
+    """Tell whether `source` is a document rather than where one is. Pure."""
+    return source.startswith("{")
+
+
+def name_of(source: str) -> str:
+    """Return what to call `source` in a message. Pure."""
+    return "config" if is_document(source) else redact(source)
 
 
 def _read_text(source: str) -> str:

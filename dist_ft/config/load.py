@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_ft.config.assemble import assemble
-from dist_ft.config.document import apply_overrides, read_document
+from dist_ft.config.document import apply_overrides, name_of, read_document
 from dist_ft.config.explain import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
 from dist_ft.config.schema import RunConfig
@@ -53,7 +53,7 @@ def inspect_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
         document, twice = read_document(source)
     mapping, broken = apply_overrides(document, overrides, is_text)
     config, wrong = assemble(mapping)
-    return config, [redact(problem) for problem in (*twice, *broken, *wrong)], redact(source)
+    return config, [redact(problem) for problem in (*twice, *broken, *wrong)], name_of(source)
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

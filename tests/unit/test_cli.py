@@ -26,6 +26,8 @@ COMMANDS = {
     "predict": {"model", "paths", "--out", "--workers", "--format", "--batch", "--max-new-tokens", "--strategy"},
     "decode": {"config", "overrides", "--model", "--strategy", "--json"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
+    "submit": {"config", "overrides", "--address", "--print", "--no-wait", "--project", "--package", "--exclude",
+               "--shared", "--env", "--grace", "--skip-check", "--any-version"},
     "tune": {"config", "search", "overrides"},
     "stages": {"file", "overrides", "--skip-check"},
     "data inspect": {"paths"},
@@ -36,6 +38,10 @@ COMMANDS = {
     "data pack-stats": {"config", "overrides"},
     "data write": {"config", "overrides", "--out", "--format", "--shard-mib", "--tokenise"},
     "data verify": {"run", "overrides"},
+    "jobs list": {"--address"},
+    "jobs status": {"name", "--address"},
+    "jobs logs": {"name", "--follow", "--address"},
+    "jobs stop": {"name", "--address"},
     "runs list": {"storage"},
     "runs show": {"run", "overrides"},
     "runs report": {"run", "overrides", "--out", "--attributions"},
@@ -73,7 +79,7 @@ def test_the_commands_and_their_options_are_frozen():
 
     found = {}
     every = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    for group in ("data", "runs", "k8s"):
+    for group in ("data", "jobs", "k8s", "runs"):
         every |= {f"{group} {name}": command for name, command in every.pop(group).commands.items()}
     for name, command in every.items():
         found[name] = {option if option.startswith("--") else parameter.name
