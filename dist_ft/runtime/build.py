@@ -23,7 +23,7 @@ from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
-from dist_ft.runtime import summary
+from dist_ft.runtime import network, summary
 from dist_ft.runtime.anchoring import measure
 from dist_ft.runtime.data import Data, open_anchor, open_data
 from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors, with_whole_head
@@ -58,6 +58,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
+    network.check(config, world, comms, store, hooks.after)
     stored, config = config, origin.begun(config, store, world, comms)
     data = open_data(config, store, world, comms)
     config = with_whole_head(data.config)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, PeerError, StorageError
 from dist_ft.runtime.generations import MOST_BACKOFF_S, Failure, Kind, Member, View
+from dist_ft.runtime.network import NODE
 from dist_ft.runtime.process import Process
 from dist_ft.runtime.watchdog import EXIT_CODE as HUNG
 from dist_ft.world import World
@@ -201,7 +202,8 @@ class Supervisor:
         """Return what torchrun would set."""
         world, (host, _, port) = self._place.world, rendezvous.rpartition(":")
         return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(self._place.device),
-                "LOCAL_WORLD_SIZE": str(world.local_size), "MASTER_ADDR": host, "MASTER_PORT": port}
+                "LOCAL_WORLD_SIZE": str(world.local_size), "MASTER_ADDR": host, "MASTER_PORT": port,
+                NODE: self._place.node}
 
 
 def how_it_ended(code: int, oom_kills: int) -> tuple[Kind, str]:
