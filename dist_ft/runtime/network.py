@@ -99,7 +99,7 @@ def check(config: RunConfig, world: World, comms: Collectives, store: Store, aft
     Raises WorkerError where a sum or what a node received is wrong.
     """
     wish = config.cluster.network_check
-    if world.size == 1 or wish == "off":
+    if wish == "off" or (world.size == 1 and wish == "auto"):
         return
     names = comms.all_gather(node_name())
     leaders = [rank for rank, local in enumerate(comms.all_gather(world.local_rank)) if local == 0]
@@ -122,7 +122,7 @@ def measure(config: RunConfig, world: World, comms: Collectives, leaders: Sequen
     kind = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
     device = torch.device(kind)
     told = comms.all_gather(machine.describe(kind == "cuda") if world.rank in leaders else None)
-    sums, wrong = _sums(world, comms, device, SIZES[kind])
+    sums, wrong = _sums(world, comms, device, SIZES[kind]) if world.size > 1 else ((), False)
     links, bad = _links(world, comms, device, leaders, PAIR_BYTES[kind]) if len(leaders) > 1 else ((), ())
     raise_together(comms, _wrong(wrong, bad, nodes) if wrong or bad else None)
     slow = judge(links, nodes, config.cluster.network_min_mb_s)
@@ -246,12 +246,12 @@ def kept_nodes(store: Store) -> tuple[str, ...] | None:
 
 def _tell(found: Network, store: Store) -> None:
     """Log what was found and keep it with the run (rank 0 only)."""
-    large = found.sums[-1]
-    pairs = (f"; {len(found.links)} pairs of nodes, {min(link.mb_s for link in found.links):,.0f} to "
-             f"{max(link.mb_s for link in found.links):,.0f} MB/s each way") if found.links else ""
-    log.info("network: a sum of %g MiB over %d workers takes %.1f ms (%s MB/s)%s; looked at in %.1f s",
-             large.num_bytes / 2**20, found.world_size, 1000 * large.seconds, f"{large.mb_s:,.0f}", pairs,
-             found.seconds)
+    for large in found.sums[-1:]:
+        pairs = (f"; {len(found.links)} pairs of nodes, {min(link.mb_s for link in found.links):,.0f} to "
+                 f"{max(link.mb_s for link in found.links):,.0f} MB/s each way") if found.links else ""
+        log.info("network: a sum of %g MiB over %d workers takes %.1f ms (%s MB/s)%s; looked at in %.1f s",
+                 large.num_bytes / 2**20, found.world_size, 1000 * large.seconds, f"{large.mb_s:,.0f}", pairs,
+                 found.seconds)
     for line in found.slow:
         log.warning("network: %s; every step waits for it", line)
     try:

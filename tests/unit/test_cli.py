@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": {"model", "paths", "--out", "--workers", "--format", "--batch", "--max-new-tokens", "--strategy"},
     "decode": {"config", "overrides", "--model", "--strategy", "--json"},
     "drill": {"config", "overrides", "--scenario", "--keep", "--json"},
+    "selftest": {"config", "overrides", "--check", "--keep", "--out"},
     "tune": {"config", "search", "overrides"},
     "stages": {"file", "overrides", "--skip-check"},
     "data inspect": {"paths"},

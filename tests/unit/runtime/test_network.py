@@ -51,7 +51,7 @@ class Answers(Collectives):
         return [value, value]
 
 
-@pytest.mark.parametrize(("world", "cluster"), [(World(), {"network_check": "on"}),
+@pytest.mark.parametrize(("world", "cluster"), [(World(), {}),
                                                (World(0, 2, 0, 2), {"network_check": "off"})])
 def test_nothing_is_tried_alone_or_where_it_is_off(world, cluster, tmp_path):
     network.check(run_config("runs", cluster={"workers": 2, **cluster}), world, Answers(), Store(str(tmp_path)))
