@@ -82,8 +82,8 @@ def selftest(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help
 
     A small model is trained in one process and by ZeRO-1, 2 and 3 on all workers (the same losses?), with a worker
     killed and with another number of workers (does it go on?); sums over all workers and pairs of nodes are checked and
-    timed; a larger model says how fast training is. Works in a new folder below run.storage, removed if all held. The report
-    holds versions, devices, figures and verdicts; no data, no paths, no names of nodes. Exits 1 if something failed.
+    timed; a larger model says how fast training is. Works in a new folder below run.storage, removed if all
+    held. The report holds versions, devices, figures and verdicts, no names of nodes. Exits 1 if something failed.
 
     \b
     Examples:
