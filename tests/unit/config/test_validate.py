@@ -238,4 +238,4 @@ def test_placement_and_network_settings_that_contradict():
         "cluster.network_variables.LD_PRELOAD: is no variable of nccl, gloo, UCX or libfabric; names that begin with NCCL_")
     assert said(workers=2, network_interface="eth 0") == [
         "cluster.network_interface=eth 0: not of the allowed form; allowed: names of network interfaces with commas between, such as "
-        "eth0; correct it"]
+        "eth0; correct it, or leave it out for the default (null)"]
