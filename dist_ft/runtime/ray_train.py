@@ -27,6 +27,7 @@ from dist_ft.runtime.node_watch import NodeWatch
 from dist_ft.runtime.placing import device, explain, given_up, line_of, require_resources
 from dist_ft.runtime.ray_group import NAMESPACE, POLL_S, Called, reporter
 from dist_ft.runtime.ray_group import trainer as _trainer
+from dist_ft.runtime.ray_metrics import Exported
 from dist_ft.runtime.relay import Relay, show
 from dist_ft.runtime.supervisor import NobodyCameError, Place, Supervisor
 from dist_ft.train.console import Console
@@ -186,7 +187,7 @@ def _worker(settings: dict[str, Any]) -> None:
                   f"{settings['relay']}/{runtime.get_node_id()}")
     relay = Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
-        Supervisor(config, place, relay, reporter(config)).run()
+        Supervisor(config, place, relay, reporter(config), Exported(config.run.name).add).run()
     except ray.exceptions.ActorDiedError:
         return  # the relay is gone, and with it the driver
     except NobodyCameError:
