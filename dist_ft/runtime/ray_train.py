@@ -77,15 +77,15 @@ def connected(config: RunConfig) -> Iterator[Any]:
     verbose = config.log.level == "debug"
     common: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE,
                               "logging_level": logging.INFO if verbose else logging.ERROR}
+    if ray.is_initialized():
+        yield ray
+        return
     try:
-        if ray.is_initialized():
-            yield ray
-            return
         if address:
             ray.init(address=address, **common)
         else:  # address="local": never a stale cluster of another run
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray raises that itself where a node does not come up in time
         raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error

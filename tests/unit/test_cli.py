@@ -38,6 +38,7 @@ COMMANDS = {
     "data verify": {"run", "overrides"},
     "runs list": {"storage"},
     "runs show": {"run", "overrides"},
+    "runs watch": {"run", "overrides", "--once"},
     "runs report": {"run", "overrides", "--out", "--attributions"},
     "runs verify": {"run", "overrides"},
     "runs diff": {"run", "overrides", "--step"},
