@@ -87,8 +87,8 @@ def selftest(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help
 
     \b
     Examples:
-      dist-ft selftest
-      dist-ft selftest configs/llama-8b.yaml --check parity --check collective --out report/
+      dist-ft selftest --out report/
+      dist-ft selftest configs/llama-8b.yaml --check parity --check collective
 
     Next: dist-ft drill CONFIG disturbs runs on that cluster and storage in more ways.
     """
