@@ -1,4 +1,4 @@
-"""The commands `dist-ft runs list | show | report | verify | diff | prune`; `cli` hangs them in."""
+"""The commands `dist-ft runs list | show | watch | report | verify | diff | prune`; `cli` hangs them in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELP = ("Look at what runs have left in storage, check it, and clear away.\n\n\b
 def commands(register: Callable[..., Any]) -> None:
     """Hand every command to `register`, which takes (function) or (function, name)."""
     register(list_runs, "list")
-    for command in (show, report, verify, diff, prune):
+    for command in (show, watch, report, verify, diff, prune):
         register(command)
 
 
@@ -51,6 +51,23 @@ def show(run: Run, overrides: Overrides = None) -> None:
     from dist_ft.runtime import runs
 
     typer.echo(runs.describe(url_of(run, overrides)))
+
+
+def watch(run: Run, overrides: Overrides = None,
+          once: Annotated[bool, typer.Option("--once", help="Tell what there is and leave.")] = False) -> None:
+    """Follow a run's metrics from anywhere that reaches its storage, until it ends.
+
+    \b
+    Examples:
+      dist-ft runs watch runs/mine
+      dist-ft runs watch s3://bucket/runs/mine --once
+
+    Next: dist-ft runs show RUN
+    """
+    from dist_ft.runtime import watching
+    from dist_ft.train.console import Console
+
+    typer.echo(watching.watch(url_of(run, overrides), once, Console().say))
 
 
 def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for report.html, report.md and report.json.")],

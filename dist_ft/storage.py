@@ -134,6 +134,11 @@ class Store:
         """Return the length in bytes of every file below a folder, by its path relative to that folder; one listing."""
         return self._call("list", path, lambda fs, full: _sizes(fs, full))
 
+    def about(self, path: str = "") -> dict[str, dict[str, Any]]:
+        """Return {size, version} of every file below a folder, by its path relative to that folder; one listing."""
+        return self._call("list", path, lambda fs, full: {
+            name: _about(info) for name, info in _below(fs, full).items()})
+
     def exists(self, path: str = "") -> bool:
         """Tell whether a file or folder is there."""
         return bool(self._call("read", path, listing.exists))
@@ -235,9 +240,12 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
 
 
 def _sizes(fs: Any, path: str) -> dict[str, int]:
+    return {name: int(info["size"] or 0) for name, info in _below(fs, path).items()}
+
+
+def _below(fs: Any, path: str) -> dict[str, Any]:
     root = path.rstrip("/") + "/"
-    return {name[len(root):]: int(info["size"] or 0) for name, info in listing.below(fs, path).items()
-            if name.startswith(root)}
+    return {name[len(root):]: info for name, info in listing.below(fs, path).items() if name.startswith(root)}
 
 
 def _remove(fs: Any, path: str) -> None:

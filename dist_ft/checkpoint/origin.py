@@ -42,7 +42,7 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
     cache = config.data.cache_dir
     if on_rank0(world, collectives, lambda: _is_under_way(config, store)):
         return _with(config, described(store.url, cache))
-    if not is_run(config.model.path):
+    if not on_rank0(world, collectives, lambda: is_run(config.model.path)):  # else all would ask the store
         return config
     step = on_rank0(world, collectives, lambda: _chosen(config.model, store))
     if world.rank == 0:

@@ -22,6 +22,7 @@ _ALLOWED = {
     "run.name": "lower-case letters, digits and '-', at most 47, with a letter or digit at both ends",
     "cluster.workers": "a whole number, or a range such as 1..4 or [1, 4] with both ends at least 1",
     "cluster.gpus_per_worker": "0 or 1",
+    "cluster.network_interface": "names of network interfaces with commas between, such as eth0",
     "checkpoint.every_steps": "a whole number of at least 0, or auto",
     "checkpoint.node_every_steps": "a whole number of at least 1, or auto",
     "data.train": "a path, or a list of paths or of mappings with path, subset and split; at least one",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from dist_ft.config.cluster import ClusterSection, WorkerRange
 from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
 from dist_ft.config.decoding import TextsSection
 from dist_ft.config.prompting import PromptingSection, of_model
@@ -18,9 +19,11 @@ from dist_ft.config.robustness import RobustnessSection
 from dist_ft.config.section import Identity, Section
 from dist_ft.config.task import ColumnsSection, TaskSection
 from dist_ft.config.tuning import LoraSection, Patterns, TuningSection
+from dist_ft.config.watching import LogSection
 
-__all__ = ["ColumnsSection", "DataSection", "FieldsSection", "LoraSection", "MixingPhase", "PromptingSection",
-           "RunConfig", "Source", "Sources", "TaskSection", "TuningSection"]
+__all__ = ["ClusterSection", "ColumnsSection", "DataSection", "FieldsSection", "LogSection", "LoraSection",
+           "MixingPhase", "PromptingSection", "RunConfig", "Source", "Sources", "TaskSection", "TuningSection",
+           "WorkerRange"]
 
 
 BUCKET = 64
@@ -110,53 +113,6 @@ class ZeroSection(Section):
         "Any other DeepSpeed key, passed through; keys that dist_ft sets itself are refused."))
 
 
-class WorkerRange(Section):
-    """Fewest and most workers of an elastic run."""
-
-    min: int = Field(ge=1, description="Below this the run waits.")
-    max: int = Field(ge=1, description="More are not used.")
-
-
-def _as_workers(value: Any) -> Any:
-    """Accept `2`, `[1, 4]` and `1..4`."""
-    if isinstance(value, str) and ".." in value:
-        value = value.split("..", 1)
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return {"min": value[0], "max": value[1]}
-    return value
-
-
-class ClusterSection(Section):
-    """Where workers run."""
-
-    workers: Annotated[int | WorkerRange, BeforeValidator(_as_workers)] = Field(0, description=(
-        "Ray workers: a number, or a range [min, max] (also min..max) of an elastic run. "
-        "0: this process, plain PyTorch, no Ray and no DeepSpeed."))
-    address: str | None = Field(None, description=(
-        "Ray cluster to join (auto: the one around this process); none: RAY_ADDRESS if set, else an own local Ray."))
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved a worker.")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs a worker: 0 (CPU, gloo) or 1 (nccl).")
-    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="Further Ray resources a worker.")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="Ray placement strategy.")
-    max_failures: int = Field(3, ge=-1, description=(
-        "Restarts without a new checkpoint in between (each one refills them); -1: without limit."))
-    standby: bool = Field(True, description=(
-        "Keep a spare process a worker, everything imported, that takes over at once when one fails (about 0.5 GB of "
-        "host memory each)."))
-    wait_for_nodes: bool = Field(False, description=(
-        "Wait without limit for nodes (an autoscaler's, or busy ones); off: too small a cluster is an error at once, a "
-        "busy one after start_timeout_s."))
-    start_timeout_s: float = Field(300, gt=0, description=(
-        "Seconds to wait for workers to start (busy cluster, slow images); once lost, for others twice that."))
-    resize_interval_s: float = Field(600, gt=0, description=(
-        "Elastic run: seconds between looks for more nodes. To take them the run saves, and its workers start anew."))
-    collective_timeout_s: float = Field(1800, gt=0, description="Seconds after which a stuck collective is an error.")
-    progress_timeout_s: float = Field(1800, ge=0, description=(
-        "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "
-        "0: never."))
-
-
 Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
 
 
@@ -222,16 +178,6 @@ class EvaluationSection(TextsSection):
     at_end: bool = Field(True, description="Evaluate after the last step.")
     max_samples: int = Field(0, ge=0, description="First so many samples; 0: all.")
     robustness: RobustnessSection = Field(default_factory=RobustnessSection, description="What evaluate tells besides.")
-
-
-class LogSection(Section):
-    """What a person sees."""
-
-    every_steps: int = Field(1, ge=1, description="Steps between progress lines and metrics.")
-    straggler_steps: int = Field(20, ge=0, description=(
-        "Steps between comparisons of the workers' pace; a slow one is named; 0: never."))
-    tensorboard: bool = Field(True, description="Write TensorBoard events into the run's storage.")
-    level: Literal["debug", "info", "warning"] = Field("info", description="Least severe log line shown.")
 
 
 class StorageSection(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from dist_ft.config import learning
+from dist_ft.config import cluster_checks, learning
 from dist_ft.config.credentials import secret_problems
 from dist_ft.config.deepspeed_keys import deepspeed_problems
 from dist_ft.config.schema import OptimizerSection, RunConfig
@@ -267,4 +267,4 @@ CHECKS: tuple[Check, ...] = (
     _offload_stage, _offload_nvme, _offload_needs_workers, _stage_zero_dtype, _attention, _attention_dtype,
     _memory_storage, _memory_data, _split, _mixing, _source_names, _kept_checkpoints, _best_checkpoints,
     _node_folder, _evaluation,
-    deepspeed_problems, secret_problems)
+    *cluster_checks.CHECKS, deepspeed_problems, secret_problems)

@@ -8,71 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_ft import storage
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.errors import DistFtError, ModelError
 from dist_ft.logs import redact
 from dist_ft.model import adapted, heads, replaced
+from dist_ft.model.fetch import cache_folder, fetch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
-WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-
-
-def cache_folder(configured: str | None) -> Path:
-    """Return the local folder for fetched models and tokenised shards."""
-    return Path(configured or "~/.cache/dist_ft").expanduser()
-
-
-def fetch(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
-    """Return a local folder with the model at `path`, downloading it once a node (others wait on a file lock)."""
-    if storage.is_local(path):
-        local = storage.local_path(path)
-        if os.path.isdir(local):
-            return local
-        if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
-            raise ModelError(f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, "
-                             "or a hub name such as org/name")
-        return _from_hub(path, revision)
-    return _from_bucket(path, cache_folder(cache_dir) / "models")
-
-
-def _from_bucket(url: str, cache: Path) -> str:
-    """Mirror the folder at `url` below `cache`; finished folders carry a marker file."""
-    import xxhash
-    from filelock import FileLock
-
-    folder = cache / xxhash.xxh3_128_hexdigest(url.encode())
-    folder.mkdir(parents=True, exist_ok=True)
-    store = storage.Store(url)
-    with FileLock(f"{folder}.lock"):
-        if (folder / ".complete").exists():
-            return str(folder)
-        if not store.exists("config.json"):
-            raise ModelError(redact(f"model.path={url}: no config.json there; give the folder that save_pretrained "
-                                    "wrote (config.json, *.safetensors, tokenizer files)"))
-        store.download(str(folder), lambda name: any(Path(name).match(pattern) for pattern in WANTED))
-        (folder / ".complete").touch()
-    return str(folder)
-
-
-def _from_hub(name: str, revision: str | None) -> str:
-    """Download a hub repository (HF_TOKEN from the environment opens gated ones)."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
-    except Exception as error:
-        raise ModelError(redact(
-            f"model.path={name}: no folder of that name here, and the hub does not give it ({type(error).__name__}); "
-            "check the spelling, set HF_TOKEN for a gated model, or give a local folder")) from error
+__all__ = ["cache_folder", "empty_model", "fetch", "load_for", "load_model", "load_tokenizer", "read_config"]
 
 
 @contextlib.contextmanager
@@ -103,7 +53,7 @@ def read_config(section: ModelSection, cache_dir: str | None = None, task: TaskS
     """
     from transformers import AutoConfig
 
-    folder = fetch(section.path, section.revision, cache_dir)
+    folder = fetch(section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     if not heads.can(config, task) and not (section.trust_remote_code and hasattr(config, "auto_map")):
@@ -129,7 +79,7 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
     """Return the tokenizer, with the chat template the config names."""
     from transformers import AutoTokenizer
 
-    folder = fetch(section.tokenizer or section.path, section.revision, cache_dir)
+    folder = fetch(section.tokenizer or section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     if section.chat_template is not None:
@@ -231,7 +181,7 @@ def empty_model(section: ModelSection, cache_dir: str | None = None, task: TaskS
 
         with contextlib.suppress(OSError):  # as from_pretrained: what ends a text may stand in a file of its own
             model.generation_config = GenerationConfig.from_pretrained(
-                fetch(section.path, section.revision, cache_dir))
+                fetch(section.path, section.revision, cache_dir, weights=False))
     return _finish(model, section)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
+from dist_ft.errors import StorageError
 from dist_ft.plan import goodput
 from dist_ft.plan.goodput import Account
 from dist_ft.storage import Store
@@ -26,6 +28,15 @@ def accounts(store: Store) -> tuple[list[Account], list[str]]:
         except (ValueError, KeyError, TypeError) as error:
             broken.append(f"{path} can not be used ({type(error).__name__}: {error})")
     return found, broken
+
+
+def read(store: Store, name: str) -> dict[str, Any]:
+    """Return one account as it is written; nothing if it can not be read just now."""
+    try:
+        found = json.loads(store.read(f"{clock.FOLDER}/{name}"))
+        return found if isinstance(found, dict) else {}
+    except (ValueError, StorageError):
+        return {}
 
 
 def lines(store: Store) -> Iterator[str]:

@@ -153,7 +153,7 @@ def _about(config: RunConfig) -> Any:
 
     from dist_ft.model.load import fetch
 
-    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:

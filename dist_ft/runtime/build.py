@@ -23,7 +23,8 @@ from dist_ft.config.load import STORED, check_resume, resolved_yaml
 from dist_ft.config.prompting import untrainable
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import ConfigError, DistFtError
-from dist_ft.runtime import summary
+from dist_ft.model.load import cache_folder
+from dist_ft.runtime import network, summary
 from dist_ft.runtime.anchoring import measure
 from dist_ft.runtime.data import Data, open_anchor, open_data
 from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors, with_whole_head
@@ -36,6 +37,7 @@ from dist_ft.train.metrics import MetricsLog, read_metrics
 from dist_ft.train.minimum_risk import MinimumRisk
 from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
+from dist_ft.train.trackers import Trackers
 from dist_ft.train.trainer import Trainer
 from dist_ft.world import Collectives, World, collectives, on_rank0
 
@@ -58,6 +60,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
+    network.check(config, world, comms, store, hooks.after)
     stored, config = config, origin.begun(config, store, world, comms)
     data = open_data(config, store, world, comms)
     config = with_whole_head(data.config)
@@ -90,7 +93,7 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         clock.resume(progress.step)
         lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
-        metrics = MetricsLog(store, lines, attempt, config.log.tensorboard) if world.rank == 0 else None
+        metrics = _metrics(config, world, comms, store, lines, attempt, hooks)
         if world.rank == 0:
             hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
         judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
@@ -114,6 +117,19 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         return result
     finally:
         engine.close()
+
+
+def _metrics(config: RunConfig, world: World, comms: Collectives, store: Store, lines: list[dict[str, Any]],
+             attempt: int, hooks: Hooks) -> MetricsLog | None:
+    """Return rank 0's record of the run, and None elsewhere; what its trackers refuse is raised by all."""
+    made: list[MetricsLog] = []
+
+    def make() -> None:
+        trackers = Trackers.open(config, store.url, cache_folder(config.data.cache_dir), hooks.measured)
+        made.append(MetricsLog(store, lines, attempt, config.log.tensorboard, trackers))
+
+    on_rank0(world, comms, make)
+    return made[0] if made else None
 
 
 def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress, total_steps: int,

@@ -1,9 +1,10 @@
-"""The model and the data of a drill, made on the spot: no network, the same bits every time."""
+"""The models and the data of drills and selftests, made on the spot: no network, the same bits every time."""
 
 from __future__ import annotations
 
 import random
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_ft.data.write import write_jsonl
@@ -16,14 +17,52 @@ ROWS_A_LANE = 24
 """So that a drill's steps make more than one epoch."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large a model is, and the sequences it is to take."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    length: int
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the layers, those of the small vocabulary left out."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+    @property
+    def flops_a_token(self) -> float:
+        """Floating-point operations of forward and backward: 6 a weight, and causal attention."""
+        return 6.0 * self.num_parameters + 6.0 * self.layers * self.hidden * self.length
+
+
+SMALL = Size(128, 2, 256, 4, 64, dropout=0.1)
+
+
 def make(store: Store, num_lanes: int) -> None:
     """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs in shards) into `store`."""
     rows = pairs(ROWS_A_LANE * num_lanes)
     write_jsonl(rows, store, "data/pairs", -(-len(rows) // 3))
+    make_model(store, "model", SMALL)
+
+
+def make_texts(store: Store, num_tokens: int) -> None:
+    """Write `texts/`: long plain texts of at least so many tokens in all."""
+    rng = random.Random(1)
+    rows = [{"text": " ".join(rng.choices(WORDS, k=1000))} for _ in range(-(-num_tokens // 1000))]
+    write_jsonl(rows, store, "texts/text", -(-len(rows) // 4))
+
+
+def make_model(store: Store, name: str, size: Size) -> None:
+    """Write a model of random weights, with config and tokenizer, as `name/` into `store`."""
     with tempfile.TemporaryDirectory(prefix="dist_ft-drill-") as folder:
-        _model(Path(folder))
+        _model(Path(folder), size)
         for path in sorted(Path(folder).iterdir()):
-            store.write(f"model/{path.name}", path.read_bytes())
+            store.write(f"{name}/{path.name}", path.read_bytes())
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -33,8 +72,8 @@ def pairs(count: int) -> list[dict[str, str]]:
              "response": " ".join(rng.choices(WORDS, k=rng.randint(4, 40)))} for _ in range(count)]
 
 
-def _model(folder: Path) -> None:
-    """Write a Llama of some 0.4 million random weights and a tokenizer of bytes and common words."""
+def _model(folder: Path, size: Size) -> None:
+    """Write a Llama of random weights and a tokenizer of bytes and common words."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,6 +90,7 @@ def _model(folder: Path) -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(fast), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, attention_dropout=0.1, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0)).save_pretrained(folder)
+        vocab_size=len(fast), hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=size.length, attention_dropout=size.dropout, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0)).to(getattr(torch, size.dtype)).save_pretrained(folder)

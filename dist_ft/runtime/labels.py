@@ -36,7 +36,7 @@ def with_labels(config: RunConfig, store: Store, world: World, collectives: Coll
     spoken = config.prompting.verbalisers if config.prompting.method == "likelihood" else ()
     found = task.labels or tuple(spoken) or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
     if task.grow_head:
-        own = own_labels(fetch(config.model.path, config.model.revision, config.data.cache_dir), task)
+        own = own_labels(fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False), task)
         found = grown_labels(own, found, named=bool(task.labels))
     if task.class_weights and len(task.class_weights) != len(found):
         raise ConfigError([f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.runtime import network
 from dist_ft.train.console import Console
 from dist_ft.train.result import Hooks, Result
 from dist_ft.world import World
@@ -67,6 +68,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
             os.environ[name] = value
     ours = not dist.is_initialized()
     if ours:
+        network.prepare(config)
         dist.init_process_group("nccl" if use_gpu else "gloo",
                                 timeout=timedelta(seconds=config.cluster.collective_timeout_s))
     try:

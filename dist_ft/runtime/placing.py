@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
@@ -25,6 +25,7 @@ def require_resources(ray: Any, config: RunConfig) -> None:
                 f"cluster.workers={config.min_workers}: they need {need:g} {resource}, the cluster has "
                 f"{has.get(resource, 0):g}; lower cluster.workers or cluster.cpus_per_worker, add nodes, or set "
                 "cluster.wait_for_nodes=true if an autoscaler will")
+    _require_nodes(ray, config)
 
 
 def resources(config: RunConfig) -> dict[str, float]:
@@ -77,3 +78,62 @@ def explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
 def line_of(error: BaseException, index: int) -> str:
     """Return a line of an error's text (the last, of a remote traceback, is the error); without text, its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[index]
+
+
+def rooms(free: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """Return how many workers that need `each` fit into `free`."""
+    return min((int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need), default=0)
+
+
+def by_node(nodes: Mapping[str, int], num_workers: int, per_node: int) -> list[str] | None:
+    """Return the node of each worker, `per_node` to a node, the rest to a further one; None: there are too few.
+
+    `nodes`: how many workers each has room for. Of nodes with room those with the least are taken.
+    """
+    found: list[str] = []
+    left = sorted((room, name) for name, room in nodes.items())
+    while len(found) < num_workers:
+        count = min(per_node, num_workers - len(found))
+        taken = next(((room, name) for room, name in left if room >= count), None)
+        if taken is None:
+            return None
+        left.remove(taken)
+        found += [taken[1]] * count
+    return found
+
+
+def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Tell whether a node's labels are as Ray's selectors want them: a value, !value, in(a, b) or !in(a, b)."""
+    def fits(value: str | None, selector: str) -> bool:
+        denied, plain = selector.startswith("!"), selector.removeprefix("!").strip()
+        several = plain.startswith("in(") and plain.endswith(")")
+        allowed = [part.strip() for part in plain[3:-1].split(",")] if several else [plain]
+        return (value in allowed) != denied
+
+    return all(fits(labels.get(name), selector) for name, selector in wanted.items())
+
+
+def _require_nodes(ray: Any, config: RunConfig) -> None:
+    """Raise WorkerError if the nodes the config asks for are not in the cluster."""
+    cluster, each = config.cluster, resources(config)
+    if not cluster.labels and not cluster.workers_per_node:
+        return
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    fitting = [node for node in alive if has_labels(node.get("Labels") or {}, cluster.labels)]
+    had = [rooms(node["Resources"], each) for node in fitting]
+    if cluster.workers_per_node:
+        per_node = cluster.workers_per_node
+        if by_node(dict(zip(map(str, range(len(had))), had, strict=True)), config.min_workers, per_node) is None:
+            raise WorkerError(
+                f"cluster.workers_per_node={per_node}: {config.min_workers} workers need "
+                f"{-(-config.min_workers // per_node)} nodes with room for so many, the cluster has "
+                f"{sum(room >= per_node for room in had)}{_labelled(config)}; lower it, add nodes, or set "
+                "cluster.wait_for_nodes=true if an autoscaler will")
+    elif sum(had) < config.min_workers:
+        raise WorkerError(f"cluster.labels={dict(cluster.labels)}: {len(fitting)} of {len(alive)} nodes have them, "
+                          f"with room for {sum(had)} workers, and {config.min_workers} are needed; correct the labels, "
+                          "add nodes, or set cluster.wait_for_nodes=true if an autoscaler will")
+
+
+def _labelled(config: RunConfig) -> str:
+    return f" with the labels {dict(config.cluster.labels)}" if config.cluster.labels else ""

@@ -21,6 +21,7 @@ from dist_ft.config.tuning import PROMPTS
 from dist_ft.errors import ConfigError, DistFtError
 from dist_ft.logs import redact
 from dist_ft.patience import attempts
+from dist_ft.train import trackers
 from dist_ft.world import World
 
 TRIES, PATIENCE_S = 2, 20.0
@@ -39,6 +40,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
                                                           _held_out_data, _synonyms, _cpus, _gpus]
     if write_storage:
         probes += [_writable, _older_run]
+    probes.append(trackers.problems)
     with contextlib.ExitStack() as stack:
         if not whole:
             stack.enter_context(contextlib.suppress(AttributeError))

@@ -221,7 +221,8 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
     log_lines = _PipeLog(child) if config.log.level != "debug" else None  # then Ray forwards all there is
     hooks = Hooks(_PipeConsole(child), lambda url, metrics: child.say("committed", url, metrics),
                   lambda: child.say("progressed"), child.asked_to_stop.is_set, child.should_save, child.saved, beat,
-                  log_lines, after)
+                  log_lines, after,
+                  measured=lambda step, kind, values: child.say("measured", step, kind, dict(values)))
     try:
         return "result", local.run(config, hooks)
     except DistFtError as error:

@@ -1,4 +1,4 @@
-"""A run on Ray Train workers: the only module that imports Ray.
+"""A run on Ray Train workers. With `ray_group` the only module that trains by Ray.
 
 The driver connects to a cluster or starts one of its own, asks Ray Train for workers, and relays: progress lines and
 errors from the workers to this terminal, a request to stop from this terminal to the workers. A worker looks after a
@@ -16,16 +16,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from dist_ft import failpoints, logs, storage
+from dist_ft import logs, storage
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, WorkerError
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.node_watch import NodeWatch, count_anew
-from dist_ft.runtime.placing import LOST_S, device, explain, given_up, line_of, require_resources, resources
-from dist_ft.runtime.preemption import Saves
+from dist_ft.runtime.node_watch import NodeWatch
+from dist_ft.runtime.placing import device, explain, given_up, line_of, require_resources
+from dist_ft.runtime.ray_group import NAMESPACE, POLL_S, Called, reporter
+from dist_ft.runtime.ray_group import trainer as _trainer
+from dist_ft.runtime.ray_metrics import Exported
 from dist_ft.runtime.relay import Relay, show
 from dist_ft.runtime.supervisor import NobodyCameError, Place, Supervisor
 from dist_ft.train.console import Console
@@ -33,9 +35,6 @@ from dist_ft.train.result import Result
 from dist_ft.world import World
 
 log = logging.getLogger("dist_ft.ray")
-POLL_S = 0.5
-NAMESPACE = "dist_ft"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 OBJECT_STORE_BYTES = 128 * 2**20
 ELASTIC_START_S = 5.0
 """For a place, which an elastic run asks for where one is free: where a lost node is still counted, it asks again."""
@@ -49,9 +48,9 @@ def run(config: RunConfig) -> Result:
         require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
         actor = _start_relay(ray, name, config.cluster.max_failures)  # it lives as long as this refers to it
-        relay = _Called(actor)
+        relay = Called(actor)
         try:
-            failure = _fit(ray, config, relay, _trainer(config, name))
+            failure = _fit(ray, config, relay, _trainer(config, name, _worker))
             outcome = relay.outcome()
         except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
             raise WorkerError("the process that joins the workers with this one was lost (killed for want of memory?); "
@@ -78,15 +77,15 @@ def connected(config: RunConfig) -> Iterator[Any]:
     verbose = config.log.level == "debug"
     common: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE,
                               "logging_level": logging.INFO if verbose else logging.ERROR}
+    if ray.is_initialized():
+        yield ray
+        return
     try:
-        if ray.is_initialized():
-            yield ray
-            return
         if address:
             ray.init(address=address, **common)
         else:  # address="local": never a stale cluster of another run
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray raises that itself where a node does not come up in time
         raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
                           "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
                           "own one") from error
@@ -135,72 +134,7 @@ def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
     return relay
 
 
-def _trainer(config: RunConfig, relay_name: str) -> Any:
-    """Return the Ray trainer of a run. Its experiment folder is the run's own: Ray accepts our checkpoints there."""
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.backend import Backend, BackendConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class _Shared(Backend):
-        share_cuda_visible_devices = True  # the training processes of a node reach each other's GPUs
-
-    class _SharedConfig(BackendConfig):
-        backend_cls = _Shared
-
-    cluster = config.cluster
-    store = storage.Store(config.run_url)
-    store.remove(SNAPSHOT)  # Ray's memory of an earlier start; storage is the truth
-    filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
-    local = storage.is_local(config.run.storage)
-    num_workers: Any = cluster.workers if isinstance(cluster.workers, int) else (config.min_workers, config.max_workers)
-    return DataParallelTrainer(  # not TorchTrainer: its workers would import torch, which the processes do
-        _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd(),
-                           "failpoints": failpoints.environment()},  # a cluster has its own environment
-        backend_config=_SharedConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            elastic_resize_monitor_interval_s=cluster.resize_interval_s,  # type: ignore[call-arg]  # mypy sees v1
-            use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources(config),
-            placement_strategy=cluster.placement),
-        run_config=RayRunConfig(
-            name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
-            failure_config=FailureConfig(max_failures=-1),  # counted by the relay, which knows of progress
-            checkpoint_config=CheckpointConfig(), callbacks=[_callback(relay_name)]))
-
-
-def _callback(relay_name: str) -> Any:
-    """Return what lives in Ray Train's controller: it has the run save when that knows that workers will end.
-
-    When they have failed, it sees to it that new ones are not waited for on a node that is lost.
-    """
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2._internal.execution.controller import state as states
-
-    def relay() -> _Called:
-        import ray
-
-        return _Called(ray.get_actor(relay_name, namespace=NAMESPACE))
-
-    class _Callback(ControllerCallback):
-        saves = Saves(relay)
-
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            if isinstance(current_state, states.PreemptingState):
-                self.saves.nodes_go(current_state.preemption_info, time.time())
-            elif isinstance(current_state, states.ResizingState):
-                self.saves.before_resize()
-
-        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-            import ray
-
-            count_anew(ray)
-
-    return _Callback()
-
-
-def _fit(ray: Any, config: RunConfig, relay: _Called, trainer: Any) -> BaseException | None:
+def _fit(ray: Any, config: RunConfig, relay: Called, trainer: Any) -> BaseException | None:
     """Run the trainer in a thread while this one relays lines and signals; return what it raised.
 
     Raises WorkerError or Interrupted when there is no use in waiting for workers any longer (`_given_up`). Ray's own
@@ -208,7 +142,7 @@ def _fit(ray: Any, config: RunConfig, relay: _Called, trainer: Any) -> BaseExcep
     """
     failure: list[BaseException] = []
 
-    def fit(_relay: _Called) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
+    def fit(_relay: Called) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
         try:
             trainer.fit()
         except BaseException as error:
@@ -251,9 +185,9 @@ def _worker(settings: dict[str, Any]) -> None:
     place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
                   ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank),
                   f"{settings['relay']}/{runtime.get_node_id()}")
-    relay = _Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
+    relay = Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
-        Supervisor(config, place, relay, _reporter(config)).run()
+        Supervisor(config, place, relay, reporter(config), Exported(config.run.name).add).run()
     except ray.exceptions.ActorDiedError:
         return  # the relay is gone, and with it the driver
     except NobodyCameError:
@@ -262,39 +196,3 @@ def _worker(settings: dict[str, Any]) -> None:
         relay.end(WorkerError(f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
                               "Ray logs in /tmp/ray"), place.group)
         raise
-
-
-class _Called:
-    """The relay: its methods are called and waited for; lines (`put`) are sent on and not waited for."""
-
-    def __init__(self, actor: Any) -> None:
-        import ray
-
-        self._ray, self._actor = ray, actor
-
-    def put(self, kind: str, text: str) -> None:
-        self._actor.put.remote(kind, text)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*values: Any) -> Any:
-            until = time.monotonic() + LOST_S
-            while True:
-                try:
-                    return self._ray.get(getattr(self._actor, name).remote(*values))
-                except self._ray.exceptions.ActorUnavailableError:  # the way there is cut, perhaps for a moment
-                    if time.monotonic() > until:
-                        raise
-                    time.sleep(POLL_S)
-        return call
-
-
-def _reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
-    """Return the hook that tells Ray of a checkpoint that already lies in storage."""
-    def committed(url: str, metrics: dict[str, float]) -> None:
-        from ray.train import Checkpoint, CheckpointUploadMode, report
-
-        filesystem, path = storage.arrow_filesystem(url)
-        checkpoint = Checkpoint(path, None if storage.is_local(url) else filesystem)
-        report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-    return committed

@@ -16,7 +16,8 @@ from dist_ft.checkpoint.best import LOWER
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Search, SearchSection
 from dist_ft.errors import ConfigError
-from dist_ft.runtime.ray_train import connected, resources
+from dist_ft.runtime.placing import resources
+from dist_ft.runtime.ray_train import connected
 
 if TYPE_CHECKING:
     from dist_ft.runtime.search import Trial

@@ -164,6 +164,11 @@ def _manifest(store: Store, step: int) -> Manifest:
     return catalogue.load_manifest(store, steps[step])
 
 
+def is_run(store: Store) -> bool:
+    """Tell whether a run has begun at `store`."""
+    return store.exists(STORED)
+
+
 def _run(url: str) -> Store:
     store = Store(url)
     if not store.exists(STORED):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from dist_ft.config.schema import RunConfig
 from dist_ft.errors import DistFtError, Interrupted, PeerError, StorageError
 from dist_ft.runtime.generations import MOST_BACKOFF_S, Failure, Kind, Member, View
+from dist_ft.runtime.network import NODE
 from dist_ft.runtime.process import Process
 from dist_ft.runtime.watchdog import EXIT_CODE as HUNG
 from dist_ft.world import World
@@ -67,12 +68,17 @@ class Supervisor:
     """One worker's."""
 
     def __init__(self, config: RunConfig, place: Place, relay: RelayLike,
-                 committed: Callable[[str, dict[str, float]], None]) -> None:
-        """Assign only. `committed` is called for every checkpoint of the run, in order, on every worker."""
+                 committed: Callable[[str, dict[str, float]], None],
+                 measured: Callable[[int, str, dict[str, float]], None] = lambda step, kind, values: None) -> None:
+        """Assign only. `committed` is called for every checkpoint of the run, in order, on every worker.
+
+        `measured`: with (step, kind, values) of every line of metrics, on rank 0's.
+        """
         self._config = config
         self._place = place
         self._relay = relay
         self._committed = committed
+        self._measured = measured
         self._look_s = max(LOOK_S, place.world.size / LOOKS_PER_S)
         self._num_commits = 0
         self._stopping = False
@@ -148,6 +154,9 @@ class Supervisor:
             if self._config.cluster.standby and self._spare is None:
                 with contextlib.suppress(OSError):  # one is started when it is needed
                     self._spare = self._new_process(*rest)
+        elif kind == "measured":
+            with contextlib.suppress(Exception):  # it is for people who watch, never worth a run
+                self._measured(*rest)
         elif kind in ("committed", "progressed", "saved"):
             if self._place.world.rank == 0:
                 getattr(self._relay, kind)(*rest, self._place.group)
@@ -201,7 +210,8 @@ class Supervisor:
         """Return what torchrun would set."""
         world, (host, _, port) = self._place.world, rendezvous.rpartition(":")
         return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(self._place.device),
-                "LOCAL_WORLD_SIZE": str(world.local_size), "MASTER_ADDR": host, "MASTER_PORT": port}
+                "LOCAL_WORLD_SIZE": str(world.local_size), "MASTER_ADDR": host, "MASTER_PORT": port,
+                NODE: self._place.node}
 
 
 def how_it_ended(code: int, oom_kills: int) -> tuple[Kind, str]:

@@ -19,7 +19,8 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 from dist_ft.checkpoint import catalogue
-from dist_ft.errors import StorageError
+from dist_ft.errors import Interrupted, StorageError
+from dist_ft.logs import redact
 from dist_ft.patience import attempts
 from dist_ft.storage import Store, is_local
 from dist_ft.world import World
@@ -45,6 +46,7 @@ class Clock:
         self._begun_at = datetime.now(timezone.utc)
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._phase: Phase = "start"
+        self.ended = ""
         self._since = time.monotonic()
         self._resumed_at: int | None = None
         self._marks: dict[int, dict[Phase, float]] = {}
@@ -88,7 +90,8 @@ class Clock:
         """Return all that is known up to now, as JSON takes it."""
         with self._lock:
             self._settle()
-            return {"begun_at": self._begun_at.isoformat(), "resumed_at": self._resumed_at,
+            return {**({"ended": self.ended} if self.ended else {}),
+                    "begun_at": self._begun_at.isoformat(), "resumed_at": self._resumed_at,
                     "seconds": _rounded(self._seconds),
                     "marks": [[step, _rounded(spent)] for step, spent in self._marks.items()]}
 
@@ -113,6 +116,10 @@ def kept(clock: Clock, store: Store, attempt: int, world: World) -> Iterator[Non
     thread.start()
     try:
         yield
+        clock.ended = "done"
+    except Interrupted as error:  # what else goes wrong may be followed by a further attempt
+        clock.ended = redact(str(error))
+        raise
     finally:
         keeper.ended.set()
         clock.news.set()

@@ -21,6 +21,7 @@ from typing import Any
 from dist_ft.checkpoint import catalogue
 from dist_ft.errors import StorageError
 from dist_ft.storage import Store
+from dist_ft.train.trackers import Trackers
 
 log = logging.getLogger("dist_ft.metrics")
 FILE = "metrics.jsonl"
@@ -32,9 +33,11 @@ BETWEEN = 20
 class MetricsLog:
     """Rank 0's record of the run at `store`, going on after `lines` (of `read_metrics`)."""
 
-    def __init__(self, store: Store, lines: list[dict[str, Any]], attempt: int, tensorboard: bool) -> None:
+    def __init__(self, store: Store, lines: list[dict[str, Any]], attempt: int, tensorboard: bool,
+                 trackers: Trackers | None = None) -> None:
         self._store = store
         self._attempt = attempt
+        self._trackers = trackers or Trackers([])
         self._lines = [(line["step"], _encoded(line)) for line in lines]
         self._next_s = time.monotonic() + FLUSH_S
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
@@ -48,6 +51,7 @@ class MetricsLog:
         """Note the values of one step ("train" or "evaluation"); in the file, what is no number is null (JSON)."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.append((step, _encoded({"step": step, "kind": kind, **finite})))
+        self._trackers.add(step, kind, values)
         if self._tensorboard:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -95,6 +99,7 @@ class MetricsLog:
         """Write what is left and remove temporary files."""
         self.flush().result()
         self._thread.shutdown()
+        self._trackers.close()
         if self._writer is not None:
             self._writer.close()
         if self._folder is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dist_ft.train.console import Console
@@ -44,6 +44,7 @@ class Hooks:
         log: also gets the log lines of this worker; none: they go to stderr only.
         after: why the attempt before this one ended, as far as the surroundings know; "" if they do not.
         evaluated: called on rank 0 with (step, metrics) after an evaluation.
+        measured: called on rank 0 with (step, kind, values) of every line of metrics.
     """
 
     console: Console = field(default_factory=Console)
@@ -56,3 +57,4 @@ class Hooks:
     log: logging.Handler | None = None
     after: str = ""
     evaluated: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    measured: Callable[[int, str, Mapping[str, float]], None] = lambda step, kind, values: None

@@ -121,3 +121,10 @@ def probe(device: torch.device, size: int = 256) -> float:
         float((values @ values)[0, 0])  # waits for the device
         times.append(time.perf_counter() - begun)
     return min(times)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Return {gpu_memory_gib: the most this process has held on its GPU so far}; nothing without one."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}

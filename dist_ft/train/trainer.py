@@ -31,7 +31,7 @@ from dist_ft.train.evaluate import evaluate, keep_evaluation
 from dist_ft.train.parts import Parts
 from dist_ft.train.result import Hooks, Result
 from dist_ft.train.saving import Saver
-from dist_ft.train.stragglers import Stragglers
+from dist_ft.train.stragglers import Stragglers, gpu_memory
 from dist_ft.world import on_rank0
 
 log = logging.getLogger("dist_ft.train")
@@ -176,7 +176,8 @@ class Trainer:
         assert self._loss is not None
         values = {"loss": self._loss, "learning_rate": rate,
                   "grad_norm": outcome.grad_norm, "step_s": seconds,
-                  "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets}
+                  "data_wait_s": waited, "tokens_per_s": num_tokens / seconds, "num_target_tokens": num_targets,
+                  **gpu_memory(self._parts.engine.device)}
         if self._parts.metrics is not None:
             self._parts.metrics.add(self._step, "train", values | self._source_metrics())
             left = seconds * (self._total_steps - self._step)

@@ -197,7 +197,7 @@ def test_broken_overrides(override, line):
     ("optimiser.learning_rate=1e-4", "optimiser: no such section; did you mean optimizer?"),
     ("max_seq_length=9", "max_seq_length: no such field; did you mean batch.sequence_length?"),
     ("data.fields.promt=q", "data.fields.promt: no such field; did you mean data.fields.prompt?"),
-    ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, straggler_steps, tensorboard, level; remove it"),
+    ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, straggler_steps, tensorboard, wandb, mlflow, level; remove it"),
     ("zzzzz.qqqqq=1", "zzzzz: no such section; allowed: run, model, data, task, prompting, tuning, batch, optimizer, schedule, zero, "
                       "cluster, checkpoint, evaluation, anomaly, log, storage; remove it"),
     ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, share, subset, split; remove it"),

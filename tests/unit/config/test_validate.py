@@ -216,3 +216,26 @@ def test_mixing_that_contradicts_itself(train, more, said):
     with pytest.raises(ConfigError) as caught:
         load_config({**BASE, "data": {"train": train, **more}})
     assert said in str(caught.value)
+
+
+def test_placement_and_network_settings_that_contradict():
+    base = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "a"}, "batch": {"global_batch": 4, "sequence_length": 8},
+            "schedule": {"steps": 3}}
+
+    def said(**cluster):
+        with pytest.raises(ConfigError) as caught:
+            load_config({**base, "cluster": cluster})
+        return list(caught.value.problems)
+
+    assert said(workers=2, workers_per_node=2, placement="SPREAD") == [
+        "cluster.workers_per_node=2: cluster.placement=SPREAD says too how workers are spread; one of them decides; set "
+        "cluster.placement=PACK, or workers_per_node=0"]
+    assert said(workers_per_node=2) == ["cluster.workers_per_node=2: cluster.workers=0 is this process alone; allowed with Ray "
+                                        "workers; set cluster.workers, or leave it out"]
+    assert said(workers=2, network_interface="eth0", network_variables={"NCCL_SOCKET_IFNAME": "eth1"}) == [
+        "cluster.network_variables.NCCL_SOCKET_IFNAME: cluster.network_interface=eth0 sets it; one of them is allowed; remove the other"]
+    assert said(workers=2, network_variables={"LD_PRELOAD": "x"})[0].startswith(
+        "cluster.network_variables.LD_PRELOAD: is no variable of nccl, gloo, UCX or libfabric; names that begin with NCCL_")
+    assert said(workers=2, network_interface="eth 0") == [
+        "cluster.network_interface=eth 0: not of the allowed form; allowed: names of network interfaces with commas between, such as "
+        "eth0; correct it, or leave it out for the default (null)"]

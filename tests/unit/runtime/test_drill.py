@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from dataclasses import replace
 
 import pytest
 
 from dist_ft.cli_drill import ALONE
 from dist_ft.config.load import load_config
-from dist_ft.runtime import drill
-from dist_ft.runtime.drill import Finding, Report, describe, follow
+from dist_ft.runtime.drill import Finding, Report, describe
 from dist_ft.runtime.drill_scenarios import (
     AGAIN,
     AT,
@@ -130,42 +126,6 @@ def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data()
 def test_without_a_config_any_number_of_workers_fits(workers):
     found = config_of(load_config(ALONE, [f"cluster.workers={workers}"]), "/runs/drill-1", scenario("reference"))
     assert found.cluster.workers == int(workers.split("..")[0]) and found.model.dtype == "float32"
-
-
-def test_a_command_is_followed_and_failpoints_of_this_process_are_not_passed_on(monkeypatch):
-    monkeypatch.setenv("DIST_FT_FAILPOINT", "mine")
-    said: list[Line] = []
-    program = "import os; print(os.environ.get('DIST_FT_FAILPOINT'), os.environ['OWN']); raise SystemExit(3)"
-    assert follow([sys.executable, "-c", program], {"OWN": "x"}, 60, time.monotonic(), said) == 3
-    assert [line.text for line in said] == ["None x"] and 0 < said[0].at_s < 60
-
-
-def test_a_command_is_told_to_stop_when_it_tells_of_the_failpoint():
-    program = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-               "print('WARNING failpoint train.step: sleep5', flush=True)\ntime.sleep(60)")
-    assert follow([sys.executable, "-c", program], {}, 60, time.monotonic(), [], terminate=True) == 130
-
-
-def test_a_command_that_does_not_end_is_ended_with_all_it_started(monkeypatch):
-    monkeypatch.setattr(drill, "LEAVE_S", 0.5)
-    program = ("import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-               "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
-               "time.sleep(600)")
-    said: list[Line] = []
-    assert follow([sys.executable, "-c", program], {}, 2, time.monotonic(), said) is None
-    assert said[-1].text == "drill: no end within 2 s; it is ended"
-    until = time.monotonic() + 10
-    while os.path.exists(f"/proc/{said[0].text}") and time.monotonic() < until and not _is_zombie(said[0].text):
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{said[0].text}") or _is_zombie(said[0].text)
-
-
-def _is_zombie(pid: str) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_the_table_tells_details_only_of_what_did_not_hold():

@@ -6,7 +6,16 @@ import pytest
 from unit.small import run_config
 
 from dist_ft.errors import Interrupted, WorkerError
-from dist_ft.runtime.placing import device, explain, given_up, require_resources, resources
+from dist_ft.runtime.placing import (
+    by_node,
+    device,
+    explain,
+    given_up,
+    has_labels,
+    require_resources,
+    resources,
+    rooms,
+)
 
 
 def config(**cluster):
@@ -74,3 +83,45 @@ def test_the_gpu_of_a_worker_among_those_its_node_shares(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert [device([gpu], 0) for gpu in (4, "6", 7)] == [0, 1, 2]
     assert device(["MIG-1"], 2) == 2
+
+
+def test_workers_by_node():
+    assert by_node({"a": 4, "b": 8, "c": 2}, 6, 4) == ["a"] * 4 + ["c"] * 2
+    assert by_node({"a": 8, "b": 8}, 8, 4) == ["a"] * 4 + ["b"] * 4, "a node once, though it has room for all"
+    assert by_node({"a": 8, "b": 3}, 8, 4) is None
+    assert by_node({}, 1, 1) is None
+    assert rooms({"CPU": 7, "GPU": 3}, {"CPU": 1, "GPU": 1.0}) == 3 and rooms({"CPU": 1}, {"CPU": 0.1}) == 10
+    assert rooms({}, {"CPU": 1}) == 0
+
+
+def test_labels_as_rays_selectors():
+    labels = {"region": "eu", "kind": "H100"}
+    for wanted in ({}, {"region": "eu"}, {"kind": "in(A100, H100)"}, {"region": "!us"}, {"absent": "!x"},
+                   {"kind": "!in(A100, L4)"}):
+        assert has_labels(labels, wanted), wanted
+    for wanted in ({"region": "us"}, {"kind": "in(A100)"}, {"region": "!eu"}, {"absent": "x"}, {"kind": "!in(H100,L4)"}):
+        assert not has_labels(labels, wanted), wanted
+
+
+class Nodes(Cluster):
+    def __init__(self, *nodes: dict) -> None:
+        super().__init__(CPU=100)
+        self._nodes = nodes
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "Labels": {}, **node} for node in self._nodes]
+
+
+def test_nodes_a_cluster_does_not_have():
+    eight = {"Resources": {"CPU": 8}}
+    require_resources(Nodes(eight, eight), config(workers=16, workers_per_node=8))
+    with pytest.raises(WorkerError) as caught:
+        require_resources(Nodes(eight, {**eight, "Alive": False}), config(workers=16, workers_per_node=8))
+    assert str(caught.value) == (
+        "cluster.workers_per_node=8: 16 workers need 2 nodes with room for so many, the cluster has 1; lower it, add "
+        "nodes, or set cluster.wait_for_nodes=true if an autoscaler will")
+    with pytest.raises(WorkerError) as caught:
+        require_resources(Nodes(eight, {**eight, "Labels": {"disk": "nvme"}}), config(workers=9, labels={"disk": "nvme"}))
+    assert str(caught.value) == (
+        "cluster.labels={'disk': 'nvme'}: 1 of 2 nodes have them, with room for 8 workers, and 9 are needed; correct the "
+        "labels, add nodes, or set cluster.wait_for_nodes=true if an autoscaler will")

@@ -1,0 +1,42 @@
+"""A run's metrics for Prometheus, through every Ray node's exporter: gauges `ray_dist_ft_*` with the tag `run`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+KINDS = ("train", "evaluation")
+"""Lines of metrics that are exported; those by worker would make a series for each of them."""
+
+
+class Exported:
+    """Gauges of one run; used by rank 0's Ray worker."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Show the values of one step."""
+        if kind not in KINDS:
+            return
+        for name, value in {"step": float(step), **values}.items():
+            if math.isfinite(value):
+                self._gauge(gauge_name(kind, name)).set(value)
+
+    def _gauge(self, name: str) -> Any:
+        if name not in self._gauges:
+            from ray.util.metrics import Gauge
+
+            gauge = Gauge(name, description=f"{name} of a dist_ft run", tag_keys=("run",))
+            gauge.set_default_tags({"run": self._run})
+            self._gauges[name] = gauge
+        return self._gauges[name]
+
+
+def gauge_name(kind: str, name: str) -> str:
+    """Return the name of a gauge: letters, digits and '_' only."""
+    prefix = "dist_ft" if kind == "train" else f"dist_ft_{kind}"
+    return re.sub(r"[^A-Za-z0-9_]", "_", f"{prefix}_{name}")
