@@ -91,7 +91,7 @@ class Sizing:
 def sizing(config: RunConfig, options: Options) -> Sizing:
     """Return what `config` takes; raises ConfigError where workers do not fill nodes or the model's size is unknown."""
     cluster, parameters = config.cluster, num_parameters(config, options)
-    per_pod = min(options.workers_per_node, config.max_workers)
+    per_pod = min(cluster.workers_per_node or options.workers_per_node, config.max_workers)
     problems = _uneven(config, per_pod)
     if problems:
         raise ConfigError(problems, f"run {config.run.name} on Kubernetes")

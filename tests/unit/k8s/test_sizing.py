@@ -103,6 +103,11 @@ def test_workers_fill_nodes(workers, per_node, pods, gpus):
     assert ((sizes.min_pods, sizes.max_pods), sizes.gpus_per_pod) == (pods, gpus)
 
 
+def test_what_the_run_says_of_workers_a_node_goes_before_the_option():
+    assert sizing(with_("cluster.workers_per_node=4"), OPTIONS).max_pods == 2
+    assert sizing(with_(), OPTIONS.model_copy(update={"workers_per_node": 2})).max_pods == 4
+
+
 def test_a_run_without_gpus_asks_for_none():
     spec = job(with_("cluster.gpus_per_worker=0", "cluster.workers=2", "cluster.cpus_per_worker=0.5"))
     group, = spec["rayClusterSpec"]["workerGroupSpecs"]
