@@ -30,7 +30,8 @@ def render(config: Config, overrides: Overrides = None,
                "kueue, spot, efa, rdma, s3-service-account, gcs-fault-tolerance; may be given several times."))] = None,
            image: Annotated[str | None, typer.Option(help="With tag or digest; none: dist-ft:<this version>.")] = None,
            namespace: Annotated[str | None, typer.Option(help="None: dist-ft.")] = None,
-           workers_per_node: Annotated[int | None, typer.Option(min=1, help="Its GPUs; cluster.workers_per_node goes before it; none: 8.")] = None,
+           workers_per_node: Annotated[int | None, typer.Option(
+               min=1, help="Its GPUs; cluster.workers_per_node goes before it; none: 8.")] = None,
            parameters: Annotated[float | None, typer.Option(help=(
                "Of the model, such as 8.03e9; none: as its name says, and a tenth more."))] = None,
            node_selector: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=(
