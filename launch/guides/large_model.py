@@ -18,6 +18,8 @@ import yaml
 LEAST_ACCURACY = 0.80
 REPLAY = 0.1
 STAGE_LABELS, STAGES = 10, 3
+TRAINING, HELD_OUT = 40, 20
+"""Rows of each label: so that the guide takes minutes on two cores."""
 
 
 def guide(here: lab.Lab) -> list[str]:
@@ -36,7 +38,7 @@ def sentiment(here: lab.Lab) -> list[str]:
     lab.dist_ft("data", "split", str(whole), "--out", str(whole.parent / "reviews"), "--by", "label")
     given = [f"model.path={small_models.minilm()}", f"data.train={whole.parent}/reviews/train.jsonl",
              f"evaluation.data={whole.parent}/reviews/held-out.jsonl", "batch.global_batch=64", "batch.micro_batch=32",
-             "batch.sequence_length=48", "schedule.epochs=null", "schedule.steps=100", "evaluation.every_steps=25",
+             "batch.sequence_length=48", "schedule.epochs=null", "schedule.steps=100", "evaluation.every_steps=50",
              "checkpoint.every_steps=0"]
     runs = {"all weights": here.train("reviews", "reviews.yaml", *given),
             "LoRA": here.train("reviews-lora", "reviews-lora.yaml", *given)}
@@ -59,8 +61,9 @@ def stages(here: lab.Lab, replay: float) -> None:
     parts: list[dict[str, Any]] = []
     for number in range(STAGES):
         own = labels[number * STAGE_LABELS:(number + 1) * STAGE_LABELS]
-        files = [here.rows(f"intents-{number}-{part}.jsonl", [row for row in found if row["label"] in own])
-                 for part, found in (("train", training), ("held-out", held_out))]
+        files = [here.rows(f"intents-{number}-{part}.jsonl", [
+                     row for label in own for row in [one for one in found if one["label"] == label][:most]])
+                 for part, found, most in (("train", training, TRAINING), ("held-out", held_out, HELD_OUT))]
         parts.append({"name": f"part-{number + 1}", "overrides": {
             "data.train": str(files[0]), "evaluation.data": str(files[1])},
             **({"replay": replay} if number and replay else {})})
