@@ -33,7 +33,9 @@ def render(config: Config, overrides: Overrides = None,
            workers_per_node: Annotated[int | None, typer.Option(
                min=1, help="Its GPUs; cluster.workers_per_node goes before it; none: 8.")] = None,
            parameters: Annotated[float | None, typer.Option(help=(
-               "Of the model, such as 8.03e9; none: as its name says, and a tenth more."))] = None,
+               "Of the model, such as 8.03e9; none: counted from --model-config or the folder at model.path; else as "
+               "its name says, and a tenth more."))] = None,
+           model_config: Annotated[str | None, typer.Option("--model-config", help="A config.json to count in.")] = None,
            node_selector: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=(
                "Label of the workers' nodes, such as nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3."))] = None,
            more: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=(
@@ -45,7 +47,8 @@ def render(config: Config, overrides: Overrides = None,
     \b
     Examples:
       dist-ft k8s render configs/llama-8b.yaml --out mine/ --overlay production --set s3_role=arn:aws:iam::1:role/mine
-      dist-ft k8s render configs/llama-70b.yaml cluster.workers=64 --image registry/dist-ft:0.1.0 --with spot
+      dist-ft k8s render configs/llama-70b.yaml cluster.workers=64 --image registry/dist-ft:0.1.0 --with spot \\
+        --model-config configs/architectures/llama-3.1-70b.json
 
     Next: dist-ft k8s check DIR --crd FILE
     """
@@ -54,6 +57,7 @@ def render(config: Config, overrides: Overrides = None,
     from dist_ft.k8s import render as rendering
     from dist_ft.k8s.options import parse
     from dist_ft.k8s.sizing import described, sizing
+    from dist_ft.runtime.planning import count_parameters
 
     if kustomize and (out or overlay or component):
         raise ConfigError([f"--kustomize={kustomize}: writes all overlays and components; alone, or --out, --overlay "
@@ -61,6 +65,8 @@ def render(config: Config, overrides: Overrides = None,
     given = {"image": image, "namespace": namespace, "workers_per_node": workers_per_node, "parameters": parameters,
              "node_selector": tuple(node_selector) if node_selector else None}
     options, run = parse(given, more or ()), load_config(config, overrides or ())
+    if not options.parameters:
+        options = options.model_copy(update={"parameters": count_parameters(run, model_config) or 0})
     if kustomize:
         texts = rendering.tree(run, options)
     else:

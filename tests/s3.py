@@ -18,30 +18,30 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing-testing", "AWS_SECRET_ACCESS_KEY": 
 
 
 @contextmanager
-def server() -> Iterator[int]:
+def server(host: str = "127.0.0.1") -> Iterator[int]:
     """Yield the port of an S3 server of our own, with `BUCKET` in it."""
     port = ports.free()
-    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                if probe.connect_ex((host, port)) == 0:
                     break
             assert process.poll() is None, "the S3 server ended"
             time.sleep(0.1)
-        make_bucket(port)
+        make_bucket(port, host=host)
         yield port
     finally:
         process.kill()
         process.wait()
 
 
-def make_bucket(port: int, name: str = BUCKET) -> None:
+def make_bucket(port: int, name: str = BUCKET, host: str = "127.0.0.1") -> None:
     """Make a bucket."""
     import boto3
 
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
                  aws_access_key_id="testing-testing", aws_secret_access_key="testing-testing").create_bucket(Bucket=name)
 
 

@@ -48,6 +48,7 @@ class Sizing:
         ray_cpus: CPUs Ray deals out in a pod.
         memory, shared, disk: bytes of a pod by part; `shared` (/dev/shm) is one of the parts of `memory`.
         parameters: of the model, as taken.
+        by_name: whether they were taken from the model's name.
         save_s: seconds a save takes with the fewest workers.
         drain_s: seconds a pod is held after the notice.
         grace_s: seconds from the notice until Kubernetes kills.
@@ -63,6 +64,7 @@ class Sizing:
     shared: Mapping[str, int]
     disk: Mapping[str, int]
     parameters: float
+    by_name: bool
     save_s: int
     drain_s: int
     grace_s: int
@@ -104,8 +106,8 @@ def sizing(config: RunConfig, options: Options) -> Sizing:
         workers_per_pod=per_pod, min_pods=math.ceil(config.min_workers / per_pod),
         max_pods=config.max_workers // per_pod, gpus_per_pod=per_pod * cluster.gpus_per_worker,
         cpus_per_pod=ray_cpus + 1, ray_cpus=ray_cpus, memory=_memory(config, per_pod, share, parameters, shared),
-        shared=shared, disk=_disk(config, parameters), parameters=parameters, save_s=save_s, drain_s=drain_s,
-        grace_s=drain_s + LEAVING_S)
+        shared=shared, disk=_disk(config, parameters), parameters=parameters, by_name=not options.parameters,
+        save_s=save_s, drain_s=drain_s, grace_s=drain_s + LEAVING_S)
 
 
 def num_parameters(config: RunConfig, options: Options) -> float:
@@ -116,7 +118,7 @@ def num_parameters(config: RunConfig, options: Options) -> float:
     found = re.findall(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BMbm])(?![A-Za-z0-9])", name)
     if not found:
         raise ConfigError([f"model.path={config.model.path}: its name does not say how large it is, and memory and "
-                           "grace periods follow from that; give --parameters, such as --parameters 8e9"],
+                           "grace periods follow from that; give --model-config FILE, or --parameters such as 8e9"],
                           f"run {config.run.name} on Kubernetes")
     times, number, unit = found[-1]
     return int(times or 1) * float(number) * (1e9 if unit in "Bb" else 1e6) * NAME_MARGIN
@@ -189,4 +191,6 @@ def described(sizes: Sizing) -> list[tuple[str, str]]:
             f"{part} {size / GIB:.1f}" for part, size in parts.items())))
     return [*rows, ("grace", f"{sizes.grace_s} s = save {sizes.save_s} + notice {NOTICED_S}, rounded up: drain "
                              f"{sizes.drain_s}, + leaving {LEAVING_S}"),
-            ("parameters", f"{sizes.parameters / 1e9:.2f} G (--parameters says otherwise)")]
+            ("parameters", f"{sizes.parameters / 1e9:.2f} G " + (
+                "(by the model's name, and a tenth more; --model-config FILE counts them)" if sizes.by_name
+                else "(counted or told)"))]

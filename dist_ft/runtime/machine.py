@@ -9,10 +9,6 @@ from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "accelerate", "peft", "safetensors", "fsspec", "numpy",
             "flash-attn")
-PEAK_TFLOPS = {  # 16-bit matrix products without sparsity, by a part of the device's name (vendors' data sheets)
-    "GB200": 2500, "B200": 2250, "B100": 1750, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-    "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181,
-    "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307, "MI250X": 383}
 
 
 def describe(use_gpu: bool) -> dict[str, Any]:
@@ -45,8 +41,3 @@ def _gpus() -> dict[str, Any]:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
     return {"gpus": gpus, "cuda": torch.version.cuda, "hip": torch.version.hip, "nccl": nccl,
             "cudnn": torch.backends.cudnn.version()}
-
-
-def peak_tflops(name: str) -> float | None:
-    """Return the 16-bit peak of a device in TFLOP/s by its name; None: not known here."""
-    return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part.lower() in name.lower()), None)

@@ -7,6 +7,7 @@ the rest is arithmetic (`plan`). No weights are read, no GPU is needed, nothing 
 from __future__ import annotations
 
 import fnmatch
+import os
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import RunConfig
@@ -96,6 +97,23 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
         return ModelShape(model.config.model_type, weights, tuple((place,) for place in range(len(weights))),
                           Lane(held, held), Lane(held, held), rehearsed=False)
     return ModelShape(model.config.model_type, weights, order, added, passed)
+
+
+def count_parameters(config: RunConfig, model_config: str | None = None) -> int | None:
+    """Return how many parameters the run's model has, counted from a config.json; None where none is at hand.
+
+    At hand are a file that is given and a folder here: neither a hub nor a bucket is asked. Raises ModelError for one
+    that can not be understood.
+    """
+    from dist_ft import storage
+    from dist_ft.logs import quiet_third_parties
+    from dist_ft.model import outline
+
+    path = config.model.path
+    if model_config is None and not (storage.is_local(path) and os.path.isdir(storage.local_path(path))):
+        return None
+    quiet_third_parties()
+    return sum(p.numel() for p in outline.build(config, known_task(config), model_config).parameters())
 
 
 def _learner(model: Any, config: RunConfig) -> Learner:

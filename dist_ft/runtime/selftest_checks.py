@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any, Literal
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.plan.gpus import peak_tflops
 from dist_ft.runtime.drill_material import Size
 from dist_ft.runtime.drill_scenarios import Evidence, Scenario, problems, scenarios
-from dist_ft.runtime.machine import peak_tflops
 
 CHECKS = ("parity", "collective", "resume", "throughput")
 TOLERANCE = 1e-5

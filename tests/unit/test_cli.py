@@ -51,7 +51,7 @@ COMMANDS = {
     "runs diff": {"run", "overrides", "--step"},
     "runs prune": {"run", "overrides", "--keep-last", "--keep-every-steps", "--keep-best", "--yes"},
     "k8s render": {"config", "overrides", "--out", "--kustomize", "--overlay", "--with", "--image", "--namespace",
-                   "--workers-per-node", "--parameters", "--node-selector", "--set"},
+                   "--workers-per-node", "--parameters", "--model-config", "--node-selector", "--set"},
     "k8s check": {"paths", "--crd", "--kubernetes"},
 }
 

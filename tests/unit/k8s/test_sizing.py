@@ -131,7 +131,7 @@ def test_the_size_of_a_model_by_its_name(path, count):
 
 
 def test_a_model_of_unknown_size():
-    with pytest.raises(ConfigError, match=r"model.path=org/mine: its name does not say how large it is.*--parameters 8e9"):
+    with pytest.raises(ConfigError, match=r"model.path=org/mine: its name does not say how large it is.*--model-config FILE, or --parameters such as 8e9"):
         sizing(with_("model.path=org/mine"), OPTIONS)
     assert num_parameters(with_("model.path=org/mine"), Options(image="a:1", parameters=5)) == 5
 
@@ -139,5 +139,6 @@ def test_a_model_of_unknown_size():
 def test_the_arithmetic_is_written_out():
     text = dict(described(sizing(with_("cluster.workers=8..16", "checkpoint.every_steps=1"), Options(image="a:1", ray_version="2.60.0", parameters=8e9))))
     assert text["pods"] == "1..2 × 8 GPUs = up to 16"
+    assert text["parameters"] == "8.00 G (counted or told)"
     assert text["grace"] == "150 s = save 60 + notice 60, rounded up: drain 120, + leaving 30"
     assert text["memory"].startswith("163 GiB a pod = processes 48.0 + spares 8.0 + a save under way 89.4 + ")

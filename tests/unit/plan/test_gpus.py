@@ -20,3 +20,10 @@ def test_an_unknown_name_is_one_line(name):
 @pytest.mark.parametrize(("room", "expected"), [(1000, 1), (999, 2), (101, 10), (100, 10), (99, None)])
 def test_the_fewest_workers_that_fit(room, expected):
     assert gpus.fewest(lambda world: 1000 // world, 10, room) == expected
+
+
+@pytest.mark.parametrize(("device", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+    ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("toy", None)])
+def test_the_peak_of_a_device_by_the_name_it_gives_itself(device, peak):
+    assert gpus.peak_tflops(device) == peak

@@ -44,6 +44,15 @@ def test_published_numbers_of_parameters(name, count):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=rounded, abs=0)
 
 
+def test_parameters_are_counted_without_asking_anyone(folder):
+    counted = 2 * (256 * 64) + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
+    assert planning.count_parameters(run(folder)) == counted
+    assert planning.count_parameters(run("org/none"), str(folder)) == counted
+    assert planning.count_parameters(run("org/none")) is planning.count_parameters(run("s3://none/none")) is None
+    with pytest.raises(ModelError, match="--model-config=nowhere: there is no such file"):
+        planning.count_parameters(run(folder), "nowhere")
+
+
 def test_a_folder_with_a_config_alone_is_enough(folder):
     found = planning.plan(run(folder))
     assert found["model"]["rehearsed"] and found["model"]["parameters"] == found["model"]["learned"]
