@@ -35,7 +35,7 @@ def render(config: Config, overrides: Overrides = None,
            parameters: Annotated[float | None, typer.Option(help=(
                "Of the model, such as 8.03e9; none: counted from --model-config or the folder at model.path; else as "
                "its name says, and a tenth more."))] = None,
-           model_config: Annotated[str | None, typer.Option("--model-config", help="A config.json to count in.")] = None,
+           model_config: Annotated[str | None, typer.Option("--model-config", help="A config.json to count.")] = None,
            node_selector: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=(
                "Label of the workers' nodes, such as nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3."))] = None,
            more: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=(
