@@ -43,32 +43,42 @@ class Machines:
 
     def start(self, number: int, timeout_s: float = 120) -> None:
         """Start Ray on a machine, and wait until the cluster has it."""
-        name, address = self._places[number]
+        address = self._places[number][1]
         own = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=self._folder))  # as a machine's /tmp, empty after a start
-        job = ["--num-cpus=0", "--head", f"--port={GCS_PORT}", f"--dashboard-host={address}", f"--dashboard-port={JOB_PORT}"]
+        head = ["--num-cpus=0", "--head", f"--port={GCS_PORT}", f"--dashboard-host={address}", f"--dashboard-port={JOB_PORT}"]
         join = ["--num-cpus=1", f"--address={self.head}:{GCS_PORT}"]
-        self._ray(number, "start", "--disable-usage-stats", f"--node-ip-address={address}", f"--temp-dir={own}",
-                  f"--dashboard-agent-listen-port={AGENT_PORT}", f"--object-store-memory={2**27}", *(join if number else job),
-                  timeout_s=timeout_s)
-        assert self.processes(number), name
+        with open(own / "said", "w") as said:
+            process = subprocess.Popen([*self._inside(number), "ray", "start", "--block", "--disable-usage-stats",
+                                        f"--node-ip-address={address}", f"--temp-dir={own}",
+                                        f"--dashboard-agent-listen-port={AGENT_PORT}", f"--object-store-memory={2**27}",
+                                        *(join if number else head)],
+                                       env=self.env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        until = time.monotonic() + timeout_s
+        while "Ray runtime started" not in (told := (own / "said").read_text()):
+            assert process.poll() is None and time.monotonic() < until, told[-3000:]
+            time.sleep(0.2)
 
     def drain(self, number: int, seconds: float) -> None:
         """Say on a machine that it will be taken away, as the hook of a pod does."""
-        own = subprocess.run(["ip", "netns", "exec", self._places[0][0], sys.executable, "-c", NODE_OF, self._places[number][1],
+        own = subprocess.run([*self._inside(0), sys.executable, "-c", NODE_OF, self._places[number][1],
                               f"{self.head}:{GCS_PORT}"], env=self.env, check=True, capture_output=True, text=True)
-        self._ray(number, "drain-node", f"--address={self.head}:{GCS_PORT}", f"--node-id={own.stdout.split()[-1]}",
-                  "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test",
-                  f"--deadline-remaining-seconds={seconds:.0f}")
+        subprocess.run([*self._inside(number), "ray", "drain-node", f"--address={self.head}:{GCS_PORT}",
+                        f"--node-id={own.stdout.split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                        "--reason-message=a test", f"--deadline-remaining-seconds={seconds:.0f}"],
+                       env=self.env, check=True, capture_output=True)
 
-    def _ray(self, number: int, *words: str, timeout_s: float = 120) -> None:
-        done = subprocess.run(["ip", "netns", "exec", self._places[number][0], "ray", *words], env=self.env, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s)
-        assert done.returncode == 0, done.stdout[-3000:]
+    def _inside(self, number: int) -> list[str]:
+        return ["ip", "netns", "exec", self._places[number][0]]
 
     def processes(self, number: int) -> list[int]:
         """Return the processes of a machine."""
         found = subprocess.run(["ip", "netns", "pids", self._places[number][0]], check=True, capture_output=True, text=True)
         return [int(pid) for pid in found.stdout.split()]
+
+    def running(self, number: int) -> str:
+        """Return what runs on a machine, for people."""
+        found = (Path(f"/proc/{pid}/cmdline") for pid in self.processes(number))
+        return "\n".join(path.read_text().replace("\0", " ")[:150] for path in found if path.exists())
 
     def kill(self, number: int) -> None:
         """Switch a machine off: every process there ends, with no good-bye."""
@@ -88,7 +98,7 @@ class Machines:
 
     def submit(self, config: Path, out: Path) -> Watched:
         """Submit a run from the laptop and watch it."""
-        return self.laptop.start("submit", str(config), cwd=config.parent, out=out)
+        return self.laptop.start("submit", str(config), "--shared", str(config.parent), cwd=config.parent, out=out)
 
 
 NODE_OF = """
