@@ -11,6 +11,13 @@ def test_bfloat16_is_the_papers_table_for_7_5_billion_on_64(stage, gigabytes):
     assert sum(state.values()) / BILLION == pytest.approx(gigabytes, abs=0.05)
 
 
+@pytest.mark.parametrize(("stage", "billions"), [(0, 2.0), (1, 7.6), (2, 14.4), (3, 128.0)])
+def test_the_largest_models_on_64_gpus_of_32_gigabytes_are_the_papers(stage, billions):
+    """Its table 2."""
+    state = model_state_bytes(int(billions * BILLION), 64, stage, "bfloat16")
+    assert sum(state.values()) / BILLION == pytest.approx(32, rel=0.01)
+
+
 @pytest.mark.parametrize(("stage", "expected"), [
     (0, {"weights": 400, "gradients": 400, "optimizer": 800}),  # weights are their own masters
     (1, {"weights": 400, "gradients": 400, "optimizer": 600}),

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = {  # parameters, as the models' cards and papers tell them
     "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800,
     "mistral-7b-v0.1": 7_241_732_096, "mixtral-8x7b-v0.1": 46_702_792_704, "qwen2.5-7b": 7_615_616_512,
-    "gemma-7b": 8_537_680_896, "gpt2-xl": 1_557_611_200, "opt-66b": 66_000_000_000, "phi-2": 2_779_683_840}
+    "gemma-7b": 8_537_680_896, "gpt2-xl": 1_557_611_200, "opt-66b": 66_000_000_000, "phi-2": 2_779_683_840,
+    "bloom-176b": 176_247_271_424}
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 256, "tie_word_embeddings": False}
 
@@ -39,7 +40,8 @@ def test_published_numbers_of_parameters(name, count):
     from dist_ft.config.task import TaskSection
     from dist_ft.model import outline
 
-    model = outline.build(run("none/none"), TaskSection(), str(ROOT / f"configs/architectures/{name}.json"))
+    attention = "eager" if name.startswith("bloom") else "sdpa"
+    model = outline.build(run("none/none", model={"attention": attention}), TaskSection(), str(ROOT / f"configs/architectures/{name}.json"))
     rounded = 0.01 if count % 10**9 == 0 else 0
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=rounded, abs=0)
 
@@ -51,6 +53,18 @@ def test_parameters_are_counted_without_asking_anyone(folder):
     assert planning.count_parameters(run("org/none")) is planning.count_parameters(run("s3://none/none")) is None
     with pytest.raises(ModelError, match="--model-config=nowhere: there is no such file"):
         planning.count_parameters(run(folder), "nowhere")
+
+
+def test_sizes_of_a_published_run():
+    """BLOOM on 384 A100 of 80 GB: its card tells 329 GB of bfloat16 weights, and 2.3 TB of a checkpoint that holds these,
+    float32 masters and two moments, in units of 1024; ours leaves out the weights, which are the masters rounded."""
+    found = planning.plan(run("none/none", batch={"global_batch": 384, "sequence_length": 2048}, cluster={"workers": 384},
+                              model={"activation_checkpointing": True, "attention": "eager"}), gpu="A100-80GB",
+                          model_config=str(ROOT / "configs/architectures/bloom-176b.json"))
+    assert found["checkpoint"]["exported model"] / 2**30 == pytest.approx(329, abs=1)
+    both = found["checkpoint"]["checkpoint"] + found["checkpoint"]["exported model"]
+    assert both / 2**40 == pytest.approx(2.3, abs=0.06)
+    assert found["gpus"][0]["fits"]
 
 
 def test_a_folder_with_a_config_alone_is_enough(folder):
