@@ -81,5 +81,19 @@ def test_the_model_for_speed_fits_the_smallest_gpu():
     assert checks.size_for([{"gpus": [{"name": "x", "memory_gib": 8.0}]}], 1) == checks.GPU_SIZES[2]
 
 
+def test_speed_is_judged_by_its_metrics_for_it_commits_nothing():
+    scenario = checks.speed(load_config(ALONE, ["cluster.workers=2"]), "/runs", checks.CPU_SIZE)
+    ran = Evidence((0,), ledger="has no checkpoint yet")
+    lines = [{"kind": "train", "step": step, "loss": 5.0 - step / 10, "tokens_per_s": 100.0 * step, "step_s": 1.0,
+              "data_wait_s": 0.0} for step in range(1, STEPS + 1)]
+    found = checks.judge_speed(scenario, ran, lines, checks.CPU_SIZE, [], 2)
+    assert found.verdict == "held" and found.figures["tokens_per_s"] == 100.0 * (STEPS * 3 / 4 + 0.5)
+    assert found.figures["tokens_per_s_a_worker"] == found.figures["tokens_per_s"] / 2
+    for wrong, steps in ((ran, lines[:-1]), (ran, []), (Evidence((1,)), lines), (ran, lines[::-1])):
+        assert checks.judge_speed(scenario, wrong, steps, checks.CPU_SIZE, [], 2).verdict == "FAILED"
+    rising = [{**line, "loss": 1.0} for line in lines]
+    assert "did not fall" in checks.judge_speed(scenario, ran, rising, checks.CPU_SIZE, [], 2).problems[0]
+
+
 def test_names_of_gauges():
     assert [gauge_name("train", "loss"), gauge_name("evaluation", "f1/macro")] == ["dist_ft_loss", "dist_ft_evaluation_f1_macro"]
