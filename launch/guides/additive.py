@@ -1,7 +1,7 @@
 """Additive fine-tuning: a pre-trained encoder gets a new head that tags words, and both learn.
 
-MiniLM, tweets with persons, places and organisations (the first 4000 of 6338 of the Broad Twitter Corpus, so that both
-engines end within twenty minutes on two cores), three epochs. Promised: F1 of whole entities of at least 0.55.
+MiniLM, tweets with persons, places and organisations (two of three of the Broad Twitter Corpus: both engines must end
+within twenty minutes on two cores), three epochs. Promised: F1 of whole entities of at least 0.55.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import small_models
 SENTENCES = ("Angela Merkel meets Apple in Berlin", "nothing happened today", "Liverpool beat Chelsea at Anfield",
              "I love the BBC and @stephenfry")
 LEAST_F1 = 0.55
-ROWS = 4000
 
 
 def guide(here: lab.Lab) -> list[str]:
@@ -23,7 +22,8 @@ def guide(here: lab.Lab) -> list[str]:
     source = here.data / "data" / "btc"
     sets = {name: here.imported("conll", f"{name}.jsonl", str(source / f"btc.{name}"))
             for name in ("train", "dev", "test")}
-    sets["train"] = here.rows("some.jsonl", read(sets["train"])[:ROWS])
+    some = [row for number, row in enumerate(read(sets["train"])) if number % 3]  # all parts of the corpus, as they lie
+    sets["train"] = here.rows("some.jsonl", some)
     run = here.train("entities", "entities.yaml", f"model.path={small_models.minilm()}", f"data.train={sets['train']}",
                      f"evaluation.data={sets['dev']}", "evaluation.every_steps=0", "evaluation.every_epochs=1",
                      "checkpoint.every_steps=0")
