@@ -20,6 +20,10 @@ from dist_ft.runtime.preemption import Saves
 POLL_S = 0.5
 NAMESPACE = "dist_ft"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+CLEANER = "PlacementGroupCleanerCallback"
+"""Ray Train's watch over its own controller. It asks whichever Ray it finds on the machine: another one, perhaps
+somebody else's, knows of no such controller, and the workers of a sound run are ended. Not needed: what a run holds is
+freed with its driver."""
 
 
 def trainer(config: RunConfig, relay_name: str, work: Callable[[dict[str, Any]], None]) -> Any:
@@ -38,13 +42,17 @@ def trainer(config: RunConfig, relay_name: str, work: Callable[[dict[str, Any]],
     class _SharedConfig(BackendConfig):
         backend_cls = _Shared
 
+    class _Trainer(DataParallelTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ != CLEANER]
+
     cluster = config.cluster
     store = storage.Store(config.run_url)
     store.remove(SNAPSHOT)  # Ray's memory of an earlier start; storage is the truth
     filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
     local = storage.is_local(config.run.storage)
     num_workers: Any = cluster.workers if isinstance(cluster.workers, int) else (config.min_workers, config.max_workers)
-    return DataParallelTrainer(  # not TorchTrainer: its workers would import torch, which the processes do
+    return _Trainer(  # not a TorchTrainer: its workers would import torch, which the processes do
         work,
         train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd(),
                            "failpoints": failpoints.environment()},  # a cluster has its own environment

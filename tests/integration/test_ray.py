@@ -227,3 +227,33 @@ def test_a_run_on_ray_over_an_object_store_ends_in_its_first_attempt(base: Path)
         document["run"]["storage"] = f"s3://{s3.BUCKET}/runs"
         code, output = finish(start(base, document, own=True, **s3.CREDENTIALS))
     assert code == 0 and "run stored: done" in output and "is complete" not in output, output[-3000:]
+
+
+OTHER = """
+import sys
+import ray
+ray.init(address="local", num_cpus=1, include_dashboard=True, object_store_memory=2**27, log_to_driver=False)
+print("up", flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+def test_another_ray_of_this_machine_does_not_end_a_run(base: Path) -> None:
+    """Ray Train's own watch asks whichever Ray it finds, which knows of no such run."""
+    pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
+    bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    other = subprocess.Popen([sys.executable, "-c", OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=bare)
+    try:
+        wait_for_line(other, "up")
+        document = tiny.config(base, "beside", workers=2, schedule={"epochs": None, "steps": 150}, checkpoint={"every_steps": 0})
+        path = base / "beside.yaml"
+        path.write_text(yaml.safe_dump(document))
+        code, output = finish(subprocess.Popen(
+            [sys.executable, "-m", "dist_ft.cli", "train", str(path)], cwd=base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env={**bare, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}))
+    finally:
+        assert other.stdin is not None
+        other.stdin.close()
+        other.wait(60)
+    assert code == 0 and "run beside: done" in output, output[-3000:]
