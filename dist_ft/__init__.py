@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "check", "evaluate", "export", "generate", "load_config", "predict", "report",
-           "train"]
+__all__ = [
+    "RunConfig",
+    "__version__",
+    "check",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "predict",
+    "report",
+    "train",
+]
 
 if TYPE_CHECKING:
     from dist_ft.api import check, evaluate, export, generate, predict, report, train
@@ -29,7 +39,9 @@ _WHERE = {
 def __getattr__(name: str) -> Any:
     """Import a public name where it is first used, so that `import dist_ft` stays light."""
     if name not in _WHERE:
-        raise AttributeError(f"module 'dist_ft' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'dist_ft' has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     from importlib import import_module
 
     return getattr(import_module(_WHERE[name]), name)

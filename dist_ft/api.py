@@ -49,8 +49,13 @@ def pack_stats(config: RunConfig) -> str:
         return previews.pack_stats(loader)
 
 
-def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: float = 64,
-               tokenise: bool = False) -> tuple[int, int]:
+def write_data(
+    config: RunConfig,
+    out: str,
+    suffix: str = "parquet",
+    shard_mib: float = 64,
+    tokenise: bool = False,
+) -> tuple[int, int]:
     """Write the training data as new shards into the folder `out`; return (shards there are, written now).
 
     Args:
@@ -67,9 +72,16 @@ def write_data(config: RunConfig, out: str, suffix: str = "parquet", shard_mib: 
 
     storage.configure(config.storage.options)
     if tokenise and config.task.name != "causal_lm":
-        raise ConfigError([f"--tokenise: with task.name={config.task.name} rows hold labels besides tokens; allowed "
-                           "with causal_lm; write rows"], "data write")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"block_mib": shard_mib})})
+        raise ConfigError(
+            [
+                f"--tokenise: with task.name={config.task.name} rows hold labels besides tokens; allowed "
+                "with causal_lm; write rows"
+            ],
+            "data write",
+        )
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"block_mib": shard_mib})}
+    )
     blocks = open_blocks(origin.seen(config))
     try:
         return len(blocks.blocks), convert(blocks, storage.Store(out), suffix, tokenise)
@@ -89,7 +101,9 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
 
     storage.configure(config.storage.options)
     config = origin.seen(config.model_copy(update={"evaluation": EvaluationSection()}))
-    data = open_data(config, storage.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World()))
+    data = open_data(
+        config, storage.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World())
+    )
     try:
         yield data.training
     finally:
@@ -116,8 +130,13 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
     return ray_train.run(config)
 
 
-def stages(file: str, overrides: Sequence[str] = (), *, skip_check: bool = False,
-           say: Callable[[str], None] = print) -> dict[str, Any]:
+def stages(
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    skip_check: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Run the stages in a YAML file, one after the other, or go on with them; return the matrix of what is kept.
 
     Args:
@@ -129,11 +148,14 @@ def stages(file: str, overrides: Sequence[str] = (), *, skip_check: bool = False
     from dist_ft.config.stages import load_stages
     from dist_ft.runtime import staging
 
-    return staging.run(load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say)
+    return staging.run(
+        load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say
+    )
 
 
-def tune(config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
-         ) -> dict[str, Any]:
+def tune(
+    config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Run the search in the YAML file `search` over the config file `config`, or go on with it; return its trials.
 
     Args:
@@ -148,9 +170,17 @@ def tune(config: str, search: str, overrides: Sequence[str] = (), *, say: Callab
     return searches.run(load_search(config, search, overrides), say)
 
 
-def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: str | None = None,
-           adapter: bool = False, best: bool = False, int8: bool = False, average: bool | None = None
-           ) -> dict[str, tuple[float, float]] | None:
+def export(
+    run: RunConfig | str,
+    out: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    best: bool = False,
+    int8: bool = False,
+    average: bool | None = None,
+) -> dict[str, tuple[float, float]] | None:
     """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
 
     With it goes a model card, README.md. Returns what int8 weights changed, {measure: (before, after)}, or None.
@@ -171,12 +201,22 @@ def export(run: RunConfig | str, out: str, *, step: int | None = None, dtype: st
     if isinstance(run, RunConfig):
         storage.configure(run.storage.options)
         run = run.run_url
-    return ship(run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8,
-                average=average)
+    return ship(
+        run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8, average=average
+    )
 
 
-def predict(model: str, paths: str | Sequence[str], out: str, *, workers: int = 0, form: str = "jsonl",
-            batch: int = 32, max_new_tokens: int = 128, strategy: str = "greedy") -> tuple[int, int]:
+def predict(
+    model: str,
+    paths: str | Sequence[str],
+    out: str,
+    *,
+    workers: int = 0,
+    form: str = "jsonl",
+    batch: int = 32,
+    max_new_tokens: int = 128,
+    strategy: str = "greedy",
+) -> tuple[int, int]:
     """Write what a model says of every row of files into a file or a folder of shards; return (files, rows).
 
     Args:
@@ -199,21 +239,43 @@ def predict(model: str, paths: str | Sequence[str], out: str, *, workers: int = 
     from dist_ft.runtime.predicting import Predictor
 
     if form not in ENCODERS:
-        raise ConfigError([f"--format={form}: no such choice; allowed: {', '.join(ENCODERS)}; correct it"], "predict")
+        raise ConfigError(
+            [f"--format={form}: no such choice; allowed: {', '.join(ENCODERS)}; correct it"],
+            "predict",
+        )
     if out.endswith(".jsonl") and (workers or form != "jsonl"):
-        raise ConfigError([f"--out={out}: is one file, which one process writes as JSON lines; a folder is allowed "
-                           "with --workers and --format; name one"], "predict")
+        raise ConfigError(
+            [
+                f"--out={out}: is one file, which one process writes as JSON lines; a folder is allowed "
+                "with --workers and --format; name one"
+            ],
+            "predict",
+        )
     names = [paths] if isinstance(paths, str) else list(paths)
-    shards = [shard for found in resolve([Source(path=path) for path in names], "PATH") for shard in found]
+    shards = [
+        shard for found in resolve([Source(path=path) for path in names], "PATH") for shard in found
+    ]
     if out.endswith(".jsonl"):
-        return 1, predict_file(Predictor(model, batch, max_new_tokens, strategy),
-                               (row for shard in shards for row in readers.rows_of(shard)), out)
-    return predict_folder(model, shards, out, suffix=form, workers=workers, batch=batch,
-                          max_new_tokens=max_new_tokens, strategy=strategy)
+        return 1, predict_file(
+            Predictor(model, batch, max_new_tokens, strategy),
+            (row for shard in shards for row in readers.rows_of(shard)),
+            out,
+        )
+    return predict_folder(
+        model,
+        shards,
+        out,
+        suffix=form,
+        workers=workers,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        strategy=strategy,
+    )
 
 
-def evaluate(config: RunConfig, models: str | Sequence[str] = (), *, random_head: bool = False
-             ) -> dict[str, dict[str, Any]]:
+def evaluate(
+    config: RunConfig, models: str | Sequence[str] = (), *, random_head: bool = False
+) -> dict[str, dict[str, Any]]:
     """Return {model: metrics} of models as they are on the config's held-out data, without training.
 
     Args:
@@ -253,8 +315,14 @@ def next_step(folder: str) -> str:
     return f"dist-ft predict {folder} ROWS.jsonl --out said.jsonl"
 
 
-def generate(model: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 128,
-             strategy: str = "greedy") -> str:
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    strategy: str = "greedy",
+) -> str:
     """Return a model folder's answer to `prompt`, through its chat template if it has one.
 
     `strategy`: greedy, beam:4, sample:0.7 (`config.decoding.parse`); several answers (num_samples) stand between ---.

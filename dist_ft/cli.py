@@ -14,32 +14,56 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft import cli_data, cli_drill, cli_jobs, cli_k8s, cli_models, cli_plan, cli_runs, cli_series
+from dist_ft import (
+    cli_data,
+    cli_drill,
+    cli_jobs,
+    cli_k8s,
+    cli_models,
+    cli_plan,
+    cli_runs,
+    cli_series,
+)
 from dist_ft.cli_data import Config, Overrides
 from dist_ft.errors import DistFtError, Interrupted, known
 
 app = typer.Typer(
-    name="dist-ft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="dist-ft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Fully fine-tune large language models on many GPUs: Ray places the workers, DeepSpeed ZeRO shards the model."
-         "\n\n\b\nFirst steps:\n  dist-ft check configs/single.yaml     is all well with it?\n"
-         "  dist-ft preview configs/single.yaml   what will be learned?\n"
-         "  dist-ft train configs/single.yaml     learn it")
+    "\n\n\b\nFirst steps:\n  dist-ft check configs/single.yaml     is all well with it?\n"
+    "  dist-ft preview configs/single.yaml   what will be learned?\n"
+    "  dist-ft train configs/single.yaml     learn it",
+)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST_FT_DEBUG=1).")]
 
-SkipCheck = Annotated[bool, typer.Option(
-    "--skip-check", help="Start without the probes of `check` (where only the workers see model and data).")]
+SkipCheck = Annotated[
+    bool,
+    typer.Option(
+        "--skip-check",
+        help="Start without the probes of `check` (where only the workers see model and data).",
+    ),
+]
 
 
-def _command(function: Callable[..., None], group: typer.Typer = app, name: str | None = None) -> Callable[..., None]:
+def _command(
+    function: Callable[..., None], group: typer.Typer = app, name: str | None = None
+) -> Callable[..., None]:
     """Register `function` as a command of `group` whose Ctrl-C is an `Interrupted`."""
+
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt as error:
-            raise Interrupted("stopped by the user; what was committed is kept; the same command goes on from "
-                              "there") from error
+            raise Interrupted(
+                "stopped by the user; what was committed is kept; the same command goes on from "
+                "there"
+            ) from error
 
     group.command(name)(guarded)
     return function
@@ -101,11 +125,15 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @_command
-def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
-             prompt: Annotated[str, typer.Option(help="What to answer.")],
-             system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-             max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-             strategy: cli_models.Strategy = "greedy") -> None:
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to answer.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    strategy: cli_models.Strategy = "greedy",
+) -> None:
     """Let a model folder answer a prompt, with plain transformers, through its chat template if it has one.
 
     \b
@@ -119,25 +147,53 @@ def generate(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model f
     from dist_ft.logs import quiet_third_parties
 
     quiet_third_parties()
-    typer.echo(api.generate(model, prompt, system=system, max_new_tokens=max_new_tokens,
-                            strategy=strategy))
+    typer.echo(
+        api.generate(model, prompt, system=system, max_new_tokens=max_new_tokens, strategy=strategy)
+    )
 
 
 @_command
-def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
-               "Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."))],
-           out: Annotated[str, typer.Option(help="Local folder to write.")],
-           overrides: Overrides = None,
-           step: Annotated[int | None, typer.Option(min=0, help="Committed step; none: the newest.")] = None,
-           best: Annotated[bool, typer.Option("--best", help="The best step by checkpoint.best_by.")] = False,
-           dtype: Annotated[str | None, typer.Option(
-               help="bfloat16 or float32 of the weights written; none: as the model was trained.")] = None,
-           average: Annotated[bool | None, typer.Option(
-               "--ema/--no-ema", help="The average of the weights; else if evaluation.of says so.")] = None,
-           adapter: Annotated[bool, typer.Option(
-               "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged.")] = False,
-           int8: Annotated[bool, typer.Option(
-               "--int8", help="8-bit weights (torchao); size, latency and scores before and after.")] = False) -> None:
+def export(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help=("Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."),
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Local folder to write.")],
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Committed step; none: the newest.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The best step by checkpoint.best_by.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16 or float32 of the weights written; none: as the model was trained."
+        ),
+    ] = None,
+    average: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema", help="The average of the weights; else if evaluation.of says so."
+        ),
+    ] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter", help="Write a LoRA or IA3 adapter alone, for peft; else it is merged."
+        ),
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8", help="8-bit weights (torchao); size, latency and scores before and after."
+        ),
+    ] = False,
+) -> None:
     """Write a checkpoint as a Hugging Face folder: safetensors, config, tokenizer, chat template, model card.
 
     It is read back with plain transformers and its logits compared before this says done.
@@ -154,14 +210,28 @@ def export(run: Annotated[str, typer.Argument(metavar="RUN", help=(
     from dist_ft.logs import quiet_third_parties
 
     if dtype not in (None, "bfloat16", "float32"):
-        raise ConfigError([f"--dtype={dtype}: no such choice; allowed: bfloat16, float32; correct it"], "export")
+        raise ConfigError(
+            [f"--dtype={dtype}: no such choice; allowed: bfloat16, float32; correct it"], "export"
+        )
     quiet_third_parties()
     is_config = run.endswith((".yaml", ".yml"))
     if best and step is not None:
-        raise ConfigError([f"--step={step}: with --best the step is found; one of them is allowed; leave one out"],
-                          "export")
-    measured = api.export(load_config(run, overrides or ()) if is_config else run, out, step=step, dtype=dtype,
-                          adapter=adapter, best=best, int8=int8, average=average)
+        raise ConfigError(
+            [
+                f"--step={step}: with --best the step is found; one of them is allowed; leave one out"
+            ],
+            "export",
+        )
+    measured = api.export(
+        load_config(run, overrides or ()) if is_config else run,
+        out,
+        step=step,
+        dtype=dtype,
+        adapter=adapter,
+        best=best,
+        int8=int8,
+        average=average,
+    )
     if measured:
         typer.echo(cli_models.before_after("int8 weights", measured))
     typer.echo(f"wrote {out}" + ("" if adapter else f"; next: {api.next_step(out)}"))
@@ -234,11 +304,15 @@ def _unexpected(error: Exception) -> str:
 
     from dist_ft.logs import redact
 
-    with tempfile.NamedTemporaryFile("w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
         file.write(redact("".join(traceback.format_exception(error))))
     what = redact(" ".join(str(error).split()))[:200]
-    return (f"dist-ft: unexpected {type(error).__name__}: {what}; this is a gap in dist_ft; the traceback is in "
-            f"{file.name}; please report it")
+    return (
+        f"dist-ft: unexpected {type(error).__name__}: {what}; this is a gap in dist_ft; the traceback is in "
+        f"{file.name}; please report it"
+    )
 
 
 if __name__ == "__main__":

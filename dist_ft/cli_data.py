@@ -8,17 +8,31 @@ from typing import Annotated, Any
 
 import typer
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run (path or URL).")]
-Overrides = Annotated[list[str] | None, typer.Argument(
-    metavar="[SECTION.FIELD=VALUE]...", help="Fields to set over the file, such as schedule.steps=100.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file of the run (path or URL).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.FIELD=VALUE]...",
+        help="Fields to set over the file, such as schedule.steps=100.",
+    ),
+]
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help=(
-    "Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."))]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help=("Config of the run (.yaml), or the URL of its folder: <run.storage>/<run.name>."),
+    ),
+]
 
-HELP = ("Look at data, write it anew, and prove what a run has read.\n\n\b\nFirst steps:\n"
-        "  dist-ft data inspect mine/*.jsonl        what is in it, and what is odd?\n"
-        "  dist-ft data preview configs/single.yaml what will be learned?\n"
-        "  dist-ft data verify runs/mine            was every sample read just once?")
+HELP = (
+    "Look at data, write it anew, and prove what a run has read.\n\n\b\nFirst steps:\n"
+    "  dist-ft data inspect mine/*.jsonl        what is in it, and what is odd?\n"
+    "  dist-ft data preview configs/single.yaml what will be learned?\n"
+    "  dist-ft data verify runs/mine            was every sample read just once?"
+)
 
 
 def commands(register: Callable[..., Any]) -> None:
@@ -28,8 +42,14 @@ def commands(register: Callable[..., Any]) -> None:
     register(import_, "import")
 
 
-def inspect(paths: Annotated[list[str], typer.Argument(
-        metavar="PATH...", help="Files, folders, globs, URLs or Hugging Face data sets.")]) -> None:
+def inspect(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...", help="Files, folders, globs, URLs or Hugging Face data sets."
+        ),
+    ],
+) -> None:
     """Tell what lies in a data set: columns, counts, lengths, duplicates, suspicious rows.
 
     Reads every row once and writes nothing. Rows that can not be decoded are counted, not refused.
@@ -48,13 +68,22 @@ def inspect(paths: Annotated[list[str], typer.Argument(
     typer.echo(inspection.describe(inspection.inspect(paths)))
 
 
-def import_(kind: Annotated[str, typer.Argument(metavar="KIND", help=(
+def import_(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help=(
                 "conll (a word and its tag a line), squad, labelled (files of texts as PATH=LABEL), parallel (sources, "
-                "targets), pairs (JSON lists of [text, label])."))],
-            paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files or URLs.")],
-            out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
-            encoding: Annotated[str, typer.Option(help="Of the files.")] = "utf-8",
-            part: Annotated[str | None, typer.Option(help="pairs: which of several lists.")] = None) -> None:
+                "targets), pairs (JSON lists of [text, label])."
+            ),
+        ),
+    ],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files or URLs.")],
+    out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
+    encoding: Annotated[str, typer.Option(help="Of the files.")] = "utf-8",
+    part: Annotated[str | None, typer.Option(help="pairs: which of several lists.")] = None,
+) -> None:
     """Turn files of a well-known format into JSON lines that can be trained on.
 
     \b
@@ -69,24 +98,45 @@ def import_(kind: Annotated[str, typer.Argument(metavar="KIND", help=(
     from dist_ft.logs import quiet_third_parties
 
     if kind not in IMPORTERS:
-        raise ConfigError([f"KIND={kind}: no such format; allowed: {', '.join(IMPORTERS)}; correct it"], "data import")
+        raise ConfigError(
+            [f"KIND={kind}: no such format; allowed: {', '.join(IMPORTERS)}; correct it"],
+            "data import",
+        )
     quiet_third_parties()
     rows = list(IMPORTERS[kind](paths, encoding, part))
     _write_rows(rows, out)
     typer.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
 
 
-def split(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
-          out: Annotated[str, typer.Option(help="Folder or URL to write NAME.jsonl into.")],
-          share: Annotated[list[str] | None, typer.Option(
-              help="NAME=SHARE of a split, in order (train=0.8); none: train=0.9 and held-out=0.1.")] = None,
-          by: Annotated[str | None, typer.Option(
-              help="Column whose values have the same shares in every split (such as label).")] = None,
-          group: Annotated[str | None, typer.Option(
-              help="Column of which rows of one value stay together (articles, users).")] = None,
-          per_label: Annotated[int, typer.Option(
-              min=0, help="Keep so many rows of each value of --by in the first split; 0: all.")] = 0,
-          seed: Annotated[int, typer.Option(min=0, help="Which rows go where.")] = 0) -> None:
+def split(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder or URL to write NAME.jsonl into.")],
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=SHARE of a split, in order (train=0.8); none: train=0.9 and held-out=0.1."
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Column whose values have the same shares in every split (such as label)."
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Column of which rows of one value stay together (articles, users)."),
+    ] = None,
+    per_label: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Keep so many rows of each value of --by in the first split; 0: all."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows go where.")] = 0,
+) -> None:
     """Split rows into named sets by seed: stratified by a column, and with few examples a label where asked for.
 
     \b
@@ -109,16 +159,28 @@ def split(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Fi
         try:
             shares[name] = float(value)
         except ValueError:
-            raise ConfigError([f"--share={given}: is no NAME=SHARE, such as train=0.8; correct it"],
-                              "data split") from None
+            raise ConfigError(
+                [f"--share={given}: is no NAME=SHARE, such as train=0.8; correct it"], "data split"
+            ) from None
     if by is not None and group is not None:
-        raise ConfigError([f"--group={group}: with --by={by} rows could not both stay together and keep shares; one of "
-                           "them is allowed; leave one out"], "data split")
+        raise ConfigError(
+            [
+                f"--group={group}: with --by={by} rows could not both stay together and keep shares; one of "
+                "them is allowed; leave one out"
+            ],
+            "data split",
+        )
     if per_label and by is None:
-        raise ConfigError([f"--per-label={per_label}: of which column is not said; set --by"], "data split")
+        raise ConfigError(
+            [f"--per-label={per_label}: of which column is not said; set --by"], "data split"
+        )
     rows: list[Any] = []
-    for row in (row for shards in resolve([Source(path=path) for path in paths], "PATH") for shard in shards
-                for row in readers.rows_of(shard)):
+    for row in (
+        row
+        for shards in resolve([Source(path=path) for path in paths], "PATH")
+        for shard in shards
+        for row in readers.rows_of(shard)
+    ):
         if isinstance(row, DataError):
             raise row
         rows.append(row)
@@ -131,13 +193,20 @@ def split(paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Fi
         typer.echo(f"{len(rows):>8,} rows in {out.rstrip('/')}/{name}.jsonl")
 
 
-def pseudo(model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained classifier, or a run's.")],
-           paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
-           out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
-           confidence: Annotated[float, typer.Option(
-               min=0, max=1, help="Least probability of a label that is taken.")] = 0.9,
-           most: Annotated[int, typer.Option(min=0, help="Most rows a label, the surest; 0: all.")] = 0,
-           batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32) -> None:
+def pseudo(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a trained classifier, or a run's.")
+    ],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")
+    ],
+    out: Annotated[str, typer.Option(help="File of JSON lines to write (path or URL).")],
+    confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Least probability of a label that is taken.")
+    ] = 0.9,
+    most: Annotated[int, typer.Option(min=0, help="Most rows a label, the surest; 0: all.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+) -> None:
     """Let a trained classifier label rows that have no label, where it is sure enough; tell how many it was not.
 
     \b
@@ -156,13 +225,21 @@ def pseudo(model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of
     from dist_ft.runtime.pseudo import describe, pseudo_label
 
     quiet_third_parties()
-    shards = [shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found]
-    labelled = pseudo_label(Predictor(model, batch), (row for shard in shards for row in readers.rows_of(shard)),
-                            confidence, most)
+    shards = [
+        shard for found in resolve([Source(path=path) for path in paths], "PATH") for shard in found
+    ]
+    labelled = pseudo_label(
+        Predictor(model, batch),
+        (row for shard in shards for row in readers.rows_of(shard)),
+        confidence,
+        most,
+    )
     if not labelled.rows:
-        raise DataError(f"--confidence={confidence}: the model is as sure of none of {labelled.num_unsure:,} rows "
-                        f"({labelled.num_labelled:,} more had a label); a lower one may keep some; lower it, or train "
-                        "the model longer")
+        raise DataError(
+            f"--confidence={confidence}: the model is as sure of none of {labelled.num_unsure:,} rows "
+            f"({labelled.num_labelled:,} more had a label); a lower one may keep some; lower it, or train "
+            "the model longer"
+        )
     _write_rows(labelled.rows, out)
     typer.echo(describe(labelled, out))
 
@@ -173,13 +250,18 @@ def _write_rows(rows: list[Any], out: str) -> None:
     from dist_ft.storage import Store
 
     if not rows:
-        raise DataError(f"{out}: there is no row to write; at least one is needed; check the source")
+        raise DataError(
+            f"{out}: there is no row to write; at least one is needed; check the source"
+        )
     folder, _, name = out.rpartition("/")
     Store(folder or ".").write(name, as_jsonl(rows))
 
 
-def preview(config: Config, overrides: Overrides = None,
-            samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3) -> None:
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3,
+) -> None:
     """Show samples as training will see them, with what is learned marked, and the data's length statistics.
 
     Tokenises the training data once (the run reuses it). What is marked, in colour or [[ ]], is exactly what the loss
@@ -223,13 +305,20 @@ def pack_stats(config: Config, overrides: Overrides = None) -> None:
     typer.echo(api.pack_stats(load_config(config, overrides or ())))
 
 
-def write(config: Config, out: Annotated[str, typer.Option(help="Folder or URL to write the shards into.")],
-          overrides: Overrides = None,
-          format: Annotated[str, typer.Option(help="parquet or jsonl.")] = "parquet",
-          shard_mib: Annotated[float, typer.Option(min=0.001, help="MiB of source data a shard.")] = 64,
-          tokenise: Annotated[bool, typer.Option(
-              "--tokenise", help="Write tokens and targets made by the config's tokenizer and template.")] = False
-          ) -> None:
+def write(
+    config: Config,
+    out: Annotated[str, typer.Option(help="Folder or URL to write the shards into.")],
+    overrides: Overrides = None,
+    format: Annotated[str, typer.Option(help="parquet or jsonl.")] = "parquet",
+    shard_mib: Annotated[float, typer.Option(min=0.001, help="MiB of source data a shard.")] = 64,
+    tokenise: Annotated[
+        bool,
+        typer.Option(
+            "--tokenise",
+            help="Write tokens and targets made by the config's tokenizer and template.",
+        ),
+    ] = False,
+) -> None:
     """Write a config's training data as new shards: other sizes, another format, or tokens made ahead.
 
     Rows keep their order. Cut off, the same command goes on where it stopped.
@@ -246,10 +335,17 @@ def write(config: Config, out: Annotated[str, typer.Option(help="Folder or URL t
     from dist_ft.logs import quiet_third_parties
 
     if format not in ("parquet", "jsonl"):
-        raise ConfigError([f"--format={format}: no such choice; allowed: parquet, jsonl; correct it"], "data write")
+        raise ConfigError(
+            [f"--format={format}: no such choice; allowed: parquet, jsonl; correct it"],
+            "data write",
+        )
     quiet_third_parties()
-    total, written = api.write_data(load_config(config, overrides or ()), out, format, shard_mib, tokenise)
-    typer.echo(f"{total} shards in {out}, {written} of them written now; next: set data.train={out}")
+    total, written = api.write_data(
+        load_config(config, overrides or ()), out, format, shard_mib, tokenise
+    )
+    typer.echo(
+        f"{total} shards in {out}, {written} of them written now; next: set data.train={out}"
+    )
 
 
 def verify(run: Run, overrides: Overrides = None) -> None:

@@ -8,23 +8,44 @@ import typer
 
 from dist_ft.cli_data import Overrides
 
-ALONE: dict[str, Any] = {"run": {"name": "drill"}, "model": {"path": "made-by-the-drill", "dtype": "float32"},
-                         "data": {"train": "made-by-the-drill"},
-                         "batch": {"global_batch": 2**16, "sequence_length": 64}, "schedule": {"steps": 1},
-                         "checkpoint": {"every_steps": 1}}
+ALONE: dict[str, Any] = {
+    "run": {"name": "drill"},
+    "model": {"path": "made-by-the-drill", "dtype": "float32"},
+    "data": {"train": "made-by-the-drill"},
+    "batch": {"global_batch": 2**16, "sequence_length": 64},
+    "schedule": {"steps": 1},
+    "checkpoint": {"every_steps": 1},
+}
 """What a drill without a config starts from: any number of workers, or range of them, fits. Of this only the number
 format and the defaults of all else matter."""
 
 
-def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
-              "YAML file (path or URL) of a run: its cluster, storage and zero sections are used. None: this process, "
-              "./runs."))] = None,
-          overrides: Overrides = None,
-          scenario: Annotated[list[str] | None, typer.Option(
-              help="Only this one: death, hang, preemption or storage; may be given several times.")] = None,
-          keep: Annotated[bool, typer.Option("--keep", help="Keep the drill's folder though all held.")] = False,
-          json_out: Annotated[str | None, typer.Option("--json", metavar="PATH", help=(
-              "Also write what was found as JSON."))] = None) -> None:
+def drill(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help=(
+                "YAML file (path or URL) of a run: its cluster, storage and zero sections are used. None: this process, "
+                "./runs."
+            ),
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this one: death, hang, preemption or storage; may be given several times."
+        ),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the drill's folder though all held.")
+    ] = False,
+    json_out: Annotated[
+        str | None,
+        typer.Option("--json", metavar="PATH", help=("Also write what was found as JSON.")),
+    ] = None,
+) -> None:
     """Disturb short runs on your own cluster and storage, and see whether they come through.
 
     A small model is trained undisturbed, then again with a worker killed, a worker that hangs, SIGTERM, and storage
@@ -49,10 +70,17 @@ def drill(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
 
     unknown = [name for name in scenario or () if name not in NAMES[1:]]
     if unknown:
-        raise ConfigError([f"--scenario={name}: no such scenario; there are {', '.join(NAMES[1:])}; correct it"
-                           for name in unknown], "drill")
+        raise ConfigError(
+            [
+                f"--scenario={name}: no such scenario; there are {', '.join(NAMES[1:])}; correct it"
+                for name in unknown
+            ],
+            "drill",
+        )
     quiet_third_parties()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no command is left running
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: no command is left running
     if _is_absent(config):
         given = load_config(ALONE, [*([config] if config else []), *(overrides or ())])
     else:
@@ -70,14 +98,29 @@ def _is_absent(config: str | None) -> bool:
     return config is None or ("=" in config and not config.endswith((".yaml", ".yml")))
 
 
-def selftest(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=(
-                 "YAML file (path or URL) of a run: its cluster, storage and zero sections are used. None: a worker "
-                 "for each GPU of this machine (without GPUs: two on its CPU), ./runs."))] = None,
-             overrides: Overrides = None,
-             check: Annotated[list[str] | None, typer.Option(
-                 help="Only this one: parity, collective, resume or throughput; may be given several times.")] = None,
-             keep: Annotated[bool, typer.Option("--keep", help="Keep the selftest's folder though all held.")] = False,
-             out: Annotated[str, typer.Option(help="Local folder for selftest.json and selftest.md.")] = ".") -> None:
+def selftest(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help=(
+                "YAML file (path or URL) of a run: its cluster, storage and zero sections are used. None: a worker "
+                "for each GPU of this machine (without GPUs: two on its CPU), ./runs."
+            ),
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this one: parity, collective, resume or throughput; may be given several times."
+        ),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the selftest's folder though all held.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="Local folder for selftest.json and selftest.md.")] = ".",
+) -> None:
     """See in a few minutes whether dist_ft keeps its promises on your GPUs, and write a report to send back.
 
     A small model is trained in one process and by ZeRO-1, 2 and 3 on all workers (the same losses?), with a worker
@@ -104,10 +147,17 @@ def selftest(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help
 
     unknown = [name for name in check or () if name not in CHECKS]
     if unknown:
-        raise ConfigError([f"--check={name}: no such check; there are {', '.join(CHECKS)}; correct it"
-                           for name in unknown], "selftest")
+        raise ConfigError(
+            [
+                f"--check={name}: no such check; there are {', '.join(CHECKS)}; correct it"
+                for name in unknown
+            ],
+            "selftest",
+        )
     quiet_third_parties()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no command is left running
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: no command is left running
     if _is_absent(config):
         given = selftests.detect(ALONE, [*([config] if config else []), *(overrides or ())])
     else:

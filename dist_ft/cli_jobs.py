@@ -10,13 +10,25 @@ import typer
 
 from dist_ft.cli_data import Config, Overrides
 
-HELP = ("Look after runs that were submitted to a Ray cluster.\n\n\b\nFirst steps:\n"
-        "  dist-ft jobs list               which are there?\n"
-        "  dist-ft jobs logs --follow NAME what does it say?\n"
-        "  dist-ft jobs stop NAME          it saves, and ends")
-Address = Annotated[str | None, typer.Option(metavar="URL", help=(
-    "Job server of the cluster; none: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."))]
-Job = Annotated[str, typer.Argument(metavar="NAME", help="Submission id: the run's name, or name-2, name-3, ...")]
+HELP = (
+    "Look after runs that were submitted to a Ray cluster.\n\n\b\nFirst steps:\n"
+    "  dist-ft jobs list               which are there?\n"
+    "  dist-ft jobs logs --follow NAME what does it say?\n"
+    "  dist-ft jobs stop NAME          it saves, and ends"
+)
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help=(
+            "Job server of the cluster; none: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."
+        ),
+    ),
+]
+Job = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Submission id: the run's name, or name-2, name-3, ..."),
+]
 
 
 def commands(register: Callable[..., Any]) -> None:
@@ -26,25 +38,70 @@ def commands(register: Callable[..., Any]) -> None:
         register(command)
 
 
-def submit(config: Config, overrides: Overrides = None, address: Address = None,
-           print_only: Annotated[bool, typer.Option("--print", help=(
-               "Check, then only print the `ray job submit` line that does the same."))] = False,
-           no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not watch the job.")] = False,
-           project: Annotated[str, typer.Option(metavar="DIR", help="Folder that is sent along.")] = ".",
-           package: Annotated[bool | None, typer.Option("--package/--no-package", help=(
-               "Send the project along, or use the image's; none: send, unless the cluster is this machine."))] = None,
-           exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help=(
-               "Besides .gitignore and the usual, leave this out; may be given several times."))] = None,
-           shared: Annotated[list[str] | None, typer.Option(metavar="DIR", help=(
-               "Local paths below it are seen by all nodes (a mounted share, the image)."))] = None,
-           env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=(
-               "Environment variable of the job and its workers; no credentials."))] = None,
-           grace: Annotated[int, typer.Option(min=3, metavar="SECONDS", help=(
-               "A stop may take so long to save, then the job is killed."))] = 600,
-           skip_check: Annotated[bool, typer.Option("--skip-check", help=(
-               "Leave out the probes of `check` (where only the workers see model and data)."))] = False,
-           any_version: Annotated[bool, typer.Option("--any-version", help=(
-               "Do not insist on the same Ray and Python here and there."))] = False) -> None:
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    print_only: Annotated[
+        bool,
+        typer.Option(
+            "--print", help=("Check, then only print the `ray job submit` line that does the same.")
+        ),
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not watch the job.")] = False,
+    project: Annotated[str, typer.Option(metavar="DIR", help="Folder that is sent along.")] = ".",
+    package: Annotated[
+        bool | None,
+        typer.Option(
+            "--package/--no-package",
+            help=(
+                "Send the project along, or use the image's; none: send, unless the cluster is this machine."
+            ),
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help=("Besides .gitignore and the usual, leave this out; may be given several times."),
+        ),
+    ] = None,
+    shared: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help=("Local paths below it are seen by all nodes (a mounted share, the image)."),
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help=("Environment variable of the job and its workers; no credentials."),
+        ),
+    ] = None,
+    grace: Annotated[
+        int,
+        typer.Option(
+            min=3,
+            metavar="SECONDS",
+            help=("A stop may take so long to save, then the job is killed."),
+        ),
+    ] = 600,
+    skip_check: Annotated[
+        bool,
+        typer.Option(
+            "--skip-check",
+            help=("Leave out the probes of `check` (where only the workers see model and data)."),
+        ),
+    ] = False,
+    any_version: Annotated[
+        bool,
+        typer.Option(
+            "--any-version", help=("Do not insist on the same Ray and Python here and there.")
+        ),
+    ] = False,
+) -> None:
     """Run a fine-tuning as a job of a Ray cluster, and watch it to its end.
 
     Looks at config, project, cluster and paths first; nothing starts if something is wrong. A run that has a job there
@@ -65,8 +122,21 @@ def submit(config: Config, overrides: Overrides = None, address: Address = None,
 
     quiet_third_parties()
     given = load_config(config, overrides or ())
-    server, request, living = jobs.prepare(given, jobs.Options(
-        address, project, package, exclude or (), shared or (), env or (), grace, skip_check, any_version), _say)
+    server, request, living = jobs.prepare(
+        given,
+        jobs.Options(
+            address,
+            project,
+            package,
+            exclude or (),
+            shared or (),
+            env or (),
+            grace,
+            skip_check,
+            any_version,
+        ),
+        _say,
+    )
     if print_only:
         typer.echo(request.line(redact(server.url), bool(server.headers)))
         return
@@ -76,16 +146,24 @@ def submit(config: Config, overrides: Overrides = None, address: Address = None,
         _say(f"job {name} is submitted to {server.shown}")
     else:
         changed = living.get("entrypoint") != request.entrypoint
-        _say(f"job {name} of this run is there already ({living['status']}); attached to it"
-             + ("; it was started with another config, which stays: stop it first to change it" if changed else ""))
+        _say(
+            f"job {name} of this run is there already ({living['status']}); attached to it"
+            + (
+                "; it was started with another config, which stays: stop it first to change it"
+                if changed
+                else ""
+            )
+        )
     if no_wait:
         typer.echo(f"next: dist-ft jobs logs --follow {name}")
         return
     try:
         _watch(server, name)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"job {name} goes on; watch it again: dist-ft jobs logs --follow {name} (or the same "
-                          f"command); end it, saved: dist-ft jobs stop {name}") from error
+        raise Interrupted(
+            f"job {name} goes on; watch it again: dist-ft jobs logs --follow {name} (or the same "
+            f"command); end it, saved: dist-ft jobs stop {name}"
+        ) from error
 
 
 def list_jobs(address: Address = None) -> None:
@@ -100,7 +178,11 @@ def list_jobs(address: Address = None) -> None:
     """
     from dist_ft.runtime import job_request, jobs
 
-    found = [job for job in jobs.server_at(address).jobs() if job_request.RUN in (job.get("metadata") or {})]
+    found = [
+        job
+        for job in jobs.server_at(address).jobs()
+        if job_request.RUN in (job.get("metadata") or {})
+    ]
     for job in sorted(found, key=lambda job: job.get("start_time") or 0):
         typer.echo(_line(job))
     typer.echo(f"{len(found)} job{'s' * (len(found) != 1)}")
@@ -123,9 +205,13 @@ def status(name: Job, address: Address = None) -> None:
     raise typer.Exit(job_request.exit_code(job) if job["status"] in job_request.ENDED else 0)
 
 
-def logs(name: Job,
-         follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; exits with its code.")] = False,
-         address: Address = None) -> None:
+def logs(
+    name: Job,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job ends; exits with its code.")
+    ] = False,
+    address: Address = None,
+) -> None:
     """Show what a job has said.
 
     \b
@@ -182,7 +268,11 @@ def _line(job: Any) -> str:
 
     code = f", exit code {job_request.exit_code(job)}" if job["status"] in job_request.ENDED else ""
     said = (job.get("message") or "").strip().splitlines()
-    why = f"; {said[0][:200]}" if job["status"] == "FAILED" and job.get("driver_exit_code") is None and said else ""
+    why = (
+        f"; {said[0][:200]}"
+        if job["status"] == "FAILED" and job.get("driver_exit_code") is None and said
+        else ""
+    )
     run = (job.get("metadata") or {}).get(job_request.RUN)
     return redact(f"{job['submission_id']}: {job['status']}{code}; run {run}{why}")
 

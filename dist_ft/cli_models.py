@@ -8,21 +8,41 @@ import typer
 
 from dist_ft.cli_data import Config, Overrides
 
-HOW = {"random": " (random head)", "likelihood": " (prompted)", "generation": " (written)",
-       "prototypes": " (prototypes)"}
+HOW = {
+    "random": " (random head)",
+    "likelihood": " (prompted)",
+    "generation": " (written)",
+    "prototypes": " (prototypes)",
+}
 """What the table says of a model that has no trained head."""
-Strategy = Annotated[str, typer.Option(help=(
-    "How texts are made: greedy, beam:4 (beams) or sample:0.7 (temperature), with further fields of "
-    "evaluation.decoding as in beam:4,length_penalty=0.8 or sample:0.7,top_p=0.9,num_samples=3,seed=1."))]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help=(
+            "How texts are made: greedy, beam:4 (beams) or sample:0.7 (temperature), with further fields of "
+            "evaluation.decoding as in beam:4,length_penalty=0.8 or sample:0.7,top_p=0.9,num_samples=3,seed=1."
+        )
+    ),
+]
 
 
-def evaluate(config: Config, overrides: Overrides = None,
-             model: Annotated[list[str] | None, typer.Option(
-                 help="Model folder, URL or hub name to score; several: side by side; none: model.path.")] = None,
-             random_head: Annotated[bool, typer.Option(
-                 "--random-head", help="Score a head that was never trained too, labelled so.")] = False,
-             json: Annotated[bool, typer.Option("--json", help="All metrics, tables by label too, as JSON.")] = False
-             ) -> None:
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model folder, URL or hub name to score; several: side by side; none: model.path."
+        ),
+    ] = None,
+    random_head: Annotated[
+        bool,
+        typer.Option("--random-head", help="Score a head that was never trained too, labelled so."),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="All metrics, tables by label too, as JSON.")
+    ] = False,
+) -> None:
     """Score models on a config's held-out data, without training: the metrics of its task.
 
     \b
@@ -46,9 +66,16 @@ def evaluate(config: Config, overrides: Overrides = None,
 
         typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
         return
-    names = [name for values in found.values() for name, value in values.items() if isinstance(value, float | int)]
-    rows = [[name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
-            for name in dict.fromkeys(names)]
+    names = [
+        name
+        for values in found.values()
+        for name, value in values.items()
+        if isinstance(value, float | int)
+    ]
+    rows = [
+        [name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
+        for name in dict.fromkeys(names)
+    ]
     heads = ["", *(path + HOW.get(values["head"], "") for path, values in found.items())]
     on = ", ".join(source.path for source in run.evaluation.data)
     typer.echo(table(f"{run.task.name.replace('_', ' ')} on {on}", rows, heads))
@@ -57,16 +84,34 @@ def evaluate(config: Config, overrides: Overrides = None,
             typer.echo(_by_template(path, values["by_template"], METRICS[run.task.name]))
 
 
-def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")],
-            paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")],
-            out: Annotated[str, typer.Option(help=(
-                "To write, or to go on with: a local file (.jsonl), or a folder or URL for shards."))],
-            workers: Annotated[int, typer.Option(
-                min=0, help="Ray workers, each with the model, writing shards; 0: this process.")] = 0,
-            form: Annotated[str, typer.Option("--format", help="Of shards: jsonl or parquet.")] = "jsonl",
-            batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
-            max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to make, in tokens.")] = 128,
-            strategy: Strategy = "greedy") -> None:
+def predict(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")
+    ],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "To write, or to go on with: a local file (.jsonl), or a folder or URL for shards."
+            )
+        ),
+    ],
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Ray workers, each with the model, writing shards; 0: this process."
+        ),
+    ] = 0,
+    form: Annotated[str, typer.Option("--format", help="Of shards: jsonl or parquet.")] = "jsonl",
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest text to make, in tokens.")
+    ] = 128,
+    strategy: Strategy = "greedy",
+) -> None:
     """Let a model say what it finds in each row: a label, tags, an answer, a number, a vector or a text.
 
     Rows keep their order and their columns and get one more, `prediction`. Read are `text` (and `pair`), `tokens`,
@@ -84,19 +129,40 @@ def predict(model: Annotated[str, typer.Argument(metavar="MODEL", help="Model fo
     from dist_ft.logs import quiet_third_parties
 
     quiet_third_parties()
-    shards, rows = api.predict(model, paths, out, workers=workers, form=form, batch=batch,
-                               max_new_tokens=max_new_tokens, strategy=strategy)
-    typer.echo(f"{rows:,} rows in {out}" if out.endswith(".jsonl") else
-               f"{shards:,} shards in {out}; {rows:,} rows written now")
+    shards, rows = api.predict(
+        model,
+        paths,
+        out,
+        workers=workers,
+        form=form,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        strategy=strategy,
+    )
+    typer.echo(
+        f"{rows:,} rows in {out}"
+        if out.endswith(".jsonl")
+        else f"{shards:,} shards in {out}; {rows:,} rows written now"
+    )
 
 
-def decode(config: Config, overrides: Overrides = None,
-           model: Annotated[list[str] | None, typer.Option(
-               help="Model folder, URL or hub name; several: side by side; none: model.path.")] = None,
-           strategy: Annotated[list[str] | None, typer.Option(
-               help="A way to make texts, as of `generate`; several are compared; none: that of evaluation.decoding.")
-           ] = None,
-           json: Annotated[bool, typer.Option("--json", help="As JSON, with the first texts.")] = False) -> None:
+def decode(
+    config: Config,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model folder, URL or hub name; several: side by side; none: model.path."
+        ),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A way to make texts, as of `generate`; several are compared; none: that of evaluation.decoding."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with the first texts.")] = False,
+) -> None:
     """Compare ways to make texts: evaluation.text_metrics on held-out prompts, seconds, tokens a second.
 
     Prompts, lengths and metrics are those of the section evaluation; evaluation.decoding.max_new_tokens must be set.
@@ -122,7 +188,9 @@ def decode(config: Config, overrides: Overrides = None,
         typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
         return
     names = [name for name, value in found[0].items() if isinstance(value, float | int)]
-    rows = [[one["strategy"], one["model"], *(_number(one[name]) for name in names)] for one in found]
+    rows = [
+        [one["strategy"], one["model"], *(_number(one[name]) for name in names)] for one in found
+    ]
     heads = ["", "model", *(name.replace("_", " ") for name in names)]
     on = ", ".join(source.path for source in run.evaluation.data)
     typer.echo(table(f"texts on {on}", rows, heads))
@@ -132,7 +200,10 @@ def before_after(title: str, measured: dict[str, tuple[float, float]]) -> str:
     """Return {measure: (before, after)} as a table."""
     from dist_ft.train.console import table
 
-    rows = [[name.replace("_", " "), _number(before), _number(after)] for name, (before, after) in measured.items()]
+    rows = [
+        [name.replace("_", " "), _number(before), _number(after)]
+        for name, (before, after) in measured.items()
+    ]
     return table(title, rows, ["", "before", "after"])
 
 
@@ -140,8 +211,13 @@ def _by_template(path: str, found: dict[str, dict[str, Any]], metrics: tuple[str
     """Return a table of what a model told by each template."""
     from dist_ft.train.console import table
 
-    rows = [[name.replace("_", " "), *(_number(values.get(name)) for values in found.values())] for name in metrics]
-    return table(f"{path} by template", rows, ["", *(template.replace("\n", "\\n") for template in found)])
+    rows = [
+        [name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
+        for name in metrics
+    ]
+    return table(
+        f"{path} by template", rows, ["", *(template.replace("\n", "\\n") for template in found)]
+    )
 
 
 def _number(value: Any) -> str:

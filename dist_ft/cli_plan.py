@@ -9,13 +9,29 @@ import typer
 from dist_ft.cli_data import Config, Overrides
 
 
-def plan(config: Config, overrides: Overrides = None,
-         gpu: Annotated[str | None, typer.Option(help=(
-             "Only this kind: H100, A100-80GB, L40S, ...; none: a table of all that are known."))] = None,
-         gpus: Annotated[int | None, typer.Option(help="So many workers, a GPU each; none: cluster.workers.")] = None,
-         model_config: Annotated[str | None, typer.Option(
-             "--model-config", help="A config.json in place of model.path's (see configs/architectures).")] = None,
-         as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, in bytes.")] = False) -> None:
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Only this kind: H100, A100-80GB, L40S, ...; none: a table of all that are known."
+            )
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="So many workers, a GPU each; none: cluster.workers.")
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            "--model-config",
+            help="A config.json in place of model.path's (see configs/architectures).",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, in bytes.")] = False,
+) -> None:
     """Tell what a run will need: memory by kind and ZeRO stage, bytes on the wire, checkpoints, which GPUs, how many.
 
     Needs no GPU and no weights: a model's config.json is enough. The model's own code is rehearsed without values, so
@@ -33,5 +49,7 @@ def plan(config: Config, overrides: Overrides = None,
     from dist_ft import load_config
     from dist_ft.runtime import plan_report, planning
 
-    found = planning.plan(load_config(config, overrides or ()), model_config=model_config, gpu=gpu, num_gpus=gpus)
+    found = planning.plan(
+        load_config(config, overrides or ()), model_config=model_config, gpu=gpu, num_gpus=gpus
+    )
     typer.echo(json.dumps(found, indent=2) if as_json else plan_report.as_text(found))

@@ -9,10 +9,12 @@ import typer
 
 from dist_ft.cli_data import Overrides, Run, url_of
 
-HELP = ("Look at what runs have left in storage, check it, and clear away.\n\n\b\nFirst steps:\n"
-        "  dist-ft runs list runs/           which runs are there?\n"
-        "  dist-ft runs show runs/mine       how often was it started, what is committed?\n"
-        "  dist-ft runs verify runs/mine     is every checkpoint still what was written?")
+HELP = (
+    "Look at what runs have left in storage, check it, and clear away.\n\n\b\nFirst steps:\n"
+    "  dist-ft runs list runs/           which runs are there?\n"
+    "  dist-ft runs show runs/mine       how often was it started, what is committed?\n"
+    "  dist-ft runs verify runs/mine     is every checkpoint still what was written?"
+)
 
 
 def commands(register: Callable[..., Any]) -> None:
@@ -22,8 +24,11 @@ def commands(register: Callable[..., Any]) -> None:
         register(command)
 
 
-def list_runs(storage: Annotated[str, typer.Argument(metavar="STORAGE", help="Folder or URL that run.storage names.")]
-              ) -> None:
+def list_runs(
+    storage: Annotated[
+        str, typer.Argument(metavar="STORAGE", help="Folder or URL that run.storage names.")
+    ],
+) -> None:
     """Name the runs in a storage folder: newest step, checkpoints, attempts.
 
     \b
@@ -53,8 +58,11 @@ def show(run: Run, overrides: Overrides = None) -> None:
     typer.echo(runs.describe(url_of(run, overrides)))
 
 
-def watch(run: Run, overrides: Overrides = None,
-          once: Annotated[bool, typer.Option("--once", help="Tell what there is and leave.")] = False) -> None:
+def watch(
+    run: Run,
+    overrides: Overrides = None,
+    once: Annotated[bool, typer.Option("--once", help="Tell what there is and leave.")] = False,
+) -> None:
     """Follow a run's metrics from anywhere that reaches its storage, until it ends.
 
     \b
@@ -70,10 +78,20 @@ def watch(run: Run, overrides: Overrides = None,
     typer.echo(watching.watch(url_of(run, overrides), once, Console().say))
 
 
-def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for report.html, report.md and report.json.")],
-           overrides: Overrides = None,
-           attributions: Annotated[bool, typer.Option("--attributions", help=(
-               "Ask the model again which tokens spoke for its errors (integrated gradients)."))] = False) -> None:
+def report(
+    run: Run,
+    out: Annotated[
+        str, typer.Option(help="Local folder for report.html, report.md and report.json.")
+    ],
+    overrides: Overrides = None,
+    attributions: Annotated[
+        bool,
+        typer.Option(
+            "--attributions",
+            help=("Ask the model again which tokens spoke for its errors (integrated gradients)."),
+        ),
+    ] = False,
+) -> None:
     """Write a run's report: curves, metrics before and after, tables, errors, what was run. One page, nothing loaded.
 
     \b
@@ -99,8 +117,11 @@ def report(run: Run, out: Annotated[str, typer.Option(help="Local folder for rep
         found["attributions"] = attribute(Store(url), found["examples"], found["examples_step"])
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("html", reports.to_html(found)), ("md", reports.to_markdown(found)),
-                       ("json", json.dumps(found, indent=1, ensure_ascii=False))):
+    for name, text in (
+        ("html", reports.to_html(found)),
+        ("md", reports.to_markdown(found)),
+        ("json", json.dumps(found, indent=1, ensure_ascii=False)),
+    ):
         (folder / f"report.{name}").write_text(text, "utf-8")
     typer.echo(f"wrote report.html, report.md and report.json in {out}")
 
@@ -126,8 +147,11 @@ def verify(run: Run, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
-def diff(run: Run, step: Annotated[list[int], typer.Option(help="A committed step; give it twice.")],
-         overrides: Overrides = None) -> None:
+def diff(
+    run: Run,
+    step: Annotated[list[int], typer.Option(help="A committed step; give it twice.")],
+    overrides: Overrides = None,
+) -> None:
     """Tell how far each weight moved between two committed steps.
 
     \b
@@ -141,15 +165,27 @@ def diff(run: Run, step: Annotated[list[int], typer.Option(help="A committed ste
     from dist_ft.runtime import runs
 
     if len(step) != 2:
-        raise ConfigError([f"--step: {len(step)} given; two steps are compared; write --step A --step B"], "runs diff")
+        raise ConfigError(
+            [f"--step: {len(step)} given; two steps are compared; write --step A --step B"],
+            "runs diff",
+        )
     typer.echo(runs.diff(url_of(run, overrides), *step))
 
 
-def prune(run: Run, overrides: Overrides = None,
-          keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints kept.")] = 1,
-          keep_every_steps: Annotated[int, typer.Option(min=0, help="Besides, those at multiples; 0: none.")] = 0,
-          keep_best: Annotated[int, typer.Option(min=0, help="Besides, those of lowest held-out loss; 0: none.")] = 0,
-          yes: Annotated[bool, typer.Option("--yes", help="Remove; without it they are only named.")] = False) -> None:
+def prune(
+    run: Run,
+    overrides: Overrides = None,
+    keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints kept.")] = 1,
+    keep_every_steps: Annotated[
+        int, typer.Option(min=0, help="Besides, those at multiples; 0: none.")
+    ] = 0,
+    keep_best: Annotated[
+        int, typer.Option(min=0, help="Besides, those of lowest held-out loss; 0: none.")
+    ] = 0,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove; without it they are only named.")
+    ] = False,
+) -> None:
     """Remove checkpoints of a run that is over (a running one keeps its own house). The newest sound one stays.
 
     \b
@@ -162,8 +198,13 @@ def prune(run: Run, overrides: Overrides = None,
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.runtime import runs
 
-    section = CheckpointSection(keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
+    section = CheckpointSection(
+        keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best
+    )
     gone = runs.prune(url_of(run, overrides), section, yes)
     for name in gone:
         typer.echo(f"{'removed' if yes else 'would be removed'}: {name}")
-    typer.echo(f"{len(gone)} checkpoint{'s' if len(gone) != 1 else ''}" + ("" if yes or not gone else "; add --yes"))
+    typer.echo(
+        f"{len(gone)} checkpoint{'s' if len(gone) != 1 else ''}"
+        + ("" if yes or not gone else "; add --yes")
+    )

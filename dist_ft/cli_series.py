@@ -9,8 +9,11 @@ import typer
 from dist_ft.cli_data import Config, Overrides
 
 
-def tune(config: Config, search: Annotated[str, typer.Argument(metavar="SEARCH", help="YAML file of the search.")],
-         overrides: Overrides = None) -> None:
+def tune(
+    config: Config,
+    search: Annotated[str, typer.Argument(metavar="SEARCH", help="YAML file of the search.")],
+    overrides: Overrides = None,
+) -> None:
     """Try values of a config's fields, each trial a run of its own, and tell which are best.
 
     By grid, random draw or Optuna, with early stopping of trials that fall behind (ASHA), through Ray Tune. Trials are
@@ -33,10 +36,15 @@ def tune(config: Config, search: Annotated[str, typer.Argument(metavar="SEARCH",
     typer.echo(f"kept in {report['url']}: search.json, search.md, search.png")
 
 
-def stages(file: Annotated[str, typer.Argument(metavar="STAGES", help="YAML file of the stages (path or URL).")],
-           overrides: Overrides = None,
-           skip_check: Annotated[bool, typer.Option(
-               "--skip-check", help="Start each run without the probes of `check`.")] = False) -> None:
+def stages(
+    file: Annotated[
+        str, typer.Argument(metavar="STAGES", help="YAML file of the stages (path or URL).")
+    ],
+    overrides: Overrides = None,
+    skip_check: Annotated[
+        bool, typer.Option("--skip-check", help="Start each run without the probes of `check`.")
+    ] = False,
+) -> None:
     """Fine-tune one model on one data set after the other, and tell how much of each it keeps.
 
     Each stage is an ordinary run, <name>-<stage>, that begins with the result of the one before; it may replay a share

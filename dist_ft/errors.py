@@ -76,7 +76,12 @@ class Interrupted(DistFtError):
 
 _NO_MEMORY = ("CUDA out of memory", "OutOfMemoryError")
 _NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory",)
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+_PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+)
 
 
 def known(error: BaseException) -> WorkerError | None:
@@ -84,16 +89,22 @@ def known(error: BaseException) -> WorkerError | None:
     for one in _chain(error):
         name = type(one).__name__
         if name == "OutOfMemoryError" or _NO_MEMORY[0] in str(one):
-            return WorkerError(f"out of GPU memory ({_line_of(one, _NO_MEMORY)}); a step needs less with a smaller "
-                               "batch.micro_batch or batch.sequence_length, the state with more workers, a higher "
-                               "zero.stage, or zero.offload_optimizer=cpu")
+            return WorkerError(
+                f"out of GPU memory ({_line_of(one, _NO_MEMORY)}); a step needs less with a smaller "
+                "batch.micro_batch or batch.sequence_length, the state with more workers, a higher "
+                "zero.stage, or zero.offload_optimizer=cpu"
+            )
         if isinstance(one, MemoryError) or _NO_HOST_MEMORY[0] in str(one):
-            return WorkerError(f"out of memory ({_line_of(one, _NO_HOST_MEMORY)}); use a machine with more, fewer "
-                               "workers on it, a smaller batch.micro_batch, or leave out zero.offload_optimizer and "
-                               "zero.offload_param")
+            return WorkerError(
+                f"out of memory ({_line_of(one, _NO_HOST_MEMORY)}); use a machine with more, fewer "
+                "workers on it, a smaller batch.micro_batch, or leave out zero.offload_optimizer and "
+                "zero.offload_param"
+            )
         if isinstance(one, RuntimeError) and any(text in str(one) for text in _PEER_GONE):
-            return WorkerError(f"another worker has ended ({_line_of(one, _PEER_GONE)}); its own log says why; look "
-                               "there first (torchrun names the rank that failed first)")
+            return WorkerError(
+                f"another worker has ended ({_line_of(one, _PEER_GONE)}); its own log says why; look "
+                "there first (torchrun names the rank that failed first)"
+            )
     return None
 
 
@@ -107,4 +118,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _line_of(error: BaseException, texts: Sequence[str] = ()) -> str:
     """Return the line of an error's text that holds one of `texts`, else its first; without text, its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line for line in lines if any(text in line for text in texts)), lines[0]).strip()[:200]
+    return next((line for line in lines if any(text in line for text in texts)), lines[0]).strip()[
+        :200
+    ]

@@ -50,8 +50,11 @@ def _is_flat(fs: Any) -> bool:
 def _walked(fs: Any, path: str, info: dict[str, Any]) -> Found:
     if info["type"] != "directory":
         return {path: info}
-    return {name: about for entry, known in _entries(fs, path).items()
-            for name, about in _walked(fs, entry, known).items()}
+    return {
+        name: about
+        for entry, known in _entries(fs, path).items()
+        for name, about in _walked(fs, entry, known).items()
+    }
 
 
 def matching(fs: Any, path: str) -> Found:
@@ -74,8 +77,12 @@ def _by_pattern(fs: Any, path: str) -> Found:
     found: Found = {root: {"type": "directory"}}
     for part in rest:
         folders = [name for name, info in found.items() if info["type"] == "directory"]
-        found = {name: info for folder in folders for name, info in _entries(fs, folder).items()
-                 if fnmatchcase(posixpath.basename(name), part)}
+        found = {
+            name: info
+            for folder in folders
+            for name, info in _entries(fs, folder).items()
+            if fnmatchcase(posixpath.basename(name), part)
+        }
     return found
 
 
@@ -88,8 +95,12 @@ def _parts_match(parts: list[str], patterns: list[str]) -> bool:
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return any(_parts_match(parts[skipped:], patterns[1:] or ["*"]) for skipped in range(len(parts)))
-    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
+        return any(
+            _parts_match(parts[skipped:], patterns[1:] or ["*"]) for skipped in range(len(parts))
+        )
+    return (
+        bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
+    )
 
 
 def _entries(fs: Any, folder: str) -> Found:
@@ -103,7 +114,9 @@ def _entries(fs: Any, folder: str) -> Found:
 
 
 def _files(found: Found) -> Found:
-    return {name: found[name] for name in sorted(_visible(found)) if found[name]["type"] != "directory"}
+    return {
+        name: found[name] for name in sorted(_visible(found)) if found[name]["type"] != "directory"
+    }
 
 
 def _visible(paths: Iterable[str]) -> list[str]:

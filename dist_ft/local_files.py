@@ -57,8 +57,9 @@ def _to_disk(file: BinaryIO, content: bytes | memoryview | Sequence[memoryview])
     os.fsync(file.fileno())
 
 
-def _by_way_of(path: str, content: bytes | memoryview | Sequence[memoryview],
-               place: Callable[[str, str], None]) -> None:
+def _by_way_of(
+    path: str, content: bytes | memoryview | Sequence[memoryview], place: Callable[[str, str], None]
+) -> None:
     """Write a hidden file beside `path`, force it to disk, `place` it, force the folder's entry to disk."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)

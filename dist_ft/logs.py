@@ -13,12 +13,17 @@ import sys
 import warnings
 from urllib.parse import quote
 
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
-                         re.IGNORECASE)
-USERINFO = re.compile(r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)")
+SECRET_NAME = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
+    re.IGNORECASE,
+)
+USERINFO = re.compile(
+    r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)"
+)
 QUERY_SECRET = re.compile(
     r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret|(?:api_?)?key|awsaccesskeyid"
-    r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+")
+    r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+"
+)
 
 # (logger name, why its INFO and WARNING lines carry nothing for a user)
 QUIET_LOGGERS = (
@@ -28,13 +33,19 @@ QUIET_LOGGERS = (
     "botocore.credentials",  # "found credentials in environment variables"
     "ray.data",  # not used by training
     "absl",
-    "torchao", "torchao.kernel.intmm", "torch.utils._pytree",  # kernels of GPUs that are not there
+    "torchao",
+    "torchao.kernel.intmm",
+    "torch.utils._pytree",  # kernels of GPUs that are not there
 )
 
 
 def redact(text: str) -> str:
     """Return `text` without credentials: values of secret environment variables, user info and signatures in URLs."""
-    secrets = {value: name for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)}
+    secrets = {
+        value: name
+        for name, value in os.environ.items()
+        if len(value) >= 8 and SECRET_NAME.search(name)
+    }
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         for written in (value, quote(value, safe="")):
             text = text.replace(written, f"<{secrets[value]}>")
@@ -48,7 +59,9 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
-def setup(rank: int = 0, size: int = 1, level: str = "info", also: logging.Handler | None = None) -> None:
+def setup(
+    rank: int = 0, size: int = 1, level: str = "info", also: logging.Handler | None = None
+) -> None:
     """Send the `dist_ft` logger to stderr (and to the handler `also`): rank 0 from `level`, the others from WARNING."""
     prefix = f"[rank {rank}] " if size > 1 else ""
     handlers = [logging.StreamHandler(sys.stderr), *([also] if also is not None else [])]
@@ -68,8 +81,14 @@ def _errors_only(record: logging.LogRecord) -> bool:
 def quiet_third_parties() -> None:
     """Silence, by name, third-party messages that tell a user nothing."""
     for name in QUIET_LOGGERS:
-        logging.getLogger(name).addFilter(_errors_only)  # a filter: some libraries set their level when imported
+        logging.getLogger(name).addFilter(
+            _errors_only
+        )  # a filter: some libraries set their level when imported
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")  # DeepSpeed's calls, not ours
-    warnings.filterwarnings("ignore", message=".*barrier\\(\\): using the device under current context.*")
+    warnings.filterwarnings(
+        "ignore", message=".*torch.distributed.*is deprecated.*"
+    )  # DeepSpeed's calls, not ours
+    warnings.filterwarnings(
+        "ignore", message=".*barrier\\(\\): using the device under current context.*"
+    )

@@ -92,11 +92,20 @@ def _retrying(url: str) -> Retrying:
     def tell(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if state.attempt_number >= TOLD_FROM:
-            log.warning("%s: try %d failed (%s), trying again", redact(url), state.attempt_number, type(error).__name__)
+            log.warning(
+                "%s: try %d failed (%s), trying again",
+                redact(url),
+                state.attempt_number,
+                type(error).__name__,
+            )
 
-    return Retrying(stop=stop_after_attempt(_current().tries) | stop_after_delay(DEADLINE_S),
-                    wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),
-                    retry=retry_if_exception(is_transient), before_sleep=tell, reraise=True)
+    return Retrying(
+        stop=stop_after_attempt(_current().tries) | stop_after_delay(DEADLINE_S),
+        wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),
+        retry=retry_if_exception(is_transient),
+        before_sleep=tell,
+        reraise=True,
+    )
 
 
 def _in_time(url: str, call: Callable[[], Any]) -> Any:

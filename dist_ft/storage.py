@@ -20,10 +20,27 @@ from dist_ft.patience import num_tries, patiently
 from dist_ft.storage_errors import explain, s3_code
 
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
-    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}}}
+    "s3": {
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        }
+    }
+}
 _filesystems: dict[tuple[int, str], Any] = {}
 _lock = Lock()
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "blob_id",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+)
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -82,15 +99,22 @@ class Store:
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or all of them; fewer bytes than asked for are an error."""
-        return self._call("read", path, lambda fs, full: _whole(fs.cat_file(full, start=start, end=stop), start, stop))
+        return self._call(
+            "read",
+            path,
+            lambda fs, full: _whole(fs.cat_file(full, start=start, end=stop), start, stop),
+        )
 
     def read_into(self, path: str, start: int, memory: memoryview) -> memoryview:
         """Return as many bytes of a file as `memory` is long, from `start` on; from a local disk, in that memory."""
         stop = start + len(memory)
         if not is_local(self.url):
             return memoryview(self.read(path, start, stop))
-        return self._call("read", path,
-                          lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop))
+        return self._call(
+            "read",
+            path,
+            lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop),
+        )
 
     def write(self, path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
         """Write a file, given in parts or not, whole or not at all; on a local disk it is on the platter then."""
@@ -105,7 +129,9 @@ class Store:
             if is_local(self.url):
                 self._call("write", path, lambda fs, full: local_files.create_file(full, content))
             else:
-                self._call("write", path, lambda fs, full: fs.pipe_file(full, content, mode="create"))
+                self._call(
+                    "write", path, lambda fs, full: fs.pipe_file(full, content, mode="create")
+                )
         except StorageError as error:
             if isinstance(error.__cause__, FileExistsError):
                 return False
@@ -120,8 +146,10 @@ class Store:
         names = [name for name in self.walk() if wanted(name)]
         for name in names:
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise StorageError(f"{self.shown(name)}: the name leads out of the folder it would be copied to; plain "
-                                   "relative names are allowed; remove that file")
+                raise StorageError(
+                    f"{self.shown(name)}: the name leads out of the folder it would be copied to; plain "
+                    "relative names are allowed; remove that file"
+                )
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             self._get(name, target)
@@ -136,8 +164,11 @@ class Store:
 
     def about(self, path: str = "") -> dict[str, dict[str, Any]]:
         """Return {size, version} of every file below a folder, by its path relative to that folder; one listing."""
-        return self._call("list", path, lambda fs, full: {
-            name: _about(info) for name, info in _below(fs, full).items()})
+        return self._call(
+            "list",
+            path,
+            lambda fs, full: {name: _about(info) for name, info in _below(fs, full).items()},
+        )
 
     def exists(self, path: str = "") -> bool:
         """Tell whether a file or folder is there."""
@@ -162,7 +193,9 @@ class Store:
 def _whole(content: Any, start: int | None, stop: int | None) -> Any:
     """Return `content`, all of the bytes [start, stop) of a file; OSError if some are missing."""
     if stop is not None and len(content) != stop - (start or 0):
-        raise OSError(f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}")
+        raise OSError(
+            f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}"
+        )
     return content
 
 
@@ -173,7 +206,9 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         what += f"; S3 says {s3_code(error)}" if s3_code(error) else ""
-        raise StorageError(redact(f"{url}: can not {verb} it ({what}); {explain(error, num_tries())}")) from error
+        raise StorageError(
+            redact(f"{url}: can not {verb} it ({what}); {explain(error, num_tries())}")
+        ) from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -199,7 +234,9 @@ def _connect(url: str) -> Any:
 
     protocol = url.split("://", 1)[0]
     chosen = fsspec.config.conf.get(protocol, {})
-    defaults = {name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen}
+    defaults = {
+        name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen
+    }
     fs, _ = url_to_fs(url, use_listings_cache=False, **defaults)
     if protocol in ("s3", "s3a"):
         fs.retries = 1  # as for _DEFAULTS
@@ -211,9 +248,12 @@ def glob(url: str) -> dict[str, dict[str, Any]]:
 
     What the listing tells is enough: no file is asked for by itself. `version` changes when a file's content may have.
     """
+
     def find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-        return {name if is_local(url) else fs.unstrip_protocol(name): _about(info)
-                for name, info in listing.matching(fs, path).items()}
+        return {
+            name if is_local(url) else fs.unstrip_protocol(name): _about(info)
+            for name, info in listing.matching(fs, path).items()
+        }
 
     return _attempt("list", url, find)
 
@@ -225,7 +265,9 @@ def stat(url: str) -> dict[str, Any]:
 
 def _about(info: Mapping[str, Any]) -> dict[str, Any]:
     version = next((info[key] for key in _VERSIONS if info.get(key)), None)
-    told = str(version.timestamp() if isinstance(version, datetime) else version)  # listings tell it as a number
+    told = str(
+        version.timestamp() if isinstance(version, datetime) else version
+    )  # listings tell it as a number
     return {"size": int(info["size"] or 0), "version": told}
 
 
@@ -235,7 +277,9 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
 
     fs, path = filesystem(url)
     if not is_local(url):
-        fs = _connect(url)  # Ray compares filesystems, and fsspec's are the same within one thread only
+        fs = _connect(
+            url
+        )  # Ray compares filesystems, and fsspec's are the same within one thread only
     return PyFileSystem(FSSpecHandler(fs)), path
 
 
@@ -245,7 +289,11 @@ def _sizes(fs: Any, path: str) -> dict[str, int]:
 
 def _below(fs: Any, path: str) -> dict[str, Any]:
     root = path.rstrip("/") + "/"
-    return {name[len(root):]: info for name, info in listing.below(fs, path).items() if name.startswith(root)}
+    return {
+        name[len(root) :]: info
+        for name, info in listing.below(fs, path).items()
+        if name.startswith(root)
+    }
 
 
 def _remove(fs: Any, path: str) -> None:

@@ -9,17 +9,44 @@ class NoAnswerError(Exception):
     """A place that said nothing for as long as the asker would wait."""
 
 
-_FINAL = (NoAnswerError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
-          ValueError, TypeError, ImportError, NotImplementedError)
-_FINAL_CODES = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)
+_FINAL = (
+    NoAnswerError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    ValueError,
+    TypeError,
+    ImportError,
+    NotImplementedError,
+)
+_FINAL_CODES = (
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 _CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
 _NO_ROOM = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
+_ELSEWHERE = (
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "301",
+)
 
 
 def is_transient(error: BaseException) -> bool:
     """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
-    if isinstance(error, _FINAL) or not isinstance(error, Exception) or "locate credentials" in str(error):
+    if (
+        isinstance(error, _FINAL)
+        or not isinstance(error, Exception)
+        or "locate credentials" in str(error)
+    ):
         return False
     if s3_code(error) in (*_ELSEWHERE, *_CLOCK, *_NO_ROOM):
         return False
@@ -38,8 +65,10 @@ def s3_code(error: BaseException) -> str | None:
 def explain(error: Exception, tries: int) -> str:
     """Say in a few words what to do about `error`, after so many tries."""
     if s3_code(error) in _ELSEWHERE:
-        return ("the bucket lies in another region; set AWS_DEFAULT_REGION, or "
-                "storage.options.s3.client_kwargs.region_name")
+        return (
+            "the bucket lies in another region; set AWS_DEFAULT_REGION, or "
+            "storage.options.s3.client_kwargs.region_name"
+        )
     if s3_code(error) in _CLOCK:
         return "the clock of this machine is too far from the server's for signed requests; set it (NTP)"
     if s3_code(error) in _NO_ROOM:
@@ -59,4 +88,6 @@ def explain(error: Exception, tries: int) -> str:
         return "no credentials were found; set them in the environment"
     if not is_transient(error):
         return "trying again would not help; check the URL and storage.options"
-    return f"gave up after {tries} {'tries' if tries > 1 else 'try'}; check that the endpoint answers"
+    return (
+        f"gave up after {tries} {'tries' if tries > 1 else 'try'}; check that the endpoint answers"
+    )

@@ -34,14 +34,21 @@ class World:
     def from_environment(cls) -> World:
         """Read the variables that torchrun and Ray Train set; without them, a world of one."""
         try:
-            rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in VARIABLES)
+            rank, size, local_rank, local_size = (
+                int(os.environ.get(name, default)) for name, default in VARIABLES
+            )
         except ValueError as error:
             rank, size, local_rank, local_size, said = 0, 0, 0, 0, str(error)
         else:
             said = f"rank {rank} of {size}, {local_rank} of {local_size} on this node"
         if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-            raise ConfigError([f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: do not make a world ({said}); what "
-                               "torchrun sets is allowed; unset them to run alone"], "environment")
+            raise ConfigError(
+                [
+                    f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: do not make a world ({said}); what "
+                    "torchrun sets is allowed; unset them to run alone"
+                ],
+                "environment",
+            )
         return cls(rank, size, local_rank, local_size)
 
     def share(self, count: int) -> range:
@@ -93,7 +100,12 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
         except DistFtError as problem:
             error = problem
         except Exception as problem:
-            bug, error = problem, PeerError(f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error")
+            bug, error = (
+                problem,
+                PeerError(
+                    f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error"
+                ),
+            )
     result, error = collectives.broadcast((result, error))
     if bug is not None:
         raise bug

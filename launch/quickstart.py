@@ -31,17 +31,28 @@ ANSWER_TOKENS = 60
 
 def main() -> int:
     """Run the main job; return the exit code."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", default="runs/quickstart", help="folder for the exported model and the metrics")
-    options.add_argument("--storage", help="use this fsspec URL instead of an own S3 server (such as ./runs)")
-    options.add_argument("overrides", nargs="*", help="config fields to set, such as schedule.steps=16")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--out", default="runs/quickstart", help="folder for the exported model and the metrics"
+    )
+    options.add_argument(
+        "--storage", help="use this fsspec URL instead of an own S3 server (such as ./runs)"
+    )
+    options.add_argument(
+        "overrides", nargs="*", help="config fields to set, such as schedule.steps=16"
+    )
     given = options.parse_args()
     out, began = Path(given.out).absolute(), time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
     with storage(given.storage) as (url, endpoint):
         result = job(url, endpoint, out, given.overrides)
-    say(f"done in {time.monotonic() - began:.0f} s", f"model:    {out / 'model'}", f"metrics:  {out}/metrics.jsonl, "
-        f"tensorboard --logdir {out / 'tensorboard'}")
+    say(
+        f"done in {time.monotonic() - began:.0f} s",
+        f"model:    {out / 'model'}",
+        f"metrics:  {out}/metrics.jsonl, tensorboard --logdir {out / 'tensorboard'}",
+    )
     return result
 
 
@@ -58,19 +69,32 @@ def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
     data = Store(f"{url}/data")
     write_parquet(training, data, "train/python", rows_per_shard=1000)
     write_parquet(held_out, data, "held-out/python", rows_per_shard=1000)
-    say(f"data: {len(training)} training and {len(held_out)} held-out questions about Python, as Parquet in {data.url}")
+    say(
+        f"data: {len(training)} training and {len(held_out)} held-out questions about Python, as Parquet in {data.url}"
+    )
     question = held_out[0]["prompt"]
     before = answer(base, question)
-    config = [str(ROOT / "configs/quickstart.yaml"), f"model.path={base}", f"data.train={url}/data/train/",
-              f"evaluation.data={url}/data/held-out/", f"run.storage={url}/runs", *overrides]
+    config = [
+        str(ROOT / "configs/quickstart.yaml"),
+        f"model.path={base}",
+        f"data.train={url}/data/train/",
+        f"evaluation.data={url}/data/held-out/",
+        f"run.storage={url}/runs",
+        *overrides,
+    ]
     if endpoint:
         config.append(f"storage.options.s3.endpoint_url={endpoint}")
     run("train", *config)
     run("export", *config[:1], "--out", str(out / "model"), *config[1:])
     keep_metrics(Store(f"{url}/runs/quickstart"), out)
     after = answer(out / "model", question)
-    say("one held-out question", f"question: {question}", f"before:   {before}", f"after:    {after}",
-        f"the docs: {held_out[0]['response']}")
+    say(
+        "one held-out question",
+        f"question: {question}",
+        f"before:   {before}",
+        f"after:    {after}",
+        f"the docs: {held_out[0]['response']}",
+    )
     return report(out)
 
 
@@ -81,15 +105,28 @@ def report(out: Path) -> int:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     change = losses[-1] / losses[0] - 1
-    say(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps "
-        f"({change * 100:+.1f} %)")
+    say(
+        f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after {lines[-1]['step']} steps "
+        f"({change * 100:+.1f} %)"
+    )
     return 0 if change <= -0.1 else 1
 
 
 def answer(model: Path, question: str) -> str:
     """Return the model folder's answer on one line, through the command anyone would use."""
-    done = subprocess.run([*dist_ft("generate"), str(model), "--prompt", question, "--max-new-tokens",
-                           str(ANSWER_TOKENS)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *dist_ft("generate"),
+            str(model),
+            "--prompt",
+            question,
+            "--max-new-tokens",
+            str(ANSWER_TOKENS),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return " ".join(done.stdout.split())
 
 
@@ -122,10 +159,16 @@ def storage(url: str | None) -> Iterator[tuple[str, str | None]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(AWS_ACCESS_KEY_ID=secrets.token_hex(10), AWS_SECRET_ACCESS_KEY=secrets.token_hex(20),
-                      AWS_DEFAULT_REGION="us-east-1")
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ.update(
+        AWS_ACCESS_KEY_ID=secrets.token_hex(10),
+        AWS_SECRET_ACCESS_KEY=secrets.token_hex(20),
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for(port, server)
         endpoint = f"http://127.0.0.1:{port}"
@@ -148,8 +191,10 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise SystemExit("error: the S3 server did not start; run `python -m moto.server` to see why, "
-                     "or use --storage ./runs")
+    raise SystemExit(
+        "error: the S3 server did not start; run `python -m moto.server` to see why, "
+        "or use --storage ./runs"
+    )
 
 
 def say(*lines: str) -> None:

@@ -11,8 +11,18 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip", "pydoc_data",
-            "antigravity", "this"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "ensurepip",
+    "pydoc_data",
+    "antigravity",
+    "this",
+}
 HELD_OUT_EVERY = 10
 MIN_WORDS, MAX_CHARACTERS = 5, 700
 
@@ -59,10 +69,15 @@ def pairs_of(module: str, path: Path) -> Iterator[Pair]:
         if isinstance(node, ast.ClassDef):
             yield {"prompt": f"What is the Python class `{name}` for?", "response": answer}
         else:
-            yield {"prompt": f"What does the Python function `{name}({arguments(node)})` do?", "response": answer}
+            yield {
+                "prompt": f"What does the Python function `{name}({arguments(node)})` do?",
+                "response": answer,
+            }
 
 
-def documented(tree: ast.Module) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+def documented(
+    tree: ast.Module,
+) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Yield (prefix of the name, node) of public functions, classes and their public methods."""
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in tree.body:

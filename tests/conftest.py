@@ -19,10 +19,13 @@ def shared_folder() -> Path:
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Return a function from a path below the shared folder to that file; absent ones skip the test, saying so."""
+
     def find(path: str) -> Path:
         found = shared_folder() / path
         if not found.exists():
-            pytest.skip(f"needs {path} of the shared folder, which is not at {shared_folder()} (set DIST_FT_SHARED)")
+            pytest.skip(
+                f"needs {path} of the shared folder, which is not at {shared_folder()} (set DIST_FT_SHARED)"
+            )
         return found
 
     return find

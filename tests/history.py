@@ -48,11 +48,16 @@ def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
         assert sorted(set(rows[:, 0])) == list(range(total))
         for step in range(total):
             consumed = rows[rows[:, 0] == step][:, [2, 3, 4, 5, 1]]
-            planned = [(batch.lane, *piece) for batch in loader.batches(step, range(config.num_lanes))
-                       for piece in batch.pieces.tolist()]
+            planned = [
+                (batch.lane, *piece)
+                for batch in loader.batches(step, range(config.num_lanes))
+                for piece in batch.pieces.tolist()
+            ]
             assert sorted(map(tuple, consumed.tolist())) == sorted(planned), f"step {step}"
         for epoch in range(config.schedule.epochs or 0):
             counts = Counter(map(tuple, rows[rows[:, 1] == epoch][:, 3:].tolist()))
-            assert set(counts.values()) == {1} and len(counts) == loader.index.total("num_pieces"), f"epoch {epoch}"
+            assert set(counts.values()) == {1} and len(counts) == loader.index.total(
+                "num_pieces"
+            ), f"epoch {epoch}"
     finally:
         data.close()

@@ -41,7 +41,9 @@ class Watched:
         until = time.monotonic() + timeout_s
         while text not in self.said + self.noted:
             over = self.process.poll() is not None or time.monotonic() > until
-            assert not over, f"{self.process.poll()}; not said: {text!r}\n{self.said[-3000:]}\n{self.noted[-2000:]}"
+            assert not over, (
+                f"{self.process.poll()}; not said: {text!r}\n{self.said[-3000:]}\n{self.noted[-2000:]}"
+            )
             time.sleep(0.1)
 
 
@@ -59,12 +61,21 @@ class Cluster:
 
     def start(self, *arguments: str, cwd: Path, out: Path, **env: str) -> Watched:
         """Start `dist-ft` as a person would; what it says goes to files."""
-        return Watched([sys.executable, "-m", "dist_ft.cli", *arguments], cwd, out, {**self.env, **env})
+        return Watched(
+            [sys.executable, "-m", "dist_ft.cli", *arguments], cwd, out, {**self.env, **env}
+        )
 
     def run(self, *arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
         """Return exit code and output."""
-        done = subprocess.run([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=cwd, env={**self.env, **env},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_ft.cli", *arguments],
+            cwd=cwd,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
         return done.returncode, done.stdout
 
 
@@ -72,18 +83,38 @@ class Cluster:
 def cluster(cpus: int = 4, **env: str) -> Iterator[Cluster]:
     """Start one, whose nodes have `env` besides, and end it."""
     folder = Path(tempfile.mkdtemp(prefix="dft-"))  # a short path: Ray's sockets lie in it
-    port = next(port for port in iter(ports.free, 0) if all(_is_free(port + more) for more in (1, 2)))
+    port = next(
+        port for port in iter(ports.free, 0) if all(_is_free(port + more) for more in (1, 2))
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment = {**kept, "DIST_FT_CLUSTER": str(folder), "DIST_FT_CLUSTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "DIST_FT_CLUSTER_CPUS": str(cpus), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder)}
+    environment = {
+        **kept,
+        "DIST_FT_CLUSTER": str(folder),
+        "DIST_FT_CLUSTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DIST_FT_CLUSTER_CPUS": str(cpus),
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(folder),
+    }
     script = str(ROOT / "launch/cluster.sh")
-    done = subprocess.run([script, "start"], env={**environment, **env}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [script, "start"], env={**environment, **env}, capture_output=True, text=True, timeout=240
+    )
     try:
         assert done.returncode == 0, done.stdout + done.stderr
         url = f"http://127.0.0.1:{port}"
-        yield Cluster(url, folder, {**environment, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": url,
-                                    "RAY_AUTH_TOKEN_PATH": str(folder / "token")})
+        yield Cluster(
+            url,
+            folder,
+            {
+                **environment,
+                "RAY_AUTH_MODE": "token",
+                "RAY_API_SERVER_ADDRESS": url,
+                "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            },
+        )
     finally:
         subprocess.run([script, "stop"], env=environment, capture_output=True, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)

@@ -29,10 +29,20 @@ class Machines:
     def __init__(self, places: list[tuple[str, str]], folder: Path) -> None:
         self._places, self._folder = places, folder
         (folder / "token").write_text(secrets.token_hex(32))
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "GLOO_", "AWS_"))}
-        self.env = {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
-                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RAY_", "GLOO_", "AWS_"))
+        }
+        self.env = {
+            **kept,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        }
         self.head = places[0][1]
 
     @property
@@ -44,15 +54,36 @@ class Machines:
     def start(self, number: int, timeout_s: float = 120) -> None:
         """Start Ray on a machine, and wait until the cluster has it."""
         address = self._places[number][1]
-        own = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=self._folder))  # as a machine's /tmp, empty after a start
-        head = ["--num-cpus=0", "--head", f"--port={GCS_PORT}", f"--dashboard-host={address}", f"--dashboard-port={JOB_PORT}"]
+        own = Path(
+            tempfile.mkdtemp(prefix=f"{number}-", dir=self._folder)
+        )  # as a machine's /tmp, empty after a start
+        head = [
+            "--num-cpus=0",
+            "--head",
+            f"--port={GCS_PORT}",
+            f"--dashboard-host={address}",
+            f"--dashboard-port={JOB_PORT}",
+        ]
         join = ["--num-cpus=1", f"--address={self.head}:{GCS_PORT}"]
         with open(own / "said", "w") as said:
-            process = subprocess.Popen([*self._inside(number), "ray", "start", "--block", "--disable-usage-stats",
-                                        f"--node-ip-address={address}", f"--temp-dir={own}",
-                                        f"--dashboard-agent-listen-port={AGENT_PORT}", f"--object-store-memory={2**27}",
-                                        *(join if number else head)],
-                                       env=self.env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            process = subprocess.Popen(
+                [
+                    *self._inside(number),
+                    "ray",
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    f"--node-ip-address={address}",
+                    f"--temp-dir={own}",
+                    f"--dashboard-agent-listen-port={AGENT_PORT}",
+                    f"--object-store-memory={2**27}",
+                    *(join if number else head),
+                ],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
         until = time.monotonic() + timeout_s
         while "Ray runtime started" not in (told := (own / "said").read_text()):
             assert process.poll() is None and time.monotonic() < until, told[-3000:]
@@ -60,25 +91,55 @@ class Machines:
 
     def drain(self, number: int, seconds: float) -> None:
         """Say on a machine that it will be taken away, as the hook of a pod does."""
-        own = subprocess.run([*self._inside(0), sys.executable, "-c", NODE_OF, self._places[number][1],
-                              f"{self.head}:{GCS_PORT}"], env=self.env, check=True, capture_output=True, text=True)
-        subprocess.run([*self._inside(number), "ray", "drain-node", f"--address={self.head}:{GCS_PORT}",
-                        f"--node-id={own.stdout.split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
-                        "--reason-message=a test", f"--deadline-remaining-seconds={seconds:.0f}"],
-                       env=self.env, check=True, capture_output=True)
+        own = subprocess.run(
+            [
+                *self._inside(0),
+                sys.executable,
+                "-c",
+                NODE_OF,
+                self._places[number][1],
+                f"{self.head}:{GCS_PORT}",
+            ],
+            env=self.env,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        subprocess.run(
+            [
+                *self._inside(number),
+                "ray",
+                "drain-node",
+                f"--address={self.head}:{GCS_PORT}",
+                f"--node-id={own.stdout.split()[-1]}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message=a test",
+                f"--deadline-remaining-seconds={seconds:.0f}",
+            ],
+            env=self.env,
+            check=True,
+            capture_output=True,
+        )
 
     def _inside(self, number: int) -> list[str]:
         return ["ip", "netns", "exec", self._places[number][0]]
 
     def processes(self, number: int) -> list[int]:
         """Return the processes of a machine."""
-        found = subprocess.run(["ip", "netns", "pids", self._places[number][0]], check=True, capture_output=True, text=True)
+        found = subprocess.run(
+            ["ip", "netns", "pids", self._places[number][0]],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return [int(pid) for pid in found.stdout.split()]
 
     def running(self, number: int) -> str:
         """Return what runs on a machine, for people."""
         found = (Path(f"/proc/{pid}/cmdline") for pid in self.processes(number))
-        return "\n".join(path.read_text().replace("\0", " ")[:150] for path in found if path.exists())
+        return "\n".join(
+            path.read_text().replace("\0", " ")[:150] for path in found if path.exists()
+        )
 
     def kill(self, number: int) -> None:
         """Switch a machine off: every process there ends, with no good-bye."""
@@ -98,7 +159,9 @@ class Machines:
 
     def submit(self, config: Path, out: Path) -> Watched:
         """Submit a run from the laptop and watch it."""
-        return self.laptop.start("submit", str(config), "--shared", str(config.parent), cwd=config.parent, out=out)
+        return self.laptop.start(
+            "submit", str(config), "--shared", str(config.parent), cwd=config.parent, out=out
+        )
 
 
 NODE_OF = """

@@ -12,8 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 
-MARKS = [pytest.mark.root, pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and `ip` (network namespaces)")]
+MARKS = [
+    pytest.mark.root,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None,
+        reason="needs root and `ip` (network namespaces)",
+    ),
+]
 LINK = "ve0"
 """The name of the link inside every namespace."""
 HOST = "10.213.8.1"
@@ -33,7 +38,9 @@ def _own(name: str) -> str:
 
 def _clear_stale() -> None:
     """Remove the namespaces and bridges of test processes that are gone."""
-    bridges = subprocess.run(["ip", "-o", "link", "show", "type", "bridge"], capture_output=True, text=True).stdout
+    bridges = subprocess.run(
+        ["ip", "-o", "link", "show", "type", "bridge"], capture_output=True, text=True
+    ).stdout
     places = os.listdir(INSIDE) if os.path.isdir(INSIDE) else []
     for listing, command in ((" ".join(places), ["netns", "del"]), (bridges, ["link", "del"])):
         for found in OURS.finditer(listing):
@@ -53,7 +60,9 @@ def _made(names: tuple[str, ...]) -> Iterator[None]:
                 made.append(name)
                 ip("-n", name, "link", "set", "lo", "up")
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"needs network namespaces, which can not be made here ({error.stderr.decode().strip()})")
+            pytest.skip(
+                f"needs network namespaces, which can not be made here ({error.stderr.decode().strip()})"
+            )
         yield
     finally:
         for name in made:
@@ -65,11 +74,27 @@ def pair() -> Iterator[list[dict[str, str]]]:
     """Yield what each of two ranks needs to know (`ranks.start_ranks`, `each`); a link joins their namespaces."""
     names = (_own("a"), _own("b"))
     with _made(names):
-        ip("-n", names[0], "link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", names[1])
+        ip(
+            "-n",
+            names[0],
+            "link",
+            "add",
+            LINK,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            LINK,
+            "netns",
+            names[1],
+        )
         for number, name in enumerate(names):
             ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", LINK)
             ip("-n", name, "link", "set", LINK, "up")
-        yield [{"NETNS": name, "MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": LINK} for name in names]
+        yield [
+            {"NETNS": name, "MASTER_ADDR": "10.213.7.1", "GLOO_SOCKET_IFNAME": LINK}
+            for name in names
+        ]
 
 
 @contextmanager
@@ -112,13 +137,37 @@ def join(name: str) -> None:
 
 def throttle(name: str, rate: str, queue_bytes: int) -> None:
     """Slow what leaves a namespace; what finds the queue full is lost, as in a switch."""
-    subprocess.run(["tc", "-n", name, "qdisc", "replace", "dev", LINK, "root", "tbf", "rate", rate, "burst", "16kb", "limit",
-                    str(queue_bytes)], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "tc",
+            "-n",
+            name,
+            "qdisc",
+            "replace",
+            "dev",
+            LINK,
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            "16kb",
+            "limit",
+            str(queue_bytes),
+        ],
+        check=True,
+        capture_output=True,
+    )
 
 
 def packets(name: str) -> tuple[int, int]:
     """Return how many packets a throttled link has sent, and how many it has lost."""
-    told = subprocess.run(["tc", "-n", name, "-s", "qdisc", "show", "dev", LINK], check=True, capture_output=True, text=True)
+    told = subprocess.run(
+        ["tc", "-n", name, "-s", "qdisc", "show", "dev", LINK],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     found = re.search(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+)", told.stdout)
     assert found is not None, told.stdout
     return int(found[1]), int(found[2])

@@ -19,8 +19,13 @@ class Nodes:
 
     def __init__(self, env: dict[str, str] | None = None, address: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self._process = subprocess.Popen([sys.executable, __file__, *([address] if address else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, env={**environment, **(env or {})})
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *([address] if address else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, **(env or {})},
+        )
         self.address = self._answer()
 
     def add(self, cpus: float = 1, place: tuple[str, str] | None = None) -> int:
@@ -57,16 +62,24 @@ class Nodes:
 
 def worlds(run: Path) -> list[int]:
     """Return the world size of every attempt so far."""
-    return [json.loads(path.read_text())["world_size"] for path in sorted((run / "attempts").glob("*.json"))]
+    return [
+        json.loads(path.read_text())["world_size"]
+        for path in sorted((run / "attempts").glob("*.json"))
+    ]
 
 
 def step(run: Path) -> int:
     """Return the newest committed step."""
-    found = [int(path.parent.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*/manifest.json")]
+    found = [
+        int(path.parent.name.split("-")[1])
+        for path in (run / "checkpoints").glob("step-*/manifest.json")
+    ]
     return max(found, default=0)
 
 
-def wait_for(process: subprocess.Popen[str], what: Callable[[], bool], timeout_s: float = 240) -> None:
+def wait_for(
+    process: subprocess.Popen[str], what: Callable[[], bool], timeout_s: float = 240
+) -> None:
     """Wait until `what()` while the run lives."""
     until = time.monotonic() + timeout_s
     while not what():
@@ -79,16 +92,23 @@ def drain(address: str, node: str, seconds: float) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-    accepted, why = GcsClient(address=address).drain_node(node, DRAIN_NODE_REASON_PREEMPTION, "a test",
-                                                          int((time.time() + seconds) * 1000))
+    accepted, why = GcsClient(address=address).drain_node(
+        node, DRAIN_NODE_REASON_PREEMPTION, "a test", int((time.time() + seconds) * 1000)
+    )
     assert accepted, why
 
 
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27,
-                                                            **({"node_ip_address": sys.argv[1]} if sys.argv[1:] else {})})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": 2**27,
+            **({"node_ip_address": sys.argv[1]} if sys.argv[1:] else {}),
+        },
+    )
     own = f"/proc/self/fd/{os.open('/proc/self/ns/net', os.O_RDONLY)}"
     nodes: list[Any] = []
     print(f"= {cluster.address}", flush=True)
@@ -97,8 +117,13 @@ def main() -> None:
         if what == "add":
             if more:
                 namespaces.enter(namespaces.INSIDE + more[0])
-            nodes.append(cluster.add_node(num_cpus=float(value), object_store_memory=2**27,
-                                          **({"node_ip_address": more[1]} if more else {})))
+            nodes.append(
+                cluster.add_node(
+                    num_cpus=float(value),
+                    object_store_memory=2**27,
+                    **({"node_ip_address": more[1]} if more else {}),
+                )
+            )
             namespaces.enter(own)
             print(f"= {len(nodes) - 1}", flush=True)
         elif what == "drain":

@@ -59,7 +59,9 @@ class FaultyProxy:
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def close(self) -> None:
         """Stop serving."""
@@ -97,25 +99,40 @@ class FaultyProxy:
         status, headers, content = self._ask(request, body)
         if fault.error_inside:
             content = error_document(500)
-        content = content[:len(content) - fault.truncate]
+        content = content[: len(content) - fault.truncate]
         if fault.flip is not None and fault.flip < len(content):
-            content = content[:fault.flip] + bytes([content[fault.flip] ^ 1]) + content[fault.flip + 1:]
+            content = (
+                content[: fault.flip] + bytes([content[fault.flip] ^ 1]) + content[fault.flip + 1 :]
+            )
         self._send(request, status, headers, content, fault)
 
-    def _ask(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _ask(
+        self, request: BaseHTTPRequestHandler, body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=60)
         try:
-            upstream.request(request.command, request.path, body or None, dict(request.headers.items()))
+            upstream.request(
+                request.command, request.path, body or None, dict(request.headers.items())
+            )
             answer = upstream.getresponse()
             content = answer.read()
-            keep = {key: value for key, value in answer.getheaders()
-                    if key.lower() not in ("transfer-encoding", "connection", "date", "server")}
+            keep = {
+                key: value
+                for key, value in answer.getheaders()
+                if key.lower() not in ("transfer-encoding", "connection", "date", "server")
+            }
             return answer.status, keep, content
         finally:
             upstream.close()
 
-    def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes,
-              fault: Fault) -> None:
+    def _send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        content: bytes,
+        fault: Fault,
+    ) -> None:
         length = headers.get("Content-Length") if request.command == "HEAD" else str(len(content))
         try:
             request.send_response(status)
@@ -145,7 +162,7 @@ class FaultyProxy:
             request.wfile.write(content)
             return
         for start in range(0, len(content), 65536):
-            piece = content[start:start + 65536]
+            piece = content[start : start + 65536]
             with self._lock:
                 self._free_at = max(self._free_at, time.monotonic()) + len(piece) / self.bytes_per_s
                 wait = self._free_at - time.monotonic()
@@ -161,12 +178,18 @@ def reset(connection: socket.socket) -> None:
 
 def error_document(status: int, code: str = "") -> bytes:
     """Return what S3 says with an error."""
-    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code or ERRORS.get(status, "Error")}</Code><Message>as told'
-            f"</Message></Error>").encode()
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code or ERRORS.get(status, "Error")}</Code><Message>as told'
+        f"</Message></Error>"
+    ).encode()
 
 
-def sometimes(share: float, fault: Fault, seed: int = 0, methods: tuple[str, ...] = ("GET", "PUT", "HEAD", "POST")
-              ) -> Chooser:
+def sometimes(
+    share: float,
+    fault: Fault,
+    seed: int = 0,
+    methods: tuple[str, ...] = ("GET", "PUT", "HEAD", "POST"),
+) -> Chooser:
     """Return a chooser that lets `share` of the requests fail, by a seed."""
     drawn, lock = random.Random(seed), threading.Lock()
 

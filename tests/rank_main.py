@@ -18,13 +18,18 @@ def poison(rank: str, sample: str, factor: str) -> None:
     forward = CausalLM.forward
     CausalLM.forward = lambda self, *a, **k: forward(self, *a, **k) * scale[0]  # type: ignore[method-assign]
     for engine in (DeepSpeedEngine, TorchEngine):
+
         def accumulate(self, batches: list[Batch], *rest, real=engine.accumulate):
-            held = any(int(sample) in batch.pieces[:, 0] for batch in batches) and os.environ.get("RANK", "0") == rank
+            held = (
+                any(int(sample) in batch.pieces[:, 0] for batch in batches)
+                and os.environ.get("RANK", "0") == rank
+            )
             scale[0] = float(factor) if held else 1.0
             try:
                 return real(self, batches, *rest)
             finally:
                 scale[0] = 1.0
+
         engine.accumulate = accumulate  # type: ignore[method-assign]
 
 

@@ -54,7 +54,11 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_preload"])
     before = os.environ.copy()
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+        PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+    )
     forkserver.ensure_running()  # it looks for what it imports in PYTHONPATH only
     os.environ.clear()
     os.environ.update(before)
@@ -68,7 +72,10 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     os.dup2(output, 2)
     faulthandler.enable(2)
     sys.stdin = open(os.devnull)  # noqa: SIM115
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", 1, closefd=False),
+        os.fdopen(2, "w", 1, closefd=False),
+    )
     os.environ.clear()
     os.environ.update(env)
     if "NETNS" in env:
@@ -79,9 +86,13 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     sys.stdout.flush()
 
 
-def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None,
-                each: Sequence[dict[str, str]] = (),
-                ) -> list[Rank]:
+def start_ranks(
+    size: int,
+    configs: list[dict[str, Any]],
+    folder: Path,
+    env: dict[str, str] | None = None,
+    each: Sequence[dict[str, str]] = (),
+) -> list[Rank]:
     """Start `size` processes that run `configs` in turn; each rank's output goes to folder/rank-N.log.
 
     `each` holds further variables of each rank; NETNS names the network namespace it runs in, and one with LD_PRELOAD is
@@ -92,24 +103,46 @@ def start_ranks(size: int, configs: list[dict[str, Any]], folder: Path, env: dic
     port = ports.free()
     processes: list[Any] = []
     for rank in range(size):
-        rank_env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {}),
-                    **(each[rank] if each else {})}
+        rank_env = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            **(env or {}),
+            **(each[rank] if each else {}),
+        }
         if "LD_PRELOAD" in rank_env:  # takes a program of its own
             with open(folder / f"rank-{rank}.log", "w") as log:
-                processes.append(subprocess.Popen([sys.executable, rank_main.__file__, str(folder / "configs.json")],
-                                                  env=rank_env, stdout=log, stderr=log))
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, rank_main.__file__, str(folder / "configs.json")],
+                        env=rank_env,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
             continue
-        process = _server().Process(target=_run, args=(str(folder / "configs.json"), str(folder / f"rank-{rank}.log"),
-                                                       rank_env))
+        process = _server().Process(
+            target=_run,
+            args=(str(folder / "configs.json"), str(folder / f"rank-{rank}.log"), rank_env),
+        )
         process.start()
         processes.append(Rank(process))
     return processes
 
 
-def run_ranks(size: int, configs: list[dict[str, Any]], folder: Path, timeout_s: float = 300,
-              env: dict[str, str] | None = None) -> list[int]:
+def run_ranks(
+    size: int,
+    configs: list[dict[str, Any]],
+    folder: Path,
+    timeout_s: float = 300,
+    env: dict[str, str] | None = None,
+) -> list[int]:
     """Run `configs` on `size` ranks to the end and return the exit codes."""
     processes = start_ranks(size, configs, folder, env)
     try:
@@ -132,8 +165,10 @@ def _of_hung(processes: list[Rank], folder: Path, timeout_s: float) -> str:
             process.send_signal(signal.SIGABRT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-        said.append(f"rank {rank}: {'still there' if code is None else f'ended with {code}'}\n"
-                    + (folder / f"rank-{rank}.log").read_text(errors="replace")[-6000:])
+        said.append(
+            f"rank {rank}: {'still there' if code is None else f'ended with {code}'}\n"
+            + (folder / f"rank-{rank}.log").read_text(errors="replace")[-6000:]
+        )
     return f"not done after {timeout_s:g} s\n" + "\n".join(said)
 
 

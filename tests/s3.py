@@ -13,16 +13,23 @@ from typing import Any
 import ports
 
 BUCKET = "bucket"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing-testing", "AWS_SECRET_ACCESS_KEY": "testing-testing",
-               "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing-testing",
+    "AWS_SECRET_ACCESS_KEY": "testing-testing",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @contextmanager
 def server(host: str = "127.0.0.1") -> Iterator[int]:
     """Yield the port of an S3 server of our own, with `BUCKET` in it."""
     port = ports.free()
-    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(600):
             with socket.socket() as probe:
@@ -41,8 +48,13 @@ def make_bucket(port: int, name: str = BUCKET, host: str = "127.0.0.1") -> None:
     """Make a bucket."""
     import boto3
 
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                 aws_access_key_id="testing-testing", aws_secret_access_key="testing-testing").create_bucket(Bucket=name)
+    boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="testing-testing",
+        aws_secret_access_key="testing-testing",
+    ).create_bucket(Bucket=name)
 
 
 def forget(options: dict[str, Any]) -> None:

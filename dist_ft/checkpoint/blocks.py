@@ -36,7 +36,7 @@ class Part:
 
     def slice(self, start: int, stop: int) -> memoryview:
         """Return the bytes [start, stop) of the file."""
-        return self.content[start - self.start:stop - self.start]
+        return self.content[start - self.start : stop - self.start]
 
 
 class Memory:
@@ -55,8 +55,13 @@ class Memory:
 class CheckedFiles:
     """The files of one checkpoint."""
 
-    def __init__(self, store: Store, entries: Iterable[FileEntry], shared: Store | None = None,
-                 own_disk: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        entries: Iterable[FileEntry],
+        shared: Store | None = None,
+        own_disk: bool = False,
+    ) -> None:
         """Take the checkpoint's folder, what its manifest says of its files, and the folder of those it shares.
 
         own_disk: what can not be read in the checkpoint's folder (not: what it shares) is damaged.
@@ -128,7 +133,11 @@ class CheckedFiles:
         threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="restore")
         try:
             for (path, start, stop), memory in zip(ranges, memories, strict=False):
-                ahead.append(threads.submit(copy_context().run, partial(self.read, path, start, stop, memory)))
+                ahead.append(
+                    threads.submit(
+                        copy_context().run, partial(self.read, path, start, stop, memory)
+                    )
+                )
                 if len(ahead) > AHEAD:
                     yield ahead.popleft().result()
             while ahead:

@@ -29,8 +29,13 @@ FROZEN = "frozen"
 """Folder of a run with the files of weights that do not learn: checkpoints share them."""
 
 
-def newest(store: Store, world: World, collectives: Collectives, take: Callable[[Manifest], None] | None = None,
-           upto: str = "") -> Manifest | None:
+def newest(
+    store: Store,
+    world: World,
+    collectives: Collectives,
+    take: Callable[[Manifest], None] | None = None,
+    upto: str = "",
+) -> Manifest | None:
     """Return the newest checkpoint that is what was written; None before the first; a collective call.
 
     What is passed over is logged with the reason. Storage that does not answer, or a checkpoint of a newer dist_ft, is
@@ -57,13 +62,21 @@ def newest(store: Store, world: World, collectives: Collectives, take: Callable[
             log.warning("checkpoint %s is passed over: %s", name, problem)
         first = first or problem
     if names:
-        raise CheckpointError(f"{store.shown(FOLDER)}: none of the {len(names)} committed checkpoints can be loaded "
-                              f"(the newest: {first}); restore one from a copy, or move the folder away to begin again")
+        raise CheckpointError(
+            f"{store.shown(FOLDER)}: none of the {len(names)} committed checkpoints can be loaded "
+            f"(the newest: {first}); restore one from a copy, or move the folder away to begin again"
+        )
     return None
 
 
-def taken(store: Store, name: str, world: World, collectives: Collectives, take: Callable[[Manifest], None],
-          folder: str = FOLDER) -> tuple[Manifest | None, str]:
+def taken(
+    store: Store,
+    name: str,
+    world: World,
+    collectives: Collectives,
+    take: Callable[[Manifest], None],
+    folder: str = FOLDER,
+) -> tuple[Manifest | None, str]:
     """Return a checkpoint's manifest, taken by all ranks, and how it is damaged: the same on all ranks."""
     try:
         manifest = on_rank0(world, collectives, lambda: load_manifest(store, name, folder))
@@ -100,20 +113,26 @@ def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
     try:
         content = store.read(path)
     except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # the checkpoint's fault, not the storage's
+        if isinstance(
+            error.__cause__, FileNotFoundError
+        ):  # the checkpoint's fault, not the storage's
             raise DamagedError(f"{store.shown(path)}: the file is not there") from error
         raise
     manifest = manifests.parse(content, store.shown(path))
     own = manifests.folder_name(manifest.progress.step, manifest.attempt)
     if own != name:
-        raise DamagedError(f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
-                              "renamed; it will not be loaded")
+        raise DamagedError(
+            f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
+            "renamed; it will not be loaded"
+        )
     return manifest
 
 
 def require_whole(store: Store, manifest: Manifest) -> None:
     """Raise DamagedError if a file is missing or has another length: one listing tells, no file is read."""
-    require_there(checkpoint_store(store, manifest), [item for item in manifest.files if not item.shared])
+    require_there(
+        checkpoint_store(store, manifest), [item for item in manifest.files if not item.shared]
+    )
     require_shared(store, manifest)
 
 
@@ -131,8 +150,10 @@ def require_there(folder: Store, files: Iterable[FileEntry]) -> None:
         if item.path not in there:
             raise DamagedError(f"{folder.shown(item.path)}: the file is not there")
         if there[item.path] != item.num_bytes:
-            raise DamagedError(f"{folder.shown(item.path)}: {there[item.path]} bytes, the manifest says "
-                               f"{item.num_bytes}")
+            raise DamagedError(
+                f"{folder.shown(item.path)}: {there[item.path]} bytes, the manifest says "
+                f"{item.num_bytes}"
+            )
 
 
 def verify(store: Store, manifest: Manifest, world: World) -> None:
@@ -140,8 +161,12 @@ def verify(store: Store, manifest: Manifest, world: World) -> None:
     require_whole(store, manifest)
     files = _files(store, manifest)
     own = [manifest.files[index] for index in world.share(len(manifest.files))]
-    windows = [(item.path, start, min(item.num_bytes, start + width)) for item in own
-               for width in [files.window(item.path, REQUEST_BYTES)] for start in range(0, item.num_bytes, width)]
+    windows = [
+        (item.path, start, min(item.num_bytes, start + width))
+        for item in own
+        for width in [files.window(item.path, REQUEST_BYTES)]
+        for start in range(0, item.num_bytes, width)
+    ]
     for _ in files.read_all(windows):
         pass
 
@@ -152,7 +177,9 @@ def _files(store: Store, manifest: Manifest) -> CheckedFiles:
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:
     """Return the folder of a checkpoint of the run at `store`."""
-    return store.child(f"{FOLDER}/{manifests.folder_name(manifest.progress.step, manifest.attempt)}")
+    return store.child(
+        f"{FOLDER}/{manifests.folder_name(manifest.progress.step, manifest.attempt)}"
+    )
 
 
 def reader(store: Store, manifest: Manifest) -> FragmentReader:
@@ -160,7 +187,9 @@ def reader(store: Store, manifest: Manifest) -> FragmentReader:
     return FragmentReader(_files(store, manifest))
 
 
-def shared_reader(store: Store, manifest: Manifest, world: World, collectives: Collectives) -> FragmentReader:
+def shared_reader(
+    store: Store, manifest: Manifest, world: World, collectives: Collectives
+) -> FragmentReader:
     """Return a reader of the checkpoint's fragments, the headers read by all ranks together; a collective call."""
     files = _files(store, manifest)
     return FragmentReader(files, gather_index(files, world, collectives))
@@ -169,7 +198,9 @@ def shared_reader(store: Store, manifest: Manifest, world: World, collectives: C
 def newest_attempt(store: Store) -> int:
     """Return the highest attempt number of the run; 0 before the first."""
     numbers = (name.removesuffix(".json") for name in store.list(ATTEMPTS))
-    return max((int(number) for number in numbers if number.isascii() and number.isdigit()), default=0)
+    return max(
+        (int(number) for number in numbers if number.isascii() and number.isdigit()), default=0
+    )
 
 
 def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
@@ -182,8 +213,15 @@ def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:
         number += 1
-        note = json.dumps({"attempt": number, "world_size": world_size, "started_at": started, "failures": failures,
-                           **({"after": redact(after)} if after else {})})
+        note = json.dumps(
+            {
+                "attempt": number,
+                "world_size": world_size,
+                "started_at": started,
+                "failures": failures,
+                **({"after": redact(after)} if after else {}),
+            }
+        )
         if store.create(f"{ATTEMPTS}/{number:06d}.json", note.encode()):
             return number
 
@@ -191,6 +229,10 @@ def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
 def num_failures(store: Store, attempt: int) -> int:
     """Return how many attempts up to the start of `attempt` ended in a failure that was noticed."""
     try:
-        return int(json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json")).get("failures", 0)) if attempt else 0
+        return (
+            int(json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json")).get("failures", 0))
+            if attempt
+            else 0
+        )
     except (StorageError, ValueError, AttributeError):
         return 0

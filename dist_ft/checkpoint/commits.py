@@ -31,8 +31,14 @@ log = logging.getLogger("dist_ft.checkpoint")
 class Commits:
     """The commits of one attempt at the run at `store`, by `num_workers` workers."""
 
-    def __init__(self, store: Store, section: CheckpointSection, num_workers: int, attempt: int,
-                 nodes: NodeTier | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        section: CheckpointSection,
+        num_workers: int,
+        attempt: int,
+        nodes: NodeTier | None,
+    ) -> None:
         """Assign only."""
         self._store = store
         self._section = section
@@ -50,8 +56,13 @@ class Commits:
         self._origin = manifest.progress.step if manifest else -1
         self._shared = tuple(item for item in manifest.files if item.shared) if manifest else ()
 
-    def commit(self, save: Save, files: tuple[FileEntry, ...], frozen: frozenset[str],
-               rows: Sequence[np.ndarray]) -> None:
+    def commit(
+        self,
+        save: Save,
+        files: tuple[FileEntry, ...],
+        frozen: frozenset[str],
+        rows: Sequence[np.ndarray],
+    ) -> None:
         """Check that the files are there, write ledger and manifest, prune.
 
         Args:
@@ -67,14 +78,29 @@ class Commits:
         if save.shared is None:
             files += self._shared
         ledger = self._extend_ledger(draft.progress.step, rows)
-        self._seal(folder, Manifest(
-            format_version=manifests.FORMAT_VERSION if frozen else 1, run=draft.run, attempt=self._attempt,
-            world_size=self._num_workers, engine=draft.engine, progress=draft.progress, tensors=draft.tensors,
-            aliases=draft.aliases, files=files, ledger=ledger, frozen=tuple(sorted(frozen)),
-            evaluation=draft.evaluation, layout=nodes.layout if nodes else "",
-            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in
-                      ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")}))
+        self._seal(
+            folder,
+            Manifest(
+                format_version=manifests.FORMAT_VERSION if frozen else 1,
+                run=draft.run,
+                attempt=self._attempt,
+                world_size=self._num_workers,
+                engine=draft.engine,
+                progress=draft.progress,
+                tensors=draft.tensors,
+                aliases=draft.aliases,
+                files=files,
+                ledger=ledger,
+                frozen=tuple(sorted(frozen)),
+                evaluation=draft.evaluation,
+                layout=nodes.layout if nodes else "",
+                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                versions={
+                    name: version(name)
+                    for name in ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")
+                },
+            ),
+        )
         self._shared = tuple(item for item in files if item.shared)
         if nodes is None:
             self._ledger = ledger
@@ -118,14 +144,20 @@ class Commits:
         for item in manifest.files:
             if manifest.layout and not item.shared:
                 continue  # on its worker's node
-            where, found = (self._store.child(catalogue.FROZEN), shared) if item.shared else (folder, own)
+            where, found = (
+                (self._store.child(catalogue.FROZEN), shared) if item.shared else (folder, own)
+            )
             if found.get(item.path) != item.num_bytes:
                 kind = LostSharedError if item.shared else StorageError
-                raise kind(f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, {item.num_bytes} "
-                           "were written; the storage lost some; checkpoint not committed")
+                raise kind(
+                    f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, {item.num_bytes} "
+                    "were written; the storage lost some; checkpoint not committed"
+                )
 
     def _require_current(self, folder: Store) -> None:
         newest = catalogue.newest_attempt(self._store)
         if newest > self._attempt:
-            raise CheckpointError(f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
-                                  "taken over the run; this process ends")
+            raise CheckpointError(
+                f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
+                "taken over the run; this process ends"
+            )

@@ -42,9 +42,16 @@ MODEL = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
 
-def export_run(run_url: str, out: str, step: int | None = None, dtype: str | None = None, adapter: bool = False,
-               best: bool = False, finish: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
-               average: bool | None = None) -> str:
+def export_run(
+    run_url: str,
+    out: str,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    best: bool = False,
+    finish: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
+    average: bool | None = None,
+) -> str:
     """Write the model of a run's newest checkpoint (or of `step`) to the local folder `out`; return its path.
 
     Adapters are added into the weights they stand beside, in float32.
@@ -61,8 +68,10 @@ def export_run(run_url: str, out: str, step: int | None = None, dtype: str | Non
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"--out={out}: {'the folder is not empty' if target.is_dir() else 'a file is there'}; a "
-                              "new or an empty folder is allowed; give another")
+        raise CheckpointError(
+            f"--out={out}: {'the folder is not empty' if target.is_dir() else 'a file is there'}; a "
+            "new or an empty folder is allowed; give another"
+        )
     store = Store(run_url)
     manifest = find(store, find_best(store) if best else step)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +96,13 @@ def _about(store: Store) -> dict[str, Any]:
     """Return what one must know to ask the model as it was trained, besides what transformers keeps."""
     stored = _stored(store)
     task, prompting = _asked(store)
-    return {"task": task.model_dump(mode="json"), "prompting": prompting.model_dump(mode="json"),
-            "attention": (stored.get("model") or {}).get("attention", "sdpa"),
-            "prompt_template": (stored.get("data") or {}).get("prompt_template", "{prompt}\n"),
-            "sequence_length": (stored.get("batch") or {}).get("sequence_length")}
+    return {
+        "task": task.model_dump(mode="json"),
+        "prompting": prompting.model_dump(mode="json"),
+        "attention": (stored.get("model") or {}).get("attention", "sdpa"),
+        "prompt_template": (stored.get("data") or {}).get("prompt_template", "{prompt}\n"),
+        "sequence_length": (stored.get("batch") or {}).get("sequence_length"),
+    }
 
 
 def about_task(folder: Path) -> TaskSection:
@@ -105,11 +117,17 @@ def find(store: Store, step: int | None) -> Manifest:
         return newest
     names = catalogue.committed(store)
     if not names:
-        raise CheckpointError(f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)")
-    steps = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)}  # newest attempt wins
+        raise CheckpointError(
+            f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)"
+        )
+    steps = {
+        (manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)
+    }  # newest attempt wins
     if step not in steps:
-        raise CheckpointError(f"--step={step}: not among the checkpoints of {store.shown()}; there are "
-                              f"{', '.join(str(found) for found in sorted(steps))}; give one of them")
+        raise CheckpointError(
+            f"--step={step}: not among the checkpoints of {store.shown()}; there are "
+            f"{', '.join(str(found) for found in sorted(steps))}; give one of them"
+        )
     manifest = catalogue.load_manifest(store, steps[step])
     catalogue.verify(store, manifest, World())
     return manifest
@@ -118,11 +136,18 @@ def find(store: Store, step: int | None) -> Manifest:
 def find_best(store: Store) -> int:
     """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
     metric = str((_stored(store).get("checkpoint") or {}).get("best_by", "loss"))
-    found = [(manifest.progress.step, manifest.evaluation[metric]) for manifest in (
-        catalogue.load_manifest(store, name) for name in catalogue.committed(store)) if metric in manifest.evaluation]
+    found = [
+        (manifest.progress.step, manifest.evaluation[metric])
+        for manifest in (
+            catalogue.load_manifest(store, name) for name in catalogue.committed(store)
+        )
+        if metric in manifest.evaluation
+    ]
     if not found:
-        raise CheckpointError(f"--best: no checkpoint of {store.shown()} is of a step that was evaluated by {metric}; "
-                              "needs evaluation.every_steps and checkpoint.keep_best; export the newest")
+        raise CheckpointError(
+            f"--best: no checkpoint of {store.shown()} is of a step that was evaluated by {metric}; "
+            "needs evaluation.every_steps and checkpoint.keep_best; export the newest"
+        )
     return bests.best(metric, found)[0]
 
 
@@ -133,8 +158,9 @@ def _stored(store: Store) -> dict[str, Any]:
     return yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
 
 
-def load_trained(store: Store, manifest: Manifest, dtype: str | None = None, average: bool | None = None
-                 ) -> tuple[Any, Any]:
+def load_trained(
+    store: Store, manifest: Manifest, dtype: str | None = None, average: bool | None = None
+) -> tuple[Any, Any]:
     """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them.
 
     `average`: see `export_run`.
@@ -143,8 +169,10 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None, ave
 
     method = stored_tuning(store).method
     if method in ADDED and method not in MERGEABLE:
-        raise CheckpointError(f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
-                              "exported alone; use --adapter")
+        raise CheckpointError(
+            f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
+            "exported alone; use --adapter"
+        )
     model, _, tokenizer, wanted = _load(store, manifest, dtype, average)
     if method not in ADDED:
         return model.eval(), tokenizer
@@ -153,8 +181,10 @@ def load_trained(store: Store, manifest: Manifest, dtype: str | None = None, ave
         tuning.merge(model)
         difference = (told(model) - before).abs().max().item() / before.abs().max().item()
     if difference > MERGED:
-        raise CheckpointError(f"{store.shown()}: with its adapter merged the model does not give the same logits "
-                              f"(relative difference {difference:.1e}); nothing was exported; use --adapter")
+        raise CheckpointError(
+            f"{store.shown()}: with its adapter merged the model does not give the same logits "
+            f"(relative difference {difference:.1e}); nothing was exported; use --adapter"
+        )
     return _in_format(model, stored_task(store), wanted), tokenizer
 
 
@@ -163,8 +193,11 @@ def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
     import torch
 
     made = from_config(model.config, task, wanted)
-    targets = dict(made.named_parameters()) | {name: made.get_buffer(name) for name in made.state_dict()
-                                               if name in dict(made.named_buffers())}
+    targets = dict(made.named_parameters()) | {
+        name: made.get_buffer(name)
+        for name in made.state_dict()
+        if name in dict(made.named_buffers())
+    }
     values = model.state_dict()
     with torch.no_grad():
         for name, target in targets.items():
@@ -188,14 +221,20 @@ def _asked(store: Store) -> tuple[TaskSection, PromptingSection]:
     prompting = PromptingSection.model_validate(_stored(store).get("prompting") or {})
     if prompting.method == "none":
         return task, prompting
-    labels = task.labels or tuple(prompting.verbalisers) or tuple(json.loads(store.read("data/labels.json")))
+    labels = (
+        task.labels
+        or tuple(prompting.verbalisers)
+        or tuple(json.loads(store.read("data/labels.json")))
+    )
     if prompting.shots:
         templates = tuple(json.loads(store.read("data/examples.json")))
         prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
     return task.model_copy(update={"labels": labels}), prompting
 
 
-def _load(store: Store, manifest: Manifest, dtype: str | None, average: bool | None) -> tuple[Any, Any, Any, Any]:
+def _load(
+    store: Store, manifest: Manifest, dtype: str | None, average: bool | None
+) -> tuple[Any, Any, Any, Any]:
     """Return model, peft's model around it (or None), tokenizer, and the number format to export in."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
@@ -204,8 +243,10 @@ def _load(store: Store, manifest: Manifest, dtype: str | None, average: bool | N
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         if "config.json" not in store.child(MODEL).download(folder):
-            raise CheckpointError(f"{store.shown(MODEL)}: no config.json there; every run keeps its model's config and "
-                                  "tokenizer; give the folder of a run (<storage>/<name>)")
+            raise CheckpointError(
+                f"{store.shown(MODEL)}: no config.json there; every run keeps its model's config and "
+                "tokenizer; give the folder of a run (<storage>/<name>)"
+            )
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
@@ -213,12 +254,17 @@ def _load(store: Store, manifest: Manifest, dtype: str | None, average: bool | N
     model = from_config(config, task, torch.float32 if section.method in ADDED else wanted)
     around = tuning.apply(model, section, 0, task)
     parameters = dict(model.named_parameters())
-    shapes = {name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()}
-    manifests.require_same_tensors(manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown())
+    shapes = {
+        name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
+    }
+    manifests.require_same_tensors(
+        manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown()
+    )
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
-        for name, values in whole_tensors(catalogue.reader(store, manifest), manifest, targets,
-                                          _learned_key(store, average)):
+        for name, values in whole_tensors(
+            catalogue.reader(store, manifest), manifest, targets, _learned_key(store, average)
+        ):
             targets[name].copy_(values)
     return model.eval(), around, tokenizer, wanted
 
@@ -227,8 +273,10 @@ def _learned_key(store: Store, average: bool | None) -> str:
     """Return the state of learned weights that is exported: their values, or their average."""
     stored = _stored(store)
     if average and not stored_tuning(store).ema_decay:
-        raise CheckpointError(f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
-                              "allowed where it did; export it without --ema")
+        raise CheckpointError(
+            f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
+            "allowed where it did; export it without --ema"
+        )
     evaluated = (stored.get("evaluation") or {}).get("of") == "ema"
     return "ema" if average or (average is None and evaluated) else "param"
 
@@ -239,15 +287,23 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
 
     section, task = stored_tuning(store), stored_task(store)
     if section.method not in ADDED:
-        raise CheckpointError(f"--adapter: the run was made with {section.method} (tuning); allowed where an adapter "
-                              "learned; export it without --adapter")
+        raise CheckpointError(
+            f"--adapter: the run was made with {section.method} (tuning); allowed where an adapter "
+            "learned; export it without --adapter"
+        )
     model, around, tokenizer, _ = _load(store, manifest, "float32", average)
     adapted.save(model, around, section, _base(store), folder)
     tokenizer.save_pretrained(folder)
     path, revision = _base(store)
-    said = {**_about(store), "tuning": section.model_dump(mode="json"), "base": {"path": path, "revision": revision}}
+    said = {
+        **_about(store),
+        "tuning": section.model_dump(mode="json"),
+        "base": {"path": path, "revision": revision},
+    }
     (folder / ABOUT).write_text(json.dumps(said, indent=1), "utf-8")
-    adapted.compare(model, from_config(model.config, task, torch.float32).eval(), section, task, folder)
+    adapted.compare(
+        model, from_config(model.config, task, torch.float32).eval(), section, task, folder
+    )
 
 
 def _base(store: Store) -> tuple[str, str | None]:
@@ -256,21 +312,31 @@ def _base(store: Store) -> tuple[str, str | None]:
     return str(section["path"]), section.get("revision")
 
 
-def whole_tensors(reader: FragmentReader, manifest: Manifest, targets: dict[str, torch.Tensor], learned: str = "param"
-                  ) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_tensors(
+    reader: FragmentReader,
+    manifest: Manifest,
+    targets: dict[str, torch.Tensor],
+    learned: str = "param",
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of everything in the checkpoint that the model holds; raises if a weight is missing.
 
     `learned` is the state of the weights that learn which is asked for.
     """
     import torch
 
-    keys = {name: key for name, key in sorted(reader.keys()) if key in (learned, "frozen", "buffer")}
+    keys = {
+        name: key for name, key in sorted(reader.keys()) if key in (learned, "frozen", "buffer")
+    }
     missing = sorted(set(manifest.tensors) - set(keys))
     if missing:
-        raise CheckpointError(f"{missing[0]}: in the run's list of weights but not in the files of its checkpoint of "
-                              f"step {manifest.progress.step}; export another step")
+        raise CheckpointError(
+            f"{missing[0]}: in the run's list of weights but not in the files of its checkpoint of "
+            f"step {manifest.progress.step}; export another step"
+        )
     names = [name for name in keys if name in targets]
-    requests = [Wanted(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)]
+    requests = [
+        Wanted(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)
+    ]
     for index, values in reader.read_many(requests):
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
 
@@ -284,16 +350,28 @@ def _compare(model: Any, task: TaskSection, folder: Path) -> None:
 
     with torch.no_grad():
         expected = told(model)
-        pair: Any = heads.auto_class(task).from_pretrained(folder, dtype=model.dtype, output_loading_info=True,
-                                                           **options(model.config, task))
+        pair: Any = heads.auto_class(task).from_pretrained(
+            folder, dtype=model.dtype, output_loading_info=True, **options(model.config, task)
+        )
         loaded, info = pair
-        for tensor in (*loaded.parameters(), *loaded.buffers()):  # where a mapped file lies in memory decides last bits
+        for tensor in (
+            *loaded.parameters(),
+            *loaded.buffers(),
+        ):  # where a mapped file lies in memory decides last bits
             tensor.data = tensor.data.clone()
         got = told(loaded.eval())
     held, written = model.state_dict(), loaded.state_dict()
-    same = held.keys() == written.keys() and all(torch.equal(held[name], written[name]) for name in held)
+    same = held.keys() == written.keys() and all(
+        torch.equal(held[name], written[name]) for name in held
+    )
     rounding = ROUNDING * torch.finfo(model.dtype).eps * expected.abs().max()
-    if info["missing_keys"] or not same or not torch.allclose(expected, got, rtol=0, atol=float(rounding)):
+    if (
+        info["missing_keys"]
+        or not same
+        or not torch.allclose(expected, got, rtol=0, atol=float(rounding))
+    ):
         worst = (expected - got).abs().max().item()
-        raise CheckpointError(f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "
-                              f"missing {sorted(info['missing_keys'])[:3]}); nothing was exported")
+        raise CheckpointError(
+            f"{folder}: loaded again it does not give the same logits (largest difference {worst:g}, "
+            f"missing {sorted(info['missing_keys'])[:3]}); nothing was exported"
+        )

@@ -27,9 +27,22 @@ REQUEST_BYTES = 16 * 2**20
 GAP_BYTES = 2**21
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(code) for name, code in
-    {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U64": "<u8",
-     "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "?"}.items()}
+    name: np.dtype(code)
+    for name, code in {
+        "F32": "<f4",
+        "F64": "<f8",
+        "F16": "<f2",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "<i1",
+        "U64": "<u8",
+        "U32": "<u4",
+        "U16": "<u2",
+        "U8": "<u1",
+        "BOOL": "?",
+    }.items()
+}
 HEADER_BYTES = 2**27
 """Longest header that is read."""
 
@@ -91,17 +104,28 @@ def _read_header(files: CheckedFiles, path: str, begin: Part) -> Index:
                 found[name, key].append(located)
         return found
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | RecursionError) else str(error)
-        raise CheckpointError(f"{files.shown(path)}: not a sound fragment file ({what}); it will not be "
-                              "loaded") from error
+        what = (
+            f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyError | RecursionError)
+            else str(error)
+        )
+        raise CheckpointError(
+            f"{files.shown(path)}: not a sound fragment file ({what}); it will not be loaded"
+        ) from error
 
 
-def _locate(path: str, label: str, info: dict[str, Any], start: int, num_bytes: int) -> tuple[str, str, Located]:
+def _locate(
+    path: str, label: str, info: dict[str, Any], start: int, num_bytes: int
+) -> tuple[str, str, Located]:
     """Return (parameter name, key, place) of one header entry; its values lie between `start` and the file's end."""
     key, offset, name = label.split(":", 2)
     begin, end = info["data_offsets"]
     dtype, (numel,) = _DTYPES[info["dtype"]], info["shape"]
-    if not (offset.isascii() and offset.isdigit() and all(type(number) is int for number in (begin, end, numel))):
+    if not (
+        offset.isascii()
+        and offset.isdigit()
+        and all(type(number) is int for number in (begin, end, numel))
+    ):
         raise ValueError(f"{label}: offsets and sizes must be whole numbers from 0")
     if not 0 <= begin <= end <= num_bytes - start or end - begin != numel * dtype.itemsize:
         raise ValueError(f"{label} lies outside the file")
@@ -174,14 +198,16 @@ class FragmentReader:
                 content = np.frombuffer(part.slice(copy.start, copy.stop), np.uint8)
                 if len(content) == sizes[copy.index] * copy.dtype.itemsize:
                     values = content.view(copy.dtype)
-                    if values.flags.aligned and values.flags.writeable:  # torch wants to be able to write
+                    if (
+                        values.flags.aligned and values.flags.writeable
+                    ):  # torch wants to be able to write
                         yield copy.index, values
                         continue
                 buffer = buffers.get(copy.index)
                 if buffer is None:
                     buffer = buffers[copy.index] = np.empty(sizes[copy.index], copy.dtype)
                     missing[copy.index] = buffer.nbytes
-                buffer.view(np.uint8)[copy.into:copy.into + len(content)] = content
+                buffer.view(np.uint8)[copy.into : copy.into + len(content)] = content
                 missing[copy.index] -= len(content)
                 if missing[copy.index] == 0:
                     yield copy.index, buffers.pop(copy.index)
@@ -192,29 +218,44 @@ class FragmentReader:
         copies: list[_Copy] = []
         for request in wanted:
             stop, reached = request.offset + request.numel, request.offset
-            for piece in sorted(located.get((request.name, request.key), ()), key=lambda found: found.offset):
+            for piece in sorted(
+                located.get((request.name, request.key), ()), key=lambda found: found.offset
+            ):
                 begin, end = max(reached, piece.offset), min(stop, piece.offset + piece.numel)
                 if begin > reached:
                     break
                 if end > begin:
                     width = piece.dtype.itemsize
                     start = piece.start + (begin - piece.offset) * width
-                    copies.append(_Copy(request.index, (begin - request.offset) * width, piece.path, start,
-                                        start + (end - begin) * width, piece.dtype))
+                    copies.append(
+                        _Copy(
+                            request.index,
+                            (begin - request.offset) * width,
+                            piece.path,
+                            start,
+                            start + (end - begin) * width,
+                            piece.dtype,
+                        )
+                    )
                     reached = end
             if reached < stop:
                 raise CheckpointError(
                     f"{self._files.shown()}: elements from {reached} of {request.key} of {request.name} are not in "
-                    "this checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name")
+                    "this checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name"
+                )
         return copies
 
 
-def _merge(copies: Sequence[_Copy], files: CheckedFiles) -> Iterator[tuple[str, int, int, list[_Copy]]]:
+def _merge(
+    copies: Sequence[_Copy], files: CheckedFiles
+) -> Iterator[tuple[str, int, int, list[_Copy]]]:
     """Yield (path, first byte, last byte, copies) of requests that join neighbours; no block is read twice."""
     windows = {copy.path: files.window(copy.path, REQUEST_BYTES) for copy in copies}
     cut = [part for copy in copies for part in _cut(copy, windows[copy.path])]
     cut.sort(key=lambda copy: (copy.path, copy.start))
-    for (path, _), inside in groupby(cut, lambda copy: (copy.path, copy.start // windows[copy.path])):
+    for (path, _), inside in groupby(
+        cut, lambda copy: (copy.path, copy.start // windows[copy.path])
+    ):
         group: list[_Copy] = []
         last = 0
         for copy in inside:

@@ -18,9 +18,20 @@ from dist_ft.engine.base import Slot
 from dist_ft.errors import CheckpointError
 
 _STORED = {torch.bfloat16: torch.float32}  # numpy lacks it; exact
-_CODES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16",
-          torch.uint8: "U8", torch.bool: "BOOL"}
+_CODES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 ALIGNMENT = 64
@@ -62,8 +73,10 @@ class Layout:
         start = len(self.header)
         content[:start] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
         for piece in self.pieces:
-            values = slots[piece.slot].read().detach()[piece.first:piece.first + piece.numel]
-            content[start:start + piece.num_bytes].view(piece.dtype).copy_(values, non_blocking=True)
+            values = slots[piece.slot].read().detach()[piece.first : piece.first + piece.numel]
+            content[start : start + piece.num_bytes].view(piece.dtype).copy_(
+                values, non_blocking=True
+            )
             start += piece.num_bytes
         return content
 
@@ -71,7 +84,7 @@ class Layout:
         """Return the file in parts; nothing is copied that lies in host memory as it is stored: it must not change."""
         found = [memoryview(self.header)]
         for piece in self.pieces:
-            values = slots[piece.slot].read().detach()[piece.first:piece.first + piece.numel]
+            values = slots[piece.slot].read().detach()[piece.first : piece.first + piece.numel]
             plain = values.to("cpu", piece.dtype).contiguous().numpy().view(np.uint8)
             found.append(memoryview(plain))  # type: ignore[arg-type]
         return found
@@ -98,8 +111,10 @@ def _pieces(slots: Sequence[Slot], start: int) -> Iterator[Piece]:
         held = slot.read().dtype
         dtype = _STORED.get(held, held)
         if dtype not in _CODES:
-            raise CheckpointError(f"{slot.key} of {slot.name}: numbers of the type {held} can not be saved; allowed "
-                                  f"are {', '.join(str(known) for known in (*_CODES, *_STORED))}")
+            raise CheckpointError(
+                f"{slot.key} of {slot.name}: numbers of the type {held} can not be saved; allowed "
+                f"are {', '.join(str(known) for known in (*_CODES, *_STORED))}"
+            )
         most = max(1, fragments.PART_BYTES // dtype.itemsize)
         for first in range(0, max(1, slot.numel), most):
             label = f"{slot.key}:{slot.offset + first}:{slot.name}"
@@ -111,8 +126,11 @@ def _layout(pieces: Sequence[Piece]) -> Layout:
     ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     header, start = {}, 0
     for piece in ordered:
-        header[piece.label] = {"dtype": _CODES[piece.dtype], "shape": [piece.numel],
-                               "data_offsets": [start, start + piece.num_bytes]}
+        header[piece.label] = {
+            "dtype": _CODES[piece.dtype],
+            "shape": [piece.numel],
+            "data_offsets": [start, start + piece.num_bytes],
+        }
         start += piece.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

@@ -31,7 +31,11 @@ class LedgerBuffer:
         """Note the pieces of this worker's `batches` of one step."""
         for batch in batches:
             if len(batch.pieces):
-                lead = np.full(len(batch.pieces), step), batch.pieces[:, 3], np.full(len(batch.pieces), batch.lane)
+                lead = (
+                    np.full(len(batch.pieces), step),
+                    batch.pieces[:, 3],
+                    np.full(len(batch.pieces), batch.lane),
+                )
                 self._rows.append(np.column_stack([*lead, batch.pieces[:, :3]]))
 
     def put_back(self, rows: np.ndarray) -> None:
@@ -50,7 +54,9 @@ class LedgerBuffer:
         return self._rows[0]
 
 
-def write_segment(store: Store, start: int, stop: int, attempt: int, parts: Sequence[np.ndarray]) -> LedgerEntry:
+def write_segment(
+    store: Store, start: int, stop: int, attempt: int, parts: Sequence[np.ndarray]
+) -> LedgerEntry:
     """Write the rows of all workers for steps [start, stop) and return the manifest's entry for them."""
     rows = np.concatenate(list(parts))
     rows = rows[np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], rows[:, 0]))]
@@ -66,16 +72,22 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     for segment in manifest.ledger:
         content = store.read(segment.file.path)
         if len(content) != segment.file.num_bytes or checksum(content) != segment.file.checksum:
-            raise CheckpointError(f"{store.shown(segment.file.path)}: altered since it was written; the history of "
-                                  f"steps {segment.start} to {segment.stop} can not be proved")
+            raise CheckpointError(
+                f"{store.shown(segment.file.path)}: altered since it was written; the history of "
+                f"steps {segment.start} to {segment.stop} can not be proved"
+            )
         if segment.start != reached:
-            raise CheckpointError(f"{store.shown(segment.file.path)}: begins at step {segment.start}, expected "
-                                  f"{reached}; the history has a hole")
+            raise CheckpointError(
+                f"{store.shown(segment.file.path)}: begins at step {segment.start}, expected "
+                f"{reached}; the history has a hole"
+            )
         parts.append(unpack_rows(content, store.shown(segment.file.path)))
         reached = segment.stop
     if reached != manifest.progress.step:
-        raise CheckpointError(f"{store.shown(FOLDER)}: ends at step {reached}, the checkpoint stands at step "
-                              f"{manifest.progress.step}; the history has a hole")
+        raise CheckpointError(
+            f"{store.shown(FOLDER)}: ends at step {reached}, the checkpoint stands at step "
+            f"{manifest.progress.step}; the history has a hole"
+        )
     return np.concatenate(parts)
 
 
@@ -97,8 +109,13 @@ def pack_rows(rows: np.ndarray) -> bytes:
 def _narrow(values: np.ndarray) -> np.ndarray:
     """Return whole numbers in the smallest type that holds them."""
     least, most = (int(values.min()), int(values.max())) if len(values) else (0, 0)
-    return values.astype(next(kind for kind in (np.int8, np.int16, np.int32, np.int64)
-                              if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max))
+    return values.astype(
+        next(
+            kind
+            for kind in (np.int8, np.int16, np.int32, np.int64)
+            if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max
+        )
+    )
 
 
 def unpack_rows(content: bytes, where: str) -> np.ndarray:
@@ -116,4 +133,6 @@ def unpack_rows(content: bytes, where: str) -> np.ndarray:
             columns[name] = np.cumsum(columns[name], dtype=np.int64)
         return np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: no ledger segment ({error}); the history can not be proved") from error
+        raise CheckpointError(
+            f"{where}: no ledger segment ({error}); the history can not be proved"
+        ) from error

@@ -38,8 +38,15 @@ class CheckpointManager:
         reached: step of the newest commit of this attempt, or of what it went on from; the same on all ranks.
     """
 
-    def __init__(self, store: Store, section: CheckpointSection, world: World, collectives: Collectives,
-                 attempt: int, nodes: NodeTier | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        section: CheckpointSection,
+        world: World,
+        collectives: Collectives,
+        attempt: int,
+        nodes: NodeTier | None = None,
+    ) -> None:
         """Assign only. `nodes`: what the workers' own nodes hold, if the config has checkpoints there."""
         self._store = store
         self._world = world
@@ -57,11 +64,15 @@ class CheckpointManager:
 
         None of its bytes is read: `load` checks them, and may have to go back further.
         """
-        return self._go_on_from((self._nodes.newest() if self._nodes else None) or catalogue.newest(
-            self._store, self._world, self._collectives, self._require_whole))
+        return self._go_on_from(
+            (self._nodes.newest() if self._nodes else None)
+            or catalogue.newest(self._store, self._world, self._collectives, self._require_whole)
+        )
 
     def _require_whole(self, manifest: Manifest) -> None:
-        on_rank0(self._world, self._collectives, lambda: catalogue.require_whole(self._store, manifest))
+        on_rank0(
+            self._world, self._collectives, lambda: catalogue.require_whole(self._store, manifest)
+        )
 
     def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
         """Take a checkpoint for the end of the history that this attempt goes on with."""
@@ -69,8 +80,11 @@ class CheckpointManager:
         self.reached = manifest.progress.step if manifest else 0
         self._frozen = frozenset(manifest.frozen if manifest else ())
         if self._nodes is not None:
-            keep = (manifests.folder_name(manifest.progress.step, manifest.attempt)
-                    if manifest is not None and manifest.layout else "")
+            keep = (
+                manifests.folder_name(manifest.progress.step, manifest.attempt)
+                if manifest is not None and manifest.layout
+                else ""
+            )
             if self._world.rank == 0:
                 self._commits.forget_on_nodes(keep)
             self._remove_on_nodes(self._nodes.others(keep))
@@ -88,7 +102,9 @@ class CheckpointManager:
         or if it is another model's: flat offsets alone would fit a smaller one.
         """
         slots = list(engine.slots())
-        wanted = [Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)]
+        wanted = [
+            Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)
+        ]
 
         def fill(found: Manifest, reader: FragmentReader) -> None:
             manifests.require_same_tensors(found.tensors, tensors, reader.shown())
@@ -100,13 +116,22 @@ class CheckpointManager:
             fill(found, catalogue.shared_reader(self._store, found, self._world, self._collectives))
 
         name = manifests.folder_name(manifest.progress.step, manifest.attempt)
-        loaded = self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
+        loaded = (
+            self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
+        )
         if loaded is None:
-            loaded = catalogue.newest(self._store, self._world, self._collectives, from_storage,
-                                      "" if manifest.layout else name)
+            loaded = catalogue.newest(
+                self._store,
+                self._world,
+                self._collectives,
+                from_storage,
+                "" if manifest.layout else name,
+            )
         if self._go_on_from(loaded) is None or loaded is None:
-            raise CheckpointError(f"{self._store.shown()}: checkpoint {name} is gone, and there is none before it; the "
-                                  "same command begins again")
+            raise CheckpointError(
+                f"{self._store.shown()}: checkpoint {name} is gone, and there is none before it; the "
+                "same command begins again"
+            )
         engine.finish_load(loaded.progress.optimizer_step)
         return loaded
 
@@ -122,9 +147,13 @@ class CheckpointManager:
     def begin(self, engine: Engine, draft: Draft) -> None:
         """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
         slots = _changing(engine)
-        self._begin(engine, draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes))
+        self._begin(
+            engine, draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes)
+        )
 
-    def _begin(self, engine: Engine, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]) -> Save:
+    def _begin(
+        self, engine: Engine, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]
+    ) -> Save:
         if self._under_way is not None:
             raise AssertionError("one save at a time")
         name = manifests.folder_name(draft.progress.step, self._attempt)
@@ -132,7 +161,9 @@ class CheckpointManager:
         if not save.frozen <= self._frozen:  # the same on all ranks
             slots = [slot for slot in engine.slots() if slot.key == "frozen"]
             shared = self._store.child(f"{catalogue.FROZEN}/{name}")
-            save.shared = self._writer.later(lambda: self._writer.write(shared, slots, in_background=True))
+            save.shared = self._writer.later(
+                lambda: self._writer.write(shared, slots, in_background=True)
+            )
         return save
 
     def _files(self, draft: Draft, name: str) -> Store:
@@ -190,8 +221,15 @@ class CheckpointManager:
         """All files are written, or some failed: tell all; rank 0 begins the commit, or clears away."""
         save.agreed = True
         problem = save.problem()
-        first = next((error for error in self._collectives.all_gather(problem) if error is not None), None)
-        gathered = self._collectives.gather((self._entries(save) if problem is None else [], save.draft.rows)) or []
+        first = next(
+            (error for error in self._collectives.all_gather(problem) if error is not None), None
+        )
+        gathered = (
+            self._collectives.gather(
+                (self._entries(save) if problem is None else [], save.draft.rows)
+            )
+            or []
+        )
         if first is not None:
             self._clear_away(save)  # on a full disk the next one needs the room
             return self._end(save, first)
@@ -204,8 +242,13 @@ class CheckpointManager:
     def _entries(self, save: Save) -> list[FileEntry]:
         """Return what the manifest will say of this worker's files."""
         shared = save.shared.result() if save.shared is not None else []
-        return [*save.files.result(),
-                *(item.model_copy(update={"path": f"{save.name}/{item.path}", "shared": True}) for item in shared)]
+        return [
+            *save.files.result(),
+            *(
+                item.model_copy(update={"path": f"{save.name}/{item.path}", "shared": True})
+                for item in shared
+            ),
+        ]
 
     def _frozen_after(self, save: Save) -> frozenset[str]:
         """Return the names of the weights in shared files once `save` is committed."""
@@ -213,14 +256,20 @@ class CheckpointManager:
 
     def _conclude(self, save: Save) -> Outcome:
         """Tell all ranks how the commit went."""
-        problem = self._collectives.broadcast(problem_of(save.commit) if save.commit is not None else None)
+        problem = self._collectives.broadcast(
+            problem_of(save.commit) if save.commit is not None else None
+        )
         if isinstance(problem, LostSharedError):
             self._frozen = frozenset()
         elif problem is None:
             self.reached = save.draft.progress.step
             self._frozen = self._frozen_after(save)
-        if self._nodes is not None and problem is None:  # once it is in storage, it need not be on the nodes
-            self._remove_on_nodes(self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name))
+        if (
+            self._nodes is not None and problem is None
+        ):  # once it is in storage, it need not be on the nodes
+            self._remove_on_nodes(
+                self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name)
+            )
         return self._end(save, problem)
 
     def _end(self, save: Save, problem: DistFtError | None) -> Outcome:
@@ -229,8 +278,13 @@ class CheckpointManager:
             raise problem
         return Outcome(save.draft, self._files(save.draft, save.name).url, problem)
 
-    def _commit(self, save: Save, files: tuple[FileEntry, ...], frozen: frozenset[str],
-                rows: Sequence[np.ndarray]) -> None:
+    def _commit(
+        self,
+        save: Save,
+        files: tuple[FileEntry, ...],
+        frozen: frozenset[str],
+        rows: Sequence[np.ndarray],
+    ) -> None:
         try:
             self._commits.commit(save, files, frozen, rows)
         except StorageError:
@@ -244,8 +298,12 @@ class CheckpointManager:
             with contextlib.suppress(StorageError):
                 self._nodes.files(save.name).remove("")
         if self._world.rank == 0:
-            gone = retention.remove(self._store, [save.name], catalogue.NODES if on_nodes else catalogue.FOLDER)
-            if gone and save.shared is not None:  # while a manifest may be there, what it names stays
+            gone = retention.remove(
+                self._store, [save.name], catalogue.NODES if on_nodes else catalogue.FOLDER
+            )
+            if (
+                gone and save.shared is not None
+            ):  # while a manifest may be there, what it names stays
                 with contextlib.suppress(StorageError):
                     self._store.remove(f"{catalogue.FROZEN}/{save.name}")
 

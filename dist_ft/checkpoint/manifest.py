@@ -35,7 +35,12 @@ class NewerFormatError(CheckpointError):
 
 def _inside(path: str) -> str:
     parts = path.split("/")
-    if path.startswith("/") or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
+    if (
+        path.startswith("/")
+        or "\\" in path
+        or ":" in path
+        or any(part in ("", ".", "..") for part in parts)
+    ):
         raise ValueError(f"the path {path!r} leads out of the checkpoint")
     return path
 
@@ -64,8 +69,12 @@ class FileEntry(_Frozen):
 
     @pydantic.model_validator(mode="after")
     def _all_blocks(self) -> FileEntry:
-        if len(self.blocks) != _DIGITS * (-(-self.num_bytes // self.block_bytes) if self.block_bytes else 0):
-            raise ValueError(f"{self.path}: {len(self.blocks)} characters of block checksums do not fit its length")
+        if len(self.blocks) != _DIGITS * (
+            -(-self.num_bytes // self.block_bytes) if self.block_bytes else 0
+        ):
+            raise ValueError(
+                f"{self.path}: {len(self.blocks)} characters of block checksums do not fit its length"
+            )
         return self
 
 
@@ -154,8 +163,13 @@ def entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
                 block, room = xxhash.xxh3_64(), BLOCK_BYTES
     if room < BLOCK_BYTES:
         digests.append(block.hexdigest())
-    return FileEntry(path=path, num_bytes=sum(map(len, parts)), checksum=f"{_KIND}{whole.hexdigest()}",
-                     block_bytes=BLOCK_BYTES, blocks="".join(digests))
+    return FileEntry(
+        path=path,
+        num_bytes=sum(map(len, parts)),
+        checksum=f"{_KIND}{whole.hexdigest()}",
+        block_bytes=BLOCK_BYTES,
+        blocks="".join(digests),
+    )
 
 
 def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
@@ -163,9 +177,11 @@ def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
     if not entry.block_bytes:
         return len(content) == entry.num_bytes and checksum(content) == entry.checksum
     first = start // entry.block_bytes * _DIGITS
-    found = "".join(xxhash.xxh3_64_hexdigest(content[begin:begin + entry.block_bytes])
-                    for begin in range(0, len(content), entry.block_bytes))
-    return entry.blocks[first:first + len(found)] == found
+    found = "".join(
+        xxhash.xxh3_64_hexdigest(content[begin : begin + entry.block_bytes])
+        for begin in range(0, len(content), entry.block_bytes)
+    )
+    return entry.blocks[first : first + len(found)] == found
 
 
 def seal(manifest: Manifest) -> bytes:
@@ -178,18 +194,23 @@ def parse(content: bytes, where: str) -> Manifest:
     """Return the manifest in `content`; raises DamagedError that names `where` for anything not sound."""
     body, _, sealed = content.rpartition(_SEAL)
     if sealed != checksum(body + _END).encode() + b'"' + _END:
-        raise DamagedError(f"{where}: torn or altered since it was written (its checksum differs); it will not be "
-                              "loaded")
+        raise DamagedError(
+            f"{where}: torn or altered since it was written (its checksum differs); it will not be "
+            "loaded"
+        )
     try:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise DamagedError(f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be "
-                              "loaded") from error
+        raise DamagedError(
+            f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be loaded"
+        ) from error
     if manifest.format_version > FORMAT_VERSION:
-        raise NewerFormatError(f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
-                               f"({FORMAT_VERSION}); update dist_ft")
+        raise NewerFormatError(
+            f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
+            f"({FORMAT_VERSION}); update dist_ft"
+        )
     return manifest
 
 
@@ -207,10 +228,16 @@ def parse_folder(name: str) -> tuple[int, int] | None:
     return (step, attempt) if folder_name(step, attempt) == name else None
 
 
-def require_same_tensors(saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str) -> None:
+def require_same_tensors(
+    saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str
+) -> None:
     """Raise CheckpointError for the first weight that only one of checkpoint and model has, or of another shape."""
     for name in sorted(saved.keys() | wanted.keys()):
-        has, needs = (str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted))
+        has, needs = (
+            str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted)
+        )
         if has != needs:
-            raise CheckpointError(f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
-                                  "the same; check model.path")
+            raise CheckpointError(
+                f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
+                "the same; check model.path"
+            )

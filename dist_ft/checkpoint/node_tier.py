@@ -24,6 +24,7 @@ from dist_ft.world import Collectives, World, on_rank0
 
 log = logging.getLogger("dist_ft.checkpoint")
 
+
 @dataclass(frozen=True)
 class NodeTier:
     """What the workers' nodes hold of the run at `store`.
@@ -54,15 +55,24 @@ class NodeTier:
         try:
             own = [item for item in self._own(manifest) if not item.shared]
             catalogue.require_there(self.files(_name(manifest)), own)
-        except StorageError as error:  # of this node's own disk; the run's storage is another matter
+        except (
+            StorageError
+        ) as error:  # of this node's own disk; the run's storage is another matter
             raise DamagedError(str(error)) from error
         catalogue.require_shared(self.store, manifest)
 
     def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
         """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
         shared = self.store.child(catalogue.FROZEN)
-        return self._taken(name, lambda found: fill(found, FragmentReader(
-            CheckedFiles(self.files(_name(found)), self._own(found), shared, own_disk=True))))
+        return self._taken(
+            name,
+            lambda found: fill(
+                found,
+                FragmentReader(
+                    CheckedFiles(self.files(_name(found)), self._own(found), shared, own_disk=True)
+                ),
+            ),
+        )
 
     def _taken(self, name: str, take: Callable[[Manifest], None]) -> Manifest | None:
         def guarded(manifest: Manifest) -> None:
@@ -70,7 +80,9 @@ class NodeTier:
                 raise DamagedError(f"it is of {manifest.layout}, this is {self.layout}")
             take(manifest)
 
-        manifest, problem = catalogue.taken(self.store, name, self.world, self.collectives, guarded, catalogue.NODES)
+        manifest, problem = catalogue.taken(
+            self.store, name, self.world, self.collectives, guarded, catalogue.NODES
+        )
         if problem and self.world.rank == 0:
             log.warning("checkpoint %s on the nodes is passed over: %s", name, problem)
         return None if problem else manifest
@@ -78,13 +90,21 @@ class NodeTier:
     def _candidates(self) -> list[str]:
         """Return the checkpoints that are not older than the newest in storage, newest first."""
         newest = catalogue.committed(self.store)[:1]
-        return [name for name in self._names() if not newest or catalogue.order(name) >= catalogue.order(newest[0])]
+        return [
+            name
+            for name in self._names()
+            if not newest or catalogue.order(name) >= catalogue.order(newest[0])
+        ]
 
     def _names(self) -> list[str]:
         return catalogue.committed(self.store, catalogue.NODES)
 
     def _own(self, manifest: Manifest) -> list[FileEntry]:
-        return [item for item in manifest.files if item.shared or item.path.startswith(f"rank-{self.world.rank:05d}-")]
+        return [
+            item
+            for item in manifest.files
+            if item.shared or item.path.startswith(f"rank-{self.world.rank:05d}-")
+        ]
 
     def files(self, name: str) -> Store:
         """Return where the files of checkpoint `name` lie on this node."""
@@ -105,8 +125,13 @@ class NodeTier:
         except DistFtError as error:
             log.debug("%s can not be listed: %s", self.here.shown(), error)
             return []
-        return [name for name, own in found
-                if own is not None and name != keep and (own[0] < step or own[1] < attempt or name == before)]
+        return [
+            name
+            for name, own in found
+            if own is not None
+            and name != keep
+            and (own[0] < step or own[1] < attempt or name == before)
+        ]
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files of checkpoints from this node; another worker of it may be doing the same."""

@@ -42,7 +42,9 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
     cache = config.data.cache_dir
     if on_rank0(world, collectives, lambda: _is_under_way(config, store)):
         return _with(config, described(store.url, cache))
-    if not on_rank0(world, collectives, lambda: is_run(config.model.path)):  # else all would ask the store
+    if not on_rank0(
+        world, collectives, lambda: is_run(config.model.path)
+    ):  # else all would ask the store
         return config
     step = on_rank0(world, collectives, lambda: _chosen(config.model, store))
     if world.rank == 0:
@@ -53,12 +55,16 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
 def seen(config: RunConfig) -> RunConfig:
     """Return the config with a model folder to look at (config and tokenizer), where model.path names a run's."""
     store = Store(config.run_url)
-    with contextlib.suppress(StorageError):  # of the run's own storage `preflight` says what is wrong
+    with contextlib.suppress(
+        StorageError
+    ):  # of the run's own storage `preflight` says what is wrong
         if _is_under_way(config, store):
             return _with(config, described(store.url, config.data.cache_dir))
     if is_run(config.model.path):
         newest_step(config.model.path, config.model.checkpoint)
-    return config.model_copy(update={"model": local(config.model, config.data.cache_dir, weights=False)})
+    return config.model_copy(
+        update={"model": local(config.model, config.data.cache_dir, weights=False)}
+    )
 
 
 def _is_under_way(config: RunConfig, store: Store) -> bool:
@@ -66,20 +72,27 @@ def _is_under_way(config: RunConfig, store: Store) -> bool:
     return (config.task.grow_head or store.exists(BEGAN)) and bool(catalogue.committed(store))
 
 
-def local(section: ModelSection, cache_dir: str | None = None, weights: bool = True) -> ModelSection:
+def local(
+    section: ModelSection, cache_dir: str | None = None, weights: bool = True
+) -> ModelSection:
     """Return the section with path a model folder, where it names a run's; without `weights` config and tokenizer."""
     if not is_run(section.path):
         return section
     step = newest_step(section.path, section.checkpoint) if weights else 0
-    return _at(section, exported(section.path, step, cache_dir) if weights else described(section.path, cache_dir))
+    return _at(
+        section,
+        exported(section.path, step, cache_dir) if weights else described(section.path, cache_dir),
+    )
 
 
 def newest_step(url: str, which: str = "newest") -> int:
     """Return the step of the newest (or "best") checkpoint of the run at `url`."""
     store = Store(url)
     if not catalogue.committed(store):
-        raise ModelError(f"model.path={redact(url)}: is a run without a checkpoint yet; a run with one is needed; let "
-                         "it reach one")
+        raise ModelError(
+            f"model.path={redact(url)}: is a run without a checkpoint yet; a run with one is needed; let "
+            "it reach one"
+        )
     if which == "best":
         return find_best(store)
     found = catalogue.newest(store, World(), Collectives())
@@ -93,12 +106,25 @@ def exported(url: str, step: int, cache_dir: str | None = None) -> str:
     from filelock import FileLock
 
     store = Store(url)
-    name = next((one for one in catalogue.committed(store) if (manifests.parse_folder(one) or (-1,))[0] == step), None)
+    name = next(
+        (
+            one
+            for one in catalogue.committed(store)
+            if (manifests.parse_folder(one) or (-1,))[0] == step
+        ),
+        None,
+    )
     if name is None:
-        raise CheckpointError(f"model.path={redact(url)}: its checkpoint of step {step}, which this run began with, is "
-                              "gone; keep it (checkpoint.keep_every_steps), or begin a run of another run.name")
+        raise CheckpointError(
+            f"model.path={redact(url)}: its checkpoint of step {step}, which this run began with, is "
+            "gone; keep it (checkpoint.keep_every_steps), or begin a run of another run.name"
+        )
     content = store.read(f"{catalogue.FOLDER}/{name}/{manifests.NAME}")
-    folder = cache_folder(cache_dir) / "models" / f"run-{xxhash.xxh3_128_hexdigest(store.url.encode() + content)}"
+    folder = (
+        cache_folder(cache_dir)
+        / "models"
+        / f"run-{xxhash.xxh3_128_hexdigest(store.url.encode() + content)}"
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -113,8 +139,10 @@ def described(url: str, cache_dir: str | None = None) -> str:
 
     store = Store(url).child(MODEL)
     if not store.exists("config.json"):
-        raise ModelError(f"model.path={redact(url)}: is a run that has not begun to train; a run with a checkpoint is "
-                         "needed; let it reach one")
+        raise ModelError(
+            f"model.path={redact(url)}: is a run that has not begun to train; a run with a checkpoint is "
+            "needed; let it reach one"
+        )
     key = store.url.encode() + store.read("config.json")
     folder = cache_folder(cache_dir) / "models" / f"described-{xxhash.xxh3_128_hexdigest(key)}"
     folder.mkdir(parents=True, exist_ok=True)

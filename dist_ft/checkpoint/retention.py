@@ -18,9 +18,14 @@ log = logging.getLogger("dist_ft.checkpoint")
 def kept(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]) -> list[str]:
     """Return which of `names` (newest first) retention keeps; the lower a rank (`held_out`), the better."""
     every = section.keep_every_steps
-    chosen = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])[:section.keep_best]
-    return [name for i, name in enumerate(names)
-            if i < section.keep_last or name in chosen or (every and _of(name)[0] % every == 0)]
+    chosen = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])[
+        : section.keep_best
+    ]
+    return [
+        name
+        for i, name in enumerate(names)
+        if i < section.keep_last or name in chosen or (every and _of(name)[0] % every == 0)
+    ]
 
 
 def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
@@ -38,11 +43,14 @@ def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> 
     return ranks
 
 
-def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str) -> None:
+def prune(
+    store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str
+) -> None:
     """Remove checkpoints that retention does not keep, torn ones, and those that `attempt` passed over.
 
     `attempt` went on from step `origin`; `newest` is its own last one and stays. What can not be removed is logged.
     """
+
     def passed_over(name: str) -> bool:
         """Tell whether a checkpoint is newer than what this attempt went on from, and not its own."""
         step, number = _of(name)
@@ -52,7 +60,11 @@ def prune(store: Store, section: CheckpointSection, attempt: int, origin: int | 
         names = catalogue.committed(store)
         own = [name for name in names if not passed_over(name)]
         keep = {*kept(own, section, held_out(store, own, section)), newest}
-        torn = [name for name in store.list(catalogue.FOLDER) if name not in names and _of(name)[1] <= attempt]
+        torn = [
+            name
+            for name in store.list(catalogue.FOLDER)
+            if name not in names and _of(name)[1] <= attempt
+        ]
         remove(store, [name for name in names if name not in keep] + torn)
         forget_shared(store, attempt)
     except StorageError as error:
@@ -65,9 +77,13 @@ def forget_shared(store: Store, attempt: int) -> None:
     if len(folders) < 2:
         return
     try:
-        named = {item.path.split("/")[0] for folder in (catalogue.FOLDER, catalogue.NODES)
-                 for name in catalogue.committed(store, folder)
-                 for item in catalogue.load_manifest(store, name, folder).files if item.shared}
+        named = {
+            item.path.split("/")[0]
+            for folder in (catalogue.FOLDER, catalogue.NODES)
+            for name in catalogue.committed(store, folder)
+            for item in catalogue.load_manifest(store, name, folder).files
+            if item.shared
+        }
     except CheckpointError as error:
         log.warning("files of frozen weights are not tidied up: %s", error)
         return

@@ -79,7 +79,9 @@ class Save:
 
     def problem(self) -> DistFtError | None:
         """Return what the writing of this worker's files failed with."""
-        return problem_of(self.files) or (problem_of(self.shared) if self.shared is not None else None)
+        return problem_of(self.files) or (
+            problem_of(self.shared) if self.shared is not None else None
+        )
 
 
 def problem_of(future: Future[Any]) -> DistFtError | None:
@@ -93,6 +95,7 @@ def problem_of(future: Future[Any]) -> DistFtError | None:
 
 def done(action: Callable[[Store], list[FileEntry]]) -> Callable[[Store], Future[list[FileEntry]]]:
     """Return `action`, done here and now, its result or error in a future."""
+
     def run(folder: Store) -> Future[list[FileEntry]]:
         future: Future[list[FileEntry]] = Future()
         try:
@@ -100,4 +103,5 @@ def done(action: Callable[[Store], list[FileEntry]]) -> Callable[[Store], Future
         except Exception as error:
             future.set_exception(error)
         return future
+
     return run

@@ -42,8 +42,13 @@ class Writer:
         self._everything = False
         self._buffers: list[torch.Tensor] = []
 
-    def write(self, folder: Store, slots: Sequence[Slot], everything: bool = False,
-              in_background: bool = False) -> list[FileEntry]:
+    def write(
+        self,
+        folder: Store,
+        slots: Sequence[Slot],
+        everything: bool = False,
+        in_background: bool = False,
+    ) -> list[FileEntry]:
         """Write the slots this worker owns, or all; they must not change meanwhile. Return the manifest's entries.
 
         What lies in host memory is written from where it lies; a few files' worth of memory for the rest.
@@ -77,10 +82,14 @@ class Writer:
             self._num_owned, self._everything = len(self._plan), everything
             if everything:
                 self._plan += layouts(ordered, len(owned))
-            self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
-                             for layout in self._plan]
+            self._buffers = [
+                torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+                for layout in self._plan
+            ]
 
-    def snapshot(self, folder: Store, slots: Sequence[Slot], everything: bool = False) -> Future[list[FileEntry]]:
+    def snapshot(
+        self, folder: Store, slots: Sequence[Slot], everything: bool = False
+    ) -> Future[list[FileEntry]]:
         """Copy what this worker owns, or all it has, and write the copy in the background; the future gives entries."""
         self.prepare(slots, everything)
         ordered, count = _ordered(slots), len(self._plan) if everything else self._num_owned

@@ -52,8 +52,10 @@ def _section(model: type[Section], value: Any, path: str, problems: list[str]) -
     prefix = f"{path}." if path else ""
     if not isinstance(value, Mapping):
         if value is not None:
-            problems.append(f"{path}={shown(value)}: not a section; allowed: a mapping with "
-                            f"{', '.join(model.model_fields)}; indent its fields below {path}:")
+            problems.append(
+                f"{path}={shown(value)}: not a section; allowed: a mapping with "
+                f"{', '.join(model.model_fields)}; indent its fields below {path}:"
+            )
             return _partial(model, {})
         value = {}
     given = _known(model, value, prefix, problems)
@@ -72,7 +74,9 @@ def _section(model: type[Section], value: Any, path: str, problems: list[str]) -
     return _partial(model, good)
 
 
-def _known(model: type[Section], value: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+def _known(
+    model: type[Section], value: Mapping[str, Any], prefix: str, problems: list[str]
+) -> dict[str, Any]:
     """Return the entries of `value` the section has; a misspelt one under the name that was meant."""
     given = {str(key): item for key, item in value.items() if str(key) in model.model_fields}
     for key, item in value.items():
@@ -85,8 +89,14 @@ def _known(model: type[Section], value: Mapping[str, Any], prefix: str, problems
     return given
 
 
-def _field(model: type[Section], name: str, value: Any, path: str, good: dict[str, Any],
-           problems: list[str]) -> None:
+def _field(
+    model: type[Section],
+    name: str,
+    value: Any,
+    path: str,
+    good: dict[str, Any],
+    problems: list[str],
+) -> None:
     """Check one value: into `good` if the schema takes it, else a line for each thing wrong with it."""
     info = model.model_fields[name]
     if _not_a_number(value, info):
@@ -108,8 +118,10 @@ def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
     """Return the line for one of pydantic's errors within the field at `path`."""
     parts = error["loc"]
     if len(parts) == 1 and isinstance(parts[0], int):
-        return (f"{path}.{parts[0]}={shown(error['input'])}: not a source; allowed: a path, or a mapping with "
-                f"{', '.join(Source.model_fields)}; correct it")
+        return (
+            f"{path}.{parts[0]}={shown(error['input'])}: not a source; allowed: a path, or a mapping with "
+            f"{', '.join(Source.model_fields)}; correct it"
+        )
     in_source = bool(parts) and isinstance(parts[0], int) and len(parts) == 2
     inner = ".".join([path, *(str(part) for part in parts)])
     if in_source and error["type"] == "extra_forbidden":

@@ -14,11 +14,16 @@ from dist_ft.config.schema import RunConfig, Section
 from dist_ft.logs import QUERY_SECRET, USERINFO
 
 _NAME = re.compile(
-    r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$")
+    r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$"
+)
 _NOT_SECRET = frozenset({"requester_pays", "token_uri", "cache_token"})
-_VARIABLE = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-             "gcs": "GOOGLE_APPLICATION_CREDENTIALS", "abfs": "AZURE_STORAGE_CONNECTION_STRING",
-             "az": "AZURE_STORAGE_CONNECTION_STRING"}
+_VARIABLE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_STORAGE_CONNECTION_STRING",
+    "az": "AZURE_STORAGE_CONNECTION_STRING",
+}
 
 
 def secret_problems(config: RunConfig) -> Iterator[str]:
@@ -28,21 +33,29 @@ def secret_problems(config: RunConfig) -> Iterator[str]:
             name = path.rpartition(".")[2]
             if _NAME.match(name) and name not in _NOT_SECRET:
                 variable = _VARIABLE.get(protocol, f"FSSPEC_{protocol.upper()}_{name.upper()}")
-                yield (f"{path}: looks like a credential, and a config is stored with the run; credentials come from "
-                       f"the environment; remove it and set {variable}")
+                yield (
+                    f"{path}: looks like a credential, and a config is stored with the run; credentials come from "
+                    f"the environment; remove it and set {variable}"
+                )
     for path, value in _leaves(config, ""):
         if isinstance(value, str) and USERINFO.search(value):
-            yield (f"{path}: the URL holds a user name, password or token before its host; URLs without are allowed; "
-                   f"remove it and set the credentials in the environment")
+            yield (
+                f"{path}: the URL holds a user name, password or token before its host; URLs without are allowed; "
+                f"remove it and set the credentials in the environment"
+            )
         elif isinstance(value, str) and QUERY_SECRET.search(value):
-            yield (f"{path}: the URL holds a signature, token or key; URLs without one are allowed; "
-                   f"remove it and set the credentials in the environment")
+            yield (
+                f"{path}: the URL holds a signature, token or key; URLs without one are allowed; "
+                f"remove it and set the credentials in the environment"
+            )
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of all that is not a section, mapping or list."""
     if isinstance(value, Section):
-        value = {name: vars(value)[name] for name in type(value).model_fields if name in vars(value)}
+        value = {
+            name: vars(value)[name] for name in type(value).model_fields if name in vars(value)
+        }
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}" if path else str(key))

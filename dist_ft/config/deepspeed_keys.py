@@ -43,30 +43,94 @@ OWNED = {
     "zero_optimization.elastic_checkpoint": "dist_ft writes its own checkpoints, which any world size reads",
 }
 
-KNOWN = frozenset({
-    "zero_optimization", "aio", "autotuning", "comms_logger", "communication_data_type", "compile",
-    "compression_training", "csv_monitor", "data_types", "datastates_ckpt", "dataloader_drop_last", "disable_allgather",
-    "dump_state", "disable_python_gc", "expert_parallel", "flops_profiler", "gradient_allreduce_op",
-    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level", "memory_breakdown", "monitor_config",
-    "nebula", "pipeline", "prescale_gradients", "quantize_training", "seq_parallel_communication_data_type",
-    "sequence_parallel_size", "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel", "timers",
-    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb", "weight_quantization",
-    "zenflow",
-})
+KNOWN = frozenset(
+    {
+        "zero_optimization",
+        "aio",
+        "autotuning",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "data_types",
+        "datastates_ckpt",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "dump_state",
+        "disable_python_gc",
+        "expert_parallel",
+        "flops_profiler",
+        "gradient_allreduce_op",
+        "gradient_predivide_factor",
+        "graph_harvesting",
+        "hybrid_engine",
+        "log_level",
+        "memory_breakdown",
+        "monitor_config",
+        "nebula",
+        "pipeline",
+        "prescale_gradients",
+        "quantize_training",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "sparse_attention",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensor_parallel",
+        "timers",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "weight_quantization",
+        "zenflow",
+    }
+)
 
-KNOWN_ZERO = frozenset({
-    "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
-    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights",
-    "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_use_pin_memory",
-    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
-    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
-    "stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1",
-    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear",
-    "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-    "save_muon_momentum_buffer_in_memory", "leaf_module",
-})
+KNOWN_ZERO = frozenset(
+    {
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+        "offload_param",
+        "offload_optimizer",
+        "zenflow",
+        "sub_group_size",
+        "cpu_offload_use_pin_memory",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+        "stage3_gather_fp16_weights_on_model_save",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "round_robin_gradients",
+        "parameter_alignment",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "memory_efficient_linear",
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory",
+        "leaf_module",
+    }
+)
 
 
 def deepspeed_problems(config: RunConfig) -> Iterator[str]:
@@ -74,9 +138,13 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
     extra = config.zero.deepspeed
     for path in _paths(extra):
         if path in OWNED:
-            yield (f"zero.deepspeed.{path}: dist_ft sets this itself; allowed: DeepSpeed keys it does not set; "
-                   f"remove it; {OWNED[path]}")
-    yield from _misspelt(extra, "zero.deepspeed", KNOWN | {path for path in OWNED if "." not in path})
+            yield (
+                f"zero.deepspeed.{path}: dist_ft sets this itself; allowed: DeepSpeed keys it does not set; "
+                f"remove it; {OWNED[path]}"
+            )
+    yield from _misspelt(
+        extra, "zero.deepspeed", KNOWN | {path for path in OWNED if "." not in path}
+    )
     zero = extra.get("zero_optimization")
     if isinstance(zero, dict):
         owned = {path.split(".")[1] for path in OWNED if path.startswith("zero_optimization.")}

@@ -33,8 +33,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
-                self.problems.append(f"line {line}: the key {name!r} stands twice (first in line {lines[name]}); "
-                                     f"a key may stand once; remove one of them")
+                self.problems.append(
+                    f"line {line}: the key {name!r} stands twice (first in line {lines[name]}); "
+                    f"a key may stand once; remove one of them"
+                )
             elif name != "<<":
                 lines[name] = line
         return super().construct_mapping(node, deep)
@@ -62,13 +64,23 @@ def read_document(source: str) -> tuple[dict[str, Any], list[str]]:
     try:
         value, problems = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{where(error)}not valid YAML: {reason(error)}; a config is `section:` lines with indented "
-                           f"`field: value` lines below; correct it"], name) from error
+        raise ConfigError(
+            [
+                f"{where(error)}not valid YAML: {reason(error)}; a config is `section:` lines with indented "
+                f"`field: value` lines below; correct it"
+            ],
+            name,
+        ) from error
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise ConfigError([f"holds {_kind(value)}, not a mapping; a config is `section:` lines with indented "
-                           f"`field: value` lines below; see configs/ for complete ones"], name)
+        raise ConfigError(
+            [
+                f"holds {_kind(value)}, not a mapping; a config is `section:` lines with indented "
+                f"`field: value` lines below; see configs/ for complete ones"
+            ],
+            name,
+        )
     return dict(value), problems
 
 
@@ -91,19 +103,24 @@ def _read_text(source: str) -> str:
         with open(local_path(source), encoding="utf-8") as handle:
             return handle.read()
     except FileNotFoundError as error:
-        raise ConfigError([f"no such file (looked in {os.getcwd()}); check the path"], name) from error
+        raise ConfigError(
+            [f"no such file (looked in {os.getcwd()}); check the path"], name
+        ) from error
     except IsADirectoryError as error:
         raise ConfigError(["this is a folder; give the YAML file in it"], name) from error
     except UnicodeDecodeError as error:
         raise ConfigError(["not a text file (UTF-8); give a YAML file"], name) from error
     except OSError as error:
-        raise ConfigError([f"can not be read ({error.strerror}); check its permissions"], name) from error
+        raise ConfigError(
+            [f"can not be read ({error.strerror}); check its permissions"], name
+        ) from error
     except StorageError as error:
         raise ConfigError([str(error)], name) from error
 
 
-def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str],
-                    is_text: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
+def apply_overrides(
+    mapping: Mapping[str, Any], overrides: Sequence[str], is_text: Callable[[str], bool]
+) -> tuple[dict[str, Any], list[str]]:
     """Return a copy of `mapping` with `path=value` overrides set, and the problems of those that can't be.
 
     Values are YAML; those of fields that hold a text (`is_text(path)`) are taken as written unless they are quoted.
@@ -114,14 +131,18 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str],
         path, equals, text = override.partition("=")
         path = path.strip()
         if not equals or not all(path.split(".")):
-            problems.append(f"override {redact(override)!r}: not of the form section.field=value; "
-                            f"write for instance schedule.steps=100")
+            problems.append(
+                f"override {redact(override)!r}: not of the form section.field=value; "
+                f"write for instance schedule.steps=100"
+            )
             continue
         try:
             value = _override_value(text, is_text(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            problems.append(f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}); "
-                            f"correct it, or quote a text: '{path}=\"...\"'")
+            problems.append(
+                f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}); "
+                f"correct it, or quote a text: '{path}=\"...\"'"
+            )
             continue
         problem = _set(result, path, value)
         problems.extend([problem] if problem else [])
@@ -149,8 +170,10 @@ def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
             here[key] = {}
         if not isinstance(here[key], dict):
             above = ".".join(parents[: depth + 1])
-            return (f"override {path!r}: {above} holds {_kind(here[key])}, which has no parts; "
-                    f"override {above} as a whole")
+            return (
+                f"override {path!r}: {above} holds {_kind(here[key])}, which has no parts; "
+                f"override {above} as a whole"
+            )
         here = here[key]
     here[last] = value
     return None
@@ -161,12 +184,19 @@ def with_field(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> d
     if len(path) == 1:
         return {**mapping, path[0]: value}
     held = mapping.get(path[0])
-    return {**mapping, path[0]: with_field(held if isinstance(held, Mapping) else {}, path[1:], value)}
+    return {
+        **mapping,
+        path[0]: with_field(held if isinstance(held, Mapping) else {}, path[1:], value),
+    }
 
 
 def _copy(value: Any) -> Any:
     """Copy nested mappings (keys as text); leave other values alone."""
-    return {str(key): _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    return (
+        {str(key): _copy(item) for key, item in value.items()}
+        if isinstance(value, Mapping)
+        else value
+    )
 
 
 def _kind(value: Any) -> str:

@@ -28,23 +28,47 @@ _ALLOWED = {
     "data.train": "a path, or a list of paths or of mappings with path, subset and split; at least one",
     "evaluation.data": "a path, or a list of paths or of mappings with path, subset and split",
 }
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+_TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+}
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 # Names other tools use for the same thing.
 _ELSEWHERE = {
-    "lr": "optimizer.learning_rate", "max_lr": "optimizer.learning_rate", "max_steps": "schedule.steps",
-    "num_epochs": "schedule.epochs", "num_train_epochs": "schedule.epochs", "lr_scheduler_type": "schedule.name",
-    "train_batch_size": "batch.global_batch", "global_batch_size": "batch.global_batch",
-    "batch_size": "batch.global_batch", "gradient_accumulation_steps": "batch.global_batch",
-    "micro_batch_size": "batch.micro_batch", "per_device_train_batch_size": "batch.micro_batch",
-    "max_length": "batch.sequence_length", "max_seq_length": "batch.sequence_length",
-    "sequence_len": "batch.sequence_length", "gradient_clipping": "optimizer.max_grad_norm",
-    "gradient_checkpointing": "model.activation_checkpointing", "bf16": "model.dtype", "precision": "model.dtype",
-    "torch_dtype": "model.dtype", "model_name_or_path": "model.path", "attn_implementation": "model.attention",
-    "output_dir": "run.storage", "save_steps": "checkpoint.every_steps", "eval_steps": "evaluation.every_steps",
-    "save_total_limit": "checkpoint.keep_last", "logging_steps": "log.every_steps",
-    "num_workers": "cluster.workers", "world_size": "cluster.workers", "packing": "data.pack",
+    "lr": "optimizer.learning_rate",
+    "max_lr": "optimizer.learning_rate",
+    "max_steps": "schedule.steps",
+    "num_epochs": "schedule.epochs",
+    "num_train_epochs": "schedule.epochs",
+    "lr_scheduler_type": "schedule.name",
+    "train_batch_size": "batch.global_batch",
+    "global_batch_size": "batch.global_batch",
+    "batch_size": "batch.global_batch",
+    "gradient_accumulation_steps": "batch.global_batch",
+    "micro_batch_size": "batch.micro_batch",
+    "per_device_train_batch_size": "batch.micro_batch",
+    "max_length": "batch.sequence_length",
+    "max_seq_length": "batch.sequence_length",
+    "sequence_len": "batch.sequence_length",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "bf16": "model.dtype",
+    "precision": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "model_name_or_path": "model.path",
+    "attn_implementation": "model.attention",
+    "output_dir": "run.storage",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "evaluation.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "logging_steps": "log.every_steps",
+    "num_workers": "cluster.workers",
+    "world_size": "cluster.workers",
+    "packing": "data.pack",
 }
 
 
@@ -57,6 +81,7 @@ def section_of(info: FieldInfo) -> type[Section] | None:
 @cache
 def schema_paths() -> dict[str, FieldInfo]:
     """Return every dotted path of the schema, sections included, in the order of the file."""
+
     def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in model.model_fields.items():
             yield prefix + name, info
@@ -89,10 +114,32 @@ def allowed(path: str, info: FieldInfo) -> str:
 
 def _bounds(info: FieldInfo) -> str:
     """Say the bounds of a number: ' from 0 to 1', ' of at least 1', ' above 0'."""
-    low = {kind: getattr(bound, kind) for bound in info.metadata for kind in ("ge", "gt") if hasattr(bound, kind)}
-    high = {kind: getattr(bound, kind) for bound in info.metadata for kind in ("le", "lt") if hasattr(bound, kind)}
-    words = [f"of at least {low['ge']}"] if "ge" in low else [f"above {low['gt']}"] if "gt" in low else []
-    words += [f"at most {high['le']}"] if "le" in high else [f"below {high['lt']}"] if "lt" in high else []
+    low = {
+        kind: getattr(bound, kind)
+        for bound in info.metadata
+        for kind in ("ge", "gt")
+        if hasattr(bound, kind)
+    }
+    high = {
+        kind: getattr(bound, kind)
+        for bound in info.metadata
+        for kind in ("le", "lt")
+        if hasattr(bound, kind)
+    }
+    words = (
+        [f"of at least {low['ge']}"]
+        if "ge" in low
+        else [f"above {low['gt']}"]
+        if "gt" in low
+        else []
+    )
+    words += (
+        [f"at most {high['le']}"]
+        if "le" in high
+        else [f"below {high['lt']}"]
+        if "lt" in high
+        else []
+    )
     return " " + " and ".join(words) if words else ""
 
 
@@ -111,7 +158,10 @@ def _looks_otherwise(value: str) -> bool:
     try:
         float(value)
     except ValueError:
-        return value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "~") or value != value.strip()
+        return (
+            value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "~")
+            or value != value.strip()
+        )
     return True
 
 
@@ -134,8 +184,12 @@ def wrong_value(path: str, info: FieldInfo, value: Any, kind: str = "") -> str:
 
 
 def _remedy(info: FieldInfo, value: Any) -> str:
-    choices = [str(choice) for part in (info.annotation, *get_args(info.annotation))
-               if get_origin(part) is Literal for choice in get_args(part)]
+    choices = [
+        str(choice)
+        for part in (info.annotation, *get_args(info.annotation))
+        if get_origin(part) is Literal
+        for choice in get_args(part)
+    ]
     near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.6)
     if near and near[0] != str(value):
         return f"did you mean {near[0]}?"
@@ -161,11 +215,17 @@ def unknown_key(path: str, value: Any) -> tuple[str, str | None]:
     section = section_of(paths[near]) if near else not parent and isinstance(value, Mapping)
     what = "no such section" if section else "no such field"
     if path in paths:
-        return f"{path}: a dotted key in the file; sections nest; write it indented below {parent}:", path
+        return (
+            f"{path}: a dotted key in the file; sections nest; write it indented below {parent}:",
+            path,
+        )
     if near:
         return f"{path}: {what}; did you mean {near}?", near
     siblings = [name.rpartition(".")[2] for name in paths if name.rpartition(".")[0] == parent]
-    return f"{path}: {what}; allowed{' in ' + parent if parent else ''}: {', '.join(siblings)}; remove it", None
+    return (
+        f"{path}: {what}; allowed{' in ' + parent if parent else ''}: {', '.join(siblings)}; remove it",
+        None,
+    )
 
 
 def nearest(path: str) -> str | None:
@@ -176,7 +236,9 @@ def nearest(path: str) -> str | None:
     leaves: dict[str, str] = {}
     for name in paths:
         leaves.setdefault(name.rpartition(".")[2], name)
-    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.75)
+    close = difflib.get_close_matches(
+        leaf, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.75
+    )
     if close:
         return f"{parent}.{close[0]}" if parent else close[0]
     if leaf in leaves:

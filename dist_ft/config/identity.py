@@ -52,17 +52,26 @@ def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[
     name = new_config.run.name
     old, problems = assemble_stored(old_mapping)
     if problems:
-        raise ConfigError([f"{problem} (choose another run.name than {name!r} if this run can't be repaired)"
-                           for problem in problems], f"stored config of run {name!r}")
+        raise ConfigError(
+            [
+                f"{problem} (choose another run.name than {name!r} if this run can't be repaired)"
+                for problem in problems
+            ],
+            f"stored config of run {name!r}",
+        )
     identity_changes, operational_changes = changes(old, new_config)
     if identity_changes:
-        raise ConfigError([_refusal(change, name) for change in identity_changes], f"resume of run {name!r}")
+        raise ConfigError(
+            [_refusal(change, name) for change in identity_changes], f"resume of run {name!r}"
+        )
     return operational_changes
 
 
 def _refusal(change: Change, name: str) -> str:
-    return (f"{change.path}={shown(change.new)}: the stored run {name!r} was made with {shown(change.old)}, and this "
-            f"must not change when a run is resumed; restore {shown(change.old)}, or choose another run.name")
+    return (
+        f"{change.path}={shown(change.new)}: the stored run {name!r} was made with {shown(change.old)}, and this "
+        f"must not change when a run is resumed; restore {shown(change.old)}, or choose another run.name"
+    )
 
 
 def _fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

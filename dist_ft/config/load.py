@@ -21,12 +21,22 @@ from dist_ft.logs import redact
 STORED = "run.yaml"
 """Where a run keeps its resolved config, in its own folder."""
 
-__all__ = ["STORED", "Change", "changes", "check_resume", "identity", "inspect_config", "load_config", "resolved_yaml",
-           "to_mapping"]
+__all__ = [
+    "STORED",
+    "Change",
+    "changes",
+    "check_resume",
+    "identity",
+    "inspect_config",
+    "load_config",
+    "resolved_yaml",
+    "to_mapping",
+]
 
 
-def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
-                overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path_or_mapping: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> RunConfig:
     """Return the config in a YAML file (path or fsspec URL) or a nested mapping, with `overrides` applied.
 
     Raises `ConfigError` with every problem there is: unknown keys (and what was probably meant), values of a wrong
@@ -38,8 +48,9 @@ def load_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
     return config
 
 
-def inspect_config(path_or_mapping: str | os.PathLike[str] | Mapping[str, Any],
-                   overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str], str]:
+def inspect_config(
+    path_or_mapping: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[RunConfig, list[str], str]:
     """As `load_config`, but return (what could be understood, all problems, the source's name) for further probing.
 
     Where there are problems, broken fields are absent from the config: reading one raises AttributeError. A file that

@@ -26,8 +26,12 @@ NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 class Range(Section):
     """Values of one field: some to choose among, or a range of numbers."""
 
-    values: tuple[Any, ...] = Field((), description="Values to choose among, in place of low and high.")
-    low: int | float | None = Field(None, description="Least value; a whole number where low and high are.")
+    values: tuple[Any, ...] = Field(
+        (), description="Values to choose among, in place of low and high."
+    )
+    low: int | float | None = Field(
+        None, description="Least value; a whole number where low and high are."
+    )
     high: int | float | None = Field(None, description="Greatest value.")
     log: bool = Field(False, description="Draw evenly by order of magnitude.")
 
@@ -53,7 +57,11 @@ class Range(Section):
         low, high = float(self.low or 0), float(self.high or 0)
         if self.is_whole:
             low, high = low - 0.5 + 1e-9, high + 0.5 - 1e-9
-        found = math.exp(rng.uniform(math.log(low), math.log(high))) if self.log else rng.uniform(low, high)
+        found = (
+            math.exp(rng.uniform(math.log(low), math.log(high)))
+            if self.log
+            else rng.uniform(low, high)
+        )
         return round(found) if self.is_whole else found
 
 
@@ -65,23 +73,41 @@ def _as_range(value: Any) -> Any:
 class AshaSection(Section):
     """Early stopping of trials by asynchronous successive halving (Li et al., arXiv:1810.05934)."""
 
-    grace_steps: int = Field(ge=1, description="Steps before a trial may be stopped: the first rung.")
-    reduction: int = Field(3, ge=2, description=(
-        "At each rung, which lie so many times further apart, one in so many trials goes on."))
+    grace_steps: int = Field(
+        ge=1, description="Steps before a trial may be stopped: the first rung."
+    )
+    reduction: int = Field(
+        3,
+        ge=2,
+        description=(
+            "At each rung, which lie so many times further apart, one in so many trials goes on."
+        ),
+    )
 
 
 class SearchSection(Section):
     """The whole file."""
 
-    name: str = Field(pattern=NAME, description="Name of the search; its runs are <name>-t0, <name>-t1, ...")
-    search: Literal["random", "grid", "optuna"] = Field("random", description=(
-        "grid: every combination of values; random: drawn by seed; optuna: by what trials before gave (TPE)."))
+    name: str = Field(
+        pattern=NAME, description="Name of the search; its runs are <name>-t0, <name>-t1, ..."
+    )
+    search: Literal["random", "grid", "optuna"] = Field(
+        "random",
+        description=(
+            "grid: every combination of values; random: drawn by seed; optuna: by what trials before gave (TPE)."
+        ),
+    )
     trials: int | None = Field(None, ge=1, description="How many trials; none: 10 (grid: all).")
-    at_once: int = Field(1, ge=1, description="Trials at a time, each a process of its own, as far as CPUs reach.")
+    at_once: int = Field(
+        1, ge=1, description="Trials at a time, each a process of its own, as far as CPUs reach."
+    )
     seed: int = Field(0, ge=0, description="Seed of what is drawn; the runs have run.seed.")
-    space: dict[str, Annotated[Range, BeforeValidator(_as_range)]] = Field(min_length=1, description=(
-        "section.field: a list of values, or {low, high, log}."))
-    asha: AshaSection | None = Field(None, description="Early stopping of trials; none: all go to their end.")
+    space: dict[str, Annotated[Range, BeforeValidator(_as_range)]] = Field(
+        min_length=1, description=("section.field: a list of values, or {low, high, log}.")
+    )
+    asha: AshaSection | None = Field(
+        None, description="Early stopping of trials; none: all go to their end."
+    )
 
     @property
     def num_trials(self) -> int:
@@ -103,7 +129,9 @@ class SearchSection(Section):
 class Search:
     """A search over a config."""
 
-    def __init__(self, section: SearchSection, document: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    def __init__(
+        self, section: SearchSection, document: Mapping[str, Any], overrides: Sequence[str]
+    ) -> None:
         self.section = section
         self._document = document
         self._overrides = overrides
@@ -130,8 +158,14 @@ class Search:
         section = self.section
         if section.search == "optuna":
             first = {field: (one.values or (one.low,))[0] for field, one in section.space.items()}
-            points = [first, *({**first, field: value} for field, one in section.space.items()
-                               for value in one.values or (one.low, one.high))]
+            points = [
+                first,
+                *(
+                    {**first, field: value}
+                    for field, one in section.space.items()
+                    for value in one.values or (one.low, one.high)
+                ),
+            ]
         else:
             points = [section.point(number) for number in range(section.num_trials)]
         found: dict[str, None] = {}
@@ -150,12 +184,18 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
     try:
         section = SearchSection.model_validate(document)
     except ValidationError as error:
-        raise ConfigError([*problems, *(_line(one) for one in error.errors(include_url=False))], path) from error
+        raise ConfigError(
+            [*problems, *(_line(one) for one in error.errors(include_url=False))], path
+        ) from error
     base, twice = read_document(config)
     problems += twice
     if section.search == "grid":
-        problems += [f"space.{field}: is a range, and a grid needs values; allowed: a list; name some, or use "
-                     "search=random" for field, one in section.space.items() if not one.values]
+        problems += [
+            f"space.{field}: is a range, and a grid needs values; allowed: a list; name some, or use "
+            "search=random"
+            for field, one in section.space.items()
+            if not one.values
+        ]
     search = Search(section, base, overrides)
     problems = problems or search.problems()
     if problems:
@@ -168,8 +208,10 @@ def _line(error: Any) -> str:
     where, fields = error["loc"], SearchSection.model_fields
     info = fields.get(str(where[0])) if where else None
     allowed = str(info.description).rstrip(".") if info else ", ".join(fields)
-    return f"{'.'.join(map(str, where))}: {error['msg'].removeprefix('Value error, ').lower()}; allowed: {allowed}; " \
-           "correct it"
+    return (
+        f"{'.'.join(map(str, where))}: {error['msg'].removeprefix('Value error, ').lower()}; allowed: {allowed}; "
+        "correct it"
+    )
 
 
 def _unfit(config: RunConfig, section: SearchSection) -> list[str]:
@@ -177,12 +219,18 @@ def _unfit(config: RunConfig, section: SearchSection) -> list[str]:
     found = []
     again = config.evaluation.every_steps or config.evaluation.every_epochs
     if config.max_workers:
-        found.append(f"cluster.workers={config.max_workers}: a trial is one process, and several may run at once; "
-                     "allowed in a search: 0; set it")
+        found.append(
+            f"cluster.workers={config.max_workers}: a trial is one process, and several may run at once; "
+            "allowed in a search: 0; set it"
+        )
     if not config.evaluation.data or not (again or config.evaluation.at_end):
-        found.append("evaluation.data: trials are compared by checkpoint.best_by of their evaluations; needs held-out "
-                     "data, and evaluation.every_steps or at_end; set them")
+        found.append(
+            "evaluation.data: trials are compared by checkpoint.best_by of their evaluations; needs held-out "
+            "data, and evaluation.every_steps or at_end; set them"
+        )
     if section.asha and not again:
-        found.append("asha: a trial can be stopped where it is evaluated; needs evaluation.every_steps or "
-                     "every_epochs; set one")
+        found.append(
+            "asha: a trial can be stopped where it is evaluated; needs evaluation.every_steps or "
+            "every_epochs; set one"
+        )
     return found

@@ -30,23 +30,43 @@ NAME = r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$"
 class StageSection(Section):
     """One stage."""
 
-    name: str = Field(pattern=NAME, description="Name of the stage; its run is named <name of the whole>-<this>.")
-    replay: float = Field(0.0, ge=0, lt=1, description=(
-        "Share of the stage's sequences that comes from the training data of all stages before, in equal parts."))
-    overrides: dict[str, Any] = Field(default_factory=dict, description=(
-        "Fields of this stage: section.field: value, such as data.train: more.jsonl."))
+    name: str = Field(
+        pattern=NAME, description="Name of the stage; its run is named <name of the whole>-<this>."
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of the stage's sequences that comes from the training data of all stages before, in equal parts."
+        ),
+    )
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description=("Fields of this stage: section.field: value, such as data.train: more.jsonl."),
+    )
 
 
 class StagesSection(Section):
     """The whole file."""
 
     name: str = Field(pattern=NAME, description="Name of the whole, in the storage of its runs.")
-    config: str = Field(description="Config all stages share: a YAML file, relative to this one, or a URL.")
-    begin: Literal["newest", "best"] = Field("newest", description=(
-        "Checkpoint a stage begins with, and is scored by: the newest of the stage before, or its best by "
-        "checkpoint.best_by."))
-    metric: str | None = Field(None, description=(
-        "Metric of the matrix; none: checkpoint.best_by, or, where that is the loss, the first of the task's."))
+    config: str = Field(
+        description="Config all stages share: a YAML file, relative to this one, or a URL."
+    )
+    begin: Literal["newest", "best"] = Field(
+        "newest",
+        description=(
+            "Checkpoint a stage begins with, and is scored by: the newest of the stage before, or its best by "
+            "checkpoint.best_by."
+        ),
+    )
+    metric: str | None = Field(
+        None,
+        description=(
+            "Metric of the matrix; none: checkpoint.best_by, or, where that is the loss, the first of the task's."
+        ),
+    )
     stages: tuple[StageSection, ...] = Field(min_length=1, description="The stages, in order.")
 
 
@@ -97,14 +117,21 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
             stages.append(Stage(stage.name, _staged(config, file, stage, stages, trained)))
             trained.append((stage.name, own))
         problems += [f"stage {stage.name}: {line}" for line in wrong if not in_stages[line]]
-        in_stages.update(wrong)  # what the config itself has wrong is said with the first stage only
+        in_stages.update(
+            wrong
+        )  # what the config itself has wrong is said with the first stage only
     problems += _apart(file, stages)
     if problems:
         raise ConfigError(problems, path)
     checked = tuple(Stage(stage.name, _checked(stage)) for stage in stages)
     first = checked[0].config
-    return Stages(file.name, f"{first.run.storage.rstrip('/')}/{file.name}", _metric(file, first), file.begin,
-                  checked)
+    return Stages(
+        file.name,
+        f"{first.run.storage.rstrip('/')}/{file.name}",
+        _metric(file, first),
+        file.begin,
+        checked,
+    )
 
 
 def _parsed(document: Mapping[str, Any], path: str, problems: list[str]) -> StagesSection:
@@ -113,9 +140,15 @@ def _parsed(document: Mapping[str, Any], path: str, problems: list[str]) -> Stag
     except ValidationError as error:
         found_wrong = error.errors(include_url=False)
         inner = {one["loc"][0] for one in found_wrong if len(one["loc"]) > 1}  # said once, there
-        problems = [*problems, *(
-            f"{'.'.join(str(part) for part in one['loc'])}: {one['msg'].lower()}; allowed: {_fields(one['loc'])}; "
-            "correct it" for one in found_wrong if len(one["loc"]) > 1 or one["loc"][0] not in inner)]
+        problems = [
+            *problems,
+            *(
+                f"{'.'.join(str(part) for part in one['loc'])}: {one['msg'].lower()}; allowed: {_fields(one['loc'])}; "
+                "correct it"
+                for one in found_wrong
+                if len(one["loc"]) > 1 or one["loc"][0] not in inner
+            ),
+        ]
         raise ConfigError(problems, path) from error
     if problems:
         raise ConfigError(problems, path)
@@ -133,17 +166,23 @@ def _beside(path: str, config: str) -> str:
     """Return the config's path: relative to the file that names it."""
     if not is_local(config) or Path(config).expanduser().is_absolute():
         return config
-    return str(Path(path).parent / config) if is_local(path) else f"{path.rpartition('/')[0]}/{config}"
+    return (
+        str(Path(path).parent / config) if is_local(path) else f"{path.rpartition('/')[0]}/{config}"
+    )
 
 
-def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _merged(
+    base: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Return the base with a stage's fields set (dotted, or below their sections), and problems."""
     result, problems = dict(base), []
     for key, value in overrides.items():
         path = str(key).split(".")
         inside = value if isinstance(value, Mapping) else None
         if len(path) == 1 and inside is None:
-            problems.append(f"overrides.{key}: not a field; allowed: section.field: value; name its section")
+            problems.append(
+                f"overrides.{key}: not a field; allowed: section.field: value; name its section"
+            )
         elif len(path) == 1 and inside is not None:
             result[path[0]] = {**_section(result, path[0]), **inside}
         else:
@@ -156,47 +195,71 @@ def _section(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(held) if isinstance(held, Mapping) else {}
 
 
-def _staged(config: RunConfig, file: StagesSection, stage: StageSection, before: Sequence[Stage],
-            trained: Sequence[tuple[str, tuple[Source, ...]]]) -> RunConfig:
+def _staged(
+    config: RunConfig,
+    file: StagesSection,
+    stage: StageSection,
+    before: Sequence[Stage],
+    trained: Sequence[tuple[str, tuple[Source, ...]]],
+) -> RunConfig:
     """Return a stage's run: it begins with the one before, replays its share, and keeps the head it finds."""
     changes: dict[str, Any] = {}
     if before:
-        changes["model"] = config.model.model_copy(update={
-            "path": before[-1].config.run_url, "checkpoint": file.begin, "revision": None})
+        changes["model"] = config.model.model_copy(
+            update={"path": before[-1].config.run_url, "checkpoint": file.begin, "revision": None}
+        )
         if config.task.name in LABELLED:
             changes["task"] = config.task.model_copy(update={"grow_head": True, "new_head": False})
     if stage.replay and trained:
-        changes["data"] = config.data.model_copy(update={
-            "train": with_replay(config.data.train, stage.replay, trained)})
+        changes["data"] = config.data.model_copy(
+            update={"train": with_replay(config.data.train, stage.replay, trained)}
+        )
     return config.model_copy(update=changes)
 
 
-def with_replay(own: Sequence[Source], share: float, trained: Sequence[tuple[str, tuple[Source, ...]]]
-                ) -> tuple[Source, ...]:
+def with_replay(
+    own: Sequence[Source], share: float, trained: Sequence[tuple[str, tuple[Source, ...]]]
+) -> tuple[Source, ...]:
     """Return a stage's sources with those of the stages before, which together have `share` of the sequences.
 
     Each earlier stage has the same part of it, each of its sources the same part of that. Where the stage's own
     sources have weights, all have: theirs are scaled to what the replay leaves.
     """
-    parts = [(f"{name}-{number}", source, share / len(trained) / len(sources))
-             for name, sources in trained for number, source in enumerate(sources)]
+    parts = [
+        (f"{name}-{number}", source, share / len(trained) / len(sources))
+        for name, sources in trained
+        for number, source in enumerate(sources)
+    ]
     weighted = any(source.weight is not None for source in own)
     total = sum(source.weight or 0.0 for source in own)
-    scaled = [source.model_copy(update={"weight": (source.weight or 0.0) / total * (1 - share)}) if weighted else source
-              for source in own]
+    scaled = [
+        source.model_copy(update={"weight": (source.weight or 0.0) / total * (1 - share)})
+        if weighted
+        else source
+        for source in own
+    ]
     given = "weight" if weighted else "share"
     plain = {"weight": None, "repeat": None, "share": None}
-    return (*scaled, *(source.model_copy(update={**plain, "name": f"replay-{name}", given: part})
-                       for name, source, part in parts))
+    return (
+        *scaled,
+        *(
+            source.model_copy(update={**plain, "name": f"replay-{name}", given: part})
+            for name, source, part in parts
+        ),
+    )
 
 
 def _replay_problems(config: RunConfig, stage: StageSection, trained: Sequence[Any]) -> list[str]:
     found = []
     if stage.replay and not trained:
-        found.append(f"replay={stage.replay}: there is no stage before it; allowed from the second on; remove it")
+        found.append(
+            f"replay={stage.replay}: there is no stage before it; allowed from the second on; remove it"
+        )
     if stage.replay and (config.data.temperature is not None or config.data.mixing):
-        found.append(f"replay={stage.replay}: data.temperature or data.mixing decides how often sources come; allowed "
-                     "with weight or repeat of the sources; remove one of them")
+        found.append(
+            f"replay={stage.replay}: data.temperature or data.mixing decides how often sources come; allowed "
+            "with weight or repeat of the sources; remove one of them"
+        )
     return found
 
 
@@ -206,22 +269,35 @@ def _apart(file: StagesSection, stages: Sequence[Stage]) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         found.append(f"stages: two are named {twice}; their runs need different names; rename one")
-    for what, values in (("run.storage", {stage.config.run.storage for stage in stages}),
-                         ("task.name", {stage.config.task.name for stage in stages})):
+    for what, values in (
+        ("run.storage", {stage.config.run.storage for stage in stages}),
+        ("task.name", {stage.config.task.name for stage in stages}),
+    ):
         if len(values) > 1:
-            found.append(f"{what}: is {' and '.join(sorted(values))}; all stages share one; set it in the config only")
+            found.append(
+                f"{what}: is {' and '.join(sorted(values))}; all stages share one; set it in the config only"
+            )
     for before, after in pairwise(stages):
-        lost = [label for label in before.config.task.labels if label not in after.config.task.labels]
+        lost = [
+            label for label in before.config.task.labels if label not in after.config.task.labels
+        ]
         if after.config.task.labels and lost:
-            found.append(f"stage {after.name}: task.labels: {lost[0]} of stage {before.name} is not among them; a head "
-                         "keeps all its labels; add it, or leave task.labels empty")
+            found.append(
+                f"stage {after.name}: task.labels: {lost[0]} of stage {before.name} is not among them; a head "
+                "keeps all its labels; add it, or leave task.labels empty"
+            )
     metric = file.metric
     known = ("loss", *METRICS[stages[0].config.task.name]) if stages else ()
     if metric is not None and stages and metric not in known:
-        found.append(f"metric={metric}: evaluations of task.name={stages[0].config.task.name} have no such metric; "
-                     f"allowed: {', '.join(known)}; name one of them")
-    found += [f"stage {stage.name}: evaluation.data: is empty; what each stage is scored on is needed; set it"
-              for stage in stages if not stage.config.evaluation.data]
+        found.append(
+            f"metric={metric}: evaluations of task.name={stages[0].config.task.name} have no such metric; "
+            f"allowed: {', '.join(known)}; name one of them"
+        )
+    found += [
+        f"stage {stage.name}: evaluation.data: is empty; what each stage is scored on is needed; set it"
+        for stage in stages
+        if not stage.config.evaluation.data
+    ]
     return found
 
 
@@ -244,9 +320,22 @@ def scored(config: RunConfig, run: RunConfig, begin: str, labels: Sequence[str])
     """Return what scores the result of `run` on the held-out data of `config`, with the labels of the run's head."""
     plain = {"weight": None, "repeat": None, "share": None}
     held_out = tuple(source.model_copy(update=plain) for source in config.evaluation.data)
-    return config.model_copy(update={
-        "cluster": config.cluster.model_copy(update={"workers": 0}),
-        "model": config.model.model_copy(update={"path": run.run_url, "checkpoint": begin, "revision": None}),
-        "task": config.task.model_copy(update={"labels": tuple(labels), "grow_head": False, "new_head": False,
-                                               "class_weights": ()}),
-        "data": config.data.model_copy(update={"train": held_out, "mixing": (), "temperature": None})})
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"workers": 0}),
+            "model": config.model.model_copy(
+                update={"path": run.run_url, "checkpoint": begin, "revision": None}
+            ),
+            "task": config.task.model_copy(
+                update={
+                    "labels": tuple(labels),
+                    "grow_head": False,
+                    "new_head": False,
+                    "class_weights": (),
+                }
+            ),
+            "data": config.data.model_copy(
+                update={"train": held_out, "mixing": (), "temperature": None}
+            ),
+        }
+    )

@@ -31,6 +31,7 @@ def columns_of(task: TaskSection) -> tuple[str, ...]:
 
 def altered(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
     """Return a row with `change` made to its texts; a list of words stays as long."""
+
     def made(value: Any) -> Any:
         if isinstance(value, list):
             return [change(word) if isinstance(word, str) else word for word in value]
@@ -42,7 +43,9 @@ def altered(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
 def typos(rate: float, seed: int, number: int) -> Callable[[str], str]:
     """Return what gives a share `rate` of the words of row `number` one typo each."""
     rng = random.Random(mix(seed, number))
-    return lambda text: _WORD.sub(lambda found: typo(found[0], rng) if rng.random() < rate else found[0], text)
+    return lambda text: _WORD.sub(
+        lambda found: typo(found[0], rng) if rng.random() < rate else found[0], text
+    )
 
 
 def typo(word: str, rng: random.Random) -> str:
@@ -50,14 +53,14 @@ def typo(word: str, rng: random.Random) -> str:
     kind, at = rng.choice(("swap", "drop", "beside")), rng.randrange(len(word))
     if kind == "swap":
         at = min(at, len(word) - 2)
-        return word[:at] + word[at + 1] + word[at] + word[at + 2:]
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     if kind == "drop":
-        return word[:at] + word[at + 1:]
+        return word[:at] + word[at + 1 :]
     near = beside(word[at].lower())
     if not near:  # a letter of another alphabet
-        return word[:at] + word[at + 1:]
+        return word[:at] + word[at + 1 :]
     hit = rng.choice(near)
-    return word[:at] + (hit.upper() if word[at].isupper() else hit) + word[at + 1:]
+    return word[:at] + (hit.upper() if word[at].isupper() else hit) + word[at + 1 :]
 
 
 def beside(letter: str) -> str:
@@ -65,9 +68,11 @@ def beside(letter: str) -> str:
     for number, row in enumerate(KEYBOARD):
         at = row.find(letter)
         if at >= 0:
-            above = KEYBOARD[number - 1][at:at + 2] if number else ""
-            below = KEYBOARD[number + 1][max(0, at - 1):at + 1] if number + 1 < len(KEYBOARD) else ""
-            return row[max(0, at - 1):at] + row[at + 1:at + 2] + above + below
+            above = KEYBOARD[number - 1][at : at + 2] if number else ""
+            below = (
+                KEYBOARD[number + 1][max(0, at - 1) : at + 1] if number + 1 < len(KEYBOARD) else ""
+            )
+            return row[max(0, at - 1) : at] + row[at + 1 : at + 2] + above + below
     return ""
 
 
@@ -80,9 +85,13 @@ def swaps(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     for first, second in pairs:
         for one, two in ((first, second), (second, first)):
             if other.setdefault(one, two) != two:
-                raise DataError(f"evaluation.robustness.swaps: {one} stands in two pairs; once is allowed; remove one")
+                raise DataError(
+                    f"evaluation.robustness.swaps: {one} stands in two pairs; once is allowed; remove one"
+                )
     if not other:
-        raise DataError("evaluation.robustness.swaps: names no pair; at least one is needed; add it")
+        raise DataError(
+            "evaluation.robustness.swaps: names no pair; at least one is needed; add it"
+        )
     longest_first = sorted(other, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)")
     return lambda text: pattern.sub(lambda found: other[found[0]], text)

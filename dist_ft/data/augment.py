@@ -56,8 +56,15 @@ class Augmenting:
     seed: int
 
     @classmethod
-    def of(cls, tokenizer: Any, section: AugmentSection, task: TaskSection, length: int, seed: int, synonyms: str
-           ) -> Augmenting:
+    def of(
+        cls,
+        tokenizer: Any,
+        section: AugmentSection,
+        task: TaskSection,
+        length: int,
+        seed: int,
+        synonyms: str,
+    ) -> Augmenting:
         """Return the augmentation of a run; `synonyms` is the text of the file the section names."""
         mark, begins_by_mark = word_mark(tokenizer)
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -67,11 +74,19 @@ class Augmenting:
         outside = None
         if task.name == "token_classification":
             outside = task.labels.index(OUTSIDE) if OUTSIDE in task.labels else -1
-        return cls(section, begins, fixed, read_synonyms(synonyms, tokenizer, str(section.synonyms)), outside, length,
-                   seed)
+        return cls(
+            section,
+            begins,
+            fixed,
+            read_synonyms(synonyms, tokenizer, str(section.synonyms)),
+            outside,
+            length,
+            seed,
+        )
 
-    def apply(self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray
-              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def apply(
+        self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens and labels of a batch as they are learned from, and how many tokens each piece has now.
 
         Args:
@@ -81,11 +96,15 @@ class Augmenting:
         """
         found, start = [], 0
         for sample, first, size, epoch in pieces.tolist():
-            own = tokens[start:start + size], labels[start:start + size]
+            own = tokens[start : start + size], labels[start : start + size]
             found.append(self._changed(*own, mix(self.seed, SALT, epoch, sample, first)))
             start += size
         sizes = np.array([len(own) for own, _ in found], dtype=np.int64)
-        return np.concatenate([own for own, _ in found]), np.concatenate([own for _, own in found]), sizes
+        return (
+            np.concatenate([own for own, _ in found]),
+            np.concatenate([own for _, own in found]),
+            sizes,
+        )
 
     def _changed(self, tokens: np.ndarray, labels: np.ndarray, seed: int) -> Word:
         """Return a sample as this epoch sees it."""
@@ -97,14 +116,18 @@ class Augmenting:
         whole = None if self.outside is not None else labels[labels != IGNORED]
         words = list(zip(np.split(tokens, starts[1:]), np.split(labels, starts[1:]), strict=True))
         fixed = np.array([self.fixed[own[0]] for own, _ in words])
-        free = ~fixed if whole is not None else ~fixed & np.array([own[0] == self.outside for _, own in words])
+        free = (
+            ~fixed
+            if whole is not None
+            else ~fixed & np.array([own[0] == self.outside for _, own in words])
+        )
         self._edit(words, free, np.cumsum(fixed), chance[1:].reshape(5, -1))
         kept = np.concatenate([own for own, _ in words]), np.concatenate([own for _, own in words])
         if len(kept[0]) > self.length or (whole is not None and len(kept[0]) < len(whole)):
             return tokens, labels
         if whole is not None:  # carried by the first positions, whatever stands there
             kept[1][:] = IGNORED
-            kept[1][:len(whole)] = whole
+            kept[1][: len(whole)] = whole
         return kept
 
     def _starts(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -115,7 +138,9 @@ class Augmenting:
         found[:1] = True
         return found
 
-    def _edit(self, words: list[Word], free: np.ndarray, texts: np.ndarray, chance: np.ndarray) -> None:
+    def _edit(
+        self, words: list[Word], free: np.ndarray, texts: np.ndarray, chance: np.ndarray
+    ) -> None:
         """Change a sample's words in place: replace, exchange, leave out.
 
         Args:
@@ -160,8 +185,10 @@ def word_mark(tokenizer: Any) -> tuple[str, bool]:
     for kind, mark in (("ByteLevel", "Ġ"), ("Metaspace", "▁"), ("▁", "▁")):
         if kind in kinds or json.dumps(kind)[1:-1] in kinds:
             return mark, True
-    raise ModelError(f"data.augment: the tokens of model.tokenizer={name_of(tokenizer)} do not tell where words begin; "
-                     "WordPiece, byte-level and SentencePiece tokenizers are allowed; remove data.augment")
+    raise ModelError(
+        f"data.augment: the tokens of model.tokenizer={name_of(tokenizer)} do not tell where words begin; "
+        "WordPiece, byte-level and SentencePiece tokenizers are allowed; remove data.augment"
+    )
 
 
 def read_synonyms(text: str, tokenizer: Any, path: str) -> dict[tuple[int, ...], list[np.ndarray]]:
@@ -178,12 +205,21 @@ def read_synonyms(text: str, tokenizer: Any, path: str) -> dict[tuple[int, ...],
         word, tab, others = line.partition("\t")
         synonyms = [other.strip() for other in others.split(",") if other.strip()]
         if not (word.strip() and tab and synonyms):
-            raise DataError(f"{path} line {number}: is not a word, a tab, and synonyms with commas between; repair it")
+            raise DataError(
+                f"{path} line {number}: is not a word, a tab, and synonyms with commas between; repair it"
+            )
         for before in ("", " ") if begins else ("",):
-            own, *rest = [encoding.ids for encoding in backend.encode_batch(
-                [before + text for text in (word.strip(), *synonyms)], add_special_tokens=False)]
-            found.setdefault(tuple(own), []).extend(np.array(other, np.int32) for other in rest
-                                                    if other and tokenizer.unk_token_id not in other)
+            own, *rest = [
+                encoding.ids
+                for encoding in backend.encode_batch(
+                    [before + text for text in (word.strip(), *synonyms)], add_special_tokens=False
+                )
+            ]
+            found.setdefault(tuple(own), []).extend(
+                np.array(other, np.int32)
+                for other in rest
+                if other and tokenizer.unk_token_id not in other
+            )
     return found
 
 
@@ -197,6 +233,14 @@ def read_file(path: str) -> str:
     try:
         return Store((folder or slash) if slash else ".").read(name).decode("utf-8-sig")
     except (FileNotFoundError, StorageError, UnicodeDecodeError) as error:
-        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"can not be read ({error})"
-        raise DataError(redact(f"data.augment.synonyms={path}: {why}; a file of lines `word<TAB>synonym,synonym` is "
-                               "needed; correct the path")) from error
+        why = (
+            "is not UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else f"can not be read ({error})"
+        )
+        raise DataError(
+            redact(
+                f"data.augment.synonyms={path}: {why}; a file of lines `word<TAB>synonym,synonym` is "
+                "needed; correct the path"
+            )
+        ) from error

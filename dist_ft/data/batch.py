@@ -52,4 +52,6 @@ def empty_batch(lane: int = -1, length: int = 8) -> Batch:
     """Return a batch of one sequence with nothing to learn: weight zero, so it changes no gradient."""
     zeros = np.zeros((1, length), dtype=np.int64)
     positions = np.arange(length, dtype=np.int64)[None, :]
-    return Batch(zeros, np.full_like(zeros, IGNORED), positions, np.zeros((0, 4), dtype=np.int64), lane)
+    return Batch(
+        zeros, np.full_like(zeros, IGNORED), positions, np.zeros((0, 4), dtype=np.int64), lane
+    )

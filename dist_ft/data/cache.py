@@ -82,11 +82,22 @@ def fingerprint(encoder: Encoder) -> str:
     tokenizer, data = encoder.tokenizer, encoder.data
     require_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.update(truncation=None, padding=None)  # state left by calls, not a property of the tokenizer
-    chosen = data.model_dump(include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"})
+    backend.update(
+        truncation=None, padding=None
+    )  # state left by calls, not a property of the tokenizer
+    chosen = data.model_dump(
+        include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"}
+    )
     dates = [DATE.isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []
-    parts = [FORMAT, backend, tokenizer.chat_template, tokenizer.special_tokens_map, chosen, *dates,
-             *([encoder.recipe] if encoder.recipe else [])]
+    parts = [
+        FORMAT,
+        backend,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        chosen,
+        *dates,
+        *([encoder.recipe] if encoder.recipe else []),
+    ]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
@@ -94,8 +105,16 @@ def key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -> str:
     """Return the name of a block's cache file, without suffix."""
     import xxhash
 
-    parts = [(shards[part.shard].url, shards[part.shard].size, shards[part.shard].version, part.start, part.stop)
-             for part in block.parts]
+    parts = [
+        (
+            shards[part.shard].url,
+            shards[part.shard].size,
+            shards[part.shard].version,
+            part.start,
+            part.stop,
+        )
+        for part in block.parts
+    ]
     return xxhash.xxh3_128_hexdigest(json.dumps([encoder_fingerprint, parts]).encode())
 
 
@@ -108,8 +127,11 @@ def write_block(path: Path, encoded: Encoded, limit_bytes: float = float("inf"))
     from safetensors.numpy import save
 
     arrays = {"offsets": encoded.offsets, "tokens": encoded.tokens, "targets": encoded.targets}
-    about = {"format": encoded.format, "part_rows": json.dumps(encoded.part_rows),
-             "bad_rows": json.dumps(encoded.bad_rows)}
+    about = {
+        "format": encoded.format,
+        "part_rows": json.dumps(encoded.part_rows),
+        "bad_rows": json.dumps(encoded.bad_rows),
+    }
     body = save(arrays, metadata={**about, "checksum": checksum(arrays, about)})
     evict(path.parent, limit_bytes - len(body))
     try:
@@ -124,7 +146,9 @@ def _place(path: Path, body: bytes) -> None:
     temporary = path.with_suffix(f"{TEMPORARY}{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(body)  # not forced to disk: a torn file shows by its checksum, and is made again
+            file.write(
+                body
+            )  # not forced to disk: a torn file shows by its checksum, and is made again
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,11 +185,15 @@ def most_open(wanted: int) -> int:
 
     Each costs a file descriptor. The soft limit is raised as far as the hard one allows, to `MOST_FILES` at most.
     """
-    soft, hard = (MOST_FILES if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    soft, hard = (
+        MOST_FILES if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
     if soft < min(hard, MOST_FILES):
         soft = min(hard, MOST_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
     return min(wanted, max(1, soft // 4))
 
 
@@ -197,22 +225,38 @@ def read_block(path: Path, check: bool = True) -> TokenisedBlock:
     if start > len(mapped):
         raise ValueError("the header is cut off")
     header = json.loads(mapped[8:start])
-    arrays = {name: _view(mapped, start, header[name], dtype)
-              for name, dtype in (("offsets", "<i8"), ("tokens", "<i4"),
-                                  ("targets", "<i4" if header["targets"]["dtype"] == "I32" else "u1"))}
+    arrays = {
+        name: _view(mapped, start, header[name], dtype)
+        for name, dtype in (
+            ("offsets", "<i8"),
+            ("tokens", "<i4"),
+            ("targets", "<i4" if header["targets"]["dtype"] == "I32" else "u1"),
+        )
+    }
     about = dict(header["__metadata__"])
     stored = about.pop("checksum")
     if check and checksum(arrays, about) != stored:
         raise ValueError("the checksum differs")
-    return TokenisedBlock(arrays["tokens"], arrays["targets"], arrays["offsets"], about["format"],
-                          tuple(json.loads(about["part_rows"])), tuple(json.loads(about["bad_rows"])), stored)
+    return TokenisedBlock(
+        arrays["tokens"],
+        arrays["targets"],
+        arrays["offsets"],
+        about["format"],
+        tuple(json.loads(about["part_rows"])),
+        tuple(json.loads(about["bad_rows"])),
+        stored,
+    )
 
 
 def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:
     """Return a tensor of a safetensors file as a view of the mapping."""
     begin, end = entry["data_offsets"]
     count = (end - begin) // np.dtype(dtype).itemsize
-    return np.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else np.empty(0, dtype)
+    return (
+        np.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
+        if count
+        else np.empty(0, dtype)
+    )
 
 
 def checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:

@@ -25,24 +25,42 @@ from dist_ft.storage import Store
 SOURCE, COMPLETE = "_source.json", "_complete"
 
 
-def convert(blocks: BlockStore, out: Store, suffix: str, tokenise: bool,
-            progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+def convert(
+    blocks: BlockStore,
+    out: Store,
+    suffix: str,
+    tokenise: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Write the blocks as shards of `suffix` (parquet or jsonl) into `out`; return how many were written now.
 
     Raises:
         DataError: `out` holds the shards of other data, or of another cut.
     """
-    about = json.dumps({"suffix": suffix, "tokenised": tokenise, "blocks": [
-        key(blocks.fingerprint if tokenise else "rows", block, blocks.shards) for block in blocks.blocks]})
+    about = json.dumps(
+        {
+            "suffix": suffix,
+            "tokenised": tokenise,
+            "blocks": [
+                key(blocks.fingerprint if tokenise else "rows", block, blocks.shards)
+                for block in blocks.blocks
+            ],
+        }
+    )
     there = set(out.list())
     if (SOURCE in there and out.read(SOURCE).decode() != about) or (SOURCE not in there and there):
-        raise DataError(f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
-                        "empty folder, or the same call again, is allowed; choose another folder")
+        raise DataError(
+            f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
+            "empty folder, or the same call again, is allowed; choose another folder"
+        )
     total = len(blocks.blocks)
     names = [f"part-{number:05d}-of-{total:05d}.{suffix}" for number in range(total)]
     missing = [number for number, name in enumerate(names) if name not in there]
-    made: Iterator[Any] = (as_table(block) for _, block in blocks.each(missing)) if tokenise else _rows(
-        [blocks.blocks[number] for number in missing], blocks.shards)
+    made: Iterator[Any] = (
+        (as_table(block) for _, block in blocks.each(missing))
+        if tokenise
+        else _rows([blocks.blocks[number] for number in missing], blocks.shards)
+    )
     out.write(SOURCE, about.encode())
     for number, name in enumerate(names):
         if name not in there:
@@ -57,8 +75,12 @@ def as_table(block: TokenisedBlock) -> Any:
     import pyarrow as pa
 
     offsets = pa.array(block.offsets, pa.int64())
-    return pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(block.tokens)),
-                     "targets": pa.LargeListArray.from_arrays(offsets, pa.array(block.targets))})
+    return pa.table(
+        {
+            "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(block.tokens)),
+            "targets": pa.LargeListArray.from_arrays(offsets, pa.array(block.targets)),
+        }
+    )
 
 
 def _rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:

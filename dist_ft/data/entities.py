@@ -48,13 +48,13 @@ def read(answer: str, words: Sequence[str], names: Mapping[str, str]) -> tuple[l
         own = text.split()
         at = _place(own, words, tags)
         if at is not None:
-            tags[at:at + len(own)] = [f"B-{kind}", *[f"I-{kind}"] * (len(own) - 1)]
+            tags[at : at + len(own)] = [f"B-{kind}", *[f"I-{kind}"] * (len(own) - 1)]
     return tags, understood
 
 
 def _place(own: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> int | None:
     """Return the first place where `own` stands in `words` and nothing is tagged yet."""
     for at in range(len(words) - len(own) + 1) if own else ():
-        if list(words[at:at + len(own)]) == list(own) and set(tags[at:at + len(own)]) == {"O"}:
+        if list(words[at : at + len(own)]) == list(own) and set(tags[at : at + len(own)]) == {"O"}:
             return at
     return None

@@ -18,8 +18,9 @@ def exact_backend(tokenizer: Any) -> Any:
     from tokenizers import Tokenizer
 
     require_fast(tokenizer)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace(
-        '"trim_offsets":true', '"trim_offsets":false'))
+    backend = Tokenizer.from_str(
+        tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
+    )
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -32,8 +33,10 @@ def require_fast(tokenizer: Any) -> None:
         ModelError: names it.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"model.tokenizer={name_of(tokenizer)}: is not a fast tokenizer; one with character offsets "
-                         "(tokenizer.json) is needed; convert it, or name another in model.tokenizer")
+        raise ModelError(
+            f"model.tokenizer={name_of(tokenizer)}: is not a fast tokenizer; one with character offsets "
+            "(tokenizer.json) is needed; convert it, or name another in model.tokenizer"
+        )
 
 
 def name_of(tokenizer: Any) -> str:

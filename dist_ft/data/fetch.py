@@ -40,7 +40,9 @@ def stream(url: str, start: int, stop: int) -> Iterator[bytes]:
     begins = iter(range(start, stop, RANGE_BYTES))
     try:
         for begin in begins:
-            ahead.append(_threads().submit(fetch, store, name, begin, min(stop, begin + RANGE_BYTES)))
+            ahead.append(
+                _threads().submit(fetch, store, name, begin, min(stop, begin + RANGE_BYTES))
+            )
             if len(ahead) == IN_FLIGHT:
                 yield ahead.popleft().result()
         while ahead:
@@ -98,7 +100,7 @@ class ExactFile(io.RawIOBase):
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill `buffer`, or what is left of the file; return how many bytes."""
         content = read(self._url, self._position, min(self._size, self._position + len(buffer)))
-        memoryview(buffer)[:len(content)] = content
+        memoryview(buffer)[: len(content)] = content
         self._position += len(content)
         return len(content)
 
@@ -120,7 +122,7 @@ class RangeFile(ExactFile):
                 return 0
             place = self._position - self._held_at
         count = min(len(buffer), len(self._held) - place)
-        memoryview(buffer)[:count] = self._held[place:place + count]
+        memoryview(buffer)[:count] = self._held[place : place + count]
         self._position += count
         return count
 

@@ -35,11 +35,14 @@ def decide(row: Row, data: DataSection, shard_url: str) -> str:
         return "instruction"
     if fields.text in row:
         return "text"
-    raise DataError(redact(
-        f"data.format=auto: {shard_url} has the columns {', '.join(map(str, row)) or '(none)'}; needed are "
-        f"'{fields.messages}' (chat), '{fields.prompt}' and '{fields.response}' (instruction) or '{fields.text}' "
-        "(text); "
-        "set data.fields.messages, .prompt, .response or .text to the names of your columns"))
+    raise DataError(
+        redact(
+            f"data.format=auto: {shard_url} has the columns {', '.join(map(str, row)) or '(none)'}; needed are "
+            f"'{fields.messages}' (chat), '{fields.prompt}' and '{fields.response}' (instruction) or '{fields.text}' "
+            "(text); "
+            "set data.fields.messages, .prompt, .response or .text to the names of your columns"
+        )
+    )
 
 
 def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
@@ -49,15 +52,28 @@ def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
     if isinstance(found, str):
         found = _decoded(found, column, url, number)
     if not isinstance(found, list):
-        raise row_error(url, number, f"{column} is a {type(found).__name__}; a list of {{role, content}} is needed; "
-                                     "repair the row or set data.fields.messages")
+        raise row_error(
+            url,
+            number,
+            f"{column} is a {type(found).__name__}; a list of {{role, content}} is needed; "
+            "repair the row or set data.fields.messages",
+        )
     if not found:
-        raise row_error(url, number, f"{column}=[]: no message; a user and an assistant turn are needed; remove "
-                                     "the row")
-    checked = [_message(item, f"{column}[{place}]", url, number) for place, item in enumerate(found)]
+        raise row_error(
+            url,
+            number,
+            f"{column}=[]: no message; a user and an assistant turn are needed; remove the row",
+        )
+    checked = [
+        _message(item, f"{column}[{place}]", url, number) for place, item in enumerate(found)
+    ]
     if data.targets == "response" and not any(item["role"] == "assistant" for item in checked):
-        raise row_error(url, number, f"{column} has no assistant turn, so nothing to learn; at least one is needed; "
-                                     "remove the row or set data.targets=all")
+        raise row_error(
+            url,
+            number,
+            f"{column} has no assistant turn, so nothing to learn; at least one is needed; "
+            "remove the row or set data.targets=all",
+        )
     if data.system_prompt is not None and checked[0]["role"] != "system":
         checked.insert(0, {"role": "system", "content": data.system_prompt})
     return checked
@@ -74,20 +90,29 @@ def instruction(row: Row, data: DataSection, url: str, number: int) -> Rendered:
     """Return an instruction row by `data.prompt_template`; the end-of-sequence token is added as an id later."""
     system, prompt, response = _instruction(row, data, url, number)
     if system and "{system}" not in data.prompt_template:
-        raise DataError(f"data.prompt_template={data.prompt_template!r}: has no place for data.fields.system="
-                        f"{data.fields.system}; {{system}} is needed; add it, or unset data.fields.system")
+        raise DataError(
+            f"data.prompt_template={data.prompt_template!r}: has no place for data.fields.system="
+            f"{data.fields.system}; {{system}} is needed; add it, or unset data.fields.system"
+        )
     try:
         start = data.prompt_template.format(prompt=prompt, system=system or "")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise DataError(f"data.prompt_template={data.prompt_template!r}: is not a template ({type(error).__name__}: "
-                        f"{error}); {{prompt}} and {{system}} are allowed; write other braces twice") from error
+        raise DataError(
+            f"data.prompt_template={data.prompt_template!r}: is not a template ({type(error).__name__}: "
+            f"{error}); {{prompt}} and {{system}} are allowed; write other braces twice"
+        ) from error
     text = start + response
     return Rendered(text, [(0 if data.targets == "all" else len(start), len(text))])
 
 
 def text(row: Row, data: DataSection, url: str, number: int) -> Rendered:
     """Return a text row, all of it learned."""
-    content = text_of(column_of(row, data.fields.text, "data.fields.text", url, number), data.fields.text, url, number)
+    content = text_of(
+        column_of(row, data.fields.text, "data.fields.text", url, number),
+        data.fields.text,
+        url,
+        number,
+    )
     return Rendered(content, [(0, len(content))])
 
 
@@ -95,23 +120,38 @@ def _instruction(row: Row, data: DataSection, url: str, number: int) -> tuple[st
     fields = data.fields
     prompt, response = (
         text_of(column_of(row, column, f"data.fields.{name}", url, number), column, url, number)
-        for name, column in (("prompt", fields.prompt), ("response", fields.response)))
+        for name, column in (("prompt", fields.prompt), ("response", fields.response))
+    )
     if not response.strip():
-        raise row_error(url, number, f"{fields.response} is empty; an answer to learn is needed; remove the row")
+        raise row_error(
+            url, number, f"{fields.response} is empty; an answer to learn is needed; remove the row"
+        )
     if fields.system is None:
         return data.system_prompt, prompt, response
     system = column_of(row, fields.system, "data.fields.system", url, number)
-    return (data.system_prompt if system is None else text_of(system, fields.system, url, number)), prompt, response
+    return (
+        (data.system_prompt if system is None else text_of(system, fields.system, url, number)),
+        prompt,
+        response,
+    )
 
 
 def _message(item: Any, where: str, url: str, number: int) -> Row:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-        raise row_error(url, number, f"{where} has no role; a {{role, content}} object is needed; repair the row")
+        raise row_error(
+            url,
+            number,
+            f"{where} has no role; a {{role, content}} object is needed; repair the row",
+        )
     calls = item.get("tool_calls")
     said = "" if calls and item.get("content") is None else item.get("content")
     content = text_of(said, f"{where}.content", url, number)
     if item["role"] == "assistant" and not content.strip() and not calls:
-        raise row_error(url, number, f"{where}.content is empty; an assistant turn must say something; remove the row")
+        raise row_error(
+            url,
+            number,
+            f"{where}.content is empty; an assistant turn must say something; remove the row",
+        )
     return {**{key: value for key, value in item.items() if value is not None}, "content": content}
 
 
@@ -120,21 +160,32 @@ def _decoded(text: str, column: str, url: str, number: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise row_error(url, number, f"{column} is text and not JSON ({error.msg}); a list of {{role, content}} is "
-                                     "needed; repair the row or set data.fields.messages") from error
+        raise row_error(
+            url,
+            number,
+            f"{column} is text and not JSON ({error.msg}); a list of {{role, content}} is "
+            "needed; repair the row or set data.fields.messages",
+        ) from error
 
 
 def column_of(row: Row, column: str, field: str, url: str, number: int) -> Any:
     """Return the value of a row's column, which the config's `field` names. Raises DataError if it has none."""
     if column not in row:
-        raise row_error(url, number, f"has no column '{column}'; there are {', '.join(map(str, row)) or 'none'}; set "
-                                     f"{field} to the right one or repair the row")
+        raise row_error(
+            url,
+            number,
+            f"has no column '{column}'; there are {', '.join(map(str, row)) or 'none'}; set "
+            f"{field} to the right one or repair the row",
+        )
     return row[column]
 
 
 def text_of(value: Any, where: str, url: str, number: int) -> str:
     """Return a value that is text. Raises DataError for any other."""
     if not isinstance(value, str):
-        raise row_error(url, number, f"{where} is a {type(value).__name__}; text is needed; convert it or remove "
-                                     "the row")
+        raise row_error(
+            url,
+            number,
+            f"{where} is a {type(value).__name__}; text is needed; convert it or remove the row",
+        )
     return value

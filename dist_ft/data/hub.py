@@ -27,7 +27,9 @@ def parts(path: str, subset: str | None, split: str, where: str) -> list[tuple[s
     found = []
     for start in range(0, len(data), ROWS_PER_SHARD):
         stop = min(start + ROWS_PER_SHARD, len(data))
-        query = urlencode({"subset": subset or "", "split": split, "start": f"{start:09d}", "stop": f"{stop:09d}"})
+        query = urlencode(
+            {"subset": subset or "", "split": split, "start": f"{start:09d}", "stop": f"{stop:09d}"}
+        )
         found.append((f"hub://{path}?{query}", stop - start, version))
     return found
 
@@ -46,10 +48,13 @@ def _named(path: str, subset: str | None, split: str, where: str) -> tuple[Any, 
         return _load(path, subset, split)
     except Exception as error:  # the library raises many kinds, of its own and of its HTTP clients
         first = (str(error).splitlines() or [""])[0]
-        raise DataError(redact(
-            f"{where}: can not be loaded as a Hugging Face data set ({type(error).__name__}: {first}); a public name, "
-            "or HF_TOKEN for a gated one, with subset and split that exist is needed; if a local path was meant, "
-            "there is none of this name")) from error
+        raise DataError(
+            redact(
+                f"{where}: can not be loaded as a Hugging Face data set ({type(error).__name__}: {first}); a public name, "
+                "or HF_TOKEN for a gated one, with subset and split that exist is needed; if a local path was meant, "
+                "there is none of this name"
+            )
+        ) from error
 
 
 @lru_cache(maxsize=4)

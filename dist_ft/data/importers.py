@@ -32,8 +32,12 @@ def conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
             elif line.startswith("-DOCSTART-") or (not words and COMMENT.match(line)):
                 continue
             elif len(columns) < 2:
-                raise _error(path, number, f"has one column ({line.strip()[:40]}); a word and its tag are needed; "
-                                           "repair it")
+                raise _error(
+                    path,
+                    number,
+                    f"has one column ({line.strip()[:40]}); a word and its tag are needed; "
+                    "repair it",
+                )
             else:
                 words.append(columns[0])
                 tags.append(columns[-1].strip())
@@ -48,34 +52,58 @@ def squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
                 for paragraph in article["paragraphs"]:
                     for asked in paragraph["qas"]:
                         answers = asked.get("answers") or []
-                        yield {"id": asked.get("id"), "title": article.get("title") or f"article-{number}",
-                               "question": asked["question"], "context": paragraph["context"],
-                               "answers": {"text": [found["text"] for found in answers],
-                                           "answer_start": [found["answer_start"] for found in answers]}}
+                        yield {
+                            "id": asked.get("id"),
+                            "title": article.get("title") or f"article-{number}",
+                            "question": asked["question"],
+                            "context": paragraph["context"],
+                            "answers": {
+                                "text": [found["text"] for found in answers],
+                                "answer_start": [found["answer_start"] for found in answers],
+                            },
+                        }
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(redact(f"{path}: is not in SQuAD's format ({type(error).__name__}: {error}); {{data: "
-                                   "[{paragraphs: [{context, qas}]}]}} is needed; repair it")) from error
+            raise DataError(
+                redact(
+                    f"{path}: is not in SQuAD's format ({type(error).__name__}: {error}); {{data: "
+                    "[{paragraphs: [{context, qas}]}]}} is needed; repair it"
+                )
+            ) from error
 
 
-def labelled(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
+def labelled(
+    paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
+) -> Iterator[Row]:
     """Yield {text, label} of files with a text a line, each given as PATH=LABEL."""
     for given in paths:
         path, equals, label = given.rpartition("=")
         if not equals or not path or not label:
-            raise DataError(redact(f"{given}: has no label; PATH=LABEL is needed (reviews.pos=positive); name it"))
+            raise DataError(
+                redact(
+                    f"{given}: has no label; PATH=LABEL is needed (reviews.pos=positive); name it"
+                )
+            )
         for line in _lines(path, encoding):
             if line.strip():
                 yield {"text": line.strip(), "label": label}
 
 
-def parallel(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
+def parallel(
+    paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
+) -> Iterator[Row]:
     """Yield {source, target} of two files whose lines belong together."""
     if len(paths) != 2:
-        raise DataError(f"parallel: {len(paths)} files; two are needed, of sources and of targets; name both")
+        raise DataError(
+            f"parallel: {len(paths)} files; two are needed, of sources and of targets; name both"
+        )
     source, target = (_lines(path, encoding) for path in paths)
     if len(source) != len(target):
-        raise DataError(redact(f"{paths[0]} has {len(source)} lines and {paths[1]} {len(target)}; as many are needed; "
-                               "repair them"))
+        raise DataError(
+            redact(
+                f"{paths[0]} has {len(source)} lines and {paths[1]} {len(target)}; as many are needed; "
+                "repair them"
+            )
+        )
     for first, second in zip(source, target, strict=True):
         yield {"source": first.strip(), "target": second.strip()}
 
@@ -89,7 +117,9 @@ def pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
             raise DataError(redact(f"{path}: is no JSON ({error}); repair it")) from error
         if isinstance(found, dict):
             if part not in found:
-                raise DataError(redact(f"{path}: --part={part}: there are {', '.join(found)}; name one"))
+                raise DataError(
+                    redact(f"{path}: --part={part}: there are {', '.join(found)}; name one")
+                )
             found = found[part]
         for number, item in enumerate(found, 1):
             if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
@@ -98,7 +128,12 @@ def pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
 
 
 IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
-    "conll": conll, "squad": squad, "labelled": labelled, "parallel": parallel, "pairs": pairs}
+    "conll": conll,
+    "squad": squad,
+    "labelled": labelled,
+    "parallel": parallel,
+    "pairs": pairs,
+}
 """Formats by name."""
 
 
@@ -107,8 +142,12 @@ def _lines(path: str, encoding: str) -> list[str]:
     try:
         text = storage.Store(folder or ".").read(name).decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
-        raise DataError(redact(f"{path}: --encoding={encoding} can not read it ({error}); name the file's own, such as "
-                               "latin-1")) from error
+        raise DataError(
+            redact(
+                f"{path}: --encoding={encoding} can not read it ({error}); name the file's own, such as "
+                "latin-1"
+            )
+        ) from error
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 

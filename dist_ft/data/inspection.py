@@ -76,10 +76,14 @@ def inspect(paths: Sequence[str]) -> Inspection:
                 if isinstance(row, DataError):
                     found.note(str(row).split(": ", 1)[-1].split(" (")[0].split(";")[0], where)
                     continue
-                found.columns.update(f"{name}: {type(value).__name__}" for name, value in row.items())
+                found.columns.update(
+                    f"{name}: {type(value).__name__}" for name, value in row.items()
+                )
                 _judge(found, row, where)
                 if len(seen) < MOST_HASHES:
-                    digest = xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=str).encode())
+                    digest = xxhash.xxh3_64_intdigest(
+                        json.dumps(row, sort_keys=True, default=str).encode()
+                    )
                     found.num_duplicates += digest in seen
                     seen.add(digest)
     return found
@@ -120,21 +124,29 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _holds_numbers(row: Row) -> bool:
-    return any(isinstance(value, list) and value and isinstance(value[0], int) for value in row.values())
+    return any(
+        isinstance(value, list) and value and isinstance(value[0], int) for value in row.values()
+    )
 
 
 def describe(found: Inspection) -> str:
     """Return the lines that tell a person about it."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items()))
-    low, median, p95, high = (int(v) for v in np.quantile(np.array(found.lengths or [0]), [0, 0.5, 0.95, 1]))
-    lines = [f"shards      {found.num_shards} ({kinds}), {found.num_bytes:,} bytes",
-             f"rows        {found.num_rows:,}",
-             f"characters  min {low:,}, median {median:,}, 95% {p95:,}, max {high:,} a row",
-             f"duplicates  {found.num_duplicates:,}" + (
-                 f" (among the first {MOST_HASHES:,} rows)" if found.num_rows > MOST_HASHES else ""),
-             "columns"]
-    lines += [f"  {name}  {'in all rows' if count == found.num_rows else f'in {count:,} rows'}"
-              for name, count in sorted(found.columns.items())]
+    low, median, p95, high = (
+        int(v) for v in np.quantile(np.array(found.lengths or [0]), [0, 0.5, 0.95, 1])
+    )
+    lines = [
+        f"shards      {found.num_shards} ({kinds}), {found.num_bytes:,} bytes",
+        f"rows        {found.num_rows:,}",
+        f"characters  min {low:,}, median {median:,}, 95% {p95:,}, max {high:,} a row",
+        f"duplicates  {found.num_duplicates:,}"
+        + (f" (among the first {MOST_HASHES:,} rows)" if found.num_rows > MOST_HASHES else ""),
+        "columns",
+    ]
+    lines += [
+        f"  {name}  {'in all rows' if count == found.num_rows else f'in {count:,} rows'}"
+        for name, count in sorted(found.columns.items())
+    ]
     lines.append("suspicious  none" if not found.suspicious else "suspicious")
     for what, count in found.suspicious.most_common():
         lines.append(f"  {count:,} × {what}, such as {', '.join(found.examples[what])}")

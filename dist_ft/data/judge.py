@@ -23,8 +23,10 @@ def judge(index: Index, data: DataSection, sequence_length: int) -> None:
     bad = index.total("num_bad")
     if bad > data.max_bad_rows:
         first = next(measure.first_bad for measure in index.measures if measure.first_bad)
-        raise DataError(f"data.max_bad_rows={data.max_bad_rows}: {bad} of {index.num_samples} rows can not be used; "
-                        f"the first: {first}; repair them, or raise data.max_bad_rows")
+        raise DataError(
+            f"data.max_bad_rows={data.max_bad_rows}: {bad} of {index.num_samples} rows can not be used; "
+            f"the first: {first}; repair them, or raise data.max_bad_rows"
+        )
     _refuse_long(index, data, sequence_length)
     _refuse_nothing(index, sequence_length)
 
@@ -36,8 +38,12 @@ def _refuse_empty(index: Index) -> None:
             rows[part.shard] += count
     for number, count in rows.items():
         if not count:
-            raise DataError(redact(f"{index.shards[number].url}: holds no row; each shard must hold one; remove or "
-                                   "fill it"))
+            raise DataError(
+                redact(
+                    f"{index.shards[number].url}: holds no row; each shard must hold one; remove or "
+                    "fill it"
+                )
+            )
 
 
 def _refuse_mixed(index: Index) -> None:
@@ -48,15 +54,22 @@ def _refuse_mixed(index: Index) -> None:
         url = index.shards[block.parts[0].shard].url
         kind, first = seen.setdefault(block.source, (measure.format, url))
         if kind != measure.format:
-            raise DataError(redact(f"{url}: its rows are {measure.format}, those of {first} are {kind}; shards of one "
-                                   "source must hold one kind; name them as separate sources, or set data.format"))
+            raise DataError(
+                redact(
+                    f"{url}: its rows are {measure.format}, those of {first} are {kind}; shards of one "
+                    "source must hold one kind; name them as separate sources, or set data.format"
+                )
+            )
 
 
 def _refuse_long(index: Index, data: DataSection, sequence_length: int) -> None:
     split = data.overlong == "split"
-    refused = [number for number, measure in enumerate(index.measures)
-               if measure.num_too_long and (measure.format not in SPLIT if split
-                                            else data.overlong == "error")]
+    refused = [
+        number
+        for number, measure in enumerate(index.measures)
+        if measure.num_too_long
+        and (measure.format not in SPLIT if split else data.overlong == "error")
+    ]
     if not refused:
         return
     worst = max(refused, key=lambda number: index.measures[number].longest)
@@ -64,21 +77,33 @@ def _refuse_long(index: Index, data: DataSection, sequence_length: int) -> None:
     count = sum(index.measures[number].num_too_long for number in refused)
     what = "samples that are not plain text" if split else "samples"
     ways = "data.overlong=truncate or drop" + ("" if split else ", or split for text,")
-    raise DataError(redact(
-        f"data.overlong={data.overlong}: {count} of {index.num_samples} {what} are longer than "
-        f"batch.sequence_length={sequence_length} (longest {index.measures[worst].longest} tokens, {shard.url} row "
-        f"{row + 1}); set {ways} or raise batch.sequence_length"))
+    raise DataError(
+        redact(
+            f"data.overlong={data.overlong}: {count} of {index.num_samples} {what} are longer than "
+            f"batch.sequence_length={sequence_length} (longest {index.measures[worst].longest} tokens, {shard.url} row "
+            f"{row + 1}); set {ways} or raise batch.sequence_length"
+        )
+    )
 
 
 def _refuse_nothing(index: Index, sequence_length: int) -> None:
     if not index.num_samples:
         raise DataError("data: holds no sample; at least one is needed; check the sources")
     for source in range(max(index.shard_sources) + 1):
-        own = [measure for block, measure in zip(index.blocks, index.measures, strict=True) if block.source == source]
-        rows = sum(measure.num_rows for measure in own)  # none where max_samples ends before this source
+        own = [
+            measure
+            for block, measure in zip(index.blocks, index.measures, strict=True)
+            if block.source == source
+        ]
+        rows = sum(
+            measure.num_rows for measure in own
+        )  # none where max_samples ends before this source
         if rows and not sum(measure.num_sequences for measure in own):
             url = index.shards[index.shard_sources.index(source)].url
-            raise DataError(redact(
-                f"data: none of the {rows} samples of {url} and the shards beside "
-                f"it has a token to learn within batch.sequence_length={sequence_length}; raise it, or check "
-                "data.targets, data.overlong and the chat template"))
+            raise DataError(
+                redact(
+                    f"data: none of the {rows} samples of {url} and the shards beside "
+                    f"it has a token to learn within batch.sequence_length={sequence_length}; raise it, or check "
+                    "data.targets, data.overlong and the chat template"
+                )
+            )

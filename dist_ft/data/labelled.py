@@ -31,8 +31,13 @@ Tokens = tuple[list[int], np.ndarray]
 """Token ids (T,) and labels int32 (T,) of a sample."""
 
 
-def make_encoder(tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int,
-                 prompting: PromptingSection = NO_PROMPT) -> Encoder:
+def make_encoder(
+    tokenizer: Any,
+    data: DataSection,
+    task: TaskSection,
+    sequence_length: int,
+    prompting: PromptingSection = NO_PROMPT,
+) -> Encoder:
     """Return what turns the rows of `data` into tokens for `task`; its labels must be known."""
     if task.name == "causal_lm":
         return Encoder(tokenizer, data)
@@ -51,20 +56,27 @@ def makes_windows(task: TaskSection, overlong: str) -> bool:
 def with_blanks(sentences: Sequence[Sequence[str]], backend: str) -> list[list[str]]:
     """Return words as a tokenizer wants them: with a byte-level `backend` (JSON) each brings the blank before it."""
     apart = "ByteLevel" in backend
-    return [[(" " if apart and i else "") + word for i, word in enumerate(words)] for words in sentences]
+    return [
+        [(" " if apart and i else "") + word for i, word in enumerate(words)] for words in sentences
+    ]
 
 
 class TaskEncoder(Encoder):
     """Turns rows into tokens and labels."""
 
-    def __init__(self, tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, data: DataSection, task: TaskSection, sequence_length: int
+    ) -> None:
         """Assign only; `task.labels` are those of the head."""
         super().__init__(tokenizer, data)
         self.task = task
         self.sequence_length = sequence_length
-        self.recipe = {"task": task.model_dump(mode="json", include=set(_DECIDING)), "overlong": data.overlong,
-                       "sequence_length": sequence_length,
-                       **({"labels": "spans"} if task.name == "question_answering" else {})}
+        self.recipe = {
+            "task": task.model_dump(mode="json", include=set(_DECIDING)),
+            "overlong": data.overlong,
+            "sequence_length": sequence_length,
+            **({"labels": "spans"} if task.name == "question_answering" else {}),
+        }
         self._measure: Any = None
         self._ids = {label: number for number, label in enumerate(task.labels)}
 
@@ -74,12 +86,16 @@ class TaskEncoder(Encoder):
         bad: list[str] = []
         found: list[Tokens] = []
         for start in range(0, len(rows), CHUNK_ROWS):
-            found += self._encode_rows(rows[start:start + CHUNK_ROWS], shard_url, start + first, bad)
+            found += self._encode_rows(
+                rows[start : start + CHUNK_ROWS], shard_url, start + first, bad
+            )
         lengths = [len(ids) for ids, _ in found]
         total, offsets = sum(lengths), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.fromiter((token for ids, _ in found for token in ids), np.int32, total)
         labels = np.concatenate([own for _, own in found]) if found else np.zeros(0, np.int32)
-        return Encoded(tokens, labels, offsets, self.task.name if rows else "", (len(rows),), tuple(bad))
+        return Encoded(
+            tokens, labels, offsets, self.task.name if rows else "", (len(rows),), tuple(bad)
+        )
 
     def shown(self, targets: np.ndarray) -> str:
         """Return the labels of a sample; see `Encoder.shown`."""
@@ -88,10 +104,15 @@ class TaskEncoder(Encoder):
             return f"{found[:1].view(np.float32)[0]:g}"
         if self.task.name == "multi_label":
             numbers = np.arange(len(names))
-            return ", ".join(names[(found[numbers // BITS] >> (numbers % BITS) & 1).astype(bool)]) or "no label"
+            return (
+                ", ".join(names[(found[numbers // BITS] >> (numbers % BITS) & 1).astype(bool)])
+                or "no label"
+            )
         return " ".join(names[found]) if len(names) else ""
 
-    def _encode_rows(self, rows: Sequence[Row | DataError], url: str, first: int, bad: list[str]) -> list[Tokens]:
+    def _encode_rows(
+        self, rows: Sequence[Row | DataError], url: str, first: int, bad: list[str]
+    ) -> list[Tokens]:
         """Return the samples of some rows; one that can not be used, if the config allows it, has no tokens."""
         samples: dict[int, Sample] = {}
         found: list[Tokens] = [([], np.zeros(0, np.int32))] * len(rows)
@@ -118,16 +139,24 @@ class TaskEncoder(Encoder):
 
     def _labelled(self, encoding: Any, sample: Sample, url: str, number: int) -> Tokens:
         if encoding is None:
-            raise row_error(url, number, "its question leaves no room for its context in batch.sequence_length="
-                                         f"{self.sequence_length} with task.stride={self.task.stride}; a shorter one "
-                                         "is needed; raise the length, or remove the row")
+            raise row_error(
+                url,
+                number,
+                "its question leaves no room for its context in batch.sequence_length="
+                f"{self.sequence_length} with task.stride={self.task.stride}; a shorter one "
+                "is needed; raise the length, or remove the row",
+            )
         ids, labels = LABELLERS[self.task.name](encoding, sample, self)
         if not ids:
             raise row_error(url, number, "gives no token; text is needed; remove the row")
         words = -(-len(self._ids) // BITS)
         if self.task.name == "multi_label" and len(ids) < words:
-            raise row_error(url, number, f"has {len(ids)} tokens; with {len(self._ids)} labels {words} are needed; "
-                                         "remove the row")
+            raise row_error(
+                url,
+                number,
+                f"has {len(ids)} tokens; with {len(self._ids)} labels {words} are needed; "
+                "remove the row",
+            )
         return ids, labels
 
     def _tokenise(self, samples: Sequence[Sample]) -> list[Any]:
@@ -136,7 +165,9 @@ class TaskEncoder(Encoder):
         if not samples:
             return []
         if self.task.name in ("seq2seq", "embedding"):
-            both = self._backend.encode_batch([text for one in samples for text in (one.first, one.second)])
+            both = self._backend.encode_batch(
+                [text for one in samples for text in (one.first, one.second)]
+            )
             return list(zip(both[::2], both[1::2], strict=True))
         if self.task.name == "token_classification":
             words = with_blanks([one.first for one in samples], self._backend.to_str())
@@ -167,8 +198,10 @@ class TaskEncoder(Encoder):
         elif task.name != "seq2seq" and self.data.overlong == "truncate":
             backend.enable_truncation(length, strategy="longest_first")
         if task.name == "masked_lm" and self.tokenizer.mask_token_id is None:
-            raise ModelError("task.name=masked_lm: the tokenizer has no mask token; encoders such as BERT bring one; "
-                             "choose such a model, or task.name=causal_lm")
+            raise ModelError(
+                "task.name=masked_lm: the tokenizer has no mask token; encoders such as BERT bring one; "
+                "choose such a model, or task.name=causal_lm"
+            )
         return backend
 
 
@@ -189,7 +222,7 @@ def _bits(encoding: Any, sample: Sample, encoder: TaskEncoder) -> Tokens:
     words = np.zeros(-(-len(encoder.task.labels) // BITS), np.int32)
     for label in sample.label:
         words[label // BITS] |= np.int32(1 << label % BITS)
-    labels[:len(words)] = words[:len(labels)]
+    labels[: len(words)] = words[: len(labels)]
     return encoding.ids, labels
 
 
@@ -242,7 +275,7 @@ def _target(pair: tuple[Any, Any], sample: Sample, encoder: TaskEncoder) -> Toke
 
 def _cut(ids: list[int], length: int) -> list[int]:
     """Return at most `length` ids, of which the last stays: it ends the text."""
-    return ids if len(ids) <= length else [*ids[:length - 1], ids[-1]]
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def _pair(pair: tuple[Any, Any], sample: Sample, encoder: TaskEncoder) -> Tokens:
@@ -254,6 +287,13 @@ def _pair(pair: tuple[Any, Any], sample: Sample, encoder: TaskEncoder) -> Tokens
 
 
 LABELLERS: dict[str, Callable[[Any, Sample, TaskEncoder], Tokens]] = {
-    "sequence_classification": _first, "regression": _first, "multi_label": _bits, "token_classification": _by_word,
-    "question_answering": _windows, "masked_lm": _whole, "seq2seq": _target, "embedding": _pair}
+    "sequence_classification": _first,
+    "regression": _first,
+    "multi_label": _bits,
+    "token_classification": _by_word,
+    "question_answering": _windows,
+    "masked_lm": _whole,
+    "seq2seq": _target,
+    "embedding": _pair,
+}
 """What each task puts where."""

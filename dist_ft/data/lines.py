@@ -69,11 +69,16 @@ def _decoding(shard: Shard) -> Iterator[None]:
     except DistFtError:
         raise
     except csv.Error as error:
-        raise DataError(redact(f"{shard.url}: is not CSV that can be read ({error}); write the shard "
-                               "again")) from error
+        raise DataError(
+            redact(f"{shard.url}: is not CSV that can be read ({error}); write the shard again")
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(redact(f"{shard.url}: is not whole {shard.codec or shard.kind} ({error}); write the shard "
-                               "again")) from error
+        raise DataError(
+            redact(
+                f"{shard.url}: is not whole {shard.codec or shard.kind} ({error}); write the shard "
+                "again"
+            )
+        ) from error
 
 
 def _by_rows(rows: Iterator[Any], parts: Sequence[Part]) -> Iterator[tuple[Part, list[Any]]]:
@@ -97,7 +102,9 @@ def _open(shard: Shard) -> Any:
     if shard.codec == "zstd":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), 2**20)
+        return io.BufferedReader(
+            pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), 2**20
+        )
     return raw
 
 
@@ -107,16 +114,23 @@ def _text(shard: Shard) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(redact(f"{shard.url} line {number + 1}: byte {error.start} is not UTF-8; convert the "
-                                   "shard")) from error
+            raise DataError(
+                redact(
+                    f"{shard.url} line {number + 1}: byte {error.start} is not UTF-8; convert the "
+                    "shard"
+                )
+            ) from error
 
 
 def _csv_rows(shard: Shard) -> Iterator[Row | DataError]:
     csv.field_size_limit(LONGEST_FIELD)
     for number, row in enumerate(csv.DictReader(_text(shard), strict=True), 1):
         if None in row or None in row.values():
-            yield row_error(shard.url, number, "has another number of fields than the header; repair or remove the "
-                                               "row")
+            yield row_error(
+                shard.url,
+                number,
+                "has another number of fields than the header; repair or remove the row",
+            )
         else:
             yield dict(row)
 
@@ -125,7 +139,11 @@ def _text_row(shard: Shard) -> Row | DataError:
     try:
         return {"text": _open(shard).read().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        return DataError(redact(f"{shard.url}: byte {error.start} is not UTF-8; shards must be UTF-8; convert it"))
+        return DataError(
+            redact(
+                f"{shard.url}: byte {error.start} is not UTF-8; shards must be UTF-8; convert it"
+            )
+        )
 
 
 def _items(shard: Shard) -> Iterator[Any]:
@@ -136,8 +154,12 @@ def _items(shard: Shard) -> Iterator[Any]:
         try:
             yield from json.loads(first + file.read())
         except (ValueError, RecursionError) as error:
-            raise DataError(redact(f"{shard.url}: is not a JSON array ({error}); one object a line (.jsonl) is allowed "
-                                   "too; repair the file")) from error
+            raise DataError(
+                redact(
+                    f"{shard.url}: is not a JSON array ({error}); one object a line (.jsonl) is allowed "
+                    "too; repair the file"
+                )
+            ) from error
         return
     yield first
     yield from file
@@ -150,7 +172,7 @@ def _lines_of(shard: Shard, part: Part) -> Iterator[bytes]:
     content = fetch.read(shard.url, begin, stop)
     if part.start and (cut := content.find(b"\n")) < 0:
         return  # one line that began before and ends after
-    content = content[cut + 1:] if part.start else content.removeprefix(b"\xef\xbb\xbf")
+    content = content[cut + 1 :] if part.start else content.removeprefix(b"\xef\xbb\xbf")
     if content and not content.endswith(b"\n"):
         content += _rest_of_line(shard, stop)
     yield from content.split(b"\n")
@@ -169,7 +191,9 @@ def _rest_of_line(shard: Shard, start: int) -> bytes:
     return bytes(found)
 
 
-def _json_rows(shard: Shard, items: Iterator[Any], first_byte: int = 0) -> Iterator[Row | DataError]:
+def _json_rows(
+    shard: Shard, items: Iterator[Any], first_byte: int = 0
+) -> Iterator[Row | DataError]:
     """Decode lines (bytes) or pass items on; blank lines do not count."""
     number = 0
     for item in items:
@@ -179,16 +203,29 @@ def _json_rows(shard: Shard, items: Iterator[Any], first_byte: int = 0) -> Itera
         try:
             row = json.loads(item) if isinstance(item, bytes) else item
         except UnicodeDecodeError as error:
-            yield _bad_line(shard, number, first_byte,
-                            f"byte {error.start} of the line is not UTF-8; convert the shard")
+            yield _bad_line(
+                shard,
+                number,
+                first_byte,
+                f"byte {error.start} of the line is not UTF-8; convert the shard",
+            )
             continue
         except (ValueError, RecursionError) as error:
-            yield _bad_line(shard, number, first_byte,
-                            f"is not JSON ({_why(error)}); one object a line is needed; repair or remove the line")
+            yield _bad_line(
+                shard,
+                number,
+                first_byte,
+                f"is not JSON ({_why(error)}); one object a line is needed; repair or remove the line",
+            )
             continue
         if not isinstance(row, dict):
-            yield _bad_line(shard, number, first_byte, f"is a {type(row).__name__}; an object with named fields is "
-                                                       "needed; repair or remove the line")
+            yield _bad_line(
+                shard,
+                number,
+                first_byte,
+                f"is a {type(row).__name__}; an object with named fields is "
+                "needed; repair or remove the line",
+            )
             continue
         yield row
 

@@ -47,14 +47,21 @@ class PackedBlock:
 
     def sequence(self, number: int) -> np.ndarray:
         """Return the pieces (n, 3) of a sequence."""
-        return self.pieces[self.members[self.offsets[number]:self.offsets[number + 1]]]
+        return self.pieces[self.members[self.offsets[number] : self.offsets[number + 1]]]
 
 
 class Loader:
     """Reads the batches of a plan."""
 
-    def __init__(self, plan: Plan, index: Index, store: BlockStore, prefetch_steps: int = 2,
-                 masking: Masking | None = None, augmenting: Augmenting | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        index: Index,
+        store: BlockStore,
+        prefetch_steps: int = 2,
+        masking: Masking | None = None,
+        augmenting: Augmenting | None = None,
+    ) -> None:
         """Assign only; the process's soft limit of open files is raised (`cache.most_open`)."""
         self.plan = plan
         self.index = index
@@ -81,7 +88,9 @@ class Loader:
             self._ask_ahead(own)
         return found
 
-    def iterate(self, start: int, stop: int, lanes: Sequence[int]) -> Generator[list[Batch], None, None]:
+    def iterate(
+        self, start: int, stop: int, lanes: Sequence[int]
+    ) -> Generator[list[Batch], None, None]:
         """Yield `batches(step, lanes)` of steps start .. stop - 1, the next ones being made in a background thread."""
         self._hold(len(lanes))
         pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
@@ -113,20 +122,27 @@ class Loader:
 
     def _hold(self, num_lanes: int) -> None:
         """Keep as many blocks open as so many lanes read from at a time, and as many again, if files may be."""
-        self.store.most_open = most_open(2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks))
+        self.store.most_open = most_open(
+            2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
+        )
 
     def _pack(self, epoch: int, number: int) -> PackedBlock:
         data, length = self.plan.data, self.plan.batch.sequence_length
         block = self.store.block(number)
-        rows = None if self._limit is None else max(0, self._limit - int(self._first_samples[number]))
+        rows = (
+            None if self._limit is None else max(0, self._limit - int(self._first_samples[number]))
+        )
         pieces, _ = pieces_of(block, length, data.overlong, rows)
         seed = mix(self.plan.seed, epoch, number) if data.shuffle else None
-        members, offsets = sequences_of(pieces[:, 2], length, data.pack, seed,
-                                        (data.bucket or 0) * self.plan.batch.micro_batch)
+        members, offsets = sequences_of(
+            pieces[:, 2], length, data.pack, seed, (data.bucket or 0) * self.plan.batch.micro_batch
+        )
         if len(offsets) - 1 != self.index.measures[number].num_sequences:
-            raise DataError(f"data: block {number} makes {len(offsets) - 1} sequences, the run's index says "
-                            f"{self.index.measures[number].num_sequences}; the index was made by another version; "
-                            "go on with that one, or start a run with another run.name")
+            raise DataError(
+                f"data: block {number} makes {len(offsets) - 1} sequences, the run's index says "
+                f"{self.index.measures[number].num_sequences}; the index was made by another version; "
+                "go on with that one, or start a run with another run.name"
+            )
         return PackedBlock(pieces, members, offsets)
 
     def _lane(self, slots: Sequence[Slot], lane: int) -> Batch:
@@ -140,10 +156,19 @@ class Loader:
             for start, stop in zip(starts.tolist(), (starts + pieces[:, 2]).tolist(), strict=True):
                 tokens.append(block.tokens[start:stop])
                 learned.append(block.targets[start:stop])
-            rows.append(np.column_stack([pieces[:, 0] + self._first_samples[slot.block], pieces[:, 1:],
-                                         np.full(len(pieces), slot.epoch)]))
+            rows.append(
+                np.column_stack(
+                    [
+                        pieces[:, 0] + self._first_samples[slot.block],
+                        pieces[:, 1:],
+                        np.full(len(pieces), slot.epoch),
+                    ]
+                )
+            )
         numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        sources = np.array([(slot.source, row[:, 2].sum()) for slot, row in zip(slots, rows, strict=True)])
+        sources = np.array(
+            [(slot.source, row[:, 2].sum()) for slot, row in zip(slots, rows, strict=True)]
+        )
         flat, wanted, pieces = np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows)
         if self._masking is not None:
             flat, wanted = self._masking.apply(flat, wanted, pieces)
@@ -159,8 +184,14 @@ class Loader:
                 self.store.request(number)
 
 
-def assemble(tokens: np.ndarray, learned: np.ndarray, pieces: np.ndarray, rows: np.ndarray, lane: int,
-             changed: np.ndarray | None = None) -> Batch:
+def assemble(
+    tokens: np.ndarray,
+    learned: np.ndarray,
+    pieces: np.ndarray,
+    rows: np.ndarray,
+    lane: int,
+    changed: np.ndarray | None = None,
+) -> Batch:
     """Return the batch of pieces laid one after the other, row by row.
 
     Args:

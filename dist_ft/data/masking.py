@@ -38,7 +38,9 @@ class Masking:
         """Return the masking of a task."""
         return cls(tokenizer.mask_token_id, len(tokenizer), task.masked_share, seed)
 
-    def apply(self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def apply(
+        self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and labels of a batch with what is masked.
 
         Args:
@@ -46,15 +48,23 @@ class Masking:
             labels: (sum,) int32: the token itself where it may be masked, else IGNORED.
             pieces: (n, 4) [sample id, first token, number of tokens, epoch].
         """
-        drawn = np.concatenate([hashes(mix(self.seed, epoch, sample, first), size)
-                                for sample, first, size, epoch in pieces.tolist()])
+        drawn = np.concatenate(
+            [
+                hashes(mix(self.seed, epoch, sample, first), size)
+                for sample, first, size, epoch in pieces.tolist()
+            ]
+        )
         chance = (drawn >> np.uint64(11)).astype(np.float64) / 2**53
         chance[labels == IGNORED] = 2.0
         starts = np.cumsum(pieces[:, 2]) - pieces[:, 2]
         least = np.repeat(np.minimum.reduceat(chance, starts), pieces[:, 2])
         chosen = (chance < self.share) | ((chance == least) & (least < 2))
-        how = np.where(chance < self.share, chance / self.share, 0.0)  # one that had to be chosen is masked
+        how = np.where(
+            chance < self.share, chance / self.share, 0.0
+        )  # one that had to be chosen is masked
         found = np.where(chosen & (how < MASKED), self.mask, tokens)
         others = (drawn % np.uint64(self.vocabulary)).astype(np.int64)
         found = np.where(chosen & (how >= MASKED) & (how < REPLACED), others, found)
-        return found.astype(tokens.dtype), np.where(chosen, labels, np.int32(IGNORED)).astype(np.int32)
+        return found.astype(tokens.dtype), np.where(chosen, labels, np.int32(IGNORED)).astype(
+            np.int32
+        )

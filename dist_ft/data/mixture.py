@@ -41,38 +41,57 @@ def repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
     """Return the times each source counts in an epoch: its repeat, or what gives it its share of the sequences."""
     plain = [source.repeat or 1.0 for source in data.train]
     shares = [source.share or 0.0 for source in data.train]
-    own = sum(times * size for times, size, share in zip(plain, sizes, shares, strict=True) if not share)
-    return [share / (1 - sum(shares)) * own / size if share and size else times
-            for times, size, share in zip(plain, sizes, shares, strict=True)]
+    own = sum(
+        times * size for times, size, share in zip(plain, sizes, shares, strict=True) if not share
+    )
+    return [
+        share / (1 - sum(shares)) * own / size if share and size else times
+        for times, size, share in zip(plain, sizes, shares, strict=True)
+    ]
 
 
 def is_weighted(data: DataSection) -> bool:
     """Tell whether shares are given, and not those of the sources' sizes: then draws are endless."""
     if len(data.train) == 1:
         return False
-    return data.temperature is not None or bool(data.mixing) or any(s.weight is not None for s in data.train)
+    return (
+        data.temperature is not None
+        or bool(data.mixing)
+        or any(s.weight is not None for s in data.train)
+    )
 
 
 class Mixture:
     """The draws of a run."""
 
-    def __init__(self, data: DataSection, sizes: Sequence[int], num_lanes: int, micro_batch: int, seed: int) -> None:
+    def __init__(
+        self, data: DataSection, sizes: Sequence[int], num_lanes: int, micro_batch: int, seed: int
+    ) -> None:
         """Take the sequences each source holds; nothing is computed yet."""
         self._data = data
         self._sizes = tuple(sizes)
         self._lanes = num_lanes
         self._micro_batch = micro_batch
         self._seed = seed
-        self._repeats = [1.0] * len(self._sizes) if is_weighted(data) else repeats(data, self._sizes)
-        self._shares = [np.zeros(len(sizes))]  # of endless draws: what a lane is due before each round
-        self._lock = Lock()  # of `_shares`: the loader's thread draws while the trainer asks how far it is
+        self._repeats = (
+            [1.0] * len(self._sizes) if is_weighted(data) else repeats(data, self._sizes)
+        )
+        self._shares = [
+            np.zeros(len(sizes))
+        ]  # of endless draws: what a lane is due before each round
+        self._lock = (
+            Lock()
+        )  # of `_shares`: the loader's thread draws while the trainer asks how far it is
         self._due = lru_cache(256)(self._make_due)
         self._turns = lru_cache(1024)(self._make_turns)
         self._tail = lru_cache(2)(self._make_tail)
 
     def base(self, epoch: float) -> list[int]:
         """Return how often each source is drawn before an epoch of the run: its size, times repeat, times epochs."""
-        return [int(epoch * repeat * size) for repeat, size in zip(self._repeats, self._sizes, strict=True)]
+        return [
+            int(epoch * repeat * size)
+            for repeat, size in zip(self._repeats, self._sizes, strict=True)
+        ]
 
     def size(self, epoch: int) -> int:
         """Return the draws of an epoch of the run; with weights, as many as all sources hold."""
@@ -80,7 +99,9 @@ class Mixture:
 
     def drawn_by_all(self, draws: int) -> list[int]:
         """Return, for each source, a number before which all its draws are among the first `draws` endless ones."""
-        least = [self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)]
+        least = [
+            self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)
+        ]
         return [int(turns) * self._lanes for turns in np.min(least, axis=0)]
 
     def drawn_about(self, draws: int) -> list[int]:
@@ -146,7 +167,7 @@ class Mixture:
         while int(self._due(ENDLESS, round_number + 1).sum()) <= rows:
             round_number += 1
         due = self._due(ENDLESS, round_number)
-        turns = self._turns(ENDLESS, round_number, lane)[:rows - int(due.sum())]
+        turns = self._turns(ENDLESS, round_number, lane)[: rows - int(due.sum())]
         return due + np.bincount(turns, minlength=len(due))
 
     def _make_turns(self, epoch: int, round_number: int, lane: int) -> np.ndarray:

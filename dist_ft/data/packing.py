@@ -49,8 +49,9 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return assignment
 
 
-def sequences_of(lengths: np.ndarray, capacity: int, packed: bool, seed: int | None, pool: int = 0
-                 ) -> tuple[np.ndarray, np.ndarray]:
+def sequences_of(
+    lengths: np.ndarray, capacity: int, packed: bool, seed: int | None, pool: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequences of a block of pieces: (members, offsets), sequence g being members[offsets[g]:offsets[g+1]].
 
     Args:

@@ -51,8 +51,9 @@ class Measures:
     checksum: str
 
 
-def pieces_of(block: TokenisedBlock, sequence_length: int, overlong: str, max_rows: int | None = None
-              ) -> tuple[np.ndarray, np.ndarray]:
+def pieces_of(
+    block: TokenisedBlock, sequence_length: int, overlong: str, max_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the pieces (P, 3) int64 [row, first token, number of tokens] of a block, and their targets (P,) int64.
 
     Under overlong=error rows are cut as for truncate (`judge` refuses them). Only the first `max_rows` rows count.
@@ -61,33 +62,65 @@ def pieces_of(block: TokenisedBlock, sequence_length: int, overlong: str, max_ro
     learned = np.concatenate([[0], np.cumsum(block.learned, dtype=np.int64)])
     rows, first, size = cut(lengths, sequence_length, overlong)
     start = block.offsets[:-1][rows] + first
-    first_told = start if block.is_labelled else np.minimum(start + 1, start + size)  # what comes first, none foretells
+    first_told = (
+        start if block.is_labelled else np.minimum(start + 1, start + size)
+    )  # what comes first, none foretells
     targets = learned[start + size] - learned[first_told]
     kept = targets > 0
     return np.stack([rows, first, size], axis=1)[kept], targets[kept]
 
 
-def measure(block: TokenisedBlock, data: DataSection, sequence_length: int, max_rows: int | None = None) -> Measures:
+def measure(
+    block: TokenisedBlock, data: DataSection, sequence_length: int, max_rows: int | None = None
+) -> Measures:
     """Return the numbers of a block."""
     pieces, targets = pieces_of(block, sequence_length, data.overlong, max_rows)
     lengths = np.diff(block.offsets)[:max_rows]
-    sequences = len(pieces) if not data.pack else int(pack(pieces[:, 2], sequence_length).max(initial=-1)) + 1
+    sequences = (
+        len(pieces)
+        if not data.pack
+        else int(pack(pieces[:, 2], sequence_length).max(initial=-1)) + 1
+    )
     longest = int(np.argmax(lengths)) if len(lengths) else 0
     return Measures(
-        num_rows=len(lengths), part_rows=block.part_rows, num_pieces=len(pieces), num_sequences=sequences,
-        num_tokens=int(pieces[:, 2].sum()), num_targets=int(targets.sum()),
-        num_left_out=len(lengths) - len(np.unique(pieces[:, 0])), num_too_long=int((lengths > sequence_length).sum()),
-        longest=int(lengths[longest]) if len(lengths) else 0, longest_row=longest, num_bad=len(block.bad_rows),
-        first_bad=block.bad_rows[0] if block.bad_rows else "", format=block.format, checksum=block.checksum)
+        num_rows=len(lengths),
+        part_rows=block.part_rows,
+        num_pieces=len(pieces),
+        num_sequences=sequences,
+        num_tokens=int(pieces[:, 2].sum()),
+        num_targets=int(targets.sum()),
+        num_left_out=len(lengths) - len(np.unique(pieces[:, 0])),
+        num_too_long=int((lengths > sequence_length).sum()),
+        longest=int(lengths[longest]) if len(lengths) else 0,
+        longest_row=longest,
+        num_bad=len(block.bad_rows),
+        first_bad=block.bad_rows[0] if block.bad_rows else "",
+        format=block.format,
+        checksum=block.checksum,
+    )
 
 
 def nothing_of(found: Measures) -> Measures:
     """Return the numbers of a block of which no row counts: only what it is made of stays."""
-    return replace(found, num_rows=0, num_pieces=0, num_sequences=0, num_tokens=0, num_targets=0, num_left_out=0,
-                   num_too_long=0, longest=0, longest_row=0, num_bad=0, first_bad="")
+    return replace(
+        found,
+        num_rows=0,
+        num_pieces=0,
+        num_sequences=0,
+        num_tokens=0,
+        num_targets=0,
+        num_left_out=0,
+        num_too_long=0,
+        longest=0,
+        longest_row=0,
+        num_bad=0,
+        first_bad="",
+    )
 
 
-def cut(lengths: np.ndarray, sequence_length: int, overlong: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut(
+    lengths: np.ndarray, sequence_length: int, overlong: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return row, first token and number of tokens, each int64 (P,), of the pieces of rows of `lengths` (n,)."""
     lengths = lengths.astype(np.int64)
     counts = (lengths > 0).astype(np.int64)

@@ -47,8 +47,14 @@ class Slot:
 class Plan:
     """The steps of a run, counted from 0."""
 
-    def __init__(self, counts: np.ndarray, sources: np.ndarray, data: DataSection, batch: BatchSection,
-                 seed: int) -> None:
+    def __init__(
+        self,
+        counts: np.ndarray,
+        sources: np.ndarray,
+        data: DataSection,
+        batch: BatchSection,
+        seed: int,
+    ) -> None:
         """Take the sequences (N,) and the source (N,) of every block; nothing is computed yet.
 
         `sources` ascends: the blocks of a source lie together.
@@ -62,10 +68,14 @@ class Plan:
         self._first = edges[:-1].tolist()
         self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
         self._sizes = [int(found.sum()) for found in self._counts]
-        self.mixture = Mixture(data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes)))
+        self.mixture = Mixture(
+            data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes))
+        )
         self._endless = is_weighted(data)
         self._ends = [0]  # the first step after epochs of the run, one after the other
-        self._lock = Lock()  # of `_ends`: the loader's thread locates steps while the trainer asks how far it is
+        self._lock = (
+            Lock()
+        )  # of `_ends`: the loader's thread locates steps while the trainer asks how far it is
         self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
         self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
 
@@ -104,7 +114,11 @@ class Plan:
         first = within * self.batch.global_batch
         draws = range(first + lane, first + self.batch.global_batch, self.num_lanes)
         stop = None if self._endless else self.mixture.size(epoch)
-        return [self._slot(*self.mixture.draw(epoch, number)) for number in draws if stop is None or number < stop]
+        return [
+            self._slot(*self.mixture.draw(epoch, number))
+            for number in draws
+            if stop is None or number < stop
+        ]
 
     def epochs_of(self, step: int) -> list[float]:
         """Return how many of its epochs each source has about gone through before a step."""
@@ -112,7 +126,9 @@ class Plan:
         if self._endless:
             drawn: Sequence[float] = self.mixture.drawn_about(step * self.batch.global_batch)
         else:
-            drawn = self.mixture.base(epoch + within / (self.steps_of(epoch + 1) - self.steps_of(epoch)))
+            drawn = self.mixture.base(
+                epoch + within / (self.steps_of(epoch + 1) - self.steps_of(epoch))
+            )
         return [count / size for count, size in zip(drawn, self._sizes, strict=True)]
 
     def drawn_by_all(self, steps: int) -> list[int]:
@@ -127,7 +143,7 @@ class Plan:
         at = int(np.flatnonzero(order == slot.block - self._first[slot.source])[0])
         window = int(np.searchsorted(window_ends, ends[at], side="left"))
         last = int(np.searchsorted(ends, window_ends[window], side="left"))
-        return [self._first[slot.source] + int(number) for number in order[at:last + 1 + count]]
+        return [self._first[slot.source] + int(number) for number in order[at : last + 1 + count]]
 
     def _slot(self, source: int, draw: int) -> Slot:
         """Return the slot of a source's draw number `draw`, counted over all epochs."""
@@ -139,12 +155,19 @@ class Plan:
         permuted = self._window(source, epoch, window)
         within = int(permuted[position - begun]) + begun
         at = int(np.searchsorted(ends, within, side="right"))
-        return Slot(source, epoch, self._first[source] + int(order[at]), within - (int(ends[at - 1]) if at else 0))
+        return Slot(
+            source,
+            epoch,
+            self._first[source] + int(order[at]),
+            within - (int(ends[at - 1]) if at else 0),
+        )
 
     def _stretched(self, number: int, size: int) -> int:
         """Return the position of an epoch's draw: lane after lane has a stretch of its own (a bijection)."""
         row, column = divmod(number, self.num_lanes)
-        if self._together > 1:  # stretches of whole micro-batches; what is left is walked by all lanes
+        if (
+            self._together > 1
+        ):  # stretches of whole micro-batches; what is left is walked by all lanes
             share = size // (self.num_lanes * self._together) * self._together
             return column * share + row if number < share * self.num_lanes else number
         return column * (size // self.num_lanes) + min(column, size % self.num_lanes) + row
@@ -155,7 +178,7 @@ class Plan:
         order = epoch_order(len(counts), mix(self.seed, source), epoch, self.data.shuffle)
         ends = np.cumsum(counts[order])
         width = max(1, self.data.shuffle_blocks // self.num_lanes) if self.data.shuffle else 1
-        return order, ends, np.append(ends[width - 1:-1:width], ends[-1])
+        return order, ends, np.append(ends[width - 1 : -1 : width], ends[-1])
 
     def _make_window(self, source: int, epoch: int, window: int) -> np.ndarray:
         """Return the order of the sequences in a window."""
@@ -167,7 +190,9 @@ class Plan:
         if size == 1:
             return np.argsort(hashes(seed, count), kind="stable")
         begun = int(ends[window - 1]) if window else 0
-        first = min(-begun % size, count)  # lanes take micro-batches from positions that `size` divides
+        first = min(
+            -begun % size, count
+        )  # lanes take micro-batches from positions that `size` divides
         groups = (count - first) // size
         order = np.argsort(hashes(seed, groups), kind="stable")
         whole = (first + order[:, None] * size + np.arange(size)).reshape(-1)

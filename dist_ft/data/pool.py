@@ -25,7 +25,9 @@ TRIES = 2
 class TokeniserPool:
     """Up to `size` processes that put blocks into the cache."""
 
-    def __init__(self, size: int, encoder: Encoder, limit_bytes: float, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, size: int, encoder: Encoder, limit_bytes: float, options: Mapping[str, Any]
+    ) -> None:
         """Assign only; `options` are those of storage.options."""
         self.size = size
         self._encoder = encoder
@@ -59,9 +61,11 @@ class TokeniserPool:
             self._idle.put(process)
         if answer is None:
             assert process is not None
-            raise StorageError(f"data: the tokeniser process died {TRIES} times (last exit code "
-                               f"{process.returncode}); it may need more memory; lower data.block_mib, or set "
-                               "data.tokenizer_processes=0 to see its error")
+            raise StorageError(
+                f"data: the tokeniser process died {TRIES} times (last exit code "
+                f"{process.returncode}); it may need more memory; lower data.block_mib, or set "
+                "data.tokenizer_processes=0 to see its error"
+            )
         if "error" in answer:
             raise _error(*answer["error"])
 
@@ -84,8 +88,10 @@ class TokeniserPool:
         """
         with self._lock:
             if self._closed:
-                raise StorageError("data: the tokeniser processes were ended while blocks were asked for; none is made "
-                                   "once a run closes; start it again")
+                raise StorageError(
+                    "data: the tokeniser processes were ended while blocks were asked for; none is made "
+                    "once a run closes; start it again"
+                )
             if self._folder is None:
                 self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
                 self._encoder.tokenizer.save_pretrained(self._folder)
@@ -95,13 +101,28 @@ class TokeniserPool:
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
         data = self._encoder.data
-        setup = {"tokenizer": folder, "data": data.model_dump(mode="json"), "limit_bytes": self._limit_bytes,
-                 "options": self._options, "fingerprint": fingerprint(self._encoder), **self._encoder.recipe}
+        setup = {
+            "tokenizer": folder,
+            "data": data.model_dump(mode="json"),
+            "limit_bytes": self._limit_bytes,
+            "options": self._options,
+            "fingerprint": fingerprint(self._encoder),
+            **self._encoder.recipe,
+        }
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
-            [sys.executable, "-m", "dist_ft.data.tokenise"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""})
+            [sys.executable, "-m", "dist_ft.data.tokenise"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "TOKENIZERS_PARALLELISM": "false",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+        )
         assert process.stdin is not None
         process.stdin.write(json.dumps(setup) + "\n")
         return process

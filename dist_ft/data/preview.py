@@ -60,11 +60,21 @@ def statistics(loader: Loader) -> Statistics:
     low, median, p95, high = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
     tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
     return Statistics(
-        num_samples=index.num_samples, num_left_out=index.total("num_left_out"), num_bad=index.total("num_bad"),
-        min_tokens=int(low), median_tokens=int(median), p95_tokens=int(p95), max_tokens=int(high),
-        learned_share=index.total("num_targets") / tokens, fill=tokens / (sequences * batch.sequence_length),
-        padding_share=1 - float(sizes.sum()) / _positions(sizes, batch.global_batch, batch.micro_batch),
-        num_sequences=sequences, num_steps=loader.plan.steps_of(1), num_blocks=len(index.blocks))
+        num_samples=index.num_samples,
+        num_left_out=index.total("num_left_out"),
+        num_bad=index.total("num_bad"),
+        min_tokens=int(low),
+        median_tokens=int(median),
+        p95_tokens=int(p95),
+        max_tokens=int(high),
+        learned_share=index.total("num_targets") / tokens,
+        fill=tokens / (sequences * batch.sequence_length),
+        padding_share=1
+        - float(sizes.sum()) / _positions(sizes, batch.global_batch, batch.micro_batch),
+        num_sequences=sequences,
+        num_steps=loader.plan.steps_of(1),
+        num_blocks=len(index.blocks),
+    )
 
 
 def _sequence_tokens(loader: Loader, number: int) -> np.ndarray:
@@ -77,7 +87,10 @@ def _sequence_tokens(loader: Loader, number: int) -> np.ndarray:
 def _positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
     """Return the positions computed for sequences of `sizes` tokens: rows times the widest, over all lanes."""
     number = np.arange(len(sizes))
-    lanes = number // global_batch * -(-global_batch // micro_batch) + number % global_batch // micro_batch
+    lanes = (
+        number // global_batch * -(-global_batch // micro_batch)
+        + number % global_batch // micro_batch
+    )
     starts = np.flatnonzero(np.diff(lanes, prepend=-1))
     return int((np.maximum.reduceat(sizes, starts) * np.diff(starts, append=len(sizes))).sum())
 
@@ -86,15 +99,21 @@ def describe(numbers: Statistics, packed: bool) -> str:
     """Return the lines that tell a person about `numbers`."""
     left_out = f", {numbers.num_left_out} left out" if numbers.num_left_out else ""
     bad = f" ({numbers.num_bad} can not be used)" if numbers.num_bad else ""
-    use = (f"packed, {numbers.fill:.1%} full" if packed
-           else f"not packed, {numbers.padding_share:.1%} of the positions are padding")
-    return "\n".join([
-        f"samples    {numbers.num_samples}{left_out}{bad}",
-        f"tokens     min {numbers.min_tokens}, median {numbers.median_tokens}, 95% {numbers.p95_tokens}, "
-        f"max {numbers.max_tokens}",
-        f"learned    {numbers.learned_share:.1%} of the tokens",
-        f"sequences  {numbers.num_sequences} ({use})",
-        f"steps      {numbers.num_steps} an epoch"])
+    use = (
+        f"packed, {numbers.fill:.1%} full"
+        if packed
+        else f"not packed, {numbers.padding_share:.1%} of the positions are padding"
+    )
+    return "\n".join(
+        [
+            f"samples    {numbers.num_samples}{left_out}{bad}",
+            f"tokens     min {numbers.min_tokens}, median {numbers.median_tokens}, 95% {numbers.p95_tokens}, "
+            f"max {numbers.max_tokens}",
+            f"learned    {numbers.learned_share:.1%} of the tokens",
+            f"sequences  {numbers.num_sequences} ({use})",
+            f"steps      {numbers.num_steps} an epoch",
+        ]
+    )
 
 
 def pack_stats(loader: Loader) -> str:
@@ -110,8 +129,10 @@ def pack_stats(loader: Loader) -> str:
             sequences += len(sequences_of(sizes, length, True, None)[1]) - 1
             tokens, pieces = tokens + int(sizes.sum()), pieces + len(sizes)
             cut += int((np.diff(block.offsets) > length).sum())
-        lines.append(f"{length:>8}{cut:>8}{sequences:>11}{tokens / max(1, sequences * length):>13.1%}"
-                     f"{tokens / max(1, pieces * length):>15.1%}")
+        lines.append(
+            f"{length:>8}{cut:>8}{sequences:>11}{tokens / max(1, sequences * length):>13.1%}"
+            f"{tokens / max(1, pieces * length):>15.1%}"
+        )
     return "\n".join(lines)
 
 
@@ -127,14 +148,16 @@ def preview(loader: Loader, num_samples: int = 3, rich: bool = False) -> str:
     for number, row, first, size in _first_pieces(loader, num_samples):
         tokenised = loader.store.block(number)
         start = int(tokenised.offsets[row]) + first
-        learned = tokenised.learned[start:start + size].copy()
+        learned = tokenised.learned[start : start + size].copy()
         learned[0] &= tokenised.is_labelled
         sample = int(loader.index.first_samples[number]) + row
         shard, place = loader.index.place(sample)
-        told = loader.store.encoder.shown(tokenised.targets[start:start + size])
+        told = loader.store.encoder.shown(tokenised.targets[start : start + size])
         head = f"sample {sample} ({shard.url} row {place + 1}): {size} tokens, {int(learned.sum())} learned"
         head += f" ({told})" if told else ""
-        text = mark(loader.store.encoder.tokenizer, tokenised.tokens[start:start + size], learned, rich)
+        text = mark(
+            loader.store.encoder.tokenizer, tokenised.tokens[start : start + size], learned, rich
+        )
         blocks.append(f"{_escape(head) if rich else head}\n{text}")
     return "\n\n".join([*blocks, describe(statistics(loader), loader.plan.data.pack)])
 
@@ -147,19 +170,25 @@ def _first_pieces(loader: Loader, count: int) -> list[tuple[int, int, int, int]]
             break
         block = loader.store.block(number)
         pieces, _ = pieces_of(block, loader.plan.batch.sequence_length, loader.plan.data.overlong)
-        found += [(number, *piece) for piece in pieces[:count - len(found)].tolist()]
+        found += [(number, *piece) for piece in pieces[: count - len(found)].tolist()]
     return found
 
 
 def mark(tokenizer: Any, tokens: np.ndarray, learned: np.ndarray, rich: bool = False) -> str:
     """Return tokens (n,) as text, runs of learned (n,) bool ones marked."""
-    wrap: Callable[[str], str] = (lambda text: f"[bold green]{_escape(text)}[/bold green]") if rich else "[[{}]]".format
+    wrap: Callable[[str], str] = (
+        (lambda text: f"[bold green]{_escape(text)}[/bold green]") if rich else "[[{}]]".format
+    )
     plain: Callable[[str], str] = _escape if rich else str
     ends = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
     shown, marked = "", []
-    for end in ends:  # decoded from the start each time: a run alone would lose the blank before its first word
-        whole = tokenizer.decode(tokens[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        marked.append((wrap if learned[end - 1] else plain)(whole[len(shown):]))
+    for end in (
+        ends
+    ):  # decoded from the start each time: a run alone would lose the blank before its first word
+        whole = tokenizer.decode(
+            tokens[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        marked.append((wrap if learned[end - 1] else plain)(whole[len(shown) :]))
         shown = whole
     return "".join(marked)
 

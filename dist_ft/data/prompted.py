@@ -25,27 +25,47 @@ from dist_ft.errors import ConfigError
 class PromptEncoder(TaskEncoder):
     """Turns rows into prompts by the first template, whose examples are in it already (`runtime.prompting`)."""
 
-    def __init__(self, tokenizer: Any, data: DataSection, task: TaskSection, prompting: PromptingSection,
-                 sequence_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        data: DataSection,
+        task: TaskSection,
+        prompting: PromptingSection,
+        sequence_length: int,
+    ) -> None:
         """Assign only; `task.labels` are those that are chosen among."""
         super().__init__(tokenizer, data, task, sequence_length)
         self._prompting = prompting
         self._asked = prompting.templates[0]
-        self.recipe = {**self.recipe, "prompting": prompting.model_dump(mode="json", exclude={"max_new_tokens"})}
+        self.recipe = {
+            **self.recipe,
+            "prompting": prompting.model_dump(mode="json", exclude={"max_new_tokens"}),
+        }
         self._words: Words | None = None
 
     def words(self) -> Words:
         """Return the words of all labels as tokens."""
         if self._words is None:
             backend = exact_backend(self.tokenizer)
-            ids = tuple(word_tokens(backend, self._asked, words_of(label, self._prompting))
-                        for label in self.task.labels)
+            ids = tuple(
+                word_tokens(backend, self._asked, words_of(label, self._prompting))
+                for label in self.task.labels
+            )
             twice = next((place for place, own in enumerate(ids) if own in ids[:place]), None)
             if twice is not None:
-                raise ConfigError([f"prompting.verbalisers: {self.task.labels[twice]} has the tokens of another label; "
-                                   "each needs its own; change its words"], "prompting")
-            empty = [self._prompt(Sample(text, text)) for text in NO_CONTENT if self._prompting.calibrate]
-            self._words = Words(ids, tuple(tuple(own) for own in empty), self._prompting.normalise == "mean")
+                raise ConfigError(
+                    [
+                        f"prompting.verbalisers: {self.task.labels[twice]} has the tokens of another label; "
+                        "each needs its own; change its words"
+                    ],
+                    "prompting",
+                )
+            empty = [
+                self._prompt(Sample(text, text)) for text in NO_CONTENT if self._prompting.calibrate
+            ]
+            self._words = Words(
+                ids, tuple(tuple(own) for own in empty), self._prompting.normalise == "mean"
+            )
         return self._words
 
     def prompts(self, samples: Sequence[Sample]) -> list[list[int] | None]:
@@ -58,36 +78,56 @@ class PromptEncoder(TaskEncoder):
         self._backend = self._backend or exact_backend(self.tokenizer)
         before, _ = self._frame()
         texts = [filled(self._asked, one.first, one.second) for one in samples]
-        found = [[*before, *one.ids] for one in self._backend.encode_batch(texts, add_special_tokens=False)]
+        found = [
+            [*before, *one.ids]
+            for one in self._backend.encode_batch(texts, add_special_tokens=False)
+        ]
         room = self.sequence_length - self.words().longest
         if self.data.overlong != "truncate":
             return found
-        return [ids if len(ids) <= room else self._cut(sample, room) for ids, sample in
-                zip(found, samples, strict=True)]
+        return [
+            ids if len(ids) <= room else self._cut(sample, room)
+            for ids, sample in zip(found, samples, strict=True)
+        ]
 
     @override
     def _labelled(self, encoding: Any, sample: Sample, url: str, number: int) -> Tokens:
         room = self.sequence_length - self.words().longest
         if encoding is None or (self.data.overlong == "error" and len(encoding) > room):
-            told = "its prompt is longer without any text of the row" if encoding is None else (
-                f"its prompt has {len(encoding)} tokens")
-            raise row_error(url, number, f"{told}; {room} are allowed (batch.sequence_length={self.sequence_length} "
-                                         "less the longest label); raise the length, show fewer examples, or set "
-                                         "data.overlong=truncate")
+            told = (
+                "its prompt is longer without any text of the row"
+                if encoding is None
+                else (f"its prompt has {len(encoding)} tokens")
+            )
+            raise row_error(
+                url,
+                number,
+                f"{told}; {room} are allowed (batch.sequence_length={self.sequence_length} "
+                "less the longest label); raise the length, show fewer examples, or set "
+                "data.overlong=truncate",
+            )
         labels = np.full(len(encoding), IGNORED, np.int32)
         labels[:1] = sample.label
         if not encoding:
             raise row_error(url, number, "gives no token; text is needed; remove the row")
         if len(encoding) <= room:
             return encoding, labels
-        missing = self.sequence_length + 1 - len(encoding)  # overlong=drop: too long for the plan too, which counts it
-        return encoding + encoding[-1:] * missing, np.concatenate([labels, np.full(max(0, missing), IGNORED, np.int32)])
+        missing = (
+            self.sequence_length + 1 - len(encoding)
+        )  # overlong=drop: too long for the plan too, which counts it
+        return encoding + encoding[-1:] * missing, np.concatenate(
+            [labels, np.full(max(0, missing), IGNORED, np.int32)]
+        )
 
     def _prompt(self, sample: Sample) -> list[int]:
         """Return the tokens of one prompt."""
         backend, (before, _) = exact_backend(self.tokenizer), self._frame()
-        return [*before, *backend.encode(filled(self._asked, sample.first, sample.second),
-                                         add_special_tokens=False).ids]
+        return [
+            *before,
+            *backend.encode(
+                filled(self._asked, sample.first, sample.second), add_special_tokens=False
+            ).ids,
+        ]
 
     def _cut(self, sample: Sample, room: int) -> list[int] | None:
         """Return the tokens of a prompt whose texts lose so much of their ends that it fits; the longer one first."""
@@ -104,4 +144,4 @@ class PromptEncoder(TaskEncoder):
                 return None
             keep = max(0, len(offsets) - over)
             end = offsets[keep - 1][1] if keep else 0
-            texts[longer] = texts[longer][:min(end, len(texts[longer]) - 1)]
+            texts[longer] = texts[longer][: min(end, len(texts[longer]) - 1)]

@@ -52,7 +52,9 @@ def words_of(label: str, section: PromptingSection) -> str:
     return section.verbalisers.get(label, " " + label.replace("_", " "))
 
 
-def answered(template: str, sample: Sample, labels: Sequence[str], section: PromptingSection) -> str:
+def answered(
+    template: str, sample: Sample, labels: Sequence[str], section: PromptingSection
+) -> str:
     """Return an example: a prompt and the words of its label."""
     return filled(template, sample.first, sample.second) + words_of(labels[sample.label], section)
 
@@ -71,13 +73,22 @@ def draw(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]
     kept: dict[Any, list[tuple[int, int, Any]]] = {}
     for number, (kind, sample) in enumerate(samples):
         own = kept.setdefault(kind, [])
-        entry = (-mix(seed, number), number, sample)  # the smallest hashes stay: a heap of their negatives
+        entry = (
+            -mix(seed, number),
+            number,
+            sample,
+        )  # the smallest hashes stay: a heap of their negatives
         if len(own) < count:
             heapq.heappush(own, entry)
         else:
             heapq.heappushpop(own, entry)
-    return [sample for _, _, sample in sorted((entry for own in kept.values() for entry in own),
-                                              key=lambda entry: (-entry[0], entry[1]))]
+    return [
+        sample
+        for _, _, sample in sorted(
+            (entry for own in kept.values() for entry in own),
+            key=lambda entry: (-entry[0], entry[1]),
+        )
+    ]
 
 
 def word_tokens(backend: Any, template: str, words: str) -> tuple[int, ...]:
@@ -94,8 +105,13 @@ def word_tokens(backend: Any, template: str, words: str) -> tuple[int, ...]:
     end = template.format(text="\0", pair="\0").rpartition("\0")[2] or "a"
     before = backend.encode(end, add_special_tokens=False).ids
     both = backend.encode(end + words, add_special_tokens=False).ids
-    if both[:len(before)] != before or len(both) == len(before):
-        raise ConfigError([f"prompting.verbalisers={words!r}: after the template's end {end[-20:]!r} it is no token of "
-                           "its own; a template without a blank at its end and words that begin with one are allowed; "
-                           "move the blank"], "prompting")
-    return tuple(both[len(before):])
+    if both[: len(before)] != before or len(both) == len(before):
+        raise ConfigError(
+            [
+                f"prompting.verbalisers={words!r}: after the template's end {end[-20:]!r} it is no token of "
+                "its own; a template without a blank at its end and words that begin with one are allowed; "
+                "move the blank"
+            ],
+            "prompting",
+        )
+    return tuple(both[len(before) :])

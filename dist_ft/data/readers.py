@@ -39,7 +39,7 @@ def survey(shard: Shard, number: int, block_bytes: int) -> list[Part]:
 def _surveyed(shard: Shard, number: int, block_bytes: int) -> list[Part]:
     """Return the parts of a shard that has to be read from its start: row ranges."""
     parts, start, row, size = [], 0, 0, 0
-    for num_rows, num_bytes in (tables.sizes(shard) if shard.kind == "arrow" else lines.sizes(shard)):
+    for num_rows, num_bytes in tables.sizes(shard) if shard.kind == "arrow" else lines.sizes(shard):
         if size and size + num_bytes > block_bytes:
             parts.append(Part(number, start, row, size))
             start, size = row, 0

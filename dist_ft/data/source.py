@@ -22,12 +22,21 @@ from dist_ft.logs import redact
 Row = dict[str, Any]
 Kind = Literal["jsonl", "parquet", "arrow", "csv", "text", "hub"]
 
-KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv",
-                          ".txt": "text", ".text": "text"}
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ENCODED: tuple[Kind, ...] = ("jsonl", "csv")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ALLOWED = ".jsonl, .json, .parquet, .arrow, .csv, .txt or .text (.jsonl, .json and .csv also .gz or .zst)"
+_ALLOWED = (
+    ".jsonl, .json, .parquet, .arrow, .csv, .txt or .text (.jsonl, .json and .csv also .gz or .zst)"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,9 @@ class Shard:
     @property
     def codec(self) -> str | None:
         """How the file is compressed: gzip, zstd, or None."""
-        return next((name for suffix, name in CODECS.items() if self.url.lower().endswith(suffix)), None)
+        return next(
+            (name for suffix, name in CODECS.items() if self.url.lower().endswith(suffix)), None
+        )
 
 
 def row_error(shard_url: str, row: int, problem: str) -> DataError:
@@ -68,12 +79,18 @@ def resolve(sources: Sequence[Source], field: str = "data.train") -> tuple[tuple
     for source in sources:
         where = f"{field}={redact(source.path)}"
         if redact(source.path) != source.path:
-            raise DataError(f"{where}: holds a credential; none may stand in a config; set it in the environment")
+            raise DataError(
+                f"{where}: holds a credential; none may stand in a config; set it in the environment"
+            )
         if is_hub_name(source.path):
             found = hub.parts(source.path, source.subset, source.split, where)
-            found_all.append(tuple(Shard(url, "hub", rows, version) for url, rows, version in found))
+            found_all.append(
+                tuple(Shard(url, "hub", rows, version) for url, rows, version in found)
+            )
         else:
-            found_all.append(tuple(_file_shard(*found, where) for found in _files(source.path, where)))
+            found_all.append(
+                tuple(_file_shard(*found, where) for found in _files(source.path, where))
+            )
     _refuse_twice([shard for shards in found_all for shard in shards], field)
     return tuple(found_all)
 
@@ -100,21 +117,31 @@ def require_unchanged(shard: Shard) -> None:
             raise vanished(shard) from error
         raise
     if now != {"size": shard.size, "version": shard.version}:
-        raise DataError(redact(f"{shard.url}: the shard changed after the data was listed; shards may not be rewritten "
-                               "while a run uses them; start again once it is whole"))
+        raise DataError(
+            redact(
+                f"{shard.url}: the shard changed after the data was listed; shards may not be rewritten "
+                "while a run uses them; start again once it is whole"
+            )
+        )
 
 
 def vanished(shard: Shard) -> DataError:
     """Return the error for a shard that is gone."""
-    return DataError(redact(f"{shard.url}: the shard vanished after the data was listed; shards may not be removed "
-                            "while a run uses them; put it back, or start a new run without it"))
+    return DataError(
+        redact(
+            f"{shard.url}: the shard vanished after the data was listed; shards may not be removed "
+            "while a run uses them; put it back, or start a new run without it"
+        )
+    )
 
 
 def _kind(path: str) -> Kind | None:
     """Return the kind of a file by its suffix."""
     name = posixpath.basename(path).lower()
     codec = next((suffix for suffix in CODECS if name.endswith(suffix)), "")
-    kind = next((kind for suffix, kind in KINDS.items() if name.removesuffix(codec).endswith(suffix)), None)
+    kind = next(
+        (kind for suffix, kind in KINDS.items() if name.removesuffix(codec).endswith(suffix)), None
+    )
     return kind if not codec or kind in _ENCODED else None
 
 
@@ -123,20 +150,26 @@ def _files(path: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     about = storage.glob(path)
     found = [url for url in about if not posixpath.basename(url).startswith((".", "_"))]
     if not found:
-        raise DataError(f"{where}: matches no file; a file, folder, glob or URL of {_ALLOWED} shards is needed, or "
-                        "the name of a Hugging Face data set; check the path")
+        raise DataError(
+            f"{where}: matches no file; a file, folder, glob or URL of {_ALLOWED} shards is needed, or "
+            "the name of a Hugging Face data set; check the path"
+        )
     known = [url for url in found if _kind(url) is not None]
     is_folder = _kind(path) is None and not any(char in path for char in "*?[")
     if not known or (len(known) < len(found) and not is_folder):
         unknown = next(url for url in found if _kind(url) is None)
-        raise DataError(f"{where}: the kind of {redact(unknown)} is not known by its suffix; allowed are {_ALLOWED}; "
-                        "rename or convert it, or write a glob that leaves it out")
+        raise DataError(
+            f"{where}: the kind of {redact(unknown)} is not known by its suffix; allowed are {_ALLOWED}; "
+            "rename or convert it, or write a glob that leaves it out"
+        )
     return [(url, about[url]) for url in known]
 
 
 def _file_shard(url: str, about: dict[str, Any], where: str) -> Shard:
     if not about["size"]:
-        raise DataError(f"{where}: the shard {redact(url)} is empty; each must hold a row; remove or fill it")
+        raise DataError(
+            f"{where}: the shard {redact(url)} is empty; each must hold a row; remove or fill it"
+        )
     kind = _kind(url)
     assert kind is not None
     return Shard(url, kind, about["size"], about["version"])
@@ -146,6 +179,8 @@ def _refuse_twice(shards: Sequence[Shard], field: str) -> None:
     seen: set[str] = set()
     for shard in shards:
         if shard.url in seen:
-            raise DataError(f"{field}: the shard {shard.url} is named twice; each sample counts once an epoch; remove "
-                            "the source that overlaps")
+            raise DataError(
+                f"{field}: the shard {shard.url} is named twice; each sample counts once an epoch; remove "
+                "the source that overlaps"
+            )
         seen.add(shard.url)

@@ -12,8 +12,13 @@ from dist_ft.data.source import Row
 from dist_ft.errors import DataError
 
 
-def split(rows: Sequence[Row], shares: Mapping[str, float], seed: int = 0, by: str | None = None,
-          group: str | None = None) -> dict[str, list[Row]]:
+def split(
+    rows: Sequence[Row],
+    shares: Mapping[str, float],
+    seed: int = 0,
+    by: str | None = None,
+    group: str | None = None,
+) -> dict[str, list[Row]]:
     """Return rows in splits of `shares` (which sum to 1), each in the rows' own order.
 
     Args:
@@ -24,8 +29,10 @@ def split(rows: Sequence[Row], shares: Mapping[str, float], seed: int = 0, by: s
         group: column of which rows of one value stay together (articles, users), or None; not with `by`.
     """
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
-        raise DataError(f"shares: {', '.join(f'{name}={share:g}' for name, share in shares.items())} sum to "
-                        f"{sum(shares.values()):g}; above 0 and 1 together is allowed; correct them")
+        raise DataError(
+            f"shares: {', '.join(f'{name}={share:g}' for name, share in shares.items())} sum to "
+            f"{sum(shares.values()):g}; above 0 and 1 together is allowed; correct them"
+        )
     edges = np.cumsum(list(shares.values()))
     chosen = np.zeros(len(rows), dtype=np.int64)
     if group is not None:
@@ -40,8 +47,10 @@ def split(rows: Sequence[Row], shares: Mapping[str, float], seed: int = 0, by: s
         shift = (mix(seed, *_numbers(value)) >> 11) / 2**52
         at = (np.arange(len(shuffled)) + shift % 1) / max(1, len(shuffled))
         chosen[shuffled] = np.minimum(np.searchsorted(edges, at, side="right"), len(edges) - 1)
-    return {name: [row for row, own in zip(rows, chosen.tolist(), strict=True) if own == number]
-            for number, name in enumerate(shares)}
+    return {
+        name: [row for row, own in zip(rows, chosen.tolist(), strict=True) if own == number]
+        for number, name in enumerate(shares)
+    }
 
 
 def few(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> list[Row]:
@@ -52,8 +61,10 @@ def few(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> li
     kept = []
     for value, places in groups(rows, by).items():
         if len(places) < count:
-            raise DataError(f"--per-label={count}: there are {len(places)} rows of {by}={value}; at most as many are "
-                            "allowed; lower it")
+            raise DataError(
+                f"--per-label={count}: there are {len(places)} rows of {by}={value}; at most as many are "
+                "allowed; lower it"
+            )
         kept += _shuffled(places, seed, value)[:count].tolist()
     return [rows[place] for place in sorted(kept)]
 
@@ -63,7 +74,9 @@ def groups(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[st
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if by is not None and by not in row:
-            raise DataError(f"{option}={by}: row {place + 1} has no such column; there are {', '.join(row)}; name one")
+            raise DataError(
+                f"{option}={by}: row {place + 1} has no such column; there are {', '.join(row)}; name one"
+            )
         found.setdefault(str(row[by]) if by is not None else "", []).append(place)
     return found
 

@@ -35,8 +35,15 @@ log = logging.getLogger(__name__)
 class BlockStore:
     """The tokenised blocks of one data set."""
 
-    def __init__(self, folder: str | Path, encoder: Encoder, shards: Sequence[Shard], blocks: Sequence[Block],
-                 pool: TokeniserPool | None = None, limit_bytes: float = float("inf")) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder: Encoder,
+        shards: Sequence[Shard],
+        blocks: Sequence[Block],
+        pool: TokeniserPool | None = None,
+        limit_bytes: float = float("inf"),
+    ) -> None:
         """Assign only; the fingerprint of the encoder is computed. Without `pool` this process tokenises."""
         self.folder = Path(folder)
         self.encoder = encoder
@@ -47,7 +54,9 @@ class BlockStore:
         self.fingerprint = cache.fingerprint(encoder)
         self._pool = pool if sum(block.num_bytes for block in blocks) > SMALL_BYTES else None
         self._limit_bytes = limit_bytes
-        self._threads = ThreadPoolExecutor(max(4, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks")
+        self._threads = ThreadPoolExecutor(
+            max(4, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks"
+        )
         self._open: OrderedDict[int, TokenisedBlock] = OrderedDict()
         self._making: dict[int, Future[None]] = {}
         self._passes: dict[tuple[int, int], list[int]] = {}
@@ -57,7 +66,10 @@ class BlockStore:
 
     def path(self, number: int) -> Path:
         """Return the cache file of a block, there or not."""
-        return self.folder / f"{cache.key(self.fingerprint, self.blocks[number], self.shards)}.safetensors"
+        return (
+            self.folder
+            / f"{cache.key(self.fingerprint, self.blocks[number], self.shards)}.safetensors"
+        )
 
     def block(self, number: int) -> TokenisedBlock:
         """Return a block's tokens, made now if need be. Safe over threads.
@@ -77,10 +89,14 @@ class BlockStore:
                         return self._keep(number, found)
                 self.request(number).result()
             except OSError as error:
-                raise StorageError(f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
-                                   "for 5 bytes a token is needed; name another") from error
-        raise StorageError(f"data.cache_dir={self.folder}: blocks vanish as soon as they are made; data.cache_gib must "
-                           "hold those in use; raise it")
+                raise StorageError(
+                    f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
+                    "for 5 bytes a token is needed; name another"
+                ) from error
+        raise StorageError(
+            f"data.cache_dir={self.folder}: blocks vanish as soon as they are made; data.cache_gib must "
+            "hold those in use; raise it"
+        )
 
     def request(self, number: int, wanted: Set[int] | None = None) -> Future[None]:
         """Begin to make a block unless it is there or being made; do not wait.
@@ -109,7 +125,7 @@ class BlockStore:
         passes = dict(zip(starts, range(len(starts)), strict=True))
         for number in numbers:
             at = passes.get(number)
-            for coming in [number] if at is None else starts[at:at + ahead]:
+            for coming in [number] if at is None else starts[at : at + ahead]:
                 self.request(coming, wanted)
             yield number, self.block(number)
             with self._lock:
@@ -124,15 +140,21 @@ class BlockStore:
 
     def _keep(self, number: int, found: TokenisedBlock) -> TokenisedBlock:
         if self.checksums is not None and found.checksum != self.checksums[number]:
-            shards = list(dict.fromkeys(self.shards[part.shard] for part in self.blocks[number].parts))
+            shards = list(
+                dict.fromkeys(self.shards[part.shard] for part in self.blocks[number].parts)
+            )
             with suppress(OSError):
                 self.path(number).unlink()
             for shard in shards:
                 require_unchanged(shard)
             urls = ", ".join(shard.url for shard in shards)
-            raise DataError(redact(f"{urls}: gives other tokens than when the run began, though its size and version "
-                                   "are the same; shards may not be altered while a run uses them; restore it, or "
-                                   "start a run with another run.name"))
+            raise DataError(
+                redact(
+                    f"{urls}: gives other tokens than when the run began, though its size and version "
+                    "are the same; shards may not be altered while a run uses them; restore it, or "
+                    "start a run with another run.name"
+                )
+            )
         self._open[number] = found
         if len(self._open) > self.most_open:
             self._open.popitem(last=False)
@@ -157,8 +179,13 @@ class BlockStore:
         shard, group = self._pass(number)
         if wanted is None and group != END:
             return [number]
-        missing = [peer for peer in self._passes[shard, group] if (wanted is None or peer in wanted)
-                   and peer not in self._making and not self.path(peer).exists()]
+        missing = [
+            peer
+            for peer in self._passes[shard, group]
+            if (wanted is None or peer in wanted)
+            and peer not in self._making
+            and not self.path(peer).exists()
+        ]
         return missing if number in missing else [number]
 
     def _made(self, numbers: Sequence[int]) -> None:
@@ -175,12 +202,20 @@ class BlockStore:
         try:
             lock.acquire(timeout=LOCK_TIMEOUT_S)
         except (Timeout, NotImplementedError):
-            log.warning("%s: its lock can not be had; the block is tokenised without it", lock.lock_file)
+            log.warning(
+                "%s: its lock can not be had; the block is tokenised without it", lock.lock_file
+            )
         try:
-            missing = [number for number in numbers if not self.path(number).exists()]  # others may have been faster
+            missing = [
+                number for number in numbers if not self.path(number).exists()
+            ]  # others may have been faster
             if missing:
-                task = pack_task([self.blocks[i] for i in missing], self.shards, [self.path(i) for i in missing],
-                                 check=self.checksums is None)
+                task = pack_task(
+                    [self.blocks[i] for i in missing],
+                    self.shards,
+                    [self.path(i) for i in missing],
+                    check=self.checksums is None,
+                )
                 if self._pool is not None:
                     self._pool.run(task)
                 else:

@@ -34,7 +34,10 @@ def parquet_parts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
         size += num_bytes
         if size > 2 * block_bytes:
             cuts = cut_range(number, first - start, size, block_bytes)
-            parts += [Part(number, start + cut.start, start + cut.stop, cut.num_bytes, start) for cut in cuts]
+            parts += [
+                Part(number, start + cut.start, start + cut.stop, cut.num_bytes, start)
+                for cut in cuts
+            ]
             start, size = first, 0
     return [*parts, Part(number, start, first, size)] if first > start or not parts else parts
 
@@ -57,7 +60,9 @@ def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
             yield from _by_parts(_record_batches(reader, is_file), parts, reader.schema)
 
 
-def _by_parts(batches: Iterator[tuple[int, Any]], parts: Sequence[Part], schema: Any) -> Iterator[tuple[Part, Any]]:
+def _by_parts(
+    batches: Iterator[tuple[int, Any]], parts: Sequence[Part], schema: Any
+) -> Iterator[tuple[Part, Any]]:
     """Yield (part, table of its rows) from (first row, batch) in order; holds no batch that ends before the part."""
     import pyarrow
 
@@ -80,8 +85,12 @@ def _parquet(shard: Shard) -> Any:
     """Return the opened Parquet file; checksums of pages are verified where it has them."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(fetch.ExactFile(shard.url, shard.size), metadata=_footer(shard), pre_buffer=True,
-                                       page_checksum_verification=True)
+    return pyarrow.parquet.ParquetFile(
+        fetch.ExactFile(shard.url, shard.size),
+        metadata=_footer(shard),
+        pre_buffer=True,
+        page_checksum_verification=True,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -95,11 +104,19 @@ def _footer(shard: Shard) -> Any:
 def _row_groups(file: Any, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
     """Yield (first row, batch) of the row groups that parts lie in, each group once, those of a part at a time."""
     about, done = file.metadata, 0
-    edges = [0, *itertools.accumulate(about.row_group(number).num_rows for number in range(about.num_row_groups))]
+    edges = [
+        0,
+        *itertools.accumulate(
+            about.row_group(number).num_rows for number in range(about.num_row_groups)
+        ),
+    ]
     for part in parts:
         stop = edges[-1] if part.stop == END else part.stop
-        groups = [number for number in range(done, about.num_row_groups)
-                  if edges[number] < stop and edges[number + 1] > part.start]
+        groups = [
+            number
+            for number in range(done, about.num_row_groups)
+            if edges[number] < stop and edges[number + 1] > part.start
+        ]
         if not groups:
             continue
         first, done = edges[groups[0]], groups[-1] + 1
@@ -122,7 +139,7 @@ def _arrow(shard: Shard) -> tuple[Any, bool]:
 def _record_batches(reader: Any, is_file: bool) -> Iterator[tuple[int, Any]]:
     """Yield (first row, record batch) of an Arrow file."""
     first = 0
-    for batch in (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader):
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
         yield first, batch
         first += len(batch)
 
@@ -138,5 +155,9 @@ def _decoding(shard: Shard) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise
         first = (str(error).splitlines() or [""])[0]
-        raise DataError(redact(f"{shard.url}: is not {shard.kind.capitalize()} that can be read ({first}); write the "
-                               "shard again")) from error
+        raise DataError(
+            redact(
+                f"{shard.url}: is not {shard.kind.capitalize()} that can be read ({first}); write the "
+                "shard again"
+            )
+        ) from error

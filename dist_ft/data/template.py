@@ -87,9 +87,12 @@ class Encoder:
         sound = next((row for row in rows if not isinstance(row, DataError)), None)
         kind = formats.decide(sound, self.data, shard_url) if sound is not None else ""
         bad: list[str] = []
-        parts = [self._encode_chunk(rows[start:start + CHUNK_ROWS], kind, shard_url, start + first, bad)
-                 for start in range(0, len(rows), CHUNK_ROWS)] or [(np.zeros(0, np.int32), np.zeros(0, np.uint8),
-                                                                    np.zeros(0, np.int64))]
+        parts = [
+            self._encode_chunk(
+                rows[start : start + CHUNK_ROWS], kind, shard_url, start + first, bad
+            )
+            for start in range(0, len(rows), CHUNK_ROWS)
+        ] or [(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
         ids, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Encoded(ids, targets, offsets, kind, (len(rows),), tuple(bad))
@@ -98,8 +101,9 @@ class Encoder:
         """Return, for a person, what a sample's targets (T,) say besides what can be marked in its text."""
         return ""
 
-    def _encode_chunk(self, rows: Sequence[Row | DataError], kind: str, url: str, first: int,
-                      bad: list[str]) -> tuple[np.ndarray, ...]:
+    def _encode_chunk(
+        self, rows: Sequence[Row | DataError], kind: str, url: str, first: int, bad: list[str]
+    ) -> tuple[np.ndarray, ...]:
         """Return tokens, targets and lengths of some rows, the first of which is number `first`; add to `bad`."""
         rendered = []
         for number, row in enumerate(rows, first):
@@ -124,7 +128,9 @@ class Encoder:
         if kind == "instruction" and self._template is None:
             return formats.instruction(row, self.data, url, number)
         if kind == "instruction":
-            return self._chat(formats.instruction_messages(row, self.data, url, number), url, number)
+            return self._chat(
+                formats.instruction_messages(row, self.data, url, number), url, number
+            )
         return self._chat(formats.messages(row, self.data, url, number), url, number)
 
     @property
@@ -139,18 +145,22 @@ class Encoder:
         """Return the ids that go before and after a sample without a chat template: bos if usual, and eos."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        start = next((i for i in range(len(framed)) if framed[i:i + len(plain)] == plain), 0)
+        start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise ModelError(f"model.tokenizer={name_of(self.tokenizer)}: has no end-of-sequence token; text and "
-                             "instruction samples end with one; set eos_token in its tokenizer_config.json")
+            raise ModelError(
+                f"model.tokenizer={name_of(self.tokenizer)}: has no end-of-sequence token; text and "
+                "instruction samples end with one; set eos_token in its tokenizer_config.json"
+            )
         return framed[:start], [eos]
 
     def _chat(self, messages: list[Row], url: str, number: int) -> Rendered:
         template = self._template
         if template is None:
-            raise DataError(f"model.chat_template=none: {redact(url)} holds chats and the tokenizer has no chat "
-                            "template; chats need one; name a Jinja file in model.chat_template")
+            raise DataError(
+                f"model.chat_template=none: {redact(url)} holds chats and the tokenizer has no chat "
+                "template; chats need one; name a Jinja file in model.chat_template"
+            )
         if self.data.targets == "all":
             whole = self._apply(messages, url, number)
             return Rendered(whole, [(0, len(whole))])
@@ -163,8 +173,14 @@ class Encoder:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, chat_template=dated(self._template or ""),
-                                                          tokenize=False, add_generation_prompt=generate))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=dated(self._template or ""),
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
+            )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
 
@@ -175,14 +191,24 @@ class Encoder:
 
         try:
             rendered: Any = render_jinja_template(
-                conversations=[messages], chat_template=dated(template), return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map)
+                conversations=[messages],
+                chat_template=dated(template),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
         (text,), (marks,) = rendered
-        end = self.tokenizer.eos_token or "\0"  # a mark round the words alone leaves out what ends the turn
-        return Rendered(text, [(start, stop + len(end) if text.startswith(end, stop) else stop)
-                               for start, stop in marks])
+        end = (
+            self.tokenizer.eos_token or "\0"
+        )  # a mark round the words alone leaves out what ends the turn
+        return Rendered(
+            text,
+            [
+                (start, stop + len(end) if text.startswith(end, stop) else stop)
+                for start, stop in marks
+            ],
+        )
 
     def _by_prefix(self, messages: list[Row], url: str, number: int) -> Rendered:
         """Render whole, and cut before and after each answer; the cuts must be prefixes of the whole."""
@@ -192,25 +218,38 @@ class Encoder:
             if message["role"] != "assistant":
                 continue
             if not turn:
-                raise row_error(url, number, "starts with an assistant turn; a system or user turn must come before; "
-                                             "add one, remove the row, or set data.targets=all")
+                raise row_error(
+                    url,
+                    number,
+                    "starts with an assistant turn; a system or user turn must come before; "
+                    "add one, remove the row, or set data.targets=all",
+                )
             before = self._apply(messages[:turn], url, number, generate=True)
             last = turn == len(messages) - 1
-            through = whole if last else self._apply(messages[:turn + 1], url, number).rstrip()
+            through = whole if last else self._apply(messages[: turn + 1], url, number).rstrip()
             if not (whole.startswith(through) and through.startswith(before)):
-                raise row_error(url, number, (
-                    f"the chat template renders turn {turn + 1} otherwise once more turns follow, so it can not be "
-                    "told which tokens answer; answers must lie between prefixes of the whole, or in {% generation "
-                    "%} marks; add these marks (model.chat_template), or set data.targets=all"))
+                raise row_error(
+                    url,
+                    number,
+                    (
+                        f"the chat template renders turn {turn + 1} otherwise once more turns follow, so it can not be "
+                        "told which tokens answer; answers must lie between prefixes of the whole, or in {% generation "
+                        "%} marks; add these marks (model.chat_template), or set data.targets=all"
+                    ),
+                )
             spans.append((len(before), len(through.rstrip())))
         return Rendered(whole, spans)
 
     @staticmethod
     def _refused(messages: list[Row], error: Exception, url: str, number: int) -> DataError:
         roles = ", ".join(str(message["role"]) for message in messages)
-        return row_error(url, number, f"the chat template refuses messages with roles {roles} ({error}); allowed is "
-                                      "what the template supports; change the rows, or name another template in "
-                                      "model.chat_template")
+        return row_error(
+            url,
+            number,
+            f"the chat template refuses messages with roles {roles} ({error}); allowed is "
+            "what the template supports; change the rows, or name another template in "
+            "model.chat_template",
+        )
 
 
 def dated(template: str) -> str:
@@ -222,8 +261,9 @@ def dated(template: str) -> str:
     return own
 
 
-def tokenise(backend: Any, rendered: Sequence[Rendered], before: Sequence[int],
-             after: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tokenise(
+    backend: Any, rendered: Sequence[Rendered], before: Sequence[int], after: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
 
     The ids `before` are not targets unless all is; those `after` end an answer and are. An empty text gives no token
@@ -231,7 +271,9 @@ def tokenise(backend: Any, rendered: Sequence[Rendered], before: Sequence[int],
     """
     texts = [sample.text for sample in rendered]
     partly = any(sample.spans != [(0, len(sample.text))] for sample in rendered)
-    encode = backend.encode_batch if partly else backend.encode_batch_fast  # the fast one tells no ranges
+    encode = (
+        backend.encode_batch if partly else backend.encode_batch_fast
+    )  # the fast one tells no ranges
     output = encode(texts, add_special_tokens=False)
     lengths = np.fromiter(map(len, output), np.int64, len(texts))
     total = int(lengths.sum())
@@ -242,7 +284,9 @@ def tokenise(backend: Any, rendered: Sequence[Rendered], before: Sequence[int],
         learned = overlap(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
     framed = np.where(lengths > 0, lengths + len(before) + len(after), 0)
     starts = np.cumsum(framed) - framed
-    places = np.repeat(starts + len(before) - (np.cumsum(lengths) - lengths), lengths) + np.arange(total)
+    places = np.repeat(starts + len(before) - (np.cumsum(lengths) - lengths), lengths) + np.arange(
+        total
+    )
     tokens = np.empty(int(framed.sum()), dtype=np.int32)
     targets = np.full(len(tokens), 0 if partly else 1, dtype=np.uint8)
     tokens[places], targets[places] = ids, learned

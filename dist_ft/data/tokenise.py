@@ -31,8 +31,9 @@ from dist_ft.errors import DataError, DistFtError
 from dist_ft.logs import redact
 
 
-def tokenise(encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard], check: bool = True
-             ) -> Iterator[Encoded]:
+def tokenise(
+    encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard], check: bool = True
+) -> Iterator[Encoded]:
     """Yield the tokens of each block; a shard that several have parts of is read in one pass.
 
     With `check` shards must be what they were when they were listed; without, the caller knows what must come out.
@@ -46,7 +47,9 @@ def tokenise(encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard]
     done: list[Encoded] = []
     for number, group in groupby(todo, key=lambda item: item[1].shard):
         wanted, shard = list(group), shards[number]
-        for (block, part), (_, rows) in zip(wanted, readers.read(shard, [part for _, part in wanted]), strict=True):
+        for (block, part), (_, rows) in zip(
+            wanted, readers.read(shard, [part for _, part in wanted]), strict=True
+        ):
             done.append(_encode(encoder, shard, part, rows))
             left[block] -= 1
             if check:
@@ -74,36 +77,56 @@ def _join(parts: Sequence[Encoded], shard: Shard) -> Encoded:
     """Return the parts of a block as one."""
     formats = sorted({part.format for part in parts if part.format})
     if len(formats) > 1:
-        raise DataError(redact(
-            f"{shard.url}: its rows and those of shards beside it are {' and '.join(formats)}; shards of one source "
-            "must hold one kind; name them as separate sources, or set data.format"))
+        raise DataError(
+            redact(
+                f"{shard.url}: its rows and those of shards beside it are {' and '.join(formats)}; shards of one source "
+                "must hold one kind; name them as separate sources, or set data.format"
+            )
+        )
     offsets = [np.zeros(1, dtype=np.int64)]
     for part in parts:
         offsets.append(part.offsets[1:] + offsets[-1][-1])
-    return Encoded(np.concatenate([part.tokens for part in parts]), np.concatenate([part.targets for part in parts]),
-                   np.concatenate(offsets), formats[0] if formats else "",
-                   tuple(rows for part in parts for rows in part.part_rows),
-                   tuple(text for part in parts for text in part.bad_rows))
+    return Encoded(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate(offsets),
+        formats[0] if formats else "",
+        tuple(rows for part in parts for rows in part.part_rows),
+        tuple(text for part in parts for text in part.bad_rows),
+    )
 
 
-def pack_task(blocks: Sequence[Block], shards: Sequence[Shard], paths: Sequence[Path], check: bool) -> dict[str, Any]:
+def pack_task(
+    blocks: Sequence[Block], shards: Sequence[Shard], paths: Sequence[Path], check: bool
+) -> dict[str, Any]:
     """Return a task as JSON values."""
     numbers = sorted({part.shard for block in blocks for part in block.parts})
-    return {"blocks": [asdict(block) for block in blocks], "paths": [str(path) for path in paths], "check": check,
-            "shards": {number: asdict(shards[number]) for number in numbers}}
+    return {
+        "blocks": [asdict(block) for block in blocks],
+        "paths": [str(path) for path in paths],
+        "check": check,
+        "shards": {number: asdict(shards[number]) for number in numbers},
+    }
 
 
 def run_task(encoder: Encoder, task: dict[str, Any], limit_bytes: float) -> None:
     """Put the blocks of a task into the cache."""
     shards = {int(number): Shard(**values) for number, values in task["shards"].items()}
-    blocks = [Block(values["source"], tuple(Part(**part) for part in values["parts"])) for values in task["blocks"]]
-    for path, encoded in zip(task["paths"], tokenise(encoder, blocks, shards, task["check"]), strict=True):
+    blocks = [
+        Block(values["source"], tuple(Part(**part) for part in values["parts"]))
+        for values in task["blocks"]
+    ]
+    for path, encoded in zip(
+        task["paths"], tokenise(encoder, blocks, shards, task["check"]), strict=True
+    ):
         write_block(Path(path), encoded, limit_bytes)
 
 
 def main() -> None:
     """Serve tasks from standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent decides what ends
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     os.nice(5)
@@ -135,8 +158,10 @@ def _encoder(setup: dict[str, Any]) -> Encoder:
     task = TaskSection.model_validate(setup.get("task") or {})
     encoder = make_encoder(tokenizer, data, task, setup.get("sequence_length", 0))
     if fingerprint(encoder) != setup["fingerprint"]:
-        raise errors.ModelError("model.tokenizer: saved and loaded again it is another tokenizer; only those that "
-                                "survive that can be used in processes; set data.tokenizer_processes=0")
+        raise errors.ModelError(
+            "model.tokenizer: saved and loaded again it is another tokenizer; only those that "
+            "survive that can be used in processes; set data.tokenizer_processes=0"
+        )
     return encoder
 
 

@@ -25,17 +25,25 @@ def write_jsonl(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: 
     return _write(rows, store, prefix, rows_per_shard, "jsonl", as_jsonl)
 
 
-def _write(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int, suffix: str,
-           encode: Callable[[Sequence[Row]], bytes]) -> list[str]:
+def _write(
+    rows: Sequence[Row],
+    store: Store,
+    prefix: str,
+    rows_per_shard: int,
+    suffix: str,
+    encode: Callable[[Sequence[Row]], bytes],
+) -> list[str]:
     if rows_per_shard < 1:
         raise DataError(f"rows_per_shard={rows_per_shard}: is too small; at least 1; raise it")
     if not rows:
-        raise DataError(f"{store.full(prefix)}: there is no row to write; at least one is needed; check its source")
+        raise DataError(
+            f"{store.full(prefix)}: there is no row to write; at least one is needed; check its source"
+        )
     total = -(-len(rows) // rows_per_shard)
     urls = []
     for number in range(total):
         name = f"{prefix}-{number:05d}-of-{total:05d}.{suffix}"
-        store.write(name, encode(rows[number * rows_per_shard:(number + 1) * rows_per_shard]))
+        store.write(name, encode(rows[number * rows_per_shard : (number + 1) * rows_per_shard]))
         urls.append(store.full(name))
     return urls
 

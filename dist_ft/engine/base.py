@@ -66,7 +66,9 @@ class Engine(ABC):
             optimizer.register_step_post_hook(lambda *_: ranks.after_update(self.step))
 
     @abstractmethod
-    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
+    def accumulate(
+        self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
+    ) -> float:
         """Do forward and backward for each batch and return the summed loss of this worker's lanes.
 
         Args:
@@ -76,8 +78,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def update(self, learning_rate: float, most_norm: float = math.inf,
-               of_depth: Callable[[int], float] | None = None) -> float:
+    def update(
+        self,
+        learning_rate: float,
+        most_norm: float = math.inf,
+        of_depth: Callable[[int], float] | None = None,
+    ) -> float:
         """Do one optimizer step with the gradient accumulated, if its norm allows; return that norm before clipping.
 
         `of_depth` multiplies the rate of weights at a depth, if the engine was made `by_depth`. The norm is that of the
@@ -85,8 +91,13 @@ class Engine(ABC):
         neither weights nor optimizer state; the gradient is dropped.
         """
 
-    def train_step(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int,
-                   learning_rate: float) -> StepOutcome:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        seeds: Sequence[int],
+        num_target_tokens: int,
+        learning_rate: float,
+    ) -> StepOutcome:
         """Do forward and backward for each batch and one optimizer step (see `accumulate` and `update`)."""
         loss_sum = self.accumulate(batches, seeds, num_target_tokens)
         return StepOutcome(loss_sum, self.update(learning_rate))
@@ -144,7 +155,9 @@ class Engine(ABC):
         """Release what the engine holds."""
 
 
-def even_out(batches: Sequence[Batch], seeds: Sequence[int], count: int) -> tuple[list[Batch], list[int]]:
+def even_out(
+    batches: Sequence[Batch], seeds: Sequence[int], count: int
+) -> tuple[list[Batch], list[int]]:
     """Add empty batches up to `count`, so that every worker makes the same number of forward and backward calls."""
     missing = count - len(batches)
     return [*batches, *(empty_batch() for _ in range(missing))], [*seeds, *([0] * missing)]

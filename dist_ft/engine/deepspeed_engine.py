@@ -50,7 +50,9 @@ def start(use_gpu: bool) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", dist_init_required=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if use_gpu else "gloo", dist_init_required=False, verbose=False
+    )
 
 
 @contextlib.contextmanager
@@ -71,8 +73,16 @@ def loading(ds_config: dict[str, Any]) -> Iterator[None]:
 class DeepSpeedEngine(Engine):
     """A model sharded by DeepSpeed over `world`."""
 
-    def __init__(self, module: Learner, section: OptimizerSection, ds_config: dict[str, Any], world: World,
-                 by_depth: bool = False, adversary: Adversary | None = None, guards: Guards | None = None) -> None:
+    def __init__(
+        self,
+        module: Learner,
+        section: OptimizerSection,
+        ds_config: dict[str, Any],
+        world: World,
+        by_depth: bool = False,
+        adversary: Adversary | None = None,
+        guards: Guards | None = None,
+    ) -> None:
         import deepspeed
 
         self._adversary = adversary
@@ -82,14 +92,23 @@ class DeepSpeedEngine(Engine):
         self._section = section
         self._stage: int = ds_config["zero_optimization"]["stage"]
         self._parameters = canonical_names(module)
-        whole = [name for name, p in self._parameters.items() if not hasattr(p, "ds_id") and not is_added(name)]
+        whole = [
+            name
+            for name, p in self._parameters.items()
+            if not hasattr(p, "ds_id") and not is_added(name)
+        ]
         if self._stage == 3 and whole:
-            raise ModelError(f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
-                             "not sharded (zero.Init did not take); load the model inside `loading`")
-        groups = optimizers.param_groups(self._parameters, section.weight_decay, by_depth, section.decay_exempt)
+            raise ModelError(
+                f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
+                "not sharded (zero.Init did not take); load the model inside `loading`"
+            )
+        groups = optimizers.param_groups(
+            self._parameters, section.weight_decay, by_depth, section.decay_exempt
+        )
         optimizer = optimizers.build(groups, section)
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
         self.device = self._engine.device
         self.module = module.train()
         self._ensure_state()
@@ -108,27 +127,41 @@ class DeepSpeedEngine(Engine):
         return self._zero.optimizer if self._stage else self._zero
 
     @override
-    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
+    def accumulate(
+        self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
+    ) -> float:
         loss_sum = torch.zeros((), device=self.device)
         last = len(batches) - 1
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             inputs = self.module.inputs(batch, self.device)
 
-            def forward(inner: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed) -> torch.Tensor:
+            def forward(
+                inner: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed
+            ) -> torch.Tensor:
                 seed_random(seed, self.device)
                 return inner(**inputs)
 
-            def backward(loss: torch.Tensor, weight: float = 1.0, of_lane: bool = True, index: int = index) -> None:
+            def backward(
+                loss: torch.Tensor, weight: float = 1.0, of_lane: bool = True, index: int = index
+            ) -> None:
                 self._engine.set_gradient_accumulation_boundary(index == last and of_lane)
-                self._engine.backward(loss * (weight * self._world.size / num_target_tokens), scale_wrt_gas=False)
+                self._engine.backward(
+                    loss * (weight * self._world.size / num_target_tokens), scale_wrt_gas=False
+                )
 
             # only the module's own hooks, which gather weights, go along where no weight gets a gradient
-            loss_sum += learn_lane(self._adversary, forward, backward, functools.partial(forward, self.module))
+            loss_sum += learn_lane(
+                self._adversary, forward, backward, functools.partial(forward, self.module)
+            )
         return loss_sum.item()
 
     @override
-    def update(self, learning_rate: float, most_norm: float = math.inf,
-               of_depth: Callable[[int], float] | None = None) -> float:
+    def update(
+        self,
+        learning_rate: float,
+        most_norm: float = math.inf,
+        of_depth: Callable[[int], float] | None = None,
+    ) -> float:
         self._most_norm = most_norm
         if self._stage == 0:  # DeepSpeed tells no norm; every worker holds the whole gradient
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -150,7 +183,11 @@ class DeepSpeedEngine(Engine):
 
     @override
     def add_squares(self, batch: Batch) -> None:
-        owner, field = (self._zero, "clip_grad") if self._stage else (self._engine._config, "gradient_clipping")
+        owner, field = (
+            (self._zero, "clip_grad")
+            if self._stage
+            else (self._engine._config, "gradient_clipping")
+        )
         limit = getattr(owner, field)
         setattr(owner, field, 0.0)
         self.module.eval()
@@ -196,9 +233,13 @@ class DeepSpeedEngine(Engine):
     def generating(self) -> Iterator[tuple[Any, bool]]:
         self._engine.eval()
         hooks = []
-        if self._stage == 3:  # its record of the order of layers begins anew where the outermost module is called
+        if (
+            self._stage == 3
+        ):  # its record of the order of layers begins anew where the outermost module is called
             begin = self._zero.parameter_offload.get_param_coordinator().reset_step
-            hooks.append(self.module.model.register_forward_pre_hook(lambda *_: begin(), prepend=True))
+            hooks.append(
+                self.module.model.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+            )
         try:
             yield self.module.model, self._stage == 3
         finally:
@@ -221,7 +262,9 @@ class DeepSpeedEngine(Engine):
                         yield view_slot(name, key, value, mine)
             else:
                 yield from stage12_slots(name, parameter)
-        yield from buffer_slots(self.module, lambda index: index % self._world.size == self._world.rank)
+        yield from buffer_slots(
+            self.module, lambda index: index % self._world.size == self._world.rank
+        )
 
     def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[Slot]:
         """Rank r holds flat elements from r * ds_tensor.ds_numel; the last ranks hold padding, which is left out."""
@@ -249,11 +292,17 @@ class DeepSpeedEngine(Engine):
 
             return Slot(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
 
-        yield slot("param", lambda: safe_get_local_fp32_param(parameter),
-                   lambda values: safe_set_local_fp32_param(parameter, values))
+        yield slot(
+            "param",
+            lambda: safe_get_local_fp32_param(parameter),
+            lambda values: safe_set_local_fp32_param(parameter, values),
+        )
         for key in self._state_keys():
-            yield slot(key, lambda key=key: safe_get_local_optimizer_state(parameter, key),
-                       lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key))
+            yield slot(
+                key,
+                lambda key=key: safe_get_local_optimizer_state(parameter, key),
+                lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key),
+            )
 
     def _state_keys(self) -> tuple[str, ...]:
         plain = self._section.name == "sgd" and not self._section.momentum
@@ -261,7 +310,9 @@ class DeepSpeedEngine(Engine):
 
     @override
     def frozen(self) -> frozenset[str]:
-        return frozenset(name for name, parameter in self._parameters.items() if not parameter.requires_grad)
+        return frozenset(
+            name for name, parameter in self._parameters.items() if not parameter.requires_grad
+        )
 
     @override
     def optimizer_step(self) -> int:
@@ -281,8 +332,10 @@ class DeepSpeedEngine(Engine):
 
     def _ensure_state(self) -> None:
         """Make optimizer state exist, and ZeRO-1/2 know it, before the first step."""
-        flats = {0: lambda: [p for p in self._parameters.values() if p.requires_grad],
-                 3: lambda: self._zero.fp32_partitioned_groups_flat}
+        flats = {
+            0: lambda: [p for p in self._parameters.values() if p.requires_grad],
+            3: lambda: self._zero.fp32_partitioned_groups_flat,
+        }
         tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()
         optimizers.ensure_state(self._inner, self._section.name, self._section.momentum, tensors)
         self._guards.ensure(self._inner, tensors)

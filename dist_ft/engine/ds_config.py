@@ -26,7 +26,10 @@ def build(config: RunConfig) -> dict[str, Any]:
     for part in ("optimizer", "param"):
         device = getattr(config.zero, f"offload_{part}")
         if device != "none":
-            zero[f"offload_{part}"] = {"device": device, "pin_memory": config.cluster.gpus_per_worker > 0}
+            zero[f"offload_{part}"] = {
+                "device": device,
+                "pin_memory": config.cluster.gpus_per_worker > 0,
+            }
             if device == "nvme":
                 zero[f"offload_{part}"]["nvme_path"] = config.zero.nvme_path
     ours = {

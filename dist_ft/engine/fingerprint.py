@@ -36,8 +36,13 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
     return found
 
 
-def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype,
-                   name_in_files: Callable[[str], str] = lambda name: name, prefix: str = "") -> int:
+def verify_weights(
+    slots: Iterable[Slot],
+    folder: str,
+    dtype: torch.dtype,
+    name_in_files: Callable[[str], str] = lambda name: name,
+    prefix: str = "",
+) -> int:
     """Compare this worker's weights with the files in `folder`; return how many parameters were compared.
 
     `name_in_files` maps a slot's name to the tensor's; files of a model without its head leave out the `prefix` of its
@@ -51,16 +56,22 @@ def verify_weights(slots: Iterable[Slot], folder: str, dtype: torch.dtype,
     compared = 0
     for slot in slots:
         mapped = name_in_files(slot.name)
-        name = next((one for one in (mapped, mapped.removeprefix(prefix), prefix + mapped) if one in files), "")
+        name = next(
+            (one for one in (mapped, mapped.removeprefix(prefix), prefix + mapped) if one in files),
+            "",
+        )
         if slot.key not in ("param", "frozen") or not name or not mapped or slot.numel == 0:
             continue
         with safe_open(files[name], framework="pt") as opened:
             want = _elements(opened.get_slice(name), slot.offset, min(ELEMENTS, slot.numel))
-        got = slot.read()[:len(want)].float().cpu()
-        if not (torch.equal(got, want.to(dtype).float()) or torch.equal(got, want.float())):  # some stay in float32
+        got = slot.read()[: len(want)].float().cpu()
+        if not (
+            torch.equal(got, want.to(dtype).float()) or torch.equal(got, want.float())
+        ):  # some stay in float32
             raise ModelError(
                 f"{name}: the weights in memory (elements from {slot.offset}) are not those of "
-                f"{files[name]}; they were re-initialised or misplaced while loading; the run stops before step 1")
+                f"{files[name]}; they were re-initialised or misplaced while loading; the run stops before step 1"
+            )
         compared += 1
     return compared
 
@@ -72,4 +83,4 @@ def _elements(tensor: Any, offset: int, count: int) -> torch.Tensor:
         return tensor[...].reshape(-1)
     width = math.prod(shape[1:])
     first, last = offset // width, (offset + count - 1) // width
-    return tensor[first:last + 1].reshape(-1)[offset - first * width:][:count]
+    return tensor[first : last + 1].reshape(-1)[offset - first * width :][:count]

@@ -24,12 +24,18 @@ class ForwardEngine(TorchEngine):
         self._learned, self._masters = {}, {}
 
     @override
-    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
+    def accumulate(
+        self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
+    ) -> float:
         raise AssertionError("an engine that only looks was asked to learn")
 
     @override
-    def update(self, learning_rate: float, most_norm: float = math.inf,
-               of_depth: Callable[[int], float] | None = None) -> float:
+    def update(
+        self,
+        learning_rate: float,
+        most_norm: float = math.inf,
+        of_depth: Callable[[int], float] | None = None,
+    ) -> float:
         raise AssertionError("an engine that only looks was asked to learn")
 
     @override

@@ -45,7 +45,11 @@ class Guards:
     def of(cls, section: TuningSection) -> Guards:
         """Return those of a run."""
         anchor = {"none": (), "l2": (ANCHOR,), "ewc": (ANCHOR, FISHER)}[section.anchor.method]
-        return cls(section.anchor.strength, section.ema_decay, (*anchor, *((AVERAGE,) if section.ema_decay else ())))
+        return cls(
+            section.anchor.strength,
+            section.ema_decay,
+            (*anchor, *((AVERAGE,) if section.ema_decay else ())),
+        )
 
     def ensure(self, optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor]) -> None:
         """Make room for the state beside what the optimizer has of `tensors`."""
@@ -65,7 +69,9 @@ class Guards:
                     state[AVERAGE].lerp_(weight, 1 - self.decay)
 
 
-def pull(weight: torch.Tensor, anchor: torch.Tensor, rate: float, fisher: torch.Tensor | None = None) -> None:
+def pull(
+    weight: torch.Tensor, anchor: torch.Tensor, rate: float, fisher: torch.Tensor | None = None
+) -> None:
     """Move `weight` to its `anchor`, in place, where that is a number: by rate * fisher / (1 + rate * fisher)."""
     share = rate / (1 + rate) if fisher is None else fisher * rate / (1 + fisher * rate)
     weight.add_((anchor - weight).nan_to_num_(nan=0.0) * share)

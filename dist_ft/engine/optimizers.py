@@ -27,8 +27,12 @@ def decays(shape: Iterable[int]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, by_depth: bool = False,
-                 exempt: Sequence[str] = ()) -> list[dict[str, Any]]:
+def param_groups(
+    parameters: Mapping[str, nn.Parameter],
+    weight_decay: float,
+    by_depth: bool = False,
+    exempt: Sequence[str] = (),
+) -> list[dict[str, Any]]:
     """Return groups with and without weight decay, in the order of `parameters`; empty groups are left out.
 
     Names that match a pattern of `exempt` do not decay; raises ModelError for one that none matches. With `by_depth`
@@ -38,12 +42,20 @@ def param_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, by
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
     for pattern in exempt:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in learned):
-            raise ModelError(f"optimizer.decay_exempt={pattern}: no weight that learns has such a name; there are "
-                             f"{', '.join(list(learned)[:3])}, ...; correct it")
+            raise ModelError(
+                f"optimizer.decay_exempt={pattern}: no weight that learns has such a name; there are "
+                f"{', '.join(list(learned)[:3])}, ...; correct it"
+            )
     places = depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {
-        (depth, decaying): {"params": [], "weight_decay": weight_decay if decaying else 0.0, "depth": depth}
-        for depth in sorted(set(places.values())) for decaying in (True, False)}
+        (depth, decaying): {
+            "params": [],
+            "weight_decay": weight_decay if decaying else 0.0,
+            "depth": depth,
+        }
+        for depth in sorted(set(places.values()))
+        for decaying in (True, False)
+    }
     for name, parameter in learned.items():
         named = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
         decaying = decays(getattr(parameter, "ds_shape", parameter.shape)) and not named
@@ -58,21 +70,32 @@ def depths(names: Iterable[str]) -> dict[str, int]:
     for match in filter(None, found.values()):
         tops[match[1]] = max(tops.get(match[1], 0), int(match[2]))
     deepest = max(tops.values(), default=0) + 2
-    return {name: tops[match[1]] - int(match[2]) + 1 if match else deepest * bool(_EMBEDDING.search(name))
-            for name, match in found.items()}
+    return {
+        name: tops[match[1]] - int(match[2]) + 1
+        if match
+        else deepest * bool(_EMBEDDING.search(name))
+        for name, match in found.items()
+    }
 
 
 def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
     """Return the optimizer of `section` over `groups`; the learning rate is set anew each step."""
     if section.name == "adamw":
-        return torch.optim.AdamW(groups, lr=section.learning_rate, betas=(section.beta1, section.beta2),
-                                 eps=section.eps, fused=True)
+        return torch.optim.AdamW(
+            groups,
+            lr=section.learning_rate,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            fused=True,
+        )
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
     return torch.optim.Adafactor(groups, lr=section.learning_rate)
 
 
-def ensure_state(optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]) -> None:
+def ensure_state(
+    optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]
+) -> None:
     """Create the state torch would create at the first step, so that it can be loaded and saved before it."""
     if name == "adafactor":
         return _step_of_size_zero(optimizer)
@@ -80,7 +103,10 @@ def ensure_state(optimizer: torch.optim.Optimizer, name: str, momentum: float, t
         state = optimizer.state[tensor]
         if name == "adamw" and "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(tensor),
+                torch.zeros_like(tensor),
+            )
         elif name == "sgd" and momentum and state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(tensor)
     return None
@@ -107,7 +133,9 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"].fill_(float(step))
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float, of_depth: Callable[[int], float] | None = None) -> None:
+def set_learning_rate(
+    optimizer: Any, learning_rate: float, of_depth: Callable[[int], float] | None = None
+) -> None:
     """Set the learning rate of every group, times what `of_depth` says of its depth."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (1.0 if of_depth is None else of_depth(group["depth"]))

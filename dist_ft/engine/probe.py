@@ -42,10 +42,16 @@ def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:
     first, last = ((part + vocabulary // 2) % vocabulary for part in (parts[0], parts[2]))
     other = np.concatenate([first, parts[1], last])
     packed = engine.loss_sum(_row(LENGTHS, tokens))
-    alone = sum(engine.loss_sum(_row((length,), part)) for length, part in zip(LENGTHS, parts, strict=True))
+    alone = sum(
+        engine.loss_sum(_row((length,), part)) for length, part in zip(LENGTHS, parts, strict=True)
+    )
     here, there = (engine.loss_sum(_row(LENGTHS, row, learned=1)) for row in (tokens, other))
-    if not (abs(packed - alone) <= tolerance * abs(alone) and abs(here - there) <= tolerance / 100 * abs(there)):
+    if not (
+        abs(packed - alone) <= tolerance * abs(alone)
+        and abs(here - there) <= tolerance / 100 * abs(there)
+    ):
         raise ModelError(
             f"data.pack=true: with this model and model.attention packed samples see each other (loss {packed:.4f} "
             f"packed, {alone:.4f} alone; {here:.4f} and {there:.4f} beside other samples); set data.pack=false, or "
-            "another model.attention")
+            "another model.attention"
+        )

@@ -12,7 +12,9 @@ def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
     """Return the number of warm-up steps of a run of `total_steps`."""
     if section.warmup_steps is not None:
         return section.warmup_steps
-    return math.ceil(round((section.warmup_ratio or 0.0) * total_steps, 6))  # 0.07 * 100 is a little above 7
+    return math.ceil(
+        round((section.warmup_ratio or 0.0) * total_steps, 6)
+    )  # 0.07 * 100 is a little above 7
 
 
 def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
@@ -23,7 +25,9 @@ def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
     if section.name == "constant":
         return 1.0
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = 1.0 - progress if section.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    shape = (
+        1.0 - progress if section.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
     return section.min_ratio + (1.0 - section.min_ratio) * shape
 
 

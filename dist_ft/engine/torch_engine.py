@@ -22,6 +22,7 @@ from dist_ft.model.learner import Inputs, Learner, canonical_names
 
 def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
     """Return the slot of a whole tensor that lies in this process."""
+
     def write(values: torch.Tensor) -> None:
         with torch.no_grad():
             tensor.copy_(values.view(tensor.shape))
@@ -32,8 +33,15 @@ def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> 
 class TorchEngine(Engine):
     """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
 
-    def __init__(self, module: Learner, section: OptimizerSection, device: torch.device,
-                 by_depth: bool = False, adversary: Adversary | None = None, guards: Guards | None = None) -> None:
+    def __init__(
+        self,
+        module: Learner,
+        section: OptimizerSection,
+        device: torch.device,
+        by_depth: bool = False,
+        adversary: Adversary | None = None,
+        guards: Guards | None = None,
+    ) -> None:
         self.device = device
         self._adversary = adversary
         self._guards = guards or Guards()
@@ -41,17 +49,27 @@ class TorchEngine(Engine):
         self._section = section
         self._parameters = canonical_names(module)
         self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                         for name, p in self._learned.items()}
-        groups = optimizers.param_groups(self._masters, section.weight_decay, by_depth,  # type: ignore[arg-type]
-                                         section.decay_exempt)
+        self._masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for name, p in self._learned.items()
+        }
+        groups = optimizers.param_groups(
+            self._masters,
+            section.weight_decay,
+            by_depth,  # type: ignore[arg-type]
+            section.decay_exempt,
+        )
         self.optimizer = optimizers.build(groups, section)
-        optimizers.ensure_state(self.optimizer, section.name, section.momentum, self._masters.values())
+        optimizers.ensure_state(
+            self.optimizer, section.name, section.momentum, self._masters.values()
+        )
         self._deal_ranks(module.ranks, self.optimizer)
         self._guards.ensure(self.optimizer, self._masters.values())
 
     @override
-    def accumulate(self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int) -> float:
+    def accumulate(
+        self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
+    ) -> float:
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
             inputs = self.module.inputs(batch, self.device)
@@ -76,8 +94,12 @@ class TorchEngine(Engine):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @override
-    def update(self, learning_rate: float, most_norm: float = math.inf,
-               of_depth: Callable[[int], float] | None = None) -> float:
+    def update(
+        self,
+        learning_rate: float,
+        most_norm: float = math.inf,
+        of_depth: Callable[[int], float] | None = None,
+    ) -> float:
         limit = self._section.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit).item()
         if norm <= most_norm and math.isfinite(norm):
@@ -169,9 +191,13 @@ class TorchEngine(Engine):
         self._copy_back()
 
 
-def buffer_slots(module: Learner, owned: Callable[[int], bool] = lambda index: True) -> Iterator[Slot]:
+def buffer_slots(
+    module: Learner, owned: Callable[[int], bool] = lambda index: True
+) -> Iterator[Slot]:
     """Iterate over the buffers that belong to the model's saved state."""
-    persistent = set(module.state_dict().keys()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    persistent = set(module.state_dict().keys()) - {
+        name for name, _ in module.named_parameters(remove_duplicate=False)
+    }
     buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]
     for index, (name, tensor) in enumerate(buffers):
         yield view_slot(name.removeprefix("model."), "buffer", tensor, owned(index))

@@ -13,6 +13,7 @@ from dist_ft.engine.base import Slot
 
 def local_slot(name: str, key: str, offset: int, numel: int, view: Any) -> Slot:
     """Return a slot of the first `numel` elements of the flat tensor that `view` gives."""
+
     def write(values: torch.Tensor) -> None:
         view()[:numel].copy_(values)
 
@@ -26,5 +27,10 @@ def stage12_slots(name: str, parameter: nn.Parameter) -> Iterator[Slot]:
         return  # no part of it lies on this worker
     address = mapping.lp_fragment_address
     for key in (None, *mapping.get_optim_state_keys()):
-        yield local_slot(name, key or "param", address.start, address.numel,
-                          lambda key=key: mapping.get_hp_fragment(key).detach())
+        yield local_slot(
+            name,
+            key or "param",
+            address.start,
+            address.numel,
+            lambda key=key: mapping.get_hp_fragment(key).detach(),
+        )

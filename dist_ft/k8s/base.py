@@ -37,13 +37,31 @@ def objects(config: RunConfig, options: Options) -> dict[str, list[Json]]:
     files = {
         "namespace.yaml": [_namespace(options), _denied(options)],
         "priority-class.yaml": [_priority("head", 1100), _priority("worker", 1000)],
-        "service-account.yaml": [{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {
-            "name": "dist-ft", "namespace": options.namespace,
-            "labels": {"app.kubernetes.io/part-of": "dist-ft"}}, "automountServiceAccountToken": False}],
-        "config.yaml": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {
-            "name": f"{config.run.name}-config", **here}, "data": {"run.yaml": as_stored(config)}}],
+        "service-account.yaml": [
+            {
+                "apiVersion": "v1",
+                "kind": "ServiceAccount",
+                "metadata": {
+                    "name": "dist-ft",
+                    "namespace": options.namespace,
+                    "labels": {"app.kubernetes.io/part-of": "dist-ft"},
+                },
+                "automountServiceAccountToken": False,
+            }
+        ],
+        "config.yaml": [
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": f"{config.run.name}-config", **here},
+                "data": {"run.yaml": as_stored(config)},
+            }
+        ],
         "network-policy.yaml": [_network(config, here)],
-        "disruption-budget.yaml": [_budget(config, here, "head", 1), _budget(config, here, "worker", sizes.min_pods)],
+        "disruption-budget.yaml": [
+            _budget(config, here, "head", 1),
+            _budget(config, here, "worker", sizes.min_pods),
+        ],
         "rayjob.yaml": [_job(config, options, sizes, here)],
     }
     if options.claim:
@@ -56,23 +74,35 @@ def refused(config: RunConfig, options: Options) -> list[str]:
     name = config.run.name
     problems = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", name):
-        problems.append(f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a "
-                        "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose one")
+        problems.append(
+            f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a "
+            "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose one"
+        )
     if not config.max_workers:
-        problems.append("cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it "
-                        "to a number of workers, or a range")
+        problems.append(
+            "cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it "
+            "to a number of workers, or a range"
+        )
     for field, path in _local(config):
         if not (options.claim and path.startswith(options.claim_mount.rstrip("/") + "/")):
-            problems.append(f"{field}={path}: a local path that no pod sees; allowed: a URL such as s3://bucket/..., "
-                            f"or a path below a volume that all pods mount (--claim NAME, {options.claim_mount}/...); "
-                            "change it")
+            problems.append(
+                f"{field}={path}: a local path that no pod sees; allowed: a URL such as s3://bucket/..., "
+                f"or a path below a volume that all pods mount (--claim NAME, {options.claim_mount}/...); "
+                "change it"
+            )
     cache = config.data.cache_dir or CACHE_MOUNT
     if not cache.startswith("/"):
-        problems.append(f"data.cache_dir={cache}: a pod mounts its disk there; allowed: an absolute path; change it, "
-                        "or leave it out")
-    if config.zero.nvme_path and not f"{config.zero.nvme_path}/".startswith(cache.rstrip("/") + "/"):
-        problems.append(f"zero.nvme_path={config.zero.nvme_path}: pods have a disk at data.cache_dir={cache} alone; "
-                        "allowed: a folder below it; change it")
+        problems.append(
+            f"data.cache_dir={cache}: a pod mounts its disk there; allowed: an absolute path; change it, "
+            "or leave it out"
+        )
+    if config.zero.nvme_path and not f"{config.zero.nvme_path}/".startswith(
+        cache.rstrip("/") + "/"
+    ):
+        problems.append(
+            f"zero.nvme_path={config.zero.nvme_path}: pods have a disk at data.cache_dir={cache} alone; "
+            "allowed: a folder below it; change it"
+        )
     return problems
 
 
@@ -80,13 +110,23 @@ def _local(config: RunConfig) -> list[tuple[str, str]]:
     """Return (field, path) of all local paths that workers read or write outside their own node."""
     named = [("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)]
     named += [(f"data.train.{i}.path", source.path) for i, source in enumerate(config.data.train)]
-    named += [(f"evaluation.data.{i}.path", source.path) for i, source in enumerate(config.evaluation.data)]
-    files = [("run.storage", config.run.storage), ("model.chat_template", config.model.chat_template),
-             ("data.augment.synonyms", config.data.augment.synonyms)]
-    found = [(field, path) for field, path in named  # a name of the hub has no dot at its begin, no glob, no ending
-             if path and (path[0] in "./~" or "*" in path or path.endswith(ENDINGS))] + [
-                 (field, path) for field, path in files if path]
-    return [(field, path) for field, path in found if "://" not in path or path.startswith("file://")]
+    named += [
+        (f"evaluation.data.{i}.path", source.path)
+        for i, source in enumerate(config.evaluation.data)
+    ]
+    files = [
+        ("run.storage", config.run.storage),
+        ("model.chat_template", config.model.chat_template),
+        ("data.augment.synonyms", config.data.augment.synonyms),
+    ]
+    found = [
+        (field, path)
+        for field, path in named  # a name of the hub has no dot at its begin, no glob, no ending
+        if path and (path[0] in "./~" or "*" in path or path.endswith(ENDINGS))
+    ] + [(field, path) for field, path in files if path]
+    return [
+        (field, path) for field, path in found if "://" not in path or path.startswith("file://")
+    ]
 
 
 def on_cluster(config: RunConfig) -> RunConfig:
@@ -98,75 +138,147 @@ def on_cluster(config: RunConfig) -> RunConfig:
 
 def as_stored(config: RunConfig) -> str:
     """Return what of the config differs from defaults, as YAML; `load_config` makes the same config of it."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True,
-                          width=110)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_defaults=True),
+        sort_keys=False,
+        allow_unicode=True,
+        width=110,
+    )
 
 
 def entrypoint(*overrides: str) -> str:
     """Return the job's command."""
-    return " ".join(["python -m dist_ft.cli train", f"{CONFIG_MOUNT}/run.yaml", *overrides, "--skip-check"])
+    return " ".join(
+        ["python -m dist_ft.cli train", f"{CONFIG_MOUNT}/run.yaml", *overrides, "--skip-check"]
+    )
 
 
 def _job(config: RunConfig, options: Options, sizes: Sizing, here: Json) -> Json:
     """Return the RayJob: submitted over HTTP, begun anew by a new cluster that goes on from storage."""
-    cluster: Json = {"rayVersion": options.ray_version, "authOptions": {"mode": "token"},
-                     "enableInTreeAutoscaling": sizes.elastic}
+    cluster: Json = {
+        "rayVersion": options.ray_version,
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": sizes.elastic,
+    }
     if options.token_secret:
         cluster["authOptions"]["secretName"] = options.token_secret
     if sizes.elastic:  # it begins with the fewest pods and takes more as they come
         amounts = {"cpu": "500m", "memory": "1Gi"}
         cluster["autoscalerOptions"] = {
-            "version": "v2", "idleTimeoutSeconds": int(LOOK_AGAIN * config.cluster.resize_interval_s),
-            "resources": {"requests": amounts, "limits": dict(amounts)}, "securityContext": pods.SECURITY}
+            "version": "v2",
+            "idleTimeoutSeconds": int(LOOK_AGAIN * config.cluster.resize_interval_s),
+            "resources": {"requests": amounts, "limits": dict(amounts)},
+            "securityContext": pods.SECURITY,
+        }
     cluster["headGroupSpec"] = {
-        "serviceType": "ClusterIP", "template": pods.head(config, options, sizes),
-        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0",
-                           "object-store-memory": str(OBJECT_STORE_BYTES)}}
-    cluster["workerGroupSpecs"] = [{
-        "groupName": "workers", "replicas": sizes.min_pods if sizes.elastic else sizes.max_pods,
-        "minReplicas": sizes.min_pods, "maxReplicas": sizes.max_pods,
-        "rayStartParams": pods.start_params(config, sizes), "template": pods.worker(config, options, sizes)}]
-    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": config.run.name, **here}, "spec": {
-        "submissionMode": "HTTPMode", "entrypoint": entrypoint(), "backoffLimit": RESTARTS,
-        "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(sizes.drain_s)}}),
-        "shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": KEPT_S, "suspend": False,
-        "rayClusterSpec": cluster}}
+        "serviceType": "ClusterIP",
+        "template": pods.head(config, options, sizes),
+        "rayStartParams": {
+            "num-cpus": "0",
+            "dashboard-host": "0.0.0.0",
+            "object-store-memory": str(OBJECT_STORE_BYTES),
+        },
+    }
+    cluster["workerGroupSpecs"] = [
+        {
+            "groupName": "workers",
+            "replicas": sizes.min_pods if sizes.elastic else sizes.max_pods,
+            "minReplicas": sizes.min_pods,
+            "maxReplicas": sizes.max_pods,
+            "rayStartParams": pods.start_params(config, sizes),
+            "template": pods.worker(config, options, sizes),
+        }
+    ]
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": config.run.name, **here},
+        "spec": {
+            "submissionMode": "HTTPMode",
+            "entrypoint": entrypoint(),
+            "backoffLimit": RESTARTS,
+            "runtimeEnvYAML": yaml.safe_dump(
+                {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(sizes.drain_s)}}
+            ),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": KEPT_S,
+            "suspend": False,
+            "rayClusterSpec": cluster,
+        },
+    }
 
 
 def _namespace(options: Options) -> Json:
-    levels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "audit", "warn")}
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {
-        "name": options.namespace, "labels": {"app.kubernetes.io/part-of": "dist-ft", **levels}}}
+    levels = {
+        f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "audit", "warn")
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {
+            "name": options.namespace,
+            "labels": {"app.kubernetes.io/part-of": "dist-ft", **levels},
+        },
+    }
 
 
 def _denied(options: Options) -> Json:
     """Return the policy that nothing in the namespace is reached unless another one says so."""
-    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": "deny-ingress", "namespace": options.namespace},
-            "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "deny-ingress", "namespace": options.namespace},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    }
 
 
 def _priority(component: str, value: int) -> Json:
-    return {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {
-        "name": f"dist-ft-{component}", "labels": {"app.kubernetes.io/part-of": "dist-ft"}}, "value": value,
-        "globalDefault": False, "description": f"{component.capitalize()} pods of fine-tuning runs."}
+    return {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": {
+            "name": f"dist-ft-{component}",
+            "labels": {"app.kubernetes.io/part-of": "dist-ft"},
+        },
+        "value": value,
+        "globalDefault": False,
+        "description": f"{component.capitalize()} pods of fine-tuning runs.",
+    }
 
 
 def _network(config: RunConfig, here: Json) -> Json:
     """Return what the run's pods may reach and be reached from: one another; the operator reaches the dashboard."""
     own: Json = {"podSelector": {"matchLabels": labels(config)}}
-    operator: Json = {"namespaceSelector": {},
-                      "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
-    names: list[Json] = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
-                          "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}},
-                         {"ipBlock": {"cidr": "169.254.20.10/32"}}]  # the node's own cache of names
-    world: Json = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}  # not the machine's own identity
-    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": config.run.name, **here}, "spec": {
-                "podSelector": {"matchLabels": labels(config)}, "policyTypes": ["Ingress", "Egress"],
-                "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
-                "egress": [{"to": [own]}, {"to": names, "ports": _ports("UDP", 53) + _ports("TCP", 53)},
-                           *_google(config), {"to": [world], "ports": _ports("TCP", *_outside(config))}]}}
+    operator: Json = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+    }
+    names: list[Json] = [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+        },
+        {"ipBlock": {"cidr": "169.254.20.10/32"}},
+    ]  # the node's own cache of names
+    world: Json = {
+        "ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
+    }  # not the machine's own identity
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": config.run.name, **here},
+        "spec": {
+            "podSelector": {"matchLabels": labels(config)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
+            "egress": [
+                {"to": [own]},
+                {"to": names, "ports": _ports("UDP", 53) + _ports("TCP", 53)},
+                *_google(config),
+                {"to": [world], "ports": _ports("TCP", *_outside(config))},
+            ],
+        },
+    }
 
 
 def _google(config: RunConfig) -> list[Json]:
@@ -193,13 +305,26 @@ def _ports(protocol: str, *numbers: int) -> list[Json]:
 
 def _budget(config: RunConfig, here: Json, component: str, fewest: int) -> Json:
     """Return how many pods voluntary disruptions leave: a number, as nothing with a scale owns these pods."""
-    return {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
-            "metadata": {**here, "name": f"{config.run.name}-{component}"},
-            "spec": {"minAvailable": fewest, "unhealthyPodEvictionPolicy": "AlwaysAllow",
-                     "selector": {"matchLabels": labels(config, component)}}}
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {**here, "name": f"{config.run.name}-{component}"},
+        "spec": {
+            "minAvailable": fewest,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": labels(config, component)},
+        },
+    }
 
 
 def _claim(options: Options) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {
-        "name": options.claim, "namespace": options.namespace, "labels": {"app.kubernetes.io/part-of": "dist-ft"}},
-        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}}}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {
+            "name": options.claim,
+            "namespace": options.namespace,
+            "labels": {"app.kubernetes.io/part-of": "dist-ft"},
+        },
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}},
+    }

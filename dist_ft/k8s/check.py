@@ -17,7 +17,11 @@ from dist_ft.k8s import checklist, crd, documents, operator_rules, together
 from dist_ft.k8s.documents import Document, at
 
 RAY = ("RayJob", "RayCluster")
-NEEDS = {"kubernetes_validate": "kubernetes-validate", "jsonschema": "jsonschema", "celpy": "cel-python"}
+NEEDS = {
+    "kubernetes_validate": "kubernetes-validate",
+    "jsonschema": "jsonschema",
+    "celpy": "cel-python",
+}
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,19 @@ def check(paths: Sequence[str], crds: str | None = None, version: str = "") -> R
     import kubernetes_validate
 
     newest = kubernetes_validate.latest_version()
-    known = {kubernetes_validate.utils.major_minor(one) for one in kubernetes_validate.utils.all_versions()}
+    known = {
+        kubernetes_validate.utils.major_minor(one)
+        for one in kubernetes_validate.utils.all_versions()
+    }
     if version and kubernetes_validate.utils.major_minor(version) not in known:
         ordered = sorted(known, key=lambda text: [int(part) for part in text.split(".")])
-        raise ConfigError([f"--kubernetes={version}: not known here; allowed: {ordered[0]} to {ordered[-1]}; take "
-                           "one of these, or a newer kubernetes-validate"], "k8s check")
+        raise ConfigError(
+            [
+                f"--kubernetes={version}: not known here; allowed: {ordered[0]} to {ordered[-1]}; take "
+                "one of these, or a newer kubernetes-validate"
+            ],
+            "k8s check",
+        )
     return check_documents(documents.read(paths), crd.load(crds) if crds else {}, version or newest)
 
 
@@ -68,9 +80,18 @@ def check_documents(found: Sequence[Document], schemas: crd.Schemas, version: st
     for document in sound:
         try:
             lines += [document.say(path, text) for path, text in _rules(document, found)]
-        except (TypeError, AttributeError, ValueError, KeyError) as error:  # only where no schema was held against it
-            lines.append(document.say("spec", f"not shaped as a {document.kind} ({error}); give --crd, which names the "
-                                              "field"))
+        except (
+            TypeError,
+            AttributeError,
+            ValueError,
+            KeyError,
+        ) as error:  # only where no schema was held against it
+            lines.append(
+                document.say(
+                    "spec",
+                    f"not shaped as a {document.kind} ({error}); give --crd, which names the field",
+                )
+            )
     if len(sound) == len(found) and not any("not shaped as" in line for line in lines):
         lines += together.problems(found)
     return Report(len(found), list(dict.fromkeys(lines)), list(dict.fromkeys(notes)))
@@ -87,13 +108,22 @@ def require() -> None:
     """Raise ConfigError if what the check needs is not installed."""
     import importlib.util
 
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
+    missing = [
+        package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None
+    ]
     if missing:
-        raise ConfigError([f"{', '.join(missing)}: not installed, and manifests are checked with it; install the "
-                           "extra: pip install 'dist-ft[k8s]'"], "k8s check")
+        raise ConfigError(
+            [
+                f"{', '.join(missing)}: not installed, and manifests are checked with it; install the "
+                "extra: pip install 'dist-ft[k8s]'"
+            ],
+            "k8s check",
+        )
 
 
-def _shape(document: Document, schemas: crd.Schemas, version: str, notes: list[str]) -> Iterator[tuple[str, str]]:
+def _shape(
+    document: Document, schemas: crd.Schemas, version: str, notes: list[str]
+) -> Iterator[tuple[str, str]]:
     """Yield what no API server would take."""
     content = document.content
     for field in ("apiVersion", "kind"):
@@ -106,20 +136,32 @@ def _shape(document: Document, schemas: crd.Schemas, version: str, notes: list[s
     if document.kind in RAY:
         yield from _ray(document, schemas, version, notes)
     elif (message := _core(content, version)) is None:
-        notes.append(document.say("kind", f"{content['apiVersion']} has no schema here; only our checklist was held "
-                                          "against it"))
+        notes.append(
+            document.say(
+                "kind",
+                f"{content['apiVersion']} has no schema here; only our checklist was held "
+                "against it",
+            )
+        )
     else:
         yield from message
 
 
-def _ray(document: Document, schemas: crd.Schemas, version: str, notes: list[str]) -> Iterator[tuple[str, str]]:
+def _ray(
+    document: Document, schemas: crd.Schemas, version: str, notes: list[str]
+) -> Iterator[tuple[str, str]]:
     content = document.content
     if content["apiVersion"] != "ray.io/v1":
-        yield "apiVersion", f"{content['apiVersion']}: allowed: ray.io/v1 (KubeRay 1.1 and newer); correct it"
+        yield (
+            "apiVersion",
+            f"{content['apiVersion']}: allowed: ray.io/v1 (KubeRay 1.1 and newer); correct it",
+        )
         return
     schema = schemas.get(crd.version_of(content))
     if schema is None:
-        notes.append(f"{document.kind}: no CRD was given (--crd), so of its own fields only those of pods were checked")
+        notes.append(
+            f"{document.kind}: no CRD was given (--crd), so of its own fields only those of pods were checked"
+        )
     else:
         own: list[str] = []
         yield from crd.problems(content, schema, own)

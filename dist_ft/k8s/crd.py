@@ -19,9 +19,26 @@ from dist_ft.errors import ConfigError
 Json = dict[str, Any]
 Schemas = dict[tuple[str, str], Json]
 """openAPIV3Schema by (kind in lower case, version)."""
-KEPT = frozenset((
-    "type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
-    "minProperties", "maxProperties", "uniqueItems", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
+KEPT = frozenset(
+    (
+        "type",
+        "enum",
+        "required",
+        "pattern",
+        "minimum",
+        "maximum",
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "minProperties",
+        "maxProperties",
+        "uniqueItems",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+    )
+)
 """What OpenAPI and JSON Schema say in the same way."""
 
 
@@ -32,22 +49,41 @@ def load(path: str) -> Schemas:
     """
     place = Path(path)
     if not place.exists():
-        raise ConfigError([f"--crd={path}: no such file or folder; write one: kubectl get crd rayjobs.ray.io "
-                           "rayclusters.ray.io -o yaml > crd.yaml"], "k8s check")
-    files = [place] if place.is_file() else sorted(
-        file for file in place.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
+        raise ConfigError(
+            [
+                f"--crd={path}: no such file or folder; write one: kubectl get crd rayjobs.ray.io "
+                "rayclusters.ray.io -o yaml > crd.yaml"
+            ],
+            "k8s check",
+        )
+    files = (
+        [place]
+        if place.is_file()
+        else sorted(file for file in place.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
+    )
     found: Schemas = {}
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            for content in [json.loads(text)] if file.suffix == ".json" else yaml.safe_load_all(text):
+            for content in (
+                [json.loads(text)] if file.suffix == ".json" else yaml.safe_load_all(text)
+            ):
                 found |= dict(_schemas(content, file))
         except (yaml.YAMLError, ValueError, OSError) as error:
-            raise ConfigError([f"--crd={file}: can not be read ({type(error).__name__}); give CRDs as YAML or JSON"],
-                              "k8s check") from error
+            raise ConfigError(
+                [
+                    f"--crd={file}: can not be read ({type(error).__name__}); give CRDs as YAML or JSON"
+                ],
+                "k8s check",
+            ) from error
     if not found:
-        raise ConfigError([f"--crd={path}: no CRD and no schema in it; write one: kubectl get crd rayjobs.ray.io "
-                           "rayclusters.ray.io -o yaml > crd.yaml"], "k8s check")
+        raise ConfigError(
+            [
+                f"--crd={path}: no CRD and no schema in it; write one: kubectl get crd rayjobs.ray.io "
+                "rayclusters.ray.io -o yaml > crd.yaml"
+            ],
+            "k8s check",
+        )
     return found
 
 
@@ -59,7 +95,10 @@ def _schemas(content: Any, file: Path) -> Iterator[tuple[tuple[str, str], Json]]
             yield from _schemas(item, file)
     elif content.get("kind") == "CustomResourceDefinition":
         for version in content["spec"]["versions"]:
-            yield (content["spec"]["names"]["kind"].lower(), version["name"]), version["schema"]["openAPIV3Schema"]
+            yield (
+                (content["spec"]["names"]["kind"].lower(), version["name"]),
+                version["schema"]["openAPIV3Schema"],
+            )
     elif "properties" in content or "openAPIV3Schema" in content:
         kind, _, rest = file.name.partition(".")
         version = rest.split(".")[0] if rest.startswith("v") else "v1"
@@ -88,8 +127,7 @@ def dotted(path: Any) -> str:
 
 def strict(schema: Json) -> Json:
     """Return a structural schema as a JSON Schema that refuses fields it does not know."""
-    made = {key: value for key, value in schema.items()
-            if key in KEPT}
+    made = {key: value for key, value in schema.items() if key in KEPT}
     for bound in ("Minimum", "Maximum"):  # OpenAPI 3.0 writes them as true beside the bound
         if made.get(f"exclusive{bound}") is True:
             made[f"exclusive{bound}"] = made.pop(bound.lower())
@@ -107,7 +145,11 @@ def strict(schema: Json) -> Json:
     more = schema.get("additionalProperties")
     if isinstance(more, dict):
         made["additionalProperties"] = strict(more)
-    elif schema.get("properties") and more is None and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    elif (
+        schema.get("properties")
+        and more is None
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         made["additionalProperties"] = False
     if schema.get("nullable") and isinstance(made.get("type"), str):
         made["type"] = [made["type"], "null"]
@@ -137,13 +179,17 @@ def _default(value: Any, schema: Json) -> None:
             _default(inner, schema["items"])
 
 
-def _inner(value: Any, schema: Json, path: tuple[str | int, ...]) -> Iterator[tuple[Any, Json, tuple[str | int, ...]]]:
+def _inner(
+    value: Any, schema: Json, path: tuple[str | int, ...]
+) -> Iterator[tuple[Any, Json, tuple[str | int, ...]]]:
     """Yield a value and all values in it, each with its schema and path."""
     yield value, schema, path
     if isinstance(value, dict):
         more = schema.get("additionalProperties")
         for name, inner in value.items():
-            part = schema.get("properties", {}).get(name) or (more if isinstance(more, dict) else None)
+            part = schema.get("properties", {}).get(name) or (
+                more if isinstance(more, dict) else None
+            )
             if part:
                 yield from _inner(inner, part, (*path, name))
     elif isinstance(value, list) and "items" in schema:
@@ -175,7 +221,9 @@ def _broken(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str
                 program = environment.program(environment.compile(rule["rule"]))
                 held = bool(program.evaluate({"self": celpy.json_to_cel(value)}))
             except (celpy.CELParseError, celpy.CELEvalError):  # a function only the API server has
-                notes.append(f"{dotted(path)}: a rule of the schema could not be tried here: {rule['rule']}")
+                notes.append(
+                    f"{dotted(path)}: a rule of the schema could not be tried here: {rule['rule']}"
+                )
                 continue
             if not held:
                 yield dotted(path), str(rule.get("message") or f"breaks the rule {rule['rule']}")
@@ -183,4 +231,6 @@ def _broken(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str
 
 def version_of(content: Mapping[str, Any]) -> tuple[str, str]:
     """Return the key of an object's schema in `Schemas`."""
-    return str(content.get("kind", "")).lower(), str(content.get("apiVersion", "")).rsplit("/", 1)[-1]
+    return str(content.get("kind", "")).lower(), str(content.get("apiVersion", "")).rsplit("/", 1)[
+        -1
+    ]

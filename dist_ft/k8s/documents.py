@@ -54,8 +54,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice",
-                                                    key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands there twice", key_node.start_mark
+            )
         found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
     return found
 
@@ -83,7 +84,9 @@ def read(paths: Sequence[str]) -> list[Document]:
         except ConfigError as error:
             problems += error.problems
     if not problems and not found:
-        problems = [f"{' '.join(paths)}: no manifest in it; give files that `dist-ft k8s render` wrote, or others"]
+        problems = [
+            f"{' '.join(paths)}: no manifest in it; give files that `dist-ft k8s render` wrote, or others"
+        ]
     if problems:
         raise ConfigError(problems, "k8s check")
     return found
@@ -104,16 +107,24 @@ def _read(path: Path) -> Iterator[Document]:
 def parse(name: str, text: str) -> Iterator[Document]:
     """Yield the objects of a YAML stream; those of a List one by one. Raises ConfigError with the line it fails at."""
     try:
-        contents = [content for content in yaml.load_all(text, Loader=_Loader) if content is not None]
+        contents = [
+            content for content in yaml.load_all(text, Loader=_Loader) if content is not None
+        ]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or error
         raise ConfigError([f"{name}{line}: not YAML ({why}); correct it"]) from error
     for content in contents:
-        for one in content["items"] if isinstance(content, dict) and content.get("kind") == "List" else [content]:
+        for one in (
+            content["items"]
+            if isinstance(content, dict) and content.get("kind") == "List"
+            else [content]
+        ):
             if not isinstance(one, dict):
-                raise ConfigError([f"{name}: a document that is no object but {type(one).__name__}; correct it"])
+                raise ConfigError(
+                    [f"{name}: a document that is no object but {type(one).__name__}; correct it"]
+                )
             yield Document(name, one)
 
 
@@ -121,20 +132,48 @@ def _kustomized(folder: Path, file: Path) -> Iterator[Document]:
     """Yield what kustomize makes of a folder; where it only lists files, these are read without it."""
     content = next(iter(parse(str(file), _text(file)))).content
     if content.get("kind") == "Component":
-        raise ConfigError([f"{folder}: a kustomize component is nothing by itself; give an overlay that takes it"])
+        raise ConfigError(
+            [f"{folder}: a kustomize component is nothing by itself; give an overlay that takes it"]
+        )
     resources = content.get("resources") or []
-    if content.keys() <= {"apiVersion", "kind", "resources"} and all((folder / name).is_file() for name in resources):
-        return (document for name in resources for document in parse(str(folder / name), _text(folder / name)))
-    command = next(([tool, *more] for tool, more in (("kubectl", ["kustomize"]), ("kustomize", ["build"]))
-                    if shutil.which(tool)), None)
+    if content.keys() <= {"apiVersion", "kind", "resources"} and all(
+        (folder / name).is_file() for name in resources
+    ):
+        return (
+            document
+            for name in resources
+            for document in parse(str(folder / name), _text(folder / name))
+        )
+    command = next(
+        (
+            [tool, *more]
+            for tool, more in (("kubectl", ["kustomize"]), ("kustomize", ["build"]))
+            if shutil.which(tool)
+        ),
+        None,
+    )
     if command is None:
-        raise ConfigError([f"{folder}: a folder for kustomize, and neither kubectl nor kustomize is here; install "
-                           "one, or check what `dist-ft k8s render --overlay` writes, which needs neither"])
+        raise ConfigError(
+            [
+                f"{folder}: a folder for kustomize, and neither kubectl nor kustomize is here; install "
+                "one, or check what `dist-ft k8s render --overlay` writes, which needs neither"
+            ]
+        )
     try:
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=KUSTOMIZE_S, check=False)
+        done = subprocess.run(
+            [*command, str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=KUSTOMIZE_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
-        raise ConfigError([f"{folder}: {command[0]} gave no answer in {KUSTOMIZE_S} s; does it load from the "
-                           "network?"]) from error
+        raise ConfigError(
+            [
+                f"{folder}: {command[0]} gave no answer in {KUSTOMIZE_S} s; does it load from the "
+                "network?"
+            ]
+        ) from error
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError([f"{folder}: {command[0]} can not put it together ({why}); correct it"])
@@ -145,4 +184,6 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: can not be read ({type(error).__name__}); check the file"]) from error
+        raise ConfigError(
+            [f"{path}: can not be read ({type(error).__name__}); check the file"]
+        ) from error

@@ -27,7 +27,11 @@ def image_problem(image: str) -> str | None:
     name, _, digest = image.partition("@")
     tag = name.rsplit("/", 1)[-1].partition(":")[2]
     if digest:
-        return None if re.fullmatch(r"sha256:[0-9a-f]{64}", digest) else "its digest is not sha256: and 64 hex digits"
+        return (
+            None
+            if re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+            else "its digest is not sha256: and 64 hex digits"
+        )
     if not tag:
         return "it has no tag, which means latest: another image tomorrow; name a tag or a digest"
     return "latest is another image tomorrow; name a tag or a digest" if tag == "latest" else None
@@ -64,11 +68,15 @@ class Options(BaseModel):
     namespace: Name = "dist-ft"
     workers_per_node: int = Field(8, ge=1)
     parameters: float = Field(0, ge=0, description="Of the model; 0: as its name says.")
-    storage_mb_s: float = Field(200, gt=0, description="MB/s a worker writes to storage at the least.")
+    storage_mb_s: float = Field(
+        200, gt=0, description="MB/s a worker writes to storage at the least."
+    )
     gpu_resource: str = Field("nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
     node_selector: tuple[Pair, ...] = ()
     spot_label: Pair = "karpenter.sh/capacity-type=spot"
-    spot_notice_s: int = Field(120, ge=15, description="Seconds between the notice and the end of a spot node.")
+    spot_notice_s: int = Field(
+        120, ge=15, description="Seconds between the notice and the end of a spot node."
+    )
     queue: Name = "dist-ft"
     secret: Name = "dist-ft-secrets"
     token_secret: Name | None = None
@@ -89,15 +97,19 @@ def parse(given: Mapping[str, object], more: Sequence[str] = ()) -> Options:
     for pair in more:
         name, sign, value = pair.partition("=")
         if not sign or name not in Options.model_fields:
-            problems.append(f"--set={pair}: no such option; allowed: NAME=VALUE with one of "
-                            f"{', '.join(Options.model_fields)}; correct it")
+            problems.append(
+                f"--set={pair}: no such option; allowed: NAME=VALUE with one of "
+                f"{', '.join(Options.model_fields)}; correct it"
+            )
         else:
             values[name] = tuple(value.split(",")) if name == "node_selector" else value
     try:
         options = Options.model_validate(values)
     except ValidationError as error:
         for one in error.errors():
-            problems.append(f"{one['loc'][0]}={one['input']}: {one['msg'].removeprefix('Value error, ')}; correct it")
+            problems.append(
+                f"{one['loc'][0]}={one['input']}: {one['msg'].removeprefix('Value error, ')}; correct it"
+            )
     if problems:
         raise ConfigError(problems, "k8s render")
     return options

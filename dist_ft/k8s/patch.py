@@ -44,7 +44,9 @@ class Part:
 
 def applied(objects: Sequence[Json], part: Part) -> list[Json]:
     """Return `objects` with `part` applied; they themselves stay as they are."""
-    changed = json.loads(json.dumps(list(objects)))  # not deepcopy, which keeps what two objects share
+    changed = json.loads(
+        json.dumps(list(objects))
+    )  # not deepcopy, which keeps what two objects share
     for patch in part.patches:
         for document in changed:
             if document["kind"] == patch.kind and patch.name in ("", document["metadata"]["name"]):

@@ -31,7 +31,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style="|" if "\n" in value else None
+    )
 
 
 _Dumper.add_representer(str, _text)
@@ -42,8 +44,9 @@ def as_yaml(documents: Sequence[Json]) -> str:
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118)
 
 
-def rendered(config: RunConfig, options: Options, overlay: str = "", components: Sequence[str] = ()
-             ) -> dict[str, list[Json]]:
+def rendered(
+    config: RunConfig, options: Options, overlay: str = "", components: Sequence[str] = ()
+) -> dict[str, list[Json]]:
     """Return the objects of a run by file, with an overlay and components applied; raises ConfigError.
 
     Args:
@@ -63,8 +66,11 @@ def rendered(config: RunConfig, options: Options, overlay: str = "", components:
 
 
 def _known(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
-    wrong = [f"{option}={name}: no such one; allowed: {', '.join(allowed)}; correct it"
-             for name in names if name not in allowed]
+    wrong = [
+        f"{option}={name}: no such one; allowed: {', '.join(allowed)}; correct it"
+        for name in names
+        if name not in allowed
+    ]
     if wrong:
         raise ConfigError(wrong, "k8s render")
 
@@ -75,21 +81,31 @@ def tree(config: RunConfig, options: Options) -> dict[str, str]:
     made = parts(config, options, sizing(config, options))
     texts = folder(files, "base/")
     for name in COMPONENTS:
-        texts[f"components/{name}/kustomization.yaml"] = _about(made[name]) + as_yaml([{
-            "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", **_changes(made[name])}])
+        texts[f"components/{name}/kustomization.yaml"] = _about(made[name]) + as_yaml(
+            [
+                {
+                    "apiVersion": "kustomize.config.k8s.io/v1alpha1",
+                    "kind": "Component",
+                    **_changes(made[name]),
+                }
+            ]
+        )
     for name, (taken, own) in OVERLAYS.items():
         head: Json = {"resources": ["../../base"]}
         if taken:
             head["components"] = [f"../../components/{component}" for component in taken]
-        texts[f"overlays/{name}/kustomization.yaml"] = _about(made[own]) + as_yaml([_kustomization(
-            head | _changes(made[own]))])
+        texts[f"overlays/{name}/kustomization.yaml"] = _about(made[own]) + as_yaml(
+            [_kustomization(head | _changes(made[own]))]
+        )
     return texts
 
 
 def folder(files: Mapping[str, Sequence[Json]], below: str = "") -> dict[str, str]:
     """Return the texts of a folder of manifests, with a kustomization that lists them."""
     texts = {f"{below}{name}": MADE + as_yaml(documents) for name, documents in files.items()}
-    texts[f"{below}kustomization.yaml"] = MADE + as_yaml([_kustomization({"resources": list(files)})])
+    texts[f"{below}kustomization.yaml"] = MADE + as_yaml(
+        [_kustomization({"resources": list(files)})]
+    )
     return texts
 
 
@@ -105,8 +121,12 @@ def _changes(part: Part) -> Json:
     """Return a part as kustomize says it."""
     changes: Json = {"namespace": part.namespace} if part.namespace else {}
     changes["patches"] = [
-        {"target": {"kind": patch.kind, **({"name": patch.name} if patch.name else {})},
-         "patch": as_yaml([list(patch.ops)])} for patch in part.patches]  # type: ignore[list-item]
+        {
+            "target": {"kind": patch.kind, **({"name": patch.name} if patch.name else {})},
+            "patch": as_yaml([list(patch.ops)]),
+        }
+        for patch in part.patches
+    ]  # type: ignore[list-item]
     return changes
 
 
@@ -118,5 +138,6 @@ def write(texts: Mapping[str, str], out: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError([f"{out}: can not be written ({error.strerror}); give another folder"],
-                          "k8s render") from error
+        raise ConfigError(
+            [f"{out}: can not be written ({error.strerror}); give another folder"], "k8s render"
+        ) from error

@@ -11,8 +11,17 @@ from typing import Any
 from dist_ft.k8s.documents import at
 
 Problem = tuple[str, str]
-VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
-           "image"}
+VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+    "image",
+}
 PROFILES = ("RuntimeDefault", "Localhost")
 
 
@@ -24,20 +33,33 @@ def pod_problems(template: dict[str, Any], path: str, locked: bool = False) -> I
             yield f"{path}.{field}", "refused by the restricted pod standard; leave it out"
     for index, volume in enumerate(at(spec, "volumes", default=[])):
         for kind in sorted(set(volume) - {"name"} - VOLUMES):
-            yield f"{path}.volumes[{index}].{kind}", ("refused by the restricted pod standard; allowed: "
-                                                      f"{', '.join(sorted(VOLUMES))}; take one of these")
+            yield (
+                f"{path}.volumes[{index}].{kind}",
+                (
+                    "refused by the restricted pod standard; allowed: "
+                    f"{', '.join(sorted(VOLUMES))}; take one of these"
+                ),
+            )
     for kind in ("initContainers", "containers"):
         for index, container in enumerate(at(spec, kind, default=[])):
             here = f"{path}.{kind}[{index}]"
-            yield from security_problems(at(container, "securityContext", default={}), f"{here}.securityContext",
-                                         at(spec, "securityContext", default={}), locked)
+            yield from security_problems(
+                at(container, "securityContext", default={}),
+                f"{here}.securityContext",
+                at(spec, "securityContext", default={}),
+                locked,
+            )
             for number, port in enumerate(at(container, "ports", default=[])):
                 if at(port, "hostPort", default=0):
-                    yield f"{here}.ports[{number}].hostPort", "refused by the restricted pod standard; leave it out"
+                    yield (
+                        f"{here}.ports[{number}].hostPort",
+                        "refused by the restricted pod standard; leave it out",
+                    )
 
 
-def security_problems(context: dict[str, Any], path: str, pod: dict[str, Any],
-                      locked: bool = False) -> Iterator[Problem]:
+def security_problems(
+    context: dict[str, Any], path: str, pod: dict[str, Any], locked: bool = False
+) -> Iterator[Problem]:
     """Yield what is wrong with a container's securityContext; some of it may stand in that of its pod, `pod`."""
     refused = "by the restricted pod standard"
     if at(context, "allowPrivilegeEscalation", default=True):
@@ -56,6 +78,12 @@ def security_problems(context: dict[str, Any], path: str, pod: dict[str, Any],
     allowed = {"NET_BIND_SERVICE", *(["IPC_LOCK"] if locked else [])}
     for name in at(context, "capabilities", "add", default=[]):
         if name not in allowed:
-            yield f"{path}.capabilities.add", (f"{name} is refused {refused}; leave it out" if name != "IPC_LOCK" else
-                                               "IPC_LOCK goes with an RDMA device in a namespace of its own only; see "
-                                               "k8s/components/rdma")
+            yield (
+                f"{path}.capabilities.add",
+                (
+                    f"{name} is refused {refused}; leave it out"
+                    if name != "IPC_LOCK"
+                    else "IPC_LOCK goes with an RDMA device in a namespace of its own only; see "
+                    "k8s/components/rdma"
+                ),
+            )

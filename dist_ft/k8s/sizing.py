@@ -97,17 +97,29 @@ def sizing(config: RunConfig, options: Options) -> Sizing:
     problems = _uneven(config, per_pod)
     if problems:
         raise ConfigError(problems, f"run {config.run.name} on Kubernetes")
-    share = _state_bytes(config) * parameters / config.min_workers  # of one worker, when there are fewest
+    share = (
+        _state_bytes(config) * parameters / config.min_workers
+    )  # of one worker, when there are fewest
     save_s = math.ceil(share / (options.storage_mb_s * 1e6))
     drain_s = math.ceil((save_s + NOTICED_S) / 10) * 10
     shared = _shared(config, per_pod, share)
     ray_cpus = math.ceil(per_pod * cluster.cpus_per_worker)
     return Sizing(
-        workers_per_pod=per_pod, min_pods=math.ceil(config.min_workers / per_pod),
-        max_pods=config.max_workers // per_pod, gpus_per_pod=per_pod * cluster.gpus_per_worker,
-        cpus_per_pod=ray_cpus + 1, ray_cpus=ray_cpus, memory=_memory(config, per_pod, share, parameters, shared),
-        shared=shared, disk=_disk(config, parameters), parameters=parameters, by_name=not options.parameters,
-        save_s=save_s, drain_s=drain_s, grace_s=drain_s + LEAVING_S)
+        workers_per_pod=per_pod,
+        min_pods=math.ceil(config.min_workers / per_pod),
+        max_pods=config.max_workers // per_pod,
+        gpus_per_pod=per_pod * cluster.gpus_per_worker,
+        cpus_per_pod=ray_cpus + 1,
+        ray_cpus=ray_cpus,
+        memory=_memory(config, per_pod, share, parameters, shared),
+        shared=shared,
+        disk=_disk(config, parameters),
+        parameters=parameters,
+        by_name=not options.parameters,
+        save_s=save_s,
+        drain_s=drain_s,
+        grace_s=drain_s + LEAVING_S,
+    )
 
 
 def num_parameters(config: RunConfig, options: Options) -> float:
@@ -117,9 +129,13 @@ def num_parameters(config: RunConfig, options: Options) -> float:
     name = config.model.path.rstrip("/").rsplit("/", 1)[-1]
     found = re.findall(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BMbm])(?![A-Za-z0-9])", name)
     if not found:
-        raise ConfigError([f"model.path={config.model.path}: its name does not say how large it is, and memory and "
-                           "grace periods follow from that; give --model-config FILE, or --parameters such as 8e9"],
-                          f"run {config.run.name} on Kubernetes")
+        raise ConfigError(
+            [
+                f"model.path={config.model.path}: its name does not say how large it is, and memory and "
+                "grace periods follow from that; give --model-config FILE, or --parameters such as 8e9"
+            ],
+            f"run {config.run.name} on Kubernetes",
+        )
     times, number, unit = found[-1]
     return int(times or 1) * float(number) * (1e9 if unit in "Bb" else 1e6) * NAME_MARGIN
 
@@ -130,8 +146,10 @@ def _uneven(config: RunConfig, per_pod: int) -> list[str]:
     if not idle:
         return []
     fit = ", ".join(str(n) for n in range(1, per_pod) if config.max_workers % n == 0)
-    return [f"cluster.workers={config.max_workers}: with {per_pod} workers a node, {idle} places of the last one would "
-            f"be paid for and idle; take a multiple of {per_pod}, or --workers-per-node of {fit}"]
+    return [
+        f"cluster.workers={config.max_workers}: with {per_pod} workers a node, {idle} places of the last one would "
+        f"be paid for and idle; take a multiple of {per_pod}, or --workers-per-node of {fit}"
+    ]
 
 
 def _state_bytes(config: RunConfig) -> int:
@@ -148,12 +166,15 @@ def _shared(config: RunConfig, per_pod: int, share: float) -> dict[str, int]:
     """Return bytes of /dev/shm by part."""
     parts = {"object store": OBJECT_STORE_BYTES, "collectives": per_pod * SHM_WORKER_BYTES}
     if config.checkpoint.node_folder.startswith("/dev/shm"):
-        parts["checkpoints in memory"] = math.ceil(2 * per_pod * share)  # one that stands, one being written
+        parts["checkpoints in memory"] = math.ceil(
+            2 * per_pod * share
+        )  # one that stands, one being written
     return parts
 
 
-def _memory(config: RunConfig, per_pod: int, share: float, parameters: float,
-            shared: Mapping[str, int]) -> dict[str, int]:
+def _memory(
+    config: RunConfig, per_pod: int, share: float, parameters: float, shared: Mapping[str, int]
+) -> dict[str, int]:
     """Return bytes of a pod's memory by part."""
     zero, size = config.zero, 4 if config.model.dtype == "float32" else 2
     parts = {"processes": per_pod * PROCESS_BYTES}
@@ -162,7 +183,9 @@ def _memory(config: RunConfig, per_pod: int, share: float, parameters: float,
     if _saves_in_memory(config):
         parts["a save under way"] = math.ceil(per_pod * share)
     if zero.offload_optimizer == "cpu":  # and gradients in float32, on their way there
-        parts["optimizer offload"] = math.ceil(per_pod * (share + 4 * parameters / config.min_workers))
+        parts["optimizer offload"] = math.ceil(
+            per_pod * (share + 4 * parameters / config.min_workers)
+        )
     if zero.offload_param == "cpu":
         parts["weights offload"] = math.ceil(per_pod * size * parameters / config.min_workers)
     if zero.stage < 3:  # each worker reads the whole model before it goes to the GPU
@@ -172,8 +195,11 @@ def _memory(config: RunConfig, per_pod: int, share: float, parameters: float,
 
 def _disk(config: RunConfig, parameters: float) -> dict[str, int]:
     """Return bytes of a pod's local disk by part."""
-    return {"model": math.ceil(4 * parameters), "tokenised data": math.ceil(config.data.cache_gib * GIB),
-            "logs and room": DISK_BYTES}
+    return {
+        "model": math.ceil(4 * parameters),
+        "tokenised data": math.ceil(config.data.cache_gib * GIB),
+        "logs and room": DISK_BYTES,
+    }
 
 
 def _gib(parts: Mapping[str, int]) -> int:
@@ -184,13 +210,38 @@ def described(sizes: Sizing) -> list[tuple[str, str]]:
     """Return (name, arithmetic) rows for a person."""
     pods = f"{sizes.min_pods}..{sizes.max_pods}" if sizes.elastic else str(sizes.max_pods)
     unit = "GPUs" if sizes.gpus_per_pod else "workers"
-    rows = [("pods", f"{pods} × {sizes.workers_per_pod} {unit} = up to {sizes.max_pods * sizes.workers_per_pod}")]
-    for name, parts, total in (("memory", sizes.memory, sizes.memory_gib), ("/dev/shm", sizes.shared, sizes.shared_gib),
-                               ("disk", sizes.disk, sizes.disk_gib)):
-        rows.append((name, f"{total} GiB a pod = " + " + ".join(
-            f"{part} {size / GIB:.1f}" for part, size in parts.items())))
-    return [*rows, ("grace", f"{sizes.grace_s} s = save {sizes.save_s} + notice {NOTICED_S}, rounded up: drain "
-                             f"{sizes.drain_s}, + leaving {LEAVING_S}"),
-            ("parameters", f"{sizes.parameters / 1e9:.2f} G " + (
-                "(by the model's name, and a tenth more; --model-config FILE counts them)" if sizes.by_name
-                else "(counted or told)"))]
+    rows = [
+        (
+            "pods",
+            f"{pods} × {sizes.workers_per_pod} {unit} = up to {sizes.max_pods * sizes.workers_per_pod}",
+        )
+    ]
+    for name, parts, total in (
+        ("memory", sizes.memory, sizes.memory_gib),
+        ("/dev/shm", sizes.shared, sizes.shared_gib),
+        ("disk", sizes.disk, sizes.disk_gib),
+    ):
+        rows.append(
+            (
+                name,
+                f"{total} GiB a pod = "
+                + " + ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items()),
+            )
+        )
+    return [
+        *rows,
+        (
+            "grace",
+            f"{sizes.grace_s} s = save {sizes.save_s} + notice {NOTICED_S}, rounded up: drain "
+            f"{sizes.drain_s}, + leaving {LEAVING_S}",
+        ),
+        (
+            "parameters",
+            f"{sizes.parameters / 1e9:.2f} G "
+            + (
+                "(by the model's name, and a tenth more; --model-config FILE counts them)"
+                if sizes.by_name
+                else "(counted or told)"
+            ),
+        ),
+    ]

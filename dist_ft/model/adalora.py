@@ -48,10 +48,15 @@ class RankSchedule(nn.Module):
             allocator.ipt[name] = torch.zeros_like(parameter)
             allocator.exp_avg_ipt[name] = self.get_buffer(f"sensitivity_{index}")
             allocator.exp_avg_unc[name] = self.get_buffer(f"uncertainty_{index}")
-        config.rank_pattern = {name: self.get_buffer(f"kept_{index}").bool().tolist()
-                               for index, name in enumerate(weights) if ".lora_E." in name}
+        config.rank_pattern = {
+            name: self.get_buffer(f"kept_{index}").bool().tolist()
+            for index, name in enumerate(weights)
+            if ".lora_E." in name
+        }
         if step == end:
-            allocator.update_ipt(tuner.model)  # peft leaves the last gradient out, and forgets what it knew
+            allocator.update_ipt(
+                tuner.model
+            )  # peft leaves the last gradient out, and forgets what it knew
             pattern = allocator.mask_to_budget(tuner.model, allocator.target_bgt)
             config.rank_pattern = pattern
         else:

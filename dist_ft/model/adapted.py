@@ -35,8 +35,13 @@ def about(folder: str) -> dict[str, Any] | None:
     return found if "tuning" in found else None
 
 
-def save(model: PreTrainedModel, around: Any, section: TuningSection, base: tuple[str, str | None], folder: Path
-         ) -> None:
+def save(
+    model: PreTrainedModel,
+    around: Any,
+    section: TuningSection,
+    base: tuple[str, str | None],
+    folder: Path,
+) -> None:
     """Write what learned in `model` to `folder`; `around`: peft's model around it, or None; `base`: path, revision.
 
     Raises CheckpointError for weights peft has no way to keep beside an adapter.
@@ -47,7 +52,11 @@ def save(model: PreTrainedModel, around: Any, section: TuningSection, base: tupl
     besides = _besides(model, section)
     state = {name: parameter.detach() for name, parameter in besides.items()}
     if section.method == "bottleneck":
-        state |= {name: found.detach() for name, found in model.named_parameters() if tuning.is_added(name)}
+        state |= {
+            name: found.detach()
+            for name, found in model.named_parameters()
+            if tuning.is_added(name)
+        }
     else:
         from peft.utils import get_peft_model_state_dict
 
@@ -58,28 +67,43 @@ def save(model: PreTrainedModel, around: Any, section: TuningSection, base: tupl
             config, state["prompt_embeddings"] = virtual.config, virtual().detach()
         else:
             config = around.peft_config["default"]
-            state |= get_peft_model_state_dict(around, save_embedding_layers=False)  # to find out, it would ask the hub
+            state |= get_peft_model_state_dict(
+                around, save_embedding_layers=False
+            )  # to find out, it would ask the hub
         config.modules_to_save = sorted({name.rpartition(".")[0] for name in besides}) or None
         config.base_model_name_or_path, config.revision = base
         config.inference_mode = True
         config.save_pretrained(folder)
     model.config.save_pretrained(folder)
-    save_file({name: values.contiguous().clone() for name, values in state.items()}, folder / WEIGHTS)
+    save_file(
+        {name: values.contiguous().clone() for name, values in state.items()}, folder / WEIGHTS
+    )
 
 
 def _besides(model: PreTrainedModel, section: TuningSection) -> dict[str, torch.nn.Parameter]:
     """Return the model's own weights that learned, with the rest of the modules they belong to."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    modules = {name.rpartition(".")[0] for name, found in named.items()
-               if found.requires_grad and not tuning.is_added(name)}
-    found = {name: parameter for name, parameter in named.items() if name.rpartition(".")[0] in modules}
+    modules = {
+        name.rpartition(".")[0]
+        for name, found in named.items()
+        if found.requires_grad and not tuning.is_added(name)
+    }
+    found = {
+        name: parameter for name, parameter in named.items() if name.rpartition(".")[0] in modules
+    }
     for name, parameter in found.items():
         shared = [other for other, there in named.items() if there is parameter and other != name]
-        if ".base_layer." in name or shared or (section.method != "bottleneck" and _holds_added(model, name)):
+        if (
+            ".base_layer." in name
+            or shared
+            or (section.method != "bottleneck" and _holds_added(model, name))
+        ):
             why = f"it is one matrix with {shared[0]}" if shared else "it has an adapter itself"
-            raise CheckpointError(f"--adapter: {tuning.name_in_files(name)} learned too (tuning.trainable), and peft "
-                                  f"can not keep it beside an adapter, as {why}; allowed for weights that stand alone; "
-                                  "export it without --adapter")
+            raise CheckpointError(
+                f"--adapter: {tuning.name_in_files(name)} learned too (tuning.trainable), and peft "
+                f"can not keep it beside an adapter, as {why}; allowed for weights that stand alone; "
+                "export it without --adapter"
+            )
     return found
 
 
@@ -88,7 +112,9 @@ def _holds_added(model: PreTrainedModel, name: str) -> bool:
     return any(tuning.is_added(inner) for inner, _ in module.named_parameters())
 
 
-def fill(model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSection) -> frozenset[str]:
+def fill(
+    model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSection
+) -> frozenset[str]:
     """Put the adapter in `folder` into the `model` it belongs to, merged where it can be; return what it filled.
 
     Args:
@@ -103,13 +129,22 @@ def fill(model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSe
     section = TuningSection.model_validate(said["tuning"])
     if section.method in PROMPTS:  # the vectors were kept, and not the network that made them
         kind = "prefix_tuning" if section.method == "prefix_tuning" else "prompt_tuning"
-        section = TuningSection.model_validate({"method": kind, "prompt": {
-            "tokens": section.prompt.tokens, **({} if kind == "prefix_tuning" else {"init": "random"})}})
+        section = TuningSection.model_validate(
+            {
+                "method": kind,
+                "prompt": {
+                    "tokens": section.prompt.tokens,
+                    **({} if kind == "prefix_tuning" else {"init": "random"}),
+                },
+            }
+        )
     section = section.model_copy(update={"trainable": (), "frozen": ()})
     around = tuning.apply(model, section, 0, task)
     state = load_file(Path(folder) / WEIGHTS)
     named = dict(model.named_parameters())
-    own = {name: state.pop(key) for key in list(state) if (name := _own_name(key, named)) is not None}
+    own = {
+        name: state.pop(key) for key in list(state) if (name := _own_name(key, named)) is not None
+    }
     with torch.no_grad():
         for name, values in own.items():
             named[name].copy_(values)
@@ -122,8 +157,10 @@ def fill(model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSe
             state = {name: state[name] for name in state if name in left}
             tuning.merge(model)
     if state:
-        raise ModelError(f"model.path={folder}: {min(state)} has no place in the model the adapter belongs to; the "
-                         "model it was trained with is needed; see base_model_name_or_path in adapter_config.json")
+        raise ModelError(
+            f"model.path={folder}: {min(state)} has no place in the model the adapter belongs to; the "
+            "model it was trained with is needed; see base_model_name_or_path in adapter_config.json"
+        )
     return frozenset(own)
 
 
@@ -135,16 +172,24 @@ def _own_name(key: str, named: dict[str, Any]) -> str | None:
     return None
 
 
-def compare(model: PreTrainedModel, empty: PreTrainedModel, section: TuningSection, task: TaskSection, folder: Path
-            ) -> None:
+def compare(
+    model: PreTrainedModel,
+    empty: PreTrainedModel,
+    section: TuningSection,
+    task: TaskSection,
+    folder: Path,
+) -> None:
     """Raise CheckpointError unless the adapter read from `folder` gives the logits of `model`.
 
     `empty` is a model of the same shape with arbitrary weights; those that did not learn are taken from `model`. What
     learned comes from the folder, by `peft` where it knows the method.
     """
     learned = {tuning.name_in_files(name) for name in _besides(model, section)}
-    values = {tuning.name_in_files(name): found for name, found in model.state_dict().items()
-              if not tuning.is_added(name)}
+    values = {
+        tuning.name_in_files(name): found
+        for name, found in model.state_dict().items()
+        if not tuning.is_added(name)
+    }
     with torch.no_grad():
         for name, parameter in empty.named_parameters():
             parameter.zero_() if name in learned else parameter.copy_(values[name])
@@ -159,10 +204,16 @@ def compare(model: PreTrainedModel, empty: PreTrainedModel, section: TuningSecti
 
             twin = PeftModel.from_pretrained(empty, str(folder))
         want, got = _told(model, task, prompts.of(model)), _told(twin.eval(), task, None)
-    worst = (want - got).abs().max().item() / want.abs().max().item() if want.shape == got.shape else float("inf")
+    worst = (
+        (want - got).abs().max().item() / want.abs().max().item()
+        if want.shape == got.shape
+        else float("inf")
+    )
     if not worst <= SAME:
-        raise CheckpointError(f"{folder}: read again the adapter does not give the same logits (relative difference "
-                              f"{worst:.1e}); nothing was exported")
+        raise CheckpointError(
+            f"{folder}: read again the adapter does not give the same logits (relative difference "
+            f"{worst:.1e}); nothing was exported"
+        )
 
 
 def _told(model: Any, task: TaskSection, virtual: prompts.VirtualTokens | None) -> torch.Tensor:

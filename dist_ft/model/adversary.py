@@ -40,10 +40,16 @@ class Adversary:
 
     @staticmethod
     def _embedding(model: Any) -> torch.nn.Module:
-        return (model.get_encoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
+        return (
+            model.get_encoder() if model.config.is_encoder_decoder else model
+        ).get_input_embeddings()
 
-    def learn(self, forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor, float, bool], None],
-              ask: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def learn(
+        self,
+        forward: Callable[[], torch.Tensor],
+        backward: Callable[[torch.Tensor, float, bool], None],
+        ask: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
         """Do all passes of a lane; return the loss () of the batch as it is.
 
         Args:
@@ -52,7 +58,9 @@ class Adversary:
             ask: as `forward`, for a pass after which only the gradient at the embeddings is asked for.
         """
         section = self._section
-        steps, size = (1, section.epsilon) if section.method == "fgm" else (section.steps, section.step_size)
+        steps, size = (
+            (1, section.epsilon) if section.method == "fgm" else (section.steps, section.step_size)
+        )
         self._active, self._moves = True, []
         try:
             self._begin()
@@ -73,7 +81,9 @@ class Adversary:
     def _begin(self) -> None:
         self._gradients, self._seen, self._sizes = [], [], []
 
-    def _watch(self, _embedding: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def _watch(
+        self, _embedding: torch.nn.Module, _args: Any, output: torch.Tensor
+    ) -> torch.Tensor | None:
         """Move embeddings (B, T, H) as found so far, and take note of the gradient there; a forward hook."""
         if not self._active:
             return None
@@ -90,19 +100,33 @@ class Adversary:
     def _move(self, step_size: float) -> None:
         """Go `step_size` along the gradient of each sample, and back to within epsilon of where it was."""
         if not self._gradients or any(gradient is None for gradient in self._gradients):
-            raise ModelError(f"tuning.adversarial.method={self._section.method}: the loss of this model has no "
-                             "gradient at its input embeddings; models that embed tokens by get_input_embeddings() "
-                             "are allowed; use method none, or another model")
-        steps = [along(gradient.float(), sizes, step_size)
-                 for gradient, sizes in zip(self._gradients, self._sizes, strict=True) if gradient is not None]
-        ends = [move + step for move, step in zip(self._moves, steps, strict=True)] if self._moves else steps
-        self._moves = [within(end, sizes, self._section.epsilon) for end, sizes in zip(ends, self._sizes, strict=True)]
+            raise ModelError(
+                f"tuning.adversarial.method={self._section.method}: the loss of this model has no "
+                "gradient at its input embeddings; models that embed tokens by get_input_embeddings() "
+                "are allowed; use method none, or another model"
+            )
+        steps = [
+            along(gradient.float(), sizes, step_size)
+            for gradient, sizes in zip(self._gradients, self._sizes, strict=True)
+            if gradient is not None
+        ]
+        ends = (
+            [move + step for move, step in zip(self._moves, steps, strict=True)]
+            if self._moves
+            else steps
+        )
+        self._moves = [
+            within(end, sizes, self._section.epsilon)
+            for end, sizes in zip(ends, self._sizes, strict=True)
+        ]
 
 
 def norms(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Return at each place of `values` (B, T, H) the L2 norm of its sample, (B, T, 1); `sizes` (N,) tile B*T."""
     squares = values.square().sum(-1).reshape(-1)
-    of_samples = torch.segment_reduce(squares, "sum", lengths=sizes).sqrt()  # in order: the same to the last bit
+    of_samples = torch.segment_reduce(
+        squares, "sum", lengths=sizes
+    ).sqrt()  # in order: the same to the last bit
     return torch.repeat_interleave(of_samples, sizes).reshape(*values.shape[:2], 1)
 
 
@@ -116,8 +140,12 @@ def within(move: torch.Tensor, sizes: torch.Tensor, epsilon: float) -> torch.Ten
     return move * (epsilon / norms(move, sizes).clamp(min=SMALLEST)).clamp(max=1.0)
 
 
-def learn_lane(adversary: Adversary | None, forward: Callable[[], torch.Tensor],
-               backward: Callable[[torch.Tensor, float, bool], None], ask: Callable[[], torch.Tensor]) -> torch.Tensor:
+def learn_lane(
+    adversary: Adversary | None,
+    forward: Callable[[], torch.Tensor],
+    backward: Callable[[torch.Tensor, float, bool], None],
+    ask: Callable[[], torch.Tensor],
+) -> torch.Tensor:
     """Learn from a lane, with an adversary or without; return its loss (), detached. See `Adversary.learn`."""
     if adversary is not None:
         return adversary.learn(forward, backward, ask).detach()

@@ -20,8 +20,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "bottleneck"
-LAST = ("o_proj", "out_proj", "attn.c_proj", "attention.output.dense", "attention.dense", "out_lin", "SelfAttention.o",
-        "EncDecAttention.o", "down_proj", "mlp.c_proj", "output.dense", "fc2", "dense_4h_to_h", "fc_out", "lin2", "wo")
+LAST = (
+    "o_proj",
+    "out_proj",
+    "attn.c_proj",
+    "attention.output.dense",
+    "attention.dense",
+    "out_lin",
+    "SelfAttention.o",
+    "EncDecAttention.o",
+    "down_proj",
+    "mlp.c_proj",
+    "output.dense",
+    "fc2",
+    "dense_4h_to_h",
+    "fc_out",
+    "lin2",
+    "wo",
+)
 """What models call the last linear layer of an attention or feed-forward block."""
 STD = 0.02
 
@@ -33,7 +49,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.down = nn.Linear(width, section.size, dtype=dtype)
         self.up = nn.Linear(section.size, width, dtype=dtype)
-        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}[section.activation]()
+        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}[
+            section.activation
+        ]()
         self.dropout = nn.Dropout(section.dropout)
         nn.init.normal_(self.down.weight, std=STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
@@ -52,11 +70,17 @@ def install(model: PreTrainedModel, section: BottleneckSection, seed: int) -> No
     layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
     wanted = LAST if section.targets == ("auto",) else section.targets
     found = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in wanted}
-    absent = [] if section.targets == ("auto",) and any(found.values()) else [end for end in wanted if not found[end]]
+    absent = (
+        []
+        if section.targets == ("auto",) and any(found.values())
+        else [end for end in wanted if not found[end]]
+    )
     if absent:
-        raise ModelError(f"tuning.bottleneck.targets={list(section.targets)}: no linear layer is called "
-                         f"{'by a name it knows' if absent == list(LAST) else absent[0]}; there are "
-                         f"{', '.join(linear_layers(model))}; name some of them")
+        raise ModelError(
+            f"tuning.bottleneck.targets={list(section.targets)}: no linear layer is called "
+            f"{'by a name it knows' if absent == list(LAST) else absent[0]}; there are "
+            f"{', '.join(linear_layers(model))}; name some of them"
+        )
     chosen = {name for names in found.values() for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -28,26 +28,33 @@ from dist_ft.model.packed_attention import by_sample, lengths_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
     """Return what `CausalLM.forward` takes, tensors on `device`; what it must know is found on the host, unsynced."""
     targets = torch.from_numpy(batch.target_ids).reshape(-1)
     keep = torch.nonzero(targets != IGNORED).reshape(-1)
     if len(keep) == 0:
-        keep = torch.zeros(1, dtype=torch.long)  # one ignored position: weight zero, and every rank has a backward
+        keep = torch.zeros(
+            1, dtype=torch.long
+        )  # one ignored position: weight zero, and every rank has a backward
     tensors = {
         "input_ids": torch.from_numpy(batch.input_ids),
         "position_ids": torch.from_numpy(batch.position_ids),
         "positions": keep,
         "targets": targets[keep],
     }
-    return {**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
-            "lengths": lengths_of(batch.position_ids)}
+    return {
+        **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+        "lengths": lengths_of(batch.position_ids),
+    }
 
 
 class CausalLM(Learner):
     """A transformers causal model whose forward returns the summed loss of a batch."""
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, label_smoothing: float = 0.0, neftune_alpha: float = 0.0
+    ) -> None:
         """Wrap `model`; smoothing and noise (see `TuningSection`) are for training, `eval` leaves them out."""
         super().__init__(model, neftune_alpha)
         self._smoothing = label_smoothing
@@ -58,8 +65,10 @@ class CausalLM(Learner):
         self._flatten = str(model.config._attn_implementation).startswith("flash")
         head = model.get_output_embeddings()
         if head is None:
-            raise ModelError(f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
-                             "with; causal language models are allowed; choose another model")
+            raise ModelError(
+                f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
+                "with; causal language models are allowed; choose another model"
+            )
         head.register_forward_pre_hook(self._select)
         self._chunked = type(head) is nn.Linear and head.bias is None
         self._checked = False
@@ -83,7 +92,9 @@ class CausalLM(Learner):
     def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
         if self._lengths is None:
             return None
-        sizes = torch.tensor([size for row in self._lengths for size in row], device=self.model.device)
+        sizes = torch.tensor(
+            [size for row in self._lengths for size in row], device=self.model.device
+        )
         return torch.repeat_interleave(sizes, sizes).reshape(shape[:2])
 
     @override
@@ -92,8 +103,14 @@ class CausalLM(Learner):
             return super().sample_lengths(shape)
         return torch.tensor([size for row in self._lengths for size in row])
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
-                targets: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        lengths: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
         """Return the loss summed over targets, float32 ().
 
         Args:
@@ -107,12 +124,19 @@ class CausalLM(Learner):
         self._lengths = lengths
         try:
             with self._samples.told(lengths) if self._samples is not None else nullcontext():
-                return self.penalised(self._loss(input_ids, position_ids, positions, targets), targets)
+                return self.penalised(
+                    self._loss(input_ids, position_ids, positions, targets), targets
+                )
         finally:
             self._lengths = None
 
-    def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
-              targets: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
         if self._flatten:  # flash attention finds packed samples in one flat row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         if self._chunked:
@@ -122,16 +146,27 @@ class CausalLM(Learner):
             if self._chunked:
                 return loss
         logits = self._run(input_ids, position_ids, positions, None)
-        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets,
-                                           ignore_index=IGNORED, reduction="sum",
-                                           label_smoothing=self._smoothing if self.training else 0.0)
+        return nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(),
+            targets,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self._smoothing if self.training else 0.0,
+        )
 
-    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
-             targets: torch.Tensor | None) -> torch.Tensor:
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Return what the model calls logits: logits, or with `targets` loss and 1.0, (1, 1, 2), in their place."""
         self._positions, self._targets = positions, targets
         try:
-            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            ).logits
         finally:
             self._positions = self._targets = None
 
@@ -142,6 +177,10 @@ class CausalLM(Learner):
         """
         if self._targets is None:
             return self._plain_head(hidden)
-        loss = head_loss(hidden.reshape(-1, hidden.shape[-1]), head.weight, self._targets,
-                         self._smoothing if self.training else 0.0)
+        loss = head_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight,
+            self._targets,
+            self._smoothing if self.training else 0.0,
+        )
         return torch.stack([loss, torch.ones_like(loss)]).reshape(1, 1, 2)

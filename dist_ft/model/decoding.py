@@ -52,7 +52,10 @@ class Decoder:
     def batches(self, rows: Sequence[Asked]) -> list[list[int]]:
         """Return the numbers of `rows` by batch, those of like length together, longest first."""
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
-        return [order[start:start + self.section.rows] for start in range(0, len(order), self.section.rows)]
+        return [
+            order[start : start + self.section.rows]
+            for start in range(0, len(order), self.section.rows)
+        ]
 
     def make_all(self, model: PreTrainedModel, rows: Sequence[Asked]) -> list[list[list[int]]]:
         """Return, by row and in their order, `num_samples` texts as token ids, without what ended them."""
@@ -62,8 +65,14 @@ class Decoder:
         return [found[number] for number in range(len(rows))]
 
     @torch.no_grad()
-    def make(self, model: PreTrainedModel, rows: Sequence[Asked], synced: bool = False,
-             beat: Callable[[], None] = lambda: None, with_end: bool = False) -> list[list[list[int]]]:
+    def make(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Asked],
+        synced: bool = False,
+        beat: Callable[[], None] = lambda: None,
+        with_end: bool = False,
+    ) -> list[list[list[int]]]:
         """Return the texts of one batch, as `make_all`.
 
         Args:
@@ -78,36 +87,71 @@ class Decoder:
         """
         section, both = self.section, model.config.is_encoder_decoder
         copies = section.num_samples if section.strategy == "sample" else 1
-        rows = [replace(row, draw=draw) for row in rows for draw in range(copies)] if copies > 1 else list(rows)
+        rows = (
+            [replace(row, draw=draw) for row in rows for draw in range(copies)]
+            if copies > 1
+            else list(rows)
+        )
         config = self._config(model)
         virtual = prompts.of(model)
-        self.require_room(model, max(len(row.ids) for row in rows) + (virtual.count if virtual else 0))
+        self.require_room(
+            model, max(len(row.ids) for row in rows) + (virtual.count if virtual else 0)
+        )
         if virtual is not None and virtual.ids:
             if section.repetition_penalty != 1 and not both:
-                raise ConfigError([f"decoding.repetition_penalty={section.repetition_penalty}: virtual tokens (tuning."
-                                   "prompt) are no words; 1 is allowed; remove it"], "decoding")
-            rows = [replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64)) for row in rows]
+                raise ConfigError(
+                    [
+                        f"decoding.repetition_penalty={section.repetition_penalty}: virtual tokens (tuning."
+                        "prompt) are no words; 1 is allowed; remove it"
+                    ],
+                    "decoding",
+                )
+            rows = [
+                replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64))
+                for row in rows
+            ]
         ids, mask = padded([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
         start = 1 if both else ids.shape[1]
         made = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-            logits_processor=self._processors(rows, start, set(config.eos_token_id or ()), both, beat),  # type: ignore
-            synced_gpus=synced)
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=self._processors(
+                rows, start, set(config.eos_token_id or ()), both, beat
+            ),  # type: ignore
+            synced_gpus=synced,
+        )
         stops, texts = set(config.eos_token_id or ()), []  # type: ignore[arg-type]
         for row in made[:, start:].tolist():
-            texts.append(row[:next((at + with_end for at, token in enumerate(row) if token in stops), len(row))])
+            texts.append(
+                row[
+                    : next(
+                        (at + with_end for at, token in enumerate(row) if token in stops), len(row)
+                    )
+                ]
+            )
         each = section.num_samples
-        return [texts[first:first + each] for first in range(0, len(texts), each)]
+        return [texts[first : first + each] for first in range(0, len(texts), each)]
 
     def require_room(self, model: PreTrainedModel, longest: int) -> None:
         """Raise ConfigError if a prompt of `longest` tokens and its text do not fit into the places of `model`."""
-        config, length = model.config.get_text_config(decoder=True), self._config(model).max_new_tokens or 0
-        places = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        config, length = (
+            model.config.get_text_config(decoder=True),
+            self._config(model).max_new_tokens or 0,
+        )
+        places = getattr(config, "max_position_embeddings", None) or getattr(
+            config, "n_positions", None
+        )
         longest = 0 if model.config.is_encoder_decoder else longest
         if isinstance(places, int) and longest + length > places:
-            raise ConfigError([f"decoding.max_new_tokens={length}: the model has {places} places and the longest "
-                               f"prompt {longest} tokens; at most {max(0, places - longest)} are allowed; lower it, or "
-                               "shorten the prompts"], "decoding")
+            raise ConfigError(
+                [
+                    f"decoding.max_new_tokens={length}: the model has {places} places and the longest "
+                    f"prompt {longest} tokens; at most {max(0, places - longest)} are allowed; lower it, or "
+                    "shorten the prompts"
+                ],
+                "decoding",
+            )
 
     def text(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without special ones."""
@@ -128,25 +172,51 @@ class Decoder:
             length = max(map(len, self._choices(stops, both)))
         beams = section.strategy == "beam"
         return GenerationConfig(
-            max_new_tokens=length, do_sample=False, num_beams=section.num_beams if beams else 1,
-            length_penalty=section.length_penalty, early_stopping=section.early_stopping,
-            num_return_sequences=section.num_samples if beams else 1, repetition_penalty=section.repetition_penalty,
-            no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, encoder_repetition_penalty=1.0, min_length=0,
-            min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, eos_token_id=sorted(stops) or None,
-            pad_token_id=next(pad for pad in pads if pad is not None))
+            max_new_tokens=length,
+            do_sample=False,
+            num_beams=section.num_beams if beams else 1,
+            length_penalty=section.length_penalty,
+            early_stopping=section.early_stopping,
+            num_return_sequences=section.num_samples if beams else 1,
+            repetition_penalty=section.repetition_penalty,
+            no_repeat_ngram_size=0,
+            encoder_no_repeat_ngram_size=0,
+            encoder_repetition_penalty=1.0,
+            min_length=0,
+            min_new_tokens=0,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            use_cache=True,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=next(pad for pad in pads if pad is not None),
+        )
 
     def _choices(self, stops: set[int], both: bool) -> list[list[int]]:
         """Return the choices as tokens, each with its end."""
         if not stops:
-            raise ConfigError(["decoding.choices: neither the model nor its tokenizer names a token that ends a text; "
-                               "one is needed; set eos_token in tokenizer_config.json, or remove choices"], "decoding")
-        encoded = [list(self._tokenizer(choice, add_special_tokens=both)["input_ids"])
-                   for choice in self.section.choices]
+            raise ConfigError(
+                [
+                    "decoding.choices: neither the model nor its tokenizer names a token that ends a text; "
+                    "one is needed; set eos_token in tokenizer_config.json, or remove choices"
+                ],
+                "decoding",
+            )
+        encoded = [
+            list(self._tokenizer(choice, add_special_tokens=both)["input_ids"])
+            for choice in self.section.choices
+        ]
         end = self._tokenizer.eos_token_id if self._tokenizer.eos_token_id in stops else min(stops)
         return [ids if ids[-1] in stops else [*ids, end] for ids in encoded]
 
-    def _processors(self, rows: Sequence[Asked], start: int, stops: set[int], both: bool,
-                    beat: Callable[[], None]) -> list[Any]:
+    def _processors(
+        self,
+        rows: Sequence[Asked],
+        start: int,
+        stops: set[int],
+        both: bool,
+        beat: Callable[[], None],
+    ) -> list[Any]:
         """Return what acts on logits after transformers' own processors, in order."""
         from transformers import (
             LogitsProcessorList,
@@ -203,8 +273,10 @@ class _OneOf(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return logits of -inf for all other tokens (transformers' interface)."""
         allowed = torch.full_like(scores, -torch.inf)
-        for row, made in enumerate(input_ids[:, self._start:].tolist()):
-            allowed[row, sorted(self._next.get(tuple(made), self._ends))] = 0  # behind its end a row goes on for others
+        for row, made in enumerate(input_ids[:, self._start :].tolist()):
+            allowed[row, sorted(self._next.get(tuple(made), self._ends))] = (
+                0  # behind its end a row goes on for others
+            )
         return scores + allowed
 
 

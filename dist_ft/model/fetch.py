@@ -40,7 +40,9 @@ def cache_folder(configured: str | None) -> Path:
     return Path(configured or "~/.cache/dist_ft").expanduser()
 
 
-def fetch(path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True) -> str:
+def fetch(
+    path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
+) -> str:
     """Return a local folder with the model at `path`, fetched once a node (others wait on a file lock).
 
     weights: also its weights; without them config, tokenizer and templates are enough.
@@ -50,8 +52,10 @@ def fetch(path: str, revision: str | None = None, cache_dir: str | None = None, 
         if os.path.isdir(local):
             return local
         if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
-            raise ModelError(f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, "
-                             "or a hub name such as org/name")
+            raise ModelError(
+                f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, "
+                "or a hub name such as org/name"
+            )
         return _from_hub(path, revision, cache_folder(cache_dir) / "models", weights)
     return _from_bucket(path, cache_folder(cache_dir) / "models", weights)
 
@@ -67,13 +71,22 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
         store = storage.Store(url)
         there = store.about()
         if "config.json" not in there:
-            raise ModelError(redact(f"model.path={url}: no config.json there; give the folder that save_pretrained "
-                                    "wrote (config.json, *.safetensors, tokenizer files)"))
+            raise ModelError(
+                redact(
+                    f"model.path={url}: no config.json there; give the folder that save_pretrained "
+                    "wrote (config.json, *.safetensors, tokenizer files)"
+                )
+            )
         weights = weights or bool(kept.get("weights"))
         wanted = {name: about for name, about in there.items() if is_wanted(name, weights)}
-        absent = {name for name, about in wanted.items()
-                  if name not in sound or sound[name]["num_bytes"] != about["size"]}
-        found = {name: about for name, about in sound.items() if name in wanted and name not in absent}
+        absent = {
+            name
+            for name, about in wanted.items()
+            if name not in sound or sound[name]["num_bytes"] != about["size"]
+        }
+        found = {
+            name: about for name, about in sound.items() if name in wanted and name not in absent
+        }
         found |= _download(store, folder, {name: wanted[name] for name in absent})
         _write(folder / MARKER, {"weights": weights, "files": found})
     return str(folder)
@@ -84,7 +97,9 @@ def is_wanted(name: str, weights: bool) -> bool:
     return any(Path(name).match(pattern) for pattern in (*WANTED, *([WEIGHTS] if weights else [])))
 
 
-def _download(store: storage.Store, folder: Path, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _download(
+    store: storage.Store, folder: Path, wanted: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Copy files, hold them against what the store says of them, and return what is noted of each."""
     found, left = {}, dict(wanted)
     for _ in range(TRIES):
@@ -96,16 +111,20 @@ def _download(store: storage.Store, folder: Path, wanted: Mapping[str, Mapping[s
         if not left:
             return found
     name = min(left)
-    raise ModelError(f"{store.shown(name)}: what arrives is not what the store says it has ({left[name]['size']} "
-                     f"bytes, checksum {left[name]['version']}); the file there is damaged, or was changed meanwhile; "
-                     "try again, or write it anew")
+    raise ModelError(
+        f"{store.shown(name)}: what arrives is not what the store says it has ({left[name]['size']} "
+        f"bytes, checksum {left[name]['version']}); the file there is damaged, or was changed meanwhile; "
+        "try again, or write it anew"
+    )
 
 
 def _matches(path: Path, about: Mapping[str, Any]) -> bool:
     """Tell whether a file has the length, and the MD5 where the version is one, that the store told."""
     if not path.is_file() or path.stat().st_size != about["size"]:
         return False
-    md5 = _MD5.match(str(about["version"]))  # S3: of an object uploaded in one part and not encrypted by KMS
+    md5 = _MD5.match(
+        str(about["version"])
+    )  # S3: of an object uploaded in one part and not encrypted by KMS
     return md5 is None or _digest(path, hashlib.md5(usedforsecurity=False)) == md5[1]
 
 
@@ -124,17 +143,36 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
             return str(folder)
         weights = weights or bool(kept.get("weights"))
         try:
-            folder = Path(snapshot_download(name, revision=revision, force_download=damaged,
-                                            allow_patterns=[*WANTED, *([WEIGHTS] if weights else [])]))
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    force_download=damaged,
+                    allow_patterns=[*WANTED, *([WEIGHTS] if weights else [])],
+                )
+            )
         except Exception as error:
-            raise ModelError(redact(
-                f"model.path={name}: no folder of that name here, and the hub does not give it "
-                f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give a local folder"
-                )) from error
-        names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-        found = {one: sound[one] if one in sound and str(folder) == kept["folder"] else _noted(folder / one)
-                 for one in names}
-        _write(beside / MARKER, {"weights": weights, "folder": str(folder), "at": time.time(), "files": found})
+            raise ModelError(
+                redact(
+                    f"model.path={name}: no folder of that name here, and the hub does not give it "
+                    f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give a local folder"
+                )
+            ) from error
+        names = (
+            path.relative_to(folder).as_posix()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        )
+        found = {
+            one: sound[one]
+            if one in sound and str(folder) == kept["folder"]
+            else _noted(folder / one)
+            for one in names
+        }
+        _write(
+            beside / MARKER,
+            {"weights": weights, "folder": str(folder), "at": time.time(), "files": found},
+        )
     return str(folder)
 
 
@@ -145,9 +183,16 @@ def _sound(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, An
         path = folder / name
         if not path.is_file() or path.stat().st_size != about["num_bytes"]:
             log.warning("%s: is not what was fetched; it is fetched anew", path)
-        elif path.stat().st_mtime_ns != about["mtime_ns"] and (noted := _noted(path))["xxh3"] != about["xxh3"]:
-            log.warning("%s: is not what was fetched (checksum %s, %s then); it is fetched anew", path, noted["xxh3"],
-                        about["xxh3"])
+        elif (
+            path.stat().st_mtime_ns != about["mtime_ns"]
+            and (noted := _noted(path))["xxh3"] != about["xxh3"]
+        ):
+            log.warning(
+                "%s: is not what was fetched (checksum %s, %s then); it is fetched anew",
+                path,
+                noted["xxh3"],
+                about["xxh3"],
+            )
         else:
             found[name] = dict(about)
     return found
@@ -157,7 +202,11 @@ def _noted(path: Path) -> dict[str, Any]:
     import xxhash
 
     about = path.stat()
-    return {"num_bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "xxh3": _digest(path, xxhash.xxh3_128())}
+    return {
+        "num_bytes": about.st_size,
+        "mtime_ns": about.st_mtime_ns,
+        "xxh3": _digest(path, xxhash.xxh3_128()),
+    }
 
 
 def _digest(path: Path, sum_of: Any) -> str:

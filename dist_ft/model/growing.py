@@ -38,8 +38,10 @@ def grown_labels(own: Sequence[str], wanted: Sequence[str], named: bool) -> tupl
     """
     lost = [label for label in own if label not in wanted]
     if named and lost:
-        raise ModelError(f"task.labels: {lost[0]} is not among them, and the head of model.path has it; a head that "
-                         "grows keeps all its labels (task.grow_head); add it, or leave task.labels empty")
+        raise ModelError(
+            f"task.labels: {lost[0]} is not among them, and the head of model.path has it; a head that "
+            "grows keeps all its labels (task.grow_head); add it, or leave task.labels empty"
+        )
     return (*own, *(label for label in wanted if label not in own))
 
 
@@ -58,7 +60,9 @@ def grow(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     own = own_labels(folder, task)
     if not own or own == task.labels:
         return folder
-    files = sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).iterdir())
+    files = sorted(
+        (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).iterdir()
+    )
     key = json.dumps([str(Path(folder).absolute()), files, task.name, task.labels, seed])
     target = cache / f"grown-{xxhash.xxh3_128_hexdigest(key.encode())}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -88,12 +92,14 @@ def _grow(folder: Path, task: TaskSection, own: Sequence[str], seed: int) -> Non
             held = {name: file.get_tensor(name) for name in file.keys()} if found else {}  # noqa: SIM118
         names -= found
         for name in found:
-            held[name] = _with_rows(name, held[name], task.labels[len(own):], std, seed)
+            held[name] = _with_rows(name, held[name], task.labels[len(own) :], std, seed)
         if found:
             save_file(held, path, metadata=about)
     if names:
-        raise ModelError(f"task.grow_head: {min(names)} of the model's head is not in the files of {folder.name}; the "
-                         "weights of a head are needed to keep it; set task.new_head=true in place of it")
+        raise ModelError(
+            f"task.grow_head: {min(names)} of the model's head is not in the files of {folder.name}; the "
+            "weights of a head are needed to keep it; set task.new_head=true in place of it"
+        )
     config.save_pretrained(folder)
 
 
@@ -112,17 +118,29 @@ def _rows_by_label(config: Any, task: TaskSection, own: Sequence[str]) -> set[st
             model = heads.auto_class(task).from_config(other)
         shapes.append({name: tuple(value.shape) for name, value in model.named_parameters()})
     changed = {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
-    odd = [name for name in changed if shapes[1][name] != (shapes[0][name][0] + 1, *shapes[0][name][1:])]
+    odd = [
+        name
+        for name in changed
+        if shapes[1][name] != (shapes[0][name][0] + 1, *shapes[0][name][1:])
+    ]
     if odd or not changed:
-        raise ModelError(f"task.grow_head: the head of a {config.model_type} model does not have a row for each label"
-                         f"{f' ({odd[0]})' if odd else ''}; heads that do can grow; use task.new_head=true")
+        raise ModelError(
+            f"task.grow_head: the head of a {config.model_type} model does not have a row for each label"
+            f"{f' ({odd[0]})' if odd else ''}; heads that do can grow; use task.new_head=true"
+        )
     return changed
 
 
-def _with_rows(name: str, rows: torch.Tensor, labels: Sequence[str], std: float, seed: int) -> torch.Tensor:
+def _with_rows(
+    name: str, rows: torch.Tensor, labels: Sequence[str], std: float, seed: int
+) -> torch.Tensor:
     """Return the rows (L, ...) of a weight with one more for each of `labels`, in the same number format."""
     import torch
 
-    drawn = [heads.initial(f"{name} {label}" if rows.dim() > 1 else name, (1, *rows.shape[1:]), std, seed)
-             for label in labels]
+    drawn = [
+        heads.initial(
+            f"{name} {label}" if rows.dim() > 1 else name, (1, *rows.shape[1:]), std, seed
+        )
+        for label in labels
+    ]
     return torch.cat([rows, *(row.to(rows.dtype) for row in drawn)]).contiguous()

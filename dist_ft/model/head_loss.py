@@ -17,8 +17,9 @@ CHUNK_BYTES = 2**27
 """Of float32 logits at once: large enough for full-speed matrix products, small beside a model."""
 
 
-def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
-              ) -> torch.Tensor:
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
     """Return the cross-entropy of `hidden @ weight.T` summed over targets, float32 ().
 
     Args:
@@ -34,8 +35,13 @@ class _HeadLoss(torch.autograd.Function):
     """Gradients are those of the sum; backward multiplies them by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float
-                ) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: float,
+    ) -> torch.Tensor:
         want_hidden, want_weight, *_ = ctx.needs_input_grad
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         keep = targets != IGNORED
@@ -65,19 +71,31 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_hidden[part])
                 grad_hidden[part].mul_(mask)
             if want_weight:
-                grad_weight = _add_product(grad_weight, slope, hidden[part] * mask, rows < len(hidden))
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_weight = _add_product(
+                    grad_weight, slope, hidden[part] * mask, rows < len(hidden)
+                )
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
-                None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)), None, None)
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)),
+            None,
+            None,
+        )
 
 
-def _add_product(total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor, more: bool) -> torch.Tensor:
+def _add_product(
+    total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor, more: bool
+) -> torch.Tensor:
     """Return total + slope.T @ hidden; of several products the sum is kept in float32."""
     if total is None:
         product = slope.t() @ hidden

@@ -18,18 +18,42 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CLASSES = {
-    "causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification",
-    "multi_label": "AutoModelForSequenceClassification", "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification", "question_answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM", "masked_lm": "AutoModelForMaskedLM", "embedding": "AutoModel"}
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "multi_label": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+}
 WHAT = {
-    "causal_lm": ("continue text", "causal language models"), "sequence_classification": ("classify texts", ""),
-    "multi_label": ("classify texts", ""), "regression": ("score texts", ""), "token_classification": ("tag words", ""),
-    "question_answering": ("mark answers", ""), "seq2seq": ("make a text from a text", "encoder-decoders"),
-    "masked_lm": ("tell masked tokens", "encoders such as BERT"), "embedding": ("embed texts", "")}
+    "causal_lm": ("continue text", "causal language models"),
+    "sequence_classification": ("classify texts", ""),
+    "multi_label": ("classify texts", ""),
+    "regression": ("score texts", ""),
+    "token_classification": ("tag words", ""),
+    "question_answering": ("mark answers", ""),
+    "seq2seq": ("make a text from a text", "encoder-decoders"),
+    "masked_lm": ("tell masked tokens", "encoders such as BERT"),
+    "embedding": ("embed texts", ""),
+}
 """What a task does, and which models can, where that is a kind of its own."""
-PADDED_PLACES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text",
-                 "ibert", "longformer", "luke", "mpnet", "xmod", "mra")
+PADDED_PLACES = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "xmod",
+    "mra",
+)
 """Types of models whose first place is pad_token_id + 1."""
 HEADED = (*LABELLED, "regression", "question_answering", "masked_lm")
 """Tasks whose head is their own: it always learns."""
@@ -70,15 +94,19 @@ def too_long(config: PretrainedConfig, length: int, path: str, virtual: int = 0)
     if longest is None or length + virtual <= longest:
         return None
     more = f" with the {virtual} of tuning.prompt.tokens before it" if virtual else ""
-    return (f"batch.sequence_length={length}: longer{more} than the model can take; at most {longest - virtual} "
-            f"(max_position_embeddings of {path}); shorten it, or choose another model")
+    return (
+        f"batch.sequence_length={length}: longer{more} than the model can take; at most {longest - virtual} "
+        f"(max_position_embeddings of {path}); shorten it, or choose another model"
+    )
 
 
 def refusal(config: PretrainedConfig, task: TaskSection) -> str:
     """Return what to say of a model that can not do `task`."""
     what, which = WHAT[task.name]
-    return (f"a {config.model_type} model can not {what}; {which or 'encoders and causal models of usual kinds'} are "
-            f"allowed; choose another model{'' if task.name == 'causal_lm' else ', or another task.name'}")
+    return (
+        f"a {config.model_type} model can not {what}; {which or 'encoders and causal models of usual kinds'} are "
+        f"allowed; choose another model{'' if task.name == 'causal_lm' else ', or another task.name'}"
+    )
 
 
 def _sees_what_follows(config: PretrainedConfig) -> bool:
@@ -88,7 +116,9 @@ def _sees_what_follows(config: PretrainedConfig) -> bool:
     """
     from transformers import AutoModelForMaskedLM
 
-    return type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    return type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
+        config, "is_decoder", False
+    )
 
 
 def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
@@ -97,22 +127,32 @@ def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
     Raises ModelError if the model in `path` has a head of the same kind for other labels.
     """
     if task.name == "question_answering":
-        config.num_labels = 2  # where an answer begins, and where it ends; a folder may have had a head for others
+        config.num_labels = (
+            2  # where an answer begins, and where it ends; a folder may have had a head for others
+        )
     if task.name not in LABELLED and task.name != "regression":
         return
     labels = task.labels if task.name in LABELLED else ("score",)
     own = [label for _, label in sorted((config.id2label or {}).items())]
     kind = CLASSES[task.name].removeprefix("AutoModel")
-    if has_head(config, task) and task.name in LABELLED and own != list(labels) and not task.new_head:
-        raise ModelError(f"task.labels: the model in model.path={path} has a head for {_some(own)}, and the labels are "
-                         f"{_some(labels)}; the same in the same order are allowed; set task.labels so, or "
-                         f"task.new_head=true to begin a new {kind} head")
+    if (
+        has_head(config, task)
+        and task.name in LABELLED
+        and own != list(labels)
+        and not task.new_head
+    ):
+        raise ModelError(
+            f"task.labels: the model in model.path={path} has a head for {_some(own)}, and the labels are "
+            f"{_some(labels)}; the same in the same order are allowed; set task.labels so, or "
+            f"task.new_head=true to begin a new {kind} head"
+        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     if CLASSES[task.name].endswith("SequenceClassification"):
         config.problem_type = {  # type: ignore[assignment]
-            "multi_label": "multi_label_classification", "regression": "regression"}.get(
-            task.name, "single_label_classification")
+            "multi_label": "multi_label_classification",
+            "regression": "regression",
+        }.get(task.name, "single_label_classification")
 
 
 def has_head(config: PretrainedConfig, task: TaskSection) -> bool:
@@ -137,8 +177,13 @@ def may_be_new(name: str, model: PreTrainedModel, task: TaskSection) -> bool:
     return task.name not in ("causal_lm", "seq2seq") and is_head(name, model)
 
 
-def begin(slots: Callable[[], Iterable[Any]], new: Set[str], shapes: Mapping[str, tuple[int, ...]],
-          config: PretrainedConfig, seed: int) -> None:
+def begin(
+    slots: Callable[[], Iterable[Any]],
+    new: Set[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PretrainedConfig,
+    seed: int,
+) -> None:
     """Write the first values of the weights `new` into an engine's slots: each rank the elements it holds.
 
     `slots` iterates over them; `shapes` are those of whole weights. None of them has an adapter: a head learns itself.
@@ -147,7 +192,7 @@ def begin(slots: Callable[[], Iterable[Any]], new: Set[str], shapes: Mapping[str
     for slot in slots() if new else ():
         if slot.name in new and slot.key in ("param", "frozen"):
             whole = initial(slot.name, shapes[slot.name], std, seed).reshape(-1)
-            slot.write(whole[slot.offset:slot.offset + slot.numel])
+            slot.write(whole[slot.offset : slot.offset + slot.numel])
 
 
 def initial(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:

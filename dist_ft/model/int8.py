@@ -26,7 +26,9 @@ def require() -> None:
     import importlib.util
 
     if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(["--int8: needs torchao, which is not installed; pip install 'dist-ft[int8]'"], "export")
+        raise ConfigError(
+            ["--int8: needs torchao, which is not installed; pip install 'dist-ft[int8]'"], "export"
+        )
 
 
 def quantise(source: Path, target: Path, task: TaskSection) -> None:
@@ -44,14 +46,21 @@ def quantise(source: Path, target: Path, task: TaskSection) -> None:
     config = AutoConfig.from_pretrained(source)
     kind, given = heads.auto_class(task), options(config, task)
     dtype = config.dtype or torch.float32
-    model: Any = kind.from_pretrained(source, dtype=dtype, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
-                                      **given).eval()
+    model: Any = kind.from_pretrained(
+        source, dtype=dtype, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), **given
+    ).eval()
     model.save_pretrained(target)
     for item in source.iterdir():
-        if item.is_file() and not (target / item.name).exists() and not item.name.startswith("model"):
+        if (
+            item.is_file()
+            and not (target / item.name).exists()
+            and not item.name.startswith("model")
+        ):
             shutil.copy2(item, target)
     again: Any = kind.from_pretrained(target, dtype=dtype, **given).eval()
     written, read = told(model), told(again)
     if (written - read).abs().max() > SAME * written.abs().max():
-        raise ModelError(f"{target}: loaded again with int8 weights it does not give the same logits; nothing was "
-                         "exported; leave --int8 out")
+        raise ModelError(
+            f"{target}: loaded again with int8 weights it does not give the same logits; nothing was "
+            "exported; leave --int8 out"
+        )

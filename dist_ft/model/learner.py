@@ -51,13 +51,19 @@ class Learner(nn.Module, ABC):
         """
         return torch.full((shape[0],), shape[1], dtype=torch.long)
 
-    def _add_noise(self, _embedding: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def _add_noise(
+        self, _embedding: nn.Module, _args: Any, output: torch.Tensor
+    ) -> torch.Tensor | None:
         """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it."""
         sizes = self.sample_sizes(output.shape) if self.training else None
         if sizes is None:
             return None
-        noise = torch.rand(output.shape, device=output.device) * 2 - 1  # lanes are seeded: the same in every world
-        return output + (noise * self._alpha / (sizes[..., None] * output.shape[-1]).sqrt()).to(output.dtype)
+        noise = (
+            torch.rand(output.shape, device=output.device) * 2 - 1
+        )  # lanes are seeded: the same in every world
+        return output + (noise * self._alpha / (sizes[..., None] * output.shape[-1]).sqrt()).to(
+            output.dtype
+        )
 
 
 def canonical_names(module: Learner) -> dict[str, nn.Parameter]:
@@ -69,5 +75,8 @@ def aliases(module: Learner) -> dict[str, str]:
     """Return {other name: first name} of tied weights."""
     first = {id(parameter): name for name, parameter in canonical_names(module).items()}
     every = module.named_parameters(remove_duplicate=False)
-    return {name.removeprefix("model."): first[id(parameter)] for name, parameter in every
-            if first[id(parameter)] != name.removeprefix("model.")}
+    return {
+        name.removeprefix("model."): first[id(parameter)]
+        for name, parameter in every
+        if first[id(parameter)] != name.removeprefix("model.")
+    }

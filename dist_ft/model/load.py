@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
-__all__ = ["cache_folder", "empty_model", "fetch", "load_for", "load_model", "load_tokenizer", "read_config"]
+__all__ = [
+    "cache_folder",
+    "empty_model",
+    "fetch",
+    "load_for",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+]
 
 
 @contextlib.contextmanager
@@ -41,12 +49,17 @@ def _explained(section: ModelSection, what: str) -> Any:
             hint = "set model.attention=sdpa"
         elif "attn_implementation" in str(error):
             hint = "set model.attention=eager"
-        raise ModelError(redact(f"model.path={section.path}: can not load the {what} "
-                                f"({type(error).__name__}: {first}); {hint}")) from error
+        raise ModelError(
+            redact(
+                f"model.path={section.path}: can not load the {what} "
+                f"({type(error).__name__}: {first}); {hint}"
+            )
+        ) from error
 
 
-def read_config(section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
-                ) -> PretrainedConfig:
+def read_config(
+    section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
+) -> PretrainedConfig:
     """Return the model's config, with the labels of `task`.
 
     Raises ModelError for a model that is absent, can not do the task, or has a head for other labels.
@@ -56,7 +69,9 @@ def read_config(section: ModelSection, cache_dir: str | None = None, task: TaskS
     folder = fetch(section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    if not heads.can(config, task) and not (section.trust_remote_code and hasattr(config, "auto_map")):
+    if not heads.can(config, task) and not (
+        section.trust_remote_code and hasattr(config, "auto_map")
+    ):
         raise ModelError(f"model.path={section.path}: {heads.refusal(config, task)}")
     heads.prepare(config, task, section.path)
     if section.dropout is not None:
@@ -69,7 +84,9 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Set every dropout of a config and of the configs in it."""
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(value, int | float):
-            exact = type(value)(probability)  # transformers refuses 0.0 where it declares a whole number
+            exact = type(value)(
+                probability
+            )  # transformers refuses 0.0 where it declares a whole number
             setattr(config, name, exact if exact == probability else probability)
         elif hasattr(value, "to_diff_dict"):
             set_dropout(value, probability)
@@ -81,16 +98,22 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
 
     folder = fetch(section.tokenizer or section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=section.trust_remote_code
+        )
     if section.chat_template is not None:
         try:
             tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
         except OSError as error:
-            raise ModelError(f"model.chat_template={section.chat_template}: can not read it ({error.strerror}); "
-                             "give a file with a Jinja template") from error
+            raise ModelError(
+                f"model.chat_template={section.chat_template}: can not read it ({error.strerror}); "
+                "give a file with a Jinja template"
+            ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which the "
-                         "masks need; convert it with transformers first")
+        raise ModelError(
+            f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which the "
+            "masks need; convert it with transformers first"
+        )
     return tokenizer
 
 
@@ -99,8 +122,9 @@ def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTraine
     return load_for(CAUSAL_LM, section, cache_dir)[0]
 
 
-def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = None
-             ) -> tuple[PreTrainedModel, frozenset[str]]:
+def load_for(
+    task: TaskSection, section: ModelSection, cache_dir: str | None = None
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return the model for `task` and the names of its new weights, whose values mean nothing yet.
 
     In `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights.
@@ -117,40 +141,73 @@ def load_for(task: TaskSection, section: ModelSection, cache_dir: str | None = N
     config = read_config(section, cache_dir, task)
     with _explained(section, "weights"):
         loaded: Any = heads.auto_class(task).from_pretrained(
-            folder, config=config, dtype=getattr(torch, section.dtype), attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, key_mapping=replaced.hidden(section, folder, config, task),
-            **options(config, task))
+            folder,
+            config=config,
+            dtype=getattr(torch, section.dtype),
+            attn_implementation=section.attention,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            key_mapping=replaced.hidden(section, folder, config, task),
+            **options(config, task),
+        )
     model, info = loaded
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    names = {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     new = _new_weights(model, task, info, names)
-    refuse_incomplete(section.path, {kind: [found for found in info.get(kind) or ()
-                                            if names.get(_name(found)) not in new]
-                                     for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")})
+    refuse_incomplete(
+        section.path,
+        {
+            kind: [found for found in info.get(kind) or () if names.get(_name(found)) not in new]
+            for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")
+        },
+    )
     if new:
         log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
     return _finish(model, section), new
 
 
-def _load_adapted(task: TaskSection, section: ModelSection, cache_dir: str | None, said: dict[str, Any], folder: str
-                  ) -> tuple[PreTrainedModel, frozenset[str]]:
+def _load_adapted(
+    task: TaskSection,
+    section: ModelSection,
+    cache_dir: str | None,
+    said: dict[str, Any],
+    folder: str,
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return the model an adapter's folder belongs to, with the adapter in it, and which weights are still new."""
     base = section.model_copy(update=said["base"])
-    model, new = load_for(task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir)
+    model, new = load_for(
+        task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir
+    )
     return model, new - adapted.fill(model, folder, said, task)
 
 
-def _new_weights(model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]
-                 ) -> frozenset[str]:
+def _new_weights(
+    model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]
+) -> frozenset[str]:
     """Return the weights of a head that the files do not hold, or that a new head replaces.
 
     `names` maps every name of a weight to its first one, which tied weights are known by.
     """
-    absent = {_name(found) for kind in ("missing_keys", "mismatched_keys") for found in info.get(kind) or ()}
-    replaced = {name for name in names.values() if heads.is_outside(name, model)} if task.new_head else set()
-    return frozenset(names[name] for name in (absent | replaced) & names.keys()
-                     if heads.may_be_new(name, model, task) and heads.may_be_new(names[name], model, task))
+    absent = {
+        _name(found)
+        for kind in ("missing_keys", "mismatched_keys")
+        for found in info.get(kind) or ()
+    }
+    replaced = (
+        {name for name in names.values() if heads.is_outside(name, model)}
+        if task.new_head
+        else set()
+    )
+    return frozenset(
+        names[name]
+        for name in (absent | replaced) & names.keys()
+        if heads.may_be_new(name, model, task) and heads.may_be_new(names[name], model, task)
+    )
 
 
 def _name(found: Any) -> str:
@@ -165,32 +222,50 @@ def options(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
         return {}
     kind: Any = heads.auto_class(task)._model_mapping[type(config)]
     kind = kind[0] if isinstance(kind, tuple | list) else kind
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+    return (
+        {"add_pooling_layer": False}
+        if "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+        else {}
+    )
 
 
-def empty_model(section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM) -> PreTrainedModel:
+def empty_model(
+    section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
+) -> PreTrainedModel:
     """Return the model with arbitrary weights, for a resumed run whose checkpoint fills all of them."""
     import torch
 
     config = read_config(section, cache_dir, task)
     with _explained(section, "structure"):
-        model = from_config(config, task, getattr(torch, section.dtype), attn_implementation=section.attention,
-                            trust_remote_code=section.trust_remote_code)
+        model = from_config(
+            config,
+            task,
+            getattr(torch, section.dtype),
+            attn_implementation=section.attention,
+            trust_remote_code=section.trust_remote_code,
+        )
     if model.can_generate():
         from transformers import GenerationConfig
 
-        with contextlib.suppress(OSError):  # as from_pretrained: what ends a text may stand in a file of its own
+        with contextlib.suppress(
+            OSError
+        ):  # as from_pretrained: what ends a text may stand in a file of its own
             model.generation_config = GenerationConfig.from_pretrained(
-                fetch(section.path, section.revision, cache_dir, weights=False))
+                fetch(section.path, section.revision, cache_dir, weights=False)
+            )
     return _finish(model, section)
 
 
-def from_config(config: PretrainedConfig, task: TaskSection, dtype: Any, **given: Any) -> PreTrainedModel:
+def from_config(
+    config: PretrainedConfig, task: TaskSection, dtype: Any, **given: Any
+) -> PreTrainedModel:
     """Return a model for `task` with arbitrary weights."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = heads.auto_class(task).from_config(config, dtype=dtype, **given, **options(config, task))
+        model = heads.auto_class(task).from_config(
+            config, dtype=dtype, **given, **options(config, task)
+        )
     model.tie_weights()
     return model
 
@@ -203,14 +278,21 @@ def told(model: Any) -> Any:
     given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         outputs = model(input_ids=tokens, **given)
-    return torch.cat([value.float().flatten() for value in outputs.values()
-                      if torch.is_tensor(value) and value.is_floating_point()])
+    return torch.cat(
+        [
+            value.float().flatten()
+            for value in outputs.values()
+            if torch.is_tensor(value) and value.is_floating_point()
+        ]
+    )
 
 
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     if getattr(model, "hf_quantizer", None) is not None:
         for parameter in model.parameters():
-            parameter.requires_grad_(not hasattr(parameter, "qdata"))  # whole numbers have no gradient
+            parameter.requires_grad_(
+                not hasattr(parameter, "qdata")
+            )  # whole numbers have no gradient
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -218,17 +300,26 @@ def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
 
 def refuse_incomplete(path: str, info: dict[str, Any]) -> None:
     """Raise ModelError if transformers reports weights it did not find or could not use."""
-    kinds = {"missing_keys": "missing in the files", "mismatched_keys": "of another shape in the files",
-             "error_msgs": "not readable"}
+    kinds = {
+        "missing_keys": "missing in the files",
+        "mismatched_keys": "of another shape in the files",
+        "error_msgs": "not readable",
+    }
     for kind, what in kinds.items():
         names = sorted(_told(found) for found in info.get(kind) or ())
         if names:
-            raise ModelError(f"model.path={path}: {len(names)} weights are {what}, such as {names[0]}; they would "
-                             "start from random values; check that config.json belongs to the *.safetensors")
+            raise ModelError(
+                f"model.path={path}: {len(names)} weights are {what}, such as {names[0]}; they would "
+                "start from random values; check that config.json belongs to the *.safetensors"
+            )
     unused = sorted(info.get("unexpected_keys") or ())
     if unused:
-        log.warning("model.path=%s: %d tensors of the files have no place in the model, such as %s", path, len(unused),
-                    unused[0])
+        log.warning(
+            "model.path=%s: %d tensors of the files have no place in the model, such as %s",
+            path,
+            len(unused),
+            unused[0],
+        )
 
 
 def _told(found: Any) -> str:

@@ -14,8 +14,13 @@ LEAST = 1e-6
 """Of what a focal loss is scaled by: below it the slope of its power has no number."""
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, gamma: float = 0.0,
-                  smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    gamma: float = 0.0,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
     """Return the cross-entropy of logits (N, K) to targets (N,), summed.
 
     Args:
@@ -25,8 +30,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
         gamma: power of the focal loss (arXiv:1708.02002); 0: plain.
         smoothing: share of a target's probability that is spread evenly (arXiv:1512.00567).
     """
-    losses = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none",
-                                      label_smoothing=smoothing)
+    losses = functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+    )
     safe = targets.clamp(min=0)
     if gamma:
         shares = torch.softmax(logits.float(), -1).gather(-1, safe[:, None])[:, 0]
@@ -36,28 +42,41 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     return losses.sum()
 
 
-def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, gamma: float = 0.0
-                         ) -> torch.Tensor:
+def binary_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, gamma: float = 0.0
+) -> torch.Tensor:
     """Return, summed over rows, the mean over labels of the binary cross-entropy of logits (N, K) to 0 or 1 (N, K).
 
     `counted` (N,) is 0 for rows that count nothing; `gamma` as in `cross_entropy`.
     """
-    losses = functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(
+        logits.float(), targets.float(), reduction="none"
+    )
     if gamma:
-        losses = losses * (-torch.expm1(-losses)).clamp(min=LEAST) ** gamma  # exp(-loss): how probable what is so
+        losses = (
+            losses * (-torch.expm1(-losses)).clamp(min=LEAST) ** gamma
+        )  # exp(-loss): how probable what is so
     return (losses.mean(-1) * counted).sum()
 
 
-def squared_error(values: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def squared_error(
+    values: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
     """Return the squared error of values (N,) to targets (N,), summed over rows with `counted` (N,) 1."""
     return ((values.float() - targets.float()) ** 2 * counted).sum()
 
 
-def contrastive(first: torch.Tensor, second: torch.Tensor, counted: torch.Tensor, temperature: float) -> torch.Tensor:
+def contrastive(
+    first: torch.Tensor, second: torch.Tensor, counted: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """Return InfoNCE (arXiv:1807.03748), both ways, of vectors (N, H): rows i belong together; summed over rows.
 
     Every row is told from all others; rows with `counted` (N,) 0 themselves count nothing.
     """
-    cosines = functional.normalize(first.float(), dim=-1) @ functional.normalize(second.float(), dim=-1).T / temperature
+    cosines = (
+        functional.normalize(first.float(), dim=-1)
+        @ functional.normalize(second.float(), dim=-1).T
+        / temperature
+    )
     targets = torch.where(counted.bool(), torch.arange(len(first), device=first.device), IGNORED)
     return (cross_entropy(cosines, targets) + cross_entropy(cosines.T, targets)) / 2

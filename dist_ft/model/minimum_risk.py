@@ -61,8 +61,13 @@ class Texts:
         return found
 
 
-def expected_risk(log_probabilities: torch.Tensor, risks: torch.Tensor, groups: torch.Tensor, num_groups: int,
-                  alpha: float) -> torch.Tensor:
+def expected_risk(
+    log_probabilities: torch.Tensor,
+    risks: torch.Tensor,
+    groups: torch.Tensor,
+    num_groups: int,
+    alpha: float,
+) -> torch.Tensor:
     """Return the sum over groups of sum(share x risk), shares being softmax(alpha x log-probability) within a group.
 
     Args:
@@ -108,16 +113,22 @@ class RiskCausalLM(_TakesTexts, CausalLM):  # type: ignore[misc]
         self._section = section
 
     @override
-    def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
-              targets: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
         if self._texts is None:
             return super()._loss(input_ids, position_ids, positions, targets)
         rows = positions // input_ids.shape[1]
         if self._flatten:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         logits = self._run(input_ids, position_ids, positions, None)
-        losses = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets,
-                                                   reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none"
+        )
         return self._texts.loss(losses, rows, self._section)
 
 
@@ -130,13 +141,17 @@ class RiskSeq2Seq(_TakesTexts, TaskModel):  # type: ignore[misc]
         self._section = section
 
     @override
-    def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _seq2seq(
+        self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._texts is None:
             return super()._seq2seq(ids, mask, labels, second, second_mask)
         logits = self._seq2seq_logits(ids, mask, second, second_mask)
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none",
-                                                   ignore_index=IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
+        )
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
         counted = labels != IGNORED
-        return self._texts.loss(losses[counted.flatten()], rows[counted], self._section), logits.argmax(-1)
+        return self._texts.loss(
+            losses[counted.flatten()], rows[counted], self._section
+        ), logits.argmax(-1)

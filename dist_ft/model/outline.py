@@ -72,8 +72,10 @@ def described(section: ModelSection, file: str | None = None) -> Iterator[ModelS
 def _of_file(path: str) -> str:
     found = os.path.join(path, CONFIG) if os.path.isdir(path) else path
     if not os.path.isfile(found):
-        raise ModelError(f"--model-config={path}: there is no such file; give a model's config.json, or a folder that "
-                         "holds one")
+        raise ModelError(
+            f"--model-config={path}: there is no such file; give a model's config.json, or a folder that "
+            "holds one"
+        )
     return found
 
 
@@ -86,12 +88,16 @@ def _of_path(section: ModelSection, folder: str) -> str:
     if os.path.isdir(local):
         found = os.path.join(local, CONFIG)
         if not os.path.isfile(found):
-            raise ModelError(f"model.path={path}: no config.json there; a plan needs a model's config.json (no "
-                             "weights); give its folder, or --model-config FILE")
+            raise ModelError(
+                f"model.path={path}: no config.json there; a plan needs a model's config.json (no "
+                "weights); give its folder, or --model-config FILE"
+            )
         return found
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
-        raise ModelError(f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a "
-                         "hub name such as org/name, or --model-config FILE")
+        raise ModelError(
+            f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a "
+            "hub name such as org/name, or --model-config FILE"
+        )
     return _from_hub(path, section.revision)
 
 
@@ -99,8 +105,12 @@ def _from_bucket(url: str, folder: str) -> str:
     try:
         content = storage.Store(url).read(CONFIG)
     except StorageError as error:
-        raise ModelError(redact(f"model.path={url}: its config.json can not be read from here ({error}); a plan needs "
-                                "no more than that; give --model-config FILE")) from error
+        raise ModelError(
+            redact(
+                f"model.path={url}: its config.json can not be read from here ({error}); a plan needs "
+                "no more than that; give --model-config FILE"
+            )
+        ) from error
     found = os.path.join(folder, CONFIG)
     with open(found, "wb") as file:
         file.write(content)
@@ -111,14 +121,19 @@ def _from_hub(name: str, revision: str | None) -> str:
     """Fetch config.json alone (HF_TOKEN from the environment opens gated models)."""
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its tries would be a line
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # each of its tries would be a line
     try:
         return hf_hub_download(name, CONFIG, revision=revision)
     except Exception as error:
-        raise ModelError(redact(
-            f"model.path={name}: no folder of that name here, and the hub does not give its config.json "
-            f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give "
-            "--model-config FILE")) from error
+        raise ModelError(
+            redact(
+                f"model.path={name}: no folder of that name here, and the hub does not give its config.json "
+                f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give "
+                "--model-config FILE"
+            )
+        ) from error
 
 
 def _require_json(file: str, told: str) -> None:
@@ -126,11 +141,15 @@ def _require_json(file: str, told: str) -> None:
         with open(file, encoding="utf-8") as lines:
             content = json.load(lines)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{told}: its config.json can not be read ({str(error)[:100]}); it must be JSON; fetch it "
-                         "anew") from error
+        raise ModelError(
+            f"{told}: its config.json can not be read ({str(error)[:100]}); it must be JSON; fetch it "
+            "anew"
+        ) from error
     if not isinstance(content, dict) or "model_type" not in content:
-        raise ModelError(f"{told}: its config.json names no model_type, so what it describes is not known; "
-                         "transformers writes one; fetch it anew")
+        raise ModelError(
+            f"{told}: its config.json names no model_type, so what it describes is not known; "
+            "transformers writes one; fetch it anew"
+        )
 
 
 class Bare(Learner):
@@ -141,7 +160,10 @@ class Bare(Learner):
         import torch
 
         ids = torch.from_numpy(batch.input_ids).to(device)
-        return {"input_ids": ids, **({"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {})}
+        return {
+            "input_ids": ids,
+            **({"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}),
+        }
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Return a number made of all outputs."""

@@ -39,20 +39,50 @@ class Samples:
         finally:
             self._under_way = False
 
-    def mask(self, batch_size: int, q_length: int, kv_length: int, local_size: int | None = None,
-             attention_mask: torch.Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> torch.Tensor | None:
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        local_size: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_vmap: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
         """Make the mask transformers asks for, or none where `attend` does without (transformers' mask interface)."""
         from transformers.masking_utils import sdpa_mask
 
         lengths = self._lengths = self._lengths if self._under_way else None
-        plain = lengths is not None and attention_mask is None and not use_vmap and q_length == kv_length and (
-            local_size is None or max(map(max, lengths)) <= local_size)
-        return None if plain else sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, local_size=local_size,
-            attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+        plain = (
+            lengths is not None
+            and attention_mask is None
+            and not use_vmap
+            and q_length == kv_length
+            and (local_size is None or max(map(max, lengths)) <= local_size)
+        )
+        return (
+            None
+            if plain
+            else sdpa_mask(
+                batch_size=batch_size,
+                q_length=q_length,
+                kv_length=kv_length,
+                local_size=local_size,
+                attention_mask=attention_mask,
+                use_vmap=use_vmap,
+                **kwargs,
+            )
+        )
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         """Return attention (B, T, heads, D) of query (B, heads, T, D) (transformers' attention interface)."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -62,9 +92,19 @@ class Samples:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         rows = []
         for row, sizes in enumerate(lengths):
-            parts = (torch.split(tensor[row:row + 1], list(sizes), dim=2) for tensor in (query, key, value))
-            rows.append(torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-                                   for q, k, v in zip(*parts, strict=True)], dim=1))
+            parts = (
+                torch.split(tensor[row : row + 1], list(sizes), dim=2)
+                for tensor in (query, key, value)
+            )
+            rows.append(
+                torch.cat(
+                    [
+                        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+                        for q, k, v in zip(*parts, strict=True)
+                    ],
+                    dim=1,
+                )
+            )
         return torch.cat(rows), None
 
 

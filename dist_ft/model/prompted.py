@@ -29,8 +29,16 @@ if TYPE_CHECKING:
 class PromptModel(TaskModel):
     """A transformers causal model that chooses among labels."""
 
-    def __init__(self, model: PreTrainedModel, task: TaskSection, special: SpecialTokens, words: Words,
-                 sequence_length: int, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: TaskSection,
+        special: SpecialTokens,
+        words: Words,
+        sequence_length: int,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float = 0.0,
+    ) -> None:
         """Wrap `model`; `words` are those of the task's labels, prompts have at most `sequence_length` less their own.
 
         Raises:
@@ -39,8 +47,10 @@ class PromptModel(TaskModel):
         super().__init__(model, task, special, label_smoothing, neftune_alpha)
         head = model.get_output_embeddings()
         if head is None:
-            raise ModelError(f"model of type {model.config.model_type}: it has no output embeddings to score words "
-                             "with; causal language models are allowed; choose another model")
+            raise ModelError(
+                f"model of type {model.config.model_type}: it has no output embeddings to score words "
+                "with; causal language models are allowed; choose another model"
+            )
         if line := too_long(model.config, sequence_length, str(model.name_or_path)):
             raise ModelError(line)
         self._mean = words.mean
@@ -49,8 +59,16 @@ class PromptModel(TaskModel):
         head.register_forward_pre_hook(self._select)
 
     @override
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, second: Any = None,
-                second_mask: Any = None, positions: Any = None, told: bool = False) -> Any:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+        second: Any = None,
+        second_mask: Any = None,
+        positions: Any = None,
+        told: bool = False,
+    ) -> Any:
         """Return the summed loss (), of prompts (B, T); with `told` also the scores of all labels (B, K)."""
         if self._ids.device != ids.device:
             self._ids, self._counts = self._ids.to(ids.device), self._counts.to(ids.device)
@@ -60,7 +78,7 @@ class PromptModel(TaskModel):
         if scores is None:
             own = self._learned(ids, mask, rows)
         else:
-            scores, no_content = scores[:len(ids)], scores[len(ids):]
+            scores, no_content = scores[: len(ids)], scores[len(ids) :]
             own = scores.gather(1, rows[:, None])[:, 0]
             if self._empty:  # log of the mean share of each label after prompts without content
                 scores = scores - torch.log_softmax(no_content, 1).logsumexp(0)
@@ -75,7 +93,9 @@ class PromptModel(TaskModel):
         sizes, words, counts = mask.sum(1), self._ids[rows], self._counts[rows]
         width = words.shape[1]
         places = sizes[:, None] + torch.arange(width, device=ids.device)
-        whole = torch.cat([ids, ids.new_full((len(ids), width), self._special.pad)], 1).scatter(1, places, words)
+        whole = torch.cat([ids, ids.new_full((len(ids), width), self._special.pad)], 1).scatter(
+            1, places, words
+        )
         seen = torch.arange(whole.shape[1], device=ids.device) < (sizes + counts - 1)[:, None]
         starts = torch.arange(len(ids), device=ids.device)[:, None] * whole.shape[1]
         logits = self._logits(whole, seen.long(), (starts + places - 1).flatten())
@@ -83,23 +103,31 @@ class PromptModel(TaskModel):
 
     def _scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the score of each label (B + C, K) after prompts (B, T) and those without content, C of them."""
-        rows = [row[:size] for row, size in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)] + self._empty
+        rows = [
+            row[:size] for row, size in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)
+        ] + self._empty
         width = max(map(len, rows))
         pad = self._special.pad
-        ids = ids.new_tensor([[pad] * (width - len(row)) + row for row in rows])  # on the left: words come next
+        ids = ids.new_tensor(
+            [[pad] * (width - len(row)) + row for row in rows]
+        )  # on the left: words come next
         mask = ids.new_tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         longer = torch.nonzero(self._counts > 1).flatten()
         cached = self._caches and len(longer) > 0
         last = torch.arange(1, len(ids) + 1, device=ids.device) * width - 1
         output = self._run_at(ids, mask, last, use_cache=cached)
-        told = torch.log_softmax(output.logits.reshape(len(ids), -1).float(), -1)[:, self._ids[:, 0]]  # (B, K)
+        told = torch.log_softmax(output.logits.reshape(len(ids), -1).float(), -1)[
+            :, self._ids[:, 0]
+        ]  # (B, K)
         every = torch.zeros(len(ids), *self._ids.shape, device=ids.device)
         every[:, :, 0] = told
         if len(longer):
             every[:, longer, 1:] = self._rest(output, ids, mask, longer)
         return self._summed(every, self._counts.expand(len(ids), -1))
 
-    def _rest(self, output: Any, ids: torch.Tensor, mask: torch.Tensor, longer: torch.Tensor) -> torch.Tensor:
+    def _rest(
+        self, output: Any, ids: torch.Tensor, mask: torch.Tensor, longer: torch.Tensor
+    ) -> torch.Tensor:
         """Return (B, L, V - 1) how probable the second and further tokens of the labels `longer` (L,) are."""
         words, num = self._ids[longer], len(longer)
         given = words[:, :-1].repeat(len(ids), 1)
@@ -108,23 +136,34 @@ class PromptModel(TaskModel):
         shape = given.shape
         cache = getattr(output, "past_key_values", None)
         width = seen.shape[1]
-        if cache is None or not hasattr(cache, "batch_repeat_interleave"):  # a model without one: from the start
+        if cache is None or not hasattr(
+            cache, "batch_repeat_interleave"
+        ):  # a model without one: from the start
             whole = torch.cat([ids.repeat_interleave(num, 0), given], 1)
             places = torch.arange(len(given), device=ids.device)[:, None] * width + torch.arange(
-                mask.shape[1], width, device=ids.device)
+                mask.shape[1], width, device=ids.device
+            )
             logits = self._run_at(whole, seen, places.flatten()).logits
         else:
             cache.batch_repeat_interleave(num)
             logits = self._run_at(given, seen, None, past_key_values=cache, use_cache=True).logits
-        return self._told_of(logits, words[:, 1:].repeat(len(ids), 1).flatten()).reshape(len(ids), num, shape[1])
+        return self._told_of(logits, words[:, 1:].repeat(len(ids), 1).flatten()).reshape(
+            len(ids), num, shape[1]
+        )
 
-    def _run_at(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor | None, **given: Any) -> Any:
+    def _run_at(
+        self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor | None, **given: Any
+    ) -> Any:
         """Return the model's output for ids (B, T), the last of what `mask` (B, P + T) covers, logits at `places`."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         self._positions = places
         try:
-            return self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                              **({"use_cache": False, **given} if self._caches else given))
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                **({"use_cache": False, **given} if self._caches else given),
+            )
         finally:
             self._positions = None
 
@@ -139,8 +178,12 @@ class PromptModel(TaskModel):
 
     def _told_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return (N,) the log-probability of tokens (N,) by logits (..., N, vocabulary)."""
-        losses = nn.functional.cross_entropy(logits.reshape(len(tokens), -1).float(), tokens, reduction="none",
-                                             label_smoothing=self._smoothing if self.training else 0.0)
+        losses = nn.functional.cross_entropy(
+            logits.reshape(len(tokens), -1).float(),
+            tokens,
+            reduction="none",
+            label_smoothing=self._smoothing if self.training else 0.0,
+        )
         return -losses
 
     def _summed(self, told: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -155,5 +198,5 @@ def _table(words: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tens
     counts = np.array([len(own) for own in words])
     ids = np.zeros((len(words), counts.max()), dtype=np.int64)
     for row, own in zip(ids, words, strict=True):
-        row[:len(own)] = own
+        row[: len(own)] = own
     return torch.from_numpy(ids), torch.from_numpy(counts)

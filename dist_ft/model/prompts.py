@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 
 NAME = "virtual_tokens"
 """What the module is called in a model."""
-KINDS = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS",
-         "multi_label": "SEQ_CLS", "regression": "SEQ_CLS", "token_classification": "TOKEN_CLS",
-         "question_answering": "QUESTION_ANS", "embedding": "FEATURE_EXTRACTION"}
+KINDS = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "multi_label": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "embedding": "FEATURE_EXTRACTION",
+}
 """What peft calls the tasks it knows virtual tokens for."""
 
 
@@ -58,7 +65,9 @@ class VirtualTokens(nn.Module):
     def before(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and mask (B, T) with the virtual tokens in front, (B, count + T); of a prefix as they are."""
         virtual = torch.tensor(self.ids, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-        return torch.cat([virtual, ids], 1), torch.cat([torch.ones_like(virtual, dtype=mask.dtype), mask], 1)
+        return torch.cat([virtual, ids], 1), torch.cat(
+            [torch.ones_like(virtual, dtype=mask.dtype), mask], 1
+        )
 
     def embed(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Return `vectors` (B, T, H) with those of virtual tokens where `ids` (B, T) are below zero."""
@@ -71,10 +80,18 @@ class VirtualTokens(nn.Module):
 
         config = self.config
         heads = config.num_attention_heads
-        vectors = self().to(model.dtype).view(self.count, 2 * config.num_layers, heads, config.token_dim // heads)
-        states = vectors.permute(1, 2, 0, 3)[:, None].expand(-1, batch_size, -1, -1, -1)  # (2 layers, B, heads, V, D)
+        vectors = (
+            self()
+            .to(model.dtype)
+            .view(self.count, 2 * config.num_layers, heads, config.token_dim // heads)
+        )
+        states = vectors.permute(1, 2, 0, 3)[:, None].expand(
+            -1, batch_size, -1, -1, -1
+        )  # (2 layers, B, heads, V, D)
         two = model.config.is_encoder_decoder
-        firsts = [(4 if two else 2) * layer % len(states) for layer in range(config.num_layers)]  # so peft deals them
+        firsts = [
+            (4 if two else 2) * layer % len(states) for layer in range(config.num_layers)
+        ]  # so peft deals them
         made = DynamicCache([(states[first], states[first + 1]) for first in firsts])
         return EncoderDecoderCache(made, DynamicCache()) if two else made
 
@@ -93,12 +110,19 @@ def prepended(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str,
     made = given | {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in given:
         types = given["token_type_ids"]
-        made["token_type_ids"] = torch.cat([torch.zeros_like(types[:, :1]).expand(-1, virtual.count), types], 1)
+        made["token_type_ids"] = torch.cat(
+            [torch.zeros_like(types[:, :1]).expand(-1, virtual.count), types], 1
+        )
     return made
 
 
-def install(model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection,
-            text_ids: Sequence[int] = ()) -> None:
+def install(
+    model: PreTrainedModel,
+    section: TuningSection,
+    seed: int,
+    task: TaskSection,
+    text_ids: Sequence[int] = (),
+) -> None:
     """Give `model` the virtual tokens of `section`, drawn by `seed` or begun as the tokens `text_ids`.
 
     Raises ModelError for a model whose embeddings or layers can not be given any.
@@ -111,14 +135,20 @@ def install(model: PreTrainedModel, section: TuningSection, seed: int, task: Tas
     try:
         config = peft_config(model, section, task)
     except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"tuning.method={section.method}: peft does not know such a {model.config.model_type} model "
-                         f"({str(error).splitlines()[0][:150]}); use tuning.method=lora") from error
+        raise ModelError(
+            f"tuning.method={section.method}: peft does not know such a {model.config.model_type} model "
+            f"({str(error).splitlines()[0][:150]}); use tuning.method=lora"
+        ) from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if section.method == "prefix_tuning":
             encoder: nn.Module = PrefixEncoder(config)
         else:
-            encoder = PromptEncoder(config) if section.method == "p_tuning" else PromptEmbedding(config, words)
+            encoder = (
+                PromptEncoder(config)
+                if section.method == "p_tuning"
+                else PromptEmbedding(config, words)
+            )
         made = VirtualTokens(encoder, section.prompt.tokens, config).to(model.dtype)
         if section.method == "prompt_tuning":
             _begin(encoder.embedding.weight, model, words, section, text_ids)  # type: ignore[union-attr, arg-type]
@@ -130,8 +160,13 @@ def connect(model: PreTrainedModel, made: VirtualTokens) -> None:
     model.add_module(NAME, made)
     if made.is_prefix:
         names = list(inspect.signature(model.base_model.forward).parameters)
-        model.base_model.register_forward_pre_hook(lambda _, args, given: (
-            (), _with_prefix(model, made, dict(zip(names, args, strict=False)) | given)), with_kwargs=True)
+        model.base_model.register_forward_pre_hook(
+            lambda _, args, given: (
+                (),
+                _with_prefix(model, made, dict(zip(names, args, strict=False)) | given),
+            ),
+            with_kwargs=True,
+        )
         return
     under_way: list[torch.Tensor] = []
 
@@ -153,7 +188,9 @@ def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSectio
     given: dict[str, Any] = {"task_type": KINDS[task.name], "num_virtual_tokens": prompt.tokens}
     hidden: dict[str, Any] = {"encoder_hidden_size": prompt.hidden_size or None}
     if section.method == "prefix_tuning":
-        made: Any = PrefixTuningConfig(**given, **hidden, **_decoder(model.config), prefix_projection=prompt.projection)
+        made: Any = PrefixTuningConfig(
+            **given, **hidden, **_decoder(model.config), prefix_projection=prompt.projection
+        )
     elif section.method == "p_tuning":
         made = PromptEncoderConfig(**given, **hidden, num_transformer_submodules=1)
     else:
@@ -165,7 +202,10 @@ def _decoder(config: Any) -> dict[str, Any]:
     """Return the shape of what a prefix stands in: of an encoder-decoder the decoder, which peft does not ask for."""
     if not config.is_encoder_decoder:
         return {"num_transformer_submodules": 1}
-    found = {"num_transformer_submodules": 2, "num_layers": config.num_hidden_layers}  # peft keeps one for both parts
+    found = {
+        "num_transformer_submodules": 2,
+        "num_layers": config.num_hidden_layers,
+    }  # peft keeps one for both parts
     for name in ("decoder_layers", "num_decoder_layers"):
         found["num_layers"] = getattr(config, name, None) or found["num_layers"]
     heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
@@ -175,24 +215,36 @@ def _decoder(config: Any) -> dict[str, Any]:
 
 def before_samples(batch: Batch, ids: Sequence[int]) -> Batch:
     """Return `batch` with virtual tokens `ids` before each sample that has targets; rows are padded to the longest."""
-    rows = [_row(*row, ids=np.array(ids)) for row in
-            zip(batch.input_ids, batch.target_ids, batch.position_ids, strict=True)]
+    rows = [
+        _row(*row, ids=np.array(ids))
+        for row in zip(batch.input_ids, batch.target_ids, batch.position_ids, strict=True)
+    ]
     length = max(len(row[0]) for row in rows)
     fills: tuple[Any, ...] = (
-        lambda size: np.zeros(size, np.int64), lambda size: np.full(size, IGNORED, np.int64), np.arange)
-    padded = [np.stack([np.concatenate([row[i], fill(length - len(row[i]))]) for row in rows])
-              for i, fill in enumerate(fills)]
+        lambda size: np.zeros(size, np.int64),
+        lambda size: np.full(size, IGNORED, np.int64),
+        np.arange,
+    )
+    padded = [
+        np.stack([np.concatenate([row[i], fill(length - len(row[i]))]) for row in rows])
+        for i, fill in enumerate(fills)
+    ]
     return replace(batch, input_ids=padded[0], target_ids=padded[1], position_ids=padded[2])
 
 
-def _row(tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+def _row(
+    tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Return one row of a batch, each (T,), with virtual tokens before each sample that has targets."""
     begins = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
     learned = np.add.reduceat(targets != IGNORED, begins) > 0
     places = np.repeat(begins[learned], len(ids))
     further = np.repeat(learned, np.diff(np.concatenate([begins, [len(tokens)]]))) * len(ids)
-    return (np.insert(tokens, places, np.tile(ids, learned.sum())), np.insert(targets, places, IGNORED),
-            np.insert(positions + further, places, np.tile(np.arange(len(ids)), learned.sum())))
+    return (
+        np.insert(tokens, places, np.tile(ids, learned.sum())),
+        np.insert(targets, places, IGNORED),
+        np.insert(positions + further, places, np.tile(np.arange(len(ids)), learned.sum())),
+    )
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Module:
@@ -201,8 +253,13 @@ def _embeddings(model: PreTrainedModel) -> nn.Module:
     return part.get_input_embeddings()
 
 
-def _begin(weight: torch.Tensor, model: PreTrainedModel, words: Any, section: TuningSection,
-           text_ids: Sequence[int]) -> None:
+def _begin(
+    weight: torch.Tensor,
+    model: PreTrainedModel,
+    words: Any,
+    section: TuningSection,
+    text_ids: Sequence[int],
+) -> None:
     """Write the first values of a prompt: rows of the embeddings, or random ones of their width."""
     from peft.utils.integrations import gather_params_ctx
 
@@ -214,17 +271,26 @@ def _begin(weight: torch.Tensor, model: PreTrainedModel, words: Any, section: Tu
         return
     count = len(weight)
     drawn = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
-    chosen = (list(text_ids) * count)[:count] if section.prompt.init == "text" and text_ids else drawn
+    chosen = (
+        (list(text_ids) * count)[:count] if section.prompt.init == "text" and text_ids else drawn
+    )
     with gather_params_ctx(list(words.parameters())), torch.no_grad():
         weight.copy_(words.weight[torch.tensor(chosen, device=words.weight.device)])
 
 
-def _with_prefix(model: PreTrainedModel, made: VirtualTokens, given: dict[str, Any]) -> dict[str, Any]:
+def _with_prefix(
+    model: PreTrainedModel, made: VirtualTokens, given: dict[str, Any]
+) -> dict[str, Any]:
     """Return what a forward is given, with the prefix in its cache, and mask and positions that know of it."""
     two = model.config.is_encoder_decoder
     ids, name = given.get("input_ids"), "decoder_attention_mask" if two else "attention_mask"
-    rows = len(next(found for found in (ids, given.get("inputs_embeds"), given.get("decoder_input_ids"))
-                    if found is not None))
+    rows = len(
+        next(
+            found
+            for found in (ids, given.get("inputs_embeds"), given.get("decoder_input_ids"))
+            if found is not None
+        )
+    )
     cache = given.get("past_key_values")
     if cache is None or not cache.get_seq_length():
         cache = made.cache(model, rows)

@@ -38,7 +38,9 @@ class PrototypeModel(TaskModel):
         return functional.normalize(pooled(hidden, mask, self._task.pooling), dim=1)
 
     @override
-    def _sequence_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sequence_classification(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.prototypes is not None
         logits = SCALE * self.vectors(ids, mask) @ self.prototypes.to(ids.device).T
         return losses.cross_entropy(logits, labels[:, 0]), logits

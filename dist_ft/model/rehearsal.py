@@ -44,8 +44,9 @@ class Peak:
         return self.activations + self.logits
 
 
-def peaks_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
-             ) -> tuple[Peak, Peak]:
+def peaks_of(
+    module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
+) -> tuple[Peak, Peak]:
     """Return the peaks of a forward and of its backward of `module`, on the meta device, as of a later lane of a step.
 
     Args:
@@ -55,9 +56,15 @@ def peaks_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, o
             else each is handed on as soon as it is there, as ZeRO-2 and 3 do.
         on_cpu: of a run on CPUs, where `head_loss` makes its softmax in place.
     """
-    hooks = [] if keep_gradients else [
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        for p in module.parameters() if p.requires_grad]
+    hooks = (
+        []
+        if keep_gradients
+        else [
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for p in module.parameters()
+            if p.requires_grad
+        ]
+    )
     given = [value for value in inputs.values() if torch.is_tensor(value)]
     ledger = _Ledger([*module.parameters(), *module.buffers(), *given], on_cpu)
     try:
@@ -78,14 +85,19 @@ def peaks_of(module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, o
 
 def order_of(module: Learner, inputs: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Return the names of the weights of each module that has some, in the order modules run forward."""
-    names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
+    names = {
+        id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()
+    }
     found: list[tuple[str, ...]] = []
 
     def note(inner: nn.Module, *_: Any) -> None:
         found.append(tuple(names[id(parameter)] for parameter in inner.parameters(recurse=False)))
 
-    handles = [inner.register_forward_pre_hook(note) for inner in module.modules()
-               if next(inner.parameters(recurse=False), None) is not None]
+    handles = [
+        inner.register_forward_pre_hook(note)
+        for inner in module.modules()
+        if next(inner.parameters(recurse=False), None) is not None
+    ]
     try:
         ledger = _Ledger((), False)
         with torch.no_grad(), ledger, _kernels(True), _marked(module, ledger):
@@ -103,8 +115,10 @@ def _marked(module: Learner, ledger: _Ledger) -> Iterator[None]:
     if head is None:
         yield
         return
-    handles = [head.register_forward_pre_hook(lambda *_: ledger.to(HEAD), prepend=True),
-               head.register_forward_hook(lambda *_: ledger.to(LAYERS), always_call=True)]
+    handles = [
+        head.register_forward_pre_hook(lambda *_: ledger.to(HEAD), prepend=True),
+        head.register_forward_hook(lambda *_: ledger.to(LAYERS), always_call=True),
+    ]
     try:
         yield
     finally:
@@ -190,10 +204,14 @@ def _kernels(on_cpu: bool) -> Iterator[None]:
     functional: Any = nn.functional
     plain = functional.scaled_dot_product_attention, functional.dropout
 
-    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    def dropout(
+        input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
         return torch.native_dropout(input, p, True)[0] if training and p else input
 
-    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(
+        query, key, value
+    )
     if not on_cpu:
         functional.dropout = dropout
     try:
@@ -206,7 +224,9 @@ class _Attention(torch.autograd.Function):
     """Output and log-sum-exp forward; three gradients backward."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         # the kernels write (B, T, heads, D) in memory, whatever shape they tell
         batch, heads, tokens, width = *query.shape[:3], value.shape[-1]
         out = query.new_empty((batch, tokens, heads, width)).transpose(1, 2)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def hidden(section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection) -> dict[str, str] | None:
+def hidden(
+    section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection
+) -> dict[str, str] | None:
     """Return other names for tensors of the files in `folder` that a new head replaces, so that nothing loads them."""
     from transformers import AutoConfig
 
@@ -28,9 +30,15 @@ def hidden(section: ModelSection, folder: str, config: PretrainedConfig, task: T
     shapes = tensors_of(folder)
     if not any(name.startswith(prefix) for name in shapes):
         return None  # of a bare model: no head
-    stored = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code).num_labels
-    other = {name for name, shape in shapes.items() if not name.startswith(prefix) and (
-        task.new_head or (stored != config.num_labels and shape[:1] == [stored]))}
+    stored = AutoConfig.from_pretrained(
+        folder, trust_remote_code=section.trust_remote_code
+    ).num_labels
+    other = {
+        name
+        for name, shape in shapes.items()
+        if not name.startswith(prefix)
+        and (task.new_head or (stored != config.num_labels and shape[:1] == [stored]))
+    }
     return {f"^{re.escape(name)}$": f"replaced.{name}" for name in other} or None
 
 

@@ -46,15 +46,23 @@ class SpecialTokens:
             known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
             inner.pad_token_id = next((found for found in known if found is not None), 0)
             config.pad_token_id = inner.pad_token_id
-        return cls(inner.pad_token_id,
-                   tokenizer.sep_token_id if "token_type_ids" in tokenizer.model_input_names else None)
+        return cls(
+            inner.pad_token_id,
+            tokenizer.sep_token_id if "token_type_ids" in tokenizer.model_input_names else None,
+        )
 
 
 class TaskModel(Learner):
     """A transformers model with the head of a task."""
 
-    def __init__(self, model: PreTrainedModel, task: TaskSection, special: SpecialTokens, label_smoothing: float = 0.0,
-                 neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: TaskSection,
+        special: SpecialTokens,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float = 0.0,
+    ) -> None:
         """Wrap `model`; smoothing and noise are for training, `eval` leaves them out."""
         super().__init__(model, neftune_alpha)
         self._task = task
@@ -64,12 +72,16 @@ class TaskModel(Learner):
         self._sizes: torch.Tensor | None = None
         self._caches = "use_cache" in inspect.signature(model.forward).parameters
         if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
-            raise ModelError(f"model of type {model.config.model_type}: its config names no decoder_start_token_id, "
-                             "which begins every text it makes; one is needed; set it in config.json")
+            raise ModelError(
+                f"model of type {model.config.model_type}: its config names no decoder_start_token_id, "
+                "which begins every text it makes; one is needed; set it in config.json"
+            )
         self._positions: torch.Tensor | None = None
         if task.name == "masked_lm":
             model.get_output_embeddings().register_forward_pre_hook(self._select)
-        self._types = special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
+        self._types = (
+            special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
+        )
 
     def _select(self, _head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         """Hand the output layer only the hidden states (1, N, H) at masked positions of (B, T, H)."""
@@ -83,29 +95,56 @@ class TaskModel(Learner):
         ids, labels = batch.input_ids, batch.target_ids
         sizes = batch.held if len(batch.pieces) else np.full(len(ids), ids.shape[1])
         mask = np.arange(ids.shape[1]) < sizes[:, None]
-        arrays = {"ids": np.where(mask, ids, self._special.pad), "mask": mask.astype(np.int64), "labels": labels}
+        arrays = {
+            "ids": np.where(mask, ids, self._special.pad),
+            "mask": mask.astype(np.int64),
+            "labels": labels,
+        }
         if self._task.name in ("seq2seq", "embedding"):
             arrays = self._apart(arrays["ids"], mask, labels)
-        if self._task.name == "masked_lm":  # found on the host; one that counts nothing where none is masked
-            arrays["positions"] = np.flatnonzero(labels != IGNORED) if (labels != IGNORED).any() else np.zeros(1, int)
-        return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+        if (
+            self._task.name == "masked_lm"
+        ):  # found on the host; one that counts nothing where none is masked
+            arrays["positions"] = (
+                np.flatnonzero(labels != IGNORED) if (labels != IGNORED).any() else np.zeros(1, int)
+            )
+        return {
+            name: torch.from_numpy(array).to(device, non_blocking=True)
+            for name, array in arrays.items()
+        }
 
-    def _apart(self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def _apart(
+        self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Return both texts of each row as (B, T1) and (B, T2); the second begins with the first label."""
         marked = labels != IGNORED
         begins = np.where(marked.any(1), marked.argmax(1), np.maximum(1, mask.sum(1) // 2))
         ends = mask.sum(1)
-        rows = [(row[:cut], row[cut:end], bool(own.any())) for row, cut, end, own in
-                zip(ids, begins.tolist(), ends.tolist(), marked, strict=True)]
+        rows = [
+            (row[:cut], row[cut:end], bool(own.any()))
+            for row, cut, end, own in zip(ids, begins.tolist(), ends.tolist(), marked, strict=True)
+        ]
         first, first_mask = _padded([row[0] for row in rows], self._special.pad)
         second, second_mask = _padded([row[1] for row in rows], self._special.pad)
         counted = np.array([row[2] for row in rows])[:, None]
-        return {"ids": first, "mask": first_mask, "second": second, "second_mask": second_mask,
-                "labels": np.where((second_mask > 0) & counted, second, IGNORED)}
+        return {
+            "ids": first,
+            "mask": first_mask,
+            "second": second,
+            "second_mask": second_mask,
+            "labels": np.where((second_mask > 0) & counted, second, IGNORED),
+        }
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None,
-                second_mask: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-                told: bool = False) -> Any:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+        second: torch.Tensor | None = None,
+        second_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        told: bool = False,
+    ) -> Any:
         """Return the summed loss (); with `told` also what the model tells: a tensor whose first axis is the rows."""
         self._positions = positions
         loss, outputs = getattr(self, f"_{self._task.name}")(ids, mask, labels, second, second_mask)
@@ -130,23 +169,34 @@ class TaskModel(Learner):
 
     def _own(self, values: torch.Tensor) -> torch.Tensor:
         """Return what is said of each token, (B, T, ...), without the virtual ones in front."""
-        return values[:, len(self.virtual.ids):] if self.virtual is not None else values
+        return values[:, len(self.virtual.ids) :] if self.virtual is not None else values
 
     def _classify(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._weights is not None and self._weights.device != logits.device:
             self._weights = self._weights.to(logits.device)
-        return losses.cross_entropy(logits, targets, self._weights, self._task.focal_gamma,
-                                    self._smoothing if self.training else 0.0)
+        return losses.cross_entropy(
+            logits,
+            targets,
+            self._weights,
+            self._task.focal_gamma,
+            self._smoothing if self.training else 0.0,
+        )
 
-    def _sequence_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sequence_classification(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._run(ids, mask).logits
         return self._classify(logits, labels[:, 0]), logits
 
-    def _token_classification(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _token_classification(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._own(self._run(ids, mask).logits)
         return self._classify(logits.flatten(0, 1), labels.flatten()), logits
 
-    def _multi_label(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _multi_label(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._run(ids, mask).logits
         numbers = torch.arange(logits.shape[1], device=logits.device)
         words = -(-logits.shape[1] // BITS)
@@ -154,34 +204,52 @@ class TaskModel(Learner):
         counted = (labels[:, 0] != IGNORED) * words  # as often as the row has labelled positions
         return losses.binary_cross_entropy(logits, bits, counted, self._task.focal_gamma), logits
 
-    def _regression(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _regression(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         values = self._run(ids, mask).logits[:, 0]
         counted = labels[:, 0] != IGNORED
         wanted = labels[:, 0].to(torch.int32).view(torch.float32)
         return losses.squared_error(values, torch.where(counted, wanted, 0.0), counted), values
 
-    def _question_answering(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _question_answering(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         told = self._run(ids, mask)
         marked = labels != IGNORED
         start = torch.where(marked.any(1), marked.long().argmax(1), IGNORED)
         last = last_of(labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0])
         end = torch.where(marked.any(1), last, IGNORED)
-        both = [self._own(found).masked_fill(mask == 0, -1e9) for found in (told.start_logits, told.end_logits)]
+        both = [
+            self._own(found).masked_fill(mask == 0, -1e9)
+            for found in (told.start_logits, told.end_logits)
+        ]
         loss = (losses.cross_entropy(both[0], start) + losses.cross_entropy(both[1], end)) / 2
         return loss, torch.stack(both, -1)
 
-    def _masked_lm(self, ids: Any, mask: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _masked_lm(
+        self, ids: Any, mask: Any, labels: Any, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._run(ids, mask).logits[0]
-        loss = losses.cross_entropy(logits, labels.flatten()[self._positions],
-                                    smoothing=self._smoothing if self.training else 0.0)
-        found = torch.full_like(ids.flatten(), IGNORED).index_put((self._positions,), logits.argmax(-1))
+        loss = losses.cross_entropy(
+            logits,
+            labels.flatten()[self._positions],
+            smoothing=self._smoothing if self.training else 0.0,
+        )
+        found = torch.full_like(ids.flatten(), IGNORED).index_put(
+            (self._positions,), logits.argmax(-1)
+        )
         return loss, found.view(ids.shape)
 
-    def _seq2seq(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _seq2seq(
+        self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._seq2seq_logits(ids, mask, second, second_mask)
-        loss = losses.cross_entropy(logits.flatten(0, 1), labels.flatten(),
-                                    smoothing=self._smoothing if self.training else 0.0)
+        loss = losses.cross_entropy(
+            logits.flatten(0, 1),
+            labels.flatten(),
+            smoothing=self._smoothing if self.training else 0.0,
+        )
         return loss, logits.argmax(-1)
 
     def _seq2seq_logits(self, ids: Any, mask: Any, second: Any, second_mask: Any) -> torch.Tensor:
@@ -190,16 +258,25 @@ class TaskModel(Learner):
         before = torch.cat([torch.full_like(second[:, :1], start), second[:, :-1]], 1)
         if self.virtual is not None:
             ids, mask = self.virtual.before(ids, mask)
-        return self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=before,
-                          decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
-                          use_cache=False).logits
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=before,
+            decoder_attention_mask=torch.cat([second_mask[:, :1], second_mask[:, :-1]], 1),
+            use_cache=False,
+        ).logits
 
-    def _embedding(self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
-                   ) -> tuple[torch.Tensor, torch.Tensor]:
-        first, other = (pooled(self._own(self._run(*text).last_hidden_state), text[1], self._task.pooling)
-                        for text in ((ids, mask), (second, second_mask)))
+    def _embedding(
+        self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first, other = (
+            pooled(self._own(self._run(*text).last_hidden_state), text[1], self._task.pooling)
+            for text in ((ids, mask), (second, second_mask))
+        )
         counted = (labels != IGNORED).any(1)
-        return losses.contrastive(first, other, counted, self._task.temperature), torch.stack([first, other], 1)
+        return losses.contrastive(first, other, counted, self._task.temperature), torch.stack(
+            [first, other], 1
+        )
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:

@@ -10,10 +10,16 @@ def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
     batch = config.batch
     tokens = batch.global_batch * batch.sequence_length
     return [
-        ("global batch", f"{batch.global_batch} sequences = {_count(config.num_lanes, 'lane')} × micro-batch "
-                         f"{batch.micro_batch}"),
+        (
+            "global batch",
+            f"{batch.global_batch} sequences = {_count(config.num_lanes, 'lane')} × micro-batch "
+            f"{batch.micro_batch}",
+        ),
         ("lanes", _lanes(config)),
-        ("tokens a step", f"{batch.global_batch:,} sequences × {batch.sequence_length:,} tokens = {tokens:,} at most"),
+        (
+            "tokens a step",
+            f"{batch.global_batch:,} sequences × {batch.sequence_length:,} tokens = {tokens:,} at most",
+        ),
         ("length", _length(config, tokens)),
     ]
 
@@ -30,8 +36,10 @@ def _dealt(num_lanes: int, world: int) -> str:
     few, more = divmod(num_lanes, world)
     if not more:
         return f"{num_lanes} = {_count(world, 'worker')} × {_count(few, 'lane')}"
-    return (f"{num_lanes} = {_count(more, 'worker')} × {_count(few + 1, 'lane')} + "
-            f"{_count(world - more, 'worker')} × {_count(few, 'lane')}")
+    return (
+        f"{num_lanes} = {_count(more, 'worker')} × {_count(few + 1, 'lane')} + "
+        f"{_count(world - more, 'worker')} × {_count(few, 'lane')}"
+    )
 
 
 def _length(config: RunConfig, tokens: int) -> str:

@@ -28,10 +28,19 @@ class Limits:
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> Limits:
         """Return those of the mapping `zero_optimization` of a DeepSpeed config."""
-        names = {"prefetch": "stage3_prefetch_bucket_size", "persistent": "stage3_param_persistence_threshold",
-                 "max_live": "stage3_max_live_parameters", "max_reuse": "stage3_max_reuse_distance"}
-        return cls(**{field: int(zero[name]) for field, name in names.items()
-                      if isinstance(zero.get(name), int | float)})
+        names = {
+            "prefetch": "stage3_prefetch_bucket_size",
+            "persistent": "stage3_param_persistence_threshold",
+            "max_live": "stage3_max_live_parameters",
+            "max_reuse": "stage3_max_reuse_distance",
+        }
+        return cls(
+            **{
+                field: int(zero[name])
+                for field, name in names.items()
+                if isinstance(zero.get(name), int | float)
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,11 @@ def play(shape: ModelShape, limits: Limits) -> Gathered:
         early: list[int] = []
         room = min(limits.max_live - live, limits.prefetch)
         while ahead < len(steps) and sum(numel[index] for index in early) < room:
-            early += [index for index in steps[ahead] if index not in whole and index not in early
-                      and index not in fetched]
+            early += [
+                index
+                for index in steps[ahead]
+                if index not in whole and index not in early and index not in fetched
+            ]
             ahead += 1
         for group in (fetched, early):
             whole.update(group)
@@ -76,7 +88,9 @@ def play(shape: ModelShape, limits: Limits) -> Gathered:
         most = max(most, held)
         for index in module:
             later = next((use for use in uses[index] if use > step), None)
-            near = later is not None and (so_far[later] - so_far[step + 1] < limits.max_reuse or later < ahead)
+            near = later is not None and (
+                so_far[later] - so_far[step + 1] < limits.max_reuse or later < ahead
+            )
             if index in whole and index not in small and not near:
                 whole.remove(index)
                 held -= numel[index]

@@ -52,7 +52,9 @@ def spent(accounts: Sequence[Account]) -> dict[str, float]:
     """Return the seconds a run spent on each of PARTS; their sum is its wall time."""
     accounts = sorted(accounts, key=lambda account: account.attempt)
     total = dict.fromkeys(PARTS, 0.0)
-    for account, later in zip(accounts, [accounts[i + 1:] for i in range(len(accounts))], strict=True):
+    for account, later in zip(
+        accounts, [accounts[i + 1 :] for i in range(len(accounts))], strict=True
+    ):
         for part, seconds in settled(account, kept_steps(later)).items():
             total[part] += seconds
         if later:
@@ -62,7 +64,9 @@ def spent(accounts: Sequence[Account]) -> dict[str, float]:
 
 def kept_steps(later: Sequence[Account]) -> int | None:
     """Return how many steps are left of what was done before the attempts `later`; None: all."""
-    return min((account.resumed_at for account in later if account.resumed_at is not None), default=None)
+    return min(
+        (account.resumed_at for account in later if account.resumed_at is not None), default=None
+    )
 
 
 def settled(account: Account, kept: int | None) -> dict[str, float]:

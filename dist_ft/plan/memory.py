@@ -12,9 +12,15 @@ _MOMENT_BYTES = {"adamw": 8, "sgd": 4, "adafactor": 0}
 _MASTER_BYTES = 4
 
 
-def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
-                      optimizer: str = "adamw", num_learned: int | None = None, num_guards: int = 0
-                      ) -> dict[str, int]:
+def model_state_bytes(
+    num_parameters: int,
+    world: int,
+    stage: int,
+    dtype: str,
+    optimizer: str = "adamw",
+    num_learned: int | None = None,
+    num_guards: int = 0,
+) -> dict[str, int]:
     """Return bytes a worker holds of weights, gradients and optimizer state.
 
     Per parameter: weights and gradients 4 + 4 in float32, 2 + 2 in bfloat16; two float32 moments of AdamW 8 (4 for
@@ -42,9 +48,18 @@ def model_state_bytes(num_parameters: int, world: int, stage: int, dtype: str,
     }
 
 
-def activation_bytes(*, num_layers: int, hidden: int, intermediate: int, vocab: int, micro_batch: int,
-                     sequence_length: int, checkpointing: bool, dtype: str = "bfloat16",
-                     kv_hidden: int | None = None) -> int:
+def activation_bytes(
+    *,
+    num_layers: int,
+    hidden: int,
+    intermediate: int,
+    vocab: int,
+    micro_batch: int,
+    sequence_length: int,
+    checkpointing: bool,
+    dtype: str = "bfloat16",
+    kv_hidden: int | None = None,
+) -> int:
     """Estimate the bytes that one forward pass of a Llama-like decoder keeps for backward, at its peak.
 
     A layer keeps, per token: the input and output of two norms (4 × hidden), rotated queries and the attention's

@@ -40,7 +40,10 @@ def of_step(shape: ModelShape, setup: Setup) -> Traffic:
     size = 4 if setup.dtype == "float32" else 2
     published = sum(elements.values())
     really = published + (elements["gradients"] if setup.stage in (1, 2) else 0)
-    return Traffic(elements, *(number * size * (setup.world - 1) // setup.world for number in (published, really)))
+    return Traffic(
+        elements,
+        *(number * size * (setup.world - 1) // setup.world for number in (published, really)),
+    )
 
 
 def checkpoint_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
@@ -52,5 +55,9 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
     moments = {"adamw": 2, "sgd": 1, "adafactor": 0}[setup.optimizer] if setup.has_moments else 0
     size = 4 if setup.dtype == "float32" else 2
     whole = 4 * learned * (1 + moments + setup.guards)
-    return {"checkpoint": whole, "a worker's part": -(-whole // setup.world), "frozen, once a run": size * frozen,
-            "exported model": size * shape.num_parameters}
+    return {
+        "checkpoint": whole,
+        "a worker's part": -(-whole // setup.world),
+        "frozen, once a run": size * frozen,
+        "exported model": size * shape.num_parameters,
+    }

@@ -71,8 +71,13 @@ class Memory:
         return sum(self.gpu.values())
 
 
-def setup_of(config: RunConfig, zero: Mapping[str, Any], world: int, stage: int | None = None,
-             offload: bool = True) -> Setup:
+def setup_of(
+    config: RunConfig,
+    zero: Mapping[str, Any],
+    world: int,
+    stage: int | None = None,
+    offload: bool = True,
+) -> Setup:
     """Return how `config` is laid out over `world` workers, at another stage (or without offload) if told so.
 
     `zero` is the `zero_optimization` of the run's DeepSpeed config.
@@ -81,12 +86,19 @@ def setup_of(config: RunConfig, zero: Mapping[str, Any], world: int, stage: int 
     stage = (0 if plain else config.zero.stage) if stage is None else stage
     anchor = {"none": 0, "l2": 1, "ewc": 2}[config.tuning.anchor.method]
     return Setup(
-        world=world, stage=stage, dtype=config.model.dtype, optimizer=config.optimizer.name,
+        world=world,
+        stage=stage,
+        dtype=config.model.dtype,
+        optimizer=config.optimizer.name,
         has_moments=config.optimizer.name != "sgd" or config.optimizer.momentum > 0,
-        guards=anchor + (config.tuning.ema_decay > 0), lanes=-(-config.num_lanes // world), plain=plain and stage == 0,
-        overlap=bool(zero.get("overlap_comm", config.cluster.gpus_per_worker > 0)), zero=zero,
+        guards=anchor + (config.tuning.ema_decay > 0),
+        lanes=-(-config.num_lanes // world),
+        plain=plain and stage == 0,
+        overlap=bool(zero.get("overlap_comm", config.cluster.gpus_per_worker > 0)),
+        zero=zero,
         offload_optimizer=config.zero.offload_optimizer if offload and stage >= 1 else "none",
-        offload_param=config.zero.offload_param if offload and stage == 3 else "none")
+        offload_param=config.zero.offload_param if offload and stage == 3 else "none",
+    )
 
 
 def of_worker(shape: ModelShape, setup: Setup) -> Memory:
@@ -99,19 +111,27 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
     stays = _persistent(shape, setup, size)
 
     def moment(whole: int, buffers: int, held: Held = NOTHING) -> dict[str, int]:
-        return {**state, "gathered weights": whole, "buffers": buffers, "activations": held.activations,
-                "logits": held.logits}
+        return {
+            **state,
+            "gathered weights": whole,
+            "buffers": buffers,
+            "activations": held.activations,
+            "logits": held.logits,
+        }
 
     # the bucket of ZeRO-1 stays from the first backward on, that of ZeRO-2 is made for each; ZeRO-3 has its own always
     there = setup.stage == 3 or (setup.stage == 1 and setup.lanes > 1)
-    moments = {"forward": moment(whole, buckets * there, lane.forward),
-               "backward": moment(whole, buckets + meanwhile * reducing, lane.backward),
-               "gather": moment(whole, buckets + gather),
-               "reduction": moment(stays, buckets + reducing),
-               "update": moment(stays, _at_update(shape, setup, size))}
+    moments = {
+        "forward": moment(whole, buckets * there, lane.forward),
+        "backward": moment(whole, buckets + meanwhile * reducing, lane.backward),
+        "gather": moment(whole, buckets + gather),
+        "reduction": moment(stays, buckets + reducing),
+        "update": moment(stays, _at_update(shape, setup, size)),
+    }
     host: dict[str, int] = {}
     moved = (["optimizer", "gradients"] if setup.offload_optimizer != "none" else []) + (
-        ["weights"] if setup.offload_param != "none" else [])
+        ["weights"] if setup.offload_param != "none" else []
+    )
     for kind in moved:
         host[kind] = state[kind]
         for one in moments.values():
@@ -119,15 +139,24 @@ def of_worker(shape: ModelShape, setup: Setup) -> Memory:
     if "optimizer" in moved:
         moments["update"]["buffers"] = 0
         largest = max((weight.numel for weight in shape.weights if weight.learned), default=0)
-        moments["backward"]["buffers"] += size * largest if setup.stage < 3 else 0  # one weight's, on its way
+        moments["backward"]["buffers"] += (
+            size * largest if setup.stage < 3 else 0
+        )  # one weight's, on its way
     when = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(moments[when], host, when)
 
 
 def _state(shape: ModelShape, setup: Setup, size: int) -> dict[str, int]:
     """Return weights, gradients and optimizer state; of ZeRO-3 each weight is rounded up by itself."""
-    state = model_state_bytes(shape.num_parameters, setup.world, setup.stage, setup.dtype, setup.optimizer,
-                              shape.num_learned, setup.guards)
+    state = model_state_bytes(
+        shape.num_parameters,
+        setup.world,
+        setup.stage,
+        setup.dtype,
+        setup.optimizer,
+        shape.num_learned,
+        setup.guards,
+    )
     if not setup.has_moments:
         per = 4 * shape.num_learned
         state["optimizer"] -= -(-per // setup.world) if setup.stage else per
@@ -157,11 +186,17 @@ def _buffers(shape: ModelShape, setup: Setup, size: int) -> tuple[int, int, bool
     """
     learned = shape.num_learned
     if setup.plain:
-        return (0 if setup.dtype == "float32" else size * learned), 0, False  # of the lane under way, not added yet
+        return (
+            (0 if setup.dtype == "float32" else size * learned),
+            0,
+            False,
+        )  # of the lane under way, not added yet
     if setup.stage == 0:
         return 0, 0, False
     numel = int(setup.zero.get("reduce_bucket_size", 500_000_000))
-    flat = size * min(numel, learned) if setup.world > 1 else 0  # what is in the bucket, laid out for the collective
+    flat = (
+        size * min(numel, learned) if setup.world > 1 else 0
+    )  # what is in the bucket, laid out for the collective
     # ZeRO-2 reduces each lane into a partition of its own, then adds it to that of the lanes before
     share = -(-learned // setup.world)
     touched = _touched(shape, setup.world) if setup.stage == 2 else share
@@ -178,7 +213,9 @@ def _touched(shape: ModelShape, world: int) -> int:
     """
     found = [0] * world
     for decays in (True, False):
-        sizes = [weight.numel for weight in shape.weights if weight.learned and weight.decays is decays]
+        sizes = [
+            weight.numel for weight in shape.weights if weight.learned and weight.decays is decays
+        ]
         part, begin = max(1, -(-sum(sizes) // world)), 0
         for size in sizes:
             for owner in range(begin // part, (begin + size - 1) // part + 1):
@@ -195,4 +232,5 @@ def _at_update(shape: ModelShape, setup: Setup, size: int) -> int:
     if setup.stage < 3:
         return flat
     return min(flat, 4 * int(setup.zero.get("sub_group_size", SUB_GROUP))) + size * int(
-        setup.zero.get("reduce_bucket_size", 500_000_000))
+        setup.zero.get("reduce_bucket_size", 500_000_000)
+    )

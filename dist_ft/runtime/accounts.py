@@ -23,8 +23,15 @@ def accounts(store: Store) -> tuple[list[Account], list[str]]:
         try:
             told = json.loads(store.read(path))
             begun_at = datetime.fromisoformat(told["begun_at"]).timestamp()
-            found.append(Account(int(told["attempt"]), begun_at, told["resumed_at"], dict(told["seconds"]),
-                                 tuple((int(step), dict(then)) for step, then in told["marks"])))
+            found.append(
+                Account(
+                    int(told["attempt"]),
+                    begun_at,
+                    told["resumed_at"],
+                    dict(told["seconds"]),
+                    tuple((int(step), dict(then)) for step, then in told["marks"]),
+                )
+            )
         except (ValueError, KeyError, TypeError) as error:
             broken.append(f"{path} can not be used ({type(error).__name__}: {error})")
     return found, broken
@@ -47,8 +54,10 @@ def lines(store: Store) -> Iterator[str]:
         return
     seconds = goodput.spent(found)
     wall_s = sum(seconds.values())
-    yield (f"{duration(wall_s)} over {len(found)} attempt{'s' if len(found) != 1 else ''}, "
-           f"{goodput.attributed(seconds):.1%} attributed")
+    yield (
+        f"{duration(wall_s)} over {len(found)} attempt{'s' if len(found) != 1 else ''}, "
+        f"{goodput.attributed(seconds):.1%} attributed"
+    )
     for part, meaning in goodput.PARTS.items():
         yield f"{part:<10} {seconds[part] / wall_s if wall_s else 0:6.1%} {seconds[part]:12,.1f} s  {meaning}"
 

@@ -18,18 +18,30 @@ from dist_ft.errors import DataError
 from dist_ft.world import Collectives, World
 
 
-def measure(config: RunConfig, engine: Engine, loader: Loader, world: World, collectives: Collectives,
-            beat: Callable[[], None]) -> None:
+def measure(
+    config: RunConfig,
+    engine: Engine,
+    loader: Loader,
+    world: World,
+    collectives: Collectives,
+    beat: Callable[[], None],
+) -> None:
     """Fill in the engine's Fisher information from one pass of `loader`; a collective call."""
     num_targets = 0
     for step in range(loader.steps_of_a_pass):
         for lane in range(config.num_lanes):
             beat()
-            batch = loader.batches(step, [lane])[0] if lane % world.size == world.rank else empty_batch()
+            batch = (
+                loader.batches(step, [lane])[0]
+                if lane % world.size == world.rank
+                else empty_batch()
+            )
             engine.add_squares(batch)
             num_targets += batch.num_target_tokens
     (total,) = collectives.sum([num_targets])
     if not total:
-        raise DataError("tuning.anchor.data: there is nothing to learn in it, so nothing tells what is to be kept; "
-                        "rows with targets are needed; correct the data")
+        raise DataError(
+            "tuning.anchor.data: there is nothing to learn in it, so nothing tells what is to be kept; "
+            "rows with targets are needed; correct the data"
+        )
     engine.scale_squares(1 / total)

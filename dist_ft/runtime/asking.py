@@ -64,20 +64,31 @@ class Asked:
         self._comms = collectives(self._world)
         self.config = labelled(config, self._world, self._comms)
         self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-        self.model, self._new = load_for(self.config.model_task, config.model, config.data.cache_dir)
-        if line := heads.too_long(self.model.config, config.batch.sequence_length, config.model.path):
+        self.model, self._new = load_for(
+            self.config.model_task, config.model, config.data.cache_dir
+        )
+        if line := heads.too_long(
+            self.model.config, config.batch.sequence_length, config.model.path
+        ):
             raise ModelError(line)
         if self._new and not random_head:
-            raise ModelError(f"model.path={config.model.path}: {len(self._new)} weights of its head are not in the "
-                             f"files, such as {min(self._new)}; its scores would be random; train it first, or ask for "
-                             "them with --random-head")
+            raise ModelError(
+                f"model.path={config.model.path}: {len(self._new)} weights of its head are not in the "
+                f"files, such as {min(self._new)}; its scores would be random; train it first, or ask for "
+                "them with --random-head"
+            )
         self.kind = "random" if self._new else "trained"
         if config.prompting.method != "none":
             self.kind = config.prompting.method
         self.engine = self._wrapped()
         module = self.engine.module
-        heads.begin(self.engine.slots, self._new, {name: one.shape for name, one in opening.tensors(module).items()},
-                    module.model.config, config.run.seed)
+        heads.begin(
+            self.engine.slots,
+            self._new,
+            {name: one.shape for name, one in opening.tensors(module).items()},
+            module.model.config,
+            config.run.seed,
+        )
         opening.probe(self.config, module, self.engine)
 
     def by_template(self, template: str) -> None:
@@ -91,8 +102,13 @@ class Asked:
         """Yield a loader over the rows of `sources`."""
         evaluation = self.config.evaluation.model_copy(update={"data": tuple(sources)})
         config = self.config.model_copy(update={"evaluation": evaluation})
-        loader = open_held_out(config, self.tokenizer, Store(f"memory://evaluate-{uuid4().hex}"), self._world,
-                               self._comms)
+        loader = open_held_out(
+            config,
+            self.tokenizer,
+            Store(f"memory://evaluate-{uuid4().hex}"),
+            self._world,
+            self._comms,
+        )
         try:
             yield loader
         finally:
@@ -102,8 +118,16 @@ class Asked:
         """Return what the model tells of the rows of `sources`."""
         config, scorer = self.config, Scorer(self.config.task)
         with self.reading(sources) as loader:
-            values = evaluate(self.engine, loader, config.num_lanes, self._world, self._comms, task=config.task,
-                              scorer=scorer, texts=HeldOutTexts.of(config, self.tokenizer))
+            values = evaluate(
+                self.engine,
+                loader,
+                config.num_lanes,
+                self._world,
+                self._comms,
+                task=config.task,
+                scorer=scorer,
+                texts=HeldOutTexts.of(config, self.tokenizer),
+            )
         return Told(values, *scorer.gathered(self._comms))
 
     def _wrapped(self) -> Any:
@@ -114,22 +138,34 @@ class Asked:
         device = torch.device("cuda" if self.config.cluster.gpus_per_worker > 0 else "cpu")
         engine = ForwardEngine(opening.wrapped(self.model, self.config, self.tokenizer), device)
         if self.kind == "prototypes":
-            prototypes.learn(cast("PrototypeModel", engine.module), self.config, self.tokenizer, device)
+            prototypes.learn(
+                cast("PrototypeModel", engine.module), self.config, self.tokenizer, device
+            )
         return engine
 
 
 def labelled(config: RunConfig, world: World, comms: Collectives) -> RunConfig:
     """Return the config with labels (the model's own where it has a head for some) and examples; a collective call."""
-    if config.task.name in LABELLED and config.prompting.method == "none" and not config.task.labels:
+    if (
+        config.task.name in LABELLED
+        and config.prompting.method == "none"
+        and not config.task.labels
+    ):
         own = tuple(label for _, label in sorted((_about(config).id2label or {}).items()))
         if has_own_head(config) and len(own) > 1:
-            config = config.model_copy(update={"task": config.task.model_copy(update={"labels": own})})
+            config = config.model_copy(
+                update={"task": config.task.model_copy(update={"labels": own})}
+            )
     outside = config.evaluation.robustness.out_of_scope_label
     store = Store(f"memory://evaluate-{uuid4().hex}")
     config = with_labels(config, store, world, comms)
-    if config.prompting.method != "none" and outside in config.task.labels:  # found in the training data
+    if (
+        config.prompting.method != "none" and outside in config.task.labels
+    ):  # found in the training data
         labels = tuple(label for label in config.task.labels if label != outside)
-        config = config.model_copy(update={"task": config.task.model_copy(update={"labels": labels})})
+        config = config.model_copy(
+            update={"task": config.task.model_copy(update={"labels": labels})}
+        )
     return with_examples(config, store, world, comms)
 
 
@@ -157,5 +193,7 @@ def _about(config: RunConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={config.model.path}: is no model folder ({str(error).splitlines()[0][:100]}); "
-                         "what save_pretrained or `dist-ft export` writes is needed; correct the path") from error
+        raise ModelError(
+            f"model.path={config.model.path}: is no model folder ({str(error).splitlines()[0][:100]}); "
+            "what save_pretrained or `dist-ft export` writes is needed; correct the path"
+        ) from error

@@ -40,25 +40,43 @@ def attribute(store: Store, examples: Sequence[dict[str, Any]], step: int | None
     try:
         from captum.attr import LayerIntegratedGradients
     except ImportError as error:
-        raise ConfigError(["--attributions: needs captum, which is not installed; pip install 'dist-ft[explain]'"],
-                          "runs report") from error
+        raise ConfigError(
+            [
+                "--attributions: needs captum, which is not installed; pip install 'dist-ft[explain]'"
+            ],
+            "runs report",
+        ) from error
     steps = [(manifests.parse_folder(name) or (0, 0))[0] for name in catalogue.committed(store)]
     found = export.find(store, step if step in steps else None)
     model, tokenizer = export.load_trained(store, found, "float32")
     task = export.stored_task(store)
     asked = TaskModel(model, task, SpecialTokens.of(tokenizer, model.config)).eval()
     special = set(tokenizer.all_special_ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
     for example in examples:
         ids = torch.tensor([example["ids"]])
         baseline = torch.tensor([[token if token in special else pad for token in example["ids"]]])
-        method = LayerIntegratedGradients(_teller(asked, task, example["at"]), model.get_input_embeddings())
-        weights = method.attribute(ids, baselines=baseline, n_steps=STEPS, internal_batch_size=AT_ONCE)
+        method = LayerIntegratedGradients(
+            _teller(asked, task, example["at"]), model.get_input_embeddings()
+        )
+        weights = method.attribute(
+            ids, baselines=baseline, n_steps=STEPS, internal_batch_size=AT_ONCE
+        )
         weights = weights.sum(-1)[0].detach().tolist()
         pieces = words(tokenizer, example["ids"])
-        example["tokens"] = [[piece, round(weight, 6)] for token, piece, weight in
-                             zip(example["ids"], pieces, weights, strict=True) if token not in special]
-    return {"step": found.progress.step, "method": f"integrated gradients, {STEPS} points, from a text of padding"}
+        example["tokens"] = [
+            [piece, round(weight, 6)]
+            for token, piece, weight in zip(example["ids"], pieces, weights, strict=True)
+            if token not in special
+        ]
+    return {
+        "step": found.progress.step,
+        "method": f"integrated gradients, {STEPS} points, from a text of padding",
+    }
 
 
 def _teller(asked: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
@@ -79,7 +97,7 @@ def _teller(asked: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
 def words(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return tokens as they are read one after the other: what begins a word begins with a blank."""
     raw = tokenizer.convert_ids_to_tokens(list(ids))
-    by_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-10**7:]
+    by_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
     found = []
     for token, name in zip(ids, raw, strict=True):
         if by_piece:

@@ -65,12 +65,18 @@ def audit(url: str) -> Audit:
     index = manifest.load(store, f"{FOLDER}/data.train")
     newest = catalogue.newest(store, World(), Collectives())
     if index is None or newest is None:
-        raise DataError(f"{store.shown()}: has no checkpoint yet, so nothing was committed; a run with one is needed; "
-                        "let it reach one")
+        raise DataError(
+            f"{store.shown()}: has no checkpoint yet, so nothing was committed; a run with one is needed; "
+            "let it reach one"
+        )
     rows = read_ledger(store, newest)
     plan = Plan(index.counts, index.sources, config.reading, config.batch, config.run.seed)
-    return Audit(newest.progress.step, len(set(store.list(catalogue.ATTEMPTS))), len(rows),
-                 tuple(_count(rows, index, plan, config, newest.progress.step)))
+    return Audit(
+        newest.progress.step,
+        len(set(store.list(catalogue.ATTEMPTS))),
+        len(rows),
+        tuple(_count(rows, index, plan, config, newest.progress.step)),
+    )
 
 
 def verify_shards(url: str) -> int:
@@ -80,19 +86,25 @@ def verify_shards(url: str) -> int:
     storage.configure(config.storage.options)
     index = manifest.load(store, f"{FOLDER}/data.train")
     if index is None:
-        raise DataError(f"{store.shown()}: has no index yet, so nothing was read; start the run first")
+        raise DataError(
+            f"{store.shown()}: has no index yet, so nothing was read; start the run first"
+        )
     index.verify_unchanged([shard for found in resolve(config.data.train) for shard in found])
     return len(index.shards)
 
 
 def _stored_config(store: Store) -> RunConfig:
     if not store.exists(STORED):
-        raise DataError(f"{store.shown()}: is no run ({STORED} is not there); the URL of a run is "
-                        "<run.storage>/<run.name>; check it")
+        raise DataError(
+            f"{store.shown()}: is no run ({STORED} is not there); the URL of a run is "
+            "<run.storage>/<run.name>; check it"
+        )
     return load_config(store.full(STORED))
 
 
-def _count(rows: np.ndarray, index: Index, plan: Plan, config: RunConfig, steps: int) -> list[EpochCount]:
+def _count(
+    rows: np.ndarray, index: Index, plan: Plan, config: RunConfig, steps: int
+) -> list[EpochCount]:
     """Return the counts of every epoch of every source that the rows (n, 6) touch."""
     first = index.first_samples
     block = np.searchsorted(first, rows[:, 3], side="right") - 1
@@ -100,24 +112,40 @@ def _count(rows: np.ndarray, index: Index, plan: Plan, config: RunConfig, steps:
     drawn = plan.drawn_by_all(steps)
     found = []
     for number, source in enumerate(config.data.train):
-        total = sum(m.num_pieces for b, m in zip(index.blocks, index.measures, strict=True) if b.source == number)
+        total = sum(
+            m.num_pieces
+            for b, m in zip(index.blocks, index.measures, strict=True)
+            if b.source == number
+        )
         own = rows[sources == number]
         whole_epochs = drawn[number] // plan.num_sequences(number)
         for epoch in range(max(whole_epochs, int(own[:, 1].max(initial=-1)) + 1)):
             pieces = own[own[:, 1] == epoch][:, 3:5]
             distinct = len(np.unique(pieces, axis=0))
             lost = total - distinct if epoch < whole_epochs else 0
-            found.append(EpochCount(source.name or f"source-{number}", epoch, total, len(pieces),
-                                    len(pieces) - distinct, lost))
+            found.append(
+                EpochCount(
+                    source.name or f"source-{number}",
+                    epoch,
+                    total,
+                    len(pieces),
+                    len(pieces) - distinct,
+                    lost,
+                )
+            )
     return found
 
 
 def describe(found: Audit) -> str:
     """Return the lines that tell a person about it."""
-    lines = [f"steps 0 to {found.step} over {found.attempts} attempts: {found.num_rows:,} pieces in the ledger"]
+    lines = [
+        f"steps 0 to {found.step} over {found.attempts} attempts: {found.num_rows:,} pieces in the ledger"
+    ]
     for count in found.epochs:
         share = "all" if count.num_seen == count.num_pieces else f"{count.num_seen:,} of"
-        lines.append(f"  {count.source}, epoch {count.epoch}: {share} {count.num_pieces:,} pieces once, "
-                     f"{count.num_lost:,} lost, {count.num_repeated:,} repeated")
+        lines.append(
+            f"  {count.source}, epoch {count.epoch}: {share} {count.num_pieces:,} pieces once, "
+            f"{count.num_lost:,} lost, {count.num_repeated:,} repeated"
+        )
     lines.append("exactly once: " + ("yes" if found.is_sound else "NO"))
     return "\n".join(lines)

@@ -27,7 +27,14 @@ from dist_ft.model.load import cache_folder
 from dist_ft.runtime import network, summary
 from dist_ft.runtime.anchoring import measure
 from dist_ft.runtime.data import Data, open_anchor, open_data
-from dist_ft.runtime.opening import aliases, fill, open_engine, store_model, tensors, with_whole_head
+from dist_ft.runtime.opening import (
+    aliases,
+    fill,
+    open_engine,
+    store_model,
+    tensors,
+    with_whole_head,
+)
 from dist_ft.runtime.watchdog import Watchdog
 from dist_ft.storage import Store
 from dist_ft.train.anomaly import AnomalyError, Judge, RollBack, vetoed_steps
@@ -50,11 +57,19 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     logs.setup(world.rank, world.size, config.log.level, hooks.log)
     storage.configure(config.storage.options)
     if world.size > config.num_lanes:
-        raise ConfigError([f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "
-                           "micro_batch); use fewer workers or a larger batch.global_batch"])
+        raise ConfigError(
+            [
+                f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "
+                "micro_batch); use fewer workers or a larger batch.global_batch"
+            ]
+        )
     if world.size > 1 and config.max_workers == 0:
-        raise ConfigError([f"cluster.workers=0: means one process, and this is one of {world.size} (WORLD_SIZE); set "
-                           f"cluster.workers={world.size}, or start one process"])
+        raise ConfigError(
+            [
+                f"cluster.workers=0: means one process, and this is one of {world.size} (WORLD_SIZE); set "
+                f"cluster.workers={world.size}, or start one process"
+            ]
+        )
     for line in untrainable(config.prompting):
         raise ConfigError([line])
     comms = collectives(world, config.cluster.collective_timeout_s)
@@ -71,16 +86,43 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
             return _already_done(config, done, total_steps, store, hooks, world)
         attempt = on_rank0(world, comms, lambda: take_over(store, stored, world, hooks.after))
         nodes = node_tier(config, store, world, comms)
-        with (kept(clock, store, attempt, world),
-              closing(CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)) as manager):
+        with (
+            kept(clock, store, attempt, world),
+            closing(
+                CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)
+            ) as manager,
+        ):
             manifest = manager.newest()
-            return _train(config, world, hooks, comms, store, attempt, data, manager, manifest, total_steps, clock)
+            return _train(
+                config,
+                world,
+                hooks,
+                comms,
+                store,
+                attempt,
+                data,
+                manager,
+                manifest,
+                total_steps,
+                clock,
+            )
     finally:
         data.close()
 
 
-def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, store: Store, attempt: int, data: Data,
-           manager: CheckpointManager, manifest: Manifest | None, total_steps: int, clock: Clock) -> Result:
+def _train(
+    config: RunConfig,
+    world: World,
+    hooks: Hooks,
+    comms: Collectives,
+    store: Store,
+    attempt: int,
+    data: Data,
+    manager: CheckpointManager,
+    manifest: Manifest | None,
+    total_steps: int,
+    clock: Clock,
+) -> Result:
     """Train from a checkpoint, or from the pre-trained weights."""
     module, engine, new = open_engine(config, world, manifest is not None, data.tokenizer)
     try:
@@ -95,20 +137,40 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
         metrics = _metrics(config, world, comms, store, lines, attempt, hooks)
         if world.rank == 0:
-            hooks.console.say(summary.at_start(config, module, data, world, total_steps, progress, attempt))
-        judge = Judge(config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store)))
-        parts = Parts(engine, data.training, data.evaluation, manager, metrics, world, comms, tensors(module),
-                      aliases(module), judge, store,
-                      on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)), clock,
-                      _evaluated(config, lines), HeldOutTexts.of(config, data.tokenizer),
-                      MinimumRisk.of(config, data.tokenizer))
+            hooks.console.say(
+                summary.at_start(config, module, data, world, total_steps, progress, attempt)
+            )
+        judge = Judge(
+            config.anomaly, progress.history, on_rank0(world, comms, lambda: vetoed_steps(store))
+        )
+        parts = Parts(
+            engine,
+            data.training,
+            data.evaluation,
+            manager,
+            metrics,
+            world,
+            comms,
+            tensors(module),
+            aliases(module),
+            judge,
+            store,
+            on_rank0(world, comms, lambda: catalogue.num_failures(store, attempt)),
+            clock,
+            _evaluated(config, lines),
+            HeldOutTexts.of(config, data.tokenizer),
+            MinimumRisk.of(config, data.tokenizer),
+        )
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
+
                 def beat() -> None:
                     watchdog.beat()
                     hooks.beat()
 
-                result = _train_on(config, parts, replace(hooks, beat=beat), progress, total_steps, manifest)
+                result = _train_on(
+                    config, parts, replace(hooks, beat=beat), progress, total_steps, manifest
+                )
         finally:
             if metrics is not None:
                 metrics.close()
@@ -119,42 +181,67 @@ def _train(config: RunConfig, world: World, hooks: Hooks, comms: Collectives, st
         engine.close()
 
 
-def _metrics(config: RunConfig, world: World, comms: Collectives, store: Store, lines: list[dict[str, Any]],
-             attempt: int, hooks: Hooks) -> MetricsLog | None:
+def _metrics(
+    config: RunConfig,
+    world: World,
+    comms: Collectives,
+    store: Store,
+    lines: list[dict[str, Any]],
+    attempt: int,
+    hooks: Hooks,
+) -> MetricsLog | None:
     """Return rank 0's record of the run, and None elsewhere; what its trackers refuse is raised by all."""
     made: list[MetricsLog] = []
 
     def make() -> None:
-        trackers = Trackers.open(config, store.url, cache_folder(config.data.cache_dir), hooks.measured)
+        trackers = Trackers.open(
+            config, store.url, cache_folder(config.data.cache_dir), hooks.measured
+        )
         made.append(MetricsLog(store, lines, attempt, config.log.tensorboard, trackers))
 
     on_rank0(world, comms, make)
     return made[0] if made else None
 
 
-def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress, total_steps: int,
-              manifest: Manifest | None) -> Result:
+def _train_on(
+    config: RunConfig,
+    parts: Parts,
+    hooks: Hooks,
+    progress: Progress,
+    total_steps: int,
+    manifest: Manifest | None,
+) -> Result:
     """Train to the end; where numbers went bad and the config says so, go back to the newest checkpoint first."""
     gone_back: Counter[int] = Counter()
     while True:
         try:
-            return Trainer(config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}).run()
+            return Trainer(
+                config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}
+            ).run()
         except RollBack:
             parts.clock.to("start")
             manifest = parts.manager.newest()
             if manifest is None:
-                raise AnomalyError("anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
-                                   "command begins again and passes the bad steps over; set "
-                                   "checkpoint.every_steps") from None
+                raise AnomalyError(
+                    "anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
+                    "command begins again and passes the bad steps over; set "
+                    "checkpoint.every_steps"
+                ) from None
             manifest = parts.manager.load(manifest, parts.engine, parts.tensors)
             progress = manifest.progress
             gone_back[progress.step] += 1
             if gone_back[progress.step] > config.anomaly.most_in_a_row:
-                raise AnomalyError(f"anomaly.action=rollback: gone back to step {progress.step} more than "
-                                   f"{config.anomaly.most_in_a_row} times (anomaly.most_in_a_row); what was committed "
-                                   "is kept; look at the data, or lower optimizer.learning_rate") from None
-            parts = replace(parts, judge=Judge(config.anomaly, progress.history, parts.judge.vetoed,
-                                                parts.judge.in_a_row))
+                raise AnomalyError(
+                    f"anomaly.action=rollback: gone back to step {progress.step} more than "
+                    f"{config.anomaly.most_in_a_row} times (anomaly.most_in_a_row); what was committed "
+                    "is kept; look at the data, or lower optimizer.learning_rate"
+                ) from None
+            parts = replace(
+                parts,
+                judge=Judge(
+                    config.anomaly, progress.history, parts.judge.vetoed, parts.judge.in_a_row
+                ),
+            )
             if parts.metrics is not None:
                 parts.metrics.rewind(progress.step)
             parts.clock.rewind(progress.step)
@@ -164,7 +251,9 @@ def _train_on(config: RunConfig, parts: Parts, hooks: Hooks, progress: Progress,
 def require_same_run(store: Store, config: RunConfig) -> None:
     """Raise ConfigError if the run exists with another identity (rank 0 only); log what else changed."""
     for change in check_resume(_mapping(store), config) if store.exists(STORED) else ():
-        log.info("since the run began, %s changed from %s to %s", change.path, change.old, change.new)
+        log.info(
+            "since the run began, %s changed from %s to %s", change.path, change.old, change.new
+        )
 
 
 def take_over(store: Store, config: RunConfig, world: World, after: str = "") -> int:
@@ -184,21 +273,26 @@ def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives)
     """Return where this worker's node keeps checkpoints of the run; None if the config has no such folder."""
     if not config.checkpoint.node_folder:
         return None
-    key = hashlib.sha256(config.run_url.encode()).hexdigest()[:16]  # runs of one name in two buckets stay apart
+    key = hashlib.sha256(config.run_url.encode()).hexdigest()[
+        :16
+    ]  # runs of one name in two buckets stay apart
     here = Store(f"{config.checkpoint.node_folder}/{config.run.name}-{key}")
     stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
     return NodeTier(store, here, f"{stage}, {world.size} workers", world, comms)
 
 
-def _complete(config: RunConfig, store: Store, world: World, comms: Collectives, total_steps: int
-              ) -> Manifest | None:
+def _complete(
+    config: RunConfig, store: Store, world: World, comms: Collectives, total_steps: int
+) -> Manifest | None:
     """Return the checkpoint of the last step, if it is committed and sound; takes no attempt number.
 
     The last step may be one the run ended early at.
     """
     names = on_rank0(world, comms, lambda: catalogue.committed(store))
     step = (parse_folder(names[0]) or (0, 0))[0] if names else 0
-    if not names or (step < total_steps and not on_rank0(world, comms, lambda: _ended_early(config, store, step))):
+    if not names or (
+        step < total_steps and not on_rank0(world, comms, lambda: _ended_early(config, store, step))
+    ):
         return None
     try:
         manifest = catalogue.load_manifest(store, names[0])
@@ -211,7 +305,11 @@ def _complete(config: RunConfig, store: Store, world: World, comms: Collectives,
 def _evaluated(config: RunConfig, lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """Return (step, value) of checkpoint.best_by at every evaluation among the lines of metrics."""
     metric = config.checkpoint.best_by
-    found = {line["step"]: line[metric] for line in lines if line["kind"] == "evaluation" and metric in line}
+    found = {
+        line["step"]: line[metric]
+        for line in lines
+        if line["kind"] == "evaluation" and metric in line
+    }
     return sorted((step, float("nan") if value is None else value) for step, value in found.items())
 
 
@@ -220,8 +318,11 @@ def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
     if not config.evaluation.patience:
         return False
     told = _evaluated(config, read_metrics(store, step))
-    return bool(told) and told[-1][0] == step and best.is_over(config.checkpoint.best_by, told,
-                                                               config.evaluation.patience)
+    return (
+        bool(told)
+        and told[-1][0] == step
+        and best.is_over(config.checkpoint.best_by, told, config.evaluation.patience)
+    )
 
 
 def _mapping(store: Store) -> dict[str, Any]:
@@ -231,13 +332,28 @@ def _mapping(store: Store) -> dict[str, Any]:
     return yaml.safe_load(store.read(STORED))
 
 
-def _already_done(config: RunConfig, manifest: Manifest, total_steps: int, store: Store, hooks: Hooks,
-                  world: World) -> Result:
+def _already_done(
+    config: RunConfig,
+    manifest: Manifest,
+    total_steps: int,
+    store: Store,
+    hooks: Hooks,
+    world: World,
+) -> Result:
     """Return the result of a run that has nothing left to do."""
     if world.rank == 0:
         early = manifest.progress.step < total_steps
-        hooks.console.say(f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
-                          f"committed{', where it ended early' if early else ''}; raise "
-                          f"{'evaluation.patience' if early else 'schedule.steps'} to go on, or export it")
-    return Result(config.run_url, manifest.progress.step, total_steps, None, manifest.evaluation.get("before"),
-                  manifest.evaluation.get("after"), catalogue.checkpoint_store(store, manifest).url)
+        hooks.console.say(
+            f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
+            f"committed{', where it ended early' if early else ''}; raise "
+            f"{'evaluation.patience' if early else 'schedule.steps'} to go on, or export it"
+        )
+    return Result(
+        config.run_url,
+        manifest.progress.step,
+        total_steps,
+        None,
+        manifest.evaluation.get("before"),
+        manifest.evaluation.get("after"),
+        catalogue.checkpoint_store(store, manifest).url,
+    )

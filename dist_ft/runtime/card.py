@@ -21,15 +21,26 @@ from dist_ft.runtime.facts import facts, stored_config
 from dist_ft.storage import Store
 from dist_ft.train.metrics import read_metrics
 
-PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification",
-             "multi_label": "text-classification", "regression": "text-classification",
-             "token_classification": "token-classification", "question_answering": "question-answering",
-             "masked_lm": "fill-mask", "embedding": "feature-extraction"}
+PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "multi_label": "text-classification",
+    "regression": "text-classification",
+    "token_classification": "token-classification",
+    "question_answering": "question-answering",
+    "masked_lm": "fill-mask",
+    "embedding": "feature-extraction",
+}
 """The hub's names of tasks; an encoder-decoder has none that fits all it may do."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def render(store: Store, manifest: Manifest, folder: Path, int8: dict[str, tuple[float, float]] | None = None) -> str:
+def render(
+    store: Store,
+    manifest: Manifest,
+    folder: Path,
+    int8: dict[str, tuple[float, float]] | None = None,
+) -> str:
     """Return the card of the model in `folder`.
 
     Args:
@@ -45,32 +56,68 @@ def render(store: Store, manifest: Manifest, folder: Path, int8: dict[str, tuple
         named = kind.get("id2label") or {}
         labels = [named[number] for number in sorted(named, key=int)]
     told = {name: _public(value) for name, value in facts(store).items()}
-    told["architecture"] = f"{', '.join(kind.get('architectures') or ())} ({kind.get('model_type')})"
-    told |= {"trained": f"{manifest.progress.step:,} steps, {manifest.progress.num_tokens:,} tokens",
-             "saved": manifest.created_at, "versions": ", ".join(
-                 f"{name} {number}" for name, number in sorted(manifest.versions.items()))}
-    parts = [_head(config, task, int8 is not None), f"# {config['run']['name']}", "",
-             f"{told['base model']}, fine-tuned for {task.replace('_', ' ')} with dist_ft. Written by "
-             "`dist-ft export` from what was run.", "", "## Training", "",
-             *_table(("", ""), [(name, value) for name, value in told.items()])]
+    told["architecture"] = (
+        f"{', '.join(kind.get('architectures') or ())} ({kind.get('model_type')})"
+    )
+    told |= {
+        "trained": f"{manifest.progress.step:,} steps, {manifest.progress.num_tokens:,} tokens",
+        "saved": manifest.created_at,
+        "versions": ", ".join(
+            f"{name} {number}" for name, number in sorted(manifest.versions.items())
+        ),
+    }
+    parts = [
+        _head(config, task, int8 is not None),
+        f"# {config['run']['name']}",
+        "",
+        f"{told['base model']}, fine-tuned for {task.replace('_', ' ')} with dist_ft. Written by "
+        "`dist-ft export` from what was run.",
+        "",
+        "## Training",
+        "",
+        *_table(("", ""), [(name, value) for name, value in told.items()]),
+    ]
     if labels:
         parts += ["## Labels", "", ", ".join(_cell(label) for label in labels), ""]
     parts += ["## Scores on held-out data", "", *_scores(store, manifest.progress.step)]
     if int8:
-        parts += ["## With int8 weights", "", "Measured on the machine that exported; weights of linear layers only "
-                  "(torchao, which is needed to load them).", "",
-                  *_table(("measure", "before", "after"), [(name.replace("_", " "), _number(a), _number(b))
-                                                           for name, (a, b) in int8.items()])]
-    parts += ["## Limits", "", *_limits(about, task), "", "## Config", "", "```yaml",
-              _yaml(_shared({name: config[name] for name in config if name not in ("storage", "cluster", "log")})),
-              "```", ""]
+        parts += [
+            "## With int8 weights",
+            "",
+            "Measured on the machine that exported; weights of linear layers only "
+            "(torchao, which is needed to load them).",
+            "",
+            *_table(
+                ("measure", "before", "after"),
+                [(name.replace("_", " "), _number(a), _number(b)) for name, (a, b) in int8.items()],
+            ),
+        ]
+    parts += [
+        "## Limits",
+        "",
+        *_limits(about, task),
+        "",
+        "## Config",
+        "",
+        "```yaml",
+        _yaml(
+            _shared(
+                {name: config[name] for name in config if name not in ("storage", "cluster", "log")}
+            )
+        ),
+        "```",
+        "",
+    ]
     return redact("\n".join(parts))
 
 
 def _head(config: dict[str, Any], task: str, is_int8: bool) -> str:
     """Return the YAML head that the hub reads."""
     base = str(config["model"]["path"])
-    told: dict[str, Any] = {"library_name": "transformers", "tags": ["dist_ft", *(["int8"] if is_int8 else [])]}
+    told: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["dist_ft", *(["int8"] if is_int8 else [])],
+    }
     if task in PIPELINES:
         told["pipeline_tag"] = PIPELINES[task]
     if _HUB_NAME.fullmatch(base) and not os.path.exists(base):
@@ -80,28 +127,49 @@ def _head(config: dict[str, Any], task: str, is_int8: bool) -> str:
 
 def _scores(store: Store, step: int) -> list[str]:
     """Return the table of metrics at the first evaluation and at the last one up to `step`."""
-    lines = [line for line in read_metrics(store) if line["kind"] == "evaluation" and line["step"] <= step]
+    lines = [
+        line
+        for line in read_metrics(store)
+        if line["kind"] == "evaluation" and line["step"] <= step
+    ]
     if not lines:
         return ["None: the run had no evaluation up to this step.", ""]
     first, last = lines[0], lines[-1]
-    names = [name for name, value in last.items() if isinstance(value, int | float)
-             and name not in ("step", "time", "num_target_tokens")]
-    rows = [(name.replace("_", " "), _number(first.get(name)), _number(last[name])) for name in names]
+    names = [
+        name
+        for name, value in last.items()
+        if isinstance(value, int | float) and name not in ("step", "time", "num_target_tokens")
+    ]
+    rows = [
+        (name.replace("_", " "), _number(first.get(name)), _number(last[name])) for name in names
+    ]
     return _table(("metric", f"step {first['step']}", f"step {last['step']}"), rows)
 
 
 def _limits(about: dict[str, Any], task: str) -> list[str]:
     length = about.get("sequence_length")
-    lines = [f"- Trained on sequences of at most {length} tokens; longer texts were not measured."] if length else []
+    lines = (
+        [f"- Trained on sequences of at most {length} tokens; longer texts were not measured."]
+        if length
+        else []
+    )
     if task in ("causal_lm", "seq2seq"):
         lines.append("- Texts it makes may be wrong; what they hold was not examined here.")
-    return [*lines, "- Scores are those of the held-out data named above; other domains, languages, bias and safety "
-            "were not measured.", "- No licence is stated here: that of the base model and of the data apply."]
+    return [
+        *lines,
+        "- Scores are those of the held-out data named above; other domains, languages, bias and safety "
+        "were not measured.",
+        "- No licence is stated here: that of the base model and of the data apply.",
+    ]
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(heads)} |", f"| --- |{' --- |' * (len(heads) - 1)}",
-            *(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows), ""]
+    return [
+        f"| {' | '.join(heads)} |",
+        f"| --- |{' --- |' * (len(heads) - 1)}",
+        *(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows),
+        "",
+    ]
 
 
 def _cell(text: str) -> str:

@@ -16,7 +16,9 @@ from dist_ft.train.generate import HeldOutTexts
 from dist_ft.world import Collectives, World
 
 
-def compare(config: RunConfig, paths: Sequence[str], strategies: Sequence[str]) -> list[dict[str, Any]]:
+def compare(
+    config: RunConfig, paths: Sequence[str], strategies: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return a row for each model and strategy, in this process.
 
     Args:
@@ -33,8 +35,13 @@ def compare(config: RunConfig, paths: Sequence[str], strategies: Sequence[str]) 
     """
     own = config.evaluation.decoding
     if not own.max_new_tokens:
-        raise ConfigError(["evaluation.decoding.max_new_tokens=0: texts have no length; a number above 0 is needed; "
-                           "set it"], "decode")
+        raise ConfigError(
+            [
+                "evaluation.decoding.max_new_tokens=0: texts have no length; a number above 0 is needed; "
+                "set it"
+            ],
+            "decode",
+        )
     sections = [parse(text, own) for text in strategies] or [own]
     storage.configure(config.storage.options)
     found = []
@@ -48,9 +55,19 @@ def compare(config: RunConfig, paths: Sequence[str], strategies: Sequence[str]) 
         samples = texts.gather(Collectives())
         for section in sections:
             begun = time.perf_counter()
-            values, num_tokens = texts.told(samples, asked.engine, World(), Collectives(), section=section)
+            values, num_tokens = texts.told(
+                samples, asked.engine, World(), Collectives(), section=section
+            )
             seconds = time.perf_counter() - begun
-            found.append({"model": path, "strategy": short_form(section), "samples": len(samples),
-                          **{name: value for name, value in values.items() if name != "texts"}, "seconds": seconds,
-                          "tokens_per_s": num_tokens / seconds, "texts": values["texts"]})
+            found.append(
+                {
+                    "model": path,
+                    "strategy": short_form(section),
+                    "samples": len(samples),
+                    **{name: value for name, value in values.items() if name != "texts"},
+                    "seconds": seconds,
+                    "tokens_per_s": num_tokens / seconds,
+                    "texts": values["texts"],
+                }
+            )
     return found

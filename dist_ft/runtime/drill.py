@@ -61,14 +61,21 @@ class Report:
         return all(finding.held for finding in self.findings)
 
 
-def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
-        tell: Callable[[str], None] = lambda text: None) -> Report:
+def run(
+    config: RunConfig,
+    only: Sequence[str] = (),
+    keep: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Report:
     """Drill on the cluster and storage of `config`: the undisturbed run, then all scenarios or `only` those named.
 
     Raises ConfigError, as `dist-ft check` would, before anything is started.
     """
     storage.configure(config.storage.options)
-    parent, name = Store(config.run.storage), f"drill-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    parent, name = (
+        Store(config.run.storage),
+        f"drill-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+    )
     place = parent.child(name)
     first, *others = scenarios(config.min_workers)
     found: list[Finding] = []
@@ -90,8 +97,10 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
         if not keep:
             parent.remove(name)
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted("the drill was stopped; " + ("its folder is kept" if keep else "its folder is removed")
-                              ) from error
+            raise Interrupted(
+                "the drill was stopped; "
+                + ("its folder is kept" if keep else "its folder is removed")
+            ) from error
         raise
     kept = keep or not all(finding.held for finding in found)
     if not kept:
@@ -99,41 +108,64 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
     return Report(config.min_workers, tuple(found), place.shown() if kept else "")
 
 
-def _judge(scenario: Scenario, evidence: Evidence, wanted: tuple[tuple[int, float | None], ...]) -> Finding:
+def _judge(
+    scenario: Scenario, evidence: Evidence, wanted: tuple[tuple[int, float | None], ...]
+) -> Finding:
     wrong, attempts = problems(scenario, evidence, wanted), evidence.num_attempts
     heard = [f"{text}; " for text in (heard_of(scenario, evidence.lines),) if text]
     equal = "losses equal to the last bit, " if scenario.failpoint else ""
-    seen = "" if wrong else "".join(heard) + (
-        f"{len(evidence.losses)} steps, {equal}every sample once; {evidence.num_checkpoints} checkpoints "
-        f"sound; {attempts} attempt{'s' if attempts != 1 else ''}")
-    return Finding(scenario.name, scenario.what, tuple(map(redact, wrong)), times(scenario, evidence), seen)
+    seen = (
+        ""
+        if wrong
+        else "".join(heard)
+        + (
+            f"{len(evidence.losses)} steps, {equal}every sample once; {evidence.num_checkpoints} checkpoints "
+            f"sound; {attempts} attempt{'s' if attempts != 1 else ''}"
+        )
+    )
+    return Finding(
+        scenario.name, scenario.what, tuple(map(redact, wrong)), times(scenario, evidence), seen
+    )
 
 
 def as_json(report: Report) -> str:
     """Return a report as JSON: held, workers, kept, and a finding a scenario."""
     findings = [{"held": one.held, **asdict(one)} for one in report.findings]
-    return json.dumps({"held": report.held, **asdict(report), "findings": findings}, indent=1) + "\n"
+    return (
+        json.dumps({"held": report.held, **asdict(report), "findings": findings}, indent=1) + "\n"
+    )
 
 
 def describe(report: Report) -> str:
     """Return the table a person reads, and details of what did not hold."""
-    rows = [(one.name, "yes" if one.held else "NO", _times(one), one.seen or "see below") for one in report.findings]
+    rows = [
+        (one.name, "yes" if one.held else "NO", _times(one), one.seen or "see below")
+        for one in report.findings
+    ]
     workers = report.workers
     where = f"{workers} Ray worker{'s' if workers > 1 else ''}" if workers else "one process"
     said = [table(f"drill on {where}", rows, ("scenario", "held", "time", "what was seen"))]
     for one in report.findings:
         if not one.held:
-            said += [f"{one.name} ({one.what}) did not hold:", *(f"  - {text}" for text in one.problems),
-                     f"  its output: {report.kept}/{one.name}.log; its run: {report.kept}/{one.name}"]
+            said += [
+                f"{one.name} ({one.what}) did not hold:",
+                *(f"  - {text}" for text in one.problems),
+                f"  its output: {report.kept}/{one.name}.log; its run: {report.kept}/{one.name}",
+            ]
     if report.kept:
         said.append(f"kept: {report.kept}")
     return "\n".join(said)
 
 
 def _times(finding: Finding) -> str:
-    meanings = {"noticed_s": "noticed after {:.1f} s", "left_s": "saved after {:.1f} s",
-                "back_s": "first new step after {:.1f} s"}
-    said = [text.format(finding.times[key]) for key, text in meanings.items() if key in finding.times]
+    meanings = {
+        "noticed_s": "noticed after {:.1f} s",
+        "left_s": "saved after {:.1f} s",
+        "back_s": "first new step after {:.1f} s",
+    }
+    said = [
+        text.format(finding.times[key]) for key, text in meanings.items() if key in finding.times
+    ]
     if not said and "stall_s" in finding.times:
         said.append(f"a save stops training for {1000 * finding.times['stall_s']:.0f} ms")
     return "; ".join(said)

@@ -10,8 +10,10 @@ from pathlib import Path
 from dist_ft.data.write import write_jsonl
 from dist_ft.storage import Store
 
-TEXT = ("the quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old stones and every "
-        "child counts stars until morning comes with bread and tea and news of distant towns")
+TEXT = (
+    "the quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old stones and every "
+    "child counts stars until morning comes with bread and tea and news of distant towns"
+)
 WORDS = TEXT.split()
 ROWS_A_LANE = 24
 """So that a drill's steps make more than one epoch."""
@@ -68,8 +70,13 @@ def make_model(store: Store, name: str, size: Size) -> None:
 def pairs(count: int) -> list[dict[str, str]]:
     """Return `count` instruction pairs of unequal lengths."""
     rng = random.Random(0)
-    return [{"prompt": f"say {' '.join(rng.choices(WORDS, k=rng.randint(1, 8)))}",
-             "response": " ".join(rng.choices(WORDS, k=rng.randint(4, 40)))} for _ in range(count)]
+    return [
+        {
+            "prompt": f"say {' '.join(rng.choices(WORDS, k=rng.randint(1, 8)))}",
+            "response": " ".join(rng.choices(WORDS, k=rng.randint(4, 40))),
+        }
+        for _ in range(count)
+    ]
 
 
 def _model(folder: Path, size: Size) -> None:
@@ -82,15 +89,33 @@ def _model(folder: Path, size: Size) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT] * 4, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.train_from_iterator(
+        [TEXT] * 4,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
     fast.save_pretrained(folder)
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(fast), hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        max_position_embeddings=size.length, attention_dropout=size.dropout, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0)).to(getattr(torch, size.dtype)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=size.length,
+            attention_dropout=size.dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    ).to(getattr(torch, size.dtype)).save_pretrained(folder)

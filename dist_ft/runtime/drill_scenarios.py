@@ -59,21 +59,47 @@ def scenarios(workers: int) -> list[Scenario]:
     """Return all scenarios for so many workers (0: one process); the undisturbed run is the first."""
     last, alone = max(workers, 1) - 1, workers == 0
     # a single process that is stopped from outside has nobody to notice it: there, a call does not return
-    stopped, hang = (("sleep", "a call does not return") if workers <= 1 else
-                     ("stop", "the process of the last worker is stopped (SIGSTOP)"))
+    stopped, hang = (
+        ("sleep", "a call does not return")
+        if workers <= 1
+        else ("stop", "the process of the last worker is stopped (SIGSTOP)")
+    )
     died = "the process" if alone else "the process of the last worker"
     return [
         Scenario("reference", "nothing is done to it"),
-        Scenario("death", f"{died} is killed (kill -9)",
-                 f"train.step:{AT}@{last}" + ("" if alone else f"!sleep{SPARES_S}+kill"),
-                 rest_s=0 if alone else SPARES_S, first_code=-9 if alone else 0, restarts=True),
-        Scenario("hang", hang, f"train.step:{AT}@{last}!{stopped}", {"cluster": {"progress_timeout_s": HANG_S}},
-                 first_code=HUNG if alone else 0, restarts=True, said=r"made no progress for \d+ s|: hang \("),
-        Scenario("preemption", "SIGTERM to the command, which is then given again",
-                 f"train.step:{AT}@0!sleep{WINDOW_S}", rest_s=WINDOW_S, terminate=True, first_code=130, restarts=True,
-                 said=r"stopped at step \d+"),
-        Scenario("storage", "storage fails in the middle of a save", "checkpoint.before_file:2@0!storage",
-                 said=r"no checkpoint at step \d+, training goes on"),
+        Scenario(
+            "death",
+            f"{died} is killed (kill -9)",
+            f"train.step:{AT}@{last}" + ("" if alone else f"!sleep{SPARES_S}+kill"),
+            rest_s=0 if alone else SPARES_S,
+            first_code=-9 if alone else 0,
+            restarts=True,
+        ),
+        Scenario(
+            "hang",
+            hang,
+            f"train.step:{AT}@{last}!{stopped}",
+            {"cluster": {"progress_timeout_s": HANG_S}},
+            first_code=HUNG if alone else 0,
+            restarts=True,
+            said=r"made no progress for \d+ s|: hang \(",
+        ),
+        Scenario(
+            "preemption",
+            "SIGTERM to the command, which is then given again",
+            f"train.step:{AT}@0!sleep{WINDOW_S}",
+            rest_s=WINDOW_S,
+            terminate=True,
+            first_code=130,
+            restarts=True,
+            said=r"stopped at step \d+",
+        ),
+        Scenario(
+            "storage",
+            "storage fails in the middle of a save",
+            "checkpoint.before_file:2@0!storage",
+            said=r"no checkpoint at step \d+, training goes on",
+        ),
     ]
 
 
@@ -85,16 +111,30 @@ def config_of(base: RunConfig, place: str, scenario: Scenario) -> RunConfig:
     workers = base.min_workers
     document: dict[str, dict[str, Any]] = {
         "run": {"name": scenario.name, "storage": place, "seed": 1},
-        "model": {"path": f"{place}/model", "dtype": base.model.dtype, "attention": "eager",  # the same bits each time
-                  "activation_checkpointing": base.model.activation_checkpointing},
-        "data": {"train": f"{place}/data/*.jsonl", "format": "instruction", "overlong": "truncate", "block_mib": 0.004,
-                 "shuffle_blocks": 2, "cache_dir": base.data.cache_dir},
+        "model": {
+            "path": f"{place}/model",
+            "dtype": base.model.dtype,
+            "attention": "eager",  # the same bits each time
+            "activation_checkpointing": base.model.activation_checkpointing,
+        },
+        "data": {
+            "train": f"{place}/data/*.jsonl",
+            "format": "instruction",
+            "overlong": "truncate",
+            "block_mib": 0.004,
+            "shuffle_blocks": 2,
+            "cache_dir": base.data.cache_dir,
+        },
         "batch": {"global_batch": lanes(workers), "sequence_length": 64},
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"steps": STEPS},
         "zero": base.zero.model_dump(mode="json"),
-        "cluster": {**base.cluster.model_dump(mode="json"), "workers": workers, "max_failures": 3,
-                    "progress_timeout_s": PATIENT_S},
+        "cluster": {
+            **base.cluster.model_dump(mode="json"),
+            "workers": workers,
+            "max_failures": 3,
+            "progress_timeout_s": PATIENT_S,
+        },
         "checkpoint": {"every_steps": EVERY, "keep_last": 3},
         "log": {"tensorboard": False},
         "storage": base.storage.model_dump(mode="json"),
@@ -141,9 +181,15 @@ class Evidence:
     stall_s: float | None = None
 
 
-def problems(scenario: Scenario, found: Evidence, wanted: Sequence[tuple[int, float | None]]) -> list[str]:
+def problems(
+    scenario: Scenario, found: Evidence, wanted: Sequence[tuple[int, float | None]]
+) -> list[str]:
     """Return a line for everything that did not hold; `wanted`: the losses of the undisturbed run."""
-    said = [] if None not in found.codes else ["it had not come to its end in time (its limit stands in its output)"]
+    said = (
+        []
+        if None not in found.codes
+        else ["it had not come to its end in time (its limit stands in its output)"]
+    )
     expected = (scenario.first_code,) if scenario.first_code == 0 else (scenario.first_code, 0)
     if not said and found.codes != expected:
         said.append(f"exit codes {_list(found.codes)}, {_list(expected)} expected")
@@ -165,14 +211,26 @@ def heard_of(scenario: Scenario, lines: Sequence[Line]) -> str:
     return next((match.group(0) for match in found if match), "")
 
 
-def losses_differ(found: Sequence[tuple[int, float | None]], wanted: Sequence[tuple[int, float | None]]) -> list[str]:
+def losses_differ(
+    found: Sequence[tuple[int, float | None]], wanted: Sequence[tuple[int, float | None]]
+) -> list[str]:
     """Return a line that says where losses are not those that were wanted, every step once; none if they are."""
     steps = [step for step, _ in found]
     if steps != list(range(1, STEPS + 1)):
-        return [f"metrics hold {len(steps)} steps, the last {steps[-1] if steps else 'none'}; 1 to {STEPS} are needed"]
-    first = next(((step, loss, other) for (step, loss), (_, other) in zip(found, wanted, strict=True) if loss != other),
-                 None)
-    return [] if first is None else ["step {}: loss {!r}, {!r} in the undisturbed run".format(*first)]
+        return [
+            f"metrics hold {len(steps)} steps, the last {steps[-1] if steps else 'none'}; 1 to {STEPS} are needed"
+        ]
+    first = next(
+        (
+            (step, loss, other)
+            for (step, loss), (_, other) in zip(found, wanted, strict=True)
+            if loss != other
+        ),
+        None,
+    )
+    return (
+        [] if first is None else ["step {}: loss {!r}, {!r} in the undisturbed run".format(*first)]
+    )
 
 
 def injected(lines: Sequence[Line]) -> int | None:
@@ -191,13 +249,15 @@ def times(scenario: Scenario, found: Evidence) -> dict[str, float]:
     begin = injected(found.lines)
     if begin is None:
         return measured
-    at_s, rest = found.lines[begin].at_s + scenario.rest_s, found.lines[begin + 1:]
+    at_s, rest = found.lines[begin].at_s + scenario.rest_s, found.lines[begin + 1 :]
     if scenario.name == "hang":
         measured |= _first("noticed_s", at_s, rest, scenario.said)
     if scenario.terminate:
         measured |= _first("left_s", at_s, rest, "stopped at step")
         at_s = next((line.at_s for line in rest if line.text == AGAIN), at_s)
-    again = next((i for i, line in enumerate(rest) if re.search(r"\(attempt \d+\)", line.text)), None)
+    again = next(
+        (i for i, line in enumerate(rest) if re.search(r"\(attempt \d+\)", line.text)), None
+    )
     if scenario.restarts and again is not None:
         measured |= _first("back_s", at_s, rest[again:], r"^step ")
     return measured

@@ -42,13 +42,22 @@ class Written:
         from dist_ft.model.load import load_for, load_tokenizer
 
         world = World()
-        config = with_labels(config, Store(f"memory://evaluate-{uuid4().hex}"), world, collectives(world))
+        config = with_labels(
+            config, Store(f"memory://evaluate-{uuid4().hex}"), world, collectives(world)
+        )
         labels = config.task.labels
         kinds = entities.kinds_of(labels)
         if "O" not in labels or not task_rows.is_bio(labels):
-            raise ConfigError([f"task.labels: {', '.join(labels[:6])} are no BIO tags; prompting.method=generation "
-                               "needs O, B- and I- of each kind; correct the data"], "evaluate")
-        self._names = {kind: config.prompting.verbalisers.get(kind, kind.replace("_", " ")) for kind in kinds}
+            raise ConfigError(
+                [
+                    f"task.labels: {', '.join(labels[:6])} are no BIO tags; prompting.method=generation "
+                    "needs O, B- and I- of each kind; correct the data"
+                ],
+                "evaluate",
+            )
+        self._names = {
+            kind: config.prompting.verbalisers.get(kind, kind.replace("_", " ")) for kind in kinds
+        }
         self._ids = {label: number for number, label in enumerate(labels)}
         self.config = self._with_examples(config)
         self._template = self.config.prompting.templates[0]
@@ -59,9 +68,14 @@ class Written:
         limits = [longest_input(self.model.config), config.batch.sequence_length]
         self._room = min(length for length in limits if length) - config.prompting.max_new_tokens
         if self._room < 1:
-            raise ConfigError([f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no room for a "
-                               f"prompt in batch.sequence_length={config.batch.sequence_length}; fewer are allowed; "
-                               "lower it, or raise the length"], "evaluate")
+            raise ConfigError(
+                [
+                    f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no room for a "
+                    f"prompt in batch.sequence_length={config.batch.sequence_length}; fewer are allowed; "
+                    "lower it, or raise the length"
+                ],
+                "evaluate",
+            )
         if config.cluster.gpus_per_worker:
             self.model.to("cuda")
 
@@ -74,7 +88,7 @@ class Written:
         samples = self._samples(sources)
         wanted, told, readable = [], [], 0
         for start in range(0, len(samples), self.config.batch.micro_batch):
-            some = samples[start:start + self.config.batch.micro_batch]
+            some = samples[start : start + self.config.batch.micro_batch]
             for sample, answer in zip(some, self._answers(some), strict=True):
                 tags, understood = entities.read(answer, sample.first, self._names)
                 readable += understood
@@ -90,25 +104,44 @@ class Written:
         most = self.config.prompting.max_new_tokens
         prompts_of = [prompts.filled(self._template, " ".join(sample.first)) for sample in samples]
         self.tokenizer.truncation_side = "left"  # the row itself stays
-        encoded = self.tokenizer(prompts_of, padding=True, padding_side="left", truncation=True,
-                                 max_length=self._room, return_tensors="pt")
+        encoded = self.tokenizer(
+            prompts_of,
+            padding=True,
+            padding_side="left",
+            truncation=True,
+            max_length=self._room,
+            return_tensors="pt",
+        )
         encoded.pop("token_type_ids", None)
         with torch.inference_mode():
-            made = self.model.generate(**encoded.to(self.model.device), max_new_tokens=most, do_sample=False,
-                                       pad_token_id=self.tokenizer.pad_token_id, tokenizer=self.tokenizer,
-                                       stop_strings=["\n"])
-        return self.tokenizer.batch_decode(made[:, encoded["input_ids"].shape[1]:], skip_special_tokens=True)
+            made = self.model.generate(
+                **encoded.to(self.model.device),
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                tokenizer=self.tokenizer,
+                stop_strings=["\n"],
+            )
+        return self.tokenizer.batch_decode(
+            made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def _samples(self, sources: Sequence[Source]) -> list[Sample]:
         """Return the rows of `sources`, the first evaluation.max_samples of them."""
         found = []
         shards = [shard for source in resolve(list(sources), "evaluation.data") for shard in source]
-        rows = ((shard.url, number, row) for shard in shards for number, row in enumerate(readers.rows_of(shard), 1))
+        rows = (
+            (shard.url, number, row)
+            for shard in shards
+            for number, row in enumerate(readers.rows_of(shard), 1)
+        )
         for url, number, row in islice(rows, self.config.evaluation.max_samples or None):
             try:
                 if isinstance(row, DataError):
                     raise row
-                found.append(task_rows.token_classification(row, self.config.task, self._ids, url, number))
+                found.append(
+                    task_rows.token_classification(row, self.config.task, self._ids, url, number)
+                )
             except DataError:
                 if self.config.data.bad_rows == "error":
                     raise
@@ -121,10 +154,19 @@ class Written:
         drawn = examples(config, section.shots) if section.shots else []
         made = []
         for template in section.templates or (TEMPLATE,):
-            shown = [prompts.filled(template, " ".join(one.first)) + " " + entities.written(
-                one.first, [labels[tag] for tag in one.label], self._names) for one in drawn]
-            made.append(prompts.few_shot("", [header], "") + prompts.few_shot(template, shown, section.separator))
-        return config.model_copy(update={"prompting": section.model_copy(update={"templates": tuple(made)})})
+            shown = [
+                prompts.filled(template, " ".join(one.first))
+                + " "
+                + entities.written(one.first, [labels[tag] for tag in one.label], self._names)
+                for one in drawn
+            ]
+            made.append(
+                prompts.few_shot("", [header], "")
+                + prompts.few_shot(template, shown, section.separator)
+            )
+        return config.model_copy(
+            update={"prompting": section.model_copy(update={"templates": tuple(made)})}
+        )
 
 
 def _numbers(tags: Sequence[int]) -> Any:

@@ -16,9 +16,12 @@ from dist_ft.runtime.entities import Written
 from dist_ft.runtime.robustness import scored
 
 
-def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = False,
-                    told: Callable[[str, dict[str, Any]], None] = lambda path, values: None
-                    ) -> dict[str, dict[str, Any]]:
+def evaluate_models(
+    config: RunConfig,
+    paths: list[str],
+    random_head: bool = False,
+    told: Callable[[str, dict[str, Any]], None] = lambda path, values: None,
+) -> dict[str, dict[str, Any]]:
     """Return the metrics of the model at each of `paths` on evaluation.data, as it is.
 
     In this process, or, with cluster.workers, on workers that share its weights (`scoring_run`).
@@ -37,22 +40,29 @@ def evaluate_models(config: RunConfig, paths: list[str], random_head: bool = Fal
         ModelError: a model that can not do the task, or whose head was never trained.
     """
     if not config.evaluation.data:
-        raise ConfigError(["evaluation.data: is empty; what to score on is needed; set it"], "evaluate")
+        raise ConfigError(
+            ["evaluation.data: is empty; what to score on is needed; set it"], "evaluate"
+        )
     storage.configure(config.storage.options)
     found = {}
     for path in paths:
         here = of_model(config, path)
-        found[path] = (_evaluate(here, random_head) if config.max_workers == 0 else
-                       scoring_run.score(here.model_copy(update={"cluster": config.cluster}), random_head))
+        found[path] = (
+            _evaluate(here, random_head)
+            if config.max_workers == 0
+            else scoring_run.score(here.model_copy(update={"cluster": config.cluster}), random_head)
+        )
         told(path, found[path])
     return found
 
 
 def of_model(config: RunConfig, path: str) -> RunConfig:
     """Return the config with another model, in this process and all of its weights as they lie in the files."""
-    changes: dict[str, Any] = {"cluster": config.cluster.model_copy(update={"workers": 0}),
-                               "tuning": type(config.tuning)(),
-                               "task": config.task.model_copy(update={"new_head": False, "grow_head": False})}
+    changes: dict[str, Any] = {
+        "cluster": config.cluster.model_copy(update={"workers": 0}),
+        "tuning": type(config.tuning)(),
+        "task": config.task.model_copy(update={"new_head": False, "grow_head": False}),
+    }
     model = config.model
     if path != config.model.path:
         model = config.model.model_copy(update={"path": path, "revision": None})
@@ -61,7 +71,9 @@ def of_model(config: RunConfig, path: str) -> RunConfig:
 
 
 def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
-    asked: Any = Written(config) if config.prompting.method == "generation" else Asked(config, random_head)
+    asked: Any = (
+        Written(config) if config.prompting.method == "generation" else Asked(config, random_head)
+    )
     templates = asked.config.prompting.templates
     found = []
     for template in templates or ("",):
@@ -76,7 +88,9 @@ def over_templates(task: str, found: dict[str, dict[str, Any]]) -> dict[str, Any
     """Return means of the numbers of several templates, the best and the worst of each metric, and all of them."""
     every = list(found.values())
     numbers = [name for name, value in every[0].items() if isinstance(value, float | int)]
-    values: dict[str, Any] = {name: sum(one[name] for one in every) / len(every) for name in numbers}
+    values: dict[str, Any] = {
+        name: sum(one[name] for one in every) / len(every) for name in numbers
+    }
     for name in METRICS[task]:
         own = [one[name] for one in every if name in one]
         own.sort(key=lambda value: best.rank(name, value))

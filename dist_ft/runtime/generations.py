@@ -107,12 +107,17 @@ class Generations:
         if self._size < member.size:  # a run that takes more nodes has lost nothing
             self.after = f"{PLANNED}more workers came"
         else:
-            self._end(Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now)
+            self._end(
+                Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now
+            )
         self._next()
 
     def going(self, what: str) -> None:
         """Note that a node will be taken away: that its workers are lost then is no failure of the run."""
-        self._going = (what, self.generation + 1)  # the peers of a lost worker may fail first, and then be replaced
+        self._going = (
+            what,
+            self.generation + 1,
+        )  # the peers of a lost worker may fail first, and then be replaced
 
     def _end(self, why: Failure, now: float) -> None:
         """Note why this generation ends."""
@@ -137,8 +142,12 @@ class Generations:
     def can_save(self, generation: int) -> bool:
         """Tell whether the processes of `generation` train: all have come, and none has failed."""
         first = self._members.get(0)
-        return (generation == self.generation and first is not None and len(self._members) == first.size
-                and not self._reports)
+        return (
+            generation == self.generation
+            and first is not None
+            and len(self._members) == first.size
+            and not self._reports
+        )
 
     def failed(self, generation: int, failure: Failure, now: float) -> None:
         """Note why a process of `generation` ended."""
@@ -172,12 +181,16 @@ class Generations:
         kept = "what was committed is kept"
         last = [(one.kind, one.text) for one in self._failures[-2:]]
         if 0 <= self._max_failures < count:
-            self.error = WorkerError(f"gave up after cluster.max_failures={self._max_failures} restarts without a new "
-                                     f"checkpoint in between ({why}); {kept}; the same command goes on from there")
+            self.error = WorkerError(
+                f"gave up after cluster.max_failures={self._max_failures} restarts without a new "
+                f"checkpoint in between ({why}); {kept}; the same command goes on from there"
+            )
         elif why.kind in COMES_BACK and last[1:] == last[:1]:
-            self.error = WorkerError(f"the same failure came back without a new checkpoint in between ({why}); "
-                                     f"starting again does not cure it; {kept}; mend the cause, and the same command "
-                                     "goes on")
+            self.error = WorkerError(
+                f"the same failure came back without a new checkpoint in between ({why}); "
+                f"starting again does not cure it; {kept}; mend the cause, and the same command "
+                "goes on"
+            )
 
     def progressed(self) -> None:
         """Note a new checkpoint: it refills the budget of restarts."""

@@ -52,13 +52,35 @@ class Request:
 
     def line(self, url: str, with_token: bool) -> str:
         """Return the `ray job submit` line that does the same."""
-        words = ["ray", "job", "submit", "--address", url, "--submission-id", self.name, "--runtime-env-json",
-                 json.dumps(self.runtime_env), "--metadata-json", json.dumps(self.metadata), "--", *self.command]
+        words = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            url,
+            "--submission-id",
+            self.name,
+            "--runtime-env-json",
+            json.dumps(self.runtime_env),
+            "--metadata-json",
+            json.dumps(self.metadata),
+            "--",
+            *self.command,
+        ]
         return ("RAY_AUTH_MODE=token " if with_token else "") + shlex.join(words)
 
 
-def make(config: RunConfig, where: Where, folder: Path, *, name: str, grace_s: int, excludes: Sequence[str],
-         variables: Mapping[str, str], skip_check: bool = False) -> Request:
+def make(
+    config: RunConfig,
+    where: Where,
+    folder: Path,
+    *,
+    name: str,
+    grace_s: int,
+    excludes: Sequence[str],
+    variables: Mapping[str, str],
+    skip_check: bool = False,
+) -> Request:
     """Return the job of a run.
 
     Args:
@@ -71,9 +93,22 @@ def make(config: RunConfig, where: Where, folder: Path, *, name: str, grace_s: i
         variables: environment variables of the job and its workers.
         skip_check: whether the job, too, begins without the probes of `check`.
     """
-    train = ("python", "-m", "dist_ft.cli", "train", *(["--skip-check"] if skip_check else []), inline(config))
-    command = ("sh", "-c", f"cd {shlex.quote(str(folder))} && exec {shlex.join(train)}") if where == "here" else train
-    environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **variables}}
+    train = (
+        "python",
+        "-m",
+        "dist_ft.cli",
+        "train",
+        *(["--skip-check"] if skip_check else []),
+        inline(config),
+    )
+    command = (
+        ("sh", "-c", f"cd {shlex.quote(str(folder))} && exec {shlex.join(train)}")
+        if where == "here"
+        else train
+    )
+    environment: dict[str, Any] = {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **variables}
+    }
     if where == "package":
         environment |= {"working_dir": str(folder), "excludes": list(excludes)}
     return Request(name, command, environment, {RUN: place(config, folder), NAME: config.run.name})
@@ -97,14 +132,23 @@ def place(config: RunConfig, folder: Path) -> str:
 def name_for(run: str, jobs: Sequence[Mapping[str, Any]]) -> str:
     """Return the submission id of the next job of a run: its name, then name-2, name-3, ... Pure."""
     taken = {job["submission_id"] for job in jobs}
-    return next(name for number in range(1, len(taken) + 2)
-                if (name := run if number == 1 else f"{run}-{number}") not in taken)
+    return next(
+        name
+        for number in range(1, len(taken) + 2)
+        if (name := run if number == 1 else f"{run}-{number}") not in taken
+    )
 
 
 def living(run: str, jobs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the job of the run at `run` (`place`) that has not ended, if there is one. Pure."""
-    return next((job for job in jobs if (job.get("metadata") or {}).get(RUN) == run
-                 and job["status"] not in ENDED), None)
+    return next(
+        (
+            job
+            for job in jobs
+            if (job.get("metadata") or {}).get(RUN) == run and job["status"] not in ENDED
+        ),
+        None,
+    )
 
 
 def exit_code(job: Mapping[str, Any]) -> int:
@@ -124,12 +168,20 @@ def variable_problems(given: Sequence[str]) -> Iterator[str]:
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             yield f"--env: {name}: not of the form NAME=VALUE; write for instance --env NCCL_DEBUG=INFO"
         elif SECRET_NAME.search(name) or ("://" in value and "@" in value):
-            yield (f"--env {name}: looks like a credential, and Ray shows a job's environment to all who use the "
-                   "cluster; others are allowed; give it to the nodes (a service account, a Kubernetes secret)")
+            yield (
+                f"--env {name}: looks like a credential, and Ray shows a job's environment to all who use the "
+                "cluster; others are allowed; give it to the nodes (a service account, a Kubernetes secret)"
+            )
 
 
-def path_problems(config: RunConfig, where: Where, folder: Path, shared: Sequence[str], local: bool,
-                  excludes: Sequence[str]) -> Iterator[str]:
+def path_problems(
+    config: RunConfig,
+    where: Where,
+    folder: Path,
+    shared: Sequence[str],
+    local: bool,
+    excludes: Sequence[str],
+) -> Iterator[str]:
     """Yield a line for each path of the run that its workers can't see.
 
     Args:
@@ -148,15 +200,22 @@ def path_problems(config: RunConfig, where: Where, folder: Path, shared: Sequenc
         path = Path(storage.local_path(value)).expanduser()
         if path.is_absolute():
             if not local and not any(path.is_relative_to(seen) for seen in shared):
-                yield (f"{field}={value}: a path of this machine, which the cluster's workers do not see; a bucket "
-                       "(s3://...) or a folder all nodes share is needed; copy it there, or name the shared folder: "
-                       f"--shared {path.anchor}{'/'.join(path.parts[1:2])}")
+                yield (
+                    f"{field}={value}: a path of this machine, which the cluster's workers do not see; a bucket "
+                    "(s3://...) or a folder all nodes share is needed; copy it there, or name the shared folder: "
+                    f"--shared {path.anchor}{'/'.join(path.parts[1:2])}"
+                )
         elif is_output:
-            yield (f"{field}={value}: would lie in the job's own copy of the project, which goes with the job; a "
-                   "bucket (s3://...) or the absolute path of a folder all nodes share is needed")
+            yield (
+                f"{field}={value}: would lie in the job's own copy of the project, which goes with the job; a "
+                "bucket (s3://...) or the absolute path of a folder all nodes share is needed"
+            )
         elif where == "image" or is_excluded(value, excludes):
-            yield (f"{field}={value}: a relative path, which is not sent along; a bucket or an absolute path that all "
-                   "nodes see is needed" + ("; or send the project: --package" if where == "image" else ""))
+            yield (
+                f"{field}={value}: a relative path, which is not sent along; a bucket or an absolute path that all "
+                "nodes see is needed"
+                + ("; or send the project: --package" if where == "image" else "")
+            )
         elif not is_output and not _is_in(folder, value):
             yield f"{field}={value}: not in the project's folder {folder}, which is sent along; check it"
 
@@ -169,15 +228,23 @@ def _is_in(folder: Path, value: str) -> bool:
 def _paths(config: RunConfig) -> Iterator[tuple[str, str, bool]]:
     """Yield (field, value, whether the run writes there) of all that may be a path."""
     yield "run.storage", config.run.storage, True
-    for field, value in (("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)):
+    for field, value in (
+        ("model.path", config.model.path),
+        ("model.tokenizer", config.model.tokenizer),
+    ):
         if value is not None and not (_HUB.match(value) and not os.path.exists(value)):
             yield field, value, False
-    for field, sources in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data),
-                           ("tuning.anchor.data", config.tuning.anchor.data)):
+    for field, sources in (
+        ("data.train", config.data.train),
+        ("evaluation.data", config.evaluation.data),
+        ("tuning.anchor.data", config.tuning.anchor.data),
+    ):
         for source in sources or ():
             if not _HUB.match(source.path) or os.path.exists(source.path):
                 yield field, source.path, False
-    for field, value in (("model.chat_template", config.model.chat_template),
-                         ("data.augment.synonyms", config.data.augment.synonyms)):
+    for field, value in (
+        ("model.chat_template", config.model.chat_template),
+        ("data.augment.synonyms", config.data.augment.synonyms),
+    ):
         if value is not None:
             yield field, value, False

@@ -27,8 +27,10 @@ ANSWER_S = 30.0
 OLDEST_RAY = (2, 60)
 """As pyproject.toml wants it."""
 HERE = ".".join(map(str, sys.version_info[:2]))
-TOKEN_HELP = ("set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for launch/cluster.sh: "
-              'eval "$(./launch/cluster.sh env)")')
+TOKEN_HELP = (
+    "set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for launch/cluster.sh: "
+    'eval "$(./launch/cluster.sh env)")'
+)
 
 
 class UnreachableError(WorkerError):
@@ -51,14 +53,22 @@ class Node:
 def resolve(address: str | None) -> str:
     """Return the URL of the job server: `address`, or what the environment names, or the default of a local one."""
     named = os.environ.get("RAY_ADDRESS", "")
-    url = (address or os.environ.get("RAY_API_SERVER_ADDRESS")
-           or (named if named.startswith("http") else DEFAULT)).rstrip("/")
+    url = (
+        address
+        or os.environ.get("RAY_API_SERVER_ADDRESS")
+        or (named if named.startswith("http") else DEFAULT)
+    ).rstrip("/")
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
-    raise ConfigError([f"--address={redact(url)}: not the URL of a job server; http://HOST:8265 (or https://...) of "
-                       "the cluster's head is wanted; Ray's own port (6379) and ray:// are not asked"], "submit")
+    raise ConfigError(
+        [
+            f"--address={redact(url)}: not the URL of a job server; http://HOST:8265 (or https://...) of "
+            "the cluster's head is wanted; Ray's own port (6379) and ray:// are not asked"
+        ],
+        "submit",
+    )
 
 
 def token() -> str | None:
@@ -68,11 +78,18 @@ def token() -> str | None:
     if given or os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
         return given or None
     try:
-        return (Path(path) if path else Path.home() / ".ray/auth_token").read_text("utf-8").strip() or None
+        return (Path(path) if path else Path.home() / ".ray/auth_token").read_text(
+            "utf-8"
+        ).strip() or None
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         if path:
-            raise ConfigError([f"RAY_AUTH_TOKEN_PATH={path}: can not be read ({error}); a file with the cluster's "
-                               "token is wanted; correct it"], "submit") from error
+            raise ConfigError(
+                [
+                    f"RAY_AUTH_TOKEN_PATH={path}: can not be read ({error}); a file with the cluster's "
+                    "token is wanted; correct it"
+                ],
+                "submit",
+            ) from error
         return None
 
 
@@ -91,26 +108,39 @@ class Server:
         import requests
 
         try:
-            answer = requests.request(method, self.url + path, headers=self.headers, timeout=ANSWER_S)
+            answer = requests.request(
+                method, self.url + path, headers=self.headers, timeout=ANSWER_S
+            )
         except (requests.RequestException, ValueError) as error:
-            raise UnreachableError(f"--address={self.shown}: no job server of Ray answers there ({_why(error)}); check "
-                                   "that the cluster runs, its port (8265) and a port-forward if there is one, or "
-                                   "start one here: ./launch/cluster.sh start") from error
+            raise UnreachableError(
+                f"--address={self.shown}: no job server of Ray answers there ({_why(error)}); check "
+                "that the cluster runs, its port (8265) and a port-forward if there is one, or "
+                "start one here: ./launch/cluster.sh start"
+            ) from error
         if answer.status_code in (401, 403):
-            said = "its token was not accepted: it is another cluster's, or an old one" if self.headers else (
-                "it wants a token, and none was found")
+            said = (
+                "its token was not accepted: it is another cluster's, or an old one"
+                if self.headers
+                else ("it wants a token, and none was found")
+            )
             raise WorkerError(f"--address={self.shown}: {said}; {TOKEN_HELP}")
         if answer.status_code in (502, 503, 504):
-            raise UnreachableError(f"--address={self.shown}: what stands before the job server says "
-                                   f"{answer.status_code}; wait until the cluster is up")
+            raise UnreachableError(
+                f"--address={self.shown}: what stands before the job server says "
+                f"{answer.status_code}; wait until the cluster is up"
+            )
         if answer.status_code == 404 and path.startswith("/api/jobs/"):
-            raise UnknownJobError(f"{path.split('/')[3]}: no such job at {self.shown}; see dist-ft jobs list")
+            raise UnknownJobError(
+                f"{path.split('/')[3]}: no such job at {self.shown}; see dist-ft jobs list"
+            )
         try:
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:
-            raise WorkerError(f"--address={self.shown}: answers {answer.status_code} to {path}, not what a job server "
-                              "of Ray does; check the address and that a Ray of 2.60 or newer runs there") from error
+            raise WorkerError(
+                f"--address={self.shown}: answers {answer.status_code} to {path}, not what a job server "
+                "of Ray does; check the address and that a Ray of 2.60 or newer runs there"
+            ) from error
 
     def jobs(self) -> list[dict[str, Any]]:
         """Return all submitted jobs the cluster knows."""
@@ -139,10 +169,24 @@ class Server:
         """Return the nodes that are alive."""
         found = self.ask("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
         used: Any = {}
-        with contextlib.suppress(WorkerError, KeyError, TypeError, AttributeError):  # only to tell that one will wait
-            used = self.ask("/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"]["usageByNode"] or {}
-        return [Node(node["node_ip"], total := node["resources_total"], free_of(total, used.get(node["node_id"], {})))
-                for node in found if node["state"] == "ALIVE"]
+        with contextlib.suppress(
+            WorkerError, KeyError, TypeError, AttributeError
+        ):  # only to tell that one will wait
+            used = (
+                self.ask("/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"][
+                    "usageByNode"
+                ]
+                or {}
+            )
+        return [
+            Node(
+                node["node_ip"],
+                total := node["resources_total"],
+                free_of(total, used.get(node["node_id"], {})),
+            )
+            for node in found
+            if node["state"] == "ALIVE"
+        ]
 
 
 def free_of(total: Mapping[str, float], used: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -154,8 +198,10 @@ def version_problem(theirs: tuple[str, str | None], ray: str, python: str = HERE
     """Return what is wrong with a cluster's (Ray, Python) for a client with `ray` and `python`. Pure."""
     there, python_there = theirs
     if _pair(there) < OLDEST_RAY:
-        return (f"Ray {there} runs there, which is too old; {OLDEST_RAY[0]}.{OLDEST_RAY[1]} or newer is needed, best "
-                f"{ray} as here; renew the cluster's image")
+        return (
+            f"Ray {there} runs there, which is too old; {OLDEST_RAY[0]}.{OLDEST_RAY[1]} or newer is needed, best "
+            f"{ray} as here; renew the cluster's image"
+        )
     remedy = "use the same here and there, or say --any-version"
     if _pair(there) != _pair(ray):
         return f"Ray {there} runs there, and Ray {ray} here; {remedy}"
@@ -171,19 +217,25 @@ def room_problem(nodes: Sequence[Node], config: RunConfig) -> tuple[str | None, 
     wanted = f"{need} worker{'s' * (need > 1)} with {share} each"
     has = ", ".join(f"{sum(node.total.get(name, 0) for node in nodes):g} {name}" for name in each)
     if (fit := places([node.total for node in nodes], each)) < need:
-        return (f"cluster.workers={need}: {wanted} are wanted, and the cluster ({len(nodes)} nodes, {has}) has room "
-                f"for {fit}; lower cluster.workers, add nodes, or set cluster.wait_for_nodes=true if an autoscaler "
-                "will"), None
+        return (
+            f"cluster.workers={need}: {wanted} are wanted, and the cluster ({len(nodes)} nodes, {has}) has room "
+            f"for {fit}; lower cluster.workers, add nodes, or set cluster.wait_for_nodes=true if an autoscaler "
+            "will"
+        ), None
     if (now := places([node.free for node in nodes], each)) < need:
-        return None, (f"{wanted} are wanted, and there is room for {now} now: others use the cluster; the run waits "
-                      f"for them up to cluster.start_timeout_s={config.cluster.start_timeout_s:g} s")
+        return None, (
+            f"{wanted} are wanted, and there is room for {now} now: others use the cluster; the run waits "
+            f"for them up to cluster.start_timeout_s={config.cluster.start_timeout_s:g} s"
+        )
     return None, None
 
 
 def places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
     """Return how many workers that need `each` fit on nodes that have so much. Pure."""
-    return sum(min(math.floor(node.get(name, 0) / count + 1e-9) for name, count in each.items() if count)
-               for node in nodes)
+    return sum(
+        min(math.floor(node.get(name, 0) / count + 1e-9) for name, count in each.items() if count)
+        for node in nodes
+    )
 
 
 def are_here(nodes: Sequence[Node]) -> bool:
@@ -192,7 +244,9 @@ def are_here(nodes: Sequence[Node]) -> bool:
 
 
 def _is_own(ip: str) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(
+        socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM
+    ) as probe:
         try:
             probe.bind((ip, 0))
         except OSError:
@@ -201,11 +255,20 @@ def _is_own(ip: str) -> bool:
 
 
 def _pair(version: str) -> tuple[int, int]:
-    numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in f"{version}.0".split(".")[:2]]
+    numbers = [
+        int("".join(filter(str.isdigit, part)) or 0) for part in f"{version}.0".split(".")[:2]
+    ]
     return numbers[0], numbers[1]
 
 
 def _why(error: Exception) -> str:
     text = str(error)
-    return ("connection refused" if "refused" in text else "no answer in time" if "timed out" in text.lower() else
-            "no such host" if "resolve" in text or "Name or service" in text else type(error).__name__)
+    return (
+        "connection refused"
+        if "refused" in text
+        else "no answer in time"
+        if "timed out" in text.lower()
+        else "no such host"
+        if "resolve" in text or "Name or service" in text
+        else type(error).__name__
+    )

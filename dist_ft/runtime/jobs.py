@@ -71,7 +71,9 @@ def server_at(address: str | None) -> Server:
     return Server(resolve(address))
 
 
-def prepare(config: RunConfig, options: Options, say: Say) -> tuple[Server, Request, Mapping[str, Any] | None]:
+def prepare(
+    config: RunConfig, options: Options, say: Say
+) -> tuple[Server, Request, Mapping[str, Any] | None]:
     """Look at everything; return the server, the job to be and the run's living job, if there is one.
 
     Raises ConfigError with all that would keep the run from starting, WorkerError if the cluster can't be asked.
@@ -79,8 +81,10 @@ def prepare(config: RunConfig, options: Options, say: Say) -> tuple[Server, Requ
     server, folder = server_at(options.address), Path(options.project).expanduser().resolve()
     problems = [] if options.skip_check else _checked(config)
     if config.max_workers == 0:
-        problems.append("cluster.workers=0: trains in one process, and a job asks a cluster for workers; 1 or more are "
-                        "allowed; set it")
+        problems.append(
+            "cluster.workers=0: trains in one process, and a job asks a cluster for workers; 1 or more are "
+            "allowed; set it"
+        )
     problems += job_request.variable_problems(options.variables)
     if not folder.is_dir():
         problems.append(f"--project={options.project}: no such folder; check it")
@@ -93,8 +97,11 @@ def prepare(config: RunConfig, options: Options, say: Say) -> tuple[Server, Requ
         raise WorkerError(f"--address={server.shown}: {wrong}")
     nodes = server.nodes()
     local = are_here(nodes)
-    where: Where = "package" if options.packaged or (options.packaged is None and not local) else (
-        "here" if local else "image")
+    where: Where = (
+        "package"
+        if options.packaged or (options.packaged is None and not local)
+        else ("here" if local else "image")
+    )
     excludes = [*package.EXCLUDES, *options.excludes]
     problems += job_request.path_problems(config, where, folder, options.shared, local, excludes)
     if where == "package":
@@ -108,28 +115,47 @@ def prepare(config: RunConfig, options: Options, say: Say) -> tuple[Server, Requ
     if now and living is None:
         say(now)
     variables = dict(text.split("=", 1) for text in options.variables)
-    return server, job_request.make(
-        config, where, folder, name=job_request.name_for(config.run.name, jobs), grace_s=options.grace_s,
-        excludes=excludes, variables=variables, skip_check=options.skip_check), living
+    return (
+        server,
+        job_request.make(
+            config,
+            where,
+            folder,
+            name=job_request.name_for(config.run.name, jobs),
+            grace_s=options.grace_s,
+            excludes=excludes,
+            variables=variables,
+            skip_check=options.skip_check,
+        ),
+        living,
+    )
 
 
 def _checked(config: RunConfig) -> list[str]:
     """Return what `dist-ft check` finds without the run's storage and this machine's CPUs and GPUs."""
     from dist_ft.runtime import preflight
 
-    there = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
+    there = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"address": "auto"})}
+    )
     return preflight.check(there, write_storage=False)
 
 
 def submit(server: Server, request: Request) -> None:
     """Hand the job to the cluster, with the project if it is to go along."""
     try:
-        _client(server).submit_job(entrypoint=request.entrypoint, submission_id=request.name,
-                                   runtime_env=request.runtime_env, metadata=request.metadata)
+        _client(server).submit_job(
+            entrypoint=request.entrypoint,
+            submission_id=request.name,
+            runtime_env=request.runtime_env,
+            metadata=request.metadata,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         said = redact(" ".join(str(error).split()))[-300:]
-        raise WorkerError(f"job {request.name}: the cluster did not take it ({said}); nothing was started; try again, "
-                          "or see dist-ft jobs list") from error
+        raise WorkerError(
+            f"job {request.name}: the cluster did not take it ({said}); nothing was started; try again, "
+            "or see dist-ft jobs list"
+        ) from error
 
 
 def _client(server: Server) -> Any:
@@ -149,8 +175,12 @@ def _client(server: Server) -> Any:
 
 def _quiet() -> None:
     """Have Ray's client not tell how it reads an address and packs; it sets its loggers' levels when it is imported."""
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
-                 "ray._private.runtime_env.packaging", "ray._private.runtime_env.working_dir"):
+    for name in (
+        "ray.dashboard.modules.dashboard_sdk",
+        "ray.dashboard.modules.job.sdk",
+        "ray._private.runtime_env.packaging",
+        "ray._private.runtime_env.working_dir",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -171,7 +201,9 @@ class Follower:
                 asyncio.run(self._tail())
             except (WorkerError, KeyboardInterrupt):
                 raise
-            except Exception as error:  # of sockets, of HTTP, of Ray: whatever it was, the log is asked for again
+            except (
+                Exception
+            ) as error:  # of sockets, of HTTP, of Ray: whatever it was, the log is asked for again
                 self._note(error)
             try:
                 job = self._server.job(self._name)
@@ -180,18 +212,24 @@ class Follower:
                     return job
                 self._heard_at = time.monotonic()
             except UnknownJobError as error:
-                raise WorkerError(f"{error}; if the cluster's head was started anew, the same command submits the run "
-                                  "again, and it goes on from its newest checkpoint") from error
+                raise WorkerError(
+                    f"{error}; if the cluster's head was started anew, the same command submits the run "
+                    "again, and it goes on from its newest checkpoint"
+                ) from error
             except UnreachableError as error:
                 self._note(error)
                 if time.monotonic() - self._heard_at > LOST_S:
-                    raise WorkerError(f"job {self._name}: {self._server.shown} has not answered for {LOST_S:.0f} s; "
-                                      "the job may go on there; the same command attaches to it again") from error
+                    raise WorkerError(
+                        f"job {self._name}: {self._server.shown} has not answered for {LOST_S:.0f} s; "
+                        "the job may go on there; the same command attaches to it again"
+                    ) from error
             time.sleep(PAUSE_S)
 
     def _note(self, error: Exception) -> None:
         if not self._broken:
-            self._say(f"the log of job {self._name} broke off ({type(error).__name__}); the job goes on; asking again")
+            self._say(
+                f"the log of job {self._name} broke off ({type(error).__name__}); the job goes on; asking again"
+            )
         self._broken = True
 
     async def _tail(self) -> None:
@@ -209,7 +247,7 @@ class Follower:
 
     def _take(self, text: str, begins_at: int) -> None:
         """Write the part of `text`, which begins at this place of the log, that was not written yet."""
-        new = text[max(0, self._num_written - begins_at):]
+        new = text[max(0, self._num_written - begins_at) :]
         if new:
             self._num_written += len(new)
             self._broken = False

@@ -68,7 +68,9 @@ class Kept:
             with contextlib.suppress(OSError):
                 self._keeper.settimeout(ANSWER_S)
                 said = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
-                return int(_NUMBER.unpack(said)[0]) if len(said) == _NUMBER.size else -signal.SIGKILL
+                return (
+                    int(_NUMBER.unpack(said)[0]) if len(said) == _NUMBER.size else -signal.SIGKILL
+                )
             self._say(END)
         return -signal.SIGKILL
 
@@ -87,8 +89,12 @@ def start(command: Sequence[str], environment: dict[str, str], name: str) -> Kep
     """Start `command` followed by the number of the descriptor of its pipe; `name`: who may claim it later."""
     ours, theirs = socket.socketpair()
     with theirs:
-        keeper = subprocess.Popen([sys.executable, "-m", __name__, str(theirs.fileno()), _prefix(name), *command],
-                                  pass_fds=[theirs.fileno()], start_new_session=True, env=environment)
+        keeper = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno()), _prefix(name), *command],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env=environment,
+        )
     try:
         keeper.wait(ANSWER_S)  # it has a child that goes on
     except subprocess.TimeoutExpired as error:
@@ -136,7 +142,10 @@ def _prefix(name: str) -> str:
     except OSError:
         return ""
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        log.warning("%s is not a folder of this user alone: spare processes are not kept for later workers", folder)
+        log.warning(
+            "%s is not a folder of this user alone: spare processes are not kept for later workers",
+            folder,
+        )
         return ""
     return os.path.join(folder, hashlib.sha256(name.encode()).hexdigest()[:16] + "-")
 
@@ -149,9 +158,15 @@ def main() -> None:
     worker = socket.socket(fileno=int(descriptor))
     worker.set_inheritable(False)
     pipe, theirs = Pipe()
-    process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True)
+    process = subprocess.Popen(
+        [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True
+    )
     theirs.close()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what they mean the process decides
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # what they mean the process decides
         signal.signal(number, signal.SIG_IGN)
     ended, wake = socket.socketpair()
     threading.Thread(target=_tell, args=(process, wake), daemon=True).start()
@@ -173,7 +188,9 @@ def _tell(process: subprocess.Popen[bytes], wake: socket.socket) -> None:
     wake.close()
 
 
-def _serve(worker: socket.socket, pipe: Connection, process: subprocess.Popen[bytes], ended: socket.socket) -> bool:
+def _serve(
+    worker: socket.socket, pipe: Connection, process: subprocess.Popen[bytes], ended: socket.socket
+) -> bool:
     """Give the process to `worker` and wait until one of them is gone; return whether it may be given to another."""
     may_go_on = False
     with contextlib.suppress(OSError):

@@ -23,7 +23,9 @@ KEPT = "data/labels.json"
 MOST = 10_000
 
 
-def with_labels(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
+def with_labels(
+    config: RunConfig, store: Store, world: World, collectives: Collectives
+) -> RunConfig:
     """Return the config with the labels of its task filled in; a collective call.
 
     Raises:
@@ -34,14 +36,25 @@ def with_labels(config: RunConfig, store: Store, world: World, collectives: Coll
     if task.name not in LABELLED:
         return config
     spoken = config.prompting.verbalisers if config.prompting.method == "likelihood" else ()
-    found = task.labels or tuple(spoken) or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
+    found = (
+        task.labels
+        or tuple(spoken)
+        or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
+    )
     if task.grow_head:
-        own = own_labels(fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False), task)
+        own = own_labels(
+            fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False),
+            task,
+        )
         found = grown_labels(own, found, named=bool(task.labels))
     if task.class_weights and len(task.class_weights) != len(found):
-        raise ConfigError([f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
-                           f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "
-                           "this order; correct them"])
+        raise ConfigError(
+            [
+                f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
+                f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "
+                "this order; correct them"
+            ]
+        )
     return config.model_copy(update={"task": task.model_copy(update={"labels": tuple(found)})})
 
 
@@ -58,9 +71,11 @@ def find_labels(config: RunConfig, least: int = 2) -> list[str]:
     """Return the labels of the training data in the order of a head's outputs; reads every row once."""
     found = labels_in(config, config.data.train)
     if len(found) < least:
-        raise DataError(f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
-                        f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
-                        "task.columns, or name them in task.labels")
+        raise DataError(
+            f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
+            f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
+            "task.columns, or name them in task.labels"
+        )
     return list(task_rows.ordered(found))
 
 
@@ -77,7 +92,11 @@ def labels_in(config: RunConfig, sources: Sequence[Source]) -> set[str]:
                 if config.data.bad_rows == "error":
                     raise
         if len(found) > MOST:
-            raise DataError(redact(f"{shard.url}: there are {len(found)} labels by now; at most {MOST} are "
-                                   "allowed; set task.columns.label to a column of labels, or, for numbers, "
-                                   "task.name=regression"))
+            raise DataError(
+                redact(
+                    f"{shard.url}: there are {len(found)} labels by now; at most {MOST} are "
+                    "allowed; set task.columns.label to a column of labels, or, for numbers, "
+                    "task.name=regression"
+                )
+            )
     return found

@@ -46,7 +46,9 @@ def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
     hooks = hooks or Hooks()
     with _process_group(config, world), stop_on_signal(hooks.console) as should_stop:
         asked = hooks.should_stop
-        return build.run(config, world, replace(hooks, should_stop=lambda: should_stop() or asked()))
+        return build.run(
+            config, world, replace(hooks, should_stop=lambda: should_stop() or asked())
+        )
 
 
 @contextlib.contextmanager
@@ -63,14 +65,21 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     if use_gpu:
         torch.cuda.set_device(world.local_rank)
     if "MASTER_ADDR" not in os.environ:
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0",
-                            "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        for name, value in {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+        }.items():
             os.environ[name] = value
     ours = not dist.is_initialized()
     if ours:
         network.prepare(config)
-        dist.init_process_group("nccl" if use_gpu else "gloo",
-                                timeout=timedelta(seconds=config.cluster.collective_timeout_s))
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo",
+            timeout=timedelta(seconds=config.cluster.collective_timeout_s),
+        )
     try:
         yield
     finally:
@@ -99,7 +108,9 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
         said[-1].start()  # this thread may be in the middle of writing a line
 
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
     try:
         yield wanted.is_set
     finally:

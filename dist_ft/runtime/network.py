@@ -81,9 +81,16 @@ def prepare(config: RunConfig) -> None:
     has = [name for _, name in socket.if_nameindex()]
     for name in cluster.network_interface.split(","):
         if name not in has:
-            raise ConfigError([f"cluster.network_interface={cluster.network_interface}: node {node_name()} has no "
-                               f"{name}; it has {', '.join(has)}; name one that all nodes have"], "network")
-    os.environ["NCCL_SOCKET_IFNAME"] = f"={cluster.network_interface}"  # exactly these, not what begins so
+            raise ConfigError(
+                [
+                    f"cluster.network_interface={cluster.network_interface}: node {node_name()} has no "
+                    f"{name}; it has {', '.join(has)}; name one that all nodes have"
+                ],
+                "network",
+            )
+    os.environ["NCCL_SOCKET_IFNAME"] = (
+        f"={cluster.network_interface}"  # exactly these, not what begins so
+    )
     os.environ["GLOO_SOCKET_IFNAME"] = cluster.network_interface
 
 
@@ -92,7 +99,9 @@ def node_name() -> str:
     return os.environ.get(NODE) or socket.gethostname()
 
 
-def check(config: RunConfig, world: World, comms: Collectives, store: Store, after: str = "") -> None:
+def check(
+    config: RunConfig, world: World, comms: Collectives, store: Store, after: str = ""
+) -> None:
     """Try the network if the config asks for it, keep and log what was found; a collective call.
 
     After a failure (`after`) the nodes of the start before are not tried again: that start needs the time.
@@ -113,8 +122,13 @@ def check(config: RunConfig, world: World, comms: Collectives, store: Store, aft
         _tell(found, store)
 
 
-def measure(config: RunConfig, world: World, comms: Collectives, leaders: Sequence[int], nodes: tuple[str, ...]
-            ) -> Network:
+def measure(
+    config: RunConfig,
+    world: World,
+    comms: Collectives,
+    leaders: Sequence[int],
+    nodes: tuple[str, ...],
+) -> Network:
     """Return what the workers reach; `leaders`: the first rank of each node. A collective call."""
     import torch
 
@@ -123,28 +137,46 @@ def measure(config: RunConfig, world: World, comms: Collectives, leaders: Sequen
     device = torch.device(kind)
     told = comms.all_gather(machine.describe(kind == "cuda") if world.rank in leaders else None)
     sums, wrong = _sums(world, comms, device, SIZES[kind]) if world.size > 1 else ((), False)
-    links, bad = _links(world, comms, device, leaders, PAIR_BYTES[kind]) if len(leaders) > 1 else ((), ())
+    links, bad = (
+        _links(world, comms, device, leaders, PAIR_BYTES[kind]) if len(leaders) > 1 else ((), ())
+    )
     raise_together(comms, _wrong(wrong, bad, nodes) if wrong or bad else None)
     slow = judge(links, nodes, config.cluster.network_min_mb_s)
-    return Network(world.size, nodes, tuple(one for one in told if one is not None), sums, links, tuple(slow),
-                   round(time.monotonic() - begun, 3), "nccl" if kind == "cuda" else "gloo")
+    return Network(
+        world.size,
+        nodes,
+        tuple(one for one in told if one is not None),
+        sums,
+        links,
+        tuple(slow),
+        round(time.monotonic() - begun, 3),
+        "nccl" if kind == "cuda" else "gloo",
+    )
 
 
 def _wrong(wrong: bool, bad: Sequence[tuple[int, int]], nodes: Sequence[str]) -> WorkerError:
     where = "; ".join(f"between node {nodes[one]} and node {nodes[other]}" for one, other in bad)
-    what = f"other bytes arrive than were sent {where}" if bad else "a sum over all workers is wrong"
-    return WorkerError(f"network check: {what}; training would be wrong in silence; take these nodes out, look at "
-                       "their GPUs, network cards and NCCL version; cluster.network_check=off trains without looking")
+    what = (
+        f"other bytes arrive than were sent {where}" if bad else "a sum over all workers is wrong"
+    )
+    return WorkerError(
+        f"network check: {what}; training would be wrong in silence; take these nodes out, look at "
+        "their GPUs, network cards and NCCL version; cluster.network_check=off trains without looking"
+    )
 
 
-def _sums(world: World, comms: Collectives, device: Any, sizes: Sequence[int]) -> tuple[tuple[Sum, ...], bool]:
+def _sums(
+    world: World, comms: Collectives, device: Any, sizes: Sequence[int]
+) -> tuple[tuple[Sum, ...], bool]:
     """Return how fast sums over all workers are, and whether one is wrong on some of them."""
     import torch
     import torch.distributed as dist
 
     found, wrong = [], False
     for num_bytes in sizes:
-        values = (torch.arange(num_bytes // 4, device=device) % 7).float()  # sums stay exact up to 10^5 workers
+        values = (
+            torch.arange(num_bytes // 4, device=device) % 7
+        ).float()  # sums stay exact up to 10^5 workers
         expected, times = values * sum(1 + rank % 16 for rank in range(world.size)), []
         for _ in range(TRIES):
             mine = values * (1 + world.rank % 16)
@@ -156,12 +188,15 @@ def _sums(world: World, comms: Collectives, device: Any, sizes: Sequence[int]) -
             times.append(time.perf_counter() - begun)
             wrong |= not torch.equal(mine, expected)
         seconds = min(max(each) for each in zip(*comms.all_gather(times), strict=True))
-        found.append(Sum(num_bytes, seconds, 2 * (world.size - 1) / world.size * num_bytes / seconds / 1e6))
+        found.append(
+            Sum(num_bytes, seconds, 2 * (world.size - 1) / world.size * num_bytes / seconds / 1e6)
+        )
     return tuple(found), any(comms.all_gather(wrong))
 
 
-def _links(world: World, comms: Collectives, device: Any, leaders: Sequence[int], num_bytes: int
-           ) -> tuple[tuple[Link, ...], tuple[tuple[int, int], ...]]:
+def _links(
+    world: World, comms: Collectives, device: Any, leaders: Sequence[int], num_bytes: int
+) -> tuple[tuple[Link, ...], tuple[tuple[int, int], ...]]:
     """Return how fast each pair of nodes is, and the pairs between which bytes change."""
     here = leaders.index(world.rank) if world.rank in leaders else None
     found: list[tuple[Link, bool]] = []
@@ -176,8 +211,10 @@ def _links(world: World, comms: Collectives, device: Any, leaders: Sequence[int]
     worst: dict[tuple[int, int], float] = {}
     for link, _ in told:  # both ends tell of it
         worst[link.one, link.other] = min(link.mb_s, worst.get((link.one, link.other), link.mb_s))
-    return (tuple(Link(*pair, mb_s) for pair, mb_s in sorted(worst.items())),
-            tuple(sorted({(link.one, link.other) for link, right in told if not right})))
+    return (
+        tuple(Link(*pair, mb_s) for pair, mb_s in sorted(worst.items())),
+        tuple(sorted({(link.one, link.other) for link, right in told if not right})),
+    )
 
 
 def _exchange(own: int, other: int, device: Any, num_bytes: int) -> tuple[float, bool]:
@@ -190,7 +227,9 @@ def _exchange(own: int, other: int, device: Any, num_bytes: int) -> tuple[float,
     for _ in range(TRIES):
         _wait(device)
         begun = time.perf_counter()
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, came, other)]):
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, came, other)]
+        ):
             work.wait()
         _wait(device)
         times.append(time.perf_counter() - begun)
@@ -228,11 +267,16 @@ def judge(links: Sequence[Link], nodes: Sequence[str], least_mb_s: float = 0.0) 
         bad = [link for link in slow if link in all_of]
         if len(nodes) > 2 and 2 * len(bad) > len(all_of):
             named.add(number)
-            said.append(f"node {name} is slow to {len(bad)} of {len(all_of)} other nodes: "
-                        f"{min(link.mb_s for link in bad):,.0f} MB/s (usual here: {usual:,.0f})")
-    return said + [f"nodes {nodes[link.one]} and {nodes[link.other]}: {link.mb_s:,.0f} MB/s each way (usual here: "
-                   f"{usual:,.0f}" + (f", asked for: {least_mb_s:,.0f})" if link.mb_s < least_mb_s else ")")
-                   for link in slow if not named & {link.one, link.other}]
+            said.append(
+                f"node {name} is slow to {len(bad)} of {len(all_of)} other nodes: "
+                f"{min(link.mb_s for link in bad):,.0f} MB/s (usual here: {usual:,.0f})"
+            )
+    return said + [
+        f"nodes {nodes[link.one]} and {nodes[link.other]}: {link.mb_s:,.0f} MB/s each way (usual here: "
+        f"{usual:,.0f}" + (f", asked for: {least_mb_s:,.0f})" if link.mb_s < least_mb_s else ")")
+        for link in slow
+        if not named & {link.one, link.other}
+    ]
 
 
 def kept_nodes(store: Store) -> tuple[str, ...] | None:
@@ -247,11 +291,23 @@ def kept_nodes(store: Store) -> tuple[str, ...] | None:
 def _tell(found: Network, store: Store) -> None:
     """Log what was found and keep it with the run (rank 0 only)."""
     for large in found.sums[-1:]:
-        pairs = (f"; {len(found.links)} pairs of nodes, {min(link.mb_s for link in found.links):,.0f} to "
-                 f"{max(link.mb_s for link in found.links):,.0f} MB/s each way") if found.links else ""
-        log.info("network: a sum of %g MiB over %d workers takes %.1f ms (%s MB/s)%s; looked at in %.1f s",
-                 large.num_bytes / 2**20, found.world_size, 1000 * large.seconds, f"{large.mb_s:,.0f}", pairs,
-                 found.seconds)
+        pairs = (
+            (
+                f"; {len(found.links)} pairs of nodes, {min(link.mb_s for link in found.links):,.0f} to "
+                f"{max(link.mb_s for link in found.links):,.0f} MB/s each way"
+            )
+            if found.links
+            else ""
+        )
+        log.info(
+            "network: a sum of %g MiB over %d workers takes %.1f ms (%s MB/s)%s; looked at in %.1f s",
+            large.num_bytes / 2**20,
+            found.world_size,
+            1000 * large.seconds,
+            f"{large.mb_s:,.0f}",
+            pairs,
+            found.seconds,
+        )
     for line in found.slow:
         log.warning("network: %s; every step waits for it", line)
     try:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_ft.run")
 
 
-def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
-                ) -> tuple[Learner, Engine, frozenset[str]]:
+def open_engine(
+    config: RunConfig, world: World, resumed: bool, tokenizer: Any
+) -> tuple[Learner, Engine, frozenset[str]]:
     """Return the model inside the engine the config asks for, and which of its weights are new (`heads`).
 
     Its weights are pre-trained, or empty if `resumed`.
@@ -39,8 +40,18 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
 
         module, new = _tuned(config, resumed, tokenizer)
         device = torch.device("cuda" if use_gpu else "cpu")
-        return module, TorchEngine(module, config.optimizer, device, schedule.by_depth(config.tuning),
-                                   _adversary(config, module), Guards.of(config.tuning)), new
+        return (
+            module,
+            TorchEngine(
+                module,
+                config.optimizer,
+                device,
+                schedule.by_depth(config.tuning),
+                _adversary(config, module),
+                Guards.of(config.tuning),
+            ),
+            new,
+        )
     from dist_ft.engine import deepspeed_engine as sharded
     from dist_ft.engine import ds_config, schedule
 
@@ -48,9 +59,19 @@ def open_engine(config: RunConfig, world: World, resumed: bool, tokenizer: Any
     settings = ds_config.build(config)
     with sharded.loading(settings):
         module, new = _tuned(config, resumed, tokenizer)
-    return module, sharded.DeepSpeedEngine(module, config.optimizer, settings, world,
-                                           schedule.by_depth(config.tuning), _adversary(config, module),
-                                           Guards.of(config.tuning)), new
+    return (
+        module,
+        sharded.DeepSpeedEngine(
+            module,
+            config.optimizer,
+            settings,
+            world,
+            schedule.by_depth(config.tuning),
+            _adversary(config, module),
+            Guards.of(config.tuning),
+        ),
+        new,
+    )
 
 
 def _adversary(config: RunConfig, module: Learner) -> Adversary | None:
@@ -72,8 +93,13 @@ def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, f
     else:
         model, new = load_for(config.model_task, config.model, cache)
     text = config.tuning.prompt.text
-    tuning.apply(model, config.tuning, config.run.seed, config.model_task,
-                 tokenizer(text, add_special_tokens=False)["input_ids"] if text else ())
+    tuning.apply(
+        model,
+        config.tuning,
+        config.run.seed,
+        config.model_task,
+        tokenizer(text, add_special_tokens=False)["input_ids"] if text else (),
+    )
     return wrapped(model, config, tokenizer), new
 
 
@@ -88,7 +114,9 @@ def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
 
         if config.task.name == "causal_lm":
             return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha)
-        return RiskSeq2Seq(model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk)
+        return RiskSeq2Seq(
+            model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk
+        )
     if config.task.name == "causal_lm":
         return CausalLM(model, *noise)
     special = SpecialTokens.of(tokenizer, model.config)
@@ -108,7 +136,9 @@ def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
     """Return what makes the prompts of a run that asks for labels by likelihood."""
     from dist_ft.data.prompted import PromptEncoder
 
-    return PromptEncoder(tokenizer, config.reading, config.task, config.prompting, config.batch.sequence_length)
+    return PromptEncoder(
+        tokenizer, config.reading, config.task, config.prompting, config.batch.sequence_length
+    )
 
 
 def with_whole_head(config: RunConfig) -> RunConfig:
@@ -119,13 +149,26 @@ def with_whole_head(config: RunConfig) -> RunConfig:
     if not config.task.grow_head:
         return config
     folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
-    grown = grow(folder, config.task, config.run.seed, cache_folder(config.data.cache_dir) / "models")
-    return config if grown == folder else config.model_copy(
-        update={"model": config.model.model_copy(update={"path": grown, "revision": None})})
+    grown = grow(
+        folder, config.task, config.run.seed, cache_folder(config.data.cache_dir) / "models"
+    )
+    return (
+        config
+        if grown == folder
+        else config.model_copy(
+            update={"model": config.model.model_copy(update={"path": grown, "revision": None})}
+        )
+    )
 
 
-def fill(config: RunConfig, module: Learner, engine: Engine, manager: CheckpointManager,
-          manifest: Manifest | None, new: frozenset[str]) -> Manifest | None:
+def fill(
+    config: RunConfig,
+    module: Learner,
+    engine: Engine,
+    manager: CheckpointManager,
+    manifest: Manifest | None,
+    new: frozenset[str],
+) -> Manifest | None:
     """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
 
     Returns the checkpoint that was loaded: an older one where `manifest` is damaged.
@@ -142,12 +185,21 @@ def fill(config: RunConfig, module: Learner, engine: Engine, manager: Checkpoint
         log.info("going on from step %d", manifest.progress.step)
     else:
         folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
-        compared = verify_weights(engine.slots(), folder, getattr(torch, config.model.dtype),
-                                  lambda name: "" if name in new else tuning.name_in_files(name),
-                                  f"{module.model.base_model_prefix}.")
+        compared = verify_weights(
+            engine.slots(),
+            folder,
+            getattr(torch, config.model.dtype),
+            lambda name: "" if name in new else tuning.name_in_files(name),
+            f"{module.model.base_model_prefix}.",
+        )
         log.debug("%d parameters hold what the files say", compared)
-        heads.begin(engine.slots, new, {name: found.shape for name, found in tensors(module).items()},
-                    module.model.config, config.run.seed)
+        heads.begin(
+            engine.slots,
+            new,
+            {name: found.shape for name, found in tensors(module).items()},
+            module.model.config,
+            config.run.seed,
+        )
         if new:
             engine.finish_load(0)
         guards.begin(engine.slots, new)
@@ -160,7 +212,11 @@ def probe(config: RunConfig, module: Learner, engine: Engine) -> None:
     from dist_ft.engine.probe import require_packing
 
     if config.reading.pack:
-        require_packing(engine, module.model.config.vocab_size, 1e-4 if config.model.dtype == "float32" else 5e-2)
+        require_packing(
+            engine,
+            module.model.config.vocab_size,
+            1e-4 if config.model.dtype == "float32" else 5e-2,
+        )
 
 
 def store_model(store: Store, module: Learner, tokenizer: Any) -> None:
@@ -186,8 +242,10 @@ def tensors(module: Learner) -> dict[str, TensorInfo]:
     """Return the shape of every weight, whole."""
     from dist_ft.model.learner import canonical_names
 
-    return {name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in canonical_names(module).items()}
+    return {
+        name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
+        for name, p in canonical_names(module).items()
+    }
 
 
 def aliases(module: Learner) -> dict[str, str]:

@@ -24,7 +24,8 @@ def require_resources(ray: Any, config: RunConfig) -> None:
             raise WorkerError(
                 f"cluster.workers={config.min_workers}: they need {need:g} {resource}, the cluster has "
                 f"{has.get(resource, 0):g}; lower cluster.workers or cluster.cpus_per_worker, add nodes, or set "
-                "cluster.wait_for_nodes=true if an autoscaler will")
+                "cluster.wait_for_nodes=true if an autoscaler will"
+            )
     _require_nodes(ray, config)
 
 
@@ -35,7 +36,9 @@ def resources(config: RunConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker, **gpus, **cluster.resources_per_worker}
 
 
-def given_up(config: RunConfig, waited_s: float, silent_s: float | None, stopping: bool) -> DistFtError | None:
+def given_up(
+    config: RunConfig, waited_s: float, silent_s: float | None, stopping: bool
+) -> DistFtError | None:
     """Return why to wait for workers no longer, if there is a reason. Pure.
 
     Args:
@@ -45,8 +48,10 @@ def given_up(config: RunConfig, waited_s: float, silent_s: float | None, stoppin
         stopping: whether the user wants to stop.
     """
     if stopping and (silent_s is None or silent_s > LOST_S):
-        return Interrupted("stopped as asked; no worker was there to save anything; what was committed is kept; the "
-                           "same command goes on from there")
+        return Interrupted(
+            "stopped as asked; no worker was there to save anything; what was committed is kept; the "
+            "same command goes on from there"
+        )
     cluster = config.cluster
     if cluster.wait_for_nodes:
         return None
@@ -54,11 +59,17 @@ def given_up(config: RunConfig, waited_s: float, silent_s: float | None, stoppin
     remedy = "free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
     if silent_s is None and waited_s > cluster.start_timeout_s:
         each = ", ".join(f"{count:g} {resource}" for resource, count in resources(config).items())
-        return WorkerError(f"{field}: no worker has started in that time; {config.min_workers} are needed, of {each} "
-                           f"each, and the cluster is busy, or its images are slow; {remedy}")
-    if silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S:  # Ray may first ask for all in vain
-        return WorkerError(f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; what was "
-                           f"committed is kept, and the same command goes on from there; {remedy}")
+        return WorkerError(
+            f"{field}: no worker has started in that time; {config.min_workers} are needed, of {each} "
+            f"each, and the cluster is busy, or its images are slow; {remedy}"
+        )
+    if (
+        silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S
+    ):  # Ray may first ask for all in vain
+        return WorkerError(
+            f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; what was "
+            f"committed is kept, and the same command goes on from there; {remedy}"
+        )
     return None
 
 
@@ -71,8 +82,10 @@ def device(gpu_ids: Sequence[Any], local_rank: int) -> int:
 def explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
     """Return one line for what Ray Train raised: the relay knows nothing, so it is about placing or Ray itself."""
     said = "ended without a result" if failure is None else f"failed ({line_of(failure, -1)})"
-    return WorkerError(f"run {config.run.name}: the workers {said}; see the Ray logs in /tmp/ray; what was committed "
-                       "is kept; the same command goes on from there")
+    return WorkerError(
+        f"run {config.run.name}: the workers {said}; see the Ray logs in /tmp/ray; what was committed "
+        "is kept; the same command goes on from there"
+    )
 
 
 def line_of(error: BaseException, index: int) -> str:
@@ -82,7 +95,9 @@ def line_of(error: BaseException, index: int) -> str:
 
 def rooms(free: Mapping[str, float], each: Mapping[str, float]) -> int:
     """Return how many workers that need `each` fit into `free`."""
-    return min((int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need), default=0)
+    return min(
+        (int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need), default=0
+    )
 
 
 def by_node(nodes: Mapping[str, int], num_workers: int, per_node: int) -> list[str] | None:
@@ -104,6 +119,7 @@ def by_node(nodes: Mapping[str, int], num_workers: int, per_node: int) -> list[s
 
 def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Tell whether a node's labels are as Ray's selectors want them: a value, !value, in(a, b) or !in(a, b)."""
+
     def fits(value: str | None, selector: str) -> bool:
         denied, plain = selector.startswith("!"), selector.removeprefix("!").strip()
         several = plain.startswith("in(") and plain.endswith(")")
@@ -123,16 +139,24 @@ def _require_nodes(ray: Any, config: RunConfig) -> None:
     had = [rooms(node["Resources"], each) for node in fitting]
     if cluster.workers_per_node:
         per_node = cluster.workers_per_node
-        if by_node(dict(zip(map(str, range(len(had))), had, strict=True)), config.min_workers, per_node) is None:
+        if (
+            by_node(
+                dict(zip(map(str, range(len(had))), had, strict=True)), config.min_workers, per_node
+            )
+            is None
+        ):
             raise WorkerError(
                 f"cluster.workers_per_node={per_node}: {config.min_workers} workers need "
                 f"{-(-config.min_workers // per_node)} nodes with room for so many, the cluster has "
                 f"{sum(room >= per_node for room in had)}{_labelled(config)}; lower it, add nodes, or set "
-                "cluster.wait_for_nodes=true if an autoscaler will")
+                "cluster.wait_for_nodes=true if an autoscaler will"
+            )
     elif sum(had) < config.min_workers:
-        raise WorkerError(f"cluster.labels={dict(cluster.labels)}: {len(fitting)} of {len(alive)} nodes have them, "
-                          f"with room for {sum(had)} workers, and {config.min_workers} are needed; correct the labels, "
-                          "add nodes, or set cluster.wait_for_nodes=true if an autoscaler will")
+        raise WorkerError(
+            f"cluster.labels={dict(cluster.labels)}: {len(fitting)} of {len(alive)} nodes have them, "
+            f"with room for {sum(had)} workers, and {config.min_workers} are needed; correct the labels, "
+            "add nodes, or set cluster.wait_for_nodes=true if an autoscaler will"
+        )
 
 
 def _labelled(config: RunConfig) -> str:

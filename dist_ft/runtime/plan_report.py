@@ -4,19 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-KINDS = ("weights", "gradients", "optimizer", "gathered weights", "buffers", "activations", "logits")
+KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "gathered weights",
+    "buffers",
+    "activations",
+    "logits",
+)
 
 
 def as_text(plan: dict[str, Any]) -> str:
     """Return the whole report."""
     model = plan["model"]
-    counted = ("activations rehearsed with the model's own code" if model["rehearsed"] else
-               "activations estimated: this model's code can not be rehearsed without values")
+    counted = (
+        "activations rehearsed with the model's own code"
+        if model["rehearsed"]
+        else "activations estimated: this model's code can not be rehearsed without values"
+    )
     chosen = next(row for row in plan["memory"] if row["chosen"])
     blocks = [
-        [f"plan of {plan['run']}: {_workers(plan['workers'])}, {_name(chosen)}, {plan['dtype']}; GB are 10^9 bytes"],
-        ["", *_lines([("model", f"{model['path']} ({model['kind']}), {model['parameters']:,} parameters, "
-                                f"{model['learned']:,} learned"), *plan["batch"].items()])],
+        [
+            f"plan of {plan['run']}: {_workers(plan['workers'])}, {_name(chosen)}, {plan['dtype']}; GB are 10^9 bytes"
+        ],
+        [
+            "",
+            *_lines(
+                [
+                    (
+                        "model",
+                        f"{model['path']} ({model['kind']}), {model['parameters']:,} parameters, "
+                        f"{model['learned']:,} learned",
+                    ),
+                    *plan["batch"].items(),
+                ]
+            ),
+        ],
         ["", f"memory a worker at its peak, GB ({counted})", *_memory(plan)],
         ["", *_lines(_besides(plan, chosen))],
         ["", "on the wire a step (published volumes, as a ring sends them)", *_traffic(plan)],
@@ -48,25 +72,50 @@ def _lines(rows: list[tuple[str, str]]) -> list[str]:
 def _grid(rows: list[list[str]]) -> list[str]:
     """Return rows as lines, the first column to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                      for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _memory(plan: dict[str, Any]) -> list[str]:
     rows = [["", *KINDS, "total", "peak at"]]
-    rows += [[("> " if row["chosen"] else "  ") + _name(row), *(_gb(row["gpu"][kind]) for kind in KINDS),
-              _gb(row["total"]), row["when"]] for row in plan["memory"]]
+    rows += [
+        [
+            ("> " if row["chosen"] else "  ") + _name(row),
+            *(_gb(row["gpu"][kind]) for kind in KINDS),
+            _gb(row["total"]),
+            row["when"],
+        ]
+        for row in plan["memory"]
+    ]
     return _grid(rows)
 
 
 def _besides(plan: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if plan["fewest_workers"] != plan["workers"]:
-        rows.append(("fewest workers", f"{_gb(plan['on_fewest_workers'])} GB a worker on {plan['fewest_workers']}"))
-    host = {**chosen["host"], **({"copy for checkpoints": plan["checkpoint_copy"]} if plan["checkpoint_copy"] else {})}
+        rows.append(
+            (
+                "fewest workers",
+                f"{_gb(plan['on_fewest_workers'])} GB a worker on {plan['fewest_workers']}",
+            )
+        )
+    host = {
+        **chosen["host"],
+        **({"copy for checkpoints": plan["checkpoint_copy"]} if plan["checkpoint_copy"] else {}),
+    }
     if host:
-        rows.append(("host memory", f"{_gb(sum(host.values()))} GB a worker = " + " + ".join(
-            f"{kind} {_gb(size)}" for kind, size in host.items())))
+        rows.append(
+            (
+                "host memory",
+                f"{_gb(sum(host.values()))} GB a worker = "
+                + " + ".join(f"{kind} {_gb(size)}" for kind, size in host.items()),
+            )
+        )
     return rows
 
 
@@ -75,18 +124,30 @@ def _traffic(plan: dict[str, Any]) -> list[str]:
     for row in plan["memory"]:
         if not row["plain"]:
             moved = sum(row["elements"].values())
-            rows.append([("> " if row["chosen"] else "  ") + _name(row), f"{moved:,}",
-                         f"{moved / plan['model']['parameters']:.3g} x", _gb(row["sent_bytes"]),
-                         _gb(row["sent_by_deepspeed_bytes"])])
+            rows.append(
+                [
+                    ("> " if row["chosen"] else "  ") + _name(row),
+                    f"{moved:,}",
+                    f"{moved / plan['model']['parameters']:.3g} x",
+                    _gb(row["sent_bytes"]),
+                    _gb(row["sent_by_deepspeed_bytes"]),
+                ]
+            )
     return _grid(rows)
 
 
 def _checkpoint(plan: dict[str, Any]) -> str:
     sizes = plan["checkpoint"]
-    frozen = f", {_gb(sizes['frozen, once a run'])} GB frozen once a run" if sizes["frozen, once a run"] else ""
-    return (f"{_gb(sizes['checkpoint'])} GB each ({_gb(sizes[_PART])} GB a worker){frozen}, "
-            f"{_gb(plan['kept'] * sizes['checkpoint'])} GB for the newest {plan['kept']}; exported model "
-            f"{_gb(sizes['exported model'])} GB")
+    frozen = (
+        f", {_gb(sizes['frozen, once a run'])} GB frozen once a run"
+        if sizes["frozen, once a run"]
+        else ""
+    )
+    return (
+        f"{_gb(sizes['checkpoint'])} GB each ({_gb(sizes[_PART])} GB a worker){frozen}, "
+        f"{_gb(plan['kept'] * sizes['checkpoint'])} GB for the newest {plan['kept']}; exported model "
+        f"{_gb(sizes['exported model'])} GB"
+    )
 
 
 _PART = "a worker's part"
@@ -96,9 +157,16 @@ def _gpus(plan: dict[str, Any]) -> list[str]:
     rows = [["", "GB", f"this run on {plan['workers']}", "fewest as configured", "least cluster"]]
     for gpu in plan["gpus"]:
         least = gpu["least"]
-        rows.append([f"  {gpu['name']}", str(gpu["gb"]),
-                     f"{'fits' if gpu['fits'] else 'does not fit'}, {gpu['used']:.0%}",
-                     "none" if gpu["fewest"] is None else str(gpu["fewest"]),
-                     "none" if least is None else f"{least['gpus']} GPU{'' if least['gpus'] == 1 else 's'} "
-                     f"({least['nodes']} node{'' if least['nodes'] == 1 else 's'}), ZeRO-{least['stage']}"])
+        rows.append(
+            [
+                f"  {gpu['name']}",
+                str(gpu["gb"]),
+                f"{'fits' if gpu['fits'] else 'does not fit'}, {gpu['used']:.0%}",
+                "none" if gpu["fewest"] is None else str(gpu["fewest"]),
+                "none"
+                if least is None
+                else f"{least['gpus']} GPU{'' if least['gpus'] == 1 else 's'} "
+                f"({least['nodes']} node{'' if least['nodes'] == 1 else 's'}), ZeRO-{least['stage']}",
+            ]
+        )
     return _grid(rows)

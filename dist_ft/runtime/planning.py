@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     from dist_ft.model.learner import Learner
 
 
-def plan(config: RunConfig, *, model_config: str | None = None, gpu: str | None = None,
-         num_gpus: int | None = None) -> dict[str, Any]:
+def plan(
+    config: RunConfig,
+    *,
+    model_config: str | None = None,
+    gpu: str | None = None,
+    num_gpus: int | None = None,
+) -> dict[str, Any]:
     """Return what `as_text` shows, as plain values: bytes, counts, names.
 
     Args:
@@ -39,19 +44,34 @@ def plan(config: RunConfig, *, model_config: str | None = None, gpu: str | None 
     chosen = [gpus.named(gpu)] if gpu is not None else list(gpus.GPUS)
     config = _with_workers(config, num_gpus)
     shape = shape_of(config, model_config)
-    zero = {"reduce_bucket_size": ds_config.BUCKET_ELEMENTS, **ds_config.build(config)["zero_optimization"]}
+    zero = {
+        "reduce_bucket_size": ds_config.BUCKET_ELEMENTS,
+        **ds_config.build(config)["zero_optimization"],
+    }
     world = max(1, config.max_workers)
     now = worker.setup_of(config, zero, world)
     return {
         "run": config.run.name,
-        "model": {"path": config.model.path, "kind": shape.kind, "parameters": shape.num_parameters,
-                  "learned": shape.num_learned, "rehearsed": shape.rehearsed},
+        "model": {
+            "path": config.model.path,
+            "kind": shape.kind,
+            "parameters": shape.num_parameters,
+            "learned": shape.num_learned,
+            "rehearsed": shape.rehearsed,
+        },
         "batch": dict(batch_arithmetic(config)),
-        "workers": world, "fewest_workers": max(1, config.min_workers), "stage": now.stage, "dtype": config.model.dtype,
+        "workers": world,
+        "fewest_workers": max(1, config.min_workers),
+        "stage": now.stage,
+        "dtype": config.model.dtype,
         "memory": [_row(shape, setup, setup == now) for setup in _setups(config, zero, world)],
-        "on_fewest_workers": worker.of_worker(shape, worker.setup_of(config, zero, max(1, config.min_workers))).total,
-        "checkpoint_copy": config.checkpoint.background and traffic.checkpoint_bytes(shape, now)["a worker's part"],
-        "checkpoint": traffic.checkpoint_bytes(shape, now), "kept": config.checkpoint.keep_last,
+        "on_fewest_workers": worker.of_worker(
+            shape, worker.setup_of(config, zero, max(1, config.min_workers))
+        ).total,
+        "checkpoint_copy": config.checkpoint.background
+        and traffic.checkpoint_bytes(shape, now)["a worker's part"],
+        "checkpoint": traffic.checkpoint_bytes(shape, now),
+        "kept": config.checkpoint.keep_last,
         "gpus": [_gpu(name, shape, config, zero, now) for name in chosen],
     }
 
@@ -61,9 +81,14 @@ def _with_workers(config: RunConfig, num_gpus: int | None) -> RunConfig:
     if num_gpus is None:
         return config
     if not 1 <= num_gpus <= config.num_lanes:
-        raise ConfigError([f"--gpus={num_gpus}: from 1 to the {config.num_lanes} lanes of a step (batch.global_batch / "
-                           "batch.micro_batch) are allowed, a worker needs one at least; give another number, or a "
-                           "larger batch.global_batch"], "plan")
+        raise ConfigError(
+            [
+                f"--gpus={num_gpus}: from 1 to the {config.num_lanes} lanes of a step (batch.global_batch / "
+                "batch.micro_batch) are allowed, a worker needs one at least; give another number, or a "
+                "larger batch.global_batch"
+            ],
+            "plan",
+        )
     cluster = config.cluster.model_copy(update={"workers": num_gpus, "gpus_per_worker": 1})
     return config.model_copy(update={"cluster": cluster})
 
@@ -80,22 +105,47 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     module = _learner(model, config)
     parameters = canonical_names(module)
     exempt = config.optimizer.decay_exempt
-    weights = tuple(Weight(name, p.numel(), p.requires_grad, optimizers.decays(p.shape) and not any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in exempt)) for name, p in parameters.items())
+    weights = tuple(
+        Weight(
+            name,
+            p.numel(),
+            p.requires_grad,
+            optimizers.decays(p.shape)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt),
+        )
+        for name, p in parameters.items()
+    )
     places = {name: place for place, name in enumerate(parameters)}
     on_cpu = config.cluster.gpus_per_worker == 0 and config.max_workers > 0
     try:
         inputs = module.train().inputs(_batch(config), "meta")
-        order = tuple(tuple(places[name] for name in names) for names in rehearsal.order_of(module, inputs))
-        added, passed = (Lane(*(Held(peak.activations, peak.logits) for peak in rehearsal.peaks_of(
-            module, inputs, keep_gradients=keep, on_cpu=on_cpu))) for keep in (True, False))
+        order = tuple(
+            tuple(places[name] for name in names) for names in rehearsal.order_of(module, inputs)
+        )
+        added, passed = (
+            Lane(
+                *(
+                    Held(peak.activations, peak.logits)
+                    for peak in rehearsal.peaks_of(
+                        module, inputs, keep_gradients=keep, on_cpu=on_cpu
+                    )
+                )
+            )
+            for keep in (True, False)
+        )
     except Exception as error:  # code that looks at values can not be rehearsed: whatever it raises
         from logging import getLogger
 
         getLogger("dist_ft.plan").debug("not rehearsed", exc_info=error)
         held = Held(_estimated(model, config), 0)
-        return ModelShape(model.config.model_type, weights, tuple((place,) for place in range(len(weights))),
-                          Lane(held, held), Lane(held, held), rehearsed=False)
+        return ModelShape(
+            model.config.model_type,
+            weights,
+            tuple((place,) for place in range(len(weights))),
+            Lane(held, held),
+            Lane(held, held),
+            rehearsed=False,
+        )
     return ModelShape(model.config.model_type, weights, order, added, passed)
 
 
@@ -110,10 +160,14 @@ def count_parameters(config: RunConfig, model_config: str | None = None) -> int 
     from dist_ft.model import outline
 
     path = config.model.path
-    if model_config is None and not (storage.is_local(path) and os.path.isdir(storage.local_path(path))):
+    if model_config is None and not (
+        storage.is_local(path) and os.path.isdir(storage.local_path(path))
+    ):
         return None
     quiet_third_parties()
-    return sum(p.numel() for p in outline.build(config, known_task(config), model_config).parameters())
+    return sum(
+        p.numel() for p in outline.build(config, known_task(config), model_config).parameters()
+    )
 
 
 def _learner(model: Any, config: RunConfig) -> Learner:
@@ -144,9 +198,15 @@ def _estimated(model: Any, config: RunConfig) -> int:
     wide = getattr(inner, "intermediate_size", None) or 4 * hidden
     experts = getattr(inner, "num_experts_per_tok", None) or 1
     return activation_bytes(
-        num_layers=inner.num_hidden_layers, hidden=hidden, intermediate=wide * experts, vocab=inner.vocab_size,
-        micro_batch=config.batch.micro_batch, sequence_length=config.batch.sequence_length,
-        checkpointing=config.model.activation_checkpointing, dtype=config.model.dtype)
+        num_layers=inner.num_hidden_layers,
+        hidden=hidden,
+        intermediate=wide * experts,
+        vocab=inner.vocab_size,
+        micro_batch=config.batch.micro_batch,
+        sequence_length=config.batch.sequence_length,
+        checkpointing=config.model.activation_checkpointing,
+        dtype=config.model.dtype,
+    )
 
 
 def _setups(config: RunConfig, zero: dict[str, Any], world: int) -> list[worker.Setup]:
@@ -160,25 +220,58 @@ def _setups(config: RunConfig, zero: dict[str, Any], world: int) -> list[worker.
 
 def _row(shape: ModelShape, setup: worker.Setup, chosen: bool) -> dict[str, Any]:
     memory, moved = worker.of_worker(shape, setup), traffic.of_step(shape, setup)
-    offload = {name: value for name, value in (("optimizer", setup.offload_optimizer), ("weights", setup.offload_param))
-               if value != "none"}
-    return {"stage": setup.stage, "plain": setup.plain, "chosen": chosen, "offload": offload, "gpu": memory.gpu,
-            "total": memory.total, "when": memory.when, "host": memory.host, "elements": moved.elements,
-            "sent_bytes": moved.sent_bytes, "sent_by_deepspeed_bytes": moved.sent_by_deepspeed_bytes}
+    offload = {
+        name: value
+        for name, value in (
+            ("optimizer", setup.offload_optimizer),
+            ("weights", setup.offload_param),
+        )
+        if value != "none"
+    }
+    return {
+        "stage": setup.stage,
+        "plain": setup.plain,
+        "chosen": chosen,
+        "offload": offload,
+        "gpu": memory.gpu,
+        "total": memory.total,
+        "when": memory.when,
+        "host": memory.host,
+        "elements": moved.elements,
+        "sent_bytes": moved.sent_bytes,
+        "sent_by_deepspeed_bytes": moved.sent_by_deepspeed_bytes,
+    }
 
 
-def _gpu(name: str, shape: ModelShape, config: RunConfig, zero: dict[str, Any], now: worker.Setup) -> dict[str, Any]:
+def _gpu(
+    name: str, shape: ModelShape, config: RunConfig, zero: dict[str, Any], now: worker.Setup
+) -> dict[str, Any]:
     """Return whether the run fits on such GPUs, and the fewest it takes: as it is, and at the best stage."""
     room = gpus.room(name)
 
     def need(stage: int | None) -> Any:
-        return lambda world: worker.of_worker(shape, worker.setup_of(config, zero, world, stage)).total
+        return lambda world: (
+            worker.of_worker(shape, worker.setup_of(config, zero, world, stage)).total
+        )
 
     most = config.num_lanes if config.max_workers else 1
     used = worker.of_worker(shape, now).total
-    found = {stage: gpus.fewest(need(stage), config.num_lanes, room) for stage in (0, 1, 2, 3)
-             if stage or config.model.dtype == "float32"}
-    least = min(((count, stage) for stage, count in found.items() if count is not None), default=None)
-    return {"name": name, "gb": gpus.GPUS[name], "room": room, "fits": used <= room,
-            "used": used / (gpus.GPUS[name] * 1e9), "fewest": gpus.fewest(need(None), most, room),
-            "least": {"gpus": least[0], "stage": least[1], "nodes": -(-least[0] // gpus.A_NODE)} if least else None}
+    found = {
+        stage: gpus.fewest(need(stage), config.num_lanes, room)
+        for stage in (0, 1, 2, 3)
+        if stage or config.model.dtype == "float32"
+    }
+    least = min(
+        ((count, stage) for stage, count in found.items() if count is not None), default=None
+    )
+    return {
+        "name": name,
+        "gb": gpus.GPUS[name],
+        "room": room,
+        "fits": used <= room,
+        "used": used / (gpus.GPUS[name] * 1e9),
+        "fewest": gpus.fewest(need(None), most, room),
+        "least": {"gpus": least[0], "stage": least[1], "nodes": -(-least[0] // gpus.A_NODE)}
+        if least
+        else None,
+    }

@@ -19,8 +19,12 @@ CHUNK_ROWS = 2048
 """Rows that are sorted by length, and written, together."""
 
 
-def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str,
-                 progress: Callable[[int], None] = lambda done: None) -> int:
+def predict_file(
+    predictor: Predictor,
+    rows: Iterator[Row | DataError],
+    out: str,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
     """Write each row with what the model says of it (`prediction`) to the local file `out`, JSON lines.
 
     Returns how many rows there are. A file that is there is gone on with: as many rows as it has whole lines are passed
@@ -31,8 +35,12 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
     done = _whole_lines(path)
     beside = path.with_name(path.name + BESIDE)
     if done and (not beside.exists() or beside.read_text("utf-8") != predictor.version):
-        raise DataError(redact(f"--out={out}: holds what another model said of {done} rows, or this one before it was "
-                               "made anew; name another file, or remove this one"))
+        raise DataError(
+            redact(
+                f"--out={out}: holds what another model said of {done} rows, or this one before it was "
+                "made anew; name another file, or remove this one"
+            )
+        )
     beside.write_text(predictor.version, "utf-8")
     with open(path, "a", encoding="utf-8") as file:
         chunk: list[Row] = []
@@ -49,8 +57,12 @@ def predict_file(predictor: Predictor, rows: Iterator[Row | DataError], out: str
                 progress(number)
         _write(predictor, chunk, number - len(chunk), file)
     if number < done:
-        raise DataError(redact(f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
-                               "rows; name another"))
+        raise DataError(
+            redact(
+                f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
+                "rows; name another"
+            )
+        )
     return number
 
 

@@ -36,9 +36,19 @@ Task = dict[str, Any]
 
 def cut(shards: Sequence[Shard], suffix: str, part_bytes: int = PART_BYTES) -> list[Task]:
     """Return the parts of the input in order; each is JSON values, for it may travel to another machine."""
-    parts = [part for number, shard in enumerate(shards) for part in readers.survey(shard, number, part_bytes)]
-    return [{"shard": asdict(shards[part.shard]), "part": asdict(part),
-             "name": f"part-{number:05d}-of-{len(parts):05d}.{suffix}"} for number, part in enumerate(parts)]
+    parts = [
+        part
+        for number, shard in enumerate(shards)
+        for part in readers.survey(shard, number, part_bytes)
+    ]
+    return [
+        {
+            "shard": asdict(shards[part.shard]),
+            "part": asdict(part),
+            "name": f"part-{number:05d}-of-{len(parts):05d}.{suffix}",
+        }
+        for number, part in enumerate(parts)
+    ]
 
 
 def missing(store: Store, tasks: Sequence[Task], version: str) -> list[Task]:
@@ -46,15 +56,23 @@ def missing(store: Store, tasks: Sequence[Task], version: str) -> list[Task]:
 
     Raises DataError if it is of others.
     """
-    wanted = {"model": version, "shards": [task["shard"] for task in tasks], "names": [task["name"] for task in tasks]}
+    wanted = {
+        "model": version,
+        "shards": [task["shard"] for task in tasks],
+        "names": [task["name"] for task in tasks],
+    }
     there = set(store.list())
     if ABOUT in there:
         if json.loads(store.read(ABOUT)) != wanted:
-            raise DataError(f"--out={store.shown()}: holds predictions of another model, of other rows or in another "
-                            "format; the folder of the same command is gone on with; name another, or remove it")
+            raise DataError(
+                f"--out={store.shown()}: holds predictions of another model, of other rows or in another "
+                "format; the folder of the same command is gone on with; name another, or remove it"
+            )
     elif there:
-        raise DataError(f"--out={store.shown()}: the folder holds other files; a new or an empty one is allowed; name "
-                        "another")
+        raise DataError(
+            f"--out={store.shown()}: the folder holds other files; a new or an empty one is allowed; name "
+            "another"
+        )
     else:
         store.write(ABOUT, json.dumps(wanted).encode())
     return [task for task in tasks if task["name"] not in there]
@@ -72,14 +90,27 @@ def make(predictor: Predictor, store: Store, task: Task) -> int:
     number = int(task["name"].split("-")[1])
     said = predictor.predict(rows, number * MOST_ROWS) if rows else []
     suffix = task["name"].rsplit(".", 1)[1]
-    store.write(task["name"], ENCODERS[suffix]([{**row, "prediction": value}
-                                                for row, value in zip(rows, said, strict=True)]))
+    store.write(
+        task["name"],
+        ENCODERS[suffix](
+            [{**row, "prediction": value} for row, value in zip(rows, said, strict=True)]
+        ),
+    )
     return len(rows)
 
 
-def predict_folder(model: str, shards: Sequence[Shard], out: str, *, suffix: str = "jsonl", workers: int = 0,
-                   batch: int = 32, max_new_tokens: int = 128, strategy: str = "greedy",
-                   progress: Callable[[int, int], None] = lambda done, of: None) -> tuple[int, int]:
+def predict_folder(
+    model: str,
+    shards: Sequence[Shard],
+    out: str,
+    *,
+    suffix: str = "jsonl",
+    workers: int = 0,
+    batch: int = 32,
+    max_new_tokens: int = 128,
+    strategy: str = "greedy",
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[int, int]:
     """Write what the model says of every row into the folder `out`; return (shards there are, rows written now).
 
     Args:
@@ -102,15 +133,20 @@ def predict_folder(model: str, shards: Sequence[Shard], out: str, *, suffix: str
     if workers and todo:
         from dist_ft.runtime import ray_data
 
-        counts = ray_data.predict(_absolute(model), store.url, todo, workers, batch, max_new_tokens,
-                                  strategy)
+        counts = ray_data.predict(
+            _absolute(model), store.url, todo, workers, batch, max_new_tokens, strategy
+        )
     rows = 0
     for done, count in enumerate(counts, len(tasks) - len(todo) + 1):
         rows += count
         progress(done, len(tasks))
     if set(missing(store, tasks, version_of(model, max_new_tokens, strategy))):
-        raise DataError(redact(f"--out={out}: some shards are not there after all were made; does another process "
-                               "remove them? the same command makes them"))
+        raise DataError(
+            redact(
+                f"--out={out}: some shards are not there after all were made; does another process "
+                "remove them? the same command makes them"
+            )
+        )
     return len(tasks), rows
 
 
@@ -120,8 +156,9 @@ def _absolute(model: str) -> str:
     return folder if os.path.isdir(folder) else model
 
 
-def _here(model: str, store: Store, todo: Sequence[Task], batch: int, max_new_tokens: int, strategy: str
-          ) -> Iterator[int]:
+def _here(
+    model: str, store: Store, todo: Sequence[Task], batch: int, max_new_tokens: int, strategy: str
+) -> Iterator[int]:
     """Yield the rows of each part, made in this process."""
     predictor = Predictor(model, batch, max_new_tokens, strategy) if todo else None
     for task in todo:

@@ -51,7 +51,9 @@ class Saves:
         news = bool(self._nodes - known)
         if news:
             self._first_at = now
-        ends_at = self._first_at + UNKNOWN_S if info.deadline_ms is None else info.deadline_ms / 1000
+        ends_at = (
+            self._first_at + UNKNOWN_S if info.deadline_ms is None else info.deadline_ms / 1000
+        )
         if not news and not is_due(now, self._asked_at, ends_at):
             return
         with _told():
@@ -61,8 +63,11 @@ class Saves:
             self._asked_at = now
             if news:
                 relay.going(describe(nodes))
-                relay.put("log", f"WARNING {describe(nodes)} will be taken away in {max(0.0, ends_at - now):.0f} s: "
-                                 "saving now, training goes on")
+                relay.put(
+                    "log",
+                    f"WARNING {describe(nodes)} will be taken away in {max(0.0, ends_at - now):.0f} s: "
+                    "saving now, training goes on",
+                )
             self._number = relay.save()
 
     def before_resize(self) -> None:
@@ -90,6 +95,8 @@ def is_due(now: float, asked_at: float, ends_at: float) -> bool:
 
 def describe(nodes: Mapping[str, Sequence[int]]) -> str:
     """Name nodes and the workers on them."""
-    named = [f"node {name[:8]} (worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
-             for name, ranks in sorted(nodes.items())]
+    named = [
+        f"node {name[:8]} (worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
+        for name, ranks in sorted(nodes.items())
+    ]
     return ", ".join(named)

@@ -36,8 +36,17 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
         whole: False if fields may be absent from `config` (`inspect_config`); probes that read those are skipped.
     """
-    probes: list[Callable[[RunConfig], Iterator[str]]] = [_model, _tuning, _method, _tokenizer, _training_data,
-                                                          _held_out_data, _synonyms, _cpus, _gpus]
+    probes: list[Callable[[RunConfig], Iterator[str]]] = [
+        _model,
+        _tuning,
+        _method,
+        _tokenizer,
+        _training_data,
+        _held_out_data,
+        _synonyms,
+        _cpus,
+        _gpus,
+    ]
     if write_storage:
         probes += [_writable, _older_run]
     probes.append(trackers.problems)
@@ -47,11 +56,17 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         storage.configure(config.storage.options)
     with attempts(TRIES, PATIENCE_S):
         problems, seen = _seen(config, whole)
-        return problems + [line for probe in probes if seen or probe not in OF_MODEL
-                           for line in _lines(probe, seen if seen and probe in OF_MODEL else config, whole)]
+        return problems + [
+            line
+            for probe in probes
+            if seen or probe not in OF_MODEL
+            for line in _lines(probe, seen if seen and probe in OF_MODEL else config, whole)
+        ]
 
 
-def _lines(probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole: bool) -> list[str]:
+def _lines(
+    probe: Callable[[RunConfig], Iterator[str]], config: RunConfig, whole: bool
+) -> list[str]:
     """Return what one probe says, an error of ours being a line (or several) like the others."""
     try:
         return [redact(line) for line in probe(config)]
@@ -85,8 +100,10 @@ def _model(config: RunConfig) -> Iterator[str]:
 
     model = read_config(config.model, config.data.cache_dir, known_task(config))
     if getattr(model, "quantization_config", None):
-        yield (f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
-               "weights is needed; export the run without --int8")
+        yield (
+            f"model.path={config.model.path}: has int8 weights, which can not be fine-tuned; a model with float "
+            "weights is needed; export the run without --int8"
+        )
     virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPTS else 0
     if line := too_long(model, config.batch.sequence_length, config.model.path, virtual):
         yield line
@@ -194,9 +211,11 @@ def _writable(config: RunConfig) -> Iterator[str]:
     try:
         store.create(probe, b"probe")
         if store.create(probe, b"again"):
-            yield (f"run.storage={config.run.storage}: a file that is there was made once more, so two starts of a "
-                   f"run could not be told apart; storage with conditional writes (If-None-Match) is needed; use "
-                   f"another endpoint or file system")
+            yield (
+                f"run.storage={config.run.storage}: a file that is there was made once more, so two starts of a "
+                f"run could not be told apart; storage with conditional writes (If-None-Match) is needed; use "
+                f"another endpoint or file system"
+            )
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"
@@ -247,9 +266,11 @@ def _cpus(config: RunConfig) -> Iterator[str]:
         return
     available, workers = os.cpu_count() or 1, _workers_here(config)
     if workers * config.cluster.cpus_per_worker > available:
-        yield (f"cluster.workers={config.min_workers}: needs {workers} × {config.cluster.cpus_per_worker:g} "
-               f"CPUs (cluster.cpus_per_worker), and this machine has {available}; use fewer workers or CPUs a worker, "
-               f"or set cluster.address to a larger Ray cluster")
+        yield (
+            f"cluster.workers={config.min_workers}: needs {workers} × {config.cluster.cpus_per_worker:g} "
+            f"CPUs (cluster.cpus_per_worker), and this machine has {available}; use fewer workers or CPUs a worker, "
+            f"or set cluster.address to a larger Ray cluster"
+        )
 
 
 def _gpus(config: RunConfig) -> Iterator[str]:
@@ -259,9 +280,11 @@ def _gpus(config: RunConfig) -> Iterator[str]:
 
     available, needed = torch.cuda.device_count(), max(1, _workers_here(config))
     if available < needed:
-        yield (f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and this machine "
-               f"has {available} that torch can use; set it to 0 to run on CPUs, or set cluster.address to a Ray "
-               f"cluster with GPUs")
+        yield (
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and this machine "
+            f"has {available} that torch can use; set it to 0 to run on CPUs, or set cluster.address to a Ray "
+            f"cluster with GPUs"
+        )
 
 
 OF_MODEL = (_model, _tuning, _tokenizer)

@@ -26,9 +26,18 @@ from dist_ft.runtime import keeper
 from dist_ft.train.console import Console
 from dist_ft.train.result import Hooks
 
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError",
-             "Connection refused", "Timed out waiting", "recvValue failed", "DistNetworkError", "failed to recv",
-             "unexpected EOF")
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "Connection refused",
+    "Timed out waiting",
+    "recvValue failed",
+    "DistNetworkError",
+    "failed to recv",
+    "unexpected EOF",
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +54,10 @@ class Process:
 
         Raises OSError if the system lets none start.
         """
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
         command = [sys.executable, "-m", "dist_ft.runtime.process"]
         process = cls(keeper.start(command, environment, _name(spares)))
         process._send((config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
@@ -100,7 +112,13 @@ class Process:
 
 def _name(spares: str) -> str:
     """Return what says which processes a worker may claim: imported anew they would see the same GPUs."""
-    return repr((spares, sys.executable, sorted(item for item in os.environ.items() if "VISIBLE" in item[0])))
+    return repr(
+        (
+            spares,
+            sys.executable,
+            sorted(item for item in os.environ.items() if "VISIBLE" in item[0]),
+        )
+    )
 
 
 class _Child:
@@ -218,11 +236,21 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
         if beats == 2:  # the first step is done: whoever prepares a spare now does not delay it
             child.say("begun", tuple(sys.modules))
 
-    log_lines = _PipeLog(child) if config.log.level != "debug" else None  # then Ray forwards all there is
-    hooks = Hooks(_PipeConsole(child), lambda url, metrics: child.say("committed", url, metrics),
-                  lambda: child.say("progressed"), child.asked_to_stop.is_set, child.should_save, child.saved, beat,
-                  log_lines, after,
-                  measured=lambda step, kind, values: child.say("measured", step, kind, dict(values)))
+    log_lines = (
+        _PipeLog(child) if config.log.level != "debug" else None
+    )  # then Ray forwards all there is
+    hooks = Hooks(
+        _PipeConsole(child),
+        lambda url, metrics: child.say("committed", url, metrics),
+        lambda: child.say("progressed"),
+        child.asked_to_stop.is_set,
+        child.should_save,
+        child.saved,
+        beat,
+        log_lines,
+        after,
+        measured=lambda step, kind, values: child.say("measured", step, kind, dict(values)),
+    )
     try:
         return "result", local.run(config, hooks)
     except DistFtError as error:

@@ -29,8 +29,14 @@ KEPT = "data/examples.json"
 class Prompted:
     """A causal model that is asked for the label of texts, as it was in training."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, task: TaskSection, prompting: PromptingSection,
-                 length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        task: TaskSection,
+        prompting: PromptingSection,
+        length: int,
+    ) -> None:
         """Wrap a loaded model; `prompting` has its examples in its templates, `length` is the longest prompt's."""
         from dist_ft.data.prompted import PromptEncoder
         from dist_ft.model.prompted import PromptModel
@@ -38,18 +44,25 @@ class Prompted:
 
         data = DataSection.model_validate({"train": "unused", "overlong": "truncate"})
         self._encoder = PromptEncoder(tokenizer, data, task, prompting, length)
-        self._model = PromptModel(model, task, SpecialTokens.of(tokenizer, model.config), self._encoder.words(), length)
+        self._model = PromptModel(
+            model, task, SpecialTokens.of(tokenizer, model.config), self._encoder.words(), length
+        )
         self._model.eval()
 
     def scores(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
         """Return the score of each label (B, K) of texts, and second ones if there are any."""
         import torch
 
-        samples = [Sample(*both) for both in (zip(texts, pairs, strict=True) if pairs else zip(texts, strict=True))]
+        samples = [
+            Sample(*both)
+            for both in (zip(texts, pairs, strict=True) if pairs else zip(texts, strict=True))
+        ]
         found = self._encoder.prompts(samples)
         if None in found:
-            raise DataError("prompting.templates: leave no room for a text in the model's sequence length; shorter "
-                            "ones are needed; show fewer examples")
+            raise DataError(
+                "prompting.templates: leave no room for a text in the model's sequence length; shorter "
+                "ones are needed; show fewer examples"
+            )
         rows = [torch.tensor(ids or []) for ids in found]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.model.device)
         sizes = torch.tensor([len(row) for row in rows], device=ids.device)
@@ -59,7 +72,9 @@ class Prompted:
         return told.float().cpu().numpy()
 
 
-def with_examples(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
+def with_examples(
+    config: RunConfig, store: Store, world: World, collectives: Collectives
+) -> RunConfig:
     """Return the config with its examples written into its templates; a collective call.
 
     The labels must be known. Raises DataError for a training row that can not be used (under data.bad_rows=error).
@@ -68,7 +83,9 @@ def with_examples(config: RunConfig, store: Store, world: World, collectives: Co
     if section.method != "likelihood" or not section.shots:
         return config
     templates = tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
-    return config.model_copy(update={"prompting": section.model_copy(update={"templates": templates, "shots": 0})})
+    return config.model_copy(
+        update={"prompting": section.model_copy(update={"templates": templates, "shots": 0})}
+    )
 
 
 def _kept(config: RunConfig, store: Store) -> list[str]:
@@ -77,8 +94,14 @@ def _kept(config: RunConfig, store: Store) -> list[str]:
         return list(json.loads(store.read(KEPT)))
     section, labels = config.prompting, config.task.labels
     shown = examples(config, section.shots)
-    found = [prompts.few_shot(template, [prompts.answered(template, sample, labels, section) for sample in shown],
-                              section.separator) for template in section.templates]
+    found = [
+        prompts.few_shot(
+            template,
+            [prompts.answered(template, sample, labels, section) for sample in shown],
+            section.separator,
+        )
+        for template in section.templates
+    ]
     store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
     return found
 
@@ -97,11 +120,15 @@ def examples(config: RunConfig, count: int) -> list[Sample]:
                 continue
             yield sample.label if by_label else 0, sample
 
-    by_label = config.prompting.shots_by == "label" and config.task.name == "sequence_classification"
+    by_label = (
+        config.prompting.shots_by == "label" and config.task.name == "sequence_classification"
+    )
     found = prompts.draw(samples(), count, config.prompting.seed)
     if not found:
-        raise DataError("data.train: has no row that prompting.shots could show; rows with a label are needed; set "
-                        "data.train, or prompting.shots=0")
+        raise DataError(
+            "data.train: has no row that prompting.shots could show; rows with a label are needed; set "
+            "data.train, or prompting.shots=0"
+        )
     return found
 
 

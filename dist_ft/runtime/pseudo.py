@@ -40,15 +40,19 @@ class Pseudo:
     num_labelled: int
 
 
-def pseudo_label(predictor: Predictor, rows: Iterable[Row | DataError], confidence: float, most: int = 0) -> Pseudo:
+def pseudo_label(
+    predictor: Predictor, rows: Iterable[Row | DataError], confidence: float, most: int = 0
+) -> Pseudo:
     """Return the rows the model gives a label with at least `confidence`, of each label at most `most` (0: all).
 
     Raises ModelError for a model that does not choose one label a text; DataError for a row without a text.
     """
     task = predictor.task
     if task.name != "sequence_classification":
-        raise ModelError(f"a model of task {task.name} has no one label a text to be sure of; models of "
-                         "sequence_classification are allowed; give one that was trained with it")
+        raise ModelError(
+            f"a model of task {task.name} has no one label a text to be sure of; models of "
+            "sequence_classification are allowed; give one that was trained with it"
+        )
     chosen: dict[str, list[tuple[float, int, Row]]] = {label: [] for label in task.labels}
     left: Counter[str] = Counter()
 
@@ -67,8 +71,13 @@ def pseudo_label(predictor: Predictor, rows: Iterable[Row | DataError], confiden
 
     _each(predictor, _unlabelled(rows, task.columns.label, left), take)
     found = sorted((item for held in chosen.values() for item in held), key=lambda item: -item[1])
-    return Pseudo([row for _, _, row in found], {label: len(held) for label, held in chosen.items()}, left["unsure"],
-                  left["over"], left["labelled"])
+    return Pseudo(
+        [row for _, _, row in found],
+        {label: len(held) for label, held in chosen.items()},
+        left["unsure"],
+        left["over"],
+        left["labelled"],
+    )
 
 
 def _unlabelled(rows: Iterable[Row | DataError], column: str, left: Counter[str]) -> Iterable[Row]:
@@ -81,7 +90,9 @@ def _unlabelled(rows: Iterable[Row | DataError], column: str, left: Counter[str]
             yield row
 
 
-def _each(predictor: Predictor, rows: Iterable[Row], take: Callable[[int, Row, dict[str, Any]], None]) -> None:
+def _each(
+    predictor: Predictor, rows: Iterable[Row], take: Callable[[int, Row, dict[str, Any]], None]
+) -> None:
     stream, number = iter(rows), 0
     while chunk := list(islice(stream, CHUNK_ROWS)):
         for row, found in zip(chunk, predictor.predict(chunk), strict=True):
@@ -94,8 +105,12 @@ def describe(found: Pseudo, out: str) -> str:
     from dist_ft.train.console import table
 
     labels: Sequence[tuple[str, int]] = sorted(found.kept.items(), key=lambda item: -item[1])
-    return table(f"{len(found.rows):,} rows in {out}", [
-        *((f"as {label}", f"{count:,}") for label, count in labels),
-        ("left out: not sure enough", f"{found.num_unsure:,}"),
-        ("left out: over --most", f"{found.num_over:,}"),
-        ("left out: had a label", f"{found.num_labelled:,}")])
+    return table(
+        f"{len(found.rows):,} rows in {out}",
+        [
+            *((f"as {label}", f"{count:,}") for label, count in labels),
+            ("left out: not sure enough", f"{found.num_unsure:,}"),
+            ("left out: over --most", f"{found.num_over:,}"),
+            ("left out: had a label", f"{found.num_labelled:,}"),
+        ],
+    )

@@ -27,7 +27,9 @@ OBJECT_STORE_BYTES = 128 * 2**20
 class Asked:
     """A worker: the model, loaded once, that makes shard after shard."""
 
-    def __init__(self, model: str, out: str, batch: int, max_new_tokens: int, strategy: str) -> None:
+    def __init__(
+        self, model: str, out: str, batch: int, max_new_tokens: int, strategy: str
+    ) -> None:
         """Load the model; what is wrong with it is told with the first part."""
         quiet_third_parties()
         self._store = Store(out)
@@ -52,8 +54,15 @@ class Asked:
         return {"rows": counts, "wrong": wrong}
 
 
-def predict(model: str, out: str, tasks: Sequence[predict_parts.Task], workers: int, batch: int, max_new_tokens: int,
-            strategy: str = "greedy") -> Iterator[int]:
+def predict(
+    model: str,
+    out: str,
+    tasks: Sequence[predict_parts.Task],
+    workers: int,
+    batch: int,
+    max_new_tokens: int,
+    strategy: str = "greedy",
+) -> Iterator[int]:
     """Yield the rows of each part as it is done, in any order.
 
     Raises DistFtError of the first part that can not be made, WorkerError if Ray gives up.
@@ -65,10 +74,17 @@ def predict(model: str, out: str, tasks: Sequence[predict_parts.Task], workers: 
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        parts = data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
-        made = parts.map_batches(Asked, batch_size=1, fn_constructor_args=(model, out, batch, max_new_tokens, strategy),
-                                 compute=data.ActorPoolStrategy(size=min(workers, len(tasks))), num_cpus=1,
-                                 num_gpus=gpus)
+        parts = data.from_items(
+            [{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+        )
+        made = parts.map_batches(
+            Asked,
+            batch_size=1,
+            fn_constructor_args=(model, out, batch, max_new_tokens, strategy),
+            compute=data.ActorPoolStrategy(size=min(workers, len(tasks))),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
         try:
             for row in made.iter_rows():
                 if row["wrong"]:
@@ -77,8 +93,12 @@ def predict(model: str, out: str, tasks: Sequence[predict_parts.Task], workers: 
                 yield int(row["rows"])
         except ray.exceptions.RayError as error:
             first = str(error).strip().splitlines()[-1][:200]
-            raise WorkerError(redact(f"--workers={workers}: Ray gave up ({type(error).__name__}: {first}); what is "
-                                     "written is kept; the same command goes on from there")) from error
+            raise WorkerError(
+                redact(
+                    f"--workers={workers}: Ray gave up ({type(error).__name__}: {first}); what is "
+                    "written is kept; the same command goes on from there"
+                )
+            ) from error
 
 
 def _named(kind: str, text: str) -> DistFtError:
@@ -106,12 +126,18 @@ def _connected(workers: int) -> Iterator[Any]:
         if address:
             ray.init(address=address, **common)
         else:
-            ray.init(address="local", include_dashboard=False, num_cpus=workers + 1,
-                     object_store_memory=OBJECT_STORE_BYTES, **common)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=workers + 1,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise WorkerError(f"RAY_ADDRESS={address}: can not connect to Ray ({str(error).splitlines()[0][:120]}); check "
-                          "that a cluster runs there with this Ray version, or unset it to start an own one"
-                          ) from error
+        raise WorkerError(
+            f"RAY_ADDRESS={address}: can not connect to Ray ({str(error).splitlines()[0][:120]}); check "
+            "that a cluster runs there with this Ray version, or unset it to start an own one"
+        ) from error
     try:
         yield ray
     finally:

@@ -37,35 +37,57 @@ def trainer(config: RunConfig, relay_name: str, work: Callable[[dict[str, Any]],
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class _Shared(Backend):
-        share_cuda_visible_devices = True  # the training processes of a node reach each other's GPUs
+        share_cuda_visible_devices = (
+            True  # the training processes of a node reach each other's GPUs
+        )
 
     class _SharedConfig(BackendConfig):
         backend_cls = _Shared
 
     class _Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if type(one).__name__ != CLEANER]
+            return [
+                one for one in super()._create_default_callbacks() if type(one).__name__ != CLEANER
+            ]
 
     cluster = config.cluster
     store = storage.Store(config.run_url)
     store.remove(SNAPSHOT)  # Ray's memory of an earlier start; storage is the truth
     filesystem, path = storage.arrow_filesystem(storage.Store(config.run.storage).url)
     local = storage.is_local(config.run.storage)
-    num_workers: Any = cluster.workers if isinstance(cluster.workers, int) else (config.min_workers, config.max_workers)
+    num_workers: Any = (
+        cluster.workers
+        if isinstance(cluster.workers, int)
+        else (config.min_workers, config.max_workers)
+    )
     return _Trainer(  # not a TorchTrainer: its workers would import torch, which the processes do
         work,
-        train_loop_config={"config": config.model_dump(mode="json"), "relay": relay_name, "folder": os.getcwd(),
-                           "failpoints": failpoints.environment()},  # a cluster has its own environment
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "relay": relay_name,
+            "folder": os.getcwd(),
+            "failpoints": failpoints.environment(),
+        },  # a cluster has its own environment
         backend_config=_SharedConfig(),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             elastic_resize_monitor_interval_s=cluster.resize_interval_s,  # type: ignore[call-arg]  # mypy sees v1
-            use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources(config),
-            placement_strategy=cluster.placement, label_selector=cluster.labels or None),
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources(config),
+            placement_strategy=cluster.placement,
+            label_selector=cluster.labels or None,
+        ),
         run_config=RayRunConfig(
-            name=config.run.name, storage_path=path, storage_filesystem=None if local else filesystem,
-            failure_config=FailureConfig(max_failures=-1),  # counted by the relay, which knows of progress
-            checkpoint_config=CheckpointConfig(), callbacks=[_callback(relay_name, config)]))
+            name=config.run.name,
+            storage_path=path,
+            storage_filesystem=None if local else filesystem,
+            failure_config=FailureConfig(
+                max_failures=-1
+            ),  # counted by the relay, which knows of progress
+            checkpoint_config=CheckpointConfig(),
+            callbacks=[_callback(relay_name, config)],
+        ),
+    )
 
 
 def _callback(relay_name: str, config: RunConfig) -> Any:
@@ -99,7 +121,9 @@ def _callback(relay_name: str, config: RunConfig) -> Any:
         def before_worker_group_start(self, worker_group_context: Any) -> None:
             if config.cluster.workers_per_node:
                 pins = _pinned(config, worker_group_context.num_workers)
-                object.__setattr__(worker_group_context, "label_selector", pins)  # a frozen dataclass, not a closed one
+                object.__setattr__(
+                    worker_group_context, "label_selector", pins
+                )  # a frozen dataclass, not a closed one
 
     return _Callback()
 
@@ -112,8 +136,11 @@ def _pinned(config: RunConfig, num_workers: int) -> list[dict[str, str]]:
     until = time.monotonic() + config.cluster.start_timeout_s
     while True:
         free = ray._private.state.available_resources_per_node()
-        nodes = {node["NodeID"]: rooms(free.get(node["NodeID"], {}), resources(config)) for node in ray.nodes()
-                 if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels)}
+        nodes = {
+            node["NodeID"]: rooms(free.get(node["NodeID"], {}), resources(config))
+            for node in ray.nodes()
+            if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels)
+        }
         places = by_node(nodes, num_workers, config.cluster.workers_per_node)
         if places is not None:
             return [{**config.cluster.labels, NODE_ID: place} for place in places]
@@ -140,20 +167,26 @@ class Called:
             while True:
                 try:
                     return self._ray.get(getattr(self._actor, name).remote(*values))
-                except self._ray.exceptions.ActorUnavailableError:  # the way there is cut, perhaps for a moment
+                except (
+                    self._ray.exceptions.ActorUnavailableError
+                ):  # the way there is cut, perhaps for a moment
                     if time.monotonic() > until:
                         raise
                     time.sleep(POLL_S)
+
         return call
 
 
 def reporter(config: RunConfig) -> Callable[[str, dict[str, float]], None]:
     """Return the hook that tells Ray of a checkpoint that already lies in storage."""
+
     def committed(url: str, metrics: dict[str, float]) -> None:
         from ray.train import Checkpoint, CheckpointUploadMode, report
 
         filesystem, path = storage.arrow_filesystem(url)
         checkpoint = Checkpoint(path, None if storage.is_local(url) else filesystem)
-        report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        report(
+            metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
+        )
 
     return committed

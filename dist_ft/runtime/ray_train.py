@@ -47,14 +47,18 @@ def run(config: RunConfig) -> Result:
     with connected(config) as ray:
         require_resources(ray, config)
         name = f"relay-{os.getpid()}-{time.time_ns()}"
-        actor = _start_relay(ray, name, config.cluster.max_failures)  # it lives as long as this refers to it
+        actor = _start_relay(
+            ray, name, config.cluster.max_failures
+        )  # it lives as long as this refers to it
         relay = Called(actor)
         try:
             failure = _fit(ray, config, relay, _trainer(config, name, _worker))
             outcome = relay.outcome()
         except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
-            raise WorkerError("the process that joins the workers with this one was lost (killed for want of memory?); "
-                              "what was committed is kept; the same command goes on from there") from error
+            raise WorkerError(
+                "the process that joins the workers with this one was lost (killed for want of memory?); "
+                "what was committed is kept; the same command goes on from there"
+            ) from error
     if isinstance(outcome, DistFtError):
         raise outcome
     if outcome is not None:
@@ -66,17 +70,23 @@ def run(config: RunConfig) -> Result:
 def connected(config: RunConfig) -> Iterator[Any]:
     """Connect to the cluster the config or the environment names, or start one that dies with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    elastic = config.min_workers < config.max_workers  # Ray may wait for a node that was lost: it then asks for fewer
+    elastic = (
+        config.min_workers < config.max_workers
+    )  # Ray may wait for a node that was lost: it then asks for fewer
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
-        min(config.cluster.start_timeout_s, ELASTIC_START_S if elastic else math.inf))
+        min(config.cluster.start_timeout_s, ELASTIC_START_S if elastic else math.inf)
+    )
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in a worker as here
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     verbose = config.log.level == "debug"
-    common: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE,
-                              "logging_level": logging.INFO if verbose else logging.ERROR}
+    common: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "namespace": NAMESPACE,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
     if ray.is_initialized():
         yield ray
         return
@@ -84,11 +94,18 @@ def connected(config: RunConfig) -> Iterator[Any]:
         if address:
             ray.init(address=address, **common)
         else:  # address="local": never a stale cluster of another run
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
     except Exception as error:  # Ray raises that itself where a node does not come up in time
-        raise WorkerError(f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
-                          "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
-                          "own one") from error
+        raise WorkerError(
+            f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
+            "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
+            "own one"
+        ) from error
     with contextlib.nullcontext() if verbose else _short_notices():
         try:
             yield ray
@@ -127,8 +144,11 @@ def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(  # a soft one means nothing to an actor without CPUs: Ray puts it anywhere
-        ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0)(Relay).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    actor = ray.remote(num_cpus=0)(Relay).options(
+        name=name, namespace=NAMESPACE, scheduling_strategy=here
+    )
     relay = actor.remote(max_failures)
     ray.get(relay.outcome.remote())
     return relay
@@ -142,7 +162,9 @@ def _fit(ray: Any, config: RunConfig, relay: Called, trainer: Any) -> BaseExcept
     """
     failure: list[BaseException] = []
 
-    def fit(_relay: Called) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
+    def fit(
+        _relay: Called,
+    ) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
         try:
             trainer.fit()
         except BaseException as error:
@@ -177,14 +199,23 @@ def _worker(settings: dict[str, Any]) -> None:
     train = importlib.import_module("ray.train")
     config = RunConfig.model_validate(settings["config"])
     context, runtime = train.get_context(), ray.get_runtime_context()
-    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank(),
-                  context.get_local_world_size())
+    world = World(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_local_rank(),
+        context.get_local_world_size(),
+    )
     placed = ray.util.get_current_placement_group()  # Ray Train makes one for each set of workers
     if placed is None:
         raise AssertionError("workers of Ray Train lie in a placement group")
-    place = Place(placed.id.hex(), world, f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
-                  ray.util.get_node_ip_address(), device(ray.get_gpu_ids(), world.local_rank),
-                  f"{settings['relay']}/{runtime.get_node_id()}")
+    place = Place(
+        placed.id.hex(),
+        world,
+        f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
+        ray.util.get_node_ip_address(),
+        device(ray.get_gpu_ids(), world.local_rank),
+        f"{settings['relay']}/{runtime.get_node_id()}",
+    )
     relay = Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
         Supervisor(config, place, relay, reporter(config), Exported(config.run.name).add).run()
@@ -193,6 +224,11 @@ def _worker(settings: dict[str, Any]) -> None:
     except NobodyCameError:
         raise
     except Exception as error:
-        relay.end(WorkerError(f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
-                              "Ray logs in /tmp/ray"), place.group)
+        relay.end(
+            WorkerError(
+                f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
+                "Ray logs in /tmp/ray"
+            ),
+            place.group,
+        )
         raise

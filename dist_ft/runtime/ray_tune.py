@@ -26,7 +26,9 @@ STEP, VALUE = "step", "value"
 """What a trial reports: the step of an evaluation, the best value of checkpoint.best_by up to it."""
 
 
-def run(search: Search, base: RunConfig, over: Sequence[Trial], again: Sequence[Trial], told: Watcher) -> None:
+def run(
+    search: Search, base: RunConfig, over: Sequence[Trial], again: Sequence[Trial], told: Watcher
+) -> None:
     """Run the trials of a search that are not over yet, until all are.
 
     Args:
@@ -48,16 +50,28 @@ def run(search: Search, base: RunConfig, over: Sequence[Trial], again: Sequence[
     with connected(base), tempfile.TemporaryDirectory(prefix="dist-ft-tune-") as scratch:
         import ray.tune as tune
 
-        trainable = tune.with_resources(_trial(search), {
-            **resources(base), "cpu": base.cluster.cpus_per_worker, "gpu": base.cluster.gpus_per_worker})
+        trainable = tune.with_resources(
+            _trial(search),
+            {
+                **resources(base),
+                "cpu": base.cluster.cpus_per_worker,
+                "gpu": base.cluster.gpus_per_worker,
+            },
+        )
         space, searcher = _searcher(section, mode, over, again)
         tune.Tuner(
-            trainable, param_space=space,
+            trainable,
+            param_space=space,
             tune_config=tune.TuneConfig(
-                search_alg=searcher, scheduler=_scheduler(section, base, mode, over),
-                max_concurrent_trials=section.at_once, num_samples=1 if space else left),
-            run_config=tune.RunConfig(name=section.name, storage_path=scratch, verbose=0,
-                                      callbacks=[_callback(told)])).fit()
+                search_alg=searcher,
+                scheduler=_scheduler(section, base, mode, over),
+                max_concurrent_trials=section.at_once,
+                num_samples=1 if space else left,
+            ),
+            run_config=tune.RunConfig(
+                name=section.name, storage_path=scratch, verbose=0, callbacks=[_callback(told)]
+            ),
+        ).fit()
 
 
 class Watcher(Protocol):
@@ -90,20 +104,26 @@ def _trial(search: Search) -> Callable[[dict[str, Any]], None]:
     return trial
 
 
-def _searcher(section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]
-              ) -> tuple[dict[str, Any], Any]:
+def _searcher(
+    section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]
+) -> tuple[dict[str, Any], Any]:
     """Return the points there are still to try, or what finds them."""
     import ray.tune as tune
 
     if section.search == "optuna":
         return {}, _by_optuna(section, mode, over, again)
     known = {trial.number for trial in over}
-    points = [{"number": number, "values": section.point(number)}
-              for number in range(section.num_trials) if number not in known]
+    points = [
+        {"number": number, "values": section.point(number)}
+        for number in range(section.num_trials)
+        if number not in known
+    ]
     return {"trial": tune.grid_search(points)}, None
 
 
-def _by_optuna(section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]) -> Any:
+def _by_optuna(
+    section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]
+) -> Any:
     """Return Optuna's search, which knows of all trials that are over; choices are their numbers to it."""
     from ray.tune.search import Searcher
     from ray.tune.search.optuna import OptunaSearch
@@ -111,35 +131,57 @@ def _by_optuna(section: SearchSection, mode: str, over: Sequence[Trial], again: 
     optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds = optuna.distributions
-    space = {field: kinds.CategoricalDistribution(range(len(one.values))) if one.values else
-             kinds.IntDistribution(int(one.low or 0), int(one.high or 0), log=one.log) if one.is_whole else
-             kinds.FloatDistribution(float(one.low or 0), float(one.high or 0), log=one.log)
-             for field, one in section.space.items()}
+    space = {
+        field: kinds.CategoricalDistribution(range(len(one.values)))
+        if one.values
+        else kinds.IntDistribution(int(one.low or 0), int(one.high or 0), log=one.log)
+        if one.is_whole
+        else kinds.FloatDistribution(float(one.low or 0), float(one.high or 0), log=one.log)
+        for field, one in section.space.items()
+    }
 
     def inner(values: dict[str, Any]) -> dict[str, Any]:
-        return {field: section.space[field].values.index(value) if section.space[field].values else value
-                for field, value in values.items()}
+        return {
+            field: section.space[field].values.index(value)
+            if section.space[field].values
+            else value
+            for field, value in values.items()
+        }
 
-    found = OptunaSearch(space=space, metric=VALUE, mode=mode, seed=section.seed + len(over),
-                         points_to_evaluate=[inner(trial.values) for trial in again])
+    found = OptunaSearch(
+        space=space,
+        metric=VALUE,
+        mode=mode,
+        seed=section.seed + len(over),
+        points_to_evaluate=[inner(trial.values) for trial in again],
+    )
     for trial in over:
-        found.add_evaluated_point(inner(trial.values), trial.value or 0.0, error=trial.value is None)
+        found.add_evaluated_point(
+            inner(trial.values), trial.value or 0.0, error=trial.value is None
+        )
     numbers = [trial.number for trial in again]
-    numbers += [number for number in range(section.num_trials) if number not in
-                {*numbers, *(trial.number for trial in over)}]
+    numbers += [
+        number
+        for number in range(section.num_trials)
+        if number not in {*numbers, *(trial.number for trial in over)}
+    ]
 
     class _Numbered(Searcher):
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if not numbers:
                 return None
-            values = {field: section.space[field].values[value] if section.space[field].values else value
-                      for field, value in (found.suggest(trial_id) or {}).items()}
+            values = {
+                field: section.space[field].values[value] if section.space[field].values else value
+                for field, value in (found.suggest(trial_id) or {}).items()
+            }
             return {"trial": {"number": numbers.pop(0), "values": values}}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             found.on_trial_result(trial_id, result)
 
-        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        def on_trial_complete(
+            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        ) -> None:
             found.on_trial_complete(trial_id, result, error)
 
         def save(self, checkpoint_path: str) -> None:
@@ -156,8 +198,13 @@ def require_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(["search=optuna: optuna is not installed; allowed without it: random, grid; install it with "
-                           "pip install 'dist-ft[tune]'"], "tune") from error
+        raise ConfigError(
+            [
+                "search=optuna: optuna is not installed; allowed without it: random, grid; install it with "
+                "pip install 'dist-ft[tune]'"
+            ],
+            "tune",
+        ) from error
     return optuna
 
 
@@ -169,9 +216,15 @@ def _scheduler(section: SearchSection, base: RunConfig, mode: str, over: Sequenc
 
     if section.asha is None:
         return None
-    made = ASHAScheduler(time_attr=STEP, metric=VALUE, mode=mode, max_t=base.schedule.steps or 10**9,
-                         grace_period=min(section.asha.grace_steps, base.schedule.steps or 10**9),
-                         reduction_factor=section.asha.reduction, stop_last_trials=False)
+    made = ASHAScheduler(
+        time_attr=STEP,
+        metric=VALUE,
+        mode=mode,
+        max_t=base.schedule.steps or 10**9,
+        grace_period=min(section.asha.grace_steps, base.schedule.steps or 10**9),
+        reduction_factor=section.asha.reduction,
+        stop_last_trials=False,
+    )
     for trial in over:
         known: Any = SimpleNamespace(trial_id=f"known-{trial.number}")
         controller: Any = None
@@ -189,7 +242,9 @@ def _callback(told: Watcher) -> Any:
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             told.began(**trial.config["trial"])
 
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
             told.reported(trial.config["trial"]["number"], int(result[STEP]), float(result[VALUE]))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

@@ -32,7 +32,9 @@ LIMIT_S = 600.0
 LEAVE_S = 30.0
 
 
-def play(config: RunConfig, scenario: Scenario, place: Store, again: RunConfig | None = None) -> Evidence:
+def play(
+    config: RunConfig, scenario: Scenario, place: Store, again: RunConfig | None = None
+) -> Evidence:
     """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in `place`.
 
     `again`: the config of the second command, where the scenario has one; None: that of the first.
@@ -41,11 +43,16 @@ def play(config: RunConfig, scenario: Scenario, place: Store, again: RunConfig |
     limit_s = LIMIT_S + config.cluster.start_timeout_s
     with tempfile.TemporaryDirectory(prefix="dist_ft-rehearsal-") as folder:
         disturbed = {"DIST_FT_FAILPOINT": scenario.failpoint} if scenario.failpoint else {}
-        codes.append(follow(_command(config, folder), disturbed, limit_s, begun, lines, scenario.terminate))
+        codes.append(
+            follow(_command(config, folder), disturbed, limit_s, begun, lines, scenario.terminate)
+        )
         if codes[0] == scenario.first_code != 0:
             lines.append(Line(time.monotonic() - begun, AGAIN))
             codes.append(follow(_command(again or config, folder), {}, limit_s, begun, lines))
-    place.write(f"{scenario.name}.log", "".join(f"{line.at_s:8.2f} {redact(line.text)}\n" for line in lines).encode())
+    place.write(
+        f"{scenario.name}.log",
+        "".join(f"{line.at_s:8.2f} {redact(line.text)}\n" for line in lines).encode(),
+    )
     return _evidence(config.run_url, codes, lines)
 
 
@@ -55,8 +62,14 @@ def _command(config: RunConfig, folder: str) -> list[str]:
     return [sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"]
 
 
-def follow(command: Sequence[str], environment: dict[str, str], limit_s: float, begun: float, lines: list[Line],
-           terminate: bool = False) -> int | None:
+def follow(
+    command: Sequence[str],
+    environment: dict[str, str],
+    limit_s: float,
+    begun: float,
+    lines: list[Line],
+    terminate: bool = False,
+) -> int | None:
     """Run `command` to its end, adding what it says to `lines`; return its exit code, None if it had to be ended.
 
     Args:
@@ -67,9 +80,18 @@ def follow(command: Sequence[str], environment: dict[str, str], limit_s: float, 
         lines: what it says is added here.
         terminate: send it SIGTERM when it tells of a failpoint.
     """
-    own = {key: value for key, value in os.environ.items() if not key.startswith("DIST_FT_FAILPOINT")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               env={"OMP_NUM_THREADS": "1", **own, **environment}, start_new_session=True)
+    own = {
+        key: value for key, value in os.environ.items() if not key.startswith("DIST_FT_FAILPOINT")
+    }
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={"OMP_NUM_THREADS": "1", **own, **environment},
+        start_new_session=True,
+    )
 
     def read() -> None:
         assert process.stdout is not None
@@ -107,12 +129,23 @@ def _evidence(url: str, codes: Sequence[int | None], lines: Sequence[Line]) -> E
     """Return what lies in the storage of a run that has ended; what can not be read is evidence too."""
     store = Store(url)
     try:
-        losses = tuple((line["step"], line["loss"]) for line in read_metrics(store) if line["kind"] == "train")
+        losses = tuple(
+            (line["step"], line["loss"]) for line in read_metrics(store) if line["kind"] == "train"
+        )
         checked = list(runs.verify(url))
         times_kept, _ = accounts.accounts(store)
         counted = audit.audit(url)
     except (DistFtError, KeyError) as error:
-        return Evidence(tuple(codes), tuple(lines), ledger=f"what the run left can not be read ({error})")
-    return Evidence(tuple(codes), tuple(lines), losses, "" if counted.is_sound else audit.describe(counted),
-                    tuple(f"{name}: {wrong}" for name, wrong in checked if wrong), len(checked),
-                    len(runs.attempts(store)), accounts.stall_s(times_kept))
+        return Evidence(
+            tuple(codes), tuple(lines), ledger=f"what the run left can not be read ({error})"
+        )
+    return Evidence(
+        tuple(codes),
+        tuple(lines),
+        losses,
+        "" if counted.is_sound else audit.describe(counted),
+        tuple(f"{name}: {wrong}" for name, wrong in checked if wrong),
+        len(checked),
+        len(runs.attempts(store)),
+        accounts.stall_s(times_kept),
+    )

@@ -44,8 +44,9 @@ class Relay:
 
     def take(self) -> list[tuple[str, str]]:
         """Return the lines since the last call."""
-        lines = [("log", f"WARNING {self._num_left_out} lines of the workers are left out here")] * bool(
-            self._num_left_out) + list(self._lines)
+        lines = [
+            ("log", f"WARNING {self._num_left_out} lines of the workers are left out here")
+        ] * bool(self._num_left_out) + list(self._lines)
         self._lines.clear()
         self._num_left_out = 0
         return lines
@@ -86,8 +87,13 @@ class Relay:
     def is_saved(self, number: int) -> bool:
         """Tell whether wish `number` is answered, or nobody is there who could."""
         silent_s = self.silent_s()
-        return (self._saves_done >= number or self._outcome is not None or silent_s is None or silent_s > SILENT_S
-                or not self._generations.can_save(self._saves_of))
+        return (
+            self._saves_done >= number
+            or self._outcome is not None
+            or silent_s is None
+            or silent_s > SILENT_S
+            or not self._generations.can_save(self._saves_of)
+        )
 
     def meet(self, member: Member, num_commits: int) -> View:
         """Say that this supervisor is ready for the coming generation; its `rendezvous` is there once all are."""
@@ -101,13 +107,26 @@ class Relay:
             self._heard_at = now
         failure = self._generations.decide(now)
         if failure is not None:
-            self.put("log", f"WARNING {failure}; " + ("the run ends" if self._generations.error else
-                                                      "all workers go on from the newest checkpoint"))
+            self.put(
+                "log",
+                f"WARNING {failure}; "
+                + (
+                    "the run ends"
+                    if self._generations.error
+                    else "all workers go on from the newest checkpoint"
+                ),
+            )
         if self._generations.error is not None:
             self.end(self._generations.error)
-        return View(self._generations.generation, self._generations.rendezvous(now), self._stop, self._saves,
-                    self._outcome is not None or self._generations.is_replaced(member.group), self._generations.after,
-                    tuple(self._commits[num_commits:]))
+        return View(
+            self._generations.generation,
+            self._generations.rendezvous(now),
+            self._stop,
+            self._saves,
+            self._outcome is not None or self._generations.is_replaced(member.group),
+            self._generations.after,
+            tuple(self._commits[num_commits:]),
+        )
 
     def failed(self, generation: int, failure: Failure) -> None:
         """Note why the process of a worker ended."""

@@ -36,11 +36,15 @@ def gather(url: str) -> dict[str, Any]:
 
     store = Store(url)
     if not store.exists(STORED):
-        raise DataError(f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
-                        "needed; dist-ft runs list STORAGE names them")
+        raise DataError(
+            f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
+            "needed; dist-ft runs list STORAGE names them"
+        )
     lines = read_metrics(store)
     if not lines:
-        raise DataError(f"{store.shown()}: has no metrics yet; a run that made a step is needed; let it make one")
+        raise DataError(
+            f"{store.shown()}: has no metrics yet; a run that made a step is needed; let it make one"
+        )
     text = redact(store.read(STORED).decode())
     config = yaml.safe_load(text)
     evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
@@ -50,14 +54,24 @@ def gather(url: str) -> dict[str, Any]:
     chosen = dict(zip(("step", "value"), best.best(metric, known), strict=True)) if known else None
     newest, details = _details(store)
     return {
-        "name": config["run"]["name"], "storage": store.shown(), "config": text,
-        "task": (config.get("task") or {}).get("name", "causal_lm"), "model": redact(str(config["model"]["path"])),
-        "steps": train[-1]["step"] if train else 0, "train": train, "evaluations": evaluations,
+        "name": config["run"]["name"],
+        "storage": store.shown(),
+        "config": text,
+        "task": (config.get("task") or {}).get("name", "causal_lm"),
+        "model": redact(str(config["model"]["path"])),
+        "steps": train[-1]["step"] if train else 0,
+        "train": train,
+        "evaluations": evaluations,
         "best": {**chosen, "metric": metric} if chosen else None,
         "tables": _tables(details),
-        "examples": details.get("examples", []), "examples_step": newest, "attributions": None,
-        "facts": facts(store), "attempts": runs.attempts(store), "time": list(accounts.lines(store)),
-        "checkpoints": catalogue.committed(store)}
+        "examples": details.get("examples", []),
+        "examples_step": newest,
+        "attributions": None,
+        "facts": facts(store),
+        "attempts": runs.attempts(store),
+        "time": list(accounts.lines(store)),
+        "checkpoints": catalogue.committed(store),
+    }
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -70,7 +84,9 @@ def _details(store: Store) -> tuple[int | None, dict[str, Any]]:
     if not names:
         return None, {}
     newest = max(names)
-    return int(newest.removeprefix("step-").removesuffix(".json")), json.loads(store.read(f"{FOLDER}/{newest}"))
+    return int(newest.removeprefix("step-").removesuffix(".json")), json.loads(
+        store.read(f"{FOLDER}/{newest}")
+    )
 
 
 def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,19 +97,29 @@ def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def confused(labels: Sequence[str], matrix: Sequence[Sequence[int]], most: int = 12) -> list[tuple[str, str, int]]:
+def confused(
+    labels: Sequence[str], matrix: Sequence[Sequence[int]], most: int = 12
+) -> list[tuple[str, str, int]]:
     """Return (label, what it was taken for, how often), most often first."""
-    pairs = [(labels[i], labels[j], count) for i, row in enumerate(matrix) for j, count in enumerate(row)
-             if i != j and count]
+    pairs = [
+        (labels[i], labels[j], count)
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
     return sorted(pairs, key=lambda pair: -pair[2])[:most]
 
 
-def before_after(evaluations: Sequence[Mapping[str, float]]) -> list[tuple[str, float | None, float | None]]:
+def before_after(
+    evaluations: Sequence[Mapping[str, float]],
+) -> list[tuple[str, float | None, float | None]]:
     """Return (metric, at the first evaluation, at the last) of all metrics."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
-    names = [name for name in dict.fromkeys([*last, *first]) if name not in ("step", "num_target_tokens")]
+    names = [
+        name for name in dict.fromkeys([*last, *first]) if name not in ("step", "num_target_tokens")
+    ]
     return [(name, first.get(name), last.get(name)) for name in names]
 
 
@@ -104,29 +130,67 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     rows = before_after(report["evaluations"])
     if rows:
         parts += ["## Held-out data", "", "| metric | first | last |", "| --- | ---: | ---: |"]
-        parts += [f"| {name.replace('_', ' ')} | {_shown(first)} | {_shown(last)} |" for name, first, last in rows]
+        parts += [
+            f"| {name.replace('_', ' ')} | {_shown(first)} | {_shown(last)} |"
+            for name, first, last in rows
+        ]
         parts.append("")
     if report["best"]:
-        parts += [f"Best by {report['best']['metric']}: {_shown(report['best']['value'])} at step "
-                  f"{report['best']['step']}.", ""]
+        parts += [
+            f"Best by {report['best']['metric']}: {_shown(report['best']['value'])} at step "
+            f"{report['best']['step']}.",
+            "",
+        ]
     for name, title in TITLES.items():
         if name in report["tables"]:
             heads, table = _rows(report["tables"][name])
-            parts += [f"## {title}", "", f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}",
-                      *(f"| {_cell(label)} | {' | '.join(values)} |" for label, values in table), ""]
+            parts += [
+                f"## {title}",
+                "",
+                f"| | {' | '.join(heads)} |",
+                f"| --- |{' ---: |' * len(heads)}",
+                *(f"| {_cell(label)} | {' | '.join(values)} |" for label, values in table),
+                "",
+            ]
     if "confusion" in report["tables"]:
         pairs = confused(report["tables"]["labels"], report["tables"]["confusion"])
-        parts += ["## Taken for another", "",
-                  *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs), ""]
+        parts += [
+            "## Taken for another",
+            "",
+            *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs),
+            "",
+        ]
     if report["examples"]:
-        parts += [f"## Most confident errors at step {report['examples_step']}", "",
-                  "| sample | text | wanted | told | score |", "| ---: | --- | --- | --- | ---: |"]
-        parts += [f"| {one['sample']} | {_cell(one['text'])} | {_cell(one['wanted'])} | {_cell(one['told'])} | "
-                  f"{_shown(one['score'])} |" for one in report["examples"]]
+        parts += [
+            f"## Most confident errors at step {report['examples_step']}",
+            "",
+            "| sample | text | wanted | told | score |",
+            "| ---: | --- | --- | --- | ---: |",
+        ]
+        parts += [
+            f"| {one['sample']} | {_cell(one['text'])} | {_cell(one['wanted'])} | {_cell(one['told'])} | "
+            f"{_shown(one['score'])} |"
+            for one in report["examples"]
+        ]
         parts.append("")
-    parts += ["## What was run", "", *(f"- {name}: {_cell(value)}" for name, value in report["facts"].items()), ""]
-    parts += ["## Attempts and time", "", *(f"- {line}" for line in [*report["attempts"], *report["time"]]), "",
-              "## Config", "", "```yaml", report["config"].rstrip(), "```", ""]
+    parts += [
+        "## What was run",
+        "",
+        *(f"- {name}: {_cell(value)}" for name, value in report["facts"].items()),
+        "",
+    ]
+    parts += [
+        "## Attempts and time",
+        "",
+        *(f"- {line}" for line in [*report["attempts"], *report["time"]]),
+        "",
+        "## Config",
+        "",
+        "```yaml",
+        report["config"].rstrip(),
+        "```",
+        "",
+    ]
     return "\n".join(parts)
 
 
@@ -141,28 +205,47 @@ def to_html(report: Mapping[str, Any]) -> str:
     import jinja2
 
     source = resources.files("dist_ft.runtime").joinpath("report.html.jinja").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    tables = {TITLES[name]: _rows(report["tables"][name]) for name in TITLES if name in report["tables"]}
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        source
+    )
+    tables = {
+        TITLES[name]: _rows(report["tables"][name]) for name in TITLES if name in report["tables"]
+    }
     labels = report["tables"].get("labels", [])
     return template.render(
-        report=report, shaded=[shaded(one.get("tokens", ())) for one in report["examples"]],
-        curves=_curves(report), tables=tables, shown=_shown,
-        metrics=before_after(report["evaluations"]), labels=labels if len(labels) <= MOST_CONFUSED else [],
+        report=report,
+        shaded=[shaded(one.get("tokens", ())) for one in report["examples"]],
+        curves=_curves(report),
+        tables=tables,
+        shown=_shown,
+        metrics=before_after(report["evaluations"]),
+        labels=labels if len(labels) <= MOST_CONFUSED else [],
         matrix=report["tables"].get("confusion", []),
-        pairs=confused(labels, report["tables"]["confusion"]) if labels else [])
+        pairs=confused(labels, report["tables"]["confusion"]) if labels else [],
+    )
 
 
 def shaded(tokens: Sequence[tuple[str, float]]) -> list[tuple[str, str, str]]:
     """Return (text, colour, weight to show) of tokens: orange spoke for what was told, blue against it."""
     most = max((abs(weight) for _, weight in tokens), default=0.0) or 1.0
-    return [(text, f"rgba({'230, 120, 20' if weight > 0 else '30, 110, 200'}, {abs(weight) / most * 0.75:.2f})",
-             f"{weight:+.4f}") for text, weight in tokens]
+    return [
+        (
+            text,
+            f"rgba({'230, 120, 20' if weight > 0 else '30, 110, 200'}, {abs(weight) / most * 0.75:.2f})",
+            f"{weight:+.4f}",
+        )
+        for text, weight in tokens
+    ]
 
 
-def _rows(table: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _rows(
+    table: Mapping[str, Mapping[str, float]],
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the heads of a table by label, and (label, values) of its rows."""
     heads = list(next(iter(table.values()))) if table else []
-    return heads, [(label, [_shown(row.get(head)) for head in heads]) for label, row in table.items()]
+    return heads, [
+        (label, [_shown(row.get(head)) for head in heads]) for label, row in table.items()
+    ]
 
 
 def _shown(value: float | None) -> str:
@@ -185,7 +268,7 @@ def _curves(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // PLOTTED)
-    groups = [points[start:start + size] for start in range(0, len(points), max(1, size))]
+    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
@@ -199,7 +282,9 @@ def _svg(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
     for name, points in lines:
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)
+            axes.plot(
+                steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3
+            )
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
@@ -207,4 +292,4 @@ def _svg(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]

@@ -56,9 +56,15 @@ def _kept(store: Store, name: str) -> Kept:
     except CheckpointError as error:
         return Kept(name, problem=str(error))
     own = [item for item in manifest.files if not item.shared]
-    return Kept(name, sum(item.num_bytes for item in own), len(own), manifest.world_size, manifest.created_at,
-                num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared),
-                loss=manifest.evaluation.get("loss"))
+    return Kept(
+        name,
+        sum(item.num_bytes for item in own),
+        len(own),
+        manifest.world_size,
+        manifest.created_at,
+        num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared),
+        loss=manifest.evaluation.get("loss"),
+    )
 
 
 def attempts(store: Store) -> list[str]:
@@ -73,7 +79,9 @@ def attempts(store: Store) -> list[str]:
             hung = f"; made no progress: {', '.join(stacks)}" if stacks else ""
             after = f"; after {note['after']}" if note.get("after") else ""
             world = note.get("world_size", "?")
-            lines.append(f"{int(number)}: {note.get('started_at', '?')}, world {world}{after}{hung}")
+            lines.append(
+                f"{int(number)}: {note.get('started_at', '?')}, world {world}{after}{hung}"
+            )
     return lines
 
 
@@ -83,10 +91,17 @@ def describe_all(url: str) -> str:
     for name in runs_below(url):
         names = catalogue.committed(store.child(name))
         step = (manifests.parse_folder(names[0]) or (0, 0))[0] if names else 0
-        rows.append((name, f"step {step:,}, {_count(len(names), 'checkpoint')}, "
-                           f"{_count(catalogue.newest_attempt(store.child(name)), 'attempt')}"))
+        rows.append(
+            (
+                name,
+                f"step {step:,}, {_count(len(names), 'checkpoint')}, "
+                f"{_count(catalogue.newest_attempt(store.child(name)), 'attempt')}",
+            )
+        )
     if not rows:
-        raise DataError(f"{store.shown()}: holds no runs; the folder that run.storage names is needed; check the URL")
+        raise DataError(
+            f"{store.shown()}: holds no runs; the folder that run.storage names is needed; check the URL"
+        )
     return table(f"runs in {store.shown()}", rows)
 
 
@@ -95,9 +110,11 @@ def describe(url: str) -> str:
     store = _run(url)
     rows = [("attempt" if first else "", line) for first, line in _first(attempts(store))]
     for first, one in _first(checkpoints(store)):
-        said = one.problem or (f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}{_shared(one)}, "
-                               f"world {one.world_size}, {one.created_at}"
-                               + (f", held-out loss {one.loss:.4f}" if one.loss is not None else ""))
+        said = one.problem or (
+            f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}{_shared(one)}, "
+            f"world {one.world_size}, {one.created_at}"
+            + (f", held-out loss {one.loss:.4f}" if one.loss is not None else "")
+        )
         rows.append(("checkpoint" if first else "", f"{one.name}: {said}"))
     rows += [("time" if first else "", line) for first, line in _first(list(accounts.lines(store)))]
     return table(f"run {store.shown()}", rows)
@@ -152,15 +169,22 @@ def diff(url: str, one: int, other: int) -> str:
         norm = float(np.linalg.norm(before))
         changes.append((float(np.linalg.norm(after - before)) / norm if norm else 0.0, name))
     changes.sort(reverse=True)
-    return table(f"step {one} to {other} of {store.shown()}: |change| / |weights|",
-                 [(name, f"{change:.3e}") for change, name in changes])
+    return table(
+        f"step {one} to {other} of {store.shown()}: |change| / |weights|",
+        [(name, f"{change:.3e}") for change, name in changes],
+    )
 
 
 def _manifest(store: Store, step: int) -> Manifest:
-    steps = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(catalogue.committed(store))}
+    steps = {
+        (manifests.parse_folder(name) or (0, 0))[0]: name
+        for name in reversed(catalogue.committed(store))
+    }
     if step not in steps:
-        raise CheckpointError(f"step {step}: not among the checkpoints of {store.shown()}; there are "
-                              f"{', '.join(str(found) for found in sorted(steps)) or 'none'}; give one of them")
+        raise CheckpointError(
+            f"step {step}: not among the checkpoints of {store.shown()}; there are "
+            f"{', '.join(str(found) for found in sorted(steps)) or 'none'}; give one of them"
+        )
     return catalogue.load_manifest(store, steps[step])
 
 
@@ -172,8 +196,10 @@ def is_run(store: Store) -> bool:
 def _run(url: str) -> Store:
     store = Store(url)
     if not store.exists(STORED):
-        raise DataError(f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
-                        "needed; dist-ft runs list STORAGE names them")
+        raise DataError(
+            f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
+            "needed; dist-ft runs list STORAGE names them"
+        )
     return store
 
 

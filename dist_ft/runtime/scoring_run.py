@@ -37,25 +37,42 @@ def score(config: RunConfig, random_head: bool = False) -> dict[str, Any]:
     _require_sharded(config)
     kind = _kind(config)
     if kind == "random" and not random_head:
-        raise ModelError(f"model.path={config.model.path}: its files hold no head for task.name={config.task.name}; "
-                         "its scores would be random; train it first, or ask for them with --random-head")
+        raise ModelError(
+            f"model.path={config.model.path}: its files hold no head for task.name={config.task.name}; "
+            "its scores would be random; train it first, or ask for them with --random-head"
+        )
     world = World()
     config = labelled(config, world, collectives(world))
     templates = config.prompting.templates or ("",)
     if len(templates) > 1:
-        raise ConfigError([f"prompting.templates: {len(templates)} are given, and workers ask by one; several are "
-                           "compared in one process (cluster.workers=0); name one"], "evaluate")
+        raise ConfigError(
+            [
+                f"prompting.templates: {len(templates)} are given, and workers ask by one; several are "
+                "compared in one process (cluster.workers=0); name one"
+            ],
+            "evaluate",
+        )
     return {**_told(_of_no_step(config)), "head": kind}
 
 
 def _require_sharded(config: RunConfig) -> None:
     section = config.prompting.method
     if section in ONE_PROCESS:
-        raise ConfigError([f"prompting.method={section}: one process is asked; allowed on workers: a trained head, and "
-                           "likelihood; set cluster.workers=0"], "evaluate")
+        raise ConfigError(
+            [
+                f"prompting.method={section}: one process is asked; allowed on workers: a trained head, and "
+                "likelihood; set cluster.workers=0"
+            ],
+            "evaluate",
+        )
     if config.evaluation.robustness != RobustnessSection():
-        raise ConfigError(["evaluation.robustness: one process is asked; allowed with cluster.workers=0; set that, or "
-                           "remove the section"], "evaluate")
+        raise ConfigError(
+            [
+                "evaluation.robustness: one process is asked; allowed with cluster.workers=0; set that, or "
+                "remove the section"
+            ],
+            "evaluate",
+        )
 
 
 def _kind(config: RunConfig) -> str:
@@ -70,15 +87,26 @@ def _of_no_step(config: RunConfig) -> RunConfig:
     """Return the run that evaluates, and nothing else; of the training data it needs none."""
     evaluation, held_out = config.evaluation, config.evaluation.data
     name = f"{config.run.name[:NAME_LENGTH].rstrip('-')}-{uuid4().hex[:12]}"
-    return config.model_copy(update={
-        "run": config.run.model_copy(update={"name": name}),
-        "data": config.data.model_copy(update={"train": held_out, "mixing": (), "temperature": None}),
-        "schedule": ScheduleSection(steps=0), "checkpoint": CheckpointSection(),
-        "evaluation": EvaluationSection(
-            data=held_out, max_samples=evaluation.max_samples, decoding=evaluation.decoding,
-            generate_samples=evaluation.generate_samples, keep_texts=evaluation.keep_texts,
-            text_metrics=evaluation.text_metrics, text_tokenizer=evaluation.text_tokenizer),
-        "log": config.log.model_copy(update={"tensorboard": False})})
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": name}),
+            "data": config.data.model_copy(
+                update={"train": held_out, "mixing": (), "temperature": None}
+            ),
+            "schedule": ScheduleSection(steps=0),
+            "checkpoint": CheckpointSection(),
+            "evaluation": EvaluationSection(
+                data=held_out,
+                max_samples=evaluation.max_samples,
+                decoding=evaluation.decoding,
+                generate_samples=evaluation.generate_samples,
+                keep_texts=evaluation.keep_texts,
+                text_metrics=evaluation.text_metrics,
+                text_tokenizer=evaluation.text_tokenizer,
+            ),
+            "log": config.log.model_copy(update={"tensorboard": False}),
+        }
+    )
 
 
 def _told(config: RunConfig) -> dict[str, Any]:
@@ -88,10 +116,16 @@ def _told(config: RunConfig) -> dict[str, Any]:
     config = config.model_copy(update={"model": origin.local(config.model, config.data.cache_dir)})
     store = Store(config.run_url)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what a run says goes beside what it was asked for
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # what a run says goes beside what it was asked for
             ray_train.run(config)
         (line,) = [line for line in read_metrics(store) if line["kind"] == "evaluation"]
-        numbers = {name: value for name, value in line.items() if name not in ("step", "kind", "time", "attempt")}
+        numbers = {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "kind", "time", "attempt")
+        }
         tables = f"{FOLDER}/step-{0:09d}.json"
         return {**numbers, **(json.loads(store.read(tables)) if store.exists(tables) else {})}
     finally:

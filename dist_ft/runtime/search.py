@@ -73,17 +73,26 @@ def run(search: Search, say: Callable[[str], None] = print) -> dict[str, Any]:
     from dist_ft.runtime import ray_tune
 
     section = search.section
-    base = search.config({field: (one.values or (one.low,))[0] for field, one in section.space.items()})
+    base = search.config(
+        {field: (one.values or (one.low,))[0] for field, one in section.space.items()}
+    )
     if section.search == "optuna":
         ray_tune.require_optuna()
     storage.configure(base.storage.options)
     store = Store(f"{base.run.storage.rstrip('/')}/{section.name}")
     journal = Journal(store, search, base, say)
-    ray_tune.run(search, base, [trial for trial in journal.trials.values() if trial.state in OVER],
-                 [trial for trial in journal.trials.values() if trial.state not in OVER], journal)
+    ray_tune.run(
+        search,
+        base,
+        [trial for trial in journal.trials.values() if trial.state in OVER],
+        [trial for trial in journal.trials.values() if trial.state not in OVER],
+        journal,
+    )
     if all(trial.state == "failed" for trial in journal.trials.values()):
-        raise WorkerError(f"all {len(journal.trials)} trials of {section.name} failed; trial 0: "
-                          f"{journal.trials[min(journal.trials)].error}")
+        raise WorkerError(
+            f"all {len(journal.trials)} trials of {section.name} failed; trial 0: "
+            f"{journal.trials[min(journal.trials)].error}"
+        )
     report = search_report.gather(section, base, store.url, list(journal.trials.values()))
     search_report.keep(store, report)
     return report
@@ -115,8 +124,12 @@ def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
     try:
         result = local.run(config, Hooks(evaluated=told))
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        store.write(ENDED, json.dumps({"error": redact(lines[-1].removeprefix("- "))[:400]}).encode())
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+            type(error).__name__
+        ]
+        store.write(
+            ENDED, json.dumps({"error": redact(lines[-1].removeprefix("- "))[:400]}).encode()
+        )
         raise
     store.write(ENDED, json.dumps({"step": result.step}).encode())
 
@@ -138,16 +151,20 @@ class Journal:
             return
         held = json.loads(self.store.read(STATE))
         require_same(self.search, self.base, held)
-        self.trials = {one["number"]: Trial(**{**one, "reports": tuple(map(tuple, one["reports"]))})
-                       for one in held["trials"]}
+        self.trials = {
+            one["number"]: Trial(**{**one, "reports": tuple(map(tuple, one["reports"]))})
+            for one in held["trials"]
+        }
 
     def began(self, number: int, values: dict[str, Any]) -> None:
         """Note a trial that starts, or goes on."""
         before = self.trials.get(number)
         self._begun[number] = time.monotonic(), before.seconds if before else 0.0
         self.trials[number] = Trial(number, values, seconds=before.seconds if before else 0.0)
-        self.say(f"trial {number}: " + ", ".join(f"{name}={search_report.shown(value)}"
-                                                for name, value in values.items()))
+        self.say(
+            f"trial {number}: "
+            + ", ".join(f"{name}={search_report.shown(value)}" for name, value in values.items())
+        )
         self._keep()
 
     def reported(self, number: int, step: int, value: float) -> None:
@@ -169,14 +186,25 @@ class Journal:
 
     def _note(self, trial: Trial) -> None:
         began, before = self._begun[trial.number]
-        self.trials[trial.number] = replace(trial, seconds=round(before + time.monotonic() - began, 3))
+        self.trials[trial.number] = replace(
+            trial, seconds=round(before + time.monotonic() - began, 3)
+        )
         self._keep()
 
     def _keep(self) -> None:
         trials = [asdict(self.trials[number]) for number in sorted(self.trials)]
-        self.store.write(STATE, json.dumps({
-            "search": self.search.section.model_dump(mode="json"), "base": to_mapping(self.base), "trials": trials},
-            ensure_ascii=False, indent=1).encode())
+        self.store.write(
+            STATE,
+            json.dumps(
+                {
+                    "search": self.search.section.model_dump(mode="json"),
+                    "base": to_mapping(self.base),
+                    "trials": trials,
+                },
+                ensure_ascii=False,
+                indent=1,
+            ).encode(),
+        )
 
 
 def require_same(search: Search, base: RunConfig, held: dict[str, Any]) -> None:
@@ -184,9 +212,22 @@ def require_same(search: Search, base: RunConfig, held: dict[str, Any]) -> None:
     now = search.section.model_dump(mode="json")
     for name, value in held["search"].items():
         if now[name] != value and name not in ("trials", "at_once"):
-            raise ConfigError([f"{name}: this search has begun with another {name} ({json.dumps(value)[:120]}); trials "
-                               "and at_once may change; restore it, or choose another name"], "tune")
+            raise ConfigError(
+                [
+                    f"{name}: this search has begun with another {name} ({json.dumps(value)[:120]}); trials "
+                    "and at_once may change; restore it, or choose another name"
+                ],
+                "tune",
+            )
     fixed, free = changes(load_config(held["base"]), base)
-    for one in [*fixed, *(change for change in free if change.path.split(".")[0] not in MAY_CHANGE)]:
-        raise ConfigError([f"{one.path}={one.new}: trials of this search were made with {one.old}; what they learn may "
-                           "not change; restore it, or choose another name"], "tune")
+    for one in [
+        *fixed,
+        *(change for change in free if change.path.split(".")[0] not in MAY_CHANGE),
+    ]:
+        raise ConfigError(
+            [
+                f"{one.path}={one.new}: trials of this search were made with {one.old}; what they learn may "
+                "not change; restore it, or choose another name"
+            ],
+            "tune",
+        )

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from dist_ft.runtime.search import Trial
 
 
-def gather(section: SearchSection, base: RunConfig, url: str, trials: Sequence[Trial]) -> dict[str, Any]:
+def gather(
+    section: SearchSection, base: RunConfig, url: str, trials: Sequence[Trial]
+) -> dict[str, Any]:
     """Return what the trials gave, best first (failed ones last); `best` is the number of the best, None without."""
     metric = base.checkpoint.best_by
 
@@ -25,13 +27,30 @@ def gather(section: SearchSection, base: RunConfig, url: str, trials: Sequence[T
         return trial.value is None, best.rank(metric, trial.value or 0.0), trial.number
 
     ordered = sorted(trials, key=place)
-    found = [{"trial": trial.number, "run": f"{base.run.storage.rstrip('/')}/{section.name}-t{trial.number}",
-              "values": trial.values, metric: trial.value, "step": trial.step, "seconds": trial.seconds,
-              "state": trial.state, "error": trial.error, "reports": [list(one) for one in trial.reports]}
-             for trial in ordered]
+    found = [
+        {
+            "trial": trial.number,
+            "run": f"{base.run.storage.rstrip('/')}/{section.name}-t{trial.number}",
+            "values": trial.values,
+            metric: trial.value,
+            "step": trial.step,
+            "seconds": trial.seconds,
+            "state": trial.state,
+            "error": trial.error,
+            "reports": [list(one) for one in trial.reports],
+        }
+        for trial in ordered
+    ]
     top = next((one["trial"] for one in found if one[metric] is not None), None)
-    return {"name": section.name, "url": url, "metric": metric, "search": section.search,
-            "fields": list(section.space), "best": top, "trials": found}
+    return {
+        "name": section.name,
+        "url": url,
+        "metric": metric,
+        "search": section.search,
+        "fields": list(section.space),
+        "best": top,
+        "trials": found,
+    }
 
 
 def keep(store: Store, report: dict[str, Any]) -> None:
@@ -50,8 +69,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     """Return the trials as a Markdown table, best first, and why some failed."""
     rows = [_heads(report), ["---"] * len(_heads(report)), *_rows(report)]
     failed = [f"- trial {one['trial']}: {one['error']}" for one in report["trials"] if one["error"]]
-    return "\n".join([f"# {report['name']}: trials by {report['metric']}", "",
-                      *(f"| {' | '.join(row)} |" for row in rows), "", *failed, ""])
+    return "\n".join(
+        [
+            f"# {report['name']}: trials by {report['metric']}",
+            "",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            *failed,
+            "",
+        ]
+    )
 
 
 def as_picture(report: dict[str, Any]) -> bytes:
@@ -63,15 +90,25 @@ def as_picture(report: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(4 * (1 + len(fields)), 3.5), layout="constrained")
     curves, *others = figure.subplots(1, 1 + len(fields), squeeze=False)[0]
     for one in report["trials"]:
-        curves.plot(*zip(*one["reports"], strict=True) if one["reports"] else ((), ()), marker=".",
-                    linewidth=2.5 if one["trial"] == report["best"] else 0.8, label=f"trial {one['trial']}")
+        curves.plot(
+            *zip(*one["reports"], strict=True) if one["reports"] else ((), ()),
+            marker=".",
+            linewidth=2.5 if one["trial"] == report["best"] else 0.8,
+            label=f"trial {one['trial']}",
+        )
     curves.set(title=report["name"], xlabel="step", ylabel=metric)
     curves.legend(fontsize="small")
     for name, axes in zip(fields, others, strict=True):
         known = [one for one in report["trials"] if one[metric] is not None]
         values = [one["values"][name] for one in known]
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        axes.plot(values if numbers else [shown(value) for value in values], [one[metric] for one in known], "o")
+        numbers = all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in values
+        )
+        axes.plot(
+            values if numbers else [shown(value) for value in values],
+            [one[metric] for one in known],
+            "o",
+        )
         if numbers and min(values, default=0) > 0 and max(values) / min(values) > 20:
             axes.set_xscale("log")
         axes.set(xlabel=name)
@@ -92,6 +129,14 @@ def _heads(report: dict[str, Any]) -> list[str]:
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:
     metric = report["metric"]
-    return [[str(one["trial"]), *(shown(one["values"][field]) for field in report["fields"]),
-             "-" if one[metric] is None else f"{one[metric]:.4f}", str(one["step"]), f"{one['seconds']:.1f}",
-             one["state"]] for one in report["trials"]]
+    return [
+        [
+            str(one["trial"]),
+            *(shown(one["values"][field]) for field in report["fields"]),
+            "-" if one[metric] is None else f"{one[metric]:.4f}",
+            str(one["step"]),
+            f"{one['seconds']:.1f}",
+            one["state"],
+        ]
+        for one in report["trials"]
+    ]

@@ -57,25 +57,44 @@ def detect(document: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
     import torch
 
     gpus = torch.cuda.device_count()
-    cluster = {"workers": gpus, "gpus_per_worker": 1} if gpus else {"workers": 2, "cpus_per_worker": 0.5}
+    cluster = (
+        {"workers": gpus, "gpus_per_worker": 1} if gpus else {"workers": 2, "cpus_per_worker": 0.5}
+    )
     return load_config({**document, "cluster": cluster}, overrides)
 
 
-def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
-        tell: Callable[[str], None] = lambda text: None) -> Report:
+def run(
+    config: RunConfig,
+    only: Sequence[str] = (),
+    keep: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Report:
     """Run all checks, or `only` those named, on the cluster and storage of `config`.
 
     Raises ConfigError, as `dist-ft check` would, before anything is started.
     """
     if config.min_workers == 0:
-        raise ConfigError(["cluster.workers=0: there is nothing to hold one process against; Ray workers are needed; "
-                           "set cluster.workers to the number of GPUs"], "selftest")
+        raise ConfigError(
+            [
+                "cluster.workers=0: there is nothing to hold one process against; Ray workers are needed; "
+                "set cluster.workers to the number of GPUs"
+            ],
+            "selftest",
+        )
     storage.configure(config.storage.options)
-    parent, name = Store(config.run.storage), f"selftest-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    place, wanted = parent.child(name), tuple(check for check in CHECKS if not only or check in only)
+    parent, name = (
+        Store(config.run.storage),
+        f"selftest-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+    )
+    place, wanted = (
+        parent.child(name),
+        tuple(check for check in CHECKS if not only or check in only),
+    )
     try:
         drill_material.make(place, lanes(config.min_workers))
-        wrong = preflight.check(config_of(config, place.url, checks.plan(config.min_workers, wanted)[-1]))
+        wrong = preflight.check(
+            config_of(config, place.url, checks.plan(config.min_workers, wanted)[-1])
+        )
         if wrong:
             raise ConfigError(wrong, "selftest")
         report = _Selftest(config, place, wanted, tell).run()
@@ -83,8 +102,10 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
         if not keep:
             parent.remove(name)
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted("the selftest was stopped; " + ("its folder is kept" if keep else "its folder is removed")
-                              ) from error
+            raise Interrupted(
+                "the selftest was stopped; "
+                + ("its folder is kept" if keep else "its folder is removed")
+            ) from error
         raise
     if keep or not report.held:
         return Report(**{**vars(report), "kept": place.shown()})
@@ -93,7 +114,9 @@ def run(config: RunConfig, only: Sequence[str] = (), keep: bool = False,
 
 
 class _Selftest:
-    def __init__(self, config: RunConfig, place: Store, wanted: Sequence[str], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: RunConfig, place: Store, wanted: Sequence[str], tell: Callable[[str], None]
+    ) -> None:
         self._config = config
         self._place = place
         self._wanted = wanted
@@ -106,24 +129,45 @@ class _Selftest:
         for scenario in planned:
             if scenario.name in ("killed", "resized") and self._ran["zero-3"].codes != (0,):
                 continue  # nothing to compare with
-            self._play(scenario, checks.resized(scenario, self._workers) if scenario.name == "resized" else None)
+            self._play(
+                scenario,
+                checks.resized(scenario, self._workers) if scenario.name == "resized" else None,
+            )
         network = self._network()
         machines = tuple(network["machines"]) if network else (machine.describe(self._on_gpus),)
         names = [one.name for one in planned if one.name != "plain"]
-        findings = [checks.judge(name, self._workers, self._ran, planned) for name in names
-                    if not (name == "zero-3" and "parity" not in self._wanted)]
+        findings = [
+            checks.judge(name, self._workers, self._ran, planned)
+            for name in names
+            if not (name == "zero-3" and "parity" not in self._wanted)
+        ]
         if "collective" in self._wanted:
             findings += checks.judge_network(network)
         if "throughput" in self._wanted:
             findings.append(self._speed(machines))
         findings.sort(key=lambda finding: CHECKS.index(finding.check))
-        failed = {finding.name if finding.name in self._ran else "zero-3" for finding in findings
-                  if finding.verdict == "FAILED"} | {name for name, found in self._ran.items() if found.codes[-1] != 0}
-        tails = {name: tuple(redact(line.text) for line in self._ran[name].lines[-TAIL:]) for name in sorted(failed)
-                 if name in self._ran}
-        return Report(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self._workers,
-                      "GPU, nccl" if self._on_gpus else "CPU, gloo", tuple(map(_redacted, findings)), machines,
-                      _nameless(network), _settings(self._config), tails, round(time.monotonic() - begun, 1), "")
+        failed = {
+            finding.name if finding.name in self._ran else "zero-3"
+            for finding in findings
+            if finding.verdict == "FAILED"
+        } | {name for name, found in self._ran.items() if found.codes[-1] != 0}
+        tails = {
+            name: tuple(redact(line.text) for line in self._ran[name].lines[-TAIL:])
+            for name in sorted(failed)
+            if name in self._ran
+        }
+        return Report(
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            self._workers,
+            "GPU, nccl" if self._on_gpus else "CPU, gloo",
+            tuple(map(_redacted, findings)),
+            machines,
+            _nameless(network),
+            _settings(self._config),
+            tails,
+            round(time.monotonic() - begun, 1),
+            "",
+        )
 
     @property
     def _on_gpus(self) -> bool:
@@ -133,17 +177,23 @@ class _Selftest:
         self._tell(f"{scenario.name}: {scenario.what} ...")
         begun, url = time.monotonic(), self._place.url
         config = config_of(self._config, url, scenario)
-        found = rehearsal.play(config, scenario, self._place, config_of(self._config, url, again) if again else None)
+        found = rehearsal.play(
+            config, scenario, self._place, config_of(self._config, url, again) if again else None
+        )
         self._ran[scenario.name] = found
         codes = ", ".join("no end" if code is None else str(code) for code in found.codes)
-        self._tell(f"  {len(found.losses)} steps, exit code {codes}, {time.monotonic() - begun:.0f} s")
+        self._tell(
+            f"  {len(found.losses)} steps, exit code {codes}, {time.monotonic() - begun:.0f} s"
+        )
         return found
 
     def _network(self) -> dict[str, Any] | None:
         """Return what the network check of the run zero-3 kept, if it did."""
         store = self._place.child("zero-3")
         try:
-            found: dict[str, Any] | None = json.loads(store.read(NETWORK)) if store.exists(NETWORK) else None
+            found: dict[str, Any] | None = (
+                json.loads(store.read(NETWORK)) if store.exists(NETWORK) else None
+            )
         except (ValueError, DistFtError):
             return None
         return found
@@ -165,7 +215,9 @@ class _Selftest:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return what of the config matters to who reads the report: how it was placed and sharded; no address, no path."""
-    cluster = config.cluster.model_dump(mode="json", exclude={"address", "network_interface"}, exclude_defaults=True)
+    cluster = config.cluster.model_dump(
+        mode="json", exclude={"address", "network_interface"}, exclude_defaults=True
+    )
     return {"cluster": cluster, "zero": config.zero.model_dump(mode="json", exclude={"nvme_path"})}
 
 

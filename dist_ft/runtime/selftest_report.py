@@ -16,15 +16,27 @@ def to_markdown(report: Report) -> str:
 def _lines(report: Report) -> Iterator[str]:
     yield f"# dist-ft selftest: {'all held' if report.held else 'something FAILED'}"
     yield ""
-    yield (f"{report.made_at}, {report.workers} worker{'s' if report.workers != 1 else ''} ({report.device}), "
-           f"{report.seconds:.0f} s")
+    yield (
+        f"{report.made_at}, {report.workers} worker{'s' if report.workers != 1 else ''} ({report.device}), "
+        f"{report.seconds:.0f} s"
+    )
     yield ""
-    yield from _table(("check", "run", "verdict", "what was seen"), [
-        (one.check, one.name, one.verdict, "; ".join(filter(None, (one.seen, *one.problems))))
-        for one in report.findings])
+    yield from _table(
+        ("check", "run", "verdict", "what was seen"),
+        [
+            (one.check, one.name, one.verdict, "; ".join(filter(None, (one.seen, *one.problems))))
+            for one in report.findings
+        ],
+    )
     yield from ("", "## Figures", "")
-    yield from _table(("run", "figure", "value"), [
-        (one.name, name, f"{value:.6g}") for one in report.findings for name, value in one.figures.items()])
+    yield from _table(
+        ("run", "figure", "value"),
+        [
+            (one.name, name, f"{value:.6g}")
+            for one in report.findings
+            for name, value in one.figures.items()
+        ],
+    )
     yield from ("", "## Nodes", "")
     for number, machine in enumerate(report.machines):
         yield f"- node {number}: {_machine(machine)}"
@@ -39,16 +51,27 @@ def _lines(report: Report) -> Iterator[str]:
     for section, values in report.settings.items():
         yield f"- {section}: {', '.join(f'{name}={value}' for name, value in values.items())}"
     for name, tail in report.tails.items():
-        yield from ("", f"## Last lines of {name}", "", "```", *(line.replace("```", "'''") for line in tail), "```")
+        yield from (
+            "",
+            f"## Last lines of {name}",
+            "",
+            "```",
+            *(line.replace("```", "'''") for line in tail),
+            "```",
+        )
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
     gpus = machine.get("gpus") or ()
     kinds = sorted({f"{gpu['name']}, {gpu['memory_gib']} GiB" for gpu in gpus})
     shown = f"{len(gpus)} x {'; '.join(kinds)}" if gpus else "no GPU used"
-    more = ", ".join(f"{name} {machine[name]}" for name in ("cuda", "hip", "nccl", "cudnn") if machine.get(name))
-    return (f"{shown}{f' ({more})' if more else ''}; {machine['cpus_usable']} of {machine['cpus']} cores, "
-            f"{machine['memory_gib']} GiB; {machine['os']}, Python {machine['python']}")
+    more = ", ".join(
+        f"{name} {machine[name]}" for name in ("cuda", "hip", "nccl", "cudnn") if machine.get(name)
+    )
+    return (
+        f"{shown}{f' ({more})' if more else ''}; {machine['cpus_usable']} of {machine['cpus']} cores, "
+        f"{machine['memory_gib']} GiB; {machine['os']}, Python {machine['python']}"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

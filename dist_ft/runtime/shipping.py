@@ -29,15 +29,29 @@ TOKENS, PASSES = 32, 20
 """Of the text whose latency is measured; times it is asked."""
 
 
-def ship(url: str, out: str, *, step: int | None = None, dtype: str | None = None, adapter: bool = False,
-         best: bool = False, as_int8: bool = False, average: bool | None = None) -> Table | None:
+def ship(
+    url: str,
+    out: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    best: bool = False,
+    as_int8: bool = False,
+    average: bool | None = None,
+) -> Table | None:
     """Export the run at `url` into the local folder `out`; return what int8 weights changed, if they were asked for.
 
     See `export_run` for the arguments. Raises CheckpointError, ConfigError, ModelError; then there is no folder.
     """
     if as_int8 and adapter:
-        raise ConfigError(["--int8: with --adapter only an adapter is written, in float32; one of them is allowed; "
-                           "leave one out"], "export")
+        raise ConfigError(
+            [
+                "--int8: with --adapter only an adapter is written, in float32; one of them is allowed; "
+                "leave one out"
+            ],
+            "export",
+        )
     if as_int8:
         int8.require()
     store = Store(url)
@@ -50,8 +64,9 @@ def ship(url: str, out: str, *, step: int | None = None, dtype: str | None = Non
             table = found[0] if found else None
             (folder / "README.md").write_text(card.render(store, manifest, folder, table), "utf-8")
 
-    export.export_run(url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish,
-                      average=average)
+    export.export_run(
+        url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish, average=average
+    )
     return found[0] if found else None
 
 
@@ -90,14 +105,22 @@ def compare(before: Path, after: Path, config: RunConfig | None) -> Table:
         "MB on disk": (_megabytes(before), _megabytes(after)),
         f"ms for {TOKENS} tokens": (_latency_ms(models[0]), _latency_ms(models[1])),
         "logits, largest relative difference": (
-            0.0, ((logits[1] - logits[0]).abs().max() / logits[0].abs().max()).item())}
+            0.0,
+            ((logits[1] - logits[0]).abs().max() / logits[0].abs().max()).item(),
+        ),
+    }
     del models
     if config is not None:
-        here = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 0})})
+        here = config.model_copy(
+            update={"cluster": config.cluster.model_copy(update={"workers": 0})}
+        )
         scores = evaluate_models(here, [str(before), str(after)])
         first, second = scores[str(before)], scores[str(after)]
-        table |= {name: (float(first[name]), float(second[name])) for name in first
-                  if isinstance(first[name], int | float) and name != "num_target_tokens"}
+        table |= {
+            name: (float(first[name]), float(second[name]))
+            for name in first
+            if isinstance(first[name], int | float) and name != "num_target_tokens"
+        }
     return table
 
 
@@ -109,7 +132,9 @@ def _loaded(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     task = export.about_task(folder)
-    model: Any = heads.auto_class(task).from_pretrained(folder, dtype=config.dtype, **options(config, task))
+    model: Any = heads.auto_class(task).from_pretrained(
+        folder, dtype=config.dtype, **options(config, task)
+    )
     return model.eval()
 
 

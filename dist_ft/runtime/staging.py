@@ -34,7 +34,9 @@ MAY_CHANGE = ("cluster", "zero", "log", "storage", "checkpoint", "anomaly")
 """Sections that do not change what a complete stage has learned."""
 
 
-def run(stages: Stages, train: Callable[[RunConfig], Result], say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    stages: Stages, train: Callable[[RunConfig], Result], say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Run all stages from where they stand to their end; return the report (`staging_report.gather`).
 
     Args:
@@ -71,10 +73,14 @@ def require_same(stages: Stages, state: Sequence[dict[str, Any]]) -> None:
     """Raise ConfigError, one line, if what began is not what the file says now."""
     names = [stage.name for stage in stages.stages]
     begun = [str(kept["name"]) for kept in state]
-    if names[:len(begun)] != begun:
-        raise ConfigError([f"stages: {', '.join(begun)} began in this order, and the file has {', '.join(names)}; "
-                           "stages may be added at the end; restore their order, or choose another name for the whole"],
-                          f"stages {stages.name!r}")
+    if names[: len(begun)] != begun:
+        raise ConfigError(
+            [
+                f"stages: {', '.join(begun)} began in this order, and the file has {', '.join(names)}; "
+                "stages may be added at the end; restore their order, or choose another name for the whole"
+            ],
+            f"stages {stages.name!r}",
+        )
     for stage, kept in zip(stages.stages, state, strict=False):
         if not kept["done"]:
             continue  # the run itself says what may change when it goes on
@@ -82,9 +88,14 @@ def require_same(stages: Stages, state: Sequence[dict[str, Any]]) -> None:
         found = [*is_kept, *(one for one in free if one.path.split(".")[0] not in MAY_CHANGE)]
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
-            raise ConfigError([f"{found[0].path}={found[0].new}: stage {stage.name} is complete and was made with "
-                               f"{found[0].old}{more}; a complete stage can not change; restore it, or choose another "
-                               "name for the whole"], f"stages {stages.name!r}")
+            raise ConfigError(
+                [
+                    f"{found[0].path}={found[0].new}: stage {stage.name} is complete and was made with "
+                    f"{found[0].old}{more}; a complete stage can not change; restore it, or choose another "
+                    "name for the whole"
+                ],
+                f"stages {stages.name!r}",
+            )
 
 
 def _report(stages: Stages, store: Store, last: int) -> dict[str, Any]:
@@ -103,8 +114,12 @@ def _score(stages: Stages, store: Store, learned: int, on: int) -> dict[str, Any
     labels = _labels(run)
     asked = scored(config, run, stages.begin, labels)
     path = f"{SCORES}/{stages.stages[learned].name}.{stages.stages[on].name}.json"
-    of = hashlib.sha256(json.dumps([to_mapping(asked)[name] for name in (
-        "model", "task", "data", "evaluation", "batch")], sort_keys=True).encode()).hexdigest()
+    of = hashlib.sha256(
+        json.dumps(
+            [to_mapping(asked)[name] for name in ("model", "task", "data", "evaluation", "batch")],
+            sort_keys=True,
+        ).encode()
+    ).hexdigest()
     if store.exists(path):
         kept = json.loads(store.read(path))
         if kept["of"] == of:

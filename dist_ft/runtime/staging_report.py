@@ -24,13 +24,23 @@ def gather(stages: Stages, found: Sequence[Sequence[dict[str, Any] | None]]) -> 
         stages: all stages.
         found: metrics (stages done, stages); None where the model's head has not the labels.
     """
-    matrix = [[None if metrics is None else metrics.get(stages.metric) for metrics in row] for row in found]
-    after = [kept(matrix[:number + 1], stages.metric) for number in range(len(matrix))]
-    return {"name": stages.name, "url": stages.url, "metric": stages.metric,
-            "stages": [stage.name for stage in stages.stages],
-            "runs": [stage.config.run_url for stage in stages.stages], "matrix": matrix,
-            "after": [asdict(one) if one else None for one in after],
-            "metrics": [[None if metrics is None else _numbers(metrics) for metrics in row] for row in found]}
+    matrix = [
+        [None if metrics is None else metrics.get(stages.metric) for metrics in row]
+        for row in found
+    ]
+    after = [kept(matrix[: number + 1], stages.metric) for number in range(len(matrix))]
+    return {
+        "name": stages.name,
+        "url": stages.url,
+        "metric": stages.metric,
+        "stages": [stage.name for stage in stages.stages],
+        "runs": [stage.config.run_url for stage in stages.stages],
+        "matrix": matrix,
+        "after": [asdict(one) if one else None for one in after],
+        "metrics": [
+            [None if metrics is None else _numbers(metrics) for metrics in row] for row in found
+        ],
+    }
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -52,14 +62,20 @@ def as_text(report: dict[str, Any]) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """Return the matrix as a Markdown table, and what its columns mean."""
     heads = ["after", *report["stages"], *TOLD.values()]
-    lines = [f"# {_title(report)}", "", _line(heads), _line(["---"] * len(heads)), *(
-        _line(row) for row in _rows(report)), "",
+    lines = [
+        f"# {_title(report)}",
+        "",
+        _line(heads),
+        _line(["---"] * len(heads)),
+        *(_line(row) for row in _rows(report)),
+        "",
         f"Each row: the model after that stage, scored on the held-out data of each stage ({report['metric']}, "
         f"{'lower' if report['metric'] in LOWER else 'higher'} is better; -: its head lacks labels of that data).",
         "Average: over the stages learned. Backward transfer (Lopez-Paz, Ranzato, arXiv:1706.08840): earlier stages "
         "now less just after they were learned. Forgetting (Chaudhry et al., arXiv:1801.10112): their best before less "
         "now.",
-        ""]
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -71,13 +87,15 @@ def as_picture(report: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     names, matrix = report["stages"], report["matrix"]
-    for number, name in enumerate(names[:len(matrix)]):
+    for number, name in enumerate(names[: len(matrix)]):
         values = [row[number] for row in matrix[number:]]
-        axes.plot(range(number, len(matrix)), [_number(value) for value in values], marker="o", label=name)
+        axes.plot(
+            range(number, len(matrix)), [_number(value) for value in values], marker="o", label=name
+        )
     means = [_number((one or {}).get("average")) for one in report["after"]]
     axes.plot(range(len(matrix)), means, color="black", linestyle="--", label="average")
     axes.set(title=_title(report), xlabel="after stage", ylabel=report["metric"])
-    axes.set_xticks(range(len(matrix)), names[:len(matrix)])
+    axes.set_xticks(range(len(matrix)), names[: len(matrix)])
     axes.legend()
     held = io.BytesIO()
     FigureCanvasAgg(figure).print_png(held)
@@ -93,8 +111,12 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:
-    return [[name, *(_told(value) for value in row), *(_told((sums or {}).get(key)) for key in TOLD)]
-            for name, row, sums in zip(report["stages"], report["matrix"], report["after"], strict=False)]
+    return [
+        [name, *(_told(value) for value in row), *(_told((sums or {}).get(key)) for key in TOLD)]
+        for name, row, sums in zip(
+            report["stages"], report["matrix"], report["after"], strict=False
+        )
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:

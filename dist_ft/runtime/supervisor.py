@@ -67,9 +67,14 @@ class Place:
 class Supervisor:
     """One worker's."""
 
-    def __init__(self, config: RunConfig, place: Place, relay: RelayLike,
-                 committed: Callable[[str, dict[str, float]], None],
-                 measured: Callable[[int, str, dict[str, float]], None] = lambda step, kind, values: None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        place: Place,
+        relay: RelayLike,
+        committed: Callable[[str, dict[str, float]], None],
+        measured: Callable[[int, str, dict[str, float]], None] = lambda step, kind, values: None,
+    ) -> None:
         """Assign only. `committed` is called for every checkpoint of the run, in order, on every worker.
 
         `measured`: with (step, kind, values) of every line of metrics, on rank 0's.
@@ -83,14 +88,20 @@ class Supervisor:
         self._num_commits = 0
         self._stopping = False
         self._spare: Process | None = None
-        self._reports = ThreadPoolExecutor(1, thread_name_prefix="reports")  # a report waits for those of all workers
+        self._reports = ThreadPoolExecutor(
+            1, thread_name_prefix="reports"
+        )  # a report waits for those of all workers
 
     def run(self) -> None:
         """Look after training processes until the run is over or this supervisor is replaced."""
-        self._num_commits = self._relay.num_commits()  # older ones were told of by the workers before these
+        self._num_commits = (
+            self._relay.num_commits()
+        )  # older ones were told of by the workers before these
         try:
             while True:
-                self._spare = self._spare or Process.claim(self._place.spares) or self._new_process()
+                self._spare = (
+                    self._spare or Process.claim(self._place.spares) or self._new_process()
+                )
                 member, view = self._meet()
                 if view.over:
                     return self._leave(view)
@@ -111,15 +122,25 @@ class Supervisor:
 
     def _meet(self) -> tuple[Member, View]:
         """Wait for the others; raises NobodyCameError if it takes too long: Ray then places all anew."""
-        world, until = self._place.world, time.monotonic() + self._config.cluster.start_timeout_s + MOST_BACKOFF_S
-        member = Member(self._place.group, world.rank, world.size, self._place.node,
-                        f"{self._place.host}:{_free_port()}" if world.rank == 0 else "")
+        world, until = (
+            self._place.world,
+            time.monotonic() + self._config.cluster.start_timeout_s + MOST_BACKOFF_S,
+        )
+        member = Member(
+            self._place.group,
+            world.rank,
+            world.size,
+            self._place.node,
+            f"{self._place.host}:{_free_port()}" if world.rank == 0 else "",
+        )
         while True:
             view = self._relay.meet(member, self._num_commits)
             if view.over or view.rendezvous is not None:
                 return member, view
             if time.monotonic() > until:
-                raise NobodyCameError(f"worker {world.rank} of {world.size} waited in vain for the others")
+                raise NobodyCameError(
+                    f"worker {world.rank} of {world.size} waited in vain for the others"
+                )
             time.sleep(MEET_S)
 
     def _watch(self, process: Process, member: Member, view: View) -> bool:
@@ -134,7 +155,9 @@ class Supervisor:
             if view.stop and not told:
                 self._stopping = told = True
                 process.stop()
-            if view.saves > saves and self._place.world.rank == 0:  # what one rank is asked for all do, once
+            if (
+                view.saves > saves and self._place.world.rank == 0
+            ):  # what one rank is asked for all do, once
                 saves = view.saves
                 process.save(saves)
             if view.over and not ended:
@@ -173,7 +196,9 @@ class Supervisor:
         """Tell all how the process ended, if it was not with a result."""
         place = self._place
         if kind == "error" and isinstance(rest[0], Interrupted) and not self._stopping:
-            failure = Failure(place.world.rank, place.node, "killed", "a signal asked a worker to stop; all saved")
+            failure = Failure(
+                place.world.rank, place.node, "killed", "a signal asked a worker to stop; all saved"
+            )
         elif kind == "error" and (isinstance(rest[0], Interrupted) or not rest[0].retryable):
             return self._relay.end(rest[0], place.group)
         elif kind == "error":
@@ -183,7 +208,9 @@ class Supervisor:
             named: Kind = "out of memory" if text.startswith("out of") else "error"
             failure = Failure(place.world.rank, place.node, "peer" if is_peer else named, text)
         else:
-            failure = Failure(place.world.rank, place.node, *how_it_ended(rest[0], _oom_kills() - oom_kills))
+            failure = Failure(
+                place.world.rank, place.node, *how_it_ended(rest[0], _oom_kills() - oom_kills)
+            )
         return self._relay.failed(generation, failure)
 
     def _drain(self, process: Process) -> None:
@@ -209,30 +236,49 @@ class Supervisor:
     def _environment(self, rendezvous: str) -> dict[str, str]:
         """Return what torchrun would set."""
         world, (host, _, port) = self._place.world, rendezvous.rpartition(":")
-        return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(self._place.device),
-                "LOCAL_WORLD_SIZE": str(world.local_size), "MASTER_ADDR": host, "MASTER_PORT": port,
-                NODE: self._place.node}
+        return {
+            "RANK": str(world.rank),
+            "WORLD_SIZE": str(world.size),
+            "LOCAL_RANK": str(self._place.device),
+            "LOCAL_WORLD_SIZE": str(world.local_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            NODE: self._place.node,
+        }
 
 
 def how_it_ended(code: int, oom_kills: int) -> tuple[Kind, str]:
     """Return the kind and the text of an end without a word, by exit code (negative: signal)."""
     if code == HUNG:  # the watchdog's first clock; its second one, faulthandler, ends with 1
-        return "hang", "no progress within cluster.progress_timeout_s; its stacks lie in attempts/ of the run"
+        return (
+            "hang",
+            "no progress within cluster.progress_timeout_s; its stacks lie in attempts/ of the run",
+        )
     if code == -signal.SIGKILL and oom_kills > 0:
-        return "out of memory", ("the kernel killed the process for want of memory; use a machine with more, fewer "
-                                 "workers on it, or a smaller batch.micro_batch")
+        return "out of memory", (
+            "the kernel killed the process for want of memory; use a machine with more, fewer "
+            "workers on it, or a smaller batch.micro_batch"
+        )
     if code == -signal.SIGKILL:
         return "killed", "by SIGKILL, from outside"
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        return ("killed" if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) else "crash"), f"by {name}"
+        return (
+            "killed" if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) else "crash"
+        ), f"by {name}"
     if code == 1:
         return "hang", "no progress within cluster.progress_timeout_s; its stacks are in its log"
     return "crash", f"the process ended with exit code {code}"
 
 
 def _kind_of(error: DistFtError) -> Kind:
-    return "storage" if isinstance(error, StorageError) else "peer" if isinstance(error, PeerError) else "error"
+    return (
+        "storage"
+        if isinstance(error, StorageError)
+        else "peer"
+        if isinstance(error, PeerError)
+        else "error"
+    )
 
 
 def _oom_kills() -> int:

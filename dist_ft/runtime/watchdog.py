@@ -50,8 +50,12 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._ended.set()
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
@@ -62,7 +66,9 @@ class Watchdog:
         self._last = time.monotonic()
         if self._file is not None and self._last - self._armed > 1:
             self._armed = self._last
-            faulthandler.dump_traceback_later(self._timeout_s + BEHIND_S, file=sys.__stderr__ or self._file, exit=True)
+            faulthandler.dump_traceback_later(
+                self._timeout_s + BEHIND_S, file=sys.__stderr__ or self._file, exit=True
+            )
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout_s / 10)):
@@ -81,9 +87,15 @@ class Watchdog:
             where = f"at {self._store.shown(self._name)}"
         except (StorageError, OSError):
             faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
-        log.error("rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be gone or stopped, "
-                  "or a call does not return; this worker ends, the run goes on from its newest checkpoint when "
-                  "started again; stacks of all threads are %s", self._rank, silent_s, self._timeout_s, where)
+        log.error(
+            "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be gone or stopped, "
+            "or a call does not return; this worker ends, the run goes on from its newest checkpoint when "
+            "started again; stacks of all threads are %s",
+            self._rank,
+            silent_s,
+            self._timeout_s,
+            where,
+        )
         logging.shutdown()
         os._exit(EXIT_CODE)
 

@@ -20,19 +20,29 @@ SILENT_S = 180.0
 """An account that was not renewed for so long is of an attempt that is gone, or can not write."""
 
 
-def watch(url: str, once: bool, tell: Callable[[str], None], poll_s: float = 5.0, silent_s: float = SILENT_S) -> str:
+def watch(
+    url: str,
+    once: bool,
+    tell: Callable[[str], None],
+    poll_s: float = 5.0,
+    silent_s: float = SILENT_S,
+) -> str:
     """Tell each new line of a run's metrics as text; return how the run stands: over, or silent.
 
     once: tell what there is and return at once. Raises DataError if there is no run.
     """
     store, last, shown, changed, before = Store(url), None, 0, time.monotonic(), ""
     if not runs.is_run(store):
-        raise DataError(f"{store.shown()}: is no run; the folder <run.storage>/<run.name> is needed; dist-ft runs list "
-                        "STORAGE names them")
+        raise DataError(
+            f"{store.shown()}: is no run; the folder <run.storage>/<run.name> is needed; dist-ft runs list "
+            "STORAGE names them"
+        )
     while True:
         account = newest(store)
-        lines = [line for line in read_metrics(store) if line.get("kind") in ("train", "evaluation")]
-        if last is not None and lines[shown - 1:shown] != [last]:
+        lines = [
+            line for line in read_metrics(store) if line.get("kind") in ("train", "evaluation")
+        ]
+        if last is not None and lines[shown - 1 : shown] != [last]:
             step = lines[-1]["step"] if lines else 0
             tell(f"-- it has gone back to a checkpoint; its metrics go up to step {step} --")
             shown = min(shown, len(lines))
@@ -61,10 +71,15 @@ def told(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Yield a line of text for each line of metrics."""
     for line in lines:
         if line["kind"] == "evaluation":
-            found = ", ".join(f"{name} {value:.4f}" for name, value in line.items()
-                              if name not in ("step", "kind") and isinstance(value, int | float))
+            found = ", ".join(
+                f"{name} {value:.4f}"
+                for name, value in line.items()
+                if name not in ("step", "kind") and isinstance(value, int | float)
+            )
             yield f"step {line['step']}  held-out: {found}"
         else:
             loss = "not finite" if line.get("loss") is None else f"{line['loss']:.4f}"
-            yield (f"step {line['step']}  loss {loss}  lr {line.get('learning_rate') or 0:.2e}  "
-                   f"{line.get('tokens_per_s') or 0:,.0f} tok/s  {line.get('step_s') or 0:.2f} s/step")
+            yield (
+                f"step {line['step']}  loss {loss}  lr {line.get('learning_rate') or 0:.2e}  "
+                f"{line.get('tokens_per_s') or 0:,.0f} tok/s  {line.get('step_s') or 0:.2f} s/step"
+            )

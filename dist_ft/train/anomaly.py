@@ -33,8 +33,13 @@ class RollBack(Exception):
 class Judge:
     """Says which losses and norms are bad, given those of the steps before."""
 
-    def __init__(self, section: AnomalySection, history: Sequence[tuple[float, float]] = (), vetoed: Iterable[int] = (),
-                 in_a_row: int = 0) -> None:
+    def __init__(
+        self,
+        section: AnomalySection,
+        history: Sequence[tuple[float, float]] = (),
+        vetoed: Iterable[int] = (),
+        in_a_row: int = 0,
+    ) -> None:
         """Go on after `history`, (loss, norm) of sound steps, and `in_a_row` bad ones; `vetoed` were skipped before."""
         self._section = section
         self._history = deque(history, section.window)
@@ -52,7 +57,11 @@ class Judge:
         if step in self.vetoed:
             return "it was bad in an earlier attempt"
         limit = self._limit(0, self._section.loss_factor)
-        return "" if math.isfinite(loss) and loss <= limit else f"its loss is {loss:g}{_above(loss, limit)}"
+        return (
+            ""
+            if math.isfinite(loss) and loss <= limit
+            else f"its loss is {loss:g}{_above(loss, limit)}"
+        )
 
     def most_norm(self) -> float:
         """Return the largest gradient norm that is no anomaly."""
@@ -61,7 +70,11 @@ class Judge:
     def of_norm(self, norm: float) -> str:
         """Say what is wrong with a gradient norm; "" if nothing."""
         limit = self.most_norm()
-        return "" if math.isfinite(norm) and norm <= limit else f"its gradient norm is {norm:g}{_above(norm, limit)}"
+        return (
+            ""
+            if math.isfinite(norm) and norm <= limit
+            else f"its gradient norm is {norm:g}{_above(norm, limit)}"
+        )
 
     def sound(self, loss: float, norm: float) -> None:
         """Note a step that was."""
@@ -76,11 +89,17 @@ class Judge:
 
 def stopped(section: AnomalySection, step: int, reason: str, samples: np.ndarray) -> AnomalyError:
     """Return the error that ends a run at `step` (from 0); `samples`: sorted ids."""
-    why = "" if section.action == "stop" else f" for more than {section.most_in_a_row} steps one after the other"
+    why = (
+        ""
+        if section.action == "stop"
+        else f" for more than {section.most_in_a_row} steps one after the other"
+    )
     first = ", ".join(str(sample) for sample in samples[:8].tolist())
-    return AnomalyError(f"anomaly.action={section.action}: step {step + 1} went bad{why}: {reason}; its {len(samples)} "
-                        f"samples begin with {first}; what was committed is kept; look at the data, lower "
-                        "optimizer.learning_rate, or set anomaly.action=skip or rollback")
+    return AnomalyError(
+        f"anomaly.action={section.action}: step {step + 1} went bad{why}: {reason}; its {len(samples)} "
+        f"samples begin with {first}; what was committed is kept; look at the data, lower "
+        "optimizer.learning_rate, or set anomaly.action=skip or rollback"
+    )
 
 
 def _above(value: float, limit: float) -> str:
@@ -100,8 +119,13 @@ def write_record(store: Store, steps: Iterable[int], reason: str, samples: np.nd
 def vetoed_steps(store: Store) -> list[int]:
     """Return the steps (from 0) that earlier attempts skipped."""
     try:
-        return [int(name.removeprefix("step-").removesuffix(".json")) for name in store.list(FOLDER)
-                if name.startswith("step-") and name.endswith(".json")]
+        return [
+            int(name.removeprefix("step-").removesuffix(".json"))
+            for name in store.list(FOLDER)
+            if name.startswith("step-") and name.endswith(".json")
+        ]
     except ValueError as error:
-        raise StorageError(f"{store.shown(FOLDER)}: holds a file that is no record of a skipped step ({error}); "
-                           "step-NNNNNNNNN.json is allowed; move it away") from error
+        raise StorageError(
+            f"{store.shown(FOLDER)}: holds a file that is no record of a skipped step ({error}); "
+            "step-NNNNNNNNN.json is allowed; move it away"
+        ) from error

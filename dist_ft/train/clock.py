@@ -90,10 +90,13 @@ class Clock:
         """Return all that is known up to now, as JSON takes it."""
         with self._lock:
             self._settle()
-            return {**({"ended": self.ended} if self.ended else {}),
-                    "begun_at": self._begun_at.isoformat(), "resumed_at": self._resumed_at,
-                    "seconds": _rounded(self._seconds),
-                    "marks": [[step, _rounded(spent)] for step, spent in self._marks.items()]}
+            return {
+                **({"ended": self.ended} if self.ended else {}),
+                "begun_at": self._begun_at.isoformat(),
+                "resumed_at": self._resumed_at,
+                "seconds": _rounded(self._seconds),
+                "marks": [[step, _rounded(spent)] for step, spent in self._marks.items()],
+            }
 
     def _settle(self) -> None:
         now = time.monotonic()
@@ -150,7 +153,9 @@ class _Keeper:
             with attempts(1, PATIENCE_S):
                 if catalogue.newest_attempt(self._store) <= self._attempt:
                     account = {"attempt": self._attempt, **self._clock.account()}
-                    self._store.write(f"{FOLDER}/{self._attempt:06d}.json", json.dumps(account).encode())
+                    self._store.write(
+                        f"{FOLDER}/{self._attempt:06d}.json", json.dumps(account).encode()
+                    )
             self._told = False
         except StorageError as error:
             if not self._told:

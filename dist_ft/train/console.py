@@ -49,7 +49,9 @@ class Console:
         except OSError:  # `| head` has seen enough, or the terminal was closed
             self._gone = True
             with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), self._stream.fileno())  # or Python's flush at exit would fail once more
+                os.dup2(
+                    nothing.fileno(), self._stream.fileno()
+                )  # or Python's flush at exit would fail once more
 
 
 def table(title: str, rows: Sequence[Sequence[str]], heads: Sequence[str] = ("", "")) -> str:
@@ -58,7 +60,9 @@ def table(title: str, rows: Sequence[Sequence[str]], heads: Sequence[str] = ("",
     from rich.console import Console as Rich
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(heads), pad_edge=False)
+    drawn = Table(
+        title=title, title_justify="left", box=box.SIMPLE, show_header=any(heads), pad_edge=False
+    )
     drawn.add_column(heads[0], style="bold", no_wrap=True)
     for head in heads[1:]:
         drawn.add_column(head, overflow="fold")
@@ -78,13 +82,18 @@ def duration(seconds: float) -> str:
 def progress_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
     """Return the progress line of one step (`step` counts from 1)."""
     width = len(str(total))
-    return (f"step {step:>{width}}/{total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {values['step_s']:.2f} s/step  "
-            f"left {duration(seconds_left)}")
+    return (
+        f"step {step:>{width}}/{total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {values['step_s']:.2f} s/step  "
+        f"left {duration(seconds_left)}"
+    )
 
 
 def evaluation_line(values: dict[str, float]) -> str:
     """Return what one evaluation found: the loss, then the task's metrics."""
-    others = [f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 3}f}"
-              for name, value in values.items() if name not in ("loss", "num_target_tokens")]
+    others = [
+        f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 3}f}"
+        for name, value in values.items()
+        if name not in ("loss", "num_target_tokens")
+    ]
     return f"{values['loss']:.4f} ({', '.join(others)})" if others else f"{values['loss']:.4f}"

@@ -21,9 +21,17 @@ CAUSAL_LM = TaskSection()
 TELLS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
 
 
-def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, collectives: Collectives,
-             beat: Callable[[], None] = lambda: None, task: TaskSection = CAUSAL_LM, scorer: Scorer | None = None,
-             texts: HeldOutTexts | None = None) -> dict[str, Any]:
+def evaluate(
+    engine: Engine,
+    loader: Loader,
+    num_lanes: int,
+    world: World,
+    collectives: Collectives,
+    beat: Callable[[], None] = lambda: None,
+    task: TaskSection = CAUSAL_LM,
+    scorer: Scorer | None = None,
+    texts: HeldOutTexts | None = None,
+) -> dict[str, Any]:
     """Return {loss, perplexity, num_target_tokens, metrics of the task} over one pass of `loader`; a collective call.
 
     Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values;
@@ -67,4 +75,7 @@ def evaluate(engine: Engine, loader: Loader, num_lanes: int, world: World, colle
 def keep_evaluation(store: Store, step: int, values: dict[str, Any]) -> None:
     """Keep all of an evaluation with the run, tables by label too, if it has any."""
     if any(not isinstance(value, float | int) for value in values.values()):
-        store.write(f"{FOLDER}/step-{step:09d}.json", json.dumps(values, indent=1, ensure_ascii=False).encode())
+        store.write(
+            f"{FOLDER}/step-{step:09d}.json",
+            json.dumps(values, indent=1, ensure_ascii=False).encode(),
+        )

@@ -49,12 +49,16 @@ class Pick:
     @property
     def keys(self) -> list[Key]:
         """Return the windows that are needed to tell it."""
-        windows = [self.window, *(side[0] for side in (self.wanted, self.told) if isinstance(side, tuple))]
+        windows = [
+            self.window,
+            *(side[0] for side in (self.wanted, self.told) if isinstance(side, tuple)),
+        ]
         return [(self.sample, window) for window in dict.fromkeys(windows) if window >= 0]
 
 
-def worst(task: TaskSection, rows: Sequence[Row], answers: Sequence[tuple[int, int, Any, Any, float]] = ()
-          ) -> list[Pick]:
+def worst(
+    task: TaskSection, rows: Sequence[Row], answers: Sequence[tuple[int, int, Any, Any, float]] = ()
+) -> list[Pick]:
     """Return at most MOST rows the model was wrong about, the most confident first.
 
     Args:
@@ -63,8 +67,11 @@ def worst(task: TaskSection, rows: Sequence[Row], answers: Sequence[tuple[int, i
         answers: of questions, in place of rows: (sample, window shown, wanted, told, score).
     """
     if task.name == "question_answering":
-        found = [Pick(sample, score, window, wanted, told) for sample, window, wanted, told, score in answers
-                 if wanted != told]
+        found = [
+            Pick(sample, score, window, wanted, told)
+            for sample, window, wanted, told, score in answers
+            if wanted != told
+        ]
     else:
         find = FINDERS.get(task.name)
         found = [pick for row in rows if (pick := find(*row)) is not None] if find else []
@@ -83,24 +90,38 @@ def _labels(sample: int, window: int, wanted: np.ndarray, told: np.ndarray) -> P
     if not wrong.any():
         return None
     sure = 1 / (1 + np.exp(-np.abs(told[wrong].astype(float))))
-    return Pick(sample, float(sure.max()), window, np.flatnonzero(wanted).tolist(), np.flatnonzero(told > 0).tolist())
+    return Pick(
+        sample,
+        float(sure.max()),
+        window,
+        np.flatnonzero(wanted).tolist(),
+        np.flatnonzero(told > 0).tolist(),
+    )
 
 
 def _number(sample: int, window: int, wanted: float, told: float) -> Pick | None:
     return Pick(sample, abs(told - wanted), window, wanted, told) if told != wanted else None
 
 
-def _tags(sample: int, window: int, wanted: np.ndarray, told: tuple[np.ndarray, np.ndarray]) -> Pick | None:
+def _tags(
+    sample: int, window: int, wanted: np.ndarray, told: tuple[np.ndarray, np.ndarray]
+) -> Pick | None:
     tags, shares = told
     wrong = tags != wanted
     return Pick(sample, float(shares[wrong].max()), window, wanted, tags) if wrong.any() else None
 
 
 FINDERS: dict[str, Callable[..., Pick | None]] = {
-    "sequence_classification": _label, "multi_label": _labels, "regression": _number, "token_classification": _tags}
+    "sequence_classification": _label,
+    "multi_label": _labels,
+    "regression": _number,
+    "token_classification": _tags,
+}
 
 
-def described(task: TaskSection, picks: Sequence[Pick], seen: Seen, tokenizer: Any) -> list[dict[str, Any]]:
+def described(
+    task: TaskSection, picks: Sequence[Pick], seen: Seen, tokenizer: Any
+) -> list[dict[str, Any]]:
     """Return picks as JSON values: sample, window, text, wanted, told, score, ids and `at`.
 
     `at` is what was wrong about it: label numbers told, or token places (of tags that are wrong; of the answer told).
@@ -109,8 +130,18 @@ def described(task: TaskSection, picks: Sequence[Pick], seen: Seen, tokenizer: A
     for pick in picks:
         ids, labels = seen[pick.sample, pick.window]
         wanted, told, at = DESCRIBERS[task.name](task, pick, seen, labels, tokenizer)
-        found.append({"sample": pick.sample, "window": pick.window, "text": _text(tokenizer, ids), "wanted": wanted,
-                      "told": told, "score": round(pick.score, 6), "ids": ids.tolist(), "at": at})
+        found.append(
+            {
+                "sample": pick.sample,
+                "window": pick.window,
+                "text": _text(tokenizer, ids),
+                "wanted": wanted,
+                "told": told,
+                "score": round(pick.score, 6),
+                "ids": ids.tolist(),
+                "at": at,
+            }
+        )
     return found
 
 
@@ -123,7 +154,10 @@ def _told_label(task: TaskSection, pick: Pick, *_: Any) -> tuple[str, str, list[
 
 
 def _told_labels(task: TaskSection, pick: Pick, *_: Any) -> tuple[str, str, list[int]]:
-    wanted, told = (", ".join(task.labels[label] for label in side) or "none" for side in (pick.wanted, pick.told))
+    wanted, told = (
+        ", ".join(task.labels[label] for label in side) or "none"
+        for side in (pick.wanted, pick.told)
+    )
     return wanted, told, sorted(set(pick.wanted) ^ set(pick.told))
 
 
@@ -131,28 +165,42 @@ def _told_number(task: TaskSection, pick: Pick, *_: Any) -> tuple[str, str, list
     return f"{pick.wanted:g}", f"{pick.told:g}", [0]
 
 
-def _told_tags(task: TaskSection, pick: Pick, seen: Seen, labels: np.ndarray, tokenizer: Any
-               ) -> tuple[str, str, list[list[int]]]:
+def _told_tags(
+    task: TaskSection, pick: Pick, seen: Seen, labels: np.ndarray, tokenizer: Any
+) -> tuple[str, str, list[list[int]]]:
     """Name the words whose tags are wrong, with both tags."""
     ids = seen[pick.sample, pick.window][0]
     places = np.flatnonzero(labels != IGNORED)
     ends = np.append(places[1:], len(ids))
     wrong = np.flatnonzero(pick.wanted != pick.told)
-    words = [_text(tokenizer, ids[places[word]:ends[word]]) for word in wrong]
-    wanted, told = ("; ".join(f"{name}: {task.labels[side[word]]}" for name, word in zip(words, wrong, strict=True))
-                    for side in (pick.wanted, pick.told))
+    words = [_text(tokenizer, ids[places[word] : ends[word]]) for word in wrong]
+    wanted, told = (
+        "; ".join(
+            f"{name}: {task.labels[side[word]]}" for name, word in zip(words, wrong, strict=True)
+        )
+        for side in (pick.wanted, pick.told)
+    )
     return wanted, told, [[int(places[word]), int(pick.told[word])] for word in wrong]
 
 
-def _told_answer(task: TaskSection, pick: Pick, seen: Seen, labels: np.ndarray, tokenizer: Any
-                 ) -> tuple[str, str, list[int]]:
+def _told_answer(
+    task: TaskSection, pick: Pick, seen: Seen, labels: np.ndarray, tokenizer: Any
+) -> tuple[str, str, list[int]]:
     def of(side: tuple[int, int, int]) -> str:
         window, first, last = side
-        return _text(tokenizer, seen[pick.sample, window][0][first:last + 1]) if window >= 0 else "no answer"
+        return (
+            _text(tokenizer, seen[pick.sample, window][0][first : last + 1])
+            if window >= 0
+            else "no answer"
+        )
 
     return of(pick.wanted), of(pick.told), [pick.told[1], pick.told[2]]
 
 
 DESCRIBERS: dict[str, Callable[..., tuple[str, str, Any]]] = {
-    "sequence_classification": _told_label, "multi_label": _told_labels, "regression": _told_number,
-    "token_classification": _told_tags, "question_answering": _told_answer}
+    "sequence_classification": _told_label,
+    "multi_label": _told_labels,
+    "regression": _told_number,
+    "token_classification": _told_tags,
+    "question_answering": _told_answer,
+}

@@ -49,5 +49,7 @@ def kept(matrix: Matrix, metric: str) -> Kept | None:
     if not last:
         return Kept(average, None, None)
     transfer = sum(scores[last][j] - scores[j][j] for j in range(last)) / last
-    forgot = sum(max(scores[i][j] for i in range(j, last)) - scores[last][j] for j in range(last)) / last
+    forgot = (
+        sum(max(scores[i][j] for i in range(j, last)) - scores[last][j] for j in range(last)) / last
+    )
     return Kept(average, transfer, forgot)

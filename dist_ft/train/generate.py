@@ -38,8 +38,14 @@ class HeldOut:
     target: np.ndarray
 
 
-def make_together(decoder: Decoder, engine: Engine, rows: Sequence[Asked], world: World, collectives: Collectives,
-                  beat: Callable[[], None] = lambda: None) -> list[list[list[int]]]:
+def make_together(
+    decoder: Decoder,
+    engine: Engine,
+    rows: Sequence[Asked],
+    world: World,
+    collectives: Collectives,
+    beat: Callable[[], None] = lambda: None,
+) -> list[list[list[int]]]:
     """Return the texts of `rows`, as `Decoder.make_all`, on all workers; a collective call with the same rows on all.
 
     `beat` is called for each token.
@@ -47,7 +53,7 @@ def make_together(decoder: Decoder, engine: Engine, rows: Sequence[Asked], world
     from dist_ft.model.decoding import Asked
 
     batches = decoder.batches(rows)
-    mine = batches[world.rank::world.size]
+    mine = batches[world.rank :: world.size]
     found: dict[int, list[list[int]]] = {}
     with engine.generating() as (model, synced):
         if rows:  # on all workers, as all must know
@@ -55,10 +61,16 @@ def make_together(decoder: Decoder, engine: Engine, rows: Sequence[Asked], world
         for call in range(world.largest_share(len(batches))):
             own = mine[call] if call < len(mine) else []
             if own or synced:
-                texts = decoder.make(model, [rows[number] for number in own] or [Asked(np.ones(1, np.int64))],
-                                     synced, beat)
+                texts = decoder.make(
+                    model,
+                    [rows[number] for number in own] or [Asked(np.ones(1, np.int64))],
+                    synced,
+                    beat,
+                )
                 found |= zip(own, texts, strict=False)
-    every = {number: texts for part in collectives.all_gather(found) for number, texts in part.items()}
+    every = {
+        number: texts for part in collectives.all_gather(found) for number, texts in part.items()
+    }
     return [every[number] for number in range(len(rows))]
 
 
@@ -85,16 +97,26 @@ class HeldOutTexts:
         """Return what all workers saw since the last time, in order, the first so many; a collective call."""
         most = self._section.generate_samples or None
         seen, self._seen = sorted(self._seen, key=lambda one: one.sample)[:most], []
-        return sorted((one for part in collectives.all_gather(seen) for one in part),
-                      key=lambda one: one.sample)[:most]
+        return sorted(
+            (one for part in collectives.all_gather(seen) for one in part),
+            key=lambda one: one.sample,
+        )[:most]
 
-    def scores(self, engine: Engine, world: World, collectives: Collectives, beat: Callable[[], None]
-               ) -> dict[str, Any]:
+    def scores(
+        self, engine: Engine, world: World, collectives: Collectives, beat: Callable[[], None]
+    ) -> dict[str, Any]:
         """Return the metrics, and under `texts` the first of them with prompts and references; a collective call."""
         return self.told(self.gather(collectives), engine, world, collectives, beat)[0]
 
-    def told(self, samples: Sequence[HeldOut], engine: Engine, world: World, collectives: Collectives,
-             beat: Callable[[], None] = lambda: None, section: Any = None) -> tuple[dict[str, Any], int]:
+    def told(
+        self,
+        samples: Sequence[HeldOut],
+        engine: Engine,
+        world: World,
+        collectives: Collectives,
+        beat: Callable[[], None] = lambda: None,
+        section: Any = None,
+    ) -> tuple[dict[str, Any], int]:
         """Return what `scores` does for `samples`, and how many tokens were made; `section`: another strategy."""
         from dist_ft.model.decoding import Asked, Decoder
 
@@ -103,13 +125,24 @@ class HeldOutTexts:
         made = make_together(decoder, engine, asked, world, collectives, beat)
         texts = [[decoder.text(ids) for ids in each] for each in made]
         references = [decoder.text(one.target.tolist()) for one in samples]
-        found: dict[str, Any] = text_scores.scores(self._section.text_metrics, [each[0] for each in texts], references,
-                                                   self._section.text_tokenizer)
-        kept = [{"sample": one.sample, "prompt": decoder.text(one.prompt.tolist()), "reference": reference,
-                 "text": each[0], **({"others": each[1:]} if each[1:] else {})}
-                for one, reference, each in zip(samples, references, texts, strict=True)]
+        found: dict[str, Any] = text_scores.scores(
+            self._section.text_metrics,
+            [each[0] for each in texts],
+            references,
+            self._section.text_tokenizer,
+        )
+        kept = [
+            {
+                "sample": one.sample,
+                "prompt": decoder.text(one.prompt.tolist()),
+                "reference": reference,
+                "text": each[0],
+                **({"others": each[1:]} if each[1:] else {}),
+            }
+            for one, reference, each in zip(samples, references, texts, strict=True)
+        ]
         num_tokens = sum(len(ids) for each in made for ids in each)
-        return {**found, "texts": kept[:self._section.keep_texts]}, num_tokens
+        return {**found, "texts": kept[: self._section.keep_texts]}, num_tokens
 
     def _ends(self, samples: Sequence[HeldOut]) -> set[int]:
         """Return the special token that ends every reference (such as a template's end of turn), if there is one."""
@@ -126,11 +159,11 @@ def samples_of(batch: Batch, both: bool) -> Iterator[HeldOut]:
     for sample, first, size, _ in batch.pieces.tolist():
         if at == batch.sources[row, 1]:
             row, at = row + 1, 0
-        ids, labels = (array[row, at:at + size] for array in (batch.input_ids, batch.target_ids))
+        ids, labels = (array[row, at : at + size] for array in (batch.input_ids, batch.target_ids))
         at += size
         wanted = np.flatnonzero(labels != IGNORED)
         if first or not len(wanted):
             continue
         start = int(wanted[0])
         stop = start + int((np.append(labels[start:], IGNORED) == IGNORED).argmax())
-        yield HeldOut(sample, ids[:start + (not both)].copy(), labels[start:stop].copy())
+        yield HeldOut(sample, ids[: start + (not both)].copy(), labels[start:stop].copy())

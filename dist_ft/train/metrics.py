@@ -33,8 +33,14 @@ BETWEEN = 20
 class MetricsLog:
     """Rank 0's record of the run at `store`, going on after `lines` (of `read_metrics`)."""
 
-    def __init__(self, store: Store, lines: list[dict[str, Any]], attempt: int, tensorboard: bool,
-                 trackers: Trackers | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lines: list[dict[str, Any]],
+        attempt: int,
+        tensorboard: bool,
+        trackers: Trackers | None = None,
+    ) -> None:
         self._store = store
         self._attempt = attempt
         self._trackers = trackers or Trackers([])
@@ -93,7 +99,9 @@ class MetricsLog:
         except StorageError as error:
             log.warning("metrics were not written: %s", error)
         now = time.monotonic()
-        self._next_s = max(self._next_s, now + BETWEEN * (now - begun))  # the files grow with the run
+        self._next_s = max(
+            self._next_s, now + BETWEEN * (now - begun)
+        )  # the files grow with the run
 
     def close(self) -> None:
         """Write what is left and remove temporary files."""
@@ -121,5 +129,7 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
         return [line for line in lines if step is None or line["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{store.shown(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
-                           "allowed; move it away") from error
+        raise StorageError(
+            f"{store.shown(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
+            "allowed; move it away"
+        ) from error

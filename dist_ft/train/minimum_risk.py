@@ -44,8 +44,14 @@ class MinimumRisk:
         """Return one if the config minimises risk."""
         return cls(config, tokenizer) if config.task.objective == "minimum_risk" else None
 
-    def prepare(self, batches: Sequence[Batch], step: int, engine: Engine, collectives: Collectives,
-                beat: Callable[[], None]) -> tuple[list[Batch], int]:
+    def prepare(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        engine: Engine,
+        collectives: Collectives,
+        beat: Callable[[], None],
+    ) -> tuple[list[Batch], int]:
         """Return a batch of texts for each of `batches`, and the number of samples in all workers' ones.
 
         A collective call, with as many batches on every worker.
@@ -54,25 +60,50 @@ class MinimumRisk:
 
         found: list[Batch] = []
         section, every = self._section, [list(samples_of(batch, self._both)) for batch in batches]
-        told = collectives.all_gather((sum(map(len, every)), max([len(one.prompt) for own in every for one in own],
-                                                                 default=1)))
+        told = collectives.all_gather(
+            (
+                sum(map(len, every)),
+                max([len(one.prompt) for own in every for one in own], default=1),
+            )
+        )
         with engine.generating() as (model, synced):
             for batch, samples in zip(batches, every, strict=True):
                 # what ends a text ends the references too; where they end otherwise, they were cut
-                ends = {int(one.target[-1]) for one in samples} & set(self._tokenizer.all_special_ids)
-                decoder = Decoder(DecodingSection(
-                    max_new_tokens=section.max_new_tokens, strategy="sample", temperature=section.temperature,
-                    num_samples=section.candidates, seed=self._seed), self._tokenizer, ends)
-                decoder.require_room(model, max(longest for _, longest in told))  # of all, as all must know
-                asked = [Asked(one.prompt, mix(step, batch.lane, row)) for row, one in enumerate(samples)]
+                ends = {int(one.target[-1]) for one in samples} & set(
+                    self._tokenizer.all_special_ids
+                )
+                decoder = Decoder(
+                    DecodingSection(
+                        max_new_tokens=section.max_new_tokens,
+                        strategy="sample",
+                        temperature=section.temperature,
+                        num_samples=section.candidates,
+                        seed=self._seed,
+                    ),
+                    self._tokenizer,
+                    ends,
+                )
+                decoder.require_room(
+                    model, max(longest for _, longest in told)
+                )  # of all, as all must know
+                asked = [
+                    Asked(one.prompt, mix(step, batch.lane, row)) for row, one in enumerate(samples)
+                ]
                 made: list[list[list[int]]] = []
                 if asked or synced:
-                    made = decoder.make(model, asked or [Asked(np.ones(1, np.int64))], synced, beat, with_end=True)
+                    made = decoder.make(
+                        model, asked or [Asked(np.ones(1, np.int64))], synced, beat, with_end=True
+                    )
                 found.append(self._texts(batch, samples, made, decoder) if samples else batch)
         return found, sum(count for count, _ in told)
 
-    def _texts(self, batch: Batch, samples: Sequence[HeldOut], made: Sequence[Sequence[Sequence[int]]],
-               decoder: Decoder) -> Batch:
+    def _texts(
+        self,
+        batch: Batch,
+        samples: Sequence[HeldOut],
+        made: Sequence[Sequence[Sequence[int]]],
+        decoder: Decoder,
+    ) -> Batch:
         """Return the rows of a lane: of each sample the reference, then the different texts drawn."""
         from dist_ft.model.minimum_risk import RiskBatch
 
@@ -84,18 +115,37 @@ class MinimumRisk:
                 tokens.append(np.array([*sample.prompt.tolist(), *text], np.int32))
                 before = np.full(len(sample.prompt), IGNORED if self._both else 0)
                 own = text if self._both else np.ones(len(text))
-                learned.append(np.concatenate([before, own]).astype(np.int32 if self._both else np.uint8))
+                learned.append(
+                    np.concatenate([before, own]).astype(np.int32 if self._both else np.uint8)
+                )
                 risks.append(0.0 if text == reference else self.risk(decoder.text(text), wanted))
                 groups.append(group)
         sizes = [len(row) for row in tokens]
         pieces = np.zeros((len(sizes), 4), np.int64)
         pieces[:, 0], pieces[:, 2] = [samples[group].sample for group in groups], sizes
-        rows = assemble(np.concatenate(tokens), np.concatenate(learned), pieces, np.arange(len(sizes)), batch.lane)
-        return RiskBatch(rows.input_ids, rows.target_ids, rows.position_ids, pieces, batch.lane,
-                         risks=np.array(risks, np.float32), groups=np.array(groups, np.int64))
+        rows = assemble(
+            np.concatenate(tokens),
+            np.concatenate(learned),
+            pieces,
+            np.arange(len(sizes)),
+            batch.lane,
+        )
+        return RiskBatch(
+            rows.input_ids,
+            rows.target_ids,
+            rows.position_ids,
+            pieces,
+            batch.lane,
+            risks=np.array(risks, np.float32),
+            groups=np.array(groups, np.int64),
+        )
 
     def risk(self, text: str, reference: str) -> float:
         """Return the risk of a text: 1 - its metric (of 0 to 1), or its token error rate."""
         metric = self._section.metric
         value = text_scores.score(metric, text, reference, self._cut)
-        return value if metric == "token_error_rate" else 1 - value / (100 if metric in OF_A_HUNDRED else 1)
+        return (
+            value
+            if metric == "token_error_rate"
+            else 1 - value / (100 if metric in OF_A_HUNDRED else 1)
+        )

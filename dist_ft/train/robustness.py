@@ -27,8 +27,14 @@ def out_of_scope_auroc(inside: Sequence[Any], outside: Sequence[Any]) -> float:
 
 def share_changed(task: str, before: Sequence[Any], after: Sequence[Any]) -> float:
     """Return the share of rows of which something else is predicted; rows as a `Scorer` gathers them."""
-    return float(np.mean([not np.array_equal(_predicted(task, one), _predicted(task, other))
-                          for one, other in zip(before, after, strict=True)]))
+    return float(
+        np.mean(
+            [
+                not np.array_equal(_predicted(task, one), _predicted(task, other))
+                for one, other in zip(before, after, strict=True)
+            ]
+        )
+    )
 
 
 def _predicted(task: str, told: Any) -> Any:

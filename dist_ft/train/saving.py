@@ -38,7 +38,9 @@ class Auto:
         """Tell whether to save now."""
         failures_s = between_failures_s(self._expected_s, trained_s, self._num_failures)
         best_s = self.cost.best_s(failures_s)
-        return trained_s - self._saved_s >= (min(FIRST_S, failures_s / 20) if best_s is None else best_s)
+        return trained_s - self._saved_s >= (
+            min(FIRST_S, failures_s / 20) if best_s is None else best_s
+        )
 
     def begun(self, trained_s: float, stalled_s: float) -> None:
         """Note that a save was begun."""
@@ -54,7 +56,9 @@ class Saver:
         trained_s: seconds all steps of the run took so far.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts, hooks: Hooks, total_steps: int, trained_s: float) -> None:
+    def __init__(
+        self, config: RunConfig, parts: Parts, hooks: Hooks, total_steps: int, trained_s: float
+    ) -> None:
         self._section = section = config.checkpoint
         self._name = config.run.name
         self._parts = parts
@@ -62,9 +66,15 @@ class Saver:
         self._total_steps = total_steps
         self._ledger = LedgerBuffer()
         self._told: dict[str, float] = {}  # what the commit of the save under way is announced with
-        self._every = {False: section.every_steps, **({True: section.node_every_steps} if section.node_folder else {})}
-        self._auto = {on_nodes: Auto(section, trained_s, parts.num_failures)
-                      for on_nodes, every in self._every.items() if every == "auto"}
+        self._every = {
+            False: section.every_steps,
+            **({True: section.node_every_steps} if section.node_folder else {}),
+        }
+        self._auto = {
+            on_nodes: Auto(section, trained_s, parts.num_failures)
+            for on_nodes, every in self._every.items()
+            if every == "auto"
+        }
         self._wished = {False: False, True: False}
         self.trained_s = trained_s
         self.url: str | None = None
@@ -72,13 +82,19 @@ class Saver:
     def prepare(self, step: int) -> None:
         """Make the memory for saves in the background, if there will be any."""
         left = self._total_steps - step
-        if self._section.background and any(every == "auto" or 0 < every < left for every in self._every.values()):
+        if self._section.background and any(
+            every == "auto" or 0 < every < left for every in self._every.values()
+        ):
             self._parts.manager.prepare(self._parts.engine)
 
     def flags(self) -> tuple[float, ...]:
         """Return what this rank adds to the sums `advance` takes."""
-        wishes = (self._parts.world.rank == 0 and kind in self._auto and self._auto[kind].due(self.trained_s)
-                  for kind in (False, True))
+        wishes = (
+            self._parts.world.rank == 0
+            and kind in self._auto
+            and self._auto[kind].due(self.trained_s)
+            for kind in (False, True)
+        )
         return (*self._parts.manager.flags(), *map(float, wishes))
 
     def advance(self, num_written: float, num_ended: float, *wishes: float) -> None:
@@ -99,11 +115,23 @@ class Saver:
         """Return whether a checkpoint is due after `step` steps: False in storage, True on the nodes, None for none."""
         if last and self._section.at_end:
             return False
-        return next((kind for kind, every in self._every.items()
-                     if (self._wished[kind] if every == "auto" else every and step % every == 0)), None)
+        return next(
+            (
+                kind
+                for kind, every in self._every.items()
+                if (self._wished[kind] if every == "auto" else every and step % every == 0)
+            ),
+            None,
+        )
 
-    def save(self, on_nodes: bool, progress: Progress, values: dict[str, float], evaluation: dict[str, float],
-             now: bool) -> bool:
+    def save(
+        self,
+        on_nodes: bool,
+        progress: Progress,
+        values: dict[str, float],
+        evaluation: dict[str, float],
+        now: bool,
+    ) -> bool:
         """Save, in the background unless `now`; return whether this step is committed in storage by now.
 
         `values` are announced with the commit, `evaluation` is kept with it.
@@ -117,12 +145,25 @@ class Saver:
                 return False
             self.settle()
             if background and parts.world.rank == 0:
-                log.warning("the save at step %d waited %.1f s for the one before; %s is shorter than a save takes",
-                            progress.step, time.perf_counter() - begun, self._interval(on_nodes))
+                log.warning(
+                    "the save at step %d waited %.1f s for the one before; %s is shorter than a save takes",
+                    progress.step,
+                    time.perf_counter() - begun,
+                    self._interval(on_nodes),
+                )
         rows = self._ledger.rows() if on_nodes else self._ledger.take()
         lines = parts.metrics.flush() if parts.metrics is not None else None
-        draft = Draft(self._name, type(parts.engine).__name__, progress, rows, parts.tensors, parts.aliases,
-                      dict(evaluation), on_nodes, lines)  # who goes on from it must find the lines of all steps before
+        draft = Draft(
+            self._name,
+            type(parts.engine).__name__,
+            progress,
+            rows,
+            parts.tensors,
+            parts.aliases,
+            dict(evaluation),
+            on_nodes,
+            lines,
+        )  # who goes on from it must find the lines of all steps before
         self._told = {"step": float(progress.step), **values}
         if background:
             parts.manager.begin(parts.engine, draft)
@@ -142,8 +183,12 @@ class Saver:
         if on_nodes and not other.on_nodes:
             return True  # what is on its way to storage serves as well
         if on_nodes == other.on_nodes and self._section.when_busy == "skip":
-            log.warning("no checkpoint at step %d: the one before is still being written; %s is shorter than a save "
-                        "takes", step, self._interval(on_nodes))
+            log.warning(
+                "no checkpoint at step %d: the one before is still being written; %s is shorter than a save "
+                "takes",
+                step,
+                self._interval(on_nodes),
+            )
             return True
         return False
 
@@ -174,4 +219,3 @@ class Saver:
         self.url = outcome.url
         self._hooks.committed(outcome.url, self._told)
         return True
-

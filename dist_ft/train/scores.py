@@ -20,7 +20,9 @@ ROWS, TIE = 1024, 1e-6
 BINS = 15
 
 
-def sequence_classification(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
+def sequence_classification(
+    task: TaskSection, wanted: np.ndarray, told: np.ndarray
+) -> dict[str, Any]:
     """Return the metrics of logits `told` (N, K) for labels `wanted` (N,)."""
     from sklearn import metrics
 
@@ -33,9 +35,19 @@ def sequence_classification(task: TaskSection, wanted: np.ndarray, told: np.ndar
         "f1_weighted": float(metrics.f1_score(wanted, found, average="weighted", zero_division=0)),
         "mcc": float(metrics.matthews_corrcoef(wanted, found)),
         "calibration_error": calibration_error(shares.max(1), found == wanted),
-        "by_label": _by_label(task, metrics.classification_report(
-            wanted, found, labels=names, target_names=list(task.labels), output_dict=True, zero_division=0)),
-        "confusion": metrics.confusion_matrix(wanted, found, labels=names).tolist()}
+        "by_label": _by_label(
+            task,
+            metrics.classification_report(
+                wanted,
+                found,
+                labels=names,
+                target_names=list(task.labels),
+                output_dict=True,
+                zero_division=0,
+            ),
+        ),
+        "confusion": metrics.confusion_matrix(wanted, found, labels=names).tolist(),
+    }
 
 
 def multi_label(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
@@ -47,23 +59,35 @@ def multi_label(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict
         "accuracy": float((found == wanted).all(1).mean()),
         "f1_micro": float(metrics.f1_score(wanted, found, average="micro", zero_division=0)),
         "f1_macro": float(metrics.f1_score(wanted, found, average="macro", zero_division=0)),
-        "by_label": _by_label(task, metrics.classification_report(
-            wanted, found, target_names=list(task.labels), output_dict=True, zero_division=0))}
+        "by_label": _by_label(
+            task,
+            metrics.classification_report(
+                wanted, found, target_names=list(task.labels), output_dict=True, zero_division=0
+            ),
+        ),
+    }
 
 
 def regression(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
     """Return the metrics of values `told` (N,) for `wanted` (N,)."""
     from scipy import stats
 
-    values = {"mse": float(((told - wanted) ** 2).mean()), "mae": float(np.abs(told - wanted).mean())}
+    values = {
+        "mse": float(((told - wanted) ** 2).mean()),
+        "mae": float(np.abs(told - wanted).mean()),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
         values["pearson"] = float(stats.pearsonr(wanted, told)[0]) if len(wanted) > 1 else math.nan
-        values["spearman"] = float(stats.spearmanr(wanted, told)[0]) if len(wanted) > 1 else math.nan
+        values["spearman"] = (
+            float(stats.spearmanr(wanted, told)[0]) if len(wanted) > 1 else math.nan
+        )
     return values
 
 
-def token_classification(task: TaskSection, wanted: Sequence[np.ndarray], told: Sequence[np.ndarray]) -> dict[str, Any]:
+def token_classification(
+    task: TaskSection, wanted: Sequence[np.ndarray], told: Sequence[np.ndarray]
+) -> dict[str, Any]:
     """Return the metrics of tags, numbers (T,) of each sample's words: of entities (seqeval), and of single tags."""
     from seqeval import metrics
     from sklearn.metrics import accuracy_score, classification_report
@@ -75,12 +99,23 @@ def token_classification(task: TaskSection, wanted: Sequence[np.ndarray], told: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kinds that do not occur; they count 0
         if any(len(label) > 2 and label[1] == "-" for label in task.labels):
-            values |= {"precision": float(metrics.precision_score(gold, found)),
-                       "recall": float(metrics.recall_score(gold, found)), "f1": float(metrics.f1_score(gold, found)),
-                       "by_label": _plain(metrics.classification_report(gold, found, output_dict=True))}
-        values["by_tag"] = _by_label(task, classification_report(
-            flat_wanted, flat_told, labels=list(range(len(names))), target_names=list(task.labels), output_dict=True,
-            zero_division=0))
+            values |= {
+                "precision": float(metrics.precision_score(gold, found)),
+                "recall": float(metrics.recall_score(gold, found)),
+                "f1": float(metrics.f1_score(gold, found)),
+                "by_label": _plain(metrics.classification_report(gold, found, output_dict=True)),
+            }
+        values["by_tag"] = _by_label(
+            task,
+            classification_report(
+                flat_wanted,
+                flat_told,
+                labels=list(range(len(names))),
+                target_names=list(task.labels),
+                output_dict=True,
+                zero_division=0,
+            ),
+        )
     return values
 
 
@@ -106,8 +141,12 @@ def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> dict[
     first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second))
     own = (first * second).sum(1)[:, None] - TIE
     # what is not clearly farther counts as nearer: vectors that are all alike, or no numbers, find nothing
-    places = np.concatenate([(~(first[start:start + ROWS] @ second.T < own[start:start + ROWS])).sum(1)
-                             for start in range(0, len(first), ROWS)])
+    places = np.concatenate(
+        [
+            (~(first[start : start + ROWS] @ second.T < own[start : start + ROWS])).sum(1)
+            for start in range(0, len(first), ROWS)
+        ]
+    )
     values = {f"recall@{k}": float((places <= k).mean()) for k in RECALLS if k <= len(places)}
     gains = np.where(places <= 10, 1 / np.log2(places + 1), 0.0)
     return {**values, "mrr": float((1 / places).mean()), "ndcg@10": float(gains.mean())}
@@ -120,9 +159,15 @@ def counted_tokens(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> d
 
 
 SCORES: dict[str, Callable[[TaskSection, Any, Any], dict[str, Any]]] = {
-    "sequence_classification": sequence_classification, "multi_label": multi_label, "regression": regression,
-    "token_classification": token_classification, "question_answering": question_answering, "embedding": embedding,
-    "masked_lm": counted_tokens, "seq2seq": counted_tokens}
+    "sequence_classification": sequence_classification,
+    "multi_label": multi_label,
+    "regression": regression,
+    "token_classification": token_classification,
+    "question_answering": question_answering,
+    "embedding": embedding,
+    "masked_lm": counted_tokens,
+    "seq2seq": counted_tokens,
+}
 """The metrics of each task with a head."""
 
 
@@ -146,4 +191,6 @@ def _by_label(task: TaskSection, report: dict[str, Any]) -> dict[str, dict[str, 
 
 def _plain(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return a report with plain numbers."""
-    return {label: {name: float(value) for name, value in row.items()} for label, row in report.items()}
+    return {
+        label: {name: float(value) for name, value in row.items()} for label, row in report.items()
+    }

@@ -37,7 +37,9 @@ class Scorer:
             self._rows.append((sample, first, *read(batch.target_ids[row, :size], told[row])))
             if self._task.name in examples.DESCRIBERS:
                 self._seen[sample, first] = tuple(  # type: ignore[assignment]
-                    array[row, :size].astype(np.int32) for array in (batch.input_ids, batch.target_ids))
+                    array[row, :size].astype(np.int32)
+                    for array in (batch.input_ids, batch.target_ids)
+                )
 
     def scores(self, collectives: Collectives) -> dict[str, Any]:
         """Return the metrics over the rows of all workers, on all workers; a collective call."""
@@ -77,24 +79,26 @@ class Scorer:
 
     def _token_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
         words = labels != IGNORED
-        logits = told[:len(labels)][words]
+        logits = told[: len(labels)][words]
         return labels[words], (logits.argmax(-1), softmax(logits.astype(float)).max(-1))
 
     def _question_answering(self, labels: np.ndarray, told: np.ndarray) -> Found:
         start = int((labels != IGNORED).argmax())
         span = unpack(int(labels[start]))
-        return (start, span.last), best_span(told[:len(labels)], span.begin, len(labels) - span.tail)
+        return (start, span.last), best_span(
+            told[: len(labels)], span.begin, len(labels) - span.tail
+        )
 
     def _embedding(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return told[0], told[1]
 
     def _masked_lm(self, labels: np.ndarray, told: np.ndarray) -> Found:
         wanted = labels != IGNORED
-        return (int((told[:len(labels)] == labels)[wanted].sum()), int(wanted.sum())), 0
+        return (int((told[: len(labels)] == labels)[wanted].sum()), int(wanted.sum())), 0
 
     def _seq2seq(self, labels: np.ndarray, told: np.ndarray) -> Found:
         wanted = labels[labels != IGNORED]
-        return (int((told[:len(wanted)] == wanted).sum()), len(wanted)), 0
+        return (int((told[: len(wanted)] == wanted).sum()), len(wanted)), 0
 
 
 def best_span(logits: np.ndarray, begin: int, stop: int) -> tuple[int, int, float]:
@@ -108,14 +112,16 @@ def best_span(logits: np.ndarray, begin: int, stop: int) -> tuple[int, int, floa
     length = np.arange(len(starts))[None, :] - np.arange(len(starts))[:, None]
     sums[(length < 0) | (length >= LONGEST_ANSWER)] = -np.inf
     outside = np.ones(len(starts), dtype=bool)
-    outside[max(1, begin):stop] = False
+    outside[max(1, begin) : stop] = False
     sums[outside, :], sums[:, outside] = -np.inf, -np.inf
     first, last = divmod(int(sums.argmax()), len(starts))
     score = float(sums[first, last] - starts[0] - ends[0])
     return (first, last, score) if score > 0 else (0, 0, score)
 
 
-def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], list[Any], list[float]]:
+def _best_windows(
+    rows: list[tuple[int, int, Any, Any]],
+) -> tuple[list[Any], list[Any], list[float]]:
     """Return [window, first, last] wanted and told of each sample, of its windows the best, and the score of that.
 
     Windows share tokens: an answer may lie in two of them, and is told rightly in either.
@@ -129,7 +135,10 @@ def _best_windows(rows: list[tuple[int, int, Any, Any]]) -> tuple[list[Any], lis
         found = (window, first, last) if (first, last) != (0, 0) else (-1, 0, 0)
         if sample not in told or score > told[sample][0]:
             told[sample] = score, found
-    wanted = [own.get(told[sample][1][0], next(iter(own.values()), (-1, 0, 0))) for sample, own in golds.items()]
+    wanted = [
+        own.get(told[sample][1][0], next(iter(own.values()), (-1, 0, 0)))
+        for sample, own in golds.items()
+    ]
     return wanted, [told[sample][1] for sample in golds], [told[sample][0] for sample in golds]
 
 
@@ -137,5 +146,13 @@ def _answers(rows: list[tuple[int, int, Any, Any]]) -> list[tuple[int, int, Any,
     """Return (sample, window to show, wanted, told, how sure) of each question."""
     first = {row[0]: row[1] for row in reversed(rows)}
     found = zip(dict.fromkeys(row[0] for row in rows), *_best_windows(rows), strict=True)
-    return [(sample, next((side[0] for side in (told, wanted) if side[0] >= 0), first[sample]), wanted, told,
-             abs(score)) for sample, wanted, told, score in found]
+    return [
+        (
+            sample,
+            next((side[0] for side in (told, wanted) if side[0] >= 0), first[sample]),
+            wanted,
+            told,
+            abs(score),
+        )
+        for sample, wanted, told, score in found
+    ]

@@ -40,7 +40,9 @@ class Pace:
 class Stragglers:
     """One worker's part."""
 
-    def __init__(self, world: World, collectives: Collectives, device: torch.device, every_steps: int) -> None:
+    def __init__(
+        self, world: World, collectives: Collectives, device: torch.device, every_steps: int
+    ) -> None:
         """Begin to watch if `every_steps` is not 0 and there is someone to compare with."""
         self._world = world
         self._collectives = collectives
@@ -61,7 +63,13 @@ class Stragglers:
             return {}
         now = time.monotonic()
         passed_s = max(now - self._since, 1e-9)
-        own = Pace(self._world.rank, self._node, self._stood_s / passed_s, self._data_s / passed_s, probe(self._device))
+        own = Pace(
+            self._world.rank,
+            self._node,
+            self._stood_s / passed_s,
+            self._data_s / passed_s,
+            probe(self._device),
+        )
         self._stood_s = self._data_s = 0.0
         self._since = time.monotonic()
         paces = self._collectives.gather(own)
@@ -84,29 +92,56 @@ class Stragglers:
         """Log who has become slow, or no longer is, and return the metrics."""
         slow = judge(paces)
         for rank in sorted(slow.keys() - self._named):
-            log.warning("step %d: worker %d on node %s is slow: %s; all others wait for it", step, rank,
-                        paces[rank].node, slow[rank])
+            log.warning(
+                "step %d: worker %d on node %s is slow: %s; all others wait for it",
+                step,
+                rank,
+                paces[rank].node,
+                slow[rank],
+            )
         for rank in sorted(self._named - slow.keys()):
-            log.warning("step %d: worker %d on node %s is no longer slow", step, rank, paces[rank].node)
+            log.warning(
+                "step %d: worker %d on node %s is no longer slow", step, rank, paces[rank].node
+            )
         self._named = set(slow)
-        paces = sorted(paces, key=lambda pace: (pace.rank in slow, pace.stood_share, pace.probe_s), reverse=True)
-        return {f"{name}/{pace.node}/rank-{pace.rank:05d}": value for pace in paces[:MOST_LISTED] for name, value in (
-            ("stood_share", pace.stood_share), ("data_share", pace.data_share), ("probe_s", pace.probe_s))}
+        paces = sorted(
+            paces,
+            key=lambda pace: (pace.rank in slow, pace.stood_share, pace.probe_s),
+            reverse=True,
+        )
+        return {
+            f"{name}/{pace.node}/rank-{pace.rank:05d}": value
+            for pace in paces[:MOST_LISTED]
+            for name, value in (
+                ("stood_share", pace.stood_share),
+                ("data_share", pace.data_share),
+                ("probe_s", pace.probe_s),
+            )
+        }
 
 
 def judge(paces: list[Pace]) -> dict[int, str]:
     """Return what is slow about each slow worker, by rank. Pure."""
-    usual = {name: median(getattr(pace, name) for pace in paces) for name in ("stood_share", "data_share", "probe_s")}
+    usual = {
+        name: median(getattr(pace, name) for pace in paces)
+        for name in ("stood_share", "data_share", "probe_s")
+    }
     if len(paces) == 2:  # of two, the median would be half the slow one's
         usual = {name: min(getattr(pace, name) for pace in paces) for name in usual}
     found = {}
     for pace in paces:
-        said = [f"it {what} {getattr(pace, name):.0%} of the time (usual here: {usual[name]:.0%})"
-                for name, what in (("stood_share", "stood still (stopped, or without a CPU)"),
-                                   ("data_share", "waited for data"))
-                if getattr(pace, name) > usual[name] + STOOD_SHARE]
+        said = [
+            f"it {what} {getattr(pace, name):.0%} of the time (usual here: {usual[name]:.0%})"
+            for name, what in (
+                ("stood_share", "stood still (stopped, or without a CPU)"),
+                ("data_share", "waited for data"),
+            )
+            if getattr(pace, name) > usual[name] + STOOD_SHARE
+        ]
         if pace.probe_s > TIMES_SLOWER * usual["probe_s"] and not said:
-            said = [f"a matrix product takes it {pace.probe_s / usual['probe_s']:.1f} times as long as usual here"]
+            said = [
+                f"a matrix product takes it {pace.probe_s / usual['probe_s']:.1f} times as long as usual here"
+            ]
         if said:
             found[pace.rank] = "; ".join(said)
     return found

@@ -21,8 +21,9 @@ SPLITTING = ("zh", "char")
 """Tokenizers of sacrebleu for what is written without blanks."""
 
 
-def scores(metrics: Sequence[str], texts: Sequence[str], references: Sequence[str], tokenizer: str = "13a"
-           ) -> dict[str, float]:
+def scores(
+    metrics: Sequence[str], texts: Sequence[str], references: Sequence[str], tokenizer: str = "13a"
+) -> dict[str, float]:
     """Return the value of each of `metrics` (config.decoding.TEXT_METRICS) of `texts`, one for each of `references`."""
     if not texts:
         return {}
@@ -36,7 +37,9 @@ def scores(metrics: Sequence[str], texts: Sequence[str], references: Sequence[st
             edits = sum(distance(words(text), words(reference)) for text, reference in pairs)
             found[metric] = edits / max(1, sum(len(words(reference)) for reference in references))
         else:
-            found[metric] = float(np.mean([score(metric, text, reference, tokenizer) for text, reference in pairs]))
+            found[metric] = float(
+                np.mean([score(metric, text, reference, tokenizer) for text, reference in pairs])
+            )
     return found
 
 
@@ -121,5 +124,8 @@ class _Words:
 def _rouge(tokenizer: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGES), use_stemmer=False,
-                       tokenizer=_Words(tokenizer) if tokenizer in SPLITTING else None)
+    return RougeScorer(
+        list(ROUGES),
+        use_stemmer=False,
+        tokenizer=_Words(tokenizer) if tokenizer in SPLITTING else None,
+    )

@@ -25,11 +25,15 @@ TAG = "dist_ft.run"
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Yield a line for each tracker that is asked for and not installed."""
-    for name, field, asked in (("wandb", "project", config.log.wandb.project),
-                               ("mlflow", "experiment", config.log.mlflow.experiment)):
+    for name, field, asked in (
+        ("wandb", "project", config.log.wandb.project),
+        ("mlflow", "experiment", config.log.mlflow.experiment),
+    ):
         if asked and importlib.util.find_spec(name) is None:
-            yield (f"log.{name}.{field}={asked}: {name} is not installed here; it comes with an extra; "
-                   f"pip install 'dist-ft[{name}]', or leave log.{name} out")
+            yield (
+                f"log.{name}.{field}={asked}: {name} is not installed here; it comes with an extra; "
+                f"pip install 'dist-ft[{name}]', or leave log.{name} out"
+            )
 
 
 class Trackers:
@@ -47,18 +51,28 @@ class Trackers:
         missing = list(problems(config))
         if missing:
             raise ConfigError(missing, "trackers")
-        found: list[tuple[str, Listener, Callable[[], None]]] = [("who watches", measured, lambda: None)]
-        for name, asked, begin in (("wandb", config.log.wandb.project, _wandb),
-                                   ("mlflow", config.log.mlflow.experiment, _mlflow)):
+        found: list[tuple[str, Listener, Callable[[], None]]] = [
+            ("who watches", measured, lambda: None)
+        ]
+        for name, asked, begin in (
+            ("wandb", config.log.wandb.project, _wandb),
+            ("mlflow", config.log.mlflow.experiment, _mlflow),
+        ):
             if not asked:
                 continue
             try:
                 found.append((name, *begin(config, url, cache)))
             except Exception as error:
                 said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ConfigError([redact(f"log.{name}: it can not begin ({said}); check its address and that its "
-                                          f"credentials are in the environment, or leave log.{name} out")],
-                                  "trackers") from error
+                raise ConfigError(
+                    [
+                        redact(
+                            f"log.{name}: it can not begin ({said}); check its address and that its "
+                            f"credentials are in the environment, or leave log.{name} out"
+                        )
+                    ],
+                    "trackers",
+                ) from error
         return cls(found)
 
     def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -68,8 +82,11 @@ class Trackers:
             try:
                 one[1](step, kind, finite)
             except Exception as error:
-                log.warning("%s takes no more metrics (%s); training goes on", one[0],
-                            redact(str(error).split("\n")[0]))
+                log.warning(
+                    "%s takes no more metrics (%s); training goes on",
+                    one[0],
+                    redact(str(error).split("\n")[0]),
+                )
                 self._listeners.remove(one)
 
     def close(self) -> None:
@@ -93,9 +110,17 @@ def _wandb(config: RunConfig, url: str, cache: Path) -> tuple[Listener, Callable
     section = config.log.wandb
     folder = Path(section.folder).expanduser() if section.folder else cache / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(project=section.project, entity=section.entity, mode=section.mode, dir=str(folder), id=_id(url),
-                     name=config.run.name, resume="allow", config=config.model_dump(mode="json"),
-                     settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False))
+    run = wandb.init(
+        project=section.project,
+        entity=section.entity,
+        mode=section.mode,
+        dir=str(folder),
+        id=_id(url),
+        name=config.run.name,
+        resume="allow",
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+    )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # a step done again after a restart is no step back
 
@@ -114,11 +139,17 @@ def _mlflow(config: RunConfig, url: str, _cache: Path) -> tuple[Listener, Callab
     known = client.get_experiment_by_name(section.experiment)
     experiment = known.experiment_id if known else client.create_experiment(section.experiment)
     runs = client.search_runs([experiment], f"tags.`{TAG}` = '{key}'", max_results=1)
-    run_id = (runs[0] if runs else client.create_run(experiment, tags={TAG: key}, run_name=config.run.name)).info.run_id
+    run_id = (
+        runs[0]
+        if runs
+        else client.create_run(experiment, tags={TAG: key}, run_name=config.run.name)
+    ).info.run_id
     client.update_run(run_id, status="RUNNING")
 
     def add(step: int, kind: str, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        client.log_batch(run_id, [Metric(f"{kind}/{name}", value, now, step) for name, value in values.items()])
+        client.log_batch(
+            run_id, [Metric(f"{kind}/{name}", value, now, step) for name, value in values.items()]
+        )
 
     return add, lambda: client.set_terminated(run_id)

@@ -52,9 +52,15 @@ class Model:
         except ValueError:
             rows = None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            return JSONResponse({"error": "a JSON list of rows is needed, such as [{\"text\": \"...\"}]"}, 400)
+            return JSONResponse(
+                {"error": 'a JSON list of rows is needed, such as [{"text": "..."}]'}, 400
+            )
         said = await self.answer(rows)
-        return JSONResponse({"error": str(said)}, 400) if isinstance(said, DistFtError) else JSONResponse(said)
+        return (
+            JSONResponse({"error": str(said)}, 400)
+            if isinstance(said, DistFtError)
+            else JSONResponse(said)
+        )
 
 
 app = Model.bind(os.environ.get("MODEL", "out/"))  # type: ignore[attr-defined]

@@ -12,47 +12,102 @@ from pathlib import Path
 import lab
 import small_models
 
-SENTENCES = ("Angela Merkel meets Apple in Berlin", "nothing happened today", "Liverpool beat Chelsea at Anfield",
-             "I love the BBC and @stephenfry")
+SENTENCES = (
+    "Angela Merkel meets Apple in Berlin",
+    "nothing happened today",
+    "Liverpool beat Chelsea at Anfield",
+    "I love the BBC and @stephenfry",
+)
 LEAST_F1 = 0.55
 
 
 def guide(here: lab.Lab) -> list[str]:
     """Run the guide in one engine; return what it missed."""
     source = here.data / "data" / "btc"
-    sets = {name: here.imported("conll", f"{name}.jsonl", str(source / f"btc.{name}"))
-            for name in ("train", "dev", "test")}
-    some = [row for number, row in enumerate(read(sets["train"])) if number % 3]  # all parts of the corpus, as they lie
+    sets = {
+        name: here.imported("conll", f"{name}.jsonl", str(source / f"btc.{name}"))
+        for name in ("train", "dev", "test")
+    }
+    some = [
+        row for number, row in enumerate(read(sets["train"])) if number % 3
+    ]  # all parts of the corpus, as they lie
     sets["train"] = here.rows("some.jsonl", some)
-    run = here.train("entities", "entities.yaml", f"model.path={small_models.minilm()}", f"data.train={sets['train']}",
-                     f"evaluation.data={sets['dev']}", "evaluation.every_steps=0", "evaluation.every_epochs=1",
-                     "checkpoint.every_steps=0")
+    run = here.train(
+        "entities",
+        "entities.yaml",
+        f"model.path={small_models.minilm()}",
+        f"data.train={sets['train']}",
+        f"evaluation.data={sets['dev']}",
+        "evaluation.every_steps=0",
+        "evaluation.every_epochs=1",
+        "checkpoint.every_steps=0",
+    )
     steps = run["steps"]
-    rows = [[f"epoch {round(3 * line['step'] / steps)}", line["loss"], line["precision"], line["recall"], line["f1"]]
-            for line in run["evaluations"]]
-    here.table("Held-out data by epoch (epoch 0: before, the head is random)",
-               ["", "loss", "precision", "recall", "F1"], rows)
-    for title, name in (("Whole entities (seqeval)", "by_label"), ("Single tags, B- and I- apart", "by_tag")):
-        here.table(title, ["", "precision", "recall", "F1", "support"],
-                   [[label, *(row[key] for key in ("precision", "recall", "f1-score", "support"))]
-                    for label, row in run["tables"][name].items()])
+    rows = [
+        [
+            f"epoch {round(3 * line['step'] / steps)}",
+            line["loss"],
+            line["precision"],
+            line["recall"],
+            line["f1"],
+        ]
+        for line in run["evaluations"]
+    ]
+    here.table(
+        "Held-out data by epoch (epoch 0: before, the head is random)",
+        ["", "loss", "precision", "recall", "F1"],
+        rows,
+    )
+    for title, name in (
+        ("Whole entities (seqeval)", "by_label"),
+        ("Single tags, B- and I- apart", "by_tag"),
+    ):
+        here.table(
+            title,
+            ["", "precision", "recall", "F1", "support"],
+            [
+                [label, *(row[key] for key in ("precision", "recall", "f1-score", "support"))]
+                for label, row in run["tables"][name].items()
+            ],
+        )
     model = here.export(run["url"])
-    tested = here.evaluate("entities.yaml", f"data.train={sets['train']}", f"evaluation.data={sets['test']}",
-                           f"model.path={model}")
-    here.table("Test data", ["", "precision", "recall", "F1"],
-               [["after", *(tested[name] for name in ("precision", "recall", "f1"))]])
+    tested = here.evaluate(
+        "entities.yaml",
+        f"data.train={sets['train']}",
+        f"evaluation.data={sets['test']}",
+        f"model.path={model}",
+    )
+    here.table(
+        "Test data",
+        ["", "precision", "recall", "F1"],
+        [["after", *(tested[name] for name in ("precision", "recall", "f1"))]],
+    )
     new = here.rows("new.jsonl", [{"text": sentence} for sentence in SENTENCES])
     said = here.out / "said.jsonl"
     lab.dist_ft("predict", str(model), str(new), "--out", str(said))
-    here.table("New sentences", ["", "found"], [[row["text"], tags(row["prediction"])] for row in read(said)])
+    here.table(
+        "New sentences",
+        ["", "found"],
+        [[row["text"], tags(row["prediction"])] for row in read(said)],
+    )
     best = max(line["f1"] for line in run["evaluations"])
-    return [] if best >= LEAST_F1 else [f"F1 {best:.3f} within three epochs; at least {LEAST_F1} is promised"]
+    return (
+        []
+        if best >= LEAST_F1
+        else [f"F1 {best:.3f} within three epochs; at least {LEAST_F1} is promised"]
+    )
 
 
 def tags(prediction: dict[str, list[str]]) -> str:
     """Return the words that have a tag, with it."""
-    return ", ".join(f"{word}/{tag}" for word, tag in zip(prediction["tokens"], prediction["tags"], strict=True)
-                     if tag != "O") or "nothing"
+    return (
+        ", ".join(
+            f"{word}/{tag}"
+            for word, tag in zip(prediction["tokens"], prediction["tags"], strict=True)
+            if tag != "O"
+        )
+        or "nothing"
+    )
 
 
 def read(path: Path) -> list[dict]:

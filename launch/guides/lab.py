@@ -59,19 +59,32 @@ class Lab:
 
     def train(self, run: str, config: str, *overrides: str) -> dict[str, Any]:
         """Train configs/recipes/`config` as run `run`; return its report, with `seconds` and `MB` of the process."""
-        arguments = [f"configs/recipes/{config}", f"run.name={run}", f"run.storage={self.out / 'runs'}",
-                     f"data.cache_dir={self.out / 'cache'}", "checkpoint.keep_best=0", *overrides,
-                     *ENGINES[self.engine]]
+        arguments = [
+            f"configs/recipes/{config}",
+            f"run.name={run}",
+            f"run.storage={self.out / 'runs'}",
+            f"data.cache_dir={self.out / 'cache'}",
+            "checkpoint.keep_best=0",
+            *overrides,
+            *ENGINES[self.engine],
+        ]
         url = f"{self.out / 'runs'}/{run}"
         begun = time.monotonic()
         peak = command("train", *arguments, quiet=self.out / f"{run}.log")
         seconds = time.monotonic() - begun
         if run not in self.took:
             self.took[run] = seconds, peak if self.engine == "plain" else None
-        learned = re.search(r"([\d,]+)\s+learned", (self.out / f"{run}.log").read_text(errors="replace"))
+        learned = re.search(
+            r"([\d,]+)\s+learned", (self.out / f"{run}.log").read_text(errors="replace")
+        )
         report = gather(url)
-        return {**report, "url": url, "seconds": self.took[run][0], "MB": self.took[run][1],
-                "learned": int(learned[1].replace(",", "")) if learned else None}
+        return {
+            **report,
+            "url": url,
+            "seconds": self.took[run][0],
+            "MB": self.took[run][1],
+            "learned": int(learned[1].replace(",", "")) if learned else None,
+        }
 
     def export(self, url: str, *options: str) -> Path:
         """Export a run; return the folder."""
@@ -83,21 +96,31 @@ class Lab:
     def evaluate(self, config: str, *arguments: str, here: bool = False) -> dict[str, Any]:
         """Return what `dist-ft evaluate` tells of one model, and its `seconds`; `here`: in one process in any case."""
         begun = time.monotonic()
-        done = dist_ft("evaluate", f"configs/recipes/{config}", f"run.storage={self.out / 'runs'}",
-                       f"data.cache_dir={self.out / 'cache'}", *arguments, *ENGINES["plain" if here else self.engine],
-                       "--json")
+        done = dist_ft(
+            "evaluate",
+            f"configs/recipes/{config}",
+            f"run.storage={self.out / 'runs'}",
+            f"data.cache_dir={self.out / 'cache'}",
+            *arguments,
+            *ENGINES["plain" if here else self.engine],
+            "--json",
+        )
         return {**next(iter(json.loads(done).values())), "seconds": time.monotonic() - begun}
 
     def table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Keep and print a table; columns of costs (seconds, MB) are not compared between engines."""
-        self.tables.append(Table(f"{title} ({self.engine})", list(heads), [list(row) for row in rows]))
+        self.tables.append(
+            Table(f"{title} ({self.engine})", list(heads), [list(row) for row in rows])
+        )
         print(f"\n{self.tables[-1].shown()}", flush=True)
 
     def rows(self, path: str, rows: Iterable[dict[str, Any]]) -> Path:
         """Write rows as JSON lines into the guide's folder of data; return the file."""
         file = self.out / "data" / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        file.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+        )
         return file
 
     def imported(self, kind: str, name: str, *arguments: str) -> Path:
@@ -125,13 +148,17 @@ def command(*arguments: str, quiet: Path | None = None) -> float:
     """Run a dist-ft command, shown as one would type it; return the MB its process held at most."""
     say(f"dist-ft {' '.join(arguments)}")
     with open(quiet, "w") if quiet else nullcontext() as out:
-        process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, stdout=out, stderr=out
+        )
         peak = 0.0  # not by wait4: a child begins with the peak of the process it was forked from
         while process.poll() is None:
             peak = max(peak, _peak(process.pid))
             time.sleep(0.1)
     if process.returncode != 0:
-        raise SystemExit(f"error: it ended with {process.returncode}" + (f":\n{tail(quiet)}" if quiet else ""))
+        raise SystemExit(
+            f"error: it ended with {process.returncode}" + (f":\n{tail(quiet)}" if quiet else "")
+        )
     return peak
 
 
@@ -147,9 +174,13 @@ def _peak(pid: int) -> float:
 def dist_ft(*arguments: str) -> str:
     """Run a dist-ft command and return what it says."""
     say(f"dist-ft {' '.join(arguments)}")
-    done = subprocess.run([sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode != 0:
-        raise SystemExit(f"error: it ended with {done.returncode}:\n{(done.stderr + done.stdout)[-3000:]}")
+        raise SystemExit(
+            f"error: it ended with {done.returncode}:\n{(done.stderr + done.stdout)[-3000:]}"
+        )
     return done.stdout
 
 
@@ -171,7 +202,11 @@ def shown(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() or abs(value) >= 100 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else str(value).replace("|", "\\|").replace("\n", " ")
+    )
 
 
 def say(*lines: str) -> None:

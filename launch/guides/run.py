@@ -31,24 +31,40 @@ GUIDES = {
 
 def main() -> int:
     """Run the guide that was named; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="\n".join(f"{name}: {what}" for name, what in GUIDES.items()))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name}: {what}" for name, what in GUIDES.items()),
+    )
     parser.add_argument("guide", choices=GUIDES)
-    parser.add_argument("--engine", choices=[*lab.ENGINES, "both"], default="both",
-                        help="both: plain, then zero2 (default)")
-    parser.add_argument("--data", default=os.environ.get("DIST_FT_SHARED", str(lab.ROOT.parent / "shared")),
-                        help="folder that holds data/ and models/")
-    parser.add_argument("--out", help="folder for runs, models and tables; what is there is removed")
+    parser.add_argument(
+        "--engine",
+        choices=[*lab.ENGINES, "both"],
+        default="both",
+        help="both: plain, then zero2 (default)",
+    )
+    parser.add_argument(
+        "--data",
+        default=os.environ.get("DIST_FT_SHARED", str(lab.ROOT.parent / "shared")),
+        help="folder that holds data/ and models/",
+    )
+    parser.add_argument(
+        "--out", help="folder for runs, models and tables; what is there is removed"
+    )
     given = parser.parse_args()
     data = Path(given.data).absolute()
     if not (data / "data").is_dir():
-        parser.error(f"--data={data}: there is no folder data in it; the guides read real data sets from there")
+        parser.error(
+            f"--data={data}: there is no folder data in it; the guides read real data sets from there"
+        )
     out = Path(given.out or lab.ROOT / "runs" / "guides" / given.guide).absolute()
     shutil.rmtree(out, ignore_errors=True)
     guide = importlib.import_module(given.guide)
     labs, missed, begun = [], [], time.monotonic()
     for engine in ("plain", "zero2") if given.engine == "both" else (given.engine,):
-        os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core; the plain engine rounds as it does with one
+        os.environ["OMP_NUM_THREADS"] = (
+            "1"  # a worker has one core; the plain engine rounds as it does with one
+        )
         here = lab.Lab(given.guide, engine, data, out / engine)
         here.out.mkdir(parents=True)
         missed += [f"{line} ({engine})" for line in guide.guide(here)]
@@ -58,12 +74,33 @@ def main() -> int:
         worst = lab.compare(labs)
         lines.append(f"the two engines' tables differ by at most {worst:.2g}")
         if worst > lab.TOLERANCE:
-            missed.append(f"the engines' tables differ by {worst:.2g}; at most {lab.TOLERANCE} is allowed")
-    (out / "tables.json").write_text(json.dumps(
-        {"guide": given.guide, "notes": lines, "missed": missed,
-         "tables": [asdict(table) for one in labs for table in one.tables]}, indent=1, ensure_ascii=False))
-    (out / "guide.md").write_text("\n".join([f"# {lines[0]}", "", *lines[1:], *missed, "",
-                                             *(table.shown() for one in labs for table in one.tables)]))
+            missed.append(
+                f"the engines' tables differ by {worst:.2g}; at most {lab.TOLERANCE} is allowed"
+            )
+    (out / "tables.json").write_text(
+        json.dumps(
+            {
+                "guide": given.guide,
+                "notes": lines,
+                "missed": missed,
+                "tables": [asdict(table) for one in labs for table in one.tables],
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+    )
+    (out / "guide.md").write_text(
+        "\n".join(
+            [
+                f"# {lines[0]}",
+                "",
+                *lines[1:],
+                *missed,
+                "",
+                *(table.shown() for one in labs for table in one.tables),
+            ]
+        )
+    )
     lab.say(*lines, f"tables: {out / 'guide.md'}", *(f"MISSED: {line}" for line in missed))
     return 1 if missed else 0
 

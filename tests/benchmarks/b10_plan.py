@@ -36,9 +36,13 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lanes", type=int, default=LANES, help="a rank")
     parser.add_argument("--shape", default="M", choices=sorted(workload.SHAPES))
-    parser.add_argument("--add", action="store_true", help="keep the cells a file of results has already")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the cells a file of results has already"
+    )
     parser.add_argument("--out", help="JSON file to write instead of results/b10_plan.json")
-    parser.add_argument("--predict", action="store_true", help="predict anew beside what a file of results measured")
+    parser.add_argument(
+        "--predict", action="store_true", help="predict anew beside what a file of results measured"
+    )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
@@ -48,15 +52,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dist_ft-b10-") as name:
         workload.make_model(Path(name) / f"model-{args.shape.lower()}", args.shape)
         for stage, world in ((stage, world) for stage in args.stages for world in args.worlds):
-            old = next((cell["ranks"] for cell in cells if (cell["stage"], cell["world"]) == (stage, world)), None)
+            old = next(
+                (
+                    cell["ranks"]
+                    for cell in cells
+                    if (cell["stage"], cell["world"]) == (stage, world)
+                ),
+                None,
+            )
             if args.predict and old is None:
                 continue
-            found = beside(args, Path(name), stage, world, old if args.predict else measure(args, Path(name), stage, world))
-            cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [found]
+            found = beside(
+                args,
+                Path(name),
+                stage,
+                world,
+                old if args.predict else measure(args, Path(name), stage, world),
+            )
+            cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [
+                found
+            ]
             cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
-            harness.save("b10_plan", {
-                "shape": args.shape, "micro_batch": ROWS, "sequence_length": TOKENS, "lanes": args.lanes,
-                "steps": STEPS, "dtype": "float32"}, environment, {"cells": cells}, args.out)
+            harness.save(
+                "b10_plan",
+                {
+                    "shape": args.shape,
+                    "micro_batch": ROWS,
+                    "sequence_length": TOKENS,
+                    "lanes": args.lanes,
+                    "steps": STEPS,
+                    "dtype": "float32",
+                },
+                environment,
+                {"cells": cells},
+                args.out,
+            )
             print(f"ZeRO-{stage} on {world}: {found['ratio']:.4f}", file=sys.stderr, flush=True)
     report(cells)
 
@@ -71,21 +101,44 @@ def config_of(args: argparse.Namespace, folder: Path, stage: int, world: int) ->
     """Return the run's config."""
     from dist_ft.config.load import load_config
 
-    return load_config(workload.run_config(
-        folder, args.shape, name="b10", train="unused.jsonl", sequence_length=TOKENS, micro_batch=ROWS,
-        lanes=args.lanes * world, steps=STEPS, workers=world, stage=stage))
+    return load_config(
+        workload.run_config(
+            folder,
+            args.shape,
+            name="b10",
+            train="unused.jsonl",
+            sequence_length=TOKENS,
+            micro_batch=ROWS,
+            lanes=args.lanes * world,
+            steps=STEPS,
+            workers=world,
+            stage=stage,
+        )
+    )
 
 
 def measure(args: argparse.Namespace, folder: Path, stage: int, world: int) -> list[dict[str, int]]:
     """Return the peaks of all ranks."""
     part = folder / f"part-{stage}-{world}"
-    given = ["--rank", str(folder), "--stages", str(stage), "--worlds", str(world), "--lanes", str(args.lanes),
-             "--shape", args.shape]
+    given = [
+        "--rank",
+        str(folder),
+        "--stages",
+        str(stage),
+        "--worlds",
+        str(world),
+        "--lanes",
+        str(args.lanes),
+        "--shape",
+        args.shape,
+    ]
     harness.run_ranks(__file__, given, world, part, 280)
     return [json.loads((part / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def beside(args: argparse.Namespace, folder: Path, stage: int, world: int, ranks: list[dict[str, int]]) -> dict[str, Any]:
+def beside(
+    args: argparse.Namespace, folder: Path, stage: int, world: int, ranks: list[dict[str, int]]
+) -> dict[str, Any]:
     """Return the peaks of all ranks beside what was predicted."""
     from dist_ft.plan import worker
     from dist_ft.runtime import planning
@@ -95,8 +148,16 @@ def beside(args: argparse.Namespace, folder: Path, stage: int, world: int, ranks
     row = next(row for row in plan["memory"] if row["chosen"])
     busiest = max(rank["allocated"] for rank in ranks)
     assert worker.setup_of(config, {}, world).lanes == args.lanes
-    return {"stage": stage, "world": world, "predicted": row["total"], "kinds": row["gpu"], "when": row["when"],
-            "measured": busiest, "ranks": ranks, "ratio": busiest / row["total"]}
+    return {
+        "stage": stage,
+        "world": world,
+        "predicted": row["total"],
+        "kinds": row["gpu"],
+        "when": row["when"],
+        "measured": busiest,
+        "ranks": ranks,
+        "ratio": busiest / row["total"],
+    }
 
 
 def be_rank(args: argparse.Namespace) -> None:
@@ -124,14 +185,22 @@ def be_rank(args: argparse.Namespace) -> None:
         module.register_forward_pre_hook(lambda *_: spans.begin())
         for step in range(STEPS):
             if step == STEPS - COUNTED:
-                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from what is held now
+                Path("/proc/self/clear_refs").write_text(
+                    "5"
+                )  # the high-water mark starts from what is held now
                 spans.counts = True
-            lanes = [batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)]
-            engine.accumulate(lanes, list(range(args.lanes)), args.lanes * world.size * ROWS * TOKENS)
+            lanes = [
+                batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)
+            ]
+            engine.accumulate(
+                lanes, list(range(args.lanes)), args.lanes * world.size * ROWS * TOKENS
+            )
             spans.begin()
             engine.update(1e-4)
         spans.end()
-    found = {"spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]}
+    found = {
+        "spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]
+    }
     found |= {"allocated": max(found["spans"]), "resident": memory("VmHWM") - before}
     (folder / f"part-{stage}-{world.size}" / f"{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -142,7 +211,9 @@ def batch(random: np.random.Generator, vocabulary: int) -> Any:
     from dist_ft.data.batch import Batch
 
     ids = random.integers(1, vocabulary, (ROWS, TOKENS))
-    return Batch(ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0)
+    return Batch(
+        ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0
+    )
 
 
 class Spans:
@@ -177,23 +248,36 @@ def held_bytes() -> int:
     import torch
 
     gc.collect()
-    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    found += [one.grad for one in found if one.is_leaf and one.grad is not None]  # which Python may not know yet
-    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in found if one.device.type == "cpu"}
+    found = [
+        thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+    ]
+    found += [
+        one.grad for one in found if one.is_leaf and one.grad is not None
+    ]  # which Python may not know yet
+    storages = {
+        one.untyped_storage()._cdata: one.untyped_storage().nbytes()
+        for one in found
+        if one.device.type == "cpu"
+    }
     return sum(storages.values())
 
 
 def most_beyond(profile: Any) -> list[int]:
     """Return the most bytes torch's allocator gave out during each span beyond what it had before it."""
     events = profile.kineto_results.events()
-    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events
-                   if event.name() == "counted")
+    moves = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.name() == "counted"
+    )
     at, held = np.array([time for time, _ in moves]), np.cumsum([size for _, size in moves])
     most = []
     for start, end in spans:
         first, last = np.searchsorted(at, start), np.searchsorted(at, end)
-        most.append(int(held[first - 1:last].max() - held[first - 1]))
+        most.append(int(held[first - 1 : last].max() - held[first - 1]))
     return most
 
 
@@ -205,14 +289,27 @@ def memory(field: str) -> int:
 
 def report(cells: list[dict[str, Any]]) -> None:
     """Print what was measured."""
+
     def mib(size: float) -> str:
         return f"{size / 2**20:,.0f}"
 
-    rows = [(f"ZeRO-{cell['stage']}, {cell['world']} rank{'s' if cell['world'] > 1 else ''}", mib(cell["predicted"]),
-             cell["when"], mib(cell["measured"]), mib(max(rank["resident"] for rank in cell["ranks"])),
-             f"{cell['ratio']:.3f}", "reached" if LOW <= cell["ratio"] <= HIGH else "missed") for cell in cells]
-    harness.show("B10 peak memory of a rank, MiB", ("", "predicted", "at", "measured", "resident",
-                                                    "measured / predicted", f"{LOW} to {HIGH}"), rows)
+    rows = [
+        (
+            f"ZeRO-{cell['stage']}, {cell['world']} rank{'s' if cell['world'] > 1 else ''}",
+            mib(cell["predicted"]),
+            cell["when"],
+            mib(cell["measured"]),
+            mib(max(rank["resident"] for rank in cell["ranks"])),
+            f"{cell['ratio']:.3f}",
+            "reached" if LOW <= cell["ratio"] <= HIGH else "missed",
+        )
+        for cell in cells
+    ]
+    harness.show(
+        "B10 peak memory of a rank, MiB",
+        ("", "predicted", "at", "measured", "resident", "measured / predicted", f"{LOW} to {HIGH}"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

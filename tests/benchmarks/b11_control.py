@@ -44,14 +44,40 @@ def main() -> None:
         result = measure(ranks, lengths, args.repeats)
         results[str(ranks)] = result
         rank_ms = result["cold_step_ms"] + pack_ms
-        rows.append((f"{ranks:,}", f"{result['cold_step_ms']:.1f}", f"{result['warm_step_ms']:.2f}", f"{pack_ms:.1f}",
-                     f"{rank_ms:.1f}", "reached" if rank_ms <= GOAL_RANK_MS else "missed", f"{result['commit_s']:.2f}",
-                     "reached" if result["commit_s"] <= GOAL_COMMIT_S else "missed"))
-    harness.show(f"B11 control work, {SAMPLES:,} samples in {results['blocks']:,} blocks (medians)",
-                 ("ranks", "step, cold ms", "step, warm ms", "pack a block ms", "a rank ms", f"≤ {GOAL_RANK_MS} ms",
-                  "commit s", f"≤ {GOAL_COMMIT_S:g} s"), rows)
-    config = {"samples": SAMPLES, "sample_bytes": SAMPLE_BYTES, "block_bytes": BLOCK_BYTES, "sequence_length": LENGTH,
-              "files_a_rank": FILES_A_RANK, "repeats": args.repeats}
+        rows.append(
+            (
+                f"{ranks:,}",
+                f"{result['cold_step_ms']:.1f}",
+                f"{result['warm_step_ms']:.2f}",
+                f"{pack_ms:.1f}",
+                f"{rank_ms:.1f}",
+                "reached" if rank_ms <= GOAL_RANK_MS else "missed",
+                f"{result['commit_s']:.2f}",
+                "reached" if result["commit_s"] <= GOAL_COMMIT_S else "missed",
+            )
+        )
+    harness.show(
+        f"B11 control work, {SAMPLES:,} samples in {results['blocks']:,} blocks (medians)",
+        (
+            "ranks",
+            "step, cold ms",
+            "step, warm ms",
+            "pack a block ms",
+            "a rank ms",
+            f"≤ {GOAL_RANK_MS} ms",
+            "commit s",
+            f"≤ {GOAL_COMMIT_S:g} s",
+        ),
+        rows,
+    )
+    config = {
+        "samples": SAMPLES,
+        "sample_bytes": SAMPLE_BYTES,
+        "block_bytes": BLOCK_BYTES,
+        "sequence_length": LENGTH,
+        "files_a_rank": FILES_A_RANK,
+        "repeats": args.repeats,
+    }
     harness.save("b11_control", config, environment, results, args.out)
 
 
@@ -91,8 +117,11 @@ def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
         begun = time.perf_counter()
         plan.slots(step + 1, lane)
         warm.append((time.perf_counter() - begun) * 1e3)
-    return {"cold_step_ms": statistics.median(cold), "warm_step_ms": statistics.median(warm),
-            "commit_s": commit_seconds(ranks)}
+    return {
+        "cold_step_ms": statistics.median(cold),
+        "warm_step_ms": statistics.median(warm),
+        "commit_s": commit_seconds(ranks),
+    }
 
 
 def commit_seconds(ranks: int) -> float:
@@ -102,10 +131,21 @@ def commit_seconds(ranks: int) -> float:
     from dist_ft.storage import Store
 
     sums, size = "xxh3_128:" + "0" * 32, 2**26
-    about = {"num_bytes": size, "checksum": sums, "block_bytes": manifests.BLOCK_BYTES,
-             "blocks": "0" * 16 * (size // manifests.BLOCK_BYTES)}
-    sent = [pickle.dumps([FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", **about)
-                          for part in range(FILES_A_RANK)]) for rank in range(ranks)]
+    about = {
+        "num_bytes": size,
+        "checksum": sums,
+        "block_bytes": manifests.BLOCK_BYTES,
+        "blocks": "0" * 16 * (size // manifests.BLOCK_BYTES),
+    }
+    sent = [
+        pickle.dumps(
+            [
+                FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", **about)
+                for part in range(FILES_A_RANK)
+            ]
+        )
+        for rank in range(ranks)
+    ]
     tensors = {f"model.layers.{i}.weight": TensorInfo(shape=(8192, 8192)) for i in range(1200)}
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -113,8 +153,16 @@ def commit_seconds(ranks: int) -> float:
             begun = time.perf_counter()
             entries = [entry for part in sent for entry in pickle.loads(part)]
             manifest = Manifest(
-                format_version=manifests.FORMAT_VERSION, run="r", attempt=1, world_size=ranks, engine="DeepSpeedEngine",
-                progress=Progress(step=1, optimizer_step=1), tensors=tensors, aliases={}, files=tuple(entries))
+                format_version=manifests.FORMAT_VERSION,
+                run="r",
+                attempt=1,
+                world_size=ranks,
+                engine="DeepSpeedEngine",
+                progress=Progress(step=1, optimizer_step=1),
+                tensors=tensors,
+                aliases={},
+                files=tuple(entries),
+            )
             Store(folder).write(manifests.NAME, manifests.seal(manifest))
             times.append(time.perf_counter() - begun)
     return statistics.median(times)

@@ -18,7 +18,11 @@ from typing import Any
 import harness
 
 GOAL = 2.0
-STRATEGIES: dict[str, dict[str, Any]] = {"greedy": {}, "beam 4": {"strategy": "beam", "num_beams": 4}, "sample": {"strategy": "sample", "top_p": 0.9}}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam 4": {"strategy": "beam", "num_beams": 4},
+    "sample": {"strategy": "sample", "top_p": 0.9},
+}
 NEW_TOKENS, VOCABULARY, END = 16, 8192, 2
 
 
@@ -42,21 +46,58 @@ def main() -> None:
     table, result = [], {}
     for name, fields in STRATEGIES.items():
         texts: dict[str, Any] = {}
-        sides = {side: timed(action, texts, side) for side, action in actions(model, prompts, fields, args.rows).items()}
+        sides = {
+            side: timed(action, texts, side)
+            for side, action in actions(model, prompts, fields, args.rows).items()
+        }
         for side in sides.values():
             side()  # what is made once
         speeds = harness.alternate(sides, args.rounds)
-        ratios = {f"ours_over_{side}": harness.ratio(speeds["ours"], speeds[side]) for side in ("rows", "mixed")}
+        ratios = {
+            f"ours_over_{side}": harness.ratio(speeds["ours"], speeds[side])
+            for side in ("rows", "mixed")
+        }
         control = harness.ratio(speeds["rows_again"], speeds["rows"])
-        same = None if name == "sample" else sum(a == b for a, b in zip(texts["ours"], texts["rows"], strict=True))
+        same = (
+            None
+            if name == "sample"
+            else sum(a == b for a, b in zip(texts["ours"], texts["rows"], strict=True))
+        )
         middle = {side: sorted(values)[args.rounds // 2] for side, values in speeds.items()}
-        table.append((name, *(f"{middle[side]:.0f}" for side in ("ours", "rows", "mixed")), str(ratios["ours_over_rows"]),
-                      harness.reached(ratios["ours_over_rows"], GOAL, at_least=True), str(ratios["ours_over_mixed"]),
-                      str(control), "" if same is None else f"{same} of {len(prompts)}"))
+        table.append(
+            (
+                name,
+                *(f"{middle[side]:.0f}" for side in ("ours", "rows", "mixed")),
+                str(ratios["ours_over_rows"]),
+                harness.reached(ratios["ours_over_rows"], GOAL, at_least=True),
+                str(ratios["ours_over_mixed"]),
+                str(control),
+                "" if same is None else f"{same} of {len(prompts)}",
+            )
+        )
         result[name] = {"tokens_per_s": speeds, **ratios, "control": control, "same_texts": same}
-    harness.show("B12 tokens a second", ("", "ours", "rows", "mixed", "ours / rows [95 %]", "goal", "ours / mixed", "control",
-                                         "same texts"), table)
-    harness.save("b12_generate", {name: getattr(args, name) for name in ("prompts", "rows", "rounds")}, environment, result, args.out)
+    harness.show(
+        "B12 tokens a second",
+        (
+            "",
+            "ours",
+            "rows",
+            "mixed",
+            "ours / rows [95 %]",
+            "goal",
+            "ours / mixed",
+            "control",
+            "same texts",
+        ),
+        table,
+    )
+    harness.save(
+        "b12_generate",
+        {name: getattr(args, name) for name in ("prompts", "rows", "rounds")},
+        environment,
+        result,
+        args.out,
+    )
 
 
 def make(count: int) -> tuple[Any, list[Any]]:
@@ -66,9 +107,20 @@ def make(count: int) -> tuple[Any, list[Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=320, intermediate_size=864, num_hidden_layers=6, num_attention_heads=5,
-        num_key_value_heads=5, max_position_embeddings=512, eos_token_id=END, pad_token_id=0, initializer_range=0.1)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=320,
+            intermediate_size=864,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=512,
+            eos_token_id=END,
+            pad_token_id=0,
+            initializer_range=0.1,
+        )
+    ).eval()
     rng = np.random.default_rng(0)
     return model, [rng.integers(3, VOCABULARY, rng.integers(4, 97)) for _ in range(count)]
 
@@ -81,26 +133,45 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     from dist_ft.model.decoding import Asked, Decoder, padded
 
     decoder = Decoder(DecodingSection(max_new_tokens=NEW_TOKENS, rows=rows, **fields), Tokenizer())
-    given = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "do_sample": fields.get("strategy") == "sample", "top_k": 0,
-             "num_beams": fields.get("num_beams", 1), "top_p": fields.get("top_p", 1.0)}
+    given = {
+        "max_new_tokens": NEW_TOKENS,
+        "pad_token_id": 0,
+        "do_sample": fields.get("strategy") == "sample",
+        "top_k": 0,
+        "num_beams": fields.get("num_beams", 1),
+        "top_p": fields.get("top_p", 1.0),
+    }
 
     def plainly(size: int) -> list[list[int]]:
         texts = []
         for start in range(0, len(prompts), size):
-            ids, mask = padded(prompts[start:start + size], 0, left=True)
+            ids, mask = padded(prompts[start : start + size], 0, left=True)
             with torch.no_grad():
-                made = model.generate(input_ids=ids, attention_mask=mask, **given)[:, ids.shape[1]:].tolist()
-            texts += [row[:row.index(END)] if END in row else row for row in made]
+                made = model.generate(input_ids=ids, attention_mask=mask, **given)[
+                    :, ids.shape[1] :
+                ].tolist()
+            texts += [row[: row.index(END)] if END in row else row for row in made]
         return texts
 
     def ours() -> list[list[int]]:
-        return [texts[0] for texts in decoder.make_all(model, [Asked(ids, number) for number, ids in enumerate(prompts)])]
+        return [
+            texts[0]
+            for texts in decoder.make_all(
+                model, [Asked(ids, number) for number, ids in enumerate(prompts)]
+            )
+        ]
 
-    return {"ours": ours, "rows": lambda: plainly(1), "mixed": lambda: plainly(rows), "rows_again": lambda: plainly(1)}
+    return {
+        "ours": ours,
+        "rows": lambda: plainly(1),
+        "mixed": lambda: plainly(rows),
+        "rows_again": lambda: plainly(1),
+    }
 
 
 def timed(action: Any, texts: dict[str, Any], side: str) -> Any:
     """Return a function that makes the texts, keeps them and returns tokens a second."""
+
     def run() -> float:
         begun = time.perf_counter()
         texts[side] = action()

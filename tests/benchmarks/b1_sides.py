@@ -114,7 +114,8 @@ class Bare:
             model = load(config)
         optimizer = optimizers.build(_groups(model, config), config.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
         self.engine.train()
         self.loss = torch.zeros(())
 
@@ -130,9 +131,14 @@ class Bare:
         return _steps(stamps)
 
 
-def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps: int,
-                     between: Callable[[int], None], log_every: int
-                     ) -> tuple[list[float], list[float], float]:
+def run_hugging_face(
+    config: RunConfig,
+    rows: torch.Tensor,
+    folder: Path,
+    steps: int,
+    between: Callable[[int], None],
+    log_every: int,
+) -> tuple[list[float], list[float], float]:
     """Train with transformers' Trainer; return seconds and CPU seconds of each step, and the first loss.
 
     Args:
@@ -165,13 +171,25 @@ def run_hugging_face(config: RunConfig, rows: torch.Tensor, folder: Path, steps:
     section = config.optimizer
     settings = ds_config.build(config)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, use_cpu=True, deepspeed=settings,
-        per_device_train_batch_size=config.batch.micro_batch, learning_rate=section.learning_rate,
+        output_dir=str(folder),
+        max_steps=steps,
+        use_cpu=True,
+        deepspeed=settings,
+        per_device_train_batch_size=config.batch.micro_batch,
+        learning_rate=section.learning_rate,
         weight_decay=section.weight_decay,
-        adam_beta1=section.beta1, adam_beta2=section.beta2, adam_epsilon=section.eps,
-        max_grad_norm=section.max_grad_norm, lr_scheduler_type="constant", optim="adamw_torch_fused",
-        save_strategy="no", report_to="none", logging_steps=log_every, logging_first_step=True,
-        dataloader_pin_memory=False)
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_epsilon=section.eps,
+        max_grad_norm=section.max_grad_norm,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=log_every,
+        logging_first_step=True,
+        dataloader_pin_memory=False,
+    )
     with deepspeed_engine.loading(settings):
         model = load(config)
     data: Any = [{"input_ids": row, "labels": row} for row in rows]

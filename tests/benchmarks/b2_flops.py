@@ -31,7 +31,9 @@ SHAPE = workload.SHAPES["M"]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--blocks", type=int, default=10, help="rounds: some steps, then all products")
+    parser.add_argument(
+        "--blocks", type=int, default=10, help="rounds: some steps, then all products"
+    )
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a block")
     parser.add_argument("--no-profile", action="store_true", help="do not profile a step")
     parser.add_argument("--out", help="JSON file to write instead of results/b2_flops.json")
@@ -56,7 +58,9 @@ def products() -> Counter[Product]:
     """Return the matrix products of one step's linear layers and how often each is made."""
     width, inner, tokens = SHAPE["hidden_size"], SHAPE["intermediate_size"], MICRO_BATCH * LENGTH
     layers = Counter({(width, width): 4, (width, inner): 2, (inner, width): 1})
-    linears = Counter({shape: count * SHAPE["num_hidden_layers"] for shape, count in layers.items()})
+    linears = Counter(
+        {shape: count * SHAPE["num_hidden_layers"] for shape, count in layers.items()}
+    )
     found: Counter[Product] = Counter()
     for (width_in, width_out), count in linears.items():
         found.update(_of_linear(tokens, width_in, width_out, count))
@@ -66,9 +70,11 @@ def products() -> Counter[Product]:
 
 def _of_linear(tokens: int, width_in: int, width_out: int, count: int) -> dict[Product, int]:
     """Return forward, gradient of the input and gradient of the weight of `count` linear layers."""
-    return {Product("forward", tokens, width_in, width_out): count,
-            Product("grad_input", tokens, width_out, width_in): count,
-            Product("grad_weight", width_out, tokens, width_in): count}
+    return {
+        Product("forward", tokens, width_in, width_out): count,
+        Product("grad_input", tokens, width_out, width_in): count,
+        Product("grad_weight", width_out, tokens, width_in): count,
+    }
 
 
 def learned_tokens() -> int:
@@ -139,10 +145,22 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from dist_ft.train.console import Console
     from dist_ft.train.result import Hooks
 
-    total = WARM_UP + args.blocks * args.steps + 2  # a step ends where the next begins; one is profiled
-    config = load_config(workload.run_config(
-        folder, "M", name="b2", train=str(folder / "texts" / "*.jsonl"), sequence_length=LENGTH,
-        micro_batch=MICRO_BATCH, lanes=1, steps=total, workers=0))
+    total = (
+        WARM_UP + args.blocks * args.steps + 2
+    )  # a step ends where the next begins; one is profiled
+    config = load_config(
+        workload.run_config(
+            folder,
+            "M",
+            name="b2",
+            train=str(folder / "texts" / "*.jsonl"),
+            sequence_length=LENGTH,
+            micro_batch=MICRO_BATCH,
+            lanes=1,
+            steps=total,
+            workers=0,
+        )
+    )
     meter = Meter(args)
     with open(os.devnull, "w") as quiet:
         local.run(config, Hooks(console=Console(quiet), should_stop=meter.asked))
@@ -168,7 +186,9 @@ class Meter:
         if 0 < after_warm_up <= total:
             self.steps[-1].append(now - self._left)
         if 0 <= after_warm_up <= total and after_warm_up % self.args.steps == 0:
-            self.peaks.append(self.peak.round())  # one more than blocks: each block lies between two
+            self.peaks.append(
+                self.peak.round()
+            )  # one more than blocks: each block lies between two
             if after_warm_up < total:
                 self.steps.append([])
         if after_warm_up == total and not self.args.no_profile:
@@ -205,12 +225,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dist_ft-b2-") as name:
         folder = Path(name)
         workload.make_model(folder / "model-m", "M")
-        workload.make_texts(folder / "texts", np.full(64 * MICRO_BATCH, LENGTH), SHAPE["vocab_size"], seed=2)
+        workload.make_texts(
+            folder / "texts", np.full(64 * MICRO_BATCH, LENGTH), SHAPE["vocab_size"], seed=2
+        )
         measured = run(args, folder)
     result = summarise(measured)
     report(result, args)
-    config = {"model": SHAPE, "micro_batch": MICRO_BATCH, "sequence_length": LENGTH, "threads": 1,
-              "dtype": "float32", "blocks": args.blocks, "steps": args.steps, "warm_up_steps": WARM_UP}
+    config = {
+        "model": SHAPE,
+        "micro_batch": MICRO_BATCH,
+        "sequence_length": LENGTH,
+        "threads": 1,
+        "dtype": "float32",
+        "blocks": args.blocks,
+        "steps": args.steps,
+        "warm_up_steps": WARM_UP,
+    }
     harness.save("b2_flops", config, environment, result, args.out)
 
 
@@ -221,12 +251,16 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
     linear = sum(product.flops * count for product, count in products().items())
     peaks = [linear / ((a + b) / 2) for a, b in zip(before, after, strict=True)]
     rates = [step_flops() / seconds for seconds in steps]
-    return {"ratio": harness.ratio(rates, peaks), "control": harness.ratio(before, after),
-            "model_gflops_a_step": step_flops() / 1e9,
-            "attention_share_of_flops": attention_flops() / step_flops(),
-            "model_gflops_per_s": float(np.median(rates)) / 1e9,
-            "peak_gflops_per_s": float(np.median(peaks)) / 1e9,
-            "step_s": float(np.median(steps)), "profile_share": measured["profile"]}
+    return {
+        "ratio": harness.ratio(rates, peaks),
+        "control": harness.ratio(before, after),
+        "model_gflops_a_step": step_flops() / 1e9,
+        "attention_share_of_flops": attention_flops() / step_flops(),
+        "model_gflops_per_s": float(np.median(rates)) / 1e9,
+        "peak_gflops_per_s": float(np.median(peaks)) / 1e9,
+        "step_s": float(np.median(steps)),
+        "profile_share": measured["profile"],
+    }
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -234,15 +268,24 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     harness.show(
         f"B2 model FLOP/s over matrix-product FLOP/s, {args.blocks} blocks of {args.steps} steps",
         ("", "value [95 % interval]", "goal"),
-        [("model / products", str(result["ratio"]),
-          harness.reached(result["ratio"], GOAL, at_least=True)),
-         ("products before / after a block", str(result["control"]), "control"),
-         ("model GFLOP/s", f"{result['model_gflops_per_s']:.1f}", ""),
-         ("products GFLOP/s", f"{result['peak_gflops_per_s']:.1f}", ""),
-         ("s a step", f"{result['step_s']:.3f}", "")])
+        [
+            (
+                "model / products",
+                str(result["ratio"]),
+                harness.reached(result["ratio"], GOAL, at_least=True),
+            ),
+            ("products before / after a block", str(result["control"]), "control"),
+            ("model GFLOP/s", f"{result['model_gflops_per_s']:.1f}", ""),
+            ("products GFLOP/s", f"{result['peak_gflops_per_s']:.1f}", ""),
+            ("s a step", f"{result['step_s']:.3f}", ""),
+        ],
+    )
     if result["profile_share"]:
-        harness.show("where the time of a step goes (profiled apart)", ("operation", "share"),
-                     [(name, f"{share:.1%}") for name, share in result["profile_share"].items()])
+        harness.show(
+            "where the time of a step goes (profiled apart)",
+            ("operation", "share"),
+            [(name, f"{share:.1%}") for name, share in result["profile_share"].items()],
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ Layout = list[list[int]]
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=96, help="trained on by each side, each round")
+    parser.add_argument(
+        "--samples", type=int, default=96, help="trained on by each side, each round"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers-python", default=str(HERE / ".peers" / "bin" / "python"))
     parser.add_argument("--out", help="JSON file to write instead of results/b3_packing.json")
@@ -55,11 +57,22 @@ def main() -> None:
     environment = harness.environment()
     lengths = workload.lognormal_lengths(POOL, seed=0)
     fill = {name: told for name, (told, _) in layouts(lengths, args.peers_python).items()}
-    subset = lengths[:args.samples]
-    result = {"fill": fill, **speed(subset, {name: rows for name, (_, rows) in layouts(
-        subset, args.peers_python).items()}, args.rounds)}
+    subset = lengths[: args.samples]
+    result = {
+        "fill": fill,
+        **speed(
+            subset,
+            {name: rows for name, (_, rows) in layouts(subset, args.peers_python).items()},
+            args.rounds,
+        ),
+    }
     report(result, args)
-    config = {"model": workload.SHAPES["S"], "sequence_length": LENGTH, "samples": args.samples, "rounds": args.rounds}
+    config = {
+        "model": workload.SHAPES["S"],
+        "sequence_length": LENGTH,
+        "samples": args.samples,
+        "rounds": args.rounds,
+    }
     harness.save("b3_packing", config, environment, result, args.out)
 
 
@@ -72,19 +85,32 @@ def layouts(lengths: np.ndarray, peers_python: str) -> dict[str, tuple[float, li
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(lengths.tolist(), file)
         file.flush()
-        done = subprocess.run([peers_python, "-c", TRL, file.name, str(LENGTH)], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [peers_python, "-c", TRL, file.name, str(LENGTH)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     trl = json.loads(done.stdout.splitlines()[-1])
     order = np.random.default_rng(1).permutation(len(lengths)).tolist()
     single = [[sample] for sample in order]
-    return {"ours": batched(lengths, ours, 2, None), "trl": batched(lengths, trl, 2, None),
-            "pad 4": batched(lengths, single, 4, None), "pad 8": batched(lengths, single, 8, None),
-            "pad full": batched(lengths, single, 4, LENGTH)}
+    return {
+        "ours": batched(lengths, ours, 2, None),
+        "trl": batched(lengths, trl, 2, None),
+        "pad 4": batched(lengths, single, 4, None),
+        "pad 8": batched(lengths, single, 8, None),
+        "pad full": batched(lengths, single, 4, LENGTH),
+    }
 
 
-def batched(lengths: np.ndarray, rows: Layout, size: int, width: int | None) -> tuple[float, list[Layout]]:
+def batched(
+    lengths: np.ndarray, rows: Layout, size: int, width: int | None
+) -> tuple[float, list[Layout]]:
     """Return (real tokens / positions, rows in micro-batches of `size`), each as wide as its longest row or `width`."""
-    batches = [rows[start:start + size] for start in range(0, len(rows), size)]
-    positions = sum(len(batch) * (width or max(int(lengths[row].sum()) for row in batch)) for batch in batches)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    positions = sum(
+        len(batch) * (width or max(int(lengths[row].sum()) for row in batch)) for batch in batches
+    )
     return float(lengths.sum() / positions), batches
 
 
@@ -118,11 +144,19 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
                 batch = batch_of(texts, rows, name)
                 engine.train_step([batch], [0], max(1, batch.num_target_tokens), 1e-9)
             return float(lengths.sum()) / (time.perf_counter() - begun)
+
         return run
 
     found = harness.alternate({name: timed(name) for name in sides}, rounds)
-    return {"tokens_per_s": found, "loss_sums": losses,
-            **{f"ours_over_{name}": harness.ratio(found["ours"], found[name]) for name in sides if name != "ours"}}
+    return {
+        "tokens_per_s": found,
+        "loss_sums": losses,
+        **{
+            f"ours_over_{name}": harness.ratio(found["ours"], found[name])
+            for name in sides
+            if name != "ours"
+        },
+    }
 
 
 def attend(module: Any, name: str) -> None:
@@ -148,14 +182,23 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     samples = [sample for row in rows for sample in row]
     pieces = np.array([[sample, 0, len(texts[sample]), 0] for sample in samples], dtype=np.int64)
     tokens = np.concatenate([texts[sample] for sample in samples])
-    batch = assemble(tokens, np.ones(len(tokens), np.uint8), pieces, np.repeat(np.arange(len(rows)), list(map(len, rows))), 0)
+    batch = assemble(
+        tokens,
+        np.ones(len(tokens), np.uint8),
+        pieces,
+        np.repeat(np.arange(len(rows)), list(map(len, rows))),
+        0,
+    )
     if not name.startswith("pad"):
         return batch
     missing = LENGTH - batch.input_ids.shape[1] if name == "pad full" else 0
     width = batch.input_ids.shape[1] + missing
-    return replace(batch, input_ids=np.pad(batch.input_ids, ((0, 0), (0, missing))),
-                   target_ids=np.pad(batch.target_ids, ((0, 0), (0, missing)), constant_values=IGNORED),
-                   position_ids=np.tile(np.arange(width), (len(rows), 1)))
+    return replace(
+        batch,
+        input_ids=np.pad(batch.input_ids, ((0, 0), (0, missing))),
+        target_ids=np.pad(batch.target_ids, ((0, 0), (0, missing)), constant_values=IGNORED),
+        position_ids=np.tile(np.arange(width), (len(rows), 1)),
+    )
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -163,11 +206,22 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     rows = []
     for name, values in result["tokens_per_s"].items():
         ratio = result.get(f"ours_over_{name}")
-        rows.append((name, f"{result['fill'][name]:.1%}", f"{np.mean(values):,.0f}", str(ratio or ""),
-                     harness.reached(ratio, GOALS[name], at_least=True) if ratio else
-                     "fill ≥ 98 %: " + ("reached" if result["fill"][name] >= 0.98 else "missed")))
-    harness.show(f"B3 packing, fill of {POOL:,} samples, speed of {args.samples}",
-                 ("layout", "real tokens", "real tokens/s", "ours / it [95 %]", "goal"), rows)
+        rows.append(
+            (
+                name,
+                f"{result['fill'][name]:.1%}",
+                f"{np.mean(values):,.0f}",
+                str(ratio or ""),
+                harness.reached(ratio, GOALS[name], at_least=True)
+                if ratio
+                else "fill ≥ 98 %: " + ("reached" if result["fill"][name] >= 0.98 else "missed"),
+            )
+        )
+    harness.show(
+        f"B3 packing, fill of {POOL:,} samples, speed of {args.samples}",
+        ("layout", "real tokens", "real tokens/s", "ours / it [95 %]", "goal"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--times", type=int, default=1, help="forward and backward, after one that is not counted")
+    parser.add_argument(
+        "--times", type=int, default=1, help="forward and backward, after one that is not counted"
+    )
     parser.add_argument("--out", help="JSON file to write instead of results/b4_loss_head.json")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -38,33 +40,71 @@ def main() -> None:
     if args.side:
         print(json.dumps(side(args)))
         return
-    environment, found = harness.environment(), {name: [] for name in ("ours", "torch", "torch_again")}
+    environment, found = (
+        harness.environment(),
+        {name: [] for name in ("ours", "torch", "torch_again")},
+    )
     for number in range(args.rounds):
         for name in harness.turns(list(found), number):
             found[name].append(measure(args, name.removesuffix("_again")))
-            print(f"round {number + 1} of {args.rounds}: {name} {found[name][-1]}", file=sys.stderr, flush=True)
+            print(
+                f"round {number + 1} of {args.rounds}: {name} {found[name][-1]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def over(key: str, above: str, below: str) -> harness.Ratio:
         return harness.ratio([one[key] for one in found[above]], [one[key] for one in found[below]])
 
     rows, ratios = [], {}
     for key, goal, unit in (("bytes", GOAL_MEMORY, 2**20), ("seconds", GOAL_TIME, 1)):
-        middle = {name: sorted(one[key] for one in found[name])[args.rounds // 2] / unit for name in found}
+        middle = {
+            name: sorted(one[key] for one in found[name])[args.rounds // 2] / unit for name in found
+        }
         ratios[key] = over(key, "ours", "torch")
-        rows.append((f"{'MiB' if key == 'bytes' else 'seconds'}", f"{middle['ours']:.2f}", f"{middle['torch']:.2f}",
-                     str(ratios[key]), harness.reached(ratios[key], goal, at_least=False),
-                     str(over(key, "torch_again", "torch"))))
-    harness.show("B4 loss head, forward and backward", ("", "dist_ft", "torch", "ours / torch [95 %]", "goal", "control"), rows)
-    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found["ours"], found["torch"], strict=True))
+        rows.append(
+            (
+                f"{'MiB' if key == 'bytes' else 'seconds'}",
+                f"{middle['ours']:.2f}",
+                f"{middle['torch']:.2f}",
+                str(ratios[key]),
+                harness.reached(ratios[key], goal, at_least=False),
+                str(over(key, "torch_again", "torch")),
+            )
+        )
+    harness.show(
+        "B4 loss head, forward and backward",
+        ("", "dist_ft", "torch", "ours / torch [95 %]", "goal", "control"),
+        rows,
+    )
+    worst = max(
+        abs(a["loss"] / b["loss"] - 1) for a, b in zip(found["ours"], found["torch"], strict=True)
+    )
     print(f"losses differ by {worst:.1e} at most, relative")
-    harness.save("b4_loss_head", {name: getattr(args, name) for name in ("vocabulary", "width", "tokens", "rounds", "times")},
-                 environment, {**found, "ours_over_torch": ratios, "loss_difference": worst}, args.out)
+    harness.save(
+        "b4_loss_head",
+        {
+            name: getattr(args, name)
+            for name in ("vocabulary", "width", "tokens", "rounds", "times")
+        },
+        environment,
+        {**found, "ours_over_torch": ratios, "loss_difference": worst},
+        args.out,
+    )
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, float]:
     """Return what one side took, in a process of its own."""
-    command = [sys.executable, __file__, "--side", name, *(
-        f"--{field}={getattr(args, field)}" for field in ("vocabulary", "width", "tokens", "times"))]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        name,
+        *(
+            f"--{field}={getattr(args, field)}"
+            for field in ("vocabulary", "width", "tokens", "times")
+        ),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -78,7 +118,9 @@ def side(args: argparse.Namespace) -> dict[str, float]:
         return head_loss(hidden, weight, targets)
 
     def plain() -> Any:
-        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight), targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(hidden, weight), targets, reduction="sum"
+        )
 
     loss_of = ours if args.side == "ours" else plain
     torch.manual_seed(0)
@@ -87,7 +129,9 @@ def side(args: argparse.Namespace) -> dict[str, float]:
     targets = torch.randint(args.vocabulary, (args.tokens,))
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()  # what torch makes once
     held = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from what is held now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts from what is held now
     loss = loss_of()
     loss.backward()
     peak, value = _memory("VmHWM") - held, loss.item()

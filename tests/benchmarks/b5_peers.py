@@ -22,8 +22,12 @@ from typing import Any
 import numpy as np
 
 BUCKET, TOKENS, A_SHARD = "bucket", 700, 4000
-IMPORTS = {"mosaic": ("streaming", "boto3"), "litdata": ("litdata", "boto3"), "webdataset": ("webdataset",),
-           "datasets": ("datasets", "s3fs", "pyarrow.parquet")}
+IMPORTS = {
+    "mosaic": ("streaming", "boto3"),
+    "litdata": ("litdata", "boto3"),
+    "webdataset": ("webdataset",),
+    "datasets": ("datasets", "s3fs", "pyarrow.parquet"),
+}
 """What each imports before its clock starts."""
 
 
@@ -45,7 +49,9 @@ def upload(endpoint: str, folder: Path, prefix: str) -> None:
     """Copy the files of a folder into the bucket."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            client(endpoint).upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
+            client(endpoint).upload_file(
+                str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}"
+            )
 
 
 def make_parquet(endpoint: str, folder: Path, count: int) -> None:
@@ -55,11 +61,16 @@ def make_parquet(endpoint: str, folder: Path, count: int) -> None:
 
     rows = list(samples(count))
     for shard in range(0, count, A_SHARD):
-        part = rows[shard:shard + A_SHARD]
+        part = rows[shard : shard + A_SHARD]
         offsets = np.arange(len(part) + 1, dtype=np.int64) * TOKENS
         column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(part)))
-        pyarrow.parquet.write_table(pa.table({"input_ids": column}), folder / f"{shard:08d}.parquet", compression="none",
-                                    use_dictionary=False, row_group_size=1000)
+        pyarrow.parquet.write_table(
+            pa.table({"input_ids": column}),
+            folder / f"{shard:08d}.parquet",
+            compression="none",
+            use_dictionary=False,
+            row_group_size=1000,
+        )
 
 
 def without_torchvision() -> None:
@@ -67,8 +78,12 @@ def without_torchvision() -> None:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    names = {"torchvision": (), "torchvision.datasets": ("VisionDataset", "CIFAR10"), "torchvision.transforms": (),
-             "torchvision.transforms.functional": ("to_tensor",)}
+    names = {
+        "torchvision": (),
+        "torchvision.datasets": ("VisionDataset", "CIFAR10"),
+        "torchvision.transforms": (),
+        "torchvision.transforms.functional": ("to_tensor",),
+    }
     for name, attributes in names.items():
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -82,7 +97,9 @@ def make_mosaic(endpoint: str, folder: Path, count: int) -> None:
     without_torchvision()
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:int32:{TOKENS}"}, size_limit=2**24) as writer:
+    with MDSWriter(
+        out=str(folder), columns={"tokens": f"ndarray:int32:{TOKENS}"}, size_limit=2**24
+    ) as writer:
         for row in samples(count):
             writer.write({"tokens": row})
 
@@ -106,7 +123,7 @@ def make_webdataset(endpoint: str, folder: Path, count: int) -> None:
     rows = list(samples(count))
     for shard in range(0, count, A_SHARD):
         with tarfile.open(folder / f"{shard:08d}.tar", "w") as tar:
-            for number, row in enumerate(rows[shard:shard + A_SHARD], shard):
+            for number, row in enumerate(rows[shard : shard + A_SHARD], shard):
                 body = io.BytesIO()
                 np.save(body, row)
                 info = tarfile.TarInfo(f"{number:08d}.npy")
@@ -120,8 +137,13 @@ def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
     from datasets import load_dataset
 
     files = f"s3://{BUCKET}/parquet/*.parquet"
-    data = load_dataset("parquet", data_files=files, split="train", streaming=True,
-                        storage_options={"endpoint_url": endpoint}).with_format("numpy")
+    data = load_dataset(
+        "parquet",
+        data_files=files,
+        split="train",
+        streaming=True,
+        storage_options={"endpoint_url": endpoint},
+    ).with_format("numpy")
     for row in data:
         yield row["input_ids"].nbytes
 
@@ -131,7 +153,9 @@ def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
     from streaming import StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = endpoint
-    data = StreamingDataset(remote=f"s3://{BUCKET}/mosaic", local=str(folder / "local"), shuffle=False, batch_size=8)
+    data = StreamingDataset(
+        remote=f"s3://{BUCKET}/mosaic", local=str(folder / "local"), shuffle=False, batch_size=8
+    )
     for row in data:
         yield row["tokens"].nbytes
 
@@ -143,8 +167,12 @@ def read_litdata(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
 
-    data = StreamingDataset(f"s3://{BUCKET}/litdata", cache_dir=str(folder / "local"), shuffle=False,
-                            storage_options={"endpoint_url": endpoint})
+    data = StreamingDataset(
+        f"s3://{BUCKET}/litdata",
+        cache_dir=str(folder / "local"),
+        shuffle=False,
+        storage_options={"endpoint_url": endpoint},
+    )
     for row in data:
         yield row.nbytes
 
@@ -153,7 +181,10 @@ def read_webdataset(endpoint: str, folder: Path, count: int) -> Iterator[int]:
     """WebDataset over HTTP."""
     import webdataset
 
-    urls = [f"pipe:curl -s -f {endpoint}/{BUCKET}/webdataset/{shard:08d}.tar" for shard in range(0, count, A_SHARD)]
+    urls = [
+        f"pipe:curl -s -f {endpoint}/{BUCKET}/webdataset/{shard:08d}.tar"
+        for shard in range(0, count, A_SHARD)
+    ]
     for row in webdataset.WebDataset(urls, shardshuffle=False).decode():
         yield row["npy"].nbytes
 

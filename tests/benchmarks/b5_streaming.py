@@ -59,18 +59,40 @@ def main() -> None:
         run([sys.executable, __file__, "--read", direct, str(folder), "index"])
         proxy = FaultyProxy(port)
         proxy.bytes_per_s = args.cap_mb_s * 1e6
-        for label, endpoint, rounds in (("capped", proxy.url, max(2, args.rounds // 2)), ("uncapped", direct, args.rounds)):
-            sides = {"ours": lambda url=endpoint: rate(run([sys.executable, __file__, "--read", url, str(folder), "read"])),
-                     "raw": lambda url=endpoint: raw(url, direct, args.samples * 2800),
-                     **{peer: lambda url=endpoint, peer=peer: rate(run_peer(args, "read", peer, url, folder))
-                        for peer in PEERS}}
+        for label, endpoint, rounds in (
+            ("capped", proxy.url, max(2, args.rounds // 2)),
+            ("uncapped", direct, args.rounds),
+        ):
+            sides = {
+                "ours": lambda url=endpoint: rate(
+                    run([sys.executable, __file__, "--read", url, str(folder), "read"])
+                ),
+                "raw": lambda url=endpoint: raw(url, direct, args.samples * 2800),
+                **{
+                    peer: lambda url=endpoint, peer=peer: rate(
+                        run_peer(args, "read", peer, url, folder)
+                    )
+                    for peer in PEERS
+                },
+            }
             found = harness.alternate(sides, rounds)
-            result[label] = {"mb_s": found, **{f"ours_over_{side}": harness.ratio(found["ours"], found[side])
-                                               for side in found if side != "ours"}}
+            result[label] = {
+                "mb_s": found,
+                **{
+                    f"ours_over_{side}": harness.ratio(found["ours"], found[side])
+                    for side in found
+                    if side != "ours"
+                },
+            }
         proxy.close()
     report(result, args)
-    config = {"samples": args.samples, "bytes": args.samples * 2800, "cap_mb_s": args.cap_mb_s, "rounds": args.rounds,
-              "peers": versions(args.peers_python)}
+    config = {
+        "samples": args.samples,
+        "bytes": args.samples * 2800,
+        "cap_mb_s": args.cap_mb_s,
+        "rounds": args.rounds,
+        "peers": versions(args.peers_python),
+    }
     harness.save("b5_streaming", config, environment, result, args.out)
 
 
@@ -90,14 +112,18 @@ def run_peer(args: argparse.Namespace, what: str, name: str, url: str, folder: P
 
 def rate(printed: str) -> float:
     """Return MB/s of the line a side printed."""
-    _, total, seconds = next(line for line in printed.splitlines() if line.startswith("read ")).split()
+    _, total, seconds = next(
+        line for line in printed.splitlines() if line.startswith("read ")
+    ).split()
     return float(total) / float(seconds) / 1e6
 
 
 def versions(python: str) -> dict[str, str]:
     """Return the versions of the peers."""
-    code = ("from importlib.metadata import version as v\n"
-            "for n in ('mosaicml-streaming', 'litdata', 'webdataset', 'datasets'): print(n, v(n))")
+    code = (
+        "from importlib.metadata import version as v\n"
+        "for n in ('mosaicml-streaming', 'litdata', 'webdataset', 'datasets'): print(n, v(n))"
+    )
     return dict(line.split() for line in run([python, "-c", code]).splitlines())
 
 
@@ -118,11 +144,24 @@ def read_ours(url: str, where: str, what: str) -> None:
 
     folder = Path(where)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    config = load_config(tiny.config(
-        folder, "streaming", storage={"options": {"s3": {"endpoint_url": url}}}, schedule={"epochs": 1},
-        data={"train": f"s3://{s3.BUCKET}/parquet/*.parquet", "format": "auto", "overlong": "truncate", "block_mib": 4,
-              "shuffle_blocks": 1, "cache_dir": str(folder / "cache"), "tokenizer_processes": 0},
-        batch={"global_batch": 8, "micro_batch": 8, "sequence_length": 2100}))
+    config = load_config(
+        tiny.config(
+            folder,
+            "streaming",
+            storage={"options": {"s3": {"endpoint_url": url}}},
+            schedule={"epochs": 1},
+            data={
+                "train": f"s3://{s3.BUCKET}/parquet/*.parquet",
+                "format": "auto",
+                "overlong": "truncate",
+                "block_mib": 4,
+                "shuffle_blocks": 1,
+                "cache_dir": str(folder / "cache"),
+                "tokenizer_processes": 0,
+            },
+            batch={"global_batch": 8, "micro_batch": 8, "sequence_length": 2100},
+        )
+    )
     storage.configure(config.storage.options)
     loader = open_data(config, Store(config.run_url), World(), Collectives()).training
     if what == "index":
@@ -140,14 +179,21 @@ def raw(url: str, direct: str, num_bytes: int) -> float:
     import boto3
     import s3
 
-    keys = boto3.client("s3", endpoint_url=direct).list_objects_v2(Bucket=s3.BUCKET, Prefix="parquet/")["Contents"]
-    ranges = [(key["Key"], start, min(key["Size"], start + RANGE_BYTES) - 1) for key in keys
-              for start in range(0, key["Size"], RANGE_BYTES)]
+    keys = boto3.client("s3", endpoint_url=direct).list_objects_v2(
+        Bucket=s3.BUCKET, Prefix="parquet/"
+    )["Contents"]
+    ranges = [
+        (key["Key"], start, min(key["Size"], start + RANGE_BYTES) - 1)
+        for key in keys
+        for start in range(0, key["Size"], RANGE_BYTES)
+    ]
     host = url.removeprefix("http://")
 
     def get(part: tuple[str, int, int]) -> int:
         connection = http.client.HTTPConnection(host, timeout=60)
-        connection.request("GET", f"/{s3.BUCKET}/{part[0]}", headers={"Range": f"bytes={part[1]}-{part[2]}"})
+        connection.request(
+            "GET", f"/{s3.BUCKET}/{part[0]}", headers={"Range": f"bytes={part[1]}-{part[2]}"}
+        )
         size = len(connection.getresponse().read())
         connection.close()
         return size
@@ -169,10 +215,20 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
             goal = 0.95 if side == "raw" else 1.0
             ratio = found[f"ours_over_{side}"]
             counts = label == "capped" if side == "raw" else label == "uncapped"
-            rows.append((label, side, f"{np.mean(values):.1f}", str(ratio),
-                         harness.reached(ratio, goal, at_least=True) if counts else ""))
-    harness.show(f"B5 streaming {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
-                 ("link", "side", "MB/s", "ours / it [95 %]", "goal"), rows)
+            rows.append(
+                (
+                    label,
+                    side,
+                    f"{np.mean(values):.1f}",
+                    str(ratio),
+                    harness.reached(ratio, goal, at_least=True) if counts else "",
+                )
+            )
+    harness.show(
+        f"B5 streaming {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
+        ("link", "side", "MB/s", "ours / it [95 %]", "goal"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -58,11 +58,21 @@ def main() -> None:
         result: dict[str, Any] = {"first_ever_s": build(folder, port, args.samples)}
         build(folder, port, SMALL)
         result |= resume(folder, proxy, args)
-        result["memory"] = {str(count): peak_mib(folder, port, count, args.steps) for count in (SMALL, args.samples)}
+        result["memory"] = {
+            str(count): peak_mib(folder, port, count, args.steps) for count in (SMALL, args.samples)
+        }
         proxy.close()
     report(result, args)
-    config = {"samples": args.samples, "lanes": LANES, "worlds": WORLDS, "repeats": args.repeats, "steps": args.steps,
-              "block_mib": 0.25, "shuffle_blocks": 1, "sequence_length": 256}
+    config = {
+        "samples": args.samples,
+        "lanes": LANES,
+        "worlds": WORLDS,
+        "repeats": args.repeats,
+        "steps": args.steps,
+        "block_mib": 0.25,
+        "shuffle_blocks": 1,
+        "sequence_length": 256,
+    }
     harness.save("b6_resume", config, environment, result, args.out)
 
 
@@ -84,7 +94,9 @@ def upload(url: str, count: int) -> None:
     for shard in range(-(-count // 100_000)):
         offsets = np.concatenate([[0], np.cumsum(rng.integers(8, 25, 100_000))])
         ids = rng.integers(4, 256, int(offsets[-1])).astype(np.int32)
-        table = pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))})
+        table = pa.table(
+            {"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))}
+        )
         sink = io.BytesIO()
         pyarrow.parquet.write_table(table, sink, row_group_size=4000, compression="none")
         Store(url).write(f"part-{shard:05d}.parquet", sink.getvalue())
@@ -97,11 +109,23 @@ def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
 
     from dist_ft.config.load import load_config
 
-    return load_config(tiny.config(
-        folder, f"n{count}", storage={"options": options(url)}, schedule={"epochs": 1},
-        data={"train": f"s3://{s3.BUCKET}/{count}/*.parquet", "format": "auto", "block_mib": 0.25, "shuffle_blocks": 1,
-              "cache_dir": str(folder / cache), "tokenizer_processes": 0},
-        batch={"global_batch": LANES, "micro_batch": 1, "sequence_length": 256}))
+    return load_config(
+        tiny.config(
+            folder,
+            f"n{count}",
+            storage={"options": options(url)},
+            schedule={"epochs": 1},
+            data={
+                "train": f"s3://{s3.BUCKET}/{count}/*.parquet",
+                "format": "auto",
+                "block_mib": 0.25,
+                "shuffle_blocks": 1,
+                "cache_dir": str(folder / cache),
+                "tokenizer_processes": 0,
+            },
+            batch={"global_batch": LANES, "micro_batch": 1, "sequence_length": 256},
+        )
+    )
 
 
 def opened(config: Any) -> Any:
@@ -146,14 +170,22 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
                 seconds[place].append(time.perf_counter() - begun)
                 requests[place].append(len(proxy.requests))
                 loader.store.close()
-    return {"seconds": seconds, "requests": requests, "late_over_early": harness.ratio(seconds["99 %"], seconds["1 %"])}
+    return {
+        "seconds": seconds,
+        "requests": requests,
+        "late_over_early": harness.ratio(seconds["99 %"], seconds["1 %"]),
+    }
 
 
 def peak_mib(folder: Path, port: int, count: int, steps: int) -> float:
     """Return the peak memory of a process of its own that reads `steps` steps."""
     about = json.dumps({"folder": str(folder), "url": f"http://127.0.0.1:{port}", "count": count})
-    done = subprocess.run([sys.executable, __file__, "--memory-of", about, "--steps", str(steps)], check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory-of", about, "--steps", str(steps)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -165,23 +197,47 @@ def read_all(about: dict[str, Any], steps: int) -> None:
         start = total * number // 10
         for _ in loader.iterate(start, start + steps // 10, range(LANES)):
             pass
-    about_me = Path("/proc/self/status").read_text()  # getrusage would count the parent this was forked from
+    about_me = Path(
+        "/proc/self/status"
+    ).read_text()  # getrusage would count the parent this was forked from
     print(int(about_me.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print what was measured."""
     late = result["late_over_early"]
-    harness.show(f"B6 first batch of {args.samples:,} samples, a worker of {', '.join(map(str, WORLDS))} in turn", (
-        "", "1 %", "99 %", "99 % / 1 % [95 %]", "goal"), [
-        ("seconds (mean)", *(f"{np.mean(values):.2f}" for values in result["seconds"].values()), str(late),
-         harness.reached(late, 1.05, at_least=False)),
-        ("requests (most)", *(str(max(values)) for values in result["requests"].values()), "",
-         "≤ 10: " + ("reached" if max(map(max, result["requests"].values())) <= 10 else "missed"))])
+    harness.show(
+        f"B6 first batch of {args.samples:,} samples, a worker of {', '.join(map(str, WORLDS))} in turn",
+        ("", "1 %", "99 %", "99 % / 1 % [95 %]", "goal"),
+        [
+            (
+                "seconds (mean)",
+                *(f"{np.mean(values):.2f}" for values in result["seconds"].values()),
+                str(late),
+                harness.reached(late, 1.05, at_least=False),
+            ),
+            (
+                "requests (most)",
+                *(str(max(values)) for values in result["requests"].values()),
+                "",
+                "≤ 10: "
+                + ("reached" if max(map(max, result["requests"].values())) <= 10 else "missed"),
+            ),
+        ],
+    )
     small, large = result["memory"].values()
-    harness.show("peak memory of a loading process", (f"{SMALL:,} samples", f"{args.samples:,}", "ratio", "goal"), [
-        (f"{small:.0f} MiB", f"{large:.0f} MiB", f"{large / small:.3f}",
-         "≤ 1.1: " + ("reached" if large <= 1.1 * small else "missed"))])
+    harness.show(
+        "peak memory of a loading process",
+        (f"{SMALL:,} samples", f"{args.samples:,}", "ratio", "goal"),
+        [
+            (
+                f"{small:.0f} MiB",
+                f"{large:.0f} MiB",
+                f"{large / small:.3f}",
+                "≤ 1.1: " + ("reached" if large <= 1.1 * small else "missed"),
+            )
+        ],
+    )
     print(f"seconds to the first batch ever, index made on the way: {result['first_ever_s']:.0f}")
 
 

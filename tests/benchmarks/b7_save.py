@@ -23,8 +23,15 @@ from typing import Any
 import harness
 import numpy as np
 
-SHAPE = {"num_hidden_layers": 8, "hidden_size": 768, "intermediate_size": 2064, "num_attention_heads": 12,
-         "num_key_value_heads": 12, "vocab_size": 32768, "tie_word_embeddings": False}
+SHAPE = {
+    "num_hidden_layers": 8,
+    "hidden_size": 768,
+    "intermediate_size": 2064,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 32768,
+    "tie_word_embeddings": False,
+}
 TOKENS = 64
 GOAL_COPY, GOAL_TORCH = 1.2, 10
 
@@ -33,7 +40,9 @@ def main() -> None:
     """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=12, help="steps with a save draining, each way")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps with a save draining, each way"
+    )
     parser.add_argument("--throttle-mb-s", type=float, default=150)
     parser.add_argument("--out", help="JSON file to write instead of results/b7_save.json")
     args = parser.parse_args()
@@ -41,27 +50,53 @@ def main() -> None:
     environment = harness.environment()
     import torch.distributed as dist
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29577", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29577", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+    )
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory(prefix="dist_ft-b7-") as name:
         folder = Path(name)
         engine = make_engine()
         state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.slots()}
         size = sum(value.numel() * value.element_size() for value in state.values())
-        sides = {"copy": copy_side(state), "ours": ours(engine, folder), "torch.save": torch_side(state, folder),
-                 "DCP async": dcp_side(state, folder), "DeepSpeed": deepspeed_side(folder)}
+        sides = {
+            "copy": copy_side(state),
+            "ours": ours(engine, folder),
+            "torch.save": torch_side(state, folder),
+            "DCP async": dcp_side(state, folder),
+            "DeepSpeed": deepspeed_side(folder),
+        }
         for side in sides.values():
             side()  # buffers are made, files were there once
         found = harness.alternate(sides, args.rounds)
-        draining = {label: steps_while_draining(engine, folder, args.steps, limit)
-                    for label, limit in (("throttled", args.throttle_mb_s), ("not throttled", 0.0))}
-    result: dict[str, Any] = {"state_bytes": size, "stall_s": found,
-                              "ours_over_copy": harness.ratio(found["ours"], found["copy"]),
-                              **{f"{peer}_over_ours": harness.ratio(found[peer], found["ours"])
-                                 for peer in found if peer not in ("ours", "copy")}, "draining": draining}
+        draining = {
+            label: steps_while_draining(engine, folder, args.steps, limit)
+            for label, limit in (("throttled", args.throttle_mb_s), ("not throttled", 0.0))
+        }
+    result: dict[str, Any] = {
+        "state_bytes": size,
+        "stall_s": found,
+        "ours_over_copy": harness.ratio(found["ours"], found["copy"]),
+        **{
+            f"{peer}_over_ours": harness.ratio(found[peer], found["ours"])
+            for peer in found
+            if peer not in ("ours", "copy")
+        },
+        "draining": draining,
+    }
     report(result)
-    harness.save("b7_save", {"shape": SHAPE, "rounds": args.rounds, "steps": args.steps,
-                             "throttle_mb_s": args.throttle_mb_s}, environment, result, args.out)
+    harness.save(
+        "b7_save",
+        {
+            "shape": SHAPE,
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "throttle_mb_s": args.throttle_mb_s,
+        },
+        environment,
+        result,
+        args.out,
+    )
     dist.destroy_process_group()
 
 
@@ -97,6 +132,7 @@ def copy_side(state: dict[str, Any]) -> Callable[[], float]:
         for name, value in state.items():
             buffers[name].copy_(value)
         return time.perf_counter() - begun
+
     return run
 
 
@@ -107,7 +143,9 @@ def manager_of(folder: Path, **section: Any) -> Any:
     from dist_ft.storage import Store
     from dist_ft.world import Collectives, World
 
-    return CheckpointManager(Store(str(folder)), CheckpointSection(keep_last=1, **section), World(), Collectives(), 1)
+    return CheckpointManager(
+        Store(str(folder)), CheckpointSection(keep_last=1, **section), World(), Collectives(), 1
+    )
 
 
 def draft_of(engine: Any, step: int) -> Any:
@@ -132,6 +170,7 @@ def ours(engine: Any, folder: Path) -> Callable[[], float]:
         if outcome.problem is not None:
             raise outcome.problem
         return seconds
+
     return run
 
 
@@ -145,6 +184,7 @@ def torch_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
         seconds = time.perf_counter() - begun
         sync()
         return seconds
+
     return run
 
 
@@ -155,8 +195,14 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     writer = FileSystemWriter(str(folder / "dcp"), overwrite=True)
-    stager = DefaultStager(StagingOptions(use_pinned_memory=False, use_shared_memory=True, use_async_staging=False,
-                                          use_non_blocking_copy=False))  # pinned memory wants an accelerator
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=True,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )  # pinned memory wants an accelerator
 
     def run() -> float:
         begun = time.perf_counter()
@@ -165,6 +211,7 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
         saving.result()
         sync()
         return seconds
+
     return run
 
 
@@ -175,9 +222,16 @@ def deepspeed_side(folder: Path) -> Callable[[], float]:
     from dist_ft.world import World
 
     sharded.start(False)
-    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 1},
-                "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    engine = sharded.DeepSpeedEngine(make_module(), OptimizerSection(learning_rate=1e-5), settings, World())
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine = sharded.DeepSpeedEngine(
+        make_module(), OptimizerSection(learning_rate=1e-5), settings, World()
+    )
 
     def run() -> float:
         shutil.rmtree(folder / "deepspeed", ignore_errors=True)
@@ -186,6 +240,7 @@ def deepspeed_side(folder: Path) -> Callable[[], float]:
         seconds = time.perf_counter() - begun
         sync()
         return seconds
+
     return run
 
 
@@ -196,7 +251,10 @@ def sync() -> None:
 
 def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) -> dict[str, Any]:
     """Return step times with nothing under way and with a save under way, a save begun whenever the last has ended."""
-    manager, step = manager_of(folder / f"drain-{limit:g}", background_mb_s=limit), iter(range(1, 10**6))
+    manager, step = (
+        manager_of(folder / f"drain-{limit:g}", background_mb_s=limit),
+        iter(range(1, 10**6)),
+    )
     manager.prepare(engine)
     free, busy = [], []
     while len(busy) < count:
@@ -206,7 +264,11 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
             seconds = one_step(engine)
             if manager.flags()[0] == 0:  # it was being written all the time
                 busy.append(seconds)
-    return {"free_s": free, "busy_s": busy, "busy_over_free": statistics.median(busy) / statistics.median(free)}
+    return {
+        "free_s": free,
+        "busy_s": busy,
+        "busy_over_free": statistics.median(busy) / statistics.median(free),
+    }
 
 
 def one_step(engine: Any) -> float:
@@ -214,7 +276,9 @@ def one_step(engine: Any) -> float:
     from dist_ft.data.loader import assemble
 
     tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
-    batch = assemble(tokens, np.ones(TOKENS, np.uint8), np.array([[0, 0, TOKENS, 0]]), np.zeros(1, np.int64), 0)
+    batch = assemble(
+        tokens, np.ones(TOKENS, np.uint8), np.array([[0, 0, TOKENS, 0]]), np.zeros(1, np.int64), 0
+    )
     begun = time.perf_counter()
     engine.train_step([batch], [0], TOKENS, 1e-9)
     return time.perf_counter() - begun
@@ -231,11 +295,16 @@ def report(result: dict[str, Any]) -> None:
         elif side == "torch.save":
             goal = harness.reached(ratio, GOAL_TORCH, at_least=True)
         rows.append((side, f"{statistics.median(values):.3f}", str(ratio or ""), goal))
-    harness.show(f"B7 stall of a save of {result['state_bytes'] / 1e9:.2f} GB (ours: over a copy; peers: over ours)",
-                 ("side", "s", "ratio [95 %]", "goal"), rows)
+    harness.show(
+        f"B7 stall of a save of {result['state_bytes'] / 1e9:.2f} GB (ours: over a copy; peers: over ours)",
+        ("side", "s", "ratio [95 %]", "goal"),
+        rows,
+    )
     for label, found in result["draining"].items():
-        print(f"a step while a save drains, {label}: {statistics.median(found['busy_s']):.2f} s, alone "
-              f"{statistics.median(found['free_s']):.2f} s, ratio {found['busy_over_free']:.3f} ({len(found['busy_s'])} steps)")
+        print(
+            f"a step while a save drains, {label}: {statistics.median(found['busy_s']):.2f} s, alone "
+            f"{statistics.median(found['free_s']):.2f} s, ratio {found['busy_over_free']:.3f} ({len(found['busy_s'])} steps)"
+        )
 
 
 if __name__ == "__main__":

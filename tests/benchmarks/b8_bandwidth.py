@@ -35,9 +35,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CHUNK = 16 * 2**20
 GOAL_DISK, GOAL_RESHARD, GOAL_CONVERT = 0.9, 1.1, 10
-SETTINGS = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "checkpoint": {"load_universal": True}}
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "checkpoint": {"load_universal": True},
+}
 
 
 def main() -> None:
@@ -58,17 +62,32 @@ def main() -> None:
     environment = harness.environment()
     with tempfile.TemporaryDirectory(prefix="dist_ft-b8-", dir=args.folder) as name:
         args.folder = name
-        found = {**ranks(args, "four", 4), "convert_s": [convert(args, number) for number in range(args.peer_rounds)]}
+        found = {
+            **ranks(args, "four", 4),
+            "convert_s": [convert(args, number) for number in range(args.peer_rounds)],
+        }
         found.update(ranks(args, "three", 3))
     result = summarise(found)
     report(result)
-    harness.save("b8_bandwidth", {key: getattr(args, key) for key in ("rounds", "peer_rounds", "vocabulary", "layers",
-                                                                      "stage")}, environment, result, args.out)
+    harness.save(
+        "b8_bandwidth",
+        {
+            key: getattr(args, key)
+            for key in ("rounds", "peer_rounds", "vocabulary", "layers", "stage")
+        },
+        environment,
+        result,
+        args.out,
+    )
 
 
 def ranks(args: argparse.Namespace, part: str, size: int) -> dict[str, Any]:
     """Run one part of the benchmark on so many ranks and return what rank 0 found."""
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in {**vars(args), "part": part}.items() if value is not None]
+    given = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in {**vars(args), "part": part}.items()
+        if value is not None
+    ]
     harness.run_ranks(__file__, given, size, Path(args.folder) / f"log-{part}", 800)
     return json.loads((Path(args.folder) / f"{part}.json").read_text())
 
@@ -80,9 +99,21 @@ def convert(args: argparse.Namespace, number: int) -> float:
     os.sync()
     evict(folder / "deepspeed")
     begun = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
-                           str(folder / "deepspeed/t"), "--output_folder", str(folder / "deepspeed/universal"),
-                           "--inject_missing_state"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "deepspeed.checkpoint.ds_to_universal",
+            "--input_folder",
+            str(folder / "deepspeed/t"),
+            "--output_folder",
+            str(folder / "deepspeed/universal"),
+            "--inject_missing_state",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
@@ -123,7 +154,9 @@ class Rank:
         settings = {**SETTINGS, "zero_optimization": {"stage": args.stage}}
         with sharded.loading(settings):
             module = b7_save.make_module()
-        self.engine = sharded.DeepSpeedEngine(module, OptimizerSection(learning_rate=1e-5), settings, self.world)
+        self.engine = sharded.DeepSpeedEngine(
+            module, OptimizerSection(learning_rate=1e-5), settings, self.world
+        )
         torch.manual_seed(self.world.rank)
         for slot in self.engine.slots():
             slot.write(torch.rand(slot.numel))
@@ -146,7 +179,9 @@ class Rank:
 
     def content(self) -> float:
         """Return the sum of all state there is: what was loaded is what was saved."""
-        return self.comms.sum([sum(float(slot.read().double().sum()) for slot in self.engine.slots() if slot.owned)])[0]
+        return self.comms.sum(
+            [sum(float(slot.read().double().sum()) for slot in self.engine.slots() if slot.owned)]
+        )[0]
 
 
 def be_rank(args: argparse.Namespace) -> None:
@@ -162,9 +197,17 @@ def be_rank(args: argparse.Namespace) -> None:
 def four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
     """Save and restore on four ranks, beside the raw disk and DCP; then leave DeepSpeed's checkpoint for `convert`."""
     state = dtensors(rank)
-    saves = {"raw": lambda: raw_write(rank), "ours": saver(rank, "four"), "DCP": lambda: dcp_save(rank, state)}
-    restores = {"raw": lambda: raw_read(rank), "ours": lambda: restore(rank, "four")[0],
-                "DCP": lambda: dcp_load(rank, state), "raw again": lambda: raw_read(rank)}
+    saves = {
+        "raw": lambda: raw_write(rank),
+        "ours": saver(rank, "four"),
+        "DCP": lambda: dcp_save(rank, state),
+    }
+    restores = {
+        "raw": lambda: raw_read(rank),
+        "ours": lambda: restore(rank, "four")[0],
+        "DCP": lambda: dcp_load(rank, state),
+        "raw again": lambda: raw_read(rank),
+    }
     before = rank.content()
     for side in saves.values():
         side()
@@ -175,7 +218,12 @@ def four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("what was restored is not what was saved")
     found["restore_s"] = harness.alternate(restores, args.rounds)
     written = rank.timed(lambda: deepspeed_save(rank))
-    return {**found, "deepspeed_save_s": written, "state_bytes": rank.total_bytes, "content": before}
+    return {
+        **found,
+        "deepspeed_save_s": written,
+        "state_bytes": rank.total_bytes,
+        "content": before,
+    }
 
 
 def three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
@@ -194,10 +242,17 @@ def three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
     if abs(rank.content() - before) > 1e-9 * before:  # another order of adding
         raise SystemExit("what was resharded is not what was saved")
     every["reshard"].clear()
-    found = harness.alternate({"plain": lambda: side("plain", "three"), "reshard": lambda: side("reshard", "four")}, args.rounds)
+    found = harness.alternate(
+        {"plain": lambda: side("plain", "three"), "reshard": lambda: side("reshard", "four")},
+        args.rounds,
+    )
     universal = rank.folder / "deepspeed"
-    loads = [rank.timed(lambda: rank.engine._engine.load_checkpoint(str(universal), tag="universal"), universal)
-             for _ in range(args.peer_rounds)]
+    loads = [
+        rank.timed(
+            lambda: rank.engine._engine.load_checkpoint(str(universal), tag="universal"), universal
+        )
+        for _ in range(args.peer_rounds)
+    ]
     return {"three_s": found, "three_ready_s": every, "universal_load_s": loads}
 
 
@@ -213,7 +268,7 @@ def chunks(num_bytes: int) -> Iterator[tuple[int, memoryview]]:
     """Yield (offset, memory to write or read) over so many bytes; always the same memory, which was touched before."""
     buffer = memoryview(_buffer)
     for start in range(0, num_bytes, CHUNK):
-        yield start, buffer[:min(CHUNK, num_bytes - start)]
+        yield start, buffer[: min(CHUNK, num_bytes - start)]
 
 
 _buffer = np.random.default_rng(0).integers(0, 255, CHUNK, dtype=np.uint8)
@@ -221,6 +276,7 @@ _buffer = np.random.default_rng(0).integers(0, 255, CHUNK, dtype=np.uint8)
 
 def raw_write(rank: Rank) -> float:
     """Each rank writes one new file and forces it to disk."""
+
     def write() -> None:
         descriptor = os.open(rank.own, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         for _, content in chunks(rank.own_bytes):
@@ -234,6 +290,7 @@ def raw_write(rank: Rank) -> float:
 
 def raw_read(rank: Rank) -> float:
     """Each rank reads its file."""
+
     def read() -> None:
         descriptor = os.open(rank.own, os.O_RDONLY)
         for start, memory in chunks(rank.own_bytes):
@@ -249,7 +306,9 @@ def manager_of(rank: Rank, place: str) -> Any:
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.storage import Store
 
-    return CheckpointManager(Store(str(rank.folder / place)), CheckpointSection(keep_last=9), rank.world, rank.comms, 1)
+    return CheckpointManager(
+        Store(str(rank.folder / place)), CheckpointSection(keep_last=9), rank.world, rank.comms, 1
+    )
 
 
 def saver(rank: Rank, place: str) -> Callable[[], float]:
@@ -272,6 +331,7 @@ def saver(rank: Rank, place: str) -> Callable[[], float]:
         seconds = rank.timed(save)
         manager.close()
         return seconds
+
     return run
 
 
@@ -310,15 +370,23 @@ def dtensors(rank: Rank) -> dict[str, Any]:
 
     mesh, size = init_device_mesh("cpu", (rank.world.size,)), rank.world.size
     whole: dict[str, int] = {}
-    for part in rank.comms.all_gather([(f"{slot.key}:{slot.name}", slot.numel) for slot in rank.engine.slots() if slot.owned]):
+    for part in rank.comms.all_gather(
+        [(f"{slot.key}:{slot.name}", slot.numel) for slot in rank.engine.slots() if slot.owned]
+    ):
         for name, numel in part:
             whole[name] = whole.get(name, 0) + numel
     state = {}
     for name, numel in sorted(whole.items()):
         most = -(-numel // size)
         own = max(0, min(most, numel - rank.world.rank * most))
-        state[name] = DTensor.from_local(torch.rand(own), mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]),
-                                         stride=(1,))
+        state[name] = DTensor.from_local(
+            torch.rand(own),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([numel]),
+            stride=(1,),
+        )
     return state
 
 
@@ -336,7 +404,9 @@ def dcp_load(rank: Rank, state: dict[str, Any]) -> float:
     """DCP's load into the same tensors."""
     import torch.distributed.checkpoint as dcp
 
-    return rank.timed(lambda: dcp.load(state, checkpoint_id=str(rank.folder / "dcp")), rank.folder / "dcp")
+    return rank.timed(
+        lambda: dcp.load(state, checkpoint_id=str(rank.folder / "dcp")), rank.folder / "dcp"
+    )
 
 
 def deepspeed_save(rank: Rank) -> None:
@@ -351,17 +421,23 @@ def deepspeed_save(rank: Rank) -> None:
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
     """Return what was found with the ratios of it."""
-    save, load, three_s, ready = (found[key] for key in ("save_s", "restore_s", "three_s", "three_ready_s"))
+    save, load, three_s, ready = (
+        found[key] for key in ("save_s", "restore_s", "three_s", "three_ready_s")
+    )
     converted = [a + b for a, b in zip(found["convert_s"], found["universal_load_s"], strict=True)]
-    return {**found,
-            "save_over_raw": harness.ratio(save["raw"], save["ours"]),
-            "restore_over_raw": harness.ratio(load["raw"], load["ours"]),
-            "DCP_save_over_raw": harness.ratio(save["raw"], save["DCP"]),
-            "DCP_restore_over_raw": harness.ratio(load["raw"], load["DCP"]),
-            "raw_over_raw": harness.ratio(load["raw"], load["raw again"]),
-            "reshard_over_plain": harness.ratio(three_s["reshard"], three_s["plain"]),
-            "convert_and_load_s": converted,
-            "convert_and_load_over_reshard": harness.ratio(converted, ready["reshard"][:len(converted)])}
+    return {
+        **found,
+        "save_over_raw": harness.ratio(save["raw"], save["ours"]),
+        "restore_over_raw": harness.ratio(load["raw"], load["ours"]),
+        "DCP_save_over_raw": harness.ratio(save["raw"], save["DCP"]),
+        "DCP_restore_over_raw": harness.ratio(load["raw"], load["DCP"]),
+        "raw_over_raw": harness.ratio(load["raw"], load["raw again"]),
+        "reshard_over_plain": harness.ratio(three_s["reshard"], three_s["plain"]),
+        "convert_and_load_s": converted,
+        "convert_and_load_over_reshard": harness.ratio(
+            converted, ready["reshard"][: len(converted)]
+        ),
+    }
 
 
 def report(result: dict[str, Any]) -> None:
@@ -372,21 +448,43 @@ def report(result: dict[str, Any]) -> None:
         return f"{size / 1e6 / float(np.exp(np.mean(np.log(seconds)))):,.0f} MB/s"
 
     save, load, three_s = result["save_s"], result["restore_s"], result["three_s"]
-    rows = [("save: raw, write and fsync", speed(save["raw"]), "", ""),
-            ("save: ours / raw", speed(save["ours"]), str(result["save_over_raw"]),
-             reached(result["save_over_raw"], GOAL_DISK, at_least=True)),
-            ("save: DCP / raw", speed(save["DCP"]), str(result["DCP_save_over_raw"]), ""),
-            ("restore: raw, cold read", speed(load["raw"]), "", ""),
-            ("restore: ours / raw", speed(load["ours"]), str(result["restore_over_raw"]),
-             reached(result["restore_over_raw"], GOAL_DISK, at_least=True)),
-            ("restore: DCP / raw", speed(load["DCP"]), str(result["DCP_restore_over_raw"]), ""),
-            ("restore: raw / raw (control)", speed(load["raw again"]), str(result["raw_over_raw"]), ""),
-            ("time of 4 -> 3 / of 3 -> 3", speed(three_s["reshard"]), str(result["reshard_over_plain"]),
-             reached(result["reshard_over_plain"], GOAL_RESHARD, at_least=False)),
-            ("time of convert and load / of 4 -> 3", f"{np.mean(result['convert_and_load_s']):.1f} s / "
-             f"{np.mean(result['three_ready_s']['reshard']):.1f} s", str(result["convert_and_load_over_reshard"]),
-             reached(result["convert_and_load_over_reshard"], GOAL_CONVERT, at_least=True))]
-    harness.show(f"B8 bandwidth, {size / 1e9:.2f} GB of state", ("side", "speed", "ratio [95 %]", "goal"), rows)
+    rows = [
+        ("save: raw, write and fsync", speed(save["raw"]), "", ""),
+        (
+            "save: ours / raw",
+            speed(save["ours"]),
+            str(result["save_over_raw"]),
+            reached(result["save_over_raw"], GOAL_DISK, at_least=True),
+        ),
+        ("save: DCP / raw", speed(save["DCP"]), str(result["DCP_save_over_raw"]), ""),
+        ("restore: raw, cold read", speed(load["raw"]), "", ""),
+        (
+            "restore: ours / raw",
+            speed(load["ours"]),
+            str(result["restore_over_raw"]),
+            reached(result["restore_over_raw"], GOAL_DISK, at_least=True),
+        ),
+        ("restore: DCP / raw", speed(load["DCP"]), str(result["DCP_restore_over_raw"]), ""),
+        ("restore: raw / raw (control)", speed(load["raw again"]), str(result["raw_over_raw"]), ""),
+        (
+            "time of 4 -> 3 / of 3 -> 3",
+            speed(three_s["reshard"]),
+            str(result["reshard_over_plain"]),
+            reached(result["reshard_over_plain"], GOAL_RESHARD, at_least=False),
+        ),
+        (
+            "time of convert and load / of 4 -> 3",
+            f"{np.mean(result['convert_and_load_s']):.1f} s / "
+            f"{np.mean(result['three_ready_s']['reshard']):.1f} s",
+            str(result["convert_and_load_over_reshard"]),
+            reached(result["convert_and_load_over_reshard"], GOAL_CONVERT, at_least=True),
+        ),
+    ]
+    harness.show(
+        f"B8 bandwidth, {size / 1e9:.2f} GB of state",
+        ("side", "speed", "ratio [95 %]", "goal"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -35,8 +35,12 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--under-way-s", type=float, default=30, help="seconds of training before the node dies")
-    parser.add_argument("--sides", nargs="+", default=["ray_s", "ours_s"], help="one alone: a try, no JSON")
+    parser.add_argument(
+        "--under-way-s", type=float, default=30, help="seconds of training before the node dies"
+    )
+    parser.add_argument(
+        "--sides", nargs="+", default=["ray_s", "ours_s"], help="one alone: a try, no JSON"
+    )
     parser.add_argument("--out", help="JSON file to write instead of results/b9_node.json")
     args = parser.parse_args()
     harness.one_thread()
@@ -53,22 +57,49 @@ def main() -> None:
                 cluster = nodes.Nodes()
                 try:
                     two = [cluster.add(), cluster.add()]
-                    times[side].append({"ray_s": ray, "ours_s": ours}[side](
-                        base, number, cluster.address, args.under_way_s, partial(cluster.kill, two[number % 2])))
+                    times[side].append(
+                        {"ray_s": ray, "ours_s": ours}[side](
+                            base,
+                            number,
+                            cluster.address,
+                            args.under_way_s,
+                            partial(cluster.kill, two[number % 2]),
+                        )
+                    )
                 finally:
                     cluster.close()
-                print(f"round {number + 1}: {side} {times[side][-1]:.2f}", file=sys.stderr, flush=True)
+                print(
+                    f"round {number + 1}: {side} {times[side][-1]:.2f}", file=sys.stderr, flush=True
+                )
     if len(times) < 2:
         return
     found = harness.ratio(times["ray_s"], times["ours_s"])
-    harness.show("B9 node lost to first step on fewer workers", ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"), [
-        (*(", ".join(f"{value:.1f} s" for value in times[side]) for side in ("ray_s", "ours_s")), str(found),
-         harness.reached(found, 3.0, at_least=True))])
-    harness.save("b9_node", {"rounds": args.rounds, "under_way_s": args.under_way_s}, environment,
-                 {**times, "ray_over_ours": found}, args.out)
+    harness.show(
+        "B9 node lost to first step on fewer workers",
+        ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"),
+        [
+            (
+                *(
+                    ", ".join(f"{value:.1f} s" for value in times[side])
+                    for side in ("ray_s", "ours_s")
+                ),
+                str(found),
+                harness.reached(found, 3.0, at_least=True),
+            )
+        ],
+    )
+    harness.save(
+        "b9_node",
+        {"rounds": args.rounds, "under_way_s": args.under_way_s},
+        environment,
+        {**times, "ray_over_ours": found},
+        args.out,
+    )
 
 
-def ray(base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]) -> float:
+def ray(
+    base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]
+) -> float:
     """Return Ray Train's seconds from the kill to the first step of one worker."""
     folder = base / f"ray-{number}"
     folder.mkdir()
@@ -79,8 +110,17 @@ def ray(base: Path, number: int, address: str, under_way_s: float, kill: Callabl
         return [tuple(map(float, line.split())) for line in lines if len(line.split()) == 3]
 
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(HERE / "b9_ray_elastic.py"), str(base / "model"), str(folder), address],
-                                   stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(HERE / "b9_ray_elastic.py"),
+                str(base / "model"),
+                str(folder),
+                address,
+            ],
+            stdout=log,
+            stderr=log,
+        )
     try:
         _wait(lambda: bool(steps()) and steps()[0][0] == 2, process, folder / "log")
         time.sleep(under_way_s)
@@ -93,20 +133,32 @@ def ray(base: Path, number: int, address: str, under_way_s: float, kill: Callabl
     return next(at for world, _, at in steps() if world == 1) - killed
 
 
-def ours(base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]) -> float:
+def ours(
+    base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]
+) -> float:
     """Return dist_ft's."""
     import tiny
     import yaml
 
     name = f"ours-{number}"
     document: dict[str, Any] = tiny.config(
-        base, name, workers=2, stage=1, schedule={"epochs": None, "steps": 10**5}, checkpoint={"every_steps": 20},
-        cluster={"workers": [1, 2], "cpus_per_worker": 1})
+        base,
+        name,
+        workers=2,
+        stage=1,
+        schedule={"epochs": None, "steps": 10**5},
+        checkpoint={"every_steps": 20},
+        cluster={"workers": [1, 2], "cpus_per_worker": 1},
+    )
     path, log = base / f"{name}.yaml", base / f"{name}.log"
     path.write_text(yaml.safe_dump(document))
-    process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "RAY_ADDRESS": address})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )
     lines: list[tuple[float, str]] = []
 
     def read() -> None:
@@ -138,8 +190,14 @@ def ours(base: Path, number: int, address: str, under_way_s: float, kill: Callab
         process.kill()
         process.wait()
         reader.join(5)
-    noticed = next((at - killed for at, line in lines if at > killed and "nodes were lost" in line), None)
-    print(f"  Ray took the node for lost after {noticed or math.nan:.2f} s", file=sys.stderr, flush=True)
+    noticed = next(
+        (at - killed for at, line in lines if at > killed and "nodes were lost" in line), None
+    )
+    print(
+        f"  Ray took the node for lost after {noticed or math.nan:.2f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return (first_step(lines, said) or math.nan) - killed
 
 
@@ -153,7 +211,9 @@ def _wait(what: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -
     until = time.monotonic() + PATIENCE_S
     while not what():
         if process.poll() is not None or time.monotonic() > until:
-            raise SystemExit(f"{'it takes too long' if process.poll() is None else 'it has ended'}:\n{log.read_text()[-3000:]}")
+            raise SystemExit(
+                f"{'it takes too long' if process.poll() is None else 'it has ended'}:\n{log.read_text()[-3000:]}"
+            )
         time.sleep(0.05)
 
 

@@ -25,9 +25,16 @@ def loop(config: dict) -> None:
     rank = train.get_context().get_world_rank()
     model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config={
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+        },
+    )
     first = 0
     newest = train.get_checkpoint()
     if newest:
@@ -63,12 +70,28 @@ def main() -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     model, folder, steps, kill_at = sys.argv[1:5]
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    TorchTrainer(loop, train_loop_config={"model": model, "folder": folder, "steps": int(steps), "kill_at": int(kill_at),
-                                          "every": 20},
-                 torch_config=TorchConfig(backend="gloo"),
-                 scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
-                 run_config=RunConfig(name="b9", storage_path=folder, failure_config=FailureConfig(max_failures=3))).fit()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    TorchTrainer(
+        loop,
+        train_loop_config={
+            "model": model,
+            "folder": folder,
+            "steps": int(steps),
+            "kill_at": int(kill_at),
+            "every": 20,
+        },
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(
+            name="b9", storage_path=folder, failure_config=FailureConfig(max_failures=3)
+        ),
+    ).fit()
     ray.shutdown()
 
 

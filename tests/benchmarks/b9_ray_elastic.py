@@ -46,9 +46,17 @@ def loop(config: dict) -> None:
         if (step + 1) % config["every"] == 0:
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
-                    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
-                               os.path.join(folder, "state.pt"))
-                train.report({"step": step}, checkpoint=train.Checkpoint(folder) if rank == 0 else None)
+                    torch.save(
+                        {
+                            "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "step": step + 1,
+                        },
+                        os.path.join(folder, "state.pt"),
+                    )
+                train.report(
+                    {"step": step}, checkpoint=train.Checkpoint(folder) if rank == 0 else None
+                )
 
 
 def main() -> None:
@@ -59,10 +67,15 @@ def main() -> None:
 
     model, folder, address = sys.argv[1:4]
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    TorchTrainer(loop, train_loop_config={"model": model, "folder": folder, "every": 20},
-                 torch_config=TorchConfig(backend="gloo"),
-                 scaling_config=ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1}),
-                 run_config=RunConfig(name="b9", storage_path=folder, failure_config=FailureConfig(max_failures=3))).fit()
+    TorchTrainer(
+        loop,
+        train_loop_config={"model": model, "folder": folder, "every": 20},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(
+            name="b9", storage_path=folder, failure_config=FailureConfig(max_failures=3)
+        ),
+    ).fit()
 
 
 if __name__ == "__main__":

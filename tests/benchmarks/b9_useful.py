@@ -48,13 +48,26 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryDirectory(prefix="dist_ft-b9-") as name:
         result = measure(Path(name), args)
-    harness.show(f"B9 useful time of {result['wall_s'] / 60:.1f} minutes, {len(result['kills'])} kills",
-                 ("steps", "useful", "steps x median", "restarts", "goal"),
-                 [(str(result["steps"]), f"{result['useful']:.3f}", f"{result['useful_by_median']:.3f}",
-                   ", ".join(f"{kill['back_s']:.1f} s" for kill in result["kills"]),
-                   f">= {GOAL}: {'reached' if result['useful'] >= GOAL else 'missed'}")])
-    harness.save("b9_useful", {key: getattr(args, key) for key in ("minutes", "kill_every_minutes", "every_steps")},
-                 environment, result, args.out)
+    harness.show(
+        f"B9 useful time of {result['wall_s'] / 60:.1f} minutes, {len(result['kills'])} kills",
+        ("steps", "useful", "steps x median", "restarts", "goal"),
+        [
+            (
+                str(result["steps"]),
+                f"{result['useful']:.3f}",
+                f"{result['useful_by_median']:.3f}",
+                ", ".join(f"{kill['back_s']:.1f} s" for kill in result["kills"]),
+                f">= {GOAL}: {'reached' if result['useful'] >= GOAL else 'missed'}",
+            )
+        ],
+    )
+    harness.save(
+        "b9_useful",
+        {key: getattr(args, key) for key in ("minutes", "kill_every_minutes", "every_steps")},
+        environment,
+        result,
+        args.out,
+    )
 
 
 def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -64,15 +77,28 @@ def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
     workload.make_model(base / "model-s", "S")
     lengths = workload.lognormal_lengths(4000, 0, cut=256)
     texts = workload.make_texts(base / "texts", lengths, workload.SHAPES["S"]["vocab_size"], 0)
-    document = workload.run_config(base, "S", name="useful", train=texts, sequence_length=256, micro_batch=4, lanes=2,
-                                   steps=10**6, workers=2)
+    document = workload.run_config(
+        base,
+        "S",
+        name="useful",
+        train=texts,
+        sequence_length=256,
+        micro_batch=4,
+        lanes=2,
+        steps=10**6,
+        workers=2,
+    )
     document["cluster"]["cpus_per_worker"] = 0.5
     document["checkpoint"] = {"every_steps": args.every_steps}
     (base / "run.yaml").write_text(yaml.safe_dump(document))
     mark = uuid4().hex
-    process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(base / "run.yaml"), "--skip-check"],
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, MARK: mark})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dist_ft.cli", "train", str(base / "run.yaml"), "--skip-check"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, MARK: mark},
+    )
     steps: list[tuple[float, int]] = []
     said: list[str] = []
     reader = threading.Thread(target=_read, args=(process, steps, said), daemon=True)
@@ -131,8 +157,12 @@ def _processes(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().split(b"\0")[2:3] == [b"dist_ft.runtime.process"] \
-                    and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            if (
+                folder.name.isdigit()
+                and (folder / "cmdline").read_bytes().split(b"\0")[2:3]
+                == [b"dist_ft.runtime.process"]
+                and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -147,12 +177,16 @@ def _cpu(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def summarise(run: Path, steps: list[tuple[float, int]], kills: list[dict[str, float]], begun: float) -> dict[str, Any]:
+def summarise(
+    run: Path, steps: list[tuple[float, int]], kills: list[dict[str, float]], begun: float
+) -> dict[str, Any]:
     """Return the share of useful time and the timeline."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     times = {line["step"]: line["step_s"] for line in lines if line["kind"] == "train"}
-    last, ended = max((int(path.parent.name.split("-")[1]), path.stat().st_mtime)
-                      for path in (run / "checkpoints").glob("step-*/manifest.json"))
+    last, ended = max(
+        (int(path.parent.name.split("-")[1]), path.stat().st_mtime)
+        for path in (run / "checkpoints").glob("step-*/manifest.json")
+    )
     committed = [times[step] for step in range(1, last + 1)]
     start = begun - times[1]
     wall = ended - start
@@ -160,10 +194,16 @@ def summarise(run: Path, steps: list[tuple[float, int]], kills: list[dict[str, f
         kill["back_s"] = next(at for at, _ in steps if at > kill["at"] + 1.0) - kill["at"]
         kill["from_step"] = next(step for at, step in steps if at > kill["at"] + 1.0)
         kill["at"] -= start
-    return {"steps": last, "wall_s": wall, "useful": sum(committed) / wall, "median_step_s": median(committed),
-            "useful_by_median": last * median(committed) / wall, "kills": kills,
-            "attempts": len(list((run / "attempts").glob("*.json"))),
-            "timeline": [{"at": round(at - start, 1), "step": step} for at, step in steps[::20]]}
+    return {
+        "steps": last,
+        "wall_s": wall,
+        "useful": sum(committed) / wall,
+        "median_step_s": median(committed),
+        "useful_by_median": last * median(committed) / wall,
+        "kills": kills,
+        "attempts": len(list((run / "attempts").glob("*.json"))),
+        "timeline": [{"at": round(at - start, 1), "step": step} for at, step in steps[::20]],
+    }
 
 
 if __name__ == "__main__":

@@ -26,8 +26,14 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("dist-ft", "torch", "deepspeed", "transformers", "accelerate", "numpy")
 RESAMPLES = 10_000
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-              "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     for number in range(rounds):
         for name in turns(list(sides), number):
             values[name].append(sides[name]())
-            print(f"round {number + 1} of {rounds}: {name} {values[name][-1]:.4g}", file=sys.stderr, flush=True)
+            print(
+                f"round {number + 1} of {rounds}: {name} {values[name][-1]:.4g}",
+                file=sys.stderr,
+                flush=True,
+            )
     return values
 
 
@@ -109,7 +119,9 @@ def one_thread() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
 
 
-def run_ranks(script: str, arguments: Sequence[str], size: int, log_folder: Path, timeout_s: float) -> None:
+def run_ranks(
+    script: str, arguments: Sequence[str], size: int, log_folder: Path, timeout_s: float
+) -> None:
     """Run `script` on `size` ranks (one thread each) to their end.
 
     Raises RuntimeError with the end of a failing rank's output.
@@ -120,12 +132,25 @@ def run_ranks(script: str, arguments: Sequence[str], size: int, log_folder: Path
         port = probe.getsockname()[1]
     started = []
     for rank in range(size):
-        env = {**os.environ, **ONE_THREAD, "RANK": str(rank), "WORLD_SIZE": str(size),
-               "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {
+            **os.environ,
+            **ONE_THREAD,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         with open(log_folder / f"rank-{rank}.log", "wb") as log:
-            started.append(subprocess.Popen([sys.executable, script, *arguments], env=env, stdout=log,
-                                            stderr=subprocess.STDOUT))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, script, *arguments],
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     try:
         _wait(started, log_folder, time.monotonic() + timeout_s)
     finally:
@@ -172,15 +197,26 @@ def reached(measured: Ratio, goal: float, *, at_least: bool) -> str:
     return f"{'≥' if at_least else '≤'} {goal:g}: {word}"
 
 
-def save(name: str, config: Mapping[str, Any], environment: Mapping[str, Any], result: Mapping[str, Any],
-         out: str | None) -> None:
+def save(
+    name: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    result: Mapping[str, Any],
+    out: str | None,
+) -> None:
     """Write results/<name>.json, or `out` if given."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": name, "environment": dict(environment), "config": dict(config),
-              "result": dict(result)}
+    record = {
+        "benchmark": name,
+        "environment": dict(environment),
+        "config": dict(config),
+        "result": dict(result),
+    }
     path.write_text(json.dumps(record, indent=2, default=_plain) + "\n", "utf-8")
-    print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
+    print(
+        f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -13,16 +13,27 @@ from typing import Any
 import numpy as np
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "S": {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4,
-          "vocab_size": 8192},
-    "M": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8,
-          "vocab_size": 32768},
+    "S": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_attention_heads": 4,
+        "vocab_size": 8192,
+    },
+    "M": {
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "vocab_size": 32768,
+    },
 }
 END = "</s>"
 
 
-def lognormal_lengths(count: int, seed: int, median: float = 350, sigma: float = 1.0, cut: int = 2048
-                      ) -> np.ndarray:
+def lognormal_lengths(
+    count: int, seed: int, median: float = 350, sigma: float = 1.0, cut: int = 2048
+) -> np.ndarray:
     """Return token counts of samples: lognormal, at least 2, cut at `cut`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
     return np.clip(drawn, 2, cut).astype(np.int64)
@@ -40,9 +51,15 @@ def make_model(folder: Path, shape: str, max_length: int = 2048) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_key_value_heads=sizes["num_attention_heads"], tie_word_embeddings=False,
-                         max_position_embeddings=max_length,
-                         bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+        tie_word_embeddings=False,
+        max_position_embeddings=max_length,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
@@ -58,15 +75,29 @@ def make_texts(folder: Path, lengths: np.ndarray, vocabulary: int, seed: int) ->
     return str(folder / "*.jsonl")
 
 
-def run_config(folder: Path, shape: str, *, name: str, train: str, sequence_length: int, micro_batch: int,
-               lanes: int, steps: int, workers: int, stage: int = 1) -> dict[str, Any]:
+def run_config(
+    folder: Path,
+    shape: str,
+    *,
+    name: str,
+    train: str,
+    sequence_length: int,
+    micro_batch: int,
+    lanes: int,
+    steps: int,
+    workers: int,
+    stage: int = 1,
+) -> dict[str, Any]:
     """Return the mapping of a run that `load_config` takes: what is not named here is at its default."""
     return {
         "run": {"name": name, "storage": str(folder / "runs")},
         "model": {"path": str(folder / f"model-{shape.lower()}"), "dtype": "float32"},
         "data": {"train": train, "cache_dir": str(folder / "cache"), "format": "text"},
-        "batch": {"global_batch": micro_batch * lanes, "micro_batch": micro_batch,
-                  "sequence_length": sequence_length},
+        "batch": {
+            "global_batch": micro_batch * lanes,
+            "micro_batch": micro_batch,
+            "sequence_length": sequence_length,
+        },
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.1},
         "schedule": {"name": "constant", "steps": steps},
         "zero": {"stage": stage},

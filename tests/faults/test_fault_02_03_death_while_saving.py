@@ -26,13 +26,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(base: Path) -> list[float]:
     folder = base / "ranks-unbroken"
-    ranks.require_ok(ranks.run_ranks(2, [tiny.config(base, "unbroken", workers=2, stage=2)], folder), folder)
+    ranks.require_ok(
+        ranks.run_ranks(2, [tiny.config(base, "unbroken", workers=2, stage=2)], folder), folder
+    )
     return history.losses(base / "runs/unbroken")
 
 
 @pytest.mark.parametrize("failpoint", FAILPOINTS)
-def test_faults_2_and_3_death_at_a_failpoint_of_the_writer(base: Path, unbroken: list[float], failpoint: str) -> None:
-    name = "died-" + "".join(c if c.isalnum() else "-" for c in failpoint).replace("checkpoint-", "")
+def test_faults_2_and_3_death_at_a_failpoint_of_the_writer(
+    base: Path, unbroken: list[float], failpoint: str
+) -> None:
+    name = "died-" + "".join(c if c.isalnum() else "-" for c in failpoint).replace(
+        "checkpoint-", ""
+    )
     name = name.replace("_", "-")
     document = tiny.config(base, name, workers=2, stage=2)
     folder = base / f"ranks-{name}"
@@ -45,12 +51,17 @@ def test_faults_2_and_3_death_at_a_failpoint_of_the_writer(base: Path, unbroken:
     assert f"going on from step {FAILPOINTS[failpoint]}" in said
     assert history.losses(base / "runs" / name) == unbroken
     history.require_exactly_once(base / "runs" / name, document)
-    torn = [path for path in (base / "runs" / name / "checkpoints").iterdir() if not (path / "manifest.json").exists()]
+    torn = [
+        path
+        for path in (base / "runs" / name / "checkpoints").iterdir()
+        if not (path / "manifest.json").exists()
+    ]
     assert torn == [], "torn checkpoints of dead attempts are collected"
 
 
 def test_fault_17_every_file_of_a_checkpoint_altered_falls_back_to_the_one_before(
-        base: Path, unbroken: list[float]) -> None:
+    base: Path, unbroken: list[float]
+) -> None:
     """Truncated, flipped and missing files in the newest checkpoint: the one before is chosen, and the log says why."""
     source = base / "runs/unbroken"
     newest = sorted((source / "checkpoints").iterdir())[-1].name
@@ -67,7 +78,9 @@ def test_fault_17_every_file_of_a_checkpoint_altered_falls_back_to_the_one_befor
         else:
             content[len(content) // 2] ^= 0x10
         victim.write_bytes(bytes(content))
-    documents = [tiny.config(base, f"altered-{number}", workers=2, stage=2) for number in range(len(files))]
+    documents = [
+        tiny.config(base, f"altered-{number}", workers=2, stage=2) for number in range(len(files))
+    ]
     folder = base / "ranks-altered"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
     said = (folder / "rank-0.log").read_text()

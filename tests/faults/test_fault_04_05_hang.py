@@ -22,7 +22,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(base: Path) -> list[float]:
     folder = base / "ranks-unbroken"
-    ranks.require_ok(ranks.run_ranks(2, [tiny.config(base, "unbroken", workers=2, stage=2)], folder), folder)
+    ranks.require_ok(
+        ranks.run_ranks(2, [tiny.config(base, "unbroken", workers=2, stage=2)], folder), folder
+    )
     return history.losses(base / "runs/unbroken")
 
 
@@ -48,14 +50,21 @@ def goes_on(base: Path, name: str, unbroken: list[float]) -> None:
     history.require_exactly_once(base / "runs" / name, document)
 
 
-def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(base: Path, unbroken: list[float]) -> None:
+def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(
+    base: Path, unbroken: list[float]
+) -> None:
     folder = base / "ranks-stopped"
-    processes = ranks.start_ranks(2, [document_of(base, "stopped")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!stop"})
+    processes = ranks.start_ranks(
+        2, [document_of(base, "stopped")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!stop"}
+    )
     try:
         assert codes_within(processes[:1], 120) == [75], (folder / "rank-0.log").read_text()[-2000:]
         assert processes[1].poll() is None
         said = (folder / "rank-0.log").read_text()
-        assert f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): a peer may be gone" in said
+        assert (
+            f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): a peer may be gone"
+            in said
+        )
         stacks = (base / "runs/stopped/attempts/000001-rank-00000-stacks.txt").read_text()
         assert "train_step" in stacks or "all_reduce" in stacks
         processes[1].send_signal(signal.SIGCONT)  # a zombie: its own clock has run out too
@@ -69,9 +78,13 @@ def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(base: Path, unbroke
 
 
 @pytest.mark.slow  # tests/unit/runtime/test_watchdog.py shows it on one process
-def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_needs_none(base: Path) -> None:
+def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_needs_none(
+    base: Path,
+) -> None:
     folder = base / "ranks-locked"
-    processes = ranks.start_ranks(2, [document_of(base, "locked")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!lock"})
+    processes = ranks.start_ranks(
+        2, [document_of(base, "locked")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!lock"}
+    )
     try:
         codes = codes_within(processes, 120)
     finally:
@@ -80,13 +93,18 @@ def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_n
                 process.kill()
                 process.wait()
     assert codes[0] == 75 and codes[1] == 1, (folder / "rank-1.log").read_text()[-2000:]
-    assert "Timeout" in (folder / "rank-1.log").read_text() and "in _fail" in (folder / "rank-1.log").read_text()
+    assert (
+        "Timeout" in (folder / "rank-1.log").read_text()
+        and "in _fail" in (folder / "rank-1.log").read_text()
+    )
 
 
 @pytest.mark.slow  # to the other ranks and to what comes after it is the kill of faults 1 and 2
 def test_fault_5_a_segfault_is_noticed_from_outside(base: Path, unbroken: list[float]) -> None:
     folder = base / "ranks-fault"
-    processes = ranks.start_ranks(2, [document_of(base, "fault")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!fault"})
+    processes = ranks.start_ranks(
+        2, [document_of(base, "fault")], folder, {"DIST_FT_FAILPOINT": "train.step:7@1!fault"}
+    )
     codes = ranks.wait_for_death(processes)
     assert codes[1] == -signal.SIGSEGV
     goes_on(base, "fault", unbroken)

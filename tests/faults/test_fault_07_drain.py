@@ -24,47 +24,82 @@ NEVER, NOTICE_S = 10**6, 20
 
 
 def document(base: Path, name: str, steps: int, **cluster: Any) -> dict[str, Any]:
-    return tiny.config(base, name, workers=2, schedule={"epochs": None, "steps": steps, "name": "constant"},
-                       checkpoint={"every_steps": NEVER}, optimizer={"learning_rate": 1e-4},
-                       cluster={"cpus_per_worker": 1, "resize_interval_s": 10, "standby": False, **cluster})
+    return tiny.config(
+        base,
+        name,
+        workers=2,
+        schedule={"epochs": None, "steps": steps, "name": "constant"},
+        checkpoint={"every_steps": NEVER},
+        optimizer={"learning_rate": 1e-4},
+        cluster={"cpus_per_worker": 1, "resize_interval_s": 10, "standby": False, **cluster},
+    )
 
 
 def shown(log: Path, until: str = "\0") -> list[int]:
     """Return the steps the terminal has shown, in their order, before it said `until`."""
-    return [int(found) for found in re.findall(r"step +(\d+)/", log.read_text(errors="replace").partition(until)[0])]
+    return [
+        int(found)
+        for found in re.findall(
+            r"step +(\d+)/", log.read_text(errors="replace").partition(until)[0]
+        )
+    ]
 
 
 def going_on(log: Path) -> list[int]:
     """Return the steps that attempts went on from."""
-    return [int(found) for found in re.findall(r"going on from step (\d+)", log.read_text(errors="replace"))]
+    return [
+        int(found)
+        for found in re.findall(r"going on from step (\d+)", log.read_text(errors="replace"))
+    ]
 
 
-def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice(tmp_path: Path) -> None:
+def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice(
+    tmp_path: Path,
+) -> None:
     base = tiny.base(tmp_path)
-    config, run, log = document(base, "drained", NEVER, workers=[2, 3]), base / "runs/drained", base / "drained.log"
+    config, run, log = (
+        document(base, "drained", NEVER, workers=[2, 3]),
+        base / "runs/drained",
+        base / "drained.log",
+    )
     (base / "drained.yaml").write_text(yaml.safe_dump(config))
     cluster = nodes.Nodes()
     try:
         there = [cluster.add() for _ in range(3)]
         with open(log, "w") as out:
-            process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(base / "drained.yaml")],
-                                       stdout=out, stderr=out, cwd=base, text=True,
-                                       env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                                            "RAY_ADDRESS": cluster.address})
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dist_ft.cli", "train", str(base / "drained.yaml")],
+                stdout=out,
+                stderr=out,
+                cwd=base,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "DS_ACCELERATOR": "cpu",
+                    "RAY_ADDRESS": cluster.address,
+                },
+            )
         try:
             wait_for(process, lambda: len(shown(log)) > 20)
             assert worlds(run) == [3] and step(run) == 0, "nothing is saved"
             noticed, at = shown(log)[-1], time.monotonic()
             cluster.drain(there[2], NOTICE_S)
             wait_for(process, lambda: step(run) >= noticed, NOTICE_S)
-            print(f"notice at step {noticed}; step {step(run)} committed {time.monotonic() - at:.1f} s after")
-            assert "(worker" in log.read_text() and "saving now, training goes on" in log.read_text()
+            print(
+                f"notice at step {noticed}; step {step(run)} committed {time.monotonic() - at:.1f} s after"
+            )
+            assert (
+                "(worker" in log.read_text() and "saving now, training goes on" in log.read_text()
+            )
             time.sleep(max(0.0, at + NOTICE_S - time.monotonic()))
             last, kept = shown(log)[-1], step(run)
             cluster.kill(there[2])
             wait_for(process, lambda: worlds(run)[-1:] == [2] and len(going_on(log)) > 0)
-            print(f"gone at step {last}; with 2 workers from step {going_on(log)[-1]} after "
-                  f"{time.monotonic() - at - NOTICE_S:.1f} s")
+            print(
+                f"gone at step {last}; with 2 workers from step {going_on(log)[-1]} after "
+                f"{time.monotonic() - at - NOTICE_S:.1f} s"
+            )
             assert going_on(log)[-1] == kept > noticed, "saved again as time ran out"
             wait_for(process, lambda: shown(log)[-1] > last + 5)
             cluster.add()
@@ -82,8 +117,15 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
     finally:
         cluster.close()
     print("worlds:", worlds(run))
-    causes = [json.loads(path.read_text()).get("after", "") for path in sorted((run / "attempts").glob("*.json"))]
-    assert causes[0] == "" and causes[-1] == "planned: more workers came" and "was taken away, as announced" in causes[1], causes
+    causes = [
+        json.loads(path.read_text()).get("after", "")
+        for path in sorted((run / "attempts").glob("*.json"))
+    ]
+    assert (
+        causes[0] == ""
+        and causes[-1] == "planned: more workers came"
+        and "was taken away, as announced" in causes[1]
+    ), causes
     end = step(run)
     fixed = document(base, "fixed", end)
     ranks.require_ok(ranks.run_ranks(2, [fixed], base / "ranks", timeout_s=300), base / "ranks")

@@ -26,14 +26,24 @@ def link() -> Iterator[list[dict[str, str]]]:
 
 def commits(run: Path) -> dict[int, int]:
     """Return the attempt of every committed step."""
-    found = [manifests.parse_folder(path.parent.name) for path in run.glob("checkpoints/*/manifest.json")]
+    found = [
+        manifests.parse_folder(path.parent.name) for path in run.glob("checkpoints/*/manifest.json")
+    ]
     return dict(filter(None, found))
 
 
-def test_fault_10_the_side_that_was_cut_off_can_not_commit(tmp_path: Path, link: list[dict[str, str]]) -> None:
+def test_fault_10_the_side_that_was_cut_off_can_not_commit(
+    tmp_path: Path, link: list[dict[str, str]]
+) -> None:
     base = tiny.base(tmp_path)
-    document = tiny.config(base, "cut", workers=2, cluster={"progress_timeout_s": 20},
-                           checkpoint={"keep_last": 1000}, **LONG)
+    document = tiny.config(
+        base,
+        "cut",
+        workers=2,
+        cluster={"progress_timeout_s": 20},
+        checkpoint={"keep_last": 1000},
+        **LONG,
+    )
     run = base / "runs/cut"
     before = ranks.start_ranks(2, [document], base / "before", each=link)
     until = time.monotonic() + 90
@@ -52,7 +62,9 @@ def test_fault_10_the_side_that_was_cut_off_can_not_commit(tmp_path: Path, link:
     found = commits(run)
     first = min(step for step, attempt in found.items() if attempt == 2)
     late = {step for step, attempt in found.items() if attempt == 1} - set(seen)
-    assert all(step < first for step in late), "what the cut-off side had begun may end, but nothing newer may come"
+    assert all(step < first for step in late), (
+        "what the cut-off side had begun may end, but nothing newer may come"
+    )
     assert found[400] == 2
     unbroken = tiny.config(base, "whole", **LONG)
     ranks.require_ok(ranks.run_ranks(1, [unbroken], base / "whole"), base / "whole")

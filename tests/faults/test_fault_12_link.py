@@ -13,7 +13,10 @@ import pytest
 import ranks
 import tiny
 
-pytestmark = [*namespaces.MARKS, pytest.mark.skipif(shutil.which("tc") is None, reason="needs `tc` (traffic control)")]
+pytestmark = [
+    *namespaces.MARKS,
+    pytest.mark.skipif(shutil.which("tc") is None, reason="needs `tc` (traffic control)"),
+]
 
 
 def step_s(run: Path) -> float:
@@ -22,19 +25,25 @@ def step_s(run: Path) -> float:
     return statistics.median(line["step_s"] for line in lines if line["kind"] == "train")
 
 
-def test_fault_12_a_slow_link_between_ranks_that_loses_packets_changes_no_bit(tmp_path: Path) -> None:
+def test_fault_12_a_slow_link_between_ranks_that_loses_packets_changes_no_bit(
+    tmp_path: Path,
+) -> None:
     base, runs = tiny.base(tmp_path, samples=40), tmp_path / "runs"
     for name in ("fast", "slow"):
         with namespaces.pair() as link:
             if name == "slow":
                 for side in link:
                     namespaces.throttle(side["NETNS"], "15mbit", 24_000)
-            processes = ranks.start_ranks(2, [tiny.config(base, name, workers=2)], base / name, each=link)
+            processes = ranks.start_ranks(
+                2, [tiny.config(base, name, workers=2)], base / name, each=link
+            )
             ranks.require_ok([process.wait(200) for process in processes], base / name)
             if name == "slow":
                 counts = [namespaces.packets(side["NETNS"]) for side in link]
     lost = sum(count for _, count in counts) / sum(sent for sent, _ in counts)
-    print(f"{lost:.1%} of the packets lost; {step_s(runs / 'fast'):.2f} and {step_s(runs / 'slow'):.2f} s a step")
+    print(
+        f"{lost:.1%} of the packets lost; {step_s(runs / 'fast'):.2f} and {step_s(runs / 'slow'):.2f} s a step"
+    )
     assert lost > 0.01 and step_s(runs / "slow") > step_s(runs / "fast")
     assert history.losses(runs / "slow") == history.losses(runs / "fast")
     history.require_exactly_once(runs / "slow", tiny.config(base, "slow", workers=2))

@@ -46,15 +46,22 @@ def base(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
     for shard in range(2):
         body = "".join(json.dumps(row) + "\n" for row in rows[shard::2]).encode()
         client.put_object(Bucket=s3.BUCKET, Key=f"lines/shard-{shard}.jsonl", Body=body)
-        client.put_object(Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=as_parquet(rows[shard::2]))
+        client.put_object(
+            Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=as_parquet(rows[shard::2])
+        )
     return folder
 
 
 def client_of(port: int) -> Any:
     import boto3
 
-    return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
-                        aws_access_key_id="testing-testing", aws_secret_access_key="testing-testing")
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="testing-testing",
+        aws_secret_access_key="testing-testing",
+    )
 
 
 @pytest.fixture
@@ -71,18 +78,34 @@ def faulty(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
 
 
 def options(found: FaultyProxy) -> dict[str, Any]:
-    return {"s3": {"endpoint_url": found.url, "config_kwargs": {
-        "read_timeout": 2, "connect_timeout": 2, "retries": {"total_max_attempts": 1}}}}
+    return {
+        "s3": {
+            "endpoint_url": found.url,
+            "config_kwargs": {
+                "read_timeout": 2,
+                "connect_timeout": 2,
+                "retries": {"total_max_attempts": 1},
+            },
+        }
+    }
 
 
 @pytest.fixture
 def config(base: Path, faulty: FaultyProxy, tmp_path: Path) -> Callable[..., Any]:
     """Return a function that makes a run over the data in the bucket, with a cache of its own."""
+
     def make(where: str = "lines/*.jsonl", **changes: Any) -> Any:
-        document = tiny.config(base, "faults", **{"storage": {"options": options(faulty)}, **changes})
-        document["data"] |= {"train": f"s3://{s3.BUCKET}/{where}", "block_mib": 0.05, "cache_dir": str(tmp_path / "cache"),
-                             **changes.get("data", {})}
+        document = tiny.config(
+            base, "faults", **{"storage": {"options": options(faulty)}, **changes}
+        )
+        document["data"] |= {
+            "train": f"s3://{s3.BUCKET}/{where}",
+            "block_mib": 0.05,
+            "cache_dir": str(tmp_path / "cache"),
+            **changes.get("data", {}),
+        }
         return load_config(document)
+
     return make
 
 
@@ -95,18 +118,26 @@ def tokens(loader: Loader) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def expected(config: Callable[..., Any], faulty: FaultyProxy, tmp_path: Path) -> Callable[[str], list[np.ndarray]]:
+def expected(
+    config: Callable[..., Any], faulty: FaultyProxy, tmp_path: Path
+) -> Callable[[str], list[np.ndarray]]:
     """Return what is read where nothing goes wrong."""
+
     def read(data: str) -> list[np.ndarray]:
         choose, faulty.choose = faulty.choose, lambda method, path: None
-        found = tokens(loaded(config(data, data={"cache_dir": str(tmp_path / "sound")}), tmp_path, "sound"))
+        found = tokens(
+            loaded(config(data, data={"cache_dir": str(tmp_path / "sound")}), tmp_path, "sound")
+        )
         faulty.choose = choose
         return found
+
     return read
 
 
 def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
-    return len(one) == len(other) > 0 and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) > 0 and all(
+        np.array_equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
 DATA = ["lines/*.jsonl", "tables/*.parquet"]
@@ -121,57 +152,85 @@ def test_fault_12_a_slow_link_is_slower_and_correct(config, faulty, expected, tm
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("status", [500, 503])
-def test_fault_13_errors_that_pass_are_tried_again(config, faulty, expected, tmp_path, status, data):
+def test_fault_13_errors_that_pass_are_tried_again(
+    config, faulty, expected, tmp_path, status, data
+):
     sound = expected(data)
     faulty.choose = at_first(2, Fault(status=status))
     assert same(tokens(loaded(config(data), tmp_path)), sound)
     assert faulty.num_faults >= 6, "two for the listing and two for each shard"
 
 
-def test_fault_13_a_store_that_stays_away_is_one_error_naming_the_url_in_bounded_time(config, faulty, tmp_path):
+def test_fault_13_a_store_that_stays_away_is_one_error_naming_the_url_in_bounded_time(
+    config, faulty, tmp_path
+):
     run = config()
     faulty.choose = lambda method, path: Fault(status=503)
     begun = time.monotonic()
-    with pytest.raises(StorageError, match=rf"s3://{s3.BUCKET}/lines/.*: can not list it .*; gave up after 5 tries; check that "
-                                           "the endpoint answers"):
+    with pytest.raises(
+        StorageError,
+        match=rf"s3://{s3.BUCKET}/lines/.*: can not list it .*; gave up after 5 tries; check that "
+        "the endpoint answers",
+    ):
         loaded(run, tmp_path)
     assert time.monotonic() - begun < 60
 
 
 def test_fault_13_a_save_that_fails_is_told_and_training_goes_on(config, faulty, capfd):
-    run = config(run={"storage": f"s3://{s3.BUCKET}/runs"}, schedule={"epochs": None, "steps": 6},
-                 checkpoint={"every_steps": 2}, data={"overlong": "truncate"})
+    run = config(
+        run={"storage": f"s3://{s3.BUCKET}/runs"},
+        schedule={"epochs": None, "steps": 6},
+        checkpoint={"every_steps": 2},
+        data={"overlong": "truncate"},
+    )
     faulty.choose = lambda method, path: (
-        Fault(status=503) if method in ("PUT", "POST") and "step-000000002" in path else None)
+        Fault(status=503) if method in ("PUT", "POST") and "step-000000002" in path else None
+    )
     result = api.train(run, skip_check=True)
     assert result.step == 6 and faulty.num_faults > 0
     said = capfd.readouterr().err
-    assert "no checkpoint at step 2, training goes on: s3://bucket/runs/faults/checkpoints/step-000000002" in said
+    assert (
+        "no checkpoint at step 2, training goes on: s3://bucket/runs/faults/checkpoints/step-000000002"
+        in said
+    )
     assert "SlowDown" in said
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_fault_14_a_reset_mid_body_goes_on_with_what_has_not_come(config, faulty, expected, tmp_path, data, share):
+def test_fault_14_a_reset_mid_body_goes_on_with_what_has_not_come(
+    config, faulty, expected, tmp_path, data, share
+):
     """Every body breaks after 66,000 bytes: whole ranges never come, and only smaller ones make progress."""
     sound = expected(data)
     faulty.choose = sometimes(share, Fault(reset_after=66_000), methods=("GET",))
     found = tokens(loaded(config(data, data={"block_mib": 0.5}), tmp_path))
-    assert len(found) == 1 and np.array_equal(found[0], np.concatenate(sound)) and faulty.num_faults > 0
+    assert (
+        len(found) == 1
+        and np.array_equal(found[0], np.concatenate(sound))
+        and faulty.num_faults > 0
+    )
 
 
 def test_fault_14_a_stall_mid_body_ends_by_the_read_timeout(config, faulty, expected, tmp_path):
     sound = expected("lines/*.jsonl")
     stalls = iter([Fault(stall_after=1000, stall_s=4)] * 2)
-    faulty.choose = lambda method, path: next(stalls, None) if method == "GET" and "shard-0" in path else None
+    faulty.choose = lambda method, path: (
+        next(stalls, None) if method == "GET" and "shard-0" in path else None
+    )
     assert same(tokens(loaded(config(), tmp_path)), sound)
     assert faulty.num_faults == 2
 
 
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("fault", [Fault(truncate=100), Fault(truncate=1), Fault(error_inside=True)],
-                         ids=["truncated", "one byte short", "an error inside a 200"])
-def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(config, faulty, expected, tmp_path, data, fault):
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(truncate=100), Fault(truncate=1), Fault(error_inside=True)],
+    ids=["truncated", "one byte short", "an error inside a 200"],
+)
+def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(
+    config, faulty, expected, tmp_path, data, fault
+):
     sound = expected(data)
     drawn = at_first(2, fault)
     faulty.choose = lambda method, path: drawn(method, path) if "/shard-" in path else None
@@ -181,13 +240,20 @@ def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(config, faulty
 
 def test_fault_15_a_body_that_stays_short_is_one_error(config, faulty, tmp_path):
     run = config()
-    faulty.choose = lambda method, path: Fault(truncate=5) if method == "GET" and "/shard-" in path else None
-    with pytest.raises(StorageError, match=r"shard-0.jsonl: can not read it \(OSError: \d+ bytes came, \d+ were asked for from "
-                                           r"\d+\); gave up after 5 tries"):
+    faulty.choose = lambda method, path: (
+        Fault(truncate=5) if method == "GET" and "/shard-" in path else None
+    )
+    with pytest.raises(
+        StorageError,
+        match=r"shard-0.jsonl: can not read it \(OSError: \d+ bytes came, \d+ were asked for from "
+        r"\d+\); gave up after 5 tries",
+    ):
         loaded(run, tmp_path)
 
 
-def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(config, faulty, expected, tmp_path):
+def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(
+    config, faulty, expected, tmp_path
+):
     """JSON lines have no checksums of their own: the first reading gives them one, and later ones are held to it."""
     sound = expected("lines/*.jsonl")
     run = config()
@@ -200,46 +266,74 @@ def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(co
         return Fault(flip=place) if method == "GET" and "/shard-1" in path else None
 
     faulty.choose = alter
-    with pytest.raises(DataError, match=r"shard-1.jsonl.*(gives other tokens than when the run began|row \d+: )"):
+    with pytest.raises(
+        DataError, match=r"shard-1.jsonl.*(gives other tokens than when the run began|row \d+: )"
+    ):
         tokens(again)
 
 
 def test_fault_16_a_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_path, port):
     client = client_of(port)
-    body = bytearray(client.get_object(Bucket=s3.BUCKET, Key="tables/shard-0.parquet")["Body"].read())
+    body = bytearray(
+        client.get_object(Bucket=s3.BUCKET, Key="tables/shard-0.parquet")["Body"].read()
+    )
     body[len(body) // 3] ^= 4
     client.put_object(Bucket=s3.BUCKET, Key="flipped/a.parquet", Body=bytes(body))
-    with pytest.raises(DataError, match=r"s3://bucket/flipped/a.parquet: is not Parquet that can be read \(.*\); write the shard"):
+    with pytest.raises(
+        DataError,
+        match=r"s3://bucket/flipped/a.parquet: is not Parquet that can be read \(.*\); write the shard",
+    ):
         loaded(config("flipped/*.parquet"), tmp_path)
 
 
-BAD = {"no JSON": (b'{"prompt": "a", "respon', r"row 301: is not JSON \(.* at column \d+\)"),
-       "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'; there are prompt"),
-       "an empty answer": (b'{"prompt": "a", "response": ""}', "row 301: response is empty; an answer to learn is needed"),
-       "a wrong encoding": ('{"prompt": "é", "response": "b"}'.encode("latin-1"), "row 301: byte 12 of the line is not UTF-8")}
+BAD = {
+    "no JSON": (b'{"prompt": "a", "respon', r"row 301: is not JSON \(.* at column \d+\)"),
+    "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'; there are prompt"),
+    "an empty answer": (
+        b'{"prompt": "a", "response": ""}',
+        "row 301: response is empty; an answer to learn is needed",
+    ),
+    "a wrong encoding": (
+        '{"prompt": "é", "response": "b"}'.encode("latin-1"),
+        "row 301: byte 12 of the line is not UTF-8",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(config, faulty, tmp_path, port, kind, caplog):
+def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(
+    config, faulty, tmp_path, port, kind, caplog
+):
     line, said = BAD[kind]
     rows = [json.dumps(row).encode() for row in tiny.rows(600)]
-    client_of(port).put_object(Bucket=s3.BUCKET, Key="bad/a.jsonl", Body=b"\n".join([*rows[:300], line, *rows[300:]]))
+    client_of(port).put_object(
+        Bucket=s3.BUCKET, Key="bad/a.jsonl", Body=b"\n".join([*rows[:300], line, *rows[300:]])
+    )
     with pytest.raises(DataError, match=f"^s3://bucket/bad/a.jsonl {said}"):
         loaded(config("bad/a.jsonl"), tmp_path)
     index = loaded(config("bad/a.jsonl", data={"bad_rows": "skip"}), tmp_path, "skipping").index
     assert (index.total("num_bad"), index.num_samples, index.total("num_pieces")) == (1, 601, 600)
-    assert "data.bad_rows=skip: 1 of 601 rows can not be used and are left out; the first: s3://bucket/bad/a.jsonl row 301" \
+    assert (
+        "data.bad_rows=skip: 1 of 601 rows can not be used and are left out; the first: s3://bucket/bad/a.jsonl row 301"
         in caplog.text
-    with pytest.raises(DataError, match=r"data.max_bad_rows=0: 1 of 601 rows can not be used; the first: "):
-        loaded(config("bad/a.jsonl", data={"bad_rows": "skip", "max_bad_rows": 0}), tmp_path, "bounded")
+    )
+    with pytest.raises(
+        DataError, match=r"data.max_bad_rows=0: 1 of 601 rows can not be used; the first: "
+    ):
+        loaded(
+            config("bad/a.jsonl", data={"bad_rows": "skip", "max_bad_rows": 0}), tmp_path, "bounded"
+        )
 
 
 def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: Fault(status=403)
     begun = time.monotonic()
-    with pytest.raises(DistFtError, match=r"s3://bucket/lines/.*: can not list it \(PermissionError.*; access is refused; check "
-                                          r"credentials \(in the environment\) and permissions"):
+    with pytest.raises(
+        DistFtError,
+        match=r"s3://bucket/lines/.*: can not list it \(PermissionError.*; access is refused; check "
+        r"credentials \(in the environment\) and permissions",
+    ):
         loaded(run, tmp_path)
     assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
 
@@ -248,25 +342,51 @@ def test_fault_22_a_clock_that_is_off_is_named(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: Fault(status=403, code="RequestTimeTooSkewed")
     begun = time.monotonic()
-    with pytest.raises(StorageError, match=r"s3://bucket/lines/.*; the clock of this machine is too far from the server's for "
-                                           r"signed requests; set it \(NTP\)$"):
+    with pytest.raises(
+        StorageError,
+        match=r"s3://bucket/lines/.*; the clock of this machine is too far from the server's for "
+        r"signed requests; set it \(NTP\)$",
+    ):
         loaded(run, tmp_path)
     assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    (Fault(status=403, code="AccessDenied"), "access is refused; check credentials (in the environment) and permissions"),
-    (Fault(status=403, code="QuotaExceeded"), "the store has no room left; raise its quota or keep fewer checkpoints "
-                                              "(checkpoint.keep_last)"),
-    (Fault(status=507, code="XMinioStorageFull"), "the store has no room left")], ids=["read-only", "quota", "full"])
-def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(config, faulty, capfd, fault, said):
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            Fault(status=403, code="AccessDenied"),
+            "access is refused; check credentials (in the environment) and permissions",
+        ),
+        (
+            Fault(status=403, code="QuotaExceeded"),
+            "the store has no room left; raise its quota or keep fewer checkpoints "
+            "(checkpoint.keep_last)",
+        ),
+        (Fault(status=507, code="XMinioStorageFull"), "the store has no room left"),
+    ],
+    ids=["read-only", "quota", "full"],
+)
+def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
+    config, faulty, capfd, fault, said
+):
     """Training goes on to its end; the last save is one error at once, and what was committed can be loaded."""
-    run = config(run={"storage": f"s3://{s3.BUCKET}/runs", "name": f"refused-{fault.code.lower()}"},
-                 schedule={"epochs": None, "steps": 6}, checkpoint={"every_steps": 2}, data={"overlong": "truncate"})
+    run = config(
+        run={"storage": f"s3://{s3.BUCKET}/runs", "name": f"refused-{fault.code.lower()}"},
+        schedule={"epochs": None, "steps": 6},
+        checkpoint={"every_steps": 2},
+        data={"overlong": "truncate"},
+    )
     faulty.choose = lambda method, path: (
-        fault if method in ("PUT", "POST") and ("step-000000004" in path or "step-000000006" in path) else None)
+        fault
+        if method in ("PUT", "POST") and ("step-000000004" in path or "step-000000006" in path)
+        else None
+    )
     begun = time.monotonic()
-    with pytest.raises(StorageError, match=rf"step-000000006-a0001/.*: can not write it .*S3 says {fault.code}\); {re.escape(said)}"):
+    with pytest.raises(
+        StorageError,
+        match=rf"step-000000006-a0001/.*: can not write it .*S3 says {fault.code}\); {re.escape(said)}",
+    ):
         api.train(run, skip_check=True)
     assert time.monotonic() - begun < 60
     told = capfd.readouterr().err
@@ -279,10 +399,15 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(config, 
 
 def test_bad_input_a_bucket_in_another_region_is_told_at_once(config, faulty, tmp_path):
     run = config()
-    faulty.choose = lambda method, path: Fault(status=301) if method == "GET" else None  # and no header says where
+    faulty.choose = lambda method, path: (
+        Fault(status=301) if method == "GET" else None
+    )  # and no header says where
     begun = time.monotonic()
-    with pytest.raises(StorageError, match=r"s3://bucket/lines/.*; the bucket lies in another region; set AWS_DEFAULT_REGION, or "
-                                           r"storage.options.s3.client_kwargs.region_name"):
+    with pytest.raises(
+        StorageError,
+        match=r"s3://bucket/lines/.*; the bucket lies in another region; set AWS_DEFAULT_REGION, or "
+        r"storage.options.s3.client_kwargs.region_name",
+    ):
         loaded(run, tmp_path)
     assert time.monotonic() - begun < 10
 
@@ -295,7 +420,9 @@ def test_bad_input_no_credentials_are_told_at_once(config, faulty, tmp_path, mon
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     s3.forget(options(faulty))
-    with pytest.raises(StorageError, match=r"no credentials were found; set them in the environment"):
+    with pytest.raises(
+        StorageError, match=r"no credentials were found; set them in the environment"
+    ):
         loaded(run, tmp_path)
 
 
@@ -305,8 +432,11 @@ def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, 
     client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body)
     loader = loaded(config("changing/*.jsonl"), tmp_path)
     client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body.replace(b"fox", b"cat"))
-    with pytest.raises(DataError, match=r"data.train: the shard s3://bucket/changing/a.jsonl changed since the run began; a run "
-                                        r"keeps the data it began with; restore it, or start a run with another run.name"):
+    with pytest.raises(
+        DataError,
+        match=r"data.train: the shard s3://bucket/changing/a.jsonl changed since the run began; a run "
+        r"keeps the data it began with; restore it, or start a run with another run.name",
+    ):
         loaded(config("changing/*.jsonl"), tmp_path)
     empty = config("changing/*.jsonl", data={"cache_dir": str(tmp_path / "empty")})
     loader.store.folder = Path(empty.data.cache_dir) / "tokens"

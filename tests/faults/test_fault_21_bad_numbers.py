@@ -34,7 +34,9 @@ def sample(base: Path) -> int:
 
 def document(base: Path, name: str, **changes: Any) -> dict[str, Any]:
     schedule = {"epochs": None, "steps": 14}
-    return tiny.config(base, name, workers=2, **{"schedule": schedule, "checkpoint": {"every_steps": 4}, **changes})
+    return tiny.config(
+        base, name, workers=2, **{"schedule": schedule, "checkpoint": {"every_steps": 4}, **changes}
+    )
 
 
 def go(base: Path, config: dict[str, Any], poison: str, **env: str) -> tuple[list[int], str]:
@@ -44,13 +46,17 @@ def go(base: Path, config: dict[str, Any], poison: str, **env: str) -> tuple[lis
 
 
 def lines(run: Path) -> list[tuple[float, float]]:
-    return [(one["loss"], one["grad_norm"]) for one in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            if one["kind"] == "train"]
+    return [
+        (one["loss"], one["grad_norm"])
+        for one in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if one["kind"] == "train"
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_fault_21_a_step_of_nan_changes_nothing_and_the_same_again_after_a_crash(
-        base: Path, sample: int, stage: int) -> None:
+    base: Path, sample: int, stage: int
+) -> None:
     config = document(base, f"nan-{stage}", zero={"stage": stage})
     codes, log = go(base, config, f"1:{sample}:nan")
     assert codes == [0, 0], log[-3000:]
@@ -58,31 +64,49 @@ def test_fault_21_a_step_of_nan_changes_nothing_and_the_same_again_after_a_crash
     assert f"step {BAD + 1} changes nothing: its loss is nan; its " in log
     note = json.loads((run / f"anomalies/step-{BAD:09d}.json").read_text())
     rows = history.ledger(run)
-    assert note["samples"] == sorted(set(rows[rows[:, 0] == BAD, 3].tolist())) and sample in note["samples"]
+    assert (
+        note["samples"] == sorted(set(rows[rows[:, 0] == BAD, 3].tolist()))
+        and sample in note["samples"]
+    )
     found = lines(run)
-    assert found[BAD][0] is None and all(loss is not None and math.isfinite(loss) for loss, _ in found[:BAD] + found[BAD + 1:])
+    assert found[BAD][0] is None and all(
+        loss is not None and math.isfinite(loss) for loss, _ in found[:BAD] + found[BAD + 1 :]
+    )
     if stage == 1:
         again = document(base, "nan-again", zero={"stage": 1})
         (base / "nan-again-once").unlink(missing_ok=True)
         folder = base / "nan-again-ranks"
-        died = ranks.start_ranks(2, [again], folder, {"POISON": f"1:{sample}:nan", "DIST_FT_FAILPOINT": f"train.step:{BAD + 3}@0"})
+        died = ranks.start_ranks(
+            2,
+            [again],
+            folder,
+            {"POISON": f"1:{sample}:nan", "DIST_FT_FAILPOINT": f"train.step:{BAD + 3}@0"},
+        )
         assert -9 in ranks.wait_for_death(died)
-        codes, log = go(base, again, "1:-1:1")  # this time nothing is wrong with the numbers: a bit that flipped once
+        codes, log = go(
+            base, again, "1:-1:1"
+        )  # this time nothing is wrong with the numbers: a bit that flipped once
         assert codes == [0, 0], log[-3000:]
         assert f"step {BAD + 1} changes nothing: it was bad in an earlier attempt" in log
         after = [loss for loss, _ in lines(base / "runs/nan-again")]
-        assert after[BAD + 1:] == [loss for loss, _ in found[BAD + 1:]], "the history is the same, to the last bit"
+        assert after[BAD + 1 :] == [loss for loss, _ in found[BAD + 1 :]], (
+            "the history is the same, to the last bit"
+        )
 
 
 def test_fault_21_a_leap_is_seen_by_its_norm_and_its_loss(base: Path, sample: int) -> None:
     window = {"window": 6, "action": "skip"}
     by_norm = document(base, "leap-norm", anomaly={**window, "grad_norm_factor": 20.0})
     codes, log = go(base, by_norm, f"1:{sample}:1000")
-    assert codes == [0, 0] and f"step {BAD + 1} changes nothing: its gradient norm is " in log, log[-3000:]
+    assert codes == [0, 0] and f"step {BAD + 1} changes nothing: its gradient norm is " in log, log[
+        -3000:
+    ]
     by_loss = document(base, "leap-loss", anomaly={**window, "loss_factor": 5.0})
     codes, log = go(base, by_loss, f"1:{sample}:1000")
     assert codes == [0, 0] and ", above the limit of " in log, log[-3000:]
-    assert [loss for loss, _ in lines(base / "runs/leap-norm")] == [loss for loss, _ in lines(base / "runs/leap-loss")]
+    assert [loss for loss, _ in lines(base / "runs/leap-norm")] == [
+        loss for loss, _ in lines(base / "runs/leap-loss")
+    ]
 
 
 def test_fault_21_rolled_back_the_steps_before_are_passed_over_too(base: Path, sample: int) -> None:
@@ -90,11 +114,13 @@ def test_fault_21_rolled_back_the_steps_before_are_passed_over_too(base: Path, s
     codes, log = go(base, config, f"1:{sample}:nan")
     assert codes == [0, 0] and "back to step 8" in log, log[-3000:]
     run = base / "runs/back"
-    assert sorted(path.name for path in (run / "anomalies").iterdir()) == [f"step-{step:09d}.json" for step in (BAD - 1, BAD)]
+    assert sorted(path.name for path in (run / "anomalies").iterdir()) == [
+        f"step-{step:09d}.json" for step in (BAD - 1, BAD)
+    ]
     clean = [loss for loss, _ in lines(base / "runs/clean")]
     found = [loss for loss, _ in lines(run)]
     assert found[:BAD] == clean[:BAD] and found[BAD] is None and len(found) == 14
-    assert found[BAD + 1:] != clean[BAD + 1:]
+    assert found[BAD + 1 :] != clean[BAD + 1 :]
     rows = history.ledger(run)
     assert sorted(set(rows[:, 0])) == list(range(14)), "what was passed over is in the ledger once"
     assert len(np.unique(rows[:, [1, 3, 4]], axis=0)) == len(rows)
@@ -103,14 +129,22 @@ def test_fault_21_rolled_back_the_steps_before_are_passed_over_too(base: Path, s
 def test_fault_21_stop_ends_on_all_ranks_and_names_the_samples(base: Path, sample: int) -> None:
     codes, log = go(base, document(base, "stop", anomaly={"action": "stop"}), f"1:{sample}:inf")
     assert codes[0] != 0 and codes[1] != 0
-    assert f"anomaly.action=stop: step {BAD + 1} went bad: its loss is " in log and "samples begin with" in log, log[-2000:]
+    assert (
+        f"anomaly.action=stop: step {BAD + 1} went bad: its loss is " in log
+        and "samples begin with" in log
+    ), log[-2000:]
     kept = sorted(path.name for path in (base / "runs/stop/checkpoints").iterdir())
     assert kept[-1].startswith("step-000000008")
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_fault_21_too_many_in_a_row_end_the_run(base: Path, action: str) -> None:
-    config = document(base, f"row-{action}", anomaly={"most_in_a_row": 2, "action": action},
-                      checkpoint={"every_steps": 1, "background": False}, optimizer={"learning_rate": 1e30})
+    config = document(
+        base,
+        f"row-{action}",
+        anomaly={"most_in_a_row": 2, "action": action},
+        checkpoint={"every_steps": 1, "background": False},
+        optimizer={"learning_rate": 1e30},
+    )
     codes, log = go(base, config, "1:-1:1")
     assert codes[0] != 0 and "for more than 2 steps one after the other" in log, log[-2000:]

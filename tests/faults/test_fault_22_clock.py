@@ -16,14 +16,27 @@ import tiny
 from dist_ft.checkpoint import catalogue
 from dist_ft.storage import Store
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (`cc`), for a clock of one process")
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="needs a C compiler (`cc`), for a clock of one process"
+)
 DAY_S = 86_400
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("clock") / "clock.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(target), str(Path(__file__).with_name("clock.c"))], check=True)
+    subprocess.run(
+        [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-o",
+            str(target),
+            str(Path(__file__).with_name("clock.c")),
+        ],
+        check=True,
+    )
     return str(target)
 
 
@@ -39,18 +52,26 @@ def test_fault_22_ranks_whose_clocks_are_days_apart(tmp_path: Path, library: str
     document, run = tiny.config(base, "skewed", workers=2, stage=2), base / "runs/skewed"
 
     def clocks(*days: int) -> list[dict[str, str]]:
-        return [{"LD_PRELOAD": library, "CLOCK_OFF_S": str(day * DAY_S)} if day else {} for day in days]
+        return [
+            {"LD_PRELOAD": library, "CLOCK_OFF_S": str(day * DAY_S)} if day else {} for day in days
+        ]
 
-    first = ranks.start_ranks(2, [document], base / "first", {"DIST_FT_FAILPOINT": "train.step:11@1"}, clocks(2, 0))
+    first = ranks.start_ranks(
+        2, [document], base / "first", {"DIST_FT_FAILPOINT": "train.step:11@1"}, clocks(2, 0)
+    )
     assert -9 in ranks.wait_for_death(first), (base / "first/rank-0.log").read_text()[-2000:]
     then = ranks.start_ranks(2, [document], base / "then", each=clocks(-3, 1))
     ranks.require_ok([process.wait(120) for process in then], base / "then")
     attempts = [json.loads(path.read_text()) for path in sorted((run / "attempts").glob("*.json"))]
-    assert [days_off(attempt["started_at"]) for attempt in attempts] == [2, -3], "the clocks were off"
+    assert [days_off(attempt["started_at"]) for attempt in attempts] == [2, -3], (
+        "the clocks were off"
+    )
     assert "going on from step 8" in (base / "then/rank-0.log").read_text()
     store, whole = Store(str(run)), Store(str(base / "runs/unbroken"))
     kept = catalogue.committed(store)
-    assert [name[:14] for name in kept] == [name[:14] for name in catalogue.committed(whole)], "the last two"
+    assert [name[:14] for name in kept] == [name[:14] for name in catalogue.committed(whole)], (
+        "the last two"
+    )
     assert {days_off(catalogue.load_manifest(store, name).created_at) for name in kept} == {-3}
     assert history.losses(run) == history.losses(whole.url)
     history.require_exactly_once(run, document)

@@ -29,7 +29,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def document(base: Path, name: str, steps: int = 6) -> dict[str, Any]:
-    return tiny.config(base, name, schedule={"epochs": None, "steps": steps}, checkpoint={"every_steps": 3, "keep_last": 1})
+    return tiny.config(
+        base,
+        name,
+        schedule={"epochs": None, "steps": steps},
+        checkpoint={"every_steps": 3, "keep_last": 1},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +60,23 @@ def seal_again(folder: Path, change: Any) -> None:
     raw = json.loads(found.model_dump_json())
     change(raw)
     body = json.dumps(raw, indent=1).encode()
-    path.write_bytes(body.removesuffix(manifests._END) + manifests._SEAL + manifests.checksum(body).encode() + b'"'
-                     + manifests._END)
+    path.write_bytes(
+        body.removesuffix(manifests._END)
+        + manifests._SEAL
+        + manifests.checksum(body).encode()
+        + b'"'
+        + manifests._END
+    )
 
 
 def replaced(folder: Path, content: bytes) -> Any:
     """Put `content` in place of a checkpoint's first file, and say so in the manifest."""
+
     def change(raw: dict[str, Any]) -> None:
         first = raw["files"][0]
         (folder / first["path"]).write_bytes(content)
         first.update(manifests.entry_in_blocks(first["path"], memoryview(content)).model_dump())
+
     return change
 
 
@@ -74,7 +86,11 @@ def renamed(path: str) -> Any:
 
 def files(base: Path) -> list[Path]:
     """Return all there is but the notes of attempts and their time."""
-    return sorted(path.relative_to(base) for path in base.rglob("*") if not {"attempts", "time"} & set(path.parts))
+    return sorted(
+        path.relative_to(base)
+        for path in base.rglob("*")
+        if not {"attempts", "time"} & set(path.parts)
+    )
 
 
 def header(entry: dict[str, Any]) -> bytes:
@@ -82,17 +98,34 @@ def header(entry: dict[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-@pytest.mark.parametrize(("name", "attack"), [
-    ("pickle", lambda folder, marker: replaced(folder, pickle.dumps(Bomb(marker)))),
-    ("path", lambda folder, marker: renamed("../../../escaped")),
-    ("absolute", lambda folder, marker: renamed("/etc/passwd")),
-    ("huge-header", lambda folder, marker: replaced(folder, (2**62).to_bytes(8, "little") + b"{}")),
-    ("huge-tensor", lambda folder, marker: replaced(folder, header(
-        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}))),
-    ("dtype", lambda folder, marker: replaced(folder, header({"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}) + bytes(8))),
-    ("huge-file", lambda folder, marker: lambda raw: raw["files"][0].update(num_bytes=2**60))])
-def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(base: Path, trained: Path, tmp_path: Path, name: str,
-                                                           attack: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    [
+        ("pickle", lambda folder, marker: replaced(folder, pickle.dumps(Bomb(marker)))),
+        ("path", lambda folder, marker: renamed("../../../escaped")),
+        ("absolute", lambda folder, marker: renamed("/etc/passwd")),
+        (
+            "huge-header",
+            lambda folder, marker: replaced(folder, (2**62).to_bytes(8, "little") + b"{}"),
+        ),
+        (
+            "huge-tensor",
+            lambda folder, marker: replaced(
+                folder, header({"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]})
+            ),
+        ),
+        (
+            "dtype",
+            lambda folder, marker: replaced(
+                folder, header({"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}) + bytes(8)
+            ),
+        ),
+        ("huge-file", lambda folder, marker: lambda raw: raw["files"][0].update(num_bytes=2**60)),
+    ],
+)
+def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(
+    base: Path, trained: Path, tmp_path: Path, name: str, attack: Any
+) -> None:
     run, marker = base / "runs" / f"harm-{name}", tmp_path / "executed"
     shutil.copytree(trained, run)
     folder = next((run / "checkpoints").iterdir())
@@ -103,25 +136,38 @@ def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(base: Path, trained: P
         local.run(load_config({**document(base, f"harm-{name}", 9)}))
     text = str(caught.value)
     assert "\n" not in text and "checkpoints" in text, text
-    assert not marker.exists() and not (base / "escaped").exists() and not (base / "runs/escaped").exists()
+    assert (
+        not marker.exists()
+        and not (base / "escaped").exists()
+        and not (base / "runs/escaped").exists()
+    )
     assert files(base) == before, "nothing was written but that an attempt was made, and its time"
 
 
 def test_fault_24_no_secret_reaches_anything_a_run_writes_or_says(
-        base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    secrets = {"HF_TOKEN": "hf_abcdefghijklmnop", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI+K7MDENG/bPxRfiCY",
-               "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEXAMPLETOKEN", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_abcdefghijklmnop",
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI+K7MDENG/bPxRfiCY",
+        "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEXAMPLETOKEN",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     local.run(load_config(document(base, "secret")))
     said = "".join(capfd.readouterr())
-    written = b"".join(path.read_bytes() for path in (base / "runs/secret").rglob("*") if path.is_file())
+    written = b"".join(
+        path.read_bytes() for path in (base / "runs/secret").rglob("*") if path.is_file()
+    )
     assert len(written) > 1000
     for value in secrets.values():
         assert value not in said and value.encode() not in written
 
 
-def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(base: Path, tmp_path: Path) -> None:
+def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(
+    base: Path, tmp_path: Path
+) -> None:
     """PyTorch's extension builder waits without end on the lock file of one that was killed; nothing is built here."""
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
@@ -131,7 +177,9 @@ def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(base: P
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "lock").touch()
     config = tiny.config(base, "locked", workers=2, schedule={"epochs": None, "steps": 2})
-    codes = ranks.run_ranks(2, [config], tmp_path / "ranks", timeout_s=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    codes = ranks.run_ranks(
+        2, [config], tmp_path / "ranks", timeout_s=120, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    )
     ranks.require_ok(codes, tmp_path / "ranks")
     assert len(history.losses(base / "runs/locked")) == 2
 

@@ -28,8 +28,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def dist_ft(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+def dist_ft(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Train:
     """Return a function that runs a command on a document and returns exit code and stderr."""
+
     def run(command: str, document: dict[str, Any], *overrides: str) -> tuple[int, str]:
         path = base / f"{document['run']['name']}.yaml"
         path.write_text(yaml.safe_dump(document))
@@ -54,12 +57,16 @@ def test_no_such_model(base: Path, dist_ft: Train) -> None:
 
 def test_an_empty_data_set(base: Path, dist_ft: Train) -> None:
     (base / "empty").mkdir()
-    code, said = dist_ft("train", short(base, "no-data", data={"train": str(base / "empty" / "*.jsonl")}))
+    code, said = dist_ft(
+        "train", short(base, "no-data", data={"train": str(base / "empty" / "*.jsonl")})
+    )
     assert code == 2 and "data.train=" in said and "empty/*.jsonl" in said
 
 
 def test_a_sample_longer_than_the_sequence(base: Path, dist_ft: Train) -> None:
-    code, said = dist_ft("train", short(base, "too-long", data={"overlong": "error"}), "batch.sequence_length=16")
+    code, said = dist_ft(
+        "train", short(base, "too-long", data={"overlong": "error"}), "batch.sequence_length=16"
+    )
     assert code == 2 and "longer than batch.sequence_length=16" in said and "data.overlong=" in said
 
 
@@ -84,11 +91,17 @@ def test_storage_that_can_not_be_written(base: Path, dist_ft: Train) -> None:
     assert code in (1, 2) and "a-file" in said
 
 
-def test_more_workers_than_there_are(base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_there_are(
+    base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cores = os.cpu_count() or 1
-    document = short(base, "many-workers", cluster={"workers": cores + 1, "cpus_per_worker": 1},
-                     batch={"global_batch": cores + 1})
+    document = short(
+        base,
+        "many-workers",
+        cluster={"workers": cores + 1, "cpus_per_worker": 1},
+        batch={"global_batch": cores + 1},
+    )
     code, said = dist_ft("train", document)
     assert code == 2 and f"cluster.workers={cores + 1}" in said
 
@@ -101,21 +114,38 @@ def test_more_workers_than_lanes(base: Path, dist_ft: Train) -> None:
 def test_a_second_run_of_the_same_name_with_another_config(base: Path, dist_ft: Train) -> None:
     dist_ft("train", short(base, "twice"))
     before = sorted((base / "runs/twice/checkpoints").iterdir())
-    code, said = dist_ft("train", short(base, "twice", run={"seed": 12}), "batch.sequence_length=32")
-    assert code == 2 and "run.seed=12" in said and "batch.sequence_length=32" in said and "run.name" in said
+    code, said = dist_ft(
+        "train", short(base, "twice", run={"seed": 12}), "batch.sequence_length=32"
+    )
+    assert (
+        code == 2
+        and "run.seed=12" in said
+        and "batch.sequence_length=32" in said
+        and "run.name" in said
+    )
     assert sorted((base / "runs/twice/checkpoints").iterdir()) == before
 
 
 def test_two_runs_writing_one_folder(base: Path, dist_ft: Train) -> None:
     """The same command given twice: the later one goes on alone, the earlier one ends itself, nothing is lost or doubled."""
-    document = tiny.config(base, "both", schedule={"epochs": None, "steps": 1500}, checkpoint={"every_steps": 10})
+    document = tiny.config(
+        base, "both", schedule={"epochs": None, "steps": 1500}, checkpoint={"every_steps": 10}
+    )
     run, path = base / "runs/both", base / "both-first.yaml"
     path.write_text(yaml.safe_dump(document))
-    first = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "dist_ft.cli", "train", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         until = time.monotonic() + 120
-        while not list(run.glob("checkpoints/*/manifest.json")) and first.poll() is None and time.monotonic() < until:
+        while (
+            not list(run.glob("checkpoints/*/manifest.json"))
+            and first.poll() is None
+            and time.monotonic() < until
+        ):
             time.sleep(0.05)
         code, _ = dist_ft("train", document, "schedule.steps=300")
         _, said = first.communicate(timeout=60)
@@ -123,10 +153,16 @@ def test_two_runs_writing_one_folder(base: Path, dist_ft: Train) -> None:
         first.kill()
     last = [line for line in said.splitlines() if line.startswith("dist-ft: ")]
     assert code == 0 and first.returncode == 1 and "Traceback" not in said
-    assert len(last) == 1 and "attempt 1 must not commit, attempt 2 has taken over the run; this process ends" in last[0]
+    assert (
+        len(last) == 1
+        and "attempt 1 must not commit, attempt 2 has taken over the run; this process ends"
+        in last[0]
+    )
     assert len(history.losses(run)) == 300
     steps = history.ledger(run)[:, 0]
-    assert sorted(set(steps)) == list(range(300)) and len(history.ledger(run)) == len({tuple(row) for row in history.ledger(run)})
+    assert sorted(set(steps)) == list(range(300)) and len(history.ledger(run)) == len(
+        {tuple(row) for row in history.ledger(run)}
+    )
 
 
 def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft: Train) -> None:
@@ -138,25 +174,40 @@ def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft:
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-5]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     code, said = dist_ft("train", document, "schedule.steps=4")
-    assert code == 2 and "samples become other tokens than when the run began" in said and "another run.name" in said
+    assert (
+        code == 2
+        and "samples become other tokens than when the run began" in said
+        and "another run.name" in said
+    )
     assert sorted((base / "runs/retokenised/checkpoints").iterdir()) == before
 
 
-def test_a_checkpoint_of_a_newer_version(base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = short(base, "newer") | {"tuning": {"frozen": "*wpe*"}}  # only what needs it is written in the newest format
+def test_a_checkpoint_of_a_newer_version(
+    base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = short(base, "newer") | {
+        "tuning": {"frozen": "*wpe*"}
+    }  # only what needs it is written in the newest format
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "FORMAT_VERSION", manifest.FORMAT_VERSION + 1)
         assert dist_ft("train", document)[0] == 0
     before = sorted((base / "runs/newer/checkpoints").iterdir())
     code, said = dist_ft("train", document, "schedule.steps=4")
-    assert code == 1 and "is newer than this dist_ft knows" in said and said.endswith("; update dist_ft\n")
+    assert (
+        code == 1
+        and "is newer than this dist_ft knows" in said
+        and said.endswith("; update dist_ft\n")
+    )
     assert sorted((base / "runs/newer/checkpoints").iterdir()) == before
 
 
 def test_a_sound_run_says_nothing_on_stderr_and_is_complete_when_asked_again(
-        base: Path, dist_ft: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    base: Path, dist_ft: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = short(base, "sound")
     assert dist_ft("train", document)[0] == 0
-    lines = [json.loads(line) for line in (base / "runs/sound/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (base / "runs/sound/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2]
     assert dist_ft("train", document) == (0, "")

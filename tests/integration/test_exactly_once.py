@@ -31,34 +31,62 @@ def write_tokens(folder: Path, num_samples: int, num_shards: int, seed: int) -> 
     """Write samples of 2 to 40 tokens as Parquet shards of tokens and return their folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    for shard, count in enumerate(np.diff(np.linspace(0, num_samples, num_shards + 1).astype(int)).tolist()):
+    for shard, count in enumerate(
+        np.diff(np.linspace(0, num_samples, num_shards + 1).astype(int)).tolist()
+    ):
         offsets = np.concatenate([[0], np.cumsum(rng.integers(2, 41, count))])
         ids = pa.array(rng.integers(4, 256, int(offsets[-1])).astype(np.int32))
         column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), ids)
-        pyarrow.parquet.write_table(pa.table({"input_ids": column}), folder / f"part-{shard:05d}.parquet",
-                                    row_group_size=2000)
+        pyarrow.parquet.write_table(
+            pa.table({"input_ids": column}),
+            folder / f"part-{shard:05d}.parquet",
+            row_group_size=2000,
+        )
     return str(folder)
 
 
 def document(base: Path, samples: int, shards: int) -> dict:
     """Return a run over three sources of 5, 3 and 2 tenths of the samples, in two epochs."""
     parts = [(5, 0), (3, 1), (2, 2)]
-    train = [{"path": write_tokens(base / f"source-{seed}", samples * share // 10, shards * share // 10, seed),
-              "name": f"source-{seed}"} for share, seed in parts]
-    return tiny.config(base, "once", data={"train": train, "format": "auto", "block_mib": 0.25, "shuffle_blocks": 8},
-                       batch={"global_batch": 4 * LANES, "micro_batch": 4, "sequence_length": 256},
-                       schedule={"epochs": 2})
+    train = [
+        {
+            "path": write_tokens(
+                base / f"source-{seed}", samples * share // 10, shards * share // 10, seed
+            ),
+            "name": f"source-{seed}",
+        }
+        for share, seed in parts
+    ]
+    return tiny.config(
+        base,
+        "once",
+        data={"train": train, "format": "auto", "block_mib": 0.25, "shuffle_blocks": 8},
+        batch={"global_batch": 4 * LANES, "micro_batch": 4, "sequence_length": 256},
+        schedule={"epochs": 2},
+    )
 
 
 def pieces(batches: list) -> np.ndarray:
     """Return the pieces (n, 5) of batches of one step with their lane, in the ledger's order."""
-    rows = np.concatenate([np.column_stack([np.full(len(b.pieces), b.lane), b.pieces[:, [3, 0, 1, 2]]]) for b in batches])
+    rows = np.concatenate(
+        [
+            np.column_stack([np.full(len(b.pieces), b.lane), b.pieces[:, [3, 0, 1, 2]]])
+            for b in batches
+        ]
+    )
     return rows[np.lexsort((rows[:, 3], rows[:, 2], rows[:, 0]))]
 
 
-@pytest.mark.parametrize(("samples", "shards"), [
-    (40_000, 40), pytest.param(1_000_000, 200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_promise_1_every_sample_once_through_stops_and_changed_worlds(tmp_path: Path, samples: int, shards: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "shards"),
+    [
+        (40_000, 40),
+        pytest.param(1_000_000, 200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_promise_1_every_sample_once_through_stops_and_changed_worlds(
+    tmp_path: Path, samples: int, shards: int
+) -> None:
     tiny.make_model(tmp_path / "model")
     config = load_config(document(tmp_path, samples, shards))
     store = Store(str(tmp_path / "run"))
@@ -74,8 +102,10 @@ def test_promise_1_every_sample_once_through_stops_and_changed_worlds(tmp_path: 
         world = WORLDS[attempt % len(WORLDS)]
         dies_at = stops[attempt] if attempt < len(stops) else total
         loaders = [open_data(config, store, World(), Collectives()).training for _ in range(world)]
-        streams = [loader.iterate(committed, total, World(rank, world).share(LANES))
-                   for rank, loader in enumerate(loaders)]
+        streams = [
+            loader.iterate(committed, total, World(rank, world).share(LANES))
+            for rank, loader in enumerate(loaders)
+        ]
         buffers = [LedgerBuffer() for _ in range(world)]
         commit_at = dies_at if attempt >= len(stops) else drawn.randint(committed, dies_at)
         for step in range(committed, dies_at):
@@ -91,11 +121,15 @@ def test_promise_1_every_sample_once_through_stops_and_changed_worlds(tmp_path: 
     assert attempt == 11
 
     segments = [segment for segment in segments if segment.stop > segment.start]
-    ledger = read_ledger(store, make(ledger=tuple(segments), progress=Progress(step=total, optimizer_step=0)))
+    ledger = read_ledger(
+        store, make(ledger=tuple(segments), progress=Progress(step=total, optimizer_step=0))
+    )
     edges = np.searchsorted(ledger[:, 0], np.arange(total + 1))
     for step in range(total):
-        found = ledger[edges[step]:edges[step + 1]][:, [2, 1, 3, 4, 5]]
-        assert np.array_equal(found[np.lexsort((found[:, 3], found[:, 2], found[:, 0]))], expected[step]), f"step {step}"
+        found = ledger[edges[step] : edges[step + 1]][:, [2, 1, 3, 4, 5]]
+        assert np.array_equal(
+            found[np.lexsort((found[:, 3], found[:, 2], found[:, 0]))], expected[step]
+        ), f"step {step}"
     for epoch in range(2):
         own = ledger[ledger[:, 1] == epoch]
         assert len(np.unique(own[:, 3])) == len(own) == samples, f"epoch {epoch}: {len(own)} rows"

@@ -21,8 +21,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "penalised": {"repetition_penalty": 1.5},
     "beam": {"strategy": "beam", "num_beams": 3, "length_penalty": 0.4},
-    "choices": {"choices": ["bread", "every child", "seven wise owls watch rivers", "seven wise stones"]},
-    "sample": {"strategy": "sample", "temperature": 0.8, "top_p": 0.95, "num_samples": 2, "seed": 3},
+    "choices": {
+        "choices": ["bread", "every child", "seven wise owls watch rivers", "seven wise stones"]
+    },
+    "sample": {
+        "strategy": "sample",
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "num_samples": 2,
+        "seed": 3,
+    },
 }
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 SAMPLES = 13
@@ -53,13 +61,25 @@ def enliven(kind: str, folder: Path) -> None:
 def document_of(base: Path, task: str, strategy: str, name: str, **fields: Any) -> dict[str, Any]:
     """Return a run of one step, evaluated before and after."""
     held_out = {"data": f"{base}/held-out/causal_lm/*.jsonl"} if task == "causal_lm" else {}
-    evaluation = {**held_out, "generate_samples": SAMPLES, "keep_texts": 99, "text_metrics": ["bleu", "chrf", "token_error_rate"],
-                  "decoding": {"max_new_tokens": LENGTH, "rows": 4, **STRATEGIES[strategy]}}
+    evaluation = {
+        **held_out,
+        "generate_samples": SAMPLES,
+        "keep_texts": 99,
+        "text_metrics": ["bleu", "chrf", "token_error_rate"],
+        "decoding": {"max_new_tokens": LENGTH, "rows": 4, **STRATEGIES[strategy]},
+    }
     if task == "causal_lm":
-        document = tiny.config(base, "x", schedule={"steps": 1, "epochs": None, "warmup_steps": 0}, evaluation=evaluation,
-                               **fields)
+        document = tiny.config(
+            base,
+            "x",
+            schedule={"steps": 1, "epochs": None, "warmup_steps": 0},
+            evaluation=evaluation,
+            **fields,
+        )
     else:
-        document = tiny_tasks.config(base, task, "x", schedule={"steps": 1, "epochs": None, "warmup_steps": 0}, **fields)
+        document = tiny_tasks.config(
+            base, task, "x", schedule={"steps": 1, "epochs": None, "warmup_steps": 0}, **fields
+        )
         document["evaluation"].update(evaluation)
     document["run"]["name"] = f"{task.replace('_', '-')}-{strategy}-{name}"
     if fields.get("stage") == 3:
@@ -72,7 +92,9 @@ def evaluation(base: Path, document: dict[str, Any], step: int = 0) -> dict[str,
     return json.loads(store.read(f"evaluations/step-{step:09d}.json"))
 
 
-def by_plain_transformers(base: Path, task: str, strategy: str, model: Path | None = None) -> list[str]:
+def by_plain_transformers(
+    base: Path, task: str, strategy: str, model: Path | None = None
+) -> list[str]:
     """Return the texts transformers alone makes of the first held-out rows, one by one."""
     import transformers
 
@@ -81,15 +103,35 @@ def by_plain_transformers(base: Path, task: str, strategy: str, model: Path | No
     network = getattr(transformers, kind).from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     if task == "causal_lm":
-        prompts = [tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True,
-                                                 return_tensors="pt", return_dict=True)["input_ids"] for row in held_out(base, task)]
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )["input_ids"]
+            for row in held_out(base, task)
+        ]
     else:
-        prompts = [tokenizer(row["source"], return_tensors="pt")["input_ids"] for row in held_out(base, task)]
-    given = {name: value for name, value in STRATEGIES[strategy].items() if name not in ("strategy", "num_samples")}
+        prompts = [
+            tokenizer(row["source"], return_tensors="pt")["input_ids"]
+            for row in held_out(base, task)
+        ]
+    given = {
+        name: value
+        for name, value in STRATEGIES[strategy].items()
+        if name not in ("strategy", "num_samples")
+    }
     texts = []
     for prompt in prompts[:SAMPLES]:
-        made = network.generate(prompt, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0, **given)
-        texts.append(tokenizer.decode(made[0, 1 if task == "seq2seq" else prompt.shape[1]:], skip_special_tokens=True).strip())
+        made = network.generate(
+            prompt, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0, **given
+        )
+        texts.append(
+            tokenizer.decode(
+                made[0, 1 if task == "seq2seq" else prompt.shape[1] :], skip_special_tokens=True
+            ).strip()
+        )
     return texts
 
 
@@ -106,16 +148,27 @@ def test_every_engine_makes_the_texts_of_plain_transformers(base: Path, task: st
         documents[strategy, 0] = document_of(base, task, strategy, "plain")
         local.run(load_config(documents[strategy, 0]))
         for stage in (2, 3):
-            documents[strategy, stage] = document_of(base, task, strategy, f"z{stage}", workers=2, stage=stage)
+            documents[strategy, stage] = document_of(
+                base, task, strategy, f"z{stage}", workers=2, stage=stage
+            )
     folder = base / f"ranks-{task}"
-    ranks.require_ok(ranks.run_ranks(2, [document for (_, stage), document in documents.items() if stage], folder), folder)
+    ranks.require_ok(
+        ranks.run_ranks(
+            2, [document for (_, stage), document in documents.items() if stage], folder
+        ),
+        folder,
+    )
     for strategy in STRATEGIES:
         plain = evaluation(base, documents[strategy, 0])
         assert len(plain["texts"]) == SAMPLES
-        references = [row["response" if task == "causal_lm" else "target"] for row in held_out(base, task)]
+        references = [
+            row["response" if task == "causal_lm" else "target"] for row in held_out(base, task)
+        ]
         assert [one["reference"] for one in plain["texts"]] == references[:SAMPLES]
         if strategy in ("greedy", "penalised", "beam"):
-            assert [one["text"] for one in plain["texts"]] == by_plain_transformers(base, task, strategy), strategy
+            assert [one["text"] for one in plain["texts"]] == by_plain_transformers(
+                base, task, strategy
+            ), strategy
         elif strategy == "choices":
             assert {one["text"] for one in plain["texts"]} <= set(STRATEGIES["choices"]["choices"])
         assert len({one["text"] for one in plain["texts"]}) > 1
@@ -123,17 +176,28 @@ def test_every_engine_makes_the_texts_of_plain_transformers(base: Path, task: st
             found = evaluation(base, documents[strategy, stage])
             assert found["texts"] == plain["texts"], (strategy, stage)
             assert {name: found[name] for name in ("bleu", "chrf", "token_error_rate")} == {
-                name: plain[name] for name in ("bleu", "chrf", "token_error_rate")}
+                name: plain[name] for name in ("bleu", "chrf", "token_error_rate")
+            }
             after = [evaluation(base, documents[strategy, kind], 1)["texts"] for kind in (0, stage)]
-            assert sum(a == b for a, b in zip(*after, strict=True)) >= SAMPLES - 1, "training went on the same"
+            assert sum(a == b for a, b in zip(*after, strict=True)) >= SAMPLES - 1, (
+                "training went on the same"
+            )
 
 
 def test_an_adapter_makes_texts_too(base: Path, tmp_path: Path) -> None:
     """After it learned: what the folder with the adapter merged says."""
-    document = document_of(base, "causal_lm", "greedy", "lora", tuning={"method": "lora", "lora": {"rank": 4}},
-                           optimizer={"learning_rate": 0.1})
+    document = document_of(
+        base,
+        "causal_lm",
+        "greedy",
+        "lora",
+        tuning={"method": "lora", "lora": {"rank": 4}},
+        optimizer={"learning_rate": 0.1},
+    )
     local.run(load_config(document))
     api.export(load_config(document), str(tmp_path / "out"))
     before, after = (evaluation(base, document, step)["texts"] for step in (0, 1))
-    assert [one["text"] for one in after] == by_plain_transformers(base, "causal_lm", "greedy", tmp_path / "out")
+    assert [one["text"] for one in after] == by_plain_transformers(
+        base, "causal_lm", "greedy", tmp_path / "out"
+    )
     assert before != after

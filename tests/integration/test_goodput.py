@@ -22,7 +22,9 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     run = Store(str(base / "runs/killed"))
     begun = time.time()
     for failpoint in ("train.step:11@1", "train.step:7@0"):
-        codes = ranks.wait_for_death(ranks.start_ranks(2, [document], folder, {"DIST_FT_FAILPOINT": failpoint}))
+        codes = ranks.wait_for_death(
+            ranks.start_ranks(2, [document], folder, {"DIST_FT_FAILPOINT": failpoint})
+        )
         assert -9 in codes, (folder / "rank-0.log").read_text()[-2000:]
     killed = time.time()
     time.sleep(PAUSE_S)
@@ -31,15 +33,22 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
 
     found, broken = accounts.accounts(run)
     assert broken == [] and [account.attempt for account in found] == [1, 2, 3]
-    assert found[0].resumed_at == 0 and all(later.resumed_at in (4, 8, 12, 16) for later in found[1:])
+    assert found[0].resumed_at == 0 and all(
+        later.resumed_at in (4, 8, 12, 16) for later in found[1:]
+    )
     seconds = goodput.spent(found)
     assert goodput.attributed(seconds) >= 0.99, seconds
     assert sum(seconds.values()) <= ended - begun
     assert seconds["restart"] >= PAUSE_S and found[2].begun_at - killed >= PAUSE_S
     assert seconds["lost"] > 0, "both kills came between two checkpoints"
     lines = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
-    steps_s = sum(line["step_s"] for line in lines if line["kind"] == "train")  # of the history that counts
-    assert 0.5 * steps_s < seconds["compute"] + seconds["data"] < 1.5 * steps_s + 0.5, (steps_s, seconds)
+    steps_s = sum(
+        line["step_s"] for line in lines if line["kind"] == "train"
+    )  # of the history that counts
+    assert 0.5 * steps_s < seconds["compute"] + seconds["data"] < 1.5 * steps_s + 0.5, (
+        steps_s,
+        seconds,
+    )
     assert 0 < seconds["save"] < 5 and 0 < seconds["start"] < ended - begun - PAUSE_S
     said = runs.describe(run.url)
     assert "over 3 attempts" in said and "% attributed" in said and "restart" in said

@@ -71,29 +71,65 @@ print("FOUND " + json.dumps(found))
 
 @pytest.mark.ray
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare (process ids)")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs root and unshare (process ids)",
+)
 def test_the_hook_announces_the_end_and_holds_the_pod_while_something_runs(tmp_path: Path) -> None:
-    port, short = ports.free(), tempfile.mkdtemp(prefix="df", dir="/tmp")  # a path of Ray's sockets may have 107 characters
+    port, short = (
+        ports.free(),
+        tempfile.mkdtemp(prefix="df", dir="/tmp"),
+    )  # a path of Ray's sockets may have 107 characters
     hook = drain(NOTICE_S)["preStop"]["exec"]["command"]
     script = tmp_path / "inside.py"
     script.write_text(INSIDE)
-    start = (f"ray start --head --node-ip-address 127.0.0.1 --port {port} --num-cpus 1 --include-dashboard=false "
-             f"--object-store-memory 80000000 --disable-usage-stats --temp-dir {short} >{tmp_path}/start.log 2>&1")
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
-                   "RAY_ADDRESS": f"127.0.0.1:{port}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    start = (
+        f"ray start --head --node-ip-address 127.0.0.1 --port {port} --num-cpus 1 --include-dashboard=false "
+        f"--object-store-memory 80000000 --disable-usage-stats --temp-dir {short} >{tmp_path}/start.log 2>&1"
+    )
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     command = f'{start} && exec {sys.executable} "$@"'
-    done = subprocess.run(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", command, "bash",
-                           str(script), json.dumps(hook), f"127.0.0.1:{port}", str(NOTICE_S)],
-                          env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            command,
+            "bash",
+            str(script),
+            json.dumps(hook),
+            f"127.0.0.1:{port}",
+            str(NOTICE_S),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     shutil.rmtree(short, ignore_errors=True)
     if "unshare failed" in done.stderr:
-        pytest.skip(f"needs a namespace of process ids, which can not be made here ({done.stderr.strip()})")
+        pytest.skip(
+            f"needs a namespace of process ids, which can not be made here ({done.stderr.strip()})"
+        )
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'start.log').read_text()}"
     found = json.loads(line.removeprefix("FOUND "))
     print(found)
     assert found["deadline_s"] is not None, f"Ray was not told: {found}"
-    assert NOTICE_S - 5 < found["deadline_s"] < NOTICE_S + 30, "the deadline Ray knows; the command takes seconds to start"
+    assert NOTICE_S - 5 < found["deadline_s"] < NOTICE_S + 30, (
+        "the deadline Ray knows; the command takes seconds to start"
+    )
     assert found["held"], "the pod is held while a worker runs"
     assert found["released_s"] < 10, f"and not for longer: {found['left']}"
     assert found["idle_s"] < 3, "nor where nothing runs: at the end of a job no pod waits"

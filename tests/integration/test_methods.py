@@ -24,14 +24,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "partial": {"method": "partial", "last_layers": 1},
     "head": {"method": "partial", "trainable": "lm_head.*"},
     "lora": {"method": "lora", "lora": {"rank": 4, "dropout": 0.1}},
-    "dora": {"method": "lora", "lora": {"rank": 2, "dora": True, "targets": ["c_attn"]}, "trainable": "*ln_f*"},
+    "dora": {
+        "method": "lora",
+        "lora": {"rank": 2, "dora": True, "targets": ["c_attn"]},
+        "trainable": "*ln_f*",
+    },
     "ia3": {"method": "ia3"},
     "prompt": {"method": "prompt_tuning", "prompt": {"tokens": 4}},
     "p-tuning": {"method": "p_tuning", "prompt": {"tokens": 4, "hidden_size": 16}},
     "prefix": {"method": "prefix_tuning", "prompt": {"tokens": 4}},
-    "adalora": {"method": "adalora", "adalora": {
-        "initial_rank": 4, "rank": 2, "begin_step": 3, "end_step": 14, "every_steps": 4, "dropout": 0.1}},
-    "bottleneck": {"method": "bottleneck", "bottleneck": {"size": 8, "dropout": 0.1}, "trainable": "*ln_f*"},
+    "adalora": {
+        "method": "adalora",
+        "adalora": {
+            "initial_rank": 4,
+            "rank": 2,
+            "begin_step": 3,
+            "end_step": 14,
+            "every_steps": 4,
+            "dropout": 0.1,
+        },
+    },
+    "bottleneck": {
+        "method": "bottleneck",
+        "bottleneck": {"size": 8, "dropout": 0.1},
+        "trainable": "*ln_f*",
+    },
     "gradual": {"method": "full", "layer_decay": 0.7, "unfreeze_steps": 4},
     "noisy": {"method": "full", "frozen": "*wpe*", "label_smoothing": 0.1, "neftune_alpha": 5},
 }
@@ -47,8 +64,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.base(tmp_path_factory.mktemp("methods"))
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=[] if name == "lora" else pytest.mark.slow) for name in METHODS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name == "lora" else pytest.mark.slow) for name in METHODS
+    ],
+)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -60,7 +81,10 @@ def plain(base: Path, method: str) -> list[float]:
     local.run(load_config(document))
     losses = history.losses(base / f"runs/{method}-plain")
     before = losses[:5]
-    if method in ("prompt", "p-tuning"):  # before a model that knows nothing they do little, so: than without learning
+    if method in (
+        "prompt",
+        "p-tuning",
+    ):  # before a model that knows nothing they do little, so: than without learning
         still = document_of(base, method, "still")
         still["optimizer"]["learning_rate"] = 1e-9
         local.run(load_config(still))
@@ -72,7 +96,9 @@ def plain(base: Path, method: str) -> list[float]:
 def document_of(base: Path, method: str, name: str, **fields: Any) -> dict[str, Any]:
     rate = {"learning_rate": RATES.get(method, 5e-3)}
     packed = {"pack": method != "prefix"}
-    return tiny.config(base, f"{method}-{name}", tuning=METHODS[method], optimizer=rate, data=packed, **fields)
+    return tiny.config(
+        base, f"{method}-{name}", tuning=METHODS[method], optimizer=rate, data=packed, **fields
+    )
 
 
 def stages_of(method: str) -> tuple[int, ...]:
@@ -80,8 +106,13 @@ def stages_of(method: str) -> tuple[int, ...]:
     return (0,) if method == "adalora" else (0, 2, 3)
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, method: str, plain: list[float]) -> None:
-    documents = [document_of(base, method, f"z{stage}", workers=2, stage=stage) for stage in stages_of(method)]
+def test_promise_7_every_engine_gives_the_plain_ones_losses(
+    base: Path, method: str, plain: list[float]
+) -> None:
+    documents = [
+        document_of(base, method, f"z{stage}", workers=2, stage=stage)
+        for stage in stages_of(method)
+    ]
     if method not in ("adalora", "prefix"):
         documents.append(document_of(base, method, "z3-recomputed", workers=2, stage=3))
         documents[-1]["model"]["activation_checkpointing"] = True
@@ -94,31 +125,47 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, method: 
         assert history.losses(run) == pytest.approx(plain, abs=1e-5), document["run"]["name"]
         history.require_exactly_once(run, document)
         store = Store(str(run))
-        assert len(store.list(catalogue.FROZEN)) == (method != "gradual")  # in the first checkpoint, never again
+        assert len(store.list(catalogue.FROZEN)) == (
+            method != "gradual"
+        )  # in the first checkpoint, never again
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(base: Path, method: str, plain: list[float], stage: int) -> None:
+def test_promise_2_killed_and_resumed_it_is_bit_exact(
+    base: Path, method: str, plain: list[float], stage: int
+) -> None:
     if stage not in stages_of(method) or (stage == 0) != (method == "adalora"):
         pytest.skip("adalora: stage 0; all others: 2 and 3")
     unbroken = base / f"runs/{method}-z{stage}"
     if not unbroken.exists():
         pytest.skip("needs the runs of the test above; run the module whole")
-    document, folder = document_of(base, method, f"killed-{stage}", workers=2, stage=stage), base / f"k-{method}-{stage}"
+    document, folder = (
+        document_of(base, method, f"killed-{stage}", workers=2, stage=stage),
+        base / f"k-{method}-{stage}",
+    )
     document["zero"]["deepspeed"] = SHARDED if stage == 3 else {}
-    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [
+        -9,
+        -9,
+    ]
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     run = base / "runs" / document["run"]["name"]
     assert history.losses(run) == history.losses(unbroken)
-    assert Store(str(run)).list(catalogue.FROZEN) == ["step-000000004-a0001"] * (method != "gradual")
+    assert Store(str(run)).list(catalogue.FROZEN) == ["step-000000004-a0001"] * (
+        method != "gradual"
+    )
 
 
-def test_what_comes_out_is_a_plain_model(base: Path, method: str, plain: list[float], tmp_path: Path) -> None:
+def test_what_comes_out_is_a_plain_model(
+    base: Path, method: str, plain: list[float], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run = str(base / f"runs/{method}-plain")
     if METHODS[method]["method"] in {*ADDED} - {*MERGED}:
-        with pytest.raises(CheckpointError, match=r"can not be added into the model's weights; .* use --adapter"):
+        with pytest.raises(
+            CheckpointError, match=r"can not be added into the model's weights; .* use --adapter"
+        ):
             api.export(run, str(tmp_path / "out"))
         return
     api.export(run, str(tmp_path / "out"))
@@ -126,17 +173,32 @@ def test_what_comes_out_is_a_plain_model(base: Path, method: str, plain: list[fl
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    linear = {name for name in before if ".h." in name and name.endswith("weight") and "ln_" not in name}
-    assert changed == {
-        "partial": {name for name in before if name.startswith(("transformer.h.1.", "transformer.ln_f."))},
-        "head": {"transformer.wte.weight", "lm_head.weight"}, "lora": linear, "adalora": changed & linear,
-        "dora": {name for name in before if name.endswith("c_attn.weight") or "ln_f" in name},
-        "noisy": before.keys() - {"transformer.wpe.weight"}, "gradual": set(before),
-        "ia3": changed}[method] and changed
+    linear = {
+        name for name in before if ".h." in name and name.endswith("weight") and "ln_" not in name
+    }
+    assert (
+        changed
+        == {
+            "partial": {
+                name
+                for name in before
+                if name.startswith(("transformer.h.1.", "transformer.ln_f."))
+            },
+            "head": {"transformer.wte.weight", "lm_head.weight"},
+            "lora": linear,
+            "adalora": changed & linear,
+            "dora": {name for name in before if name.endswith("c_attn.weight") or "ln_f" in name},
+            "noisy": before.keys() - {"transformer.wpe.weight"},
+            "gradual": set(before),
+            "ia3": changed,
+        }[method]
+        and changed
+    )
 
 
-def test_an_adapter_alone_is_what_peft_and_generate_load(base: Path, method: str, plain: list[float], tmp_path: Path
-                                                         ) -> None:
+def test_an_adapter_alone_is_what_peft_and_generate_load(
+    base: Path, method: str, plain: list[float], tmp_path: Path
+) -> None:
     """`export` itself has compared what peft reads."""
     run, out = str(base / f"runs/{method}-plain"), str(tmp_path / "adapter")
     if METHODS[method]["method"] not in ADDED:
@@ -144,14 +206,20 @@ def test_an_adapter_alone_is_what_peft_and_generate_load(base: Path, method: str
             api.export(run, out, adapter=True)
         return
     api.export(run, out, adapter=True)
-    assert json.loads((tmp_path / "adapter/dist_ft.json").read_text())["base"]["path"] == str(base / "model")
+    assert json.loads((tmp_path / "adapter/dist_ft.json").read_text())["base"]["path"] == str(
+        base / "model"
+    )
     answer = api.generate(out, "say the quick brown fox", max_new_tokens=8)
     if METHODS[method]["method"] in MERGED:
         api.export(run, str(tmp_path / "merged"))
-        assert answer == api.generate(str(tmp_path / "merged"), "say the quick brown fox", max_new_tokens=8)
+        assert answer == api.generate(
+            str(tmp_path / "merged"), "say the quick brown fox", max_new_tokens=8
+        )
 
 
-def test_a_run_does_not_go_on_with_another_method(base: Path, method: str, plain: list[float]) -> None:
+def test_a_run_does_not_go_on_with_another_method(
+    base: Path, method: str, plain: list[float]
+) -> None:
     document = document_of(base, method, "plain")
     document["tuning"] = {"method": "lora", "lora": {"rank": 3}}
     with pytest.raises(ConfigError, match=r"tuning\."):

@@ -17,8 +17,16 @@ from dist_ft.runtime import local
 from dist_ft.storage import Store
 
 pytestmark = pytest.mark.slow
-RISK = {"objective": "minimum_risk", "risk": {"metric": "chrf", "candidates": 3, "max_new_tokens": 8, "alpha": 0.05,
-                                              "likelihood_weight": 0.02}}
+RISK = {
+    "objective": "minimum_risk",
+    "risk": {
+        "metric": "chrf",
+        "candidates": 3,
+        "max_new_tokens": 8,
+        "alpha": 0.05,
+        "likelihood_weight": 0.02,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,9 @@ def document_of(base: Path, task: str, name: str, **fields: Any) -> dict[str, An
     document["run"]["name"] = f"{task.replace('_', '-')}-{name}"
     document["schedule"] = {"name": "constant", "steps": 14}
     if fields.get("stage") == 3:
-        document["zero"]["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        document["zero"]["deepspeed"] = {
+            "zero_optimization": {"stage3_param_persistence_threshold": 0}
+        }
     return document
 
 
@@ -49,8 +59,12 @@ def plain(base: Path, task: str) -> list[float]:
     return history.losses(base / "runs" / f"{task.replace('_', '-')}-plain")
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, task: str, plain: list[float]) -> None:
-    documents = [document_of(base, task, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)]
+def test_promise_7_every_engine_gives_the_plain_ones_losses(
+    base: Path, task: str, plain: list[float]
+) -> None:
+    documents = [
+        document_of(base, task, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)
+    ]
     folder = base / f"ranks-{task}"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
     for document in documents:
@@ -60,9 +74,17 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(base: Path, task: st
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(base: Path, task: str, plain: list[float], stage: int) -> None:
-    document, folder = document_of(base, task, f"killed-{stage}", workers=2, stage=stage), base / f"k-{task}-{stage}"
-    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+def test_promise_2_killed_and_resumed_it_is_bit_exact(
+    base: Path, task: str, plain: list[float], stage: int
+) -> None:
+    document, folder = (
+        document_of(base, task, f"killed-{stage}", workers=2, stage=stage),
+        base / f"k-{task}-{stage}",
+    )
+    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [
+        -9,
+        -9,
+    ]
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     unbroken = base / "runs" / f"{task.replace('_', '-')}-z{stage}"
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
@@ -76,10 +98,16 @@ def test_held_out_texts_become_better(base: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     document = tiny_tasks.config(base, "seq2seq", "better", optimizer={"learning_rate": 1e-2})
     document["model"]["dropout"] = 0.0
-    document["task"].update({**RISK, "risk": {**RISK["risk"], "candidates": 8, "alpha": 0.2, "likelihood_weight": 0.0}})
+    document["task"].update(
+        {**RISK, "risk": {**RISK["risk"], "candidates": 8, "alpha": 0.2, "likelihood_weight": 0.0}}
+    )
     document["data"]["train"] = str(folder / "rows.jsonl")
     document["schedule"] = {"name": "constant", "steps": 60}
-    document["evaluation"] = {"data": str(folder / "rows.jsonl"), "decoding": {"max_new_tokens": 8}, "text_metrics": "chrf"}
+    document["evaluation"] = {
+        "data": str(folder / "rows.jsonl"),
+        "decoding": {"max_new_tokens": 8},
+        "text_metrics": "chrf",
+    }
     local.run(load_config(document))
     run = Store(str(base / "runs/seq2seq-better"))
     told = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]

@@ -37,8 +37,12 @@ def worst(losses: list[float], reference: list[float]) -> float:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_promise_7_every_stage_and_world_gives_the_plain_engines_losses(
-        base: Path, plain: list[float], workers: int) -> None:
-    documents = [tiny.config(base, f"w{workers}-z{stage}", workers=workers, stage=stage) for stage in (0, 1, 2, 3)]
+    base: Path, plain: list[float], workers: int
+) -> None:
+    documents = [
+        tiny.config(base, f"w{workers}-z{stage}", workers=workers, stage=stage)
+        for stage in (0, 1, 2, 3)
+    ]
     folder = base / f"ranks-{workers}"
     ranks.require_ok(ranks.run_ranks(workers, documents, folder), folder)
     assert len(plain) >= STEPS
@@ -60,7 +64,8 @@ def stopped(base: Path) -> Path:
 
 @pytest.mark.parametrize(("workers", "stage"), [(2, 3), (1, 1), (3, 2), (0, 0), (2, 0)])
 def test_promise_3_a_checkpoint_goes_on_in_any_world_under_any_stage(
-        base: Path, plain: list[float], stopped: Path, workers: int, stage: int) -> None:
+    base: Path, plain: list[float], stopped: Path, workers: int, stage: int
+) -> None:
     name = f"from-stopped-w{workers}-z{stage}"
     run = base / "runs" / name
     shutil.copytree(stopped, run)
@@ -72,7 +77,9 @@ def test_promise_3_a_checkpoint_goes_on_in_any_world_under_any_stage(
     history.require_exactly_once(run, document)
 
 
-def test_promise_2_at_the_same_world_the_resumed_run_is_bit_exact(base: Path, plain: list[float]) -> None:
+def test_promise_2_at_the_same_world_the_resumed_run_is_bit_exact(
+    base: Path, plain: list[float]
+) -> None:
     """Uses the runs the tests above left: the unbroken one of this shape and the killed and resumed one."""
     broken, unbroken = base / "runs/from-stopped-w2-z3", base / "runs/w2-z3"
     if not (broken.exists() and unbroken.exists()):

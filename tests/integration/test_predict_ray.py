@@ -19,23 +19,33 @@ from dist_ft.runtime import local, predict_parts
 from dist_ft.storage import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-SMALL = ("import dist_ft.runtime.predict_parts as p; p.cut.__defaults__ = (2000,); "
-         "from dist_ft import predict; import sys; "
-         "print(predict(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4])))")
+SMALL = (
+    "import dist_ft.runtime.predict_parts as p; p.cut.__defaults__ = (2000,); "
+    "from dist_ft import predict; import sys; "
+    "print(predict(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4])))"
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     base = tiny_tasks.base(tmp_path_factory.mktemp("model"))
-    config = load_config(tiny_tasks.config(base, "token_classification", "said", schedule={"epochs": 1}))
+    config = load_config(
+        tiny_tasks.config(base, "token_classification", "said", schedule={"epochs": 1})
+    )
     local.run(config)
     api.export(config, str(base / "out"))
     return str(base / "out")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", SMALL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -43,16 +53,22 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.list() if name.startswith("part-")}
 
 
-def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_with(model: str, tmp_path: Path,
-                                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_with(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tiny_tasks.make_data(tmp_path / "in", "token_classification", 1500, seed=4)
     alone = start(model, source, str(tmp_path / "alone"), "0")
     assert alone.wait(300) == 0, alone.communicate()[1]
     wanted = shards(tmp_path / "alone")
     assert len(wanted) > 40
-    rows = [json.loads(line)["tokens"] for name in sorted(wanted) for line in wanted[name].splitlines()]
-    assert rows == [json.loads(line)["tokens"] for shard in sorted((tmp_path / "in").glob("*.jsonl"))
-                    for line in shard.read_text().splitlines()]
+    rows = [
+        json.loads(line)["tokens"] for name in sorted(wanted) for line in wanted[name].splitlines()
+    ]
+    assert rows == [
+        json.loads(line)["tokens"]
+        for shard in sorted((tmp_path / "in").glob("*.jsonl"))
+        for line in shard.read_text().splitlines()
+    ]
 
     killed = start(model, source, str(tmp_path / "many"), "2")
     end = time.monotonic() + 240
@@ -69,14 +85,35 @@ def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_wit
     again = start(model, source, str(tmp_path / "many"), "2")
     out, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert int(out.strip().strip("()").split(", ")[1]) == 1500 - sum(one.count(b"\n") for one in found.values())
+    assert int(out.strip().strip("()").split(", ")[1]) == 1500 - sum(
+        one.count(b"\n") for one in found.values()
+    )
     assert shards(tmp_path / "many") == wanted
     assert predict_parts.ABOUT in os.listdir(tmp_path / "many")
 
 
 def test_a_bad_row_is_one_line_from_a_worker_too(model: str, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": ["tea"]}) + "\n" + json.dumps({"text": " "}) + "\n")
-    ended = subprocess.run([sys.executable, "-m", "dist_ft.cli", "predict", model, str(tmp_path / "in.jsonl"), "--out",
-                            str(tmp_path / "said"), "--workers", "1"], capture_output=True, text=True, timeout=300)
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"tokens": ["tea"]}) + "\n" + json.dumps({"text": " "}) + "\n"
+    )
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "dist_ft.cli",
+            "predict",
+            model,
+            str(tmp_path / "in.jsonl"),
+            "--out",
+            str(tmp_path / "said"),
+            "--workers",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert ended.returncode != 0
-    assert "dist-ft: a row has no text in 'text'" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        "dist-ft: a row has no text in 'text'" in ended.stderr and "Traceback" not in ended.stderr
+    )

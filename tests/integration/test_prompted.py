@@ -21,8 +21,10 @@ pytestmark = pytest.mark.slow
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 WORDS = {"animal": " fox", "drink": " tea and news", "food": " bread", "place": " distant towns"}
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {}, "lora": {"tuning": {"method": "lora", "lora": {"rank": 4}}},
-    "partial": {"tuning": {"method": "partial", "last_layers": 1}}}
+    "full": {},
+    "lora": {"tuning": {"method": "lora", "lora": {"rank": 4}}},
+    "partial": {"tuning": {"method": "partial", "last_layers": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,35 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def document_of(base: Path, method: str, name: str, **fields: Any) -> dict[str, Any]:
-    document = tiny_tasks.config(base, "sequence_classification", name, model={"path": str(base / "model")}, prompting={
-        "method": "likelihood", "templates": ["say {text} :"], "verbalisers": WORDS, "calibrate": method == "full",
-        "shots": 1, "shots_by": "all", "seed": 7}, batch={"global_batch": 10, "micro_batch": 2, "sequence_length": 64},
-        **METHODS[method], **fields)
+    document = tiny_tasks.config(
+        base,
+        "sequence_classification",
+        name,
+        model={"path": str(base / "model")},
+        prompting={
+            "method": "likelihood",
+            "templates": ["say {text} :"],
+            "verbalisers": WORDS,
+            "calibrate": method == "full",
+            "shots": 1,
+            "shots_by": "all",
+            "seed": 7,
+        },
+        batch={"global_batch": 10, "micro_batch": 2, "sequence_length": 64},
+        **METHODS[method],
+        **fields,
+    )
     document["run"]["name"] = f"prompted-{method}-{name}"
     return document
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in Store(str(run)).read("metrics.jsonl").splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines if line["kind"] == "evaluation"]
+    return [
+        {k: v for k, v in line.items() if k != "time"}
+        for line in lines
+        if line["kind"] == "evaluation"
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,7 +74,9 @@ def test_promises_2_and_7(base: Path, method: str) -> None:
     losses = history.losses(plain)
     assert sum(losses[-4:]) < sum(losses[:4])
     assert set(METRICS["sequence_classification"]) <= evaluations(plain)[-1].keys()
-    documents = [document_of(base, method, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)]
+    documents = [
+        document_of(base, method, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)
+    ]
     documents[2]["zero"]["deepspeed"] = SHARDED
     folder = base / f"ranks-{method}"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
@@ -66,7 +88,10 @@ def test_promises_2_and_7(base: Path, method: str) -> None:
         assert evaluations(run)[-1] == pytest.approx(evaluations(plain)[-1], abs=2e-2)
     killed = document_of(base, method, "killed", workers=2, stage=3)
     killed["zero"]["deepspeed"] = SHARDED
-    assert ranks.run_ranks(2, [killed], base / f"k-{method}", env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+    assert ranks.run_ranks(
+        2, [killed], base / f"k-{method}", env={"DIST_FT_FAILPOINT": "train.step:11"}
+    ) == [-9, -9]
     ranks.require_ok(ranks.run_ranks(2, [killed], base / f"k-{method}"), base / f"k-{method}")
     assert history.losses(base / "runs" / killed["run"]["name"]) == history.losses(
-        base / "runs" / documents[2]["run"]["name"])
+        base / "runs" / documents[2]["run"]["name"]
+    )

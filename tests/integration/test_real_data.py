@@ -24,8 +24,10 @@ from dist_ft.storage import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
-TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>\\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 Shared = Callable[[str], Path]
 
 
@@ -57,8 +59,12 @@ def rows_of(shared: Shared, name: str) -> list[dict[str, Any]]:
     path = {"self_instruct": "seed_tasks.jsonl"}.get(name, "train.jsonl")
     rows = [json.loads(line) for line in shared(f"data/{name}/{path}").read_text().splitlines()]
     if name == "self_instruct":
-        return [{"prompt": f"{row['instruction']}\n{one['input']}".strip(), "response": one["output"]}
-                for row in rows for one in row["instances"] if one["output"].strip()]
+        return [
+            {"prompt": f"{row['instruction']}\n{one['input']}".strip(), "response": one["output"]}
+            for row in rows
+            for one in row["instances"]
+            if one["output"].strip()
+        ]
     return [{"messages": row["messages"]} for row in rows] if name == "sgd_chat" else rows
 
 
@@ -77,24 +83,56 @@ def upload(shared: Shared, url: str, name: str, suffix: str) -> str:
     return f"{folder}/"
 
 
-def document(shared: Shared, tmp_path: Path, port: int, url: str, train: Any, steps: int, **data: Any) -> Any:
+def document(
+    shared: Shared, tmp_path: Path, port: int, url: str, train: Any, steps: int, **data: Any
+) -> Any:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
-    return load_config({
-        "run": {"name": "real", "storage": f"{url}/runs/{tmp_path.name}", "seed": 3},
-        "model": {"path": str(shared("models/stories260k")), "dtype": "float32", "chat_template": str(template)},
-        "data": {"train": train, "overlong": "truncate", "cache_dir": str(tmp_path / "cache"), "block_mib": 0.1, **data},
-        "batch": {"global_batch": 8, "micro_batch": 4, "sequence_length": 128},
-        "optimizer": {"learning_rate": 2e-3}, "schedule": {"steps": steps, "warmup_ratio": 0.1},
-        "checkpoint": {"every_steps": 0}, "storage": {"options": options(port)}})
+    return load_config(
+        {
+            "run": {"name": "real", "storage": f"{url}/runs/{tmp_path.name}", "seed": 3},
+            "model": {
+                "path": str(shared("models/stories260k")),
+                "dtype": "float32",
+                "chat_template": str(template),
+            },
+            "data": {
+                "train": train,
+                "overlong": "truncate",
+                "cache_dir": str(tmp_path / "cache"),
+                "block_mib": 0.1,
+                **data,
+            },
+            "batch": {"global_batch": 8, "micro_batch": 4, "sequence_length": 128},
+            "optimizer": {"learning_rate": 2e-3},
+            "schedule": {"steps": steps, "warmup_ratio": 0.1},
+            "checkpoint": {"every_steps": 0},
+            "storage": {"options": options(port)},
+        }
+    )
 
 
-@pytest.mark.parametrize(("name", "suffix"), [
-    ("self_instruct", "jsonl"), ("sgd_chat", "parquet"), *(
-        pytest.param(name, suffix, marks=pytest.mark.slow) for name, suffix in [
-            ("self_instruct", "parquet"), ("sgd_chat", "jsonl"), ("gsm8k", "jsonl"), ("gsm8k", "parquet"),
-            ("wikitext2", "jsonl"), ("wikitext2", "parquet")])])
-def test_each_set_is_learned_from(shared: Shared, tmp_path: Path, port: int, url: str, name: str, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("self_instruct", "jsonl"),
+        ("sgd_chat", "parquet"),
+        *(
+            pytest.param(name, suffix, marks=pytest.mark.slow)
+            for name, suffix in [
+                ("self_instruct", "parquet"),
+                ("sgd_chat", "jsonl"),
+                ("gsm8k", "jsonl"),
+                ("gsm8k", "parquet"),
+                ("wikitext2", "jsonl"),
+                ("wikitext2", "parquet"),
+            ]
+        ),
+    ],
+)
+def test_each_set_is_learned_from(
+    shared: Shared, tmp_path: Path, port: int, url: str, name: str, suffix: str
+) -> None:
     fields = {"fields": {"prompt": "question", "response": "answer"}} if name == "gsm8k" else {}
     run = document(shared, tmp_path, port, url, upload(shared, url, name, suffix), 40, **fields)
     result = api.train(run, skip_check=True)
@@ -102,57 +140,94 @@ def test_each_set_is_learned_from(shared: Shared, tmp_path: Path, port: int, url
     assert result.step == 40 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
 
 
-def test_all_sets_mixed_for_a_few_hundred_steps(shared: Shared, tmp_path: Path, port: int, url: str) -> None:
+def test_all_sets_mixed_for_a_few_hundred_steps(
+    shared: Shared, tmp_path: Path, port: int, url: str
+) -> None:
     names = ["sgd_chat", "self_instruct", "wikitext2"]
-    train = [{"path": upload(shared, url, name, suffix), "name": name, "weight": weight}
-             for name, suffix, weight in zip(names, ["jsonl", "parquet", "jsonl"], [3, 1, 2], strict=True)]
+    train = [
+        {"path": upload(shared, url, name, suffix), "name": name, "weight": weight}
+        for name, suffix, weight in zip(
+            names, ["jsonl", "parquet", "jsonl"], [3, 1, 2], strict=True
+        )
+    ]
     run = document(shared, tmp_path, port, url, train, 300)
     api.train(run, skip_check=True)
     losses = history.losses(run.run_url)
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:5])
     lines = [json.loads(line) for line in Store(run.run_url).read("metrics.jsonl").splitlines()]
-    shares = {name: sum(line[f"sequences/{name}"] for line in lines if line["kind"] == "train") / 2400 for name in names}
-    assert shares == pytest.approx({"sgd_chat": 1 / 2, "self_instruct": 1 / 6, "wikitext2": 1 / 3}, abs=0.02)
+    shares = {
+        name: sum(line[f"sequences/{name}"] for line in lines if line["kind"] == "train") / 2400
+        for name in names
+    }
+    assert shares == pytest.approx(
+        {"sgd_chat": 1 / 2, "self_instruct": 1 / 6, "wikitext2": 1 / 3}, abs=0.02
+    )
     found = audit.audit(run.run_url)
     assert found.is_sound and {count.source for count in found.epochs} == set(names)
 
 
-def test_the_mask_of_a_dialogue_of_many_turns_is_golden(shared: Shared, tmp_path: Path, port: int, url: str) -> None:
+def test_the_mask_of_a_dialogue_of_many_turns_is_golden(
+    shared: Shared, tmp_path: Path, port: int, url: str
+) -> None:
     """Of the first dialogue, the words of the assistant and what ends them are learned, and nothing else."""
     (first, *_) = rows_of(shared, "sgd_chat")
     first["messages"] = first["messages"][:8]
     Store(f"{url}/golden").write("a.jsonl", json.dumps(first).encode())
     run = document(shared, tmp_path, port, url, f"{url}/golden/", 1)
-    text = api.preview(run.model_copy(update={"batch": run.batch.model_copy(update={"sequence_length": 512})}), 1)
+    text = api.preview(
+        run.model_copy(update={"batch": run.batch.model_copy(update={"sequence_length": 512})}), 1
+    )
     body = text.split("\n", 1)[1].split("\n\nsamples ")[0]
     expected = "".join(
-        f"assistant: [[{m['content']}</s>]]\n" if m["role"] == "assistant" else f"user: {m['content']}</s>\n"
-        for m in first["messages"])
+        f"assistant: [[{m['content']}</s>]]\n"
+        if m["role"] == "assistant"
+        else f"user: {m['content']}</s>\n"
+        for m in first["messages"]
+    )
     assert len(first["messages"]) == 8 and expected.count("[[") == 4
     assert "".join(body.split()) == "".join(expected.split())
     assert "[[What city do you want to dine in? Do you have a preferred restaurant?</s>]]" in body
 
 
 def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
-        tmp_path: Path, port: int, url: str) -> None:
+    tmp_path: Path, port: int, url: str
+) -> None:
     """Two workers under ZeRO-3, three under ZeRO-1, one without DeepSpeed: data and run in the bucket, mixed, packed."""
     tiny.make_model(tmp_path / "model")
     rows = tiny.rows(90)
-    Store(f"{url}/once").write("lines/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:60]).encode())
+    Store(f"{url}/once").write(
+        "lines/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:60]).encode()
+    )
     Store(f"{url}/once").write("table/a.parquet", as_parquet(rows[60:]))
 
     def run(workers: int, stage: int) -> dict[str, Any]:
-        return tiny.config(tmp_path, "once", workers=workers, stage=stage, storage={"options": options(port)},
-                           run={"storage": f"{url}/runs"}, data={"train": [
-                               {"path": f"{url}/once/lines/", "name": "lines"},
-                               {"path": f"{url}/once/table/", "name": "table", "repeat": 2}]})
+        return tiny.config(
+            tmp_path,
+            "once",
+            workers=workers,
+            stage=stage,
+            storage={"options": options(port)},
+            run={"storage": f"{url}/runs"},
+            data={
+                "train": [
+                    {"path": f"{url}/once/lines/", "name": "lines"},
+                    {"path": f"{url}/once/table/", "name": "table", "repeat": 2},
+                ]
+            },
+        )
 
     for number, (workers, stage, dies_at) in enumerate([(2, 3, 7), (3, 1, 15)]):
-        codes = ranks.run_ranks(workers, [run(workers, stage)], tmp_path / f"ranks-{number}",
-                                env={"DIST_FT_FAILPOINT": f"train.step:{dies_at - 4 * number}"})
+        codes = ranks.run_ranks(
+            workers,
+            [run(workers, stage)],
+            tmp_path / f"ranks-{number}",
+            env={"DIST_FT_FAILPOINT": f"train.step:{dies_at - 4 * number}"},
+        )
         assert set(codes) == {-9}, (tmp_path / f"ranks-{number}" / "rank-0.log").read_text()[-2000:]
     api.train(load_config(run(0, 0)), skip_check=True)
     history.require_exactly_once(f"{url}/runs/once", run(0, 0))
     found = audit.audit(f"{url}/runs/once")
     assert found.is_sound and found.attempts == 3
-    assert [(c.source, c.num_pieces) for c in found.epochs] == [("lines", 60)] * 2 + [("table", 30)] * 4
+    assert [(c.source, c.num_pieces) for c in found.epochs] == [("lines", 60)] * 2 + [
+        ("table", 30)
+    ] * 4

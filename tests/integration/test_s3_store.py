@@ -57,7 +57,11 @@ def test_folders(store):
     assert store.list() == store.walk() == [] and not store.exists()
     for name in ("b", "a/2", "a/c/3"):
         store.write(name, b"x")
-    assert (store.list(), store.list("a"), store.walk()) == (["a", "b"], ["2", "c"], ["a/2", "a/c/3", "b"])
+    assert (store.list(), store.list("a"), store.walk()) == (
+        ["a", "b"],
+        ["2", "c"],
+        ["a/2", "a/c/3", "b"],
+    )
     assert store.exists("a") and store.exists("a/2") and not store.exists("a/1")
     store.remove("a")
     store.remove("a")
@@ -80,9 +84,13 @@ def test_create_is_exclusive(store):
 def test_glob_and_stat(store):
     for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"):
         store.write(name, b"one")
-    assert list(storage.glob(store.full("data/*.jsonl"))) == [store.full("data/a.jsonl"), store.full("data/b.jsonl")]
-    assert list(storage.glob(store.full("data"))) == [store.full(name) for name in (
-        "data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")]
+    assert list(storage.glob(store.full("data/*.jsonl"))) == [
+        store.full("data/a.jsonl"),
+        store.full("data/b.jsonl"),
+    ]
+    assert list(storage.glob(store.full("data"))) == [
+        store.full(name) for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")
+    ]
     assert list(storage.glob(store.full("data/a.jsonl"))) == [store.full("data/a.jsonl")]
     assert list(storage.glob(store.full("none"))) == list(storage.glob(store.full("none/*"))) == []
     before = storage.stat(store.full("data/a.jsonl"))
@@ -101,8 +109,11 @@ def test_download(store, tmp_path):
 def test_absent_files_and_buckets_are_told_at_once(store):
     for url in (store, Store("s3://no-such-bucket-anywhere")):
         begun = time.monotonic()
-        with pytest.raises(StorageError, match=rf"^{url.url}/absent: can not read it \(FileNotFoundError: .*\); there is no "
-                                               "such file or bucket; check the URL$"):
+        with pytest.raises(
+            StorageError,
+            match=rf"^{url.url}/absent: can not read it \(FileNotFoundError: .*\); there is no "
+            "such file or bucket; check the URL$",
+        ):
             url.read("absent")
         assert time.monotonic() - begun < 5
 
@@ -113,14 +124,18 @@ def test_no_credentials(store, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     storage.configure({"s3": {"skip_instance_cache": True}})
-    with pytest.raises(StorageError, match="no credentials were found; set them in the environment"):
+    with pytest.raises(
+        StorageError, match="no credentials were found; set them in the environment"
+    ):
         store.read("x")
 
 
 def test_a_checkpoint_goes_out_and_in(store):
     engine = make_engine()
     train(engine, range(2))
-    manager = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    manager = CheckpointManager(
+        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1)
+    )
     assert save(manager, engine, 2) == store.full("checkpoints/step-000000002-a0001")
     want = train(engine, range(2, 4))
     other = make_engine()

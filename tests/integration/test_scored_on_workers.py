@@ -17,10 +17,21 @@ def test_two_workers_tell_what_one_process_tells(tmp_path: Path) -> None:
     base = tiny_tasks.base(tmp_path)
     told = []
     for workers in (0, 2):
-        made = load_config(tiny_tasks.config(base, "token_classification", "scored", workers=workers, stage=3,
-                                             cluster={"workers": workers, "standby": False}))
+        made = load_config(
+            tiny_tasks.config(
+                base,
+                "token_classification",
+                "scored",
+                workers=workers,
+                stage=3,
+                cluster={"workers": workers, "standby": False},
+            )
+        )
         told.append(evaluate_models(made, [made.model.path], random_head=True)[made.model.path])
-    assert {name for name, value in told[0].items() if isinstance(value, float)} >= {"loss", "accuracy"}
+    assert {name for name, value in told[0].items() if isinstance(value, float)} >= {
+        "loss",
+        "accuracy",
+    }
     for name, value in told[0].items():
         if isinstance(value, float):
             assert told[1][name] == pytest.approx(value, abs=1e-5), name

@@ -13,8 +13,14 @@ from job_cluster import cluster
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-PLANTED = {"environment": "pl4nted-environment-7f3a", "url": "pl4nted-url-91bc", "override": "pl4nted-override-c2d4",
-           "dotenv": "pl4nted-dotenv-55e0", "repository": "pl4nted-repository-08aa", "older run": "pl4nted-older-run-3b3b"}
+PLANTED = {
+    "environment": "pl4nted-environment-7f3a",
+    "url": "pl4nted-url-91bc",
+    "override": "pl4nted-override-c2d4",
+    "dotenv": "pl4nted-dotenv-55e0",
+    "repository": "pl4nted-repository-08aa",
+    "older run": "pl4nted-older-run-3b3b",
+}
 
 
 def holding(folder: Path, words: dict[str, bytes]) -> Iterator[str]:
@@ -26,14 +32,23 @@ def holding(folder: Path, words: dict[str, bytes]) -> Iterator[str]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 contents += [archive.read(name) for name in archive.namelist()]
-        yield from (f"{path}: {kind}" for content in contents for kind, word in words.items() if word in content)
+        yield from (
+            f"{path}: {kind}"
+            for content in contents
+            for kind, word in words.items()
+            if word in content
+        )
 
 
 def test_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
     tiny.base(tmp_path)
     document = tiny.config(tmp_path, "quiet", workers=2, schedule={"epochs": None, "steps": 4})
     project = tmp_path / "project"
-    for name, kind in ((".env", "dotenv"), (".git/config", "repository"), ("runs/old/notes", "older run")):
+    for name, kind in (
+        (".env", "dotenv"),
+        (".git/config", "repository"),
+        ("runs/old/notes", "older run"),
+    ):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(PLANTED[kind])
     (project / "quiet.yaml").write_text(yaml.safe_dump(document))
@@ -41,20 +56,37 @@ def test_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
     outputs = []
     with cluster(MY_STORE_SECRET_KEY=PLANTED["environment"]) as there:
         secret = {"MY_STORE_SECRET_KEY": PLANTED["environment"]}
-        for override in (f"storage.options.s3.secret={PLANTED['override']}", f"model.path=s3://u:{PLANTED['url']}@b/m"):
-            code, output = there.run("submit", "quiet.yaml", override, "--package", cwd=project, **secret)
+        for override in (
+            f"storage.options.s3.secret={PLANTED['override']}",
+            f"model.path=s3://u:{PLANTED['url']}@b/m",
+        ):
+            code, output = there.run(
+                "submit", "quiet.yaml", override, "--package", cwd=project, **secret
+            )
             outputs.append(output)
             assert code == 2, output[-2000:]
         code, output = there.run("submit", "quiet.yaml", "--package", cwd=project, **secret)
         outputs.append(output)
         assert code == 0, output[-3000:]
-        outputs += [there.run("submit", "quiet.yaml", "--package", "--print", cwd=project, **secret)[1],
-                    there.run("jobs", "logs", "quiet", cwd=project, **secret)[1]]
-        words = {**{kind: word.encode() for kind, word in PLANTED.items()}, "token": there.token.encode()}
+        outputs += [
+            there.run("submit", "quiet.yaml", "--package", "--print", cwd=project, **secret)[1],
+            there.run("jobs", "logs", "quiet", cwd=project, **secret)[1],
+        ]
+        words = {
+            **{kind: word.encode() for kind, word in PLANTED.items()},
+            "token": there.token.encode(),
+        }
         assert not [kind for kind, word in words.items() if word.decode() in "".join(outputs)]
         assert not list(holding(tmp_path / "runs", words))
-        assert not list(holding(there.folder / "ray", words)), "Ray's logs, and what was sent as it lies on the nodes"
+        assert not list(holding(there.folder / "ray", words)), (
+            "Ray's logs, and what was sent as it lies on the nodes"
+        )
         sent = list((there.folder / "ray").rglob("kept.txt"))
         assert sent, "the search saw what was sent"
-        assert not [path for one in sent for path in one.parent.rglob("*") if path.name in (".env", ".git", "runs")]
+        assert not [
+            path
+            for one in sent
+            for path in one.parent.rglob("*")
+            if path.name in (".env", ".git", "runs")
+        ]
         assert list(holding(tmp_path, words)), "and it finds what is there"

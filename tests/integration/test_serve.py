@@ -43,18 +43,32 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     for module in ("fastapi", "grpc_reflection"):
         pytest.importorskip(module, reason="Ray Serve needs the extra serve")
     base = tiny_tasks.base(tmp_path_factory.mktemp("serve"))
-    config = load_config(tiny_tasks.config(base, "sequence_classification", "served", schedule={"epochs": 2}))
+    config = load_config(
+        tiny_tasks.config(base, "sequence_classification", "served", schedule={"epochs": 2})
+    )
     local.run(config)
     api.export(config, str(base / "out"))
     port = ports.free()
     with open(base / "stderr", "w") as told:
-        process = subprocess.Popen([sys.executable, "-c", START, str(port)], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=told, text=True, start_new_session=True,
-                                   env={**os.environ, "MODEL": str(base / "out"), "PYTHONPATH": str(ROOT),
-                                        "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, "-c", START, str(port)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "MODEL": str(base / "out"),
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
     try:
         assert process.stdout is not None
-        assert any(line.strip() == "ready" for line in process.stdout), (base / "stderr").read_text()[-3000:]
+        assert any(line.strip() == "ready" for line in process.stdout), (
+            base / "stderr"
+        ).read_text()[-3000:]
         yield f"http://127.0.0.1:{port}/", str(base / "out")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -65,7 +79,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 def post(url: str, rows: Any) -> tuple[int, Any]:
-    request = urllib.request.Request(url, json.dumps(rows).encode(), {"content-type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(rows).encode(), {"content-type": "application/json"}
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer)
@@ -75,12 +91,18 @@ def post(url: str, rows: Any) -> tuple[int, Any]:
 
 def test_what_is_answered_is_what_predict_says(served: tuple[str, str]) -> None:
     url, model = served
-    rows = [{"text": "the quick tea tea"}, {"text": "owls owls owls"}, {"text": "rivers and rivers"}]
+    rows = [
+        {"text": "the quick tea tea"},
+        {"text": "owls owls owls"},
+        {"text": "rivers and rivers"},
+    ]
     begun = time.monotonic()
     status, said = post(url, rows)
     assert status == 200 and time.monotonic() - begun < 60
     for one, other in zip(said, Predictor(model).predict(rows), strict=True):
-        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
+        assert one["label"] == other["label"] and one["score"] == pytest.approx(
+            other["score"], abs=1e-5
+        )
 
 
 def test_what_can_not_be_answered_is_told_in_one_line(served: tuple[str, str]) -> None:

@@ -49,9 +49,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def document(base: Path, name: str, storage: str, train: str = "one", **changes: Any) -> dict[str, Any]:
-    made = tiny.config(base, name, **{
-        "model": {"path": str(base / "bert")}, "task": {"name": KIND}, **changes})
+def document(
+    base: Path, name: str, storage: str, train: str = "one", **changes: Any
+) -> dict[str, Any]:
+    made = tiny.config(
+        base, name, **{"model": {"path": str(base / "bert")}, "task": {"name": KIND}, **changes}
+    )
     made["run"]["storage"] = str(base / storage)
     made["data"] |= {"format": "auto", "train": str(base / f"{train}.jsonl"), "block_mib": 0.004}
     made["batch"] = {"global_batch": 10, "micro_batch": 2, "sequence_length": 40}
@@ -64,16 +67,36 @@ def write(base: Path, storage: str, **second: Any) -> str:
     del shared["data"]["train"], shared["evaluation"]
     (base / f"{storage}.yaml").write_text(yaml.safe_dump(shared))
     file = base / f"{storage}-stages.yaml"
-    file.write_text(yaml.safe_dump({"name": "seq", "config": f"{storage}.yaml", "stages": [
-        {"name": name, "overrides": {"data.train": str(base / f"{name}.jsonl"),
-                                     "evaluation.data": str(base / f"{name}-held.jsonl")}, **more}
-        for name, more in (("one", {}), ("two", {"replay": 0.25, **second}))]}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "name": "seq",
+                "config": f"{storage}.yaml",
+                "stages": [
+                    {
+                        "name": name,
+                        "overrides": {
+                            "data.train": str(base / f"{name}.jsonl"),
+                            "evaluation.data": str(base / f"{name}-held.jsonl"),
+                        },
+                        **more,
+                    }
+                    for name, more in (("one", {}), ("two", {"replay": 0.25, **second}))
+                ],
+            }
+        )
+    )
     return str(file)
 
 
 def start(file: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dist_ft.cli", "stages", file], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(
+        [sys.executable, "-m", "dist_ft.cli", "stages", file],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,35 +110,60 @@ def matrix(storage: Path) -> dict[str, Any]:
     return json.loads((storage / "seq" / "matrix.json").read_text())
 
 
-def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(base: Path, unbroken: Path) -> None:
+def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(
+    base: Path, unbroken: Path
+) -> None:
     second = json.loads((unbroken / "seq-two" / "model" / "config.json").read_text())
     assert list(second["id2label"].values()) == ["animal", "drink", "food"]
     began = json.loads((unbroken / "seq-two" / origin.BEGAN).read_text())
-    step = max(int(folder.name.split("-")[1]) for folder in (unbroken / "seq-one" / "checkpoints").iterdir())
+    step = max(
+        int(folder.name.split("-")[1])
+        for folder in (unbroken / "seq-one" / "checkpoints").iterdir()
+    )
     assert began == {"run": str(unbroken / "seq-one"), "step": step}
     found = matrix(unbroken)
     assert found["matrix"][0][1] is None, "the head of the first has not the label of the second"
     assert all(value is not None for value in found["matrix"][1])
     assert found["matrix"][0][0] >= 0.7, "it learned: chance is a half"
-    assert found["after"][1]["backward_transfer"] == pytest.approx(found["matrix"][1][0] - found["matrix"][0][0])
-    assert {"matrix.md", "matrix.png", "stages.json", "scores"} <= set(Store(str(unbroken / "seq")).list())
-    lines = [json.loads(line) for line in Store(str(unbroken / "seq-two")).read("metrics.jsonl").splitlines()]
-    drawn = [sum(line.get(f"sequences/{name}", 0) for line in lines) for name in ("source-0", "replay-one-0")]
-    assert drawn == [120, 40], "two epochs of 60, and a quarter of all sequences is the first stage's"
+    assert found["after"][1]["backward_transfer"] == pytest.approx(
+        found["matrix"][1][0] - found["matrix"][0][0]
+    )
+    assert {"matrix.md", "matrix.png", "stages.json", "scores"} <= set(
+        Store(str(unbroken / "seq")).list()
+    )
+    lines = [
+        json.loads(line)
+        for line in Store(str(unbroken / "seq-two")).read("metrics.jsonl").splitlines()
+    ]
+    drawn = [
+        sum(line.get(f"sequences/{name}", 0) for line in lines)
+        for name in ("source-0", "replay-one-0")
+    ]
+    assert drawn == [120, 40], (
+        "two epochs of 60, and a quarter of all sequences is the first stage's"
+    )
 
 
-def test_killed_in_the_second_stage_it_goes_on_there_and_ends_the_same(base: Path, unbroken: Path) -> None:
+def test_killed_in_the_second_stage_it_goes_on_there_and_ends_the_same(
+    base: Path, unbroken: Path
+) -> None:
     file = write(base, "killed")
     first_steps = len(history.losses(unbroken / "seq-one"))
     assert start(file, DIST_FT_FAILPOINT=f"train.step:{first_steps + 7}").returncode == -9
-    assert start(file, DIST_FT_FAILPOINT="stages.trained").returncode == -9, "just before it is kept that it is done"
+    assert start(file, DIST_FT_FAILPOINT="stages.trained").returncode == -9, (
+        "just before it is kept that it is done"
+    )
     again = start(file)
     assert again.returncode == 0, again.stderr
     assert "stage one is complete" in again.stdout
-    attempts = [len(Store(str(base / "killed" / f"seq-{name}")).list("attempts")) for name in ("one", "two")]
+    attempts = [
+        len(Store(str(base / "killed" / f"seq-{name}")).list("attempts")) for name in ("one", "two")
+    ]
     assert attempts == [1, 2], "what is complete was not run again"
     for name in ("one", "two"):
-        assert history.losses(base / "killed" / f"seq-{name}") == history.losses(unbroken / f"seq-{name}")
+        assert history.losses(base / "killed" / f"seq-{name}") == history.losses(
+            unbroken / f"seq-{name}"
+        )
     assert matrix(base / "killed")["matrix"] == matrix(unbroken)["matrix"]
 
 
@@ -127,8 +175,10 @@ def test_a_stage_that_is_complete_can_not_become_another(base: Path, unbroken: P
     turned = {**whole, "stages": whole["stages"][::-1]}
     turned["stages"][0].pop("replay")
     other = base / "changed.yaml"
-    for content, said in ((changed, "optimizer.learning_rate=0.0001: stage one is complete"),
-                          (turned, "one, two began in this order")):
+    for content, said in (
+        (changed, "optimizer.learning_rate=0.0001: stage one is complete"),
+        (turned, "one, two began in this order"),
+    ):
         other.write_text(yaml.safe_dump(content))
         with pytest.raises(ConfigError, match=said) as caught:
             api.stages(str(other), say=lambda text: None)
@@ -136,18 +186,23 @@ def test_a_stage_that_is_complete_can_not_become_another(base: Path, unbroken: P
     said: list[str] = []
     api.stages(str(file), ["log.every_steps=5"], say=said.append)
     assert [text for text in said if "complete" in text] == [
-        f"stage {name} is complete: {unbroken}/seq-{name}" for name in ("one", "two")]
+        f"stage {name} is complete: {unbroken}/seq-{name}" for name in ("one", "two")
+    ]
 
 
 def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbroken: Path) -> None:
     """Its first evaluation is the other's last, to the last bit; and it goes on when the other is gone."""
-    begun = document(base, "after", "whole", model={"path": str(unbroken / "seq-one")}, task={"name": KIND})
+    begun = document(
+        base, "after", "whole", model={"path": str(unbroken / "seq-one")}, task={"name": KIND}
+    )
     begun["optimizer"]["learning_rate"] = 1e-12
     begun["schedule"] = {"name": "constant", "steps": 2}
     local.run(load_config(begun))
     step = json.loads((unbroken / "after" / origin.BEGAN).read_text())["step"]
-    source = load_file(Path(origin.exported(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
-                       / "model.safetensors")
+    source = load_file(
+        Path(origin.exported(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
+        / "model.safetensors"
+    )
     api.export(str(unbroken / "after"), str(base / "after-out"))
     moved = load_file(base / "after-out" / "model.safetensors")
     assert all((moved[name] - value).abs().max() < 1e-8 for name, value in source.items())
@@ -174,20 +229,32 @@ def test_a_run_without_a_checkpoint_or_that_is_none_is_refused(base: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_7_two_ranks_begin_and_grow_as_one_process_does(base: Path, unbroken: Path, stage: int) -> None:
+def test_promise_7_two_ranks_begin_and_grow_as_one_process_does(
+    base: Path, unbroken: Path, stage: int
+) -> None:
     config = load_stages(write(base, "whole")).stages[1].config
     made = json.loads(config.model_dump_json())
-    made["run"]["name"], made["cluster"]["workers"], made["zero"]["stage"] = f"ranks-{stage}", 2, stage
+    made["run"]["name"], made["cluster"]["workers"], made["zero"]["stage"] = (
+        f"ranks-{stage}",
+        2,
+        stage,
+    )
     folder = base / f"ranks-{stage}"
     ranks.require_ok(ranks.run_ranks(2, [made], folder), folder)
     assert history.losses(unbroken / made["run"]["name"]) == pytest.approx(
-        history.losses(unbroken / "seq-two"), abs=1e-5)
+        history.losses(unbroken / "seq-two"), abs=1e-5
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_stages_on_ray_workers(base: Path, unbroken: Path) -> None:
-    api.stages(write(base, "ray"), ["cluster.workers=2", "zero.stage=2", "cluster.standby=false"], say=lambda text: None)
+    api.stages(
+        write(base, "ray"),
+        ["cluster.workers=2", "zero.stage=2", "cluster.standby=false"],
+        say=lambda text: None,
+    )
     for name in ("one", "two"):
         assert history.losses(base / "ray" / f"seq-{name}") == pytest.approx(
-            history.losses(unbroken / f"seq-{name}"), abs=1e-5)
+            history.losses(unbroken / f"seq-{name}"), abs=1e-5
+        )

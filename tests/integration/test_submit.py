@@ -37,7 +37,9 @@ def write(base: Path, name: str, **changes: dict) -> tuple[str, dict]:
 
 def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[int, str]:
     """Submit a run that must not start; return code and what was said, by a person's measure: no traceback."""
-    code, output = there.run("submit", write(base, "refused")[0], "--skip-check", *arguments, cwd=base, **env)
+    code, output = there.run(
+        "submit", write(base, "refused")[0], "--skip-check", *arguments, cwd=base, **env
+    )
     assert "Traceback" not in output and there.token not in output
     assert not (base / "runs/refused").exists()
     return code, output
@@ -45,17 +47,27 @@ def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[in
 
 def test_what_can_not_start_is_one_line_before_anything_does(there: Cluster, base: Path) -> None:
     code, output = refused(there, base, RAY_AUTH_TOKEN="0" * 64)
-    assert code == 1 and "its token was not accepted: it is another cluster's" in output and "0000" not in output
+    assert (
+        code == 1
+        and "its token was not accepted: it is another cluster's" in output
+        and "0000" not in output
+    )
     code, output = refused(there, base, RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="")
     assert code == 1 and "it wants a token, and none was found; set RAY_AUTH_TOKEN_PATH" in output
     code, output = refused(there, base, "--address", "http://127.0.0.1:9")
     assert code == 1 and "no job server of Ray answers there (connection refused)" in output
     code, output = refused(there, base, "cluster.workers=5", "cluster.cpus_per_worker=1")
-    assert code == 2 and "5 workers with 1 CPU each are wanted, and the cluster (2 nodes, 4 CPU) has room for 4" in output
+    assert (
+        code == 2
+        and "5 workers with 1 CPU each are wanted, and the cluster (2 nodes, 4 CPU) has room for 4"
+        in output
+    )
     code, output = refused(there, base, "cluster.gpus_per_worker=1")
     assert code == 2 and "(2 nodes, 4 CPU, 0 GPU) has room for 0" in output
     code, output = refused(there, base, "--package", "run.storage=runs")
-    assert code == 2 and "run.storage=runs: would lie in the job's own copy of the project" in output
+    assert (
+        code == 2 and "run.storage=runs: would lie in the job's own copy of the project" in output
+    )
     code, output = refused(there, base, "run.name=Not_For_Kubernetes")
     assert code == 2 and "run.name=Not_For_Kubernetes" in output
     assert "refused" not in there.run("jobs", "list", cwd=base)[1]
@@ -64,16 +76,24 @@ def test_what_can_not_start_is_one_line_before_anything_does(there: Cluster, bas
 
 
 @pytest.mark.slow
-def test_a_run_ends_well_through_submit_and_through_the_printed_line(there: Cluster, base: Path) -> None:
+def test_a_run_ends_well_through_submit_and_through_the_printed_line(
+    there: Cluster, base: Path
+) -> None:
     file, document = write(base, "well")
     code, output = there.run("submit", file, "--package", "--exclude", "cache", cwd=base)
-    assert code == 0 and "run well: done" in output and "well: SUCCEEDED, exit code 0" in output, output[-3000:]
+    assert code == 0 and "run well: done" in output and "well: SUCCEEDED, exit code 0" in output, (
+        output[-3000:]
+    )
     history.require_exactly_once(base / "runs/well", document)
-    code, line = there.run("submit", file, "run.name=printed", "--package", "--exclude", "cache", "--print", cwd=base)
+    code, line = there.run(
+        "submit", file, "run.name=printed", "--package", "--exclude", "cache", "--print", cwd=base
+    )
     assert code == 0 and there.token not in line, line
     line = line.strip().splitlines()[-1]
     assert shlex.split(line)[:4] == ["RAY_AUTH_MODE=token", "ray", "job", "submit"]
-    done = subprocess.run(["sh", "-c", line], cwd=base, env=there.env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=base, env=there.env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert history.losses(base / "runs/printed") == history.losses(base / "runs/well")
 
@@ -82,23 +102,40 @@ def test_a_run_ends_well_through_submit_and_through_the_printed_line(there: Clus
 def test_a_failing_job_gives_its_own_code(there: Cluster, base: Path) -> None:
     file, _ = write(base, "fails", model={"path": str(base / "no-model")})
     code, output = there.run("submit", file, "--skip-check", cwd=base)
-    assert code == 2 and "fails: FAILED, exit code 2" in output and "no-model" in output, output[-3000:]
+    assert code == 2 and "fails: FAILED, exit code 2" in output and "no-model" in output, output[
+        -3000:
+    ]
     assert there.run("jobs", "status", "fails", cwd=base)[0] == 2
     code, output = there.run("submit", file, cwd=base)
-    assert code == 2 and "model.path=" in output and "is submitted" not in output, "what check finds starts no job"
+    assert code == 2 and "model.path=" in output and "is submitted" not in output, (
+        "what check finds starts no job"
+    )
 
 
 @pytest.mark.slow
 def test_a_cut_stream_ctrl_c_stop_and_the_same_command_again(there: Cluster, base: Path) -> None:
-    file, _ = write(base, "long", checkpoint={"every_steps": 0}, schedule={"epochs": None, "steps": 5000})
+    file, _ = write(
+        base, "long", checkpoint={"every_steps": 0}, schedule={"epochs": None, "steps": 5000}
+    )
     cutter = Cutter(int(there.url.rpartition(":")[2]))
-    watching = there.start("submit", file, cwd=base, out=base / "first", RAY_API_SERVER_ADDRESS=cutter.url)
+    watching = there.start(
+        "submit", file, cwd=base, out=base / "first", RAY_API_SERVER_ADDRESS=cutter.url
+    )
     for count in (5, 10, 15):
         watching.wait_for(f"step {count:4}/")
         cutter.cut()
     assert cutter.num_cut >= 3
-    attached = there.start("submit", file, "optimizer.learning_rate=1e-4", "--skip-check", cwd=base, out=base / "second")
-    attached.wait_for("job long of this run is there already (RUNNING); attached to it; it was started with another config")
+    attached = there.start(
+        "submit",
+        file,
+        "optimizer.learning_rate=1e-4",
+        "--skip-check",
+        cwd=base,
+        out=base / "second",
+    )
+    attached.wait_for(
+        "job long of this run is there already (RUNNING); attached to it; it was started with another config"
+    )
     watching.wait_for(f"step {20:4}/")
     watching.process.send_signal(signal.SIGINT)
     assert watching.process.wait(60) == 130
@@ -107,11 +144,17 @@ def test_a_cut_stream_ctrl_c_stop_and_the_same_command_again(there: Cluster, bas
     assert "Traceback" not in watching.noted
     code, output = there.run("jobs", "status", "long", cwd=base)
     assert code == 0 and "long: RUNNING" in output
-    assert there.run("jobs", "logs", "long", cwd=base)[1].startswith(watching.said), "nothing is lost or doubled"
+    assert there.run("jobs", "logs", "long", cwd=base)[1].startswith(watching.said), (
+        "nothing is lost or doubled"
+    )
     code, output = there.run("jobs", "stop", "long", cwd=base)
     assert code == 0 and "long: STOPPED" in output, output
-    assert attached.process.wait(60) == 130 and "stopped at step" in attached.said, attached.said[-2000:]
-    assert attached.said == there.run("jobs", "logs", "long", cwd=base)[1], "the whole log, to its end"
+    assert attached.process.wait(60) == 130 and "stopped at step" in attached.said, attached.said[
+        -2000:
+    ]
+    assert attached.said == there.run("jobs", "logs", "long", cwd=base)[1], (
+        "the whole log, to its end"
+    )
     assert list((base / "runs/long/checkpoints").glob("step-*/manifest.json")), "it has saved"
     again = there.start("submit", file, cwd=base, out=base / "third")
     again.wait_for("job long-2 is submitted")

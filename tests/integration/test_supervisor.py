@@ -68,11 +68,16 @@ class Called:
         def call(*values: Any) -> Any:
             with self._lock:
                 return getattr(self.relay, name)(*values)
+
         return call
 
 
-def supervise(document: dict[str, Any], size: int = 2, meanwhile: Callable[[Any], None] = lambda relay: None,
-              spares: str = "") -> tuple[Relay, list[tuple[int, str]]]:
+def supervise(
+    document: dict[str, Any],
+    size: int = 2,
+    meanwhile: Callable[[Any], None] = lambda relay: None,
+    spares: str = "",
+) -> tuple[Relay, list[tuple[int, str]]]:
     """Run a config under `size` supervisors to its end; return the relay and who was told of which checkpoint."""
     config, told = load_config(document), []
     relay = Called(Relay(config.cluster.max_failures))
@@ -96,7 +101,8 @@ def require_gone(started: list[Process]) -> None:
 
 
 def test_fault_1_a_killed_process_is_replaced_by_the_spare_and_the_run_is_bit_exact(
-        base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = tiny.config(base, "killed", workers=2)
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1")
     monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "killed-once"))
@@ -105,18 +111,29 @@ def test_fault_1_a_killed_process_is_replaced_by_the_spare_and_the_run_is_bit_ex
     assert isinstance(result, Result) and result.step == len(unbroken)
     assert history.losses(base / "runs/killed") == unbroken
     history.require_exactly_once(base / "runs/killed", document)
-    assert any("worker 1 on node here: killed (by SIGKILL, from outside); all workers go on" in text
-               for _, text in relay.take())
-    notes = [json.loads(path.read_text()) for path in sorted((base / "runs/killed/attempts").glob("*.json"))]
-    assert [note.get("after", "") for note in notes] == ["", "worker 1 on node here: killed (by SIGKILL, from outside)"]
-    assert [url for rank, url in told if rank == 0] == [url for rank, url in told if rank == 1] != []
+    assert any(
+        "worker 1 on node here: killed (by SIGKILL, from outside); all workers go on" in text
+        for _, text in relay.take()
+    )
+    notes = [
+        json.loads(path.read_text())
+        for path in sorted((base / "runs/killed/attempts").glob("*.json"))
+    ]
+    assert [note.get("after", "") for note in notes] == [
+        "",
+        "worker 1 on node here: killed (by SIGKILL, from outside)",
+    ]
+    assert (
+        [url for rank, url in told if rank == 0] == [url for rank, url in told if rank == 1] != []
+    )
     assert told[-1][1] == result.checkpoint
     assert len(started) == 6, "two, two spares that took over, and two spares after them"
     require_gone(started)
 
 
 def test_a_wish_to_save_goes_through_to_all_ranks_and_its_answer_comes_back(
-        base: Path, unbroken: list[float], started: list[Process]) -> None:
+    base: Path, unbroken: list[float], started: list[Process]
+) -> None:
     document = tiny.config(base, "wish", workers=2, checkpoint={"every_steps": 0, "keep_last": 9})
     run, there = base / "runs/wish/checkpoints", []
 
@@ -132,37 +149,48 @@ def test_a_wish_to_save_goes_through_to_all_ranks_and_its_answer_comes_back(
     relay, _ = supervise(document, meanwhile=ask)
     assert isinstance(relay.outcome(), Result) and len(there) == 1, there
     assert 1 <= int(there[0].split("-")[1]) < len(unbroken)
-    assert len(list(run.glob("*/manifest.json"))) == 2, "one for the wish of all ranks, and the last"
+    assert len(list(run.glob("*/manifest.json"))) == 2, (
+        "one for the wish of all ranks, and the last"
+    )
     assert history.losses(base / "runs/wish") == unbroken
     history.require_exactly_once(base / "runs/wish", document)
     require_gone(started)
 
 
 def test_a_bug_that_comes_back_at_once_ends_the_run_in_one_line(
-        base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = tiny.config(base, "bug", workers=2, cluster={"standby": False})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@0!raise")
     relay, _ = supervise(document)
     assert str(relay.outcome()) == (
         "the same failure came back without a new checkpoint in between (worker 0 on node here: error (failpoint)); "
-        "starting again does not cure it; what was committed is kept; mend the cause, and the same command goes on")
+        "starting again does not cure it; what was committed is kept; mend the cause, and the same command goes on"
+    )
     assert len(started) == 4
     require_gone(started)
 
 
 def test_fault_20_too_little_memory_is_named_with_what_to_change_and_not_tried_for_ever(
-        base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
-    document = tiny.config(base, "memory", workers=2, cluster={"standby": False, "max_failures": 100})
+    base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tiny.config(
+        base, "memory", workers=2, cluster={"standby": False, "max_failures": 100}
+    )
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@1!memory")
     relay, _ = supervise(document)
     text = str(relay.outcome())
-    assert "worker 1 on node here: out of memory (out of memory (MemoryError); use a machine with more, fewer workers" in text
+    assert (
+        "worker 1 on node here: out of memory (out of memory (MemoryError); use a machine with more, fewer workers"
+        in text
+    )
     assert text.startswith("the same failure came back") and len(started) == 4
     require_gone(started)
 
 
 def test_fault_7_a_signal_to_one_process_does_not_end_the_run(
-        base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine that is shut down without notice: all save, nobody asked the run to stop, and it goes on."""
     document = tiny.config(base, "signalled", workers=2, checkpoint={"every_steps": 0})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1!term")
@@ -172,19 +200,25 @@ def test_fault_7_a_signal_to_one_process_does_not_end_the_run(
     assert history.losses(base / "runs/signalled") == unbroken
     history.require_exactly_once(base / "runs/signalled", document)
     said = [text for _, text in relay.take()]
-    assert any("killed (a signal asked a worker to stop; all saved); all workers go on" in text for text in said)
+    assert any(
+        "killed (a signal asked a worker to stop; all saved); all workers go on" in text
+        for text in said
+    )
     assert any("going on from step 11" in text for text in said), "no step was lost"
 
 
 def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
-        base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = tiny.config(base, "stopped", workers=2, cluster={"progress_timeout_s": 8})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1!stop")
     monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "stopped-once"))
     relay, _ = supervise(document)
     assert history.losses(base / "runs/stopped") == unbroken
-    assert any("worker 0 on node here: hang (no progress within cluster.progress_timeout_s" in text
-               for _, text in relay.take())
+    assert any(
+        "worker 0 on node here: hang (no progress within cluster.progress_timeout_s" in text
+        for _, text in relay.take()
+    )
     assert list((base / "runs/stopped/attempts").glob("*-rank-00000-stacks.txt"))
     require_gone(started)
 
@@ -203,8 +237,11 @@ time.sleep(600)
 
 def lose_a_worker(document: dict[str, Any], spares: str, state: str, stopped: bool = False) -> int:
     """Kill a worker that has a process; return the process's id."""
-    worker = subprocess.Popen([sys.executable, "-c", LOST, json.dumps(document), spares, state],
-                              stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", LOST, json.dumps(document), spares, state],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert worker.stdout is not None
     pid = int(worker.stdout.readline())
     if stopped:
@@ -228,24 +265,31 @@ def ended(pid: int, within_s: float = 10) -> bool:
 
 def test_a_process_ends_with_its_supervisor(base: Path) -> None:
     """Even one that is stopped and can not listen: its keeper sees to it."""
-    assert ended(lose_a_worker(tiny.config(base, "orphan", workers=2), "orphan", "begun", stopped=True))
+    assert ended(
+        lose_a_worker(tiny.config(base, "orphan", workers=2), "orphan", "begun", stopped=True)
+    )
 
 
-def test_the_spare_of_a_lost_worker_serves_the_next_one_once(base: Path, unbroken: list[float],
-                                                             started: list[Process]) -> None:
+def test_the_spare_of_a_lost_worker_serves_the_next_one_once(
+    base: Path, unbroken: list[float], started: list[Process]
+) -> None:
     document = tiny.config(base, "claimed", workers=2)
     pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
     config = load_config(document)
     assert Process.claim("of another run or node") is None
     found = [Process.claim("claimed"), Process.claim("claimed")]
-    assert {process.pid for process in found if process} == pids and Process.claim("claimed") is None
+    assert {process.pid for process in found if process} == pids and Process.claim(
+        "claimed"
+    ) is None
     for process in found:
         assert process is not None
         process.end()
     assert all(ended(pid, 1) for pid in pids)
 
     pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
-    relay, _ = supervise({**document, "cluster": {**document["cluster"], "standby": False}}, spares="claimed")
+    relay, _ = supervise(
+        {**document, "cluster": {**document["cluster"], "standby": False}}, spares="claimed"
+    )
     assert isinstance(relay.outcome(), Result) and started == []
     assert history.losses(base / "runs/claimed") == unbroken
     assert all(ended(pid, 1) for pid in pids) and config.cluster.standby

@@ -22,8 +22,13 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi_label": ("f1_micro", {"task": {"focal_gamma": 1.0}}),
     "regression": ("pearson", {}),
     "token_classification": ("f1", {}),
-    "question_answering": ("f1", {"task": {"stride": 2}, "batch": {"sequence_length": 12, "global_batch": 10,
-                                                                   "micro_batch": 2}}),
+    "question_answering": (
+        "f1",
+        {
+            "task": {"stride": 2},
+            "batch": {"sequence_length": 12, "global_batch": 10, "micro_batch": 2},
+        },
+    ),
     "seq2seq": ("accuracy", {}),
     "masked_lm": ("accuracy", {}),
     "embedding": ("mrr", {}),
@@ -37,17 +42,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tasks.base(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=[] if name in ("sequence_classification", "seq2seq") else pytest.mark.slow)
-    for name in TASKS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            name, marks=[] if name in ("sequence_classification", "seq2seq") else pytest.mark.slow
+        )
+        for name in TASKS
+    ],
+)
 def task(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def document_of(base: Path, task: str, name: str, **fields: Any) -> dict[str, Any]:
     made = TASKS[task][1]
-    document = tiny_tasks.config(base, "sequence_classification" if task == "lora" else task, name,
-                                 **{key: dict(value) for key, value in made.items()}, **fields)
+    document = tiny_tasks.config(
+        base,
+        "sequence_classification" if task == "lora" else task,
+        name,
+        **{key: dict(value) for key, value in made.items()},
+        **fields,
+    )
     document["run"]["name"] = f"{task.replace('_', '-')}-{name}"
     return document
 
@@ -66,37 +82,58 @@ def plain(base: Path, task: str) -> Path:
     losses = history.losses(run)
     assert sum(losses[-4:]) < sum(losses[:4])
     assert all(TASKS[task][0] in evaluation(run, which) for which in (0, -1))
-    told = {name for name in evaluation(run, -1) if name not in ("step", "kind", "time", "loss", "num_target_tokens")}
+    told = {
+        name
+        for name in evaluation(run, -1)
+        if name not in ("step", "kind", "time", "loss", "num_target_tokens")
+    }
     assert told == set(METRICS[document["task"]["name"]]), "what checkpoint.best_by may be"
     return run
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses_and_metrics(base: Path, task: str, plain: Path) -> None:
-    documents = [document_of(base, task, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)]
+def test_promise_7_every_engine_gives_the_plain_ones_losses_and_metrics(
+    base: Path, task: str, plain: Path
+) -> None:
+    documents = [
+        document_of(base, task, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)
+    ]
     documents[2]["zero"]["deepspeed"] = SHARDED
     folder = base / f"ranks-{task}"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
     for document in documents:
         run = base / "runs" / document["run"]["name"]
-        assert history.losses(run) == pytest.approx(history.losses(plain), abs=1e-5), document["run"]["name"]
+        assert history.losses(run) == pytest.approx(history.losses(plain), abs=1e-5), document[
+            "run"
+        ]["name"]
         history.require_exactly_once(run, document)
         for which in (0, -1):
             wanted, found = evaluation(plain, which), evaluation(run, which)
             assert {k: v for k, v in found.items() if k != "time"} == pytest.approx(
-                {k: v for k, v in wanted.items() if k != "time"}, abs=2e-2 if which else 1e-5)
+                {k: v for k, v in wanted.items() if k != "time"}, abs=2e-2 if which else 1e-5
+            )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(base: Path, task: str, plain: Path, stage: int) -> None:
-    document, folder = document_of(base, task, f"killed-{stage}", workers=2, stage=stage), base / f"k-{task}-{stage}"
+def test_promise_2_killed_and_resumed_it_is_bit_exact(
+    base: Path, task: str, plain: Path, stage: int
+) -> None:
+    document, folder = (
+        document_of(base, task, f"killed-{stage}", workers=2, stage=stage),
+        base / f"k-{task}-{stage}",
+    )
     document["zero"]["deepspeed"] = SHARDED if stage == 3 else {}
-    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [-9, -9]
+    assert ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"}) == [
+        -9,
+        -9,
+    ]
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     unbroken = base / "runs" / f"{task.replace('_', '-')}-z{stage}"
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
 
 
-def test_what_comes_out_is_a_plain_model_with_its_labels(base: Path, task: str, plain: Path, tmp_path: Path) -> None:
+def test_what_comes_out_is_a_plain_model_with_its_labels(
+    base: Path, task: str, plain: Path, tmp_path: Path
+) -> None:
     from transformers import AutoConfig
 
     api.export(str(plain), str(tmp_path / "out"))  # loaded again and compared
@@ -104,7 +141,10 @@ def test_what_comes_out_is_a_plain_model_with_its_labels(base: Path, task: str, 
     if task in ("sequence_classification", "multi_label", "lora"):
         assert list(config.id2label.values()) == tiny_tasks.LABELS
     if task == "token_classification":
-        assert list(config.id2label.values()) == ["O", *(f"B-{label}" for label in tiny_tasks.LABELS)]
+        assert list(config.id2label.values()) == [
+            "O",
+            *(f"B-{label}" for label in tiny_tasks.LABELS),
+        ]
 
 
 def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
@@ -120,14 +160,29 @@ def test_a_new_head_of_another_size_begins_alike_in_every_engine(base: Path) -> 
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = base / "seven"
-    AutoModelForSequenceClassification.from_pretrained(base / "bert", num_labels=7).save_pretrained(folder)
+    AutoModelForSequenceClassification.from_pretrained(base / "bert", num_labels=7).save_pretrained(
+        folder
+    )
     AutoTokenizer.from_pretrained(base / "bert").save_pretrained(folder)
-    documents = [tiny_tasks.config(base, "sequence_classification", f"seven-{workers}-{stage}", workers=workers, stage=stage,
-                                   task={"new_head": True}) for workers, stage in ((0, 0), (2, 2), (2, 3))]
+    documents = [
+        tiny_tasks.config(
+            base,
+            "sequence_classification",
+            f"seven-{workers}-{stage}",
+            workers=workers,
+            stage=stage,
+            task={"new_head": True},
+        )
+        for workers, stage in ((0, 0), (2, 2), (2, 3))
+    ]
     for document in documents:
         document["model"]["path"] = str(folder)
     local.run(load_config(documents[0]))
-    ranks.require_ok(ranks.run_ranks(2, documents[1:], base / "ranks-seven", timeout_s=120), base / "ranks-seven")
-    first, *others = [history.losses(base / "runs" / document["run"]["name"]) for document in documents]
+    ranks.require_ok(
+        ranks.run_ranks(2, documents[1:], base / "ranks-seven", timeout_s=120), base / "ranks-seven"
+    )
+    first, *others = [
+        history.losses(base / "runs" / document["run"]["name"]) for document in documents
+    ]
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)

@@ -24,7 +24,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_tasks.base(tmp_path_factory.mktemp("tune"))
-    document = tiny_tasks.config(folder, "sequence_classification", "x", checkpoint={"every_steps": 4, "best_by": "loss"})
+    document = tiny_tasks.config(
+        folder, "sequence_classification", "x", checkpoint={"every_steps": 4, "best_by": "loss"}
+    )
     document["evaluation"]["every_steps"] = 4
     (folder / "base.yaml").write_text(yaml.safe_dump(document))
     return folder
@@ -37,15 +39,24 @@ def write(base: Path, name: str, /, **fields: Any) -> str:
 
 
 def start(base: Path, file: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dist_ft.cli", "tune", str(base / "base.yaml"), file],
-                          capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return subprocess.run(
+        [sys.executable, "-m", "dist_ft.cli", "tune", str(base / "base.yaml"), file],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
 
 
 def report(base: Path, name: str) -> dict[str, Any]:
     return json.loads((base / "runs" / name / "search.json").read_text())
 
 
-GRID = {"search": "grid", "at_once": 2, "space": {"optimizer.learning_rate": [5e-3, 1e-9], "run.seed": [1, 2]}}
+GRID = {
+    "search": "grid",
+    "at_once": 2,
+    "space": {"optimizer.learning_rate": [5e-3, 1e-9], "run.seed": [1, 2]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +66,16 @@ def grid(base: Path) -> dict[str, Any]:
     return report(base, "grid")
 
 
-def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(base: Path, grid: dict[str, Any]) -> None:
+def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(
+    base: Path, grid: dict[str, Any]
+) -> None:
     assert [one["state"] for one in grid["trials"]] == ["done"] * 4
-    assert {one["trial"] for one in grid["trials"][:2]} == {0, 1}, "what learns is better than what does not"
-    assert {"search.md", "search.png", "trials.json"} <= set(Store(str(base / "runs" / "grid")).list())
+    assert {one["trial"] for one in grid["trials"][:2]} == {0, 1}, (
+        "what learns is better than what does not"
+    )
+    assert {"search.md", "search.png", "trials.json"} <= set(
+        Store(str(base / "runs" / "grid")).list()
+    )
     search = load_search(str(base / "base.yaml"), str(base / "grid.yaml"))
     alone = search.config(search.section.point(1), 1)
     alone = alone.model_copy(update={"run": alone.run.model_copy(update={"name": "alone"})})
@@ -69,8 +86,12 @@ def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(base: Path, grid: dic
 def test_killed_it_goes_on_with_trials_that_are_not_over(base: Path, grid: dict[str, Any]) -> None:
     """The first trial is stopped dead in its second, with the search itself; nothing that is over runs again."""
     file = write(base, "killed", **{**GRID, "at_once": 1})
-    process = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "tune", str(base / "base.yaml"), file],
-                               stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dist_ft.cli", "tune", str(base / "base.yaml"), file],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("trial 1: step 4"):
@@ -83,28 +104,59 @@ def test_killed_it_goes_on_with_trials_that_are_not_over(base: Path, grid: dict[
     assert "trial 0: step" not in again.stdout
     assert len(Store(str(base / "runs" / "killed-t0")).list("attempts")) == 1
     for number in range(4):
-        assert history.losses(base / "runs" / f"killed-t{number}") == history.losses(base / "runs" / f"grid-t{number}")
+        assert history.losses(base / "runs" / f"killed-t{number}") == history.losses(
+            base / "runs" / f"grid-t{number}"
+        )
     assert [(one["trial"], one["loss"]) for one in report(base, "killed")["trials"]] == [
-        (one["trial"], one["loss"]) for one in grid["trials"]]
+        (one["trial"], one["loss"]) for one in grid["trials"]
+    ]
 
 
 def test_asha_stops_what_falls_behind(base: Path) -> None:
-    file = write(base, "asha", search="grid", at_once=1, space={"optimizer.learning_rate": [5e-3, 4e-3, 1e-9, 2e-9]},
-                 asha={"grace_steps": 8, "reduction": 2})
+    file = write(
+        base,
+        "asha",
+        search="grid",
+        at_once=1,
+        space={"optimizer.learning_rate": [5e-3, 4e-3, 1e-9, 2e-9]},
+        asha={"grace_steps": 8, "reduction": 2},
+    )
     assert start(base, file).returncode == 0
     trials = {one["trial"]: one for one in report(base, "asha")["trials"]}
     assert trials[0]["state"] == "done", "the first has none before it to fall behind"
-    assert all(trials[number]["state"] == "stopped" and trials[number]["step"] == 8 for number in (2, 3))
+    assert all(
+        trials[number]["state"] == "stopped" and trials[number]["step"] == 8 for number in (2, 3)
+    )
 
 
 def test_optuna_finds_values_and_a_broken_trial_is_told(base: Path) -> None:
-    file = write(base, "tpe", search="optuna", trials=4, at_once=1, space={
-        "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "tuning.method": ["full", "partial"]})
+    file = write(
+        base,
+        "tpe",
+        search="optuna",
+        trials=4,
+        at_once=1,
+        space={
+            "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "tuning.method": ["full", "partial"],
+        },
+    )
     refused = start(base, file)
-    assert refused.returncode == 2 and "tuning.method=partial: it does not say what learns" in refused.stderr
-    file = write(base, "tpe", search="optuna", trials=4, at_once=1, space={
-        "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "model.path": [
-            str(base / "bert"), str(base / "nothing")]})
+    assert (
+        refused.returncode == 2
+        and "tuning.method=partial: it does not say what learns" in refused.stderr
+    )
+    file = write(
+        base,
+        "tpe",
+        search="optuna",
+        trials=4,
+        at_once=1,
+        space={
+            "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "model.path": [str(base / "bert"), str(base / "nothing")],
+        },
+    )
     done = start(base, file)
     assert done.returncode == 0, done.stderr
     found = report(base, "tpe")
@@ -117,4 +169,5 @@ def test_optuna_finds_values_and_a_broken_trial_is_told(base: Path) -> None:
     more = write(base, "tpe", **{**yaml.safe_load(Path(file).read_text()), "trials": 5})
     assert start(base, more).returncode == 0
     assert len([one for one in report(base, "tpe")["trials"] if one["state"] == "done"]) >= len(
-        [one for one in found["trials"] if one["state"] == "done"])
+        [one for one in found["trials"] if one["state"] == "done"]
+    )

@@ -19,21 +19,40 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def document(base: Path, name: str, stage: int) -> dict[str, Any]:
-    return tiny.config(base, name, workers=2, stage=stage, schedule={"epochs": None, "steps": 60}, checkpoint={
-        "every_steps": 20, "node_folder": str(base / "node"), "node_every_steps": 1, "when_busy": "wait"})
+    return tiny.config(
+        base,
+        name,
+        workers=2,
+        stage=stage,
+        schedule={"epochs": None, "steps": 60},
+        checkpoint={
+            "every_steps": 20,
+            "node_folder": str(base / "node"),
+            "node_every_steps": 1,
+            "when_busy": "wait",
+        },
+    )
 
 
 def steps(run: Path, folder: str) -> list[int]:
     """Return the committed steps of one kind of checkpoint, newest first."""
-    return sorted((int(path.parent.name.split("-")[1]) for path in run.glob(f"{folder}/*/manifest.json")), reverse=True)
+    return sorted(
+        (int(path.parent.name.split("-")[1]) for path in run.glob(f"{folder}/*/manifest.json")),
+        reverse=True,
+    )
 
 
 def killed(base: Path, config: dict[str, Any]) -> int:
     """Kill both ranks once the nodes have a newer checkpoint than storage; return the step of the one in storage."""
     name = config["run"]["name"]
     run, processes = base / "runs" / name, ranks.start_ranks(2, [config], base / name)
-    while not steps(run, "checkpoints") or steps(run, "node-checkpoints")[:1] <= steps(run, "checkpoints")[:1]:
-        assert all(process.poll() is None for process in processes), (base / name / "rank-0.log").read_text()[-2000:]
+    while (
+        not steps(run, "checkpoints")
+        or steps(run, "node-checkpoints")[:1] <= steps(run, "checkpoints")[:1]
+    ):
+        assert all(process.poll() is None for process in processes), (
+            base / name / "rank-0.log"
+        ).read_text()[-2000:]
         time.sleep(0.01)
     for process in processes:
         process.kill()
@@ -41,8 +60,12 @@ def killed(base: Path, config: dict[str, Any]) -> int:
     return steps(run, "checkpoints")[0]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_kill_between_two_checkpoints_costs_only_what_the_nodes_have_not(base: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_a_kill_between_two_checkpoints_costs_only_what_the_nodes_have_not(
+    base: Path, stage: int
+) -> None:
     """A restart goes on from the nodes; where the files of rank 1 are gone, from storage."""
     names = [f"{what}-{stage}" for what in ("whole", "kept", "lost")]
     whole, kept, lost = (document(base, name, stage) for name in names)
@@ -62,4 +85,6 @@ def test_a_kill_between_two_checkpoints_costs_only_what_the_nodes_have_not(base:
         run = base / "runs" / config["run"]["name"]
         assert history.losses(run) == history.losses(base / "runs" / names[0])
         history.require_exactly_once(run, config)
-    assert [path.name for path in (base / "node").glob("*/*")] == [], "what is in storage at the end is nowhere else"
+    assert [path.name for path in (base / "node").glob("*/*")] == [], (
+        "what is in storage at the end is nowhere else"
+    )

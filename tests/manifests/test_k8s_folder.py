@@ -36,7 +36,10 @@ def by_name(documents):
 
 def test_the_folder_is_what_render_writes(root, config):
     wanted = render.tree(config, OPTIONS)
-    there = {str(path.relative_to(root / "k8s")): path.read_text() for path in (root / "k8s").rglob("*.yaml")}
+    there = {
+        str(path.relative_to(root / "k8s")): path.read_text()
+        for path in (root / "k8s").rglob("*.yaml")
+    }
     assert there == wanted, f"write it anew: {ANEW}"
 
 
@@ -53,46 +56,96 @@ def test_all_pass_strictly_and_against_the_crd(shared, tmp_path, config, overlay
 @pytest.mark.usefixtures("extra")
 def test_render_and_check_by_the_command_line(root, shared, tmp_path, name):
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "dist_ft.cli", "k8s", *arguments], capture_output=True, text=True,
-                              timeout=120, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "dist_ft.cli", "k8s", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
 
-    made = run("render", str(root / f"configs/{name}.yaml"), "--out", str(tmp_path / "m"), "--overlay", "production")
+    made = run(
+        "render",
+        str(root / f"configs/{name}.yaml"),
+        "--out",
+        str(tmp_path / "m"),
+        "--overlay",
+        "production",
+    )
     assert made.returncode == 0, made.stderr
-    assert f"GPUs = up to {load_config(str(root / f'configs/{name}.yaml')).max_workers}\n" in made.stdout
+    assert (
+        f"GPUs = up to {load_config(str(root / f'configs/{name}.yaml')).max_workers}\n"
+        in made.stdout
+    )
     done = run("check", str(tmp_path / "m"), "--crd", str(shared("kuberay")))
     assert (done.returncode, done.stdout, done.stderr) == (0, "10 objects: ok\n", "")
     broken = tmp_path / "m" / "rayjob.yaml"
     broken.write_text(broken.read_text().replace("mode: token", "mode: disabled"))
     failed = run("check", str(tmp_path / "m"), "--crd", str(shared("kuberay")))
     assert failed.returncode == 2
-    assert failed.stderr.startswith(f"dist-ft: k8s check: 1 problem\n  - {broken}: RayJob/{name} spec.rayClusterSpec."
-                                    "authOptions.mode: no token authentication")
+    assert failed.stderr.startswith(
+        f"dist-ft: k8s check: 1 problem\n  - {broken}: RayJob/{name} spec.rayClusterSpec."
+        "authOptions.mode: no token authentication"
+    )
 
 
 def test_one_stream_on_stdout_and_the_sums_beside_it(root):
-    done = subprocess.run([sys.executable, "-m", "dist_ft.cli", "k8s", "render", str(root / "configs/llama-70b.yaml"),
-                           "cluster.workers=64"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "dist_ft.cli",
+            "k8s",
+            "render",
+            str(root / "configs/llama-70b.yaml"),
+            "cluster.workers=64",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     kinds = [document["kind"] for document in yaml.safe_load_all(done.stdout)]
     assert (len(kinds), kinds[0], kinds[-1]) == (10, "Namespace", "RayJob")
     assert done.stderr.startswith("pods        8 × 8 GPUs = up to 64\n")
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, whose kustomize it compares with")
-@pytest.mark.parametrize(("overlay", "component"), [
-    *((overlay, "") for overlay in render.OVERLAYS), *(("", component) for component in render.COMPONENTS)])
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="needs kubectl, whose kustomize it compares with"
+)
+@pytest.mark.parametrize(
+    ("overlay", "component"),
+    [
+        *((overlay, "") for overlay in render.OVERLAYS),
+        *(("", component) for component in render.COMPONENTS),
+    ],
+)
 def test_kustomize_makes_of_the_folder_what_render_does(root, config, tmp_path, overlay, component):
     shutil.copytree(root / "k8s", tmp_path / "k8s")
     folder = tmp_path / "k8s/overlays" / (overlay or "own")
     if component:
         folder.mkdir()
-        (folder / "kustomization.yaml").write_text(yaml.safe_dump({
-            "resources": ["../../base"], "components": [f"../../components/{component}"]}))
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=True)
-    mine = itertools.chain(*render.rendered(config, OPTIONS, overlay, [component] if component else ()).values())
+        (folder / "kustomization.yaml").write_text(
+            yaml.safe_dump(
+                {"resources": ["../../base"], "components": [f"../../components/{component}"]}
+            )
+        )
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    mine = itertools.chain(
+        *render.rendered(config, OPTIONS, overlay, [component] if component else ()).values()
+    )
     assert by_name(yaml.safe_load_all(done.stdout)) == by_name(mine)
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which puts the overlay together")
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="needs kubectl, which puts the overlay together"
+)
 @pytest.mark.usefixtures("extra")
 def test_check_takes_an_overlay_as_it_lies_there(root):
     assert check([str(root / "k8s/overlays/production-spot")]).problems == []

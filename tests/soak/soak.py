@@ -27,7 +27,12 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
+PLACES = (
+    "checkpoint.before_file",
+    "checkpoint.after_file",
+    "checkpoint.before_manifest",
+    "checkpoint.after_manifest",
+)
 MARK = "DIST_FT_SOAK"
 """In the environment of all that belongs to the run: keepers and what they keep are no children of the driver."""
 COMMIT_S = 120.0
@@ -39,14 +44,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--mode", choices=["ranks", "ray"], default="ranks")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=None, help="none: from the clock; it is in the journal")
-    parser.add_argument("--minutes", type=float, default=14, help="begin no further run after so long")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="none: from the clock; it is in the journal"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=14, help="begin no further run after so long"
+    )
     parser.add_argument("--journal", default=str(HERE / "journal.jsonl"))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     journal = Journal(Path(args.journal))
     if not args.report:
-        os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+        os.environ.update(
+            OMP_NUM_THREADS="1",
+            DS_ACCELERATOR="cpu",
+            PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+        )
         os.environ.pop("RAY_ADDRESS", None)
         soak(args, journal)
     journal.report()
@@ -66,16 +79,22 @@ class Journal:
 
     def report(self) -> None:
         """Print the sums; exit 1 if anything was not as it must be."""
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = (
+            [json.loads(line) for line in self.path.read_text().splitlines()]
+            if self.path.exists()
+            else []
+        )
         kills = [line for line in lines if line["what"] == "kill"]
         ends = [line for line in lines if line["what"] == "end"]
         for mode in ("ranks", "ray"):
             counts = Counter(line["victim"].split(":")[0] for line in kills if line["mode"] == mode)
             print(f"{mode}: {sum(counts.values())} kills: {dict(counts)}")
         bad = [line for line in lines if line["what"] == "failed" or not line.get("sound", True)]
-        print(f"runs that came to their end: {len(ends)}; equal to the unbroken one to the last bit, every sample once: "
-              f"{sum(line['equal'] and line['once'] for line in ends)}; checkpoints read: "
-              f"{sum(line['checkpoints'] for line in kills)}; corrupt or failed: {len(bad)}")
+        print(
+            f"runs that came to their end: {len(ends)}; equal to the unbroken one to the last bit, every sample once: "
+            f"{sum(line['equal'] and line['once'] for line in ends)}; checkpoints read: "
+            f"{sum(line['checkpoints'] for line in kills)}; corrupt or failed: {len(bad)}"
+        )
         if bad or not all(line["equal"] and line["once"] for line in ends):
             raise SystemExit(1)
 
@@ -96,7 +115,9 @@ def soak(args: argparse.Namespace, journal: Journal) -> None:
             number += 1
             document = config(base, f"soak-{number}", args.mode)
             about = {"mode": args.mode, "seed": seed, "number": number}
-            done = (ranks_run if args.mode == "ranks" else ray_run)(base, document, rng, args.kills - kills, about, journal)
+            done = (ranks_run if args.mode == "ranks" else ray_run)(
+                base, document, rng, args.kills - kills, about, journal
+            )
             kills += done
             run = base / "runs" / document["run"]["name"]
             once = True
@@ -104,7 +125,9 @@ def soak(args: argparse.Namespace, journal: Journal) -> None:
                 history.require_exactly_once(run, document)
             except AssertionError:
                 once = False
-            journal.add(what="end", kills=done, equal=history.losses(run) == wanted, once=once, **about)
+            journal.add(
+                what="end", kills=done, equal=history.losses(run) == wanted, once=once, **about
+            )
             print(f"run {number}: {done} kills, {kills} of {args.kills}", flush=True)
 
 
@@ -112,8 +135,14 @@ def config(base: Path, name: str, mode: str) -> dict[str, Any]:
     """Return the document of a run."""
     import tiny
 
-    return tiny.config(base, name, workers=2, schedule={"epochs": None, "steps": STEPS[mode]},
-                       cluster={"max_failures": -1}, log={"level": "warning"})
+    return tiny.config(
+        base,
+        name,
+        workers=2,
+        schedule={"epochs": None, "steps": STEPS[mode]},
+        cluster={"max_failures": -1},
+        log={"level": "warning"},
+    )
 
 
 def unbroken_run(base: Path, document: dict[str, Any]) -> None:
@@ -133,22 +162,42 @@ def check(run: Path, journal: Journal, **values: Any) -> None:
     if not Store(str(run)).exists(STORED):
         return journal.add(what="kill", checkpoints=0, sound=True, step=0, **values)
     found = list(runs.verify(str(run)))
-    there = catalogue.committed(Store(str(run)))  # under Ray the run goes on, and removes old ones meanwhile
+    there = catalogue.committed(
+        Store(str(run))
+    )  # under Ray the run goes on, and removes old ones meanwhile
     problems = [f"{name}: {problem}" for name, problem in found if problem and name in there]
     newest = int(found[0][0].split("-")[1]) if found else 0
-    return journal.add(what="kill", checkpoints=len(found), sound=not problems, step=newest, **values,
-                       **({"problems": problems} if problems else {}))
+    return journal.add(
+        what="kill",
+        checkpoints=len(found),
+        sound=not problems,
+        step=newest,
+        **values,
+        **({"problems": problems} if problems else {}),
+    )
 
 
-def ranks_run(base: Path, document: dict[str, Any], rng: random.Random, most: int, about: dict[str, Any],
-              journal: Journal) -> int:
+def ranks_run(
+    base: Path,
+    document: dict[str, Any],
+    rng: random.Random,
+    most: int,
+    about: dict[str, Any],
+    journal: Journal,
+) -> int:
     """Run to the end over kills of two ranks; return how many there were."""
     import ranks
 
     run, folder = base / "runs" / document["run"]["name"], base / document["run"]["name"]
     for kills in range(10**6):
-        place = f"{rng.choice(PLACES)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}" if rng.random() < 0.4 else ""
-        processes = ranks.start_ranks(2, [document], folder, {"DIST_FT_FAILPOINT": place} if place else {})
+        place = (
+            f"{rng.choice(PLACES)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}"
+            if rng.random() < 0.4
+            else ""
+        )
+        processes = ranks.start_ranks(
+            2, [document], folder, {"DIST_FT_FAILPOINT": place} if place else {}
+        )
         victims = rng.choice([[0], [1], [0, 1]])
         until = time.monotonic() + (rng.uniform(1.0, 7.0) if kills < most and not place else 120)
         while all(process.poll() is None for process in processes) and time.monotonic() < until:
@@ -160,15 +209,26 @@ def ranks_run(base: Path, document: dict[str, Any], rng: random.Random, most: in
         codes = ranks.wait_for_death(processes)
         if -9 not in codes:
             if codes != [0, 0]:
-                journal.add(what="failed", codes=codes, log=(folder / "rank-0.log").read_text()[-2000:], **about)
+                journal.add(
+                    what="failed",
+                    codes=codes,
+                    log=(folder / "rank-0.log").read_text()[-2000:],
+                    **about,
+                )
                 raise SystemExit(f"ranks ended with {codes}")
             return kills
         check(run, journal, victim=f"save:{place}" if place else f"rank:{victims}", **about)
     raise AssertionError("unreachable")
 
 
-def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int, about: dict[str, Any],
-            journal: Journal) -> int:
+def ray_run(
+    base: Path,
+    document: dict[str, Any],
+    rng: random.Random,
+    most: int,
+    about: dict[str, Any],
+    journal: Journal,
+) -> int:
     """Run to the end under Ray over kills of what it is made of; return how many there were."""
     import psutil
     import yaml
@@ -179,8 +239,13 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
     log = base / "ray.log"
     while True:
         with open(log, "ab") as output:
-            driver = subprocess.Popen([sys.executable, "-m", "dist_ft.cli", "train", str(path)], cwd=base, stdout=output,
-                                      stderr=output, env={**os.environ, MARK: base.name})
+            driver = subprocess.Popen(
+                [sys.executable, "-m", "dist_ft.cli", "train", str(path)],
+                cwd=base,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, MARK: base.name},
+            )
         while driver.poll() is None:
             if rng.random() < 0.85:  # else perhaps before it has recovered from the last kill
                 wait_for_a_commit(run, driver)
@@ -190,7 +255,10 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
             victims = living(driver, base.name) if kills < most else {}
             if not victims or not (run / "attempts").exists():
                 continue
-            kind = rng.choices(list(victims), [{"process": 20, "keeper": 2, "worker": 3, "driver": 1}[kind] for kind in victims])[0]
+            kind = rng.choices(
+                list(victims),
+                [{"process": 20, "keeper": 2, "worker": 3, "driver": 1}[kind] for kind in victims],
+            )[0]
             try:
                 rng.choice(victims[kind]).kill()
             except psutil.NoSuchProcess:
@@ -201,7 +269,9 @@ def ray_run(base: Path, document: dict[str, Any], rng: random.Random, most: int,
         if driver.returncode == 0:
             return kills
         if driver.returncode != -9:
-            journal.add(what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **about)
+            journal.add(
+                what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **about
+            )
             raise SystemExit(f"the driver ended with {driver.returncode}")
 
 
@@ -212,7 +282,11 @@ def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
 
     store = Store(str(run))
     before, until = catalogue.committed(store)[:1], time.monotonic() + COMMIT_S
-    while driver.poll() is None and time.monotonic() < until and catalogue.committed(store)[:1] == before:
+    while (
+        driver.poll() is None
+        and time.monotonic() < until
+        and catalogue.committed(store)[:1] == before
+    ):
         time.sleep(0.1)
 
 
@@ -224,13 +298,20 @@ def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            if words[1:2] == ["-m"] and words[2].startswith("dist_ft.runtime.") and process.environ().get(MARK) == mark:
+            if (
+                words[1:2] == ["-m"]
+                and words[2].startswith("dist_ft.runtime.")
+                and process.environ().get(MARK) == mark
+            ):
                 found[words[2].rpartition(".")[2]].append(process)
         except psutil.Error:
             continue
     with contextlib.suppress(psutil.Error):  # it may end meanwhile
-        found["worker"] = [process for process in psutil.Process(driver.pid).children(recursive=True)
-                           if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())]
+        found["worker"] = [
+            process
+            for process in psutil.Process(driver.pid).children(recursive=True)
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline())
+        ]
         found["driver"] = [psutil.Process(driver.pid)]
     return found if len(found) == 4 and all(found.values()) else {}
 

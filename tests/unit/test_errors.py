@@ -8,8 +8,14 @@ import pytest
 
 from dist_ft import errors
 
-PLAIN = [errors.DataError, errors.ModelError, errors.StorageError, errors.CheckpointError, errors.WorkerError,
-         errors.Interrupted]
+PLAIN = [
+    errors.DataError,
+    errors.ModelError,
+    errors.StorageError,
+    errors.CheckpointError,
+    errors.WorkerError,
+    errors.Interrupted,
+]
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -28,6 +34,13 @@ def test_config_errors_keep_their_problems():
 
 def test_exit_codes_and_what_starting_again_cures():
     codes = {kind.__name__: kind.exit_code for kind in [*PLAIN, errors.ConfigError]}
-    assert codes == {"DataError": 2, "ModelError": 2, "ConfigError": 2, "StorageError": 1, "CheckpointError": 1,
-                     "WorkerError": 1, "Interrupted": 130}
+    assert codes == {
+        "DataError": 2,
+        "ModelError": 2,
+        "ConfigError": 2,
+        "StorageError": 1,
+        "CheckpointError": 1,
+        "WorkerError": 1,
+        "Interrupted": 130,
+    }
     assert [kind for kind in PLAIN if kind.retryable] == [errors.StorageError]

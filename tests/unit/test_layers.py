@@ -9,11 +9,50 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dist_ft"
-FOUNDATIONS = ("errors", "logs", "failpoints", "local_files", "listing", "storage_errors", "patience", "storage", "world")
-LAYERS = ("config", "data", "model", "engine", "checkpoint", "train", "plan", "k8s", "runtime", "api", "cli_data", "cli_drill", "cli_jobs", "cli_k8s", "cli_models", "cli_plan", "cli_runs", "cli_series", "cli")
-DOORS = {"ray": "runtime/ray_train.py", "deepspeed": "engine/deepspeed_engine.py", "fsspec": "storage.py"}
-RAY_DOORS = {"runtime/ray_data.py": "data", "runtime/ray_group.py": "train", "runtime/ray_metrics.py": "util.metrics",
-             "runtime/ray_tune.py": "tune", "runtime/jobs.py": "job_submission"}  # beside runtime/ray_train.py, which trains
+FOUNDATIONS = (
+    "errors",
+    "logs",
+    "failpoints",
+    "local_files",
+    "listing",
+    "storage_errors",
+    "patience",
+    "storage",
+    "world",
+)
+LAYERS = (
+    "config",
+    "data",
+    "model",
+    "engine",
+    "checkpoint",
+    "train",
+    "plan",
+    "k8s",
+    "runtime",
+    "api",
+    "cli_data",
+    "cli_drill",
+    "cli_jobs",
+    "cli_k8s",
+    "cli_models",
+    "cli_plan",
+    "cli_runs",
+    "cli_series",
+    "cli",
+)
+DOORS = {
+    "ray": "runtime/ray_train.py",
+    "deepspeed": "engine/deepspeed_engine.py",
+    "fsspec": "storage.py",
+}
+RAY_DOORS = {
+    "runtime/ray_data.py": "data",
+    "runtime/ray_group.py": "train",
+    "runtime/ray_metrics.py": "util.metrics",
+    "runtime/ray_tune.py": "tune",
+    "runtime/jobs.py": "job_submission",
+}  # beside runtime/ray_train.py, which trains
 LONGEST_MODULE, LONGEST_FUNCTION = 300, 60
 DOCUMENTED = 0.9  # of public functions, methods and classes
 
@@ -42,18 +81,27 @@ def imported(path: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: line {node.lineno}: write the import in full"
             assert node.module is not None
-            yield from ([f"dist_ft.{alias.name}" for alias in node.names] if node.module == "dist_ft"
-                        else [node.module])
+            yield from (
+                [f"dist_ft.{alias.name}" for alias in node.names]
+                if node.module == "dist_ft"
+                else [node.module]
+            )
 
 
 def functions(path: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (
+        node
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "__init__.py"])
 def test_imports_point_up_the_list_of_layers(path):
     here = layer(path)
-    assert here in FOUNDATIONS + LAYERS, f"{path}: {here} is in no layer; add it to the list where it belongs"
+    assert here in FOUNDATIONS + LAYERS, (
+        f"{path}: {here} is in no layer; add it to the list where it belongs"
+    )
     for name in imported(path):
         if not name.startswith("dist_ft."):
             continue
@@ -62,16 +110,38 @@ def test_imports_point_up_the_list_of_layers(path):
             continue  # a name the package itself lends, such as load_config: `api` and `config` in truth
         assert rank(there) <= rank(here), f"{path} imports {name}: {here} is below {there}"
         if here == "plan":
-            assert there in ("plan", "config", *FOUNDATIONS), f"{path} imports {name}: plan is arithmetic on configs"
+            assert there in ("plan", "config", *FOUNDATIONS), (
+                f"{path} imports {name}: plan is arithmetic on configs"
+            )
 
 
 def test_the_package_itself_lends_names_only_to_the_top():
     """`from dist_ft import load_config` hides the layer it comes from: only cli and api may."""
     for path in PATHS:
-        lent = {name for name in imported(path) if name in
-                {"dist_ft.load_config", "dist_ft.train", "dist_ft.check", "dist_ft.export", "dist_ft.RunConfig"}}
-        if path not in ("__init__.py", "cli.py", "cli_data.py", "cli_drill.py", "cli_jobs.py", "cli_plan.py", "cli_runs.py"):
-            assert lent <= {"dist_ft.train"}, f"{path} imports {lent} from the package; name the module"
+        lent = {
+            name
+            for name in imported(path)
+            if name
+            in {
+                "dist_ft.load_config",
+                "dist_ft.train",
+                "dist_ft.check",
+                "dist_ft.export",
+                "dist_ft.RunConfig",
+            }
+        }
+        if path not in (
+            "__init__.py",
+            "cli.py",
+            "cli_data.py",
+            "cli_drill.py",
+            "cli_jobs.py",
+            "cli_plan.py",
+            "cli_runs.py",
+        ):
+            assert lent <= {"dist_ft.train"}, (
+                f"{path} imports {lent} from the package; name the module"
+            )
 
 
 @pytest.mark.parametrize(("library", "door"), DOORS.items())
@@ -83,8 +153,15 @@ def test_one_door_for_each_third_party(library, door):
 @pytest.mark.parametrize(("door", "part"), RAY_DOORS.items())
 def test_further_doors_to_ray_are_for_one_part_of_it(door, part):
     used = {name for name in imported(door) if name.split(".")[0] == "ray"}
-    assert all(name == "ray" or f"{name}.".startswith(f"ray.{part}.") for name in used), "ray itself, and its part"
-    assert all(not f"{name}.".startswith(f"ray.{part}.") for path in PATHS if path != door for name in imported(path))
+    assert all(name == "ray" or f"{name}.".startswith(f"ray.{part}.") for name in used), (
+        "ray itself, and its part"
+    )
+    assert all(
+        not f"{name}.".startswith(f"ray.{part}.")
+        for path in PATHS
+        if path != door
+        for name in imported(path)
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -104,24 +181,50 @@ def test_modules_say_what_they_are_for(path):
 def public(path: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     """Yield public functions and classes of a module, and public methods of those classes."""
     for node in parse(path).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
+            "_"
+        ):
             yield node
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield node
-            yield from (inner for inner in node.body if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
-                        and not inner.name.startswith("_"))
+            yield from (
+                inner
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
+                and not inner.name.startswith("_")
+            )
 
 
 def test_public_names_are_documented():
     names = [(path, node) for path in PATHS for node in public(path)]
     bare = [f"{path}: {node.name}" for path, node in names if not ast.get_docstring(node)]
-    tops = {path: [node.name for node in parse(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-                   and not node.name.startswith("_") and not ast.get_docstring(node)] for path in PATHS}
+    tops = {
+        path: [
+            node.name
+            for node in parse(path).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and not ast.get_docstring(node)
+        ]
+        for path in PATHS
+    }
     assert not any(tops.values()), tops
-    assert len(bare) <= (1 - DOCUMENTED) * len(names), bare  # methods that fill in a documented one may go without
+    assert len(bare) <= (1 - DOCUMENTED) * len(names), (
+        bare
+    )  # methods that fill in a documented one may go without
 
 
-HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "fsspec", "tensorboard", "rich"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "datasets",
+    "pyarrow",
+    "fsspec",
+    "tensorboard",
+    "rich",
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -130,8 +233,13 @@ def test_nothing_heavy_is_imported_at_the_top_of_light_layers(path):
     if layer(path) not in (*FOUNDATIONS, "config", "plan", "k8s", "api", "cli", "__init__"):
         return
     for node in parse(path).body:
-        names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
-                 else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         assert not {name.split(".")[0] for name in names} & HEAVY, f"{path}: line {node.lineno}"
 
 
@@ -141,5 +249,13 @@ def test_nothing_is_unpickled(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load",
-                                  "cloudpickle.load", "cloudpickle.loads"), f"{path}: line {node.lineno}: {called}"
+            assert called not in (
+                "eval",
+                "exec",
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+                "yaml.load",
+                "cloudpickle.load",
+                "cloudpickle.loads",
+            ), f"{path}: line {node.lineno}: {called}"

@@ -9,7 +9,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ft import listing
 
-FILES = ["/d/a.jsonl", "/d/b.jsonl", "/d/c.txt", "/d/x/a.jsonl", "/d/x/y/a.jsonl", "/d/odd[1].txt", "/d/.tmp-a.jsonl"]
+FILES = [
+    "/d/a.jsonl",
+    "/d/b.jsonl",
+    "/d/c.txt",
+    "/d/x/a.jsonl",
+    "/d/x/y/a.jsonl",
+    "/d/odd[1].txt",
+    "/d/.tmp-a.jsonl",
+]
 
 
 class Unwell(MemoryFileSystem):
@@ -35,26 +43,51 @@ def fs() -> Unwell:
     return found
 
 
-@pytest.mark.parametrize(("pattern", "wanted"), [
-    ("/d/*.jsonl", ["/d/a.jsonl", "/d/b.jsonl"]),
-    ("/d/[bc].*", ["/d/b.jsonl", "/d/c.txt"]),
-    ("/d/?.jsonl", ["/d/a.jsonl", "/d/b.jsonl"]),
-    ("/d/*/a.jsonl", ["/d/x/a.jsonl"]),
-    ("/d/*/y/*", ["/d/x/y/a.jsonl"]),
-    ("/*/x/a.jsonl", ["/d/x/a.jsonl"]),
-    ("/d/**", ["/d/a.jsonl", "/d/b.jsonl", "/d/c.txt", "/d/odd[1].txt", "/d/x/a.jsonl", "/d/x/y/a.jsonl"]),
-    ("/d/**/a.jsonl", ["/d/a.jsonl", "/d/x/a.jsonl", "/d/x/y/a.jsonl"]),
-    ("/d/odd[1].txt", ["/d/odd[1].txt"]),
-    ("/d/a.jsonl", ["/d/a.jsonl"]),
-    ("/d/x", ["/d/x/a.jsonl", "/d/x/y/a.jsonl"]),
-    ("/d/a.jsonl/*", []), ("/d/none*", []), ("/none/*", []), ("/none", []),
-])
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("/d/*.jsonl", ["/d/a.jsonl", "/d/b.jsonl"]),
+        ("/d/[bc].*", ["/d/b.jsonl", "/d/c.txt"]),
+        ("/d/?.jsonl", ["/d/a.jsonl", "/d/b.jsonl"]),
+        ("/d/*/a.jsonl", ["/d/x/a.jsonl"]),
+        ("/d/*/y/*", ["/d/x/y/a.jsonl"]),
+        ("/*/x/a.jsonl", ["/d/x/a.jsonl"]),
+        (
+            "/d/**",
+            [
+                "/d/a.jsonl",
+                "/d/b.jsonl",
+                "/d/c.txt",
+                "/d/odd[1].txt",
+                "/d/x/a.jsonl",
+                "/d/x/y/a.jsonl",
+            ],
+        ),
+        ("/d/**/a.jsonl", ["/d/a.jsonl", "/d/x/a.jsonl", "/d/x/y/a.jsonl"]),
+        ("/d/odd[1].txt", ["/d/odd[1].txt"]),
+        ("/d/a.jsonl", ["/d/a.jsonl"]),
+        ("/d/x", ["/d/x/a.jsonl", "/d/x/y/a.jsonl"]),
+        ("/d/a.jsonl/*", []),
+        ("/d/none*", []),
+        ("/none/*", []),
+        ("/none", []),
+    ],
+)
 def test_what_matches(fs, pattern, wanted):
     assert list(listing.matching(fs, pattern)) == wanted
 
 
-@pytest.mark.parametrize(("unwell", "pattern"), [
-    ("/d", "/d/*.jsonl"), ("/d", "/d/*/a.jsonl"), ("/d/x", "/d/*/a.jsonl"), ("/d", "/d"), ("/d/x", "/d"), ("/d/x/y", "/d/**")])
+@pytest.mark.parametrize(
+    ("unwell", "pattern"),
+    [
+        ("/d", "/d/*.jsonl"),
+        ("/d", "/d/*/a.jsonl"),
+        ("/d/x", "/d/*/a.jsonl"),
+        ("/d", "/d"),
+        ("/d/x", "/d"),
+        ("/d/x/y", "/d/**"),
+    ],
+)
 def test_a_folder_that_can_not_be_listed_is_not_taken_for_empty(fs, unwell, pattern):
     fs.unwell = (unwell,)
     with pytest.raises(OSError, match="Internal Error"):

@@ -20,9 +20,20 @@ def _restored():
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AZURE_STORAGE_KEY",
-                                  "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "db_password",
-                                  "WANDB_API_KEY", "SSH_PRIVATE_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AZURE_STORAGE_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "db_password",
+        "WANDB_API_KEY",
+        "SSH_PRIVATE_KEY",
+    ],
+)
 def test_values_of_secret_variables(name, monkeypatch):
     monkeypatch.setenv(name, "s3cr3t/value+1")
     assert redact("it is s3cr3t/value+1.") == f"it is <{name}>."
@@ -38,22 +49,34 @@ def test_a_secret_inside_another(monkeypatch):
 def test_what_is_no_secret_stays(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    for text in ("false", "10.0.0.1:6379", "s3://bucket/a/b?versionId=3", "abfss://container@account.net/x",
-                 "http://127.0.0.1:5000/x", "a:b@c", "keep=1&keys=2"):
+    for text in (
+        "false",
+        "10.0.0.1:6379",
+        "s3://bucket/a/b?versionId=3",
+        "abfss://container@account.net/x",
+        "http://127.0.0.1:5000/x",
+        "a:b@c",
+        "keep=1&keys=2",
+    ):
         assert redact(text) == text
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("s3://user:pass@host/x", "s3://<redacted>@host/x"),
-    ("redis://:pass@host/x", "redis://<redacted>@host/x"),
-    ("https://ghp_token@github.com/x", "https://<redacted>@github.com/x"),
-    ("https://x/y?sig=abc&se=1", "https://x/y?sig=<redacted>&se=1"),
-    ("https://x/y?a=1&X-Amz-Signature=abc&X-Amz-Credential=k/1", "https://x/y?a=1&X-Amz-Signature=<redacted>"
-                                                                 "&X-Amz-Credential=<redacted>"),
-    ("https://x/y?X-Goog-Signature=abc", "https://x/y?X-Goog-Signature=<redacted>"),
-    ("https://x/y?access_token=abc'", "https://x/y?access_token=<redacted>'"),
-    ("https://x/y?api_key=abc d", "https://x/y?api_key=<redacted> d"),
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("s3://user:pass@host/x", "s3://<redacted>@host/x"),
+        ("redis://:pass@host/x", "redis://<redacted>@host/x"),
+        ("https://ghp_token@github.com/x", "https://<redacted>@github.com/x"),
+        ("https://x/y?sig=abc&se=1", "https://x/y?sig=<redacted>&se=1"),
+        (
+            "https://x/y?a=1&X-Amz-Signature=abc&X-Amz-Credential=k/1",
+            "https://x/y?a=1&X-Amz-Signature=<redacted>&X-Amz-Credential=<redacted>",
+        ),
+        ("https://x/y?X-Goog-Signature=abc", "https://x/y?X-Goog-Signature=<redacted>"),
+        ("https://x/y?access_token=abc'", "https://x/y?access_token=<redacted>'"),
+        ("https://x/y?api_key=abc d", "https://x/y?api_key=<redacted> d"),
+    ],
+)
 def test_credentials_in_urls(text, want):
     assert redact(text) == want
 
@@ -75,7 +98,10 @@ def test_rank_0_speaks_and_others_only_when_it_matters(capsys):
         logs.setup(rank, 2)
         logging.getLogger("dist_ft.x").info("news")
         logging.getLogger("dist_ft.x").warning("trouble")
-    assert capsys.readouterr().err == "[rank 0] INFO news\n[rank 0] WARNING trouble\n[rank 1] WARNING trouble\n"
+    assert (
+        capsys.readouterr().err
+        == "[rank 0] INFO news\n[rank 0] WARNING trouble\n[rank 1] WARNING trouble\n"
+    )
 
 
 def test_level_and_single_handler(capsys):

@@ -24,7 +24,11 @@ from dist_ft.storage import Store
 @pytest.fixture(params=["path", "file", "memory"])
 def store(request, tmp_path):
     """A store on a folder, at a file:// URL, and in memory: the same behaviour is asked of each."""
-    url = {"path": str(tmp_path / "s"), "file": f"file://{tmp_path}/s", "memory": f"memory://{uuid4().hex}/s"}
+    url = {
+        "path": str(tmp_path / "s"),
+        "file": f"file://{tmp_path}/s",
+        "memory": f"memory://{uuid4().hex}/s",
+    }
     return Store(url[request.param])
 
 
@@ -106,6 +110,7 @@ def test_create_makes_a_file_once(store):
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
 def test_a_folder_without_hard_links_makes_a_file_once_too(tmp_path, monkeypatch, number):
     """FUSE and FAT answer a hard link with one of these."""
+
     def link(*_):
         raise OSError(number, os.strerror(number))
 
@@ -135,7 +140,9 @@ def test_of_many_threads_one_creates(tmp_path):
             thread.join()
         assert len(made) == 1
         assert store.read(f"{number}") == f"thread {made[0]}".encode()
-    assert sorted(os.listdir(tmp_path)) == sorted(str(number) for number in range(10))  # and nothing temporary
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        str(number) for number in range(10)
+    )  # and nothing temporary
 
 
 def test_short_answers_are_errors(store, monkeypatch):
@@ -149,7 +156,10 @@ def test_download_copies_what_is_wanted(store, tmp_path):
     for name in ("config.json", "sub/a.json", "weights.bin"):
         store.write(name, name.encode())
     out = tmp_path / "out"
-    assert store.download(str(out), lambda name: name.endswith(".json")) == ["config.json", "sub/a.json"]
+    assert store.download(str(out), lambda name: name.endswith(".json")) == [
+        "config.json",
+        "sub/a.json",
+    ]
     assert (out / "sub" / "a.json").read_text() == "sub/a.json"
     assert not (out / "weights.bin").exists()
 
@@ -159,8 +169,11 @@ def test_download_refuses_names_that_lead_out(tmp_path):
     fs, path = storage.filesystem(hostile)
     fs.pipe_file(f"{path}/x", b"evil")
     MemoryFileSystem.store[f"{path}/a/../../evil.json"] = MemoryFileSystem.store.pop(f"{path}/x")
-    with pytest.raises(StorageError, match=r"evil\.json: the name leads out of the folder it would be copied to; "
-                                           r"plain relative names are allowed; remove that file"):
+    with pytest.raises(
+        StorageError,
+        match=r"evil\.json: the name leads out of the folder it would be copied to; "
+        r"plain relative names are allowed; remove that file",
+    ):
         Store(hostile).download(str(tmp_path / "in" / "side"))
     assert not list(tmp_path.rglob("evil.json"))
 
@@ -190,17 +203,23 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path):
     """The process is killed by a file-size limit in the middle of a write."""
     store = Store(str(tmp_path))
     store.write("file", b"old")
-    program = ("import resource, signal; from dist_ft.storage import Store\n"
-               "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-               f"Store({str(tmp_path)!r}).write('file', b'new' * 10000)\n")
+    program = (
+        "import resource, signal; from dist_ft.storage import Store\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"Store({str(tmp_path)!r}).write('file', b'new' * 10000)\n"
+    )
     killed = subprocess.run(["python", "-c", program], capture_output=True)
     assert killed.returncode < 0
     assert store.read("file") == b"old"
     left = [name for name in os.listdir(tmp_path) if name != "file"]
     assert len(left) == 1 and left[0].startswith(".tmp-file-")
     assert store.list() == ["file"] and store.walk() == ["file"]
-    assert list(storage.glob(str(tmp_path))) == list(storage.glob(f"{tmp_path}/*")) == [str(tmp_path / "file")]
+    assert (
+        list(storage.glob(str(tmp_path)))
+        == list(storage.glob(f"{tmp_path}/*"))
+        == [str(tmp_path / "file")]
+    )
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
@@ -224,8 +243,11 @@ def test_transient_trouble_is_tried_again(flaky):
 def test_a_short_body_is_fetched_again(flaky, monkeypatch):
     store = flaky()
     whole, answers = MemoryFileSystem.cat_file, [b"01"]
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda self, path, **kwargs: (
-        answers.pop() if answers else whole(self, path, **kwargs)))
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "cat_file",
+        lambda self, path, **kwargs: answers.pop() if answers else whole(self, path, **kwargs),
+    )
     assert store.read("file", 0, 4) == b"0123"
     assert Flaky.calls == 2
 
@@ -234,24 +256,44 @@ def test_lasting_trouble_is_one_error(flaky):
     store = flaky(*[OSError("503 SlowDown")] * 99)
     with pytest.raises(StorageError) as caught:
         store.read("file")
-    assert str(caught.value) == ("flaky://bucket/file: can not read it (OSError: 503 SlowDown); gave up after 8 tries; "
-                                 "check that the endpoint answers")
+    assert str(caught.value) == (
+        "flaky://bucket/file: can not read it (OSError: 503 SlowDown); gave up after 8 tries; "
+        "check that the endpoint answers"
+    )
     assert Flaky.calls == patience.ATTEMPTS == 8
     assert caught.value.retryable
 
 
-@pytest.mark.parametrize(("error", "advice"), [
-    (FileNotFoundError("file"), "there is no such file or bucket; check the URL"),
-    (PermissionError("403"), "access is refused; check credentials (in the environment) and permissions"),
-    (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; free some space or keep fewer checkpoints "
-                                                        "(checkpoint.keep_last)"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full; free some space or keep fewer checkpoints "
-                                                   "(checkpoint.keep_last)"),
-    (OSError(errno.EROFS, "Read-only file system"), "access is refused; check credentials (in the environment) and "
-                                                    "permissions"),
-    (ValueError("bad option"), "trying again would not help; check the URL and storage.options"),
-    (RuntimeError("Unable to locate credentials"), "no credentials were found; set them in the environment"),
-])
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (FileNotFoundError("file"), "there is no such file or bucket; check the URL"),
+        (
+            PermissionError("403"),
+            "access is refused; check credentials (in the environment) and permissions",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            "access is refused; check credentials (in the environment) and permissions",
+        ),
+        (
+            ValueError("bad option"),
+            "trying again would not help; check the URL and storage.options",
+        ),
+        (
+            RuntimeError("Unable to locate credentials"),
+            "no credentials were found; set them in the environment",
+        ),
+    ],
+)
 def test_what_trying_again_does_not_cure_is_said_at_once(flaky, error, advice):
     store = flaky(error)
     with pytest.raises(StorageError, match=re.escape(advice)):
@@ -261,16 +303,25 @@ def test_what_trying_again_does_not_cure_is_said_at_once(flaky, error, advice):
 
 def test_errors_name_the_url_without_credentials(flaky, monkeypatch):
     monkeypatch.setenv("SOME_SECRET_TOKEN", "hunter2hunter2")
-    store = flaky(PermissionError("hunter2hunter2 is not allowed"), url="flaky://me:pa55word@bucket")
+    store = flaky(
+        PermissionError("hunter2hunter2 is not allowed"), url="flaky://me:pa55word@bucket"
+    )
     with pytest.raises(StorageError) as caught:
         store.read("file")
-    assert str(caught.value).startswith("flaky://<redacted>@bucket/file: can not read it (PermissionError: "
-                                        "<SOME_SECRET_TOKEN> is not allowed)")
-    assert "pa55word" not in repr(store) + store.shown("file") and store.shown("f") == "flaky://<redacted>@bucket/f"
+    assert str(caught.value).startswith(
+        "flaky://<redacted>@bucket/file: can not read it (PermissionError: "
+        "<SOME_SECRET_TOKEN> is not allowed)"
+    )
+    assert (
+        "pa55word" not in repr(store) + store.shown("file")
+        and store.shown("f") == "flaky://<redacted>@bucket/f"
+    )
 
 
 def test_a_protocol_without_its_package_or_name():
-    with pytest.raises(StorageError, match=r"nosuch://x/y: can not read it \(ValueError: Protocol not known"):
+    with pytest.raises(
+        StorageError, match=r"nosuch://x/y: can not read it \(ValueError: Protocol not known"
+    ):
         Store("nosuch://x").read("y")
 
 
@@ -286,9 +337,15 @@ def test_a_place_that_does_not_answer_is_given_up_and_not_asked_again(monkeypatc
     monkeypatch.setattr(storage, "filesystem", lambda url: (asked.append(url), never.wait(30)))
     begun = time.monotonic()
     with attempts(2, seconds=0.2):
-        for path, said in (("a", "no answer within 0.2 s"), ("b", "s3://silent gave no answer before")):
-            with pytest.raises(StorageError, match=rf"s3://silent/{path}: can not read it \(NoAnswerError: {said}\); check the "
-                                                   r"endpoint \(storage.options, proxies, firewalls\), or try again later"):
+        for path, said in (
+            ("a", "no answer within 0.2 s"),
+            ("b", "s3://silent gave no answer before"),
+        ):
+            with pytest.raises(
+                StorageError,
+                match=rf"s3://silent/{path}: can not read it \(NoAnswerError: {said}\); check the "
+                r"endpoint \(storage.options, proxies, firewalls\), or try again later",
+            ):
                 Store("s3://silent").read(path)
     assert asked == ["s3://silent/a"] and time.monotonic() - begun < 5
     never.set()

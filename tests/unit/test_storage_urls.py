@@ -17,8 +17,18 @@ def test_local_urls(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert [storage.is_local(url) for url in ("x", "/x", "file:///x", "s3://x", "memory://x")] == [
-        True, True, True, False, False]
-    assert Store("~/runs").url == Store("runs").url == Store(f"file://{tmp_path}/runs/").url == str(tmp_path / "runs")
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (
+        Store("~/runs").url
+        == Store("runs").url
+        == Store(f"file://{tmp_path}/runs/").url
+        == str(tmp_path / "runs")
+    )
     assert Store("s3://bucket/runs/").full("a/b") == "s3://bucket/runs/a/b"
 
 
@@ -34,7 +44,11 @@ def test_glob_finds_files_globs_and_folders(kind, tmp_path):
 
     assert list(storage.glob(full("data/a.jsonl"))) == [full("data/a.jsonl")]
     assert list(storage.glob(full("data/*"))) == [full("data/a.jsonl"), full("data/b.jsonl")]
-    assert list(storage.glob(full("data"))) == [full("data/a.jsonl"), full("data/b.jsonl"), full("data/sub/c.jsonl")]
+    assert list(storage.glob(full("data"))) == [
+        full("data/a.jsonl"),
+        full("data/b.jsonl"),
+        full("data/sub/c.jsonl"),
+    ]
     assert list(storage.glob(full("**/c.jsonl"))) == [full("data/sub/c.jsonl")]
     assert list(storage.glob(full("odd[1].txt"))) == [full("odd[1].txt")]
     assert list(storage.glob(full("nothing"))) == list(storage.glob(full("nothing/*"))) == []

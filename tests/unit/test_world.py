@@ -74,14 +74,24 @@ def test_world_from_the_environment(monkeypatch):
     assert World.from_environment() == World(5, 8, 1, 4)
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    ("x 1 0 1", r"invalid literal for int\(\) with base 10: 'x'"), ("2 2 0 1", "rank 2 of 2, 0 of 1 on this node"),
-    ("0 0 0 1", "rank 0 of 0"), ("0 2 3 2", "3 of 2 on this node"), ("-1 2 0 1", "rank -1 of 2")])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("x 1 0 1", r"invalid literal for int\(\) with base 10: 'x'"),
+        ("2 2 0 1", "rank 2 of 2, 0 of 1 on this node"),
+        ("0 0 0 1", "rank 0 of 0"),
+        ("0 2 3 2", "3 of 2 on this node"),
+        ("-1 2 0 1", "rank -1 of 2"),
+    ],
+)
 def test_a_world_that_can_not_be(monkeypatch, values, said):
     for (name, _), value in zip(VARIABLES, values.split(), strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"do not make a world \(.*{said}.*\); what torchrun sets is allowed; unset "
-                                          "them to run alone"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"do not make a world \(.*{said}.*\); what torchrun sets is allowed; unset "
+        "them to run alone",
+    ):
         World.from_environment()
 
 
@@ -104,9 +114,22 @@ def two(tmp_path_factory) -> list[dict]:
     """What two real gloo ranks said, by rank."""
     folder: Path = tmp_path_factory.mktemp("two")
     port = ports.free()
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK_PROGRAM, str(folder)], stderr=subprocess.PIPE, env={
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_PROGRAM, str(folder)],
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in (0, 1)
+    ]
     try:
         errors = [process.communicate(timeout=120)[1].decode()[-2000:] for process in ranks]
     finally:
@@ -129,7 +152,9 @@ def test_only_rank_0_acts_and_all_know_what_came_of_it(two):
     assert [said["result"] for said in two] == ["made", "made"]
     assert [said["error"] for said in two] == ["ConfigError: x: 1 problem\n  - a=1: no"] * 2
     assert [said["bug"] for said in two] == [
-        "KeyError: 'b'", "PeerError: rank 0 failed (KeyError: 'b'); see its own error"]
+        "KeyError: 'b'",
+        "PeerError: rank 0 failed (KeyError: 'b'); see its own error",
+    ]
 
 
 def test_an_error_of_one_rank_is_raised_on_all(two):

@@ -27,9 +27,12 @@ def engine():
 @pytest.fixture
 def attempt(store):
     """Return a function that begins an attempt and returns its manager."""
+
     def begin(**section):
         number = begin_attempt(store, 1)
-        made = CheckpointManager(store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number)
+        made = CheckpointManager(
+            store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number
+        )
         made.newest()
         return made
 

@@ -51,7 +51,11 @@ def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
     train(engine, range(2))
     held.set()
     outcome = until_it_ends(one)
-    assert outcome.problem is None and one.under_way is None and outcome.url == store.full("checkpoints/step-000000001-a0001")
+    assert (
+        outcome.problem is None
+        and one.under_way is None
+        and outcome.url == store.full("checkpoints/step-000000001-a0001")
+    )
     manifest = one.newest()
     assert manifest.evaluation == {"before": 2.5}
     other = make_engine(model=make_model(initializer_range=1.0))
@@ -63,7 +67,9 @@ def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
 def test_the_files_are_those_of_a_save_that_training_waits_for(store, engine):
     files = []
     for number in range(2):
-        manager = CheckpointManager(store.child(str(number)), checkpoints(), World(), Collectives(), 1)
+        manager = CheckpointManager(
+            store.child(str(number)), checkpoints(), World(), Collectives(), 1
+        )
         if number:
             manager.begin(engine, draft(engine, 1, ROWS))
             manager.settle()
@@ -103,6 +109,7 @@ def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, en
 
 def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monkeypatch):
     """Files that wait behind the one that failed do not fill the room that was cleared."""
+
     def write(self, path, content, real=Store.write):
         if path.endswith("0000.safetensors"):
             raise StorageError("no room")
@@ -133,12 +140,16 @@ def test_a_manifest_that_can_not_be_written_is_one_outcome(store, attempt, engin
     assert store.list("checkpoints") == []
 
 
-def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(store, attempt, engine, held):
+def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
+    store, attempt, engine, held
+):
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS))
     begin_attempt(store, 1)
     held.set()
-    with pytest.raises(CheckpointError, match=r"attempt 1 must not commit, attempt 2 has taken over the run"):
+    with pytest.raises(
+        CheckpointError, match=r"attempt 1 must not commit, attempt 2 has taken over the run"
+    ):
         until_it_ends(one)
     assert committed(store) == []
 
@@ -147,7 +158,9 @@ def test_a_bug_in_the_background_is_told(attempt, engine, monkeypatch):
     monkeypatch.setattr(Store, "write", lambda *args: 1 / 0)
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS))
-    with pytest.raises(CheckpointError, match=r"the save failed \(ZeroDivisionError: division by zero\)"):
+    with pytest.raises(
+        CheckpointError, match=r"the save failed \(ZeroDivisionError: division by zero\)"
+    ):
         until_it_ends(one)
 
 
@@ -158,8 +171,13 @@ def test_the_drain_is_throttled(attempt, engine, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fragments, "PART_BYTES", 2**14)
-        manager = CheckpointManager(Store(str(tmp_path / "slow")), checkpoints(background_mb_s=0.4), World(),
-                                    Collectives(), 1)
+        manager = CheckpointManager(
+            Store(str(tmp_path / "slow")),
+            checkpoints(background_mb_s=0.4),
+            World(),
+            Collectives(),
+            1,
+        )
         begun = time.monotonic()
         manager.begin(engine, draft(engine, 1, ROWS))
         taken = time.monotonic() - begun

@@ -17,7 +17,13 @@ def test_the_best_is_the_first_of_equals():
 
 
 def test_patience_counts_evaluations_since_the_best():
-    assert [is_over("loss", LOSSES[:n], 2) for n in range(1, 6)] == [False, False, False, True, True]
+    assert [is_over("loss", LOSSES[:n], 2) for n in range(1, 6)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not any(is_over("loss", LOSSES[:n], 4) for n in range(1, 6))
     assert not is_over("loss", LOSSES, 0) and not is_over("loss", [], 3)
     assert not is_over("loss", [(0, 3.0), (5, math.nan), (10, 2.9)], 2)

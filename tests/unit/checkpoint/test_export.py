@@ -29,7 +29,9 @@ def write_tokenizer(folder: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(small.VOCABULARY)}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+    )
     made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     made.save_pretrained(folder)
 
@@ -59,7 +61,9 @@ def run(tmp_path_factory):
     return folder, engine
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True)]
+)
 def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
     engine = small.make_engine(model=small.make_model(family, tie_word_embeddings=tied))
     assert bool(aliases(engine.module)) == tied
@@ -69,18 +73,29 @@ def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.float32
     assert torch.equal(logits(loaded), logits(engine.module.model))
-    assert AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    assert (
+        AutoTokenizer.from_pretrained(out).apply_chat_template(
+            [{"role": "user", "content": "w1"}], tokenize=False
+        )
+        == "w1"
+    )
     assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
     assert not [name for name in os.listdir(out) if name.endswith((".bin", ".pt"))]
 
 
 def test_a_step_of_ones_choice_and_a_number_format(run, tmp_path):
     folder, engine = run
-    older, newer = (AutoModelForCausalLM.from_pretrained(export_run(folder, str(tmp_path / str(step)), step=step))
-                    for step in (1, 2))
+    older, newer = (
+        AutoModelForCausalLM.from_pretrained(
+            export_run(folder, str(tmp_path / str(step)), step=step)
+        )
+        for step in (1, 2)
+    )
     assert not torch.equal(logits(older), logits(newer))
     assert torch.equal(logits(newer), logits(engine.module.model))
-    half = AutoModelForCausalLM.from_pretrained(export_run(folder, str(tmp_path / "half"), dtype="bfloat16"))
+    half = AutoModelForCausalLM.from_pretrained(
+        export_run(folder, str(tmp_path / "half"), dtype="bfloat16")
+    )
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight, newer.lm_head.weight.to(torch.bfloat16))
 
@@ -97,20 +112,24 @@ def test_a_folder_with_something_in_it_is_refused(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("dear")
     assert refused(run[0], tmp_path / "full") == (
-        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; give another")
+        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; give another"
+    )
     assert refused(run[0], tmp_path / "full" / "mine") == (
-        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give another")
+        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give another"
+    )
     assert (tmp_path / "full" / "mine").read_text() == "dear"
 
 
 def test_a_step_that_is_not_there(run, tmp_path):
     assert refused(run[0], tmp_path / "x", step=7) == (
-        f"--step=7: not among the checkpoints of {run[0]}; there are 1, 2; give one of them")
+        f"--step=7: not among the checkpoints of {run[0]}; there are 1, 2; give one of them"
+    )
 
 
 def test_no_run_there(tmp_path):
     assert refused(str(tmp_path / "r"), tmp_path / "x") == (
-        f"{tmp_path}/r: no committed checkpoint; give the folder of a run (<storage>/<name>)")
+        f"{tmp_path}/r: no committed checkpoint; give the folder of a run (<storage>/<name>)"
+    )
 
 
 @pytest.fixture
@@ -121,24 +140,40 @@ def copy(run, tmp_path):
 
 def test_damage_falls_back_or_is_told(copy, tmp_path):
     for step in (2, 1):
-        with open(copy / f"checkpoints/step-00000000{step}-a0001/rank-00000-0000.safetensors", "r+b") as file:
+        with open(
+            copy / f"checkpoints/step-00000000{step}-a0001/rank-00000-0000.safetensors", "r+b"
+        ) as file:
             file.truncate(1000)
         if step == 2:
             assert "1000 bytes, the manifest says" in refused(copy, tmp_path / "two", step=2)
             assert os.listdir(export_run(str(copy), str(tmp_path / "one")))
     assert refused(copy, tmp_path / "none").startswith(
-        f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the newest: ")
+        f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the newest: "
+    )
     assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing half-made
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"num_hidden_layers": 3}, r"model.layers.2.\S+ is absent in the checkpoint and \[.*\] in the model"),
-    ({"num_hidden_layers": 1}, r"model.layers.1.\S+ is \[.*\] in the checkpoint and absent in the model"),
-    ({"intermediate_size": 40}, r"is \[32, 48\] in the checkpoint and \[32, 40\] in the model")])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_hidden_layers": 3},
+            r"model.layers.2.\S+ is absent in the checkpoint and \[.*\] in the model",
+        ),
+        (
+            {"num_hidden_layers": 1},
+            r"model.layers.1.\S+ is \[.*\] in the checkpoint and absent in the model",
+        ),
+        ({"intermediate_size": 40}, r"is \[32, 48\] in the checkpoint and \[32, 40\] in the model"),
+    ],
+)
 def test_another_models_config_is_refused(copy, tmp_path, changes, said):
     small.make_model(**changes).config.save_pretrained(copy / "model")
     text = refused(copy, tmp_path / "x")
-    assert re.search(rf"^{copy}/checkpoints/step-000000002-a0001: .*{said}; both must be the same; check model\.path$", text)
+    assert re.search(
+        rf"^{copy}/checkpoints/step-000000002-a0001: .*{said}; both must be the same; check model\.path$",
+        text,
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -146,7 +181,8 @@ def test_a_run_without_its_models_config(copy, tmp_path):
     os.remove(copy / "model" / "config.json")
     assert refused(copy, tmp_path / "x") == (
         f"{copy}/model: no config.json there; every run keeps its model's config and tokenizer; give the folder of a run "
-        "(<storage>/<name>)")
+        "(<storage>/<name>)"
+    )
 
 
 def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, monkeypatch):
@@ -159,13 +195,18 @@ def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, mo
         self.model.norm.weight.data -= 1e-3
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoil)
-    assert re.search(r"loaded again it does not give the same logits \(largest difference [\d.e-]+, missing \[\]\); nothing "
-                     "was exported$", refused(copy, tmp_path / "x"))
+    assert re.search(
+        r"loaded again it does not give the same logits \(largest difference [\d.e-]+, missing \[\]\); nothing "
+        "was exported$",
+        refused(copy, tmp_path / "x"),
+    )
     assert not (tmp_path / "x").exists()
 
 
 def test_no_credentials_in_errors(tmp_path):
-    assert refused("memory://me:secret@nowhere", tmp_path / "x").startswith("memory://<redacted>@nowhere: no committed")
+    assert refused("memory://me:secret@nowhere", tmp_path / "x").startswith(
+        "memory://<redacted>@nowhere: no committed"
+    )
 
 
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])
@@ -178,11 +219,20 @@ def test_an_adapter_is_merged_in_float32_whatever_the_format(trained, wanted, tm
     tuning.apply(model, section, seed=1)
     engine = small.make_engine(model=model)
     store = make_run(str(tmp_path / "r"), engine, (1, 2, 3))
-    store.write(STORED, json.dumps({"model": {"path": "x"}, "tuning": section.model_dump(mode="json")}).encode())
-    out = AutoModelForCausalLM.from_pretrained(export_run(str(tmp_path / "r"), str(tmp_path / "out"), dtype=wanted))
+    store.write(
+        STORED,
+        json.dumps({"model": {"path": "x"}, "tuning": section.model_dump(mode="json")}).encode(),
+    )
+    out = AutoModelForCausalLM.from_pretrained(
+        export_run(str(tmp_path / "r"), str(tmp_path / "out"), dtype=wanted)
+    )
     assert out.dtype == getattr(torch, wanted or trained)
     if (trained, wanted) != ("bfloat16", "float32"):
-        assert torch.allclose(logits(out).float(), logits(model).float(), atol=1e-4 if out.dtype == torch.float32 else 0.3)
+        assert torch.allclose(
+            logits(out).float(),
+            logits(model).float(),
+            atol=1e-4 if out.dtype == torch.float32 else 0.3,
+        )
     assert set(dict(out.named_parameters())) == set(dict(small.make_model().named_parameters()))
     export_run(str(tmp_path / "r"), str(tmp_path / "adapter"), adapter=True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -56,8 +56,11 @@ def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engin
     save(one, engine, 1)
     save(one, engine, 2)
     Unreachable.broken = "read"
-    with pytest.raises(StorageError, match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
-                                           r"503 SlowDown\); gave up after 8 tries; check that the endpoint answers"):
+    with pytest.raises(
+        StorageError,
+        match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
+        r"503 SlowDown\); gave up after 8 tries; check that the endpoint answers",
+    ):
         one.load(one.newest(), make_engine(), tensors_of(engine))
     with pytest.raises(StorageError, match="503 SlowDown"):
         found(unreachable)
@@ -70,7 +73,9 @@ def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, 
     one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
     save(one, engine, 1)
     Unreachable.broken = suffix
-    with pytest.raises(StorageError, match=r"can not write it \(OSError: 503 SlowDown\); gave up after 8 tries"):
+    with pytest.raises(
+        StorageError, match=r"can not write it \(OSError: 503 SlowDown\); gave up after 8 tries"
+    ):
         save(one, engine, 2, np.array([[1, 0, 0, 1, 0, 5]]))
     assert unreachable.list("checkpoints") == ["step-000000001-a0001"]
     Unreachable.broken = ""
@@ -81,9 +86,14 @@ def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, 
 
 def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, engine, monkeypatch):
     one = attempt()
-    monkeypatch.setattr(Store, "sizes", lambda self, path="", real=Store.sizes: dict.fromkeys(real(self, path), 17))
-    with pytest.raises(StorageError, match=r"rank-00000-0000\.safetensors: 17 bytes are there, \d+ were written; the "
-                                           "storage lost some; checkpoint not committed"):
+    monkeypatch.setattr(
+        Store, "sizes", lambda self, path="", real=Store.sizes: dict.fromkeys(real(self, path), 17)
+    )
+    with pytest.raises(
+        StorageError,
+        match=r"rank-00000-0000\.safetensors: 17 bytes are there, \d+ were written; the "
+        "storage lost some; checkpoint not committed",
+    ):
         save(one, engine, 1)
     assert committed(store) == []
 
@@ -93,9 +103,13 @@ def small_disk(tmp_path):
     """A disk with room for one checkpoint and a half; skips without the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=448k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=448k", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
-        pytest.skip(f"needs root with the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+        pytest.skip(
+            f"needs root with the right to mount a tmpfs: {mounted.stderr.decode().strip()}"
+        )
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -104,8 +118,11 @@ def test_fault_18_a_full_disk(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(keep_last=1), World(), Collectives(), 1)
     save(one, engine, 1)
-    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*No space left on device.*\); the disk is full; "
-                                           r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)"):
+    with pytest.raises(
+        StorageError,
+        match=r"can not write it \(OSError: .*No space left on device.*\); the disk is full; "
+        r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)",
+    ):
         save(one, engine, 2)
     assert store.list("checkpoints") == ["step-000000001-a0001"] and found(store) == 1
     assert not list(small_disk.rglob(".tmp-*"))
@@ -115,6 +132,9 @@ def test_fault_19_a_read_only_disk(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(StorageError, match=r"can not write it \(OSError: .*Read-only file system.*\); access is refused"):
+    with pytest.raises(
+        StorageError,
+        match=r"can not write it \(OSError: .*Read-only file system.*\); access is refused",
+    ):
         save(one, engine, 1)
     assert found(store) is None

@@ -34,7 +34,15 @@ class Fragment(NamedTuple):
 def slot_of(fragment: Fragment) -> Slot:
     """Return a slot that holds a fragment."""
     values = torch.from_numpy(fragment.values)
-    return Slot(fragment.name, fragment.key, fragment.offset, len(values), True, lambda: values, values.copy_)
+    return Slot(
+        fragment.name,
+        fragment.key,
+        fragment.offset,
+        len(values),
+        True,
+        lambda: values,
+        values.copy_,
+    )
 
 
 class CountingStore(Store):
@@ -76,22 +84,32 @@ def worlds(draw):
     sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
     names = [f"layer.{i}:w" for i in range(len(sizes))]  # ':' may be part of a name
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    truth = {(name, key): rng.random(size).astype(np.float32)
-             for name, size in zip(names, sizes, strict=True) for key in ("param", "exp_avg")}
+    truth = {
+        (name, key): rng.random(size).astype(np.float32)
+        for name, size in zip(names, sizes, strict=True)
+        for key in ("param", "exp_avg")
+    }
     num_writers, num_readers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     writers: list[list[Fragment]] = [[] for _ in range(num_writers)]
     readers: list[list[tuple[str, str, int, int]]] = [[] for _ in range(num_readers)]
     for (name, key), values in truth.items():
         for start, stop in cuts(draw, len(values)):
-            writers[draw(st.integers(0, num_writers - 1))].append(Fragment(name, key, start, values[start:stop]))
+            writers[draw(st.integers(0, num_writers - 1))].append(
+                Fragment(name, key, start, values[start:stop])
+            )
         for start, stop in cuts(draw, len(values)):
             readers[draw(st.integers(0, num_readers - 1))].append((name, key, start, stop - start))
     return truth, writers, readers
 
 
 @settings(max_examples=60, deadline=None)
-@given(worlds(), st.sampled_from([40, 256 * 2**20]), st.sampled_from([0, 2**20]), st.sampled_from([7, 64, 2**20]),
-       st.sampled_from([manifest.entry, manifest.entry_in_blocks]))
+@given(
+    worlds(),
+    st.sampled_from([40, 256 * 2**20]),
+    st.sampled_from([0, 2**20]),
+    st.sampled_from([7, 64, 2**20]),
+    st.sampled_from([manifest.entry, manifest.entry_in_blocks]),
+)
 def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_bytes, entry):
     truth, writers, readers = world
     with pytest.MonkeyPatch.context() as patch:
@@ -104,12 +122,14 @@ def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_
         got = {where: np.full_like(values, np.nan) for where, values in truth.items()}
         for own in readers:
             wanted = [Wanted(i, *parts) for i, parts in enumerate(own)]
-            answers = [(index, values.copy()) for index, values in FragmentReader(files).read_many(wanted)]
+            answers = [
+                (index, values.copy()) for index, values in FragmentReader(files).read_many(wanted)
+            ]
             assert sorted(index for index, _ in answers) == list(range(len(own)))
             for index, values in answers:
                 name, key, start, numel = own[index]
                 assert len(values) == numel
-                got[name, key][start:start + numel] = values
+                got[name, key][start : start + numel] = values
     for where, values in truth.items():
         assert np.array_equal(got[where], values)
 
@@ -117,21 +137,35 @@ def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_
 def test_overlapping_fragments_are_read_once():
     values = np.arange(10, dtype=np.float32)
     store = memory()
-    files = write(store, [Fragment("w", "param", 0, values[:7])], [Fragment("w", "param", 3, values[3:])],
-                  [Fragment("w", "param", 0, values)])
+    files = write(
+        store,
+        [Fragment("w", "param", 0, values[:7])],
+        [Fragment("w", "param", 3, values[3:])],
+        [Fragment("w", "param", 0, values)],
+    )
     assert FragmentReader(files).read("w", "param", 2, 7).tolist() == values[2:9].tolist()
 
 
-@pytest.mark.parametrize(("held", "ask", "first"), [
-    ([(0, 4), (6, 10)], (0, 10), 4), ([(0, 4)], (2, 5), 4), ([(5, 10)], (0, 10), 0), ([], (0, 1), 0)])
+@pytest.mark.parametrize(
+    ("held", "ask", "first"),
+    [
+        ([(0, 4), (6, 10)], (0, 10), 4),
+        ([(0, 4)], (2, 5), 4),
+        ([(5, 10)], (0, 10), 0),
+        ([], (0, 1), 0),
+    ],
+)
 def test_a_hole_is_an_error_that_names_the_parameter(held, ask, first):
     values, store = np.arange(10, dtype=np.float32), memory()
-    files = write(store, [Fragment("h.weight", "exp_avg", start, values[start:stop]) for start, stop in held])
+    files = write(
+        store, [Fragment("h.weight", "exp_avg", start, values[start:stop]) for start, stop in held]
+    )
     with pytest.raises(CheckpointError) as caught:
         FragmentReader(files).read("h.weight", "exp_avg", ask[0], ask[1] - ask[0])
     assert str(caught.value) == (
         f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint; it belongs to another "
-        "model or optimizer; check model.path and optimizer.name")
+        "model or optimizer; check model.path and optimizer.name"
+    )
 
 
 def test_neighbouring_ranges_are_read_together():
@@ -151,8 +185,16 @@ def test_far_ranges_are_read_apart(monkeypatch):
     store, values = memory(), np.arange(1000, dtype=np.float32)
     reader = FragmentReader(write(store, [Fragment("w", "param", 0, values)]))
     reader.keys()
-    wanted = [Wanted(0, "w", "param", 0, 5), Wanted(1, "w", "param", 900, 5), Wanted(2, "w", "param", 10, 5)]
-    assert sorted((index, values[0]) for index, values in reader.read_many(wanted)) == [(0, 0), (1, 900), (2, 10)]
+    wanted = [
+        Wanted(0, "w", "param", 0, 5),
+        Wanted(1, "w", "param", 900, 5),
+        Wanted(2, "w", "param", 10, 5),
+    ]
+    assert sorted((index, values[0]) for index, values in reader.read_many(wanted)) == [
+        (0, 0),
+        (1, 900),
+        (2, 10),
+    ]
     assert store.reads == 1 + 2
 
 
@@ -165,18 +207,37 @@ def test_files_and_requests_stay_small(monkeypatch):
     assert np.array_equal(FragmentReader(files).read("w", "param", 7, 1050), values)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8",
-                                   "uint16", "uint32", "uint64", "bool"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "float64",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+    ],
+)
 def test_every_number_format_comes_back(dtype):
     values, store = np.array([0, 1, 1, 0, 1]).astype(dtype), memory()
-    got = FragmentReader(write(store, [Fragment("b", "buffer", 0, values)])).read("b", "buffer", 0, 5)
+    got = FragmentReader(write(store, [Fragment("b", "buffer", 0, values)])).read(
+        "b", "buffer", 0, 5
+    )
     assert got.dtype == values.dtype and np.array_equal(got, values)
 
 
 def index_of(store: Store, content: bytes) -> fragments.Index:
     """Return what a file with this content, its checksums right, says lies in it."""
     store.write("f", content)
-    return read_index(CheckedFiles(store, [manifest.entry_in_blocks("f", memoryview(content))]), ["f"])
+    return read_index(
+        CheckedFiles(store, [manifest.entry_in_blocks("f", memoryview(content))]), ["f"]
+    )
 
 
 def hostile(header: bytes, length: int | None = None, body: bytes = b"\0" * 8) -> bytes:
@@ -184,35 +245,40 @@ def hostile(header: bytes, length: int | None = None, body: bytes = b"\0" * 8) -
 
 
 def entry(label: str = "param:0:w", **changes) -> bytes:
-    return json.dumps({label: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}).encode()
+    return json.dumps(
+        {label: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+    ).encode()
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (b"", "header of 0 bytes in a file of 0"),
-    (b"1234", "header of 0 bytes in a file of 4"),
-    (hostile(entry(), 2**63), f"header of {2**63} bytes in a file of"),
-    (hostile(entry(), 10**6), "header of 1000000 bytes in a file of"),
-    (hostile(entry(), 0), "header of 0 bytes"),
-    (hostile(entry(data_offsets=[0, 16], shape=[4])), "param:0:w lies outside the file"),
-    (hostile(entry(data_offsets=[-8, 0])), "param:0:w lies outside the file"),
-    (hostile(entry(data_offsets=[8, 0])), "param:0:w lies outside the file"),
-    (hostile(entry(shape=[10**12])), "param:0:w lies outside the file"),
-    (hostile(entry(dtype="F64")), "param:0:w lies outside the file"),
-    (hostile(entry(dtype="PICKLE")), "KeyError: 'PICKLE'"),
-    (hostile(entry(dtype=["F32"])), "unhashable"),
-    (hostile(entry(shape=[1, 2])), "too many values"),
-    (hostile(entry(shape=[2.0])), "offsets and sizes must be whole numbers from 0"),
-    (hostile(entry(data_offsets=[0.0, 8.0])), "offsets and sizes must be whole numbers from 0"),
-    (hostile(entry("param:-5:w")), "offsets and sizes must be whole numbers from 0"),
-    (hostile(entry("param:x:w")), "offsets and sizes must be whole numbers from 0"),
-    (hostile(entry("param")), "not enough values"),
-    (hostile(b'{"param:0:w": 5}'), "not subscriptable"),
-    (hostile(b'[1, 2]'), "dictionary"),
-    (hostile(b'{"a'), "Unterminated string"),
-    (hostile(b'{"\xff": 1}'), "can't decode byte 0xff"),
-    (hostile(b"[" * 100_000), "RecursionError"),
-    (b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", "header of"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "header of 0 bytes in a file of 0"),
+        (b"1234", "header of 0 bytes in a file of 4"),
+        (hostile(entry(), 2**63), f"header of {2**63} bytes in a file of"),
+        (hostile(entry(), 10**6), "header of 1000000 bytes in a file of"),
+        (hostile(entry(), 0), "header of 0 bytes"),
+        (hostile(entry(data_offsets=[0, 16], shape=[4])), "param:0:w lies outside the file"),
+        (hostile(entry(data_offsets=[-8, 0])), "param:0:w lies outside the file"),
+        (hostile(entry(data_offsets=[8, 0])), "param:0:w lies outside the file"),
+        (hostile(entry(shape=[10**12])), "param:0:w lies outside the file"),
+        (hostile(entry(dtype="F64")), "param:0:w lies outside the file"),
+        (hostile(entry(dtype="PICKLE")), "KeyError: 'PICKLE'"),
+        (hostile(entry(dtype=["F32"])), "unhashable"),
+        (hostile(entry(shape=[1, 2])), "too many values"),
+        (hostile(entry(shape=[2.0])), "offsets and sizes must be whole numbers from 0"),
+        (hostile(entry(data_offsets=[0.0, 8.0])), "offsets and sizes must be whole numbers from 0"),
+        (hostile(entry("param:-5:w")), "offsets and sizes must be whole numbers from 0"),
+        (hostile(entry("param:x:w")), "offsets and sizes must be whole numbers from 0"),
+        (hostile(entry("param")), "not enough values"),
+        (hostile(b'{"param:0:w": 5}'), "not subscriptable"),
+        (hostile(b"[1, 2]"), "dictionary"),
+        (hostile(b'{"a'), "Unterminated string"),
+        (hostile(b'{"\xff": 1}'), "can't decode byte 0xff"),
+        (hostile(b"[" * 100_000), "RecursionError"),
+        (b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", "header of"),
+    ],
+)
 def test_fault_23_a_header_that_lies_is_refused(content, said):
     store = memory()
     with pytest.raises(CheckpointError) as caught:
@@ -225,13 +291,18 @@ def test_fault_23_a_header_that_lies_is_refused(content, said):
 def test_metadata_is_ignored():
     store, content = memory(), save({"param:3:w": np.zeros(2, np.float32)}, {"made": "by hand"})
     found = index_of(store, content)
-    assert {where: (piece.offset, piece.numel) for where, (piece,) in found.items()} == {("w", "param"): (3, 2)}
+    assert {where: (piece.offset, piece.numel) for where, (piece,) in found.items()} == {
+        ("w", "param"): (3, 2)
+    }
 
 
 def test_fault_23_numbers_no_file_can_hold_are_refused():
     values = torch.zeros(3, dtype=torch.complex64)
-    with pytest.raises(CheckpointError, match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
-                                              r"are torch.float32, .*torch.bfloat16$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
+        r"are torch.float32, .*torch.bfloat16$",
+    ):
         images.layouts([Slot("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
 
 
@@ -239,12 +310,22 @@ def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
     """Mixed widths in one file: the library reads it, 16-bit brain floats come as float32."""
     from safetensors.torch import load
 
-    held = {"a": torch.arange(3, dtype=torch.int8), "b": torch.rand(5).bfloat16(), "c": torch.rand(2, dtype=torch.float64),
-            "d": torch.tensor([True, False, True]), "e": torch.zeros(0)}
-    slots = [Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_) for name, values in held.items()]
+    held = {
+        "a": torch.arange(3, dtype=torch.int8),
+        "b": torch.rand(5).bfloat16(),
+        "c": torch.rand(2, dtype=torch.float64),
+        "d": torch.tensor([True, False, True]),
+        "e": torch.zeros(0),
+    }
+    slots = [
+        Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_)
+        for name, values in held.items()
+    ]
     (layout,) = images.layouts(slots)
     got = load(layout.fill(slots).numpy().tobytes())
     assert b"".join(layout.parts(slots)) == layout.fill(slots).numpy().tobytes()
     assert got.keys() == {f"buffer:7:{name}" for name in held}
-    assert all(torch.equal(got[f"buffer:7:{name}"], values.float() if name == "b" else values)
-               for name, values in held.items())
+    assert all(
+        torch.equal(got[f"buffer:7:{name}"], values.float() if name == "b" else values)
+        for name, values in held.items()
+    )

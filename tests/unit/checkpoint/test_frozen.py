@@ -37,7 +37,11 @@ def partial(num_frozen: int = 1, **changes: Any) -> Any:
 
 
 def own_bytes(store: Store, name: str) -> int:
-    return sum(size for path, size in store.child(f"checkpoints/{name}").sizes().items() if path != "manifest.json")
+    return sum(
+        size
+        for path, size in store.child(f"checkpoints/{name}").sizes().items()
+        if path != "manifest.json"
+    )
 
 
 @pytest.fixture
@@ -55,10 +59,16 @@ def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engin
     assert store.list(FROZEN) == ["step-000000001-a0001"]
     manifests = [load_manifest(store, name) for name in committed(store)]
     shared = [[item for item in manifest.files if item.shared] for manifest in manifests]
-    assert shared[0] == shared[1] == shared[2] != [] and manifests[0].frozen == tuple(sorted(frozen))
+    assert shared[0] == shared[1] == shared[2] != [] and manifests[0].frozen == tuple(
+        sorted(frozen)
+    )
     learned = sum(parameter.numel() for parameter in engine._masters.values())
-    assert own_bytes(store, committed(store)[0]) < 1.3 * 4 * 3 * learned  # weights and two moments; headers
-    assert sum(item.num_bytes for item in shared[0]) >= 4 * sum(engine._parameters[name].numel() for name in frozen)
+    assert (
+        own_bytes(store, committed(store)[0]) < 1.3 * 4 * 3 * learned
+    )  # weights and two moments; headers
+    assert sum(item.num_bytes for item in shared[0]) >= 4 * sum(
+        engine._parameters[name].numel() for name in frozen
+    )
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -102,7 +112,9 @@ def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
         assert torch.equal(parameter, thawed._parameters[name]), name
 
 
-def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_their_last_checkpoint(store, attempt):
+def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_their_last_checkpoint(
+    store, attempt
+):
     one = attempt(keep_last=1)
     save(one, partial(1), 1)
     save(one, partial(2), 2)
@@ -121,11 +133,15 @@ def test_files_of_a_newer_attempt_stay(store, attempt, engine):
 def test_a_damaged_one_is_found_and_nothing_is_loaded(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
-    (path,) = [path for path in store.child(FROZEN).sizes() if path.endswith("0000.safetensors")][:1]
+    (path,) = [path for path in store.child(FROZEN).sizes() if path.endswith("0000.safetensors")][
+        :1
+    ]
     content = bytearray(store.read(f"{FROZEN}/{path}"))
     content[-1] ^= 1
     store.write(f"{FROZEN}/{path}", bytes(content))
-    with pytest.raises(CheckpointError, match=re.escape("none of the 1 committed checkpoints can be loaded")):
+    with pytest.raises(
+        CheckpointError, match=re.escape("none of the 1 committed checkpoints can be loaded")
+    ):
         one.load(one.newest(), engine, tensors_of(engine))
 
 
@@ -164,7 +180,9 @@ def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, en
     assert store.list(FROZEN) == ["step-000000001-a0001"]
 
 
-def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(store, attempt, engine, monkeypatch):
+def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
+    store, attempt, engine, monkeypatch
+):
     one, real = attempt(), Store.remove
 
     def refuses(self: Store, path: str) -> None:
@@ -172,8 +190,15 @@ def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(store, 
             raise StorageError("no answer")
         real(self, path)
 
-    monkeypatch.setattr(Commits, "_require_current", lambda self, folder: (
-        (_ for _ in ()).throw(StorageError("no answer")) if folder.exists("manifest.json") else None))
+    monkeypatch.setattr(
+        Commits,
+        "_require_current",
+        lambda self, folder: (
+            (_ for _ in ()).throw(StorageError("no answer"))
+            if folder.exists("manifest.json")
+            else None
+        ),
+    )
     monkeypatch.setattr(Store, "remove", refuses)
     with pytest.raises(StorageError, match="no answer"):
         save(one, engine, 1)
@@ -194,12 +219,18 @@ def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
 
 
 @pytest.mark.parametrize("kind", ["list", "read"])
-def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(store, tmp_path, engine, kind, monkeypatch):
+def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
+    store, tmp_path, engine, kind, monkeypatch
+):
     """Else the run would go back to an older one, and remove the newer."""
     nodes = NodeTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
-    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    one = CheckpointManager(
+        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+    )
     assert one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True)).problem is None
-    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    two = CheckpointManager(
+        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+    )
     manifest = two.newest()
     method = {"list": "sizes", "read": "read_into"}[kind]
     real = getattr(Store, method)
@@ -223,10 +254,14 @@ def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
     train(engine, range(1))
     outcome = one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True))
     assert outcome.problem is None and store.list(FROZEN) == ["step-000000001-a0001"]
-    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes)
+    two = CheckpointManager(
+        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+    )
     second = partial(initializer_range=1.0)
     found = two.load(two.newest(), second, tensors_of(second))
-    assert found.layout and all(torch.equal(p, engine._parameters[name]) for name, p in second._parameters.items())
+    assert found.layout and all(
+        torch.equal(p, engine._parameters[name]) for name, p in second._parameters.items()
+    )
 
 
 def test_a_run_in_which_all_learns_is_read_by_older_versions(store, attempt, engine):

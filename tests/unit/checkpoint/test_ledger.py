@@ -8,7 +8,14 @@ from safetensors.numpy import save
 from unit.checkpoint.test_manifest import make
 from unit.small import batch
 
-from dist_ft.checkpoint.ledger import COLUMNS, LedgerBuffer, pack_rows, read_ledger, unpack_rows, write_segment
+from dist_ft.checkpoint.ledger import (
+    COLUMNS,
+    LedgerBuffer,
+    pack_rows,
+    read_ledger,
+    unpack_rows,
+    write_segment,
+)
 from dist_ft.checkpoint.manifest import LedgerEntry, Progress, entry
 from dist_ft.data.batch import empty_batch
 from dist_ft.errors import CheckpointError
@@ -16,18 +23,25 @@ from dist_ft.storage import Store
 
 
 def rows(*steps: int) -> np.ndarray:
-    return np.array([[step, 0, lane, step * 10 + lane, 0, 5] for step in steps for lane in (1, 0)], dtype=np.int64)
+    return np.array(
+        [[step, 0, lane, step * 10 + lane, 0, 5] for step in steps for lane in (1, 0)],
+        dtype=np.int64,
+    )
 
 
 def zipped(content: bytes) -> bytes:
     import pyarrow
 
-    return len(content).to_bytes(8, "little") + pyarrow.Codec("zstd").compress(content, asbytes=True)
+    return len(content).to_bytes(8, "little") + pyarrow.Codec("zstd").compress(
+        content, asbytes=True
+    )
 
 
 def manifest_of(*segments: LedgerEntry, step: int | None = None):
     stop = segments[-1].stop if segments else 0
-    return make(ledger=segments, progress=Progress(step=stop if step is None else step, optimizer_step=0))
+    return make(
+        ledger=segments, progress=Progress(step=stop if step is None else step, optimizer_step=0)
+    )
 
 
 @pytest.fixture
@@ -68,34 +82,62 @@ def test_an_altered_segment_is_refused(store):
     store.write(segment.file.path, bytes(content))
     with pytest.raises(CheckpointError) as caught:
         read_ledger(store, manifest_of(segment))
-    assert str(caught.value) == (f"{store.url}/{segment.file.path}: altered since it was written; the history of steps "
-                                 "0 to 1 can not be proved")
+    assert str(caught.value) == (
+        f"{store.url}/{segment.file.path}: altered since it was written; the history of steps "
+        "0 to 1 can not be proved"
+    )
 
 
 def test_a_hole_is_refused(store):
     first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
-    with pytest.raises(CheckpointError, match="begins at step 2, expected 1; the history has a hole"):
+    with pytest.raises(
+        CheckpointError, match="begins at step 2, expected 1; the history has a hole"
+    ):
         read_ledger(store, manifest_of(first, third))
-    with pytest.raises(CheckpointError, match="ends at step 1, the checkpoint stands at step 5; the history has a hole"):
+    with pytest.raises(
+        CheckpointError,
+        match="ends at step 1, the checkpoint stands at step 5; the history has a hole",
+    ):
         read_ledger(store, manifest_of(first, step=5))
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (b"no safetensors", "no ledger segment"), (b"", "no ledger segment"),
-    (zipped(save({"other": rows(0)})), r"no ledger segment \('step'\)"),
-    (zipped(save({**{name: np.zeros(2) for name in COLUMNS}, "lane": np.zeros(3)})), "no ledger segment"),
-    ((2**40).to_bytes(8, "little") + zipped(b"x")[8:], r"no ledger segment \(1099511627776 bytes\)")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"no safetensors", "no ledger segment"),
+        (b"", "no ledger segment"),
+        (zipped(save({"other": rows(0)})), r"no ledger segment \('step'\)"),
+        (
+            zipped(save({**{name: np.zeros(2) for name in COLUMNS}, "lane": np.zeros(3)})),
+            "no ledger segment",
+        ),
+        (
+            (2**40).to_bytes(8, "little") + zipped(b"x")[8:],
+            r"no ledger segment \(1099511627776 bytes\)",
+        ),
+    ],
+)
 def test_fault_23_a_hostile_segment_is_refused(store, content, said):
     store.write("ledger/x", content)
     with pytest.raises(CheckpointError, match=said):
-        read_ledger(store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content))))
+        read_ledger(
+            store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content)))
+        )
 
 
 def test_it_is_compact():
     """A hundred thousand steps' rows as a run writes them: a few bytes each."""
     drawn = np.random.default_rng(0)
-    many = np.column_stack([np.arange(100_000) // 40, np.zeros(100_000, int), np.arange(100_000) // 5 % 8,
-                            drawn.integers(0, 10**7, 100_000), np.zeros(100_000, int), drawn.integers(10, 900, 100_000)])
+    many = np.column_stack(
+        [
+            np.arange(100_000) // 40,
+            np.zeros(100_000, int),
+            np.arange(100_000) // 5 % 8,
+            drawn.integers(0, 10**7, 100_000),
+            np.zeros(100_000, int),
+            drawn.integers(10, 900, 100_000),
+        ]
+    )
     many = many[np.lexsort((many[:, 3], many[:, 2], many[:, 0]))].astype(np.int64)
     packed = pack_rows(many)
     assert np.array_equal(unpack_rows(packed, "x"), many)

@@ -14,7 +14,13 @@ from unit.small import checkpoints, make_engine, make_model, save, tensors_of, t
 
 from dist_ft.checkpoint import catalogue, fragments
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.catalogue import begin_attempt, committed, load_manifest, newest_attempt, num_failures
+from dist_ft.checkpoint.catalogue import (
+    begin_attempt,
+    committed,
+    load_manifest,
+    newest_attempt,
+    num_failures,
+)
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
@@ -46,7 +52,11 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
 
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
     manifest = two.newest()
-    assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (3, 1, {"before": 2.5})
+    assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (
+        3,
+        1,
+        {"before": 2.5},
+    )
     assert set(manifest.versions) >= {"torch", "transformers", "safetensors"}
     second = make_engine(model=make_model(initializer_range=1.0))
     train(second, range(1))
@@ -57,8 +67,14 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
 
 def test_the_manifest_is_written_last(store, attempt, engine, monkeypatch):
     written = []
-    monkeypatch.setattr(Store, "write", lambda self, path, content, real=Store.write: (
-        written.append(path), real(self, path, content))[1])
+    monkeypatch.setattr(
+        Store,
+        "write",
+        lambda self, path, content, real=Store.write: (
+            written.append(path),
+            real(self, path, content),
+        )[1],
+    )
     save(attempt(), engine, 1)
     assert written[-1] == manifests.NAME and written[-2].startswith("ledger/")
 
@@ -68,9 +84,13 @@ def test_another_models_checkpoint_is_refused(store, attempt, engine):
     save(one, engine, 1)
     manifest, where = one.newest(), store.full("checkpoints/step-000000001-a0001")
     smaller = make_engine(model=make_model(intermediate_size=40))
-    with pytest.raises(CheckpointError, match=re.escape(
+    with pytest.raises(
+        CheckpointError,
+        match=re.escape(
             f"{where}: model.layers.0.mlp.down_proj.weight is [32, 48] in the checkpoint and [32, 40] in the model; both "
-            "must be the same; check model.path")):
+            "must be the same; check model.path"
+        ),
+    ):
         one.load(manifest, smaller, tensors_of(smaller))
     deeper = make_engine(model=make_model(num_hidden_layers=3))
     with pytest.raises(CheckpointError, match="is absent in the checkpoint and "):
@@ -81,8 +101,11 @@ def test_another_optimizers_state_is_missing(attempt, engine):
     one = attempt()
     save(one, engine, 1)
     other = make_engine(name="sgd", momentum=0.9)
-    with pytest.raises(CheckpointError, match="elements from 0 of momentum_buffer of .* are not in this checkpoint; it "
-                                              r"belongs to another model or optimizer; check .* optimizer\.name"):
+    with pytest.raises(
+        CheckpointError,
+        match="elements from 0 of momentum_buffer of .* are not in this checkpoint; it "
+        r"belongs to another model or optimizer; check .* optimizer\.name",
+    ):
         one.load(one.newest(), other, tensors_of(other))
 
 
@@ -91,7 +114,9 @@ def test_another_optimizers_state_is_missing(attempt, engine):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monkeypatch, caplog, name, damage):
+def test_damage_to_any_file_falls_back_and_says_why(
+    store, attempt, engine, monkeypatch, caplog, name, damage
+):
     monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
     one = attempt()
     save(one, engine, 1)
@@ -115,14 +140,21 @@ def test_damage_to_any_file_falls_back_and_says_why(store, attempt, engine, monk
     said = caplog.records[0].getMessage()
     assert said.startswith(f"checkpoint step-000000002-a0001 is passed over: {path}: ")
     reason = {"flip": "its checksum differs", "remove": "the file is not there"}.get(
-        damage, f"{0 if damage == 'empty' else len(content) - 1} bytes, the manifest says {len(content)}")
+        damage,
+        f"{0 if damage == 'empty' else len(content) - 1} bytes, the manifest says {len(content)}",
+    )
     assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
 
 
-@pytest.mark.parametrize("entry", [lambda path, *parts: manifests.entry(path, b"".join(parts)), manifests.entry_in_blocks])
+@pytest.mark.parametrize(
+    "entry",
+    [lambda path, *parts: manifests.entry(path, b"".join(parts)), manifests.entry_in_blocks],
+)
 @pytest.mark.parametrize("place", [0, 9, 5000, -1])
 @pytest.mark.parametrize("name", FILES[1:])
-def test_fault_17_a_flipped_bit_is_found_while_loading(store, attempt, monkeypatch, caplog, name, place, entry):
+def test_fault_17_a_flipped_bit_is_found_while_loading(
+    store, attempt, monkeypatch, caplog, name, place, entry
+):
     """Lengths are right, so `newest` takes it; `load` goes back to the one before, whole, and the history with it."""
     monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
@@ -143,10 +175,19 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(store, attempt, monkeypat
     assert manifest.progress.step == 2
     with caplog.at_level(logging.WARNING, "dist_ft"):
         loaded = two.load(manifest, other, tensors_of(other))
-    assert (loaded.progress.step, other.optimizer_step(), two.reached, two._commits._ledger) == (1, 1, 1, loaded.ledger)
+    assert (loaded.progress.step, other.optimizer_step(), two.reached, two._commits._ledger) == (
+        1,
+        1,
+        1,
+        loaded.ledger,
+    )
     assert [record.getMessage() for record in caplog.records] == [
-        f"checkpoint step-000000002-a0001 is passed over: {path}: its checksum differs from the manifest's"]
-    assert all(np.array_equal(slot.read(), values) for slot, values in zip(other.slots(), want, strict=True))
+        f"checkpoint step-000000002-a0001 is passed over: {path}: its checksum differs from the manifest's"
+    ]
+    assert all(
+        np.array_equal(slot.read(), values)
+        for slot, values in zip(other.slots(), want, strict=True)
+    )
 
 
 def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine):
@@ -155,7 +196,10 @@ def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine)
         with open(os.path.join(save(one, engine, step), FILES[1]), "rb+") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"?")
-    with pytest.raises(CheckpointError, match=r"none of the 2 committed checkpoints can be loaded \(the newest: .*its checksum"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of the 2 committed checkpoints can be loaded \(the newest: .*its checksum",
+    ):
         one.load(one.newest(), engine, tensors_of(engine))
 
 
@@ -165,8 +209,14 @@ def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
     one, read = attempt(), []
     save(one, engine, 1)
-    monkeypatch.setattr(Store, "read_into", lambda self, path, start, memory, real=Store.read_into: (
-        read.append((path, start, start + len(memory))), real(self, path, start, memory))[1])
+    monkeypatch.setattr(
+        Store,
+        "read_into",
+        lambda self, path, start, memory, real=Store.read_into: (
+            read.append((path, start, start + len(memory))),
+            real(self, path, start, memory),
+        )[1],
+    )
     manifest = one.newest()
     one.load(manifest, engine, tensors_of(engine))
     for item in manifest.files:
@@ -179,9 +229,12 @@ def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, a
     one = attempt()
     for step in (1, 2):
         os.remove(os.path.join(save(one, engine, step), FILES[1]))
-    with pytest.raises(CheckpointError, match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the newest: "
-                                              r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is not there\); "
-                                              "restore one from a copy, or move the folder away to begin again"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the newest: "
+        r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is not there\); "
+        "restore one from a copy, or move the folder away to begin again",
+    ):
         found(store)
     assert len(committed(store)) == 2
 
@@ -206,7 +259,10 @@ def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):
     shutil.copytree(where, where.replace("step-000000001", "step-000000009"))
     with caplog.at_level(logging.WARNING, "dist_ft"):
         assert found(store) == 1
-    assert "is the manifest of step-000000001-a0001; a checkpoint may not be copied or renamed" in caplog.text
+    assert (
+        "is the manifest of step-000000001-a0001; a checkpoint may not be copied or renamed"
+        in caplog.text
+    )
 
 
 def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
@@ -214,24 +270,39 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     save(one, engine, 1)
     save(one, engine, 2)
     newest = load_manifest(store, committed(store)[0])
-    store.write(f"checkpoints/{committed(store)[0]}/{manifests.NAME}",
-                manifests.seal(newest.model_copy(update={"format_version": 3})))
-    with pytest.raises(NewerFormatError, match=r"format_version=3 is newer than this dist_ft knows \(2\); update dist_ft"):
+    store.write(
+        f"checkpoints/{committed(store)[0]}/{manifests.NAME}",
+        manifests.seal(newest.model_copy(update={"format_version": 3})),
+    )
+    with pytest.raises(
+        NewerFormatError,
+        match=r"format_version=3 is newer than this dist_ft knows \(2\); update dist_ft",
+    ):
         found(store)
 
 
 # Retention
 
 
-@pytest.mark.parametrize(("keep_last", "keep_every", "want"), [
-    (1, 0, [7]), (2, 0, [7, 6]), (1, 2, [7, 6, 4, 2]), (9, 0, [7, 6, 5, 4, 3, 2, 1]), (1, 5, [7, 5])])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "want"),
+    [
+        (1, 0, [7]),
+        (2, 0, [7, 6]),
+        (1, 2, [7, 6, 4, 2]),
+        (9, 0, [7, 6, 5, 4, 3, 2, 1]),
+        (1, 5, [7, 5]),
+    ],
+)
 def test_kept(keep_last, keep_every, want):
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     section = checkpoints(keep_last=keep_last, keep_every_steps=keep_every)
     assert [manifests.parse_folder(name)[0] for name in kept(names, section, {})] == want
 
 
-@pytest.mark.parametrize(("keep_best", "want"), [(0, [7]), (1, [7, 3]), (2, [7, 3, 2]), (3, [7, 5, 3, 2])])
+@pytest.mark.parametrize(
+    ("keep_best", "want"), [(0, [7]), (1, [7, 3]), (2, [7, 3, 2]), (3, [7, 5, 3, 2])]
+)
 def test_the_best_are_kept(keep_best, want):
     """Of equal ones the newest; one without a loss is no candidate."""
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
@@ -264,11 +335,17 @@ def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, e
         store.write(f"checkpoints/{name}/rank-00000-0000.safetensors", b"torn")
     store.write("checkpoints/notes.txt", b"not ours")
     save(two, engine, 2)
-    assert store.list("checkpoints") == ["notes.txt", "step-000000001-a0003", "step-000000002-a0002"]
+    assert store.list("checkpoints") == [
+        "notes.txt",
+        "step-000000001-a0003",
+        "step-000000002-a0002",
+    ]
     assert one is not two
 
 
-def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(store, attempt, engine, monkeypatch):
+def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(
+    store, attempt, engine, monkeypatch
+):
     one = attempt()
 
     def write(self, path, content, real=Store.write):
@@ -277,7 +354,9 @@ def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(store, attempt,
         real(self, path, content)
 
     monkeypatch.setattr(Store, "write", write)
-    with pytest.raises(CheckpointError, match="attempt 1 must not commit, attempt 2 has taken over"):
+    with pytest.raises(
+        CheckpointError, match="attempt 1 must not commit, attempt 2 has taken over"
+    ):
         save(one, engine, 1)
     assert committed(store) == []
 
@@ -330,7 +409,10 @@ def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, 
     monkeypatch.setattr(Store, "remove", refuse)
     with caplog.at_level(logging.WARNING, "dist_ft"):
         save(one, engine, 2)
-    assert "checkpoint step-000000001-a0001 was not removed: checkpoints/step-000000001-a0001/manifest.json: no" in caplog.text
+    assert (
+        "checkpoint step-000000001-a0001 was not removed: checkpoints/step-000000001-a0001/manifest.json: no"
+        in caplog.text
+    )
 
 
 # Attempts
@@ -346,7 +428,12 @@ def test_attempts_are_numbered(store):
 
 
 def test_failures_are_counted_and_what_was_planned_is_none(store):
-    for after in ("", "worker 1 on node a: killed", "planned: more workers came", "worker 0 on node a: hang"):
+    for after in (
+        "",
+        "worker 1 on node a: killed",
+        "planned: more workers came",
+        "worker 0 on node a: hang",
+    ):
         number = begin_attempt(store, 2, after)
     assert [num_failures(store, attempt) for attempt in range(number + 1)] == [0, 0, 1, 1, 2]
     store.write("attempts/000004.json", b"{")
@@ -359,8 +446,10 @@ def test_fault_11_a_worker_of_an_older_attempt_does_not_commit(store, attempt, e
     begin_attempt(store, 1)
     with pytest.raises(CheckpointError) as caught:
         save(zombie, engine, 2)
-    assert str(caught.value) == (f"{store.url}/checkpoints/step-000000002-a0001: attempt 1 must not commit, attempt 2 has "
-                                 "taken over the run; this process ends")
+    assert str(caught.value) == (
+        f"{store.url}/checkpoints/step-000000002-a0001: attempt 1 must not commit, attempt 2 has "
+        "taken over the run; this process ends"
+    )
     assert not caught.value.retryable
     assert found(store) == 1
 

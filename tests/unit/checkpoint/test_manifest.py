@@ -25,11 +25,22 @@ from dist_ft.errors import CheckpointError
 
 def make(**changes) -> Manifest:
     file = manifests.entry("rank-00000-0000.safetensors", b"content")
-    return Manifest(**{
-        "format_version": FORMAT_VERSION, "run": "r", "attempt": 2, "world_size": 3, "engine": "TorchEngine",
-        "progress": Progress(step=7, optimizer_step=7, num_tokens=10, num_target_tokens=5),
-        "tensors": {"w": TensorInfo(shape=(2, 3))}, "aliases": {"head": "w"}, "files": (file,),
-        "ledger": (LedgerEntry(start=0, stop=7, file=file),), "evaluation": {"before": 1.5}, **changes})
+    return Manifest(
+        **{
+            "format_version": FORMAT_VERSION,
+            "run": "r",
+            "attempt": 2,
+            "world_size": 3,
+            "engine": "TorchEngine",
+            "progress": Progress(step=7, optimizer_step=7, num_tokens=10, num_target_tokens=5),
+            "tensors": {"w": TensorInfo(shape=(2, 3))},
+            "aliases": {"head": "w"},
+            "files": (file,),
+            "ledger": (LedgerEntry(start=0, stop=7, file=file),),
+            "evaluation": {"before": 1.5},
+            **changes,
+        }
+    )
 
 
 def altered(manifest: Manifest, change) -> bytes:
@@ -54,7 +65,7 @@ def test_each_block_has_a_checksum():
     for start, stop in ((0, 2**21), (2**21, 2**22), (2**21, len(content)), (0, len(content))):
         assert manifests.matches(entry, start, content[start:stop])
         assert not manifests.matches(entry, start, content[1:][start:stop])
-    assert not manifests.matches(entry, 2**21, content[:2**21]), "as good, but of another place"
+    assert not manifests.matches(entry, 2**21, content[: 2**21]), "as good, but of another place"
     whole = manifests.entry("f", content)
     assert entry.checksum == whole.checksum
     cuts = [0, 0, 5, 2**20, 2**21, 2**21 + 1, 4_000_000, len(content)]
@@ -63,50 +74,82 @@ def test_each_block_has_a_checksum():
     assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
 
 
-@pytest.mark.parametrize("changes", [{"blocks": "0" * 16}, {"blocks": "0" * 48, "block_bytes": 4}, {"block_bytes": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"blocks": "0" * 16}, {"blocks": "0" * 48, "block_bytes": 4}, {"block_bytes": 4}]
+)
 def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
     content = altered(make(), lambda values: values["files"][0].update(changes))
-    with pytest.raises(CheckpointError, match=r"not a sound manifest \(files.0: .*block checksums do not fit its length"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"not a sound manifest \(files.0: .*block checksums do not fit its length",
+    ):
         manifests.parse(content, "m")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_comes_back(loss):
-    got = manifests.parse(manifests.seal(make(evaluation={"before": loss})), "m").evaluation["before"]
+    got = manifests.parse(manifests.seal(make(evaluation={"before": loss})), "m").evaluation[
+        "before"
+    ]
     assert got == loss or (math.isnan(got) and math.isnan(loss))
 
 
 def test_any_truncation_and_any_flipped_bit_is_noticed():
     content = manifests.seal(make())
     damaged = [content[:length] for length in range(len(content))]
-    damaged += [content[:i] + bytes([content[i] ^ 1]) + content[i + 1:] for i in range(len(content))]
+    damaged += [
+        content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content))
+    ]
     for torn in damaged:
         with pytest.raises(CheckpointError) as caught:
             manifests.parse(torn, "s3://b/manifest.json")
-        assert str(caught.value) == ("s3://b/manifest.json: torn or altered since it was written (its checksum "
-                                     "differs); it will not be loaded")
+        assert str(caught.value) == (
+            "s3://b/manifest.json: torn or altered since it was written (its checksum "
+            "differs); it will not be loaded"
+        )
 
 
-@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "C:x", "a\\..\\b", "s3://b/x"])
+@pytest.mark.parametrize(
+    "path", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "C:x", "a\\..\\b", "s3://b/x"]
+)
 def test_fault_23_paths_that_lead_out_are_refused(path):
     content = altered(make(), lambda values: values["files"][0].update(path=path))
     with pytest.raises(CheckpointError) as caught:
         manifests.parse(content, "m")
-    assert str(caught.value) == (f"m: not a sound manifest (files.0.path: Value error, the path {path!r} leads out of the "
-                                 "checkpoint); it will not be loaded")
+    assert str(caught.value) == (
+        f"m: not a sound manifest (files.0.path: Value error, the path {path!r} leads out of the "
+        "checkpoint); it will not be loaded"
+    )
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda v: v["files"][0].update(checksum="md5:0"), "files.0.checksum: String should match pattern"),
-    (lambda v: v["files"][0].update(num_bytes=2**60), "files.0.num_bytes: Input should be less than"),
-    (lambda v: v["files"][0].update(num_bytes=-1), "files.0.num_bytes: Input should be greater than or equal to 0"),
-    (lambda v: v["ledger"][0]["file"].update(path="../x"), "ledger.0.file.path: Value error"),
-    (lambda v: v["progress"].update(step=-1), "progress.step: Input should be greater than or equal to 0"),
-    (lambda v: v.update(attempt=-1), "attempt: Input should be greater than or equal to 0"),
-    (lambda v: v.pop("files"), "files: Field required"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda v: v["files"][0].update(checksum="md5:0"),
+            "files.0.checksum: String should match pattern",
+        ),
+        (
+            lambda v: v["files"][0].update(num_bytes=2**60),
+            "files.0.num_bytes: Input should be less than",
+        ),
+        (
+            lambda v: v["files"][0].update(num_bytes=-1),
+            "files.0.num_bytes: Input should be greater than or equal to 0",
+        ),
+        (lambda v: v["ledger"][0]["file"].update(path="../x"), "ledger.0.file.path: Value error"),
+        (
+            lambda v: v["progress"].update(step=-1),
+            "progress.step: Input should be greater than or equal to 0",
+        ),
+        (lambda v: v.update(attempt=-1), "attempt: Input should be greater than or equal to 0"),
+        (lambda v: v.pop("files"), "files: Field required"),
+    ],
+)
 def test_fault_23_what_is_not_sound_is_refused(change, said):
-    with pytest.raises(CheckpointError, match=rf"m: not a sound manifest \({said}.*\); it will not be loaded"):
+    with pytest.raises(
+        CheckpointError, match=rf"m: not a sound manifest \({said}.*\); it will not be loaded"
+    ):
         manifests.parse(altered(make(), change), "m")
 
 
@@ -114,12 +157,15 @@ def test_a_newer_version_is_an_error_of_its_own():
     with pytest.raises(NewerFormatError) as caught:
         manifests.parse(manifests.seal(make(format_version=99)), "m")
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
-        f"m: format_version=99 is newer than this dist_ft knows ({FORMAT_VERSION}); update dist_ft")
+        f"m: format_version=99 is newer than this dist_ft knows ({FORMAT_VERSION}); update dist_ft"
+    )
 
 
 def test_checksum_and_entry():
     assert manifests.checksum(b"x") != manifests.checksum(b"y")
-    assert manifests.entry("a/b", b"xyz") == FileEntry(path="a/b", num_bytes=3, checksum=manifests.checksum(b"xyz"))
+    assert manifests.entry("a/b", b"xyz") == FileEntry(
+        path="a/b", num_bytes=3, checksum=manifests.checksum(b"xyz")
+    )
 
 
 @pytest.mark.parametrize("place", [(0, 0), (7, 2), (10**9 - 1, 9999), (10**12, 12345)])
@@ -127,7 +173,18 @@ def test_folder_names(place):
     assert manifests.parse_folder(manifests.folder_name(*place)) == place
 
 
-@pytest.mark.parametrize("name", ["step-7-a2", "step-000000007-x0002", "step-000000007-a0002.tmp", "latest", "",
-                                  "step-00000000²-a0002", "step-0000000007-a0002", "x-step-000000007-a0002"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-7-a2",
+        "step-000000007-x0002",
+        "step-000000007-a0002.tmp",
+        "latest",
+        "",
+        "step-00000000²-a0002",
+        "step-0000000007-a0002",
+        "x-step-000000007-a0002",
+    ],
+)
 def test_other_folder_names_are_none_of_ours(name):
     assert manifests.parse_folder(name) is None

@@ -32,10 +32,17 @@ def on_nodes(engine, step, *steps):
 @pytest.fixture
 def begin(store, tmp_path):
     """Return a function that begins an attempt; it returns the manager and the checkpoint it goes on from."""
+
     def run(layout="plain, 1 workers", **section):
         nodes = NodeTier(store, Store(str(tmp_path / "node")), layout, World(), Collectives())
-        made = CheckpointManager(store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(),
-                                 begin_attempt(store, 1), nodes)
+        made = CheckpointManager(
+            store,
+            checkpoints(**{"keep_last": 9, **section}),
+            World(),
+            Collectives(),
+            begin_attempt(store, 1),
+            nodes,
+        )
         return made, made.newest()
 
     return run
@@ -96,13 +103,31 @@ def test_the_same_step_in_both(store, begin, engine):
     assert read_ledger(store, one.newest())[:, 0].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(("harm", "said"), [
-    (lambda folder: [file.unlink() for file in folder.glob("*.safetensors")][:0], "the file is not there"),
-    (lambda folder: [file.write_bytes(file.read_bytes()[:-9]) for file in folder.glob("*.safetensors")],
-     "bytes, the manifest says"),
-    (lambda folder: [file.write_bytes(file.read_bytes()[:-1] + b"?") for file in folder.glob("*.safetensors")],
-     "its checksum differs from the manifest's")])
-def test_a_node_that_lost_its_files_falls_back_to_storage(store, tmp_path, begin, engine, caplog, harm, said):
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (
+            lambda folder: [file.unlink() for file in folder.glob("*.safetensors")][:0],
+            "the file is not there",
+        ),
+        (
+            lambda folder: [
+                file.write_bytes(file.read_bytes()[:-9]) for file in folder.glob("*.safetensors")
+            ],
+            "bytes, the manifest says",
+        ),
+        (
+            lambda folder: [
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+                for file in folder.glob("*.safetensors")
+            ],
+            "its checksum differs from the manifest's",
+        ),
+    ],
+)
+def test_a_node_that_lost_its_files_falls_back_to_storage(
+    store, tmp_path, begin, engine, caplog, harm, said
+):
     one, _ = begin()
     one.save(engine, draft(engine, 1, rows(0)))
     one.save(engine, on_nodes(engine, 2, 1))
@@ -125,10 +150,15 @@ def test_other_workers_or_stages_take_what_is_in_storage(begin, engine, caplog):
     with caplog.at_level(logging.WARNING, "dist_ft"):
         _, newest = begin(layout="zero-2, 4 workers")
     assert newest.progress.step == 1
-    assert "checkpoint step-000000002-a0001 on the nodes is passed over: it is of plain, 1 workers, this is zero-2, 4 workers" in caplog.messages
+    assert (
+        "checkpoint step-000000002-a0001 on the nodes is passed over: it is of plain, 1 workers, this is zero-2, 4 workers"
+        in caplog.messages
+    )
 
 
-def test_without_any_in_storage_the_run_begins_anew_if_the_nodes_lost_theirs(tmp_path, begin, engine):
+def test_without_any_in_storage_the_run_begins_anew_if_the_nodes_lost_theirs(
+    tmp_path, begin, engine
+):
     one, _ = begin()
     one.save(engine, on_nodes(engine, 2, 0, 1))
     assert begin()[1].progress.step == 2
@@ -166,6 +196,9 @@ def test_damage_found_while_loading_without_any_in_storage(store, tmp_path, begi
     for file in (tmp_path / "node").glob("*/*"):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     two, newest = begin()
-    with pytest.raises(CheckpointError, match="checkpoint step-000000002-a0001 is gone, and there is none before it; the same"):
+    with pytest.raises(
+        CheckpointError,
+        match="checkpoint step-000000002-a0001 is gone, and there is none before it; the same",
+    ):
         two.load(newest, engine, tensors_of(engine))
     assert begin()[1] is None

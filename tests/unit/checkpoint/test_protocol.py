@@ -36,9 +36,18 @@ from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
 NUMEL, KEEP, LANES = 23, 2, 3
-TENSORS = {"w": TensorInfo(shape=(NUMEL,)), "b": TensorInfo(shape=(3,)), "f": TensorInfo(shape=(NUMEL,))}
+TENSORS = {
+    "w": TensorInfo(shape=(NUMEL,)),
+    "b": TensorInfo(shape=(3,)),
+    "f": TensorInfo(shape=(NUMEL,)),
+}
 SIZES = st.sampled_from([0, 0, 0, 0, 1, 2, 3])  # 0: as many as before
-PLACES = ("checkpoint.before_file", "checkpoint.after_file", "checkpoint.before_manifest", "checkpoint.after_manifest")
+PLACES = (
+    "checkpoint.before_file",
+    "checkpoint.after_file",
+    "checkpoint.before_manifest",
+    "checkpoint.after_manifest",
+)
 
 
 class Killed(BaseException):
@@ -55,6 +64,7 @@ class Ranks:
 
     def run(self, action: Callable[[World, Collectives], Any]) -> list[Any]:
         """Return what each rank returned or was ended by."""
+
         def one(rank: int) -> Any:
             try:
                 return action(World(rank, self.size, rank, self.size), _Rank(self, rank))
@@ -93,7 +103,10 @@ def state(name: str, step: int) -> torch.Tensor:
     """Return what the parameter holds after so many steps; `f` does not learn."""
     if name == "f":
         return torch.arange(NUMEL, dtype=torch.float32) * 11 + 5
-    return torch.arange(NUMEL if name == "w" else 3, dtype=torch.float32) * (7 if name == "w" else -3) + step * 1000
+    return (
+        torch.arange(NUMEL if name == "w" else 3, dtype=torch.float32) * (7 if name == "w" else -3)
+        + step * 1000
+    )
 
 
 class Sharded:
@@ -102,7 +115,9 @@ class Sharded:
     def __init__(self, world: World) -> None:
         self._part = world.share(NUMEL)
         self._owner = world.rank == 0
-        self.values = {name: torch.full((3 if name == "b" else len(self._part),), -1.0) for name in TENSORS}
+        self.values = {
+            name: torch.full((3 if name == "b" else len(self._part),), -1.0) for name in TENSORS
+        }
 
     def become(self, step: int) -> None:
         self.values = {name: self._own(name, step).clone() for name in TENSORS}
@@ -111,14 +126,34 @@ class Sharded:
         return all(torch.equal(self.values[name], self._own(name, step)) for name in TENSORS)
 
     def _own(self, name: str, step: int) -> torch.Tensor:
-        return state(name, step) if name == "b" else state(name, step)[self._part.start:self._part.stop]
+        return (
+            state(name, step)
+            if name == "b"
+            else state(name, step)[self._part.start : self._part.stop]
+        )
 
     def frozen(self) -> frozenset[str]:
         return frozenset({"f"})
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot("w", "param", self._part.start, len(self._part), True, lambda: self.values["w"], self._put("w"))
-        yield Slot("f", "frozen", self._part.start, len(self._part), True, lambda: self.values["f"], self._put("f"))
+        yield Slot(
+            "w",
+            "param",
+            self._part.start,
+            len(self._part),
+            True,
+            lambda: self.values["w"],
+            self._put("w"),
+        )
+        yield Slot(
+            "f",
+            "frozen",
+            self._part.start,
+            len(self._part),
+            True,
+            lambda: self.values["f"],
+            self._put("f"),
+        )
         yield Slot("b", "buffer", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
 
     def _put(self, name: str) -> Callable[[torch.Tensor], None]:
@@ -145,8 +180,12 @@ class Attempt:
         self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
 
         def begin(world: World, comms: Collectives) -> Any:
-            nodes = NodeTier(self.store, Store(str(base / f"node-{world.rank}")), f"{size} workers", world, comms)
-            manager = CheckpointManager(self.store, CheckpointSection(keep_last=KEEP), world, comms, self.number, nodes)
+            nodes = NodeTier(
+                self.store, Store(str(base / f"node-{world.rank}")), f"{size} workers", world, comms
+            )
+            manager = CheckpointManager(
+                self.store, CheckpointSection(keep_last=KEEP), world, comms, self.number, nodes
+            )
             self.managers[world.rank] = manager
             manifest = manager.newest()
             engine = Sharded(world)
@@ -166,8 +205,16 @@ class Attempt:
         def act(world: World, comms: Collectives) -> Any:
             engine, manager = Sharded(world), self.managers[world.rank]
             engine.become(self.step)
-            draft = Draft("r", "Sharded", Progress(step=self.step, optimizer_step=self.step),
-                          rows(steps, world.share(LANES)), TENSORS, {}, {}, on_nodes)
+            draft = Draft(
+                "r",
+                "Sharded",
+                Progress(step=self.step, optimizer_step=self.step),
+                rows(steps, world.share(LANES)),
+                TENSORS,
+                {},
+                {},
+                on_nodes,
+            )
             if not background:
                 return manager.save(engine, draft)  # type: ignore[arg-type]
             manager.begin(engine, draft)  # type: ignore[arg-type]
@@ -205,9 +252,16 @@ class Protocol(RuleBasedStateMachine):
         if not on_nodes:
             self.acknowledged = self.live.step
 
-    @rule(steps=st.integers(1, 3), on_nodes=st.booleans(), place=st.sampled_from(PLACES), rank=st.integers(0, 2),
-          size=SIZES)
-    def die_while_saving(self, steps: int, on_nodes: bool, place: str, rank: int, size: int) -> None:
+    @rule(
+        steps=st.integers(1, 3),
+        on_nodes=st.booleans(),
+        place=st.sampled_from(PLACES),
+        rank=st.integers(0, 2),
+        size=SIZES,
+    )
+    def die_while_saving(
+        self, steps: int, on_nodes: bool, place: str, rank: int, size: int
+    ) -> None:
         real, own = failpoints.hit, rank % self.live.size if "file" in place else 0
 
         def hit(name: str, number: int = 0) -> None:
@@ -235,11 +289,15 @@ class Protocol(RuleBasedStateMachine):
         for began in self.live.began:
             assert not isinstance(began, BaseException), began
         step = self.live.step
-        assert step >= (there[0] if there else 0), "the newest sound checkpoint in storage is the least it goes on from"
+        assert step >= (there[0] if there else 0), (
+            "the newest sound checkpoint in storage is the least it goes on from"
+        )
         self.acknowledged = min(self.acknowledged, step)
         if self.live.began[0] is not None:
             history = read_ledger(self.store, self.live.began[0])
-            assert np.array_equal(history[:, [0, 2, 3]], rows(range(step), range(LANES))[:, [0, 2, 3]])
+            assert np.array_equal(
+                history[:, [0, 2, 3]], rows(range(step), range(LANES))[:, [0, 2, 3]]
+            )
 
     @rule(size=SIZES)
     def an_old_attempt_is_left_running(self, size: int) -> None:
@@ -254,7 +312,10 @@ class Protocol(RuleBasedStateMachine):
         before = self.manifests()
         found = zombie.save(on_nodes, background)
         assert all(isinstance(outcome, BaseException) for outcome in found)
-        assert any(isinstance(outcome, CheckpointError) and "has taken over" in str(outcome) for outcome in found)
+        assert any(
+            isinstance(outcome, CheckpointError) and "has taken over" in str(outcome)
+            for outcome in found
+        )
         assert self.manifests() == before
         self.zombies.remove(zombie)
         zombie.close()
@@ -281,7 +342,11 @@ class Protocol(RuleBasedStateMachine):
 
     def sound(self) -> list[int]:
         """Return the steps of the checkpoints in storage that nobody damaged, newest first."""
-        return [(parse_folder(name) or (0, 0))[0] for name in catalogue.committed(self.store) if name not in self.damaged]
+        return [
+            (parse_folder(name) or (0, 0))[0]
+            for name in catalogue.committed(self.store)
+            if name not in self.damaged
+        ]
 
     def manifests(self) -> set[str]:
         return {str(path) for path in (self.base / "run").rglob(NAME)}
@@ -301,6 +366,7 @@ class Protocol(RuleBasedStateMachine):
                 shutil.rmtree(self.base)
 
 
-Protocol.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None,
-                                      suppress_health_check=list(HealthCheck))
+Protocol.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
 TestProtocol = Protocol.TestCase

@@ -53,12 +53,17 @@ class Rank:
     def __init__(self, rank: int, store: Store, collectives: Collectives, attempt: int) -> None:
         self.rank = rank
         self.engine = make_engine(model=make_model(initializer_range=1.0))
-        self.manager = CheckpointManager(store, checkpoints(keep_last=9), World(rank, SIZE), collectives, attempt)
+        self.manager = CheckpointManager(
+            store, checkpoints(keep_last=9), World(rank, SIZE), collectives, attempt
+        )
         self.frozen = self.engine.frozen
         self.optimizer_step, self.finish_load = self.engine.optimizer_step, self.engine.finish_load
 
     def slots(self):
-        return (replace(slot, owned=index % SIZE == self.rank) for index, slot in enumerate(self.engine.slots()))
+        return (
+            replace(slot, owned=index % SIZE == self.rank)
+            for index, slot in enumerate(self.engine.slots())
+        )
 
     def save(self, step: int) -> None:
         with LEARNING:
@@ -78,10 +83,16 @@ def together(store, monkeypatch):
     monkeypatch.setattr(fragments, "PART_BYTES", 2**16)
 
     def run(action):
-        meeting, values, attempt = threading.Barrier(SIZE), [None] * SIZE, begin_attempt(store, SIZE)
+        meeting, values, attempt = (
+            threading.Barrier(SIZE),
+            [None] * SIZE,
+            begin_attempt(store, SIZE),
+        )
         ranks = [Rank(rank, store, Threads(rank, values, meeting), attempt) for rank in range(SIZE)]
         with ThreadPoolExecutor(SIZE) as threads:
-            return ranks, [future.result() for future in [threads.submit(action, rank) for rank in ranks]]
+            return ranks, [
+                future.result() for future in [threads.submit(action, rank) for rank in ranks]
+            ]
 
     return run
 
@@ -113,9 +124,16 @@ def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, cap
     ranks, steps = together(Rank.load)
     assert steps == [1, 1]
     for rank in ranks:
-        assert all(np.array_equal(slot.read(), values) for slot, values in zip(rank.slots(), want, strict=True))
-    said = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
-    assert said == [f"checkpoint step-000000002-a0001 is passed over: {folder}/{name}: its checksum differs from the manifest's"]
+        assert all(
+            np.array_equal(slot.read(), values)
+            for slot, values in zip(rank.slots(), want, strict=True)
+        )
+    said = [
+        record.getMessage() for record in caplog.records if "passed over" in record.getMessage()
+    ]
+    assert said == [
+        f"checkpoint step-000000002-a0001 is passed over: {folder}/{name}: its checksum differs from the manifest's"
+    ]
 
 
 def test_each_header_is_read_by_one_rank(store, together, monkeypatch):
@@ -128,7 +146,11 @@ def test_each_header_is_read_by_one_rank(store, together, monkeypatch):
 
     monkeypatch.setattr(fragments, "read_index", read_index)
     _, steps = together(Rank.load)
-    files = [name for name in os.listdir(store.full("checkpoints/step-000000002-a0001")) if name.startswith("rank-")]
+    files = [
+        name
+        for name in os.listdir(store.full("checkpoints/step-000000002-a0001"))
+        if name.startswith("rank-")
+    ]
     assert steps == [2, 2] and sorted(begun) == sorted(files) and len(files) > SIZE
 
 

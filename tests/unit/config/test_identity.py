@@ -7,8 +7,13 @@ import pytest
 from dist_ft.config.load import Change, changes, check_resume, identity, load_config, to_mapping
 from dist_ft.errors import ConfigError
 
-BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": ["a", "b"]},
-        "batch": {"global_batch": 4, "sequence_length": 8}, "schedule": {"steps": 3}}
+BASE = {
+    "run": {"name": "x"},
+    "model": {"path": "m"},
+    "data": {"train": ["a", "b"]},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"steps": 3},
+}
 
 
 def with_(*overrides):
@@ -18,52 +23,162 @@ def with_(*overrides):
 def test_the_identity_of_a_run():
     """Frozen on purpose: a field that joins or leaves this list changes which old runs can be resumed."""
     assert identity(with_()) == {
-        "run.seed": 0, "model.path": "m", "model.checkpoint": "newest", "model.revision": None, "model.tokenizer": None, "model.chat_template": None,
-        **{f"data.train.{i}.{name}": value for i, path in enumerate("ab") for name, value in {
-            "path": path, "subset": None, "split": "train", "name": None, "weight": None, "repeat": None, "share": None}.items()},
-        "data.format": "auto", "data.fields.messages": "messages", "data.fields.prompt": "prompt",
-        "data.fields.response": "response", "data.fields.system": None, "data.fields.text": "text",
-        "data.prompt_template": "{prompt}\n", "data.system_prompt": None, "data.targets": "response", "data.shuffle": True, "data.pack": True, "data.bucket": None,
-        "data.augment.share": 1.0, "data.augment.synonyms": None, "data.augment.replace": 0.0, "data.augment.swap": 0.0,
-        "data.augment.delete": 0.0, "data.temperature": None, "data.mixing": [], "data.bad_rows": "error",
-        "data.block_mib": 16, "data.shuffle_blocks": 16, "data.overlong": "error",
-        "task.name": "causal_lm", "task.labels": [], "task.new_head": False, "task.grow_head": False, "task.stride": 64, "task.masked_share": 0.15,
-        "task.pooling": "mean", "task.columns.pair": None, **{f"task.columns.{name}": name for name in (
-            "text", "label", "tokens", "tags", "question", "context", "answers", "source", "target")},
-        "prompting.method": "none", "prompting.templates": [], "prompting.verbalisers": {}, "prompting.shots": 0,
-        "prompting.shots_by": "label", "prompting.separator": "\n\n", "prompting.seed": 0, "prompting.normalise": "sum",
+        "run.seed": 0,
+        "model.path": "m",
+        "model.checkpoint": "newest",
+        "model.revision": None,
+        "model.tokenizer": None,
+        "model.chat_template": None,
+        **{
+            f"data.train.{i}.{name}": value
+            for i, path in enumerate("ab")
+            for name, value in {
+                "path": path,
+                "subset": None,
+                "split": "train",
+                "name": None,
+                "weight": None,
+                "repeat": None,
+                "share": None,
+            }.items()
+        },
+        "data.format": "auto",
+        "data.fields.messages": "messages",
+        "data.fields.prompt": "prompt",
+        "data.fields.response": "response",
+        "data.fields.system": None,
+        "data.fields.text": "text",
+        "data.prompt_template": "{prompt}\n",
+        "data.system_prompt": None,
+        "data.targets": "response",
+        "data.shuffle": True,
+        "data.pack": True,
+        "data.bucket": None,
+        "data.augment.share": 1.0,
+        "data.augment.synonyms": None,
+        "data.augment.replace": 0.0,
+        "data.augment.swap": 0.0,
+        "data.augment.delete": 0.0,
+        "data.temperature": None,
+        "data.mixing": [],
+        "data.bad_rows": "error",
+        "data.block_mib": 16,
+        "data.shuffle_blocks": 16,
+        "data.overlong": "error",
+        "task.name": "causal_lm",
+        "task.labels": [],
+        "task.new_head": False,
+        "task.grow_head": False,
+        "task.stride": 64,
+        "task.masked_share": 0.15,
+        "task.pooling": "mean",
+        "task.columns.pair": None,
+        **{
+            f"task.columns.{name}": name
+            for name in (
+                "text",
+                "label",
+                "tokens",
+                "tags",
+                "question",
+                "context",
+                "answers",
+                "source",
+                "target",
+            )
+        },
+        "prompting.method": "none",
+        "prompting.templates": [],
+        "prompting.verbalisers": {},
+        "prompting.shots": 0,
+        "prompting.shots_by": "label",
+        "prompting.separator": "\n\n",
+        "prompting.seed": 0,
+        "prompting.normalise": "sum",
         "prompting.calibrate": False,
-        "tuning.method": "full", "tuning.last_layers": 0, "tuning.trainable": [], "tuning.frozen": [],
-        "tuning.lora.rank": 8, "tuning.lora.alpha": 16.0, "tuning.lora.targets": ["all-linear"], "tuning.lora.rslora": False,
+        "tuning.method": "full",
+        "tuning.last_layers": 0,
+        "tuning.trainable": [],
+        "tuning.frozen": [],
+        "tuning.lora.rank": 8,
+        "tuning.lora.alpha": 16.0,
+        "tuning.lora.targets": ["all-linear"],
+        "tuning.lora.rslora": False,
         "tuning.lora.dora": False,
-        "tuning.adalora.initial_rank": 12, "tuning.adalora.rank": 8, "tuning.adalora.alpha": 16.0,
-        "tuning.adalora.targets": ["all-linear"], "tuning.adalora.begin_step": 0, "tuning.adalora.end_step": 0,
-        "tuning.adalora.every_steps": 10, "tuning.bottleneck.size": 64, "tuning.bottleneck.activation": "gelu",
-        "tuning.bottleneck.targets": ["auto"], "tuning.prompt.tokens": 20, "tuning.prompt.init": "vocabulary",
-        "tuning.prompt.text": None, "tuning.prompt.hidden_size": 0, "tuning.prompt.projection": False,
-        "tuning.anchor.method": "none", "tuning.ema_decay": 0.0,
-        "batch.global_batch": 4, "batch.micro_batch": 1, "batch.sequence_length": 8}
+        "tuning.adalora.initial_rank": 12,
+        "tuning.adalora.rank": 8,
+        "tuning.adalora.alpha": 16.0,
+        "tuning.adalora.targets": ["all-linear"],
+        "tuning.adalora.begin_step": 0,
+        "tuning.adalora.end_step": 0,
+        "tuning.adalora.every_steps": 10,
+        "tuning.bottleneck.size": 64,
+        "tuning.bottleneck.activation": "gelu",
+        "tuning.bottleneck.targets": ["auto"],
+        "tuning.prompt.tokens": 20,
+        "tuning.prompt.init": "vocabulary",
+        "tuning.prompt.text": None,
+        "tuning.prompt.hidden_size": 0,
+        "tuning.prompt.projection": False,
+        "tuning.anchor.method": "none",
+        "tuning.ema_decay": 0.0,
+        "batch.global_batch": 4,
+        "batch.micro_batch": 1,
+        "batch.sequence_length": 8,
+    }
 
 
 def test_changes_are_told_apart():
-    new = with_("cluster.workers=1..2", "checkpoint.every_steps=2", "batch.micro_batch=2", "optimizer.learning_rate=1e-3", "evaluation.data=c",
-                "zero.deepspeed.steps_per_print=1")
+    new = with_(
+        "cluster.workers=1..2",
+        "checkpoint.every_steps=2",
+        "batch.micro_batch=2",
+        "optimizer.learning_rate=1e-3",
+        "evaluation.data=c",
+        "zero.deepspeed.steps_per_print=1",
+    )
     assert changes(with_(), new) == (
         [Change("batch.micro_batch", 1, 2)],
-        [Change("optimizer.learning_rate", 2e-5, 1e-3), Change("zero.deepspeed", {}, {"steps_per_print": 1}),
-         Change("cluster.workers", 0, {"min": 1, "max": 2}), Change("checkpoint.every_steps", 0, 2),
-         Change("evaluation.data", [], [{"path": "c", "subset": None, "split": "train", "name": None, "weight": None, "repeat": None, "share": None}])])
+        [
+            Change("optimizer.learning_rate", 2e-5, 1e-3),
+            Change("zero.deepspeed", {}, {"steps_per_print": 1}),
+            Change("cluster.workers", 0, {"min": 1, "max": 2}),
+            Change("checkpoint.every_steps", 0, 2),
+            Change(
+                "evaluation.data",
+                [],
+                [
+                    {
+                        "path": "c",
+                        "subset": None,
+                        "split": "train",
+                        "name": None,
+                        "weight": None,
+                        "repeat": None,
+                        "share": None,
+                    }
+                ],
+            ),
+        ],
+    )
     assert changes(with_(), with_()) == ([], [])
 
 
 def test_operational_changes_pass_a_resume_and_are_returned():
-    assert check_resume(to_mapping(with_()), with_("cluster.workers=2", "zero.stage=1", "schedule.steps=9")) == [
-        Change("schedule.steps", 3, 9), Change("zero.stage", 3, 1), Change("cluster.workers", 0, 2)]
+    assert check_resume(
+        to_mapping(with_()), with_("cluster.workers=2", "zero.stage=1", "schedule.steps=9")
+    ) == [
+        Change("schedule.steps", 3, 9),
+        Change("zero.stage", 3, 1),
+        Change("cluster.workers", 0, 2),
+    ]
 
 
 def test_identity_changes_are_refused_all_at_once():
     with pytest.raises(ConfigError) as caught:
-        check_resume(to_mapping(with_()), with_("run.seed=7", "data.train=[a, c, d]", "cluster.workers=2"))
+        check_resume(
+            to_mapping(with_()), with_("run.seed=7", "data.train=[a, c, d]", "cluster.workers=2")
+        )
     assert str(caught.value) == (
         "resume of run 'x': 4 problems\n"
         "  - run.seed=7: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, "
@@ -73,7 +188,8 @@ def test_identity_changes_are_refused_all_at_once():
         "  - data.train.2.path=d: the stored run 'x' was made with null, and this must not change when a run is resumed; "
         "restore null, or choose another run.name\n"
         "  - data.train.2.split=train: the stored run 'x' was made with null, and this must not change when a run is "
-        "resumed; restore null, or choose another run.name")
+        "resumed; restore null, or choose another run.name"
+    )
 
 
 def test_an_older_versions_config_takes_defaults_and_its_unknown_fields_pass():
@@ -90,4 +206,5 @@ def test_a_stored_config_that_is_broken():
         check_resume({**BASE, "batch": {"global_batch": "x", "sequence_length": 8}}, with_())
     assert str(caught.value) == (
         "stored config of run 'x': 1 problem\n  - batch.global_batch=x: not a whole number; allowed: a whole number of "
-        "at least 1; correct it (choose another run.name than 'x' if this run can't be repaired)")
+        "at least 1; correct it (choose another run.name than 'x' if this run can't be repaired)"
+    )

@@ -11,8 +11,13 @@ from dist_ft.config.load import inspect_config, load_config, resolved_yaml, to_m
 from dist_ft.config.schema import RunConfig, WorkerRange
 from dist_ft.errors import ConfigError
 
-BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": "a.jsonl"},
-        "batch": {"global_batch": 4, "sequence_length": 8}, "schedule": {"steps": 3}}
+BASE = {
+    "run": {"name": "x"},
+    "model": {"path": "m"},
+    "data": {"train": "a.jsonl"},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"steps": 3},
+}
 
 
 def problems(document, *overrides):
@@ -42,6 +47,7 @@ def file(tmp_path):
 
 # --- what loads
 
+
 @pytest.mark.parametrize("name", ["quickstart", "single", "llama-8b", "llama-70b"])
 def test_the_complete_files_load(root, name):
     config = load_config(root / "configs" / f"{name}.yaml")
@@ -50,45 +56,70 @@ def test_the_complete_files_load(root, name):
 
 
 def test_every_yaml_in_configs_is_tested_above(root):
-    assert {path.stem for path in (root / "configs").glob("*.yaml")} == {"quickstart", "single", "llama-8b", "llama-70b"}
+    assert {path.stem for path in (root / "configs").glob("*.yaml")} == {
+        "quickstart",
+        "single",
+        "llama-8b",
+        "llama-70b",
+    }
 
 
 def test_what_is_written_back_loads_equal():
-    config = with_("cluster.workers=1..4", "checkpoint.every_steps=2", "zero.deepspeed.aio.block_size=4",
-                   "data.train=[a, {path: b, split: test}]", "storage.options.s3.endpoint_url=http://127.0.0.1:5000")
+    config = with_(
+        "cluster.workers=1..4",
+        "checkpoint.every_steps=2",
+        "zero.deepspeed.aio.block_size=4",
+        "data.train=[a, {path: b, split: test}]",
+        "storage.options.s3.endpoint_url=http://127.0.0.1:5000",
+    )
     assert load_config(to_mapping(config)) == config
     assert load_config(yaml.safe_load(resolved_yaml(config))) == config
     assert RunConfig.model_validate(to_mapping(config)) == config
-    assert resolved_yaml(config).startswith("run:\n  name: x\n  storage: ./runs\n  seed: 0\nmodel:\n")
+    assert resolved_yaml(config).startswith(
+        "run:\n  name: x\n  storage: ./runs\n  seed: 0\nmodel:\n"
+    )
     assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_a_file_with_exponents_and_comments(file):
-    path = file("run: {name: x}\nmodel: {path: m}\ndata:\n  train: [a, b] # two\n"
-                "batch: {global_batch: 4, sequence_length: 8}\nschedule: {steps: 1e1}\n"
-                "optimizer: {learning_rate: 1e-5, eps: 1E-6}\n")
+    path = file(
+        "run: {name: x}\nmodel: {path: m}\ndata:\n  train: [a, b] # two\n"
+        "batch: {global_batch: 4, sequence_length: 8}\nschedule: {steps: 1e1}\n"
+        "optimizer: {learning_rate: 1e-5, eps: 1E-6}\n"
+    )
     config = load_config(path)
-    assert (config.optimizer.learning_rate, config.optimizer.eps, config.schedule.steps) == (1e-5, 1e-6, 10)
+    assert (config.optimizer.learning_rate, config.optimizer.eps, config.schedule.steps) == (
+        1e-5,
+        1e-6,
+        10,
+    )
     assert [source.path for source in config.data.train] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("override", "path", "value"), [
-    ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
-    ("data.fields.prompt=question", "data.fields.prompt", "question"),
-    ("run.name=2024", "run.name", "2024"),
-    ("model.revision=12e4567", "model.revision", "12e4567"),
-    ("model.revision=null", "model.revision", None),
-    ("model.revision=", "model.revision", None),
-    ("data.prompt_template={prompt}\n", "data.prompt_template", "{prompt}\n"),
-    ('data.prompt_template="Q: {prompt}\\n"', "data.prompt_template", "Q: {prompt}\n"),
-    ("data.prompt_template=Q: {prompt} = ", "data.prompt_template", "Q: {prompt} = "),
-    ("cluster.workers=2..4", "cluster.workers", WorkerRange(min=2, max=4)),
-    ("cluster.workers=[2, 4]", "cluster.workers", WorkerRange(min=2, max=4)),
-    ("cluster.workers=3", "cluster.workers", 3),
-    ("zero.deepspeed.aio.thread_count=2", "zero.deepspeed", {"aio": {"thread_count": 2}}),
-    ("zero.deepspeed={wall_clock_breakdown: true}", "zero.deepspeed", {"wall_clock_breakdown": True}),
-    ("log.tensorboard=off", "log.tensorboard", False),
-])
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
+        ("data.fields.prompt=question", "data.fields.prompt", "question"),
+        ("run.name=2024", "run.name", "2024"),
+        ("model.revision=12e4567", "model.revision", "12e4567"),
+        ("model.revision=null", "model.revision", None),
+        ("model.revision=", "model.revision", None),
+        ("data.prompt_template={prompt}\n", "data.prompt_template", "{prompt}\n"),
+        ('data.prompt_template="Q: {prompt}\\n"', "data.prompt_template", "Q: {prompt}\n"),
+        ("data.prompt_template=Q: {prompt} = ", "data.prompt_template", "Q: {prompt} = "),
+        ("cluster.workers=2..4", "cluster.workers", WorkerRange(min=2, max=4)),
+        ("cluster.workers=[2, 4]", "cluster.workers", WorkerRange(min=2, max=4)),
+        ("cluster.workers=3", "cluster.workers", 3),
+        ("zero.deepspeed.aio.thread_count=2", "zero.deepspeed", {"aio": {"thread_count": 2}}),
+        (
+            "zero.deepspeed={wall_clock_breakdown: true}",
+            "zero.deepspeed",
+            {"wall_clock_breakdown": True},
+        ),
+        ("log.tensorboard=off", "log.tensorboard", False),
+    ],
+)
 def test_overrides(override, path, value):
     found = with_(override, "checkpoint.every_steps=1")
     for part in path.split("."):
@@ -102,29 +133,51 @@ def test_overrides_leave_the_mapping_alone_and_the_last_one_counts():
 
 
 def test_an_override_can_add_a_section_and_repair_a_file():
-    assert load_config({**BASE, "schedule": {"steps": "many"}}, ["schedule.steps=4"]).schedule.steps == 4
+    assert (
+        load_config({**BASE, "schedule": {"steps": "many"}}, ["schedule.steps=4"]).schedule.steps
+        == 4
+    )
 
 
 # --- files that are none
+
 
 def test_no_such_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_config("absent.yaml")
-    assert str(caught.value) == f"absent.yaml: 1 problem\n  - no such file (looked in {tmp_path}); check the path"
+    assert (
+        str(caught.value)
+        == f"absent.yaml: 1 problem\n  - no such file (looked in {tmp_path}); check the path"
+    )
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("- a\n- b\n", "holds a list, not a mapping; a config is `section:` lines with indented `field: value` lines below; "
-                   "see configs/ for complete ones"),
-    ("hello", "holds a single value, not a mapping; a config is `section:` lines with indented `field: value` lines "
-              "below; see configs/ for complete ones"),
-    ("run:\n  name: [x\n", "line 3: not valid YAML: expected ',' or ']', but got '<stream end>'; a config is `section:` "
-                           "lines with indented `field: value` lines below; correct it"),
-    ("run: !!python/object:os.system {}", "line 1: not valid YAML: could not determine a constructor for the tag "
-     "'tag:yaml.org,2002:python/object:os.system'; a config is `section:` lines with indented `field: value` lines "
-     "below; correct it"),
-])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "- a\n- b\n",
+            "holds a list, not a mapping; a config is `section:` lines with indented `field: value` lines below; "
+            "see configs/ for complete ones",
+        ),
+        (
+            "hello",
+            "holds a single value, not a mapping; a config is `section:` lines with indented `field: value` lines "
+            "below; see configs/ for complete ones",
+        ),
+        (
+            "run:\n  name: [x\n",
+            "line 3: not valid YAML: expected ',' or ']', but got '<stream end>'; a config is `section:` "
+            "lines with indented `field: value` lines below; correct it",
+        ),
+        (
+            "run: !!python/object:os.system {}",
+            "line 1: not valid YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object:os.system'; a config is `section:` lines with indented `field: value` lines "
+            "below; correct it",
+        ),
+    ],
+)
 def test_files_that_are_no_config(file, text, line):
     assert problems(file(text)) == [line]
 
@@ -157,58 +210,108 @@ def test_a_config_behind_a_url():
 
     Store("memory://configs").write("run.yaml", resolved_yaml(load_config(BASE)).encode())
     assert load_config("memory://configs/run.yaml") == load_config(BASE)
-    assert "memory://configs/none.yaml: can not read it" in problems("memory://configs/none.yaml")[0]
+    assert (
+        "memory://configs/none.yaml: can not read it" in problems("memory://configs/none.yaml")[0]
+    )
 
 
 def test_keys_that_stand_twice(file):
-    path = file("run:\n  name: x\n  name: y\nmodel: {path: m}\ndata: {train: a}\nrun: {seed: 1, name: z}\n"
-                "batch: {global_batch: 4, sequence_length: 8}\nschedule: {steps: 3}\n")
+    path = file(
+        "run:\n  name: x\n  name: y\nmodel: {path: m}\ndata: {train: a}\nrun: {seed: 1, name: z}\n"
+        "batch: {global_batch: 4, sequence_length: 8}\nschedule: {steps: 3}\n"
+    )
     assert problems(path) == [
         "line 6: the key 'run' stands twice (first in line 1); a key may stand once; remove one of them",
-        "line 3: the key 'name' stands twice (first in line 2); a key may stand once; remove one of them"]
+        "line 3: the key 'name' stands twice (first in line 2); a key may stand once; remove one of them",
+    ]
 
 
 # --- overrides that are none
 
-@pytest.mark.parametrize(("override", "line"), [
-    ("schedule.steps", "override 'schedule.steps': not of the form section.field=value; write for instance "
-                       "schedule.steps=100"),
-    ("=3", "override '=3': not of the form section.field=value; write for instance schedule.steps=100"),
-    ("model..path=3", "override 'model..path=3': not of the form section.field=value; write for instance "
-                      "schedule.steps=100"),
-    ("model.path.x=3", "override 'model.path.x': model.path holds a single value, which has no parts; override "
-                       "model.path as a whole"),
-    ("data.train=*.jsonl", "override 'data.train=*.jsonl': the value is not valid YAML (expected alphabetic or numeric "
-                           "character, but found '.'); correct it, or quote a text: 'data.train=\"...\"'"),
-])
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "schedule.steps",
+            "override 'schedule.steps': not of the form section.field=value; write for instance "
+            "schedule.steps=100",
+        ),
+        (
+            "=3",
+            "override '=3': not of the form section.field=value; write for instance schedule.steps=100",
+        ),
+        (
+            "model..path=3",
+            "override 'model..path=3': not of the form section.field=value; write for instance "
+            "schedule.steps=100",
+        ),
+        (
+            "model.path.x=3",
+            "override 'model.path.x': model.path holds a single value, which has no parts; override "
+            "model.path as a whole",
+        ),
+        (
+            "data.train=*.jsonl",
+            "override 'data.train=*.jsonl': the value is not valid YAML (expected alphabetic or numeric "
+            "character, but found '.'); correct it, or quote a text: 'data.train=\"...\"'",
+        ),
+    ],
+)
 def test_broken_overrides(override, line):
     assert refused(override) == [line]
 
 
 # --- unknown keys
 
-@pytest.mark.parametrize(("override", "line"), [
-    ("optimizer.warmup_steps=3", "optimizer.warmup_steps: no such field; did you mean schedule.warmup_steps?"),
-    ("model.dtyp=float32", "model.dtyp: no such field; did you mean model.dtype?"),
-    ("batch.global_bacth=4", "batch.global_bacth: no such field; did you mean batch.global_batch?"),
-    ("lr=1e-4", "lr: no such field; did you mean optimizer.learning_rate?"),
-    ("optimizer.lr=1e-4", "optimizer.lr: no such field; did you mean optimizer.learning_rate?"),
-    ("learning_rate=1e-4", "learning_rate: no such field; did you mean optimizer.learning_rate?"),
-    ("optimiser.learning_rate=1e-4", "optimiser: no such section; did you mean optimizer?"),
-    ("max_seq_length=9", "max_seq_length: no such field; did you mean batch.sequence_length?"),
-    ("data.fields.promt=q", "data.fields.promt: no such field; did you mean data.fields.prompt?"),
-    ("log.qqqqq=1", "log.qqqqq: no such field; allowed in log: every_steps, straggler_steps, tensorboard, wandb, mlflow, level; remove it"),
-    ("zzzzz.qqqqq=1", "zzzzz: no such section; allowed: run, model, data, task, prompting, tuning, batch, optimizer, schedule, zero, "
-                      "cluster, checkpoint, evaluation, anomaly, log, storage; remove it"),
-    ("data.train=[{path: a, subst: b}]", "data.train.0.subst: no such field; allowed: path, name, weight, repeat, share, subset, split; remove it"),
-])
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "optimizer.warmup_steps=3",
+            "optimizer.warmup_steps: no such field; did you mean schedule.warmup_steps?",
+        ),
+        ("model.dtyp=float32", "model.dtyp: no such field; did you mean model.dtype?"),
+        (
+            "batch.global_bacth=4",
+            "batch.global_bacth: no such field; did you mean batch.global_batch?",
+        ),
+        ("lr=1e-4", "lr: no such field; did you mean optimizer.learning_rate?"),
+        ("optimizer.lr=1e-4", "optimizer.lr: no such field; did you mean optimizer.learning_rate?"),
+        (
+            "learning_rate=1e-4",
+            "learning_rate: no such field; did you mean optimizer.learning_rate?",
+        ),
+        ("optimiser.learning_rate=1e-4", "optimiser: no such section; did you mean optimizer?"),
+        ("max_seq_length=9", "max_seq_length: no such field; did you mean batch.sequence_length?"),
+        (
+            "data.fields.promt=q",
+            "data.fields.promt: no such field; did you mean data.fields.prompt?",
+        ),
+        (
+            "log.qqqqq=1",
+            "log.qqqqq: no such field; allowed in log: every_steps, straggler_steps, tensorboard, wandb, mlflow, level; remove it",
+        ),
+        (
+            "zzzzz.qqqqq=1",
+            "zzzzz: no such section; allowed: run, model, data, task, prompting, tuning, batch, optimizer, schedule, zero, "
+            "cluster, checkpoint, evaluation, anomaly, log, storage; remove it",
+        ),
+        (
+            "data.train=[{path: a, subst: b}]",
+            "data.train.0.subst: no such field; allowed: path, name, weight, repeat, share, subset, split; remove it",
+        ),
+    ],
+)
 def test_unknown_keys_and_what_was_meant(override, line):
     assert refused(override) == [line]
 
 
 def test_a_dotted_key_in_the_file():
     assert problems({**BASE, "schedule.name": "linear"}) == [
-        "schedule.name: a dotted key in the file; sections nest; write it indented below schedule:"]
+        "schedule.name: a dotted key in the file; sections nest; write it indented below schedule:"
+    ]
 
 
 def test_a_misspelt_key_counts_as_the_one_that_was_meant():
@@ -216,51 +319,110 @@ def test_a_misspelt_key_counts_as_the_one_that_was_meant():
     assert problems(document) == [
         "batch.global_bacth: no such field; did you mean batch.global_batch?",
         "batch.global_batch=7: not a multiple of batch.micro_batch=2; a step is whole micro-batches; set it to 8 or "
-        "change micro_batch"]
+        "change micro_batch",
+    ]
 
 
 # --- values
 
-@pytest.mark.parametrize(("override", "line"), [
-    ("batch.global_batch=four", "batch.global_batch=four: not a whole number; allowed: a whole number of at least 1; "
-                                "correct it"),
-    ("batch.global_batch=4.5", "batch.global_batch=4.5: not a whole number; allowed: a whole number of at least 1; "
-                               "correct it"),
-    ("batch.global_batch=true", "batch.global_batch=true: not a whole number; allowed: a whole number of at least 1; "
-                                "correct it"),
-    ("batch.global_batch=0", "batch.global_batch=0: out of range; allowed: a whole number of at least 1; correct it"),
-    ("batch.micro_batch=null", "batch.micro_batch=null: not a whole number; allowed: a whole number of at least 1; "
-                               "correct it, or leave it out for the default (1)"),
-    ("optimizer.learning_rate=high", "optimizer.learning_rate=high: not a number; allowed: a number above 0; correct "
-                                     "it, or leave it out for the default (2e-05)"),
-    ("optimizer.learning_rate=.inf", "optimizer.learning_rate=Infinity: not a number; allowed: a number above 0; correct "
-                                     "it, or leave it out for the default (2e-05)"),
-    ("model.dropout=1.5", "model.dropout=1.5: out of range; allowed: a number of at least 0 and below 1, or null; "
-                          "correct it, or leave it out for the default (null)"),
-    ("schedule.name=cosin", "schedule.name=cosin: no such choice; allowed: one of linear, cosine, constant; did you "
-                            "mean cosine?"),
-    ("zero.stage=4", "zero.stage=4: no such choice; allowed: one of 0, 1, 2, 3; correct it, or leave it out for the "
-                     "default (3)"),
-    ("data.pack=maybe", "data.pack=maybe: not true or false; allowed: true or false; correct it, or leave it out for "
-                        "the default (true)"),
-    ("run.name=My_Run", "run.name=My_Run: not of the allowed form; allowed: lower-case letters, digits and '-', at "
-                        "most 47, with a letter or digit at both ends; correct it"),
-    ("cluster.workers=some", "cluster.workers=some: not of the allowed kind; allowed: a whole number, or a range such "
-                             "as 1..4 or [1, 4] with both ends at least 1; correct it, or leave it out for the default "
-                             "(0)"),
-    ("cluster.workers=0..4", "cluster.workers=0..4: out of range; allowed: a whole number, or a range such as 1..4 or "
-                             "[1, 4] with both ends at least 1; correct it, or leave it out for the default (0)"),
-    ("data.train=[]", "data.train=[]: empty; allowed: a path, or a list of paths or of mappings with path, subset and "
-                      "split; at least one; correct it"),
-    ("data.train=[a, 3]", "data.train.1=3: not a source; allowed: a path, or a mapping with path, name, weight, repeat, "
-                              "share, subset, split; "
-                          "correct it"),
-    ("data.train=[{split: test}]", "data.train.0.path: missing; needed: a text (fsspec URL, file, folder or glob of "
-                                       "shards); add it"),
-    ("batch=5", "batch=5: not a section; allowed: a mapping with global_batch, micro_batch, sequence_length; indent "
-                "its fields below batch:"),
-    ("zero.deepspeed=3", "zero.deepspeed=3: not a mapping; allowed: a mapping; correct it"),
-])
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "batch.global_batch=four",
+            "batch.global_batch=four: not a whole number; allowed: a whole number of at least 1; "
+            "correct it",
+        ),
+        (
+            "batch.global_batch=4.5",
+            "batch.global_batch=4.5: not a whole number; allowed: a whole number of at least 1; "
+            "correct it",
+        ),
+        (
+            "batch.global_batch=true",
+            "batch.global_batch=true: not a whole number; allowed: a whole number of at least 1; "
+            "correct it",
+        ),
+        (
+            "batch.global_batch=0",
+            "batch.global_batch=0: out of range; allowed: a whole number of at least 1; correct it",
+        ),
+        (
+            "batch.micro_batch=null",
+            "batch.micro_batch=null: not a whole number; allowed: a whole number of at least 1; "
+            "correct it, or leave it out for the default (1)",
+        ),
+        (
+            "optimizer.learning_rate=high",
+            "optimizer.learning_rate=high: not a number; allowed: a number above 0; correct "
+            "it, or leave it out for the default (2e-05)",
+        ),
+        (
+            "optimizer.learning_rate=.inf",
+            "optimizer.learning_rate=Infinity: not a number; allowed: a number above 0; correct "
+            "it, or leave it out for the default (2e-05)",
+        ),
+        (
+            "model.dropout=1.5",
+            "model.dropout=1.5: out of range; allowed: a number of at least 0 and below 1, or null; "
+            "correct it, or leave it out for the default (null)",
+        ),
+        (
+            "schedule.name=cosin",
+            "schedule.name=cosin: no such choice; allowed: one of linear, cosine, constant; did you "
+            "mean cosine?",
+        ),
+        (
+            "zero.stage=4",
+            "zero.stage=4: no such choice; allowed: one of 0, 1, 2, 3; correct it, or leave it out for the "
+            "default (3)",
+        ),
+        (
+            "data.pack=maybe",
+            "data.pack=maybe: not true or false; allowed: true or false; correct it, or leave it out for "
+            "the default (true)",
+        ),
+        (
+            "run.name=My_Run",
+            "run.name=My_Run: not of the allowed form; allowed: lower-case letters, digits and '-', at "
+            "most 47, with a letter or digit at both ends; correct it",
+        ),
+        (
+            "cluster.workers=some",
+            "cluster.workers=some: not of the allowed kind; allowed: a whole number, or a range such "
+            "as 1..4 or [1, 4] with both ends at least 1; correct it, or leave it out for the default "
+            "(0)",
+        ),
+        (
+            "cluster.workers=0..4",
+            "cluster.workers=0..4: out of range; allowed: a whole number, or a range such as 1..4 or "
+            "[1, 4] with both ends at least 1; correct it, or leave it out for the default (0)",
+        ),
+        (
+            "data.train=[]",
+            "data.train=[]: empty; allowed: a path, or a list of paths or of mappings with path, subset and "
+            "split; at least one; correct it",
+        ),
+        (
+            "data.train=[a, 3]",
+            "data.train.1=3: not a source; allowed: a path, or a mapping with path, name, weight, repeat, "
+            "share, subset, split; "
+            "correct it",
+        ),
+        (
+            "data.train=[{split: test}]",
+            "data.train.0.path: missing; needed: a text (fsspec URL, file, folder or glob of "
+            "shards); add it",
+        ),
+        (
+            "batch=5",
+            "batch=5: not a section; allowed: a mapping with global_batch, micro_batch, sequence_length; indent "
+            "its fields below batch:",
+        ),
+        ("zero.deepspeed=3", "zero.deepspeed=3: not a mapping; allowed: a mapping; correct it"),
+    ],
+)
 def test_values_that_are_not_allowed(override, line):
     assert refused(override) == [line]
 
@@ -268,17 +430,28 @@ def test_values_that_are_not_allowed(override, line):
 def test_a_number_where_a_text_belongs():
     assert problems({**BASE, "run": {"name": 2024}}) == [
         "run.name=2024: not of the allowed kind; allowed: lower-case letters, digits and '-', at most 47, with a letter "
-        "or digit at both ends; put it in quotes"]
+        "or digit at both ends; put it in quotes"
+    ]
 
 
 def test_no_line_speaks_of_pydantic():
-    for override in ("batch.global_batch=[]", "cluster.workers={min: 0}", "schedule.name=[1]", "data.train={}",
-                     "zero.deepspeed=[1]", "storage.options={s3: 4}", "cluster.resources_per_worker={a: b}"):
+    for override in (
+        "batch.global_batch=[]",
+        "cluster.workers={min: 0}",
+        "schedule.name=[1]",
+        "data.train={}",
+        "zero.deepspeed=[1]",
+        "storage.options={s3: 4}",
+        "cluster.resources_per_worker={a: b}",
+    ):
         for line in refused(override):
-            assert not any(word in line for word in ("Input", "pydantic", "https", "validation")), line
+            assert not any(word in line for word in ("Input", "pydantic", "https", "validation")), (
+                line
+            )
 
 
 # --- all at once
+
 
 def test_six_kinds_of_mistakes_are_all_named(file):
     path = file("""
@@ -293,14 +466,23 @@ zero: {deepspeed: {train_batch_size: 8}}
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
-        "model.dtyp", "batch.sequence_length", "optimizer.learning_rate=high", "batch.global_batch=7",
-        "schedule.steps=3", "data.overlong=split", "zero.deepspeed.train_batch_size"]
+        "model.dtyp",
+        "batch.sequence_length",
+        "optimizer.learning_rate=high",
+        "batch.global_batch=7",
+        "schedule.steps=3",
+        "data.overlong=split",
+        "zero.deepspeed.train_batch_size",
+    ]
     assert str(caught.value).startswith(f"{path}: 7 problems\n  - model.dtyp: no such field")
 
 
 def test_a_broken_field_hides_no_contradiction_elsewhere():
     lines = refused("batch.micro_batch=x", "schedule.warmup_steps=9")
-    assert [line.split(":")[0] for line in lines] == ["batch.micro_batch=x", "schedule.warmup_steps=9"]
+    assert [line.split(":")[0] for line in lines] == [
+        "batch.micro_batch=x",
+        "schedule.warmup_steps=9",
+    ]
 
 
 def test_inspect_returns_what_could_be_understood():
@@ -312,6 +494,10 @@ def test_inspect_returns_what_could_be_understood():
 
 def test_long_values_are_cut_and_credentials_never_shown(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hush-hush-hush")
-    lines = refused("run.name=" + "Z" * 500, "optimizer.learning_rate=hush-hush-hush", "model.hush=hush-hush-hush")
+    lines = refused(
+        "run.name=" + "Z" * 500,
+        "optimizer.learning_rate=hush-hush-hush",
+        "model.hush=hush-hush-hush",
+    )
     assert len(lines[0]) < 300
     assert "hush-hush-hush" not in "\n".join(lines)

@@ -11,21 +11,31 @@ from dist_ft.config.schema import Source
 from dist_ft.config.stages import load_stages, with_replay
 from dist_ft.errors import ConfigError
 
-BASE = {"run": {"name": "ignored", "storage": "runs", "seed": 3}, "model": {"path": "org/base", "revision": "v1"},
-        "data": {"overlong": "truncate"}, "task": {"name": "sequence_classification"},
-        "batch": {"global_batch": 4, "sequence_length": 8}, "schedule": {"epochs": 2}}
+BASE = {
+    "run": {"name": "ignored", "storage": "runs", "seed": 3},
+    "model": {"path": "org/base", "revision": "v1"},
+    "data": {"overlong": "truncate"},
+    "task": {"name": "sequence_classification"},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"epochs": 2},
+}
 
 
 def write(folder: Path, stages: list, base: dict | None = None, **fields) -> str:
     (folder / "base.yaml").write_text(yaml.safe_dump(base or BASE))
     path = folder / "stages.yaml"
-    path.write_text(yaml.safe_dump({"name": "seq", "config": "base.yaml", "stages": stages, **fields}))
+    path.write_text(
+        yaml.safe_dump({"name": "seq", "config": "base.yaml", "stages": stages, **fields})
+    )
     return str(path)
 
 
 def stage(name: str, **fields) -> dict:
-    return {"name": name, "overrides": {"data.train": f"{name}.jsonl", "evaluation": {"data": f"{name}-held.jsonl"}},
-            **fields}
+    return {
+        "name": name,
+        "overrides": {"data.train": f"{name}.jsonl", "evaluation": {"data": f"{name}-held.jsonl"}},
+        **fields,
+    }
 
 
 def problems(path: str) -> tuple[str, ...]:
@@ -35,15 +45,24 @@ def problems(path: str) -> tuple[str, ...]:
 
 
 def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
-    found = load_stages(write(tmp_path, [stage("a"), stage("b"), stage("c")], begin="best"), ["schedule.epochs=5"])
+    found = load_stages(
+        write(tmp_path, [stage("a"), stage("b"), stage("c")], begin="best"), ["schedule.epochs=5"]
+    )
     runs = [one.config for one in found.stages]
     assert [run.run.name for run in runs] == ["seq-a", "seq-b", "seq-c"]
     assert [run.model.path for run in runs] == ["org/base", "runs/seq-a", "runs/seq-b"]
     assert [run.model.revision for run in runs] == ["v1", None, None]
     assert [run.model.checkpoint for run in runs] == ["newest", "best", "best"]
     assert [run.task.grow_head for run in runs] == [False, True, True]
-    assert all(run.schedule.epochs == 5 and run.run.seed == 3 and run.data.overlong == "truncate" for run in runs)
-    assert [run.evaluation.data[0].path for run in runs] == ["a-held.jsonl", "b-held.jsonl", "c-held.jsonl"]
+    assert all(
+        run.schedule.epochs == 5 and run.run.seed == 3 and run.data.overlong == "truncate"
+        for run in runs
+    )
+    assert [run.evaluation.data[0].path for run in runs] == [
+        "a-held.jsonl",
+        "b-held.jsonl",
+        "c-held.jsonl",
+    ]
     assert (found.url, found.metric, found.begin) == ("runs/seq", "accuracy", "best")
 
 
@@ -51,12 +70,17 @@ def test_replay_has_its_share_of_the_sequences_in_equal_parts(tmp_path):
     found = load_stages(write(tmp_path, [stage("a"), stage("b"), stage("c", replay=0.3)]))
     sources = found.stages[2].config.data.train
     assert [(s.path, s.name, s.share) for s in sources] == [
-        ("c.jsonl", None, None), ("a.jsonl", "replay-a-0", 0.15), ("b.jsonl", "replay-b-0", 0.15)]
+        ("c.jsonl", None, None),
+        ("a.jsonl", "replay-a-0", 0.15),
+        ("b.jsonl", "replay-b-0", 0.15),
+    ]
     assert len(found.stages[1].config.data.train) == 1
 
 
 def test_what_was_replayed_is_not_replayed_as_if_it_were_the_stages_own(tmp_path):
-    found = load_stages(write(tmp_path, [stage("a"), stage("b", replay=0.2), stage("c", replay=0.2)]))
+    found = load_stages(
+        write(tmp_path, [stage("a"), stage("b", replay=0.2), stage("c", replay=0.2)])
+    )
     assert [s.path for s in found.stages[2].config.data.train] == ["c.jsonl", "a.jsonl", "b.jsonl"]
 
 
@@ -64,7 +88,11 @@ def test_where_sources_have_weights_replay_has_one_too():
     own = (Source(path="x", weight=3), Source(path="y", weight=1))
     found = with_replay(own, 0.2, [("a", (Source(path="a", repeat=4), Source(path="b")))])
     assert [(s.weight, s.repeat, s.share) for s in found] == [
-        (pytest.approx(0.6), None, None), (pytest.approx(0.2), None, None), (0.1, None, None), (0.1, None, None)]
+        (pytest.approx(0.6), None, None),
+        (pytest.approx(0.2), None, None),
+        (0.1, None, None),
+        (0.1, None, None),
+    ]
 
 
 def test_everything_wrong_is_said_at_once_and_with_its_stage(tmp_path):
@@ -82,7 +110,13 @@ def test_everything_wrong_is_said_at_once_and_with_its_stage(tmp_path):
 
 def test_what_the_config_has_wrong_is_said_once(tmp_path):
     base = {**BASE, "batch": {"global_batch": 3, "micro_batch": 2, "sequence_length": 8}}
-    assert sum("batch.global_batch=3" in line for line in problems(write(tmp_path, [stage("a"), stage("b")], base))) == 1
+    assert (
+        sum(
+            "batch.global_batch=3" in line
+            for line in problems(write(tmp_path, [stage("a"), stage("b")], base))
+        )
+        == 1
+    )
 
 
 def test_a_label_that_vanishes_is_refused(tmp_path):
@@ -92,9 +126,15 @@ def test_a_label_that_vanishes_is_refused(tmp_path):
     assert line.startswith("stage b: task.labels: x of stage a is not among them")
 
 
-@pytest.mark.parametrize(("stages", "said"), [
-    ([], "stages: "), ([{"name": "A b"}], "stages.0.name: "), ([{"name": "a", "replay": 1}], "stages.0.replay: "),
-    ([{"name": "a", "replays": 1}], "stages.0.replays: ")])
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([], "stages: "),
+        ([{"name": "A b"}], "stages.0.name: "),
+        ([{"name": "a", "replay": 1}], "stages.0.replay: "),
+        ([{"name": "a", "replays": 1}], "stages.0.replays: "),
+    ],
+)
 def test_a_file_that_is_none_says_where(tmp_path, stages, said):
     assert any(line.startswith(said) for line in problems(write(tmp_path, stages)))
 
@@ -102,9 +142,14 @@ def test_a_file_that_is_none_says_where(tmp_path, stages, said):
 def test_weights_that_move_leave_no_room_for_a_share(tmp_path):
     b = stage("b", replay=0.1)
     b["overrides"]["data.temperature"] = 2
-    assert "stage b: replay=0.1: data.temperature or data.mixing" in problems(write(tmp_path, [stage("a"), b]))[0]
+    assert (
+        "stage b: replay=0.1: data.temperature or data.mixing"
+        in problems(write(tmp_path, [stage("a"), b]))[0]
+    )
 
 
 def test_a_misspelt_field_of_a_stage_is_said_once(tmp_path):
     (found,) = problems(write(tmp_path, [stage("a", replai=0.1)]))
-    assert found.startswith("stages.0.replai: extra inputs are not permitted; allowed: name, replay, overrides")
+    assert found.startswith(
+        "stages.0.replai: extra inputs are not permitted; allowed: name, replay, overrides"
+    )

@@ -16,10 +16,17 @@ from dist_ft.data.write import write_jsonl
 from dist_ft.storage import Store
 from dist_ft.world import Collectives, World
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-CORPUS = ["the quick brown fox jumps over the lazy dog", "hello there, how are you today?", "system user assistant",
-          "    indented = code(1)\n    more = 2\n", "Was ist das? Größe: 42 äöü"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "hello there, how are you today?",
+    "system user assistant",
+    "    indented = code(1)\n    more = 2\n",
+    "Was ist das? Größe: 42 äöü",
+]
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +37,15 @@ def _base_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    tokenizer.train_from_iterator(
+        CORPUS * 20,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ),
+    )
     return tokenizer.to_str()
 
 
@@ -41,7 +54,9 @@ def tokenizer(_base_tokenizer):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_base_tokenizer), eos_token="<|im_end|>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_base_tokenizer), eos_token="<|im_end|>"
+    )
     made.chat_template = CHATML
     return made
 
@@ -55,19 +70,24 @@ def plain_tokenizer(tokenizer):
 @pytest.fixture
 def make(tmp_path, tokenizer):
     """Return a function: rows -> (shards of each source, blocks), the rows lying in shards of `rows_per_shard`."""
+
     def make(rows, rows_per_shard=7, tok=None, cache="cache", **values):
         data = data_section(**{"block_mib": 0.0005, **values})
         store = Store(str(tmp_path / "shards"))
         write_jsonl(rows, store, "train", rows_per_shard)
         shards = resolve([Source(path=store.url)])
         blocks = cut_into_blocks(shards, data, World(), Collectives())
-        return shards, BlockStore(tmp_path / cache, Encoder(tok or tokenizer, data), shards[0], blocks)
+        return shards, BlockStore(
+            tmp_path / cache, Encoder(tok or tokenizer, data), shards[0], blocks
+        )
+
     return make
 
 
 @pytest.fixture
 def make_loader(make):
     """Return a function: rows -> a loader over them."""
+
     def make_loader(rows, batch=None, seed=0, **values):
         shards, blocks = make(rows, **values)
         batch = batch or batch_section(sequence_length=128)
@@ -75,4 +95,5 @@ def make_loader(make):
         index = build(shards, blocks, data, batch.sequence_length, World(), Collectives())
         plan = Plan(index.counts, index.sources, data, batch, seed)
         return Loader(plan, index, blocks)
+
     return make_loader

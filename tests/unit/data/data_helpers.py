@@ -11,6 +11,7 @@ from dist_ft.config.schema import BatchSection, DataSection
 
 SHARED = Path(os.environ.get("DIST_FT_SHARED", Path(__file__).resolve().parents[4] / "shared"))
 
+
 def shared_tokenizer(name: str):
     """Load a tokenizer of the shared folder, or skip."""
     from transformers import AutoTokenizer
@@ -32,7 +33,9 @@ def batch_section(**values) -> BatchSection:
 def chat(*turns: str, system: str | None = None) -> dict:
     """Return a chat row: user and assistant by turns."""
     messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages += [
+        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
+    ]
     return {"messages": messages}
 
 
@@ -58,6 +61,7 @@ class FakeCollectives:
                 found = list(outer.values)
                 outer.barrier.wait()
                 return found
+
         return Rank()
 
 

@@ -23,7 +23,9 @@ def test_so_many_words_have_one(rate):
     words, noisy = TEXT.split(), alter.typos(rate, 1, 1)(TEXT).split()
     assert len(words) == len(noisy)
     letters = [(a, b) for a, b in zip(words, noisy, strict=True) if sum(map(str.isalpha, a)) > 1]
-    same_pair = sum(1 for a, b in letters if a != b)  # two equal letters that are swapped make no difference
+    same_pair = sum(
+        1 for a, b in letters if a != b
+    )  # two equal letters that are swapped make no difference
     assert same_pair / len(letters) == pytest.approx(rate, abs=0.06)
     assert all(a == b for a, b in zip(words, noisy, strict=True) if a == "12")
 
@@ -40,12 +42,16 @@ def test_a_typo_is_a_swap_a_gap_or_a_key_beside():
             seen.add("swap")
         else:
             (at,) = [i for i in range(4) if found[i] != "Word"[i]]
-            assert found[at].lower() in alter.beside("word"[at]) and found[at].isupper() == (at == 0)
+            assert found[at].lower() in alter.beside("word"[at]) and found[at].isupper() == (
+                at == 0
+            )
             seen.add("beside")
     assert seen == {"drop", "swap", "beside"}
 
 
-@pytest.mark.parametrize(("letter", "keys"), [("q", "wa"), ("g", "fhtyvb"), ("m", "njk"), ("p", "ol"), ("ü", "")])
+@pytest.mark.parametrize(
+    ("letter", "keys"), [("q", "wa"), ("g", "fhtyvb"), ("m", "njk"), ("p", "ol"), ("ü", "")]
+)
 def test_keys_beside(letter, keys):
     assert set(alter.beside(letter)) == set(keys)
 
@@ -58,7 +64,10 @@ def test_keys_are_beside_each_other():
 
 def test_names_are_swapped_both_ways_as_whole_words():
     swap = alter.swaps([("Emma", "Ahmed"), ("New York", "Lagos")])
-    assert swap("Emma met Ahmed in New York; Emmanuel stayed in Lagos") == "Ahmed met Emma in Lagos; Emmanuel stayed in New York"
+    assert (
+        swap("Emma met Ahmed in New York; Emmanuel stayed in Lagos")
+        == "Ahmed met Emma in Lagos; Emmanuel stayed in New York"
+    )
     assert swap("ReEmma and LiEmmas") == "ReEmma and LiEmmas"
     assert swap(swap(TEXT + " Emma")) == TEXT + " Emma"
 
@@ -70,11 +79,26 @@ def test_a_term_in_two_pairs_is_refused():
         alter.swaps([])
 
 
-@pytest.mark.parametrize(("task", "row", "changed"), [
-    ({"name": "sequence_classification", "columns": {"pair": "other"}}, {"text": "ab", "other": "cd", "label": "ef"}, {"text", "other"}),
-    ({"name": "token_classification"}, {"tokens": ["ab", "cd"], "tags": ["O", "O"]}, {"tokens"}),
-    ({"name": "question_answering"}, {"question": "ab", "context": "cd", "answers": {}}, {"question"}),
-])
+@pytest.mark.parametrize(
+    ("task", "row", "changed"),
+    [
+        (
+            {"name": "sequence_classification", "columns": {"pair": "other"}},
+            {"text": "ab", "other": "cd", "label": "ef"},
+            {"text", "other"},
+        ),
+        (
+            {"name": "token_classification"},
+            {"tokens": ["ab", "cd"], "tags": ["O", "O"]},
+            {"tokens"},
+        ),
+        (
+            {"name": "question_answering"},
+            {"question": "ab", "context": "cd", "answers": {}},
+            {"question"},
+        ),
+    ],
+)
 def test_what_an_answer_needs_stays(task, row, changed):
     made = alter.altered(row, TaskSection.model_validate(task), str.upper)
     assert {name for name in row if row[name] != made[name]} == changed

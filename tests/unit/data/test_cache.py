@@ -15,8 +15,14 @@ from dist_ft.data.cache import evict, fingerprint, key, load_block, write_block
 from dist_ft.data.source import Shard
 from dist_ft.data.template import Encoded, Encoder
 
-ENCODED = Encoded(np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], np.uint8), np.array([0, 2, 6]), "text",
-                  (1, 1), ("row 9: no",))
+ENCODED = Encoded(
+    np.arange(6, dtype=np.int32),
+    np.array([0, 1, 1, 0, 1, 1], np.uint8),
+    np.array([0, 2, 6]),
+    "text",
+    (1, 1),
+    ("row 9: no",),
+)
 SHARD = Shard("s3://b/a.jsonl", "jsonl", 100, "v1")
 
 
@@ -35,15 +41,18 @@ def test_file_is_plain_safetensors(tmp_path):
     assert np.array_equal(load_file(tmp_path / "a.safetensors")["tokens"], ENCODED.tokens)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda body: body[: len(body) // 2],
-    lambda body: b"",
-    lambda body: b"\xff" * len(body),
-    lambda body: body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
-    lambda body: body[:9] + b"x" + body[10:],
-    lambda body: body.replace(b"row 9", b"row 8"),
-    lambda body: bytes(len(body)),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda body: body[: len(body) // 2],
+        lambda body: b"",
+        lambda body: b"\xff" * len(body),
+        lambda body: body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
+        lambda body: body[:9] + b"x" + body[10:],
+        lambda body: body.replace(b"row 9", b"row 8"),
+        lambda body: bytes(len(body)),
+    ],
+)
 def test_damaged_file_counts_as_none(tmp_path, damage, caplog):
     path = tmp_path / "a.safetensors"
     write_block(path, ENCODED)
@@ -87,8 +96,12 @@ def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_place", full_once)
     write_block(tmp_path / "new.safetensors", ENCODED)
-    assert load_block(tmp_path / "new.safetensors") is not None and not any(path.exists() for path in paths)
-    monkeypatch.setattr(module, "_place", lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    assert load_block(tmp_path / "new.safetensors") is not None and not any(
+        path.exists() for path in paths
+    )
+    monkeypatch.setattr(
+        module, "_place", lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     (tmp_path / "new.safetensors").unlink()
     with pytest.raises(OSError, match="full"):
         write_block(tmp_path / "new.safetensors", ENCODED)
@@ -97,11 +110,24 @@ def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
 def test_fingerprint_follows_what_matters(tokenizer):
     base = fingerprint(Encoder(tokenizer, data_section()))
     tokenizer("a b c", max_length=2, truncation=True)
-    assert fingerprint(Encoder(tokenizer, data_section())) == base, "state of a call is no property of the tokenizer"
-    assert fingerprint(Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8))) == base
-    others = {fingerprint(Encoder(tokenizer, data_section(**values))) for values in (
-        {"targets": "all"}, {"format": "chat"}, {"fields": {"text": "t"}}, {"prompt_template": "{prompt}"},
-        {"system_prompt": "be brief"}, {"bad_rows": "skip"})}
+    assert fingerprint(Encoder(tokenizer, data_section())) == base, (
+        "state of a call is no property of the tokenizer"
+    )
+    assert (
+        fingerprint(Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8)))
+        == base
+    )
+    others = {
+        fingerprint(Encoder(tokenizer, data_section(**values)))
+        for values in (
+            {"targets": "all"},
+            {"format": "chat"},
+            {"fields": {"text": "t"}},
+            {"prompt_template": "{prompt}"},
+            {"system_prompt": "be brief"},
+            {"bad_rows": "skip"},
+        )
+    }
     tokenizer.chat_template += " "
     others.add(fingerprint(Encoder(tokenizer, data_section())))
     tokenizer.add_tokens(["<extra>"])
@@ -113,11 +139,18 @@ def test_key_follows_shard_and_cut():
     def name(shard=SHARD, start=0, stop=50):
         return key("fp", Block(0, (Part(0, start, stop, 50),)), [shard])
 
-    names = {name(), name(replace(SHARD, version="v2")), name(replace(SHARD, size=1)), name(start=1), name(stop=51),
-             key("other", Block(0, (Part(0, 0, 50, 50),)), [SHARD])}
+    names = {
+        name(),
+        name(replace(SHARD, version="v2")),
+        name(replace(SHARD, size=1)),
+        name(start=1),
+        name(stop=51),
+        key("other", Block(0, (Part(0, 0, 50, 50),)), [SHARD]),
+    }
     assert len(names) == 6
-    assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), "neither source nor estimate decides content"
-
+    assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), (
+        "neither source nor estimate decides content"
+    )
 
 
 def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
@@ -128,12 +161,16 @@ def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
     monkeypatch.setattr(module, "DATE", module.DATE.replace(year=1999))
     assert fingerprint(Encoder(tokenizer, data_section())) != before
     tokenizer.chat_template = dated.removesuffix("{{ strftime_now('%Y') }}")
-    assert fingerprint(Encoder(tokenizer, data_section())) == plain, "where no date is asked for, none matters"
+    assert fingerprint(Encoder(tokenizer, data_section())) == plain, (
+        "where no date is asked for, none matters"
+    )
 
 
 def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):
     write_block(tmp_path / "a.safetensors", ENCODED)
-    monkeypatch.setattr(module.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(1, "not yours")))
+    monkeypatch.setattr(
+        module.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(1, "not yours"))
+    )
     assert load_block(tmp_path / "a.safetensors") is not None
 
 
@@ -149,7 +186,9 @@ def test_what_killed_writers_left_goes(tmp_path):
 def test_open_blocks_stay_within_the_files_a_process_may_open(monkeypatch):
     limits = [1024, 4096]
     monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
-    monkeypatch.setattr(module.resource, "setrlimit", lambda kind, both: limits.__setitem__(slice(2), both))
+    monkeypatch.setattr(
+        module.resource, "setrlimit", lambda kind, both: limits.__setitem__(slice(2), both)
+    )
     assert module.most_open(100) == 100 and limits == [4096, 4096]
     assert module.most_open(5000) == 1024
     limits[:] = [module.resource.RLIM_INFINITY] * 2

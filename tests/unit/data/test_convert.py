@@ -22,7 +22,9 @@ def opened(folder, store, tmp_path):
     shards = resolve([Source(path=str(folder))])
     data = data_section(block_mib=0.001)
     blocks = cut_into_blocks(shards, data, World(), Collectives())
-    return BlockStore(tmp_path / "other-cache", Encoder(store.encoder.tokenizer, data), shards[0], blocks)
+    return BlockStore(
+        tmp_path / "other-cache", Encoder(store.encoder.tokenizer, data), shards[0], blocks
+    )
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
@@ -30,9 +32,13 @@ def test_rows_stay_the_same(make, tmp_path, suffix):
     _, store = make(ROWS)
     out = Store(str(tmp_path / "out"))
     assert convert(store, out, suffix, tokenise=False) == len(store.blocks) > 3
-    shards, = resolve([Source(path=out.url)])
-    found = [row for shard in shards for _, rows in readers.read(shard, readers.survey(shard, 0, 10**6))
-             for row in (rows if isinstance(rows, list) else rows.to_pylist())]
+    (shards,) = resolve([Source(path=out.url)])
+    found = [
+        row
+        for shard in shards
+        for _, rows in readers.read(shard, readers.survey(shard, 0, 10**6))
+        for row in (rows if isinstance(rows, list) else rows.to_pylist())
+    ]
     assert found == ROWS
 
 
@@ -43,7 +49,10 @@ def test_tokens_made_ahead_are_those_made_on_the_way(make, tmp_path, suffix):
     ahead = opened(tmp_path / "out", store, tmp_path)
     assert ahead.block(0).format == "tokens"
     for name in ("tokens", "targets"):
-        one, other = (np.concatenate([getattr(s.block(i), name) for i in range(len(s.blocks))]) for s in (store, ahead))
+        one, other = (
+            np.concatenate([getattr(s.block(i), name) for i in range(len(s.blocks))])
+            for s in (store, ahead)
+        )
         assert np.array_equal(one, other)
 
 
@@ -55,7 +64,9 @@ def test_it_goes_on_where_it_was_cut_off(make, tmp_path):
     for name in (COMPLETE, names[3]):
         out.remove(name)
     seen = []
-    assert convert(store, out, "parquet", False, lambda done, whole: seen.append((done, whole))) == 1
+    assert (
+        convert(store, out, "parquet", False, lambda done, whole: seen.append((done, whole))) == 1
+    )
     assert out.list() == names and seen[-1] == (total, total)
     assert convert(store, out, "parquet", False) == 0
 
@@ -64,8 +75,11 @@ def test_other_data_in_the_folder_is_refused(make, tmp_path):
     _, store = make(ROWS)
     out = Store(str(tmp_path / "out"))
     convert(store, out, "parquet", tokenise=False)
-    with pytest.raises(DataError, match=r"--out=.*out: holds shards that were written from other data or in another way; an "
-                                        r"empty folder, or the same call again, is allowed; choose another folder"):
+    with pytest.raises(
+        DataError,
+        match=r"--out=.*out: holds shards that were written from other data or in another way; an "
+        r"empty folder, or the same call again, is allowed; choose another folder",
+    ):
         convert(store, out, "parquet", tokenise=True)
 
 

@@ -12,24 +12,36 @@ NAMES = {"person": "person", "creative-work": "work of art"}
 WORDS = ["Mary", "Ann", "saw", "Dune", "with", "Mary", "in", "Rome"]
 
 
-@pytest.mark.parametrize(("answer", "tags"), [
-    (" person: Mary Ann; work of art: Dune", "B-person I-person O B-creative-work O O O O"),
-    ("PERSON : Mary\nperson: Rome", "B-person O O O O O O O"),
-    ("person: Mary; person: Mary", "B-person O O O O B-person O O"),
-    ("person: mary ann", "O O O O O O O O"),
-    ("person: Ann saw Dune; work of art: Dune", "O B-person I-person I-person O O O O"),
-    ("planet: Rome; ;;:; person:", "O O O O O O O O"),
-    ("none", "O O O O O O O O"),
-    ("", "O O O O O O O O"),
-    ("\n\n person: Rome. \n", "O O O O O O O O"),
-    ("person: Mary Ann saw Dune with Mary in Rome again", "O O O O O O O O"),
-])
+@pytest.mark.parametrize(
+    ("answer", "tags"),
+    [
+        (" person: Mary Ann; work of art: Dune", "B-person I-person O B-creative-work O O O O"),
+        ("PERSON : Mary\nperson: Rome", "B-person O O O O O O O"),
+        ("person: Mary; person: Mary", "B-person O O O O B-person O O"),
+        ("person: mary ann", "O O O O O O O O"),
+        ("person: Ann saw Dune; work of art: Dune", "O B-person I-person I-person O O O O"),
+        ("planet: Rome; ;;:; person:", "O O O O O O O O"),
+        ("none", "O O O O O O O O"),
+        ("", "O O O O O O O O"),
+        ("\n\n person: Rome. \n", "O O O O O O O O"),
+        ("person: Mary Ann saw Dune with Mary in Rome again", "O O O O O O O O"),
+    ],
+)
 def test_answers_are_read(answer, tags):
     assert entities.read(answer, WORDS, NAMES)[0] == tags.split()
 
 
-@pytest.mark.parametrize(("answer", "understood"), [
-    ("none", True), ("None.", True), ("person: Zoe", True), ("I think that", False), ("planet: Rome", False), ("", False)])
+@pytest.mark.parametrize(
+    ("answer", "understood"),
+    [
+        ("none", True),
+        ("None.", True),
+        ("person: Zoe", True),
+        ("I think that", False),
+        ("planet: Rome", False),
+        ("", False),
+    ],
+)
 def test_what_could_not_be_read_is_told(answer, understood):
     assert entities.read(answer, WORDS, NAMES)[1] is understood
 
@@ -52,4 +64,7 @@ def test_garbage_gives_whole_tags_always():
 
 
 def test_kinds_in_the_order_of_labels():
-    assert entities.kinds_of(["O", "B-person", "I-person", "B-group", "I-group"]) == ("person", "group")
+    assert entities.kinds_of(["O", "B-person", "I-person", "B-group", "I-group"]) == (
+        "person",
+        "group",
+    )

@@ -15,12 +15,16 @@ def file(tmp_path):
     def make(text: str, name: str = "x", encoding: str = "utf-8") -> str:
         (tmp_path / name).write_bytes(text.encode(encoding))
         return str(tmp_path / name)
+
     return make
 
 
 def test_tagged_words(file):
     path = file("-DOCSTART- -X- O\n\nAda NNP B-PER\nwrote VB O\n\n\nthe DT O")
-    assert list(conll([path])) == [{"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]}, {"tokens": ["the"], "tags": ["O"]}]
+    assert list(conll([path])) == [
+        {"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]},
+        {"tokens": ["the"], "tags": ["O"]},
+    ]
     told = file("# newdoc\n# text = Ada wrote\nAda NNP B-PER\n# = O\n\n# O\nthe DT O")
     assert [row["tokens"] for row in conll([told])] == [["Ada", "#"], ["#", "the"]]
     assert list(conll([file("a b\tO\r\n\r\n")])) == [{"tokens": ["a b"], "tags": ["O"]}]
@@ -29,12 +33,43 @@ def test_tagged_words(file):
 
 
 def test_squad(file):
-    path = file(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "it was Ada", "qas": [
-        {"id": "1", "question": "who?", "answers": [{"text": "Ada", "answer_start": 7}]},
-        {"id": "2", "question": "why?", "answers": [], "is_impossible": True}]}]}]}))
+    path = file(
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "title": "T",
+                        "paragraphs": [
+                            {
+                                "context": "it was Ada",
+                                "qas": [
+                                    {
+                                        "id": "1",
+                                        "question": "who?",
+                                        "answers": [{"text": "Ada", "answer_start": 7}],
+                                    },
+                                    {
+                                        "id": "2",
+                                        "question": "why?",
+                                        "answers": [],
+                                        "is_impossible": True,
+                                    },
+                                ],
+                            }
+                        ],
+                    }
+                ]
+            }
+        )
+    )
     first, second = squad([path])
-    assert first == {"id": "1", "title": "T", "question": "who?", "context": "it was Ada",
-                     "answers": {"text": ["Ada"], "answer_start": [7]}}
+    assert first == {
+        "id": "1",
+        "title": "T",
+        "question": "who?",
+        "context": "it was Ada",
+        "answers": {"text": ["Ada"], "answer_start": [7]},
+    }
     assert second["answers"] == {"text": [], "answer_start": []}
     with pytest.raises(DataError, match="is not in SQuAD's format"):
         list(squad([file("{}")]))
@@ -42,7 +77,10 @@ def test_squad(file):
 
 def test_labelled_files_and_their_encoding(file):
     good = file("très bon\n\nfine\n", "good", "latin-1")
-    assert list(labelled([f"{good}=yes"], "latin-1")) == [{"text": "très bon", "label": "yes"}, {"text": "fine", "label": "yes"}]
+    assert list(labelled([f"{good}=yes"], "latin-1")) == [
+        {"text": "très bon", "label": "yes"},
+        {"text": "fine", "label": "yes"},
+    ]
     with pytest.raises(DataError, match="--encoding=utf-8 can not read it"):
         list(labelled([f"{good}=yes"]))
     with pytest.raises(DataError, match="has no label; PATH=LABEL is needed"):
@@ -51,7 +89,9 @@ def test_labelled_files_and_their_encoding(file):
 
 def test_parallel_files(file):
     assert list(parallel([file("a\nb", "s"), file("c\nd\n", "t")])) == [
-        {"source": "a", "target": "c"}, {"source": "b", "target": "d"}]
+        {"source": "a", "target": "c"},
+        {"source": "b", "target": "d"},
+    ]
     with pytest.raises(DataError, match=r"has 2 lines and .* 1; as many are needed"):
         list(parallel([file("a\nb", "s"), file("c", "t")]))
     with pytest.raises(DataError, match="1 files; two are needed"):

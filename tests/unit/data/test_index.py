@@ -33,13 +33,24 @@ def alone(shards, blocks, length=64, **values):
 def test_numbers(make):
     shards, blocks = make(ROWS)
     index = alone(shards, blocks)
-    assert (index.num_samples, index.total("num_pieces"), index.total("num_left_out")) == (20, 20, 0)
+    assert (index.num_samples, index.total("num_pieces"), index.total("num_left_out")) == (
+        20,
+        20,
+        0,
+    )
     assert index.first_samples[-1] == 20 and len(index.blocks) == len(index.measures) > 2
-    lengths = [n for i in range(len(blocks.blocks)) for n in (blocks.block(i).offsets[1:] - blocks.block(i).offsets[:-1])]
+    lengths = [
+        n
+        for i in range(len(blocks.blocks))
+        for n in (blocks.block(i).offsets[1:] - blocks.block(i).offsets[:-1])
+    ]
     assert index.total("num_tokens") == sum(lengths)
-    assert index.total("num_targets") == sum(int(blocks.block(i).targets.sum()) for i in range(len(blocks.blocks)))
+    assert index.total("num_targets") == sum(
+        int(blocks.block(i).targets.sum()) for i in range(len(blocks.blocks))
+    )
     assert [index.place(sample) for sample in range(20)] == [
-        (shards[0][sample // 7], sample % 7) for sample in range(20)]
+        (shards[0][sample // 7], sample % 7) for sample in range(20)
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -88,10 +99,14 @@ def test_an_unforeseen_error_does_not_leave_others_waiting(make):
 def test_overlong_error(make):
     shards, blocks = make(TEXTS, rows_per_shard=2, block_mib=1)
     longest = alone(shards, blocks, 1000).measures[0].longest
-    with pytest.raises(DataError, match=(
+    with pytest.raises(
+        DataError,
+        match=(
             rf"^data.overlong=error: 2 of 4 samples are longer than batch.sequence_length=32 \(longest {longest} "
             r"tokens, .*train-00001-of-00002.jsonl row 2\); set data.overlong=truncate or drop, or split for text, or "
-            r"raise batch.sequence_length$")):
+            r"raise batch.sequence_length$"
+        ),
+    ):
         alone(shards, blocks, 32)
 
 
@@ -108,21 +123,30 @@ def test_overlong_truncate_drop_split(make, caplog):
 
 def test_split_is_for_plain_text(make):
     shards, blocks = make([ROWS[0], chat("a", "fox " * 50)], overlong="split")
-    with pytest.raises(DataError, match=r"data.overlong=split: 1 of 2 samples that are not plain text are longer than "
-                                        r"batch.sequence_length=32 .*set data.overlong=truncate or drop or raise"):
+    with pytest.raises(
+        DataError,
+        match=r"data.overlong=split: 1 of 2 samples that are not plain text are longer than "
+        r"batch.sequence_length=32 .*set data.overlong=truncate or drop or raise",
+    ):
         alone(shards, blocks, 32)
 
 
 def test_nothing_to_learn_after_truncation_is_left_out(make, caplog):
     shards, blocks = make([chat("word " * 60, "x"), ROWS[0]], overlong="truncate")
     assert alone(shards, blocks, 32).total("num_pieces") == 1
-    assert "1 of 2 samples are left out: too long, or nothing to learn within batch.sequence_length=32" in caplog.text
+    assert (
+        "1 of 2 samples are left out: too long, or nothing to learn within batch.sequence_length=32"
+        in caplog.text
+    )
 
 
 def test_nothing_at_all(make):
     shards, blocks = make([chat("word " * 60, "x")], overlong="truncate")
-    with pytest.raises(DataError, match=r"none of the 1 samples of .*train-00000-of-00001.jsonl and the shards beside it "
-                                        r"has a token to learn within batch.sequence_length=32"):
+    with pytest.raises(
+        DataError,
+        match=r"none of the 1 samples of .*train-00000-of-00001.jsonl and the shards beside it "
+        r"has a token to learn within batch.sequence_length=32",
+    ):
         alone(shards, blocks, 32)
 
 
@@ -132,14 +156,19 @@ def test_a_shard_of_blank_lines_is_refused_by_name(make, tmp_path):
     shards = resolve([Source(path=str(tmp_path / "shards"))])
     data = blocks.encoder.data
     cuts = cut_into_blocks(shards, data, World(), Collectives())
-    with pytest.raises(DataError, match=r"/zz.jsonl: holds no row; each shard must hold one; remove or fill it"):
+    with pytest.raises(
+        DataError, match=r"/zz.jsonl: holds no row; each shard must hold one; remove or fill it"
+    ):
         alone(shards, BlockStore(blocks.folder, blocks.encoder, shards[0], cuts))
 
 
 def test_mixed_kinds_in_one_source_are_refused(make):
     shards, blocks = make([*ROWS[:7], *TEXTS])
-    with pytest.raises(DataError, match=r"train-00001-of-00002.jsonl: its rows are text, those of .*train-00000-of-00002"
-                                        r".jsonl are chat; shards of one source must hold one kind"):
+    with pytest.raises(
+        DataError,
+        match=r"train-00001-of-00002.jsonl: its rows are text, those of .*train-00000-of-00002"
+        r".jsonl are chat; shards of one source must hold one kind",
+    ):
         alone(shards, blocks, 256)
 
 
@@ -148,11 +177,17 @@ def test_bad_rows_are_skipped_only_where_asked_counted_and_bounded(make, tmp_pat
     shards, blocks = make(rows, bad_rows="skip")
     index = alone(shards, blocks)
     assert (index.total("num_bad"), index.total("num_left_out"), index.num_samples) == (2, 2, 20)
-    assert "data.bad_rows=skip: 2 of 20 rows can not be used and are left out; the first: " in caplog.text
+    assert (
+        "data.bad_rows=skip: 2 of 20 rows can not be used and are left out; the first: "
+        in caplog.text
+    )
     assert "row 6: messages[1].content is empty" in caplog.text
     shards, blocks = make(rows, bad_rows="skip", max_bad_rows=1)
-    with pytest.raises(DataError, match=r"data.max_bad_rows=1: 2 of 20 rows can not be used; the first: .*row 6: .*; repair "
-                                        r"them, or raise data.max_bad_rows"):
+    with pytest.raises(
+        DataError,
+        match=r"data.max_bad_rows=1: 2 of 20 rows can not be used; the first: .*row 6: .*; repair "
+        r"them, or raise data.max_bad_rows",
+    ):
         alone(shards, blocks)
 
 
@@ -167,13 +202,18 @@ def test_saved_and_loaded(make, tmp_path):
     found.verify_recipe(recipe(blocks.fingerprint, blocks.encoder.data, 64))
 
 
-@pytest.mark.parametrize("damage", [lambda body: body[:-9], lambda body: body.replace(b"jsonl", b"jsonk"), lambda body: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda body: body[:-9], lambda body: body.replace(b"jsonl", b"jsonk"), lambda body: b""],
+)
 def test_damaged_index(make, tmp_path, damage):
     shards, blocks = make(ROWS)
     store = Store(str(tmp_path / "run"))
     manifest.save(alone(shards, blocks), store, "index")
     store.write("index.json", damage(store.read("index.json")))
-    with pytest.raises(DataError, match=r"index.json: the stored index is damaged .*; remove the file"):
+    with pytest.raises(
+        DataError, match=r"index.json: the stored index is damaged .*; remove the file"
+    ):
         manifest.load(store, "index")
 
 
@@ -188,19 +228,25 @@ def test_changed_data_is_refused_by_name(make):
     (shards,), blocks = make(ROWS)
     index = alone((shards,), blocks)
     other = replace(shards[1], version="2")
-    for now, what in [((shards[0], other, shards[2]), f"{other.url} changed since the run began"),
-                      (shards[:2], f"{shards[2].url} vanished since the run began"),
-                      ((*shards, replace(other, url="/new.jsonl")), "/new.jsonl is new since the run began"),
-                      (shards[::-1], "the shards are in another order than when the run began")]:
+    for now, what in [
+        ((shards[0], other, shards[2]), f"{other.url} changed since the run began"),
+        (shards[:2], f"{shards[2].url} vanished since the run began"),
+        ((*shards, replace(other, url="/new.jsonl")), "/new.jsonl is new since the run began"),
+        (shards[::-1], "the shards are in another order than when the run began"),
+    ]:
         with pytest.raises(DataError) as caught:
             index.verify_unchanged(now)
-        assert what in str(caught.value) and "restore it, or start a run with another run.name" in str(caught.value)
+        assert what in str(
+            caught.value
+        ) and "restore it, or start a run with another run.name" in str(caught.value)
 
 
 def test_changed_recipe_is_refused(make):
     shards, blocks = make(ROWS)
     index = alone(shards, blocks)
-    with pytest.raises(DataError, match=r"other tokens than when the run began \(sequence_length was 64, is 65\)"):
+    with pytest.raises(
+        DataError, match=r"other tokens than when the run began \(sequence_length was 64, is 65\)"
+    ):
         index.verify_recipe({**index.recipe, "sequence_length": 65})
 
 
@@ -219,7 +265,9 @@ def two(make, tmp_path):
     shards = (*shards, *resolve([Source(path=str(tmp_path / "more"))]))
     data = data_section(train=["a", "b"], block_mib=0.0005, shuffle=False)
     cuts = cut_into_blocks(shards, data, World(), Collectives())
-    return shards, BlockStore(tmp_path / "two", Encoder(blocks.encoder.tokenizer, data), (*shards[0], *shards[1]), cuts)
+    return shards, BlockStore(
+        tmp_path / "two", Encoder(blocks.encoder.tokenizer, data), (*shards[0], *shards[1]), cuts
+    )
 
 
 @pytest.mark.parametrize("count", [6, 20, 22])
@@ -227,9 +275,15 @@ def test_sources_beyond_the_first_samples_are_not_refused(two, count):
     shards, blocks = two
     index = alone(shards, blocks, max_samples=count)
     assert index.num_samples == count
-    loader = Loader(Plan(index.counts, index.sources, blocks.encoder.data, batch_section(), 0), index, blocks)
-    seen = [piece for batches in loader.iterate(0, loader.steps_of_a_pass, range(2)) for batch in batches
-            for piece in batch.pieces[:, 0].tolist()]
+    loader = Loader(
+        Plan(index.counts, index.sources, blocks.encoder.data, batch_section(), 0), index, blocks
+    )
+    seen = [
+        piece
+        for batches in loader.iterate(0, loader.steps_of_a_pass, range(2))
+        for batch in batches
+        for piece in batch.pieces[:, 0].tolist()
+    ]
     assert sorted(seen) == list(range(count))
 
 
@@ -246,7 +300,9 @@ def test_an_error_in_the_block_where_the_first_samples_end_is_raised_on_all(two,
 
     shards, blocks = two
     measure = module.cutting.measure
-    monkeypatch.setattr(module.cutting, "measure", lambda *values: measure(*values) if len(values) < 4 else 1 / 0)
+    monkeypatch.setattr(
+        module.cutting, "measure", lambda *values: measure(*values) if len(values) < 4 else 1 / 0
+    )
 
     def rank(world, collectives):
         own = BlockStore(blocks.folder, blocks.encoder, blocks.shards, blocks.blocks)

@@ -31,10 +31,15 @@ def test_assembled_by_hand():
     pieces = np.array([[7, 0, 3, 0], [2, 4, 2, 0], [5, 0, 2, 1]])
     batch = assemble(tokens, learned, pieces, np.array([0, 0, 1]), lane=3)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21], [30, 31, 0, 0, 0]]
-    assert batch.target_ids.tolist() == [[11, 12, IGNORED, 21, IGNORED], [31, IGNORED, IGNORED, IGNORED, IGNORED]]
+    assert batch.target_ids.tolist() == [
+        [11, 12, IGNORED, 21, IGNORED],
+        [31, IGNORED, IGNORED, IGNORED, IGNORED],
+    ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     assert (batch.num_target_tokens, batch.num_tokens, batch.lane) == (4, 7, 3)
-    assert {array.dtype for array in (batch.input_ids, batch.target_ids, batch.position_ids)} == {np.dtype(np.int64)}
+    assert {array.dtype for array in (batch.input_ids, batch.target_ids, batch.position_ids)} == {
+        np.dtype(np.int64)
+    }
 
 
 def test_targets_are_those_of_the_samples(loader):
@@ -48,13 +53,21 @@ def test_targets_are_those_of_the_samples(loader):
                 for _ in loader.packed(slot.epoch, slot.block).sequence(slot.sequence):
                     sample, first, size, _ = next(pieces)
                     tokenised = loader.store.block(slot.block)
-                    start = int(tokenised.offsets[sample - loader.index.first_samples[slot.block]]) + first
-                    tokens, learned = (array[start:start + size] for array in (tokenised.tokens, tokenised.targets))
+                    start = (
+                        int(tokenised.offsets[sample - loader.index.first_samples[slot.block]])
+                        + first
+                    )
+                    tokens, learned = (
+                        array[start : start + size]
+                        for array in (tokenised.tokens, tokenised.targets)
+                    )
                     at = slice(column, column + size)
                     assert np.array_equal(batch.input_ids[row, at], tokens)
                     assert batch.position_ids[row, at].tolist() == list(range(size))
                     assert batch.target_ids[row, at].tolist() == [
-                        *np.where(learned[1:], tokens[1:], IGNORED).tolist(), IGNORED]
+                        *np.where(learned[1:], tokens[1:], IGNORED).tolist(),
+                        IGNORED,
+                    ]
                     column = at.stop
                     seen.append(sample)
                 assert (batch.target_ids[row, column:] == IGNORED).all()
@@ -79,8 +92,11 @@ def test_absent_lane_is_an_empty_batch(make_loader):
 
 
 def test_split_text_is_learned_across_all_pieces(make_loader):
-    loader = make_loader([{"text": "the quick brown fox jumps " * 40}], batch_section(sequence_length=32),
-                         overlong="split")
+    loader = make_loader(
+        [{"text": "the quick brown fox jumps " * 40}],
+        batch_section(sequence_length=32),
+        overlong="split",
+    )
     batches = [b for step in range(loader.steps_of_a_pass) for b in loader.batches(step, range(2))]
     length, pieces = int(loader.store.block(0).offsets[-1]), loader.index.total("num_pieces")
     assert sum(batch.num_tokens for batch in batches) == length
@@ -98,7 +114,9 @@ def test_all_targets_of_the_index_come_once(make_loader, values):
 def test_epochs_are_recorded_with_the_pieces(make_loader):
     loader = make_loader(ROWS)
     steps = 2 * loader.steps_of_a_pass
-    pieces = np.concatenate([b.pieces for step in range(steps) for b in loader.batches(step, range(2))])
+    pieces = np.concatenate(
+        [b.pieces for step in range(steps) for b in loader.batches(step, range(2))]
+    )
     for epoch in range(2):
         assert sorted(pieces[pieces[:, 3] == epoch, 0].tolist()) == list(range(30))
 
@@ -107,9 +125,14 @@ def test_an_index_that_does_not_fit_the_blocks_is_refused(make_loader):
     from dataclasses import replace
 
     loader = make_loader(ROWS)
-    measures = tuple(replace(found, num_sequences=found.num_sequences + 1) for found in loader.index.measures)
+    measures = tuple(
+        replace(found, num_sequences=found.num_sequences + 1) for found in loader.index.measures
+    )
     loader.index = replace(loader.index, measures=measures)
-    with pytest.raises(DataError, match=r"makes \d+ sequences, the run's index says \d+; the index was made by another"):
+    with pytest.raises(
+        DataError,
+        match=r"makes \d+ sequences, the run's index says \d+; the index was made by another",
+    ):
         loader.batches(0, range(2))
 
 
@@ -164,8 +187,13 @@ def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
 def test_closing_does_not_wait_for_a_block_that_is_being_made(loader, monkeypatch):
     begun_to_wait, made, direct = threading.Event(), threading.Event(), loader.batches
     monkeypatch.setattr(module, "CLOSE_S", 0.2)
-    monkeypatch.setattr(loader, "batches", lambda step, lanes: direct(step, lanes) if not step else (
-        begun_to_wait.set(), made.wait(20)))
+    monkeypatch.setattr(
+        loader,
+        "batches",
+        lambda step, lanes: (
+            direct(step, lanes) if not step else (begun_to_wait.set(), made.wait(20))
+        ),
+    )
     stream = loader.iterate(0, 10, range(2))
     next(stream)
     assert begun_to_wait.wait(5)

@@ -10,7 +10,9 @@ from dist_ft.data.masking import Masking
 MASK, VOCABULARY = 3, 1000
 
 
-def batch(*sizes: int, epoch: int = 0, first_sample: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def batch(
+    *sizes: int, epoch: int = 0, first_sample: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tokens = (np.arange(sum(sizes)) % 900 + 50).astype(np.int32)
     labels = tokens.copy()
     starts = np.cumsum(sizes) - sizes
@@ -28,7 +30,9 @@ def test_shares_are_those_of_the_paper():
     found, wanted = masking().apply(tokens, labels, pieces)
     chosen = wanted != IGNORED
     assert abs(chosen.mean() / 0.15 - 1) < 0.05
-    assert np.array_equal(wanted[chosen], tokens[chosen]) and np.array_equal(found[~chosen], tokens[~chosen])
+    assert np.array_equal(wanted[chosen], tokens[chosen]) and np.array_equal(
+        found[~chosen], tokens[~chosen]
+    )
     assert not chosen[labels == IGNORED].any(), "special tokens are never masked"
     assert abs((found[chosen] == MASK).mean() - 0.8) < 0.02
     assert abs((found[chosen] == tokens[chosen]).mean() - 0.1) < 0.02
@@ -43,7 +47,11 @@ def test_a_sample_is_masked_alike_wherever_it_stands():
 
 
 def test_epochs_and_seeds_differ():
-    found = [masking(seed=seed).apply(*batch(200, epoch=epoch))[0].tobytes() for seed in (1, 2) for epoch in (0, 1)]
+    found = [
+        masking(seed=seed).apply(*batch(200, epoch=epoch))[0].tobytes()
+        for seed in (1, 2)
+        for epoch in (0, 1)
+    ]
     assert len(set(found)) == 4
 
 

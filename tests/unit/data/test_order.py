@@ -24,7 +24,9 @@ def test_golden_values_never_change():
 
 
 def test_seed_and_epoch_change_the_order():
-    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
+    orders = {
+        tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)
+    }
     assert len(orders) == 25
 
 

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from dist_ft.data.packing import pack, sequences_of
 
 
-@given(st.integers(1, 300).flatmap(
-    lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=200))))
+@given(
+    st.integers(1, 300).flatmap(
+        lambda capacity: st.tuples(
+            st.just(capacity), st.lists(st.integers(1, capacity), max_size=200)
+        )
+    )
+)
 def test_no_sequence_exceeds_capacity(case):
     capacity, lengths = case
     assigned = pack(np.array(lengths, dtype=np.int64), capacity)
@@ -24,8 +29,12 @@ def test_no_sequence_exceeds_capacity(case):
 
 def test_fill_on_lognormal_lengths():
     """Median 350, sigma 1, cut at 2048: at least 98 % of every position is a token."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(350), 1, 8 * 4096).astype(np.int64), 1, 2048)
-    sequences = sum(int(pack(lengths[i:i + 4096], 2048).max()) + 1 for i in range(0, len(lengths), 4096))
+    lengths = np.clip(
+        np.random.default_rng(0).lognormal(np.log(350), 1, 8 * 4096).astype(np.int64), 1, 2048
+    )
+    sequences = sum(
+        int(pack(lengths[i : i + 4096], 2048).max()) + 1 for i in range(0, len(lengths), 4096)
+    )
     assert lengths.sum() / (sequences * 2048) >= 0.98
 
 
@@ -62,5 +71,8 @@ def test_epochs_pack_differently():
 def test_unshuffled_sequences_follow_their_first_piece():
     members, offsets = sequences_of(np.array([10, 60, 54, 4]), 64, True, None)
     assert [members[a:b].tolist() for a, b in pairwise(offsets)] == [[0, 2], [1, 3]]
-    assert [value.tolist() for value in sequences_of(np.array([5, 6]), 64, False, None)] == [[0, 1], [0, 1, 2]]
+    assert [value.tolist() for value in sequences_of(np.array([5, 6]), 64, False, None)] == [
+        [0, 1],
+        [0, 1, 2],
+    ]
     assert [len(value) for value in sequences_of(np.zeros(0, int), 64, True, 3)] == [0, 1]

@@ -21,16 +21,31 @@ def plan_of(counts, seed=0, global_batch=4, micro_batch=1, **data):
     section = data_section(**{"train": [f"s{i}" for i in range(len(sources))], **data})
     flat = np.array([count for source in sources for count in source])
     numbers = np.array([i for i, source in enumerate(sources) for _ in source])
-    return Plan(flat, numbers, section, batch_section(global_batch=global_batch, micro_batch=micro_batch), seed)
+    return Plan(
+        flat,
+        numbers,
+        section,
+        batch_section(global_batch=global_batch, micro_batch=micro_batch),
+        seed,
+    )
 
 
 def walk(plan, steps, first=0):
-    return [[plan.slots(step, lane) for lane in range(plan.num_lanes)] for step in range(first, first + steps)]
+    return [
+        [plan.slots(step, lane) for lane in range(plan.num_lanes)]
+        for step in range(first, first + steps)
+    ]
 
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=25).filter(sum)
-CASES = st.tuples(COUNTS, st.integers(1, 5), st.integers(1, 4), st.integers(1, 12), st.booleans(),
-                  st.integers(0, 2**63 - 1))
+CASES = st.tuples(
+    COUNTS,
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 2**63 - 1),
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,8 +66,13 @@ def test_once(case):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(COUNTS, min_size=2, max_size=4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**63 - 1),
-       st.lists(st.floats(0.01, 10), min_size=4, max_size=4))
+@given(
+    st.lists(COUNTS, min_size=2, max_size=4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(0, 2**63 - 1),
+    st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
+)
 def test_once_in_every_epoch_of_every_source_when_mixed(sources, lanes, size, seed, weights):
     train = [{"path": f"s{i}", "weight": weights[i]} for i in range(len(sources))]
     plan = plan_of(sources, seed, lanes * size, size, train=train)
@@ -65,10 +85,13 @@ def test_once_in_every_epoch_of_every_source_when_mixed(sources, lanes, size, se
                 seen[where] = True
     for source, counts in enumerate(sources):
         reached = max((epoch for number, epoch, _, _ in seen if number == source), default=0)
-        held = [sum(1 for number, at, _, _ in seen if (number, at) == (source, epoch)) for epoch in range(reached + 1)]
+        held = [
+            sum(1 for number, at, _, _ in seen if (number, at) == (source, epoch))
+            for epoch in range(reached + 1)
+        ]
         # lanes of one round may be apart by a round's draws; an epoch that far behind is whole
         whole = [count == sum(counts) for count in held]
-        assert all(whole[:max(0, reached - 1 - 256 * lanes // max(1, sum(counts)))]), held
+        assert all(whole[: max(0, reached - 1 - 256 * lanes // max(1, sum(counts)))]), held
 
 
 @given(CASES)
@@ -76,7 +99,12 @@ def test_once_in_every_epoch_of_every_source_when_mixed(sources, lanes, size, se
 def test_any_step_first(case):
     """A plan asked for its last step only gives what one asked for all gives: nothing is carried along."""
     counts, lanes, size, window, shuffle, seed = case
-    values = {"global_batch": lanes * size, "micro_batch": size, "shuffle": shuffle, "shuffle_blocks": window}
+    values = {
+        "global_batch": lanes * size,
+        "micro_batch": size,
+        "shuffle": shuffle,
+        "shuffle_blocks": window,
+    }
     walked = walk(plan_of(counts, seed, **values), 40)
     assert walk(plan_of(counts, seed, **values), 1, first=39) == walked[39:]
 
@@ -97,8 +125,9 @@ def test_nothing_world_like_goes_in(monkeypatch):
 
 def test_unshuffled_lies_in_order():
     plan = plan_of([2, 3, 1], shuffle=False, global_batch=2)
-    assert [[(slot.block, slot.sequence) for lane in step for slot in lane] for step in walk(plan, 3)] == [
-        [(0, 0), (0, 1)], [(1, 0), (1, 1)], [(1, 2), (2, 0)]]
+    assert [
+        [(slot.block, slot.sequence) for lane in step for slot in lane] for step in walk(plan, 3)
+    ] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(1, 2), (2, 0)]]
 
 
 def test_a_lane_reads_few_blocks_at_a_time():
@@ -118,15 +147,30 @@ def test_epochs_and_seeds_differ():
         plan = plan_of([5] * 40, seed, shuffle_blocks=4)
         for epoch in range(3):
             first = epoch * 50
-            orders.add(tuple(slot.block for step in walk(plan, 50, first=first) for lane in step for slot in lane))
+            orders.add(
+                tuple(
+                    slot.block
+                    for step in walk(plan, 50, first=first)
+                    for lane in step
+                    for slot in lane
+                )
+            )
     assert len(orders) == 9
 
 
 def test_total_steps():
     plan = plan_of([10], global_batch=4)
-    assert plan.total_steps(ScheduleSection(epochs=3)) == 9  # ten sequences: two whole steps and a partial one, thrice
+    assert (
+        plan.total_steps(ScheduleSection(epochs=3)) == 9
+    )  # ten sequences: two whole steps and a partial one, thrice
     assert plan.total_steps(ScheduleSection(steps=100)) == 100
-    assert [plan.locate(step) for step in (0, 2, 3, 8, 100)] == [(0, 0), (0, 2), (1, 0), (2, 2), (33, 1)]
+    assert [plan.locate(step) for step in (0, 2, 3, 8, 100)] == [
+        (0, 0),
+        (0, 2),
+        (1, 0),
+        (2, 2),
+        (33, 1),
+    ]
     assert plan.epochs_of(3) == [1.0] and plan.drawn_by_all(8) == [20]
     with pytest.raises(ValueError, match="step=-1: steps count from 0"):
         plan.slots(-1, 0)
@@ -138,7 +182,10 @@ def test_epochs_of_several_sources_and_repeats():
     assert [plan.steps_of(n) for n in range(4)] == [0, 5, 10, 15]
     slots = [slot for step in walk(plan, plan.steps_of(2)) for lane in step for slot in lane]
     assert len(slots) == len(set(slots)) == 40
-    assert plan.drawn_by_all(plan.steps_of(2)) == [20, 20] and plan.epochs_of(plan.steps_of(2)) == [2.0, 5.0]
+    assert plan.drawn_by_all(plan.steps_of(2)) == [20, 20] and plan.epochs_of(plan.steps_of(2)) == [
+        2.0,
+        5.0,
+    ]
 
 
 def test_what_blocks_come_next():
@@ -161,10 +208,14 @@ def test_threads_that_ask_at_once_see_the_same_epochs(monkeypatch):
         return plan_of([5, 9, 3], train=[{"path": "s", "repeat": 0.25}])
 
     alone, plan, size = quarter(), quarter(), Mixture.size
-    monkeypatch.setattr(Mixture, "size", lambda self, epoch: (time.sleep(0.001), size(self, epoch))[1])
+    monkeypatch.setattr(
+        Mixture, "size", lambda self, epoch: (time.sleep(0.001), size(self, epoch))[1]
+    )
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(plan.steps_of, [20] * 4))
-    assert [plan.steps_of(epoch) for epoch in range(21)] == [alone.steps_of(epoch) for epoch in range(21)]
+    assert [plan.steps_of(epoch) for epoch in range(21)] == [
+        alone.steps_of(epoch) for epoch in range(21)
+    ]
 
 
 @settings(max_examples=80, deadline=None)
@@ -172,18 +223,37 @@ def test_threads_that_ask_at_once_see_the_same_epochs(monkeypatch):
 def test_once_in_micro_batches_of_like_length(case, size):
     """Bucketed: each sequence once an epoch, and but for seams micro-batches are neighbours of one block."""
     counts, lanes, _, window, shuffle, seed = case
-    plan = plan_of(counts, seed, lanes * size, size, shuffle=shuffle, shuffle_blocks=window, bucket=8, pack=False)
+    plan = plan_of(
+        counts,
+        seed,
+        lanes * size,
+        size,
+        shuffle=shuffle,
+        shuffle_blocks=window,
+        bucket=8,
+        pack=False,
+    )
     everything = [(block, i) for block, count in enumerate(counts) for i in range(count)]
     for epoch in range(2):
-        slots = [slot for step in walk(plan, plan.steps_of(1), first=epoch * plan.steps_of(1)) for lane in step
-                 for slot in lane]
+        slots = [
+            slot
+            for step in walk(plan, plan.steps_of(1), first=epoch * plan.steps_of(1))
+            for lane in step
+            for slot in lane
+        ]
         assert sorted((slot.block, slot.sequence) for slot in slots) == everything
 
 
 def test_buckets_are_walked_whole():
     plan = plan_of([64, 64, 64], 5, 8, 4, bucket=8, pack=False)
     lanes = [lane for step in walk(plan, plan.steps_of(1)) for lane in step]
-    whole = [lane for lane in lanes if len({slot.block for slot in lane}) == 1
-             and [slot.sequence for slot in lane] == list(range(lane[0].sequence, lane[0].sequence + 4))]
+    whole = [
+        lane
+        for lane in lanes
+        if len({slot.block for slot in lane}) == 1
+        and [slot.sequence for slot in lane] == list(range(lane[0].sequence, lane[0].sequence + 4))
+    ]
     assert len(whole) == len(lanes) == 48
-    assert [lane[0].sequence for lane in lanes[:16]] != sorted(lane[0].sequence for lane in lanes[:16]), "but shuffled"
+    assert [lane[0].sequence for lane in lanes[:16]] != sorted(
+        lane[0].sequence for lane in lanes[:16]
+    ), "but shuffled"

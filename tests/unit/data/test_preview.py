@@ -12,9 +12,13 @@ ROWS = [chat(f"q {i}", "the fox " * (1 + i % 5)) for i in range(30)]
 def test_golden_preview(make_loader):
     text = preview(make_loader([chat("hello", "the fox", system="be [quick]")]), num_samples=3)
     head, *body = text.split("\n\n")[0].split("\n", 1)
-    assert head.startswith("sample 0 (") and head.endswith("train-00000-of-00001.jsonl row 1): 26 tokens, 3 learned")
-    assert body == ["<|im_start|>system\nbe [quick]<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
-                    "<|im_start|>assistant\n[[the fox<|im_end|>]]"]
+    assert head.startswith("sample 0 (") and head.endswith(
+        "train-00000-of-00001.jsonl row 1): 26 tokens, 3 learned"
+    )
+    assert body == [
+        "<|im_start|>system\nbe [quick]<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        "<|im_start|>assistant\n[[the fox<|im_end|>]]"
+    ]
     assert "samples    1\n" in text and "steps      1 an epoch" in text
 
 
@@ -24,11 +28,13 @@ def test_rich_markup_survives_brackets(make_loader):
     text = preview(make_loader([chat("[red]x[/red]", "a [b]")]), rich=True)
     shown = Text.from_markup(text)
     assert "[red]x[/red]" in shown.plain and "a [b]<|im_end|>" in shown.plain
-    assert [shown.plain[span.start:span.end] for span in shown.spans] == ["a [b]<|im_end|>"]
+    assert [shown.plain[span.start : span.end] for span in shown.spans] == ["a [b]<|im_end|>"]
 
 
 def lengths_of(loader):
-    return np.concatenate([np.diff(loader.store.block(i).offsets) for i in range(len(loader.index.blocks))])
+    return np.concatenate(
+        [np.diff(loader.store.block(i).offsets) for i in range(len(loader.index.blocks))]
+    )
 
 
 def test_statistics(make_loader):
@@ -55,4 +61,6 @@ def test_sentencepiece_keeps_its_blanks():
     tokenizer = shared_tokenizer("stories260k")
     tokens = np.array(tokenizer("Once upon a time", add_special_tokens=False)["input_ids"])
     learned = np.arange(len(tokens)) >= len(tokens) // 2
-    assert mark(tokenizer, tokens, learned).replace("[[", "").replace("]]", "") == "Once upon a time"
+    assert (
+        mark(tokenizer, tokens, learned).replace("[[", "").replace("]]", "") == "Once upon a time"
+    )

@@ -30,11 +30,16 @@ def encoder(tokenizer, template="say {text} :", length=40, task=TASK, data=None,
 
 
 def texts(tokenizer, encoded):
-    return [tokenizer.decode(encoded.tokens[a:b]) for a, b in itertools.pairwise(encoded.offsets.tolist())]
+    return [
+        tokenizer.decode(encoded.tokens[a:b])
+        for a, b in itertools.pairwise(encoded.offsets.tolist())
+    ]
 
 
 def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokenizer):
-    encoded = encoder(tokenizer).encode([{"text": "the fox", "label": "tea"}, {"text": "old {stones}", "label": "bread"}], "u")
+    encoded = encoder(tokenizer).encode(
+        [{"text": "the fox", "label": "tea"}, {"text": "old {stones}", "label": "bread"}], "u"
+    )
     assert texts(tokenizer, encoded) == ["say the fox :", "say old {stones} :"]
     firsts = encoded.offsets[:-1]
     assert encoded.targets[firsts].tolist() == [1, 0]
@@ -43,15 +48,19 @@ def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokeni
 
 def test_pairs_have_their_place(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
-    encoded = encoder(tokenizer, "{text} and {pair} :", task=task).encode([{"text": "tea", "other": "news", "label": "tea"}], "u")
+    encoded = encoder(tokenizer, "{text} and {pair} :", task=task).encode(
+        [{"text": "tea", "other": "news", "label": "tea"}], "u"
+    )
     assert texts(tokenizer, encoded) == ["tea and news :"]
 
 
 def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
     words = encoder(tokenizer, verbalisers={"bread": " seven wise owls", "tea": " tea"}).words()
     whole = tokenizer("say x : seven wise owls")["input_ids"]
-    assert tuple(whole[-len(words.ids[0]):]) == words.ids[0]
-    assert tokenizer.decode(words.ids[0]) == " seven wise owls" and words.longest == len(words.ids[0])
+    assert tuple(whole[-len(words.ids[0]) :]) == words.ids[0]
+    assert tokenizer.decode(words.ids[0]) == " seven wise owls" and words.longest == len(
+        words.ids[0]
+    )
 
 
 def test_the_label_itself_is_its_words_by_default():
@@ -61,7 +70,10 @@ def test_the_label_itself_is_its_words_by_default():
 
 @pytest.mark.parametrize("words", ["ea", "ea and news of tea", ""])
 def test_words_that_melt_into_the_prompt_are_refused(tokenizer, words):
-    with pytest.raises(ConfigError, match=f"prompting\\.verbalisers='{words}': after the template's end ' t' it is no token"):
+    with pytest.raises(
+        ConfigError,
+        match=f"prompting\\.verbalisers='{words}': after the template's end ' t' it is no token",
+    ):
         prompts.word_tokens(exact_backend(tokenizer), "{text} t", words)
 
 
@@ -81,7 +93,12 @@ def test_a_long_text_loses_its_end_and_the_prompt_stays(tokenizer):
 def test_of_two_texts_the_longer_is_cut(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
     made = encoder(tokenizer, "{text} and {pair} :", 18, task, {"overlong": "truncate"})
-    (text,) = texts(tokenizer, made.encode([{"text": "seven wise owls", "other": "old stones " * 30, "label": "tea"}], "u"))
+    (text,) = texts(
+        tokenizer,
+        made.encode(
+            [{"text": "seven wise owls", "other": "old stones " * 30, "label": "tea"}], "u"
+        ),
+    )
     assert text.startswith("seven wise owls and old") and text.endswith(" :")
 
 
@@ -89,21 +106,38 @@ def test_too_long_a_row_is_an_error_or_dropped(tokenizer):
     row = {"text": "old stones " * 30, "label": "tea"}
     with pytest.raises(DataError, match=r"u row 1: its prompt has \d+ tokens; \d+ are allowed"):
         encoder(tokenizer, length=16).encode([row], "u")
-    dropped = encoder(tokenizer, length=16, data={"overlong": "drop"}).encode([row, {"text": "tea", "label": "tea"}], "u")
+    dropped = encoder(tokenizer, length=16, data={"overlong": "drop"}).encode(
+        [row, {"text": "tea", "label": "tea"}], "u"
+    )
     lengths = [b - a for a, b in itertools.pairwise(dropped.offsets.tolist())]
-    assert lengths[0] > 16 >= lengths[1], "the plan leaves out what is longer than a sequence, and counts it"
+    assert lengths[0] > 16 >= lengths[1], (
+        "the plan leaves out what is longer than a sequence, and counts it"
+    )
     with pytest.raises(DataError, match="longer without any text"):
-        encoder(tokenizer, "while seven wise owls watch rivers run {text} :", 8, data={"overlong": "truncate"}).encode([row], "u")
+        encoder(
+            tokenizer,
+            "while seven wise owls watch rivers run {text} :",
+            8,
+            data={"overlong": "truncate"},
+        ).encode([row], "u")
 
 
 def test_drawing_takes_so_many_of_each_kind_by_seed():
     samples = [(kind, (kind, number)) for number, kind in enumerate("abcab" * 40)]
     first = prompts.draw(iter(samples), 3, 7)
     assert first == prompts.draw(samples, 3, 7), "the same again"
-    assert {kind: sum(own == kind for own, _ in first) for kind in "abc"} == {"a": 3, "b": 3, "c": 3}
+    assert {kind: sum(own == kind for own, _ in first) for kind in "abc"} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
     assert len(set(first)) == 9 and first != prompts.draw(samples, 3, 8)
-    assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), "labels do not come in blocks"
-    assert sorted(prompts.draw(samples[:4], 9, 7)) == sorted(own for _, own in samples[:4]), "no more than there are"
+    assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), (
+        "labels do not come in blocks"
+    )
+    assert sorted(prompts.draw(samples[:4], 9, 7)) == sorted(own for _, own in samples[:4]), (
+        "no more than there are"
+    )
 
 
 def test_every_sample_is_drawn_as_often():

@@ -25,12 +25,20 @@ ROWS = [chat(f"question {i}", f"answer {i}") for i in range(40)]
 
 
 def same(a, b):
-    return a.format == b.format and a.checksum == b.checksum and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "targets", "offsets"))
+    return (
+        a.format == b.format
+        and a.checksum == b.checksum
+        and all(
+            np.array_equal(getattr(a, name), getattr(b, name))
+            for name in ("tokens", "targets", "offsets")
+        )
+    )
 
 
 def again(store, **values):
-    return BlockStore(values.pop("folder", store.folder), store.encoder, store.shards, store.blocks, **values)
+    return BlockStore(
+        values.pop("folder", store.folder), store.encoder, store.shards, store.blocks, **values
+    )
 
 
 def test_made_once_then_read(make, monkeypatch):
@@ -44,9 +52,13 @@ def test_made_once_then_read(make, monkeypatch):
 
 def test_the_rows_of_all_blocks_are_all_rows_in_order(make):
     _, store = make(ROWS)
-    text = "".join(store.encoder.tokenizer.decode(store.block(i).tokens) for i in range(len(store.blocks)))
-    whole = "".join(f"<|im_start|>user\nquestion {i}<|im_end|>\n<|im_start|>assistant\nanswer {i}<|im_end|>\n"
-                    for i in range(40))
+    text = "".join(
+        store.encoder.tokenizer.decode(store.block(i).tokens) for i in range(len(store.blocks))
+    )
+    whole = "".join(
+        f"<|im_start|>user\nquestion {i}<|im_end|>\n<|im_start|>assistant\nanswer {i}<|im_end|>\n"
+        for i in range(40)
+    )
     assert text == whole
 
 
@@ -69,7 +81,9 @@ def test_blocks_that_were_let_go_come_back(make):
 
 def test_bad_row_leaves_nothing_behind(make):
     _, store = make([*ROWS[:3], chat("a", "")], block_mib=1)
-    with pytest.raises(DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"):
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"
+    ):
         store.block(0)
     assert os.listdir(store.folder) == []
 
@@ -77,7 +91,9 @@ def test_bad_row_leaves_nothing_behind(make):
 def test_bad_row_deep_in_a_shard_is_named_by_its_true_number(make):
     _, store = make([*ROWS[:33], chat("a", ""), *ROWS[33:]], rows_per_shard=100)
     assert len(store.blocks) > 3
-    with pytest.raises(DataError, match=r"train-00000-of-00001.jsonl row 34: messages\[1\].content is empty"):
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00001.jsonl row 34: messages\[1\].content is empty"
+    ):
         for number in range(len(store.blocks)):
             store.block(number)
 
@@ -85,7 +101,9 @@ def test_bad_row_deep_in_a_shard_is_named_by_its_true_number(make):
 def test_unusable_folder(make, tmp_path):
     _, store = make(ROWS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"data.cache_dir=.*file: can not be used .*; name another"):
+    with pytest.raises(
+        StorageError, match=r"data.cache_dir=.*file: can not be used .*; name another"
+    ):
         again(store, folder=tmp_path / "file").block(0)
 
 
@@ -98,8 +116,11 @@ def test_altered_data_of_the_same_size_and_version_is_refused(make, tmp_path):
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
     fresh = again(store, folder=tmp_path / "other")
     fresh.checksums = store.checksums
-    with pytest.raises(DataError, match=r"train-00000-of-00006.jsonl.*gives other tokens than when the run began, though "
-                                        r"its size and version are the same; .* restore it, or start a run"):
+    with pytest.raises(
+        DataError,
+        match=r"train-00000-of-00006.jsonl.*gives other tokens than when the run began, though "
+        r"its size and version are the same; .* restore it, or start a run",
+    ):
         for number in range(len(store.blocks)):
             fresh.block(number)
 
@@ -108,7 +129,9 @@ def test_changed_shard_is_refused(make, tmp_path):
     _, store = make(ROWS)
     with open(tmp_path / "shards" / "train-00000-of-00006.jsonl", "a") as file:
         file.write("{}\n")
-    with pytest.raises(DataError, match=r"train-00000-of-00006.jsonl: the shard changed after the data was listed"):
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00006.jsonl: the shard changed after the data was listed"
+    ):
         store.block(0)
 
 
@@ -118,7 +141,9 @@ def test_a_pass_over_a_compressed_shard_makes_all_its_blocks(tmp_path, make):
     _, plain = make(ROWS, block_mib=0.0005)
     folder = tmp_path / "zipped"
     folder.mkdir()
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS), 0))
+    (folder / "a.jsonl.gz").write_bytes(
+        gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS), 0)
+    )
     shards = resolve([Source(path=str(folder))])
     blocks = cut_into_blocks(shards, plain.encoder.data, World(), Collectives())
     assert len(blocks) > 3
@@ -153,7 +178,9 @@ def test_errors_of_a_process_are_those_of_the_worker(make, tmp_path, monkeypatch
     _, plain = make([*ROWS[:3], chat("a", "")], block_mib=1)
     pool = TokeniserPool(1, plain.encoder, float("inf"), {})
     store = again(plain, folder=tmp_path / "pooled", pool=pool)
-    with pytest.raises(DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"):
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00001.jsonl row 4: messages\[1\].content is empty"
+    ):
         store.block(0)
     store.close()
     assert not any(thread.is_alive() for thread in store._threads._threads)
@@ -180,7 +207,9 @@ def test_closing_does_not_wait_for_busy_processes(make, tmp_path, monkeypatch):
     begun = time.monotonic()
     store.close()
     assert time.monotonic() - begun < 3
-    assert all(future.cancelled() or isinstance(future.exception(), StorageError) for future in futures)
+    assert all(
+        future.cancelled() or isinstance(future.exception(), StorageError) for future in futures
+    )
     assert pool._started == [process] and process.returncode == -signal.SIGKILL
     with pytest.raises(StorageError, match="data: the tokeniser processes were ended"):
         pool.run({})
@@ -188,7 +217,9 @@ def test_closing_does_not_wait_for_busy_processes(make, tmp_path, monkeypatch):
 
 def test_little_data_needs_no_process(make, tmp_path):
     _, plain = make(ROWS)
-    store = again(plain, folder=tmp_path / "other", pool=TokeniserPool(1, plain.encoder, float("inf"), {}))
+    store = again(
+        plain, folder=tmp_path / "other", pool=TokeniserPool(1, plain.encoder, float("inf"), {})
+    )
     store.block(0)
     assert store._pool is None
 
@@ -206,11 +237,19 @@ def grouped(make, tmp_path):
 
 def test_blocks_of_one_row_group_are_made_in_one_pass(grouped, monkeypatch):
     tasks, run_task = [], module.run_task
-    monkeypatch.setattr(module, "run_task", lambda encoder, task, limit: (
-        tasks.append(len(task["blocks"])), run_task(encoder, task, limit)))
+    monkeypatch.setattr(
+        module,
+        "run_task",
+        lambda encoder, task, limit: (
+            tasks.append(len(task["blocks"])),
+            run_task(encoder, task, limit),
+        ),
+    )
     wanted = list(range(1, len(grouped.blocks)))
     found = list(grouped.each(wanted))
-    assert [number for number, _ in found] == wanted and tasks == [len(wanted)], "all that are wanted, no other"
+    assert [number for number, _ in found] == wanted and tasks == [len(wanted)], (
+        "all that are wanted, no other"
+    )
     assert not grouped.path(0).exists()
     assert sum(len(block.offsets) - 1 for _, block in found) < len(ROWS)
 
@@ -226,5 +265,7 @@ def test_each_shard_of_a_block_must_be_unchanged(make, tmp_path):
     assert len(store.blocks) == 1 and len(store.shards) > 3
     path = tmp_path / "shards" / "train-00001-of-00006.jsonl"
     path.write_text(path.read_text() + json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(DataError, match=r"train-00001-of-00006.jsonl: the shard changed after the data was listed"):
+    with pytest.raises(
+        DataError, match=r"train-00001-of-00006.jsonl: the shard changed after the data was listed"
+    ):
         store.block(0)

@@ -12,9 +12,17 @@ import ports
 import pytest
 from unit.small import make_engine, train
 
-CASES = [(0, "float32", "adamw"), (0, "float32", "sgd"), (0, "float32", "adafactor"), (1, "float32", "adamw"),
-         (1, "bfloat16", "adamw"), (2, "float32", "sgd"), (2, "bfloat16", "adamw"), (3, "float32", "adamw"),
-         (3, "bfloat16", "sgd")]
+CASES = [
+    (0, "float32", "adamw"),
+    (0, "float32", "sgd"),
+    (0, "float32", "adafactor"),
+    (1, "float32", "adamw"),
+    (1, "bfloat16", "adamw"),
+    (2, "float32", "sgd"),
+    (2, "bfloat16", "adamw"),
+    (3, "float32", "adamw"),
+    (3, "bfloat16", "sgd"),
+]
 PROGRAM = """
 import json, logging, os, sys
 import torch.distributed as dist
@@ -68,11 +76,24 @@ def found(tmp_path_factory) -> dict[str, dict]:
     """What every case gave, from one process."""
     out = tmp_path_factory.mktemp("deepspeed") / "model"
     port = ports.free()
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1",
-           "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-           "TORCH_EXTENSIONS_DIR": str(out.parent)}
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(CASES), str(out)], env=env,
-                         capture_output=True, text=True, timeout=300)
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "TORCH_EXTENSIONS_DIR": str(out.parent),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(CASES), str(out)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(out.with_suffix(".json").read_text())
 
@@ -80,15 +101,21 @@ def found(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_state_goes_out_and_in_whole(found, case):
     got, name = found["-".join(map(str, case))], case[2]
-    keys = {"adamw": ["exp_avg", "exp_avg_sq", "param"], "sgd": ["momentum_buffer", "param"],
-            "adafactor": ["col_var", "param", "row_var", "variance"]}[name]
+    keys = {
+        "adamw": ["exp_avg", "exp_avg_sq", "param"],
+        "sgd": ["momentum_buffer", "param"],
+        "adafactor": ["col_var", "param", "row_var", "variance"],
+    }[name]
     assert got["at_start"] == keys and got["whole"] and got["formats"] == ["torch.float32"]
     assert got["step"] == got["resumed"] == (0 if name == "sgd" else 3)
     assert got["got"] == got["want"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[1] == "float32"],
-                         ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case[1] == "float32"],
+    ids=lambda case: "-".join(map(str, case)),
+)
 def test_the_losses_are_those_of_the_plain_engine(found, case):
     momentum = 0.9 if case[2] == "sgd" else 0.0
     want = train(make_engine("gpt2", name=case[2], momentum=momentum), range(3))

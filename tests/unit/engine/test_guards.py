@@ -21,8 +21,12 @@ LANE = batch((7, 5), (9,), seed=1)
 
 def make(section, name="sgd", new=frozenset(), **fields):
     """Return an engine whose weights begin here."""
-    engine = TorchEngine(make_module(), OptimizerSection(name=name, **fields), torch.device("cpu"),
-                         guards=Guards.of(TuningSection(**section)))
+    engine = TorchEngine(
+        make_module(),
+        OptimizerSection(name=name, **fields),
+        torch.device("cpu"),
+        guards=Guards.of(TuningSection(**section)),
+    )
     guards.begin(engine.slots, new)
     return engine
 
@@ -46,7 +50,9 @@ def test_l2_sp_goes_back_by_the_proximal_step_of_its_penalty():
     step(free)
     for name, value in weights(pulled).items():
         moved, c = weights(free)[name], RATE * 40.0
-        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-5, atol=1e-7), (
+            name
+        )
         # the minimum of |w - moved|^2 / (2 rate) + strength / 2 * |w - first|^2: its derivative is zero there
         slope = (value - moved) / RATE + 40.0 * (value - first[name])
         assert slope.abs().max() < 1e-3
@@ -58,7 +64,9 @@ def test_no_strength_is_too_large():
     first = weights(engine)
     for _ in range(3):
         step(engine)
-    assert all(torch.allclose(value, first[name], atol=1e-6) for name, value in weights(engine).items())
+    assert all(
+        torch.allclose(value, first[name], atol=1e-6) for name, value in weights(engine).items()
+    )
 
 
 def test_new_weights_are_not_pulled():
@@ -78,7 +86,9 @@ def test_fisher_information_is_the_mean_of_squared_gradients_a_target():
         module.zero_grad()
         module(**module.inputs(lane, "cpu")).backward()
         for name, p in module.model.named_parameters():
-            want[name] = want.get(name, 0) + p.grad.square().flatten() / sum(one.num_target_tokens for one in lanes)
+            want[name] = want.get(name, 0) + p.grad.square().flatten() / sum(
+                one.num_target_tokens for one in lanes
+            )
         engine.add_squares(lane)
     engine.scale_squares(1 / sum(lane.num_target_tokens for lane in lanes))
     found = state(engine, "fisher")
@@ -96,8 +106,13 @@ def test_ewc_pulls_each_weight_as_its_fisher_information_says():
     step(free)
     for name, value in weights(engine).items():
         moved, c = weights(free)[name], RATE * 3000.0 * fisher[name].view_as(value)
-        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-4, atol=1e-7), name
-    away = [((weights(engine)[n] - first[n]).norm() / (weights(free)[n] - first[n]).norm()).item() for n in first]
+        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-4, atol=1e-7), (
+            name
+        )
+    away = [
+        ((weights(engine)[n] - first[n]).norm() / (weights(free)[n] - first[n]).norm()).item()
+        for n in first
+    ]
     assert min(away) < 0.5
 
 
@@ -109,7 +124,10 @@ def test_the_average_is_exponential_and_changes_places_exactly(name):
         step(engine)
         want = {key: 0.9 * value + 0.1 * weights(engine)[key] for key, value in want.items()}
     learned, average = weights(engine), state(engine, "ema")
-    assert all(torch.allclose(average[key], value.flatten(), rtol=1e-5, atol=1e-6) for key, value in want.items())
+    assert all(
+        torch.allclose(average[key], value.flatten(), rtol=1e-5, atol=1e-6)
+        for key, value in want.items()
+    )
     engine.exchange_average()
     assert all(torch.equal(value.flatten(), average[key]) for key, value in weights(engine).items())
     engine.exchange_average()

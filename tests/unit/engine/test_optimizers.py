@@ -10,34 +10,65 @@ from dist_ft.config.schema import OptimizerSection, TuningSection
 from dist_ft.engine import optimizers, schedule
 from dist_ft.errors import ModelError
 
-NAMES = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.weight", "bert.encoder.layer.1.output.weight",
-         "bert.encoder.layer.1.norm.bias", "bert.pooler.dense.weight", "classifier.weight"]
+NAMES = [
+    "bert.embeddings.word_embeddings.weight",
+    "bert.encoder.layer.0.output.weight",
+    "bert.encoder.layer.1.output.weight",
+    "bert.encoder.layer.1.norm.bias",
+    "bert.pooler.dense.weight",
+    "classifier.weight",
+]
 
 
 def parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(torch.ones(2, 2) if name.endswith("weight") else torch.ones(2)) for name in NAMES}
+    return {
+        name: nn.Parameter(torch.ones(2, 2) if name.endswith("weight") else torch.ones(2))
+        for name in NAMES
+    }
 
 
 def test_depths_count_from_the_output():
     assert list(optimizers.depths(NAMES).values()) == [3, 2, 1, 1, 0, 0]
-    assert optimizers.depths(["transformer.wte.weight", "transformer.h.0.w", "transformer.h.11.w", "transformer.ln_f.w"]) == {
-        "transformer.wte.weight": 13, "transformer.h.0.w": 12, "transformer.h.11.w": 1, "transformer.ln_f.w": 0}
-    both = optimizers.depths(["model.encoder.layers.0.w", "model.encoder.layers.5.w", "model.decoder.layers.1.w", "model.shared.weight"])
+    assert optimizers.depths(
+        ["transformer.wte.weight", "transformer.h.0.w", "transformer.h.11.w", "transformer.ln_f.w"]
+    ) == {
+        "transformer.wte.weight": 13,
+        "transformer.h.0.w": 12,
+        "transformer.h.11.w": 1,
+        "transformer.ln_f.w": 0,
+    }
+    both = optimizers.depths(
+        [
+            "model.encoder.layers.0.w",
+            "model.encoder.layers.5.w",
+            "model.decoder.layers.1.w",
+            "model.shared.weight",
+        ]
+    )
     assert list(both.values()) == [6, 1, 1, 7]
 
 
 def test_without_depths_there_are_the_two_groups_as_ever():
     groups = optimizers.param_groups(parameters(), 0.1)
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 5), (0.0, 1)]
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.1, 5),
+        (0.0, 1),
+    ]
 
 
 def test_weights_named_do_not_decay_either():
     first, *_ = names = list(parameters())
     held = parameters()
     groups = optimizers.param_groups(held, 0.1, exempt=[first])
-    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 4), (0.0, 2)]
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.1, 4),
+        (0.0, 2),
+    ]
     assert groups[1]["params"][0] is held[first] and len(names) == 6
-    with pytest.raises(ModelError, match=r"optimizer.decay_exempt=nothing\.\*: no weight that learns has such a name; "):
+    with pytest.raises(
+        ModelError,
+        match=r"optimizer.decay_exempt=nothing\.\*: no weight that learns has such a name; ",
+    ):
         optimizers.param_groups(held, 0.1, exempt=["nothing.*"])
 
 
@@ -46,12 +77,18 @@ def test_each_depth_has_its_rate():
     held = parameters()
     optimizer = optimizers.build(optimizers.param_groups(held, 0.0, by_depth=True), section)
     tuning = TuningSection(layer_decay=0.5, unfreeze_steps=10)
-    for step, rates in ((0, [0, 0, 0, 0, 1, 1]), (10, [0, 0, 0.5, 0.5, 1, 1]), (30, [0.125, 0.25, 0.5, 0.5, 1, 1])):
+    for step, rates in (
+        (0, [0, 0, 0, 0, 1, 1]),
+        (10, [0, 0, 0.5, 0.5, 1, 1]),
+        (30, [0.125, 0.25, 0.5, 0.5, 1, 1]),
+    ):
         optimizers.set_learning_rate(optimizer, 1.0, schedule.of_depth(tuning, step))
         before = [parameter.detach().clone() for parameter in held.values()]
         for parameter in held.values():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        moved = [(old - new).flatten()[0].item() for old, new in zip(before, held.values(), strict=True)]
+        moved = [
+            (old - new).flatten()[0].item() for old, new in zip(before, held.values(), strict=True)
+        ]
         assert moved == rates, step
     assert schedule.of_depth(TuningSection(), 5) is None and not schedule.by_depth(TuningSection())

@@ -18,7 +18,9 @@ TOLERANCE = {False: 1e-4, True: 5e-2}
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "kernel"), [(family, kernel) for family in FAMILIES for kernel in kernels(family)])
+@pytest.mark.parametrize(
+    ("family", "kernel"), [(family, kernel) for family in FAMILIES for kernel in kernels(family)]
+)
 def test_sound_models_pass(family, kernel, half):
     require_packing(engine_of(make_model(family, kernel), half), VOCABULARY, TOLERANCE[half])
 
@@ -26,7 +28,9 @@ def test_sound_models_pass(family, kernel, half):
 def leak(model, **changes):
     """Make a real model forget what keeps samples apart: its forward is called with other arguments."""
     forward = model.forward
-    model.forward = lambda **inputs: forward(**{k: v for k, v in {**inputs, **changes}.items() if v is not None})
+    model.forward = lambda **inputs: forward(
+        **{k: v for k, v in {**inputs, **changes}.items() if v is not None}
+    )
     return model
 
 
@@ -34,24 +38,35 @@ def leak(model, **changes):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_a_model_that_does_not_see_position_ids_is_refused(family, half):
     model = leak(make_model(family, "eager"), position_ids=None)
-    with pytest.raises(ModelError, match=r"^data\.pack=true: with this model and model\.attention packed samples see each "
-                                         r"other \(loss \d+\.\d{4} packed, \d+\.\d{4} alone; \d+\.\d{4} and \d+\.\d{4} "
-                                         r"beside other samples\); set data\.pack=false, or another model\.attention$"):
+    with pytest.raises(
+        ModelError,
+        match=r"^data\.pack=true: with this model and model\.attention packed samples see each "
+        r"other \(loss \d+\.\d{4} packed, \d+\.\d{4} alone; \d+\.\d{4} and \d+\.\d{4} "
+        r"beside other samples\); set data\.pack=false, or another model\.attention$",
+    ):
         require_packing(engine_of(model, half), VOCABULARY, TOLERANCE[half])
 
 
 def test_what_attends_sample_by_sample_needs_no_position_ids_for_it():
     """They say where a token stands; with rotary embeddings only distances within a sample count."""
-    require_packing(engine_of(leak(make_model("llama", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4)
+    require_packing(
+        engine_of(leak(make_model("llama", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4
+    )
     with pytest.raises(ModelError, match="packed samples see each other"):
-        require_packing(engine_of(leak(make_model("gpt2", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4)
+        require_packing(
+            engine_of(leak(make_model("gpt2", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4
+        )
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_the_default_cache_is_refused(half):
     """The known trap: with a cache transformers does not look for packed samples, though positions start again."""
     with pytest.raises(ModelError, match="packed samples see each other"):
-        require_packing(engine_of(leak(make_model("llama", "eager"), use_cache=True), half), VOCABULARY, TOLERANCE[half])
+        require_packing(
+            engine_of(leak(make_model("llama", "eager"), use_cache=True), half),
+            VOCABULARY,
+            TOLERANCE[half],
+        )
 
 
 def test_a_leak_too_small_for_the_sum_is_found():

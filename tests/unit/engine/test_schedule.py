@@ -15,17 +15,22 @@ def factors(total: int, **fields) -> list[float]:
     return [factor(ScheduleSection(**fields), step, total) for step in range(total)]
 
 
-@pytest.mark.parametrize(("fields", "want"), [
-    ({"name": "constant"}, [1.0, 1.0, 1.0, 1.0]),
-    ({"name": "constant", "warmup_steps": 3, "min_ratio": 0.5}, [0.25, 0.5, 0.75, 1.0]),
-    ({"name": "linear"}, [1.0, 0.75, 0.5, 0.25]),
-    ({"name": "linear", "min_ratio": 0.2}, [1.0, 0.8, 0.6, 0.4]),
-    ({"name": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1.0, 0.5]),
-    ({"name": "linear", "warmup_ratio": 0.5}, [1 / 3, 2 / 3, 1.0, 0.5]),
-    ({"name": "cosine"}, [1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
-    ({"name": "cosine", "min_ratio": 0.1}, [1.0, 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), 0.55,
-                                            0.1 + 0.9 * (0.5 - math.sqrt(0.125))]),
-])
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({"name": "constant"}, [1.0, 1.0, 1.0, 1.0]),
+        ({"name": "constant", "warmup_steps": 3, "min_ratio": 0.5}, [0.25, 0.5, 0.75, 1.0]),
+        ({"name": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+        ({"name": "linear", "min_ratio": 0.2}, [1.0, 0.8, 0.6, 0.4]),
+        ({"name": "linear", "warmup_steps": 2}, [1 / 3, 2 / 3, 1.0, 0.5]),
+        ({"name": "linear", "warmup_ratio": 0.5}, [1 / 3, 2 / 3, 1.0, 0.5]),
+        ({"name": "cosine"}, [1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        (
+            {"name": "cosine", "min_ratio": 0.1},
+            [1.0, 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), 0.55, 0.1 + 0.9 * (0.5 - math.sqrt(0.125))],
+        ),
+    ],
+)
 def test_values(fields, want):
     assert factors(4, **fields) == pytest.approx(want)
 
@@ -43,8 +48,10 @@ def test_it_rises_in_warm_up_and_never_after(name):
     assert all(a >= b for a, b in pairwise(values[7:])) and min(values) > 0
 
 
-@pytest.mark.parametrize(("ratio", "total", "want"), [
-    (None, 10, 0), (0.0, 10, 0), (0.07, 100, 7), (0.1, 30, 3), (0.03, 10, 1), (1.0, 5, 5)])
+@pytest.mark.parametrize(
+    ("ratio", "total", "want"),
+    [(None, 10, 0), (0.0, 10, 0), (0.07, 100, 7), (0.1, 30, 3), (0.03, 10, 1), (1.0, 5, 5)],
+)
 def test_warm_up_by_ratio(ratio, total, want):
     assert warmup_steps(ScheduleSection(warmup_ratio=ratio), total) == want
 

@@ -16,9 +16,17 @@ from dist_ft.engine.base import even_out
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.model.causal_lm import CausalLM, to_inputs
 
-OPTIMIZERS = [{"name": "adamw", "weight_decay": 0.1}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.9},
-              {"name": "adafactor", "weight_decay": 0.1}]
-LANES = [batch((7, 5), seed=1, lane=0), batch((9,), seed=2, lane=1), batch((4, 3), (8,), seed=3, lane=2)]
+OPTIMIZERS = [
+    {"name": "adamw", "weight_decay": 0.1},
+    {"name": "sgd"},
+    {"name": "sgd", "momentum": 0.9},
+    {"name": "adafactor", "weight_decay": 0.1},
+]
+LANES = [
+    batch((7, 5), seed=1, lane=0),
+    batch((9,), seed=2, lane=1),
+    batch((4, 3), (8,), seed=3, lane=2),
+]
 
 
 def targets(batches) -> int:
@@ -27,8 +35,15 @@ def targets(batches) -> int:
 
 def split(lane: Batch) -> list[Batch]:
     """Return each row of a batch as a batch of its own."""
-    return [replace(lane, input_ids=lane.input_ids[i:i + 1], target_ids=lane.target_ids[i:i + 1],
-                    position_ids=lane.position_ids[i:i + 1]) for i in range(len(lane.input_ids))]
+    return [
+        replace(
+            lane,
+            input_ids=lane.input_ids[i : i + 1],
+            target_ids=lane.target_ids[i : i + 1],
+            position_ids=lane.position_ids[i : i + 1],
+        )
+        for i in range(len(lane.input_ids))
+    ]
 
 
 def gradients(batches) -> dict[str, torch.Tensor]:
@@ -46,16 +61,23 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
-@pytest.mark.parametrize("fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize(
+    "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
+)
 def test_a_step_is_that_of_a_hand_written_loop(fields, limit):
     engine, model = make_engine(max_grad_norm=limit, **fields), make_model()
     module = CausalLM(model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": fields.get("weight_decay", 0.0)}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = {"adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8),
-                 "sgd": lambda: torch.optim.SGD(groups, momentum=fields.get("momentum", 0.0)),
-                 "adafactor": lambda: torch.optim.Adafactor(groups)}[fields["name"]]()
+    groups = [
+        {"params": matrices, "weight_decay": fields.get("weight_decay", 0.0)},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8),
+        "sgd": lambda: torch.optim.SGD(groups, momentum=fields.get("momentum", 0.0)),
+        "adafactor": lambda: torch.optim.Adafactor(groups),
+    }[fields["name"]]()
     for rate in (1e-2, 5e-3, 2e-3):
         outcome = engine.train_step(LANES, [0, 1, 2], targets(LANES), rate)
         total = torch.zeros(())
@@ -69,7 +91,9 @@ def test_a_step_is_that_of_a_hand_written_loop(fields, limit):
         optimizer.step()
         assert outcome.loss_sum == pytest.approx(total.item(), rel=1e-5)
         assert outcome.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-    for (name, mine), other in zip(engine.module.model.named_parameters(), model.parameters(), strict=True):
+    for (name, mine), other in zip(
+        engine.module.model.named_parameters(), model.parameters(), strict=True
+    ):
         assert torch.allclose(mine, other, rtol=1e-3, atol=2e-5), name
 
 
@@ -95,18 +119,27 @@ def test_a_step_without_any_target_moves_only_what_decays():
     before = [p.detach().clone() for p in engine.module.parameters()]
     outcome = engine.train_step([empty_batch()], [0], 1, 1.0)
     assert (outcome.loss_sum, outcome.grad_norm) == (0.0, 0.0)
-    assert all(torch.equal(p, old) for p, old in zip(engine.module.parameters(), before, strict=True))
+    assert all(
+        torch.equal(p, old) for p, old in zip(engine.module.parameters(), before, strict=True)
+    )
 
 
 def test_dropout_follows_the_seed_of_the_lane():
     def losses(seeds):
-        engine = TorchEngine(make_module("gpt2", dropout=0.3), OptimizerSection(), torch.device("cpu"))
+        engine = TorchEngine(
+            make_module("gpt2", dropout=0.3), OptimizerSection(), torch.device("cpu")
+        )
         return engine.train_step(LANES, seeds, targets(LANES), 0.0).loss_sum
 
     assert losses([1, 2, 3]) == losses([1, 2, 3]) != losses([1, 2, 4])
     one = TorchEngine(make_module("gpt2", dropout=0.3), OptimizerSection(), torch.device("cpu"))
-    apart = sum(one.train_step([lane], [seed], targets(LANES), 1e-30).loss_sum for lane, seed in zip(LANES, [1, 2, 3], strict=True))
-    assert losses([1, 2, 3]) == pytest.approx(apart, rel=1e-6)  # what ran before in the process does not matter
+    apart = sum(
+        one.train_step([lane], [seed], targets(LANES), 1e-30).loss_sum
+        for lane, seed in zip(LANES, [1, 2, 3], strict=True)
+    )
+    assert losses([1, 2, 3]) == pytest.approx(
+        apart, rel=1e-6
+    )  # what ran before in the process does not matter
 
 
 def test_evaluation_has_no_dropout_and_learns_nothing():
@@ -132,7 +165,9 @@ def test_masters_keep_what_bfloat16_rounds_away():
     weights = dict(engine.module.model.named_parameters())
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(masters[name], before[name])
-    assert torch.equal(weights[name].reshape(-1), before[name].to(torch.bfloat16))  # too little to be seen
+    assert torch.equal(
+        weights[name].reshape(-1), before[name].to(torch.bfloat16)
+    )  # too little to be seen
     assert all(p.dtype == torch.bfloat16 and p.grad is None for p in weights.values())
 
 
@@ -141,16 +176,21 @@ def test_gradients_of_lanes_are_summed_in_float32():
     one, many = bf16_engine(name="sgd", max_grad_norm=0), bf16_engine(name="sgd", max_grad_norm=0)
     lane = batch((6,), seed=4)
     single = one.train_step([lane], [0], 100, 0.0).grad_norm
-    assert many.train_step([lane] * 300, [0] * 300, 100, 0.0).grad_norm == pytest.approx(300 * single, rel=1e-5)
+    assert many.train_step([lane] * 300, [0] * 300, 100, 0.0).grad_norm == pytest.approx(
+        300 * single, rel=1e-5
+    )
 
 
 # State
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize(
+    "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
+)
 def test_slots_carry_the_whole_state(fields, half):
     """Save, perturb, load: the next losses are the same to the last bit."""
+
     def make(**changes):
         model = make_model("gpt2", dropout=0.1, **changes)
         return make_engine(model=model.to(torch.bfloat16) if half else model, **fields)
@@ -172,15 +212,26 @@ def test_slots_carry_the_whole_state(fields, half):
         assert train(target, range(3, 6)) == want
 
 
-@pytest.mark.parametrize("fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize(
+    "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
+)
 def test_state_exists_from_the_start_and_changes_nothing(fields):
     """What the engine makes ahead equals what torch makes at the first step."""
     engine, model = make_engine(**fields), make_model()
-    keys = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"} if fields.get("momentum") else set(),
-            "adafactor": {"row_var", "col_var", "variance"}}[fields["name"]]
+    keys = {
+        "adamw": {"exp_avg", "exp_avg_sq"},
+        "sgd": {"momentum_buffer"} if fields.get("momentum") else set(),
+        "adafactor": {"row_var", "col_var", "variance"},
+    }[fields["name"]]
     assert {slot.key for slot in engine.slots()} == keys | {"param"}
-    assert all(torch.equal(a, b) for a, b in zip(engine.module.model.parameters(), model.parameters(), strict=True))
-    assert {group["weight_decay"] for group in engine.optimizer.param_groups} == {fields.get("weight_decay", 0.0), 0.0}
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(engine.module.model.parameters(), model.parameters(), strict=True)
+    )
+    assert {group["weight_decay"] for group in engine.optimizer.param_groups} == {
+        fields.get("weight_decay", 0.0),
+        0.0,
+    }
     assert engine.optimizer_step() == 0
 
 
@@ -194,9 +245,15 @@ def test_frozen_parameters_and_buffers_are_state_too():
     by_key: dict[str, set[str]] = {}
     for slot in engine.slots():
         by_key.setdefault(slot.key, set()).add(slot.name)
-    assert by_key["frozen"] == {f"transformer.h.0.{n}" for n, _ in model.transformer.h[0].named_parameters()}
+    assert by_key["frozen"] == {
+        f"transformer.h.0.{n}" for n, _ in model.transformer.h[0].named_parameters()
+    }
     assert by_key["buffer"] == {"counts"}
-    assert by_key["param"] == by_key["exp_avg"] == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert (
+        by_key["param"]
+        == by_key["exp_avg"]
+        == {n for n, p in model.named_parameters() if p.requires_grad}
+    )
     before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
     train(engine, range(1))
     assert torch.equal(before, model.transformer.h[0].mlp.c_fc.weight)

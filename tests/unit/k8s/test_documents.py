@@ -30,14 +30,27 @@ def test_a_folder_that_only_lists_files_needs_no_kustomize(tmp_path, monkeypatch
     assert names(tmp_path) == ["a"], "what is not listed is not applied"
 
 
-@pytest.mark.parametrize(("files", "said"), [
-    ({}, "no manifest in it"),
-    ({"a.yaml": "# nothing\n"}, "no manifest in it"),
-    ({"a.yaml": "a: 1\nb: [\n"}, "a.yaml line 3: not YAML"),
-    ({"a.yaml": "kind: X\nkind: Y\n"}, "a.yaml line 2: not YAML (the key 'kind' stands there twice); correct it"),
-    ({"a.yaml": "- 1\n"}, "a document that is no object but list"),
-    ({"kustomization.yaml": "kind: Kustomization\nresources: [../base]\n"}, "neither kubectl nor kustomize is here; install"),
-    ({"kustomization.yaml": "kind: Component\n"}, "a kustomize component is nothing by itself; give an overlay")])
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "no manifest in it"),
+        ({"a.yaml": "# nothing\n"}, "no manifest in it"),
+        ({"a.yaml": "a: 1\nb: [\n"}, "a.yaml line 3: not YAML"),
+        (
+            {"a.yaml": "kind: X\nkind: Y\n"},
+            "a.yaml line 2: not YAML (the key 'kind' stands there twice); correct it",
+        ),
+        ({"a.yaml": "- 1\n"}, "a document that is no object but list"),
+        (
+            {"kustomization.yaml": "kind: Kustomization\nresources: [../base]\n"},
+            "neither kubectl nor kustomize is here; install",
+        ),
+        (
+            {"kustomization.yaml": "kind: Component\n"},
+            "a kustomize component is nothing by itself; give an overlay",
+        ),
+    ],
+)
 def test_what_can_not_be_read_is_one_clear_line(tmp_path, monkeypatch, files, said):
     monkeypatch.setenv("PATH", "")
     for name, text in files.items():
@@ -62,5 +75,7 @@ def test_what_kustomize_says_of_a_broken_folder_is_told(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     (tmp_path / "kustomization.yaml").write_text("kind: Kustomization\nresources: [../base]\n")
-    with pytest.raises(ConfigError, match=r"kubectl can not put it together \(error: no base\); correct it"):
+    with pytest.raises(
+        ConfigError, match=r"kubectl can not put it together \(error: no base\); correct it"
+    ):
         names(tmp_path)

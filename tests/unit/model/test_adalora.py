@@ -62,9 +62,15 @@ def test_loaded_into_another_engine_it_goes_on_to_the_last_bit():
 def test_the_penalty_is_pefts_and_counts_in_training_only():
     engine = make_engine(orthogonality=0.7)
     own = adalora.of(engine.module.model).penalty().item()
-    matrices = [p.detach() for name, p in engine.module.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+    matrices = [
+        p.detach()
+        for name, p in engine.module.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    ]
     squares = [m @ m.T if m.shape[0] == 4 else m.T @ m for m in matrices]
-    assert own == pytest.approx(0.7 * sum(torch.norm(s - torch.eye(4)).item() for s in squares) / len(squares), rel=1e-5)
+    assert own == pytest.approx(
+        0.7 * sum(torch.norm(s - torch.eye(4)).item() for s in squares) / len(squares), rel=1e-5
+    )
     batch = small.batch((7, 5), (9,))
     inputs = engine.module.inputs(batch, "cpu")
     with torch.no_grad():

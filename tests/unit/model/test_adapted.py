@@ -40,22 +40,33 @@ def trained(base: Path, name: str, method: str, **fields):
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if parameter.requires_grad or part in new:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(part))))
+                parameter.copy_(
+                    0.3
+                    * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(len(part))
+                    )
+                )
     return model.eval(), around, section, task, str(folder)
 
 
 @pytest.mark.parametrize("method", ADDED)
-@pytest.mark.parametrize("name", ["causal_lm", "sequence_classification", "token_classification", "seq2seq"])
+@pytest.mark.parametrize(
+    "name", ["causal_lm", "sequence_classification", "token_classification", "seq2seq"]
+)
 def test_peft_and_dist_ft_read_it_back(base, name, method, tmp_path):
     model, around, section, task, folder = trained(base, name, method)
     adapted.save(model, around, section, (folder, None), tmp_path)
-    adapted.compare(model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path)
+    adapted.compare(
+        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    )
     said = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
     (tmp_path / adapted.ABOUT).write_text(json.dumps(said))
     again, new = load_for(task, ModelSection(path=str(tmp_path), dtype="float32"))
     assert not new
     with torch.no_grad():
-        want, got = (adapted._told(found.eval(), task, prompts.of(found)) for found in (model, again))
+        want, got = (
+            adapted._told(found.eval(), task, prompts.of(found)) for found in (model, again)
+        )
     assert torch.allclose(got, want, atol=1e-4)
     assert (prompts.of(again) is None) == (method not in PROMPTS)
 
@@ -69,20 +80,33 @@ def test_a_folder_with_other_values_is_noticed(base, tmp_path):
     head = next(name for name in state if name.endswith("classifier.weight"))
     save_file(state | {head: state[head] + 1}, tmp_path / adapted.WEIGHTS)
     with pytest.raises(CheckpointError, match="does not give the same logits"):
-        adapted.compare(model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path)
+        adapted.compare(
+            model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+        )
 
 
 def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_not(base, tmp_path):
-    model, around, section, task, folder = trained(base, "causal_lm", "lora", trainable="*norm.weight")
+    model, around, section, task, folder = trained(
+        base, "causal_lm", "lora", trainable="*norm.weight"
+    )
     adapted.save(model, around, section, (folder, None), tmp_path)
-    adapted.compare(model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path)
-    model, around, section, task, folder = trained(base, "causal_lm", "lora", trainable="*q_proj.weight")
-    with pytest.raises(CheckpointError, match=r"--adapter: .*q_proj.weight learned too \(tuning.trainable\), and peft can not"):
+    adapted.compare(
+        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    )
+    model, around, section, task, folder = trained(
+        base, "causal_lm", "lora", trainable="*q_proj.weight"
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"--adapter: .*q_proj.weight learned too \(tuning.trainable\), and peft can not",
+    ):
         adapted.save(model, around, section, (folder, None), tmp_path / "other")
 
 
 @pytest.mark.parametrize("method", PROMPTS)
-def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_the_batch(base, method):
+def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_the_batch(
+    base, method
+):
     model, tokenizer = trained(base, "causal_lm", method)[0], tiny_tasks.make_tokenizer()
     decoder = Decoder(DecodingSection(max_new_tokens=5), tokenizer)
     rows = [Asked(np.array([5, 6])), Asked(np.array([7, 8, 9, 4, 5]))]
@@ -93,8 +117,13 @@ def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_t
 
 def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
     model = trained(base, "causal_lm", "prompt_tuning")[0]
-    ids, mask = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    made = prompts.prepended(prompts.of(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask})
+    ids, mask = (
+        torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]]),
+        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+    )
+    made = prompts.prepended(
+        prompts.of(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    )
     assert made["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
     assert made["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoModel
-from unit.small import FAMILIES, VOCABULARY, batch, kernels, make_model, make_module, only_targets, samples_of
+from unit.small import (
+    FAMILIES,
+    VOCABULARY,
+    batch,
+    kernels,
+    make_model,
+    make_module,
+    only_targets,
+    samples_of,
+)
 
 from dist_ft.data.batch import IGNORED, empty_batch
 from dist_ft.errors import ModelError
@@ -24,8 +33,12 @@ def test_loss_is_cross_entropy_on_full_logits(family):
     module, alone = make_module(family).eval(), batch((14,), (9,), seed=1)
     with torch.no_grad():
         logits = module.model(input_ids=torch.from_numpy(alone.input_ids), use_cache=False).logits
-        want = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), torch.from_numpy(alone.target_ids).reshape(-1),
-                                                 ignore_index=IGNORED, reduction="sum")
+        want = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, VOCABULARY),
+            torch.from_numpy(alone.target_ids).reshape(-1),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
         got = loss(module, alone)
     assert got.dtype == torch.float32 and got.shape == ()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
@@ -33,7 +46,9 @@ def test_loss_is_cross_entropy_on_full_logits(family):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("family", "attention"), [(family, kernel) for family in FAMILIES for kernel in kernels(family)])
+@pytest.mark.parametrize(
+    ("family", "attention"), [(family, kernel) for family in FAMILIES for kernel in kernels(family)]
+)
 def test_packed_samples_have_the_losses_they_have_alone(family, attention, training):
     module = make_module(family, attention).train(training)
     alone = samples_of(PACKED)
@@ -57,7 +72,9 @@ def test_packed_gradients_are_those_of_samples_alone(family):
 
 def test_only_positions_with_a_target_reach_the_head():
     module, seen = make_module(), []
-    module.model.lm_head.register_forward_hook(lambda _module, args, _out: seen.append(tuple(args[0].shape)))
+    module.model.lm_head.register_forward_hook(
+        lambda _module, args, _out: seen.append(tuple(args[0].shape))
+    )
     loss(module, PACKED)
     assert seen == [(1, PACKED.num_target_tokens, 32)]
     with torch.no_grad():
@@ -78,7 +95,11 @@ def test_a_failed_forward_leaves_no_positions_behind():
     with pytest.raises(IndexError):
         module(**{**to_inputs(PACKED, "cpu"), "input_ids": torch.full((2, 27), VOCABULARY + 5)})
     with torch.no_grad():
-        assert module.model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.shape == (1, 4, VOCABULARY)
+        assert module.model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.shape == (
+            1,
+            4,
+            VOCABULARY,
+        )
 
 
 def test_names_are_those_of_transformers():
@@ -87,7 +108,10 @@ def test_names_are_those_of_transformers():
     assert aliases(module) == {}
 
 
-@pytest.mark.parametrize(("family", "first"), [("gpt2", "transformer.wte.weight"), ("llama", "model.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    ("family", "first"),
+    [("gpt2", "transformer.wte.weight"), ("llama", "model.embed_tokens.weight")],
+)
 def test_tied_weights_appear_once(family, first):
     module = CausalLM(make_model(family, tie_word_embeddings=True))
     assert aliases(module) == {"lm_head.weight": first}
@@ -98,6 +122,9 @@ def test_tied_weights_appear_once(family, first):
 
 def test_a_model_without_a_head_is_refused():
     bare = AutoModel.from_config(make_model().config)
-    with pytest.raises(ModelError, match="model of type llama: it has no output embeddings to compute logits with; causal "
-                                         "language models are allowed; choose another model"):
+    with pytest.raises(
+        ModelError,
+        match="model of type llama: it has no output embeddings to compute logits with; causal "
+        "language models are allowed; choose another model",
+    ):
         CausalLM(bare)

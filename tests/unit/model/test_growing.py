@@ -53,7 +53,9 @@ def test_rows_stay_and_new_ones_follow_from_seed_and_label(headed, tmp_path):
             assert torch.equal(after[key], value), key
     rows = after["classifier.weight"]
     assert torch.equal(after["classifier.bias"][2:], torch.zeros(2))
-    other = weights(grow(str(folder), task(("drink", "food", "place"), name), 7, tmp_path))["classifier.weight"]
+    other = weights(grow(str(folder), task(("drink", "food", "place"), name), 7, tmp_path))[
+        "classifier.weight"
+    ]
     assert torch.equal(other[2], rows[3]), "a row is its label's, wherever it stands"
     assert not torch.equal(rows[2], rows[3])
     reseeded = weights(grow(str(folder), task(NEW, name), 8, tmp_path))["classifier.weight"]

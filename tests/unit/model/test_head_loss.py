@@ -12,7 +12,9 @@ from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.head_loss import head_loss
 
 
-def operands(dtype: torch.dtype = torch.float32, count: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(
+    dtype: torch.dtype = torch.float32, count: int = 13
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(count, 8, dtype=dtype, requires_grad=True)
     weight = (3 * torch.randn(29, 8)).to(dtype).requires_grad_()
@@ -21,15 +23,24 @@ def operands(dtype: torch.dtype = torch.float32, count: int = 13) -> tuple[torch
     return hidden, weight, targets
 
 
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    return cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORED, reduction="sum",
-                         label_smoothing=smoothing)
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    return cross_entropy(
+        (hidden @ weight.t()).float(),
+        targets,
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("rows", [1, 5, 13, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, rows, dtype, tolerance, smoothing):
+def test_loss_and_gradients_are_those_of_cross_entropy(
+    monkeypatch, rows, dtype, tolerance, smoothing
+):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * 29)
     results = []
     for way in (plain, head_loss):
@@ -65,8 +76,15 @@ def tiny(kind: str):
     from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "attn_implementation": "sdpa",
+    }
     if kind == "granite":
         return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0))
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=kind == "tied"))
@@ -89,4 +107,6 @@ def test_models_that_change_their_logits_are_noticed(kind, chunked):
     torch.testing.assert_close(got, want)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(ids, use_cache=False).logits.reshape(-1, 32), logits)  # others still get logits
+    torch.testing.assert_close(
+        model(ids, use_cache=False).logits.reshape(-1, 32), logits
+    )  # others still get logits

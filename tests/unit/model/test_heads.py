@@ -29,8 +29,16 @@ def task(name="sequence_classification", *labels, **values) -> TaskSection:
 
 def test_a_head_that_is_not_in_the_files_is_new(folder):
     model, new = load_for(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
-    assert new == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-    assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.problem_type == "single_label_classification"
+    assert new == {
+        "classifier.weight",
+        "classifier.bias",
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+    }
+    assert (
+        model.config.id2label == {0: "a", 1: "b", 2: "c"}
+        and model.config.problem_type == "single_label_classification"
+    )
     _, new = load_for(task("masked_lm"), section(folder / "bert"))
     assert not new
     _, new = load_for(task("question_answering"), section(folder / "bert"))
@@ -50,7 +58,9 @@ def test_a_weight_of_the_model_itself_may_not_be_missing(folder, tmp_path):
     gone = next(name for name in held if "layer.0" in name)
     held.pop(gone)
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing in the files, such as bert\.encoder\.layer\.0"):
+    with pytest.raises(
+        ModelError, match=r"1 weights are missing in the files, such as bert\.encoder\.layer\.0"
+    ):
         load_for(task("sequence_classification", "a", "b"), section(tmp_path))
 
 
@@ -62,18 +72,40 @@ def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
     for labels in (("b", "a"), ("a", "b", "c")):
         with pytest.raises(ModelError, match="has a head for a, b, and the labels are"):
             load_for(task("sequence_classification", *labels), section(tmp_path))
-        _, new = load_for(task("sequence_classification", *labels, new_head=True), section(tmp_path))
+        _, new = load_for(
+            task("sequence_classification", *labels, new_head=True), section(tmp_path)
+        )
         assert new == {"classifier.weight", "classifier.bias"}
 
 
-@pytest.mark.parametrize(("name", "model", "text"), [
-    ("causal_lm", "bert", "a bert model can not continue text; causal language models are allowed; choose another model"),
-    ("seq2seq", "bert", "a bert model can not make a text from a text; encoder-decoders are allowed"),
-    ("masked_lm", "bart", "a bart model can not tell masked tokens; encoders such as BERT are allowed"),
-    ("token_classification", "bart", "a bart model can not tag words; ")])
+@pytest.mark.parametrize(
+    ("name", "model", "text"),
+    [
+        (
+            "causal_lm",
+            "bert",
+            "a bert model can not continue text; causal language models are allowed; choose another model",
+        ),
+        (
+            "seq2seq",
+            "bert",
+            "a bert model can not make a text from a text; encoder-decoders are allowed",
+        ),
+        (
+            "masked_lm",
+            "bart",
+            "a bart model can not tell masked tokens; encoders such as BERT are allowed",
+        ),
+        ("token_classification", "bart", "a bart model can not tag words; "),
+    ],
+)
 def test_a_model_that_can_not_do_the_task_is_refused(folder, name, model, text):
     with pytest.raises(ModelError) as caught:
-        read_config(section(folder / model), None, task(name, *(("a", "b") if name == "token_classification" else ())))
+        read_config(
+            section(folder / model),
+            None,
+            task(name, *(("a", "b") if name == "token_classification" else ())),
+        )
     assert str(caught.value).startswith(f"model.path={folder / model}: {text}")
 
 
@@ -83,18 +115,27 @@ def test_new_weights_follow_from_seed_and_name():
     assert not torch.equal(whole, heads.initial("classifier.weight", (3, 8), 0.02, 2))
     assert not torch.equal(whole, heads.initial("score.weight", (3, 8), 0.02, 1))
     assert 0.005 < whole.std() < 0.05
-    assert heads.initial("x.bias", (4,), 0.02, 1).tolist() == [0] * 4 and heads.initial("n.weight", (4,), 1, 1).tolist() == [1] * 4
+    assert (
+        heads.initial("x.bias", (4,), 0.02, 1).tolist() == [0] * 4
+        and heads.initial("n.weight", (4,), 1, 1).tolist() == [1] * 4
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "partial"])
 def test_the_head_learns_with_every_method(folder, method):
     model, _ = load_for(task("sequence_classification", "a", "b"), section(folder / "bert"))
     values = {"last_layers": 1} if method == "partial" else {}
-    tuning.apply(model, TuningSection(method=method, **values), 0, task("sequence_classification", "a", "b"))
+    tuning.apply(
+        model, TuningSection(method=method, **values), 0, task("sequence_classification", "a", "b")
+    )
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {"classifier.weight", "classifier.bias"} <= learns
     assert not [name for name in learns if "embeddings" in name]
-    assert not [name for name, _ in model.named_parameters() if name.startswith("classifier.") and "lora" in name]
+    assert not [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("classifier.") and "lora" in name
+    ]
 
 
 def test_causal_models_classify_by_their_last_token(tmp_path):
@@ -103,7 +144,9 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
     tiny.make_model(tmp_path)
     model, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
     assert new == {"score.weight"} and not heads.is_head("transformer.wte.weight", model)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "GPT2LMHeadModel"
+    ]
 
 
 def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
@@ -123,17 +166,37 @@ def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
     assert new <= learns
 
 
-@pytest.mark.parametrize(("kind", "places", "longest"), [
-    ("roberta", 514, 512), ("xlm-roberta", 514, 512), ("mpnet", 514, 512), ("bert", 512, 512), ("llama", 128, 128)])
+@pytest.mark.parametrize(
+    ("kind", "places", "longest"),
+    [
+        ("roberta", 514, 512),
+        ("xlm-roberta", 514, 512),
+        ("mpnet", 514, 512),
+        ("bert", 512, 512),
+        ("llama", 128, 128),
+    ],
+)
 def test_places_kept_for_padding_take_no_token(kind, places, longest):
     """A model of that many places takes so many tokens, and not one more."""
     from transformers import AutoConfig, AutoModel
 
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 30}
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 30,
+    }
     config = AutoConfig.for_model(kind, **small, max_position_embeddings=places)
     assert heads.longest_input(config) == longest
     model = AutoModel.from_config(config)
-    model(input_ids=torch.full((1, longest), 5), attention_mask=torch.ones(1, longest, dtype=torch.long))
+    model(
+        input_ids=torch.full((1, longest), 5),
+        attention_mask=torch.ones(1, longest, dtype=torch.long),
+    )
     if kind != "llama":  # places that are computed have no end
         with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, longest + 1), 5), attention_mask=torch.ones(1, longest + 1, dtype=torch.long))
+            model(
+                input_ids=torch.full((1, longest + 1), 5),
+                attention_mask=torch.ones(1, longest + 1, dtype=torch.long),
+            )

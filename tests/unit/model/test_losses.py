@@ -16,7 +16,9 @@ KEPT = TARGETS != IGNORED
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_is_torchs_summed(smoothing):
-    want = functional.cross_entropy(LOGITS[KEPT], TARGETS[KEPT], reduction="sum", label_smoothing=smoothing)
+    want = functional.cross_entropy(
+        LOGITS[KEPT], TARGETS[KEPT], reduction="sum", label_smoothing=smoothing
+    )
     assert torch.allclose(losses.cross_entropy(LOGITS, TARGETS, smoothing=smoothing), want)
 
 
@@ -28,18 +30,27 @@ def test_weights_are_what_a_sample_of_a_label_counts():
 
 def test_focal_loss_is_as_its_paper_says():
     shares = torch.softmax(LOGITS[KEPT], -1)[torch.arange(5), TARGETS[KEPT]]
-    want = (-(1 - shares) ** 2 * shares.log()).sum()
+    want = (-((1 - shares) ** 2) * shares.log()).sum()
     assert torch.allclose(losses.cross_entropy(LOGITS, TARGETS, gamma=2.0), want)
     counted, bits = KEPT.float(), (torch.arange(28).reshape(7, 4) % 3 == 0).float()
     right = torch.where(bits > 0, LOGITS.sigmoid(), 1 - LOGITS.sigmoid())
-    want = ((-(1 - right) ** 2 * right.log()).mean(-1) * counted).sum()
+    want = ((-((1 - right) ** 2) * right.log()).mean(-1) * counted).sum()
     assert torch.allclose(losses.binary_cross_entropy(LOGITS, bits, counted, 2.0), want, atol=1e-5)
-    plain = functional.binary_cross_entropy_with_logits(LOGITS[KEPT], bits[KEPT], reduction="none").mean(-1).sum()
+    plain = (
+        functional.binary_cross_entropy_with_logits(LOGITS[KEPT], bits[KEPT], reduction="none")
+        .mean(-1)
+        .sum()
+    )
     assert torch.allclose(losses.binary_cross_entropy(LOGITS, bits, counted), plain)
 
 
 def test_squared_error_counts_some_rows():
-    assert losses.squared_error(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 0.0]), torch.tensor([1, 0])).item() == 4.0
+    assert (
+        losses.squared_error(
+            torch.tensor([1.0, 5.0]), torch.tensor([3.0, 0.0]), torch.tensor([1, 0])
+        ).item()
+        == 4.0
+    )
 
 
 def test_contrastive_prefers_what_belongs_together():
@@ -54,11 +65,15 @@ def test_contrastive_prefers_what_belongs_together():
     assert torch.allclose(some * 2, near)
 
 
-@pytest.mark.parametrize("loss", [
-    lambda x: losses.cross_entropy(x, torch.full((7,), IGNORED), torch.ones(4), 2.0),
-    lambda x: losses.binary_cross_entropy(x, torch.zeros(7, 4), torch.zeros(7)),
-    lambda x: losses.squared_error(x[:, 0], torch.zeros(7), torch.zeros(7)),
-    lambda x: losses.contrastive(x, x, torch.zeros(7), 0.1)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: losses.cross_entropy(x, torch.full((7,), IGNORED), torch.ones(4), 2.0),
+        lambda x: losses.binary_cross_entropy(x, torch.zeros(7, 4), torch.zeros(7)),
+        lambda x: losses.squared_error(x[:, 0], torch.zeros(7), torch.zeros(7)),
+        lambda x: losses.contrastive(x, x, torch.zeros(7), 0.1),
+    ],
+)
 def test_without_labels_the_gradient_is_zero_and_there(loss):
     logits = LOGITS.clone().requires_grad_()
     found = loss(logits)

@@ -31,13 +31,23 @@ def test_expected_risk_by_hand():
     first, second = math.exp(-0.5), math.exp(-1.5)
     assert found.item() == pytest.approx(second / (first + second) * 0.8 + 0.4)
     deep = expected_risk(logs - 5000, risks, torch.tensor([0, 0, 1]), 2, 0.5)
-    assert deep.item() == pytest.approx(found.item()), "only differences count, however unlikely a text is"
+    assert deep.item() == pytest.approx(found.item()), (
+        "only differences count, however unlikely a text is"
+    )
 
 
 def risk_batch(both: bool, metric: str = "token_f1") -> RiskBatch:
-    config = SimpleNamespace(task=SimpleNamespace(risk=RiskSection(metric=metric), name="seq2seq" if both else "causal_lm"),
-                             run=SimpleNamespace(seed=0), evaluation=SimpleNamespace(text_tokenizer="13a"))
-    samples = [HeldOut(number, np.array(prompt), np.array(target)) for number, (prompt, target) in enumerate(zip(PROMPTS, REFERENCES, strict=True))]
+    config = SimpleNamespace(
+        task=SimpleNamespace(
+            risk=RiskSection(metric=metric), name="seq2seq" if both else "causal_lm"
+        ),
+        run=SimpleNamespace(seed=0),
+        evaluation=SimpleNamespace(text_tokenizer="13a"),
+    )
+    samples = [
+        HeldOut(number, np.array(prompt), np.array(target))
+        for number, (prompt, target) in enumerate(zip(PROMPTS, REFERENCES, strict=True))
+    ]
     return MinimumRisk(config, Words())._texts(empty_batch(lane=4), samples, DRAWN, decoder())
 
 
@@ -51,9 +61,11 @@ def test_equal_texts_count_once_and_the_reference_has_no_risk():
 def alone(model, prompt: list[int], text: list[int], both: bool) -> torch.Tensor:
     """Return the log-probability of a text, by a plain forward of its own."""
     if both:
-        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[2, *text[:-1]]])).logits[0]
+        logits = model(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[2, *text[:-1]]])
+        ).logits[0]
     else:
-        logits = model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1:-1]
+        logits = model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum()
 
 
@@ -64,7 +76,9 @@ def by_rows(model, section: RiskSection, both: bool) -> torch.Tensor:
     for group in range(3):
         rows = [row for row in range(6) if found.groups[row] == group]
         logs = torch.stack([alone(model, list(PROMPTS[group]), texts[row], both) for row in rows])
-        total = total + (torch.softmax(section.alpha * logs, 0) * torch.tensor(found.risks)[rows]).sum()
+        total = (
+            total + (torch.softmax(section.alpha * logs, 0) * torch.tensor(found.risks)[rows]).sum()
+        )
         total = total - section.likelihood_weight * logs[0] / len(REFERENCES[group])
     return total
 
@@ -74,7 +88,11 @@ def by_rows(model, section: RiskSection, both: bool) -> torch.Tensor:
 def test_a_batch_of_texts_has_the_risk_and_gradient_of_its_rows_alone(both, weight):
     section = RiskSection(alpha=0.3, likelihood_weight=weight)
     model, plain = (bart(), bart()) if both else (make_model(), make_model())
-    module = RiskSeq2Seq(model, TaskSection(name="seq2seq"), SpecialTokens(0), section) if both else RiskCausalLM(model, section)
+    module = (
+        RiskSeq2Seq(model, TaskSection(name="seq2seq"), SpecialTokens(0), section)
+        if both
+        else RiskCausalLM(model, section)
+    )
     loss, wanted = module(**module.inputs(risk_batch(both), "cpu")), by_rows(plain, section, both)
     loss = loss[0] if isinstance(loss, tuple) else loss
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-6) and wanted.item() > 0.3
@@ -89,12 +107,17 @@ def test_a_batch_of_texts_has_the_risk_and_gradient_of_its_rows_alone(both, weig
 def test_plain_batches_keep_their_cross_entropy(both):
     section, special = RiskSection(), SpecialTokens(0)
     if both:
-        ours, plain = RiskSeq2Seq(bart(), TaskSection(name="seq2seq"), special, section), TaskModel(bart(), TaskSection(name="seq2seq"), special)
+        ours, plain = (
+            RiskSeq2Seq(bart(), TaskSection(name="seq2seq"), special, section),
+            TaskModel(bart(), TaskSection(name="seq2seq"), special),
+        )
     else:
         ours, plain = RiskCausalLM(make_model(), section), CausalLM(make_model())
     for given in (batch((9,), (7,)), empty_batch()):
         ours(**ours.inputs(risk_batch(both), "cpu"))
-        assert ours(**ours.inputs(given, "cpu")).item() == pytest.approx(plain(**plain.inputs(given, "cpu")).item())
+        assert ours(**ours.inputs(given, "cpu")).item() == pytest.approx(
+            plain(**plain.inputs(given, "cpu")).item()
+        )
 
 
 def test_steps_along_the_gradient_make_good_texts_likelier():

@@ -18,7 +18,10 @@ def grads(module: CausalLM, packed=PACKED) -> dict[str, torch.Tensor]:
     module.zero_grad()
     loss = module(**to_inputs(packed, "cpu"))
     loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in module.named_parameters()}}
+    return {
+        "loss": loss.detach(),
+        **{name: p.grad.clone() for name, p in module.named_parameters()},
+    }
 
 
 def with_masks(module: CausalLM) -> CausalLM:
@@ -36,9 +39,14 @@ def test_lengths():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_same_as_with_masks(family, checkpointing):
     ours, plain = make_module(family), with_masks(make_module(family))
-    assert ours.model.config._attn_implementation == NAME and plain.model.config._attn_implementation == "sdpa"
+    assert (
+        ours.model.config._attn_implementation == NAME
+        and plain.model.config._attn_implementation == "sdpa"
+    )
     if checkpointing:
-        ours.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ours.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         ours.train()
     got, want = grads(ours), grads(plain)
     for name in want:
@@ -55,8 +63,14 @@ def test_no_mask_is_made(monkeypatch):
 
 def test_a_window_shorter_than_a_sample_needs_the_mask():
     narrow = make_module("mistral", sliding_window=4)
-    assert torch.allclose(grads(narrow)["loss"], grads(with_masks(make_module("mistral", sliding_window=4)))["loss"], rtol=1e-5)
-    assert not torch.allclose(grads(narrow)["loss"], grads(make_module("mistral"))["loss"], rtol=1e-5)
+    assert torch.allclose(
+        grads(narrow)["loss"],
+        grads(with_masks(make_module("mistral", sliding_window=4)))["loss"],
+        rtol=1e-5,
+    )
+    assert not torch.allclose(
+        grads(narrow)["loss"], grads(make_module("mistral"))["loss"], rtol=1e-5
+    )
 
 
 def test_beside_training_forwards_the_model_attends_as_ever():
@@ -66,9 +80,14 @@ def test_beside_training_forwards_the_model_attends_as_ever():
     keep = torch.ones_like(ids)
     keep[:, :3] = 0
     with torch.no_grad():
-        for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": keep},
-                       {"input_ids": torch.from_numpy(PACKED.input_ids)}):
-            assert torch.allclose(module.model(**inputs).logits[:, 3:], fresh.model(**inputs).logits[:, 3:], atol=1e-5)
+        for inputs in (
+            {"input_ids": ids},
+            {"input_ids": ids, "attention_mask": keep},
+            {"input_ids": torch.from_numpy(PACKED.input_ids)},
+        ):
+            assert torch.allclose(
+                module.model(**inputs).logits[:, 3:], fresh.model(**inputs).logits[:, 3:], atol=1e-5
+            )
         told = module.model.generate(ids, max_new_tokens=4, do_sample=False)
         assert torch.equal(told, fresh.model.generate(ids, max_new_tokens=4, do_sample=False))
 

@@ -25,9 +25,12 @@ LABELS = [1, 0, 2]
 
 def batch(rows=PROMPTS, labels=LABELS):
     width = max(map(len, rows))
-    ids, wanted = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), IGNORED, np.int64)
+    ids, wanted = (
+        np.zeros((len(rows), width), np.int64),
+        np.full((len(rows), width), IGNORED, np.int64),
+    )
     for i, row in enumerate(rows):
-        ids[i, :len(row)], wanted[i, 0] = row, labels[i]
+        ids[i, : len(row)], wanted[i, 0] = row, labels[i]
     pieces = np.array([(i, 0, len(row), 0) for i, row in enumerate(rows)], np.int64)
     return Batch(ids, wanted, np.zeros_like(ids), pieces, 0)
 
@@ -39,7 +42,10 @@ def module(family="llama", words=WORDS, task=TASK, **options):
 def by_hand(model, prompt, words):
     """The log-probability of each token of `words` after `prompt`, in one plain forward without padding."""
     with torch.no_grad():
-        shares = torch.log_softmax(model(input_ids=torch.tensor([[*prompt, *words]]), use_cache=False).logits[0].float(), -1)
+        shares = torch.log_softmax(
+            model(input_ids=torch.tensor([[*prompt, *words]]), use_cache=False).logits[0].float(),
+            -1,
+        )
     return [shares[len(prompt) + i - 1, word].item() for i, word in enumerate(words)]
 
 
@@ -50,7 +56,10 @@ def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
     with torch.no_grad():
         loss, scores = made(**made.inputs(batch(), "cpu"), told=True)
         plain = made(**made.inputs(batch(), "cpu"))
-    expected = [[(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS] for prompt in PROMPTS]
+    expected = [
+        [(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS]
+        for prompt in PROMPTS
+    ]
     assert scores.numpy() == pytest.approx(np.array(expected), abs=2e-5)
     wanted = -sum(expected[i][label] for i, label in enumerate(LABELS))
     assert loss.item() == pytest.approx(wanted, abs=5e-5)
@@ -73,9 +82,13 @@ def test_calibration_divides_by_what_no_content_gives():
     with torch.no_grad():
         raw_loss, raw = plain(**plain.inputs(batch(), "cpu"), told=True)
         loss, found = made(**made.inputs(batch(), "cpu"), told=True)
-    rows = torch.tensor([[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty])
+    rows = torch.tensor(
+        [[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty]
+    )
     expected = torch.softmax(raw, 1) / torch.softmax(rows, 1).mean(0)
-    assert torch.allclose(torch.softmax(found, 1), expected / expected.sum(1, keepdim=True), atol=1e-5)
+    assert torch.allclose(
+        torch.softmax(found, 1), expected / expected.sum(1, keepdim=True), atol=1e-5
+    )
     assert loss.item() == pytest.approx(raw_loss.item(), abs=1e-5), "the loss is not calibrated"
 
 
@@ -83,7 +96,9 @@ def test_rows_alone_and_together_get_the_same_scores():
     made = module("gpt2").eval()
     with torch.no_grad():
         _, together = made(**made.inputs(batch(), "cpu"), told=True)
-        alone = [made(**made.inputs(batch([prompt], [0]), "cpu"), told=True)[1] for prompt in PROMPTS]
+        alone = [
+            made(**made.inputs(batch([prompt], [0]), "cpu"), told=True)[1] for prompt in PROMPTS
+        ]
     assert torch.allclose(together, torch.cat(alone), atol=2e-5)
 
 
@@ -99,7 +114,10 @@ def test_weights_of_labels_count():
     weighed = module(task=TASK.model_copy(update={"class_weights": (2.0, 3.0, 5.0)})).eval()
     plain = module().eval()
     with torch.no_grad():
-        each = [plain(**plain.inputs(batch([p], [label]), "cpu")).item() for p, label in zip(PROMPTS, LABELS, strict=True)]
+        each = [
+            plain(**plain.inputs(batch([p], [label]), "cpu")).item()
+            for p, label in zip(PROMPTS, LABELS, strict=True)
+        ]
         got = weighed(**weighed.inputs(batch(), "cpu")).item()
     assert got == pytest.approx(3 * each[0] + 2 * each[1] + 5 * each[2], rel=1e-5)
 
@@ -122,5 +140,7 @@ def test_noise_and_smoothing_are_for_training_only():
 
 
 def test_a_sequence_longer_than_the_model_is_refused():
-    with pytest.raises(ModelError, match=r"batch\.sequence_length=200: longer than the model can take; at most 128"):
+    with pytest.raises(
+        ModelError, match=r"batch\.sequence_length=200: longer than the model can take; at most 128"
+    ):
         PromptModel(small.make_model("llama"), TASK, SpecialTokens(0), Words(IDS), 200)

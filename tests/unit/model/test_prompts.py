@@ -17,15 +17,30 @@ from dist_ft.model import heads, prompts, tuning
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.task_models import SpecialTokens, TaskModel
 
-TASKS = ("sequence_classification", "token_classification", "question_answering", "embedding", "seq2seq")
+TASKS = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "embedding",
+    "seq2seq",
+)
 
 
-def tuned(model, method: str, task: TaskSection = tuning.CAUSAL_LM, seed: int = 5, text_ids=(), **prompt):
-    tuning.apply(model, TuningSection(method=method, prompt={"tokens": 3, **prompt}), seed, task, text_ids)
+def tuned(
+    model, method: str, task: TaskSection = tuning.CAUSAL_LM, seed: int = 5, text_ids=(), **prompt
+):
+    tuning.apply(
+        model, TuningSection(method=method, prompt={"tokens": 3, **prompt}), seed, task, text_ids
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if tuning.is_added(name):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    0.3
+                    * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                    )
+                )
     return model
 
 
@@ -61,7 +76,9 @@ def test_a_causal_model_gives_the_logits_peft_gives(family, method):
     ids, mask = virtual.before(tokens, torch.ones_like(tokens))
     with torch.no_grad():
         own = model.eval()(ids, attention_mask=mask).logits
-        assert torch.allclose(own, twin(tokens, attention_mask=torch.ones_like(tokens)).logits, atol=1e-5)
+        assert torch.allclose(
+            own, twin(tokens, attention_mask=torch.ones_like(tokens)).logits, atol=1e-5
+        )
     assert own.shape[1] == 17 + len(virtual.ids) == (17 if method == "prefix_tuning" else 20)
 
 
@@ -76,15 +93,32 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
     mask = (ids != 0).long()
     with torch.no_grad():
         if name == "seq2seq":
-            given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+            given = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "decoder_input_ids": ids,
+                "decoder_attention_mask": mask,
+            }
             want, shift = twin(**given).logits, 0
             before = module.virtual.before(ids, mask)
             got = model(**given | {"input_ids": before[0], "attention_mask": before[1]}).logits
         else:
             told, shift = twin(input_ids=ids, attention_mask=mask), len(module.virtual.ids)
-            want = told[0] if name == "embedding" else told.logits if "logits" in told else told.start_logits
+            want = (
+                told[0]
+                if name == "embedding"
+                else told.logits
+                if "logits" in told
+                else told.start_logits
+            )
             run = module._run(ids, mask)
-            got = run.last_hidden_state if name == "embedding" else run.logits if "logits" in run else run.start_logits
+            got = (
+                run.last_hidden_state
+                if name == "embedding"
+                else run.logits
+                if "logits" in run
+                else run.start_logits
+            )
             if name != "sequence_classification":
                 got, want = module._own(got), want[:, shift:]
                 assert got.shape[:2] == ids.shape
@@ -108,7 +142,10 @@ def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
     packed = small.batch((3, 2), (4,), learned=1.0)
     made = prompts.before_samples(packed, range(-1, -3, -1))
     first, second = packed.input_ids[0], packed.input_ids[1]
-    assert made.input_ids.tolist() == [[-1, -2, *first[:3], -1, -2, *first[3:5]], [-1, -2, *second[:4], *made.input_ids[1, 6:]]]
+    assert made.input_ids.tolist() == [
+        [-1, -2, *first[:3], -1, -2, *first[3:5]],
+        [-1, -2, *second[:4], *made.input_ids[1, 6:]],
+    ]
     assert made.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert made.position_ids[1].tolist()[:7] == [0, 1, 2, 3, 4, 5, 0]
     assert made.num_target_tokens == packed.num_target_tokens
@@ -123,7 +160,9 @@ def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
 
     module = CausalLM(tuned(small.make_model(), "p_tuning"))
     module(**module.inputs(empty_batch(), "cpu")).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in module.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and not p.grad.any() for p in module.parameters() if p.requires_grad
+    )
 
 
 def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
@@ -151,10 +190,16 @@ def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
     virtual = prompts.of(model)
     tokens = torch.tensor([[5, 6, 7, 8]])
     ids, mask = virtual.before(tokens, torch.ones_like(tokens))
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
     with torch.no_grad():
         for _ in range(6):
-            best = model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1].argmax(-1, keepdim=True)
+            best = (
+                model(ids, attention_mask=torch.ones_like(ids))
+                .logits[:, -1]
+                .argmax(-1, keepdim=True)
+            )
             ids = torch.cat([ids, best], 1)
     assert made.tolist() == ids.tolist()
 
@@ -163,4 +208,7 @@ def test_noise_knows_the_virtual_tokens():
     module = CausalLM(tuned(small.make_model(), "prompt_tuning"), neftune_alpha=5)
     packed = small.batch((7, 5), (9,))
     loss = module(**module.inputs(packed, "cpu"))
-    assert np.isfinite(loss.item()) and loss.item() != module.eval()(**module.inputs(packed, "cpu")).item()
+    assert (
+        np.isfinite(loss.item())
+        and loss.item() != module.eval()(**module.inputs(packed, "cpu")).item()
+    )

@@ -21,10 +21,16 @@ def test_smoothing_is_cross_entropys_own_and_left_out_of_evaluation(family):
     plain, smooth = CausalLM(model).train(), CausalLM(model, label_smoothing=0.2).train()
     inputs = to_inputs(rows, "cpu")
     with torch.no_grad():
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        logits = model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).logits
     chosen = logits.reshape(-1, logits.shape[-1])[inputs["positions"]]
-    want = torch.nn.functional.cross_entropy(chosen, inputs["targets"], reduction="sum", label_smoothing=0.2).item()
-    assert loss(smooth, rows) == pytest.approx(want, rel=1e-5) and want != pytest.approx(loss(plain, rows), rel=1e-3)
+    want = torch.nn.functional.cross_entropy(
+        chosen, inputs["targets"], reduction="sum", label_smoothing=0.2
+    ).item()
+    assert loss(smooth, rows) == pytest.approx(want, rel=1e-5) and want != pytest.approx(
+        loss(plain, rows), rel=1e-3
+    )
     assert loss(smooth.eval(), rows) == pytest.approx(loss(plain.eval(), rows), rel=1e-6)
 
 
@@ -32,7 +38,9 @@ def noise_of(module: CausalLM, rows) -> torch.Tensor:
     """Return what is added to the embeddings in a forward pass."""
     seen: list[torch.Tensor] = []
     embedding = module.model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda layer, args, output: seen.append(output.detach() - layer.weight[args[0]]))
+    handle = embedding.register_forward_hook(
+        lambda layer, args, output: seen.append(output.detach() - layer.weight[args[0]])
+    )
     loss(module, rows)
     handle.remove()
     return seen[0]
@@ -46,7 +54,7 @@ def test_noise_is_bounded_by_each_samples_own_length():
         start = 0
         for size in sizes:
             bound = 5.0 / (size * width) ** 0.5
-            part = noise[row, start:start + size]
+            part = noise[row, start : start + size]
             assert 0.9 * bound < part.abs().max() <= bound * (1 + 1e-6)
             assert part.std() == pytest.approx(bound / 3**0.5, rel=0.2)
             start += size

@@ -14,11 +14,19 @@ ROWS, TOKENS = 2, 128
 def learner(device="meta", checkpointing=False, kind="llama", attention="sdpa", **sizes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 4, "vocab_size": 256, **sizes}
+    given = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 256,
+        **sizes,
+    }
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given), attn_implementation=attention,
-                                                 dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **given), attn_implementation=attention, dtype=torch.float32
+        )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return CausalLM(model).train()
@@ -26,7 +34,9 @@ def learner(device="meta", checkpointing=False, kind="llama", attention="sdpa", 
 
 def batch():
     ids = np.ones((ROWS, TOKENS), dtype=np.int64)
-    return Batch(ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0)
+    return Batch(
+        ids, ids, np.tile(np.arange(TOKENS), (ROWS, 1)), np.zeros((0, 4), dtype=np.int64), 0
+    )
 
 
 def most(peaks):
@@ -35,7 +45,11 @@ def most(peaks):
 
 def peak(keep_gradients=True, on_cpu=True, **given):
     module = learner(**given)
-    return most(rehearsal.peaks_of(module, module.inputs(batch(), "meta"), keep_gradients=keep_gradients, on_cpu=on_cpu))
+    return most(
+        rehearsal.peaks_of(
+            module, module.inputs(batch(), "meta"), keep_gradients=keep_gradients, on_cpu=on_cpu
+        )
+    )
 
 
 def measured(**given):
@@ -45,14 +59,26 @@ def measured(**given):
     module(**inputs).backward()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         module(**inputs).backward()
-    moves = sorted((e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]")
+    moves = sorted(
+        (e.start_ns(), e.nbytes())
+        for e in profile.kineto_results.events()
+        if e.name() == "[memory]"
+    )
     return int(np.cumsum([size for _, size in moves]).max())
 
 
-@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": 2}, {"checkpointing": True}, {"kind": "qwen2"},
-                                   {"kind": "mistral", "head_dim": 16}, {"kind": "opt", "word_embed_proj_dim": 64,
-                                                                         "ffn_dim": 96}],
-                         ids=["llama", "grouped", "checkpointing", "qwen2", "mistral", "opt"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"checkpointing": True},
+        {"kind": "qwen2"},
+        {"kind": "mistral", "head_dim": 16},
+        {"kind": "opt", "word_embed_proj_dim": 64, "ffn_dim": 96},
+    ],
+    ids=["llama", "grouped", "checkpointing", "qwen2", "mistral", "opt"],
+)
 def test_a_rehearsal_is_what_the_allocator_gives_out(given):
     assert peak(**given).total == pytest.approx(measured(**given), rel=0.03)
 
@@ -66,14 +92,26 @@ def test_a_layer_of_gpt2_is_megatrons_formula():
 
     held = []
     for layers in (2, 6):
-        config = GPT2Config(n_embd=256, n_layer=layers, n_head=8, vocab_size=64, n_positions=512,
-                                activation_function="gelu", bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            n_embd=256,
+            n_layer=layers,
+            n_head=8,
+            vocab_size=64,
+            n_positions=512,
+            activation_function="gelu",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.bfloat16
+            )
         module = CausalLM(model).train()
         ids = np.ones((2, 512), dtype=np.int64)
         one = Batch(ids, ids, np.tile(np.arange(512), (2, 1)), np.zeros((0, 4), dtype=np.int64), 0)
-        held.append(most(rehearsal.peaks_of(module, module.inputs(one, "meta"), keep_gradients=False)).total)
+        held.append(
+            most(rehearsal.peaks_of(module, module.inputs(one, "meta"), keep_gradients=False)).total
+        )
     s, b, h, a = 512, 2, 256, 8
     assert (held[1] - held[0]) / 4 == pytest.approx(s * b * h * (34 + 5 * a * s / h), rel=0.1)
 
@@ -89,7 +127,9 @@ def test_logits_are_chunked_and_a_changed_output_is_not():
     vocabulary = 2**19
     chunked = peak(vocab_size=vocabulary, on_cpu=False)
     whole = peak(kind="granite", vocab_size=vocabulary, logits_scaling=8.0, on_cpu=False)
-    assert chunked.total < 3 * 2**27 + 4 * 64 * vocabulary + 2**22  # a chunk's logits, its shares and those before
+    assert (
+        chunked.total < 3 * 2**27 + 4 * 64 * vocabulary + 2**22
+    )  # a chunk's logits, its shares and those before
     assert whole.total > 2 * 4 * ROWS * TOKENS * vocabulary
 
 
@@ -104,4 +144,5 @@ def test_weights_by_module_in_their_order():
     assert order[0] == ("model.embed_tokens.weight",)
     assert order[-1] == ("lm_head.weight",)
     assert sum(order, ()) and set(sum(order, ())) == {
-        name.removeprefix("model.") for name, _ in module.named_parameters()}
+        name.removeprefix("model.") for name, _ in module.named_parameters()
+    }

@@ -18,19 +18,49 @@ from dist_ft.model.load import load_for
 from dist_ft.model.task_models import SpecialTokens, TaskModel
 
 TOKENIZER = tiny_tasks.make_tokenizer()
-LABELS = {"sequence_classification": ["a", "b", "c"], "multi_label": [f"l{i}" for i in range(33)],
-          "token_classification": ["O", "B-x"]}
+LABELS = {
+    "sequence_classification": ["a", "b", "c"],
+    "multi_label": [f"l{i}" for i in range(33)],
+    "token_classification": ["O", "B-x"],
+}
 ROWS = {
-    "sequence_classification": [{"text": "the fox", "label": "b"}, {"text": "seven wise owls watch old rivers", "label": "c"}],
-    "multi_label": [{"text": "the fox runs", "label": ["l1", "l32"]}, {"text": "seven wise owls watch", "label": []}],
-    "regression": [{"text": "the fox", "label": 0.5}, {"text": "seven wise owls watch old rivers", "label": -2}],
-    "token_classification": [{"tokens": ["the", "fox"], "tags": ["O", "B-x"]},
-                             {"tokens": ["seven", "wise", "owls", "watch"], "tags": ["O", "O", "B-x", "O"]}],
-    "question_answering": [{"question": "who", "context": "the fox runs", "answers": {"text": ["fox"], "answer_start": [4]}},
-                           {"question": "who runs", "context": "seven wise owls", "answers": {"text": [], "answer_start": []}}],
-    "seq2seq": [{"source": "the fox", "target": "old owls watch"}, {"source": "seven wise owls", "target": "tea"}],
+    "sequence_classification": [
+        {"text": "the fox", "label": "b"},
+        {"text": "seven wise owls watch old rivers", "label": "c"},
+    ],
+    "multi_label": [
+        {"text": "the fox runs", "label": ["l1", "l32"]},
+        {"text": "seven wise owls watch", "label": []},
+    ],
+    "regression": [
+        {"text": "the fox", "label": 0.5},
+        {"text": "seven wise owls watch old rivers", "label": -2},
+    ],
+    "token_classification": [
+        {"tokens": ["the", "fox"], "tags": ["O", "B-x"]},
+        {"tokens": ["seven", "wise", "owls", "watch"], "tags": ["O", "O", "B-x", "O"]},
+    ],
+    "question_answering": [
+        {
+            "question": "who",
+            "context": "the fox runs",
+            "answers": {"text": ["fox"], "answer_start": [4]},
+        },
+        {
+            "question": "who runs",
+            "context": "seven wise owls",
+            "answers": {"text": [], "answer_start": []},
+        },
+    ],
+    "seq2seq": [
+        {"source": "the fox", "target": "old owls watch"},
+        {"source": "seven wise owls", "target": "tea"},
+    ],
     "masked_lm": [{"text": "the fox"}, {"text": "seven wise owls watch old rivers"}],
-    "embedding": [{"text": "the fox", "positive": "old stones and tea"}, {"text": "seven wise owls watch", "positive": "tea"}],
+    "embedding": [
+        {"text": "the fox", "positive": "old stones and tea"},
+        {"text": "seven wise owls watch", "positive": "tea"},
+    ],
 }
 
 
@@ -42,11 +72,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=list(ROWS))
 def made(request, folder):
     """(name, module in evaluation, the batch of all rows, the batches of each)."""
-    task = TaskSection.model_validate({"name": request.param, "labels": LABELS.get(request.param, ()), "stride": 8})
-    model, _ = load_for(task, ModelSection(path=str(folder / ("bart" if task.name == "seq2seq" else "bert")), dtype="float32"))
+    task = TaskSection.model_validate(
+        {"name": request.param, "labels": LABELS.get(request.param, ()), "stride": 8}
+    )
+    model, _ = load_for(
+        task,
+        ModelSection(
+            path=str(folder / ("bart" if task.name == "seq2seq" else "bert")), dtype="float32"
+        ),
+    )
     torch.manual_seed(1)
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)  # no weight means nothing, heads neither
+        parameter.data.add_(
+            torch.randn_like(parameter) * 0.05
+        )  # no weight means nothing, heads neither
     module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config)).eval()
     rows = ROWS[request.param]
     return request.param, module, batch(task, rows), [batch(task, [row]) for row in rows]
@@ -57,7 +96,9 @@ def batch(task: TaskSection, rows) -> Batch:
     assert isinstance(encoder, TaskEncoder)
     found = encoder.encode(rows, "x")
     sizes = np.diff(found.offsets)
-    pieces = np.stack([np.arange(len(rows)), np.zeros(len(rows), int), sizes, np.zeros(len(rows), int)], 1)
+    pieces = np.stack(
+        [np.arange(len(rows)), np.zeros(len(rows), int), sizes, np.zeros(len(rows), int)], 1
+    )
     return assemble(found.tokens, found.targets, pieces, np.repeat(np.arange(len(rows)), 1), 0)
 
 
@@ -73,8 +114,11 @@ def test_padding_is_not_seen(made):
     if name != "embedding":  # whose loss is of rows among each other
         assert torch.allclose(loss, sum(losses), atol=1e-5)
     for row, own in enumerate(outputs):
-        sized = output[row, :own.shape[1]] if name in ("token_classification", "question_answering", "masked_lm", "seq2seq") \
+        sized = (
+            output[row, : own.shape[1]]
+            if name in ("token_classification", "question_answering", "masked_lm", "seq2seq")
             else output[row]
+        )
         assert torch.allclose(sized.float(), own[0].float(), atol=1e-5), row
 
 
@@ -92,7 +136,9 @@ def test_every_weight_learns(made):
     _, module, whole, _ = made
     module.zero_grad()
     module(**module.inputs(whole, "cpu")).backward()
-    assert [name for name, parameter in canonical_names(module).items() if parameter.grad is None] == []
+    assert [
+        name for name, parameter in canonical_names(module).items() if parameter.grad is None
+    ] == []
 
 
 def test_the_loss_is_that_of_transformers(made):
@@ -111,7 +157,11 @@ def test_the_loss_is_that_of_transformers(made):
         if name == "question_answering":
             marked = labels != IGNORED
             start = marked.long().argmax(1)
-            want = module.model(**inputs, start_positions=start, end_positions=last_of(labels.gather(1, start[:, None])[:, 0])).loss
+            want = module.model(
+                **inputs,
+                start_positions=start,
+                end_positions=last_of(labels.gather(1, start[:, None])[:, 0]),
+            ).loss
         elif name == "sequence_classification":
             want = module.model(**inputs, labels=labels[:, 0]).loss * 2
         else:
@@ -123,7 +173,7 @@ def types(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     found = torch.zeros_like(ids)
     for row, own in enumerate(ids):
         at = (own == TOKENIZER.sep_token_id).nonzero()[0, 0]
-        found[row, at + 1:] = 1
+        found[row, at + 1 :] = 1
     return found * mask
 
 
@@ -133,8 +183,15 @@ def test_sets_of_labels_and_numbers(made):
     if name == "multi_label":
         wanted = torch.zeros(2, 33)
         wanted[0, [1, 32]] = 1
-        want = functional.binary_cross_entropy_with_logits(output, wanted, reduction="none").mean(-1).sum() * 2
-        assert torch.allclose(loss, want, atol=1e-5), "twice: with 33 labels a row has two labelled positions"
+        want = (
+            functional.binary_cross_entropy_with_logits(output, wanted, reduction="none")
+            .mean(-1)
+            .sum()
+            * 2
+        )
+        assert torch.allclose(loss, want, atol=1e-5), (
+            "twice: with 33 labels a row has two labelled positions"
+        )
         assert whole.num_target_tokens == 4
     if name == "regression":
         assert torch.allclose(loss, ((output - torch.tensor([0.5, -2.0])) ** 2).sum(), atol=1e-5)
@@ -144,25 +201,43 @@ def test_sets_of_labels_and_numbers(made):
 
 
 def test_pairs_have_token_types(folder):
-    task = TaskSection.model_validate({"name": "sequence_classification", "labels": ["a", "b"], "columns": {"pair": "pair"}})
+    task = TaskSection.model_validate(
+        {"name": "sequence_classification", "labels": ["a", "b"], "columns": {"pair": "pair"}}
+    )
     model, _ = load_for(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
     module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config)).eval()
-    rows = [{"text": "the fox", "pair": "old owls", "label": "a"}, {"text": "tea", "pair": "bread and tea", "label": "b"}]
-    encoded = TOKENIZER([row["text"] for row in rows], [row["pair"] for row in rows], padding=True, return_tensors="pt")
+    rows = [
+        {"text": "the fox", "pair": "old owls", "label": "a"},
+        {"text": "tea", "pair": "bread and tea", "label": "b"},
+    ]
+    encoded = TOKENIZER(
+        [row["text"] for row in rows],
+        [row["pair"] for row in rows],
+        padding=True,
+        return_tensors="pt",
+    )
     with torch.no_grad():
-        assert torch.allclose(told(module, batch(task, rows))[1], model(**encoded).logits, atol=1e-5)
+        assert torch.allclose(
+            told(module, batch(task, rows))[1], model(**encoded).logits, atol=1e-5
+        )
 
 
 def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
-    task = TaskSection.model_validate({"name": "sequence_classification", "labels": ["a", "b", "c"]})
+    task = TaskSection.model_validate(
+        {"name": "sequence_classification", "labels": ["a", "b", "c"]}
+    )
     model, _ = load_for(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
     seen = {}
     module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config), neftune_alpha=5.0)
-    model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: seen.update(out=out.detach()))
+    model.get_input_embeddings().register_forward_hook(
+        lambda _m, _a, out: seen.update(out=out.detach())
+    )
     one = batch(task, ROWS["sequence_classification"])
     told(module.eval(), one)
     plain = seen["out"]
     told(module.train(), one)
     sizes = module.inputs(one, "cpu")["mask"].sum(1)
     noise = (seen["out"] - plain).abs().amax((1, 2))
-    assert (noise <= 5.0 / (sizes * 32) ** 0.5 + 1e-6).all() and (noise > 2.0 / (sizes * 32) ** 0.5).all()
+    assert (noise <= 5.0 / (sizes * 32) ** 0.5 + 1e-6).all() and (
+        noise > 2.0 / (sizes * 32) ** 0.5
+    ).all()

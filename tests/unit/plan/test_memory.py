@@ -18,12 +18,15 @@ def test_the_largest_models_on_64_gpus_of_32_gigabytes_are_the_papers(stage, bil
     assert sum(state.values()) / BILLION == pytest.approx(32, rel=0.01)
 
 
-@pytest.mark.parametrize(("stage", "expected"), [
-    (0, {"weights": 400, "gradients": 400, "optimizer": 800}),  # weights are their own masters
-    (1, {"weights": 400, "gradients": 400, "optimizer": 600}),
-    (2, {"weights": 400, "gradients": 200, "optimizer": 600}),
-    (3, {"weights": 200, "gradients": 200, "optimizer": 600}),
-])
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (0, {"weights": 400, "gradients": 400, "optimizer": 800}),  # weights are their own masters
+        (1, {"weights": 400, "gradients": 400, "optimizer": 600}),
+        (2, {"weights": 400, "gradients": 200, "optimizer": 600}),
+        (3, {"weights": 200, "gradients": 200, "optimizer": 600}),
+    ],
+)
 def test_float32_on_two_workers(stage, expected):
     assert model_state_bytes(100, 2, stage, "float32") == expected
 
@@ -34,11 +37,22 @@ def test_optimizers_differ_in_their_moments():
 
 
 def test_shares_are_rounded_up():
-    assert model_state_bytes(101, 2, 3, "bfloat16") == {"weights": 102, "gradients": 102, "optimizer": 612}
+    assert model_state_bytes(101, 2, 3, "bfloat16") == {
+        "weights": 102,
+        "gradients": 102,
+        "optimizer": 612,
+    }
 
 
-LLAMA_8B = {"num_layers": 32, "hidden": 4096, "intermediate": 14336, "vocab": 128256, "kv_hidden": 1024,
-            "micro_batch": 1, "sequence_length": 8192}
+LLAMA_8B = {
+    "num_layers": 32,
+    "hidden": 4096,
+    "intermediate": 14336,
+    "vocab": 128256,
+    "kv_hidden": 1024,
+    "micro_batch": 1,
+    "sequence_length": 8192,
+}
 
 
 def test_activations_of_an_8b_model():
@@ -54,12 +68,14 @@ def test_checkpointing_keeps_inputs_and_one_layer():
 def test_activations_grow_with_the_micro_batch_and_the_type():
     one = activation_bytes(**LLAMA_8B, checkpointing=False)
     assert activation_bytes(**{**LLAMA_8B, "micro_batch": 3}, checkpointing=False) == 3 * one
-    assert activation_bytes(**{**LLAMA_8B, "vocab": 0}, checkpointing=True, dtype="float32") == 2 * activation_bytes(
-        **{**LLAMA_8B, "vocab": 0}, checkpointing=True)
+    assert activation_bytes(
+        **{**LLAMA_8B, "vocab": 0}, checkpointing=True, dtype="float32"
+    ) == 2 * activation_bytes(**{**LLAMA_8B, "vocab": 0}, checkpointing=True)
 
 
 def test_summary_is_one_line():
     state = model_state_bytes(2**30, 2, 3, "bfloat16")
     assert summary(state) == "8.00 GiB a worker = weights 1.00 + gradients 1.00 + optimizer 6.00"
     assert summary(state, 2**29) == (
-        "8.50 GiB a worker = weights 1.00 + gradients 1.00 + optimizer 6.00 + activations about 0.50")
+        "8.50 GiB a worker = weights 1.00 + gradients 1.00 + optimizer 6.00 + activations about 0.50"
+    )

@@ -14,14 +14,30 @@ MUCH = Lane(Held(10**6, 5), Held(10**6, 5))
 
 
 def shape(*weights, added=NOTHING, passed=NOTHING):
-    made = tuple(Weight(f"w{i}", *(w if isinstance(w, tuple) else (w,))) for i, w in enumerate(weights))
+    made = tuple(
+        Weight(f"w{i}", *(w if isinstance(w, tuple) else (w,))) for i, w in enumerate(weights)
+    )
     return ModelShape("x", made, tuple((i,) for i in range(len(made))), added, passed)
 
 
 def setup(**given):
-    base = Setup(world=64, stage=3, dtype="bfloat16", optimizer="adamw", guards=0, lanes=1, plain=False, overlap=False,
-                 zero={"reduce_bucket_size": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
-                       "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0})
+    base = Setup(
+        world=64,
+        stage=3,
+        dtype="bfloat16",
+        optimizer="adamw",
+        guards=0,
+        lanes=1,
+        plain=False,
+        overlap=False,
+        zero={
+            "reduce_bucket_size": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,
+        },
+    )
     return dataclasses.replace(base, **given)
 
 
@@ -30,8 +46,12 @@ def setup(**given):
 def test_model_state_is_the_papers(stage, world):
     """2 psi + 2 psi + K psi with K = 12 (arXiv:1910.02054, figure 1), over the workers from the stage on."""
     psi, k = 1024 * 7_000_000, 12
-    expected = {0: (2 + 2 + k) * psi, 1: (2 + 2) * psi + k * psi // world, 2: 2 * psi + (2 + k) * psi // world,
-                3: (2 + 2 + k) * psi // world}[stage]
+    expected = {
+        0: (2 + 2 + k) * psi,
+        1: (2 + 2) * psi + k * psi // world,
+        2: 2 * psi + (2 + k) * psi // world,
+        3: (2 + 2 + k) * psi // world,
+    }[stage]
     gpu = of_worker(shape(psi), setup(stage=stage, world=world)).gpu
     assert gpu["weights"] + gpu["gradients"] + gpu["optimizer"] == expected
 
@@ -52,7 +72,10 @@ def test_deepspeed_reduces_by_all_reduce(stage, times):
 
 @pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 5), (3, 12)])
 def test_lanes_reduce_each_from_stage_2_on(stage, times):
-    assert sum(traffic.of_step(shape(100), setup(stage=stage, lanes=4)).elements.values()) == times * 100
+    assert (
+        sum(traffic.of_step(shape(100), setup(stage=stage, lanes=4)).elements.values())
+        == times * 100
+    )
 
 
 def test_one_worker_sends_nothing():
@@ -66,16 +89,24 @@ def test_frozen_weights_have_neither_gradients_nor_state(stage):
     assert (gpu["gradients"], gpu["optimizer"]) == (200, 1200)
     assert gpu["weights"] == 2000
     assert traffic.checkpoint_bytes(model, setup(world=2)) == {
-        "checkpoint": 1200, "a worker's part": 600, "frozen, once a run": 1800, "exported model": 2000}
+        "checkpoint": 1200,
+        "a worker's part": 600,
+        "frozen, once a run": 1800,
+        "exported model": 2000,
+    }
     moved = traffic.of_step(model, setup(stage=3)).elements
     assert moved == {"gradients": 100, "weights": 2000}
 
 
 @pytest.mark.parametrize("guards", [1, 2, 3])
 def test_each_guard_is_a_float32_copy(guards):
-    without, with_them = (of_worker(shape(6400), setup(guards=g)).gpu["optimizer"] for g in (0, guards))
+    without, with_them = (
+        of_worker(shape(6400), setup(guards=g)).gpu["optimizer"] for g in (0, guards)
+    )
     assert with_them - without == 4 * guards * 100
-    assert traffic.checkpoint_bytes(shape(100), setup(guards=guards))["checkpoint"] == 400 * (3 + guards)
+    assert traffic.checkpoint_bytes(shape(100), setup(guards=guards))["checkpoint"] == 400 * (
+        3 + guards
+    )
 
 
 def test_sgd_without_momentum_has_masters_only():
@@ -85,12 +116,26 @@ def test_sgd_without_momentum_has_masters_only():
 
 def test_the_bucket_of_zero_2_is_not_there_in_forward():
     """So a forward may hold more than its backward and not be the peak."""
-    model = shape(6400, added=Lane(Held(10**6, 500), Held(10**6, 0)), passed=Lane(Held(10**6, 500), Held(10**6, 0)))
-    found = {(stage, lanes): of_worker(model, setup(stage=stage, lanes=lanes, zero={"reduce_bucket_size": 10**4}))
-             for stage in (1, 2, 3) for lanes in (1, 2)}
+    model = shape(
+        6400,
+        added=Lane(Held(10**6, 500), Held(10**6, 0)),
+        passed=Lane(Held(10**6, 500), Held(10**6, 0)),
+    )
+    found = {
+        (stage, lanes): of_worker(
+            model, setup(stage=stage, lanes=lanes, zero={"reduce_bucket_size": 10**4})
+        )
+        for stage in (1, 2, 3)
+        for lanes in (1, 2)
+    }
     assert {key: memory.when for key, memory in found.items()} == {
-        (1, 1): "backward", (1, 2): "forward", (2, 1): "backward", (2, 2): "backward", (3, 1): "forward",
-        (3, 2): "forward"}
+        (1, 1): "backward",
+        (1, 2): "forward",
+        (2, 1): "backward",
+        (2, 2): "backward",
+        (3, 1): "forward",
+        (3, 2): "forward",
+    }
     assert found[1, 2].total - found[1, 1].total == 500
 
 
@@ -103,16 +148,28 @@ def test_the_peak_is_among_lanes_or_at_the_update():
 
 
 def test_buckets_are_doubled_where_reductions_overlap():
-    one, two = (of_worker(shape(64, added=MUCH), setup(
-        stage=1, overlap=overlap, zero={"reduce_bucket_size": 1000})).gpu["buffers"] for overlap in (False, True))
+    one, two = (
+        of_worker(
+            shape(64, added=MUCH),
+            setup(stage=1, overlap=overlap, zero={"reduce_bucket_size": 1000}),
+        ).gpu["buffers"]
+        for overlap in (False, True)
+    )
     assert (one, two) == (2000, 4000 + 2 * 64), "and what is in one, flat"
 
 
-@pytest.mark.parametrize(("bucket", "buffers"), [(10**4, 2 * 10**4), (100, 2 * 100 + 2 * 100 + 2 * 100)])
+@pytest.mark.parametrize(
+    ("bucket", "buffers"), [(10**4, 2 * 10**4), (100, 2 * 100 + 2 * 100 + 2 * 100)]
+)
 def test_small_models_of_zero_2_reduce_after_their_activations(bucket, buffers):
     """A full bucket is reduced at once, into a second partition where a lane was before."""
     model = shape(*[100] * 64, passed=MUCH)
-    assert of_worker(model, setup(stage=2, lanes=2, zero={"reduce_bucket_size": bucket})).gpu["buffers"] == buffers
+    assert (
+        of_worker(model, setup(stage=2, lanes=2, zero={"reduce_bucket_size": bucket})).gpu[
+            "buffers"
+        ]
+        == buffers
+    )
 
 
 def test_zero_2_keeps_gradients_across_a_border_whole():

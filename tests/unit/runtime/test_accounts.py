@@ -9,9 +9,24 @@ from dist_ft.storage import Store
 
 
 def account(attempt: int, at: str, resumed_at: int, compute: float, marks: list) -> bytes:
-    seconds = {"start": 3.0, "compute": compute, "evaluation": 0.0, "data": 0.5, "save": 0.5, "other": 0.0, "lost": 0.0}
-    return json.dumps({"attempt": attempt, "begun_at": at, "resumed_at": resumed_at, "seconds": seconds,
-                       "marks": [[step, {"compute": then}] for step, then in marks]}).encode()
+    seconds = {
+        "start": 3.0,
+        "compute": compute,
+        "evaluation": 0.0,
+        "data": 0.5,
+        "save": 0.5,
+        "other": 0.0,
+        "lost": 0.0,
+    }
+    return json.dumps(
+        {
+            "attempt": attempt,
+            "begun_at": at,
+            "resumed_at": resumed_at,
+            "seconds": seconds,
+            "marks": [[step, {"compute": then}] for step, then in marks],
+        }
+    ).encode()
 
 
 def test_lines_over_two_attempts(tmp_path):
@@ -21,8 +36,15 @@ def test_lines_over_two_attempts(tmp_path):
     said = list(accounts.lines(store))
     assert said[0] == "0:01:40 over 2 attempts, 100.0% attributed"
     assert [line.split()[:3] for line in said[1:]] == [
-        ["compute", "28.0%", "28.0"], ["evaluation", "0.0%", "0.0"], ["data", "0.5%", "0.5"], ["save", "1.0%", "1.0"],
-        ["start", "6.0%", "6.0"], ["restart", "60.0%", "60.0"], ["lost", "4.5%", "4.5"], ["other", "0.0%", "0.0"]]
+        ["compute", "28.0%", "28.0"],
+        ["evaluation", "0.0%", "0.0"],
+        ["data", "0.5%", "0.5"],
+        ["save", "1.0%", "1.0"],
+        ["start", "6.0%", "6.0"],
+        ["restart", "60.0%", "60.0"],
+        ["lost", "4.5%", "4.5"],
+        ["other", "0.0%", "0.0"],
+    ]
 
 
 def test_a_run_of_an_older_version_says_nothing_and_a_broken_account_is_named(tmp_path):
@@ -31,4 +53,7 @@ def test_a_run_of_an_older_version_says_nothing_and_a_broken_account_is_named(tm
     store.write("time/000001.json", b"{")
     store.write("time/000002.json", b'{"attempt": 2}')
     said = list(accounts.lines(store))
-    assert [line.split(" (")[0] for line in said] == ["time/000001.json can not be used", "time/000002.json can not be used"]
+    assert [line.split(" (")[0] for line in said] == [
+        "time/000001.json can not be used",
+        "time/000002.json can not be used",
+    ]

@@ -34,14 +34,20 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def document(base):
     """A run of four steps with a name of its own."""
-    return tiny.config(base, f"run-{uuid4().hex[:8]}", schedule={"epochs": None, "steps": 4},
-                       evaluation={"data": str(base / "data" / "shard-0.jsonl"), "max_samples": 5})
+    return tiny.config(
+        base,
+        f"run-{uuid4().hex[:8]}",
+        schedule={"epochs": None, "steps": 4},
+        evaluation={"data": str(base / "data" / "shard-0.jsonl"), "max_samples": 5},
+    )
 
 
 def go(document, **changes) -> tuple:
     """Run `document` here; return (result, what the console showed)."""
     stream = io.StringIO()
-    document = {section: {**fields, **changes.get(section, {})} for section, fields in document.items()}
+    document = {
+        section: {**fields, **changes.get(section, {})} for section, fields in document.items()
+    }
     return local.run(load_config(document), Hooks(console=Console(stream))), stream.getvalue()
 
 
@@ -52,25 +58,49 @@ def store_of(document) -> Store:
 def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     result, shown = go(document)
     store = store_of(document)
-    assert store.list() == ["attempts", "checkpoints", "data", "ledger", "metrics.jsonl", "model", "run.yaml", "time"]
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", ".complete"} <= set(store.walk("model")) | {
-        name.removeprefix("model/") for name in store.walk("model")}
+    assert store.list() == [
+        "attempts",
+        "checkpoints",
+        "data",
+        "ledger",
+        "metrics.jsonl",
+        "model",
+        "run.yaml",
+        "time",
+    ]
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", ".complete"} <= set(
+        store.walk("model")
+    ) | {name.removeprefix("model/") for name in store.walk("model")}
     assert json.loads(store.read("attempts/000001.json"))["world_size"] == 1
     manifest = catalogue.load_manifest(store, catalogue.committed(store)[0])
-    assert manifest.aliases == {"lm_head.weight": "transformer.wte.weight"} and manifest.engine == "TorchEngine"
+    assert (
+        manifest.aliases == {"lm_head.weight": "transformer.wte.weight"}
+        and manifest.engine == "TorchEngine"
+    )
     assert list(manifest.tensors["transformer.wpe.weight"].shape) == [64, 32]
-    assert manifest.evaluation == {"before": result.evaluation_before, "after": result.evaluation_after,
-                                   "loss": result.evaluation_after,
-                                   "perplexity": pytest.approx(math.exp(result.evaluation_after))}, "for the best"
-    assert f"run {document['run']['name']}" in shown and "plain PyTorch, float32, attention sdpa" in shown
-    assert f"run {document['run']['name']}: done" in shown and result.evaluation_after < result.evaluation_before
+    assert manifest.evaluation == {
+        "before": result.evaluation_before,
+        "after": result.evaluation_after,
+        "loss": result.evaluation_after,
+        "perplexity": pytest.approx(math.exp(result.evaluation_after)),
+    }, "for the best"
+    assert (
+        f"run {document['run']['name']}" in shown
+        and "plain PyTorch, float32, attention sdpa" in shown
+    )
+    assert (
+        f"run {document['run']['name']}: done" in shown
+        and result.evaluation_after < result.evaluation_before
+    )
 
 
 def test_a_complete_run_is_not_trained_again(document):
     first, _ = go(document)
     again, shown = go(document)
-    assert shown == (f"run {document['run']['name']} is complete: step 4 of 4 is committed; raise schedule.steps to go on, "
-                     "or export it\n")
+    assert shown == (
+        f"run {document['run']['name']} is complete: step 4 of 4 is committed; raise schedule.steps to go on, "
+        "or export it\n"
+    )
     assert again == replace(first, loss=None)
     longer, shown = go(document, schedule={"steps": 6})
     assert longer.step == 6 and "step 4 of 6 (attempt 2)" in shown, "asking is no attempt"
@@ -89,7 +119,9 @@ def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
     """A second start by mistake, whose machine can not read the data: the first must still be able to commit."""
     go(document, schedule={"steps": 2})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "open_data", lambda *_: (_ for _ in ()).throw(DataError("no such file here")))
+        patch.setattr(
+            build, "open_data", lambda *_: (_ for _ in ()).throw(DataError("no such file here"))
+        )
         with pytest.raises(DataError, match="no such file here"):
             go(document)
     assert store_of(document).list("attempts") == ["000001.json"]
@@ -110,14 +142,20 @@ def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
 
 def test_more_workers_than_lanes(document):
     config = load_config(document)
-    with pytest.raises(ConfigError, match=r"cluster\.workers=6: more than the 5 lanes \(global_batch / micro_batch\); use "
-                                          r"fewer workers or a larger batch\.global_batch"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cluster\.workers=6: more than the 5 lanes \(global_batch / micro_batch\); use "
+        r"fewer workers or a larger batch\.global_batch",
+    ):
         build.run(config, World(0, 6), Hooks())
 
 
 def test_one_of_many_processes_can_not_be_alone(document):
-    with pytest.raises(ConfigError, match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\); set "
-                                          r"cluster\.workers=2, or start one process"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\); set "
+        r"cluster\.workers=2, or start one process",
+    ):
         build.run(load_config(document), World(0, 2), Hooks())
     assert not store_of(document).exists()
 
@@ -129,8 +167,11 @@ def test_the_model_must_stay_the_one_the_run_began_with(document, tmp_path):
     go(document, model=model, schedule={"steps": 2})
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "n_inner": 100}))
-    with pytest.raises(CheckpointError, match=r"transformer\.h\.0\.mlp\.c_fc\.bias is \[128\] in the checkpoint and \[100\] in "
-                                              r"the model; both must be the same; check model\.path"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"transformer\.h\.0\.mlp\.c_fc\.bias is \[128\] in the checkpoint and \[100\] in "
+        r"the model; both must be the same; check model\.path",
+    ):
         go(document, model=model)
 
 
@@ -139,7 +180,10 @@ def test_weights_that_are_missing_stop_the_run_before_step_1(document, tmp_path)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing in the files, such as transformer\.h\.1\.mlp\.c_fc\.weight"):
+    with pytest.raises(
+        ModelError,
+        match=r"1 weights are missing in the files, such as transformer\.h\.1\.mlp\.c_fc\.weight",
+    ):
         go(document, model={"path": str(tmp_path / "model")})
     assert not store_of(document).exists("metrics.jsonl")
 
@@ -157,4 +201,6 @@ def test_the_stored_index_is_used_again(document, base):
     before = {name: store_of(document).read(name) for name in store_of(document).walk("data")}
     assert {re.sub(r"\..*", "", name) for name in before} == {"data/data", "data/evaluation"}
     go(document, schedule={"steps": 5})
-    assert before == {name: store_of(document).read(name) for name in store_of(document).walk("data")}
+    assert before == {
+        name: store_of(document).read(name) for name in store_of(document).walk("data")
+    }

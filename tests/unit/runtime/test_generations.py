@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ft.runtime.generations import MOST_BACKOFF_S, SETTLE_S, Failure, Generations, Member, backoff_s
+from dist_ft.runtime.generations import (
+    MOST_BACKOFF_S,
+    SETTLE_S,
+    Failure,
+    Generations,
+    Member,
+    backoff_s,
+)
 
 
 def member(rank: int, key: str = "a", size: int = 2) -> Member:
@@ -72,7 +79,8 @@ def test_the_budget_is_refilled_by_a_checkpoint():
         found.decide(0)
     assert str(found.error) == (
         "gave up after cluster.max_failures=2 restarts without a new checkpoint in between (worker 1 on node node: killed "
-        "(2)); what was committed is kept; the same command goes on from there")
+        "(2)); what was committed is kept; the same command goes on from there"
+    )
 
 
 def test_without_limit():
@@ -84,7 +92,13 @@ def test_without_limit():
 
 
 def test_what_comes_back_at_once_is_not_tried_a_third_time():
-    for kind, ends in (("error", True), ("out of memory", True), ("crash", True), ("killed", False), ("storage", False)):
+    for kind, ends in (
+        ("error", True),
+        ("out of memory", True),
+        ("crash", True),
+        ("killed", False),
+        ("storage", False),
+    ):
         found = met(Generations(9))
         for _ in range(2):
             found.failed(found.generation, failure(kind, text="KeyError: 'x'"), 0)
@@ -119,7 +133,9 @@ def test_workers_of_two_groups_are_never_mixed():
         found.meet(member(0), 10.5)
         found.meet(member(second, "b"), 11.0)
         assert not found.is_replaced("b") and found.rendezvous(11.0) == "host:100"
-        assert found.error is None and "a worker or its node was lost" in found.after, "one loss, one failure"
+        assert found.error is None and "a worker or its node was lost" in found.after, (
+            "one loss, one failure"
+        )
 
 
 def test_groups_that_never_come_together_use_the_budget_up():
@@ -152,12 +168,16 @@ def test_a_node_that_was_announced_to_go_is_no_failure():
         met(found, "b", 2)
         assert found.error is None and found.after == told
         found.failed(found.generation, failure(), 10)
-        assert found.decide(10) == failure() and found.error is not None, "what fails by itself counts"
+        assert found.decide(10) == failure() and found.error is not None, (
+            "what fails by itself counts"
+        )
     found = met(Generations(0), size=3)
     found.going("node abc (worker 2)")
     for key in "bc":
         met(found, key, 2)
-    assert found.error is not None and "a worker or its node was lost" in found.after, "it goes once"
+    assert found.error is not None and "a worker or its node was lost" in found.after, (
+        "it goes once"
+    )
 
 
 def test_starts_are_spaced_out_more_and_more():

@@ -23,7 +23,7 @@ class Client:
         at = 0
         while at < len(LOG):
             size = self.random.randint(1, 200)
-            yield LOG[at:at + size]
+            yield LOG[at : at + size]
             at += size
             if self.breaks > 0 and self.random.random() < 0.3:
                 self.breaks -= 1
@@ -76,7 +76,10 @@ def test_what_the_stream_did_not_bring_is_asked_for_at_the_end(follow):
 
 def test_a_cluster_that_stays_away_is_given_up(follow, monkeypatch):
     monkeypatch.setattr(jobs, "LOST_S", 0.0)
-    with pytest.raises(WorkerError, match="has not answered for 0 s; the job may go on there; the same command attaches"):
+    with pytest.raises(
+        WorkerError,
+        match="has not answered for 0 s; the job may go on there; the same command attaches",
+    ):
         follow(Client(99, 1), Server([UnreachableError("gone")]))
 
 

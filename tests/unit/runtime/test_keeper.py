@@ -15,13 +15,17 @@ import pytest
 
 from dist_ft.runtime import keeper
 
-ECHO = ("import sys\nfrom multiprocessing.connection import Connection\npipe = Connection(int(sys.argv[1]))\n"
-        "while True:\n    said = pipe.recv()\n    if said == 'leave':\n        sys.exit(7)\n    pipe.send(said)\n")
+ECHO = (
+    "import sys\nfrom multiprocessing.connection import Connection\npipe = Connection(int(sys.argv[1]))\n"
+    "while True:\n    said = pipe.recv()\n    if said == 'leave':\n        sys.exit(7)\n    pipe.send(said)\n"
+)
 COMMAND = [sys.executable, "-c", ECHO]
-WORKER = ("import os, sys, time\nfrom dist_ft.runtime import keeper\n"
-          "kept = keeper.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), sys.argv[2])\n"
-          "if sys.argv[3] != 'new':\n    kept.ready()\n"
-          "if sys.argv[3] == 'begun':\n    kept.begun()\nprint(kept.pid, flush=True)\ntime.sleep(600)\n")
+WORKER = (
+    "import os, sys, time\nfrom dist_ft.runtime import keeper\n"
+    "kept = keeper.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), sys.argv[2])\n"
+    "if sys.argv[3] != 'new':\n    kept.ready()\n"
+    "if sys.argv[3] == 'begun':\n    kept.begun()\nprint(kept.pid, flush=True)\ntime.sleep(600)\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +37,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def lost(name: str, state: str) -> int:
     """Return the id of a process whose worker was killed."""
-    worker = subprocess.Popen([sys.executable, "-c", WORKER, ECHO, name, state], stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, ECHO, name, state], stdout=subprocess.PIPE, text=True
+    )
     assert worker.stdout is not None
     pid = int(worker.stdout.readline())
     worker.kill()
@@ -135,10 +141,13 @@ def test_one_that_has_not_is_claimed_by_one_other_of_the_same_name(own_folder: P
 
 
 def test_what_nobody_claims_ends_in_time(own_folder: Path):
-    code = ("import sys\nfrom dist_ft.runtime import keeper\nkeeper.KEPT_S = 0.2\nkeeper.main()\n")
+    code = "import sys\nfrom dist_ft.runtime import keeper\nkeeper.KEPT_S = 0.2\nkeeper.main()\n"
     ours, theirs = keeper.socket.socketpair()
-    subprocess.run([sys.executable, "-c", code, str(theirs.fileno()), keeper._prefix("a"), *COMMAND],
-                   pass_fds=[theirs.fileno()], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(theirs.fileno()), keeper._prefix("a"), *COMMAND],
+        pass_fds=[theirs.fileno()],
+        check=True,
+    )
     theirs.close()
     kept = keeper.Kept(ours)
     kept.ready()

@@ -20,11 +20,18 @@ def labels(tmp_path):
 
     def find(rows, bad_rows="error", **task):
         (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = load_config({
-            "run": {"name": "x"}, "model": {"path": "m"}, "data": {"train": str(tmp_path / "x.jsonl"), "bad_rows": bad_rows},
-            "schedule": {"steps": 1}, "batch": {"global_batch": 2, "sequence_length": 32},
-            "task": {"name": "sequence_classification", **task}})
+        config = load_config(
+            {
+                "run": {"name": "x"},
+                "model": {"path": "m"},
+                "data": {"train": str(tmp_path / "x.jsonl"), "bad_rows": bad_rows},
+                "schedule": {"steps": 1},
+                "batch": {"global_batch": 2, "sequence_length": 32},
+                "task": {"name": "sequence_classification", **task},
+            }
+        )
         return with_labels(config, store, World(), Collectives()).task.labels
+
     return find, store
 
 
@@ -46,7 +53,10 @@ def test_named_ones_stay_as_they_are(labels):
 
 def test_tags_and_sets(labels):
     find, _ = labels
-    assert find([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}], name="token_classification") == ("O", "B-X")
+    assert find([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}], name="token_classification") == (
+        "O",
+        "B-X",
+    )
 
 
 def test_sets_of_labels(labels):
@@ -75,5 +85,7 @@ def test_a_row_without_is_refused_or_passed_over(labels):
 
 def test_weights_need_a_label_each(labels):
     find, _ = labels
-    with pytest.raises(ConfigError, match=r"task\.class_weights: 2 weights and 3 labels \(a, b, c\)"):
+    with pytest.raises(
+        ConfigError, match=r"task\.class_weights: 2 weights and 3 labels \(a, b, c\)"
+    ):
         find(rows("a", "b", "c"), class_weights=[1, 2])

@@ -35,11 +35,15 @@ def test_the_first_signal_is_a_wish(number):
         assert asked()
         assert signal.getsignal(number) == before  # the second acts as if nobody listened
     assert signal.getsignal(number) == before
-    assert stream.getvalue() == f"{number.name}: saving after this step, then stopping (again: stop at once)\n"
+    assert (
+        stream.getvalue()
+        == f"{number.name}: saving after this step, then stopping (again: stop at once)\n"
+    )
 
 
 def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
     """A buffered stream refuses to be entered again by the thread that is in it."""
+
     class Pipe(io.RawIOBase):
         def __init__(self) -> None:
             self.seen = b""
@@ -59,14 +63,19 @@ def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
     with stop_on_signal(console) as asked:
         console.say("step 1")
         assert asked()
-    assert pipe.seen.decode().splitlines() == ["step 1", "SIGTERM: saving after this step, then stopping (again: stop at once)"]
+    assert pipe.seen.decode().splitlines() == [
+        "step 1",
+        "SIGTERM: saving after this step, then stopping (again: stop at once)",
+    ]
 
 
 def test_the_second_signal_ends_the_process():
-    program = ("import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\n"
-               "from dist_ft.train.console import Console\nwith stop_on_signal(Console()):\n"
-               "    os.kill(os.getpid(), signal.SIGTERM)\n    print('once', flush=True)\n"
-               "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n")
+    program = (
+        "import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\n"
+        "from dist_ft.train.console import Console\nwith stop_on_signal(Console()):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print('once', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n"
+    )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGTERM
     said = ran.stdout.splitlines()  # the notice comes from a thread, before or after
@@ -90,7 +99,9 @@ def test_beside_the_main_thread_signals_are_left_alone():
 @pytest.mark.parametrize("own_hooks", [False, True])
 def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
     """With hooks of the caller too: they listen beside the signals, not in their place."""
-    document = tiny.config(base, f"signal-{str(own_hooks).lower()}", schedule={"epochs": None, "steps": 5})
+    document = tiny.config(
+        base, f"signal-{str(own_hooks).lower()}", schedule={"epochs": None, "steps": 5}
+    )
     before = signal.getsignal(signal.SIGTERM)
 
     def at_second_step(text, real=Console.progress):
@@ -103,9 +114,17 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
     hooks = Hooks(console=console) if own_hooks else None
     if hooks is None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Console, "progress", lambda self, text, real=Console.progress: (
-                real(self, text), text.startswith("step 2/") and os.kill(os.getpid(), signal.SIGTERM))[0])
-            with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
+            patch.setattr(
+                Console,
+                "progress",
+                lambda self, text, real=Console.progress: (
+                    real(self, text),
+                    text.startswith("step 2/") and os.kill(os.getpid(), signal.SIGTERM),
+                )[0],
+            )
+            with pytest.raises(
+                Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "
+            ):
                 local.run(load_config(document))
     else:
         with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
@@ -117,7 +136,9 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
 def test_the_callers_wish_to_stop_counts(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
     with pytest.raises(Interrupted, match="stopped at step 1 of 5 as asked"):
-        local.run(load_config(document), Hooks(console=Console(io.StringIO()), should_stop=lambda: True))
+        local.run(
+            load_config(document), Hooks(console=Console(io.StringIO()), should_stop=lambda: True)
+        )
 
 
 GROUPED = """
@@ -134,5 +155,7 @@ local.leave(3)
 @pytest.mark.parametrize(("which", "said"), [("group", "said"), ("alone", "saidtaken down\n")])
 def test_who_was_in_a_process_group_is_not_taken_down_by_the_interpreter(which, said):
     """Threads of gloo that still hold tensors would abort it then."""
-    ran = subprocess.run([sys.executable, "-c", GROUPED, which], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", GROUPED, which], capture_output=True, text=True, timeout=60
+    )
     assert (ran.returncode, ran.stdout) == (3, said), ran.stderr

@@ -8,8 +8,23 @@ import pytest
 
 from dist_ft.runtime import package
 
-LEFT_OUT = [".git/config", ".env", ".env.local", "prod.env", "sub/.env", ".venv/x.py", "runs/a/run.yaml", "sub/__pycache__/x.pyc",
-            "tls.pem", "sub/id_rsa", ".aws/credentials", "my-credentials-2.json", "wandb/run", "kubeconfig.yaml", ".netrc"]
+LEFT_OUT = [
+    ".git/config",
+    ".env",
+    ".env.local",
+    "prod.env",
+    "sub/.env",
+    ".venv/x.py",
+    "runs/a/run.yaml",
+    "sub/__pycache__/x.pyc",
+    "tls.pem",
+    "sub/id_rsa",
+    ".aws/credentials",
+    "my-credentials-2.json",
+    "wandb/run",
+    "kubeconfig.yaml",
+    ".netrc",
+]
 PACKED = ["a.py", "configs/x.yaml", "pkg/credentials.py", "pkg/runs/x.py", "environment.txt"]
 
 
@@ -41,8 +56,10 @@ def test_a_file_with_a_credential_is_named_without_it(project, monkeypatch):
     (project / ".env").write_text("MY_STORE_SECRET=hush-hush-hush\n")
     (project / "key.txt").write_text("-----BEGIN RSA PRIVATE " + "KEY-----\nx\n")
     lines = list(package.problems(project))
-    assert [line.split(",")[0] for line in lines] == ["--project: key.txt holds a private key",
-                                                      "--project: notes.txt holds the value of MY_STORE_SECRET"]
+    assert [line.split(",")[0] for line in lines] == [
+        "--project: key.txt holds a private key",
+        "--project: notes.txt holds the value of MY_STORE_SECRET",
+    ]
     assert "hush" not in " ".join(lines)
     assert list(package.problems(project, [*package.EXCLUDES, "notes.txt", "key.txt"])) == []
 

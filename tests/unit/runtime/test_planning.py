@@ -11,12 +11,28 @@ from dist_ft.runtime import plan_report, planning
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = {  # parameters, as the models' cards and papers tell them
-    "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800,
-    "mistral-7b-v0.1": 7_241_732_096, "mixtral-8x7b-v0.1": 46_702_792_704, "qwen2.5-7b": 7_615_616_512,
-    "gemma-7b": 8_537_680_896, "gpt2-xl": 1_557_611_200, "opt-66b": 66_000_000_000, "phi-2": 2_779_683_840,
-    "bloom-176b": 176_247_271_424}
-TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 256, "tie_word_embeddings": False}
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mixtral-8x7b-v0.1": 46_702_792_704,
+    "qwen2.5-7b": 7_615_616_512,
+    "gemma-7b": 8_537_680_896,
+    "gpt2-xl": 1_557_611_200,
+    "opt-66b": 66_000_000_000,
+    "phi-2": 2_779_683_840,
+    "bloom-176b": 176_247_271_424,
+}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -27,9 +43,14 @@ def folder(tmp_path):
 
 
 def run(path, **sections):
-    base = {"run": {"name": "x"}, "model": {"path": str(path), "dtype": "bfloat16"}, "data": {"train": "none.jsonl"},
-            "batch": {"global_batch": 8, "micro_batch": 1, "sequence_length": 128}, "schedule": {"steps": 1},
-            "cluster": {"workers": 4, "gpus_per_worker": 1}}
+    base = {
+        "run": {"name": "x"},
+        "model": {"path": str(path), "dtype": "bfloat16"},
+        "data": {"train": "none.jsonl"},
+        "batch": {"global_batch": 8, "micro_batch": 1, "sequence_length": 128},
+        "schedule": {"steps": 1},
+        "cluster": {"workers": 4, "gpus_per_worker": 1},
+    }
     for name, section in sections.items():
         base[name] = {**base.get(name, {}), **section}
     return load_config(base)
@@ -41,7 +62,11 @@ def test_published_numbers_of_parameters(name, count):
     from dist_ft.model import outline
 
     attention = "eager" if name.startswith("bloom") else "sdpa"
-    model = outline.build(run("none/none", model={"attention": attention}), TaskSection(), str(ROOT / f"configs/architectures/{name}.json"))
+    model = outline.build(
+        run("none/none", model={"attention": attention}),
+        TaskSection(),
+        str(ROOT / f"configs/architectures/{name}.json"),
+    )
     rounded = 0.01 if count % 10**9 == 0 else 0
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=rounded, abs=0)
 
@@ -50,7 +75,11 @@ def test_parameters_are_counted_without_asking_anyone(folder):
     counted = 2 * (256 * 64) + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
     assert planning.count_parameters(run(folder)) == counted
     assert planning.count_parameters(run("org/none"), str(folder)) == counted
-    assert planning.count_parameters(run("org/none")) is planning.count_parameters(run("s3://none/none")) is None
+    assert (
+        planning.count_parameters(run("org/none"))
+        is planning.count_parameters(run("s3://none/none"))
+        is None
+    )
     with pytest.raises(ModelError, match="--model-config=nowhere: there is no such file"):
         planning.count_parameters(run(folder), "nowhere")
 
@@ -58,9 +87,16 @@ def test_parameters_are_counted_without_asking_anyone(folder):
 def test_sizes_of_a_published_run():
     """BLOOM on 384 A100 of 80 GB: its card tells 329 GB of bfloat16 weights, and 2.3 TB of a checkpoint that holds these,
     float32 masters and two moments, in units of 1024; ours leaves out the weights, which are the masters rounded."""
-    found = planning.plan(run("none/none", batch={"global_batch": 384, "sequence_length": 2048}, cluster={"workers": 384},
-                              model={"activation_checkpointing": True, "attention": "eager"}), gpu="A100-80GB",
-                          model_config=str(ROOT / "configs/architectures/bloom-176b.json"))
+    found = planning.plan(
+        run(
+            "none/none",
+            batch={"global_batch": 384, "sequence_length": 2048},
+            cluster={"workers": 384},
+            model={"activation_checkpointing": True, "attention": "eager"},
+        ),
+        gpu="A100-80GB",
+        model_config=str(ROOT / "configs/architectures/bloom-176b.json"),
+    )
     assert found["checkpoint"]["exported model"] / 2**30 == pytest.approx(329, abs=1)
     both = found["checkpoint"]["checkpoint"] + found["checkpoint"]["exported model"]
     assert both / 2**40 == pytest.approx(2.3, abs=0.06)
@@ -92,14 +128,22 @@ def test_an_adapter_alone_has_gradients_and_state(folder):
 
 def test_guards_cost_a_float32_copy_each(folder):
     plain = planning.plan(run(folder))
-    guarded = planning.plan(run(folder, tuning={"ema_decay": 0.99, "anchor": {"method": "l2", "strength": 1.0}}))
+    guarded = planning.plan(
+        run(folder, tuning={"ema_decay": 0.99, "anchor": {"method": "l2", "strength": 1.0}})
+    )
     psi = plain["model"]["parameters"]
-    assert guarded["memory"][0]["gpu"]["optimizer"] - plain["memory"][0]["gpu"]["optimizer"] == 8 * psi
+    assert (
+        guarded["memory"][0]["gpu"]["optimizer"] - plain["memory"][0]["gpu"]["optimizer"] == 8 * psi
+    )
 
 
 def test_checkpointing_saves_activations(folder):
-    plain, less = (planning.plan(run(folder, model={"activation_checkpointing": on}))["memory"][3]["gpu"]["activations"]
-                   for on in (False, True))
+    plain, less = (
+        planning.plan(run(folder, model={"activation_checkpointing": on}))["memory"][3]["gpu"][
+            "activations"
+        ]
+        for on in (False, True)
+    )
     assert less < plain
 
 
@@ -110,11 +154,22 @@ def test_offload_has_a_row_without_it(folder):
     assert without["offload"] == {} and without["gpu"]["optimizer"] == chosen["host"]["optimizer"]
 
 
-@pytest.mark.parametrize("task", [{"name": "sequence_classification", "labels": ["a", "b"]}, {"name": "masked_lm"}])
+@pytest.mark.parametrize(
+    "task", [{"name": "sequence_classification", "labels": ["a", "b"]}, {"name": "masked_lm"}]
+)
 def test_tasks_with_a_head(folder, task):
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "vocab_size": 256}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "bert",
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "vocab_size": 256,
+            }
+        )
+    )
     found = planning.plan(run(folder, task=task))
     assert found["model"]["rehearsed"] and found["memory"][3]["gpu"]["activations"] > 0
 
@@ -122,35 +177,65 @@ def test_tasks_with_a_head(folder, task):
 def test_gpus_and_how_many(folder):
     found = planning.plan(run(folder), gpu="h100", num_gpus=2)
     assert found["workers"] == 2
-    assert [(gpu["name"], gpu["fits"], gpu["fewest"]) for gpu in found["gpus"]] == [("H100", True, 1)]
+    assert [(gpu["name"], gpu["fits"], gpu["fewest"]) for gpu in found["gpus"]] == [
+        ("H100", True, 1)
+    ]
 
 
 def test_a_large_model_fits_nowhere_small(folder):
-    config = run("none/none", batch={"global_batch": 64, "sequence_length": 2048},
-                 model={"activation_checkpointing": True})
-    found = planning.plan(config, model_config=str(ROOT / "configs/architectures/llama-3.1-70b.json"))
+    config = run(
+        "none/none",
+        batch={"global_batch": 64, "sequence_length": 2048},
+        model={"activation_checkpointing": True},
+    )
+    found = planning.plan(
+        config, model_config=str(ROOT / "configs/architectures/llama-3.1-70b.json")
+    )
     gpus = {gpu["name"]: gpu for gpu in found["gpus"]}
     assert not gpus["H100"]["fits"] and gpus["H100"]["least"]["gpus"] > 8
     assert gpus["RTX4090"]["least"] is None
 
 
 def test_text_names_all_there_is(folder):
-    text = plan_report.as_text(planning.plan(run(folder, cluster={"workers": "2..4", "gpus_per_worker": 1},
-                                               checkpoint={"every_steps": 5})))
-    for word in ("> ZeRO-3", "gathered weights", "fewest workers", "on the wire", "checkpoint", "H200", "peak at", "logits"):
+    text = plan_report.as_text(
+        planning.plan(
+            run(
+                folder,
+                cluster={"workers": "2..4", "gpus_per_worker": 1},
+                checkpoint={"every_steps": 5},
+            )
+        )
+    )
+    for word in (
+        "> ZeRO-3",
+        "gathered weights",
+        "fewest workers",
+        "on the wire",
+        "checkpoint",
+        "H200",
+        "peak at",
+        "logits",
+    ):
         assert word in text
 
 
-@pytest.mark.parametrize(("change", "given", "said"), [
-    ("remove", {}, "no config.json there; a plan needs a model's config.json"),
-    ("{", {}, "can not be read .*; it must be JSON; fetch it anew"),
-    ("{}", {}, "names no model_type"),
-    ('{"model_type": "no-such"}', {}, "can not load the config"),
-    (None, {"model_config": "/no/such.json"}, "--model-config=/no/such.json: there is no such file"),
-    (None, {"gpu": "H1000"}, "--gpu=H1000: no such GPU"),
-    (None, {"num_gpus": 9}, "--gpus=9: from 1 to the 8 lanes"),
-    (None, {"num_gpus": 0}, "--gpus=0: from 1 to the 8 lanes"),
-])
+@pytest.mark.parametrize(
+    ("change", "given", "said"),
+    [
+        ("remove", {}, "no config.json there; a plan needs a model's config.json"),
+        ("{", {}, "can not be read .*; it must be JSON; fetch it anew"),
+        ("{}", {}, "names no model_type"),
+        ('{"model_type": "no-such"}', {}, "can not load the config"),
+        (
+            None,
+            {"model_config": "/no/such.json"},
+            "--model-config=/no/such.json: there is no such file",
+        ),
+        (None, {"gpu": "H1000"}, "--gpu=H1000: no such GPU"),
+        (None, {"num_gpus": 9}, "--gpus=9: from 1 to the 8 lanes"),
+        (None, {"num_gpus": 0}, "--gpus=0: from 1 to the 8 lanes"),
+    ],
+)
 def test_what_can_not_be_planned_is_one_line(folder, change, given, said):
     if change == "remove":
         (folder / "config.json").unlink()
@@ -175,7 +260,10 @@ def test_a_hub_that_can_not_be_reached(monkeypatch):
         raise ConnectionError("no way")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ModelError, match=r"model.path=org/name: .*does not give its config.json.*--model-config FILE"):
+    with pytest.raises(
+        ModelError,
+        match=r"model.path=org/name: .*does not give its config.json.*--model-config FILE",
+    ):
         planning.plan(run("org/name"))
 
 
@@ -185,5 +273,7 @@ def test_a_model_in_a_bucket(folder):
     storage.Store("memory://plan-model").create("config.json", json.dumps(TINY).encode())
     found = planning.plan(run("memory://plan-model"))
     assert found["model"]["rehearsed"]
-    with pytest.raises(ModelError, match=r"model.path=memory://nothing: its config.json can not be read"):
+    with pytest.raises(
+        ModelError, match=r"model.path=memory://nothing: its config.json can not be read"
+    ):
         planning.plan(run("memory://nothing"))

@@ -25,7 +25,9 @@ from dist_ft.storage import Store
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     base = tiny_tasks.base(tmp_path_factory.mktemp("parts"))
-    config = load_config(tiny_tasks.config(base, "sequence_classification", "parts", schedule={"epochs": 2}))
+    config = load_config(
+        tiny_tasks.config(base, "sequence_classification", "parts", schedule={"epochs": 2})
+    )
     local.run(config)
     api.export(config, str(base / "out"))
     return str(base / "out")
@@ -52,7 +54,11 @@ def test_shards_hold_every_row_once_in_order_as_one_file_does(model, tmp_path, f
     assert shards > 4 and rows == 40
     assert api.predict(model, source, str(tmp_path / "said.jsonl")) == (1, 40)
     found, wanted = rows_of(tmp_path / "said"), rows_of(tmp_path / "said.jsonl")
-    assert [row["text"] for row in found] == [row["text"] for row in wanted] == [row["text"] for row in rows_of(source)]
+    assert (
+        [row["text"] for row in found]
+        == [row["text"] for row in wanted]
+        == [row["text"] for row in rows_of(source)]
+    )
     for one, other in zip(found, wanted, strict=True):
         assert one["prediction"]["label"] == other["prediction"]["label"]
         assert one["prediction"]["score"] == pytest.approx(other["prediction"]["score"], abs=1e-5)
@@ -66,8 +72,14 @@ def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
     whole = {name: store.read(name) for name in names}
     store.remove(names[1])
     made = []
-    monkeypatch.setattr(predict_parts, "make", lambda predictor, store, task, make=predict_parts.make: (
-        made.append(task["name"]), make(predictor, store, task))[1])
+    monkeypatch.setattr(
+        predict_parts,
+        "make",
+        lambda predictor, store, task, make=predict_parts.make: (
+            made.append(task["name"]),
+            make(predictor, store, task),
+        )[1],
+    )
     _, rows = api.predict(model, source, str(tmp_path / "said"))
     assert made == [names[1]] and rows == whole[names[1]].count(b"\n")
     assert {name: store.read(name) for name in names} == whole
@@ -77,9 +89,18 @@ def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
 def test_a_folder_of_other_rows_or_another_form_is_refused(model, tmp_path):
     source = make_rows(tmp_path / "in")
     api.predict(model, source, str(tmp_path / "said"))
-    for change in ({"form": "parquet"}, {"max_new_tokens": 7}, {"paths": make_rows(tmp_path / "other", 20)}):
-        with pytest.raises(DataError, match="holds predictions of another model, of other rows or in another format"):
-            api.predict(**{"model": model, "paths": source, "out": str(tmp_path / "said"), **change})
+    for change in (
+        {"form": "parquet"},
+        {"max_new_tokens": 7},
+        {"paths": make_rows(tmp_path / "other", 20)},
+    ):
+        with pytest.raises(
+            DataError,
+            match="holds predictions of another model, of other rows or in another format",
+        ):
+            api.predict(
+                **{"model": model, "paths": source, "out": str(tmp_path / "said"), **change}
+            )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x.txt").write_text("x")
     with pytest.raises(DataError, match="the folder holds other files"):
@@ -106,7 +127,10 @@ def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp
     asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128, "greedy")
     told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
     assert told["wrong"] == ["", ""]
-    whole = {name: Store(str(tmp_path / "said")).read(name).count(b"\n") for name in Store(str(tmp_path / "said")).list()}
+    whole = {
+        name: Store(str(tmp_path / "said")).read(name).count(b"\n")
+        for name in Store(str(tmp_path / "said")).list()
+    }
     assert whole == {task["name"]: rows for task, rows in zip(tasks[:2], told["rows"], strict=True)}
     nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128, "greedy")
     (wrong,) = nobody({"task": np.array([json.dumps(tasks[0])])})["wrong"]
@@ -128,11 +152,14 @@ def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, m
 
     shutil.copytree(model, tmp_path / "flash")
     about = json.loads((tmp_path / "flash" / export.ABOUT).read_text())
-    (tmp_path / "flash" / export.ABOUT).write_text(json.dumps({**about, "attention": "flash_attention_2"}))
+    (tmp_path / "flash" / export.ABOUT).write_text(
+        json.dumps({**about, "attention": "flash_attention_2"})
+    )
     rows = [tiny_tasks.row("sequence_classification", random.Random(5)) for _ in range(3)]
     monkeypatch.setattr(logging.getLogger("dist_ft"), "propagate", True)
     with caplog.at_level("WARNING", "dist_ft"):
         said = Predictor(str(tmp_path / "flash")).predict(rows)
     assert said == Predictor(model).predict(rows)
     assert {line for line in caplog.messages if "flash" in line} == {
-        "model.attention=flash_attention_2: needs a GPU; sdpa is used here, which computes the same"}
+        "model.attention=flash_attention_2: needs a GPU; sdpa is used here, which computes the same"
+    }

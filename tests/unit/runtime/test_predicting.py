@@ -31,14 +31,20 @@ def trained(base):
 
     def train(task: str):
         if task not in made:
-            document = tiny_tasks.config(base, task, "plain", schedule={"epochs": 6},
-                                         task={"stride": 2} if task == "question_answering" else {})
+            document = tiny_tasks.config(
+                base,
+                task,
+                "plain",
+                schedule={"epochs": 6},
+                task={"stride": 2} if task == "question_answering" else {},
+            )
             config = load_config(document)
             local.run(config)
             out = str(base / "out" / task)
             api.export(config, out)
             made[task] = config, out
         return made[task]
+
     return train
 
 
@@ -54,15 +60,24 @@ def test_what_is_predicted_is_what_was_scored(base, trained, task):
     scored = evaluate_models(config, [out])[out]
     assert scored["head"] == "trained"
     if task == "sequence_classification":
-        right = [said["label"] == row["label"] for said, row in zip(found, rows(task, 23), strict=True)]
+        right = [
+            said["label"] == row["label"] for said, row in zip(found, rows(task, 23), strict=True)
+        ]
         assert sum(right) / 23 == pytest.approx(scored["accuracy"]) and scored["accuracy"] > 0.5
     elif task == "token_classification":
         tags = [said["tags"] for said in found]
         assert [len(own) for own in tags] == [len(row["tokens"]) for row in rows(task, 23)]
-        flat = [a == b for own, row in zip(tags, rows(task, 23), strict=True) for a, b in zip(own, row["tags"], strict=True)]
+        flat = [
+            a == b
+            for own, row in zip(tags, rows(task, 23), strict=True)
+            for a, b in zip(own, row["tags"], strict=True)
+        ]
         assert sum(flat) / len(flat) == pytest.approx(scored["accuracy"])
     else:
-        errors = [(said["label"] - row["label"]) ** 2 for said, row in zip(found, rows(task, 23), strict=True)]
+        errors = [
+            (said["label"] - row["label"]) ** 2
+            for said, row in zip(found, rows(task, 23), strict=True)
+        ]
         assert sum(errors) / 23 == pytest.approx(scored["mse"], rel=1e-3)
 
 
@@ -82,7 +97,9 @@ def test_texts_are_made(base, trained):
 
 
 @pytest.mark.parametrize("strategy", ["beam:3,num_samples=2", "sample:1.5,num_samples=2,seed=4"])
-def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(base, trained, strategy, tmp_path, monkeypatch):
+def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(
+    base, trained, strategy, tmp_path, monkeypatch
+):
     _, out = trained("seq2seq")
     whole = Predictor(out, 4, 6, strategy).predict(rows("seq2seq", 5))
     assert all(len(said["others"]) == 1 for said in whole)
@@ -104,7 +121,9 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
     monkeypatch.setattr(predict_lines, "CHUNK_ROWS", 4)
     predictor = Predictor(out)
-    (shards,) = resolve(load_config(tiny_tasks.config(base, "regression", "x", data={"train": source})).data.train)
+    (shards,) = resolve(
+        load_config(tiny_tasks.config(base, "regression", "x", data={"train": source})).data.train
+    )
 
     def every():
         return (row for shard in shards for row in readers.rows_of(shard))
@@ -112,20 +131,29 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     assert predict_file(predictor, every(), str(tmp_path / "whole.jsonl")) == 20
     whole = (tmp_path / "whole.jsonl").read_bytes()
     first = json.loads(whole.splitlines()[0])
-    assert set(first) == {"text", "label", "prediction"} and first["prediction"]["label"] in tiny_tasks.LABELS
-    (tmp_path / "cut.jsonl").write_bytes(whole[:len(whole) // 2])
+    assert (
+        set(first) == {"text", "label", "prediction"}
+        and first["prediction"]["label"] in tiny_tasks.LABELS
+    )
+    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="holds what another model said of"):
         predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
     (tmp_path / "cut.jsonl.model").write_text(predictor.version)
     asked = []
     predict = predictor.predict
-    monkeypatch.setattr(predictor, "predict", lambda rows, first=0: asked.extend(rows) or predict(rows, first))
+    monkeypatch.setattr(
+        predictor, "predict", lambda rows, first=0: asked.extend(rows) or predict(rows, first)
+    )
     predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
     assert 8 <= len(asked) <= 12
-    for one, other in zip((tmp_path / "cut.jsonl").read_bytes().splitlines(), whole.splitlines(), strict=True):
+    for one, other in zip(
+        (tmp_path / "cut.jsonl").read_bytes().splitlines(), whole.splitlines(), strict=True
+    ):
         left, right = json.loads(one), json.loads(other)
         scores = left["prediction"].pop("score"), right["prediction"].pop("score")
-        assert left == right and scores[0] == pytest.approx(scores[1], abs=1e-5)  # rows of other batches: rounding
+        assert left == right and scores[0] == pytest.approx(
+            scores[1], abs=1e-5
+        )  # rows of other batches: rounding
     with pytest.raises(DataError, match="holds 20 rows and there are 3"):
         predict_file(predictor, iter(list(every())[:3]), str(tmp_path / "whole.jsonl"))
 
@@ -133,7 +161,9 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
 def test_a_head_that_was_never_trained_says_nothing(base, trained):
     config, _ = trained("sequence_classification")
     encoder = str(base / "bert")
-    with pytest.raises(ModelError, match=r"weights of its head are not in the files, such as .* --random-head"):
+    with pytest.raises(
+        ModelError, match=r"weights of its head are not in the files, such as .* --random-head"
+    ):
         evaluate_models(config, [encoder])
     assert evaluate_models(config, [encoder], random_head=True)[encoder]["head"] == "random"
     with pytest.raises(ModelError, match="is a masked language model, which has nothing to say"):
@@ -142,7 +172,9 @@ def test_a_head_that_was_never_trained_says_nothing(base, trained):
 
 def test_there_must_be_something_to_score_on(base, trained):
     config, out = trained("sequence_classification")
-    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": ()})})
+    config = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"data": ()})}
+    )
     with pytest.raises(ConfigError, match=r"evaluation\.data: is empty"):
         evaluate_models(config, [out])
 
@@ -157,7 +189,9 @@ def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
     import torch
     from transformers import AutoModel
 
-    document = tiny_tasks.config(base, "embedding", "first", schedule={"epochs": None, "steps": 2}, task={"pooling": "first"})
+    document = tiny_tasks.config(
+        base, "embedding", "first", schedule={"epochs": None, "steps": 2}, task={"pooling": "first"}
+    )
     local.run(load_config(document))
     api.export(load_config(document), str(tmp_path / "out"))
     predictor = Predictor(str(tmp_path / "out"))
@@ -165,7 +199,9 @@ def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
     (said,) = predictor.predict([{"text": "the quick fox"}])
     with torch.no_grad():
         model = AutoModel.from_pretrained(tmp_path / "out").eval()
-        hidden = model(**predictor.tokenizer("the quick fox", return_tensors="pt")).last_hidden_state[0, 0]
+        hidden = model(
+            **predictor.tokenizer("the quick fox", return_tensors="pt")
+        ).last_hidden_state[0, 0]
     assert torch.allclose(torch.tensor(said["embedding"]), hidden / hidden.norm(), atol=1e-5)
 
 
@@ -173,7 +209,9 @@ def test_a_runs_folder_answers_as_what_is_exported_from_it(base, trained, tmp_pa
     config, out = trained("sequence_classification")
     asked = rows("sequence_classification", 5)
     assert Predictor(config.run_url).predict(asked) == Predictor(out).predict(asked)
-    with pytest.raises(ModelError, match=r"is no model folder \(.*\); what `dist-ft export` writes is needed"):
+    with pytest.raises(
+        ModelError, match=r"is no model folder \(.*\); what `dist-ft export` writes is needed"
+    ):
         Predictor(str(tmp_path))
 
 

@@ -16,7 +16,9 @@ class Info:
     """As Ray's."""
 
     deadline_ms: float | None
-    preempted_node_to_ranks: dict[str, list[int]] = field(default_factory=lambda: {"abcdef0123": [1, 2]})
+    preempted_node_to_ranks: dict[str, list[int]] = field(
+        default_factory=lambda: {"abcdef0123": [1, 2]}
+    )
 
 
 def wishes(relay: Relay) -> int:
@@ -37,12 +39,22 @@ def test_a_node_that_goes_is_saved_for_at_once_and_again_as_time_runs_out():
     relay = Relay()
     saves = Saves(lambda: relay)
     assert asked_at(saves, relay, Info(1120_000), 1000, 1200) == [1000, 1060, 1090, 1106, 1114]
-    assert relay.take() == [("log", "WARNING node abcdef01 (workers 1, 2) will be taken away in 120 s: saving now, training "
-                                    "goes on")]
+    assert relay.take() == [
+        (
+            "log",
+            "WARNING node abcdef01 (workers 1, 2) will be taken away in 120 s: saving now, training "
+            "goes on",
+        )
+    ]
     both = Info(1320_000, {"abcdef0123": [1, 2], "0123456789": [0]})
     assert asked_at(saves, relay, both, 1300, 1310) == [1300], "another node goes too"
-    assert relay.take() == [("log", "WARNING node 01234567 (worker 0), node abcdef01 (workers 1, 2) will be taken away in "
-                                    "20 s: saving now, training goes on")]
+    assert relay.take() == [
+        (
+            "log",
+            "WARNING node 01234567 (worker 0), node abcdef01 (workers 1, 2) will be taken away in "
+            "20 s: saving now, training goes on",
+        )
+    ]
 
 
 def test_the_next_save_waits_for_the_answer_of_the_one_before():
@@ -59,12 +71,17 @@ def test_the_next_save_waits_for_the_answer_of_the_one_before():
 def test_a_node_that_goes_nobody_says_when():
     relay = Relay()
     found = asked_at(Saves(lambda: relay), relay, Info(None), 1000, 1300)
-    assert found == asked_at(Saves(lambda: relay), relay, Info((1000 + UNKNOWN_S) * 1000), 1000, 1300) and len(found) > 2
+    assert (
+        found == asked_at(Saves(lambda: relay), relay, Info((1000 + UNKNOWN_S) * 1000), 1000, 1300)
+        and len(found) > 2
+    )
 
 
 def test_nothing_is_begun_near_the_end():
     assert is_due(60, 0, 120) and is_due(120 - LEAST_S, 0, 120)
-    assert not is_due(59, 0, 120) and not is_due(120.1 - LEAST_S, 0, 120) and not is_due(500, 0, 120)
+    assert (
+        not is_due(59, 0, 120) and not is_due(120.1 - LEAST_S, 0, 120) and not is_due(500, 0, 120)
+    )
 
 
 def test_a_resize_waits_until_the_save_before_it_is_answered():

@@ -45,12 +45,17 @@ def test_rows_the_model_is_sure_of_are_kept_in_order_and_others_counted(trained,
     rows, answers = said
     bar = sorted(answer["score"] for answer in answers)[30]
     found = pseudo_label(Predictor(trained[1]), iter(rows), bar)
-    wanted = [{**row, "label": answer["label"], "confidence": answer["score"]}
-              for row, answer in zip(rows, answers, strict=True) if answer["score"] >= bar]
+    wanted = [
+        {**row, "label": answer["label"], "confidence": answer["score"]}
+        for row, answer in zip(rows, answers, strict=True)
+        if answer["score"] >= bar
+    ]
     assert 0 < len(wanted) < 60
     assert found.rows == wanted
     assert (found.num_unsure, found.num_over, found.num_labelled) == (60 - len(wanted), 0, 0)
-    assert {label: count for label, count in found.kept.items() if count} == Counter(row["label"] for row in wanted)
+    assert {label: count for label, count in found.kept.items() if count} == Counter(
+        row["label"] for row in wanted
+    )
 
 
 def test_with_a_cap_the_surest_of_each_label_stay(trained, said):
@@ -59,7 +64,10 @@ def test_with_a_cap_the_surest_of_each_label_stay(trained, said):
     assert [row["id"] for row in found.rows] == sorted(row["id"] for row in found.rows)
     for label in tiny_tasks.LABELS:
         scores = sorted((a["score"] for a in answers if a["label"] == label), reverse=True)
-        assert sorted((row["confidence"] for row in found.rows if row["label"] == label), reverse=True) == scores[:3]
+        assert (
+            sorted((row["confidence"] for row in found.rows if row["label"] == label), reverse=True)
+            == scores[:3]
+        )
     assert found.num_over == 60 - len(found.rows) > 0
 
 
@@ -78,12 +86,26 @@ def test_a_model_without_one_label_a_text_is_refused(trained):
         pseudo_label(predictor, iter(()), 0.5)
 
 
-def test_the_command_takes_a_runs_folder_and_its_file_is_training_data(trained, tmp_path, monkeypatch, capsys):
+def test_the_command_takes_a_runs_folder_and_its_file_is_training_data(
+    trained, tmp_path, monkeypatch, capsys
+):
     config, _ = trained
     source, out = tmp_path / "rows.jsonl", tmp_path / "pseudo.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in unlabelled(20)))
-    monkeypatch.setattr("sys.argv", ["dist-ft", "data", "pseudo", config.run_url, str(source), "--out", str(out),
-                                     "--confidence", "0"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "dist-ft",
+            "data",
+            "pseudo",
+            config.run_url,
+            str(source),
+            "--out",
+            str(out),
+            "--confidence",
+            "0",
+        ],
+    )
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code, capsys.readouterr().err
@@ -99,8 +121,20 @@ def test_the_command_takes_a_runs_folder_and_its_file_is_training_data(trained, 
 def test_nobody_sure_enough_is_one_line(trained, tmp_path, monkeypatch, capsys):
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(unlabelled(1)[0]) + "\n")
-    monkeypatch.setattr("sys.argv", ["dist-ft", "data", "pseudo", trained[1], str(source), "--out",
-                                     str(tmp_path / "x.jsonl"), "--confidence", "1"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "dist-ft",
+            "data",
+            "pseudo",
+            trained[1],
+            str(source),
+            "--out",
+            str(tmp_path / "x.jsonl"),
+            "--confidence",
+            "1",
+        ],
+    )
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2

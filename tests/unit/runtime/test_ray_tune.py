@@ -10,15 +10,26 @@ from dist_ft.config.search import Search, SearchSection
 from dist_ft.runtime import ray_tune
 from dist_ft.runtime.search import Trial
 
-DOCUMENT = {"run": {"storage": "runs"}, "model": {"path": "m"}, "data": {"train": "a"},
-            "batch": {"global_batch": 4, "sequence_length": 8}, "schedule": {"steps": 90},
-            "evaluation": {"data": "b", "every_steps": 3}}
+DOCUMENT = {
+    "run": {"storage": "runs"},
+    "model": {"path": "m"},
+    "data": {"train": "a"},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"steps": 90},
+    "evaluation": {"data": "b", "every_steps": 3},
+}
 RATE, FREEZE = "optimizer.learning_rate", "tuning.frozen"
-SPACE = {RATE: {"low": 1e-5, "high": 1e-1, "log": True}, FREEZE: [[], ["*.bias"]], "schedule.warmup_steps": {"low": 0, "high": 3}}
+SPACE = {
+    RATE: {"low": 1e-5, "high": 1e-1, "log": True},
+    FREEZE: [[], ["*.bias"]],
+    "schedule.warmup_steps": {"low": 0, "high": 3},
+}
 
 
 def section(**fields) -> SearchSection:
-    return SearchSection.model_validate({"name": "x", "search": "optuna", "trials": 30, "space": SPACE, **fields})
+    return SearchSection.model_validate(
+        {"name": "x", "search": "optuna", "trials": 30, "space": SPACE, **fields}
+    )
 
 
 def values(rate: float, frozen: list[str], warmup: int) -> dict:
@@ -26,7 +37,11 @@ def values(rate: float, frozen: list[str], warmup: int) -> dict:
 
 
 def suggestions(searcher, count: int) -> list[dict]:
-    return [found["trial"] for found in (searcher.suggest(f"id-{number}") for number in range(count)) if found]
+    return [
+        found["trial"]
+        for found in (searcher.suggest(f"id-{number}") for number in range(count))
+        if found
+    ]
 
 
 def test_optuna_gives_values_of_the_space_and_every_number_once():
@@ -39,7 +54,10 @@ def test_optuna_gives_values_of_the_space_and_every_number_once():
 
 
 def test_trials_under_way_come_first_with_their_values_and_those_over_not_again():
-    over = [Trial(0, values(1e-3, [], 1), "done", ((3, 0.5),)), Trial(2, values(1e-2, ["*.bias"], 0), "stopped")]
+    over = [
+        Trial(0, values(1e-3, [], 1), "done", ((3, 0.5),)),
+        Trial(2, values(1e-2, ["*.bias"], 0), "stopped"),
+    ]
     again = [Trial(1, values(3e-4, ["*.bias"], 2))]
     found = suggestions(ray_tune._by_optuna(section(trials=6), "min", over, again), 10)
     assert found[0] == {"number": 1, "values": values(pytest.approx(3e-4), ["*.bias"], 2)}
@@ -51,7 +69,10 @@ def test_trials_under_way_come_first_with_their_values_and_those_over_not_again(
 def test_what_trials_gave_before_guides_optuna(mode):
     """Small rates were good: so say 20 trials that are over, each told as a number of its own choices."""
     sign = 1 if mode == "min" else -1
-    over = [Trial(n, values(10 ** (-5 + 4 * n / 19), [], 1), "done", ((3, sign * n / 19),)) for n in range(20)]
+    over = [
+        Trial(n, values(10 ** (-5 + 4 * n / 19), [], 1), "done", ((3, sign * n / 19),))
+        for n in range(20)
+    ]
     found = suggestions(ray_tune._by_optuna(section(trials=30), mode, over, []), 10)
     assert sorted(one["values"][RATE] for one in found)[5] < 1e-3
 
@@ -59,12 +80,20 @@ def test_what_trials_gave_before_guides_optuna(mode):
 def test_asha_knows_the_rungs_of_trials_that_are_over():
     search = Search(section(asha={"grace_steps": 6, "reduction": 2}), DOCUMENT, ())
     base = search.config({})
-    over = [Trial(n, {}, "done", ((3, 0.9), (6, value), (12, value - 0.1))) for n, value in enumerate((0.2, 0.3, 0.4))]
+    over = [
+        Trial(n, {}, "done", ((3, 0.9), (6, value), (12, value - 0.1)))
+        for n, value in enumerate((0.2, 0.3, 0.4))
+    ]
 
     def says(trials: list[Trial], value: float) -> str:
-        asha, trial = ray_tune._scheduler(search.section, base, "min", trials), SimpleNamespace(trial_id="new")
+        asha, trial = (
+            ray_tune._scheduler(search.section, base, "min", trials),
+            SimpleNamespace(trial_id="new"),
+        )
         asha.on_trial_add(None, trial)
-        assert asha.on_trial_result(None, trial, {"step": 3, "value": value}) == "CONTINUE", "before the first rung"
+        assert asha.on_trial_result(None, trial, {"step": 3, "value": value}) == "CONTINUE", (
+            "before the first rung"
+        )
         return asha.on_trial_result(None, trial, {"step": 6, "value": value})
 
     assert (says(over, 0.9), says(over, 0.1), says([], 0.9)) == ("STOP", "CONTINUE", "CONTINUE")

@@ -20,21 +20,31 @@ def test_a_command_is_followed_and_failpoints_of_this_process_are_not_passed_on(
 
 
 def test_a_command_is_told_to_stop_when_it_tells_of_the_failpoint():
-    program = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-               "print('WARNING failpoint train.step: sleep5', flush=True)\ntime.sleep(60)")
-    assert follow([sys.executable, "-c", program], {}, 60, time.monotonic(), [], terminate=True) == 130
+    program = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+        "print('WARNING failpoint train.step: sleep5', flush=True)\ntime.sleep(60)"
+    )
+    assert (
+        follow([sys.executable, "-c", program], {}, 60, time.monotonic(), [], terminate=True) == 130
+    )
 
 
 def test_a_command_that_does_not_end_is_ended_with_all_it_started(monkeypatch):
     monkeypatch.setattr(rehearsal, "LEAVE_S", 0.5)
-    program = ("import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-               "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
-               "time.sleep(600)")
+    program = (
+        "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
+        "time.sleep(600)"
+    )
     said: list[Line] = []
     assert follow([sys.executable, "-c", program], {}, 2, time.monotonic(), said) is None
     assert said[-1].text == "no end within 2 s; it is ended"
     until = time.monotonic() + 10
-    while os.path.exists(f"/proc/{said[0].text}") and time.monotonic() < until and not _is_zombie(said[0].text):
+    while (
+        os.path.exists(f"/proc/{said[0].text}")
+        and time.monotonic() < until
+        and not _is_zombie(said[0].text)
+    ):
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{said[0].text}") or _is_zombie(said[0].text)
 

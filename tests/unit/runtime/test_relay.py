@@ -56,7 +56,9 @@ def test_a_wish_to_save_stands_until_it_is_answered():
     child = _Child(theirs)
     assert not child.should_save()
     child._wish = 1
-    assert child.should_save() and child.should_save(), "the step it was told in may have been gone back on"
+    assert child.should_save() and child.should_save(), (
+        "the step it was told in may have been gone back on"
+    )
     child._wish = 2  # too late for the save of this step
     child.saved()
     assert ours.recv() == ("saved", 1) and child.should_save()
@@ -108,13 +110,19 @@ def test_who_failed_is_told_and_after_too_often_the_run_ends():
     relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
     relay.failed(0, Failure(0, "node", "killed", "time 0"))
     first = relay.look(Member("a", 0, 1, "node", "host:1"), 0)
-    assert not first.over and first.generation == 1 and first.after == "worker 0 on node node: killed (time 0)"
+    assert (
+        not first.over
+        and first.generation == 1
+        and first.after == "worker 0 on node node: killed (time 0)"
+    )
     relay.failed(1, Failure(0, "node", "killed", "time 1"))
     assert relay.look(Member("a", 0, 1, "node", "host:1"), 0).over
     assert "gave up after cluster.max_failures=1" in str(relay.outcome())
     lines = [text for _, text in relay.take()]
-    assert lines == ["WARNING worker 0 on node node: killed (time 0); all workers go on from the newest checkpoint",
-                     "WARNING worker 0 on node node: killed (time 1); the run ends"]
+    assert lines == [
+        "WARNING worker 0 on node node: killed (time 0); all workers go on from the newest checkpoint",
+        "WARNING worker 0 on node node: killed (time 1); the run ends",
+    ]
 
 
 def test_lines_nobody_fetches_are_bounded_and_counted():
@@ -142,7 +150,9 @@ def test_log_lines_of_workers_reach_the_drivers_terminal_in_order(capsys, monkey
     for rank in (0, 1):
         logs.setup(rank, 2, also=_PipeLog(_Child(theirs)))
         logging.getLogger("dist_ft.x").info("news")
-        logging.getLogger("dist_ft.x").warning("no checkpoint at step 3: s3://u:p@h/x with hf_0123456789")
+        logging.getLogger("dist_ft.x").warning(
+            "no checkpoint at step 3: s3://u:p@h/x with hf_0123456789"
+        )
         _PipeConsole(_Child(theirs)).progress(f"step {rank}")
     while ours.poll():
         kind, *line = ours.recv()
@@ -159,7 +169,11 @@ def test_log_lines_of_workers_reach_the_drivers_terminal_in_order(capsys, monkey
 
 
 def test_the_relay_and_the_driver_start_without_torch():
-    program = ("import sys, dist_ft.runtime.relay, dist_ft.runtime.ray_train\n"
-               "print([name for name in ('torch', 'transformers', 'deepspeed', 'ray') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys, dist_ft.runtime.relay, dist_ft.runtime.ray_train\n"
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

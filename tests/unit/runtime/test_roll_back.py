@@ -30,15 +30,31 @@ class Diverging:
 def parts(config, manifest) -> Parts:
     manager = MagicMock()
     manager.newest.return_value = manager.load.return_value = manifest
-    return Parts(MagicMock(), MagicMock(), None, manager, None, World(), Collectives(), {}, {}, Judge(config.anomaly),
-                 MagicMock())
+    return Parts(
+        MagicMock(),
+        MagicMock(),
+        None,
+        manager,
+        None,
+        World(),
+        Collectives(),
+        {},
+        {},
+        Judge(config.anomaly),
+        MagicMock(),
+    )
 
 
 def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
     monkeypatch.setattr(build, "Trainer", Diverging)
-    config, progress = run_config("runs", anomaly={"most_in_a_row": 3, "action": "rollback"}), Progress(step=8, optimizer_step=8)
+    config, progress = (
+        run_config("runs", anomaly={"most_in_a_row": 3, "action": "rollback"}),
+        Progress(step=8, optimizer_step=8),
+    )
     manifest = MagicMock(progress=progress, evaluation={})
-    with pytest.raises(AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.most_in_a_row\)"):
+    with pytest.raises(
+        AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.most_in_a_row\)"
+    ):
         build._train_on(config, parts(config, manifest), Hooks(), progress, 20, manifest)
     assert Diverging.starts == 4
 
@@ -46,5 +62,10 @@ def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
     monkeypatch.setattr(build, "Trainer", Diverging)
     config = run_config("runs", anomaly={"action": "rollback"})
-    with pytest.raises(AnomalyError, match="there is no checkpoint yet to go back to; the same command begins again"):
-        build._train_on(config, parts(config, None), Hooks(), Progress(step=0, optimizer_step=0), 20, None)
+    with pytest.raises(
+        AnomalyError,
+        match="there is no checkpoint yet to go back to; the same command begins again",
+    ):
+        build._train_on(
+            config, parts(config, None), Hooks(), Progress(step=0, optimizer_step=0), 20, None
+        )

@@ -25,7 +25,10 @@ STEPS = [6, 4, 2]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     base = tiny.base(tmp_path_factory.mktemp("runs"), 60)
-    changes = {"schedule": {"epochs": None, "steps": 6}, "checkpoint": {"every_steps": 2, "keep_last": 9}}
+    changes = {
+        "schedule": {"epochs": None, "steps": 6},
+        "checkpoint": {"every_steps": 2, "keep_last": 9},
+    }
     api.train(load_config(tiny.config(base, "mine", **changes)), skip_check=True)
     return base / "runs"
 
@@ -49,15 +52,24 @@ def damage(run: Path, name: str) -> None:
 
 
 def test_list_and_show(trained):
-    assert "mine" in runs.describe_all(str(trained)) and "step 6, 3 checkpoints, 1 attempt" in runs.describe_all(str(trained))
+    assert "mine" in runs.describe_all(
+        str(trained)
+    ) and "step 6, 3 checkpoints, 1 attempt" in runs.describe_all(str(trained))
     (trained / "mine/attempts/000001-rank-00001-stacks.txt").write_text("Thread ...")
     said = runs.describe(str(trained / "mine"))
-    assert ", world 1; made no progress: 000001-rank-00001-stacks.txt" in said.replace("\n                 ", " ")
-    assert all(f"step-{step:09d}-a0001: 0." in said or f"step-{step:09d}-a0001:" in said for step in STEPS)
+    assert ", world 1; made no progress: 000001-rank-00001-stacks.txt" in said.replace(
+        "\n                 ", " "
+    )
+    assert all(
+        f"step-{step:09d}-a0001: 0." in said or f"step-{step:09d}-a0001:" in said for step in STEPS
+    )
 
 
 def test_what_is_no_run_is_told(trained, tmp_path):
-    with pytest.raises(DataError, match=r"holds no runs; the folder that run.storage names is needed; check the URL"):
+    with pytest.raises(
+        DataError,
+        match=r"holds no runs; the folder that run.storage names is needed; check the URL",
+    ):
         runs.describe_all(str(tmp_path))
     with pytest.raises(DataError, match=r"is no run \(it has no run.yaml\)"):
         runs.describe(str(tmp_path))
@@ -68,7 +80,9 @@ def test_verify_finds_a_flipped_bit(run):
     damage(run, names(run)[1])
     found = dict(runs.verify(str(run)))
     assert [bool(problem) for problem in found.values()] == [False, True, False]
-    assert found[names(run)[1]].endswith("rank-00000-0000.safetensors: its checksum differs from the manifest's")
+    assert found[names(run)[1]].endswith(
+        "rank-00000-0000.safetensors: its checksum differs from the manifest's"
+    )
 
 
 def test_prune_names_first_and_keeps_the_newest_sound_one(run):
@@ -83,19 +97,32 @@ def test_prune_names_first_and_keeps_the_newest_sound_one(run):
 def test_diff_is_of_the_weights(run):
     store = Store(str(run))
     said = runs.diff(str(run), 2, 6)
-    first, second = (catalogue.load_manifest(store, name) for name in (names(run)[2], names(run)[0]))
+    first, second = (
+        catalogue.load_manifest(store, name) for name in (names(run)[2], names(run)[0])
+    )
     name = "transformer.wpe.weight"
-    before, after = (catalogue.reader(store, m).read(name, "param", 0, int(np.prod(m.tensors[name].shape)))
-                     for m in (first, second))
-    change = np.linalg.norm((after - before).astype(np.float64)) / np.linalg.norm(before.astype(np.float64))
+    before, after = (
+        catalogue.reader(store, m).read(name, "param", 0, int(np.prod(m.tensors[name].shape)))
+        for m in (first, second)
+    )
+    change = np.linalg.norm((after - before).astype(np.float64)) / np.linalg.norm(
+        before.astype(np.float64)
+    )
     assert any(line.split() == [name, f"{change:.3e}"] for line in said.splitlines())
-    with pytest.raises(CheckpointError, match=r"step 3: not among the checkpoints of .*; there are 2, 4, 6; give one of them"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step 3: not among the checkpoints of .*; there are 2, 4, 6; give one of them",
+    ):
         runs.diff(str(run), 2, 3)
 
 
 def test_the_commands(run):
     def call(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "dist_ft.cli", "runs", *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_ft.cli", "runs", *arguments],
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout + done.stderr
 
     code, said = call("verify", str(run))

@@ -21,14 +21,22 @@ def base(tmp_path_factory):
 
 
 def config(base, *overrides):
-    return load_config(tiny_tasks.config(base, "sequence_classification", "scored", workers=2), overrides)
+    return load_config(
+        tiny_tasks.config(base, "sequence_classification", "scored", workers=2), overrides
+    )
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    (["prompting.method=prototypes"], "prompting.method=prototypes: one process is asked"),
-    (["evaluation.robustness.typo_rate=0.1"], "evaluation.robustness: one process is asked"),
-    (["prompting.method=likelihood", "prompting.templates=['a {text}', 'b {text}']"], "prompting.templates: 2 are given"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prompting.method=prototypes"], "prompting.method=prototypes: one process is asked"),
+        (["evaluation.robustness.typo_rate=0.1"], "evaluation.robustness: one process is asked"),
+        (
+            ["prompting.method=likelihood", "prompting.templates=['a {text}', 'b {text}']"],
+            "prompting.templates: 2 are given",
+        ),
+    ],
+)
 def test_what_one_process_alone_is_asked(base, overrides, said):
     with pytest.raises(ConfigError, match=said):
         scoring_run.score(config(base, *overrides))
@@ -36,7 +44,10 @@ def test_what_one_process_alone_is_asked(base, overrides, said):
 
 def test_a_head_that_was_never_trained_is_refused_before_workers_are_asked_for(base):
     made = config(base)
-    with pytest.raises(ModelError, match=r"hold no head for task\.name=sequence_classification; its scores would be random"):
+    with pytest.raises(
+        ModelError,
+        match=r"hold no head for task\.name=sequence_classification; its scores would be random",
+    ):
         evaluate_models(made, [made.model.path])
 
 
@@ -47,7 +58,9 @@ def test_the_run_of_no_step_tells_what_one_process_tells_and_leaves_nothing(base
 
     def run(wanted):
         asked.append(wanted)
-        return local.run(wanted.model_copy(update={"cluster": wanted.cluster.model_copy(update={"workers": 0})}))
+        return local.run(
+            wanted.model_copy(update={"cluster": wanted.cluster.model_copy(update={"workers": 0})})
+        )
 
     monkeypatch.setattr(ray_train, "run", run)
     (sharded,) = evaluate_models(made, [made.model.path], random_head=True).values()
@@ -59,12 +72,21 @@ def test_the_run_of_no_step_tells_what_one_process_tells_and_leaves_nothing(base
             assert sharded[name] == pytest.approx(value, abs=1e-6), name
     assert sharded["confusion"] == plain["confusion"]
     (one,) = asked
-    assert one.max_workers == 2 and one.schedule.steps == 0 and one.data.train == made.evaluation.data
+    assert (
+        one.max_workers == 2 and one.schedule.steps == 0 and one.data.train == made.evaluation.data
+    )
     assert one.run.name != made.run.name and not Store(one.run_url).list()
 
 
 def test_a_run_of_no_step_learns_and_keeps_nothing(base):
-    made = load_config(tiny_tasks.config(base, "sequence_classification", "none"), ["schedule.steps=0", "schedule.epochs=null", "schedule.warmup_steps=null"])
+    made = load_config(
+        tiny_tasks.config(base, "sequence_classification", "none"),
+        ["schedule.steps=0", "schedule.epochs=null", "schedule.warmup_steps=null"],
+    )
     result = local.run(made)
     assert isinstance(result, Result) and replace(result, evaluation_before=None).checkpoint is None
-    assert result.step == result.total_steps == 0 and result.evaluation_before is not None and result.evaluation_after is None
+    assert (
+        result.step == result.total_steps == 0
+        and result.evaluation_before is not None
+        and result.evaluation_after is None
+    )

@@ -12,19 +12,32 @@ from dist_ft.runtime import ray_tune, search_report
 from dist_ft.runtime.search import ENDED, Journal, Trial
 from dist_ft.storage import Store
 
-DOCUMENT = {"model": {"path": "m"}, "data": {"train": "a"}, "batch": {"global_batch": 4, "sequence_length": 8},
-            "schedule": {"steps": 9}, "evaluation": {"data": "b", "every_steps": 3}}
+DOCUMENT = {
+    "model": {"path": "m"},
+    "data": {"train": "a"},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"steps": 9},
+    "evaluation": {"data": "b", "every_steps": 3},
+}
 
 
 def made(folder, document=None, **fields) -> Search:
-    section = SearchSection.model_validate({"name": "find", "search": "grid", "space": {
-        "optimizer.learning_rate": [1e-3, 1e-4]}, **fields})
+    section = SearchSection.model_validate(
+        {
+            "name": "find",
+            "search": "grid",
+            "space": {"optimizer.learning_rate": [1e-3, 1e-4]},
+            **fields,
+        }
+    )
     return Search(section, {**DOCUMENT, **(document or {}), "run": {"storage": str(folder)}}, ())
 
 
 def journal(folder, search=None) -> Journal:
     search = search or made(folder)
-    return Journal(Store(f"{folder}/find"), search, search.config(search.section.point(0)), lambda text: None)
+    return Journal(
+        Store(f"{folder}/find"), search, search.config(search.section.point(0)), lambda text: None
+    )
 
 
 def test_what_trials_report_is_kept_and_read_again(tmp_path):
@@ -40,7 +53,10 @@ def test_what_trials_report_is_kept_and_read_again(tmp_path):
     first.ended(2, failed=True)
     again = journal(tmp_path).trials
     assert [(t.state, t.value, t.step, t.error) for t in again.values()] == [
-        ("done", 0.7, 6, ""), ("stopped", None, 0, ""), ("failed", None, 0, "no such file")]
+        ("done", 0.7, 6, ""),
+        ("stopped", None, 0, ""),
+        ("failed", None, 0, "no such file"),
+    ]
     assert again[0].reports == ((3, 0.9), (6, 0.7))
 
 
@@ -58,10 +74,17 @@ def test_a_trial_that_goes_on_keeps_its_time_and_says_its_evaluations_anew(tmp_p
     assert 100 <= again.trials[0].seconds < 110
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"space": {"optimizer.learning_rate": [1e-3]}}, "space: this search has begun with another space"),
-    ({"seed": 3}, "seed: "), ({"document": {"schedule": {"steps": 10}}}, "schedule.steps=10: trials of this search"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"space": {"optimizer.learning_rate": [1e-3]}},
+            "space: this search has begun with another space",
+        ),
+        ({"seed": 3}, "seed: "),
+        ({"document": {"schedule": {"steps": 10}}}, "schedule.steps=10: trials of this search"),
+    ],
+)
 def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, changes, said):
     journal(tmp_path).began(0, {})
     with pytest.raises(ConfigError) as caught:
@@ -71,17 +94,26 @@ def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, change
 
 def test_more_trials_at_once_and_operational_fields_may_change(tmp_path):
     journal(tmp_path).began(0, {})
-    assert journal(tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, at_once=2)).trials
+    assert journal(
+        tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, at_once=2)
+    ).trials
 
 
 @pytest.mark.parametrize(("metric", "order"), [("loss", [2, 0, 1]), ("accuracy", [0, 2, 1])])
 def test_the_best_trial_stands_first(tmp_path, metric, order):
-    search = made(tmp_path, {"checkpoint": {"best_by": metric},
-                             "task": {"name": "causal_lm" if metric == "loss" else "masked_lm"}})
+    search = made(
+        tmp_path,
+        {
+            "checkpoint": {"best_by": metric},
+            "task": {"name": "causal_lm" if metric == "loss" else "masked_lm"},
+        },
+    )
     base = search.config(search.section.point(0))
-    trials = [Trial(0, {"optimizer.learning_rate": 1e-3}, "done", ((3, 0.8),), 2.0), Trial(
-        1, {"optimizer.learning_rate": 1e-4}, "failed", error="it broke"), Trial(
-        2, {"optimizer.learning_rate": 1e-2}, "stopped", ((3, 0.9), (6, 0.7)), 1.0)]
+    trials = [
+        Trial(0, {"optimizer.learning_rate": 1e-3}, "done", ((3, 0.8),), 2.0),
+        Trial(1, {"optimizer.learning_rate": 1e-4}, "failed", error="it broke"),
+        Trial(2, {"optimizer.learning_rate": 1e-2}, "stopped", ((3, 0.9), (6, 0.7)), 1.0),
+    ]
     report = search_report.gather(search.section, base, "url", trials)
     assert [one["trial"] for one in report["trials"]] == order and report["best"] == order[0]
     assert "- trial 1: it broke" in search_report.as_markdown(report)

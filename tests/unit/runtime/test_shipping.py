@@ -21,7 +21,9 @@ from dist_ft.storage import Store
 def trained(tmp_path_factory):
     """Return the base folder and the config of a run that is done."""
     base = tiny_tasks.base(tmp_path_factory.mktemp("ship"))
-    config = load_config(tiny_tasks.config(base, "sequence_classification", "ship", schedule={"epochs": 6}))
+    config = load_config(
+        tiny_tasks.config(base, "sequence_classification", "ship", schedule={"epochs": 6})
+    )
     local.run(config)
     return base, config
 
@@ -38,16 +40,30 @@ def test_the_card_says_what_was_run_and_no_path_of_this_machine(trained, tmp_pat
     head, body = read_card(tmp_path / "out")
     assert head["pipeline_tag"] == "text-classification" and head["library_name"] == "transformers"
     assert "base_model" not in head, "a local folder is no name of the hub"
-    assert "| base model | bert |" in body and "| architecture | BertForSequenceClassification (bert) |" in body and "96 samples" in body and "23 samples" in body
-    assert "animal, drink, food, place" in body and f"| seed | {config.run.seed} |" in body and "| accuracy | " in body
+    assert (
+        "| base model | bert |" in body
+        and "| architecture | BertForSequenceClassification (bert) |" in body
+        and "96 samples" in body
+        and "23 samples" in body
+    )
+    assert (
+        "animal, drink, food, place" in body
+        and f"| seed | {config.run.seed} |" in body
+        and "| accuracy | " in body
+    )
     assert re.search(r"\| metric \| step 0 \| step \d+ \|", body)
     assert str(base) not in body and str(tmp_path) not in body
     config_again = yaml.safe_load(body.split("```yaml")[1].split("```")[0])
-    assert config_again["task"]["name"] == "sequence_classification" and "storage" not in config_again
+    assert (
+        config_again["task"]["name"] == "sequence_classification" and "storage" not in config_again
+    )
 
 
 def test_paths_lose_all_but_their_last_part():
-    assert card._public("data: /home/me/sets/a.jsonl, s3://bucket/x/*.parquet") == "data: a.jsonl, s3://bucket/x/*.parquet"
+    assert (
+        card._public("data: /home/me/sets/a.jsonl, s3://bucket/x/*.parquet")
+        == "data: a.jsonl, s3://bucket/x/*.parquet"
+    )
     assert card._public("org/name and ./mine/x.jsonl") == "org/name and ./mine/x.jsonl"
 
 
@@ -63,17 +79,28 @@ def test_int8_weights_load_again_score_near_and_are_told(trained, tmp_path):
     assert told["ms for 32 tokens"][0] > 0 and told["ms for 32 tokens"][1] > 0
     head, body = read_card(tmp_path / "small")
     assert "int8" in head["tags"] and "## With int8 weights" in body
-    assert json.loads((tmp_path / "small" / "dist_ft.json").read_text())["int8"]["accuracy"] == [before, after]
+    assert json.loads((tmp_path / "small" / "dist_ft.json").read_text())["int8"]["accuracy"] == [
+        before,
+        after,
+    ]
     rows = [{"text": "the quick tea tea"}, {"text": "owls in the night owls"}]
     small, large = Predictor(str(tmp_path / "small")), Predictor(str(plain))
     for one, other in zip(small.predict(rows), large.predict(rows), strict=True):
-        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=0.05)
-    onward = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path / "small")})})
-    assert any("has int8 weights, which can not be fine-tuned" in problem for problem in api.check(onward))
+        assert one["label"] == other["label"] and one["score"] == pytest.approx(
+            other["score"], abs=0.05
+        )
+    onward = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": str(tmp_path / "small")})}
+    )
+    assert any(
+        "has int8 weights, which can not be fine-tuned" in problem for problem in api.check(onward)
+    )
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "torchao"
-    assert any("int8" in str(value.dtype) or type(value).__name__.startswith("Int8")
-               for value in small.model.state_dict().values())
+    assert any(
+        "int8" in str(value.dtype) or type(value).__name__.startswith("Int8")
+        for value in small.model.state_dict().values()
+    )
 
 
 def test_without_held_out_data_only_logits_are_compared(trained, tmp_path):
@@ -81,7 +108,10 @@ def test_without_held_out_data_only_logits_are_compared(trained, tmp_path):
     _, config = trained
     api.export(config, str(tmp_path / "one"))
     assert set(shipping.compare(tmp_path / "one", tmp_path / "one", None)) == {
-        "MB on disk", "ms for 32 tokens", "logits, largest relative difference"}
+        "MB on disk",
+        "ms for 32 tokens",
+        "logits, largest relative difference",
+    }
 
 
 def test_an_adapter_alone_has_no_int8_weights(trained, tmp_path):

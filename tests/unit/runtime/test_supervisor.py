@@ -10,16 +10,20 @@ from dist_ft.runtime import supervisor
 from dist_ft.runtime.supervisor import how_it_ended
 
 
-@pytest.mark.parametrize(("code", "oom_kills", "kind", "said"), [
-    (75, 0, "hang", "no progress within cluster.progress_timeout_s"),
-    (1, 0, "hang", "its stacks are in its log"),
-    (-signal.SIGKILL, 0, "killed", "by SIGKILL, from outside"),
-    (-signal.SIGKILL, 1, "out of memory", "the kernel killed the process for want of memory"),
-    (-signal.SIGSEGV, 0, "crash", "by SIGSEGV"),
-    (-signal.SIGABRT, 1, "crash", "by SIGABRT"),
-    (-signal.SIGTERM, 0, "killed", "by SIGTERM"),
-    (-63, 0, "crash", "by signal 63"),
-    (3, 0, "crash", "exit code 3")])
+@pytest.mark.parametrize(
+    ("code", "oom_kills", "kind", "said"),
+    [
+        (75, 0, "hang", "no progress within cluster.progress_timeout_s"),
+        (1, 0, "hang", "its stacks are in its log"),
+        (-signal.SIGKILL, 0, "killed", "by SIGKILL, from outside"),
+        (-signal.SIGKILL, 1, "out of memory", "the kernel killed the process for want of memory"),
+        (-signal.SIGSEGV, 0, "crash", "by SIGSEGV"),
+        (-signal.SIGABRT, 1, "crash", "by SIGABRT"),
+        (-signal.SIGTERM, 0, "killed", "by SIGTERM"),
+        (-63, 0, "crash", "by signal 63"),
+        (3, 0, "crash", "exit code 3"),
+    ],
+)
 def test_the_end_of_a_process_has_a_name(code, oom_kills, kind, said):
     found, text = how_it_ended(code, oom_kills)
     assert found == kind and said in text

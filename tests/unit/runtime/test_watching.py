@@ -15,9 +15,28 @@ from dist_ft.train.metrics import FILE
 
 
 def written(store: Store, steps: range, ended: str = "", at: float = 1.0) -> None:
-    store.write(FILE, b"".join(json.dumps({"step": step, "kind": "train", "loss": 6.0 / step, "learning_rate": 1e-3, "at": at,
-                                           "tokens_per_s": 1000.0, "step_s": 0.5}).encode() + b"\n" for step in steps))
-    store.write(f"{clock.FOLDER}/000001.json", json.dumps({"attempt": 1, **({"ended": ended} if ended else {})}).encode())
+    store.write(
+        FILE,
+        b"".join(
+            json.dumps(
+                {
+                    "step": step,
+                    "kind": "train",
+                    "loss": 6.0 / step,
+                    "learning_rate": 1e-3,
+                    "at": at,
+                    "tokens_per_s": 1000.0,
+                    "step_s": 0.5,
+                }
+            ).encode()
+            + b"\n"
+            for step in steps
+        ),
+    )
+    store.write(
+        f"{clock.FOLDER}/000001.json",
+        json.dumps({"attempt": 1, **({"ended": ended} if ended else {})}).encode(),
+    )
 
 
 @pytest.fixture
@@ -35,13 +54,24 @@ def test_it_follows_until_the_end(store, monkeypatch):
     assert watching.watch(store.url, False, said.append) == "the run has ended: done"
     assert said[0] == "step 1  loss 6.0000  lr 1.00e-03  1,000 tok/s  0.50 s/step"
     assert [line.split("  ")[0] for line in said] == [
-        "step 1", "step 2", "step 3", "-- it has gone back to a checkpoint; its metrics go up to step 2 --", "step 3", "step 4"]
+        "step 1",
+        "step 2",
+        "step 3",
+        "-- it has gone back to a checkpoint; its metrics go up to step 2 --",
+        "step 3",
+        "step 4",
+    ]
 
 
 def test_once_and_silence_and_no_run(store, tmp_path):
     written(store, range(1, 2))
     said: list[str] = []
-    assert watching.watch(store.url, True, said.append).startswith("the run has not ended") and len(said) == 1
-    assert "nothing was heard of the run for 0 s" in watching.watch(store.url, False, said.append, 0.01, 0.05)
+    assert (
+        watching.watch(store.url, True, said.append).startswith("the run has not ended")
+        and len(said) == 1
+    )
+    assert "nothing was heard of the run for 0 s" in watching.watch(
+        store.url, False, said.append, 0.01, 0.05
+    )
     with pytest.raises(DataError, match="is no run"):
         watching.watch(str(tmp_path / "none"), True, said.append)

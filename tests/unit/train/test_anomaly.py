@@ -29,7 +29,10 @@ def test_a_leap_is_measured_by_the_median_of_a_full_window():
         judge.sound(loss, norm)
     judge.sound(1.0, 0.1)
     assert judge.most_norm() == pytest.approx(1.0)
-    assert judge.of_loss(9, 2.0) == "" and judge.of_loss(9, 2.1) == "its loss is 2.1, above the limit of 2"
+    assert (
+        judge.of_loss(9, 2.0) == ""
+        and judge.of_loss(9, 2.1) == "its loss is 2.1, above the limit of 2"
+    )
     assert judge.of_norm(1.1) == "its gradient norm is 1.1, above the limit of 1"
     for _ in range(3):
         judge.sound(9.0, 9.0)
@@ -44,7 +47,9 @@ def test_what_was_known_before_a_stop_is_known_after():
     again = Judge(section, judge.history)
     assert again.history == judge.history == ((2.0, 0.0), (3.0, 0.0), (4.0, 0.0), (5.0, 0.0))
     assert again.of_loss(0, 7.1) == judge.of_loss(0, 7.1) != ""
-    assert Judge(AnomalySection(), judge.history).history == (), "not kept where nothing is judged by it"
+    assert Judge(AnomalySection(), judge.history).history == (), (
+        "not kept where nothing is judged by it"
+    )
 
 
 def test_records_are_obeyed_by_later_attempts(tmp_path):
@@ -55,12 +60,18 @@ def test_records_are_obeyed_by_later_attempts(tmp_path):
     assert judge.vetoed == {4, 5} and judge.of_loss(4, 1.0) == "it was bad in an earlier attempt"
     assert judge.of_loss(6, 1.0) == ""
     (tmp_path / "anomalies" / "step-x.json").write_text("{}")
-    with pytest.raises(StorageError, match=r"holds a file that is no record of a skipped step .*; move it away"):
+    with pytest.raises(
+        StorageError, match=r"holds a file that is no record of a skipped step .*; move it away"
+    ):
         vetoed_steps(store)
 
 
 def test_the_end_names_steps_and_samples():
     text = str(stopped(AnomalySection(action="stop"), 6, "its loss is nan", np.arange(40, 60)))
-    assert text.startswith("anomaly.action=stop: step 7 went bad: its loss is nan; its 20 samples begin with 40, 41, 42, 43, "
-                           "44, 45, 46, 47; what was committed is kept; look at the data")
-    assert "step 7 went bad for more than 5 steps one after the other: x" in str(stopped(AnomalySection(), 6, "x", np.arange(2)))
+    assert text.startswith(
+        "anomaly.action=stop: step 7 went bad: its loss is nan; its 20 samples begin with 40, 41, 42, 43, "
+        "44, 45, 46, 47; what was committed is kept; look at the data"
+    )
+    assert "step 7 went bad for more than 5 steps one after the other: x" in str(
+        stopped(AnomalySection(), 6, "x", np.arange(2))
+    )

@@ -49,8 +49,15 @@ def test_every_second_is_in_one_phase(now):
     clock = Clock()
     now[0] += 4
     spend(clock, now, ("data", 1), ("compute", 2), ("save", 0.5), ("data", 1), ("compute", 3))
-    assert clock.account()["seconds"] == {"start": 4, "data": 2, "compute": 5, "save": 0.5, "evaluation": 0, "other": 0,
-                                          "lost": 0}
+    assert clock.account()["seconds"] == {
+        "start": 4,
+        "data": 2,
+        "compute": 5,
+        "save": 0.5,
+        "evaluation": 0,
+        "other": 0,
+        "lost": 0,
+    }
 
 
 def test_marks_say_what_had_been_spent_and_only_the_newest_are_kept(now):
@@ -75,7 +82,15 @@ def test_going_back_moves_work_to_lost(now):
     spend(clock, now, ("start", 1))
     clock.rewind(4)
     account = clock.account()
-    assert account["seconds"] == {"start": 1, "data": 0, "compute": 5, "save": 1, "evaluation": 0, "other": 0, "lost": 6}
+    assert account["seconds"] == {
+        "start": 1,
+        "data": 0,
+        "compute": 5,
+        "save": 1,
+        "evaluation": 0,
+        "other": 0,
+        "lost": 6,
+    }
     assert [step for step, _ in account["marks"]] == [4]
 
 

@@ -49,12 +49,19 @@ def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
 
 def test_a_reader_that_left_does_not_end_the_run():
     """`dist-ft train ... | head -2`: what is written in vain must neither raise nor change the exit code."""
-    program = ("import sys, time\nfrom dist_ft.train.console import Console\nconsole = Console()\n"
-               "console.say('first')\nsys.stdin.read()\n"
-               "for _ in range(3): console.say('more'); console.progress('step'); console.close()\n"
-               "sys.stderr.write('trained on')")
-    ran = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
+    program = (
+        "import sys, time\nfrom dist_ft.train.console import Console\nconsole = Console()\n"
+        "console.say('first')\nsys.stdin.read()\n"
+        "for _ in range(3): console.say('more'); console.progress('step'); console.close()\n"
+        "sys.stderr.write('trained on')"
+    )
+    ran = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert ran.stdin and ran.stdout and ran.stderr
     assert ran.stdout.readline() == "first\n"
     ran.stdout.close()
@@ -69,16 +76,25 @@ def test_by_default_it_is_standard_output(capsys):
     assert capsys.readouterr().out == "here\n"
 
 
-@pytest.mark.parametrize(("seconds", "want"), [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (-5, "0:00:00"),
-                                               (360000, "100:00:00")])
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (-5, "0:00:00"), (360000, "100:00:00")],
+)
 def test_duration(seconds, want):
     assert duration(seconds) == want
 
 
 def test_progress_line():
-    values = {"loss": 1.23456, "learning_rate": 2e-5, "grad_norm": 0.987, "tokens_per_s": 12345.6, "step_s": 0.5}
+    values = {
+        "loss": 1.23456,
+        "learning_rate": 2e-5,
+        "grad_norm": 0.987,
+        "tokens_per_s": 12345.6,
+        "step_s": 0.5,
+    }
     assert progress_line(7, 120, values, 56.5) == (
-        "step   7/120  loss 1.2346  lr 2.00e-05  grad 0.99  12,346 tok/s  0.50 s/step  left 0:00:56")
+        "step   7/120  loss 1.2346  lr 2.00e-05  grad 0.99  12,346 tok/s  0.50 s/step  left 0:00:56"
+    )
     assert "grad nan" in progress_line(7, 120, {**values, "grad_norm": float("nan")}, 0)
 
 

@@ -23,10 +23,19 @@ def task(name: str, *labels: str) -> TaskSection:
     return TaskSection.model_validate({"name": name, "labels": labels})
 
 
-def batch(ids: list[list[int]], labels: list[list[int]], samples: list[int], firsts: list[int] | None = None) -> Batch:
+def batch(
+    ids: list[list[int]],
+    labels: list[list[int]],
+    samples: list[int],
+    firsts: list[int] | None = None,
+) -> Batch:
     size = max(map(len, ids))
-    pieces = np.array([[sample, first, len(row), 0] for sample, first, row in
-                       zip(samples, firsts or [0] * len(ids), ids, strict=True)])
+    pieces = np.array(
+        [
+            [sample, first, len(row), 0]
+            for sample, first, row in zip(samples, firsts or [0] * len(ids), ids, strict=True)
+        ]
+    )
     padded = np.array([row + [0] * (size - len(row)) for row in ids])
     wanted = np.array([row + [IGNORED] * (size - len(row)) for row in labels])
     return Batch(padded, wanted, np.zeros_like(padded), pieces, 0)
@@ -40,11 +49,16 @@ def found(scorer: Scorer, collectives: Collectives | None = None):
 
 def test_the_surest_error_comes_first_and_what_is_right_never():
     scorer = Scorer(task("sequence_classification", "x", "y"))
-    scorer.add(batch([[1, 2], [3, 4], [5]], [[0, IGNORED], [0, IGNORED], [1]], [7, 3, 9]),
-               np.array([[0.0, 1.0], [0.0, 4.0], [-9.0, 9.0]]))
+    scorer.add(
+        batch([[1, 2], [3, 4], [5]], [[0, IGNORED], [0, IGNORED], [1]], [7, 3, 9]),
+        np.array([[0.0, 1.0], [0.0, 4.0], [-9.0, 9.0]]),
+    )
     first, second = found(scorer)
     assert (first["sample"], first["wanted"], first["told"], first["text"]) == (3, "x", "y", "d e")
-    assert first["score"] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=1e-6) and first["ids"] == [3, 4]
+    assert first["score"] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=1e-6) and first["ids"] == [
+        3,
+        4,
+    ]
     assert second["sample"] == 7 and second["at"] == [1]
 
 
@@ -53,7 +67,12 @@ def test_there_are_at_most_so_many():
     bits = int(np.float32(1).view(np.int32))
     scorer.add(batch([[1]] * 30, [[bits]] * 30, list(range(30))), np.arange(30.0))
     told = found(scorer)
-    assert len(told) == examples.MOST and told[0]["sample"] == 29 and told[0]["told"] == "29" and told[0]["wanted"] == "1"
+    assert (
+        len(told) == examples.MOST
+        and told[0]["sample"] == 29
+        and told[0]["told"] == "29"
+        and told[0]["wanted"] == "1"
+    )
 
 
 def test_sets_of_labels_tell_what_is_missing_and_what_is_too_much():
@@ -69,7 +88,11 @@ def test_wrong_tags_are_told_with_their_words():
     logits[0, 1, 1], logits[0, 3, 0] = 5, 2  # the first word is taken for an x, the second for none
     scorer.add(batch([[9, 1, 2, 3]], [[IGNORED, 0, IGNORED, 1]], [2]), logits)
     (only,) = found(scorer)
-    assert only["wanted"] == "b c: O; d: B-x" and only["told"] == "b c: B-x; d: O" and only["at"] == [[1, 1], [3, 0]]
+    assert (
+        only["wanted"] == "b c: O; d: B-x"
+        and only["told"] == "b c: B-x; d: O"
+        and only["at"] == [[1, 1], [3, 0]]
+    )
     assert only["score"] == pytest.approx(1 / (1 + np.exp(-5)), abs=1e-6)
 
 
@@ -88,9 +111,14 @@ def test_an_answer_of_another_window_is_told_with_its_own_tokens():
 def test_workers_tell_the_same_of_what_either_saw():
     section = task("sequence_classification", "x", "y")
     whole, mine, theirs = Scorer(section), Scorer(section), Scorer(section)
-    for scorers, ids, sample, logits in (((whole, mine), [1, 2], 0, [0.0, 3.0]), ((whole, theirs), [3], 1, [0.0, 2.0])):
+    for scorers, ids, sample, logits in (
+        ((whole, mine), [1, 2], 0, [0.0, 3.0]),
+        ((whole, theirs), [3], 1, [0.0, 2.0]),
+    ):
         for scorer in scorers:
-            scorer.add(batch([ids], [[0] + [IGNORED] * (len(ids) - 1)], [sample]), np.array([logits]))
+            scorer.add(
+                batch([ids], [[0] + [IGNORED] * (len(ids) - 1)], [sample]), np.array([logits])
+            )
 
     class Two(Collectives):
         def all_gather(self, value):

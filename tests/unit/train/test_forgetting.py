@@ -11,13 +11,21 @@ SCORES = [[0.9, None, None], [0.7, 0.8, None], [0.75, 0.5, 0.6]]
 
 def test_average_transfer_and_forgetting_by_hand():
     found = kept(SCORES, "accuracy")
-    assert found == Kept(pytest.approx((0.75 + 0.5 + 0.6) / 3),
-                         pytest.approx(((0.75 - 0.9) + (0.5 - 0.8)) / 2),
-                         pytest.approx(((0.9 - 0.75) + (0.8 - 0.5)) / 2))
+    assert found == Kept(
+        pytest.approx((0.75 + 0.5 + 0.6) / 3),
+        pytest.approx(((0.75 - 0.9) + (0.5 - 0.8)) / 2),
+        pytest.approx(((0.9 - 0.75) + (0.8 - 0.5)) / 2),
+    )
 
 
 def test_forgetting_is_from_the_best_before_and_transfer_from_just_after_learning():
-    found = kept([[0.5, None], [0.9, 0.8], ], "accuracy")
+    found = kept(
+        [
+            [0.5, None],
+            [0.9, 0.8],
+        ],
+        "accuracy",
+    )
     assert (found.backward_transfer, found.forgetting) == (pytest.approx(0.4), pytest.approx(-0.4))
     found = kept([[0.5, 0, 0], [0.9, 0.8, 0], [0.6, 0.8, 0.7]], "f1")
     assert (found.backward_transfer, found.forgetting) == (pytest.approx(0.05), pytest.approx(0.15))

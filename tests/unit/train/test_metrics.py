@@ -37,7 +37,13 @@ def test_on_resume_lines_after_the_checkpoint_are_dropped(store):
     second = MetricsLog(store, read_metrics(store, 3), 2, False)
     second.add(4, "train", {"loss": 9.0})
     second.close()
-    assert steps(store) == [(0, "evaluation"), (1, "train"), (2, "train"), (3, "train"), (4, "train")]
+    assert steps(store) == [
+        (0, "evaluation"),
+        (1, "train"),
+        (2, "train"),
+        (3, "train"),
+        (4, "train"),
+    ]
     assert read_metrics(store)[-1] == {"step": 4, "kind": "train", "loss": 9.0}
 
 
@@ -54,8 +60,13 @@ def test_what_is_no_number_is_null(store):
     log.add(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "step_s": 1.0})
     log.close()
     text = store.read("metrics.jsonl").decode()
-    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "kind": "train", "loss": None, "grad_norm": None,
-                                                            "step_s": 1.0}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "kind": "train",
+        "loss": None,
+        "grad_norm": None,
+        "step_s": 1.0,
+    }
 
 
 def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
@@ -74,7 +85,9 @@ def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
 
 def test_training_does_not_wait_for_storage(store, monkeypatch):
     gate, real = threading.Event(), Store.write
-    monkeypatch.setattr(Store, "write", lambda self, path, content: (gate.wait(20), real(self, path, content))[1])
+    monkeypatch.setattr(
+        Store, "write", lambda self, path, content: (gate.wait(20), real(self, path, content))[1]
+    )
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": 1.0})
     first = log.flush()
@@ -97,7 +110,10 @@ def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
     log.close()
     (name,) = store.list("tensorboard/attempt-0003")
     events = EventAccumulator(store.full(f"tensorboard/attempt-0003/{name}")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 2.0),
+        (2, 1.5),
+    ]
     assert os.listdir(tmp_path) == ["run"]  # nothing temporary is left
 
 
@@ -107,7 +123,9 @@ def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog
     log.add(1, "train", {"loss": 1.0})
     with caplog.at_level(logging.WARNING, "dist_ft"):
         log.flush().result()
-    assert caplog.messages[0].startswith(f"metrics were not written: {tmp_path}/run/metrics.jsonl: can not write it (")
+    assert caplog.messages[0].startswith(
+        f"metrics were not written: {tmp_path}/run/metrics.jsonl: can not write it ("
+    )
     os.remove(tmp_path / "run")
     log.close()
     assert steps(store) == [(1, "train")]
@@ -116,6 +134,9 @@ def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog
 @pytest.mark.parametrize("content", [b"{broken\n", b'{"loss": 1}\n', b"[1]\n", b"\xff\n"])
 def test_a_file_that_is_not_ours_is_not_overwritten(store, content):
     store.write("metrics.jsonl", content)
-    with pytest.raises(StorageError, match=r"metrics\.jsonl: not a file of metrics \(.*\); lines of JSON with a step are "
-                                           "allowed; move it away"):
+    with pytest.raises(
+        StorageError,
+        match=r"metrics\.jsonl: not a file of metrics \(.*\); lines of JSON with a step are "
+        "allowed; move it away",
+    ):
         read_metrics(store, 3)

@@ -17,7 +17,10 @@ from dist_ft.storage import Store
 from dist_ft.train.minimum_risk import MinimumRisk
 from dist_ft.world import Collectives, World
 
-RISK = {"objective": "minimum_risk", "risk": {"candidates": 2, "max_new_tokens": 6, "metric": "token_error_rate", "alpha": 0.1}}
+RISK = {
+    "objective": "minimum_risk",
+    "risk": {"candidates": 2, "max_new_tokens": 6, "metric": "token_error_rate", "alpha": 0.1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,11 @@ def base(tmp_path_factory):
 
 
 def document(base, task: str, name: str, steps: int, **fields):
-    made = (tiny.config(base, name, task=RISK, data={"pack": False}, **fields) if task == "causal_lm"
-            else tiny_tasks.config(base, task, name, task=dict(RISK), **fields))
+    made = (
+        tiny.config(base, name, task=RISK, data={"pack": False}, **fields)
+        if task == "causal_lm"
+        else tiny_tasks.config(base, task, name, task=dict(RISK), **fields)
+    )
     made["schedule"] = {"name": "constant", "steps": steps}
     return made
 
@@ -49,7 +55,9 @@ def test_what_a_lane_draws_knows_no_other_lane(base):
     risk, batches = MinimumRisk.of(config, data.tokenizer), data.training.batches(0, range(5))
 
     def drawn(lanes, step=0):
-        found, count = risk.prepare([batches[lane] for lane in lanes], step, engine, Collectives(), lambda: None)
+        found, count = risk.prepare(
+            [batches[lane] for lane in lanes], step, engine, Collectives(), lambda: None
+        )
         assert count == sum(len(batches[lane].pieces) for lane in lanes)
         return [(one.input_ids.tolist(), one.risks.tolist()) for one in found]
 
@@ -64,5 +72,8 @@ def test_what_a_lane_draws_knows_no_other_lane(base):
 def test_a_prompt_without_room_is_refused_in_one_line(base):
     made = document(base, "causal_lm", "long", 2)
     made["task"] = {**RISK, "risk": {"max_new_tokens": 60}}
-    with pytest.raises(ConfigError, match=r"max_new_tokens=60: the model has 64 places and the longest prompt \d+ tokens; "):
+    with pytest.raises(
+        ConfigError,
+        match=r"max_new_tokens=60: the model has 64 places and the longest prompt \d+ tokens; ",
+    ):
         local.run(load_config(made))

@@ -17,7 +17,9 @@ def task(name: str, *labels: str) -> TaskSection:
 
 
 def batch(labels: list[list[int]], samples: list[int], sizes: list[int], first: int = 0) -> Batch:
-    pieces = np.array([[sample, first, size, 0] for sample, size in zip(samples, sizes, strict=True)])
+    pieces = np.array(
+        [[sample, first, size, 0] for sample, size in zip(samples, sizes, strict=True)]
+    )
     targets = np.array(labels, np.int64)
     return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), pieces, 0)
 
@@ -37,7 +39,9 @@ def test_an_answer_lies_in_the_context():
     assert scorer._rows[0][3][:2] == (4, 5)
 
 
-@pytest.mark.parametrize("span", [spans.Span(0, 0, 0), spans.Span(16383, 16383, 7), spans.Span(5, 16000, 1)])
+@pytest.mark.parametrize(
+    "span", [spans.Span(0, 0, 0), spans.Span(16383, 16383, 7), spans.Span(5, 16000, 1)]
+)
 def test_spans_are_packed_into_an_int32(span):
     number = spans.pack(span)
     assert spans.unpack(int(np.int32(number))) == span and number >= 0
@@ -83,7 +87,14 @@ def test_of_the_windows_of_a_question_the_best_counts():
     scorer = Scorer(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 1], told[1, 2] = 1, 4
-    scorer.add(batch([[wanted(0), IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, wanted(2), IGNORED]], [7, 7], [4, 4]), told)
+    scorer.add(
+        batch(
+            [[wanted(0), IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, wanted(2), IGNORED]],
+            [7, 7],
+            [4, 4],
+        ),
+        told,
+    )
     scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
     assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
 
@@ -96,6 +107,13 @@ def test_an_answer_in_what_two_windows_share_is_right_in_either():
     scorer = Scorer(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 3], told[1, 1] = 2, 4
-    scorer.add(batch([[IGNORED, IGNORED, IGNORED, wanted(3)], [IGNORED, wanted(1), IGNORED, IGNORED]], [7, 7], [4, 4]), told)
+    scorer.add(
+        batch(
+            [[IGNORED, IGNORED, IGNORED, wanted(3)], [IGNORED, wanted(1), IGNORED, IGNORED]],
+            [7, 7],
+            [4, 4],
+        ),
+        told,
+    )
     scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
     assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}

@@ -15,16 +15,27 @@ def pace(rank: int, stood: float = 0.01, data: float = 0.0, probe_s: float = 1e-
 
 def test_nobody_is_slow_where_all_are_alike():
     assert judge([pace(rank) for rank in range(8)]) == {}
-    assert judge([pace(rank, stood=0.6, data=0.3, probe_s=9.0) for rank in range(8)]) == {}, "all of them: not one's fault"
+    assert judge([pace(rank, stood=0.6, data=0.3, probe_s=9.0) for rank in range(8)]) == {}, (
+        "all of them: not one's fault"
+    )
 
 
-@pytest.mark.parametrize(("slow", "said"), [
-    ({"stood": 0.5}, "it stood still (stopped, or without a CPU) 50% of the time (usual here: 1%)"),
-    ({"data": 0.4}, "it waited for data 40% of the time (usual here: 0%)"),
-    ({"probe_s": 2e-3}, "a matrix product takes it 2.0 times as long as usual here")])
+@pytest.mark.parametrize(
+    ("slow", "said"),
+    [
+        (
+            {"stood": 0.5},
+            "it stood still (stopped, or without a CPU) 50% of the time (usual here: 1%)",
+        ),
+        ({"data": 0.4}, "it waited for data 40% of the time (usual here: 0%)"),
+        ({"probe_s": 2e-3}, "a matrix product takes it 2.0 times as long as usual here"),
+    ],
+)
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_slow_one_is_named_with_what_is_slow(slow, said, size):
-    assert judge([pace(rank) for rank in range(size - 1)] + [pace(size - 1, **slow)]) == {size - 1: said}
+    assert judge([pace(rank) for rank in range(size - 1)] + [pace(size - 1, **slow)]) == {
+        size - 1: said
+    }
 
 
 def test_a_small_difference_is_none():
