@@ -13,6 +13,8 @@ done
 
 set_up dev
 cd "$ROOT"
+say "format: ruff"
+ruff format --check .
 say "lint: ruff"
 ruff check .
 say "types: mypy"
