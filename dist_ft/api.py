@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_ft.data.loader import Loader
-    from dist_ft.train.result import Result
+    from dist_ft.data.batching.loader import Loader
+    from dist_ft.training.result import Result
 
 
 def check(config: RunConfig) -> list[str]:
     """Return a line for everything that would stop this run, as far as it can be known without a GPU."""
-    from dist_ft.runtime import preflight
+    from dist_ft.runtime.preflight import check_run
 
-    return preflight.check(config)
+    return check_run.check(config)
 
 
 def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
@@ -35,7 +35,7 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
     Tokenises the training data (cached for the run); writes nothing to the run's storage. `markup`: mark in rich's
     markup instead of [[ ]].
     """
-    from dist_ft.data import preview as previews
+    from dist_ft.data.tools import preview as previews
 
     with _opened(config) as loader:
         return previews.preview(loader, num_samples, markup)
@@ -43,7 +43,7 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
 
 def pack_stats(config: RunConfig) -> str:
     """Return a table of how full sequences are, for batch.sequence_length, its half and its double."""
-    from dist_ft.data import preview as previews
+    from dist_ft.data.tools import preview as previews
 
     with _opened(config) as loader:
         return previews.pack_stats(loader)
@@ -65,12 +65,12 @@ def write_data(
         shard_mib: MiB of source data a shard.
         tokenise: write `input_ids` and `targets` in place of rows.
     """
-    from dist_ft import storage
-    from dist_ft.checkpoint import origin
-    from dist_ft.data.convert import convert
-    from dist_ft.runtime.data import open_blocks
+    from dist_ft.checkpoint import initial_weights
+    from dist_ft.data.tools.rewrite import convert
+    from dist_ft.runtime.bootstrap.build_data import open_blocks
+    from dist_ft.storage import filesystem
 
-    storage.configure(config.storage.options)
+    filesystem.configure(config.storage.options)
     if tokenise and config.task.name != "causal_lm":
         raise ConfigError(
             [
@@ -82,9 +82,9 @@ def write_data(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"block_mib": shard_mib})}
     )
-    blocks = open_blocks(origin.seen(config))
+    blocks = open_blocks(initial_weights.seen(config))
     try:
-        return len(blocks.blocks), convert(blocks, storage.Store(out), suffix, tokenise)
+        return len(blocks.blocks), convert(blocks, filesystem.Store(out), suffix, tokenise)
     finally:
         blocks.close()
 
@@ -94,15 +94,15 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
     """Yield a loader over the training data that leaves nothing in the run's storage."""
     from uuid import uuid4
 
-    from dist_ft import storage
-    from dist_ft.checkpoint import origin
-    from dist_ft.runtime.data import open_data
-    from dist_ft.world import World, collectives
+    from dist_ft.checkpoint import initial_weights
+    from dist_ft.core.world import World, collectives
+    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.storage import filesystem
 
-    storage.configure(config.storage.options)
-    config = origin.seen(config.model_copy(update={"evaluation": EvaluationSection()}))
+    filesystem.configure(config.storage.options)
+    config = initial_weights.seen(config.model_copy(update={"evaluation": EvaluationSection()}))
     data = open_data(
-        config, storage.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World())
+        config, filesystem.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World())
     )
     try:
         yield data.training
@@ -125,9 +125,9 @@ def train(config: RunConfig, *, skip_check: bool = False) -> Result:
         from dist_ft.runtime import local
 
         return local.run(config)
-    from dist_ft.runtime import ray_train
+    from dist_ft.runtime.ray_backend import driver
 
-    return ray_train.run(config)
+    return driver.run(config)
 
 
 def stages(
@@ -146,9 +146,9 @@ def stages(
         say: where a person is told.
     """
     from dist_ft.config.stages import load_stages
-    from dist_ft.runtime import staging
+    from dist_ft.workflows import run_stages
 
-    return staging.run(
+    return run_stages.run(
         load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say
     )
 
@@ -165,7 +165,7 @@ def tune(
         say: where a person is told.
     """
     from dist_ft.config.search import load_search
-    from dist_ft.runtime import search as searches
+    from dist_ft.workflows import search as searches
 
     return searches.run(load_search(config, search, overrides), say)
 
@@ -195,11 +195,11 @@ def export(
         int8: weights of linear layers as 8-bit integers (torchao); size, latency and scores are measured.
         average: the moving average of the weights (tuning.ema_decay); none: if that is what was evaluated.
     """
-    from dist_ft import storage
-    from dist_ft.runtime.shipping import ship
+    from dist_ft.runs.export_model import ship
+    from dist_ft.storage import filesystem
 
     if isinstance(run, RunConfig):
-        storage.configure(run.storage.options)
+        filesystem.configure(run.storage.options)
         run = run.run_url
     return ship(
         run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8, average=average
@@ -232,11 +232,16 @@ def predict(
     Raises ConfigError, DataError, ModelError with one clear line.
     """
     from dist_ft.config.schema import Source
-    from dist_ft.data import readers
-    from dist_ft.data.source import resolve
-    from dist_ft.runtime.predict_lines import predict_file
-    from dist_ft.runtime.predict_parts import ENCODERS, predict_folder
-    from dist_ft.runtime.predicting import Predictor
+    from dist_ft.data.sources import readers
+    from dist_ft.data.sources.discovery import resolve
+    from dist_ft.inference.predict import Predictor
+    from dist_ft.inference.predict_folder import (
+        predict_folder,
+    )
+    from dist_ft.inference.prediction_file import predict_file
+    from dist_ft.inference.prediction_shards import (
+        ENCODERS,
+    )
 
     if form not in ENCODERS:
         raise ConfigError(
@@ -283,7 +288,7 @@ def evaluate(
         models: folders, URLs or hub names; none: model.path.
         random_head: score a head that was never trained too; else that is an error.
     """
-    from dist_ft.runtime.evaluating import evaluate_models
+    from dist_ft.inference.evaluate import evaluate_models
 
     paths = [models] if isinstance(models, str) else list(models)
     return evaluate_models(config, paths or [config.model.path], random_head)
@@ -291,11 +296,11 @@ def evaluate(
 
 def report(run: RunConfig | str) -> dict[str, Any]:
     """Return a run's report as JSON values: curves, tables, the most confident errors, what was run."""
-    from dist_ft import storage
-    from dist_ft.runtime.report import gather
+    from dist_ft.runs.report import gather
+    from dist_ft.storage import filesystem
 
     if isinstance(run, RunConfig):
-        storage.configure(run.storage.options)
+        filesystem.configure(run.storage.options)
         run = run.run_url
     return gather(run)
 
@@ -331,15 +336,17 @@ def generate(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from dist_ft.checkpoint import origin
-    from dist_ft.config.decoding import DecodingSection, parse
-    from dist_ft.model.decoding import Asked, Decoder
-    from dist_ft.model.load import load_model, load_tokenizer
+    from dist_ft.checkpoint import initial_weights
+    from dist_ft.config.sections.decoding import DecodingSection, parse
+    from dist_ft.model.generation import Asked, Decoder
+    from dist_ft.model.loading.load import load_model, load_tokenizer
 
     section = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
     transformers_logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
-    files = origin.local(ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32"))
+    files = initial_weights.local(
+        ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
+    )
     tokenizer, network = load_tokenizer(files), load_model(files).eval()
     if on_gpu:
         network.cuda()

@@ -58,9 +58,9 @@ def main() -> int:
 
 def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
     """Make model and data, train, export, and show what changed; return the exit code."""
-    from dist_ft import storage as storages
-    from dist_ft.data.write import write_parquet
-    from dist_ft.storage import Store
+    from dist_ft.data.tools.write import write_parquet
+    from dist_ft.storage import filesystem as storages
+    from dist_ft.storage.filesystem import Store
 
     if endpoint:
         storages.configure({"s3": {"endpoint_url": endpoint}})

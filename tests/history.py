@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.config.load import load_config
-from dist_ft.runtime.data import open_data
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.storage.filesystem import Store
 
 
 def losses(run: str | Path) -> list[float]:
@@ -29,7 +29,7 @@ def losses(run: str | Path) -> list[float]:
 def ledger(run: str | Path) -> np.ndarray:
     """Return the committed ledger's rows."""
     store = Store(str(run))
-    return read_ledger(store, catalogue.load_manifest(store, catalogue.committed(store)[0]))
+    return read_ledger(store, discovery.load_manifest(store, discovery.committed(store)[0]))
 
 
 def require_same(run: Path, other: Path) -> None:

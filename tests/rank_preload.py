@@ -8,15 +8,15 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 for name in (
-    "dist_ft.runtime.build",
+    "dist_ft.runtime.bootstrap.training_run",
     "dist_ft.runtime.local",
     "dist_ft.engine.deepspeed_engine",
     "deepspeed",
     "yaml",
     "dist_ft.model.causal_lm",
-    "dist_ft.model.load",
-    "dist_ft.engine.probe",
-    "dist_ft.engine.fingerprint",
+    "dist_ft.model.loading.load",
+    "dist_ft.engine.packing_check",
+    "dist_ft.engine.weight_check",
     "xxhash",
     "transformers.modeling_utils",
     "transformers.models.gpt2.modeling_gpt2",

@@ -62,8 +62,8 @@ def forget(options: dict[str, Any]) -> None:
     import fsspec
     import s3fs
 
-    from dist_ft import storage
+    from dist_ft.storage import filesystem
 
     fsspec.config.conf.clear()
     s3fs.S3FileSystem.clear_instance_cache()
-    storage.configure(options)
+    filesystem.configure(options)

@@ -1,1 +1,1 @@
-"""What survives: fragments, manifests, commits, exports."""
+"""Fragments, manifests, commits, restores, exports."""

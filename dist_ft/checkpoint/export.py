@@ -14,22 +14,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.checkpoint import best as bests
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
-from dist_ft.config.prompting import PromptingSection, of_model
-from dist_ft.config.task import TaskSection
-from dist_ft.config.tuning import ADDED, TuningSection
-from dist_ft.config.tuning import MERGED as MERGEABLE
-from dist_ft.errors import CheckpointError
-from dist_ft.model import adapted, heads, tuning
-from dist_ft.model.adapted import ABOUT
-from dist_ft.model.load import from_config, options, told
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.sections.tuning import ADDED, TuningSection
+from dist_ft.config.sections.tuning import MERGED as MERGEABLE
+from dist_ft.core.errors import CheckpointError
+from dist_ft.core.world import Collectives, World
+from dist_ft.metrics import best as bests
+from dist_ft.model import heads
+from dist_ft.model.adapters import adapter_files, tuning
+from dist_ft.model.adapters.adapter_files import ABOUT
+from dist_ft.model.loading.load import from_config, options, told
+from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,10 @@ def about_task(folder: Path) -> TaskSection:
 
 def find(store: Store, step: int | None) -> Manifest:
     """Return the manifest to export, its files verified."""
-    newest = catalogue.newest(store, World(), Collectives()) if step is None else None
+    newest = discovery.newest(store, World(), Collectives()) if step is None else None
     if newest is not None:
         return newest
-    names = catalogue.committed(store)
+    names = discovery.committed(store)
     if not names:
         raise CheckpointError(
             f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)"
@@ -128,8 +129,8 @@ def find(store: Store, step: int | None) -> Manifest:
             f"--step={step}: not among the checkpoints of {store.shown()}; there are "
             f"{', '.join(str(found) for found in sorted(steps))}; give one of them"
         )
-    manifest = catalogue.load_manifest(store, steps[step])
-    catalogue.verify(store, manifest, World())
+    manifest = discovery.load_manifest(store, steps[step])
+    discovery.verify(store, manifest, World())
     return manifest
 
 
@@ -139,7 +140,7 @@ def find_best(store: Store) -> int:
     found = [
         (manifest.progress.step, manifest.evaluation[metric])
         for manifest in (
-            catalogue.load_manifest(store, name) for name in catalogue.committed(store)
+            discovery.load_manifest(store, name) for name in discovery.committed(store)
         )
         if metric in manifest.evaluation
     ]
@@ -258,12 +259,12 @@ def _load(
         name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
     }
     manifests.require_same_tensors(
-        manifest.tensors, shapes, catalogue.checkpoint_store(store, manifest).shown()
+        manifest.tensors, shapes, discovery.checkpoint_store(store, manifest).shown()
     )
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
         for name, values in whole_tensors(
-            catalogue.reader(store, manifest), manifest, targets, _learned_key(store, average)
+            discovery.reader(store, manifest), manifest, targets, _learned_key(store, average)
         ):
             targets[name].copy_(values)
     return model.eval(), around, tokenizer, wanted
@@ -292,7 +293,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
             "learned; export it without --adapter"
         )
     model, around, tokenizer, _ = _load(store, manifest, "float32", average)
-    adapted.save(model, around, section, _base(store), folder)
+    adapter_files.save(model, around, section, _base(store), folder)
     tokenizer.save_pretrained(folder)
     path, revision = _base(store)
     said = {
@@ -301,7 +302,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
         "base": {"path": path, "revision": revision},
     }
     (folder / ABOUT).write_text(json.dumps(said, indent=1), "utf-8")
-    adapted.compare(
+    adapter_files.compare(
         model, from_config(model.config, task, torch.float32).eval(), section, task, folder
     )
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.checkpoint.blocks import CheckedFiles, Part
-from dist_ft.errors import CheckpointError, DistFtError
-from dist_ft.world import Collectives, World, raise_together
+from dist_ft.checkpoint.checked_reads import CheckedFiles, Part
+from dist_ft.core.errors import CheckpointError, DistFtError
+from dist_ft.core.world import Collectives, World, raise_together
 
 PART_BYTES = 64 * 2**20
 """Most bytes of values in a file: what is written, checked, sent at once."""

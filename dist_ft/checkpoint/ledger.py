@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, checksum, entry
+from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import Batch
-from dist_ft.errors import CheckpointError
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
 FOLDER = "ledger"

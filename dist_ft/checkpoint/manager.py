@@ -16,19 +16,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from dist_ft.checkpoint import catalogue, retention
+from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.commits import Commits
+from dist_ft.checkpoint.commit import Commits
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted
+from dist_ft.checkpoint.local_tier import NodeTier
 from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
-from dist_ft.checkpoint.node_tier import NodeTier
-from dist_ft.checkpoint.saves import Draft, LostSharedError, Outcome, Save, done, problem_of
+from dist_ft.checkpoint.save_status import Draft, LostSharedError, Outcome, Save, done, problem_of
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
+from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
+from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.engine.base import Engine, Slot
-from dist_ft.errors import CheckpointError, DistFtError, StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World, on_rank0
+from dist_ft.storage.filesystem import Store
 
 
 class CheckpointManager:
@@ -66,12 +66,12 @@ class CheckpointManager:
         """
         return self._go_on_from(
             (self._nodes.newest() if self._nodes else None)
-            or catalogue.newest(self._store, self._world, self._collectives, self._require_whole)
+            or discovery.newest(self._store, self._world, self._collectives, self._require_whole)
         )
 
     def _require_whole(self, manifest: Manifest) -> None:
         on_rank0(
-            self._world, self._collectives, lambda: catalogue.require_whole(self._store, manifest)
+            self._world, self._collectives, lambda: discovery.require_whole(self._store, manifest)
         )
 
     def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
@@ -113,14 +113,14 @@ class CheckpointManager:
 
         def from_storage(found: Manifest) -> None:
             self._require_whole(found)
-            fill(found, catalogue.shared_reader(self._store, found, self._world, self._collectives))
+            fill(found, discovery.shared_reader(self._store, found, self._world, self._collectives))
 
         name = manifests.folder_name(manifest.progress.step, manifest.attempt)
         loaded = (
             self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
         )
         if loaded is None:
-            loaded = catalogue.newest(
+            loaded = discovery.newest(
                 self._store,
                 self._world,
                 self._collectives,
@@ -160,7 +160,7 @@ class CheckpointManager:
         self._under_way = save = Save(draft, name, write(self._files(draft, name)), engine.frozen())
         if not save.frozen <= self._frozen:  # the same on all ranks
             slots = [slot for slot in engine.slots() if slot.key == "frozen"]
-            shared = self._store.child(f"{catalogue.FROZEN}/{name}")
+            shared = self._store.child(f"{discovery.FROZEN}/{name}")
             save.shared = self._writer.later(
                 lambda: self._writer.write(shared, slots, in_background=True)
             )
@@ -168,7 +168,7 @@ class CheckpointManager:
 
     def _files(self, draft: Draft, name: str) -> Store:
         if not draft.on_nodes:
-            return self._store.child(f"{catalogue.FOLDER}/{name}")
+            return self._store.child(f"{discovery.FOLDER}/{name}")
         if self._nodes is None:
             raise AssertionError("there is no folder on the nodes")
         return self._nodes.files(name)
@@ -299,13 +299,13 @@ class CheckpointManager:
                 self._nodes.files(save.name).remove("")
         if self._world.rank == 0:
             gone = retention.remove(
-                self._store, [save.name], catalogue.NODES if on_nodes else catalogue.FOLDER
+                self._store, [save.name], discovery.NODES if on_nodes else discovery.FOLDER
             )
             if (
                 gone and save.shared is not None
             ):  # while a manifest may be there, what it names stays
                 with contextlib.suppress(StorageError):
-                    self._store.remove(f"{catalogue.FROZEN}/{save.name}")
+                    self._store.remove(f"{discovery.FROZEN}/{save.name}")
 
 
 def _changing(engine: Engine) -> list[Slot]:

@@ -13,7 +13,7 @@ import pydantic
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from dist_ft.errors import CheckpointError
+from dist_ft.core.errors import CheckpointError
 
 FORMAT_VERSION = 2
 """1: what dist_ft before files that checkpoints share reads too."""

@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from dist_ft.checkpoint import best, catalogue
+from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.errors import CheckpointError, StorageError
-from dist_ft.storage import Store
+from dist_ft.core.errors import CheckpointError, StorageError
+from dist_ft.metrics import best
+from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
 
@@ -33,7 +34,7 @@ def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> 
     ranks = {}
     for name in names if section.keep_best else ():
         try:
-            evaluation = catalogue.load_manifest(store, name).evaluation
+            evaluation = discovery.load_manifest(store, name).evaluation
         except CheckpointError as error:
             log.warning("checkpoint %s: its evaluation is not known: %s", name, error)
             continue
@@ -57,12 +58,12 @@ def prune(
         return origin is not None and number < attempt and step > origin
 
     try:
-        names = catalogue.committed(store)
+        names = discovery.committed(store)
         own = [name for name in names if not passed_over(name)]
         keep = {*kept(own, section, held_out(store, own, section)), newest}
         torn = [
             name
-            for name in store.list(catalogue.FOLDER)
+            for name in store.list(discovery.FOLDER)
             if name not in names and _of(name)[1] <= attempt
         ]
         remove(store, [name for name in names if name not in keep] + torn)
@@ -73,15 +74,15 @@ def prune(
 
 def forget_shared(store: Store, attempt: int) -> None:
     """Remove files of frozen weights that no checkpoint names, of attempts up to `attempt`."""
-    folders = store.list(catalogue.FROZEN)
+    folders = store.list(discovery.FROZEN)
     if len(folders) < 2:
         return
     try:
         named = {
             item.path.split("/")[0]
-            for folder in (catalogue.FOLDER, catalogue.NODES)
-            for name in catalogue.committed(store, folder)
-            for item in catalogue.load_manifest(store, name, folder).files
+            for folder in (discovery.FOLDER, discovery.NODES)
+            for name in discovery.committed(store, folder)
+            for item in discovery.load_manifest(store, name, folder).files
             if item.shared
         }
     except CheckpointError as error:
@@ -89,10 +90,10 @@ def forget_shared(store: Store, attempt: int) -> None:
         return
     for name in folders:
         if name not in named and _of(name)[1] <= attempt:
-            store.remove(f"{catalogue.FROZEN}/{name}")
+            store.remove(f"{discovery.FROZEN}/{name}")
 
 
-def remove(store: Store, names: Sequence[str], folder: str = catalogue.FOLDER) -> bool:
+def remove(store: Store, names: Sequence[str], folder: str = discovery.FOLDER) -> bool:
     """Remove checkpoints, manifests first; what can not be removed is logged. Return whether all are gone."""
     all_gone = True
     for name in names:

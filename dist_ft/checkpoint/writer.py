@@ -15,12 +15,12 @@ from typing import TypeVar
 
 import torch
 
-from dist_ft import failpoints
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.images import Layout, layouts
+from dist_ft.checkpoint.file_layout import Layout, layouts
 from dist_ft.checkpoint.manifest import FileEntry
+from dist_ft.core import fault_injection
 from dist_ft.engine.base import Slot
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 T = TypeVar("T")
 IN_FLIGHT = 4
@@ -127,9 +127,9 @@ class Writer:
 
     def _write(self, folder: Store, part: int, content: Sequence[memoryview]) -> FileEntry:
         path = f"rank-{self._rank:05d}-{part:04d}.safetensors"
-        failpoints.hit("checkpoint.before_file", self._rank)
+        fault_injection.hit("checkpoint.before_file", self._rank)
         folder.write(path, content)
-        failpoints.hit("checkpoint.after_file", self._rank)
+        fault_injection.hit("checkpoint.after_file", self._rank)
         return manifests.entry_in_blocks(path, *content)
 
 

@@ -1,1 +1,1 @@
-"""What a run is: schema, loading, validation. Imports nothing heavy."""
+"""What a run is: sections with their checks, loading, error messages, identity. Imports nothing heavy."""

@@ -15,9 +15,15 @@ from typing import Annotated, Any, cast
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from dist_ft.config.explain import missing_field, section_of, shown, unknown_key, wrong_value
+from dist_ft.config.checks.contradictions import contradictions
+from dist_ft.config.error_messages import (
+    missing_field,
+    section_of,
+    shown,
+    unknown_key,
+    wrong_value,
+)
 from dist_ft.config.schema import RunConfig, Section, Source
-from dist_ft.config.validate import contradictions
 
 
 def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:

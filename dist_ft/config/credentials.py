@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Section
-from dist_ft.logs import QUERY_SECRET, USERINFO
+from dist_ft.core.logs import QUERY_SECRET, USERINFO
 
 _NAME = re.compile(
     r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$"

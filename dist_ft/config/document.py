@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from dist_ft.errors import ConfigError, StorageError
-from dist_ft.logs import redact
-from dist_ft.storage import Store, is_local, local_path
+from dist_ft.core.errors import ConfigError, StorageError
+from dist_ft.core.logs import redact
+from dist_ft.storage.filesystem import Store, is_local, local_path
 
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from pydantic.fields import FieldInfo
 
 from dist_ft.config.assemble import assemble_stored
-from dist_ft.config.explain import shown
+from dist_ft.config.error_messages import shown
 from dist_ft.config.schema import RunConfig, Section
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 
 class Change(NamedTuple):

@@ -12,11 +12,11 @@ from typing import Any
 
 from dist_ft.config.assemble import assemble
 from dist_ft.config.document import apply_overrides, name_of, read_document
-from dist_ft.config.explain import is_text
+from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
 from dist_ft.config.schema import RunConfig
-from dist_ft.errors import ConfigError
-from dist_ft.logs import redact
+from dist_ft.core.errors import ConfigError
+from dist_ft.core.logs import redact
 
 STORED = "run.yaml"
 """Where a run keeps its resolved config, in its own folder."""

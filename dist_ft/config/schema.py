@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dist_ft.config.cluster import ClusterSection, WorkerRange
-from dist_ft.config.data import DataSection, FieldsSection, MixingPhase, Source, Sources
-from dist_ft.config.decoding import TextsSection
-from dist_ft.config.prompting import PromptingSection, of_model
-from dist_ft.config.robustness import RobustnessSection
-from dist_ft.config.section import Identity, Section
-from dist_ft.config.task import ColumnsSection, TaskSection
-from dist_ft.config.tuning import LoraSection, Patterns, TuningSection
-from dist_ft.config.watching import LogSection
+from dist_ft.config.sections.cluster import ClusterSection, WorkerRange
+from dist_ft.config.sections.data import DataSection, FieldsSection, MixingPhase, Source, Sources
+from dist_ft.config.sections.decoding import TextsSection
+from dist_ft.config.sections.log import LogSection
+from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.config.sections.robustness import RobustnessSection
+from dist_ft.config.sections.section import Identity, Section
+from dist_ft.config.sections.task import ColumnsSection, TaskSection
+from dist_ft.config.sections.tuning import LoraSection, Patterns, TuningSection
 
 __all__ = [
     "ClusterSection",

@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dist_ft.config.document import read_document, with_field
 from dist_ft.config.load import inspect_config
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.section import Section
-from dist_ft.errors import ConfigError
+from dist_ft.config.sections.section import Section
+from dist_ft.core.errors import ConfigError
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 
@@ -145,7 +145,7 @@ class Search:
 
     def _inspect(self, values: Mapping[str, Any], number: int) -> tuple[RunConfig, list[str]]:
         from dist_ft.config.document import apply_overrides
-        from dist_ft.config.explain import is_text
+        from dist_ft.config.error_messages import is_text
 
         mapping, broken = apply_overrides(self._document, self._overrides, is_text)
         for field, value in {**values, "run.name": f"{self.section.name}-t{number}"}.items():

@@ -19,10 +19,10 @@ from pydantic import Field, ValidationError
 from dist_ft.config.document import read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
-from dist_ft.config.section import Section
-from dist_ft.config.task import LABELLED, METRICS
-from dist_ft.errors import ConfigError
-from dist_ft.storage import is_local
+from dist_ft.config.sections.section import Section
+from dist_ft.config.sections.task import LABELLED, METRICS
+from dist_ft.core.errors import ConfigError
+from dist_ft.storage.filesystem import is_local
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$"
 

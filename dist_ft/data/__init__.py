@@ -1,1 +1,1 @@
-"""From shards in storage to batches on lanes."""
+"""From shards in storage to batches on lanes. README.md draws the pipeline."""

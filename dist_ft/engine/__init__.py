@@ -1,1 +1,1 @@
-"""One step of learning: plain PyTorch or DeepSpeed ZeRO behind one interface."""
+"""One training step: plain PyTorch or DeepSpeed ZeRO behind one interface."""

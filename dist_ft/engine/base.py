@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dist_ft.data.batch import Batch, empty_batch
-from dist_ft.model.adalora import RankSchedule
+from dist_ft.model.adapters.adalora import RankSchedule
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,19 @@ from torch import nn
 from typing_extensions import override
 
 from dist_ft.config.schema import OptimizerSection
+from dist_ft.core.errors import ModelError
+from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.engine.guards import Guards, add_squares, exchange, scale_squares
+from dist_ft.engine.regularizers import Guards, add_squares, exchange, scale_squares
 from dist_ft.engine.torch_engine import buffer_slots, view_slot
-from dist_ft.engine.zero_slots import local_slot, stage12_slots
-from dist_ft.errors import ModelError
-from dist_ft.model.adversary import Adversary, learn_lane
-from dist_ft.model.learner import Inputs, Learner, canonical_names
-from dist_ft.model.tuning import is_added
-from dist_ft.world import World
+from dist_ft.engine.zero_state import local_slot, stage12_slots
+from dist_ft.model.adapters.added_layers import (
+    is_added,
+)
+from dist_ft.model.adversarial import Adversary, learn_lane
+from dist_ft.model.trainable_model import Inputs, Learner, canonical_names
 
 
 def warm(use_gpu: bool) -> None:

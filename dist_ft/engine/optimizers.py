@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_ft.config.schema import OptimizerSection
-from dist_ft.errors import ModelError
+from dist_ft.core.errors import ModelError
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|wte|wpe|shared")

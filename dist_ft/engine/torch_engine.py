@@ -15,9 +15,9 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.engine.guards import Guards, add_squares, exchange, scale_squares
-from dist_ft.model.adversary import Adversary, learn_lane
-from dist_ft.model.learner import Inputs, Learner, canonical_names
+from dist_ft.engine.regularizers import Guards, add_squares, exchange, scale_squares
+from dist_ft.model.adversarial import Adversary, learn_lane
+from dist_ft.model.trainable_model import Inputs, Learner, canonical_names
 
 
 def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
@@ -54,9 +54,9 @@ class TorchEngine(Engine):
             for name, p in self._learned.items()
         }
         groups = optimizers.param_groups(
-            self._masters,
+            self._masters,  # type: ignore[arg-type]
             section.weight_decay,
-            by_depth,  # type: ignore[arg-type]
+            by_depth,
             section.decay_exempt,
         )
         self.optimizer = optimizers.build(groups, section)

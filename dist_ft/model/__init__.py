@@ -1,1 +1,1 @@
-"""Which model learns, and what it minimises."""
+"""The model that is trained, and the loss it minimizes."""

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.errors import ModelError
-from dist_ft.model import prompts
-from dist_ft.model.head_loss import head_loss
-from dist_ft.model.learner import Inputs, Learner
+from dist_ft.model.adapters import soft_prompts
+from dist_ft.model.losses.head_loss import head_loss
 from dist_ft.model.packed_attention import by_sample, lengths_of
+from dist_ft.model.trainable_model import Inputs, Learner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ class CausalLM(Learner):
     @override
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
         ids = self.virtual.ids if self.virtual is not None else ()
-        return to_inputs(prompts.before_samples(batch, ids) if ids else batch, device)
+        return to_inputs(soft_prompts.before_samples(batch, ids) if ids else batch, device)
 
     @override
     def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:

@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.config.task import LABELLED, TaskSection
-from dist_ft.errors import ModelError
+from dist_ft.config.sections.task import LABELLED, TaskSection
+from dist_ft.core.errors import ModelError
 
 if TYPE_CHECKING:
     import torch

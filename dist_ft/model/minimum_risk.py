@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from dist_ft.config.risk import RiskSection
+from dist_ft.config.sections.minimum_risk import RiskSection
 from dist_ft.data.batch import IGNORED, Batch
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.learner import Inputs
 from dist_ft.model.task_models import TaskModel
+from dist_ft.model.trainable_model import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from typing_extensions import override
 
-from dist_ft.model import losses
+from dist_ft.model.losses import loss_sums
 from dist_ft.model.task_models import TaskModel, pooled
 
 SCALE = 20.0
@@ -43,4 +43,4 @@ class PrototypeModel(TaskModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.prototypes is not None
         logits = SCALE * self.vectors(ids, mask) @ self.prototypes.to(ids.device).T
-        return losses.cross_entropy(logits, labels[:, 0]), logits
+        return loss_sums.cross_entropy(logits, labels[:, 0]), logits

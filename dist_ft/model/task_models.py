@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from dist_ft.config.task import TaskSection
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.data.labelled import BITS
-from dist_ft.data.spans import last_of
-from dist_ft.errors import ModelError
-from dist_ft.model import losses
-from dist_ft.model.learner import Inputs, Learner
+from dist_ft.data.encoding.answer_spans import last_of
+from dist_ft.data.encoding.task_encoder import BITS
+from dist_ft.model.losses import loss_sums
+from dist_ft.model.trainable_model import Inputs, Learner
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -174,7 +174,7 @@ class TaskModel(Learner):
     def _classify(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._weights is not None and self._weights.device != logits.device:
             self._weights = self._weights.to(logits.device)
-        return losses.cross_entropy(
+        return loss_sums.cross_entropy(
             logits,
             targets,
             self._weights,
@@ -202,7 +202,7 @@ class TaskModel(Learner):
         words = -(-logits.shape[1] // BITS)
         bits = labels[:, :words].clamp(min=0)[:, numbers // BITS] >> (numbers % BITS) & 1
         counted = (labels[:, 0] != IGNORED) * words  # as often as the row has labelled positions
-        return losses.binary_cross_entropy(logits, bits, counted, self._task.focal_gamma), logits
+        return loss_sums.binary_cross_entropy(logits, bits, counted, self._task.focal_gamma), logits
 
     def _regression(
         self, ids: Any, mask: Any, labels: Any, *_: Any
@@ -210,7 +210,7 @@ class TaskModel(Learner):
         values = self._run(ids, mask).logits[:, 0]
         counted = labels[:, 0] != IGNORED
         wanted = labels[:, 0].to(torch.int32).view(torch.float32)
-        return losses.squared_error(values, torch.where(counted, wanted, 0.0), counted), values
+        return loss_sums.squared_error(values, torch.where(counted, wanted, 0.0), counted), values
 
     def _question_answering(
         self, ids: Any, mask: Any, labels: Any, *_: Any
@@ -224,14 +224,14 @@ class TaskModel(Learner):
             self._own(found).masked_fill(mask == 0, -1e9)
             for found in (told.start_logits, told.end_logits)
         ]
-        loss = (losses.cross_entropy(both[0], start) + losses.cross_entropy(both[1], end)) / 2
+        loss = (loss_sums.cross_entropy(both[0], start) + loss_sums.cross_entropy(both[1], end)) / 2
         return loss, torch.stack(both, -1)
 
     def _masked_lm(
         self, ids: Any, mask: Any, labels: Any, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._run(ids, mask).logits[0]
-        loss = losses.cross_entropy(
+        loss = loss_sums.cross_entropy(
             logits,
             labels.flatten()[self._positions],
             smoothing=self._smoothing if self.training else 0.0,
@@ -245,7 +245,7 @@ class TaskModel(Learner):
         self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._seq2seq_logits(ids, mask, second, second_mask)
-        loss = losses.cross_entropy(
+        loss = loss_sums.cross_entropy(
             logits.flatten(0, 1),
             labels.flatten(),
             smoothing=self._smoothing if self.training else 0.0,
@@ -274,7 +274,7 @@ class TaskModel(Learner):
             for text in ((ids, mask), (second, second_mask))
         )
         counted = (labels != IGNORED).any(1)
-        return losses.contrastive(first, other, counted, self._task.temperature), torch.stack(
+        return loss_sums.contrastive(first, other, counted, self._task.temperature), torch.stack(
             [first, other], 1
         )
 

@@ -15,10 +15,10 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.runtime import network
-from dist_ft.train.console import Console
-from dist_ft.train.result import Hooks, Result
-from dist_ft.world import World
+from dist_ft.core.world import World
+from dist_ft.runtime.bootstrap import network_check
+from dist_ft.training.console import Console
+from dist_ft.training.result import Hooks, Result
 
 in_group = threading.Event()
 """Set once this process has been in a process group; see `leave`."""
@@ -40,13 +40,13 @@ def leave(code: int) -> NoReturn:
 
 def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
     """Run `config` here and return its result; the first SIGINT or SIGTERM saves and stops (Interrupted)."""
-    from dist_ft.runtime import build
+    from dist_ft.runtime.bootstrap import training_run
 
     world = World.from_environment()
     hooks = hooks or Hooks()
     with _process_group(config, world), stop_on_signal(hooks.console) as should_stop:
         asked = hooks.should_stop
-        return build.run(
+        return training_run.run(
             config, world, replace(hooks, should_stop=lambda: should_stop() or asked())
         )
 
@@ -75,7 +75,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
             os.environ[name] = value
     ours = not dist.is_initialized()
     if ours:
-        network.prepare(config)
+        network_check.prepare(config)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             timeout=timedelta(seconds=config.cluster.collective_timeout_s),

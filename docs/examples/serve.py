@@ -17,8 +17,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from dist_ft.errors import DistFtError
-from dist_ft.runtime.predicting import Predictor
+from dist_ft.core.errors import DistFtError
+from dist_ft.inference.predict import Predictor
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=64)

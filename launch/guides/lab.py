@@ -175,7 +175,10 @@ def dist_ft(*arguments: str) -> str:
     """Run a dist-ft command and return what it says."""
     say(f"dist-ft {' '.join(arguments)}")
     done = subprocess.run(
-        [sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "dist_ft.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise SystemExit(
@@ -186,7 +189,7 @@ def dist_ft(*arguments: str) -> str:
 
 def gather(url: str) -> dict[str, Any]:
     """Return the report of a run."""
-    from dist_ft.runtime import report
+    from dist_ft.runs import report
 
     return report.gather(url)
 

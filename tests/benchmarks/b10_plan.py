@@ -140,14 +140,14 @@ def beside(
     args: argparse.Namespace, folder: Path, stage: int, world: int, ranks: list[dict[str, int]]
 ) -> dict[str, Any]:
     """Return the peaks of all ranks beside what was predicted."""
-    from dist_ft.plan import worker
-    from dist_ft.runtime import planning
+    from dist_ft.planning import worker_memory
+    from dist_ft.runtime.preflight import run_plan
 
     config = config_of(args, folder, stage, world)
-    plan = planning.plan(config)
+    plan = run_plan.plan(config)
     row = next(row for row in plan["memory"] if row["chosen"])
     busiest = max(rank["allocated"] for rank in ranks)
-    assert worker.setup_of(config, {}, world).lanes == args.lanes
+    assert worker_memory.setup_of(config, {}, world).lanes == args.lanes
     return {
         "stage": stage,
         "world": world,
@@ -165,17 +165,17 @@ def be_rank(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from dist_ft.core.world import World
+    from dist_ft.engine import deepspeed_config
     from dist_ft.engine import deepspeed_engine as sharded
-    from dist_ft.engine import ds_config
-    from dist_ft.runtime.opening import open_engine
-    from dist_ft.world import World
+    from dist_ft.runtime.bootstrap.build_model import open_engine
 
     dist.init_process_group("gloo")
     sharded.start(False)
     world = World.from_environment()
     folder, stage = Path(args.rank), args.stages[0]
     config = config_of(args, folder, stage, world.size)
-    assert ds_config.build(config)["zero_optimization"]["stage"] == stage
+    assert deepspeed_config.build(config)["zero_optimization"]["stage"] == stage
     random = np.random.default_rng(world.rank)
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
     before = memory("VmRSS")

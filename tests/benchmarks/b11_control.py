@@ -83,7 +83,7 @@ def main() -> None:
 
 def packed(lengths: np.ndarray) -> Any:
     """Pack one block as an epoch sees it."""
-    from dist_ft.data.packing import sequences_of
+    from dist_ft.data.sampling.packing import sequences_of
 
     return sequences_of(lengths, LENGTH, True, 1)
 
@@ -101,7 +101,7 @@ def milliseconds(action: Callable[[], Any], repeats: int) -> float:
 def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
     """Return what `ranks` ranks cost, one lane each."""
     from dist_ft.config.schema import BatchSection, DataSection
-    from dist_ft.data.plan import Plan
+    from dist_ft.data.sampling.batch_plan import Plan
 
     blocks = SAMPLES // len(lengths)
     counts = np.full(blocks, len(packed(lengths)[1]) - 1)
@@ -128,7 +128,7 @@ def commit_seconds(ranks: int) -> float:
     """Return the median time rank 0 takes from every rank's entries to a written manifest."""
     from dist_ft.checkpoint import manifest as manifests
     from dist_ft.checkpoint.manifest import FileEntry, Manifest, Progress, TensorInfo
-    from dist_ft.storage import Store
+    from dist_ft.storage.filesystem import Store
 
     sums, size = "xxh3_128:" + "0" * 32, 2**26
     about = {

@@ -3,7 +3,7 @@
     python tests/benchmarks/b12_generate.py
 
 A Llama of 13 M random weights, prompts of 4 to 96 tokens, 16 new tokens each, float32, one thread. *Ours* is
-`dist_ft.model.decoding` with 12 rows at once, those of like length together; *rows* is transformers' `generate`, called
+`dist_ft.model.generation` with 12 rows at once, those of like length together; *rows* is transformers' `generate`, called
 for one row after the other, as evaluation scripts do; *mixed* is transformers' `generate` on batches of 12 in the order
 of the data, which shows what sorting by length is worth. Greedy, beam search and sampling; of the deterministic ones
 the texts are compared.
@@ -129,8 +129,8 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     """Return what each side does: a function that returns the texts as tokens."""
     import torch
 
-    from dist_ft.config.decoding import DecodingSection
-    from dist_ft.model.decoding import Asked, Decoder, padded
+    from dist_ft.config.sections.decoding import DecodingSection
+    from dist_ft.model.generation import Asked, Decoder, padded
 
     decoder = Decoder(DecodingSection(max_new_tokens=NEW_TOKENS, rows=rows, **fields), Tokenizer())
     given = {

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
-from dist_ft.data.loader import Loader
-from dist_ft.engine import deepspeed_engine, ds_config, optimizers
-from dist_ft.runtime import build
-from dist_ft.train.parts import Parts
-from dist_ft.train.result import Hooks
-from dist_ft.train.trainer import Trainer
-from dist_ft.world import World
+from dist_ft.data.batching.loader import Loader
+from dist_ft.engine import deepspeed_config, deepspeed_engine, optimizers
+from dist_ft.runtime.bootstrap import training_run
+from dist_ft.training.components import Parts
+from dist_ft.training.result import Hooks
+from dist_ft.training.trainer import Trainer
 
 
 class Recording(Trainer):
@@ -57,7 +57,7 @@ class Ours:
         self._ended: BaseException | None = None
         self._stop = False
         self._thread = threading.Thread(target=self._run, args=(config, world), daemon=True)
-        build.Trainer = Recording  # type: ignore[misc, assignment]
+        training_run.Trainer = Recording  # type: ignore[misc, assignment]
         self._thread.start()
         self._wait()
         if Recording.made is None:
@@ -80,7 +80,7 @@ class Ours:
 
     def _run(self, config: RunConfig, world: World) -> None:
         try:
-            build.run(config, world, Hooks(should_stop=self._asked))
+            training_run.run(config, world, Hooks(should_stop=self._asked))
         except BaseException as error:
             self._ended = error
         self._held.set()
@@ -109,7 +109,7 @@ class Bare:
         import deepspeed
 
         self.batches = itertools.cycle(batches)
-        settings = ds_config.build(config)
+        settings = deepspeed_config.build(config)
         with deepspeed_engine.loading(settings):
             model = load(config)
         optimizer = optimizers.build(_groups(model, config), config.optimizer)
@@ -169,7 +169,7 @@ def run_hugging_face(
             return SequentialSampler(rows)
 
     section = config.optimizer
-    settings = ds_config.build(config)
+    settings = deepspeed_config.build(config)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -206,7 +206,7 @@ def clocks() -> tuple[float, float]:
 
 def load(config: RunConfig) -> Any:
     """Return the run's model as transformers gives it."""
-    from dist_ft.model.load import load_model
+    from dist_ft.model.loading.load import load_model
 
     return load_model(config.model, config.data.cache_dir)
 

@@ -109,7 +109,7 @@ def rank_main(args: argparse.Namespace, folder: Path) -> None:
     import torch.distributed as dist
 
     from dist_ft.config.load import load_config
-    from dist_ft.world import World
+    from dist_ft.core.world import World
 
     (stage,) = args.stages
     torch.set_num_threads(1)

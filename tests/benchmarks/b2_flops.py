@@ -142,8 +142,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from dist_ft.config.load import load_config
     from dist_ft.runtime import local
-    from dist_ft.train.console import Console
-    from dist_ft.train.result import Hooks
+    from dist_ft.training.console import Console
+    from dist_ft.training.result import Hooks
 
     total = (
         WARM_UP + args.blocks * args.steps + 2

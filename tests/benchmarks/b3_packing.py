@@ -78,7 +78,7 @@ def main() -> None:
 
 def layouts(lengths: np.ndarray, peers_python: str) -> dict[str, tuple[float, list[Layout]]]:
     """Return (share of real tokens, micro-batches of rows of samples) of every side."""
-    from dist_ft.data.packing import sequences_of
+    from dist_ft.data.sampling.packing import sequences_of
 
     members, offsets = sequences_of(lengths, LENGTH, True, 0)
     ours = [members[a:b].tolist() for a, b in pairwise(offsets)]
@@ -121,7 +121,7 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
     from dist_ft.config.schema import ModelSection, OptimizerSection
     from dist_ft.engine.torch_engine import TorchEngine
     from dist_ft.model.causal_lm import CausalLM
-    from dist_ft.model.load import load_model
+    from dist_ft.model.loading.load import load_model
 
     rng = np.random.default_rng(2)
     texts = [rng.integers(1, workload.SHAPES["S"]["vocab_size"], length) for length in lengths]
@@ -177,7 +177,7 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     from dataclasses import replace
 
     from dist_ft.data.batch import IGNORED
-    from dist_ft.data.loader import assemble
+    from dist_ft.data.batching.loader import assemble
 
     samples = [sample for row in rows for sample in row]
     pieces = np.array([[sample, 0, len(texts[sample]), 0] for sample in samples], dtype=np.int64)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/b4_loss_head.py
 
-A vocabulary of 128,256, width 512, 4,096 tokens, float32, one thread. *Ours* is `dist_ft.model.head_loss`; *torch* a
+A vocabulary of 128,256, width 512, 4,096 tokens, float32, one thread. *Ours* is `dist_ft.model.losses.head_loss`; *torch* a
 `linear` and `F.cross_entropy` with sum, as every training script has it. Memory is what the process holds at most
 (VmHWM, which Linux lets one reset) beyond what it held before: all that forward and backward make, the gradients of
 both operands among it. Each measurement is a process of its own, so that none finds memory that another has touched.
@@ -112,7 +112,7 @@ def side(args: argparse.Namespace) -> dict[str, float]:
     """Return peak bytes of the first forward and backward, seconds of the next ones, and the loss."""
     import torch
 
-    from dist_ft.model.head_loss import head_loss
+    from dist_ft.model.losses.head_loss import head_loss
 
     def ours() -> Any:
         return head_loss(hidden, weight, targets)

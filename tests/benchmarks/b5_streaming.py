@@ -136,11 +136,11 @@ def read_ours(url: str, where: str, what: str) -> None:
     import s3fs  # noqa: F401
     import tiny
 
-    from dist_ft import storage
     from dist_ft.config.load import load_config
-    from dist_ft.runtime.data import open_data
-    from dist_ft.storage import Store
-    from dist_ft.world import Collectives, World
+    from dist_ft.core.world import Collectives, World
+    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.storage import filesystem
+    from dist_ft.storage.filesystem import Store
 
     folder = Path(where)
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -162,7 +162,7 @@ def read_ours(url: str, where: str, what: str) -> None:
             batch={"global_batch": 8, "micro_batch": 8, "sequence_length": 2100},
         )
     )
-    storage.configure(config.storage.options)
+    filesystem.configure(config.storage.options)
     loader = open_data(config, Store(config.run_url), World(), Collectives()).training
     if what == "index":
         return

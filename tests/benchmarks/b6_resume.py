@@ -88,7 +88,7 @@ def upload(url: str, count: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    from dist_ft.storage import Store
+    from dist_ft.storage.filesystem import Store
 
     rng = np.random.default_rng(count)
     for shard in range(-(-count // 100_000)):
@@ -130,12 +130,12 @@ def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
 
 def opened(config: Any) -> Any:
     """Return the loader of a run."""
-    from dist_ft import storage
-    from dist_ft.runtime.data import open_data
-    from dist_ft.storage import Store
-    from dist_ft.world import Collectives, World
+    from dist_ft.core.world import Collectives, World
+    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.storage import filesystem
+    from dist_ft.storage.filesystem import Store
 
-    storage.configure(config.storage.options)
+    filesystem.configure(config.storage.options)
     return open_data(config, Store(config.run_url), World(), Collectives()).training
 
 
@@ -151,7 +151,7 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
     """Return seconds and requests to the first batch of a worker, by place and world."""
     import s3
 
-    from dist_ft.world import World
+    from dist_ft.core.world import World
 
     s3.forget(options(proxy.url))
     config = config_of(folder, proxy.url, args.samples, "empty")

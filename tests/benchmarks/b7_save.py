@@ -140,8 +140,8 @@ def manager_of(folder: Path, **section: Any) -> Any:
     """Return a manager of checkpoints in `folder`."""
     from dist_ft.checkpoint.manager import CheckpointManager
     from dist_ft.config.schema import CheckpointSection
-    from dist_ft.storage import Store
-    from dist_ft.world import Collectives, World
+    from dist_ft.core.world import Collectives, World
+    from dist_ft.storage.filesystem import Store
 
     return CheckpointManager(
         Store(str(folder)), CheckpointSection(keep_last=1, **section), World(), Collectives(), 1
@@ -151,7 +151,7 @@ def manager_of(folder: Path, **section: Any) -> Any:
 def draft_of(engine: Any, step: int) -> Any:
     """Return what a checkpoint says besides its files."""
     from dist_ft.checkpoint.manifest import Progress
-    from dist_ft.checkpoint.saves import Draft
+    from dist_ft.checkpoint.save_status import Draft
 
     rows = np.zeros((1, 6), np.int64)
     return Draft("b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {})
@@ -218,8 +218,8 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
 def deepspeed_side(folder: Path) -> Callable[[], float]:
     """DeepSpeed's own checkpoint of the same model and optimizer, ZeRO-1 on one rank."""
     from dist_ft.config.schema import OptimizerSection
+    from dist_ft.core.world import World
     from dist_ft.engine import deepspeed_engine as sharded
-    from dist_ft.world import World
 
     sharded.start(False)
     settings = {
@@ -273,7 +273,7 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
 
 def one_step(engine: Any) -> float:
     """Train one small batch and return how long it took."""
-    from dist_ft.data.loader import assemble
+    from dist_ft.data.batching.loader import assemble
 
     tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
     batch = assemble(

@@ -142,8 +142,8 @@ class Rank:
         import torch.distributed as dist
 
         from dist_ft.config.schema import OptimizerSection
+        from dist_ft.core.world import World, collectives
         from dist_ft.engine import deepspeed_engine as sharded
-        from dist_ft.world import World, collectives
 
         dist.init_process_group("gloo")
         sharded.start(False)
@@ -304,7 +304,7 @@ def manager_of(rank: Rank, place: str) -> Any:
     """Return a manager of the checkpoints at `place`."""
     from dist_ft.checkpoint.manager import CheckpointManager
     from dist_ft.config.schema import CheckpointSection
-    from dist_ft.storage import Store
+    from dist_ft.storage.filesystem import Store
 
     return CheckpointManager(
         Store(str(rank.folder / place)), CheckpointSection(keep_last=9), rank.world, rank.comms, 1

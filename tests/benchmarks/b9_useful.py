@@ -160,7 +160,7 @@ def _processes(mark: str) -> list[int]:
             if (
                 folder.name.isdigit()
                 and (folder / "cmdline").read_bytes().split(b"\0")[2:3]
-                == [b"dist_ft.runtime.process"]
+                == [b"dist_ft.runtime.elastic.worker_process"]
                 and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
             ):
                 found.append(int(folder.name))

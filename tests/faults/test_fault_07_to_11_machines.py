@@ -24,7 +24,7 @@ from job_cluster import Watched
 from machines import Machines, machines
 
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")

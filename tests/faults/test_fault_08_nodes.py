@@ -101,7 +101,7 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
 
 PLACED = """
 import ray
-from dist_ft.runtime.ray_train import NAMESPACE, _start_relay
+from dist_ft.runtime.ray_backend.driver import NAMESPACE, _start_relay
 ray.init(address="auto", namespace=NAMESPACE, logging_level="ERROR")
 from ray._private.state import actors
 relays = [_start_relay(ray, f"relay-{number}", 0) for number in range(6)]

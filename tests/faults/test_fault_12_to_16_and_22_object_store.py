@@ -15,15 +15,16 @@ import s3
 import tiny
 from proxy import Fault, FaultyProxy, at_first, sometimes
 
-from dist_ft import api, patience
-from dist_ft.checkpoint import catalogue
+from dist_ft import api
+from dist_ft.checkpoint import discovery
 from dist_ft.config.load import load_config
-from dist_ft.data.loader import Loader
-from dist_ft.data.write import as_parquet
-from dist_ft.errors import DataError, DistFtError, StorageError
-from dist_ft.runtime.data import open_data
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import DataError, DistFtError, StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.data.batching.loader import Loader
+from dist_ft.data.tools.write import as_parquet
+from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.storage import retry
+from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
@@ -69,7 +70,7 @@ def faulty(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before the server, which all S3 of this process goes through."""
     for name, value in s3.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(patience, "ATTEMPTS", 5)
+    monkeypatch.setattr(retry, "ATTEMPTS", 5)
     found = FaultyProxy(port)
     s3.forget(options(found))
     yield found
@@ -391,7 +392,7 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
     assert time.monotonic() - begun < 60
     told = capfd.readouterr().err
     assert told.count("no checkpoint at step 4, training goes on: ") == 1 and said in told
-    assert catalogue.newest(Store(run.run_url), World(), Collectives()).progress.step == 2
+    assert discovery.newest(Store(run.run_url), World(), Collectives()).progress.step == 2
     faulty.choose = lambda method, path: None
     assert api.train(run, skip_check=True).step == 6
     assert "going on from step 2" in capfd.readouterr().err

@@ -13,8 +13,8 @@ import pytest
 import ranks
 import tiny
 
-from dist_ft.checkpoint import catalogue
-from dist_ft.storage import Store
+from dist_ft.checkpoint import discovery
+from dist_ft.storage.filesystem import Store
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None, reason="needs a C compiler (`cc`), for a clock of one process"
@@ -68,10 +68,10 @@ def test_fault_22_ranks_whose_clocks_are_days_apart(tmp_path: Path, library: str
     )
     assert "going on from step 8" in (base / "then/rank-0.log").read_text()
     store, whole = Store(str(run)), Store(str(base / "runs/unbroken"))
-    kept = catalogue.committed(store)
-    assert [name[:14] for name in kept] == [name[:14] for name in catalogue.committed(whole)], (
+    kept = discovery.committed(store)
+    assert [name[:14] for name in kept] == [name[:14] for name in discovery.committed(whole)], (
         "the last two"
     )
-    assert {days_off(catalogue.load_manifest(store, name).created_at) for name in kept} == {-3}
+    assert {days_off(discovery.load_manifest(store, name).created_at) for name in kept} == {-3}
     assert history.losses(run) == history.losses(whole.url)
     history.require_exactly_once(run, document)

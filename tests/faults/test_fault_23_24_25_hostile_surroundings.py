@@ -15,12 +15,12 @@ import pytest
 import ranks
 import tiny
 
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.config.load import load_config
-from dist_ft.errors import CheckpointError
+from dist_ft.core.errors import CheckpointError
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 
 @pytest.fixture(scope="module")
@@ -187,5 +187,5 @@ def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(
 def test_the_attacks_would_be_found_where_they_are(trained: Path) -> None:
     """The copy that is not altered loads: the tests above refuse the attack, not the copy."""
     store = Store(str(trained))
-    for name in catalogue.committed(store):
-        assert catalogue.load_manifest(store, name).progress.step == 6
+    for name in discovery.committed(store):
+        assert discovery.load_manifest(store, name).progress.step == 6

@@ -16,8 +16,8 @@ import pytest
 import tiny
 import yaml
 
-from dist_ft import cli
 from dist_ft.checkpoint import manifest
+from dist_ft.cli import main
 
 Train = Callable[..., tuple[int, str]]
 
@@ -38,7 +38,7 @@ def dist_ft(
         path.write_text(yaml.safe_dump(document))
         monkeypatch.setattr("sys.argv", ["dist-ft", command, str(path), *overrides])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         assert "Traceback" not in captured.out + captured.err
         return int(ended.value.code or 0), captured.err

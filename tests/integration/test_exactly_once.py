@@ -19,9 +19,9 @@ from unit.checkpoint.test_manifest import make
 from dist_ft.checkpoint.ledger import LedgerBuffer, read_ledger, write_segment
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.load import load_config
-from dist_ft.runtime.data import open_data
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.storage.filesystem import Store
 
 WORLDS = (4, 3, 8, 1, 5)
 LANES = 16

@@ -9,9 +9,9 @@ from pathlib import Path
 import ranks
 import tiny
 
-from dist_ft.plan import goodput
-from dist_ft.runtime import accounts, runs
-from dist_ft.storage import Store
+from dist_ft.planning import goodput
+from dist_ft.runs import catalog, time_accounting
+from dist_ft.storage.filesystem import Store
 
 PAUSE_S = 3.0
 
@@ -31,7 +31,7 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     ended = time.time()
 
-    found, broken = accounts.accounts(run)
+    found, broken = time_accounting.accounts(run)
     assert broken == [] and [account.attempt for account in found] == [1, 2, 3]
     assert found[0].resumed_at == 0 and all(
         later.resumed_at in (4, 8, 12, 16) for later in found[1:]
@@ -50,5 +50,5 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
         seconds,
     )
     assert 0 < seconds["save"] < 5 and 0 < seconds["start"] < ended - begun - PAUSE_S
-    said = runs.describe(run.url)
+    said = catalog.describe(run.url)
     assert "over 3 attempts" in said and "% attributed" in said and "restart" in said

@@ -14,11 +14,11 @@ import tiny_tasks
 import torch
 
 from dist_ft import api
-from dist_ft.checkpoint import catalogue, export
+from dist_ft.checkpoint import discovery, export
 from dist_ft.config.load import load_config
-from dist_ft.errors import CheckpointError
+from dist_ft.core.errors import CheckpointError
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 FGM = {"method": "fgm", "epsilon": 0.5}
 PGD = {"method": "pgd", "epsilon": 0.5, "steps": 2, "step_size": 0.3, "weight": 0.5}
@@ -187,7 +187,7 @@ def test_what_was_evaluated_is_what_is_exported(
     api.export(run, str(tmp_path / "out"))
     api.export(run, str(tmp_path / "last"), average=False)
     store = Store(run)
-    reader = catalogue.reader(store, export.find(store, None))
+    reader = discovery.reader(store, export.find(store, None))
     for folder, key in (("out", "ema"), ("last", "param")):
         for name, tensor in load_file(tmp_path / folder / "model.safetensors").items():
             assert np.array_equal(

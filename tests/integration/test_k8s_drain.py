@@ -18,7 +18,7 @@ from pathlib import Path
 import ports
 import pytest
 
-from dist_ft.k8s.pods import drain
+from dist_ft.cluster.k8s.pods import drain
 
 NOTICE_S = 90
 INSIDE = '''

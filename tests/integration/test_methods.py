@@ -13,12 +13,12 @@ import tiny
 import torch
 
 from dist_ft import api
-from dist_ft.checkpoint import catalogue
+from dist_ft.checkpoint import discovery
 from dist_ft.config.load import load_config
-from dist_ft.config.tuning import ADDED, MERGED
-from dist_ft.errors import CheckpointError, ConfigError
+from dist_ft.config.sections.tuning import ADDED, MERGED
+from dist_ft.core.errors import CheckpointError, ConfigError
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 METHODS: dict[str, dict[str, Any]] = {
     "partial": {"method": "partial", "last_layers": 1},
@@ -125,7 +125,7 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(
         assert history.losses(run) == pytest.approx(plain, abs=1e-5), document["run"]["name"]
         history.require_exactly_once(run, document)
         store = Store(str(run))
-        assert len(store.list(catalogue.FROZEN)) == (
+        assert len(store.list(discovery.FROZEN)) == (
             method != "gradual"
         )  # in the first checkpoint, never again
 
@@ -151,7 +151,7 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     run = base / "runs" / document["run"]["name"]
     assert history.losses(run) == history.losses(unbroken)
-    assert Store(str(run)).list(catalogue.FROZEN) == ["step-000000004-a0001"] * (
+    assert Store(str(run)).list(discovery.FROZEN) == ["step-000000004-a0001"] * (
         method != "gradual"
     )
 

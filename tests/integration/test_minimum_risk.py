@@ -14,7 +14,7 @@ import tiny_tasks
 
 from dist_ft.config.load import load_config
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 pytestmark = pytest.mark.slow
 RISK = {

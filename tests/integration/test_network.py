@@ -16,11 +16,11 @@ import tiny
 NAMES = ("alpha", "beta", "gamma")
 RANK = """
 import sys
-from dist_ft import logs
+from dist_ft.core import logs
 from dist_ft.config.load import load_config
-from dist_ft.runtime import network
-from dist_ft.storage import Store
-from dist_ft.world import World, collectives
+from dist_ft.runtime.bootstrap import network_check as network
+from dist_ft.storage.filesystem import Store
+from dist_ft.core.world import World, collectives
 import json, os
 import torch.distributed as dist
 config = load_config(json.loads(sys.argv[1]))

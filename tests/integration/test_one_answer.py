@@ -90,9 +90,9 @@ def test_promise_2_at_the_same_world_the_resumed_run_is_bit_exact(
 
 def weights(run: Path) -> list[tuple[str, str]]:
     """Return (file, checksum) of the last checkpoint."""
-    from dist_ft.checkpoint import catalogue
-    from dist_ft.storage import Store
+    from dist_ft.checkpoint import discovery
+    from dist_ft.storage.filesystem import Store
 
     store = Store(str(run))
-    manifest = catalogue.load_manifest(store, catalogue.committed(store)[0])
+    manifest = discovery.load_manifest(store, discovery.committed(store)[0])
     return [(item.path, item.checksum) for item in manifest.files]

@@ -15,12 +15,13 @@ import tiny_tasks
 
 from dist_ft import api
 from dist_ft.config.load import load_config
-from dist_ft.runtime import local, predict_parts
-from dist_ft.storage import Store
+from dist_ft.inference import prediction_shards
+from dist_ft.runtime import local
+from dist_ft.storage.filesystem import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 SMALL = (
-    "import dist_ft.runtime.predict_parts as p; p.cut.__defaults__ = (2000,); "
+    "import dist_ft.inference.prediction_shards as p; p.cut.__defaults__ = (2000,); "
     "from dist_ft import predict; import sys; "
     "print(predict(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4])))"
 )
@@ -89,7 +90,7 @@ def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_wit
         one.count(b"\n") for one in found.values()
     )
     assert shards(tmp_path / "many") == wanted
-    assert predict_parts.ABOUT in os.listdir(tmp_path / "many")
+    assert prediction_shards.ABOUT in os.listdir(tmp_path / "many")
 
 
 def test_a_bad_row_is_one_line_from_a_worker_too(model: str, tmp_path: Path) -> None:

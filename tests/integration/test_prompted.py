@@ -13,9 +13,9 @@ import tiny
 import tiny_tasks
 
 from dist_ft.config.load import load_config
-from dist_ft.config.task import METRICS
+from dist_ft.config.sections.task import METRICS
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 pytestmark = pytest.mark.slow
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

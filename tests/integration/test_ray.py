@@ -231,9 +231,9 @@ def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
 SCRIPT = """
 import json, sys
 import ray
-from dist_ft import load_config
-from dist_ft.errors import WorkerError
-from dist_ft.runtime import ray_train
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import WorkerError
+from dist_ft.runtime.ray_backend import driver as ray_train
 
 class Holder:
     def hold(self):

@@ -18,9 +18,9 @@ import tiny
 
 from dist_ft import api
 from dist_ft.config.load import load_config
-from dist_ft.data.write import as_parquet
-from dist_ft.runtime import audit
-from dist_ft.storage import Store
+from dist_ft.data.tools.write import as_parquet
+from dist_ft.runs import ledger_audit
+from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
@@ -162,7 +162,7 @@ def test_all_sets_mixed_for_a_few_hundred_steps(
     assert shares == pytest.approx(
         {"sgd_chat": 1 / 2, "self_instruct": 1 / 6, "wikitext2": 1 / 3}, abs=0.02
     )
-    found = audit.audit(run.run_url)
+    found = ledger_audit.audit(run.run_url)
     assert found.is_sound and {count.source for count in found.epochs} == set(names)
 
 
@@ -226,7 +226,7 @@ def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
         assert set(codes) == {-9}, (tmp_path / f"ranks-{number}" / "rank-0.log").read_text()[-2000:]
     api.train(load_config(run(0, 0)), skip_check=True)
     history.require_exactly_once(f"{url}/runs/once", run(0, 0))
-    found = audit.audit(f"{url}/runs/once")
+    found = ledger_audit.audit(f"{url}/runs/once")
     assert found.is_sound and found.attempts == 3
     assert [(c.source, c.num_pieces) for c in found.epochs] == [("lines", 60)] * 2 + [
         ("table", 30)

@@ -10,12 +10,12 @@ import pytest
 from s3 import BUCKET, server
 from unit.small import checkpoints, make_engine, save, tensors_of, train
 
-from dist_ft import storage
-from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.discovery import begin_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.errors import StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage import filesystem
+from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
 pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
@@ -35,7 +35,7 @@ def s3(endpoint, monkeypatch):
         monkeypatch.setenv(name, "testing-testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(fsspec.config, "conf", {})
-    storage.configure({"s3": {"endpoint_url": endpoint}})
+    filesystem.configure({"s3": {"endpoint_url": endpoint}})
 
 
 @pytest.fixture
@@ -84,19 +84,23 @@ def test_create_is_exclusive(store):
 def test_glob_and_stat(store):
     for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"):
         store.write(name, b"one")
-    assert list(storage.glob(store.full("data/*.jsonl"))) == [
+    assert list(filesystem.glob(store.full("data/*.jsonl"))) == [
         store.full("data/a.jsonl"),
         store.full("data/b.jsonl"),
     ]
-    assert list(storage.glob(store.full("data"))) == [
+    assert list(filesystem.glob(store.full("data"))) == [
         store.full(name) for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")
     ]
-    assert list(storage.glob(store.full("data/a.jsonl"))) == [store.full("data/a.jsonl")]
-    assert list(storage.glob(store.full("none"))) == list(storage.glob(store.full("none/*"))) == []
-    before = storage.stat(store.full("data/a.jsonl"))
+    assert list(filesystem.glob(store.full("data/a.jsonl"))) == [store.full("data/a.jsonl")]
+    assert (
+        list(filesystem.glob(store.full("none")))
+        == list(filesystem.glob(store.full("none/*")))
+        == []
+    )
+    before = filesystem.stat(store.full("data/a.jsonl"))
     assert before["size"] == 3 and before["version"] != "None"
     store.write("data/a.jsonl", b"two")
-    assert storage.stat(store.full("data/a.jsonl")) != before
+    assert filesystem.stat(store.full("data/a.jsonl")) != before
 
 
 def test_download(store, tmp_path):
@@ -123,7 +127,7 @@ def test_no_credentials(store, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    storage.configure({"s3": {"skip_instance_cache": True}})
+    filesystem.configure({"s3": {"skip_instance_cache": True}})
     with pytest.raises(
         StorageError, match="no credentials were found; set them in the environment"
     ):

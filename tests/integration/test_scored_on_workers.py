@@ -8,7 +8,7 @@ import pytest
 import tiny_tasks
 
 from dist_ft.config.load import load_config
-from dist_ft.runtime.evaluating import evaluate_models
+from dist_ft.inference.evaluate import evaluate_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -20,8 +20,8 @@ import tiny_tasks
 
 from dist_ft import api
 from dist_ft.config.load import load_config
+from dist_ft.inference.predict import Predictor
 from dist_ft.runtime import local
-from dist_ft.runtime.predicting import Predictor
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 ROOT = Path(__file__).resolve().parents[2]

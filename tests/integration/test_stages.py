@@ -19,12 +19,12 @@ import yaml
 from safetensors.torch import load_file
 
 from dist_ft import api
-from dist_ft.checkpoint import origin
+from dist_ft.checkpoint import initial_weights
 from dist_ft.config.load import load_config
 from dist_ft.config.stages import load_stages
-from dist_ft.errors import ConfigError, ModelError
+from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 KIND = "sequence_classification"
 
@@ -115,7 +115,7 @@ def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(
 ) -> None:
     second = json.loads((unbroken / "seq-two" / "model" / "config.json").read_text())
     assert list(second["id2label"].values()) == ["animal", "drink", "food"]
-    began = json.loads((unbroken / "seq-two" / origin.BEGAN).read_text())
+    began = json.loads((unbroken / "seq-two" / initial_weights.BEGAN).read_text())
     step = max(
         int(folder.name.split("-")[1])
         for folder in (unbroken / "seq-one" / "checkpoints").iterdir()
@@ -198,9 +198,9 @@ def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbrok
     begun["optimizer"]["learning_rate"] = 1e-12
     begun["schedule"] = {"name": "constant", "steps": 2}
     local.run(load_config(begun))
-    step = json.loads((unbroken / "after" / origin.BEGAN).read_text())["step"]
+    step = json.loads((unbroken / "after" / initial_weights.BEGAN).read_text())["step"]
     source = load_file(
-        Path(origin.exported(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
+        Path(initial_weights.exported(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
         / "model.safetensors"
     )
     api.export(str(unbroken / "after"), str(base / "after-out"))

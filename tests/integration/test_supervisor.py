@@ -20,11 +20,11 @@ import ranks
 import tiny
 
 from dist_ft.config.load import load_config
-from dist_ft.runtime.process import Process
-from dist_ft.runtime.relay import Relay
-from dist_ft.runtime.supervisor import Place, Supervisor
-from dist_ft.train.result import Result
-from dist_ft.world import World
+from dist_ft.core.world import World
+from dist_ft.runtime.elastic.coordinator import Relay
+from dist_ft.runtime.elastic.supervisor import Place, Supervisor
+from dist_ft.runtime.elastic.worker_process import Process
+from dist_ft.training.result import Result
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -226,7 +226,7 @@ def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
 LOST = """
 import sys, time, yaml
 from dist_ft.config.load import load_config
-from dist_ft.runtime.process import Process
+from dist_ft.runtime.elastic.worker_process import Process
 process = Process.start(load_config(yaml.safe_load(sys.argv[1])), (), sys.argv[2])
 if sys.argv[3] == "begun":
     process.begin({}, "")

@@ -13,9 +13,9 @@ import tiny_tasks
 
 from dist_ft import api
 from dist_ft.config.load import load_config
-from dist_ft.config.task import METRICS
+from dist_ft.config.sections.task import METRICS
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence_classification": ("accuracy", {}),
@@ -148,7 +148,7 @@ def test_what_comes_out_is_a_plain_model_with_its_labels(
 
 
 def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
-    from dist_ft.data import preview
+    from dist_ft.data.tools import preview
 
     with api._opened(load_config(document_of(base, task, "plain"))) as loader:
         assert preview.statistics(loader).padding_share < 0.15

@@ -16,7 +16,7 @@ import yaml
 
 from dist_ft.config.search import load_search
 from dist_ft.runtime import local
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 

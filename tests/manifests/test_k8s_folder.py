@@ -10,10 +10,10 @@ import sys
 import pytest
 import yaml
 
+from dist_ft.cluster.k8s import render
+from dist_ft.cluster.k8s.check import check
+from dist_ft.cluster.k8s.options import Options
 from dist_ft.config.load import load_config
-from dist_ft.k8s import render
-from dist_ft.k8s.check import check
-from dist_ft.k8s.options import Options
 
 OPTIONS = Options(image="dist-ft:0.1.0", ray_version="2.60.0")
 ANEW = "dist-ft k8s render configs/llama-8b.yaml --kustomize k8s"

@@ -154,15 +154,15 @@ def unbroken_run(base: Path, document: dict[str, Any]) -> None:
 
 def check(run: Path, journal: Journal, **values: Any) -> None:
     """Read all committed checkpoints and note the kill."""
-    from dist_ft.checkpoint import catalogue
+    from dist_ft.checkpoint import discovery
     from dist_ft.config.load import STORED
-    from dist_ft.runtime import runs
-    from dist_ft.storage import Store
+    from dist_ft.runs import catalog
+    from dist_ft.storage.filesystem import Store
 
     if not Store(str(run)).exists(STORED):
         return journal.add(what="kill", checkpoints=0, sound=True, step=0, **values)
-    found = list(runs.verify(str(run)))
-    there = catalogue.committed(
+    found = list(catalog.verify(str(run)))
+    there = discovery.committed(
         Store(str(run))
     )  # under Ray the run goes on, and removes old ones meanwhile
     problems = [f"{name}: {problem}" for name, problem in found if problem and name in there]
@@ -277,15 +277,15 @@ def ray_run(
 
 def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
     """Wait until the run has committed a checkpoint more: a run that never trains is no test."""
-    from dist_ft.checkpoint import catalogue
-    from dist_ft.storage import Store
+    from dist_ft.checkpoint import discovery
+    from dist_ft.storage.filesystem import Store
 
     store = Store(str(run))
-    before, until = catalogue.committed(store)[:1], time.monotonic() + COMMIT_S
+    before, until = discovery.committed(store)[:1], time.monotonic() + COMMIT_S
     while (
         driver.poll() is None
         and time.monotonic() < until
-        and catalogue.committed(store)[:1] == before
+        and discovery.committed(store)[:1] == before
     ):
         time.sleep(0.1)
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from dist_ft.checkpoint.manifest import Progress, TensorInfo
-from dist_ft.checkpoint.saves import Draft
+from dist_ft.checkpoint.save_status import Draft
 from dist_ft.config.schema import CheckpointSection, OptimizerSection, RunConfig
 from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.data.loader import assemble
+from dist_ft.data.batching.loader import assemble
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.learner import canonical_names
+from dist_ft.model.trainable_model import canonical_names
 
 VOCABULARY = 97
 _WIDE = {

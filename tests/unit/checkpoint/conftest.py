@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from unit.small import checkpoints, make_engine, train
 
-from dist_ft import patience
-from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.discovery import begin_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage import retry
+from dist_ft.storage.filesystem import Store
 
 
 @pytest.fixture
@@ -42,4 +42,4 @@ def attempt(store):
 @pytest.fixture
 def quick(monkeypatch):
     """Retries without waiting."""
-    monkeypatch.setattr(patience, "wait_random_exponential", lambda **_: lambda state: 0)
+    monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: lambda state: 0)

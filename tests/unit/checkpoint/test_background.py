@@ -9,12 +9,12 @@ import pytest
 import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
-from dist_ft.checkpoint import catalogue, fragments
-from dist_ft.checkpoint.catalogue import begin_attempt, committed
+from dist_ft.checkpoint import discovery, fragments
+from dist_ft.checkpoint.discovery import begin_attempt, committed
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.errors import CheckpointError, StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import CheckpointError, StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage.filesystem import Store
 
 ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
 
@@ -192,4 +192,4 @@ def test_what_is_under_way_is_left_when_all_ends(store, attempt, engine, held):
     one.begin(engine, draft(engine, 1, ROWS))
     one.close()
     held.set()
-    assert catalogue.newest(store, World(), Collectives()) is None
+    assert discovery.newest(store, World(), Collectives()) is None

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_ft.checkpoint.export import export_run
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.config.load import STORED
-from dist_ft.config.tuning import TuningSection
+from dist_ft.config.sections.tuning import TuningSection
+from dist_ft.core.errors import CheckpointError
+from dist_ft.core.world import Collectives, World
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.errors import CheckpointError
-from dist_ft.model import tuning
-from dist_ft.model.learner import aliases
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.model.adapters import tuning
+from dist_ft.model.trainable_model import aliases
+from dist_ft.storage.filesystem import Store
 
 
 def write_tokenizer(folder: str) -> None:

@@ -11,12 +11,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from unit.checkpoint.test_manager import found
 from unit.small import checkpoints, make_engine, save, tensors_of
 
-from dist_ft.checkpoint.catalogue import begin_attempt, committed
+from dist_ft.checkpoint.discovery import begin_attempt, committed
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.errors import StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage.filesystem import Store
 
 
 class Unreachable(MemoryFileSystem):

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from dist_ft.checkpoint import fragments, images, manifest
-from dist_ft.checkpoint.blocks import CheckedFiles
+from dist_ft.checkpoint import file_layout, fragments, manifest
+from dist_ft.checkpoint.checked_reads import CheckedFiles
 from dist_ft.checkpoint.fragments import FragmentReader, Wanted, read_index
 from dist_ft.checkpoint.manifest import FileEntry
+from dist_ft.core.errors import CheckpointError
 from dist_ft.engine.base import Slot
-from dist_ft.errors import CheckpointError
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 
 class Fragment(NamedTuple):
@@ -60,7 +60,7 @@ def write(store: Store, *writers: list[Fragment], entry=manifest.entry_in_blocks
     files: list[FileEntry] = []
     for rank, own in enumerate(writers):
         slots = [slot_of(fragment) for fragment in own]
-        for part, layout in enumerate(images.layouts(slots)):
+        for part, layout in enumerate(file_layout.layouts(slots)):
             content = layout.fill(slots).numpy().tobytes()
             assert len(content) == layout.num_bytes and b"".join(layout.parts(slots)) == content
             store.write(f"{rank}-{part}", content)
@@ -303,7 +303,7 @@ def test_fault_23_numbers_no_file_can_hold_are_refused():
         match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
         r"are torch.float32, .*torch.bfloat16$",
     ):
-        images.layouts([Slot("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
+        file_layout.layouts([Slot("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
 
 
 def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
@@ -321,7 +321,7 @@ def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
         Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_)
         for name, values in held.items()
     ]
-    (layout,) = images.layouts(slots)
+    (layout,) = file_layout.layouts(slots)
     got = load(layout.fill(slots).numpy().tobytes())
     assert b"".join(layout.parts(slots)) == layout.fill(slots).numpy().tobytes()
     assert got.keys() == {f"buffer:7:{name}" for name in held}

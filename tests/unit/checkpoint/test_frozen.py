@@ -11,18 +11,18 @@ import pytest
 import torch
 from unit.small import checkpoints, draft, make_engine, make_model, save, tensors_of, train
 
-from dist_ft.checkpoint import catalogue
-from dist_ft.checkpoint.catalogue import FROZEN, begin_attempt, committed, load_manifest
-from dist_ft.checkpoint.commits import Commits
+from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.commit import Commits
+from dist_ft.checkpoint.discovery import FROZEN, begin_attempt, committed, load_manifest
+from dist_ft.checkpoint.local_tier import NodeTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
-from dist_ft.checkpoint.node_tier import NodeTier
 from dist_ft.checkpoint.retention import forget_shared
 from dist_ft.config.load import STORED
-from dist_ft.errors import CheckpointError, StorageError
-from dist_ft.runtime import runs
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import CheckpointError, StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.runs import catalog
+from dist_ft.storage.filesystem import Store
 
 ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
 
@@ -86,7 +86,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
     assert train(second, range(3, 5)) == want[3:]
     save(two, second, 5)
     assert store.list(FROZEN) == ["step-000000003-a0001"]
-    assert catalogue.newest(store, World(), Collectives()).progress.step == 5
+    assert discovery.newest(store, World(), Collectives()).progress.step == 5
 
 
 def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> None:
@@ -152,7 +152,7 @@ def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
     with pytest.raises(StorageError, match="0 bytes are there"):
         save(one, engine, 2)
     save(one, engine, 3)
-    assert catalogue.newest(store, World(), Collectives()).progress.step == 3
+    assert discovery.newest(store, World(), Collectives()).progress.step == 3
 
 
 def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
@@ -213,9 +213,11 @@ def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
     save(one, partial(2), 2)
     store.write(STORED, b"{}")
     assert len(store.list(FROZEN)) == 2
-    assert runs.prune(store.url, checkpoints(keep_last=1), remove=True) == ["step-000000001-a0001"]
+    assert catalog.prune(store.url, checkpoints(keep_last=1), remove=True) == [
+        "step-000000001-a0001"
+    ]
     assert store.list(FROZEN) == ["step-000000002-a0001"]
-    assert "MiB shared, world 1" in runs.describe(store.url)
+    assert "MiB shared, world 1" in catalog.describe(store.url)
 
 
 @pytest.mark.parametrize("kind", ["list", "read"])

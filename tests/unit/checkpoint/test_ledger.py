@@ -17,9 +17,9 @@ from dist_ft.checkpoint.ledger import (
     write_segment,
 )
 from dist_ft.checkpoint.manifest import LedgerEntry, Progress, entry
+from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import empty_batch
-from dist_ft.errors import CheckpointError
-from dist_ft.storage import Store
+from dist_ft.storage.filesystem import Store
 
 
 def rows(*steps: int) -> np.ndarray:

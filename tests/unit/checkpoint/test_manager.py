@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from unit.small import checkpoints, make_engine, make_model, save, tensors_of, train
 
-from dist_ft.checkpoint import catalogue, fragments
+from dist_ft.checkpoint import discovery, fragments
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.catalogue import (
+from dist_ft.checkpoint.discovery import (
     begin_attempt,
     committed,
     load_manifest,
@@ -25,15 +25,15 @@ from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
 from dist_ft.checkpoint.retention import kept
-from dist_ft.errors import CheckpointError, StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import CheckpointError, StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage.filesystem import Store
 
 FILES = ["manifest.json", "rank-00000-0000.safetensors", "rank-00000-0001.safetensors"]
 
 
 def found(store: Store) -> int | None:
-    manifest = catalogue.newest(store, World(), Collectives())
+    manifest = discovery.newest(store, World(), Collectives())
     return manifest.progress.step if manifest else None
 
 
@@ -368,7 +368,7 @@ def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine
     two = attempt()
     save(two, engine, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(catalogue, "newest_attempt", lambda _: 1)
+        patch.setattr(discovery, "newest_attempt", lambda _: 1)
         save(one, engine, 5)
     assert committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
     assert attempt().reached == 3

@@ -20,7 +20,7 @@ from dist_ft.checkpoint.manifest import (
     Progress,
     TensorInfo,
 )
-from dist_ft.errors import CheckpointError
+from dist_ft.core.errors import CheckpointError
 
 
 def make(**changes) -> Manifest:

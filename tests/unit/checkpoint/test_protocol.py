@@ -21,19 +21,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dist_ft import failpoints
-from dist_ft.checkpoint import catalogue
-from dist_ft.checkpoint.catalogue import NODES
+from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.discovery import NODES
 from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.local_tier import NodeTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
-from dist_ft.checkpoint.node_tier import NodeTier
-from dist_ft.checkpoint.saves import Draft
+from dist_ft.checkpoint.save_status import Draft
 from dist_ft.config.schema import CheckpointSection
+from dist_ft.core import fault_injection
+from dist_ft.core.errors import CheckpointError
+from dist_ft.core.world import Collectives, World
 from dist_ft.engine.base import Slot
-from dist_ft.errors import CheckpointError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.storage.filesystem import Store
 
 NUMEL, KEEP, LANES = 23, 2, 3
 TENSORS = {
@@ -174,7 +174,7 @@ class Attempt:
 
     def __init__(self, base: Path, size: int) -> None:
         self.store, self.size = Store(str(base / "run")), size
-        self.number = catalogue.begin_attempt(self.store, size)
+        self.number = discovery.begin_attempt(self.store, size)
         self.ranks = Ranks(size)
         self.saved_from = self.step = 0
         self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
@@ -262,18 +262,18 @@ class Protocol(RuleBasedStateMachine):
     def die_while_saving(
         self, steps: int, on_nodes: bool, place: str, rank: int, size: int
     ) -> None:
-        real, own = failpoints.hit, rank % self.live.size if "file" in place else 0
+        real, own = fault_injection.hit, rank % self.live.size if "file" in place else 0
 
         def hit(name: str, number: int = 0) -> None:
             if name == place and number == own:
                 raise Killed
 
         self.live.step += steps
-        failpoints.hit = hit
+        fault_injection.hit = hit
         try:
             found = self.live.save(on_nodes, False)
         finally:
-            failpoints.hit = real
+            fault_injection.hit = real
         assert any(isinstance(outcome, BaseException) for outcome in found)
         self.restart(size)
 
@@ -327,8 +327,8 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sound()) > 1)
     @rule(number=st.integers(0, 9), where=st.floats(0, 0.999), cut=st.booleans())
     def the_newest_is_damaged(self, number: int, where: float, cut: bool) -> None:
-        name = next(name for name in catalogue.committed(self.store) if name not in self.damaged)
-        files = sorted((self.base / "run" / catalogue.FOLDER / name).iterdir())
+        name = next(name for name in discovery.committed(self.store) if name not in self.damaged)
+        files = sorted((self.base / "run" / discovery.FOLDER / name).iterdir())
         victim = files[number % len(files)]
         content = bytearray(victim.read_bytes())
         place = int(where * len(content))
@@ -344,7 +344,7 @@ class Protocol(RuleBasedStateMachine):
         """Return the steps of the checkpoints in storage that nobody damaged, newest first."""
         return [
             (parse_folder(name) or (0, 0))[0]
-            for name in catalogue.committed(self.store)
+            for name in discovery.committed(self.store)
             if name not in self.damaged
         ]
 

@@ -13,11 +13,11 @@ import pytest
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
 from dist_ft.checkpoint import fragments
-from dist_ft.checkpoint.catalogue import begin_attempt
+from dist_ft.checkpoint.discovery import begin_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.errors import StorageError
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.errors import StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.storage.filesystem import Store
 
 SIZE = 2
 LEARNING = threading.Lock()

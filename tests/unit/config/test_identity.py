@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dist_ft.config.load import Change, changes, check_resume, identity, load_config, to_mapping
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 BASE = {
     "run": {"name": "x"},

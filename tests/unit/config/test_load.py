@@ -9,7 +9,7 @@ import yaml
 
 from dist_ft.config.load import inspect_config, load_config, resolved_yaml, to_mapping
 from dist_ft.config.schema import RunConfig, WorkerRange
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 BASE = {
     "run": {"name": "x"},
@@ -206,7 +206,7 @@ def test_an_empty_file_lacks_what_is_required(file):
 
 
 def test_a_config_behind_a_url():
-    from dist_ft.storage import Store
+    from dist_ft.storage.filesystem import Store
 
     Store("memory://configs").write("run.yaml", resolved_yaml(load_config(BASE)).encode())
     assert load_config("memory://configs/run.yaml") == load_config(BASE)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dist_ft.config.search import Search, load_search
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 BASE = {
     "run": {"name": "x", "storage": "runs"},

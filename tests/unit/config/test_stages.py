@@ -9,7 +9,7 @@ import yaml
 
 from dist_ft.config.schema import Source
 from dist_ft.config.stages import load_stages, with_replay
-from dist_ft.errors import ConfigError
+from dist_ft.core.errors import ConfigError
 
 BASE = {
     "run": {"name": "ignored", "storage": "runs", "seed": 3},

@@ -6,15 +6,15 @@ import pytest
 from unit.data.data_helpers import batch_section, data_section
 
 from dist_ft.config.schema import Source
-from dist_ft.data.index import build, cut_into_blocks
-from dist_ft.data.loader import Loader
-from dist_ft.data.plan import Plan
-from dist_ft.data.source import resolve
-from dist_ft.data.store import BlockStore
-from dist_ft.data.template import Encoder
-from dist_ft.data.write import write_jsonl
-from dist_ft.storage import Store
-from dist_ft.world import Collectives, World
+from dist_ft.core.world import Collectives, World
+from dist_ft.data.batching.loader import Loader
+from dist_ft.data.blocks.block_store import BlockStore
+from dist_ft.data.blocks.index import build, cut_into_blocks
+from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.sampling.batch_plan import Plan
+from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.tools.write import write_jsonl
+from dist_ft.storage.filesystem import Store
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

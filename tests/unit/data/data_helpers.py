@@ -50,7 +50,7 @@ class FakeCollectives:
         self.values = [None] * size
 
     def rank(self, number: int):
-        from dist_ft.world import Collectives
+        from dist_ft.core.world import Collectives
 
         outer = self
 
@@ -69,7 +69,7 @@ def run_ranks(size: int, action):
     """Run `action(world, collectives)` on `size` threads; return results or exceptions by rank."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from dist_ft.world import World
+    from dist_ft.core.world import World
 
     group = FakeCollectives(size)
     with ThreadPoolExecutor(size) as pool:

@@ -28,10 +28,10 @@ import json, logging, os, sys
 import torch.distributed as dist
 from unit.small import make_model, run_config, train
 from dist_ft.config.schema import ModelSection
-from dist_ft.engine import deepspeed_engine as sharded, ds_config
+from dist_ft.engine import deepspeed_engine as sharded, deepspeed_config as ds_config
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.load import load_model
-from dist_ft.world import World
+from dist_ft.model.loading.load import load_model
+from dist_ft.core.world import World
 
 dist.init_process_group("gloo")
 sharded.start(False)

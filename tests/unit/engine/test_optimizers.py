@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dist_ft.config.schema import OptimizerSection, TuningSection
+from dist_ft.core.errors import ModelError
 from dist_ft.engine import optimizers, schedule
-from dist_ft.errors import ModelError
 
 NAMES = [
     "bert.embeddings.word_embeddings.weight",

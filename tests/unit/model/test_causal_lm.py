@@ -16,10 +16,10 @@ from unit.small import (
     samples_of,
 )
 
+from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORED, empty_batch
-from dist_ft.errors import ModelError
 from dist_ft.model.causal_lm import CausalLM, to_inputs
-from dist_ft.model.learner import aliases, canonical_names
+from dist_ft.model.trainable_model import aliases, canonical_names
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from unit.model.test_load import refused, section
+from unit.model.loading.test_load import refused, section
 from unit.small import make_model
 
-from dist_ft.model.load import load_model, read_config
+from dist_ft.model.loading.load import load_model, read_config
 
 
 def dropouts(model) -> set[float]:

@@ -9,9 +9,10 @@ import tiny_tasks
 import torch
 
 from dist_ft.config.schema import ModelSection, TaskSection, TuningSection
-from dist_ft.errors import ModelError
-from dist_ft.model import heads, tuning
-from dist_ft.model.load import load_for, read_config
+from dist_ft.core.errors import ModelError
+from dist_ft.model import heads
+from dist_ft.model.adapters import tuning
+from dist_ft.model.loading.load import load_for, read_config
 
 
 @pytest.fixture(scope="module")

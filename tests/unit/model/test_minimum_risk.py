@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from unit.model.test_decoding import Words, bart, decoder
+from unit.model.test_generation import Words, bart, decoder
 from unit.small import batch, make_model
 
-from dist_ft.config.risk import RiskSection
-from dist_ft.config.task import TaskSection
+from dist_ft.config.sections.minimum_risk import RiskSection
+from dist_ft.config.sections.task import TaskSection
 from dist_ft.data.batch import empty_batch
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.minimum_risk import RiskBatch, RiskCausalLM, RiskSeq2Seq, expected_risk
 from dist_ft.model.task_models import SpecialTokens, TaskModel
-from dist_ft.train.generate import HeldOut
-from dist_ft.train.minimum_risk import MinimumRisk
+from dist_ft.training.held_out_generation import HeldOut
+from dist_ft.training.minimum_risk import MinimumRisk
 
 PROMPTS = ([5, 9, 30], [7], [50, 51, 52, 53, 54])
 REFERENCES = ([11, 12, 2], [13, 2], [14, 15, 16, 17, 2])

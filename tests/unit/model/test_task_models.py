@@ -10,12 +10,17 @@ from torch.nn import functional
 
 from dist_ft.config.schema import DataSection, ModelSection, TaskSection
 from dist_ft.data.batch import IGNORED, Batch, empty_batch
-from dist_ft.data.labelled import TaskEncoder, make_encoder
-from dist_ft.data.loader import assemble
-from dist_ft.data.spans import last_of
-from dist_ft.model.learner import canonical_names
-from dist_ft.model.load import load_for
+from dist_ft.data.batching.loader import assemble
+from dist_ft.data.encoding.answer_spans import last_of
+from dist_ft.data.encoding.make_encoder import (
+    make_encoder,
+)
+from dist_ft.data.encoding.task_encoder import (
+    TaskEncoder,
+)
+from dist_ft.model.loading.load import load_for
 from dist_ft.model.task_models import SpecialTokens, TaskModel
+from dist_ft.model.trainable_model import canonical_names
 
 TOKENIZER = tiny_tasks.make_tokenizer()
 LABELS = {

@@ -14,11 +14,11 @@ import pytest
 import tiny
 
 from dist_ft.config.load import load_config
-from dist_ft.errors import Interrupted
+from dist_ft.core.errors import Interrupted
 from dist_ft.runtime import local
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.train.console import Console
-from dist_ft.train.result import Hooks
+from dist_ft.training.console import Console
+from dist_ft.training.result import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
 def test_the_second_signal_ends_the_process():
     program = (
         "import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\n"
-        "from dist_ft.train.console import Console\nwith stop_on_signal(Console()):\n"
+        "from dist_ft.training.console import Console\nwith stop_on_signal(Console()):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    print('once', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    print('twice')\n"
     )

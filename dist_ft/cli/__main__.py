@@ -1,0 +1,8 @@
+"""Makes `python -m dist_ft.cli` the same as the command `dist-ft`."""
+
+from __future__ import annotations
+
+from dist_ft.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ray jobs: submit, status, logs, stop."""

@@ -1,0 +1,1 @@
+"""Contradictions between fields that no single field's bounds can express."""

@@ -1,0 +1,1 @@
+"""The sections of a run's config: types, defaults and bounds."""

@@ -1,0 +1,1 @@
+"""Batches for the lanes of a worker: loader, masking, augmentation."""

@@ -1,0 +1,1 @@
+"""A row to tokens and labels: chat, task, prompt, pre-tokenized."""

@@ -1,0 +1,27 @@
+"""Which encoder a run needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.encoding.prompt_encoder import PromptEncoder
+from dist_ft.data.encoding.task_encoder import TaskEncoder
+
+NO_PROMPT = PromptingSection()
+
+
+def make_encoder(
+    tokenizer: Any,
+    data: DataSection,
+    task: TaskSection,
+    sequence_length: int,
+    prompting: PromptingSection = NO_PROMPT,
+) -> Encoder:
+    """Return what turns the rows of `data` into tokens for `task`; its labels must be known."""
+    if task.name == "causal_lm":
+        return Encoder(tokenizer, data)
+    if prompting.method == "likelihood":
+        return PromptEncoder(tokenizer, data, task, prompting, sequence_length)
+    return TaskEncoder(tokenizer, data, task, sequence_length)

@@ -1,0 +1,1 @@
+"""Pure order: shuffle, mixture, packing, batch plan."""

@@ -1,0 +1,1 @@
+"""Tools for data sets: inspect, preview, split, import, rewrite."""

@@ -1,0 +1,65 @@
+"""Writes rows as shards: Parquet or JSON lines, behind any fsspec URL.
+
+Guarantees: names say how many shards there are (`train-00000-of-00004.parquet`) and sort in row order; each shard is
+written whole or not at all. Does not remove shards of an earlier writing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+
+from dist_ft.core.errors import DataError
+from dist_ft.data.sources.discovery import Row
+from dist_ft.storage.filesystem import Store
+
+
+def write_parquet(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
+    """Write rows as .parquet shards of at most `rows_per_shard`; return their URLs in row order."""
+    return _write(rows, store, prefix, rows_per_shard, "parquet", as_parquet)
+
+
+def write_jsonl(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
+    """Write rows as .jsonl shards of at most `rows_per_shard`, UTF-8; return their URLs in row order."""
+    return _write(rows, store, prefix, rows_per_shard, "jsonl", as_jsonl)
+
+
+def _write(
+    rows: Sequence[Row],
+    store: Store,
+    prefix: str,
+    rows_per_shard: int,
+    suffix: str,
+    encode: Callable[[Sequence[Row]], bytes],
+) -> list[str]:
+    if rows_per_shard < 1:
+        raise DataError(f"rows_per_shard={rows_per_shard}: is too small; at least 1; raise it")
+    if not rows:
+        raise DataError(
+            f"{store.full(prefix)}: there is no row to write; at least one is needed; check its source"
+        )
+    total = -(-len(rows) // rows_per_shard)
+    urls = []
+    for number in range(total):
+        name = f"{prefix}-{number:05d}-of-{total:05d}.{suffix}"
+        store.write(name, encode(rows[number * rows_per_shard : (number + 1) * rows_per_shard]))
+        urls.append(store.full(name))
+    return urls
+
+
+def as_parquet(rows: Sequence[Row]) -> bytes:
+    """Return rows as a Parquet file of all columns that any row has, its pages with checksums."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def as_jsonl(rows: Sequence[Row]) -> bytes:
+    """Return rows as JSON lines in UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()

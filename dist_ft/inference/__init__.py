@@ -1,0 +1,1 @@
+"""Using models without training them: generate, predict, pseudo-labels, evaluation."""

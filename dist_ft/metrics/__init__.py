@@ -1,0 +1,1 @@
+"""Pure scores: the same numbers at every world size."""

@@ -1,0 +1,1 @@
+"""Which weights are trained, and which are added."""

@@ -1,1 +1,0 @@
-"""Arithmetic about runs that have not happened yet."""

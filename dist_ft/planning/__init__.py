@@ -1,0 +1,1 @@
+"""Arithmetic of memory, FLOPs, traffic and goodput."""

@@ -1,0 +1,1 @@
+"""Looking at runs: list, show, watch, report, verify, model card."""

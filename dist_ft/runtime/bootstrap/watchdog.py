@@ -1,0 +1,105 @@
+"""Ends a worker that makes no progress, from outside the training thread, and keeps the stacks of its threads.
+
+A collective whose peer is gone, a driver call that never returns, a stopped process: without this, all ranks wait.
+Two clocks: a thread that says what happened, puts the stacks beside the run and ends the process; and, some seconds
+behind it, the interpreter's own C thread (`faulthandler`), which needs no interpreter lock. Restarting is for the
+launcher: Ray, torchrun, or a person.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from types import TracebackType
+from typing import IO
+
+from dist_ft.checkpoint import discovery
+from dist_ft.core.errors import StorageError
+from dist_ft.core.world import World
+from dist_ft.storage.filesystem import Store
+from dist_ft.storage.retry import attempts
+
+log = logging.getLogger("dist_ft.watchdog")
+EXIT_CODE = 75
+BEHIND_S = 15.0
+"""How long the second clock leaves the first to tell what happened."""
+UPLOAD_S = 10.0
+
+
+class Watchdog:
+    """Watches one worker of one attempt; `beat` says that it made progress. `timeout_s` 0 watches nothing."""
+
+    def __init__(self, store: Store, attempt: int, world: World, timeout_s: float) -> None:
+        self._store = store
+        self._name = stacks_name(attempt, world.rank)
+        self._rank = world.rank
+        self._timeout_s = timeout_s
+        self._last = self._armed = 0.0
+        self._ended = threading.Event()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout_s:
+            self._file = tempfile.NamedTemporaryFile(prefix="dist_ft-stacks-", suffix=".txt")
+            self.beat()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+
+    def beat(self) -> None:
+        """Say that the training thread made progress: a step, a batch of an evaluation, a save."""
+        self._last = time.monotonic()
+        if self._file is not None and self._last - self._armed > 1:
+            self._armed = self._last
+            faulthandler.dump_traceback_later(
+                self._timeout_s + BEHIND_S, file=sys.__stderr__ or self._file, exit=True
+            )
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._timeout_s / 10)):
+            silent_s = time.monotonic() - self._last
+            if silent_s > self._timeout_s:
+                self._end(silent_s)
+
+    def _end(self, silent_s: float) -> None:
+        """Keep the stacks, say what happened, end the process."""
+        assert self._file is not None
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        where = "in its log"
+        try:
+            with attempts(1, UPLOAD_S):
+                self._store.write(self._name, open(self._file.name, "rb").read())  # noqa: SIM115
+            where = f"at {self._store.shown(self._name)}"
+        except (StorageError, OSError):
+            faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
+        log.error(
+            "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be gone or stopped, "
+            "or a call does not return; this worker ends, the run goes on from its newest checkpoint when "
+            "started again; stacks of all threads are %s",
+            self._rank,
+            silent_s,
+            self._timeout_s,
+            where,
+        )
+        logging.shutdown()
+        os._exit(EXIT_CODE)
+
+
+def stacks_name(attempt: int, rank: int) -> str:
+    """Return where the stacks of a worker that hung lie in its run's storage."""
+    return f"{discovery.ATTEMPTS}/{attempt:06d}-rank-{rank:05d}-stacks.txt"

@@ -1,0 +1,1 @@
+"""The only door to fsspec: files and object stores behind one small `Store`."""

@@ -1,0 +1,97 @@
+"""Parts of files: widened to blocks, checked before they are given out, read ahead and in order."""
+
+from __future__ import annotations
+
+import re
+import time
+from uuid import uuid4
+
+import numpy as np
+import pytest
+
+from dist_ft.checkpoint import checked_reads, manifest
+from dist_ft.checkpoint.checked_reads import CheckedFiles
+from dist_ft.checkpoint.manifest import DamagedError
+from dist_ft.storage.filesystem import Store
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 1050, dtype=np.uint8).tobytes()
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(str(tmp_path) if request.param == "local" else f"memory://{uuid4().hex}")
+
+
+def files(
+    store: Store, entry=manifest.entry_in_blocks, names: tuple[str, ...] = ("f",)
+) -> CheckedFiles:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "BLOCK_BYTES", 100)
+        entries = [entry(name, memoryview(CONTENT)) for name in names]
+    for name in names:
+        store.write(name, CONTENT)
+    return CheckedFiles(store, entries)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "first", "last"),
+    [
+        (0, 1, 0, 100),
+        (99, 101, 0, 200),
+        (200, 300, 200, 300),
+        (1000, 1050, 1000, 1050),
+        (5, 1049, 0, 1050),
+        (7, 7, 0, 100),
+    ],
+)
+def test_a_part_is_widened_to_whole_blocks(store, start, stop, first, last):
+    part = files(store).read("f", start, stop)
+    assert (part.start, bytes(part.content)) == (first, CONTENT[first:last])
+    assert bytes(part.slice(start, stop)) == CONTENT[start:stop]
+
+
+def test_a_file_without_blocks_is_read_whole(store):
+    whole = files(store, manifest.entry)
+    assert bytes(whole.read("f", 5, 6).content) == CONTENT
+    assert whole.window("f", 16) == len(CONTENT) and files(store).window("f", 350) == 300
+
+
+def test_damage_is_found_where_it_is_read_and_only_there(store):
+    checked = files(store)
+    spoilt = bytearray(CONTENT)
+    spoilt[450] ^= 1
+    store.write("f", bytes(spoilt))
+    assert bytes(checked.read("f", 300, 400).content) == CONTENT[300:400]
+    with pytest.raises(
+        DamagedError,
+        match=re.escape(f"{store.shown('f')}: its checksum differs from the manifest's"),
+    ):
+        checked.read("f", 399, 401)
+    store.remove("f")
+    with pytest.raises(DamagedError, match="f: the file is not there"):
+        checked.read("f", 300, 400)
+
+
+def test_parts_come_in_order_however_long_each_takes(store, monkeypatch):
+    checked = files(store, names=("a", "b", "c"))
+    ranges = [(name, start, start + 50) for start in range(0, 1000, 50) for name in ("c", "a", "b")]
+
+    def slow(self, path, start, memory, real=Store.read_into):
+        time.sleep(0.01 if path == "c" else 0)
+        return real(self, path, start, memory)
+
+    monkeypatch.setattr(Store, "read_into", slow)
+    got = [
+        bytes(part.slice(start, stop))
+        for part, (_, start, stop) in zip(checked.read_all(ranges), ranges, strict=True)
+    ]
+    assert got == [CONTENT[start:stop] for _, start, stop in ranges]
+
+
+def test_memory_is_that_of_the_parts_on_their_way(tmp_path):
+    checked = files(Store(str(tmp_path)))
+    where = {
+        part.content.obj.__array_interface__["data"][0]
+        for part in checked.read_all([("f", start, start + 1) for start in range(0, 1050, 100)] * 5)
+    }
+    assert len(where) <= checked_reads.AHEAD + 1

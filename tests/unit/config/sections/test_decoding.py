@@ -1,0 +1,66 @@
+"""The short form of a strategy."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_ft.config.sections.decoding import DecodingSection, parse, short_form
+from dist_ft.core.errors import ConfigError
+
+BASE = DecodingSection(
+    max_new_tokens=9,
+    strategy="beam",
+    num_beams=7,
+    choices=("a", "b"),
+    seed=4,
+    repetition_penalty=1.2,
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "greedy",
+        "beam:3",
+        "sample:0.7",
+        "beam:5,length_penalty=0.8,early_stopping=True",
+        "sample:1,top_p=0.9,num_samples=2",
+    ],
+)
+def test_what_is_told_is_what_is_read(text):
+    assert short_form(parse(text)) == text
+
+
+def test_what_belongs_to_no_strategy_is_kept():
+    found = parse("sample:0.5,seed=5", BASE)
+    assert found == DecodingSection(
+        max_new_tokens=9,
+        strategy="sample",
+        temperature=0.5,
+        choices=("a", "b"),
+        seed=5,
+        repetition_penalty=1.2,
+    )
+    assert parse("greedy", BASE, max_new_tokens=3).max_new_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("beamm", "strategy: input should be 'greedy', 'beam' or 'sample'"),
+        ("beam:x", "num_beams: input should be a valid integer"),
+        ("beam:1", "num_beams: input should be greater than or equal to 2"),
+        ("greedy:2", "greedy: extra inputs are not permitted"),
+        ("sample:0.7,topp=0.9", "topp: extra inputs are not permitted"),
+        ("sample,top_p", "top_p: input should be a valid number"),
+        ("sample,num_sample=2", "num_sample: extra inputs"),
+        ("sample:0.7,top_k=-1", "top_k: input"),
+        ("sample:0.7,num_beams=3", "strategy=sample does not use it"),
+        ("", "strategy: input should be"),
+        ("beam:4,strategy=greedy", "strategy=greedy: extra"),
+    ],
+)
+def test_what_is_no_strategy_is_refused_in_one_line(text, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert said in str(caught.value) and str(caught.value).count("\n") == 1

@@ -1,0 +1,46 @@
+"""Errors travel between processes unchanged, and carry their exit code."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from dist_ft.core import errors
+
+PLAIN = [
+    errors.DataError,
+    errors.ModelError,
+    errors.StorageError,
+    errors.CheckpointError,
+    errors.WorkerError,
+    errors.Interrupted,
+]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_survive_pickling(kind):
+    error = pickle.loads(pickle.dumps(kind("x=1: is wrong; y is allowed; do z")))
+    assert type(error) is kind and str(error) == "x=1: is wrong; y is allowed; do z"
+    assert isinstance(error, errors.DistFtError)
+
+
+def test_config_errors_keep_their_problems():
+    error = pickle.loads(pickle.dumps(errors.ConfigError(["a=1: no", "b=2: no"], "run.yaml")))
+    assert (error.problems, error.source) == (("a=1: no", "b=2: no"), "run.yaml")
+    assert str(error) == "run.yaml: 2 problems\n  - a=1: no\n  - b=2: no"
+    assert str(errors.ConfigError(["a=1: no"])) == "config: 1 problem\n  - a=1: no"
+
+
+def test_exit_codes_and_what_starting_again_cures():
+    codes = {kind.__name__: kind.exit_code for kind in [*PLAIN, errors.ConfigError]}
+    assert codes == {
+        "DataError": 2,
+        "ModelError": 2,
+        "ConfigError": 2,
+        "StorageError": 1,
+        "CheckpointError": 1,
+        "WorkerError": 1,
+        "Interrupted": 130,
+    }
+    assert [kind for kind in PLAIN if kind.retryable] == [errors.StorageError]

@@ -1,0 +1,200 @@
+"""The cache files: plain, checked, made again when damaged, and made to fit."""
+
+import errno
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from unit.data.data_helpers import data_section
+
+from dist_ft.data.block import Block, Part
+from dist_ft.data.blocks import token_cache as module
+from dist_ft.data.blocks.token_cache import evict, fingerprint, key, load_block, write_block
+from dist_ft.data.encoding.chat import (
+    Encoder,
+)
+from dist_ft.data.encoding.encoded import (
+    Encoded,
+)
+from dist_ft.data.sources.discovery import Shard
+
+ENCODED = Encoded(
+    np.arange(6, dtype=np.int32),
+    np.array([0, 1, 1, 0, 1, 1], np.uint8),
+    np.array([0, 2, 6]),
+    "text",
+    (1, 1),
+    ("row 9: no",),
+)
+SHARD = Shard("s3://b/a.jsonl", "jsonl", 100, "v1")
+
+
+def test_what_was_written_is_read(tmp_path):
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    found = load_block(tmp_path / "a.safetensors")
+    for name in ("tokens", "targets", "offsets"):
+        assert np.array_equal(getattr(found, name), getattr(ENCODED, name))
+    assert (found.format, found.part_rows, found.bad_rows) == ("text", (1, 1), ("row 9: no",))
+
+
+def test_file_is_plain_safetensors(tmp_path):
+    from safetensors.numpy import load_file
+
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    assert np.array_equal(load_file(tmp_path / "a.safetensors")["tokens"], ENCODED.tokens)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda body: body[: len(body) // 2],
+        lambda body: b"",
+        lambda body: b"\xff" * len(body),
+        lambda body: body[:-3] + bytes([body[-3] ^ 1]) + body[-2:],
+        lambda body: body[:9] + b"x" + body[10:],
+        lambda body: body.replace(b"row 9", b"row 8"),
+        lambda body: bytes(len(body)),
+    ],
+)
+def test_damaged_file_counts_as_none(tmp_path, damage, caplog):
+    path = tmp_path / "a.safetensors"
+    write_block(path, ENCODED)
+    path.write_bytes(damage(path.read_bytes()))
+    assert load_block(path) is None and not path.exists()
+    assert "the cached block is damaged" in caplog.text and "it is made again" in caplog.text
+
+
+def fill(folder, count=5):
+    paths = [folder / f"{i}.safetensors" for i in range(count)]
+    for age, path in enumerate(paths):
+        write_block(path, ENCODED)
+        os.utime(path, (1000 + age, 1000 + age))
+    return paths
+
+
+def test_least_recently_used_goes_first(tmp_path):
+    paths = fill(tmp_path)
+    load_block(paths[0])  # used just now
+    assert evict(tmp_path, 2 * paths[0].stat().st_size) == 3
+    assert [path.exists() for path in paths] == [True, False, False, False, True]
+
+
+def test_writing_keeps_to_the_limit(tmp_path):
+    paths = fill(tmp_path)
+    size = paths[0].stat().st_size
+    write_block(tmp_path / "new.safetensors", ENCODED, 3 * size)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3 * size
+    assert (tmp_path / "new.safetensors").exists()
+
+
+def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
+    paths, place = fill(tmp_path), module._place
+    calls = []
+
+    def full_once(path, body):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        place(path, body)
+
+    monkeypatch.setattr(module, "_place", full_once)
+    write_block(tmp_path / "new.safetensors", ENCODED)
+    assert load_block(tmp_path / "new.safetensors") is not None and not any(
+        path.exists() for path in paths
+    )
+    monkeypatch.setattr(
+        module, "_place", lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
+    (tmp_path / "new.safetensors").unlink()
+    with pytest.raises(OSError, match="full"):
+        write_block(tmp_path / "new.safetensors", ENCODED)
+
+
+def test_fingerprint_follows_what_matters(tokenizer):
+    base = fingerprint(Encoder(tokenizer, data_section()))
+    tokenizer("a b c", max_length=2, truncation=True)
+    assert fingerprint(Encoder(tokenizer, data_section())) == base, (
+        "state of a call is no property of the tokenizer"
+    )
+    assert (
+        fingerprint(Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8)))
+        == base
+    )
+    others = {
+        fingerprint(Encoder(tokenizer, data_section(**values)))
+        for values in (
+            {"targets": "all"},
+            {"format": "chat"},
+            {"fields": {"text": "t"}},
+            {"prompt_template": "{prompt}"},
+            {"system_prompt": "be brief"},
+            {"bad_rows": "skip"},
+        )
+    }
+    tokenizer.chat_template += " "
+    others.add(fingerprint(Encoder(tokenizer, data_section())))
+    tokenizer.add_tokens(["<extra>"])
+    others.add(fingerprint(Encoder(tokenizer, data_section())))
+    assert len(others | {base}) == 9
+
+
+def test_key_follows_shard_and_cut():
+    def name(shard=SHARD, start=0, stop=50):
+        return key("fp", Block(0, (Part(0, start, stop, 50),)), [shard])
+
+    names = {
+        name(),
+        name(replace(SHARD, version="v2")),
+        name(replace(SHARD, size=1)),
+        name(start=1),
+        name(stop=51),
+        key("other", Block(0, (Part(0, 0, 50, 50),)), [SHARD]),
+    }
+    assert len(names) == 6
+    assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), (
+        "neither source nor estimate decides content"
+    )
+
+
+def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
+    plain = fingerprint(Encoder(tokenizer, data_section()))
+    dated = tokenizer.chat_template + "{{ strftime_now('%Y') }}"
+    tokenizer.chat_template = dated
+    before = fingerprint(Encoder(tokenizer, data_section()))
+    monkeypatch.setattr(module, "DATE", module.DATE.replace(year=1999))
+    assert fingerprint(Encoder(tokenizer, data_section())) != before
+    tokenizer.chat_template = dated.removesuffix("{{ strftime_now('%Y') }}")
+    assert fingerprint(Encoder(tokenizer, data_section())) == plain, (
+        "where no date is asked for, none matters"
+    )
+
+
+def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):
+    write_block(tmp_path / "a.safetensors", ENCODED)
+    monkeypatch.setattr(
+        module.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(1, "not yours"))
+    )
+    assert load_block(tmp_path / "a.safetensors") is not None
+
+
+def test_what_killed_writers_left_goes(tmp_path):
+    old, new = tmp_path / "a.tmp-17", tmp_path / "b.tmp-18"
+    for path, age_s in ((old, 7200), (new, 60)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age_s,) * 2)
+    write_block(tmp_path / "c.safetensors", ENCODED, 10**6)
+    assert not old.exists() and new.exists()
+
+
+def test_open_blocks_stay_within_the_files_a_process_may_open(monkeypatch):
+    limits = [1024, 4096]
+    monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(
+        module.resource, "setrlimit", lambda kind, both: limits.__setitem__(slice(2), both)
+    )
+    assert module.most_open(100) == 100 and limits == [4096, 4096]
+    assert module.most_open(5000) == 1024
+    limits[:] = [module.resource.RLIM_INFINITY] * 2
+    assert module.most_open(5000) == 5000 and limits[0] == module.resource.RLIM_INFINITY

@@ -1,0 +1,155 @@
+"""Prompts: what stands in them, which examples are drawn, and which tokens are a label's."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import tiny
+from transformers import AutoTokenizer
+
+from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+from dist_ft.core.errors import ConfigError, DataError
+from dist_ft.data.batch import IGNORED
+from dist_ft.data.encoding import prompt_templates
+from dist_ft.data.encoding.fast_tokenizer import exact_backend
+from dist_ft.data.encoding.prompt_encoder import PromptEncoder
+from dist_ft.data.encoding.task_rows import Sample
+
+TASK = TaskSection(name="sequence_classification", labels=("bread", "tea"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(tiny.make_model(tmp_path_factory.mktemp("prompts")))
+
+
+def encoder(tokenizer, template="say {text} :", length=40, task=TASK, data=None, **fields):
+    section = PromptingSection(method="likelihood", templates=(template,), **fields)
+    return PromptEncoder(tokenizer, DataSection(train="x", **(data or {})), task, section, length)
+
+
+def texts(tokenizer, encoded):
+    return [
+        tokenizer.decode(encoded.tokens[a:b])
+        for a, b in itertools.pairwise(encoded.offsets.tolist())
+    ]
+
+
+def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokenizer):
+    encoded = encoder(tokenizer).encode(
+        [{"text": "the fox", "label": "tea"}, {"text": "old {stones}", "label": "bread"}], "u"
+    )
+    assert texts(tokenizer, encoded) == ["say the fox :", "say old {stones} :"]
+    firsts = encoded.offsets[:-1]
+    assert encoded.targets[firsts].tolist() == [1, 0]
+    assert (encoded.targets != IGNORED).sum() == 2
+
+
+def test_pairs_have_their_place(tokenizer):
+    task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
+    encoded = encoder(tokenizer, "{text} and {pair} :", task=task).encode(
+        [{"text": "tea", "other": "news", "label": "tea"}], "u"
+    )
+    assert texts(tokenizer, encoded) == ["tea and news :"]
+
+
+def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
+    words = encoder(tokenizer, verbalisers={"bread": " seven wise owls", "tea": " tea"}).words()
+    whole = tokenizer("say x : seven wise owls")["input_ids"]
+    assert tuple(whole[-len(words.ids[0]) :]) == words.ids[0]
+    assert tokenizer.decode(words.ids[0]) == " seven wise owls" and words.longest == len(
+        words.ids[0]
+    )
+
+
+def test_the_label_itself_is_its_words_by_default():
+    assert prompt_templates.words_of("lost_card", PromptingSection()) == " lost card"
+    assert prompt_templates.words_of("1", PromptingSection(verbalisers={"1": " good"})) == " good"
+
+
+@pytest.mark.parametrize("words", ["ea", "ea and news of tea", ""])
+def test_words_that_melt_into_the_prompt_are_refused(tokenizer, words):
+    with pytest.raises(
+        ConfigError,
+        match=f"prompting\\.verbalisers='{words}': after the template's end ' t' it is no token",
+    ):
+        prompt_templates.word_tokens(exact_backend(tokenizer), "{text} t", words)
+
+
+def test_labels_of_the_same_tokens_are_refused(tokenizer):
+    with pytest.raises(ConfigError, match="tea has the tokens of another label"):
+        encoder(tokenizer, verbalisers={"bread": " tea", "tea": " tea"}).words()
+
+
+def test_a_long_text_loses_its_end_and_the_prompt_stays(tokenizer):
+    made = encoder(tokenizer, length=16, data={"overlong": "truncate"})
+    (text,) = texts(tokenizer, made.encode([{"text": "old stones " * 30, "label": "tea"}], "u"))
+    assert text.startswith("say old stones old") and text.endswith(" :")
+    room = 16 - made.words().longest
+    assert room - 2 <= len(tokenizer(text)["input_ids"]) <= room
+
+
+def test_of_two_texts_the_longer_is_cut(tokenizer):
+    task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
+    made = encoder(tokenizer, "{text} and {pair} :", 18, task, {"overlong": "truncate"})
+    (text,) = texts(
+        tokenizer,
+        made.encode(
+            [{"text": "seven wise owls", "other": "old stones " * 30, "label": "tea"}], "u"
+        ),
+    )
+    assert text.startswith("seven wise owls and old") and text.endswith(" :")
+
+
+def test_too_long_a_row_is_an_error_or_dropped(tokenizer):
+    row = {"text": "old stones " * 30, "label": "tea"}
+    with pytest.raises(DataError, match=r"u row 1: its prompt has \d+ tokens; \d+ are allowed"):
+        encoder(tokenizer, length=16).encode([row], "u")
+    dropped = encoder(tokenizer, length=16, data={"overlong": "drop"}).encode(
+        [row, {"text": "tea", "label": "tea"}], "u"
+    )
+    lengths = [b - a for a, b in itertools.pairwise(dropped.offsets.tolist())]
+    assert lengths[0] > 16 >= lengths[1], (
+        "the plan leaves out what is longer than a sequence, and counts it"
+    )
+    with pytest.raises(DataError, match="longer without any text"):
+        encoder(
+            tokenizer,
+            "while seven wise owls watch rivers run {text} :",
+            8,
+            data={"overlong": "truncate"},
+        ).encode([row], "u")
+
+
+def test_drawing_takes_so_many_of_each_kind_by_seed():
+    samples = [(kind, (kind, number)) for number, kind in enumerate("abcab" * 40)]
+    first = prompt_templates.draw(iter(samples), 3, 7)
+    assert first == prompt_templates.draw(samples, 3, 7), "the same again"
+    assert {kind: sum(own == kind for own, _ in first) for kind in "abc"} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+    }
+    assert len(set(first)) == 9 and first != prompt_templates.draw(samples, 3, 8)
+    assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), (
+        "labels do not come in blocks"
+    )
+    assert sorted(prompt_templates.draw(samples[:4], 9, 7)) == sorted(
+        own for _, own in samples[:4]
+    ), "no more than there are"
+
+
+def test_every_sample_is_drawn_as_often():
+    counts = [0] * 20
+    for seed in range(400):
+        for number in prompt_templates.draw(((0, number) for number in range(20)), 5, seed):
+            counts[number] += 1
+    assert max(counts) < 140 and min(counts) > 60  # 100 on average
+
+
+def test_examples_stand_before_the_prompt_and_may_hold_braces():
+    section = PromptingSection(verbalisers={"a": " good", "b": " bad"})
+    shown = [prompt_templates.answered("{text} ?", Sample("see {x}", None, 1), ("a", "b"), section)]
+    template = prompt_templates.few_shot("{text} ?", shown, "\n")
+    assert prompt_templates.filled(template, "now {y}") == "see {x} ? bad\nnow {y} ?"

@@ -1,0 +1,240 @@
+"""Rows to tokens with a label each, for every task; cutting, windows, bits and sub-words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_tasks
+from unit.data.data_helpers import data_section
+
+from dist_ft.config.schema import TaskSection
+from dist_ft.core.errors import DataError, ModelError
+from dist_ft.data.batch import IGNORED
+from dist_ft.data.blocks.segments import measure, pieces_of
+from dist_ft.data.blocks.token_cache import fingerprint, read_block, write_block
+from dist_ft.data.encoding import answer_spans
+from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.encoding.make_encoder import (
+    make_encoder,
+)
+from dist_ft.data.encoding.task_encoder import (
+    TaskEncoder,
+)
+
+TOKENIZER = tiny_tasks.make_tokenizer()
+CLS, SEP = TOKENIZER.cls_token_id, TOKENIZER.sep_token_id
+
+
+def encoder(name: str, length: int = 40, tokenizer=TOKENIZER, data=None, **values) -> TaskEncoder:
+    made = make_encoder(
+        tokenizer,
+        data_section(**(data or {})),
+        TaskSection.model_validate({"name": name, **values}),
+        length,
+    )
+    assert isinstance(made, TaskEncoder)
+    return made
+
+
+def samples(made: TaskEncoder, *rows) -> list[tuple[list[int], list[int]]]:
+    """Return (ids, labels) of rows."""
+    found = made.encode(list(rows), "x.jsonl")
+    return [
+        (found.tokens[a:b].tolist(), found.targets[a:b].tolist())
+        for a, b in zip(found.offsets[:-1], found.offsets[1:], strict=True)
+    ]
+
+
+def ids(text: str, **options) -> list[int]:
+    return TOKENIZER(text, **options)["input_ids"]
+
+
+def test_a_label_is_carried_by_the_first_position():
+    ((found, labels),) = samples(
+        encoder("sequence_classification", labels=["a", "b"]),
+        {"text": "the quick fox", "label": "b"},
+    )
+    assert found == ids("the quick fox") and found[0] == CLS and found[-1] == SEP
+    assert labels == [1] + [IGNORED] * (len(found) - 1)
+
+
+def test_a_pair_is_framed_as_the_tokenizer_does():
+    made = encoder("sequence_classification", labels=["a", "b"], columns={"pair": "other"})
+    ((found, _),) = samples(made, {"text": "the fox", "other": "old stones", "label": "a"})
+    assert found == TOKENIZER("the fox", "old stones")["input_ids"] and found.count(SEP) == 2
+
+
+def test_sets_of_labels_are_bits():
+    names = [f"l{i:02}" for i in range(65)]
+    made = encoder("multi_label", labels=names)
+    (_, labels), (_, none) = samples(
+        made,
+        {"text": "the quick fox", "label": ["l00", "l29", "l30", "l64"]},
+        {"text": "the quick fox", "label": []},
+    )
+    assert (
+        labels[:3] == [1 | 1 << 29, 1, 1 << 4]
+        and none[:3] == [0, 0, 0]
+        and set(labels[3:]) == {IGNORED}
+    )
+    assert made.shown(np.array(labels, np.int32)) == "l00, l29, l30, l64"
+    many = encoder("multi_label", labels=[f"l{i}" for i in range(200)])
+    with pytest.raises(DataError, match="has 3 tokens; with 200 labels 7 are needed"):
+        samples(many, {"text": "the", "label": ["l1"]})
+
+
+def test_a_word_has_its_tag_on_its_first_token():
+    made = encoder("token_classification", labels=["O", "B-X"])
+    ((found, labels),) = samples(
+        made, {"tokens": ["the", "foxbread", "runs"], "tags": ["O", "B-X", "O"]}
+    )
+    words = TOKENIZER(["the", "foxbread", "runs"], is_split_into_words=True).word_ids()
+    assert max(words.count(word) for word in (0, 1, 2)) > 1, "a word of several tokens"
+    assert [label for label in labels if label != IGNORED] == [0, 1, 0]
+    assert labels[words.index(1)] == 1 and len(found) == len(words)
+    assert made.shown(np.array(labels, np.int32)) == "O B-X O"
+
+
+def test_byte_level_words_bring_the_blank_before_them(tokenizer):
+    made = encoder("token_classification", tokenizer=tokenizer, labels=["O", "B-X"])
+    ((found, labels),) = samples(
+        made, {"tokens": ["the", "quick", "fox"], "tags": ["O", "B-X", "O"]}
+    )
+    assert tokenizer.decode(found) == "the quick fox"
+    assert [label for label in labels if label != IGNORED] == [0, 1, 0]
+
+
+def test_a_long_context_becomes_windows_that_share_a_stride():
+    made = encoder("question_answering", length=12, stride=3)
+    context = "the quick brown fox jumps over the lazy dogs while seven wise owls watch rivers"
+    start = context.index("owls")
+    row = {
+        "question": "who",
+        "context": context,
+        "answers": {"text": ["owls"], "answer_start": [start]},
+    }
+    ((found, labels),) = samples(
+        made,
+        row,
+    )
+    windows = [found[i : i + 12] for i in range(0, len(found), 12)]
+    assert len(windows) > 1 and all(len(window) == 12 for window in windows[:-1])
+    for window, own in zip(
+        windows, [labels[i : i + 12] for i in range(0, len(labels), 12)], strict=True
+    ):
+        ((at, (last, begin, tail)),) = [
+            (i, answer_spans.unpack(label)) for i, label in enumerate(own) if label != IGNORED
+        ]
+        assert window[0] == CLS
+        assert (at, last) == (0, 0) or TOKENIZER.decode(window[at : last + 1]) == "owls"
+        assert begin == len(TOKENIZER("who")["input_ids"]) and tail == 1
+    assert any(label != IGNORED and answer_spans.unpack(label).last for label in labels)
+
+
+def test_windows_are_the_pieces_of_a_row(tmp_path):
+    made = encoder(
+        "question_answering", length=12, stride=3, data={"overlong": "split", "pack": False}
+    )
+    context = " ".join(["the quick brown fox"] * 6)
+    encoded = made.encode(
+        [{"question": "who", "context": context, "answers": {"text": [], "answer_start": []}}], "x"
+    )
+    write_block(tmp_path / "b.safetensors", encoded)
+    block = read_block(tmp_path / "b.safetensors")
+    assert block.is_labelled and block.targets.dtype == np.int32
+    pieces, targets = pieces_of(block, 12, "split")
+    assert len(pieces) > 1 and set(targets.tolist()) == {1}, (
+        "each window has one label, on its first token too"
+    )
+    found = measure(block, made.data, 12)
+    assert found.num_targets == found.num_pieces and found.format == "question_answering"
+
+
+def test_masked_language_models_are_asked_for_all_but_special_tokens():
+    ((found, labels),) = samples(encoder("masked_lm"), {"text": "the fox"})
+    assert labels == [IGNORED, *found[1:-1], IGNORED]
+
+
+def test_masked_language_models_need_a_mask(tokenizer):
+    with pytest.raises(ModelError, match=r"task\.name=masked_lm: the tokenizer has no mask token"):
+        samples(encoder("masked_lm", tokenizer=tokenizer), {"text": "the"})
+
+
+def test_source_and_target_are_one_run_of_tokens():
+    ((found, labels),) = samples(encoder("seq2seq"), {"source": "the fox", "target": "old owls"})
+    source, target = ids("the fox"), ids("old owls")
+    assert found == source + target and labels == [IGNORED] * len(source) + target
+
+
+def test_a_long_source_is_cut_before_its_target():
+    made = encoder("seq2seq", length=16, data={"overlong": "truncate"})
+    ((found, labels),) = samples(made, {"source": "the quick brown fox " * 6, "target": "old owls"})
+    target = ids("old owls")
+    assert len(found) == 16 and found[-len(target) :] == target and found[15 - len(target)] == SEP
+    ((found, labels),) = samples(made, {"source": "the", "target": "the quick brown fox " * 6})
+    assert len(found) <= 16 and found[-1] == SEP and labels[0] == IGNORED
+
+
+def test_two_texts_that_belong_together_are_parted_by_a_label():
+    ((found, labels),) = samples(encoder("embedding"), {"text": "the fox", "positive": "old owls"})
+    assert found == ids("the fox") + ids("old owls")
+    assert [i for i, label in enumerate(labels) if label != IGNORED] == [len(ids("the fox"))]
+
+
+def test_truncation_keeps_the_last_special_token():
+    made = encoder(
+        "sequence_classification", length=8, labels=["a", "b"], data={"overlong": "truncate"}
+    )
+    ((found, _),) = samples(made, {"text": "the quick brown fox " * 6, "label": "a"})
+    assert len(found) == 8 and found[-1] == SEP
+
+
+def test_bad_rows_are_left_out_where_that_is_allowed():
+    rows = [
+        {"text": "the fox", "label": "a"},
+        {"text": "the fox", "label": "c"},
+        DataError("x row 3: broken"),
+        {"text": "owls", "label": "b"},
+    ]
+    made = encoder("sequence_classification", labels=["a", "b"], data={"bad_rows": "skip"})
+    found = made.encode(rows, "x")
+    assert np.diff(found.offsets).tolist()[1:3] == [0, 0] and len(found.bad_rows) == 2
+    assert found.part_rows == (4,) and found.format == "sequence_classification"
+    with pytest.raises(DataError, match="x row 2: label is 'c'"):
+        encoder("sequence_classification", labels=["a", "b"]).encode(rows, "x")
+
+
+def test_what_decides_tokens_decides_the_fingerprint():
+    base = fingerprint(encoder("sequence_classification", labels=["a", "b"]))
+    assert base != fingerprint(Encoder(TOKENIZER, data_section()))
+    assert base == fingerprint(
+        encoder("sequence_classification", labels=["a", "b"], focal_gamma=2.0)
+    )
+    others = [
+        encoder("sequence_classification", labels=["b", "a"]),
+        encoder("sequence_classification", 41, labels=["a", "b"]),
+        encoder("multi_label", labels=["a", "b"]),
+        encoder("sequence_classification", labels=["a", "b"], columns={"text": "t"}),
+    ]
+    assert base not in {fingerprint(other) for other in others}
+
+
+def test_a_question_that_leaves_no_room_is_refused():
+    row = {
+        "question": "the quick brown fox " * 5,
+        "context": "the fox",
+        "answers": {"text": [], "answer_start": []},
+    }
+    with pytest.raises(
+        DataError,
+        match=r"row 1: its question leaves no room for its context in batch\.sequence_length=12",
+    ):
+        samples(encoder("question_answering", length=12, stride=3), row)
+
+
+def test_only_byte_level_words_bring_a_blank(tokenizer):
+    from dist_ft.data.encoding.task_encoder import with_blanks
+
+    words = [["the", "fox"], ["tea"]]
+    assert with_blanks(words, tokenizer.backend_tokenizer.to_str()) == [["the", " fox"], ["tea"]]
+    assert with_blanks(words, TOKENIZER.backend_tokenizer.to_str()) == words

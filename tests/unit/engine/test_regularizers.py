@@ -1,0 +1,157 @@
+"""The pull, the Fisher information and the average are those of the papers, and belong to the saved state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unit.small import batch, make_module, train
+
+from dist_ft.config.schema import OptimizerSection
+from dist_ft.config.sections.tuning import TuningSection
+from dist_ft.engine import regularizers
+from dist_ft.engine.regularizers import Guards
+from dist_ft.engine.torch_engine import TorchEngine
+
+L2 = {"anchor": {"method": "l2", "strength": 40.0}}
+EWC = {"anchor": {"method": "ewc", "strength": 3000.0, "data": "d"}}
+EMA = {"ema_decay": 0.9}
+RATE = 1e-2
+LANE = batch((7, 5), (9,), seed=1)
+
+
+def make(section, name="sgd", new=frozenset(), **fields):
+    """Return an engine whose weights begin here."""
+    engine = TorchEngine(
+        make_module(),
+        OptimizerSection(name=name, **fields),
+        torch.device("cpu"),
+        guards=Guards.of(TuningSection(**section)),
+    )
+    regularizers.begin(engine.slots, new)
+    return engine
+
+
+def weights(engine):
+    return {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
+
+
+def state(engine, key):
+    return {slot.name: slot.read().clone() for slot in engine.slots() if slot.key == key}
+
+
+def step(engine, rate=RATE):
+    engine.train_step([LANE], [0], LANE.num_target_tokens, rate)
+
+
+def test_l2_sp_goes_back_by_the_proximal_step_of_its_penalty():
+    pulled, free = make(L2), make({})
+    first = weights(free)
+    step(pulled)
+    step(free)
+    for name, value in weights(pulled).items():
+        moved, c = weights(free)[name], RATE * 40.0
+        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-5, atol=1e-7), (
+            name
+        )
+        # the minimum of |w - moved|^2 / (2 rate) + strength / 2 * |w - first|^2: its derivative is zero there
+        slope = (value - moved) / RATE + 40.0 * (value - first[name])
+        assert slope.abs().max() < 1e-3
+    assert any((weights(free)[name] - first[name]).abs().max() > 1e-4 for name in first)
+
+
+def test_no_strength_is_too_large():
+    engine = make({"anchor": {"method": "l2", "strength": 1e9}})
+    first = weights(engine)
+    for _ in range(3):
+        step(engine)
+    assert all(
+        torch.allclose(value, first[name], atol=1e-6) for name, value in weights(engine).items()
+    )
+
+
+def test_new_weights_are_not_pulled():
+    engine, free = make(L2, new={"lm_head.weight"}), make({})
+    step(engine)
+    step(free)
+    assert torch.equal(weights(engine)["lm_head.weight"], weights(free)["lm_head.weight"])
+    assert not torch.equal(weights(engine)["model.norm.weight"], weights(free)["model.norm.weight"])
+    assert state(engine, "anchor")["lm_head.weight"].isnan().all()
+
+
+def test_fisher_information_is_the_mean_of_squared_gradients_a_target():
+    engine, module = make(EWC, max_grad_norm=1e-3), make_module()
+    lanes = [batch((7,), seed=1), batch((9,), seed=2)]
+    want = {}
+    for lane in lanes:
+        module.zero_grad()
+        module(**module.inputs(lane, "cpu")).backward()
+        for name, p in module.model.named_parameters():
+            want[name] = want.get(name, 0) + p.grad.square().flatten() / sum(
+                one.num_target_tokens for one in lanes
+            )
+        engine.add_squares(lane)
+    engine.scale_squares(1 / sum(lane.num_target_tokens for lane in lanes))
+    found = state(engine, "fisher")
+    assert found.keys() == want.keys()
+    assert all(torch.allclose(found[name], want[name], rtol=1e-5, atol=1e-9) for name in want)
+    assert all(p.grad is None for p in engine.module.parameters()), "nothing of it is learned"
+
+
+def test_ewc_pulls_each_weight_as_its_fisher_information_says():
+    engine, free = make(EWC), make({})
+    first = weights(engine)
+    engine.add_squares(LANE)
+    fisher = state(engine, "fisher")
+    step(engine)
+    step(free)
+    for name, value in weights(engine).items():
+        moved, c = weights(free)[name], RATE * 3000.0 * fisher[name].view_as(value)
+        assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-4, atol=1e-7), (
+            name
+        )
+    away = [
+        ((weights(engine)[n] - first[n]).norm() / (weights(free)[n] - first[n]).norm()).item()
+        for n in first
+    ]
+    assert min(away) < 0.5
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
+def test_the_average_is_exponential_and_changes_places_exactly(name):
+    engine = make(EMA, name)
+    want = weights(engine)
+    for _ in range(4):
+        step(engine)
+        want = {key: 0.9 * value + 0.1 * weights(engine)[key] for key, value in want.items()}
+    learned, average = weights(engine), state(engine, "ema")
+    assert all(
+        torch.allclose(average[key], value.flatten(), rtol=1e-5, atol=1e-6)
+        for key, value in want.items()
+    )
+    engine.exchange_average()
+    assert all(torch.equal(value.flatten(), average[key]) for key, value in weights(engine).items())
+    engine.exchange_average()
+    assert all(torch.equal(value, learned[key]) for key, value in weights(engine).items())
+
+
+def test_a_step_that_is_passed_over_does_none_of_this():
+    engine = make({**L2, **EMA})
+    step(engine)
+    before = weights(engine), state(engine, "ema")
+    engine.accumulate([LANE], [0], LANE.num_target_tokens)
+    engine.update(RATE, most_norm=-1.0)
+    assert all(torch.equal(value, before[0][key]) for key, value in weights(engine).items())
+    assert all(torch.equal(value, before[1][key]) for key, value in state(engine, "ema").items())
+
+
+def test_where_a_run_goes_on_it_is_pulled_to_where_it_began():
+    one = make({**EWC, **EMA}, "adamw")
+    one.add_squares(LANE)
+    train(one, range(2))
+    saved = {(slot.name, slot.key): slot.read().clone() for slot in one.slots()}
+    other = make({**EWC, **EMA}, "adamw")
+    for slot in other.slots():
+        slot.write(saved[slot.name, slot.key])
+    other.finish_load(2)
+    assert train(other, range(2, 5)) == train(one, range(2, 5))
+    assert {key for _, key in saved} >= {"anchor", "fisher", "ema"}

@@ -1,0 +1,146 @@
+"""What is in memory is what the files say, or the run stops before step 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from unit.small import make_engine, make_model
+
+from dist_ft.core.errors import ModelError
+from dist_ft.engine.base import Slot
+from dist_ft.engine.weight_check import files_by_tensor, verify_weights
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def parts(size: int, engine=None) -> list[Slot]:
+    """Return the parameters as ZeRO would: flat parts of at most `size` elements."""
+
+    def part(slot: Slot, start: int) -> Slot:
+        numel = min(size, slot.numel - start)
+        return replace(
+            slot, offset=start, numel=numel, read=lambda: slot.read()[start : start + numel]
+        )
+
+    whole = [slot for slot in (engine or make_engine()).slots() if slot.key == "param"]
+    return [part(slot, start) for slot in whole for start in range(0, slot.numel, size)]
+
+
+def test_all_weights_are_compared(folder):
+    names = dict(make_model().named_parameters())
+    assert verify_weights(make_engine().slots(), folder, torch.float32) == len(names)
+
+
+@pytest.mark.parametrize("size", [3, 33, 700])
+def test_parts_of_any_size_and_offset(folder, size):
+    assert verify_weights(parts(size), folder, torch.float32) == len(parts(size))
+
+
+@pytest.mark.parametrize("size", [33, 10**6])
+@pytest.mark.parametrize("name", [name for name, _ in make_model().named_parameters()])
+def test_one_weight_that_was_initialised_anew(folder, name, size):
+    engine = make_engine()
+    with torch.no_grad():
+        weight = dict(engine.module.model.named_parameters())[name]
+        torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else weight[1:].fill_(
+            1.0
+        )  # the first may agree
+    with pytest.raises(ModelError) as caught:
+        verify_weights(parts(size, engine), folder, torch.float32)
+    assert str(caught.value) == (
+        f"{name}: the weights in memory (elements from 0) are not those of {folder}/model.safetensors; they were "
+        "re-initialised or misplaced while loading; the run stops before step 1"
+    )
+
+
+@pytest.mark.parametrize("shift", [1, 32, 33])
+def test_a_shifted_offset(folder, shift):
+    slots = parts(200)
+    index = next(
+        i
+        for i, slot in enumerate(slots)
+        if slot.name.endswith("up_proj.weight") and slot.offset == 200
+    )
+    slots[index] = replace(slots[index], offset=200 + shift)
+    with pytest.raises(
+        ModelError,
+        match=rf"up_proj\.weight: the weights in memory \(elements from {200 + shift}\) are not",
+    ):
+        verify_weights(slots, folder, torch.float32)
+
+
+def test_bfloat16_and_what_stays_float32(folder):
+    model = make_model().to(torch.bfloat16)
+    engine = make_engine(model=model)
+    assert verify_weights(engine.slots(), folder, torch.bfloat16)
+    model.model.norm.weight.data = (
+        make_model().model.norm.weight.data
+    )  # transformers keeps some in float32
+    assert verify_weights(make_engine(model=model).slots(), folder, torch.bfloat16)
+    with pytest.raises(ModelError):
+        verify_weights(make_engine().slots(), str(folder_of_ones(folder)), torch.bfloat16)
+
+
+def folder_of_ones(folder: str):
+    tensors = load_file(f"{folder}/model.safetensors")
+    save_file(
+        {name: torch.ones_like(value) for name, value in tensors.items()},
+        f"{folder}/model.safetensors",
+    )
+    return folder
+
+
+def test_sharded_files_and_names_that_are_not_in_them(folder, tmp_path):
+    make_model().save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    files = files_by_tensor(str(tmp_path / "many"))
+    assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder))
+    assert verify_weights(make_engine().slots(), str(tmp_path / "many"), torch.float32) == len(
+        files
+    )
+    renamed = [replace(slot, name="other." + slot.name) for slot in make_engine().slots()]
+    assert verify_weights(renamed, folder, torch.float32) == 0
+
+
+def test_files_without_the_head_or_with_it(folder):
+    """A body's files lie under a model with a head, and the other way round."""
+    names = dict(make_model().named_parameters())
+    body = {
+        name.removeprefix("model."): parameter.detach().clone() for name, parameter in names.items()
+    }
+    save_file(body, f"{folder}/model.safetensors")
+    assert verify_weights(make_engine().slots(), folder, torch.float32) < len(names)
+    assert verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.") == len(
+        names
+    )
+    save_file({f"model.{name}": one for name, one in body.items()}, f"{folder}/model.safetensors")
+    bare = [replace(slot, name=slot.name.removeprefix("model.")) for slot in make_engine().slots()]
+    assert verify_weights(bare, folder, torch.float32, prefix="model.") == len(names)
+    save_file({name: one + 1 for name, one in body.items()}, f"{folder}/model.safetensors")
+    with pytest.raises(ModelError, match="the weights in memory"):
+        verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.")
+
+
+def test_scalars_are_compared(folder):
+    save_file({"scale": torch.tensor(2.0)}, f"{folder}/model.safetensors")
+    for value, equal in ((2.0, True), (3.0, False)):
+        slot = Slot(
+            "scale",
+            "param",
+            0,
+            1,
+            True,
+            lambda value=value: torch.tensor([value]),
+            lambda values: None,
+        )
+        if equal:
+            assert verify_weights([slot], folder, torch.float32) == 1
+        else:
+            with pytest.raises(ModelError, match="scale: the weights in memory"):
+                verify_weights([slot], folder, torch.float32)

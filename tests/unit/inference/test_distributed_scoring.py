@@ -1,0 +1,94 @@
+"""Models scored by workers: what they are not asked, and the run of no step that asks them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny_tasks
+
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import ConfigError, ModelError
+from dist_ft.inference import distributed_scoring
+from dist_ft.inference.evaluate import evaluate_models
+from dist_ft.runtime import local
+from dist_ft.runtime.ray_backend import driver
+from dist_ft.storage.filesystem import Store
+from dist_ft.training.result import Result
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_tasks.base(tmp_path_factory.mktemp("scoring"))
+
+
+def config(base, *overrides):
+    return load_config(
+        tiny_tasks.config(base, "sequence_classification", "scored", workers=2), overrides
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prompting.method=prototypes"], "prompting.method=prototypes: one process is asked"),
+        (["evaluation.robustness.typo_rate=0.1"], "evaluation.robustness: one process is asked"),
+        (
+            ["prompting.method=likelihood", "prompting.templates=['a {text}', 'b {text}']"],
+            "prompting.templates: 2 are given",
+        ),
+    ],
+)
+def test_what_one_process_alone_is_asked(base, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        distributed_scoring.score(config(base, *overrides))
+
+
+def test_a_head_that_was_never_trained_is_refused_before_workers_are_asked_for(base):
+    made = config(base)
+    with pytest.raises(
+        ModelError,
+        match=r"hold no head for task\.name=sequence_classification; its scores would be random",
+    ):
+        evaluate_models(made, [made.model.path])
+
+
+def test_the_run_of_no_step_tells_what_one_process_tells_and_leaves_nothing(base, monkeypatch):
+    """Here the run is made in this process; tests/integration has workers do it."""
+    made = config(base)
+    asked = []
+
+    def run(wanted):
+        asked.append(wanted)
+        return local.run(
+            wanted.model_copy(update={"cluster": wanted.cluster.model_copy(update={"workers": 0})})
+        )
+
+    monkeypatch.setattr(driver, "run", run)
+    (sharded,) = evaluate_models(made, [made.model.path], random_head=True).values()
+    alone = made.model_copy(update={"cluster": made.cluster.model_copy(update={"workers": 0})})
+    (plain,) = evaluate_models(alone, [made.model.path], random_head=True).values()
+    assert sharded["head"] == plain["head"] == "random"
+    for name, value in plain.items():
+        if isinstance(value, float):
+            assert sharded[name] == pytest.approx(value, abs=1e-6), name
+    assert sharded["confusion"] == plain["confusion"]
+    (one,) = asked
+    assert (
+        one.max_workers == 2 and one.schedule.steps == 0 and one.data.train == made.evaluation.data
+    )
+    assert one.run.name != made.run.name and not Store(one.run_url).list()
+
+
+def test_a_run_of_no_step_learns_and_keeps_nothing(base):
+    made = load_config(
+        tiny_tasks.config(base, "sequence_classification", "none"),
+        ["schedule.steps=0", "schedule.epochs=null", "schedule.warmup_steps=null"],
+    )
+    result = local.run(made)
+    assert isinstance(result, Result) and replace(result, evaluation_before=None).checkpoint is None
+    assert (
+        result.step == result.total_steps == 0
+        and result.evaluation_before is not None
+        and result.evaluation_after is None
+    )

@@ -1,0 +1,166 @@
+"""Predictions as a folder: parts follow from the input alone, what is there is not made again, other things are refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+
+import numpy as np
+import pytest
+import tiny_tasks
+
+from dist_ft import api
+from dist_ft.checkpoint import export
+from dist_ft.config.load import load_config
+from dist_ft.config.schema import Source
+from dist_ft.core.errors import ConfigError, DataError, ModelError, WorkerError
+from dist_ft.data.sources import readers
+from dist_ft.data.sources.discovery import resolve
+from dist_ft.inference import predict_folder, prediction_shards, ray_data
+from dist_ft.inference.predict import Predictor
+from dist_ft.runtime import local
+from dist_ft.storage.filesystem import Store
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    base = tiny_tasks.base(tmp_path_factory.mktemp("parts"))
+    config = load_config(
+        tiny_tasks.config(base, "sequence_classification", "parts", schedule={"epochs": 2})
+    )
+    local.run(config)
+    api.export(config, str(base / "out"))
+    return str(base / "out")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(prediction_shards.cut, "__defaults__", (600,))
+
+
+def make_rows(folder, count=40):
+    return tiny_tasks.make_data(folder, "sequence_classification", count, seed=3)
+
+
+def rows_of(path):
+    shards = [shard for found in resolve([Source(path=str(path))]) for shard in found]
+    return [row for shard in shards for row in readers.rows_of(shard)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_shards_hold_every_row_once_in_order_as_one_file_does(model, tmp_path, form):
+    source = make_rows(tmp_path / "in")
+    shards, rows = api.predict(model, source, str(tmp_path / "said"), form=form)
+    assert shards > 4 and rows == 40
+    assert api.predict(model, source, str(tmp_path / "said.jsonl")) == (1, 40)
+    found, wanted = rows_of(tmp_path / "said"), rows_of(tmp_path / "said.jsonl")
+    assert (
+        [row["text"] for row in found]
+        == [row["text"] for row in wanted]
+        == [row["text"] for row in rows_of(source)]
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert one["prediction"]["label"] == other["prediction"]["label"]
+        assert one["prediction"]["score"] == pytest.approx(other["prediction"]["score"], abs=1e-5)
+
+
+def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
+    source = make_rows(tmp_path / "in")
+    api.predict(model, source, str(tmp_path / "said"))
+    store = Store(str(tmp_path / "said"))
+    names = sorted(name for name in store.list() if name.startswith("part-"))
+    whole = {name: store.read(name) for name in names}
+    store.remove(names[1])
+    made = []
+    monkeypatch.setattr(
+        predict_folder,
+        "make",
+        lambda predictor, store, task, make=prediction_shards.make: (
+            made.append(task["name"]),
+            make(predictor, store, task),
+        )[1],
+    )
+    _, rows = api.predict(model, source, str(tmp_path / "said"))
+    assert made == [names[1]] and rows == whole[names[1]].count(b"\n")
+    assert {name: store.read(name) for name in names} == whole
+    assert api.predict(model, source, str(tmp_path / "said"))[1] == 0
+
+
+def test_a_folder_of_other_rows_or_another_form_is_refused(model, tmp_path):
+    source = make_rows(tmp_path / "in")
+    api.predict(model, source, str(tmp_path / "said"))
+    for change in (
+        {"form": "parquet"},
+        {"max_new_tokens": 7},
+        {"paths": make_rows(tmp_path / "other", 20)},
+    ):
+        with pytest.raises(
+            DataError,
+            match="holds predictions of another model, of other rows or in another format",
+        ):
+            api.predict(
+                **{"model": model, "paths": source, "out": str(tmp_path / "said"), **change}
+            )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.txt").write_text("x")
+    with pytest.raises(DataError, match="the folder holds other files"):
+        api.predict(model, source, str(tmp_path / "mine"))
+
+
+def test_a_bad_row_ends_it_and_leaves_no_shard_of_its_part(model, tmp_path):
+    source = make_rows(tmp_path / "in")
+    with open(tmp_path / "in" / "shard-1.jsonl", "a") as file:
+        file.write(json.dumps({"text": " "}) + "\n")
+    with pytest.raises(DataError, match="a row has no text in 'text'"):
+        api.predict(model, source, str(tmp_path / "said"))
+    names = [name for name in Store(str(tmp_path / "said")).list() if name.startswith("part-")]
+    last = max(names)
+    number, count = int(last[5:10]), int(last[14:19])
+    assert names and number == count - 2, "all but the part with the bad row"
+
+
+def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp_path):
+    """What Ray Data calls, without Ray: errors travel as values, for Ray would wrap them beyond recognition."""
+    source = make_rows(tmp_path / "in")
+    shards = [shard for found in resolve([Source(path=source)]) for shard in found]
+    tasks = prediction_shards.cut(shards, "jsonl")
+    asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128, "greedy")
+    told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
+    assert told["wrong"] == ["", ""]
+    whole = {
+        name: Store(str(tmp_path / "said")).read(name).count(b"\n")
+        for name in Store(str(tmp_path / "said")).list()
+    }
+    assert whole == {task["name"]: rows for task, rows in zip(tasks[:2], told["rows"], strict=True)}
+    nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128, "greedy")
+    (wrong,) = nobody({"task": np.array([json.dumps(tasks[0])])})["wrong"]
+    error = ray_data._named(*json.loads(wrong))
+    assert type(error) is ModelError and "there is no such folder" in str(error)
+    assert type(ray_data._named("KeyError", "x")) is WorkerError
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_and_folders_are_told_apart(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"--out=x\.jsonl: is one file, which one process writes"):
+        api.predict(model, "a.jsonl", "x.jsonl", workers=2)
+    with pytest.raises(ConfigError, match=r"--format=csv: no such choice; allowed: jsonl, parquet"):
+        api.predict(model, "a.jsonl", "x", form="csv")
+
+
+def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, monkeypatch):
+    import shutil
+
+    shutil.copytree(model, tmp_path / "flash")
+    about = json.loads((tmp_path / "flash" / export.ABOUT).read_text())
+    (tmp_path / "flash" / export.ABOUT).write_text(
+        json.dumps({**about, "attention": "flash_attention_2"})
+    )
+    rows = [tiny_tasks.row("sequence_classification", random.Random(5)) for _ in range(3)]
+    monkeypatch.setattr(logging.getLogger("dist_ft"), "propagate", True)
+    with caplog.at_level("WARNING", "dist_ft"):
+        said = Predictor(str(tmp_path / "flash")).predict(rows)
+    assert said == Predictor(model).predict(rows)
+    assert {line for line in caplog.messages if "flash" in line} == {
+        "model.attention=flash_attention_2: needs a GPU; sdpa is used here, which computes the same"
+    }

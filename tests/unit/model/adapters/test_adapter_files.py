@@ -1,0 +1,131 @@
+"""An adapter's folder: what `peft` reads from it, what dist_ft reads from it, and what can not be kept in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tasks
+import torch
+from unit import small
+
+from dist_ft.config.schema import ModelSection
+from dist_ft.config.sections.decoding import DecodingSection
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.sections.tuning import ADDED, PROMPTS, TuningSection
+from dist_ft.core.errors import CheckpointError
+from dist_ft.model import heads
+from dist_ft.model.adapters import adapter_files, soft_prompts, tuning
+from dist_ft.model.generation import Asked, Decoder
+from dist_ft.model.loading.load import from_config, load_for
+
+SMALL = {"prompt": {"tokens": 3}, "adalora": {"end_step": 5}, "bottleneck": {"size": 4}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tiny_tasks.base(tmp_path_factory.mktemp("models"))
+    small.make_model().save_pretrained(folder / "llama")
+    return folder
+
+
+def trained(base: Path, name: str, method: str, **fields):
+    """Return a tuned model whose added weights, and head, are no longer what they began as."""
+    task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELLED else ())
+    section = TuningSection(method=method, **SMALL, **fields)
+    folder = base / {"causal_lm": "llama", "seq2seq": "bart"}.get(name, "bert")
+    model, new = load_for(task, ModelSection(path=str(folder), dtype="float32"))
+    around = tuning.apply(model, section, 3, task)
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if parameter.requires_grad or part in new:
+                parameter.copy_(
+                    0.3
+                    * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(len(part))
+                    )
+                )
+    return model.eval(), around, section, task, str(folder)
+
+
+@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize(
+    "name", ["causal_lm", "sequence_classification", "token_classification", "seq2seq"]
+)
+def test_peft_and_dist_ft_read_it_back(base, name, method, tmp_path):
+    model, around, section, task, folder = trained(base, name, method)
+    adapter_files.save(model, around, section, (folder, None), tmp_path)
+    adapter_files.compare(
+        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    )
+    said = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
+    (tmp_path / adapter_files.ABOUT).write_text(json.dumps(said))
+    again, new = load_for(task, ModelSection(path=str(tmp_path), dtype="float32"))
+    assert not new
+    with torch.no_grad():
+        want, got = (
+            adapter_files._told(found.eval(), task, soft_prompts.of(found))
+            for found in (model, again)
+        )
+    assert torch.allclose(got, want, atol=1e-4)
+    assert (soft_prompts.of(again) is None) == (method not in PROMPTS)
+
+
+def test_a_folder_with_other_values_is_noticed(base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, around, section, task, folder = trained(base, "sequence_classification", "lora")
+    adapter_files.save(model, around, section, (folder, None), tmp_path)
+    state = load_file(tmp_path / adapter_files.WEIGHTS)
+    head = next(name for name in state if name.endswith("classifier.weight"))
+    save_file(state | {head: state[head] + 1}, tmp_path / adapter_files.WEIGHTS)
+    with pytest.raises(CheckpointError, match="does not give the same logits"):
+        adapter_files.compare(
+            model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+        )
+
+
+def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_not(base, tmp_path):
+    model, around, section, task, folder = trained(
+        base, "causal_lm", "lora", trainable="*norm.weight"
+    )
+    adapter_files.save(model, around, section, (folder, None), tmp_path)
+    adapter_files.compare(
+        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    )
+    model, around, section, task, folder = trained(
+        base, "causal_lm", "lora", trainable="*q_proj.weight"
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"--adapter: .*q_proj.weight learned too \(tuning.trainable\), and peft can not",
+    ):
+        adapter_files.save(model, around, section, (folder, None), tmp_path / "other")
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_the_batch(
+    base, method
+):
+    model, tokenizer = trained(base, "causal_lm", method)[0], tiny_tasks.make_tokenizer()
+    decoder = Decoder(DecodingSection(max_new_tokens=5), tokenizer)
+    rows = [Asked(np.array([5, 6])), Asked(np.array([7, 8, 9, 4, 5]))]
+    together = decoder.make_all(model, rows)
+    assert together == [decoder.make_all(model, [row])[0] for row in rows]
+    assert together != decoder.make_all(small.make_model(), rows)
+
+
+def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
+    model = trained(base, "causal_lm", "prompt_tuning")[0]
+    ids, mask = (
+        torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]]),
+        torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+    )
+    made = soft_prompts.prepended(
+        soft_prompts.of(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    )
+    assert made["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
+    assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
+    assert made["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]

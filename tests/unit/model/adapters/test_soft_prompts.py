@@ -1,0 +1,217 @@
+"""Virtual tokens: the same numbers as `peft`'s own model gives, before each sample of a packed row, for every task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tasks
+import torch
+from unit import small
+
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.sections.tuning import PROMPTS, TuningSection
+from dist_ft.data.batch import IGNORED
+from dist_ft.model import heads
+from dist_ft.model.adapters import added_layers, soft_prompts, tuning
+from dist_ft.model.causal_lm import CausalLM
+from dist_ft.model.task_models import SpecialTokens, TaskModel
+
+TASKS = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "embedding",
+    "seq2seq",
+)
+
+
+def tuned(
+    model, method: str, task: TaskSection = tuning.CAUSAL_LM, seed: int = 5, text_ids=(), **prompt
+):
+    tuning.apply(
+        model, TuningSection(method=method, prompt={"tokens": 3, **prompt}), seed, task, text_ids
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if added_layers.is_added(name):
+                parameter.add_(
+                    0.3
+                    * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                    )
+                )
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_tasks.base(tmp_path_factory.mktemp("models"))
+
+
+def of_task(base: Path, task: TaskSection):
+    folder = base / ("bart" if task.name == "seq2seq" else "bert")
+    torch.manual_seed(1)
+    labels = {"num_labels": 3} if task.name in heads.LABELLED else {}
+    return heads.auto_class(task).from_pretrained(folder, **labels).eval()
+
+
+def peft_twin(model, untouched):
+    """Return peft's own model around `untouched`, with the virtual tokens of `model`."""
+    from peft import get_peft_model
+
+    virtual = soft_prompts.of(model)
+    twin = get_peft_model(untouched, virtual.config)
+    twin.prompt_encoder["default"].load_state_dict(virtual.encoder.state_dict())
+    return twin.eval()
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_causal_model_gives_the_logits_peft_gives(family, method):
+    model = tuned(small.make_model(family), method)
+    twin = peft_twin(model, small.make_model(family))
+    tokens = torch.arange(3, 20)[None]
+    virtual = soft_prompts.of(model)
+    ids, mask = virtual.before(tokens, torch.ones_like(tokens))
+    with torch.no_grad():
+        own = model.eval()(ids, attention_mask=mask).logits
+        assert torch.allclose(
+            own, twin(tokens, attention_mask=torch.ones_like(tokens)).logits, atol=1e-5
+        )
+    assert own.shape[1] == 17 + len(virtual.ids) == (17 if method == "prefix_tuning" else 20)
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("name", TASKS)
+def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
+    task = TaskSection(name=name)
+    model, untouched = tuned(of_task(base, task), method, task), of_task(base, task)
+    untouched.load_state_dict(model.state_dict(), strict=False)
+    module, twin = TaskModel(model, task, SpecialTokens(0)).eval(), peft_twin(model, untouched)
+    ids = torch.tensor([[2, 9, 8, 7, 3], [2, 5, 3, 0, 0]])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        if name == "seq2seq":
+            given = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "decoder_input_ids": ids,
+                "decoder_attention_mask": mask,
+            }
+            want, shift = twin(**given).logits, 0
+            before = module.virtual.before(ids, mask)
+            got = model(**given | {"input_ids": before[0], "attention_mask": before[1]}).logits
+        else:
+            told, shift = twin(input_ids=ids, attention_mask=mask), len(module.virtual.ids)
+            want = (
+                told[0]
+                if name == "embedding"
+                else told.logits
+                if "logits" in told
+                else told.start_logits
+            )
+            run = module._run(ids, mask)
+            got = (
+                run.last_hidden_state
+                if name == "embedding"
+                else run.logits
+                if "logits" in run
+                else run.start_logits
+            )
+            if name != "sequence_classification":
+                got, want = module._own(got), want[:, shift:]
+                assert got.shape[:2] == ids.shape
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_samples_each_have_the_prompt_and_do_not_see_each_other(method, attention):
+    module = CausalLM(tuned(small.make_model(attention=attention), method)).eval()
+    packed = small.batch((7, 5, 4), (9, 7))
+    with torch.no_grad():
+        whole = module(**module.inputs(packed, "cpu"))
+        alone = sum(module(**module.inputs(one, "cpu")) for one in small.samples_of(packed))
+        plain = small.make_module(attention=attention).eval()
+        assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
+        assert abs(whole.item() - plain(**plain.inputs(packed, "cpu")).item()) > 1
+
+
+def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
+    packed = small.batch((3, 2), (4,), learned=1.0)
+    made = soft_prompts.before_samples(packed, range(-1, -3, -1))
+    first, second = packed.input_ids[0], packed.input_ids[1]
+    assert made.input_ids.tolist() == [
+        [-1, -2, *first[:3], -1, -2, *first[3:5]],
+        [-1, -2, *second[:4], *made.input_ids[1, 6:]],
+    ]
+    assert made.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert made.position_ids[1].tolist()[:7] == [0, 1, 2, 3, 4, 5, 0]
+    assert made.num_target_tokens == packed.num_target_tokens
+    assert (made.target_ids[made.input_ids < 0] == IGNORED).all()
+    order = made.target_ids[made.target_ids != IGNORED]
+    assert order.tolist() == packed.target_ids[packed.target_ids != IGNORED].tolist()
+
+
+def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
+    """ZeRO waits for the gradient of every weight, on every rank."""
+    from dist_ft.data.batch import empty_batch
+
+    module = CausalLM(tuned(small.make_model(), "p_tuning"))
+    module(**module.inputs(empty_batch(), "cpu")).backward()
+    assert all(
+        p.grad is not None and not p.grad.any() for p in module.parameters() if p.requires_grad
+    )
+
+
+def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
+    model = small.make_model()
+    words = model.get_input_embeddings().weight.detach()
+    section = {"method": "prompt_tuning", "prompt": {"tokens": 5, "init": "text", "text": "x"}}
+    tuning.apply(model, TuningSection(**section), 1, text_ids=[7, 9])
+    assert torch.equal(soft_prompts.of(model).encoder.embedding.weight, words[[7, 9, 7, 9, 7]])
+    drawn = [
+        soft_prompts.of(tuned_bare(seed)).encoder.embedding.weight.detach() for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert all((words == row).all(1).any() for row in drawn[0])
+    random = soft_prompts.of(tuned_bare(1, init="random")).encoder.embedding.weight
+    assert 0.01 < random.std() < 0.03
+
+
+def tuned_bare(seed: int, **prompt):
+    model = small.make_model()
+    tuning.apply(model, TuningSection(method="prompt_tuning", prompt={"tokens": 5, **prompt}), seed)
+    return model
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
+    model = tuned(small.make_model(), method).eval()
+    virtual = soft_prompts.of(model)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    ids, mask = virtual.before(tokens, torch.ones_like(tokens))
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    with torch.no_grad():
+        for _ in range(6):
+            best = (
+                model(ids, attention_mask=torch.ones_like(ids))
+                .logits[:, -1]
+                .argmax(-1, keepdim=True)
+            )
+            ids = torch.cat([ids, best], 1)
+    assert made.tolist() == ids.tolist()
+
+
+def test_noise_knows_the_virtual_tokens():
+    module = CausalLM(tuned(small.make_model(), "prompt_tuning"), neftune_alpha=5)
+    packed = small.batch((7, 5), (9,))
+    loss = module(**module.inputs(packed, "cpu"))
+    assert (
+        np.isfinite(loss.item())
+        and loss.item() != module.eval()(**module.inputs(packed, "cpu")).item()
+    )

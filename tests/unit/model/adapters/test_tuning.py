@@ -1,0 +1,208 @@
+"""Which weights learn, which are added, and that what is added can be taken out again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from unit.small import FAMILIES, make_model
+
+from dist_ft.config.sections.tuning import MERGED, LoraSection, TuningSection
+from dist_ft.core.errors import ModelError
+from dist_ft.model.adapters import added_layers, tuning
+
+
+def tuned(family: str = "llama", model=None, seed: int = 5, **fields):
+    model = model if model is not None else make_model(family)
+    tuning.apply(model, TuningSection(**fields), seed)
+    return model
+
+
+def learned(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def names(model) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+def test_full_is_all_of_it():
+    model = tuned(method="full")
+    assert learned(model) == names(model)
+
+
+def test_full_without_the_embeddings():
+    model = tuned(method="full", frozen="model.embed_tokens.*")
+    assert names(model) - learned(model) == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layers_and_what_comes_after_them(family):
+    model = tuned(family, method="partial", last_layers=1)
+    prefix, after = (
+        ("transformer.h", "transformer.ln_f.")
+        if family == "gpt2"
+        else ("model.layers", "model.norm.")
+    )
+    own_head = {"lm_head.weight"} & names(model)
+    assert {
+        name for name in learned(model) if not name.startswith((f"{prefix}.1.", after))
+    } == own_head
+    assert any(name.startswith(after) for name in learned(model))
+    assert all(name in learned(model) for name in names(model) if name.startswith(f"{prefix}.1."))
+
+
+def test_a_tied_output_layer_is_the_embeddings_and_stays():
+    model = tuned(model=make_model(tie_word_embeddings=True), method="partial", last_layers=1)
+    assert "model.embed_tokens.weight" in names(model) - learned(model)
+
+
+def test_a_tied_output_layer_by_its_name_is_learned_in_both_places(caplog):
+    with caplog.at_level("INFO", "dist_ft"):
+        model = tuned(
+            model=make_model(tie_word_embeddings=True), method="partial", trainable="lm_head.*"
+        )
+    assert learned(model) == {"model.embed_tokens.weight"}
+    assert "lm_head.weight is one matrix with model.embed_tokens.weight" in caplog.text
+
+
+def test_an_output_layer_of_its_own_learns_alone():
+    model = tuned(
+        model=make_model(tie_word_embeddings=False), method="partial", trainable="lm_head.*"
+    )
+    assert learned(model) == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [{}, {"rslora": True, "alpha": 4}, {"dora": True}])
+def test_lora_changes_nothing_at_first_and_learns_alone(family, lora):
+    model, tokens = make_model(family), torch.arange(24)[None] % 97
+    with torch.no_grad():
+        before = model(tokens).logits
+    tuned(model=model, method="lora", lora=LoraSection(rank=4, **lora))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    assert learned(model) and all(added_layers.is_added(name) for name in learned(model))
+    assert not any("lm_head" in name for name in learned(model))
+    own = {tuning.name_in_files(name) for name in names(model) if not added_layers.is_added(name)}
+    assert own == names(make_model(family))
+
+
+def test_lora_on_layers_by_name_with_norms_besides():
+    model = tuned(method="lora", lora=LoraSection(targets="v_proj"), trainable="*norm.weight")
+    assert {name.split(".")[3] if "layers" in name else name for name in learned(model)} == {
+        "self_attn",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "model.norm.weight",
+    }
+    assert all("v_proj.lora_" in name for name in learned(model) if "self_attn" in name)
+
+
+def test_what_is_added_follows_from_the_seed_and_nothing_else():
+    torch.manual_seed(0)
+    first, state = dict(tuned(method="lora").named_parameters()), torch.get_rng_state()
+    torch.manual_seed(0)
+    make_model()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    again = dict(tuned(model=make_model(), method="lora").named_parameters())
+    other = dict(tuned(method="lora", seed=6).named_parameters())
+    (name, *_) = [name for name in first if "lora_A" in name]
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("method", MERGED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, family):
+    model, tokens = (
+        tuned(family, method=method, adalora={"end_step": 9}),
+        torch.arange(24)[None] % 97,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if added_layers.is_added(name):
+                parameter += 0.3 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(1)
+                )
+        want = model.eval()(tokens).logits
+        tuning.merge(model)
+        assert torch.allclose(model(tokens).logits, want, atol=1e-4)
+    assert names(model) == names(make_model(family))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"method": "partial", "last_layers": 3},
+            "tuning.last_layers=3: the model has 2 layers; give at most as many",
+        ),
+        (
+            {"method": "partial", "trainable": "lmhead.*"},
+            "tuning.trainable=lmhead.*: no weight has such a name; there are model",
+        ),
+        ({"method": "full", "frozen": "*"}, "tuning: no weight learns"),
+        (
+            {"method": "lora", "lora": {"targets": ["q_prj"]}},
+            "tuning.lora.targets=['q_prj']: this model can not get such",
+        ),
+        (
+            {"method": "lora", "lora": {"targets": ["q_proj", "v_prj"]}},
+            "tuning.lora.targets=['q_proj', 'v_prj']: no layer is called v_prj; there are down_proj, gate_proj, k_proj, lm_head, "
+            "o_proj, q_proj, up_proj, v_proj; correct it",
+        ),
+    ],
+)
+def test_what_is_not_there_is_told_in_a_line(fields, said):
+    with pytest.raises(ModelError, match=re.escape(said)) as found:
+        tuned(**fields)
+    assert "\n" not in str(found.value)
+
+
+def test_an_adapter_on_a_tied_output_layer_is_refused():
+    """Merged, it would change the input embeddings too."""
+    with pytest.raises(
+        ModelError,
+        match=re.escape("tuning.lora: lm_head.weight is one matrix with model.embed_tokens.weight"),
+    ):
+        tuned(
+            model=make_model(tie_word_embeddings=True),
+            method="lora",
+            lora=LoraSection(targets=("v_proj", "lm_head")),
+        )
+    assert learned(
+        tuned(
+            model=make_model(tie_word_embeddings=False),
+            method="lora",
+            lora=LoraSection(targets="lm_head"),
+        )
+    )
+
+
+def test_the_last_norm_may_be_made_before_the_layers():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=97,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            word_embed_proj_dim=32,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
+    found = learned(tuned(model=model, method="partial", last_layers=1))
+    assert {name for name in found if ".layers.2." not in name} == {
+        "model.decoder.final_layer_norm.weight",
+        "model.decoder.final_layer_norm.bias",
+    }
+
+
+def test_weights_of_the_models_own_that_are_called_like_an_adapters_do_not_learn_by_themselves():
+    model = make_model()
+    model.model.lora_scale = torch.nn.Parameter(torch.ones(3))
+    assert "model.lora_scale" not in learned(tuned(model=model, method="partial", last_layers=1))

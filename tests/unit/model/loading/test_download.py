@@ -1,0 +1,241 @@
+"""Weights once a node: counted at a real S3 server, damaged copies, a hub on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import s3
+
+from dist_ft.core.errors import ModelError
+from dist_ft.model.loading.download import MARKER, fetch
+from dist_ft.storage import filesystem
+from dist_ft.storage.filesystem import Store
+
+FILES = {
+    "config.json": b'{"model_type": "gpt2"}',
+    "model-00001.safetensors": b"w" * 100_000,
+    "model-00002.safetensors": b"v" * 50_000,
+    "tokenizer.json": b"{}",
+    "pytorch_model.bin": b"never",
+}
+PROGRAM = (
+    "import json, sys\nfrom dist_ft.storage import filesystem\nfrom dist_ft.model.loading.download import fetch\n"
+    "filesystem.configure(json.loads(sys.argv[1]))\nprint(fetch(sys.argv[2], cache_dir=sys.argv[3]))"
+)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """Yield (options, file the server writes its requests to) with a model in a bucket."""
+    import boto3
+    import ports
+
+    path, port = tmp_path_factory.mktemp("s3") / "log", ports.free()
+    before = {name: os.environ.get(name) for name in s3.CREDENTIALS}
+    os.environ.update(s3.CREDENTIALS)
+    with open(path, "w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
+        for tries in range(300):
+            try:
+                client.create_bucket(Bucket=s3.BUCKET)
+                break
+            except Exception:
+                assert tries < 299 and server.poll() is None
+                import time
+
+                time.sleep(0.1)
+        for name, content in FILES.items():
+            client.put_object(Bucket=s3.BUCKET, Key=f"m/{name}", Body=content)
+        yield {"s3": {"endpoint_url": url}}, path
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def requests(path: Path, start: int) -> list[str]:
+    return re.findall(r'"((?:GET|HEAD) /bucket\S*)', path.read_text()[start:])
+
+
+def test_four_processes_of_a_node_fetch_once_and_a_restart_not_at_all(log, tmp_path):
+    options, path = log
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        json.dumps(options),
+        f"s3://{s3.BUCKET}/m",
+        str(tmp_path),
+    ]
+    for wanted in (3 + 1, 0):  # config, two of weights, tokenizer
+        start = path.stat().st_size
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+        folders = {process.communicate(timeout=200)[0] for process in running}
+        assert len(folders) == 1 and all(process.returncode == 0 for process in running)
+        made = requests(path, start)
+        print(made)
+        assert len([one for one in made if one.startswith("GET /bucket/m/")]) == wanted
+        assert wanted or not made, "a restart asks nothing of the store"
+    folder = Path(folders.pop().strip())
+    assert {each.name: each.read_bytes() for each in folder.iterdir() if each.name != MARKER} == {
+        name: content for name, content in FILES.items() if not name.endswith(".bin")
+    }
+
+
+def test_a_damaged_copy_is_fetched_anew_and_alone(log, tmp_path):
+    options, path = log
+    s3.forget(options)
+    folder = Path(fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)))
+    for content in (b"w" * 99_999 + b"x", b"short"):
+        (folder / "model-00001.safetensors").write_bytes(content)
+        start = path.stat().st_size
+        fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+        assert (folder / "model-00001.safetensors").read_bytes() == FILES["model-00001.safetensors"]
+        assert [one for one in requests(path, start) if one.startswith("GET /bucket/m/")] == [
+            "GET /bucket/m/model-00001.safetensors"
+        ]
+    os.utime(folder / "config.json")  # touched, not changed
+    start = path.stat().st_size
+    fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+    assert requests(path, start) == []
+
+
+def test_weights_are_fetched_by_who_reads_them(log, tmp_path):
+    options, path = log
+    s3.forget(options)
+    folder = Path(fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path), weights=False))
+    assert sorted(os.listdir(folder)) == [MARKER, "config.json", "tokenizer.json"]
+    start = path.stat().st_size
+    assert fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)) == str(folder)
+    assert [one for one in requests(path, start) if one.startswith("GET /bucket/m/")] == [
+        f"GET /bucket/m/model-0000{number}.safetensors" for number in (1, 2)
+    ]
+
+
+def test_what_arrives_must_be_what_the_store_says(log, tmp_path, monkeypatch):
+    options, _ = log
+    s3.forget(options)
+    real = Store._get
+
+    def damaged(self, path, local):
+        real(self, path, local)
+        if path.endswith("00002.safetensors"):
+            Path(local).write_bytes(b"u" * 50_000)
+
+    monkeypatch.setattr(Store, "_get", damaged)
+    with pytest.raises(
+        ModelError,
+        match=r"model-00002.safetensors: what arrives is not what the store says it has \(50000 bytes",
+    ):
+        fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+    monkeypatch.undo()
+    assert (
+        Path(
+            fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)), "model-00002.safetensors"
+        ).read_bytes()
+        == b"v" * 50_000
+    )
+
+
+def teardown_module():
+    filesystem.forget()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as `snapshot_download` asks for."""
+
+    commit, asked = "c" * 40, list[str]()
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.asked.append(f"{self.command} {self.path}")
+        name = self.path.split("?")[0].split("/")[-1]
+        if "/tree/" in self.path:
+            body = json.dumps(
+                [
+                    {"type": "file", "path": one, "size": len(content), "oid": "0" * 40}
+                    for one, content in FILES.items()
+                ]
+            ).encode()
+        elif self.path.startswith("/api/models/"):
+            body = json.dumps(
+                {
+                    "id": "org/m",
+                    "sha": self.commit,
+                    "siblings": [{"rfilename": one} for one in FILES],
+                }
+            ).encode()
+        elif name in FILES:
+            body = FILES[name]
+        else:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def test_a_hub_is_asked_once_a_node_and_damage_is_mended(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PROGRAM, "{}", "org/m", str(tmp_path / "cache")]
+
+    def storm(count):
+        Hub.asked.clear()
+        running = [
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+            )
+            for _ in range(count)
+        ]
+        folders = {process.communicate(timeout=200)[0].strip() for process in running}
+        assert len(folders) == 1 and all(process.returncode == 0 for process in running)
+        return Path(folders.pop()), [
+            one for one in Hub.asked if one.startswith("GET /org/m/resolve/")
+        ]
+
+    try:
+        folder, got = storm(3)
+        assert len(got) == len(FILES) - 1 and not any(".bin" in one for one in got)
+        assert storm(3)[1] == [] and Hub.asked == [], "a restart asks nothing of the hub"
+        blob = (folder / "model-00002.safetensors").resolve()
+        blob.write_bytes(b"v" * 49_999 + b"x")
+        folder, got = storm(1)
+        assert (folder / "model-00002.safetensors").read_bytes() == FILES[
+            "model-00002.safetensors"
+        ] and got
+    finally:
+        server.shutdown()

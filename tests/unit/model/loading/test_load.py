@@ -1,0 +1,367 @@
+"""Only whole, safe, causal models are loaded, and no code that comes with one runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertConfig, BertModel, ByT5Tokenizer
+from unit.small import make_model
+
+from dist_ft.config.schema import ModelSection
+from dist_ft.core.errors import ModelError, StorageError
+from dist_ft.model.loading.load import (
+    empty_model,
+    fetch,
+    load_model,
+    load_tokenizer,
+    read_config,
+    refuse_incomplete,
+)
+from dist_ft.storage.filesystem import Store
+
+
+def section(path, **fields) -> ModelSection:
+    return ModelSection(**{"path": str(path), "dtype": "float32", **fields})
+
+
+def refused(action, path, **fields) -> str:
+    with pytest.raises(ModelError) as caught:
+        action(section(path, **fields))
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def weights(folder):
+    """Return a function that changes the tensors in the model's only weight file."""
+
+    def change(edit):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def test_weights_are_those_of_the_files(folder):
+    model = load_model(section(folder))
+    want = load_file(folder / "model.safetensors")
+    assert {name for name, _ in model.named_parameters()} == set(want)
+    assert all(torch.equal(value, want[name]) for name, value in model.named_parameters())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_number_format_attention_and_recomputation(folder):
+    model = load_model(
+        section(folder, dtype="bfloat16", attention="eager", activation_checkpointing=True)
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager" and model.is_gradient_checkpointing
+
+
+def test_an_empty_model_has_the_structure_only(folder):
+    empty, full = empty_model(section(folder, attention="eager")), load_model(section(folder))
+    assert {n: p.shape for n, p in empty.named_parameters()} == {
+        n: p.shape for n, p in full.named_parameters()
+    }
+    assert not all(
+        torch.equal(a, b) for a, b in zip(empty.parameters(), full.parameters(), strict=True)
+    )
+    empty.load_state_dict(full.state_dict())
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():  # what is computed rather than saved (rotary frequencies) is there too
+        assert torch.allclose(empty.eval()(tokens).logits, full.eval()(tokens).logits, atol=1e-5)
+
+
+# What is not loaded
+
+
+def test_fault_23_pickles_are_not_read(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "pwned",))
+
+    torch.save({"lm_head.weight": Bomb()}, folder / "pytorch_model.bin")
+    os.remove(folder / "model.safetensors")
+    text = refused(load_model, folder)
+    assert re.match(
+        rf"model\.path={folder}: can not load the weights \(OSError: .*model\.safetensors.*\); check that the "
+        r"folder holds what save_pretrained writes$",
+        text,
+    )
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_missing_weight(folder, weights):
+    weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert refused(load_model, folder) == (
+        f"model.path={folder}: 1 weights are missing in the files, such as model.layers.1.mlp.up_proj.weight; they would "
+        "start from random values; check that config.json belongs to the *.safetensors"
+    )
+
+
+def test_a_weight_of_another_shape(folder, weights):
+    weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    assert refused(load_model, folder) == (
+        f"model.path={folder}: 1 weights are of another shape in the files, such as model.norm.weight ([31], the model has "
+        "[32]); they would start from random values; check that config.json belongs to the *.safetensors"
+    )
+
+
+def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, capfd):
+    weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    with caplog.at_level("WARNING", "dist_ft"):
+        load_model(section(folder))
+    assert caplog.messages == [
+        f"model.path={folder}: 1 tensors of the files have no place in the model, such as "
+        "model.extra.weight"
+    ]
+    assert "REPORT" not in capfd.readouterr().err  # of transformers
+
+
+def test_a_truncated_file(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    assert f"model.path={folder}: can not load the weights (" in refused(load_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("missing_keys", "missing in the files"), ("error_msgs", "not readable")]
+)
+def test_what_transformers_reports_is_an_error(kind, said):
+    with pytest.raises(
+        ModelError,
+        match=rf"model\.path=p: 2 weights are {said}, such as a\.w; they would start from",
+    ):
+        refuse_incomplete("p", {kind: {"b.w", "a.w"}})
+    refuse_incomplete("p", {"unexpected_keys": {"rotary.inv_freq"}})
+
+
+@pytest.mark.parametrize("action", [read_config, load_model, load_tokenizer])
+def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, action):
+    """Both a config and a tokenizer that name code of their own: refused, and the module is never imported."""
+    marker = tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    every = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "evil", "auto_map": every})
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    text = refused(action, folder)
+    assert (
+        "it wants to run code of its own: read that code, then set model.trust_remote_code=true"
+        in text
+    )
+    assert not marker.exists()
+
+
+def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
+    marker = tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}})
+    )
+    assert type(load_model(section(folder))).__name__ == "LlamaForCausalLM"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["/no/such/model", "./no-such", "a/b/c", "model", "file:///no/such", "~/no-such-model"]
+)
+def test_no_such_folder(path):
+    assert refused(load_model, path) == (
+        f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a hub name such as "
+        "org/name"
+    )
+
+
+def test_no_such_hub_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert re.match(
+        r"model\.path=nobody/nothing-at-all: no folder of that name here, and the hub does not give it \(\w+\); "
+        "check the spelling, set HF_TOKEN for a gated model, or give a local folder$",
+        refused(load_model, "nobody/nothing-at-all"),
+    )
+
+
+def test_a_folder_without_a_model(tmp_path):
+    assert f"model.path={tmp_path}: can not load the config (" in refused(read_config, tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    assert f"model.path={tmp_path}: can not load the config (" in refused(read_config, tmp_path)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    BertModel(BertConfig(**small)).save_pretrained(tmp_path)
+    assert refused(read_config, tmp_path) == (
+        f"model.path={tmp_path}: a bert model can not continue text; causal language models are allowed; choose another "
+        "model"
+    )
+    BertConfig(**small, is_decoder=True).save_pretrained(tmp_path)
+    assert read_config(section(tmp_path)).is_decoder
+
+
+def test_an_encoder_with_a_decoder_is_refused(shared):
+    path = shared("models/bart-g2p-us")
+    assert refused(read_config, path).startswith(
+        f"model.path={path}: a bart model can not continue text; "
+    )
+
+
+def test_a_model_that_knows_only_images_is_refused(tmp_path):
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    assert "a vit model can not continue text" in refused(read_config, tmp_path)
+
+
+def test_attention_the_model_does_not_have(tmp_path):
+    make_model("gemma2").save_pretrained(tmp_path)
+    text = refused(load_model, tmp_path)
+    assert "Gemma2ForCausalLM does not support" in text and text.endswith(
+        "; set model.attention=eager"
+    )
+
+
+# Buckets
+
+
+@pytest.fixture
+def bucket(folder):
+    """The URL of a model in (the memory) object storage."""
+    store = Store(f"memory://{uuid4().hex}/model")
+    for path in folder.iterdir():
+        store.write(path.name, path.read_bytes())
+    store.write("optimizer.pt", b"a pickle")
+    return store
+
+
+def test_a_model_in_a_bucket_is_fetched_once(bucket, tmp_path):
+    folder = fetch(bucket.url, cache_dir=str(tmp_path / "cache"))
+    assert folder.startswith(str(tmp_path / "cache" / "models"))
+    assert sorted(os.listdir(folder)) == [
+        ".complete",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    bucket.remove("")
+    assert fetch(bucket.url, cache_dir=str(tmp_path / "cache")) == folder
+    assert load_model(section(bucket.url), str(tmp_path / "cache")).config.model_type == "llama"
+
+
+def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
+    fetched, results = [], []
+    monkeypatch.setattr(
+        Store,
+        "download",
+        lambda self, folder, wanted, real=Store.download: (
+            fetched.append(self.url),
+            real(self, folder, wanted),
+        )[1],
+    )
+    workers = [
+        threading.Thread(target=lambda: results.append(fetch(bucket.url, cache_dir=str(tmp_path))))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert fetched == [bucket.url] and len(results) == 4 and len(set(results)) == 1
+
+
+def test_a_fetch_that_broke_off_is_done_again(bucket, tmp_path):
+    folder = Path(fetch(bucket.url, cache_dir=str(tmp_path)))
+    (folder / ".complete").unlink()
+    (folder / "model.safetensors").write_bytes(b"torn")
+    fetch(bucket.url, cache_dir=str(tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == bucket.read("model.safetensors")
+
+
+def test_a_bucket_without_a_model(tmp_path):
+    url = f"memory://user:pass@{uuid4().hex}"
+    with pytest.raises(ModelError) as caught:
+        fetch(url, cache_dir=str(tmp_path))
+    assert str(caught.value) == (
+        f"model.path=memory://<redacted>@{url.split('@')[1]}: no config.json there; give the folder "
+        "that save_pretrained wrote (config.json, *.safetensors, tokenizer files)"
+    )
+
+
+def test_a_bucket_that_is_not_there(tmp_path):
+    with pytest.raises(StorageError, match="nosuch://x: can not list it"):
+        fetch("nosuch://x", cache_dir=str(tmp_path))
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_without_a_fast_version(folder):
+    ByT5Tokenizer().save_pretrained(folder)
+    assert refused(load_tokenizer, folder) == (
+        f"model.path={folder}: its tokenizer has no fast version (tokenizer.json), which the masks need; convert it with "
+        "transformers first"
+    )
+
+
+def test_no_tokenizer(folder):
+    assert f"model.path={folder}: can not load the tokenizer (" in refused(load_tokenizer, folder)
+
+
+def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0]['content'] }}!")
+    path = shared("models/stories260k")
+    tokenizer = load_tokenizer(section(folder, tokenizer=str(path), chat_template=str(template)))
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    )
+    assert refused(load_tokenizer, path, chat_template=str(tmp_path / "absent")) == (
+        f"model.chat_template={tmp_path}/absent: can not read it (No such file or directory); give a file with a Jinja "
+        "template"
+    )
+
+
+def test_a_real_model_loads(shared):
+    model = load_model(section(shared("models/stories260k")))
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 403, 407, 261, 378]])).logits
+    assert torch.isfinite(logits).all() and logits.std() > 1
+
+
+def test_an_empty_model_ends_texts_as_the_full_one_does(folder):
+    """A resumed run must not make other texts: end tokens may stand in generation_config.json only."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
+    empty, full = empty_model(section(folder)), load_model(section(folder))
+    assert empty.generation_config.eos_token_id == full.generation_config.eos_token_id == [2, 7]
+    file.unlink()
+    assert (
+        empty_model(section(folder)).generation_config.eos_token_id
+        == load_model(section(folder)).generation_config.eos_token_id
+        == 2
+    )

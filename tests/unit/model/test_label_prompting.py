@@ -1,0 +1,146 @@
+"""A causal model asked for labels: scores are those computed by hand, row by row, whatever shares a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from unit import small
+
+from dist_ft.config.schema import OptimizerSection
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.core.errors import ModelError
+from dist_ft.data.batch import IGNORED, Batch, empty_batch
+from dist_ft.data.encoding.prompt_templates import Words
+from dist_ft.engine.torch_engine import TorchEngine
+from dist_ft.model.label_prompting import PromptModel
+from dist_ft.model.task_models import SpecialTokens
+
+TASK = TaskSection(name="sequence_classification", labels=("a", "b", "c"))
+IDS = ((5,), (6, 7, 8), (6, 9))
+WORDS = Words(IDS)
+PROMPTS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38, 39]]
+LABELS = [1, 0, 2]
+
+
+def batch(rows=PROMPTS, labels=LABELS):
+    width = max(map(len, rows))
+    ids, wanted = (
+        np.zeros((len(rows), width), np.int64),
+        np.full((len(rows), width), IGNORED, np.int64),
+    )
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], wanted[i, 0] = row, labels[i]
+    pieces = np.array([(i, 0, len(row), 0) for i, row in enumerate(rows)], np.int64)
+    return Batch(ids, wanted, np.zeros_like(ids), pieces, 0)
+
+
+def module(family="llama", words=WORDS, task=TASK, **options):
+    return PromptModel(small.make_model(family), task, SpecialTokens(0), words, 64, **options)
+
+
+def by_hand(model, prompt, words):
+    """The log-probability of each token of `words` after `prompt`, in one plain forward without padding."""
+    with torch.no_grad():
+        shares = torch.log_softmax(
+            model(input_ids=torch.tensor([[*prompt, *words]]), use_cache=False).logits[0].float(),
+            -1,
+        )
+    return [shares[len(prompt) + i - 1, word].item() for i, word in enumerate(words)]
+
+
+@pytest.mark.parametrize("family", sorted(small.FAMILIES))
+@pytest.mark.parametrize("mean", [False, True])
+def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
+    made = module(family, Words(IDS, mean=mean)).eval()
+    with torch.no_grad():
+        loss, scores = made(**made.inputs(batch(), "cpu"), told=True)
+        plain = made(**made.inputs(batch(), "cpu"))
+    expected = [
+        [(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS]
+        for prompt in PROMPTS
+    ]
+    assert scores.numpy() == pytest.approx(np.array(expected), abs=2e-5)
+    wanted = -sum(expected[i][label] for i, label in enumerate(LABELS))
+    assert loss.item() == pytest.approx(wanted, abs=5e-5)
+    assert plain.item() == pytest.approx(wanted, abs=5e-5), "what is learned is what is scored"
+
+
+def test_a_model_without_a_cache_gives_the_same():
+    made = module().eval()
+    told = made.inputs(batch(), "cpu")
+    with torch.no_grad():
+        _, cached = made(**told, told=True)
+        made._caches = False
+        _, whole = made(**told, told=True)
+    assert torch.allclose(cached, whole, atol=1e-5)
+
+
+def test_calibration_divides_by_what_no_content_gives():
+    empty = ((41, 42), (43,), (44, 45, 46))
+    plain, made = module().eval(), module(words=Words(IDS, empty)).eval()
+    with torch.no_grad():
+        raw_loss, raw = plain(**plain.inputs(batch(), "cpu"), told=True)
+        loss, found = made(**made.inputs(batch(), "cpu"), told=True)
+    rows = torch.tensor(
+        [[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty]
+    )
+    expected = torch.softmax(raw, 1) / torch.softmax(rows, 1).mean(0)
+    assert torch.allclose(
+        torch.softmax(found, 1), expected / expected.sum(1, keepdim=True), atol=1e-5
+    )
+    assert loss.item() == pytest.approx(raw_loss.item(), abs=1e-5), "the loss is not calibrated"
+
+
+def test_rows_alone_and_together_get_the_same_scores():
+    made = module("gpt2").eval()
+    with torch.no_grad():
+        _, together = made(**made.inputs(batch(), "cpu"), told=True)
+        alone = [
+            made(**made.inputs(batch([prompt], [0]), "cpu"), told=True)[1] for prompt in PROMPTS
+        ]
+    assert torch.allclose(together, torch.cat(alone), atol=2e-5)
+
+
+def test_an_empty_batch_weighs_nothing_and_has_a_backward():
+    made = module()
+    loss = made(**made.inputs(empty_batch(), "cpu"))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
+
+
+def test_weights_of_labels_count():
+    weighed = module(task=TASK.model_copy(update={"class_weights": (2.0, 3.0, 5.0)})).eval()
+    plain = module().eval()
+    with torch.no_grad():
+        each = [
+            plain(**plain.inputs(batch([p], [label]), "cpu")).item()
+            for p, label in zip(PROMPTS, LABELS, strict=True)
+        ]
+        got = weighed(**weighed.inputs(batch(), "cpu")).item()
+    assert got == pytest.approx(3 * each[0] + 2 * each[1] + 5 * each[2], rel=1e-5)
+
+
+def test_it_learns_to_choose():
+    engine = TorchEngine(module(), OptimizerSection(learning_rate=5e-3), torch.device("cpu"))
+    for step in range(25):
+        engine.train_step([batch()], [step], 3, 5e-3)
+    _, scores = engine.told(batch())
+    assert scores.argmax(1).tolist() == LABELS
+
+
+def test_noise_and_smoothing_are_for_training_only():
+    noisy, plain = module(neftune_alpha=5.0, label_smoothing=0.1), module()
+    told = plain.inputs(batch(), "cpu")
+    with torch.no_grad():
+        assert noisy(**told).item() != pytest.approx(plain(**told).item(), abs=1e-3)
+        noisy.eval(), plain.eval()
+        assert noisy(**told).item() == pytest.approx(plain(**told).item(), abs=1e-5)
+
+
+def test_a_sequence_longer_than_the_model_is_refused():
+    with pytest.raises(
+        ModelError, match=r"batch\.sequence_length=200: longer than the model can take; at most 128"
+    ):
+        PromptModel(small.make_model("llama"), TASK, SpecialTokens(0), Words(IDS), 200)

@@ -1,0 +1,90 @@
+"""The audit says yes where each sample counted once, and says which did not where not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+
+from dist_ft import api
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import DataError
+from dist_ft.runs import ledger_audit as module
+from dist_ft.runs.ledger_audit import audit, describe, verify_shards
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of two epochs over two sources, in two attempts."""
+    base = tiny.base(tmp_path_factory.mktemp("audit"), samples=60)
+    tiny.make_data(base / "more", 20, seed=5)
+    document = tiny.config(
+        base,
+        "audited",
+        checkpoint={"every_steps": 3},
+        data={
+            "train": [
+                {"path": str(base / "data" / "*.jsonl"), "name": "main"},
+                {"path": str(base / "more" / "*.jsonl"), "repeat": 2},
+            ]
+        },
+    )
+    first = load_config(document | {"schedule": {"steps": 5, "name": "constant"}})
+    api.train(first, skip_check=True)
+    config = load_config(document)
+    api.train(config, skip_check=True)
+    return config
+
+
+def test_a_sound_run(run):
+    found = audit(run.run_url)
+    assert found.is_sound and found.attempts == 2
+    assert [(c.source, c.epoch, c.num_pieces, c.num_seen) for c in found.epochs] == [
+        ("main", 0, 60, 60),
+        ("main", 1, 60, 60),
+        *(("source-1", epoch, 20, 20) for epoch in range(4)),
+    ]
+    text = describe(found)
+    assert "main, epoch 1: all 60 pieces once, 0 lost, 0 repeated" in text and text.endswith(
+        "exactly once: yes"
+    )
+    assert verify_shards(run.run_url) == 6
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda rows: np.delete(rows, 3, axis=0),
+            r": 59 of 60 pieces once, 1 lost, 0 repeated|: 19 of 20 pieces once, 1 lost",
+        ),
+        (lambda rows: np.concatenate([rows, rows[:2]]), r"[12] repeated"),
+    ],
+)
+def test_what_was_lost_or_repeated_is_told(run, monkeypatch, spoil, said):
+    read = module.read_ledger
+    monkeypatch.setattr(module, "read_ledger", lambda store, manifest: spoil(read(store, manifest)))
+    found = audit(run.run_url)
+    assert not found.is_sound
+    text = describe(found)
+    assert text.endswith("exactly once: NO")
+    import re
+
+    assert re.search(said, text)
+
+
+def test_no_run_and_no_checkpoint(tmp_path):
+    with pytest.raises(
+        DataError,
+        match=r"is no run \(run.yaml is not there\); the URL of a run is <run.storage>/<run.name>",
+    ):
+        audit(str(tmp_path))
+    base = tiny.base(tmp_path / "b", samples=12)
+    config = load_config(
+        tiny.config(
+            base, "none", schedule={"epochs": None, "steps": 2}, checkpoint={"at_end": False}
+        )
+    )
+    api.train(config, skip_check=True)
+    with pytest.raises(DataError, match="has no checkpoint yet, so nothing was committed"):
+        audit(config.run_url)

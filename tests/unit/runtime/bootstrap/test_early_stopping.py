@@ -1,0 +1,133 @@
+"""A run that ends early: at which step, what is kept, that it stays ended, and goes on when asked to."""
+
+from __future__ import annotations
+
+import io
+from uuid import uuid4
+
+import pytest
+import tiny
+
+from dist_ft import api
+from dist_ft.checkpoint import discovery
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import CheckpointError, ConfigError
+from dist_ft.runtime import local
+from dist_ft.storage.filesystem import Store
+from dist_ft.training.console import Console
+from dist_ft.training.metrics_log import read_metrics
+from dist_ft.training.result import Hooks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.base(tmp_path_factory.mktemp("early"), 40)
+
+
+def document(base, name, **changes):
+    """A run whose learning rate is so high that it gets worse."""
+    return tiny.config(
+        base,
+        name,
+        schedule={"epochs": None, "steps": 40, "warmup_steps": 0},
+        optimizer={"learning_rate": 0.5},
+        checkpoint={"every_steps": 2, "keep_best": 1},
+        evaluation={
+            "data": str(base / "data" / "shard-0.jsonl"),
+            "max_samples": 5,
+            "every_steps": 2,
+            "patience": 2,
+            **changes,
+        },
+    )
+
+
+def go(made):
+    stream = io.StringIO()
+    return local.run(load_config(made), Hooks(console=Console(stream))), stream.getvalue()
+
+
+def steps(store):
+    return [
+        step
+        for step, _ in sorted(
+            (line["step"], line["loss"])
+            for line in read_metrics(store)
+            if line["kind"] == "evaluation"
+        )
+    ]
+
+
+def test_it_ends_stays_ended_and_goes_on(base):
+    made = document(base, f"run-{uuid4().hex[:8]}")
+    result, shown = go(made)
+    store = Store(result.run_url)
+    told = {
+        line["step"]: line["loss"] for line in read_metrics(store) if line["kind"] == "evaluation"
+    }
+    best = min(told, key=lambda step: told[step])
+    assert (
+        result.step < 40
+        and list(told)[-1] == result.step
+        and f"ends early at step {result.step}: loss is no better" in shown
+    )
+    assert list(told).index(result.step) - list(told).index(best) == 2
+    assert result.evaluation_after == told[result.step]
+    again, shown = go(made)
+    assert (
+        again.step == result.step
+        and "where it ended early; raise evaluation.patience to go on" in shown
+    )
+    if best:
+        assert any(name.startswith(f"step-{best:09d}") for name in discovery.committed(store)), (
+            "the best is kept"
+        )
+    longer, _ = go({**made, "evaluation": {**made["evaluation"], "patience": 0}})
+    assert longer.step == 40 and len(discovery.committed(store)) >= 2
+
+
+def test_the_best_is_exported(base, tmp_path):
+    made = document(base, f"run-{uuid4().hex[:8]}", patience=0, at_start=False)
+    made["schedule"]["steps"] = 8
+    result, _ = go(made)
+    told = {
+        line["step"]: line["loss"]
+        for line in read_metrics(Store(result.run_url))
+        if line["kind"] == "evaluation"
+    }
+    best = min(told, key=lambda step: told[step])
+    api.export(result.run_url, str(tmp_path / "best"), best=True)
+    api.export(result.run_url, str(tmp_path / "step"), step=best)
+    assert (tmp_path / "best/model.safetensors").read_bytes() == (
+        tmp_path / "step/model.safetensors"
+    ).read_bytes()
+
+
+def test_epochs_too_are_evaluated(base):
+    made = document(base, f"run-{uuid4().hex[:8]}", patience=0, every_steps=0, every_epochs=1)
+    made["schedule"] = {"epochs": 2}
+    made["checkpoint"] = {"keep_best": 1, "every_steps": 1}
+    made["optimizer"] = {"learning_rate": 1e-3}
+    result, _ = go(made)
+    assert steps(Store(result.run_url)) == [0, result.step // 2, result.step]
+
+
+def test_a_metric_that_is_not_there_is_named(base):
+    made = document(base, f"run-{uuid4().hex[:8]}")
+    made["checkpoint"]["best_by"] = "f1"
+    with pytest.raises(
+        ConfigError,
+        match=r"checkpoint\.best_by=f1: evaluations of task\.name=causal_lm have no such metric; ",
+    ):
+        go(made)
+
+
+def test_best_of_nothing_is_an_error(base, tmp_path):
+    made = document(base, f"run-{uuid4().hex[:8]}", patience=0, every_steps=0, at_end=False)
+    made["checkpoint"] = {"every_steps": 0}
+    made["schedule"]["steps"] = 1
+    result, _ = go(made)
+    with pytest.raises(
+        CheckpointError, match=r"--best: no checkpoint of .* is of a step that was evaluated"
+    ):
+        api.export(result.run_url, str(tmp_path / "x"), best=True)

@@ -1,0 +1,91 @@
+"""Labels of a run: named, or found once in its training data and kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import ConfigError, DataError
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime.bootstrap.labels import KEPT, with_labels
+from dist_ft.storage.filesystem import Store
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """Return a function: rows, task fields -> labels; and the run's store."""
+    store = Store(str(tmp_path / "run"))
+
+    def find(rows, bad_rows="error", **task):
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = load_config(
+            {
+                "run": {"name": "x"},
+                "model": {"path": "m"},
+                "data": {"train": str(tmp_path / "x.jsonl"), "bad_rows": bad_rows},
+                "schedule": {"steps": 1},
+                "batch": {"global_batch": 2, "sequence_length": 32},
+                "task": {"name": "sequence_classification", **task},
+            }
+        )
+        return with_labels(config, store, World(), Collectives()).task.labels
+
+    return find, store
+
+
+def rows(*values):
+    return [{"text": "x", "label": value} for value in values]
+
+
+def test_they_are_found_ordered_and_kept(labels):
+    find, store = labels
+    assert find(rows("no", "yes", "no", "maybe")) == ("maybe", "no", "yes")
+    assert json.loads(store.read(KEPT)) == ["maybe", "no", "yes"]
+    assert find(rows("other", "data")) == ("maybe", "no", "yes"), "a run keeps those it began with"
+
+
+def test_named_ones_stay_as_they_are(labels):
+    find, store = labels
+    assert find(rows("no", "yes"), labels=["yes", "no"]) == ("yes", "no") and not store.exists(KEPT)
+
+
+def test_tags_and_sets(labels):
+    find, _ = labels
+    assert find([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}], name="token_classification") == (
+        "O",
+        "B-X",
+    )
+
+
+def test_sets_of_labels(labels):
+    find, _ = labels
+    assert find(rows(["b", "a"], []), name="multi_label") == ("a", "b")
+
+
+def test_other_tasks_have_none(labels):
+    find, _ = labels
+    assert find(rows("a"), name="masked_lm") == ()
+
+
+def test_too_few_are_refused(labels):
+    find, store = labels
+    with pytest.raises(DataError, match=r"its rows have 1 label \(yes\); at least two are needed"):
+        find(rows("yes", "yes"))
+    assert not store.exists(KEPT)
+
+
+def test_a_row_without_is_refused_or_passed_over(labels):
+    find, _ = labels
+    with pytest.raises(DataError, match=r"row 2: has no column 'label'; there are text"):
+        find([*rows("a"), {"text": "x"}, *rows("b")])
+    assert find([*rows("a"), {"text": "x"}, *rows("b")], bad_rows="skip") == ("a", "b")
+
+
+def test_weights_need_a_label_each(labels):
+    find, _ = labels
+    with pytest.raises(
+        ConfigError, match=r"task\.class_weights: 2 weights and 3 labels \(a, b, c\)"
+    ):
+        find(rows("a", "b", "c"), class_weights=[1, 2])

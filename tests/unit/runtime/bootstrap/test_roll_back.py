@@ -1,0 +1,71 @@
+"""Going back to a checkpoint has an end."""
+
+from __future__ import annotations
+
+from unittest.mock import MagicMock
+
+import pytest
+from unit.small import run_config
+
+from dist_ft.checkpoint.manifest import Progress
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime.bootstrap import training_run
+from dist_ft.training.anomaly import AnomalyError, Judge, RollBack
+from dist_ft.training.components import Parts
+from dist_ft.training.result import Hooks
+
+
+class Diverging:
+    """A run that goes bad some steps after the same checkpoint, whatever is passed over."""
+
+    starts = 0
+
+    def __init__(self, *_) -> None:
+        Diverging.starts += 1
+
+    def run(self):
+        raise RollBack
+
+
+def parts(config, manifest) -> Parts:
+    manager = MagicMock()
+    manager.newest.return_value = manager.load.return_value = manifest
+    return Parts(
+        MagicMock(),
+        MagicMock(),
+        None,
+        manager,
+        None,
+        World(),
+        Collectives(),
+        {},
+        {},
+        Judge(config.anomaly),
+        MagicMock(),
+    )
+
+
+def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
+    monkeypatch.setattr(training_run, "Trainer", Diverging)
+    config, progress = (
+        run_config("runs", anomaly={"most_in_a_row": 3, "action": "rollback"}),
+        Progress(step=8, optimizer_step=8),
+    )
+    manifest = MagicMock(progress=progress, evaluation={})
+    with pytest.raises(
+        AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.most_in_a_row\)"
+    ):
+        training_run._train_on(config, parts(config, manifest), Hooks(), progress, 20, manifest)
+    assert Diverging.starts == 4
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
+    monkeypatch.setattr(training_run, "Trainer", Diverging)
+    config = run_config("runs", anomaly={"action": "rollback"})
+    with pytest.raises(
+        AnomalyError,
+        match="there is no checkpoint yet to go back to; the same command begins again",
+    ):
+        training_run._train_on(
+            config, parts(config, None), Hooks(), Progress(step=0, optimizer_step=0), 20, None
+        )

@@ -1,0 +1,207 @@
+"""What is said before a GPU is taken: every probe by itself, all of them at once, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from dist_ft.config.load import STORED, inspect_config, load_config, resolved_yaml
+from dist_ft.runtime.preflight import check_run
+from dist_ft.storage.filesystem import Store
+
+
+@pytest.fixture
+def base(shared, tmp_path, monkeypatch):
+    """A run all is well with."""
+    for name in ("RAY_ADDRESS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "once upon a time"}) + "\n")
+    return {
+        "run": {"name": "x", "storage": str(tmp_path / "deep" / "runs")},
+        "model": {"path": str(shared("models/stories260k")), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+        "batch": {"global_batch": 64, "sequence_length": 64},
+        "schedule": {"steps": 3},
+    }
+
+
+def lines(base, *overrides):
+    return check_run.check(load_config(base, overrides))
+
+
+def test_nothing_to_say_and_nothing_left_behind(base, tmp_path):
+    assert lines(base) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_folders_that_were_there_stay(base, tmp_path):
+    (tmp_path / "deep" / "runs").mkdir(parents=True)
+    assert lines(base) == []
+    assert list((tmp_path / "deep" / "runs").iterdir()) == []
+
+
+def test_no_such_model_is_said_once(base):
+    assert lines(base, "model.path=/no/model") == [
+        "model.path=/no/model: there is no such folder; give a model folder, an fsspec URL of one, or a hub name such as "
+        "org/name"
+    ]
+
+
+def test_a_sequence_longer_than_the_model_takes(base):
+    path = base["model"]["path"]
+    assert lines(base, "batch.sequence_length=513") == [
+        f"batch.sequence_length=513: longer than the model can take; at most 512 (max_position_embeddings of {path}); "
+        f"shorten it, or choose another model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "tuning={method: partial, last_layers: 6}",
+            "tuning.last_layers=6: the model has 5 layers; give at most as many",
+        ),
+        (
+            "tuning={method: partial, trainable: 'lmhead.*'}",
+            "tuning.trainable=lmhead.*: no weight has such a name; there are",
+        ),
+        (
+            "tuning={method: lora, lora: {targets: q_prj}}",
+            "tuning.lora.targets=['q_prj']: this model can not get such adapters",
+        ),
+        ("tuning={method: lora, lora: {dora: true}}", None),
+    ],
+)
+def test_what_shall_learn_is_looked_for_in_the_model(base, override, said):
+    found = lines(base, override)
+    assert [said is not None and line.startswith(said) for line in found] == [True] * bool(said)
+    if said:
+        assert len(lines(base, override, "model.path=/no/model")) == 1
+
+
+def test_every_source_that_names_nothing(base, tmp_path):
+    found = lines(
+        base,
+        f"data.train=[{tmp_path}/none.jsonl, {tmp_path}/a.jsonl, {tmp_path}/no*.parquet]",
+        f"evaluation.data={tmp_path}/gone.txt",
+    )
+    assert [line.split(": ")[0] for line in found] == [
+        f"data.train={tmp_path}/none.jsonl",
+        f"data.train={tmp_path}/no*.parquet",
+        f"evaluation.data={tmp_path}/gone.txt",
+    ]
+
+
+def test_a_shard_named_twice_by_two_sources(base, tmp_path):
+    found = lines(base, f"data.train=[{tmp_path}/a.jsonl, {tmp_path}/*.jsonl]")
+    assert found == [
+        f"data.train: the shard {tmp_path}/a.jsonl is named twice; each sample counts once an epoch; remove "
+        "the source that overlaps"
+    ]
+
+
+def test_storage_that_can_not_be_written(base, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (found,) = lines(base, f"run.storage={tmp_path}/file")
+    assert found.startswith(f"run.storage={tmp_path}/file: {tmp_path}/file/x/.probe-")
+    assert "can not write it" in found
+    assert (
+        check_run.check(load_config(base, [f"run.storage={tmp_path}/file"]), write_storage=False)
+        == []
+    )
+
+
+def test_an_older_run_of_that_name(base, tmp_path):
+    store = Store(load_config(base).run_url)
+    store.write(STORED, resolved_yaml(load_config(base)).encode())
+    assert lines(base, "cluster.workers=2", "optimizer.learning_rate=1e-3") == []
+    assert lines(base, "run.seed=3") == [
+        "run.seed=3: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, or "
+        "choose another run.name"
+    ]
+    assert store.list() == ["run.yaml"]
+
+
+def test_more_cpus_than_this_machine_has(base, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert lines(base, "cluster.workers=3") == [
+        "cluster.workers=3: needs 3 × 1 CPUs (cluster.cpus_per_worker), and this machine has 2; use fewer workers or "
+        "CPUs a worker, or set cluster.address to a larger Ray cluster"
+    ]
+    assert lines(base, "cluster.workers=3", "cluster.cpus_per_worker=0.5") == []
+    assert lines(base, "cluster.workers=2..3", "checkpoint.every_steps=2") == [], (
+        "an elastic run takes what there is"
+    )
+    assert lines(base, "cluster.workers=3", "cluster.address=auto") == [], (
+        "another machine's business"
+    )
+
+
+def test_gpus_that_are_not_there(base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert lines(base, "cluster.gpus_per_worker=1") == []
+    assert lines(base, "cluster.gpus_per_worker=1", "cluster.workers=2") == [
+        "cluster.gpus_per_worker=1: 2 GPUs are needed, and this machine has 1 that torch can use; set it to 0 to run on "
+        "CPUs, or set cluster.address to a Ray cluster with GPUs"
+    ]
+
+
+def test_of_torchruns_ranks_only_those_of_this_machine_count(base, monkeypatch):
+    """Two nodes of four processes each."""
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    many = ["cluster.workers=8", "cluster.gpus_per_worker=1"]
+    assert lines(base, *many) == []
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [line[:68] for line in lines(base, *many)] == [
+        "cluster.gpus_per_worker=1: 4 GPUs are needed, and this machine has 2"
+    ], "whatever RAY_ADDRESS says"
+
+
+def test_storage_that_makes_a_file_twice(base, monkeypatch):
+    """An S3 server that does not know If-None-Match: nothing would keep an older start from committing."""
+    monkeypatch.setattr(
+        Store, "create", lambda self, path, content: (self.write(path, content), True)[1]
+    )
+    (found,) = lines(base)
+    assert "storage with conditional writes (If-None-Match) is needed" in found
+    assert not os.path.exists(base["run"]["storage"]), "nothing left behind"
+
+
+def test_all_at_once(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    (tmp_path / "file").write_text("in the way")
+    found = lines(
+        base,
+        "model.path=/no/model",
+        "data.train=/none.jsonl",
+        "evaluation.data=/gone.jsonl",
+        f"run.storage={tmp_path}/file",
+        "cluster.workers=50",
+    )
+    assert [line.split("=")[0] for line in found] == [
+        "model.path",
+        "data.train",
+        "evaluation.data",
+        "cluster.workers",
+        "run.storage",
+    ]
+
+
+def test_a_config_with_broken_fields_is_probed_as_far_as_it_goes(base):
+    config, problems, _ = inspect_config(
+        base, ["batch.sequence_length=x", "model.path=/no/model", "run.name=NO"]
+    )
+    assert len(problems) == 2
+    assert [line.split("=")[0] for line in check_run.check(config, whole=False)] == ["model.path"]

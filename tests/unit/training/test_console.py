@@ -1,0 +1,105 @@
+"""What a person sees, on a terminal and in a log file."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from dist_ft.training.console import Console, duration, progress_line, table
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_in_a_file_every_line_stays():
+    stream = io.StringIO()
+    console = Console(stream)
+    for text in ("step 1", "step 2"):
+        console.progress(text)
+    console.say("done")
+    assert stream.getvalue() == "step 1\nstep 2\ndone\n"
+
+
+def test_on_a_terminal_progress_replaces_itself():
+    stream = Terminal()
+    console = Console(stream)
+    for text in ("step 1", "step 2"):
+        console.progress(text)
+    console.say("done")
+    console.say("bye")
+    console.progress("step 3")
+    console.close()
+    console.close()
+    assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\ndone\nbye\n\r\x1b[2Kstep 3\n"
+
+
+def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Console(stream).say("2 × 3")
+    assert raw.getvalue() == b"2 ? 3\n"
+
+
+def test_a_reader_that_left_does_not_end_the_run():
+    """`dist-ft train ... | head -2`: what is written in vain must neither raise nor change the exit code."""
+    program = (
+        "import sys, time\nfrom dist_ft.training.console import Console\nconsole = Console()\n"
+        "console.say('first')\nsys.stdin.read()\n"
+        "for _ in range(3): console.say('more'); console.progress('step'); console.close()\n"
+        "sys.stderr.write('trained on')"
+    )
+    ran = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert ran.stdin and ran.stdout and ran.stderr
+    assert ran.stdout.readline() == "first\n"
+    ran.stdout.close()
+    ran.stdin.close()
+    assert ran.stderr.read() == "trained on"
+    assert ran.wait() == 0
+    ran.stderr.close()
+
+
+def test_by_default_it_is_standard_output(capsys):
+    Console().say("here")
+    assert capsys.readouterr().out == "here\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (-5, "0:00:00"), (360000, "100:00:00")],
+)
+def test_duration(seconds, want):
+    assert duration(seconds) == want
+
+
+def test_progress_line():
+    values = {
+        "loss": 1.23456,
+        "learning_rate": 2e-5,
+        "grad_norm": 0.987,
+        "tokens_per_s": 12345.6,
+        "step_s": 0.5,
+    }
+    assert progress_line(7, 120, values, 56.5) == (
+        "step   7/120  loss 1.2346  lr 2.00e-05  grad 0.99  12,346 tok/s  0.50 s/step  left 0:00:56"
+    )
+    assert "grad nan" in progress_line(7, 120, {**values, "grad_norm": float("nan")}, 0)
+
+
+def test_table():
+    text = table("run x", [("model", "a/b"), ("long", "word " * 40)])
+    lines = text.splitlines()
+    assert lines[0].strip() == "run x" and any("model" in line and "a/b" in line for line in lines)
+    assert max(len(line) for line in lines) <= 100 and text.count("word") == 40

@@ -1,0 +1,142 @@
+"""metrics.jsonl always tells one history, in JSON that every reader takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+
+import pytest
+
+from dist_ft.core.errors import StorageError
+from dist_ft.storage.filesystem import Store
+from dist_ft.training import metrics_log as module
+from dist_ft.training.metrics_log import MetricsLog, read_metrics
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return Store(str(tmp_path / "run"))
+
+
+def steps(store: Store) -> list[tuple[int, str]]:
+    return [(line["step"], line["kind"]) for line in read_metrics(store)]
+
+
+def test_on_resume_lines_after_the_checkpoint_are_dropped(store):
+    first = MetricsLog(store, [], 1, False)
+    first.add(0, "evaluation", {"loss": 3.0})
+    for step in range(1, 6):
+        first.add(step, "train", {"loss": 1.0 / step})
+    first.add(4, "evaluation", {"loss": 2.0})
+    first.close()
+    second = MetricsLog(store, read_metrics(store, 3), 2, False)
+    second.add(4, "train", {"loss": 9.0})
+    second.close()
+    assert steps(store) == [
+        (0, "evaluation"),
+        (1, "train"),
+        (2, "train"),
+        (3, "train"),
+        (4, "train"),
+    ]
+    assert read_metrics(store)[-1] == {"step": 4, "kind": "train", "loss": 9.0}
+
+
+def test_a_run_that_starts_again_from_nothing_keeps_nothing(store):
+    log = MetricsLog(store, [], 1, False)
+    log.add(0, "evaluation", {"loss": 3.0})
+    log.close()
+    assert read_metrics(store, 0) == []
+    assert read_metrics(Store(store.full("elsewhere"))) == []
+
+
+def test_what_is_no_number_is_null(store):
+    log = MetricsLog(store, [], 1, False)
+    log.add(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "step_s": 1.0})
+    log.close()
+    text = store.read("metrics.jsonl").decode()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "kind": "train",
+        "loss": None,
+        "grad_norm": None,
+        "step_s": 1.0,
+    }
+
+
+def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
+    log = MetricsLog(store, [], 1, False)
+    log.add(1, "train", {"loss": 1.0})
+    assert not store.exists("metrics.jsonl")
+    log.flush().result()
+    assert steps(store) == [(1, "train")]
+    monkeypatch.setattr(module, "FLUSH_S", 0.0)
+    log.flush().result()
+    log._next_s = 0.0
+    log.add(2, "train", {"loss": 1.0})
+    log._flushes.result()
+    assert steps(store) == [(1, "train"), (2, "train")]
+
+
+def test_training_does_not_wait_for_storage(store, monkeypatch):
+    gate, real = threading.Event(), Store.write
+    monkeypatch.setattr(
+        Store, "write", lambda self, path, content: (gate.wait(20), real(self, path, content))[1]
+    )
+    log = MetricsLog(store, [], 1, False)
+    log.add(1, "train", {"loss": 1.0})
+    first = log.flush()
+    while not first.running():
+        time.sleep(0.001)
+    log.add(2, "train", {"loss": 1.0})
+    second, third = log.flush(), log.flush()
+    assert second is third is not first and not first.done()
+    gate.set()
+    second.result()
+    assert steps(store) == [(1, "train"), (2, "train")]
+
+
+def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(store, [], 3, True)
+    log.add(1, "train", {"loss": 2.0})
+    log.add(2, "train", {"loss": 1.5})
+    log.close()
+    (name,) = store.list("tensorboard/attempt-0003")
+    events = EventAccumulator(store.full(f"tensorboard/attempt-0003/{name}")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 2.0),
+        (2, 1.5),
+    ]
+    assert os.listdir(tmp_path) == ["run"]  # nothing temporary is left
+
+
+def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    log = MetricsLog(store, [], 1, False)
+    log.add(1, "train", {"loss": 1.0})
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        log.flush().result()
+    assert caplog.messages[0].startswith(
+        f"metrics were not written: {tmp_path}/run/metrics.jsonl: can not write it ("
+    )
+    os.remove(tmp_path / "run")
+    log.close()
+    assert steps(store) == [(1, "train")]
+
+
+@pytest.mark.parametrize("content", [b"{broken\n", b'{"loss": 1}\n', b"[1]\n", b"\xff\n"])
+def test_a_file_that_is_not_ours_is_not_overwritten(store, content):
+    store.write("metrics.jsonl", content)
+    with pytest.raises(
+        StorageError,
+        match=r"metrics\.jsonl: not a file of metrics \(.*\); lines of JSON with a step are "
+        "allowed; move it away",
+    ):
+        read_metrics(store, 3)

@@ -1,0 +1,80 @@
+"""What minimum risk training draws: by seed, step, lane and row only; a run gone on with equals one that never stopped."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import history
+import pytest
+import tiny
+import tiny_tasks
+
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import ConfigError
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime import local
+from dist_ft.runtime.bootstrap import build_model
+from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.storage.filesystem import Store
+from dist_ft.training.minimum_risk import MinimumRisk
+
+RISK = {
+    "objective": "minimum_risk",
+    "risk": {"candidates": 2, "max_new_tokens": 6, "metric": "token_error_rate", "alpha": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_tasks.base(tiny.base(tmp_path_factory.mktemp("risk"), samples=40))
+
+
+def document(base, task: str, name: str, steps: int, **fields):
+    made = (
+        tiny.config(base, name, task=RISK, data={"pack": False}, **fields)
+        if task == "causal_lm"
+        else tiny_tasks.config(base, task, name, task=dict(RISK), **fields)
+    )
+    made["schedule"] = {"name": "constant", "steps": steps}
+    return made
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_a_run_gone_on_with_has_the_losses_of_one_that_never_stopped(base, task):
+    made = document(base, task, "x", 6)
+    for name, steps in (("whole", 6), ("cut", 4), ("cut", 6)):
+        made["run"]["name"], made["schedule"]["steps"] = f"{task[:3]}-{name}", steps
+        local.run(load_config(made))
+    runs = [base / "runs" / f"{task[:3]}-{name}" for name in ("whole", "cut")]
+    assert history.losses(runs[0]) == history.losses(runs[1]) and len(history.losses(runs[0])) == 6
+
+
+def test_what_a_lane_draws_knows_no_other_lane(base):
+    config = load_config(document(base, "causal_lm", "x", 2))
+    data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
+    module, engine, _ = build_model.open_engine(config, World(), False, data.tokenizer)
+    risk, batches = MinimumRisk.of(config, data.tokenizer), data.training.batches(0, range(5))
+
+    def drawn(lanes, step=0):
+        found, count = risk.prepare(
+            [batches[lane] for lane in lanes], step, engine, Collectives(), lambda: None
+        )
+        assert count == sum(len(batches[lane].pieces) for lane in lanes)
+        return [(one.input_ids.tolist(), one.risks.tolist()) for one in found]
+
+    every = drawn(range(5))
+    assert [drawn([lane])[0] for lane in range(5)] == every
+    assert drawn(range(5), step=1) != every
+    assert all(risks[0] == 0 for _, risks in every) and any(max(risks) > 0.5 for _, risks in every)
+    assert module.training, "dropout is on again"
+    data.close()
+
+
+def test_a_prompt_without_room_is_refused_in_one_line(base):
+    made = document(base, "causal_lm", "long", 2)
+    made["task"] = {**RISK, "risk": {"max_new_tokens": 60}}
+    with pytest.raises(
+        ConfigError,
+        match=r"max_new_tokens=60: the model has 64 places and the longest prompt \d+ tokens; ",
+    ):
+        local.run(load_config(made))

@@ -1,0 +1,124 @@
+"""What was told of batches becomes what was told of samples, whoever saw them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dist_ft.config.schema import TaskSection
+from dist_ft.core.world import Collectives
+from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.encoding import answer_spans
+from dist_ft.training.prediction_collector import Scorer, best_span
+
+
+def task(name: str, *labels: str) -> TaskSection:
+    return TaskSection.model_validate({"name": name, "labels": labels})
+
+
+def batch(labels: list[list[int]], samples: list[int], sizes: list[int], first: int = 0) -> Batch:
+    pieces = np.array(
+        [[sample, first, size, 0] for sample, size in zip(samples, sizes, strict=True)]
+    )
+    targets = np.array(labels, np.int64)
+    return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), pieces, 0)
+
+
+def wanted(last: int, begin: int = 1, tail: int = 0) -> int:
+    return answer_spans.pack(answer_spans.Span(last, begin, tail))
+
+
+def test_an_answer_lies_in_the_context():
+    """A model that points at the question, or at what ends the window, has said nothing of the context."""
+    scorer, told = Scorer(task("question_answering")), np.full((1, 8, 2), -5.0)
+    told[0, 2] = 9  # in the question
+    told[0, 7] = 8  # the last separator
+    told[0, 4, 0], told[0, 5, 1] = 3, 3
+    scorer.add(batch([[IGNORED] * 4 + [wanted(5, 4, 1)] + [IGNORED] * 3], [0], [8]), told)
+    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
+    assert scorer._rows[0][3][:2] == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        answer_spans.Span(0, 0, 0),
+        answer_spans.Span(16383, 16383, 7),
+        answer_spans.Span(5, 16000, 1),
+    ],
+)
+def test_spans_are_packed_into_an_int32(span):
+    number = answer_spans.pack(span)
+    assert answer_spans.unpack(int(np.int32(number))) == span and number >= 0
+    assert answer_spans.last_of(np.array([number])).tolist() == [span.last]
+
+
+def test_padding_never_counts():
+    scorer = Scorer(task("token_classification", "O", "B-x"))
+    told = np.zeros((2, 4, 2))
+    told[0, 1, 1] = 1
+    told[:, 3, 1] = 1  # in the padding of the first row
+    scorer.add(batch([[IGNORED, 1, IGNORED, IGNORED], [IGNORED, 0, 0, 1]], [0, 1], [3, 4]), told)
+    assert scorer.scores(Collectives())["accuracy"] == 1
+
+
+def test_samples_of_two_workers_are_scored_once_in_order():
+    class Two(Collectives):
+        def all_gather(self, value):
+            return [value, other]
+
+    section = task("regression")
+    mine, theirs = Scorer(section), Scorer(section)
+    bits = [int(np.float32(value).view(np.int32)) for value in (1.0, 2.0, 3.0)]
+    mine.add(batch([[bits[2]]], [2], [1]), np.array([3.0]))
+    theirs.add(batch([[bits[0]], [bits[1]]], [0, 1], [1, 1]), np.array([1.0, 3.0]))
+    other = theirs._rows
+    assert mine.scores(Two())["mse"] == pytest.approx(1 / 3)
+
+
+def test_spans_are_ordered_and_bounded():
+    logits = np.full((100, 2), -5.0)
+    logits[3, 0], logits[5, 1] = 4, 4
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
+    logits[1, 1] = 9  # ends before it starts
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
+    logits[99, 1] = 9  # too long
+    assert best_span(logits, 1, 100)[:2] == (3, 5)
+    logits[0] = 6
+    assert best_span(logits, 1, 100)[:2] == (0, 0), "no answer is likelier"
+
+
+def test_of_the_windows_of_a_question_the_best_counts():
+    scorer = Scorer(task("question_answering"))
+    told = np.full((2, 4, 2), -5.0)
+    told[0, 1], told[1, 2] = 1, 4
+    scorer.add(
+        batch(
+            [[wanted(0), IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, wanted(2), IGNORED]],
+            [7, 7],
+            [4, 4],
+        ),
+        told,
+    )
+    scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
+    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_nothing_to_score():
+    assert Scorer(task("masked_lm")).scores(Collectives()) == {}
+
+
+def test_an_answer_in_what_two_windows_share_is_right_in_either():
+    scorer = Scorer(task("question_answering"))
+    told = np.full((2, 4, 2), -5.0)
+    told[0, 3], told[1, 1] = 2, 4
+    scorer.add(
+        batch(
+            [[IGNORED, IGNORED, IGNORED, wanted(3)], [IGNORED, wanted(1), IGNORED, IGNORED]],
+            [7, 7],
+            [4, 4],
+        ),
+        told,
+    )
+    scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
+    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}

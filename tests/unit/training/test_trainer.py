@@ -1,0 +1,489 @@
+"""The loop over real parts: a small model, real data, checkpoints on disk; failures are real ones too."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from uuid import uuid4
+
+import history
+import numpy as np
+import pytest
+import tiny
+
+from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.manager import CheckpointManager
+from dist_ft.checkpoint.manifest import Progress
+from dist_ft.config.load import load_config
+from dist_ft.core.errors import Interrupted, StorageError
+from dist_ft.core.world import Collectives, World
+from dist_ft.data.sampling.shuffle import mix
+from dist_ft.engine import schedule
+from dist_ft.engine.torch_engine import TorchEngine
+from dist_ft.runtime.bootstrap import build_model, training_run
+from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.storage.filesystem import Store
+from dist_ft.training.anomaly import Judge
+from dist_ft.training.components import Parts
+from dist_ft.training.console import Console
+from dist_ft.training.evaluation import evaluate
+from dist_ft.training.metrics_log import MetricsLog, read_metrics
+from dist_ft.training.result import Hooks, Result
+from dist_ft.training.trainer import Trainer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("trainer"), 60)
+
+
+@dataclass
+class Run:
+    """One run, started as often as a test likes."""
+
+    base: Path
+    name: str
+    changes: dict = field(default_factory=dict)
+
+    def document(self) -> dict:
+        held = {"data": str(self.base / "data" / "shard-0.jsonl"), "max_samples": 13}
+        changes = {
+            "schedule": {"epochs": None, "steps": STEPS},
+            "checkpoint": {"every_steps": 2, "background": False},
+            "evaluation": held,
+        }
+        for section, fields in self.changes.items():
+            changes[section] = {**changes.get(section, {}), **fields}
+        return tiny.config(self.base, self.name, **changes)
+
+    @property
+    def store(self) -> Store:
+        return Store(str(self.base / "runs" / self.name))
+
+    def go(self, **hooks) -> tuple[Result, str]:
+        """Train from the newest checkpoint on; return the result and what the console showed."""
+        config, stream = load_config(self.document()), io.StringIO()
+        attempt = discovery.begin_attempt(self.store, 1)
+        data = open_data(config, self.store, World(), Collectives())
+        manager = CheckpointManager(
+            self.store,
+            config.checkpoint,
+            World(),
+            Collectives(),
+            attempt,
+            training_run.node_tier(config, self.store, World(), Collectives()),
+        )
+        manifest = manager.newest()
+        module, engine, _ = build_model.open_engine(
+            config, World(), manifest is not None, data.tokenizer
+        )
+        if manifest:
+            manifest = manager.load(manifest, engine, build_model.tensors(module))
+        progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
+        metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
+        parts = Parts(
+            engine,
+            data.training,
+            data.evaluation,
+            manager,
+            metrics,
+            World(),
+            Collectives(),
+            build_model.tensors(module),
+            build_model.aliases(module),
+            Judge(config.anomaly),
+            self.store,
+        )
+        trainer = Trainer(
+            config,
+            parts,
+            Hooks(console=Console(stream), **hooks),
+            progress,
+            data.training.plan.total_steps(config.schedule),
+            manifest.evaluation if manifest else {},
+        )
+        try:
+            return trainer.run(), stream.getvalue()
+        finally:
+            metrics.close()
+
+    def ledger(self) -> np.ndarray:
+        newest = discovery.newest(self.store, World(), Collectives())
+        return read_ledger(self.store, newest)
+
+
+@pytest.fixture
+def run(base):
+    return Run(base, f"run-{uuid4().hex[:8]}")
+
+
+@pytest.fixture(scope="module")
+def straight(base) -> tuple[list[float], np.ndarray, Result, str]:
+    """Losses, ledger, result and console of a run that nothing happens to."""
+    whole = Run(base, "straight")
+    result, shown = whole.go()
+    return history.losses(whole.store.url), whole.ledger(), result, shown
+
+
+def clock(*events):
+    """Return a should_stop that runs `events[i]` before step i (counted from 0) and stops where one returns True."""
+    step = iter(range(10**6))
+    return lambda: bool((dict(enumerate(events)).get(next(step)) or (lambda: False))())
+
+
+def stop() -> bool:
+    return True
+
+
+def nothing() -> bool:
+    return False
+
+
+def test_a_run_to_its_end(base, straight):
+    losses, ledger, result, shown = straight
+    assert (result.step, result.total_steps, len(losses)) == (STEPS, STEPS, STEPS)
+    assert result.loss == losses[-1] < losses[0]
+    assert result.checkpoint == str(
+        base / "runs" / "straight" / "checkpoints" / "step-000000006-a0001"
+    )
+    lines = shown.splitlines()
+    assert lines[0] == (
+        f"held-out loss at step 0: {result.evaluation_before:.4f} "
+        f"(perplexity {np.exp(result.evaluation_before):.2f})"
+    )
+    assert re.fullmatch(
+        r"step 1/6  loss \d\.\d{4}  lr \d\.\d\de-\d\d  grad \d+\.\d\d  [\d,]+ tok/s  \d+\.\d\d s/step  "
+        r"left \d:\d\d:\d\d",
+        lines[1],
+    )
+    assert lines[-1].startswith(f"held-out loss at step 6: {result.evaluation_after:.4f}")
+    assert sorted(set(ledger[:, 0])) == list(range(STEPS))
+
+
+def test_metrics_follow_schedule_and_plan(base, straight):
+    config = load_config(Run(base, "straight").document())
+    lines = [line for line in read_metrics(Run(base, "straight").store) if line["kind"] == "train"]
+    rates = [
+        config.optimizer.learning_rate * schedule.factor(config.schedule, step, STEPS)
+        for step in range(STEPS)
+    ]
+    assert [line["learning_rate"] for line in lines] == rates
+    manifest = discovery.newest(Run(base, "straight").store, World(), Collectives())
+    assert (
+        sum(line["num_target_tokens"] for line in lines) == manifest.progress.num_target_tokens > 0
+    )
+    assert manifest.progress.num_tokens == straight[1][:, 5].sum()
+    assert manifest.progress.optimizer_step == STEPS
+
+
+@pytest.mark.parametrize("at", range(1, STEPS))
+def test_a_request_to_stop_saves_and_the_same_command_goes_on(run, straight, at):
+    with pytest.raises(Interrupted) as caught:
+        run.go(should_stop=clock(*[nothing] * (at - 1), stop))
+    where = run.store.full(f"checkpoints/step-{at:09d}-a0001")
+    assert str(caught.value) == (
+        f"stopped at step {at} of {STEPS} as asked; it is saved as {where}; the same command goes "
+        "on from there"
+    )
+    result, _ = run.go()
+    losses, ledger, unbroken, _ = straight
+    assert history.losses(run.store.url) == losses  # to the last bit, dropout included
+    assert np.array_equal(run.ledger(), ledger)
+    assert replace(result, run_url="", checkpoint="") == replace(
+        unbroken, run_url="", checkpoint=""
+    )
+
+
+def test_a_request_to_stop_at_the_last_step_changes_nothing(run):
+    assert run.go(should_stop=clock(*[nothing] * (STEPS - 1), stop))[0].step == STEPS
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_wish_to_save_commits_that_step_at_once_and_changes_nothing_else(
+    run, straight, background
+):
+    run.changes["checkpoint"] = {"every_steps": 4, "background": background, "keep_last": 9}
+    told, answered = [], []
+    run.go(
+        should_save=clock(nothing, nothing, stop, nothing, stop),
+        saved=lambda: answered.append(told[-1]),
+        committed=lambda url, metrics: told.append(metrics["step"]),
+    )
+    assert told == [3, 4, 5, 6] and answered == [3, 5], "answered when committed, not when begun"
+    assert history.losses(run.store.url) == straight[0]
+    assert np.array_equal(run.ledger(), straight[1])
+
+
+def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
+    block, free = blocker(run.store)
+    answered = []
+    result, _ = run.go(
+        should_save=clock(block, lambda: True, free), saved=lambda: answered.append(True)
+    )
+    assert (
+        result.step == STEPS
+        and answered == [True]
+        and "no checkpoint at step 2, training goes on" in caplog.text
+    )
+
+
+def blocker(store: Store):
+    """Return (block, free): while blocked, nothing can be written below checkpoints/."""
+    folder, aside = Path(store.full("checkpoints")), Path(store.full("aside"))
+
+    def block() -> bool:
+        if folder.exists():
+            folder.rename(aside)
+        folder.write_text("no folder")
+        return False
+
+    def free() -> bool:
+        folder.unlink()
+        if aside.exists():
+            aside.rename(folder)
+        return False
+
+    return block, free
+
+
+def test_a_save_that_fails_mid_run_keeps_its_rows_for_the_next(run, straight, caplog):
+    block, free = blocker(run.store)
+    told = []
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        run.go(
+            should_stop=clock(block, nothing, free),
+            committed=lambda url, metrics: told.append(metrics["step"]),
+        )
+    said = [text.split(":")[0] for text in caplog.messages]
+    assert said == [
+        "checkpoint step-000000002-a0001 was not removed",
+        "no checkpoint at step 2, training goes on",
+    ]
+    assert f"{run.store.url}/checkpoints/step-000000002-a0001/" in caplog.text
+    assert told == [4.0, 6.0]
+    assert np.array_equal(run.ledger(), straight[1])
+    assert history.losses(run.store.url) == straight[0]
+
+
+def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run, caplog):
+    block, free = blocker(run.store)
+    with pytest.raises(Interrupted) as caught:
+        run.go(should_stop=clock(nothing, nothing, lambda: block() or True))
+    assert str(caught.value) == (
+        "stopped at step 3 of 6 as asked; storage failed and nothing is saved at this step (the log says why); the same "
+        "command goes on from the checkpoint before"
+    )
+    free()
+    assert discovery.newest(run.store, World(), Collectives()).progress.step == 2
+
+
+def test_the_last_save_must_not_fail(run):
+    block, _ = blocker(run.store)
+    with pytest.raises(
+        StorageError, match=r"checkpoints/step-000000006-a0001/\S+: can not write it"
+    ):
+        run.go(should_stop=clock(*[nothing] * (STEPS - 1), block))
+
+
+def test_what_is_told_of_commits(run, straight):
+    told = []
+    run.go(committed=lambda url, metrics: told.append((url, metrics)))
+    assert [url.rsplit("/", 1)[1] for url, _ in told] == [
+        f"step-{step:09d}-a0001" for step in (2, 4, 6)
+    ]
+    assert [metrics["loss"] for _, metrics in told] == [
+        straight[0][1],
+        straight[0][3],
+        straight[0][5],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("busy", "said", "steps"),
+    [
+        (
+            "wait",
+            r"the save at step {} waited \d+\.\d s for the one before; checkpoint.every_steps=1 is shorter than a save takes",
+            range(1, 7),
+        ),
+        (
+            "skip",
+            "no checkpoint at step {}: the one before is still being written; checkpoint.every_steps=1 is shorter than a "
+            "save takes",
+            (1, 6),
+        ),
+    ],
+)
+def test_saves_in_the_background_never_pile_up(
+    base, straight, monkeypatch, caplog, busy, said, steps
+):
+    seconds = {"wait": 0.3, "skip": 3.0}[
+        busy
+    ]  # six steps take longer than the one, not than the other
+    monkeypatch.setattr(
+        Store,
+        "write",
+        lambda self, path, content, real=Store.write: (
+            time.sleep(seconds if path.endswith(".safetensors") else 0),
+            real(self, path, content),
+        )[1],
+    )
+    changes = {"every_steps": 1, "background": True, "when_busy": busy, "keep_last": 9}
+    run, told = Run(base, f"busy-{busy}", {"checkpoint": changes}), []
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        run.go(committed=lambda url, metrics: told.append((metrics["step"], metrics["loss"])))
+    assert history.losses(run.store.url) == straight[0]
+    assert np.array_equal(run.ledger(), straight[1])
+    assert told == [(float(step), straight[0][step - 1]) for step in steps]
+    assert len(caplog.messages) == 4
+    assert all(
+        re.fullmatch(said.format(step), text)
+        for step, text in zip(range(2, 6), caplog.messages, strict=True)
+    )
+    assert [manifests.parse_folder(name)[0] for name in discovery.committed(run.store)] == list(
+        reversed(steps)
+    )
+
+
+def test_a_background_save_that_fails_keeps_its_rows_for_the_next(
+    run, straight, caplog, monkeypatch
+):
+    def write(self, path, content, real=Store.write):
+        if "step-000000002" in self.url and path.endswith(".safetensors"):
+            raise StorageError("no room")
+        real(self, path, content)
+
+    monkeypatch.setattr(Store, "write", write)
+    run.changes["checkpoint"] = {"background": True}
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        run.go()
+    assert "no checkpoint at step 2, training goes on: no room" in caplog.messages
+    assert (
+        np.array_equal(run.ledger(), straight[1]) and history.losses(run.store.url) == straight[0]
+    )
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straight, background):
+    run = Run(
+        base,
+        f"tiers-{background}".lower(),
+        {
+            "checkpoint": {
+                "every_steps": 4,
+                "node_folder": str(tmp_path),
+                "node_every_steps": 1,
+                "background": background,
+                "when_busy": "wait",
+            }
+        },
+    )
+    progressed = []
+    with pytest.raises(RuntimeError, match="killed"):
+        run.go(should_stop=clock(nothing, nothing, killed), progressed=lambda: progressed.append(1))
+    assert discovery.committed(run.store) == [] and progressed
+    calls: list[int] = []
+    run.go(should_stop=lambda: bool(calls.append(1)))
+    assert len(calls) < STEPS, "it went on from the node"
+    assert history.losses(run.store.url) == straight[0] and np.array_equal(
+        run.ledger(), straight[1]
+    )
+    steps = [line["step"] for line in read_metrics(run.store) if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def killed() -> bool:
+    raise RuntimeError("killed")
+
+
+def test_auto_saves_as_often_as_it_pays(base, straight):
+    """An expected failure every 20 ms asks for a save after the first step; one every 3 hours for none in six steps."""
+    often = Run(
+        base,
+        "often",
+        {"checkpoint": {"every_steps": "auto", "failure_interval_s": 0.02, "keep_last": 9}},
+    )
+    often.go()
+    rarely = Run(base, "rarely", {"checkpoint": {"every_steps": "auto", "keep_last": 9}})
+    rarely.go()
+    assert len(discovery.committed(often.store)) >= 2
+    assert discovery.committed(rarely.store) == ["step-000000006-a0001"]
+    for run in (often, rarely):
+        assert history.losses(run.store.url) == straight[0] and np.array_equal(
+            run.ledger(), straight[1]
+        )
+
+
+def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
+    quiet = Run(
+        base,
+        "quiet",
+        {
+            "checkpoint": {"every_steps": 0, "at_end": False},
+            "log": {"every_steps": 4},
+            "evaluation": {"at_start": False, "at_end": False, "every_steps": 3},
+        },
+    )
+    result, _ = quiet.go()
+    assert discovery.committed(quiet.store) == [] and result.checkpoint is None
+    assert (result.evaluation_before, result.evaluation_after) == (None, None)
+    assert [(line["step"], line["kind"]) for line in read_metrics(quiet.store)] == [
+        (3, "evaluation"),
+        (4, "train"),
+        (6, "train"),
+        (6, "evaluation"),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monkeypatch):
+    """Ranks are asked one by one, each giving its own share; together they are the whole, in equally many calls."""
+    run = Run(base, "straight")
+    config = load_config(run.document())
+    loader = open_data(config, run.store, World(), Collectives()).evaluation
+    _, engine, _ = build_model.open_engine(config, World(), False, None)
+    calls: list[int] = []
+    whole = evaluate(engine, loader, config.num_lanes, World(), Collectives())
+    loss_sum = engine.loss_sum
+    monkeypatch.setattr(
+        engine, "loss_sum", lambda batch: (calls.append(batch.lane), loss_sum(batch))[1]
+    )
+    total, count, per_rank = 0.0, 0.0, []
+    for rank in range(size):
+        calls.clear()
+        values = evaluate(engine, loader, config.num_lanes, World(rank, size), Collectives())
+        total, count = (
+            total + values["loss"] * values["num_target_tokens"],
+            count + values["num_target_tokens"],
+        )
+        per_rank.append(len(calls))
+    assert len(set(per_rank)) == 1  # the same number of calls on every rank, or ZeRO-3 hangs
+    assert (
+        loader.index.num_samples == 13
+        and count == loader.index.total("num_targets") == whole["num_target_tokens"]
+    )
+    assert total / count == pytest.approx(whole["loss"], rel=1e-6)
+    assert whole["perplexity"] == pytest.approx(np.exp(whole["loss"]))
+
+
+def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        TorchEngine,
+        "accumulate",
+        lambda self, batches, seeds, *rest, real=TorchEngine.accumulate: (
+            seen.append(tuple(seeds)),
+            real(self, batches, seeds, *rest),
+        )[1],
+    )
+    Run(base, "seeds").go()
+    assert seen == [tuple(mix(11, step, lane) for lane in range(5)) for step in range(STEPS)]
+    assert len({seed for seeds in seen for seed in seeds}) == 5 * STEPS

@@ -1,0 +1,134 @@
+"""What a search keeps of its trials, and what it makes of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dist_ft.config.search import Search, SearchSection
+from dist_ft.core.errors import ConfigError
+from dist_ft.storage.filesystem import Store
+from dist_ft.workflows import ray_tune, search_report
+from dist_ft.workflows.search import (
+    Journal,
+)
+from dist_ft.workflows.trial import (
+    ENDED,
+    Trial,
+)
+
+DOCUMENT = {
+    "model": {"path": "m"},
+    "data": {"train": "a"},
+    "batch": {"global_batch": 4, "sequence_length": 8},
+    "schedule": {"steps": 9},
+    "evaluation": {"data": "b", "every_steps": 3},
+}
+
+
+def made(folder, document=None, **fields) -> Search:
+    section = SearchSection.model_validate(
+        {
+            "name": "find",
+            "search": "grid",
+            "space": {"optimizer.learning_rate": [1e-3, 1e-4]},
+            **fields,
+        }
+    )
+    return Search(section, {**DOCUMENT, **(document or {}), "run": {"storage": str(folder)}}, ())
+
+
+def journal(folder, search=None) -> Journal:
+    search = search or made(folder)
+    return Journal(
+        Store(f"{folder}/find"), search, search.config(search.section.point(0)), lambda text: None
+    )
+
+
+def test_what_trials_report_is_kept_and_read_again(tmp_path):
+    first = journal(tmp_path)
+    for number in (0, 1, 2):
+        first.began(number, {"optimizer.learning_rate": 0.1 * number})
+    for step, value in ((3, 0.9), (6, 0.7), (6, 0.7)):  # Ray Tune says the last once more
+        first.reported(0, step, value)
+    Store(f"{tmp_path}/find-t0").write(ENDED, b'{"step": 9}')
+    Store(f"{tmp_path}/find-t2").write(ENDED, b'{"error": "no such file"}')
+    first.ended(0, failed=False)
+    first.ended(1, failed=False)
+    first.ended(2, failed=True)
+    again = journal(tmp_path).trials
+    assert [(t.state, t.value, t.step, t.error) for t in again.values()] == [
+        ("done", 0.7, 6, ""),
+        ("stopped", None, 0, ""),
+        ("failed", None, 0, "no such file"),
+    ]
+    assert again[0].reports == ((3, 0.9), (6, 0.7))
+
+
+def test_a_trial_that_goes_on_keeps_its_time_and_says_its_evaluations_anew(tmp_path):
+    first = journal(tmp_path)
+    first.began(0, {"optimizer.learning_rate": 0.1})
+    first.reported(0, 3, 0.9)
+    held = json.loads(first.store.read("trials.json"))
+    held["trials"][0]["seconds"] = 100.0
+    first.store.write("trials.json", json.dumps(held).encode())
+    again = journal(tmp_path)
+    again.began(0, {"optimizer.learning_rate": 0.1})
+    assert again.trials[0].reports == ()
+    again.reported(0, 3, 0.9)
+    assert 100 <= again.trials[0].seconds < 110
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"space": {"optimizer.learning_rate": [1e-3]}},
+            "space: this search has begun with another space",
+        ),
+        ({"seed": 3}, "seed: "),
+        ({"document": {"schedule": {"steps": 10}}}, "schedule.steps=10: trials of this search"),
+    ],
+)
+def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, changes, said):
+    journal(tmp_path).began(0, {})
+    with pytest.raises(ConfigError) as caught:
+        journal(tmp_path, made(tmp_path, **changes))
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(said)
+
+
+def test_more_trials_at_once_and_operational_fields_may_change(tmp_path):
+    journal(tmp_path).began(0, {})
+    assert journal(
+        tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, at_once=2)
+    ).trials
+
+
+@pytest.mark.parametrize(("metric", "order"), [("loss", [2, 0, 1]), ("accuracy", [0, 2, 1])])
+def test_the_best_trial_stands_first(tmp_path, metric, order):
+    search = made(
+        tmp_path,
+        {
+            "checkpoint": {"best_by": metric},
+            "task": {"name": "causal_lm" if metric == "loss" else "masked_lm"},
+        },
+    )
+    base = search.config(search.section.point(0))
+    trials = [
+        Trial(0, {"optimizer.learning_rate": 1e-3}, "done", ((3, 0.8),), 2.0),
+        Trial(1, {"optimizer.learning_rate": 1e-4}, "failed", error="it broke"),
+        Trial(2, {"optimizer.learning_rate": 1e-2}, "stopped", ((3, 0.9), (6, 0.7)), 1.0),
+    ]
+    report = search_report.gather(search.section, base, "url", trials)
+    assert [one["trial"] for one in report["trials"]] == order and report["best"] == order[0]
+    assert "- trial 1: it broke" in search_report.as_markdown(report)
+    assert "| 2 | 0.01 | 0.7000 | 6 | 1.0 | stopped |" in search_report.as_markdown(report)
+    assert search_report.as_picture(report).startswith(b"\x89PNG")
+
+
+def test_without_optuna_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(ConfigError) as caught:
+        ray_tune.require_optuna()
+    assert caught.value.problems[0].startswith("search=optuna: optuna is not installed; ")
