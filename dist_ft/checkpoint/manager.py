@@ -18,16 +18,16 @@ import torch
 
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.commit import Commits
-from dist_ft.checkpoint.fragments import FragmentReader, Wanted
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.commit import Committer
+from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
-from dist_ft.checkpoint.save_status import Draft, LostSharedError, Outcome, Save, done, problem_of
+from dist_ft.checkpoint.save_status import SaveRequest, LostSharedError, SaveOutcome, SaveInProgress, run_synchronously, failure_of
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.engine.base import Engine, Slot
+from dist_ft.engine.base import Engine, StateSlice
 from dist_ft.storage.filesystem import Store
 
 
@@ -45,7 +45,7 @@ class CheckpointManager:
         world: World,
         collectives: Collectives,
         attempt: int,
-        nodes: NodeTier | None = None,
+        nodes: LocalTier | None = None,
     ) -> None:
         """Assign only. `nodes`: what the workers' own nodes hold, if the config has checkpoints there."""
         self._store = store
@@ -53,10 +53,10 @@ class CheckpointManager:
         self._collectives = collectives
         self._attempt = attempt
         self._nodes = nodes
-        self._commits = Commits(store, section, world.size, attempt, nodes)
+        self._commits = Committer(store, section, world.num_ranks, attempt, nodes)
         self._frozen: frozenset[str] = frozenset()
         self.reached = 0
-        self._under_way: Save | None = None
+        self._under_way: SaveInProgress | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
     def newest(self) -> Manifest | None:
@@ -66,12 +66,12 @@ class CheckpointManager:
         """
         return self._go_on_from(
             (self._nodes.newest() if self._nodes else None)
-            or discovery.newest(self._store, self._world, self._collectives, self._require_whole)
+            or discovery.find_latest(self._store, self._world, self._collectives, self._require_whole)
         )
 
     def _require_whole(self, manifest: Manifest) -> None:
         on_rank0(
-            self._world, self._collectives, lambda: discovery.require_whole(self._store, manifest)
+            self._world, self._collectives, lambda: discovery.require_complete(self._store, manifest)
         )
 
     def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
@@ -101,9 +101,9 @@ class CheckpointManager:
         turns out to be damaged, on any rank, the newest sound one before it. Raises CheckpointError if there is none,
         or if it is another model's: flat offsets alone would fit a smaller one.
         """
-        slots = list(engine.slots())
+        slots = list(engine.state_slices())
         wanted = [
-            Wanted(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)
+            FragmentRequest(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)
         ]
 
         def fill(found: Manifest, reader: FragmentReader) -> None:
@@ -113,14 +113,14 @@ class CheckpointManager:
 
         def from_storage(found: Manifest) -> None:
             self._require_whole(found)
-            fill(found, discovery.shared_reader(self._store, found, self._world, self._collectives))
+            fill(found, discovery.open_reader_together(self._store, found, self._world, self._collectives))
 
         name = manifests.folder_name(manifest.progress.step, manifest.attempt)
         loaded = (
             self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
         )
         if loaded is None:
-            loaded = discovery.newest(
+            loaded = discovery.find_latest(
                 self._store,
                 self._world,
                 self._collectives,
@@ -135,16 +135,16 @@ class CheckpointManager:
         engine.finish_load(loaded.progress.optimizer_step)
         return loaded
 
-    def save(self, engine: Engine, draft: Draft) -> Outcome:
+    def save(self, engine: Engine, draft: SaveRequest) -> SaveOutcome:
         """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
-        write = done(lambda folder: self._writer.write(folder, _changing(engine), draft.on_nodes))
+        write = run_synchronously(lambda folder: self._writer.write(folder, _changing(engine), draft.on_nodes))
         return self._settle(self._begin(engine, draft, write))
 
     def prepare(self, engine: Engine) -> None:
         """Make the memory that `begin` copies into."""
         self._writer.prepare(_changing(engine), self._nodes is not None)
 
-    def begin(self, engine: Engine, draft: Draft) -> None:
+    def begin(self, engine: Engine, draft: SaveRequest) -> None:
         """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
         slots = _changing(engine)
         self._begin(
@@ -152,21 +152,21 @@ class CheckpointManager:
         )
 
     def _begin(
-        self, engine: Engine, draft: Draft, write: Callable[[Store], Future[list[FileEntry]]]
-    ) -> Save:
+        self, engine: Engine, draft: SaveRequest, write: Callable[[Store], Future[list[FileEntry]]]
+    ) -> SaveInProgress:
         if self._under_way is not None:
             raise AssertionError("one save at a time")
         name = manifests.folder_name(draft.progress.step, self._attempt)
-        self._under_way = save = Save(draft, name, write(self._files(draft, name)), engine.frozen())
+        self._under_way = save = SaveInProgress(draft, name, write(self._files(draft, name)), engine.frozen())
         if not save.frozen <= self._frozen:  # the same on all ranks
-            slots = [slot for slot in engine.slots() if slot.key == "frozen"]
+            slots = [slot for slot in engine.state_slices() if slot.key == "frozen"]
             shared = self._store.child(f"{discovery.FROZEN}/{name}")
             save.shared = self._writer.later(
                 lambda: self._writer.write(shared, slots, in_background=True)
             )
         return save
 
-    def _files(self, draft: Draft, name: str) -> Store:
+    def _files(self, draft: SaveRequest, name: str) -> Store:
         if not draft.on_nodes:
             return self._store.child(f"{discovery.FOLDER}/{name}")
         if self._nodes is None:
@@ -174,7 +174,7 @@ class CheckpointManager:
         return self._nodes.files(name)
 
     @property
-    def under_way(self) -> Draft | None:
+    def under_way(self) -> SaveRequest | None:
         """Return the draft of the save under way; the same on all ranks."""
         return self._under_way.draft if self._under_way else None
 
@@ -185,7 +185,7 @@ class CheckpointManager:
             return 0.0, 0.0
         return float(save.is_written()), float(save.commit is not None and save.commit.done())
 
-    def advance(self, num_written: float, num_ended: float) -> Outcome | None:
+    def advance(self, num_written: float, num_ended: float) -> SaveOutcome | None:
         """Go on with the save under way, given the sums of all ranks' `flags`; a collective call.
 
         Waits for nothing but small messages. Returns how the save ended, once it has.
@@ -194,16 +194,16 @@ class CheckpointManager:
         if save is None:
             return None
         if not save.agreed:
-            if num_written < self._world.size:
+            if num_written < self._world.num_ranks:
                 return None
             return self._agree(save)
         return self._conclude(save) if num_ended else None
 
-    def settle(self) -> Outcome | None:
+    def settle(self) -> SaveOutcome | None:
         """Wait for the end of the save under way and return how it ended; a collective call."""
         return None if self._under_way is None else self._settle(self._under_way)
 
-    def _settle(self, save: Save) -> Outcome:
+    def _settle(self, save: SaveInProgress) -> SaveOutcome:
         if not save.agreed:
             save.wait()
             outcome = self._agree(save)
@@ -217,7 +217,7 @@ class CheckpointManager:
         """Leave what is not committed."""
         self._writer.close()
 
-    def _agree(self, save: Save) -> Outcome | None:
+    def _agree(self, save: SaveInProgress) -> SaveOutcome | None:
         """All files are written, or some failed: tell all; rank 0 begins the commit, or clears away."""
         save.agreed = True
         problem = save.problem()
@@ -239,7 +239,7 @@ class CheckpointManager:
             save.commit = self._writer.later(lambda: self._commit(save, files, frozen, rows))
         return None
 
-    def _entries(self, save: Save) -> list[FileEntry]:
+    def _entries(self, save: SaveInProgress) -> list[FileEntry]:
         """Return what the manifest will say of this worker's files."""
         shared = save.shared.result() if save.shared is not None else []
         return [
@@ -250,14 +250,14 @@ class CheckpointManager:
             ),
         ]
 
-    def _frozen_after(self, save: Save) -> frozenset[str]:
+    def _frozen_after(self, save: SaveInProgress) -> frozenset[str]:
         """Return the names of the weights in shared files once `save` is committed."""
         return self._frozen if save.shared is None else save.frozen
 
-    def _conclude(self, save: Save) -> Outcome:
+    def _conclude(self, save: SaveInProgress) -> SaveOutcome:
         """Tell all ranks how the commit went."""
         problem = self._collectives.broadcast(
-            problem_of(save.commit) if save.commit is not None else None
+            failure_of(save.commit) if save.commit is not None else None
         )
         if isinstance(problem, LostSharedError):
             self._frozen = frozenset()
@@ -272,15 +272,15 @@ class CheckpointManager:
             )
         return self._end(save, problem)
 
-    def _end(self, save: Save, problem: DistFtError | None) -> Outcome:
+    def _end(self, save: SaveInProgress, problem: DistFtError | None) -> SaveOutcome:
         self._under_way = None
         if problem is not None and not isinstance(problem, StorageError):
             raise problem
-        return Outcome(save.draft, self._files(save.draft, save.name).url, problem)
+        return SaveOutcome(save.draft, self._files(save.draft, save.name).url, problem)
 
     def _commit(
         self,
-        save: Save,
+        save: SaveInProgress,
         files: tuple[FileEntry, ...],
         frozen: frozenset[str],
         rows: Sequence[np.ndarray],
@@ -291,15 +291,15 @@ class CheckpointManager:
             self._clear_away(save)
             raise
 
-    def _clear_away(self, save: Save) -> None:
+    def _clear_away(self, save: SaveInProgress) -> None:
         """Remove what was written of a save that failed (of one on the nodes, this node's)."""
         on_nodes = self._nodes is not None and save.draft.on_nodes
         if self._nodes is not None and on_nodes:
             with contextlib.suppress(StorageError):
                 self._nodes.files(save.name).remove("")
         if self._world.rank == 0:
-            gone = retention.remove(
-                self._store, [save.name], discovery.NODES if on_nodes else discovery.FOLDER
+            gone = retention.remove_checkpoints(
+                self._store, [save.name], discovery.LOCAL_FOLDER if on_nodes else discovery.FOLDER
             )
             if (
                 gone and save.shared is not None
@@ -308,6 +308,6 @@ class CheckpointManager:
                     self._store.remove(f"{discovery.FROZEN}/{save.name}")
 
 
-def _changing(engine: Engine) -> list[Slot]:
+def _changing(engine: Engine) -> list[StateSlice]:
     """Return the state that every checkpoint holds anew."""
-    return [slot for slot in engine.slots() if slot.key != "frozen"]
+    return [slot for slot in engine.state_slices() if slot.key != "frozen"]

@@ -84,7 +84,7 @@ _PEER_GONE = (
 )
 
 
-def known(error: BaseException) -> WorkerError | None:
+def explain_library_error(error: BaseException) -> WorkerError | None:
     """Return what an error of a library, or one it was raised from, means to a user; None: nothing known."""
     for one in _chain(error):
         name = type(one).__name__

@@ -59,12 +59,12 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
-def setup(
-    rank: int = 0, size: int = 1, level: str = "info", also: logging.Handler | None = None
+def setup_logging(
+    rank: int = 0, num_ranks: int = 1, level: str = "info", extra_handler: logging.Handler | None = None
 ) -> None:
     """Send the `dist_ft` logger to stderr (and to the handler `also`): rank 0 from `level`, the others from WARNING."""
-    prefix = f"[rank {rank}] " if size > 1 else ""
-    handlers = [logging.StreamHandler(sys.stderr), *([also] if also is not None else [])]
+    prefix = f"[rank {rank}] " if num_ranks > 1 else ""
+    handlers = [logging.StreamHandler(sys.stderr), *([extra_handler] if extra_handler is not None else [])]
     for handler in handlers:
         handler.setFormatter(_Redacting(f"{prefix}%(levelname)s %(message)s"))
     logger = logging.getLogger("dist_ft")

@@ -23,41 +23,61 @@ VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WO
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: `rank` of `size`, and its place on its node."""
+    """This process among all ranks, and its place on its node.
+
+    Attributes:
+        rank: of this process, from 0 to `num_ranks` - 1.
+        num_ranks: processes of the run.
+        rank_of_node: index of this process among those of its node (torch's LOCAL_RANK).
+        ranks_per_node: processes on this node (torch's LOCAL_WORLD_SIZE).
+    """
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    num_ranks: int = 1
+    rank_of_node: int = 0
+    ranks_per_node: int = 1
 
     @classmethod
     def from_environment(cls) -> World:
-        """Read the variables that torchrun and Ray Train set; without them, a world of one."""
+        """Read the variables that torchrun and Ray Train set; without them, a world of one.
+
+        Raises:
+            ConfigError: the variables contradict each other.
+        """
+        texts = {name: os.environ.get(name, default) for name, default in VARIABLES}
         try:
-            rank, size, local_rank, local_size = (
-                int(os.environ.get(name, default)) for name, default in VARIABLES
-            )
+            world = cls(*(int(text) for text in texts.values()))
         except ValueError as error:
-            rank, size, local_rank, local_size, said = 0, 0, 0, 0, str(error)
-        else:
-            said = f"rank {rank} of {size}, {local_rank} of {local_size} on this node"
-        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-            raise ConfigError(
-                [
-                    f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: do not make a world ({said}); what "
-                    "torchrun sets is allowed; unset them to run alone"
-                ],
-                "environment",
+            raise _invalid_environment(str(error)) from None
+
+        rank_is_valid = 0 <= world.rank < world.num_ranks
+        node_is_valid = 0 <= world.rank_of_node < world.ranks_per_node <= world.num_ranks
+        if not (rank_is_valid and node_is_valid):
+            raise _invalid_environment(
+                f"rank {world.rank} of {world.num_ranks}, "
+                f"{world.rank_of_node} of {world.ranks_per_node} on this node"
             )
-        return cls(rank, size, local_rank, local_size)
+        return world
 
     def share(self, count: int) -> range:
-        """Return the contiguous part of `range(count)` that is this rank's; parts differ by at most one."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        """Return this rank's contiguous part of `range(count)`; parts differ by at most one."""
+        start = self.rank * count // self.num_ranks
+        stop = (self.rank + 1) * count // self.num_ranks
+        return range(start, stop)
 
     def largest_share(self, count: int) -> int:
-        """Return how many items the rank with most of `count` has."""
-        return -(-count // self.size)
+        """Return the length of the longest part that any rank has of `range(count)`."""
+        return -(-count // self.num_ranks)
+
+
+def _invalid_environment(what: str) -> ConfigError:
+    return ConfigError(
+        [
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: inconsistent ({what}); allowed: the "
+            "values that torchrun sets; unset them to run alone"
+        ],
+        "environment",
+    )
 
 
 class Collectives:
@@ -141,13 +161,13 @@ class GlooCollectives(Collectives):
 
     @override
     def all_gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self._world.size
+        gathered: list[Any] = [None] * self._world.num_ranks
         self._dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     @override
     def gather(self, value: Any) -> list[Any] | None:
-        gathered: list[Any] | None = [None] * self._world.size if self._world.rank == 0 else None
+        gathered: list[Any] | None = [None] * self._world.num_ranks if self._world.rank == 0 else None
         self._dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered
 
@@ -167,5 +187,5 @@ class GlooCollectives(Collectives):
 
 
 def collectives(world: World, timeout_s: float = 1800) -> Collectives:
-    """Return the control channel of `world`; torch.distributed must be initialised when `world.size` > 1."""
-    return GlooCollectives(world, timeout_s) if world.size > 1 else Collectives()
+    """Return the control channel of `world`; torch.distributed must be initialised when `world.num_ranks` > 1."""
+    return GlooCollectives(world, timeout_s) if world.num_ranks > 1 else Collectives()

@@ -24,31 +24,31 @@ from dist_ft.core.errors import ModelError
 from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.engine.regularizers import Guards, add_squares, exchange, scale_squares
-from dist_ft.engine.torch_engine import buffer_slots, view_slot
-from dist_ft.engine.zero_state import local_slot, stage12_slots
+from dist_ft.engine.base import Engine, StateSlice, seed_random
+from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, exchange, scale_fisher
+from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
+from dist_ft.engine.zero_state import flat_slice, stage12_slices
 from dist_ft.model.adapters.added_layers import (
     is_added,
 )
-from dist_ft.model.adversarial import Adversary, learn_lane
-from dist_ft.model.trainable_model import Inputs, Learner, canonical_names
+from dist_ft.model.adversarial import Adversary, train_lane
+from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
-def warm(use_gpu: bool) -> None:
+def import_deepspeed(use_gpu: bool) -> None:
     """Import DeepSpeed, which takes seconds; nothing on a GPU is touched."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     import deepspeed  # noqa: F401
 
 
-def start(use_gpu: bool) -> None:
+def attach_to_process_group(use_gpu: bool) -> None:
     """Point DeepSpeed at the process group that is already there (Ray's or ours).
 
     The shared-memory op is compiled on first use, and a process killed meanwhile leaves a lock that every later start
     waits on without limit; it is switched off.
     """
-    warm(use_gpu)
+    import_deepspeed(use_gpu)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,7 +58,7 @@ def start(use_gpu: bool) -> None:
 
 
 @contextlib.contextmanager
-def loading(ds_config: dict[str, Any]) -> Iterator[None]:
+def zero_init(ds_config: dict[str, Any]) -> Iterator[None]:
     """While open, models load straight into ZeRO-3 partitions (zero.Init); no effect for other stages."""
     if ds_config["zero_optimization"]["stage"] != 3:
         yield
@@ -77,23 +77,23 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        module: Learner,
+        module: TrainableModel,
         section: OptimizerSection,
         ds_config: dict[str, Any],
         world: World,
         by_depth: bool = False,
         adversary: Adversary | None = None,
-        guards: Guards | None = None,
+        guards: Regularizers | None = None,
     ) -> None:
         import deepspeed
 
         self._adversary = adversary
-        self._guards = guards or Guards()
+        self._guards = guards or Regularizers()
         self._measuring = False
         self._world = world
         self._section = section
         self._stage: int = ds_config["zero_optimization"]["stage"]
-        self._parameters = canonical_names(module)
+        self._parameters = parameters_by_name(module)
         whole = [
             name
             for name, p in self._parameters.items()
@@ -107,14 +107,14 @@ class DeepSpeedEngine(Engine):
         groups = optimizers.param_groups(
             self._parameters, section.weight_decay, by_depth, section.decay_exempt
         )
-        optimizer = optimizers.build(groups, section)
+        optimizer = optimizers.build_optimizer(groups, section)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.device = self._engine.device
         self.module = module.train()
         self._ensure_state()
-        self._deal_ranks(module.ranks, self._inner)
+        self._deal_ranks(module.rank_schedule, self._inner)
         self._norm, self._most_norm = math.nan, math.inf
         self._step_inner, self._inner.step = self._inner.step, self._step_if_allowed  # type: ignore[method-assign]
 
@@ -148,11 +148,11 @@ class DeepSpeedEngine(Engine):
             ) -> None:
                 self._engine.set_gradient_accumulation_boundary(index == last and of_lane)
                 self._engine.backward(
-                    loss * (weight * self._world.size / num_target_tokens), scale_wrt_gas=False
+                    loss * (weight * self._world.num_ranks / num_target_tokens), scale_wrt_gas=False
                 )
 
             # only the module's own hooks, which gather weights, go along where no weight gets a gradient
-            loss_sum += learn_lane(
+            loss_sum += train_lane(
                 self._adversary, forward, backward, functools.partial(forward, self.module)
             )
         return loss_sum.item()
@@ -176,7 +176,7 @@ class DeepSpeedEngine(Engine):
         """Stand in for the torch optimizer's step, which ZeRO calls once it knows the norm of the whole gradient."""
         norm = self._norm if self._stage == 0 else float(self._zero._global_grad_norm)
         if self._measuring:
-            return add_squares(self._inner)
+            return accumulate_fisher(self._inner)
         if not (norm <= self._most_norm and math.isfinite(norm)):
             return None
         result = self._step_inner(*args, **kwargs)
@@ -184,7 +184,7 @@ class DeepSpeedEngine(Engine):
         return result
 
     @override
-    def add_squares(self, batch: Batch) -> None:
+    def accumulate_fisher(self, batch: Batch) -> None:
         owner, field = (
             (self._zero, "clip_grad")
             if self._stage
@@ -196,18 +196,18 @@ class DeepSpeedEngine(Engine):
         self._measuring = True
         loss = self._engine(**self.module.inputs(batch, self.device))
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._world.num_ranks, scale_wrt_gas=False)
         self._engine.step()
         self._measuring = False
         self.module.train()
         setattr(owner, field, limit)
 
     @override
-    def scale_squares(self, factor: float) -> None:
-        scale_squares(self._inner, factor)
+    def scale_fisher(self, factor: float) -> None:
+        scale_fisher(self._inner, factor)
 
     @override
-    def exchange_average(self) -> None:
+    def swap_average(self) -> None:
         exchange(self._inner)
         self.finish_load(self.optimizer_step())
 
@@ -222,17 +222,17 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     @override
-    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
         self._engine.eval()
         try:
-            loss, outputs = self._engine(**self.module.inputs(batch, self.device), told=True)
+            loss, outputs = self._engine(**self.module.inputs(batch, self.device), return_outputs=True)
             return loss.item(), outputs.float().cpu().numpy()
         finally:
             self._engine.train()
 
     @contextlib.contextmanager
     @override
-    def generating(self) -> Iterator[tuple[Any, bool]]:
+    def generation_mode(self) -> Iterator[tuple[Any, bool]]:
         self._engine.eval()
         hooks = []
         if (
@@ -250,25 +250,25 @@ class DeepSpeedEngine(Engine):
             self._engine.train()
 
     @override
-    def slots(self) -> Iterator[Slot]:
+    def state_slices(self) -> Iterator[StateSlice]:
         for index, (name, parameter) in enumerate(self._parameters.items()):
-            mine = index % self._world.size == self._world.rank
+            mine = index % self._world.num_ranks == self._world.rank
             if self._stage == 3:
                 yield from self._stage3_slots(name, parameter)
             elif not parameter.requires_grad:
-                yield view_slot(name, "frozen", parameter, mine)
+                yield tensor_slice(name, "frozen", parameter, mine)
             elif self._stage == 0:
-                yield view_slot(name, "param", parameter, mine)
+                yield tensor_slice(name, "param", parameter, mine)
                 for key, value in self._inner.state[parameter].items():
                     if torch.is_tensor(value) and key != "step":
-                        yield view_slot(name, key, value, mine)
+                        yield tensor_slice(name, key, value, mine)
             else:
-                yield from stage12_slots(name, parameter)
-        yield from buffer_slots(
-            self.module, lambda index: index % self._world.size == self._world.rank
+                yield from stage12_slices(name, parameter)
+        yield from buffer_slices(
+            self.module, lambda index: index % self._world.num_ranks == self._world.rank
         )
 
-    def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[Slot]:
+    def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[StateSlice]:
         """Rank r holds flat elements from r * ds_tensor.ds_numel; the last ranks hold padding, which is left out."""
         from deepspeed.utils import (
             safe_get_local_fp32_param,
@@ -283,16 +283,16 @@ class DeepSpeedEngine(Engine):
         if numel <= 0:
             return
         if not parameter.requires_grad:
-            yield local_slot(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
+            yield flat_slice(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
             return
 
-        def slot(key: str, get: Any, put: Any) -> Slot:
+        def slot(key: str, get: Any, put: Any) -> StateSlice:
             def write(values: torch.Tensor) -> None:
                 whole = get().detach().clone()
                 whole[:numel] = values
                 put(whole)
 
-            return Slot(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
+            return StateSlice(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
 
         yield slot(
             "param",
@@ -339,7 +339,7 @@ class DeepSpeedEngine(Engine):
             3: lambda: self._zero.fp32_partitioned_groups_flat,
         }
         tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()
-        optimizers.ensure_state(self._inner, self._section.name, self._section.momentum, tensors)
+        optimizers.create_state(self._inner, self._section.name, self._section.momentum, tensors)
         self._guards.ensure(self._inner, tensors)
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()

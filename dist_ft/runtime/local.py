@@ -18,7 +18,8 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap import network_check
 from dist_ft.training.console import Console
-from dist_ft.training.result import Hooks, Result
+from dist_ft.training.result import Result
+from dist_ft.training.run_context import RunContext
 
 in_group = threading.Event()
 """Set once this process has been in a process group; see `leave`."""
@@ -38,23 +39,23 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def run(config: RunConfig, hooks: Hooks | None = None) -> Result:
+def run(config: RunConfig, context: RunContext | None = None) -> Result:
     """Run `config` here and return its result; the first SIGINT or SIGTERM saves and stops (Interrupted)."""
     from dist_ft.runtime.bootstrap import training_run
 
     world = World.from_environment()
-    hooks = hooks or Hooks()
-    with _process_group(config, world), stop_on_signal(hooks.console) as should_stop:
-        asked = hooks.should_stop
+    context = context or RunContext()
+    with _process_group(config, world), stop_on_signal(context.console) as should_stop:
+        stop_requested = context.should_stop
         return training_run.run(
-            config, world, replace(hooks, should_stop=lambda: should_stop() or asked())
+            config, world, replace(context, should_stop=lambda: should_stop() or stop_requested())
         )
 
 
 @contextlib.contextmanager
 def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     """Join the other ranks; DeepSpeed wants a group even for a world of one."""
-    if config.max_workers == 0 and world.size == 1:
+    if config.max_workers == 0 and world.num_ranks == 1:
         yield
         return
     import torch
@@ -63,7 +64,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     in_group.set()
     use_gpu = config.cluster.gpus_per_worker > 0
     if use_gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(world.rank_of_node)
     if "MASTER_ADDR" not in os.environ:
         for name, value in {
             "MASTER_ADDR": "127.0.0.1",

@@ -17,7 +17,7 @@ from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
 from dist_ft.storage import listing, local_files
 from dist_ft.storage.error_messages import explain, s3_code
-from dist_ft.storage.retry import num_tries, patiently
+from dist_ft.storage.retry import max_attempts, with_retries
 
 _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
     "s3": {
@@ -202,12 +202,12 @@ def _whole(content: Any, start: int | None, stop: int | None) -> Any:
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
     """Return `action(filesystem, path)` of `url`, tried again while that can help; raises StorageError."""
     try:
-        return patiently(url, lambda: action(*filesystem(url)), bounded=not is_local(url))
+        return with_retries(url, lambda: action(*filesystem(url)), can_hang=not is_local(url))
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         what += f"; S3 says {s3_code(error)}" if s3_code(error) else ""
         raise StorageError(
-            redact(f"{url}: can not {verb} it ({what}); {explain(error, num_tries())}")
+            redact(f"{url}: can not {verb} it ({what}); {explain(error, max_attempts())}")
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""Calls that may fail for a while: tried again with jitter, up to a number of tries and a deadline.
+"""Retries of calls that may fail for a while: with jitter, up to a number of attempts and a deadline.
 
-Where someone waits for the answer (`attempts`), a place that says nothing is given up, and not asked again.
+Within `retry_limit(..., timeout_s=...)` a host that does not answer in time is given up and not contacted again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from tenacity import (
     RetryCallState,
@@ -27,104 +27,112 @@ from dist_ft.core.logs import redact
 from dist_ft.storage.error_messages import NoAnswerError, is_transient
 
 log = logging.getLogger("dist_ft.storage.filesystem")
-ATTEMPTS = 8
-"""Tries of a call: with the waits between them, half a minute of outage on average."""
-STUBBORN = 20
-"""Tries of what must not be lost: some minutes."""
+T = TypeVar("T")
+
+DEFAULT_ATTEMPTS = 8
+"""Attempts of a call: with the waits between them they bridge an outage of 30 s on average."""
+CRITICAL_ATTEMPTS = 20
+"""Attempts for data that must not be lost: they bridge an outage of some minutes."""
 DEADLINE_S = 300.0
-"""No further try begins after so long."""
-LONGEST_WAIT_S = 30.0
-TOLD_FROM = 3
-"""From this try on a failure is told, for then someone may be waiting."""
+"""No attempt starts later than this after the first."""
+MAX_WAIT_S = 30.0
+"""Longest wait between two attempts."""
+FIRST_LOGGED_ATTEMPT = 3
+"""Failed attempts are logged from this one on: someone may be waiting by then."""
 
 
 @dataclass(frozen=True)
-class _Patience:
-    """How long to try.
+class _RetryLimit:
+    """How long to retry.
 
     Attributes:
-        tries: most tries.
-        seconds: a call without an answer for so long is given up; None: the client's own time-outs decide.
-        silent: places that gave no answer: they are not asked again.
+        max_attempts: number of attempts, the first included.
+        timeout_s: a call without an answer for this long is given up; None: the client's own timeouts apply.
+        silent_hosts: hosts that gave no answer in time; they are not contacted again.
     """
 
-    tries: int
-    seconds: float | None = None
-    silent: set[str] = field(default_factory=set)
+    max_attempts: int
+    timeout_s: float | None = None
+    silent_hosts: set[str] = field(default_factory=set)
 
 
-_patience: ContextVar[_Patience | None] = ContextVar("patience", default=None)
+_limit: ContextVar[_RetryLimit | None] = ContextVar("retry_limit", default=None)
 
 
-def _current() -> _Patience:
-    return _patience.get() or _Patience(ATTEMPTS)
+def _current_limit() -> _RetryLimit:
+    return _limit.get() or _RetryLimit(DEFAULT_ATTEMPTS)
 
 
 @contextmanager
-def attempts(number: int, seconds: float | None = None) -> Iterator[None]:
-    """Within: give up after so many tries, and on a place that does not answer within `seconds`.
+def retry_limit(max_attempts: int, timeout_s: float | None = None) -> Iterator[None]:
+    """Within: give up after `max_attempts`, and on a host that does not answer within `timeout_s`.
 
-    Few for questions whose asker waits, such as `dist-ft check`; STUBBORN for what would be lost.
+    Use few attempts where a user waits, as in `dist-ft check`, and CRITICAL_ATTEMPTS for data that would be lost.
     """
-    before = _patience.set(_Patience(number, seconds))
+    token = _limit.set(_RetryLimit(max_attempts, timeout_s))
     try:
         yield
     finally:
-        _patience.reset(before)
+        _limit.reset(token)
 
 
-def num_tries() -> int:
-    """Return how often a call is tried here."""
-    return _current().tries
+def max_attempts() -> int:
+    """Return how many attempts a call has in this context."""
+    return _current_limit().max_attempts
 
 
-def patiently(url: str, call: Callable[[], Any], bounded: bool = True) -> Any:
-    """Return `call()`, which asks for `url`, tried again while that can help; raises what the last try raised.
+def with_retries(url: str, call: Callable[[], T], can_hang: bool = True) -> T:
+    """Return `call()`, which accesses `url`, retried after transient errors; raises the last attempt's error.
 
-    Not `bounded`: no call of it can be silent for long (a local disk).
+    `can_hang=False`: the call always returns soon (a local disk), so no timeout is needed.
     """
     for attempt in _retrying(url):
         with attempt:
-            return _in_time(url, call) if bounded else call()
+            return _with_timeout(url, call) if can_hang else call()
+    raise AssertionError("tenacity raises the last error")
 
 
 def _retrying(url: str) -> Retrying:
-    def tell(state: RetryCallState) -> None:
+    def log_failure(state: RetryCallState) -> None:
+        if state.attempt_number < FIRST_LOGGED_ATTEMPT:
+            return
         error = state.outcome.exception() if state.outcome else None
-        if state.attempt_number >= TOLD_FROM:
-            log.warning(
-                "%s: try %d failed (%s), trying again",
-                redact(url),
-                state.attempt_number,
-                type(error).__name__,
-            )
+        log.warning(
+            "%s: attempt %d failed (%s), retrying",
+            redact(url),
+            state.attempt_number,
+            type(error).__name__,
+        )
 
     return Retrying(
-        stop=stop_after_attempt(_current().tries) | stop_after_delay(DEADLINE_S),
-        wait=wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),
+        stop=stop_after_attempt(max_attempts()) | stop_after_delay(DEADLINE_S),
+        wait=wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S),
         retry=retry_if_exception(is_transient),
-        before_sleep=tell,
+        before_sleep=log_failure,
         reraise=True,
     )
 
 
-def _in_time(url: str, call: Callable[[], Any]) -> Any:
-    """Return `call()`; where patience has an end, a call that gives no answer is left behind in its thread."""
-    patience, place = _current(), "/".join(url.split("/")[:3])
-    if patience.seconds is None:
+def _with_timeout(url: str, call: Callable[[], T]) -> T:
+    """Return `call()`; with a timeout, a call that does not answer is abandoned in its thread."""
+    limit = _current_limit()
+    if limit.timeout_s is None:
         return call()
-    if place in patience.silent:
-        raise NoAnswerError(f"{redact(place)} gave no answer before")
-    answer: Future[Any] = Future()
 
-    def ask() -> None:
+    host = "/".join(url.split("/")[:3])
+    if host in limit.silent_hosts:
+        raise NoAnswerError(f"{redact(host)} did not answer before")
+
+    answer: Future[T] = Future()
+
+    def run_call() -> None:
         try:
             answer.set_result(call())
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=ask, name="dist_ft-question", daemon=True).start()
-    if not wait([answer], patience.seconds).done:
-        patience.silent.add(place)
-        raise NoAnswerError(f"no answer within {patience.seconds:g} s")
+    threading.Thread(target=run_call, name="dist_ft-storage-call", daemon=True).start()
+    if not wait([answer], limit.timeout_s).done:
+        limit.silent_hosts.add(host)
+        raise NoAnswerError(f"no answer within {limit.timeout_s:g} s")
     return answer.result()

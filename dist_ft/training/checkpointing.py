@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dist_ft.checkpoint.ledger import LedgerBuffer
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.checkpoint.save_interval import SaveCost, between_failures_s
-from dist_ft.checkpoint.save_status import Draft, Outcome
+from dist_ft.checkpoint.save_status import SaveRequest, SaveOutcome
 from dist_ft.config.schema import CheckpointSection, RunConfig
 from dist_ft.data.batch import Batch
-from dist_ft.storage.retry import STUBBORN, attempts
+from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
 from dist_ft.training.components import Parts
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 log = logging.getLogger("dist_ft.train")
 FIRST_S = 60.0
@@ -57,12 +57,12 @@ class Saver:
     """
 
     def __init__(
-        self, config: RunConfig, parts: Parts, hooks: Hooks, total_steps: int, trained_s: float
+        self, config: RunConfig, parts: Parts, context: RunContext, total_steps: int, trained_s: float
     ) -> None:
         self._section = section = config.checkpoint
         self._name = config.run.name
         self._parts = parts
-        self._hooks = hooks
+        self._context = context
         self._total_steps = total_steps
         self._ledger = LedgerBuffer()
         self._told: dict[str, float] = {}  # what the commit of the save under way is announced with
@@ -138,7 +138,7 @@ class Saver:
         """
         parts = self._parts
         parts.clock.saving(progress.step)
-        self._hooks.beat()
+        self._context.callbacks.on_progress()
         background, begun = self._section.background and not now, time.perf_counter()
         if parts.manager.under_way is not None:
             if background and self._passes(on_nodes, parts.manager.under_way, progress.step):
@@ -153,7 +153,7 @@ class Saver:
                 )
         rows = self._ledger.rows() if on_nodes else self._ledger.take()
         lines = parts.metrics.flush() if parts.metrics is not None else None
-        draft = Draft(
+        draft = SaveRequest(
             self._name,
             type(parts.engine).__name__,
             progress,
@@ -169,7 +169,7 @@ class Saver:
             parts.manager.begin(parts.engine, draft)
             self._begun(on_nodes, begun)
             return False
-        with attempts(STUBBORN):
+        with retry_limit(CRITICAL_ATTEMPTS):
             outcome = parts.manager.save(parts.engine, draft)
         self._begun(on_nodes, begun)
         return self._ended(outcome)
@@ -178,7 +178,7 @@ class Saver:
         if on_nodes in self._auto:
             self._auto[on_nodes].begun(self.trained_s, time.perf_counter() - begun)
 
-    def _passes(self, on_nodes: bool, other: Draft, step: int) -> bool:
+    def _passes(self, on_nodes: bool, other: SaveRequest, step: int) -> bool:
         """Tell whether a save that is due is left out, because another one is still being written."""
         if on_nodes and not other.on_nodes:
             return True  # what is on its way to storage serves as well
@@ -199,7 +199,7 @@ class Saver:
         """Wait for the end of the save under way."""
         self._ended(self._parts.manager.settle())
 
-    def _ended(self, outcome: Outcome | None) -> bool:
+    def _ended(self, outcome: SaveOutcome | None) -> bool:
         """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""
         if outcome is None:
             return False
@@ -214,8 +214,8 @@ class Saver:
             log.warning("no checkpoint at step %d, training goes on: %s", step, outcome.problem)
             return False
         if draft.on_nodes:
-            self._hooks.progressed()
+            self._context.callbacks.on_local_checkpoint_committed(step)
             return False
         self.url = outcome.url
-        self._hooks.committed(outcome.url, self._told)
+        self._context.callbacks.on_checkpoint_committed(outcome.url, self._told)
         return True

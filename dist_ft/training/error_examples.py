@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.metrics.task_scores import softmax
 
 MOST = 20
@@ -170,7 +170,7 @@ def _told_tags(
 ) -> tuple[str, str, list[list[int]]]:
     """Name the words whose tags are wrong, with both tags."""
     ids = seen[pick.sample, pick.window][0]
-    places = np.flatnonzero(labels != IGNORED)
+    places = np.flatnonzero(labels != IGNORE_INDEX)
     ends = np.append(places[1:], len(ids))
     wrong = np.flatnonzero(pick.wanted != pick.told)
     words = [_text(tokenizer, ids[places[word] : ends[word]]) for word in wrong]

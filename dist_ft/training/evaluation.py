@@ -10,7 +10,7 @@ from typing import Any
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
-from dist_ft.engine.base import Engine, even_out
+from dist_ft.engine.base import Engine, pad_to_equal_lanes
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.error_examples import DESCRIBERS
 from dist_ft.training.held_out_generation import HeldOutTexts
@@ -44,14 +44,14 @@ def evaluate(
     lanes = world.share(num_lanes)
     loss_sum, num_targets = 0.0, 0
     scorer = (scorer or Scorer(task)) if task.name != "causal_lm" else None
-    for batches in loader.iterate(0, loader.steps_of_a_pass, lanes):
-        evened, _ = even_out(batches, [0] * len(batches), world.largest_share(num_lanes))
+    for batches in loader.iterate(0, loader.steps_per_epoch, lanes):
+        evened, _ = pad_to_equal_lanes(batches, [0] * len(batches), world.largest_share(num_lanes))
         for batch in evened:
             beat()
             if scorer is None:
                 loss_sum += engine.loss_sum(batch)
             else:
-                loss, told = engine.told(batch)
+                loss, told = engine.loss_and_outputs(batch)
                 loss_sum += loss
                 scorer.add(batch, told)
             num_targets += batch.num_target_tokens

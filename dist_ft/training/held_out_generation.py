@@ -15,12 +15,12 @@ import numpy as np
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.world import Collectives, World
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
 
 if TYPE_CHECKING:
-    from dist_ft.model.generation import Asked, Decoder
+    from dist_ft.model.generation import GenerationRequest, TextGenerator
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class HeldOut:
 
 
 def make_together(
-    decoder: Decoder,
+    decoder: TextGenerator,
     engine: Engine,
-    rows: Sequence[Asked],
+    rows: Sequence[GenerationRequest],
     world: World,
     collectives: Collectives,
     beat: Callable[[], None] = lambda: None,
@@ -50,12 +50,12 @@ def make_together(
 
     `beat` is called for each token.
     """
-    from dist_ft.model.generation import Asked
+    from dist_ft.model.generation import GenerationRequest
 
     batches = decoder.batches(rows)
-    mine = batches[world.rank :: world.size]
+    mine = batches[world.rank :: world.num_ranks]
     found: dict[int, list[list[int]]] = {}
-    with engine.generating() as (model, synced):
+    with engine.generation_mode() as (model, synced):
         if rows:  # on all workers, as all must know
             decoder.require_room(model, max(len(row.ids) for row in rows))
         for call in range(world.largest_share(len(batches))):
@@ -63,7 +63,7 @@ def make_together(
             if own or synced:
                 texts = decoder.make(
                     model,
-                    [rows[number] for number in own] or [Asked(np.ones(1, np.int64))],
+                    [rows[number] for number in own] or [GenerationRequest(np.ones(1, np.int64))],
                     synced,
                     beat,
                 )
@@ -118,10 +118,10 @@ class HeldOutTexts:
         section: Any = None,
     ) -> tuple[dict[str, Any], int]:
         """Return what `scores` does for `samples`, and how many tokens were made; `section`: another strategy."""
-        from dist_ft.model.generation import Asked, Decoder
+        from dist_ft.model.generation import GenerationRequest, TextGenerator
 
-        decoder = Decoder(section or self._section.decoding, self._tokenizer, self._ends(samples))
-        asked = [Asked(one.prompt, one.sample) for one in samples]
+        decoder = TextGenerator(section or self._section.decoding, self._tokenizer, self._ends(samples))
+        asked = [GenerationRequest(one.prompt, one.sample) for one in samples]
         made = make_together(decoder, engine, asked, world, collectives, beat)
         texts = [[decoder.text(ids) for ids in each] for each in made]
         references = [decoder.text(one.target.tolist()) for one in samples]
@@ -156,14 +156,14 @@ def samples_of(batch: Batch, both: bool) -> Iterator[HeldOut]:
     With `both` (an encoder-decoder) labels are the target's own tokens, else the tokens that follow.
     """
     row, at = 0, 0
-    for sample, first, size, _ in batch.pieces.tolist():
-        if at == batch.sources[row, 1]:
+    for sample, first, size, _ in batch.segments.tolist():
+        if at == batch.row_sources[row, 1]:
             row, at = row + 1, 0
         ids, labels = (array[row, at : at + size] for array in (batch.input_ids, batch.target_ids))
         at += size
-        wanted = np.flatnonzero(labels != IGNORED)
+        wanted = np.flatnonzero(labels != IGNORE_INDEX)
         if first or not len(wanted):
             continue
         start = int(wanted[0])
-        stop = start + int((np.append(labels[start:], IGNORED) == IGNORED).argmax())
+        stop = start + int((np.append(labels[start:], IGNORE_INDEX) == IGNORE_INDEX).argmax())
         yield HeldOut(sample, ids[: start + (not both)].copy(), labels[start:stop].copy())

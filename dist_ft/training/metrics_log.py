@@ -88,7 +88,7 @@ class MetricsLog:
     def _write(self) -> None:
         begun = time.monotonic()
         try:
-            if discovery.newest_attempt(self._store) > self._attempt:
+            if discovery.latest_attempt(self._store) > self._attempt:
                 return
             self._store.write(FILE, b"".join(text for _, text in self._lines))
             if self._writer is not None and self._folder is not None:

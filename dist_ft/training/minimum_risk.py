@@ -15,16 +15,18 @@ import numpy as np
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.decoding import DecodingSection
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.core.world import Collectives
-from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.data.batching.loader import assemble
-from dist_ft.data.sampling.shuffle import mix
+from dist_ft.data.batch import IGNORE_INDEX, Batch
+from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
 from dist_ft.training.held_out_generation import HeldOut, samples_of
 
 if TYPE_CHECKING:
-    from dist_ft.model.generation import Decoder
+    from dist_ft.model.generation import TextGenerator
 
 OF_A_HUNDRED = ("bleu", "chrf")
 
@@ -56,7 +58,7 @@ class MinimumRisk:
 
         A collective call, with as many batches on every worker.
         """
-        from dist_ft.model.generation import Asked, Decoder
+        from dist_ft.model.generation import GenerationRequest, TextGenerator
 
         found: list[Batch] = []
         section, every = self._section, [list(samples_of(batch, self._both)) for batch in batches]
@@ -66,13 +68,13 @@ class MinimumRisk:
                 max([len(one.prompt) for own in every for one in own], default=1),
             )
         )
-        with engine.generating() as (model, synced):
+        with engine.generation_mode() as (model, synced):
             for batch, samples in zip(batches, every, strict=True):
                 # what ends a text ends the references too; where they end otherwise, they were cut
                 ends = {int(one.target[-1]) for one in samples} & set(
                     self._tokenizer.all_special_ids
                 )
-                decoder = Decoder(
+                decoder = TextGenerator(
                     DecodingSection(
                         max_new_tokens=section.max_new_tokens,
                         strategy="sample",
@@ -87,12 +89,12 @@ class MinimumRisk:
                     model, max(longest for _, longest in told)
                 )  # of all, as all must know
                 asked = [
-                    Asked(one.prompt, mix(step, batch.lane, row)) for row, one in enumerate(samples)
+                    GenerationRequest(one.prompt, derive_seed(step, batch.lane, row)) for row, one in enumerate(samples)
                 ]
                 made: list[list[list[int]]] = []
                 if asked or synced:
                     made = decoder.make(
-                        model, asked or [Asked(np.ones(1, np.int64))], synced, beat, with_end=True
+                        model, asked or [GenerationRequest(np.ones(1, np.int64))], synced, beat, with_end=True
                     )
                 found.append(self._texts(batch, samples, made, decoder) if samples else batch)
         return found, sum(count for count, _ in told)
@@ -102,7 +104,7 @@ class MinimumRisk:
         batch: Batch,
         samples: Sequence[HeldOut],
         made: Sequence[Sequence[Sequence[int]]],
-        decoder: Decoder,
+        decoder: TextGenerator,
     ) -> Batch:
         """Return the rows of a lane: of each sample the reference, then the different texts drawn."""
         from dist_ft.model.minimum_risk import RiskBatch
@@ -113,7 +115,7 @@ class MinimumRisk:
             wanted = decoder.text(reference)
             for text in dict.fromkeys([reference, *(tuple(one) for one in drawn if one)]):
                 tokens.append(np.array([*sample.prompt.tolist(), *text], np.int32))
-                before = np.full(len(sample.prompt), IGNORED if self._both else 0)
+                before = np.full(len(sample.prompt), IGNORE_INDEX if self._both else 0)
                 own = text if self._both else np.ones(len(text))
                 learned.append(
                     np.concatenate([before, own]).astype(np.int32 if self._both else np.uint8)
@@ -121,12 +123,12 @@ class MinimumRisk:
                 risks.append(0.0 if text == reference else self.risk(decoder.text(text), wanted))
                 groups.append(group)
         sizes = [len(row) for row in tokens]
-        pieces = np.zeros((len(sizes), 4), np.int64)
-        pieces[:, 0], pieces[:, 2] = [samples[group].sample for group in groups], sizes
-        rows = assemble(
+        segments = np.zeros((len(sizes), 4), np.int64)
+        segments[:, 0], segments[:, 2] = [samples[group].sample for group in groups], sizes
+        rows = assemble_batch(
             np.concatenate(tokens),
             np.concatenate(learned),
-            pieces,
+            segments,
             np.arange(len(sizes)),
             batch.lane,
         )
@@ -134,7 +136,7 @@ class MinimumRisk:
             rows.input_ids,
             rows.target_ids,
             rows.position_ids,
-            pieces,
+            segments,
             batch.lane,
             risks=np.array(risks, np.float32),
             groups=np.array(groups, np.int64),

@@ -8,9 +8,9 @@ import numpy as np
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.world import Collectives
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.encoding.answer_spans import unpack
-from dist_ft.data.encoding.task_encoder import BITS
+from dist_ft.data.encoding.task_encoder import LABELS_PER_POSITION
 from dist_ft.metrics.task_scores import SCORES, softmax
 from dist_ft.training import error_examples
 
@@ -33,7 +33,7 @@ class Scorer:
     def add(self, batch: Batch, told: np.ndarray) -> None:
         """Take what the model told of `batch`, rows first."""
         read = getattr(self, f"_{self._task.name}")
-        for row, (sample, first, size, _) in enumerate(batch.pieces.tolist()):
+        for row, (sample, first, size, _) in enumerate(batch.segments.tolist()):
             self._rows.append((sample, first, *read(batch.target_ids[row, :size], told[row])))
             if self._task.name in error_examples.DESCRIBERS:
                 self._seen[sample, first] = tuple(  # type: ignore[assignment]
@@ -72,18 +72,18 @@ class Scorer:
 
     def _multi_label(self, labels: np.ndarray, told: np.ndarray) -> Found:
         numbers = np.arange(len(told))
-        return labels[numbers // BITS] >> (numbers % BITS) & 1, told
+        return labels[numbers // LABELS_PER_POSITION] >> (numbers % LABELS_PER_POSITION) & 1, told
 
     def _regression(self, labels: np.ndarray, told: np.ndarray) -> Found:
         return float(labels[:1].astype(np.int32).view(np.float32)[0]), float(told)
 
     def _token_classification(self, labels: np.ndarray, told: np.ndarray) -> Found:
-        words = labels != IGNORED
+        words = labels != IGNORE_INDEX
         logits = told[: len(labels)][words]
         return labels[words], (logits.argmax(-1), softmax(logits.astype(float)).max(-1))
 
     def _question_answering(self, labels: np.ndarray, told: np.ndarray) -> Found:
-        start = int((labels != IGNORED).argmax())
+        start = int((labels != IGNORE_INDEX).argmax())
         span = unpack(int(labels[start]))
         return (start, span.last), best_span(
             told[: len(labels)], span.begin, len(labels) - span.tail
@@ -93,11 +93,11 @@ class Scorer:
         return told[0], told[1]
 
     def _masked_lm(self, labels: np.ndarray, told: np.ndarray) -> Found:
-        wanted = labels != IGNORED
+        wanted = labels != IGNORE_INDEX
         return (int((told[: len(labels)] == labels)[wanted].sum()), int(wanted.sum())), 0
 
     def _seq2seq(self, labels: np.ndarray, told: np.ndarray) -> Found:
-        wanted = labels[labels != IGNORED]
+        wanted = labels[labels != IGNORE_INDEX]
         return (int((told[: len(wanted)] == wanted).sum()), len(wanted)), 0
 
 

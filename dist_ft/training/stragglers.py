@@ -47,7 +47,7 @@ class Stragglers:
         self._world = world
         self._collectives = collectives
         self._device = device
-        self._every_steps = every_steps if world.size > 1 else 0
+        self._every_steps = every_steps if world.num_ranks > 1 else 0
         self._node = socket.gethostname()
         self._stood_s = self._data_s = 0.0
         self._since = time.monotonic()

@@ -23,7 +23,7 @@ from dist_ft.core.errors import Interrupted, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store, is_local
-from dist_ft.storage.retry import attempts
+from dist_ft.storage.retry import retry_limit
 
 log = logging.getLogger("dist_ft.metrics")
 FOLDER = "time"
@@ -150,8 +150,8 @@ class _Keeper:
 
     def _write(self) -> None:
         try:
-            with attempts(1, PATIENCE_S):
-                if discovery.newest_attempt(self._store) <= self._attempt:
+            with retry_limit(1, PATIENCE_S):
+                if discovery.latest_attempt(self._store) <= self._attempt:
                     account = {"attempt": self._attempt, **self._clock.account()}
                     self._store.write(
                         f"{FOLDER}/{self._attempt:06d}.json", json.dumps(account).encode()

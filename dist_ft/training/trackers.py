@@ -43,17 +43,15 @@ class Trackers:
         self._listeners = listeners
 
     @classmethod
-    def open(cls, config: RunConfig, url: str, cache: Path, measured: Listener) -> Trackers:
-        """Begin or go on with the tracked runs; `measured` is told too.
+    def open(cls, config: RunConfig, url: str, cache: Path) -> Trackers:
+        """Start or resume the tracked runs.
 
         Raises ConfigError with a line for what is missing or refused.
         """
         missing = list(problems(config))
         if missing:
             raise ConfigError(missing, "trackers")
-        found: list[tuple[str, Listener, Callable[[], None]]] = [
-            ("who watches", measured, lambda: None)
-        ]
+        found: list[tuple[str, Listener, Callable[[], None]]] = []
         for name, asked, begin in (
             ("wandb", config.log.wandb.project, _wandb),
             ("mlflow", config.log.mlflow.experiment, _mlflow),

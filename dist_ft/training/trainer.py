@@ -19,19 +19,22 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError, Interrupted
 from dist_ft.core.logs import redact
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.core.world import on_rank0
 from dist_ft.data.batch import Batch
-from dist_ft.data.sampling.shuffle import mix
 from dist_ft.engine import schedule
-from dist_ft.engine.base import StepOutcome, even_out
+from dist_ft.engine.base import StepOutcome, pad_to_equal_lanes
 from dist_ft.metrics import best
-from dist_ft.storage.retry import STUBBORN, attempts
+from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
 from dist_ft.training import anomaly
 from dist_ft.training.checkpointing import Saver
 from dist_ft.training.components import Parts
 from dist_ft.training.console import evaluation_line, progress_line
 from dist_ft.training.evaluation import evaluate, keep_evaluation
-from dist_ft.training.result import Hooks, Result
+from dist_ft.training.result import Result
+from dist_ft.training.run_context import RunContext
 from dist_ft.training.stragglers import Stragglers, gpu_memory
 
 log = logging.getLogger("dist_ft.train")
@@ -44,14 +47,14 @@ class Trainer:
         self,
         config: RunConfig,
         parts: Parts,
-        hooks: Hooks,
+        context: RunContext,
         progress: Progress,
         total_steps: int,
         evaluation: dict[str, float],
     ) -> None:
         self._config = config
         self._parts = parts
-        self._hooks = hooks
+        self._context = context
         self._total_steps = total_steps
         self._step = progress.step
         self._num_tokens = progress.num_tokens
@@ -68,7 +71,7 @@ class Trainer:
         self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
         self._drawn = np.zeros(2 * len(self._sources))
-        self._saver = Saver(config, parts, hooks, total_steps, progress.trained_s)
+        self._saver = Saver(config, parts, context, total_steps, progress.trained_s)
 
     def run(self) -> Result:
         """Train to the end and return how it went; raises Interrupted after a checkpoint if asked to stop."""
@@ -93,12 +96,14 @@ class Trainer:
                 stop, asked = self._train_step(batches, begun, waited)
                 parts.clock.to("other")
                 found = pace.after_step(self._step, waited)
-                if found and parts.metrics is not None:
-                    parts.metrics.add(self._step, "pace", found)
+                if found:
+                    self._log_metrics("pace", found)
                 seconds = time.perf_counter() - begun
                 self._waited_s += waited
                 self._steps_s += seconds
                 self._saver.after_step(self._step - 1, batches, seconds)
+                assert self._loss is not None
+                self._context.callbacks.on_step_end(self._step, self._loss)
                 last = self._step == self._total_steps
                 if last and cfg.evaluation.at_end:
                     self._evaluate("after")
@@ -108,7 +113,7 @@ class Trainer:
                 kind = False if stop or asked or over else self._saver.due(self._step, last)
                 saved = kind is not None and self._save(kind, last or stop or asked or over)
                 if asked:
-                    self._hooks.saved()
+                    self._context.on_requested_save_end()
                 if over:
                     break
                 if stop and not last:
@@ -124,22 +129,22 @@ class Trainer:
     ) -> tuple[bool, bool]:
         """Do one optimizer step; return whether some rank was asked to stop, and whether one was asked to save."""
         cfg, parts, step = self._config, self._parts, self._step
-        self._hooks.beat()
+        self._context.callbacks.on_progress()
         fault_injection.hit("train.step", parts.world.rank)
         counts = [
             sum(b.num_target_tokens for b in batches),
             sum(b.num_tokens for b in batches),
-            self._hooks.should_stop(),
-            self._hooks.should_save(),
+            self._context.should_stop(),
+            self._context.should_save(),
             *self._saver.flags(),
             *by_source(batches, len(self._sources)),
         ]
         num_targets, num_tokens, stop, asked, *sums = parts.collectives.sum(counts)
         self._saver.advance(*sums[:4])
         self._drawn += np.array(sums[4:])
-        seeds = [mix(cfg.run.seed, step, batch.lane) for batch in batches]
-        evened, seeds = even_out(batches, seeds, parts.world.largest_share(cfg.num_lanes))
-        rate = cfg.optimizer.learning_rate * schedule.factor(cfg.schedule, step, self._total_steps)
+        seeds = [derive_seed(cfg.run.seed, step, batch.lane) for batch in batches]
+        evened, seeds = pad_to_equal_lanes(batches, seeds, parts.world.largest_share(cfg.num_lanes))
+        rate = cfg.optimizer.learning_rate * schedule.learning_rate_factor(cfg.schedule, step, self._total_steps)
         outcome = self._learn(evened, seeds, num_targets, rate)
         self._step += 1
         self._num_tokens += int(num_tokens)
@@ -156,7 +161,11 @@ class Trainer:
         parts.engine.step = step + 1
         if parts.risk is not None:
             learned, num_targets = parts.risk.prepare(
-                batches, step, parts.engine, parts.collectives, self._hooks.beat
+                batches,
+                step,
+                parts.engine,
+                parts.collectives,
+                self._context.callbacks.on_progress,
             )
         loss_sum = parts.engine.accumulate(learned, seeds, max(1, int(num_targets)))
         (total,) = parts.collectives.sum([loss_sum])
@@ -165,7 +174,7 @@ class Trainer:
         norm = parts.engine.update(
             rate,
             -1.0 if reason else parts.judge.most_norm(),
-            schedule.of_depth(self._config.tuning, step),
+            schedule.depth_scale(self._config.tuning, step),
         )
         reason = reason or parts.judge.of_norm(norm)
         if reason:
@@ -181,7 +190,7 @@ class Trainer:
             log.info("step %d changes nothing: %s", step + 1, reason)
             return
         found = parts.collectives.all_gather(
-            np.concatenate([batch.pieces[:, 0] for batch in batches])
+            np.concatenate([batch.segments[:, 0] for batch in batches])
         )
         samples = np.unique(np.concatenate(found))
         parts.judge.in_a_row += 1
@@ -193,7 +202,7 @@ class Trainer:
             first = min(
                 step, max(parts.manager.reached, step + 1 - section.rollback_steps)
             )  # not before that commit
-        with attempts(STUBBORN):
+        with retry_limit(CRITICAL_ATTEMPTS):
             on_rank0(
                 parts.world,
                 parts.collectives,
@@ -235,9 +244,9 @@ class Trainer:
             **gpu_memory(self._parts.engine.device),
         }
         if self._parts.metrics is not None:
-            self._parts.metrics.add(self._step, "train", values | self._source_metrics())
+            self._log_metrics("train", values | self._source_metrics())
             left = seconds * (self._total_steps - self._step)
-            self._hooks.console.progress(progress_line(self._step, self._total_steps, values, left))
+            self._context.console.progress(progress_line(self._step, self._total_steps, values, left))
 
     def _source_metrics(self) -> dict[str, float]:
         """Return sequences and tokens of each source since the last call, and its epoch; nothing with one source."""
@@ -253,6 +262,12 @@ class Trainer:
             )
         }
 
+    def _log_metrics(self, kind: str, values: dict[str, float]) -> None:
+        """Write a line of metrics, on rank 0."""
+        if self._parts.metrics is not None:
+            self._parts.metrics.add(self._step, kind, values)
+            self._context.callbacks.on_metrics(self._step, kind, values)
+
     def _evaluate(self, label: str) -> None:
         """Evaluate if there is held-out data; `label` keeps the loss for the summary (before, after)."""
         parts = self._parts
@@ -261,30 +276,30 @@ class Trainer:
         parts.clock.to("evaluation")
         averaged = self._config.evaluation.of == "ema"
         if averaged:
-            parts.engine.exchange_average()
+            parts.engine.swap_average()
         values = evaluate(
             parts.engine,
             parts.evaluation,
             self._config.num_lanes,
             parts.world,
             parts.collectives,
-            self._hooks.beat,
+            self._context.callbacks.on_progress,
             self._config.task,
             texts=parts.texts,
         )
         if averaged:
-            parts.engine.exchange_average()
+            parts.engine.swap_average()
         numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
         self._note(numbers, label)
         on_rank0(
             parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values)
         )
         if parts.metrics is not None:
-            parts.metrics.add(self._step, "evaluation", numbers)
-            self._hooks.console.say(
+            self._log_metrics("evaluation", numbers)
+            self._context.console.say(
                 f"held-out loss at step {self._step}: {evaluation_line(numbers)}"
             )
-            self._hooks.evaluated(self._step, numbers)
+            self._context.callbacks.on_evaluation(self._step, numbers)
 
     def _note(self, numbers: dict[str, float], label: str) -> None:
         """Keep an evaluation for the summary, for the checkpoint of this step, and for early stopping."""
@@ -310,7 +325,7 @@ class Trainer:
         section, plan = self._config.evaluation, self._parts.loader.plan
         if _due(self._step, section.every_steps):
             return True
-        epoch, within = plan.locate(self._step) if section.every_epochs else (0, 1)
+        epoch, within = plan.epoch_and_step(self._step) if section.every_epochs else (0, 1)
         return within == 0 and epoch % section.every_epochs == 0
 
     def _is_over(self) -> bool:
@@ -323,7 +338,7 @@ class Trainer:
         step, value = best.best(metric, told)
         self._evaluation["after"] = self._held_out[1]["loss"]
         if self._parts.world.rank == 0:
-            self._hooks.console.say(
+            self._context.console.say(
                 f"ends early at step {self._step}: {metric} is no better than {value:.4f} of step "
                 f"{step} since {self._config.evaluation.patience} evaluations"
             )
@@ -385,8 +400,8 @@ def by_source(batches: Sequence[Batch], count: int) -> list[float]:
     for batch in batches if count else ():
         np.add.at(
             found,
-            batch.sources[:, 0],
-            np.column_stack([np.ones(len(batch.sources)), batch.sources[:, 1]]),
+            batch.row_sources[:, 0],
+            np.column_stack([np.ones(len(batch.row_sources)), batch.row_sources[:, 1]]),
         )
     return found.reshape(-1).tolist()
 

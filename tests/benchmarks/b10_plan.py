@@ -171,11 +171,11 @@ def be_rank(args: argparse.Namespace) -> None:
     from dist_ft.runtime.bootstrap.build_model import open_engine
 
     dist.init_process_group("gloo")
-    sharded.start(False)
+    sharded.attach_to_process_group(False)
     world = World.from_environment()
     folder, stage = Path(args.rank), args.stages[0]
-    config = config_of(args, folder, stage, world.size)
-    assert deepspeed_config.build(config)["zero_optimization"]["stage"] == stage
+    config = config_of(args, folder, stage, world.num_ranks)
+    assert deepspeed_config.build_deepspeed_config(config)["zero_optimization"]["stage"] == stage
     random = np.random.default_rng(world.rank)
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
     before = memory("VmRSS")
@@ -193,7 +193,7 @@ def be_rank(args: argparse.Namespace) -> None:
                 batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)
             ]
             engine.accumulate(
-                lanes, list(range(args.lanes)), args.lanes * world.size * ROWS * TOKENS
+                lanes, list(range(args.lanes)), args.lanes * world.num_ranks * ROWS * TOKENS
             )
             spans.begin()
             engine.update(1e-4)
@@ -202,7 +202,7 @@ def be_rank(args: argparse.Namespace) -> None:
         "spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]
     }
     found |= {"allocated": max(found["spans"]), "resident": memory("VmHWM") - before}
-    (folder / f"part-{stage}-{world.size}" / f"{world.rank}.json").write_text(json.dumps(found))
+    (folder / f"part-{stage}-{world.num_ranks}" / f"{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 

@@ -146,21 +146,21 @@ class Rank:
         from dist_ft.engine import deepspeed_engine as sharded
 
         dist.init_process_group("gloo")
-        sharded.start(False)
+        sharded.attach_to_process_group(False)
         b7_save.SHAPE.update(vocab_size=args.vocabulary, num_hidden_layers=args.layers)
         self.world = World.from_environment()
         self.comms = collectives(self.world)
         self.folder = Path(args.folder)
         settings = {**SETTINGS, "zero_optimization": {"stage": args.stage}}
-        with sharded.loading(settings):
+        with sharded.zero_init(settings):
             module = b7_save.make_module()
         self.engine = sharded.DeepSpeedEngine(
             module, OptimizerSection(learning_rate=1e-5), settings, self.world
         )
         torch.manual_seed(self.world.rank)
-        for slot in self.engine.slots():
+        for slot in self.engine.state_slices():
             slot.write(torch.rand(slot.numel))
-        self.own_bytes = sum(slot.numel * 4 for slot in self.engine.slots() if slot.owned)
+        self.own_bytes = sum(slot.numel * 4 for slot in self.engine.state_slices() if slot.owned)
         self.total_bytes = int(self.comms.sum([self.own_bytes])[0])
         self.own = self.folder / f"raw/{self.world.rank}"
         self.own.parent.mkdir(exist_ok=True)
@@ -180,7 +180,7 @@ class Rank:
     def content(self) -> float:
         """Return the sum of all state there is: what was loaded is what was saved."""
         return self.comms.sum(
-            [sum(float(slot.read().double().sum()) for slot in self.engine.slots() if slot.owned)]
+            [sum(float(slot.read().double().sum()) for slot in self.engine.state_slices() if slot.owned)]
         )[0]
 
 
@@ -260,7 +260,7 @@ def blank(rank: Rank) -> None:
     """Forget the state."""
     import torch
 
-    for slot in rank.engine.slots():
+    for slot in rank.engine.state_slices():
         slot.write(torch.zeros(slot.numel))
 
 
@@ -340,7 +340,7 @@ class Watched:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self.slots = rank.engine.slots
+        self.state_slices = rank.engine.state_slices
         self.full_at = 0.0
 
     def finish_load(self, optimizer_step: int) -> None:
@@ -368,10 +368,10 @@ def dtensors(rank: Rank) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh, size = init_device_mesh("cpu", (rank.world.size,)), rank.world.size
+    mesh, size = init_device_mesh("cpu", (rank.world.num_ranks,)), rank.world.num_ranks
     whole: dict[str, int] = {}
     for part in rank.comms.all_gather(
-        [(f"{slot.key}:{slot.name}", slot.numel) for slot in rank.engine.slots() if slot.owned]
+        [(f"{slot.key}:{slot.name}", slot.numel) for slot in rank.engine.state_slices() if slot.owned]
     ):
         for name, numel in part:
             whole[name] = whole.get(name, 0) + numel

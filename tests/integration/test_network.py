@@ -24,7 +24,7 @@ from dist_ft.core.world import World, collectives
 import json, os
 import torch.distributed as dist
 config = load_config(json.loads(sys.argv[1]))
-logs.setup(int(os.environ["RANK"]), 3, "info", None)
+logs.setup_logging(int(os.environ["RANK"]), 3, "info", None)
 network.prepare(config)
 dist.init_process_group("gloo")
 if sys.argv[3] == "wrong" and os.environ["RANK"] == "2":

@@ -18,10 +18,10 @@ from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World
-from dist_ft.data.block import Block, Part, make_blocks
+from dist_ft.data.block import Block, ShardRange, group_into_blocks
 from dist_ft.data.blocks import segments as cutting
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.segments import Measures
+from dist_ft.data.blocks.segments import BlockStats
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Shard
 
@@ -46,7 +46,7 @@ class Index:
     shards: tuple[Shard, ...]
     shard_sources: tuple[int, ...]
     blocks: tuple[Block, ...]
-    measures: tuple[Measures, ...]
+    measures: tuple[BlockStats, ...]
     recipe: dict[str, Any]
 
     @property
@@ -73,7 +73,7 @@ class Index:
         """Rows of all shards, those left out too."""
         return self.total("num_rows")
 
-    def place(self, sample: int) -> tuple[Shard, int]:
+    def locate_sample(self, sample: int) -> tuple[Shard, int]:
         """Return the shard of a sample and its row there, from 0."""
         first = self.first_samples
         number = int(np.searchsorted(first, sample, side="right")) - 1
@@ -86,7 +86,7 @@ class Index:
             row -= rows
         raise ValueError(f"sample={sample}: there are {self.num_samples}")
 
-    def _rows_before(self, wanted: Part) -> int:
+    def _rows_before(self, wanted: ShardRange) -> int:
         """Return how many rows of its shard lie before a part."""
         return sum(
             rows
@@ -153,7 +153,7 @@ def recipe(
     }
 
 
-def cut_into_blocks(
+def split_into_blocks(
     shards: Sequence[Sequence[Shard]], data: DataSection, world: World, collectives: Collectives
 ) -> tuple[Block, ...]:
     """Return the blocks of sources' `shards`; each shard is surveyed by one rank. A collective call."""
@@ -161,7 +161,7 @@ def cut_into_blocks(
     block_bytes = max(1, round(data.block_mib * 2**20))
     found = _shared_out(
         range(len(flat)),
-        lambda number: readers.survey(flat[number], number, block_bytes),
+        lambda number: readers.find_parts(flat[number], number, block_bytes),
         lambda number: flat[number].url,
         world,
         collectives,
@@ -170,7 +170,7 @@ def cut_into_blocks(
     first = 0
     for source, own in enumerate(shards):
         parts = [part for number in range(first, first + len(own)) for part in found[number]]
-        blocks += make_blocks(source, parts, block_bytes)
+        blocks += group_into_blocks(source, parts, block_bytes)
         first += len(own)
     return tuple(blocks)
 
@@ -245,30 +245,30 @@ def _own_share(blocks: Sequence[Block], world: World) -> list[int]:
         [
             number
             for number, block in enumerate(blocks)
-            if block.parts[0].shard % world.size == world.rank
+            if block.parts[0].shard % world.num_ranks == world.rank
         ]
-        if len({block.parts[0].shard for block in blocks}) >= world.size
+        if len({block.parts[0].shard for block in blocks}) >= world.num_ranks
         else list(world.share(len(blocks)))
     )
 
 
 def _measure(
     made: tuple[int, Any], number: int, data: DataSection, sequence_length: int
-) -> Measures:
+) -> BlockStats:
     assert made[0] == number
     return cutting.measure(made[1], data, sequence_length)
 
 
 def _limited(
-    measures: dict[int, Measures], max_samples: int
-) -> tuple[dict[int, Measures], dict[int, int]]:
+    measures: dict[int, BlockStats], max_samples: int
+) -> tuple[dict[int, BlockStats], dict[int, int]]:
     """Return the measures of the first `max_samples` rows, and how many rows count of the block they end in, if any.
 
     That block (as a rule one) has to be measured again; blocks after it hold nothing.
     """
     limited, cut, left = {}, {}, max_samples
     for number in sorted(measures):
-        limited[number] = measures[number] if left else cutting.nothing_of(measures[number])
+        limited[number] = measures[number] if left else cutting.without_rows(measures[number])
         if 0 < left < measures[number].num_rows:
             cut[number] = left
         left = max(0, left - measures[number].num_rows)
@@ -286,7 +286,7 @@ def _shared_out(
 
     With `numbers` being the same range everywhere each rank takes its share of it.
     """
-    mine = numbers[world.rank :: world.size] if isinstance(numbers, range) else numbers
+    mine = numbers[world.rank :: world.num_ranks] if isinstance(numbers, range) else numbers
     own: dict[int, T] = {}
     failure: tuple[int, DistFtError] | None = None
     for number in mine:

@@ -23,13 +23,13 @@ from dist_ft.config.schema import DataSection, TaskSection
 from dist_ft.core import errors
 from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
-from dist_ft.data.block import Block, Part
+from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.token_cache import fingerprint, write_block
 from dist_ft.data.encoding.chat import (
     Encoder,
 )
 from dist_ft.data.encoding.encoded import (
-    Encoded,
+    EncodedRows,
 )
 from dist_ft.data.encoding.make_encoder import (
     make_encoder,
@@ -40,7 +40,7 @@ from dist_ft.data.sources.discovery import Shard, require_unchanged
 
 def tokenise(
     encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard], check: bool = True
-) -> Iterator[Encoded]:
+) -> Iterator[EncodedRows]:
     """Yield the tokens of each block; a shard that several have parts of is read in one pass.
 
     With `check` shards must be what they were when they were listed; without, the caller knows what must come out.
@@ -51,11 +51,11 @@ def tokenise(
     """
     todo = [(number, part) for number, block in enumerate(blocks) for part in block.parts]
     left = [len(block.parts) for block in blocks]
-    done: list[Encoded] = []
+    done: list[EncodedRows] = []
     for number, group in groupby(todo, key=lambda item: item[1].shard):
         wanted, shard = list(group), shards[number]
         for (block, part), (_, rows) in zip(
-            wanted, readers.read(shard, [part for _, part in wanted]), strict=True
+            wanted, readers.read_parts(shard, [part for _, part in wanted]), strict=True
         ):
             done.append(_encode(encoder, shard, part, rows))
             left[block] -= 1
@@ -66,7 +66,7 @@ def tokenise(
                 done = []
 
 
-def _encode(encoder: Encoder, shard: Shard, part: Part, rows: Any) -> Encoded:
+def _encode(encoder: Encoder, shard: Shard, part: ShardRange, rows: Any) -> EncodedRows:
     """Return the tokens of a part. Where a cut by bytes hides the number of its first row, an error looks it up."""
     by_bytes = shard.kind == "jsonl" and not shard.codec and not lines.is_json_file(shard)
     if not by_bytes or part.start == 0:
@@ -77,10 +77,10 @@ def _encode(encoder: Encoder, shard: Shard, part: Part, rows: Any) -> Encoded:
             return found
     except DataError:
         pass
-    return encoder.encode(rows, shard.url, 1 + lines.rows_before(shard, part.start))
+    return encoder.encode(rows, shard.url, 1 + lines.count_rows_before(shard, part.start))
 
 
-def _join(parts: Sequence[Encoded], shard: Shard) -> Encoded:
+def _join(parts: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
     """Return the parts of a block as one."""
     formats = sorted({part.format for part in parts if part.format})
     if len(formats) > 1:
@@ -93,7 +93,7 @@ def _join(parts: Sequence[Encoded], shard: Shard) -> Encoded:
     offsets = [np.zeros(1, dtype=np.int64)]
     for part in parts:
         offsets.append(part.offsets[1:] + offsets[-1][-1])
-    return Encoded(
+    return EncodedRows(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.targets for part in parts]),
         np.concatenate(offsets),
@@ -120,7 +120,7 @@ def run_task(encoder: Encoder, task: dict[str, Any], limit_bytes: float) -> None
     """Put the blocks of a task into the cache."""
     shards = {int(number): Shard(**values) for number, values in task["shards"].items()}
     blocks = [
-        Block(values["source"], tuple(Part(**part) for part in values["parts"]))
+        Block(values["source"], tuple(ShardRange(**part) for part in values["parts"]))
         for values in task["blocks"]
     ]
     for path, encoded in zip(
@@ -137,13 +137,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     os.nice(5)
-    setup = json.loads(sys.stdin.readline())
+    setup_logging = json.loads(sys.stdin.readline())
     encoder: Encoder | None = None
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         try:
-            encoder = encoder or _encoder(setup)
-            run_task(encoder, json.loads(line), setup["limit_bytes"])
+            encoder = encoder or _encoder(setup_logging)
+            run_task(encoder, json.loads(line), setup_logging["limit_bytes"])
         except DistFtError as error:
             answer = {"error": [type(error).__name__, str(error)]}
         except OSError as error:
@@ -152,20 +152,20 @@ def main() -> None:
         answers.flush()
 
 
-def _encoder(setup: dict[str, Any]) -> Encoder:
+def _encoder(setup_logging: dict[str, Any]) -> Encoder:
     """Return the encoder the parent has, from what it saved."""
     from transformers import AutoTokenizer
 
     from dist_ft.core import logs
     from dist_ft.storage import filesystem
 
-    logs.setup(level="warning")
-    filesystem.configure(setup["options"])
-    data = DataSection.model_validate(setup["data"])
-    tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
-    task = TaskSection.model_validate(setup.get("task") or {})
-    encoder = make_encoder(tokenizer, data, task, setup.get("sequence_length", 0))
-    if fingerprint(encoder) != setup["fingerprint"]:
+    logs.setup_logging(level="warning")
+    filesystem.configure(setup_logging["options"])
+    data = DataSection.model_validate(setup_logging["data"])
+    tokenizer = AutoTokenizer.from_pretrained(setup_logging["tokenizer"])
+    task = TaskSection.model_validate(setup_logging.get("task") or {})
+    encoder = make_encoder(tokenizer, data, task, setup_logging.get("sequence_length", 0))
+    if fingerprint(encoder) != setup_logging["fingerprint"]:
         raise errors.ModelError(
             "model.tokenizer: saved and loaded again it is another tokenizer; only those that "
             "survive that can be used in processes; set data.tokenizer_processes=0"

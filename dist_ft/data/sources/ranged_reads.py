@@ -15,35 +15,35 @@ from functools import lru_cache
 
 from dist_ft.core.errors import StorageError
 from dist_ft.storage.filesystem import Store
-from dist_ft.storage.retry import attempts
+from dist_ft.storage.retry import retry_limit
 
 RANGE_BYTES = 4 * 2**20
-IN_FLIGHT = 4
-LEAST_BYTES = 64 * 2**10
+MAX_IN_FLIGHT = 4
+MIN_RANGE_BYTES = 64 * 2**10
 """Ranges are not halved below this."""
 
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="dist_ft-fetch")
+    return ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="dist_ft-fetch")
 
 
-def stream(url: str, start: int, stop: int) -> Iterator[bytes]:
+def stream_range(url: str, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes [start, stop) of a file in order, ranges ahead being fetched meanwhile."""
     folder, name = posixpath.split(url)
     store = Store(folder)
     if stop - start <= RANGE_BYTES:
         if stop > start:
-            yield fetch(store, name, start, stop)
+            yield fetch_range(store, name, start, stop)
         return
     ahead: deque[Future[bytes]] = deque()
     begins = iter(range(start, stop, RANGE_BYTES))
     try:
         for begin in begins:
             ahead.append(
-                _threads().submit(fetch, store, name, begin, min(stop, begin + RANGE_BYTES))
+                _threads().submit(fetch_range, store, name, begin, min(stop, begin + RANGE_BYTES))
             )
-            if len(ahead) == IN_FLIGHT:
+            if len(ahead) == MAX_IN_FLIGHT:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -52,26 +52,26 @@ def stream(url: str, start: int, stop: int) -> Iterator[bytes]:
             waiting.cancel()
 
 
-def read(url: str, start: int, stop: int) -> bytes:
+def read_range(url: str, start: int, stop: int) -> bytes:
     """Return the bytes [start, stop) of a file."""
-    return b"".join(stream(url, start, stop))
+    return b"".join(stream_range(url, start, stop))
 
 
-def fetch(store: Store, name: str, start: int, stop: int) -> bytes:
+def fetch_range(store: Store, name: str, start: int, stop: int) -> bytes:
     """Return one range; where it fails, its halves, down to LEAST_BYTES, which are then tried as `Store.read` does."""
-    if stop - start <= LEAST_BYTES:
+    if stop - start <= MIN_RANGE_BYTES:
         return store.read(name, start, stop)
     try:
-        with attempts(1):
+        with retry_limit(1):
             return store.read(name, start, stop)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError | PermissionError):
             raise
     middle = (start + stop) // 2
-    return fetch(store, name, start, middle) + fetch(store, name, middle, stop)
+    return fetch_range(store, name, start, middle) + fetch_range(store, name, middle, stop)
 
 
-class ExactFile(io.RawIOBase):
+class RandomAccessFile(io.RawIOBase):
     """A shard as a seekable file whose every read is that range; for decoders that know what they want."""
 
     def __init__(self, url: str, size: int) -> None:
@@ -99,13 +99,13 @@ class ExactFile(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill `buffer`, or what is left of the file; return how many bytes."""
-        content = read(self._url, self._position, min(self._size, self._position + len(buffer)))
+        content = read_range(self._url, self._position, min(self._size, self._position + len(buffer)))
         memoryview(buffer)[: len(content)] = content
         self._position += len(content)
         return len(content)
 
 
-class RangeFile(ExactFile):
+class ReadAheadFile(RandomAccessFile):
     """A shard as a file that reads ahead; for decoders that go through it."""
 
     def __init__(self, url: str, size: int) -> None:
@@ -132,6 +132,6 @@ class RangeFile(ExactFile):
             return False
         continues = self._position == self._held_at + len(self._held)
         if self._stream is None or not continues:
-            self._stream = stream(self._url, self._position, self._size)
+            self._stream = stream_range(self._url, self._position, self._size)
         self._held_at, self._held = self._position, next(self._stream)
         return True

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_ft.config.schema import DataSection, RunConfig, Source
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.data.batching.augmentation import Augmenting, read_file
+from dist_ft.data.batching.augmentation import Augmentation, read_file
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.masking import Masking
 from dist_ft.data.block import Block
@@ -16,15 +16,16 @@ from dist_ft.data.blocks import index as indices
 from dist_ft.data.blocks import index_file
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.index import Index
-from dist_ft.data.blocks.index_checks import judge
-from dist_ft.data.blocks.tokenizer_pool import TokeniserPool
+from dist_ft.data.blocks.index_checks import check_index
+from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.make_encoder import (
     make_encoder,
 )
-from dist_ft.data.sampling.batch_plan import Plan
-from dist_ft.data.sources.discovery import Shard, resolve
-from dist_ft.model.loading.load import cache_folder, load_tokenizer
+from dist_ft.data.sampling.batch_plan import BatchPlan
+from dist_ft.data.sources.discovery import Shard, discover_shards
+from dist_ft.model.loading.download import cache_folder
+from dist_ft.model.loading.load import load_tokenizer
 from dist_ft.runtime.bootstrap.few_shot_examples import (
     with_examples,
 )
@@ -118,8 +119,8 @@ def open_anchor(
 def open_blocks(config: RunConfig) -> BlockStore:
     """Return the training data's blocks, not read yet, for work on its rows (or their tokens, if it is causal_lm)."""
     tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    shards = resolve(config.data.train)
-    blocks = indices.cut_into_blocks(shards, config.data, World(), Collectives())
+    shards = discover_shards(config.data.train)
+    blocks = indices.split_into_blocks(shards, config.data, World(), Collectives())
     return _store(
         config,
         config.data,
@@ -137,7 +138,7 @@ def _store(
     blocks: Sequence[Block],
 ) -> BlockStore:
     limit, processes = section.cache_gib * 2**30, section.tokenizer_processes
-    pool = TokeniserPool(processes, encoder, limit, config.storage.options) if processes else None
+    pool = TokenizerPool(processes, encoder, limit, config.storage.options) if processes else None
     return BlockStore(
         cache_folder(config.data.cache_dir) / "tokens", encoder, shards, blocks, pool, limit
     )
@@ -156,7 +157,7 @@ def _loader(
     """Return the loader over a section's sources, with the run's stored index if there is one."""
     length, name = config.batch.sequence_length, f"{FOLDER}/{field}"
     encoder = make_encoder(tokenizer, section, config.task, length, config.prompting)
-    shards = on_rank0(world, collectives, lambda: resolve(section.train, field))
+    shards = on_rank0(world, collectives, lambda: discover_shards(section.train, field))
     flat = tuple(shard for source in shards for shard in source)
     index = on_rank0(world, collectives, lambda: index_file.load(store, name))
     if index is not None and (
@@ -166,14 +167,14 @@ def _loader(
         blocks = _store(config, section, encoder, flat, index.blocks)
         index.verify_recipe(indices.recipe(blocks.fingerprint, section, length, max_samples))
     else:
-        cuts = indices.cut_into_blocks(shards, section, world, collectives)
+        cuts = indices.split_into_blocks(shards, section, world, collectives)
         blocks = _store(config, section, encoder, flat, cuts)
         index = indices.build(shards, blocks, section, length, world, collectives, max_samples)
-        judge(index, section, length)
+        check_index(index, section, length)
         made = index
         on_rank0(world, collectives, lambda: index_file.save(made, store, name))
     blocks.checksums = [measure.checksum for measure in index.measures]
-    plan = Plan(index.counts, index.sources, section, config.batch, config.run.seed)
+    plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
     masking = (
         Masking.of(tokenizer, config.task, config.run.seed)
         if config.task.name == "masked_lm"
@@ -182,7 +183,7 @@ def _loader(
     augmenting = None
     if field == "data.train" and section.augment != type(section.augment)():
         synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
-        augmenting = Augmenting.of(
+        augmenting = Augmentation.of(
             tokenizer, section.augment, config.task, length, config.run.seed, synonyms
         )
     return Loader(plan, index, blocks, section.prefetch_steps, masking, augmenting)

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from dist_ft.data.encoding.prompt_encoder import PromptEncoder
     from dist_ft.engine.base import Engine
     from dist_ft.model.adversarial import Adversary
-    from dist_ft.model.trainable_model import Learner
+    from dist_ft.model.trainable_model import TrainableModel
 
 log = logging.getLogger("dist_ft.run")
 
 
 def open_engine(
     config: RunConfig, world: World, resumed: bool, tokenizer: Any
-) -> tuple[Learner, Engine, frozenset[str]]:
+) -> tuple[TrainableModel, Engine, frozenset[str]]:
     """Return the model inside the engine the config asks for, and which of its weights are new (`heads`).
 
     Its weights are pre-trained, or empty if `resumed`.
     """
     import torch
 
-    from dist_ft.engine.regularizers import Guards
+    from dist_ft.engine.regularizers import Regularizers
 
     use_gpu = config.cluster.gpus_per_worker > 0
     if config.max_workers == 0:
@@ -46,18 +46,18 @@ def open_engine(
                 module,
                 config.optimizer,
                 device,
-                schedule.by_depth(config.tuning),
+                schedule.uses_depth_scale(config.tuning),
                 _adversary(config, module),
-                Guards.of(config.tuning),
+                Regularizers.of(config.tuning),
             ),
             new,
         )
     from dist_ft.engine import deepspeed_config, schedule
     from dist_ft.engine import deepspeed_engine as sharded
 
-    sharded.start(use_gpu)
-    settings = deepspeed_config.build(config)
-    with sharded.loading(settings):
+    sharded.attach_to_process_group(use_gpu)
+    settings = deepspeed_config.build_deepspeed_config(config)
+    with sharded.zero_init(settings):
         module, new = _tuned(config, resumed, tokenizer)
     return (
         module,
@@ -66,15 +66,15 @@ def open_engine(
             config.optimizer,
             settings,
             world,
-            schedule.by_depth(config.tuning),
+            schedule.uses_depth_scale(config.tuning),
             _adversary(config, module),
-            Guards.of(config.tuning),
+            Regularizers.of(config.tuning),
         ),
         new,
     )
 
 
-def _adversary(config: RunConfig, module: Learner) -> Adversary | None:
+def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
     """Return who moves the embeddings of `module` in training, if anybody; made before an engine adds its hooks."""
     from dist_ft.model.adversarial import Adversary
 
@@ -82,18 +82,18 @@ def _adversary(config: RunConfig, module: Learner) -> Adversary | None:
     return Adversary(section, module) if section.method != "none" else None
 
 
-def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, frozenset[str]]:
+def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[TrainableModel, frozenset[str]]:
     """Return the model with its head and adapters, its loss around it, and which of its weights are new."""
     from dist_ft.model.adapters import tuning
-    from dist_ft.model.loading.load import empty_model, load_for
+    from dist_ft.model.loading.load import build_uninitialized_model, load_task_model
 
     cache, new = config.data.cache_dir, frozenset[str]()
     if resumed:
-        model = empty_model(config.model, cache, config.model_task)
+        model = build_uninitialized_model(config.model, cache, config.model_task)
     else:
-        model, new = load_for(config.model_task, config.model, cache)
+        model, new = load_task_model(config.model_task, config.model, cache)
     text = config.tuning.prompt.text
-    tuning.apply(
+    tuning.apply_tuning(
         model,
         config.tuning,
         config.run.seed,
@@ -103,7 +103,7 @@ def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[Learner, f
     return wrapped(model, config, tokenizer), new
 
 
-def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
+def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> TrainableModel:
     """Return a transformers model with the loss of the config's task around it, or what it is asked by."""
     from dist_ft.model.causal_lm import CausalLM
     from dist_ft.model.task_models import SpecialTokens, TaskModel
@@ -121,10 +121,10 @@ def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> Learner:
         return CausalLM(model, *noise)
     special = SpecialTokens.of(tokenizer, model.config)
     if config.prompting.method == "likelihood":
-        from dist_ft.model.label_prompting import PromptModel
+        from dist_ft.model.label_prompting import LabelPromptModel
 
         words = prompt_encoder(config, tokenizer).words()
-        return PromptModel(model, config.task, special, words, config.batch.sequence_length, *noise)
+        return LabelPromptModel(model, config.task, special, words, config.batch.sequence_length, *noise)
     if config.prompting.method == "prototypes":
         from dist_ft.model.prototypes import PrototypeModel
 
@@ -143,13 +143,13 @@ def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
 
 def with_whole_head(config: RunConfig) -> RunConfig:
     """Return the config with a model whose head has a row for each label, where task.grow_head adds some."""
-    from dist_ft.model.loading.grow_head import grow
-    from dist_ft.model.loading.load import cache_folder, fetch
+    from dist_ft.model.loading.grow_head import grow_head
+    from dist_ft.model.loading.download import cache_folder, fetch_model
 
     if not config.task.grow_head:
         return config
-    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
-    grown = grow(
+    folder = fetch_model(config.model.path, config.model.revision, config.data.cache_dir)
+    grown = grow_head(
         folder, config.task, config.run.seed, cache_folder(config.data.cache_dir) / "models"
     )
     return (
@@ -163,7 +163,7 @@ def with_whole_head(config: RunConfig) -> RunConfig:
 
 def fill(
     config: RunConfig,
-    module: Learner,
+    module: TrainableModel,
     engine: Engine,
     manager: CheckpointManager,
     manifest: Manifest | None,
@@ -179,23 +179,23 @@ def fill(
     from dist_ft.engine.weight_check import verify_weights
     from dist_ft.model import heads
     from dist_ft.model.adapters import tuning
-    from dist_ft.model.loading.load import fetch
+    from dist_ft.model.loading.download import fetch_model
 
     if manifest is not None:
         manifest = manager.load(manifest, engine, tensors(module))
         log.info("going on from step %d", manifest.progress.step)
     else:
-        folder = fetch(config.model.path, config.model.revision, config.data.cache_dir)
+        folder = fetch_model(config.model.path, config.model.revision, config.data.cache_dir)
         compared = verify_weights(
-            engine.slots(),
+            engine.state_slices(),
             folder,
             getattr(torch, config.model.dtype),
-            lambda name: "" if name in new else tuning.name_in_files(name),
+            lambda name: "" if name in new else tuning.name_in_model_files(name),
             f"{module.model.base_model_prefix}.",
         )
         log.debug("%d parameters hold what the files say", compared)
-        heads.begin(
-            engine.slots,
+        heads.initialize_new_weights(
+            engine.state_slices,
             new,
             {name: found.shape for name, found in tensors(module).items()},
             module.model.config,
@@ -203,12 +203,12 @@ def fill(
         )
         if new:
             engine.finish_load(0)
-        regularizers.begin(engine.slots, new)
+        regularizers.initialize_state(engine.state_slices, new)
     probe(config, module, engine)
     return manifest
 
 
-def probe(config: RunConfig, module: Learner, engine: Engine) -> None:
+def probe(config: RunConfig, module: TrainableModel, engine: Engine) -> None:
     """Raise ModelError if samples are packed and this model does not keep them apart; a collective call."""
     from dist_ft.engine.packing_check import require_packing
 
@@ -220,7 +220,7 @@ def probe(config: RunConfig, module: Learner, engine: Engine) -> None:
         )
 
 
-def store_model(store: Store, module: Learner, tokenizer: Any) -> None:
+def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
     """Keep the model's config and tokenizer with the run, so that it can be exported anywhere."""
     import tempfile
     from pathlib import Path
@@ -239,18 +239,18 @@ def store_model(store: Store, module: Learner, tokenizer: Any) -> None:
     store.write(f"{MODEL}/.complete", json.dumps({}).encode())
 
 
-def tensors(module: Learner) -> dict[str, TensorInfo]:
+def tensors(module: TrainableModel) -> dict[str, TensorInfo]:
     """Return the shape of every weight, whole."""
-    from dist_ft.model.trainable_model import canonical_names
+    from dist_ft.model.trainable_model import parameters_by_name
 
     return {
         name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
-        for name, p in canonical_names(module).items()
+        for name, p in parameters_by_name(module).items()
     }
 
 
-def aliases(module: Learner) -> dict[str, str]:
+def aliases(module: TrainableModel) -> dict[str, str]:
     """Return {other name: first name} of tied weights."""
     from dist_ft.model import trainable_model
 
-    return trainable_model.aliases(module)
+    return trainable_model.tied_weight_aliases(module)

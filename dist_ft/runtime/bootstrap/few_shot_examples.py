@@ -12,7 +12,7 @@ from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import prompt_templates, task_rows
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import Row, resolve
+from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def _kept(config: RunConfig, store: Store) -> list[str]:
     section, labels = config.prompting, config.task.labels
     shown = examples(config, section.shots)
     found = [
-        prompt_templates.few_shot(
+        prompt_templates.prepend_examples(
             template,
-            [prompt_templates.answered(template, sample, labels, section) for sample in shown],
+            [prompt_templates.format_example(template, sample, labels, section) for sample in shown],
             section.separator,
         )
         for template in section.templates
@@ -72,7 +72,7 @@ def examples(config: RunConfig, count: int) -> list[Sample]:
     by_label = (
         config.prompting.shots_by == "label" and config.task.name == "sequence_classification"
     )
-    found = prompt_templates.draw(samples(), count, config.prompting.seed)
+    found = prompt_templates.draw_per_class(samples(), count, config.prompting.seed)
     if not found:
         raise DataError(
             "data.train: has no row that prompting.shots could show; rows with a label are needed; set "
@@ -84,8 +84,8 @@ def examples(config: RunConfig, count: int) -> list[Sample]:
 def rows(config: RunConfig) -> Iterator[tuple[str, int, Row]]:
     """Yield (shard, number, row) of the training data that could be decoded and are in scope."""
     outside, column = config.evaluation.robustness.out_of_scope_label, config.task.columns.label
-    for shard in (shard for source in resolve(config.data.train) for shard in source):
-        for number, row in enumerate(readers.rows_of(shard), 1):
+    for shard in (shard for source in discover_shards(config.data.train) for shard in source):
+        for number, row in enumerate(readers.iter_rows(shard), 1):
             if isinstance(row, DataError):
                 if config.data.bad_rows == "error":
                     raise row

@@ -28,15 +28,15 @@ def measure(
 ) -> None:
     """Fill in the engine's Fisher information from one pass of `loader`; a collective call."""
     num_targets = 0
-    for step in range(loader.steps_of_a_pass):
+    for step in range(loader.steps_per_epoch):
         for lane in range(config.num_lanes):
             beat()
             batch = (
                 loader.batches(step, [lane])[0]
-                if lane % world.size == world.rank
+                if lane % world.num_ranks == world.rank
                 else empty_batch()
             )
-            engine.add_squares(batch)
+            engine.accumulate_fisher(batch)
             num_targets += batch.num_target_tokens
     (total,) = collectives.sum([num_targets])
     if not total:
@@ -44,4 +44,4 @@ def measure(
             "tuning.anchor.data: there is nothing to learn in it, so nothing tells what is to be kept; "
             "rows with targets are needed; correct the data"
         )
-    engine.scale_squares(1 / total)
+    engine.scale_fisher(1 / total)

@@ -15,9 +15,9 @@ from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import task_rows
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.model.loading.grow_head import grown_labels, own_labels
-from dist_ft.model.loading.load import fetch
+from dist_ft.model.loading.download import fetch_model
 from dist_ft.storage.filesystem import Store
 
 KEPT = "data/labels.json"
@@ -44,7 +44,7 @@ def with_labels(
     )
     if task.grow_head:
         own = own_labels(
-            fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False),
+            fetch_model(config.model.path, config.model.revision, config.data.cache_dir, weights=False),
             task,
         )
         found = grown_labels(own, found, named=bool(task.labels))
@@ -77,18 +77,18 @@ def find_labels(config: RunConfig, least: int = 2) -> list[str]:
             f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
             "task.columns, or name them in task.labels"
         )
-    return list(task_rows.ordered(found))
+    return list(task_rows.sort_labels(found))
 
 
 def labels_in(config: RunConfig, sources: Sequence[Source]) -> set[str]:
     """Return the labels that rows of `sources` have; reads every row once."""
     found: set[str] = set()
-    for shard in (shard for source in resolve(sources) for shard in source):
-        for number, row in enumerate(readers.rows_of(shard), 1):
+    for shard in (shard for source in discover_shards(sources) for shard in source):
+        for number, row in enumerate(readers.iter_rows(shard), 1):
             try:
                 if isinstance(row, DataError):
                     raise row
-                found.update(task_rows.labels_of(row, config.task, shard.url, number))
+                found.update(task_rows.read_label_names(row, config.task, shard.url, number))
             except DataError:
                 if config.data.bad_rows == "error":
                     raise

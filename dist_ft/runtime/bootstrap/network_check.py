@@ -108,10 +108,10 @@ def check(
     Raises WorkerError where a sum or what a node received is wrong.
     """
     wish = config.cluster.network_check
-    if wish == "off" or (world.size == 1 and wish == "auto"):
+    if wish == "off" or (world.num_ranks == 1 and wish == "auto"):
         return
     names = comms.all_gather(node_name())
-    leaders = [rank for rank, local in enumerate(comms.all_gather(world.local_rank)) if local == 0]
+    leaders = [rank for rank, local in enumerate(comms.all_gather(world.rank_of_node)) if local == 0]
     nodes = tuple(names[rank] for rank in leaders)
     if wish == "auto" and len(leaders) == 1:
         return
@@ -136,14 +136,14 @@ def measure(
     kind = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
     device = torch.device(kind)
     told = comms.all_gather(machine.describe(kind == "cuda") if world.rank in leaders else None)
-    sums, wrong = _sums(world, comms, device, SIZES[kind]) if world.size > 1 else ((), False)
+    sums, wrong = _sums(world, comms, device, SIZES[kind]) if world.num_ranks > 1 else ((), False)
     links, bad = (
         _links(world, comms, device, leaders, PAIR_BYTES[kind]) if len(leaders) > 1 else ((), ())
     )
     raise_together(comms, _wrong(wrong, bad, nodes) if wrong or bad else None)
     slow = judge(links, nodes, config.cluster.network_min_mb_s)
     return Network(
-        world.size,
+        world.num_ranks,
         nodes,
         tuple(one for one in told if one is not None),
         sums,
@@ -177,7 +177,7 @@ def _sums(
         values = (
             torch.arange(num_bytes // 4, device=device) % 7
         ).float()  # sums stay exact up to 10^5 workers
-        expected, times = values * sum(1 + rank % 16 for rank in range(world.size)), []
+        expected, times = values * sum(1 + rank % 16 for rank in range(world.num_ranks)), []
         for _ in range(TRIES):
             mine = values * (1 + world.rank % 16)
             comms.barrier()
@@ -189,7 +189,7 @@ def _sums(
             wrong |= not torch.equal(mine, expected)
         seconds = min(max(each) for each in zip(*comms.all_gather(times), strict=True))
         found.append(
-            Sum(num_bytes, seconds, 2 * (world.size - 1) / world.size * num_bytes / seconds / 1e6)
+            Sum(num_bytes, seconds, 2 * (world.num_ranks - 1) / world.num_ranks * num_bytes / seconds / 1e6)
         )
     return tuple(found), any(comms.all_gather(wrong))
 

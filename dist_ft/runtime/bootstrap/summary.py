@@ -15,12 +15,12 @@ from dist_ft.training.console import table
 from dist_ft.training.result import Result
 
 if TYPE_CHECKING:
-    from dist_ft.model.trainable_model import Learner
+    from dist_ft.model.trainable_model import TrainableModel
 
 
 def at_start(
     config: RunConfig,
-    module: Learner,
+    module: TrainableModel,
     data: Data,
     world: World,
     total_steps: int,
@@ -28,9 +28,9 @@ def at_start(
     attempt: int,
 ) -> str:
     """Return the table shown before the first step."""
-    from dist_ft.model.trainable_model import canonical_names
+    from dist_ft.model.trainable_model import parameters_by_name
 
-    parameters = canonical_names(module).values()
+    parameters = parameters_by_name(module).values()
     counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
     learned = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
     index = data.training.index
@@ -52,7 +52,7 @@ def at_start(
             ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
             (
                 "world",
-                f"{world.size} worker{'s' if world.size > 1 else ''}, "
+                f"{world.num_ranks} worker{'s' if world.num_ranks > 1 else ''}, "
                 f"{world.largest_share(config.num_lanes)} lanes on the busiest",
             ),
             *batch_arithmetic(config),
@@ -61,7 +61,7 @@ def at_start(
                 f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
                 f"{data.training.plan.steps_of(1):,} steps an epoch",
             ),
-            ("memory", memory_line(sum(counts), learned, world.size, config)),
+            ("memory", memory_line(sum(counts), learned, world.num_ranks, config)),
             ("start", start),
         ],
     )

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_ft.checkpoint import discovery, initial_weights
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress, parse_folder
 from dist_ft.config.load import STORED, check_resume, resolved_yaml
@@ -25,7 +25,7 @@ from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError, DistFtError
 from dist_ft.core.world import Collectives, World, collectives, on_rank0
 from dist_ft.metrics import best
-from dist_ft.model.loading.load import cache_folder
+from dist_ft.model.loading.download import cache_folder
 from dist_ft.runtime.bootstrap import network_check, summary
 from dist_ft.runtime.bootstrap.build_data import Data, open_anchor, open_data
 from dist_ft.runtime.bootstrap.build_model import (
@@ -45,7 +45,8 @@ from dist_ft.training.components import Parts
 from dist_ft.training.held_out_generation import HeldOutTexts
 from dist_ft.training.metrics_log import MetricsLog, read_metrics
 from dist_ft.training.minimum_risk import MinimumRisk
-from dist_ft.training.result import Hooks, Result
+from dist_ft.training.result import Result
+from dist_ft.training.run_context import RunContext
 from dist_ft.training.time_ledger import Clock, kept
 from dist_ft.training.trackers import Trackers
 from dist_ft.training.trainer import Trainer
@@ -53,23 +54,23 @@ from dist_ft.training.trainer import Trainer
 log = logging.getLogger("dist_ft.run")
 
 
-def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
+def run(config: RunConfig, world: World, context: RunContext) -> Result:
     """Train `config` in this worker from where the run stands to its end; a collective call."""
     clock = Clock()
-    logs.setup(world.rank, world.size, config.log.level, hooks.log)
+    logs.setup_logging(world.rank, world.num_ranks, config.log.level, context.log_handler)
     filesystem.configure(config.storage.options)
-    if world.size > config.num_lanes:
+    if world.num_ranks > config.num_lanes:
         raise ConfigError(
             [
-                f"cluster.workers={world.size}: more than the {config.num_lanes} lanes (global_batch / "
+                f"cluster.workers={world.num_ranks}: more than the {config.num_lanes} lanes (global_batch / "
                 "micro_batch); use fewer workers or a larger batch.global_batch"
             ]
         )
-    if world.size > 1 and config.max_workers == 0:
+    if world.num_ranks > 1 and config.max_workers == 0:
         raise ConfigError(
             [
-                f"cluster.workers=0: means one process, and this is one of {world.size} (WORLD_SIZE); set "
-                f"cluster.workers={world.size}, or start one process"
+                f"cluster.workers=0: means one process, and this is one of {world.num_ranks} (WORLD_SIZE); set "
+                f"cluster.workers={world.num_ranks}, or start one process"
             ]
         )
     for line in untrainable(config.prompting):
@@ -77,16 +78,16 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
-    network_check.check(config, world, comms, store, hooks.after)
-    stored, config = config, initial_weights.begun(config, store, world, comms)
+    network_check.check(config, world, comms, store, context.previous_end)
+    stored, config = config, initial_weights.resolve_initial_model(config, store, world, comms)
     data = open_data(config, store, world, comms)
     config = with_whole_head(data.config)
     try:
         total_steps = data.training.plan.total_steps(config.schedule)
         done = _complete(config, store, world, comms, total_steps)
         if done is not None:
-            return _already_done(config, done, total_steps, store, hooks, world)
-        attempt = on_rank0(world, comms, lambda: take_over(store, stored, world, hooks.after))
+            return _already_done(config, done, total_steps, store, context, world)
+        attempt = on_rank0(world, comms, lambda: take_over(store, stored, world, context.previous_end))
         nodes = node_tier(config, store, world, comms)
         with (
             kept(clock, store, attempt, world),
@@ -98,7 +99,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
             return _train(
                 config,
                 world,
-                hooks,
+                context,
                 comms,
                 store,
                 attempt,
@@ -115,7 +116,7 @@ def run(config: RunConfig, world: World, hooks: Hooks) -> Result:
 def _train(
     config: RunConfig,
     world: World,
-    hooks: Hooks,
+    context: RunContext,
     comms: Collectives,
     store: Store,
     attempt: int,
@@ -132,14 +133,14 @@ def _train(
         if manifest is None and config.tuning.anchor.method == "ewc":
             kept_data = open_anchor(config, data.tokenizer, store, world, comms)
             with closing(kept_data.store):
-                measure(config, engine, kept_data, world, comms, hooks.beat)
+                measure(config, engine, kept_data, world, comms, context.callbacks.on_progress)
         on_rank0(world, comms, lambda: store_model(store, module, data.tokenizer))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         clock.resume(progress.step)
         lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
-        metrics = _metrics(config, world, comms, store, lines, attempt, hooks)
+        metrics = _metrics(config, world, comms, store, lines, attempt)
         if world.rank == 0:
-            hooks.console.say(
+            context.console.say(
                 summary.at_start(config, module, data, world, total_steps, progress, attempt)
             )
         judge = Judge(
@@ -166,18 +167,14 @@ def _train(
         try:
             with Watchdog(store, attempt, world, config.cluster.progress_timeout_s) as watchdog:
 
-                def beat() -> None:
-                    watchdog.beat()
-                    hooks.beat()
-
                 result = _train_on(
-                    config, parts, replace(hooks, beat=beat), progress, total_steps, manifest
+                    config, parts, context.with_callback(watchdog), progress, total_steps, manifest
                 )
         finally:
             if metrics is not None:
                 metrics.close()
         if world.rank == 0:
-            hooks.console.say(summary.at_end(config, result))
+            context.console.say(summary.at_end(config, result))
         return result
     finally:
         engine.close()
@@ -190,14 +187,13 @@ def _metrics(
     store: Store,
     lines: list[dict[str, Any]],
     attempt: int,
-    hooks: Hooks,
 ) -> MetricsLog | None:
     """Return rank 0's record of the run, and None elsewhere; what its trackers refuse is raised by all."""
     made: list[MetricsLog] = []
 
     def make() -> None:
         trackers = Trackers.open(
-            config, store.url, cache_folder(config.data.cache_dir), hooks.measured
+            config, store.url, cache_folder(config.data.cache_dir)
         )
         made.append(MetricsLog(store, lines, attempt, config.log.tensorboard, trackers))
 
@@ -208,7 +204,7 @@ def _metrics(
 def _train_on(
     config: RunConfig,
     parts: Parts,
-    hooks: Hooks,
+    context: RunContext,
     progress: Progress,
     total_steps: int,
     manifest: Manifest | None,
@@ -218,7 +214,7 @@ def _train_on(
     while True:
         try:
             return Trainer(
-                config, parts, hooks, progress, total_steps, manifest.evaluation if manifest else {}
+                config, parts, context, progress, total_steps, manifest.evaluation if manifest else {}
             ).run()
         except RollBack:
             parts.clock.to("start")
@@ -266,12 +262,12 @@ def take_over(store: Store, config: RunConfig, world: World, after: str = "") ->
     As late as can be, but before the newest checkpoint is looked for: a second start by mistake that fails early must
     not cost the first one its work, and what this one goes on from must stay the newest.
     """
-    number = discovery.begin_attempt(store, world.size, after)
+    number = discovery.start_attempt(store, world.num_ranks, after)
     store.write(STORED, resolved_yaml(config).encode())
     return number
 
 
-def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives) -> NodeTier | None:
+def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives) -> LocalTier | None:
     """Return where this worker's node keeps checkpoints of the run; None if the config has no such folder."""
     if not config.checkpoint.node_folder:
         return None
@@ -280,7 +276,7 @@ def node_tier(config: RunConfig, store: Store, world: World, comms: Collectives)
     ]  # runs of one name in two buckets stay apart
     here = Store(f"{config.checkpoint.node_folder}/{config.run.name}-{key}")
     stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
-    return NodeTier(store, here, f"{stage}, {world.size} workers", world, comms)
+    return LocalTier(store, here, f"{stage}, {world.num_ranks} workers", world, comms)
 
 
 def _complete(
@@ -290,7 +286,7 @@ def _complete(
 
     The last step may be one the run ended early at.
     """
-    names = on_rank0(world, comms, lambda: discovery.committed(store))
+    names = on_rank0(world, comms, lambda: discovery.list_committed(store))
     step = (parse_folder(names[0]) or (0, 0))[0] if names else 0
     if not names or (
         step < total_steps and not on_rank0(world, comms, lambda: _ended_early(config, store, step))
@@ -298,7 +294,7 @@ def _complete(
         return None
     try:
         manifest = discovery.load_manifest(store, names[0])
-        discovery.verify(store, manifest, world)
+        discovery.verify_checksums(store, manifest, world)
     except DistFtError:
         manifest = None  # `CheckpointManager.newest` says why
     return manifest if all(comms.all_gather(manifest is not None)) else None
@@ -339,13 +335,13 @@ def _already_done(
     manifest: Manifest,
     total_steps: int,
     store: Store,
-    hooks: Hooks,
+    context: RunContext,
     world: World,
 ) -> Result:
     """Return the result of a run that has nothing left to do."""
     if world.rank == 0:
         early = manifest.progress.step < total_steps
-        hooks.console.say(
+        context.console.say(
             f"run {config.run.name} is complete: step {manifest.progress.step} of {total_steps} is "
             f"committed{', where it ended early' if early else ''}; raise "
             f"{'evaluation.patience' if early else 'schedule.steps'} to go on, or export it"

@@ -22,7 +22,8 @@ from dist_ft.checkpoint import discovery
 from dist_ft.core.errors import StorageError
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
-from dist_ft.storage.retry import attempts
+from dist_ft.storage.retry import retry_limit
+from dist_ft.training.callbacks import Callback
 
 log = logging.getLogger("dist_ft.watchdog")
 EXIT_CODE = 75
@@ -31,8 +32,8 @@ BEHIND_S = 15.0
 UPLOAD_S = 10.0
 
 
-class Watchdog:
-    """Watches one worker of one attempt; `beat` says that it made progress. `timeout_s` 0 watches nothing."""
+class Watchdog(Callback):
+    """Watches one worker of one attempt; `on_progress` reports progress. `timeout_s` 0 watches nothing."""
 
     def __init__(self, store: Store, attempt: int, world: World, timeout_s: float) -> None:
         self._store = store
@@ -46,7 +47,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._timeout_s:
             self._file = tempfile.NamedTemporaryFile(prefix="dist_ft-stacks-", suffix=".txt")
-            self.beat()
+            self.on_progress()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -61,7 +62,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
 
-    def beat(self) -> None:
+    def on_progress(self) -> None:
         """Say that the training thread made progress: a step, a batch of an evaluation, a save."""
         self._last = time.monotonic()
         if self._file is not None and self._last - self._armed > 1:
@@ -82,7 +83,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file, all_threads=True)
         where = "in its log"
         try:
-            with attempts(1, UPLOAD_S):
+            with retry_limit(1, UPLOAD_S):
                 self._store.write(self._name, open(self._file.name, "rb").read())  # noqa: SIM115
             where = f"at {self._store.shown(self._name)}"
         except (StorageError, OSError):

@@ -31,7 +31,7 @@ REPORTS_S = 20.0
 OOM_EVENTS = "/sys/fs/cgroup/memory.events"
 
 
-class NobodyCameError(Exception):
+class RendezvousTimeoutError(Exception):
     """The other supervisors of this worker's group are not there, and no other group has come in its place."""
 
 
@@ -84,7 +84,7 @@ class Supervisor:
         self._relay = relay
         self._committed = committed
         self._measured = measured
-        self._look_s = max(LOOK_S, place.world.size / LOOKS_PER_S)
+        self._look_s = max(LOOK_S, place.world.num_ranks / LOOKS_PER_S)
         self._num_commits = 0
         self._stopping = False
         self._spare: Process | None = None
@@ -121,7 +121,7 @@ class Supervisor:
         return Process.start(self._config, modules, self._place.spares)
 
     def _meet(self) -> tuple[Member, View]:
-        """Wait for the others; raises NobodyCameError if it takes too long: Ray then places all anew."""
+        """Wait for the others; raises RendezvousTimeoutError if it takes too long: Ray then places all anew."""
         world, until = (
             self._place.world,
             time.monotonic() + self._config.cluster.start_timeout_s + MOST_BACKOFF_S,
@@ -129,7 +129,7 @@ class Supervisor:
         member = Member(
             self._place.group,
             world.rank,
-            world.size,
+            world.num_ranks,
             self._place.node,
             f"{self._place.host}:{_free_port()}" if world.rank == 0 else "",
         )
@@ -138,8 +138,8 @@ class Supervisor:
             if view.over or view.rendezvous is not None:
                 return member, view
             if time.monotonic() > until:
-                raise NobodyCameError(
-                    f"worker {world.rank} of {world.size} waited in vain for the others"
+                raise RendezvousTimeoutError(
+                    f"worker {world.rank} of {world.num_ranks} waited in vain for the others"
                 )
             time.sleep(MEET_S)
 
@@ -238,9 +238,9 @@ class Supervisor:
         world, (host, _, port) = self._place.world, rendezvous.rpartition(":")
         return {
             "RANK": str(world.rank),
-            "WORLD_SIZE": str(world.size),
+            "WORLD_SIZE": str(world.num_ranks),
             "LOCAL_RANK": str(self._place.device),
-            "LOCAL_WORLD_SIZE": str(world.local_size),
+            "LOCAL_WORLD_SIZE": str(world.ranks_per_node),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
             NODE: self._place.node,

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,10 +22,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.errors import DistFtError, known
+from dist_ft.core.errors import DistFtError, explain_library_error
 from dist_ft.runtime.elastic import process_keeper
+from dist_ft.training.callbacks import Callback, CallbackList
 from dist_ft.training.console import Console
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 PEER_GONE = (
     "Connection closed by peer",
@@ -171,13 +173,40 @@ class _PipeConsole(Console):
         self._child.say("line", "progress", text)
 
 
+class _PipeCallback(Callback):
+    """Sends what happens in training to the parent."""
+
+    def __init__(self, child: _Child) -> None:
+        self._child = child
+        self._num_progress = 0
+
+    def on_progress(self) -> None:
+        """Report once that the first step is done: a spare that is prepared from now on does not delay it."""
+        self._num_progress += 1
+        if self._num_progress == 2:
+            self._child.say("begun", tuple(sys.modules))
+
+    def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Send the finite values."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._child.say("measured", step, kind, finite)
+
+    def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
+        """Send a checkpoint in storage."""
+        self._child.say("committed", url, dict(metrics))
+
+    def on_local_checkpoint_committed(self, step: int) -> None:
+        """Send that the run made progress."""
+        self._child.say("progressed")
+
+
 class _PipeLog(logging.Handler):
     def __init__(self, child: _Child) -> None:
         super().__init__()
         self._child = child
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send the formatted record (`logs.setup` gives the format, which removes credentials)."""
+        """Send the formatted record (`logs.setup_logging` gives the format, which removes credentials)."""
         try:
             self._child.say("line", "log", self.format(record))
         except Exception:
@@ -214,7 +243,7 @@ def _import(config: RunConfig, modules: Sequence[str]) -> tuple[Any, ...] | None
         from dist_ft.runtime.bootstrap import training_run  # noqa: F401
         from dist_ft.storage.filesystem import warm
 
-        deepspeed_engine.warm(config.cluster.gpus_per_worker > 0)
+        deepspeed_engine.import_deepspeed(config.cluster.gpus_per_worker > 0)
         warm(config.run_url)
     except Exception as error:
         return _failed(error)
@@ -228,31 +257,20 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
     """Return the last message: ("result", Result), ("error", DistFtError) or ("failed", is it a peer's, text)."""
     from dist_ft.runtime import local
 
-    beats = 0
-
-    def beat() -> None:
-        nonlocal beats
-        beats += 1
-        if beats == 2:  # the first step is done: whoever prepares a spare now does not delay it
-            child.say("begun", tuple(sys.modules))
-
     log_lines = (
         _PipeLog(child) if config.log.level != "debug" else None
     )  # then Ray forwards all there is
-    hooks = Hooks(
-        _PipeConsole(child),
-        lambda url, metrics: child.say("committed", url, metrics),
-        lambda: child.say("progressed"),
-        child.asked_to_stop.is_set,
-        child.should_save,
-        child.saved,
-        beat,
-        log_lines,
-        after,
-        measured=lambda step, kind, values: child.say("measured", step, kind, dict(values)),
+    context = RunContext(
+        console=_PipeConsole(child),
+        callbacks=CallbackList([_PipeCallback(child)]),
+        should_stop=child.asked_to_stop.is_set,
+        should_save=child.should_save,
+        on_requested_save_end=child.saved,
+        log_handler=log_lines,
+        previous_end=after,
     )
     try:
-        return "result", local.run(config, hooks)
+        return "result", local.run(config, context)
     except DistFtError as error:
         return "error", error
     except BaseException as error:
@@ -261,7 +279,7 @@ def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
 
 def _failed(error: BaseException) -> tuple[Any, ...]:
     traceback.print_exc()
-    text = str(known(error) or (str(error).strip().splitlines() or [type(error).__name__])[-1])
+    text = str(explain_library_error(error) or (str(error).strip().splitlines() or [type(error).__name__])[-1])
     whole = f"{type(error).__name__}: {error}"
     return "failed", any(sign in whole for sign in PEER_GONE), text
 

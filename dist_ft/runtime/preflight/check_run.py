@@ -21,7 +21,7 @@ from dist_ft.core.errors import ConfigError, DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
 from dist_ft.storage import filesystem
-from dist_ft.storage.retry import attempts
+from dist_ft.storage.retry import retry_limit
 from dist_ft.training import trackers
 
 TRIES, PATIENCE_S = 2, 20.0
@@ -54,7 +54,7 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
         if not whole:
             stack.enter_context(contextlib.suppress(AttributeError))
         filesystem.configure(config.storage.options)
-    with attempts(TRIES, PATIENCE_S):
+    with retry_limit(TRIES, PATIENCE_S):
         problems, seen = _seen(config, whole)
         return problems + [
             line
@@ -87,7 +87,7 @@ def _seen(config: RunConfig, whole: bool) -> tuple[list[str], RunConfig | None]:
     def probe(config: RunConfig) -> Iterator[str]:
         from dist_ft.checkpoint import initial_weights
 
-        found.append(initial_weights.seen(config))
+        found.append(initial_weights.resolve_for_inspection(config))
         yield from ()
 
     problems = _lines(probe, config, whole)
@@ -95,7 +95,7 @@ def _seen(config: RunConfig, whole: bool) -> tuple[list[str], RunConfig | None]:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    from dist_ft.model.heads import too_long
+    from dist_ft.model.heads import length_error
     from dist_ft.model.loading.load import read_config
 
     model = read_config(config.model, config.data.cache_dir, known_task(config))
@@ -105,7 +105,7 @@ def _model(config: RunConfig) -> Iterator[str]:
             "weights is needed; export the run without --int8"
         )
     virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPTS else 0
-    if line := too_long(model, config.batch.sequence_length, config.model.path, virtual):
+    if line := length_error(model, config.batch.sequence_length, config.model.path, virtual):
         yield line
 
 
@@ -126,15 +126,15 @@ def _tuning(config: RunConfig) -> Iterator[str]:
     from dist_ft.core.errors import ModelError
     from dist_ft.engine import optimizers
     from dist_ft.model.adapters import tuning
-    from dist_ft.model.loading.load import empty_model, read_config
+    from dist_ft.model.loading.load import build_uninitialized_model, read_config
 
     try:
         read_config(config.model, config.data.cache_dir, known_task(config))
     except ModelError:
         return  # `_model` says so
     with torch.device("meta"):
-        model = empty_model(config.model, config.data.cache_dir, known_task(config))
-        tuning.apply(model, config.tuning, config.run.seed, config.model_task)
+        model = build_uninitialized_model(config.model, config.data.cache_dir, known_task(config))
+        tuning.apply_tuning(model, config.tuning, config.run.seed, config.model_task)
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizers.param_groups(learned, 0.0, exempt=config.optimizer.decay_exempt)
     yield from ()
@@ -193,13 +193,13 @@ def _synonyms(config: RunConfig) -> Iterator[str]:
 
 def _data(sources: tuple[Source, ...], field: str) -> Iterator[str]:
     """Resolve each source by itself, so that all that name nothing are told; then, if each is well, together."""
-    from dist_ft.data.sources.discovery import resolve
+    from dist_ft.data.sources.discovery import discover_shards
 
     all_well = True
     for group in [*((source,) for source in sources), sources]:
         try:
             if group is not sources or (all_well and len(sources) > 1):
-                resolve(group, field)
+                discover_shards(group, field)
         except DistFtError as error:
             all_well = False
             yield str(error)
@@ -252,7 +252,7 @@ def _by_torchrun() -> bool:
 
 def _workers_here(config: RunConfig) -> int:
     """Return how many workers need a place on this machine (if the run `_is_here`)."""
-    return World.from_environment().local_size if _by_torchrun() else config.min_workers
+    return World.from_environment().ranks_per_node if _by_torchrun() else config.min_workers
 
 
 def _is_here(config: RunConfig) -> bool:

@@ -24,7 +24,7 @@ from dist_ft.core import logs
 from dist_ft.core.errors import DistFtError, WorkerError
 from dist_ft.core.world import World
 from dist_ft.runtime.elastic.coordinator import Relay, show
-from dist_ft.runtime.elastic.supervisor import NobodyCameError, Place, Supervisor
+from dist_ft.runtime.elastic.supervisor import RendezvousTimeoutError, Place, Supervisor
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.ray_backend.metrics import Exported
 from dist_ft.runtime.ray_backend.node_watch import NodeWatch
@@ -49,7 +49,7 @@ ELASTIC_START_S = 5.0
 
 def run(config: RunConfig) -> Result:
     """Run `config` on Ray workers and return its result; raises DistFtError with one clear line."""
-    logs.setup(level=config.log.level)
+    logs.setup_logging(level=config.log.level)
     filesystem.configure(config.storage.options)
     with connected(config) as ray:
         require_resources(ray, config)
@@ -220,7 +220,7 @@ def _worker(settings: dict[str, Any]) -> None:
         world,
         f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
         ray.util.get_node_ip_address(),
-        device(ray.get_gpu_ids(), world.local_rank),
+        device(ray.get_gpu_ids(), world.rank_of_node),
         f"{settings['relay']}/{runtime.get_node_id()}",
     )
     relay = Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
@@ -228,7 +228,7 @@ def _worker(settings: dict[str, Any]) -> None:
         Supervisor(config, place, relay, reporter(config), Exported(config.run.name).add).run()
     except ray.exceptions.ActorDiedError:
         return  # the relay is gone, and with it the driver
-    except NobodyCameError:
+    except RendezvousTimeoutError:
         raise
     except Exception as error:
         relay.end(

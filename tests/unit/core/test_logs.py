@@ -83,7 +83,7 @@ def test_credentials_in_urls(text, want):
 
 def test_log_lines_and_tracebacks_are_redacted(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    logs.setup()
+    logs.setup_logging()
     try:
         raise ValueError("with hf_0123456789 inside")
     except ValueError:
@@ -95,7 +95,7 @@ def test_log_lines_and_tracebacks_are_redacted(capsys, monkeypatch):
 
 def test_rank_0_speaks_and_others_only_when_it_matters(capsys):
     for rank in (0, 1):
-        logs.setup(rank, 2)
+        logs.setup_logging(rank, 2)
         logging.getLogger("dist_ft.x").info("news")
         logging.getLogger("dist_ft.x").warning("trouble")
     assert (
@@ -105,8 +105,8 @@ def test_rank_0_speaks_and_others_only_when_it_matters(capsys):
 
 
 def test_level_and_single_handler(capsys):
-    logs.setup(level="debug")
-    logs.setup(level="warning")
+    logs.setup_logging(level="debug")
+    logs.setup_logging(level="warning")
     logging.getLogger("dist_ft.x").info("news")
     logging.getLogger("dist_ft.x").warning("once")
     assert capsys.readouterr().err == "WARNING once\n"

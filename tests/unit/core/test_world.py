@@ -96,7 +96,7 @@ def test_a_world_that_can_not_be(monkeypatch, values, said):
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError,
-        match=rf"do not make a world \(.*{said}.*\); what torchrun sets is allowed; unset "
+        match=rf"inconsistent \(.*{said}.*\); allowed: the values that torchrun sets; unset "
         "them to run alone",
     ):
         World.from_environment()

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dist_ft.core.errors import StorageError
 from dist_ft.storage import filesystem, retry
 from dist_ft.storage.filesystem import Store
-from dist_ft.storage.retry import attempts
+from dist_ft.storage.retry import retry_limit
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -76,7 +76,7 @@ def test_files_come_back_whole_and_in_ranges(store):
     memory = memoryview(bytearray(3))
     assert store.read_into("deep/er/file", 2, memory) == b"234"
     assert memory == (b"234" if filesystem.is_local(store.url) else bytes(3))
-    with pytest.raises(StorageError, match="1 bytes came, 3 were asked for from 9"), attempts(1):
+    with pytest.raises(StorageError, match="1 bytes came, 3 were asked for from 9"), retry_limit(1):
         store.read_into("deep/er/file", 9, memory)
     assert store.sizes("deep") == {"er/file": 10} and store.sizes("none") == {}
     assert store.exists("deep/er/file") and store.exists("deep") and not store.exists("deep/else")
@@ -260,7 +260,7 @@ def test_lasting_trouble_is_one_error(flaky):
         "flaky://bucket/file: can not read it (OSError: 503 SlowDown); gave up after 8 tries; "
         "check that the endpoint answers"
     )
-    assert Flaky.calls == retry.ATTEMPTS == 8
+    assert Flaky.calls == retry.DEFAULT_ATTEMPTS == 8
     assert caught.value.retryable
 
 
@@ -336,10 +336,10 @@ def test_a_place_that_does_not_answer_is_given_up_and_not_asked_again(monkeypatc
     asked, never = [], threading.Event()
     monkeypatch.setattr(filesystem, "filesystem", lambda url: (asked.append(url), never.wait(30)))
     begun = time.monotonic()
-    with attempts(2, seconds=0.2):
+    with retry_limit(2, timeout_s=0.2):
         for path, said in (
             ("a", "no answer within 0.2 s"),
-            ("b", "s3://silent gave no answer before"),
+            ("b", "s3://silent did not answer before"),
         ):
             with pytest.raises(
                 StorageError,

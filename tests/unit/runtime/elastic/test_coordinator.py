@@ -148,7 +148,7 @@ def test_log_lines_of_workers_reach_the_drivers_terminal_in_order(capsys, monkey
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     relay, (ours, theirs) = Relay(), Pipe()
     for rank in (0, 1):
-        logs.setup(rank, 2, also=_PipeLog(_Child(theirs)))
+        logs.setup_logging(rank, 2, extra_handler=_PipeLog(_Child(theirs)))
         logging.getLogger("dist_ft.x").info("news")
         logging.getLogger("dist_ft.x").warning(
             "no checkpoint at step 3: s3://u:p@h/x with hf_0123456789"

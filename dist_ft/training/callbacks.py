@@ -1,0 +1,99 @@
+"""Callbacks: code of the user, and of the process around a run, that is called when something happens in training.
+
+Light: no torch, so that a driver starts fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dist_ft.core.errors import ConfigError, DistFtError
+
+
+class CallbackError(DistFtError):
+    """A callback raised an error; the text names the callback and the method."""
+
+
+class Callback:
+    """Subclass it, override what you need, and pass instances to `dist_ft.train(config, callbacks=[...])`.
+
+    All methods do nothing by default. They run in the training process and training waits for them. Steps count from
+    1. An exception ends the run with a `CallbackError`; a `DistFtError` ends it as it is.
+    """
+
+    def on_step_end(self, step: int, loss: float) -> None:
+        """Run on all ranks after each training step, before its evaluation and its checkpoint.
+
+        `loss` is the mean over the target tokens of the global batch, equal on all ranks. It is called for a step whose
+        update was skipped too (`anomaly.action`).
+        """
+
+    def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Run on rank 0 after each line of metrics.jsonl; `kind` is train, evaluation or pace."""
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Run on rank 0 after each evaluation on held-out data; step 0 is the one before training."""
+
+    def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
+        """Run on all ranks after a checkpoint is complete in storage; `metrics` has its step and loss."""
+
+    def on_local_checkpoint_committed(self, step: int) -> None:
+        """Run on all ranks after a checkpoint is complete on the workers' own nodes only."""
+
+    def on_progress(self) -> None:
+        """Run on all ranks at each sign of progress: a step or a save starts, a batch is evaluated."""
+
+
+class CallbackList(Callback):
+    """Calls several callbacks in their order; an error in one names it.
+
+    Raises:
+        ConfigError: an item is not a `Callback`.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise ConfigError(
+                    [
+                        f"callbacks={callback!r}: not an instance of dist_ft.Callback; allowed are instances of its "
+                        "subclasses; subclass it and pass an instance"
+                    ],
+                    "callbacks",
+                )
+        self._callbacks = tuple(callbacks)
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self._callbacks)
+
+    def on_step_end(self, step: int, loss: float) -> None:  # noqa: D102
+        self._call("on_step_end", step, loss)
+
+    def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:  # noqa: D102
+        self._call("on_metrics", step, kind, values)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:  # noqa: D102
+        self._call("on_evaluation", step, metrics)
+
+    def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:  # noqa: D102
+        self._call("on_checkpoint_committed", url, metrics)
+
+    def on_local_checkpoint_committed(self, step: int) -> None:  # noqa: D102
+        self._call("on_local_checkpoint_committed", step)
+
+    def on_progress(self) -> None:  # noqa: D102
+        self._call("on_progress")
+
+    def _call(self, event: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            try:
+                getattr(callback, event)(*args)
+            except DistFtError:
+                raise  # already one clear line, and it may mean something to who started the run
+            except Exception as error:
+                name = f"{type(callback).__module__}.{type(callback).__qualname__}.{event}"
+                raise CallbackError(
+                    f"callback {name} failed: {type(error).__name__}: {error}; the run ended; checkpoints are kept. "
+                    "Fix the callback and run the same command to resume."
+                ) from error
