@@ -18,16 +18,16 @@ from dist_ft.config.sections.tuning import AdversarialSection
 from dist_ft.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from dist_ft.model.trainable_model import Learner
+    from dist_ft.model.trainable_model import TrainableModel
 
-SMALLEST = 1e-30
+MIN_NORM = 1e-30
 """What a norm is at least: a gradient of zero gives no perturbation."""
 
 
 class Adversary:
     """Moves the input embeddings of a `Learner` during the passes of one lane."""
 
-    def __init__(self, section: AdversarialSection, learner: Learner) -> None:
+    def __init__(self, section: AdversarialSection, learner: TrainableModel) -> None:
         """Stand behind the embedding layer of `learner` (of an encoder-decoder, the encoder's)."""
         self._section = section
         self._learner = learner
@@ -106,7 +106,7 @@ class Adversary:
                 "are allowed; use method none, or another model"
             )
         steps = [
-            along(gradient.float(), sizes, step_size)
+            step_along_gradient(gradient.float(), sizes, step_size)
             for gradient, sizes in zip(self._gradients, self._sizes, strict=True)
             if gradient is not None
         ]
@@ -116,12 +116,12 @@ class Adversary:
             else steps
         )
         self._moves = [
-            within(end, sizes, self._section.epsilon)
+            clip_to_epsilon(end, sizes, self._section.epsilon)
             for end, sizes in zip(ends, self._sizes, strict=True)
         ]
 
 
-def norms(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def sample_norms(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Return at each place of `values` (B, T, H) the L2 norm of its sample, (B, T, 1); `sizes` (N,) tile B*T."""
     squares = values.square().sum(-1).reshape(-1)
     of_samples = torch.segment_reduce(
@@ -130,17 +130,17 @@ def norms(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(of_samples, sizes).reshape(*values.shape[:2], 1)
 
 
-def along(gradient: torch.Tensor, sizes: torch.Tensor, length: float) -> torch.Tensor:
+def step_along_gradient(gradient: torch.Tensor, sizes: torch.Tensor, length: float) -> torch.Tensor:
     """Return, (B, T, H), a step of `length` along each sample's gradient."""
-    return gradient * (length / norms(gradient, sizes).clamp(min=SMALLEST))
+    return gradient * (length / sample_norms(gradient, sizes).clamp(min=MIN_NORM))
 
 
-def within(move: torch.Tensor, sizes: torch.Tensor, epsilon: float) -> torch.Tensor:
+def clip_to_epsilon(move: torch.Tensor, sizes: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Return `move` (B, T, H), that of samples longer than `epsilon` shortened to it."""
-    return move * (epsilon / norms(move, sizes).clamp(min=SMALLEST)).clamp(max=1.0)
+    return move * (epsilon / sample_norms(move, sizes).clamp(min=MIN_NORM)).clamp(max=1.0)
 
 
-def learn_lane(
+def train_lane(
     adversary: Adversary | None,
     forward: Callable[[], torch.Tensor],
     backward: Callable[[torch.Tensor, float, bool], None],

@@ -19,20 +19,20 @@ from torch import nn
 from typing_extensions import override
 
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.model.adapters import soft_prompts
 from dist_ft.model.losses.head_loss import head_loss
-from dist_ft.model.packed_attention import by_sample, lengths_of
-from dist_ft.model.trainable_model import Inputs, Learner
+from dist_ft.model.packed_attention import enable_packed_attention, sample_lengths
+from dist_ft.model.trainable_model import Inputs, TrainableModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
+def batch_to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
     """Return what `CausalLM.forward` takes, tensors on `device`; what it must know is found on the host, unsynced."""
     targets = torch.from_numpy(batch.target_ids).reshape(-1)
-    keep = torch.nonzero(targets != IGNORED).reshape(-1)
+    keep = torch.nonzero(targets != IGNORE_INDEX).reshape(-1)
     if len(keep) == 0:
         keep = torch.zeros(
             1, dtype=torch.long
@@ -45,11 +45,11 @@ def to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
     }
     return {
         **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
-        "lengths": lengths_of(batch.position_ids),
+        "lengths": sample_lengths(batch.position_ids),
     }
 
 
-class CausalLM(Learner):
+class CausalLM(TrainableModel):
     """A transformers causal model whose forward returns the summed loss of a batch."""
 
     def __init__(
@@ -61,7 +61,7 @@ class CausalLM(Learner):
         self._lengths: Sequence[Sequence[int]] | None = None
         self._positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
-        self._samples = by_sample(model)
+        self._samples = enable_packed_attention(model)
         self._flatten = str(model.config._attn_implementation).startswith("flash")
         head = model.get_output_embeddings()
         if head is None:
@@ -86,10 +86,10 @@ class CausalLM(Learner):
     @override
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
         ids = self.virtual.ids if self.virtual is not None else ()
-        return to_inputs(soft_prompts.before_samples(batch, ids) if ids else batch, device)
+        return batch_to_inputs(soft_prompts.insert_virtual_tokens(batch, ids) if ids else batch, device)
 
     @override
-    def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
+    def sample_length_at_positions(self, shape: torch.Size) -> torch.Tensor | None:
         if self._lengths is None:
             return None
         sizes = torch.tensor(
@@ -124,7 +124,7 @@ class CausalLM(Learner):
         self._lengths = lengths
         try:
             with self._samples.told(lengths) if self._samples is not None else nullcontext():
-                return self.penalised(
+                return self.add_penalty(
                     self._loss(input_ids, position_ids, positions, targets), targets
                 )
         finally:
@@ -149,7 +149,7 @@ class CausalLM(Learner):
         return nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
             targets,
-            ignore_index=IGNORED,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
             label_smoothing=self._smoothing if self.training else 0.0,
         )

@@ -18,7 +18,9 @@ from transformers import LogitsProcessor
 
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.data.sampling.shuffle import mix
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.model.adapters import soft_prompts
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """What a text is made from.
 
     Attributes:
@@ -40,7 +42,7 @@ class Asked:
     draw: int = 0
 
 
-class Decoder:
+class TextGenerator:
     """Makes texts as a section says."""
 
     def __init__(self, section: DecodingSection, tokenizer: Any, stops: Iterable[int] = ()) -> None:
@@ -49,7 +51,7 @@ class Decoder:
         self._tokenizer = tokenizer
         self._stops = frozenset(stops)
 
-    def batches(self, rows: Sequence[Asked]) -> list[list[int]]:
+    def batches(self, rows: Sequence[GenerationRequest]) -> list[list[int]]:
         """Return the numbers of `rows` by batch, those of like length together, longest first."""
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
         return [
@@ -57,7 +59,7 @@ class Decoder:
             for start in range(0, len(order), self.section.rows)
         ]
 
-    def make_all(self, model: PreTrainedModel, rows: Sequence[Asked]) -> list[list[list[int]]]:
+    def generate_all(self, model: PreTrainedModel, rows: Sequence[GenerationRequest]) -> list[list[list[int]]]:
         """Return, by row and in their order, `num_samples` texts as token ids, without what ended them."""
         found: dict[int, list[list[int]]] = {}
         for batch in self.batches(rows):
@@ -68,7 +70,7 @@ class Decoder:
     def make(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Asked],
+        rows: Sequence[GenerationRequest],
         synced: bool = False,
         beat: Callable[[], None] = lambda: None,
         with_end: bool = False,
@@ -93,7 +95,7 @@ class Decoder:
             else list(rows)
         )
         config = self._config(model)
-        virtual = soft_prompts.of(model)
+        virtual = soft_prompts.find_virtual_tokens(model)
         self.require_room(
             model, max(len(row.ids) for row in rows) + (virtual.count if virtual else 0)
         )
@@ -110,7 +112,7 @@ class Decoder:
                 replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64))
                 for row in rows
             ]
-        ids, mask = padded([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
+        ids, mask = pad_rows([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
         start = 1 if both else ids.shape[1]
         made = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
@@ -211,7 +213,7 @@ class Decoder:
 
     def _processors(
         self,
-        rows: Sequence[Asked],
+        rows: Sequence[GenerationRequest],
         start: int,
         stops: set[int],
         both: bool,
@@ -239,7 +241,7 @@ class Decoder:
             found.append(TopPLogitsWarper(section.top_p))
         if section.min_p:
             found.append(MinPLogitsWarper(section.min_p))
-        found.append(Gumbel([mix(section.seed, row.sample, row.draw) for row in rows]))
+        found.append(Gumbel([derive_seed(section.seed, row.sample, row.draw) for row in rows]))
         return found
 
 
@@ -292,7 +294,7 @@ class _Beat(LogitsProcessor):
         return scores
 
 
-def padded(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows of ids as one tensor (B, T), padded on one side, and its mask."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)

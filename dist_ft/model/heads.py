@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-CLASSES = {
+AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "multi_label": "AutoModelForSequenceClassification",
@@ -40,7 +40,7 @@ WHAT = {
     "embedding": ("embed texts", ""),
 }
 """What a task does, and which models can, where that is a kind of its own."""
-PADDED_PLACES = (
+OFFSET_POSITION_MODELS = (
     "roberta",
     "xlm-roberta",
     "xlm-roberta-xl",
@@ -55,7 +55,7 @@ PADDED_PLACES = (
     "mra",
 )
 """Types of models whose first place is pad_token_id + 1."""
-HEADED = (*LABELLED, "regression", "question_answering", "masked_lm")
+TASKS_WITH_HEAD = (*LABELLED, "regression", "question_answering", "masked_lm")
 """Tasks whose head is their own: it always learns."""
 
 
@@ -63,10 +63,10 @@ def auto_class(task: TaskSection) -> Any:
     """Return the transformers class that does `task`."""
     import transformers
 
-    return getattr(transformers, CLASSES[task.name])
+    return getattr(transformers, AUTO_CLASSES[task.name])
 
 
-def can(config: PretrainedConfig, task: TaskSection) -> bool:
+def supports_task(config: PretrainedConfig, task: TaskSection) -> bool:
     """Tell whether a model of this config can do `task`."""
     if type(config) not in auto_class(task)._model_mapping:
         return False
@@ -83,12 +83,12 @@ def longest_input(config: PretrainedConfig) -> int | None:
     """
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(inner, "max_position_embeddings", None)
-    if longest and inner.model_type in PADDED_PLACES:
+    if longest and inner.model_type in OFFSET_POSITION_MODELS:
         return int(longest) - int(inner.pad_token_id if inner.pad_token_id is not None else 1) - 1
     return longest
 
 
-def too_long(config: PretrainedConfig, length: int, path: str, virtual: int = 0) -> str | None:
+def length_error(config: PretrainedConfig, length: int, path: str, virtual: int = 0) -> str | None:
     """Return what to say if sequences of `length` tokens, behind `virtual` ones, are longer than the model can take."""
     longest = longest_input(config)
     if longest is None or length + virtual <= longest:
@@ -100,7 +100,7 @@ def too_long(config: PretrainedConfig, length: int, path: str, virtual: int = 0)
     )
 
 
-def refusal(config: PretrainedConfig, task: TaskSection) -> str:
+def unsupported_task_error(config: PretrainedConfig, task: TaskSection) -> str:
     """Return what to say of a model that can not do `task`."""
     what, which = WHAT[task.name]
     return (
@@ -121,7 +121,7 @@ def _sees_what_follows(config: PretrainedConfig) -> bool:
     )
 
 
-def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
+def set_labels(config: PretrainedConfig, task: TaskSection, path: str) -> None:
     """Give a config the labels of `task`, in place.
 
     Raises ModelError if the model in `path` has a head of the same kind for other labels.
@@ -134,7 +134,7 @@ def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
         return
     labels = task.labels if task.name in LABELLED else ("score",)
     own = [label for _, label in sorted((config.id2label or {}).items())]
-    kind = CLASSES[task.name].removeprefix("AutoModel")
+    kind = AUTO_CLASSES[task.name].removeprefix("AutoModel")
     if (
         has_head(config, task)
         and task.name in LABELLED
@@ -148,7 +148,7 @@ def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    if CLASSES[task.name].endswith("SequenceClassification"):
+    if AUTO_CLASSES[task.name].endswith("SequenceClassification"):
         config.problem_type = {  # type: ignore[assignment]
             "multi_label": "multi_label_classification",
             "regression": "regression",
@@ -157,11 +157,11 @@ def prepare(config: PretrainedConfig, task: TaskSection, path: str) -> None:
 
 def has_head(config: PretrainedConfig, task: TaskSection) -> bool:
     """Tell whether a model's files hold a head of the kind `task` needs."""
-    kind = CLASSES[task.name].removeprefix("AutoModel")
+    kind = AUTO_CLASSES[task.name].removeprefix("AutoModel")
     return any(name.endswith(kind) for name in config.architectures or ())
 
 
-def is_outside(name: str, model: PreTrainedModel) -> bool:
+def is_outside_base_model(name: str, model: PreTrainedModel) -> bool:
     """Tell whether a weight belongs to no part of the base model."""
     prefix = model.base_model_prefix
     return bool(prefix) and hasattr(model, prefix) and not name.startswith(f"{prefix}.")
@@ -169,7 +169,7 @@ def is_outside(name: str, model: PreTrainedModel) -> bool:
 
 def is_head(name: str, model: PreTrainedModel) -> bool:
     """Tell whether a weight is a head's, or of the pooler, which only feeds one and is often new with it."""
-    return is_outside(name, model) or ".pooler." in f".{name}"
+    return is_outside_base_model(name, model) or ".pooler." in f".{name}"
 
 
 def may_be_new(name: str, model: PreTrainedModel, task: TaskSection) -> bool:
@@ -177,7 +177,7 @@ def may_be_new(name: str, model: PreTrainedModel, task: TaskSection) -> bool:
     return task.name not in ("causal_lm", "seq2seq") and is_head(name, model)
 
 
-def begin(
+def initialize_new_weights(
     slots: Callable[[], Iterable[Any]],
     new: Set[str],
     shapes: Mapping[str, tuple[int, ...]],
@@ -191,11 +191,11 @@ def begin(
     std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
     for slot in slots() if new else ():
         if slot.name in new and slot.key in ("param", "frozen"):
-            whole = initial(slot.name, shapes[slot.name], std, seed).reshape(-1)
+            whole = initial_values(slot.name, shapes[slot.name], std, seed).reshape(-1)
             slot.write(whole[slot.offset : slot.offset + slot.numel])
 
 
-def initial(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
+def initial_values(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
     """Return how a new weight begins, float32: matrices normal, biases 0, scales of norms 1."""
     import torch
 

@@ -17,16 +17,16 @@ from typing_extensions import override
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED
-from dist_ft.data.encoding.prompt_templates import Words
-from dist_ft.model.heads import too_long
+from dist_ft.data.batch import IGNORE_INDEX
+from dist_ft.data.encoding.prompt_templates import LabelWords
+from dist_ft.model.heads import length_error
 from dist_ft.model.task_models import SpecialTokens, TaskModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class PromptModel(TaskModel):
+class LabelPromptModel(TaskModel):
     """A transformers causal model that chooses among labels."""
 
     def __init__(
@@ -34,7 +34,7 @@ class PromptModel(TaskModel):
         model: PreTrainedModel,
         task: TaskSection,
         special: SpecialTokens,
-        words: Words,
+        words: LabelWords,
         sequence_length: int,
         label_smoothing: float = 0.0,
         neftune_alpha: float = 0.0,
@@ -51,7 +51,7 @@ class PromptModel(TaskModel):
                 f"model of type {model.config.model_type}: it has no output embeddings to score words "
                 "with; causal language models are allowed; choose another model"
             )
-        if line := too_long(model.config, sequence_length, str(model.name_or_path)):
+        if line := length_error(model.config, sequence_length, str(model.name_or_path)):
             raise ModelError(line)
         self._mean = words.mean
         self._ids, self._counts = _table(words.ids)
@@ -67,14 +67,14 @@ class PromptModel(TaskModel):
         second: Any = None,
         second_mask: Any = None,
         positions: Any = None,
-        told: bool = False,
+        return_outputs: bool = False,
     ) -> Any:
         """Return the summed loss (), of prompts (B, T); with `told` also the scores of all labels (B, K)."""
         if self._ids.device != ids.device:
             self._ids, self._counts = self._ids.to(ids.device), self._counts.to(ids.device)
         wanted = labels[:, 0]
         rows = wanted.clamp(min=0)
-        scores = self._scores(ids, mask) if told else None
+        scores = self._scores(ids, mask) if return_outputs else None
         if scores is None:
             own = self._learned(ids, mask, rows)
         else:
@@ -82,7 +82,7 @@ class PromptModel(TaskModel):
             own = scores.gather(1, rows[:, None])[:, 0]
             if self._empty:  # log of the mean share of each label after prompts without content
                 scores = scores - torch.log_softmax(no_content, 1).logsumexp(0)
-        weights = (wanted != IGNORED).float()
+        weights = (wanted != IGNORE_INDEX).float()
         if self._weights is not None:
             weights = weights * self._weights.to(ids.device)[rows]
         loss = -(own * weights).sum()

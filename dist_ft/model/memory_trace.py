@@ -21,13 +21,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_ft.model.trainable_model import Learner
+from dist_ft.model.trainable_model import TrainableModel
 
 HEAD, LAYERS = "logits", "activations"
 
 
 @dataclass(frozen=True)
-class Peak:
+class MemoryPeak:
     """Bytes alive at the moment most are, beyond weights and the gradients that stay.
 
     Attributes:
@@ -44,9 +44,9 @@ class Peak:
         return self.activations + self.logits
 
 
-def peaks_of(
-    module: Learner, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
-) -> tuple[Peak, Peak]:
+def trace_peaks(
+    module: TrainableModel, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
+) -> tuple[MemoryPeak, MemoryPeak]:
     """Return the peaks of a forward and of its backward of `module`, on the meta device, as of a later lane of a step.
 
     Args:
@@ -73,17 +73,17 @@ def peaks_of(
                 if lane:
                     ledger.forget(p.grad for p in module.parameters() if p.grad is not None)
                 loss = module(**inputs)
-                forward = Peak(ledger.most[LAYERS], ledger.most[HEAD])
+                forward = MemoryPeak(ledger.most[LAYERS], ledger.most[HEAD])
                 ledger.anew()
                 loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         module.zero_grad(set_to_none=True)
-    return forward, Peak(ledger.most[LAYERS], ledger.most[HEAD])
+    return forward, MemoryPeak(ledger.most[LAYERS], ledger.most[HEAD])
 
 
-def order_of(module: Learner, inputs: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+def trace_module_order(module: TrainableModel, inputs: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Return the names of the weights of each module that has some, in the order modules run forward."""
     names = {
         id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()
@@ -109,7 +109,7 @@ def order_of(module: Learner, inputs: dict[str, Any]) -> tuple[tuple[str, ...], 
 
 
 @contextlib.contextmanager
-def _marked(module: Learner, ledger: _Ledger) -> Iterator[None]:
+def _marked(module: TrainableModel, ledger: _Ledger) -> Iterator[None]:
     """Let the ledger know what is made inside the output layer."""
     head = module.model.get_output_embeddings()
     if head is None:

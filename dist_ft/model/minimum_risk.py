@@ -15,7 +15,7 @@ import torch
 from typing_extensions import override
 
 from dist_ft.config.sections.minimum_risk import RiskSection
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.task_models import TaskModel
 from dist_ft.model.trainable_model import Inputs
@@ -34,7 +34,7 @@ class RiskBatch(Batch):
     groups: np.ndarray
 
 
-class Texts:
+class RiskGroups:
     """Risks and groups of the rows of the forward under way, and what is made of them."""
 
     def __init__(self, batch: RiskBatch, device: torch.device | str) -> None:
@@ -88,14 +88,14 @@ def expected_risk(
 class _TakesTexts:
     """What both models share: a batch may bring texts, which the loss is then of."""
 
-    _texts: Texts | None = None
+    _texts: RiskGroups | None = None
 
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
         """As the model's own; of a batch that brings texts, those too."""
         found = super().inputs(batch, device)  # type: ignore[misc]
-        return {**found, "texts": Texts(batch, device)} if isinstance(batch, RiskBatch) else found
+        return {**found, "texts": RiskGroups(batch, device)} if isinstance(batch, RiskBatch) else found
 
-    def forward(self, texts: Texts | None = None, **given: Any) -> Any:
+    def forward(self, texts: RiskGroups | None = None, **given: Any) -> Any:
         """As the model's own; with `texts` the expected risk of the rows."""
         self._texts = texts
         try:
@@ -148,10 +148,10 @@ class RiskSeq2Seq(_TakesTexts, TaskModel):  # type: ignore[misc]
             return super()._seq2seq(ids, mask, labels, second, second_mask)
         logits = self._seq2seq_logits(ids, mask, second, second_mask)
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
         )
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-        counted = labels != IGNORED
+        counted = labels != IGNORE_INDEX
         return self._texts.loss(
             losses[counted.flatten()], rows[counted], self._section
         ), logits.argmax(-1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "sdpa_by_sample"
 
 
-class Samples:
+class PackedSamples:
     """Which samples lie in the rows of the training forward under way, or of the last: its backward may ask again."""
 
     def __init__(self) -> None:
@@ -108,10 +108,10 @@ class Samples:
         return torch.cat(rows), None
 
 
-_SAMPLES = Samples()  # transformers finds attention by name, for all models of a process
+_SAMPLES = PackedSamples()  # transformers finds attention by name, for all models of a process
 
 
-def by_sample(model: PreTrainedModel) -> Samples | None:
+def enable_packed_attention(model: PreTrainedModel) -> PackedSamples | None:
     """Let `model` attend sample by sample; return what must be told of each forward, None if it attends otherwise."""
     if model.config._attn_implementation != "sdpa":
         return None
@@ -123,7 +123,7 @@ def by_sample(model: PreTrainedModel) -> Samples | None:
     return _SAMPLES if model.config._attn_implementation == NAME else None  # type: ignore[comparison-overlap]
 
 
-def lengths_of(position_ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+def sample_lengths(position_ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Return, by row of (B, T), the lengths of the samples in it: one begins where positions do not go on."""
     found = []
     for row in position_ids:

@@ -12,9 +12,9 @@ from torch.nn import functional
 from typing_extensions import override
 
 from dist_ft.model.losses import loss_sums
-from dist_ft.model.task_models import TaskModel, pooled
+from dist_ft.model.task_models import TaskModel, pool_hidden_states
 
-SCALE = 20.0
+COSINE_SCALE = 20.0
 """Cosines are multiplied by it to be told as logits, as sentence encoders are trained with."""
 
 
@@ -27,7 +27,7 @@ class PrototypeModel(TaskModel):
 
     prototypes: torch.Tensor | None = None
 
-    def learn_from(self, vectors: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
+    def fit_prototypes(self, vectors: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
         """Take the mean of vectors (N, H) of each label, (N,), as its prototype; every label must have one."""
         sums = torch.zeros(num_labels, vectors.shape[1]).index_add_(0, labels, vectors)
         self.prototypes = functional.normalize(sums, dim=1)
@@ -35,12 +35,12 @@ class PrototypeModel(TaskModel):
     def vectors(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors (B, H), float32 and of length 1, of texts (B, T)."""
         hidden = self._run(ids, mask).last_hidden_state.float()
-        return functional.normalize(pooled(hidden, mask, self._task.pooling), dim=1)
+        return functional.normalize(pool_hidden_states(hidden, mask, self._task.pooling), dim=1)
 
     @override
     def _sequence_classification(
         self, ids: Any, mask: Any, labels: Any, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.prototypes is not None
-        logits = SCALE * self.vectors(ids, mask) @ self.prototypes.to(ids.device).T
+        logits = COSINE_SCALE * self.vectors(ids, mask) @ self.prototypes.to(ids.device).T
         return loss_sums.cross_entropy(logits, labels[:, 0]), logits

@@ -16,11 +16,11 @@ from typing_extensions import override
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.data.encoding.answer_spans import last_of
-from dist_ft.data.encoding.task_encoder import BITS
+from dist_ft.data.batch import IGNORE_INDEX, Batch
+from dist_ft.data.encoding.answer_spans import last_tokens
+from dist_ft.data.encoding.task_encoder import LABELS_PER_POSITION
 from dist_ft.model.losses import loss_sums
-from dist_ft.model.trainable_model import Inputs, Learner
+from dist_ft.model.trainable_model import Inputs, TrainableModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -52,7 +52,7 @@ class SpecialTokens:
         )
 
 
-class TaskModel(Learner):
+class TaskModel(TrainableModel):
     """A transformers model with the head of a task."""
 
     def __init__(
@@ -93,7 +93,7 @@ class TaskModel(Learner):
     def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
         """Return `ids` (B, T), `mask` (B, T) and `labels` (B, T), or what they become for two texts a row."""
         ids, labels = batch.input_ids, batch.target_ids
-        sizes = batch.held if len(batch.pieces) else np.full(len(ids), ids.shape[1])
+        sizes = batch.segment_lengths if len(batch.segments) else np.full(len(ids), ids.shape[1])
         mask = np.arange(ids.shape[1]) < sizes[:, None]
         arrays = {
             "ids": np.where(mask, ids, self._special.pad),
@@ -106,7 +106,7 @@ class TaskModel(Learner):
             self._task.name == "masked_lm"
         ):  # found on the host; one that counts nothing where none is masked
             arrays["positions"] = (
-                np.flatnonzero(labels != IGNORED) if (labels != IGNORED).any() else np.zeros(1, int)
+                np.flatnonzero(labels != IGNORE_INDEX) if (labels != IGNORE_INDEX).any() else np.zeros(1, int)
             )
         return {
             name: torch.from_numpy(array).to(device, non_blocking=True)
@@ -117,7 +117,7 @@ class TaskModel(Learner):
         self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return both texts of each row as (B, T1) and (B, T2); the second begins with the first label."""
-        marked = labels != IGNORED
+        marked = labels != IGNORE_INDEX
         begins = np.where(marked.any(1), marked.argmax(1), np.maximum(1, mask.sum(1) // 2))
         ends = mask.sum(1)
         rows = [
@@ -132,7 +132,7 @@ class TaskModel(Learner):
             "mask": first_mask,
             "second": second,
             "second_mask": second_mask,
-            "labels": np.where((second_mask > 0) & counted, second, IGNORED),
+            "labels": np.where((second_mask > 0) & counted, second, IGNORE_INDEX),
         }
 
     def forward(
@@ -143,17 +143,17 @@ class TaskModel(Learner):
         second: torch.Tensor | None = None,
         second_mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        told: bool = False,
+        return_outputs: bool = False,
     ) -> Any:
         """Return the summed loss (); with `told` also what the model tells: a tensor whose first axis is the rows."""
         self._positions = positions
         loss, outputs = getattr(self, f"_{self._task.name}")(ids, mask, labels, second, second_mask)
-        loss = self.penalised(loss, labels)
+        loss = self.add_penalty(loss, labels)
         self._sizes = self._positions = None
-        return (loss, outputs.detach()) if told else loss
+        return (loss, outputs.detach()) if return_outputs else loss
 
     @override
-    def sample_sizes(self, shape: torch.Size) -> torch.Tensor | None:
+    def sample_length_at_positions(self, shape: torch.Size) -> torch.Tensor | None:
         return self._sizes
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
@@ -199,16 +199,16 @@ class TaskModel(Learner):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._run(ids, mask).logits
         numbers = torch.arange(logits.shape[1], device=logits.device)
-        words = -(-logits.shape[1] // BITS)
-        bits = labels[:, :words].clamp(min=0)[:, numbers // BITS] >> (numbers % BITS) & 1
-        counted = (labels[:, 0] != IGNORED) * words  # as often as the row has labelled positions
+        words = -(-logits.shape[1] // LABELS_PER_POSITION)
+        bits = labels[:, :words].clamp(min=0)[:, numbers // LABELS_PER_POSITION] >> (numbers % LABELS_PER_POSITION) & 1
+        counted = (labels[:, 0] != IGNORE_INDEX) * words  # as often as the row has labelled positions
         return loss_sums.binary_cross_entropy(logits, bits, counted, self._task.focal_gamma), logits
 
     def _regression(
         self, ids: Any, mask: Any, labels: Any, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         values = self._run(ids, mask).logits[:, 0]
-        counted = labels[:, 0] != IGNORED
+        counted = labels[:, 0] != IGNORE_INDEX
         wanted = labels[:, 0].to(torch.int32).view(torch.float32)
         return loss_sums.squared_error(values, torch.where(counted, wanted, 0.0), counted), values
 
@@ -216,10 +216,10 @@ class TaskModel(Learner):
         self, ids: Any, mask: Any, labels: Any, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         told = self._run(ids, mask)
-        marked = labels != IGNORED
-        start = torch.where(marked.any(1), marked.long().argmax(1), IGNORED)
-        last = last_of(labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0])
-        end = torch.where(marked.any(1), last, IGNORED)
+        marked = labels != IGNORE_INDEX
+        start = torch.where(marked.any(1), marked.long().argmax(1), IGNORE_INDEX)
+        last = last_tokens(labels.gather(1, marked.long().argmax(1, keepdim=True))[:, 0])
+        end = torch.where(marked.any(1), last, IGNORE_INDEX)
         both = [
             self._own(found).masked_fill(mask == 0, -1e9)
             for found in (told.start_logits, told.end_logits)
@@ -236,7 +236,7 @@ class TaskModel(Learner):
             labels.flatten()[self._positions],
             smoothing=self._smoothing if self.training else 0.0,
         )
-        found = torch.full_like(ids.flatten(), IGNORED).index_put(
+        found = torch.full_like(ids.flatten(), IGNORE_INDEX).index_put(
             (self._positions,), logits.argmax(-1)
         )
         return loss, found.view(ids.shape)
@@ -270,16 +270,16 @@ class TaskModel(Learner):
         self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         first, other = (
-            pooled(self._own(self._run(*text).last_hidden_state), text[1], self._task.pooling)
+            pool_hidden_states(self._own(self._run(*text).last_hidden_state), text[1], self._task.pooling)
             for text in ((ids, mask), (second, second_mask))
         )
-        counted = (labels != IGNORED).any(1)
+        counted = (labels != IGNORE_INDEX).any(1)
         return loss_sums.contrastive(first, other, counted, self._task.temperature), torch.stack(
             [first, other], 1
         )
 
 
-def pooled(hidden: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+def pool_hidden_states(hidden: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
     """Return the vectors (B, H) of texts from hidden states (B, T, H), padded on the right; `how`: see task.pooling."""
     if how == "first":
         return hidden[:, 0]

@@ -80,12 +80,12 @@ class RankSchedule(nn.Module):
         return torch.stack(found).mean() * weight
 
 
-def install(model: PreTrainedModel, tuner: Any) -> None:
+def add_rank_schedule(model: PreTrainedModel, tuner: Any) -> None:
     """Give `model` the schedule of its AdaLoRA matrices, peft's `tuner`."""
     model.add_module(NAME, RankSchedule(tuner))
 
 
-def of(model: PreTrainedModel) -> RankSchedule | None:
+def find_rank_schedule(model: PreTrainedModel) -> RankSchedule | None:
     """Return a model's schedule, if it has one."""
     found = getattr(model, NAME, None)
     return found if isinstance(found, RankSchedule) else None

@@ -21,21 +21,21 @@ from dist_ft.model.adapters import added_layers, soft_prompts, tuning
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ABOUT = "dist_ft.json"
+INFO_FILE = "dist_ft.json"
 """File of an exported folder: task, attention, prompt template and sequence length of the run; of an adapter, more."""
-WEIGHTS = "adapter_model.safetensors"
-SAME = 1e-4
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_RELATIVE_DIFFERENCE = 1e-4
 """How far logits of what was read may be from those of what was written, relative to the largest."""
 
 
-def about(folder: str) -> dict[str, Any] | None:
+def read_adapter_info(folder: str) -> dict[str, Any] | None:
     """Return what an adapter's folder says of itself, None if the folder holds no adapter."""
-    path = Path(folder) / ABOUT
+    path = Path(folder) / INFO_FILE
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return found if "tuning" in found else None
 
 
-def save(
+def save_adapter(
     model: PreTrainedModel,
     around: Any,
     section: TuningSection,
@@ -60,7 +60,7 @@ def save(
     else:
         from peft.utils import get_peft_model_state_dict
 
-        virtual = soft_prompts.of(model)
+        virtual = soft_prompts.find_virtual_tokens(model)
         prefix = "base_model." if virtual is not None else "base_model.model."
         state = {f"{prefix}{name}": values for name, values in state.items()}
         if virtual is not None:
@@ -76,7 +76,7 @@ def save(
         config.save_pretrained(folder)
     model.config.save_pretrained(folder)
     save_file(
-        {name: values.contiguous().clone() for name, values in state.items()}, folder / WEIGHTS
+        {name: values.contiguous().clone() for name, values in state.items()}, folder / WEIGHTS_FILE
     )
 
 
@@ -100,7 +100,7 @@ def _besides(model: PreTrainedModel, section: TuningSection) -> dict[str, torch.
         ):
             why = f"it is one matrix with {shared[0]}" if shared else "it has an adapter itself"
             raise CheckpointError(
-                f"--adapter: {tuning.name_in_files(name)} learned too (tuning.trainable), and peft "
+                f"--adapter: {tuning.name_in_model_files(name)} learned too (tuning.trainable), and peft "
                 f"can not keep it beside an adapter, as {why}; allowed for weights that stand alone; "
                 "export it without --adapter"
             )
@@ -112,7 +112,7 @@ def _holds_added(model: PreTrainedModel, name: str) -> bool:
     return any(added_layers.is_added(inner) for inner, _ in module.named_parameters())
 
 
-def fill(
+def load_adapter(
     model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSection
 ) -> frozenset[str]:
     """Put the adapter in `folder` into the `model` it belongs to, merged where it can be; return what it filled.
@@ -139,8 +139,8 @@ def fill(
             }
         )
     section = section.model_copy(update={"trainable": (), "frozen": ()})
-    around = tuning.apply(model, section, 0, task)
-    state = load_file(Path(folder) / WEIGHTS)
+    around = tuning.apply_tuning(model, section, 0, task)
+    state = load_file(Path(folder) / WEIGHTS_FILE)
     named = dict(model.named_parameters())
     own = {
         name: state.pop(key) for key in list(state) if (name := _own_name(key, named)) is not None
@@ -148,14 +148,14 @@ def fill(
     with torch.no_grad():
         for name, values in own.items():
             named[name].copy_(values)
-        virtual = soft_prompts.of(model)
+        virtual = soft_prompts.find_virtual_tokens(model)
         if virtual is not None:
             virtual.encoder.embedding.weight.copy_(state.pop("prompt_embeddings"))  # type: ignore[union-attr, operator]
         elif around is not None:
             loaded: Any = set_peft_model_state_dict(around, state)
             left = loaded.unexpected_keys
             state = {name: state[name] for name in state if name in left}
-            tuning.merge(model)
+            tuning.merge_adapters(model)
     if state:
         raise ModelError(
             f"model.path={folder}: {min(state)} has no place in the model the adapter belongs to; the "
@@ -172,7 +172,7 @@ def _own_name(key: str, named: dict[str, Any]) -> str | None:
     return None
 
 
-def compare(
+def check_round_trip(
     model: PreTrainedModel,
     empty: PreTrainedModel,
     section: TuningSection,
@@ -184,9 +184,9 @@ def compare(
     `empty` is a model of the same shape with arbitrary weights; those that did not learn are taken from `model`. What
     learned comes from the folder, by `peft` where it knows the method.
     """
-    learned = {tuning.name_in_files(name) for name in _besides(model, section)}
+    learned = {tuning.name_in_model_files(name) for name in _besides(model, section)}
     values = {
-        tuning.name_in_files(name): found
+        tuning.name_in_model_files(name): found
         for name, found in model.state_dict().items()
         if not added_layers.is_added(name)
     }
@@ -197,19 +197,19 @@ def compare(
             if name in values:
                 buffer.copy_(values[name])
         if section.method == "bottleneck":
-            fill(empty, str(folder), {"tuning": section.model_dump(mode="json")}, task)
+            load_adapter(empty, str(folder), {"tuning": section.model_dump(mode="json")}, task)
             twin: Any = empty
         else:
             from peft import PeftModel
 
             twin = PeftModel.from_pretrained(empty, str(folder))
-        want, got = _told(model, task, soft_prompts.of(model)), _told(twin.eval(), task, None)
+        want, got = _told(model, task, soft_prompts.find_virtual_tokens(model)), _told(twin.eval(), task, None)
     worst = (
         (want - got).abs().max().item() / want.abs().max().item()
         if want.shape == got.shape
         else float("inf")
     )
-    if not worst <= SAME:
+    if not worst <= MAX_RELATIVE_DIFFERENCE:
         raise CheckpointError(
             f"{folder}: read again the adapter does not give the same logits (relative difference "
             f"{worst:.1e}); nothing was exported"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PARTS = ("ranknum", "virtual_tokens", "bottleneck")
+ADDED_PARTS = ("ranknum", "virtual_tokens", "bottleneck")
 """Parts of names of added weights, besides those that begin with lora_ or ia3_."""
 
 
 def is_added(name: str) -> bool:
     """Tell whether a weight of this name is an adapter's, of which a model's own files know nothing."""
-    return any(part.startswith(("lora_", "ia3_")) or part in PARTS for part in name.split("."))
+    return any(part.startswith(("lora_", "ia3_")) or part in ADDED_PARTS for part in name.split("."))
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:

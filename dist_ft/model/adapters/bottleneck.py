@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "bottleneck"
-LAST = (
+OUTPUT_LAYERS = (
     "o_proj",
     "out_proj",
     "attn.c_proj",
@@ -41,7 +41,7 @@ LAST = (
     "wo",
 )
 """What models call the last linear layer of an attention or feed-forward block."""
-STD = 0.02
+INIT_STD = 0.02
 
 
 class Bottleneck(nn.Module):
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
             section.activation
         ]()
         self.dropout = nn.Dropout(section.dropout)
-        nn.init.normal_(self.down.weight, std=STD)
+        nn.init.normal_(self.down.weight, std=INIT_STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
@@ -64,13 +64,13 @@ class Bottleneck(nn.Module):
         return x + self.up(self.dropout(self.activation(self.down(x))))
 
 
-def install(model: PreTrainedModel, section: BottleneckSection, seed: int) -> None:
+def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: int) -> None:
     """Put a network behind each layer of `model` that `section` names, drawn by `seed`.
 
     Raises ModelError if there is no such layer.
     """
     layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    wanted = LAST if section.targets == ("auto",) else section.targets
+    wanted = OUTPUT_LAYERS if section.targets == ("auto",) else section.targets
     found = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in wanted}
     absent = (
         []
@@ -80,7 +80,7 @@ def install(model: PreTrainedModel, section: BottleneckSection, seed: int) -> No
     if absent:
         raise ModelError(
             f"tuning.bottleneck.targets={list(section.targets)}: no linear layer is called "
-            f"{'by a name it knows' if absent == list(LAST) else absent[0]}; there are "
+            f"{'by a name it knows' if absent == list(OUTPUT_LAYERS) else absent[0]}; there are "
             f"{', '.join(linear_layers(model))}; name some of them"
         )
     chosen = {name for names in found.values() for name in names}

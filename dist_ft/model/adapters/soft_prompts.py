@@ -20,14 +20,14 @@ from torch import nn
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import TuningSection
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "virtual_tokens"
 """What the module is called in a model."""
-KINDS = {
+PEFT_TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
     "sequence_classification": "SEQ_CLS",
@@ -96,13 +96,13 @@ class VirtualTokens(nn.Module):
         return EncoderDecoderCache(made, DynamicCache()) if two else made
 
 
-def of(model: PreTrainedModel) -> VirtualTokens | None:
+def find_virtual_tokens(model: PreTrainedModel) -> VirtualTokens | None:
     """Return a model's virtual tokens, if it has any."""
     found = getattr(model, NAME, None)
     return found if isinstance(found, VirtualTokens) else None
 
 
-def prepended(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str, Any]:
+def prepend_virtual_tokens(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return a model's inputs (B, T), padded on the right, with its virtual tokens, if any, in front."""
     if virtual is None or not virtual.ids:
         return given
@@ -116,7 +116,7 @@ def prepended(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str,
     return made
 
 
-def install(
+def add_virtual_tokens(
     model: PreTrainedModel,
     section: TuningSection,
     seed: int,
@@ -152,10 +152,10 @@ def install(
         made = VirtualTokens(encoder, section.prompt.tokens, config).to(model.dtype)
         if section.method == "prompt_tuning":
             _begin(encoder.embedding.weight, model, words, section, text_ids)  # type: ignore[union-attr, arg-type]
-    connect(model, made)
+    attach_virtual_tokens(model, made)
 
 
-def connect(model: PreTrainedModel, made: VirtualTokens) -> None:
+def attach_virtual_tokens(model: PreTrainedModel, made: VirtualTokens) -> None:
     """Let `model` find its virtual tokens."""
     model.add_module(NAME, made)
     if made.is_prefix:
@@ -185,7 +185,7 @@ def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSectio
     from peft.utils.other import _prepare_prompt_learning_config
 
     prompt = section.prompt
-    given: dict[str, Any] = {"task_type": KINDS[task.name], "num_virtual_tokens": prompt.tokens}
+    given: dict[str, Any] = {"task_type": PEFT_TASK_TYPES[task.name], "num_virtual_tokens": prompt.tokens}
     hidden: dict[str, Any] = {"encoder_hidden_size": prompt.hidden_size or None}
     if section.method == "prefix_tuning":
         made: Any = PrefixTuningConfig(
@@ -213,7 +213,7 @@ def _decoder(config: Any) -> dict[str, Any]:
     return found | {"num_attention_heads": heads, "token_dim": width}
 
 
-def before_samples(batch: Batch, ids: Sequence[int]) -> Batch:
+def insert_virtual_tokens(batch: Batch, ids: Sequence[int]) -> Batch:
     """Return `batch` with virtual tokens `ids` before each sample that has targets; rows are padded to the longest."""
     rows = [
         _row(*row, ids=np.array(ids))
@@ -222,7 +222,7 @@ def before_samples(batch: Batch, ids: Sequence[int]) -> Batch:
     length = max(len(row[0]) for row in rows)
     fills: tuple[Any, ...] = (
         lambda size: np.zeros(size, np.int64),
-        lambda size: np.full(size, IGNORED, np.int64),
+        lambda size: np.full(size, IGNORE_INDEX, np.int64),
         np.arange,
     )
     padded = [
@@ -237,12 +237,12 @@ def _row(
 ) -> tuple[np.ndarray, ...]:
     """Return one row of a batch, each (T,), with virtual tokens before each sample that has targets."""
     begins = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
-    learned = np.add.reduceat(targets != IGNORED, begins) > 0
+    learned = np.add.reduceat(targets != IGNORE_INDEX, begins) > 0
     places = np.repeat(begins[learned], len(ids))
     further = np.repeat(learned, np.diff(np.concatenate([begins, [len(tokens)]]))) * len(ids)
     return (
         np.insert(tokens, places, np.tile(ids, learned.sum())),
-        np.insert(targets, places, IGNORED),
+        np.insert(targets, places, IGNORE_INDEX),
         np.insert(positions + further, places, np.tile(np.arange(len(ids)), learned.sum())),
     )
 

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
-SHOWN = 3
+NUM_EXAMPLES = 3
 
 
-def apply(
+def apply_tuning(
     model: PreTrainedModel,
     section: TuningSection,
     seed: int,
@@ -45,21 +45,21 @@ def apply(
     """
     own = set(_by_name(model))
     head = (
-        {name for name in own if heads.is_head(name, model)} if task.name in heads.HEADED else set()
+        {name for name in own if heads.is_head(name, model)} if task.name in heads.TASKS_WITH_HEAD else set()
     )
     around = _add(model, section, seed, task, head) if section.method in MERGED else None
     if section.method == "adalora":
         from dist_ft.model.adapters import adalora
 
-        adalora.install(model, around.base_model)  # type: ignore[union-attr]
+        adalora.add_rank_schedule(model, around.base_model)  # type: ignore[union-attr]
     if section.method in PROMPTS:
         from dist_ft.model.adapters import soft_prompts
 
-        soft_prompts.install(model, section, seed, task, text_ids)
+        soft_prompts.add_virtual_tokens(model, section, seed, task, text_ids)
     if section.method == "bottleneck":
         from dist_ft.model.adapters import bottleneck
 
-        bottleneck.install(model, section.bottleneck, seed)
+        bottleneck.add_bottlenecks(model, section.bottleneck, seed)
     if section.method == "full" and not section.frozen:
         return around
     parameters = _by_name(model)
@@ -69,7 +69,7 @@ def apply(
         else {
             name
             for name, found in parameters.items()
-            if name_in_files(name) not in own and found.requires_grad
+            if name_in_model_files(name) not in own and found.requires_grad
         }
     )
     learns |= head
@@ -86,12 +86,12 @@ def apply(
     return around
 
 
-def name_in_files(name: str) -> str:
+def name_in_model_files(name: str) -> str:
     """Return what the model's own files call a weight (a layer that got an adapter has moved one level down)."""
     return name.replace(".base_layer.", ".")
 
 
-def merge(model: PreTrainedModel) -> None:
+def merge_adapters(model: PreTrainedModel) -> None:
     """Add adapters into the weights they stand beside, and take them out of the model, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -123,17 +123,17 @@ def _add(
 def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
     """Raise ModelError for a target nothing has the name of, and for an adapter on a matrix used in two places."""
     every = [
-        (name_in_files(name), name, parameter)
+        (name_in_model_files(name), name, parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     ]
     adapted = {name: parameter for name, now, parameter in every if now != name}
     layers = [name.rpartition(".")[0] for name in adapted]
-    for target in targets(section):
+    for target in target_layers(section):
         if target != "all-linear" and not any(
             f".{layer}".endswith(f".{target}") for layer in layers
         ):
             raise ModelError(
-                f"tuning.{section.method}.targets={list(targets(section))}: no layer is called {target}; "
+                f"tuning.{section.method}.targets={list(target_layers(section))}: no layer is called {target}; "
                 f"there are {', '.join(linear_layers(model))}; correct it"
             )
     for name, parameter in adapted.items():
@@ -147,7 +147,7 @@ def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
             )
 
 
-def targets(section: TuningSection) -> tuple[str, ...]:
+def target_layers(section: TuningSection) -> tuple[str, ...]:
     """Return which layers `section` gives matrices to."""
     return {"lora": section.lora.targets, "adalora": section.adalora.targets}.get(
         section.method, ()
@@ -166,7 +166,7 @@ def peft_config(
     if section.method == "ia3":
         return IA3Config(**given)
     given["target_modules"] = (
-        "all-linear" if targets(section) == ("all-linear",) else list(targets(section))
+        "all-linear" if target_layers(section) == ("all-linear",) else list(target_layers(section))
     )
     if section.method == "adalora":
         ada = section.adalora
@@ -202,7 +202,7 @@ def _explained(model: PreTrainedModel, section: TuningSection) -> Iterator[None]
         first = str(error).strip().split("\n")[0][:200]
         field, remedy = "tuning.method=ia3", "use tuning.method=lora"
         if section.method != "ia3":
-            field = f"tuning.{section.method}.targets={list(targets(section))}"
+            field = f"tuning.{section.method}.targets={list(target_layers(section))}"
             remedy = f"name linear layers it has: {', '.join(linear_layers(model))}"
         raise ModelError(
             f"{field}: this model can not get such adapters ({first}); {remedy}"
@@ -219,7 +219,7 @@ def _matching(model: PreTrainedModel, pattern: str, field: str) -> set[str]:
     found = {
         name: first[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if fnmatchcase(name_in_files(name), pattern)
+        if fnmatchcase(name_in_model_files(name), pattern)
     }
     if not found:
         raise ModelError(
@@ -239,8 +239,8 @@ def _matching(model: PreTrainedModel, pattern: str, field: str) -> set[str]:
 
 
 def _examples(names: Iterable[str]) -> list[str]:
-    found = [name_in_files(name) for name in names]
-    return [*found[:SHOWN], "...", *found[-SHOWN:]] if len(found) > 2 * SHOWN else found
+    found = [name_in_model_files(name) for name in names]
+    return [*found[:NUM_EXAMPLES], "...", *found[-NUM_EXAMPLES:]] if len(found) > 2 * NUM_EXAMPLES else found
 
 
 def _last_layers(model: PreTrainedModel, count: int) -> set[str]:

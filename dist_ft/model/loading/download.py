@@ -24,13 +24,13 @@ from dist_ft.core.logs import redact
 from dist_ft.storage import filesystem
 
 log = logging.getLogger("dist_ft.model")
-WANTED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-WEIGHTS = "*.safetensors"
+CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+WEIGHTS_PATTERN = "*.safetensors"
 MARKER = ".complete"
 """File beside a model's: which files are whole here: {weights, files: {name: {num_bytes, mtime_ns, xxh3}}}."""
-HUB_S = 600.0
+BRANCH_MAX_AGE_S = 600.0
 """A branch or tag of the hub is asked for anew after so long: it may have moved; a commit never."""
-TRIES = 2
+MAX_ATTEMPTS = 2
 _MD5 = re.compile(r'^"?([0-9a-f]{32})"?$')
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
@@ -40,7 +40,7 @@ def cache_folder(configured: str | None) -> Path:
     return Path(configured or "~/.cache/dist_ft").expanduser()
 
 
-def fetch(
+def fetch_model(
     path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
 ) -> str:
     """Return a local folder with the model at `path`, fetched once a node (others wait on a file lock).
@@ -78,7 +78,7 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
                 )
             )
         weights = weights or bool(kept.get("weights"))
-        wanted = {name: about for name, about in there.items() if is_wanted(name, weights)}
+        wanted = {name: about for name, about in there.items() if is_model_file(name, weights)}
         absent = {
             name
             for name, about in wanted.items()
@@ -92,9 +92,9 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
     return str(folder)
 
 
-def is_wanted(name: str, weights: bool) -> bool:
+def is_model_file(name: str, weights: bool) -> bool:
     """Tell whether a file of a model's folder is read: never a pickle."""
-    return any(Path(name).match(pattern) for pattern in (*WANTED, *([WEIGHTS] if weights else [])))
+    return any(Path(name).match(pattern) for pattern in (*CONFIG_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])))
 
 
 def _download(
@@ -102,7 +102,7 @@ def _download(
 ) -> dict[str, Any]:
     """Copy files, hold them against what the store says of them, and return what is noted of each."""
     found, left = {}, dict(wanted)
-    for _ in range(TRIES):
+    for _ in range(MAX_ATTEMPTS):
         store.download(str(folder), left.__contains__)
         for name, about in list(left.items()):
             if _matches(folder / name, about):
@@ -138,7 +138,7 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
         files, folder = kept.get("files", {}), Path(kept.get("folder", ""))
         sound = _sound(folder, files)
         damaged = bool(files) and len(sound) < len(files)
-        lasting = bool(_COMMIT.match(revision or "")) or time.time() - kept.get("at", 0) < HUB_S
+        lasting = bool(_COMMIT.match(revision or "")) or time.time() - kept.get("at", 0) < BRANCH_MAX_AGE_S
         if files and not damaged and lasting and (kept["weights"] or not weights):
             return str(folder)
         weights = weights or bool(kept.get("weights"))
@@ -148,7 +148,7 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
                     name,
                     revision=revision,
                     force_download=damaged,
-                    allow_patterns=[*WANTED, *([WEIGHTS] if weights else [])],
+                    allow_patterns=[*CONFIG_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])],
                 )
             )
         except Exception as error:

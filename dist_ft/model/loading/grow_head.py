@@ -45,7 +45,7 @@ def grown_labels(own: Sequence[str], wanted: Sequence[str], named: bool) -> tupl
     return (*own, *(label for label in wanted if label not in own))
 
 
-def grow(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
+def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     """Return a model folder like `folder` whose head has the labels of `task`: `folder` itself if it has them.
 
     Args:
@@ -84,7 +84,7 @@ def _grow(folder: Path, task: TaskSection, own: Sequence[str], seed: int) -> Non
 
     config = AutoConfig.from_pretrained(folder)
     names = _rows_by_label(config, task, own)
-    heads.prepare(config, task.model_copy(update={"new_head": True}), str(folder))
+    heads.set_labels(config, task.model_copy(update={"new_head": True}), str(folder))
     std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -113,7 +113,7 @@ def _rows_by_label(config: Any, task: TaskSection, own: Sequence[str]) -> set[st
     for more in (0, 1):
         other = copy.deepcopy(config)
         labels = (*own, *(f" {number}" for number in range(more)))
-        heads.prepare(other, task.model_copy(update={"labels": labels, "new_head": True}), "")
+        heads.set_labels(other, task.model_copy(update={"labels": labels, "new_head": True}), "")
         with torch.device("meta"):
             model = heads.auto_class(task).from_config(other)
         shapes.append({name: tuple(value.shape) for name, value in model.named_parameters()})
@@ -138,7 +138,7 @@ def _with_rows(
     import torch
 
     drawn = [
-        heads.initial(
+        heads.initial_values(
             f"{name} {label}" if rows.dim() > 1 else name, (1, *rows.shape[1:]), std, seed
         )
         for label in labels

@@ -15,13 +15,13 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.core.logs import quiet_third_parties
 from dist_ft.model import heads
-from dist_ft.model.loading.load import options, told
+from dist_ft.model.loading.load import extra_model_kwargs, probe_outputs
 
-SAME = 1e-5
+MAX_RELATIVE_DIFFERENCE = 1e-5
 """Logits may differ by this much of the largest: where a mapped file lies in memory decides the last bits."""
 
 
-def require() -> None:
+def require_torchao() -> None:
     """Raise ConfigError unless torchao is installed."""
     import importlib.util
 
@@ -31,7 +31,7 @@ def require() -> None:
         )
 
 
-def quantise(source: Path, target: Path, task: TaskSection) -> None:
+def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
     """Write the model of the folder `source` with int8 weights, and all else that lies there, as `target`.
 
     Raises ModelError if what was written is not what is loaded again.
@@ -40,11 +40,11 @@ def quantise(source: Path, target: Path, task: TaskSection) -> None:
     from transformers import AutoConfig, TorchAoConfig
 
     quiet_third_parties()
-    require()
+    require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig
 
     config = AutoConfig.from_pretrained(source)
-    kind, given = heads.auto_class(task), options(config, task)
+    kind, given = heads.auto_class(task), extra_model_kwargs(config, task)
     dtype = config.dtype or torch.float32
     model: Any = kind.from_pretrained(
         source, dtype=dtype, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), **given
@@ -58,8 +58,8 @@ def quantise(source: Path, target: Path, task: TaskSection) -> None:
         ):
             shutil.copy2(item, target)
     again: Any = kind.from_pretrained(target, dtype=dtype, **given).eval()
-    written, read = told(model), told(again)
-    if (written - read).abs().max() > SAME * written.abs().max():
+    written, read = probe_outputs(model), probe_outputs(again)
+    if (written - read).abs().max() > MAX_RELATIVE_DIFFERENCE * written.abs().max():
         raise ModelError(
             f"{target}: loaded again with int8 weights it does not give the same logits; nothing was "
             "exported; leave --int8 out"

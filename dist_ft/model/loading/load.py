@@ -17,7 +17,7 @@ from dist_ft.core.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
-from dist_ft.model.loading.download import cache_folder, fetch
+from dist_ft.model.loading.download import cache_folder, fetch_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,14 +68,14 @@ def read_config(
     """
     from transformers import AutoConfig
 
-    folder = fetch(section.path, section.revision, cache_dir, weights=False)
+    folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    if not heads.can(config, task) and not (
+    if not heads.supports_task(config, task) and not (
         section.trust_remote_code and hasattr(config, "auto_map")
     ):
-        raise ModelError(f"model.path={section.path}: {heads.refusal(config, task)}")
-    heads.prepare(config, task, section.path)
+        raise ModelError(f"model.path={section.path}: {heads.unsupported_task_error(config, task)}")
+    heads.set_labels(config, task, section.path)
     if section.dropout is not None:
         with _explained(section, f"config with model.dropout={section.dropout}"):
             set_dropout(config, section.dropout)
@@ -98,7 +98,7 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
     """Return the tokenizer, with the chat template the config names."""
     from transformers import AutoTokenizer
 
-    folder = fetch(section.tokenizer or section.path, section.revision, cache_dir, weights=False)
+    folder = fetch_model(section.tokenizer or section.path, section.revision, cache_dir, weights=False)
     with _explained(section, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=section.trust_remote_code
@@ -119,12 +119,12 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
     return tokenizer
 
 
-def load_model(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
+def load_causal_lm(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
     """Return the causal language model in `model.dtype` (see `load_for`)."""
-    return load_for(CAUSAL_LM, section, cache_dir)[0]
+    return load_task_model(CAUSAL_LM, section, cache_dir)[0]
 
 
-def load_for(
+def load_task_model(
     task: TaskSection, section: ModelSection, cache_dir: str | None = None
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return the model for `task` and the names of its new weights, whose values mean nothing yet.
@@ -136,8 +136,8 @@ def load_for(
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
-    folder = fetch(section.path, section.revision, cache_dir)
-    said = adapter_files.about(folder)
+    folder = fetch_model(section.path, section.revision, cache_dir)
+    said = adapter_files.read_adapter_info(folder)
     if said is not None:
         return _load_adapted(task, section, cache_dir, said, folder)
     config = read_config(section, cache_dir, task)
@@ -151,8 +151,8 @@ def load_for(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            key_mapping=replace_head.hidden(section, folder, config, task),
-            **options(config, task),
+            key_mapping=replace_head.replaced_head_key_mapping(section, folder, config, task),
+            **extra_model_kwargs(config, task),
         )
     model, info = loaded
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -161,7 +161,7 @@ def load_for(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     new = _new_weights(model, task, info, names)
-    refuse_incomplete(
+    check_loading_report(
         section.path,
         {
             kind: [found for found in info.get(kind) or () if names.get(_name(found)) not in new]
@@ -182,10 +182,10 @@ def _load_adapted(
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Return the model an adapter's folder belongs to, with the adapter in it, and which weights are still new."""
     base = section.model_copy(update=said["base"])
-    model, new = load_for(
+    model, new = load_task_model(
         task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir
     )
-    return model, new - adapter_files.fill(model, folder, said, task)
+    return model, new - adapter_files.load_adapter(model, folder, said, task)
 
 
 def _new_weights(
@@ -201,7 +201,7 @@ def _new_weights(
         for found in info.get(kind) or ()
     }
     replaced = (
-        {name for name in names.values() if heads.is_outside(name, model)}
+        {name for name in names.values() if heads.is_outside_base_model(name, model)}
         if task.new_head
         else set()
     )
@@ -216,7 +216,7 @@ def _name(found: Any) -> str:
     return str(found[0] if isinstance(found, tuple) else found)
 
 
-def options(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
+def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
     """Return what the class must be told besides: a pooler that nothing would use would not learn."""
     import inspect
 
@@ -231,7 +231,7 @@ def options(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
     )
 
 
-def empty_model(
+def build_uninitialized_model(
     section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
 ) -> PreTrainedModel:
     """Return the model with arbitrary weights, for a resumed run whose checkpoint fills all of them."""
@@ -239,7 +239,7 @@ def empty_model(
 
     config = read_config(section, cache_dir, task)
     with _explained(section, "structure"):
-        model = from_config(
+        model = model_from_config(
             config,
             task,
             getattr(torch, section.dtype),
@@ -253,12 +253,12 @@ def empty_model(
             OSError
         ):  # as from_pretrained: what ends a text may stand in a file of its own
             model.generation_config = GenerationConfig.from_pretrained(
-                fetch(section.path, section.revision, cache_dir, weights=False)
+                fetch_model(section.path, section.revision, cache_dir, weights=False)
             )
     return _finish(model, section)
 
 
-def from_config(
+def model_from_config(
     config: PretrainedConfig, task: TaskSection, dtype: Any, **given: Any
 ) -> PreTrainedModel:
     """Return a model for `task` with arbitrary weights."""
@@ -266,13 +266,13 @@ def from_config(
 
     with no_init_weights():
         model = heads.auto_class(task).from_config(
-            config, dtype=dtype, **given, **options(config, task)
+            config, dtype=dtype, **given, **extra_model_kwargs(config, task)
         )
     model.tie_weights()
     return model
 
 
-def told(model: Any) -> Any:
+def probe_outputs(model: Any) -> Any:
     """Return, flat, all numbers a model tells of 24 token ids."""
     import torch
 
@@ -300,7 +300,7 @@ def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     return model
 
 
-def refuse_incomplete(path: str, info: dict[str, Any]) -> None:
+def check_loading_report(path: str, info: dict[str, Any]) -> None:
     """Raise ModelError if transformers reports weights it did not find or could not use."""
     kinds = {
         "missing_keys": "missing in the files",

@@ -20,8 +20,8 @@ from dist_ft.config.schema import ModelSection, RunConfig, TaskSection
 from dist_ft.core.errors import ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.model.adapters import tuning
-from dist_ft.model.loading.load import empty_model
-from dist_ft.model.trainable_model import Learner
+from dist_ft.model.loading.load import build_uninitialized_model
+from dist_ft.model.trainable_model import TrainableModel
 from dist_ft.storage import filesystem
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 
-def build(config: RunConfig, task: TaskSection, file: str | None = None) -> PreTrainedModel:
+def build_meta_model(config: RunConfig, task: TaskSection, file: str | None = None) -> PreTrainedModel:
     """Return the model on the meta device, what does not learn frozen and what is added there.
 
     Args:
@@ -43,16 +43,16 @@ def build(config: RunConfig, task: TaskSection, file: str | None = None) -> PreT
     """
     import torch
 
-    with warnings.catch_warnings(), described(config.model, file) as section, torch.device("meta"):
+    with warnings.catch_warnings(), with_local_config(config.model, file) as section, torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = empty_model(section, None, task)
+        model = build_uninitialized_model(section, None, task)
         text_ids = range(config.tuning.prompt.tokens) if config.tuning.prompt.text else ()
-        tuning.apply(model, config.tuning, config.run.seed, task, list(text_ids))
+        tuning.apply_tuning(model, config.tuning, config.run.seed, task, list(text_ids))
     return model
 
 
 @contextlib.contextmanager
-def described(section: ModelSection, file: str | None = None) -> Iterator[ModelSection]:
+def with_local_config(section: ModelSection, file: str | None = None) -> Iterator[ModelSection]:
     """Within, the section's path is a local folder with config.json, and its attention one that needs no package."""
     with tempfile.TemporaryDirectory(prefix="dist_ft-outline-") as folder:
         found = _of_file(file) if file is not None else _of_path(section, folder)
@@ -152,7 +152,7 @@ def _require_json(file: str, told: str) -> None:
         )
 
 
-class Bare(Learner):
+class BareModel(TrainableModel):
     """A transformers model whose outputs are summed: what a task's loss adds to memory is small beside them."""
 
     def inputs(self, batch: Any, device: torch.device | str) -> dict[str, Any]:

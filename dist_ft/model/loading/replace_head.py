@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def hidden(
+def replaced_head_key_mapping(
     section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection
 ) -> dict[str, str] | None:
     """Return other names for tensors of the files in `folder` that a new head replaces, so that nothing loads them."""
     from transformers import AutoConfig
 
-    if task.name not in heads.HEADED or type(config) not in heads.auto_class(task)._model_mapping:
+    if task.name not in heads.TASKS_WITH_HEAD or type(config) not in heads.auto_class(task)._model_mapping:
         return None
     kind: Any = heads.auto_class(task)._model_mapping[type(config)]
     prefix = f"{(kind[0] if isinstance(kind, tuple | list) else kind).base_model_prefix}."
-    shapes = tensors_of(folder)
+    shapes = tensor_shapes(folder)
     if not any(name.startswith(prefix) for name in shapes):
         return None  # of a bare model: no head
     stored = AutoConfig.from_pretrained(
@@ -42,7 +42,7 @@ def hidden(
     return {f"^{re.escape(name)}$": f"replaced.{name}" for name in other} or None
 
 
-def tensors_of(folder: str) -> dict[str, list[int]]:
+def tensor_shapes(folder: str) -> dict[str, list[int]]:
     """Return the shape of each tensor in the safetensors of a model's folder."""
     from safetensors import safe_open
 

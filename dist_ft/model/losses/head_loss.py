@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 
 CHUNK_BYTES = 2**27
 """Of float32 logits at once: large enough for full-speed matrix products, small beside a model."""
@@ -44,7 +44,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         want_hidden, want_weight, *_ = ctx.needs_input_grad
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-        keep = targets != IGNORED
+        keep = targets != IGNORE_INDEX
         safe = torch.where(keep, targets, 0)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None

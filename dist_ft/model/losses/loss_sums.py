@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 
-LEAST = 1e-6
+MIN_FOCAL_BASE = 1e-6
 """Of what a focal loss is scaled by: below it the slope of its power has no number."""
 
 
@@ -31,12 +31,12 @@ def cross_entropy(
         smoothing: share of a target's probability that is spread evenly (arXiv:1512.00567).
     """
     losses = functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
     )
     safe = targets.clamp(min=0)
     if gamma:
         shares = torch.softmax(logits.float(), -1).gather(-1, safe[:, None])[:, 0]
-        losses = losses * (1 - shares).clamp(min=LEAST) ** gamma
+        losses = losses * (1 - shares).clamp(min=MIN_FOCAL_BASE) ** gamma
     if weights is not None:
         losses = losses * weights[safe]
     return losses.sum()
@@ -54,7 +54,7 @@ def binary_cross_entropy(
     )
     if gamma:
         losses = (
-            losses * (-torch.expm1(-losses)).clamp(min=LEAST) ** gamma
+            losses * (-torch.expm1(-losses)).clamp(min=MIN_FOCAL_BASE) ** gamma
         )  # exp(-loss): how probable what is so
     return (losses.mean(-1) * counted).sum()
 
@@ -78,5 +78,5 @@ def contrastive(
         @ functional.normalize(second.float(), dim=-1).T
         / temperature
     )
-    targets = torch.where(counted.bool(), torch.arange(len(first), device=first.device), IGNORED)
+    targets = torch.where(counted.bool(), torch.arange(len(first), device=first.device), IGNORE_INDEX)
     return (cross_entropy(cosines, targets) + cross_entropy(cosines.T, targets)) / 2

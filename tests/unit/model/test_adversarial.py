@@ -10,8 +10,8 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.config.sections.tuning import AdversarialSection
 from dist_ft.data.batch import empty_batch
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.adversarial import Adversary, along, within
-from dist_ft.model.causal_lm import to_inputs
+from dist_ft.model.adversarial import Adversary, step_along_gradient, clip_to_epsilon
+from dist_ft.model.causal_lm import batch_to_inputs
 
 FGM = {"method": "fgm", "epsilon": 0.7}
 PGD = {"method": "pgd", "epsilon": 0.5, "steps": 3, "step_size": 0.3, "weight": 0.5}
@@ -31,7 +31,7 @@ def gradients(fields, lanes, seeds, dropout=0.0, **changes):
 def by_hand(fields, lane, seed, dropout=0.0):
     """The same for one lane of one row, moving the embeddings by a loop over its samples."""
     module = make_module(dropout=dropout).train()
-    inputs, embedding = to_inputs(lane, "cpu"), module.model.get_input_embeddings()
+    inputs, embedding = batch_to_inputs(lane, "cpu"), module.model.get_input_embeddings()
     steps, size = (
         (1, fields["epsilon"])
         if fields["method"] == "fgm"
@@ -148,10 +148,10 @@ def test_steps_have_their_length_and_stay_in_the_ball():
     torch.manual_seed(0)
     gradient, sizes = torch.randn(2, 6, 3), torch.tensor([4, 2, 6])
     gradient[0, 4:] = 0
-    step = along(gradient, sizes, 0.3)
+    step = step_along_gradient(gradient, sizes, 0.3)
     lengths = [part.norm().item() for part in step.reshape(12, 3).split([4, 2, 6])]
     assert lengths == pytest.approx([0.3, 0.0, 0.3], rel=1e-6)
-    held = within(torch.cat([step[:1] * 5, step[1:]]), sizes, 0.5)
+    held = clip_to_epsilon(torch.cat([step[:1] * 5, step[1:]]), sizes, 0.5)
     assert [part.norm().item() for part in held.reshape(12, 3).split([4, 2, 6])] == pytest.approx(
         [0.5, 0.0, 0.3], rel=1e-6
     )

@@ -17,15 +17,15 @@ from unit.small import (
 )
 
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, empty_batch
-from dist_ft.model.causal_lm import CausalLM, to_inputs
-from dist_ft.model.trainable_model import aliases, canonical_names
+from dist_ft.data.batch import IGNORE_INDEX, empty_batch
+from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
+from dist_ft.model.trainable_model import tied_weight_aliases, parameters_by_name
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 
 
 def loss(module: CausalLM, packed) -> torch.Tensor:
-    return module(**to_inputs(packed, "cpu"))
+    return module(**batch_to_inputs(packed, "cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,7 +36,7 @@ def test_loss_is_cross_entropy_on_full_logits(family):
         want = torch.nn.functional.cross_entropy(
             logits.reshape(-1, VOCABULARY),
             torch.from_numpy(alone.target_ids).reshape(-1),
-            ignore_index=IGNORED,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
         got = loss(module, alone)
@@ -93,7 +93,7 @@ def test_nothing_to_learn_is_zero_loss_and_zero_gradients():
 def test_a_failed_forward_leaves_no_positions_behind():
     module = make_module()
     with pytest.raises(IndexError):
-        module(**{**to_inputs(PACKED, "cpu"), "input_ids": torch.full((2, 27), VOCABULARY + 5)})
+        module(**{**batch_to_inputs(PACKED, "cpu"), "input_ids": torch.full((2, 27), VOCABULARY + 5)})
     with torch.no_grad():
         assert module.model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.shape == (
             1,
@@ -104,8 +104,8 @@ def test_a_failed_forward_leaves_no_positions_behind():
 
 def test_names_are_those_of_transformers():
     module = make_module()
-    assert set(canonical_names(module)) == {name for name, _ in module.model.named_parameters()}
-    assert aliases(module) == {}
+    assert set(parameters_by_name(module)) == {name for name, _ in module.model.named_parameters()}
+    assert tied_weight_aliases(module) == {}
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_names_are_those_of_transformers():
 )
 def test_tied_weights_appear_once(family, first):
     module = CausalLM(make_model(family, tie_word_embeddings=True))
-    assert aliases(module) == {"lm_head.weight": first}
-    assert first in canonical_names(module) and "lm_head.weight" not in canonical_names(module)
-    values = list(canonical_names(module).values())
+    assert tied_weight_aliases(module) == {"lm_head.weight": first}
+    assert first in parameters_by_name(module) and "lm_head.weight" not in parameters_by_name(module)
+    values = list(parameters_by_name(module).values())
     assert len({id(value) for value in values}) == len(values)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unit.model.loading.test_load import refused, section
 from unit.small import make_model
 
-from dist_ft.model.loading.load import load_model, read_config
+from dist_ft.model.loading.load import load_causal_lm, read_config
 
 
 def dropouts(model) -> set[float]:
@@ -57,7 +57,7 @@ def test_dropout_sets_every_dropout(tmp_path, family, changes):
         make_model(family).save_pretrained(tmp_path)
     kernel = {"attention": "eager"} if family == "bloom" else {}
     for probability in (0.0, 0.25):
-        assert dropouts(load_model(section(tmp_path, dropout=probability, **kernel)).train()) == {
+        assert dropouts(load_causal_lm(section(tmp_path, dropout=probability, **kernel)).train()) == {
             probability
         }
 

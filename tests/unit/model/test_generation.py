@@ -12,8 +12,8 @@ from unit.small import FAMILIES, VOCABULARY, batch, make_model, make_module
 
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.model.causal_lm import to_inputs
-from dist_ft.model.generation import Asked, Decoder, Gumbel
+from dist_ft.model.causal_lm import batch_to_inputs
+from dist_ft.model.generation import GenerationRequest, TextGenerator, Gumbel
 
 STRATEGIES = {
     "greedy": {},
@@ -42,21 +42,21 @@ class Words:
         return " ".join(f"w{token}" for token in ids if token > 2)
 
 
-def rows(seed: int = 0) -> list[Asked]:
+def rows(seed: int = 0) -> list[GenerationRequest]:
     rng = np.random.default_rng(seed)
     return [
-        Asked(rng.integers(3, VOCABULARY, size), number)
+        GenerationRequest(rng.integers(3, VOCABULARY, size), number)
         for number, size in enumerate((5, 1, 9, 9, 3, 14, 2))
     ]
 
 
-def decoder(batch_rows: int = 3, **fields) -> Decoder:
-    return Decoder(
+def decoder(batch_rows: int = 3, **fields) -> TextGenerator:
+    return TextGenerator(
         DecodingSection(**{"max_new_tokens": LENGTH, "rows": batch_rows, **fields}), Words()
     )
 
 
-def alone(model, row: Asked, **fields) -> list[list[int]]:
+def alone(model, row: GenerationRequest, **fields) -> list[list[int]]:
     """Return what plain transformers makes of one row."""
     beam = fields.get("strategy") == "beam"
     given = {
@@ -82,9 +82,9 @@ def alone(model, row: Asked, **fields) -> list[list[int]]:
 def test_a_batch_makes_what_each_row_makes_alone(family, strategy):
     plain, module = make_model(family).eval(), make_module(family).train()
     module(
-        **to_inputs(batch((9, 13, 5), (11, 6)), "cpu")
+        **batch_to_inputs(batch((9, 13, 5), (11, 6)), "cpu")
     ).backward()  # packed samples were trained on before
-    found = decoder(**STRATEGIES[strategy]).make_all(module.eval().model, rows())
+    found = decoder(**STRATEGIES[strategy]).generate_all(module.eval().model, rows())
     assert found == [alone(plain, row, **STRATEGIES[strategy]) for row in rows()]
     assert len({tuple(text) for each in found for text in each}) > 3, (
         "a model that says the same of all tells nothing"
@@ -119,7 +119,7 @@ def bart() -> tuple[torch.nn.Module, object]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_so_does_an_encoder_decoder(strategy):
-    found = decoder(**STRATEGIES[strategy]).make_all(bart(), rows())
+    found = decoder(**STRATEGIES[strategy]).generate_all(bart(), rows())
     assert found == [alone(bart(), row, **STRATEGIES[strategy]) for row in rows()]
     assert len({tuple(text) for each in found for text in each}) > 3
 
@@ -131,12 +131,12 @@ def test_so_does_an_encoder_decoder(strategy):
 def test_of_choices_the_text_is_exactly_one(strategy, both):
     choices = ("w5 w6", "w5 w6 w7", "w8", "w9 w10 w11 w12", "w90")
     model = bart() if both else make_model().eval()
-    found = decoder(choices=choices, **strategy).make_all(model, rows() + rows(1))
+    found = decoder(choices=choices, **strategy).generate_all(model, rows() + rows(1))
     texts = [Words().decode(each[0]) for each in found]
     assert set(texts) <= set(choices)
     assert len(set(texts)) > 1
     again = [
-        decoder(1, choices=choices, **strategy).make_all(model, [row])[0]
+        decoder(1, choices=choices, **strategy).generate_all(model, [row])[0]
         for row in rows() + rows(1)
     ]
     assert again == found
@@ -163,12 +163,12 @@ def test_of_choices_the_text_is_exactly_one(strategy, both):
 def test_draws_know_neither_batch_nor_place(fields):
     model = make_model().eval()
     sampling = {"strategy": "sample", "num_samples": 2, **fields}
-    found = decoder(7, **sampling).make_all(model, rows())
-    assert found == [decoder(1, **sampling).make_all(model, [row])[0] for row in rows()]
-    assert found[::-1] == decoder(2, **sampling).make_all(model, rows()[::-1])
-    assert found != decoder(7, seed=1, **sampling).make_all(model, rows())
+    found = decoder(7, **sampling).generate_all(model, rows())
+    assert found == [decoder(1, **sampling).generate_all(model, [row])[0] for row in rows()]
+    assert found[::-1] == decoder(2, **sampling).generate_all(model, rows()[::-1])
+    assert found != decoder(7, seed=1, **sampling).generate_all(model, rows())
     assert all(first != second for first, second in found)
-    single = decoder(7, strategy="sample", **fields).make_all(model, rows())
+    single = decoder(7, strategy="sample", **fields).generate_all(model, rows())
     assert [each[:1] for each in found] == single, "the first of two is the one of one"
 
 
@@ -184,15 +184,15 @@ def test_gumbel_noise_draws_by_probability():
 
 def test_what_a_truncated_distribution_leaves_out_is_never_drawn():
     model = make_model().eval()
-    greedy = decoder().make_all(model, rows())
-    assert decoder(strategy="sample", top_k=1).make_all(model, rows()) == greedy
-    assert decoder(strategy="sample", top_p=1e-6).make_all(model, rows()) == greedy
-    assert decoder(strategy="sample", min_p=0.9999).make_all(model, rows()) == greedy
+    greedy = decoder().generate_all(model, rows())
+    assert decoder(strategy="sample", top_k=1).generate_all(model, rows()) == greedy
+    assert decoder(strategy="sample", top_p=1e-6).generate_all(model, rows()) == greedy
+    assert decoder(strategy="sample", min_p=0.9999).generate_all(model, rows()) == greedy
 
 
 def test_a_models_own_strategy_counts_nothing():
     model = make_model().eval()
-    greedy = decoder().make_all(model, rows())
+    greedy = decoder().generate_all(model, rows())
     for name, value in {
         "num_beams": 4,
         "do_sample": True,
@@ -203,27 +203,27 @@ def test_a_models_own_strategy_counts_nothing():
         "temperature": 0.1,
     }.items():
         setattr(model.generation_config, name, value)
-    assert decoder().make_all(model, rows()) == greedy
+    assert decoder().generate_all(model, rows()) == greedy
 
 
 def test_a_further_token_ends_a_text():
     model = make_model().eval()
-    (text,), *_ = decoder().make_all(model, rows())
+    (text,), *_ = decoder().generate_all(model, rows())
     assert len(text) > 2
-    cut = Decoder(DecodingSection(max_new_tokens=LENGTH), Words(), {text[2]}).make_all(
+    cut = TextGenerator(DecodingSection(max_new_tokens=LENGTH), Words(), {text[2]}).generate_all(
         model, rows()[:1]
     )
     assert cut == [[text[: text.index(text[2])]]]
 
 
 def test_prompts_that_leave_no_room_are_refused():
-    long = [Asked(np.full(120, 5))]
+    long = [GenerationRequest(np.full(120, 5))]
     with pytest.raises(
         ConfigError,
         match=r"max_new_tokens=12: the model has 128 places and the longest prompt 120 tokens; "
         r"at most 8 are allowed",
     ):
-        decoder().make_all(make_model("gpt2").eval(), long)
+        decoder().generate_all(make_model("gpt2").eval(), long)
 
 
 def test_a_real_tokenizers_special_tokens_frame_the_choices_of_an_encoder_decoder(tmp_path):
@@ -235,11 +235,11 @@ def test_a_real_tokenizers_special_tokens_frame_the_choices_of_an_encoder_decode
         AutoModelForSeq2SeqLM.from_pretrained(folder).eval(),
     )
     section = DecodingSection(max_new_tokens=1, choices=("the quick fox", "bread"))
-    made = Decoder(section, tokenizer)
+    made = TextGenerator(section, tokenizer)
     texts = {
         made.text(each[0])
-        for each in made.make_all(
-            model, [Asked(np.array([2, word, 3]), 0) for word in range(5, 40)]
+        for each in made.generate_all(
+            model, [GenerationRequest(np.array([2, word, 3]), 0) for word in range(5, 40)]
         )
     }
     assert texts <= {"the quick fox", "bread"} and texts

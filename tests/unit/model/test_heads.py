@@ -12,7 +12,7 @@ from dist_ft.config.schema import ModelSection, TaskSection, TuningSection
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.model.adapters import tuning
-from dist_ft.model.loading.load import load_for, read_config
+from dist_ft.model.loading.load import load_task_model, read_config
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def task(name="sequence_classification", *labels, **values) -> TaskSection:
 
 
 def test_a_head_that_is_not_in_the_files_is_new(folder):
-    model, new = load_for(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    model, new = load_task_model(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
     assert new == {
         "classifier.weight",
         "classifier.bias",
@@ -40,14 +40,14 @@ def test_a_head_that_is_not_in_the_files_is_new(folder):
         model.config.id2label == {0: "a", 1: "b", 2: "c"}
         and model.config.problem_type == "single_label_classification"
     )
-    _, new = load_for(task("masked_lm"), section(folder / "bert"))
+    _, new = load_task_model(task("masked_lm"), section(folder / "bert"))
     assert not new
-    _, new = load_for(task("question_answering"), section(folder / "bert"))
+    _, new = load_task_model(task("question_answering"), section(folder / "bert"))
     assert new == {"qa_outputs.weight", "qa_outputs.bias"}
 
 
 def test_vectors_need_no_pooler(folder):
-    model, new = load_for(task("embedding"), section(folder / "bert"))
+    model, new = load_task_model(task("embedding"), section(folder / "bert"))
     assert not new and not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
@@ -62,18 +62,18 @@ def test_a_weight_of_the_model_itself_may_not_be_missing(folder, tmp_path):
     with pytest.raises(
         ModelError, match=r"1 weights are missing in the files, such as bert\.encoder\.layer\.0"
     ):
-        load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+        load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
 
 
 def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
-    model, _ = load_for(task("sequence_classification", "a", "b"), section(folder / "bert"))
+    model, _ = load_task_model(task("sequence_classification", "a", "b"), section(folder / "bert"))
     model.save_pretrained(tmp_path)
-    same, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+    same, new = load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
     assert not new and torch.equal(same.classifier.weight, model.classifier.weight)
     for labels in (("b", "a"), ("a", "b", "c")):
         with pytest.raises(ModelError, match="has a head for a, b, and the labels are"):
-            load_for(task("sequence_classification", *labels), section(tmp_path))
-        _, new = load_for(
+            load_task_model(task("sequence_classification", *labels), section(tmp_path))
+        _, new = load_task_model(
             task("sequence_classification", *labels, new_head=True), section(tmp_path)
         )
         assert new == {"classifier.weight", "classifier.bias"}
@@ -111,22 +111,22 @@ def test_a_model_that_can_not_do_the_task_is_refused(folder, name, model, text):
 
 
 def test_new_weights_follow_from_seed_and_name():
-    whole = heads.initial("classifier.weight", (3, 8), 0.02, 1)
-    assert torch.equal(whole, heads.initial("classifier.weight", (3, 8), 0.02, 1))
-    assert not torch.equal(whole, heads.initial("classifier.weight", (3, 8), 0.02, 2))
-    assert not torch.equal(whole, heads.initial("score.weight", (3, 8), 0.02, 1))
+    whole = heads.initial_values("classifier.weight", (3, 8), 0.02, 1)
+    assert torch.equal(whole, heads.initial_values("classifier.weight", (3, 8), 0.02, 1))
+    assert not torch.equal(whole, heads.initial_values("classifier.weight", (3, 8), 0.02, 2))
+    assert not torch.equal(whole, heads.initial_values("score.weight", (3, 8), 0.02, 1))
     assert 0.005 < whole.std() < 0.05
     assert (
-        heads.initial("x.bias", (4,), 0.02, 1).tolist() == [0] * 4
-        and heads.initial("n.weight", (4,), 1, 1).tolist() == [1] * 4
+        heads.initial_values("x.bias", (4,), 0.02, 1).tolist() == [0] * 4
+        and heads.initial_values("n.weight", (4,), 1, 1).tolist() == [1] * 4
     )
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "partial"])
 def test_the_head_learns_with_every_method(folder, method):
-    model, _ = load_for(task("sequence_classification", "a", "b"), section(folder / "bert"))
+    model, _ = load_task_model(task("sequence_classification", "a", "b"), section(folder / "bert"))
     values = {"last_layers": 1} if method == "partial" else {}
-    tuning.apply(
+    tuning.apply_tuning(
         model, TuningSection(method=method, **values), 0, task("sequence_classification", "a", "b")
     )
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -143,7 +143,7 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
     import tiny
 
     tiny.make_model(tmp_path)
-    model, new = load_for(task("sequence_classification", "a", "b"), section(tmp_path))
+    model, new = load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
     assert new == {"score.weight"} and not heads.is_head("transformer.wte.weight", model)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
         "GPT2LMHeadModel"
@@ -151,18 +151,18 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
 
 
 def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
-    model, _ = load_for(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    model, _ = load_task_model(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
     model.save_pretrained(tmp_path)
-    model, new = load_for(task("question_answering"), section(tmp_path))
+    model, new = load_task_model(task("question_answering"), section(tmp_path))
     assert model.qa_outputs.out_features == 2 and new == {"qa_outputs.weight", "qa_outputs.bias"}
 
 
 def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
-    bare, _ = load_for(task("embedding"), section(folder / "bert"))
+    bare, _ = load_task_model(task("embedding"), section(folder / "bert"))
     bare.save_pretrained(tmp_path)
-    model, new = load_for(task("masked_lm"), section(tmp_path))
+    model, new = load_task_model(task("masked_lm"), section(tmp_path))
     assert "cls.predictions.transform.dense.weight" in new
-    tuning.apply(model, TuningSection(method="lora"), 0, task("masked_lm"))
+    tuning.apply_tuning(model, TuningSection(method="lora"), 0, task("masked_lm"))
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert new <= learns
 

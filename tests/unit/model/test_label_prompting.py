@@ -10,15 +10,15 @@ from unit import small
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, Batch, empty_batch
-from dist_ft.data.encoding.prompt_templates import Words
+from dist_ft.data.batch import IGNORE_INDEX, Batch, empty_batch
+from dist_ft.data.encoding.prompt_templates import LabelWords
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.label_prompting import PromptModel
+from dist_ft.model.label_prompting import LabelPromptModel
 from dist_ft.model.task_models import SpecialTokens
 
 TASK = TaskSection(name="sequence_classification", labels=("a", "b", "c"))
 IDS = ((5,), (6, 7, 8), (6, 9))
-WORDS = Words(IDS)
+WORDS = LabelWords(IDS)
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38, 39]]
 LABELS = [1, 0, 2]
 
@@ -27,16 +27,16 @@ def batch(rows=PROMPTS, labels=LABELS):
     width = max(map(len, rows))
     ids, wanted = (
         np.zeros((len(rows), width), np.int64),
-        np.full((len(rows), width), IGNORED, np.int64),
+        np.full((len(rows), width), IGNORE_INDEX, np.int64),
     )
     for i, row in enumerate(rows):
         ids[i, : len(row)], wanted[i, 0] = row, labels[i]
-    pieces = np.array([(i, 0, len(row), 0) for i, row in enumerate(rows)], np.int64)
-    return Batch(ids, wanted, np.zeros_like(ids), pieces, 0)
+    segments = np.array([(i, 0, len(row), 0) for i, row in enumerate(rows)], np.int64)
+    return Batch(ids, wanted, np.zeros_like(ids), segments, 0)
 
 
 def module(family="llama", words=WORDS, task=TASK, **options):
-    return PromptModel(small.make_model(family), task, SpecialTokens(0), words, 64, **options)
+    return LabelPromptModel(small.make_model(family), task, SpecialTokens(0), words, 64, **options)
 
 
 def by_hand(model, prompt, words):
@@ -52,9 +52,9 @@ def by_hand(model, prompt, words):
 @pytest.mark.parametrize("family", sorted(small.FAMILIES))
 @pytest.mark.parametrize("mean", [False, True])
 def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
-    made = module(family, Words(IDS, mean=mean)).eval()
+    made = module(family, LabelWords(IDS, mean=mean)).eval()
     with torch.no_grad():
-        loss, scores = made(**made.inputs(batch(), "cpu"), told=True)
+        loss, scores = made(**made.inputs(batch(), "cpu"), return_outputs=True)
         plain = made(**made.inputs(batch(), "cpu"))
     expected = [
         [(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS]
@@ -70,18 +70,18 @@ def test_a_model_without_a_cache_gives_the_same():
     made = module().eval()
     told = made.inputs(batch(), "cpu")
     with torch.no_grad():
-        _, cached = made(**told, told=True)
+        _, cached = made(**told, return_outputs=True)
         made._caches = False
-        _, whole = made(**told, told=True)
+        _, whole = made(**told, return_outputs=True)
     assert torch.allclose(cached, whole, atol=1e-5)
 
 
 def test_calibration_divides_by_what_no_content_gives():
     empty = ((41, 42), (43,), (44, 45, 46))
-    plain, made = module().eval(), module(words=Words(IDS, empty)).eval()
+    plain, made = module().eval(), module(words=LabelWords(IDS, empty)).eval()
     with torch.no_grad():
-        raw_loss, raw = plain(**plain.inputs(batch(), "cpu"), told=True)
-        loss, found = made(**made.inputs(batch(), "cpu"), told=True)
+        raw_loss, raw = plain(**plain.inputs(batch(), "cpu"), return_outputs=True)
+        loss, found = made(**made.inputs(batch(), "cpu"), return_outputs=True)
     rows = torch.tensor(
         [[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty]
     )
@@ -95,9 +95,9 @@ def test_calibration_divides_by_what_no_content_gives():
 def test_rows_alone_and_together_get_the_same_scores():
     made = module("gpt2").eval()
     with torch.no_grad():
-        _, together = made(**made.inputs(batch(), "cpu"), told=True)
+        _, together = made(**made.inputs(batch(), "cpu"), return_outputs=True)
         alone = [
-            made(**made.inputs(batch([prompt], [0]), "cpu"), told=True)[1] for prompt in PROMPTS
+            made(**made.inputs(batch([prompt], [0]), "cpu"), return_outputs=True)[1] for prompt in PROMPTS
         ]
     assert torch.allclose(together, torch.cat(alone), atol=2e-5)
 
@@ -126,7 +126,7 @@ def test_it_learns_to_choose():
     engine = TorchEngine(module(), OptimizerSection(learning_rate=5e-3), torch.device("cpu"))
     for step in range(25):
         engine.train_step([batch()], [step], 3, 5e-3)
-    _, scores = engine.told(batch())
+    _, scores = engine.loss_and_outputs(batch())
     assert scores.argmax(1).tolist() == LABELS
 
 
@@ -143,4 +143,4 @@ def test_a_sequence_longer_than_the_model_is_refused():
     with pytest.raises(
         ModelError, match=r"batch\.sequence_length=200: longer than the model can take; at most 128"
     ):
-        PromptModel(small.make_model("llama"), TASK, SpecialTokens(0), Words(IDS), 200)
+        LabelPromptModel(small.make_model("llama"), TASK, SpecialTokens(0), LabelWords(IDS), 200)

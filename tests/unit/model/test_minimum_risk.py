@@ -55,7 +55,7 @@ def test_equal_texts_count_once_and_the_reference_has_no_risk():
     found = risk_batch(False)
     assert found.groups.tolist() == [0, 0, 0, 1, 2, 2]
     assert found.risks.tolist() == pytest.approx([0, 1 - 2 / 4, 1, 0, 0, 1])
-    assert found.lane == 4 and found.pieces[:, 0].tolist() == found.groups.tolist()
+    assert found.lane == 4 and found.segments[:, 0].tolist() == found.groups.tolist()
 
 
 def alone(model, prompt: list[int], text: list[int], both: bool) -> torch.Tensor:

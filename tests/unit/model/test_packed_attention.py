@@ -7,8 +7,8 @@ import pytest
 import torch
 from unit.small import FAMILIES, VOCABULARY, batch, make_module
 
-from dist_ft.model.causal_lm import CausalLM, to_inputs
-from dist_ft.model.packed_attention import NAME, lengths_of
+from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
+from dist_ft.model.packed_attention import NAME, sample_lengths
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 SDPA = [family for family in FAMILIES if family != "gemma2"]
@@ -16,7 +16,7 @@ SDPA = [family for family in FAMILIES if family != "gemma2"]
 
 def grads(module: CausalLM, packed=PACKED) -> dict[str, torch.Tensor]:
     module.zero_grad()
-    loss = module(**to_inputs(packed, "cpu"))
+    loss = module(**batch_to_inputs(packed, "cpu"))
     loss.backward()
     return {
         "loss": loss.detach(),
@@ -32,7 +32,7 @@ def with_masks(module: CausalLM) -> CausalLM:
 
 def test_lengths():
     ids = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [4, 5, 0, 0, 0, 1]])
-    assert lengths_of(ids) == ((3, 2, 1), (6,), (2, 1, 1, 2))
+    assert sample_lengths(ids) == ((3, 2, 1), (6,), (2, 1, 1, 2))
 
 
 @pytest.mark.parametrize("family", SDPA)

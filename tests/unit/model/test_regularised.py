@@ -6,20 +6,20 @@ import pytest
 import torch
 from unit.small import batch, make_model, make_module, samples_of
 
-from dist_ft.model.causal_lm import CausalLM, to_inputs
+from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
 
 
 def loss(module: CausalLM, rows) -> float:
     torch.manual_seed(3)
     with torch.no_grad():
-        return module(**to_inputs(rows, "cpu")).item()
+        return module(**batch_to_inputs(rows, "cpu")).item()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # with and without the chunked head
 def test_smoothing_is_cross_entropys_own_and_left_out_of_evaluation(family):
     rows, model = batch((12,)), make_model(family)
     plain, smooth = CausalLM(model).train(), CausalLM(model, label_smoothing=0.2).train()
-    inputs = to_inputs(rows, "cpu")
+    inputs = batch_to_inputs(rows, "cpu")
     with torch.no_grad():
         logits = model(
             input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False

@@ -9,18 +9,18 @@ import torch
 from torch.nn import functional
 
 from dist_ft.config.schema import DataSection, ModelSection, TaskSection
-from dist_ft.data.batch import IGNORED, Batch, empty_batch
-from dist_ft.data.batching.loader import assemble
-from dist_ft.data.encoding.answer_spans import last_of
+from dist_ft.data.batch import IGNORE_INDEX, Batch, empty_batch
+from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.encoding.answer_spans import last_tokens
 from dist_ft.data.encoding.make_encoder import (
     make_encoder,
 )
 from dist_ft.data.encoding.task_encoder import (
     TaskEncoder,
 )
-from dist_ft.model.loading.load import load_for
+from dist_ft.model.loading.load import load_task_model
 from dist_ft.model.task_models import SpecialTokens, TaskModel
-from dist_ft.model.trainable_model import canonical_names
+from dist_ft.model.trainable_model import parameters_by_name
 
 TOKENIZER = tiny_tasks.make_tokenizer()
 LABELS = {
@@ -80,7 +80,7 @@ def made(request, folder):
     task = TaskSection.model_validate(
         {"name": request.param, "labels": LABELS.get(request.param, ()), "stride": 8}
     )
-    model, _ = load_for(
+    model, _ = load_task_model(
         task,
         ModelSection(
             path=str(folder / ("bart" if task.name == "seq2seq" else "bert")), dtype="float32"
@@ -101,15 +101,15 @@ def batch(task: TaskSection, rows) -> Batch:
     assert isinstance(encoder, TaskEncoder)
     found = encoder.encode(rows, "x")
     sizes = np.diff(found.offsets)
-    pieces = np.stack(
+    segments = np.stack(
         [np.arange(len(rows)), np.zeros(len(rows), int), sizes, np.zeros(len(rows), int)], 1
     )
-    return assemble(found.tokens, found.targets, pieces, np.repeat(np.arange(len(rows)), 1), 0)
+    return assemble_batch(found.tokens, found.targets, segments, np.repeat(np.arange(len(rows)), 1), 0)
 
 
 def told(module: TaskModel, one: Batch):
     with torch.no_grad():
-        return module(**module.inputs(one, "cpu"), told=True)
+        return module(**module.inputs(one, "cpu"), return_outputs=True)
 
 
 def test_padding_is_not_seen(made):
@@ -133,7 +133,7 @@ def test_an_empty_batch_gives_a_gradient_of_zero_everywhere(made):
     loss = module(**module.inputs(empty_batch(), "cpu"))
     loss.backward()
     assert loss.item() == 0
-    for name, parameter in canonical_names(module).items():
+    for name, parameter in parameters_by_name(module).items():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
@@ -142,7 +142,7 @@ def test_every_weight_learns(made):
     module.zero_grad()
     module(**module.inputs(whole, "cpu")).backward()
     assert [
-        name for name, parameter in canonical_names(module).items() if parameter.grad is None
+        name for name, parameter in parameters_by_name(module).items() if parameter.grad is None
     ] == []
 
 
@@ -160,17 +160,17 @@ def test_the_loss_is_that_of_transformers(made):
     labels = given["labels"]
     with torch.no_grad():
         if name == "question_answering":
-            marked = labels != IGNORED
+            marked = labels != IGNORE_INDEX
             start = marked.long().argmax(1)
             want = module.model(
                 **inputs,
                 start_positions=start,
-                end_positions=last_of(labels.gather(1, start[:, None])[:, 0]),
+                end_positions=last_tokens(labels.gather(1, start[:, None])[:, 0]),
             ).loss
         elif name == "sequence_classification":
             want = module.model(**inputs, labels=labels[:, 0]).loss * 2
         else:
-            want = module.model(**inputs, labels=labels).loss * (labels != IGNORED).sum()
+            want = module.model(**inputs, labels=labels).loss * (labels != IGNORE_INDEX).sum()
     assert torch.allclose(loss, want, atol=1e-4)
 
 
@@ -209,7 +209,7 @@ def test_pairs_have_token_types(folder):
     task = TaskSection.model_validate(
         {"name": "sequence_classification", "labels": ["a", "b"], "columns": {"pair": "pair"}}
     )
-    model, _ = load_for(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
+    model, _ = load_task_model(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
     module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config)).eval()
     rows = [
         {"text": "the fox", "pair": "old owls", "label": "a"},
@@ -231,7 +231,7 @@ def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
     task = TaskSection.model_validate(
         {"name": "sequence_classification", "labels": ["a", "b", "c"]}
     )
-    model, _ = load_for(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
+    model, _ = load_task_model(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
     seen = {}
     module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config), neftune_alpha=5.0)
     model.get_input_embeddings().register_forward_hook(

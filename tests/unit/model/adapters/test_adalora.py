@@ -17,7 +17,7 @@ SECTION = {"initial_rank": 4, "rank": 2, "begin_step": 2, "end_step": 8, "every_
 
 def make_engine(**fields) -> TorchEngine:
     model = small.make_model()
-    tuning.apply(model, TuningSection(method="adalora", adalora=SECTION | fields), 3)
+    tuning.apply_tuning(model, TuningSection(method="adalora", adalora=SECTION | fields), 3)
     return TorchEngine(CausalLM(model), OptimizerSection(learning_rate=1e-2), torch.device("cpu"))
 
 
@@ -29,7 +29,7 @@ def train(engine: TorchEngine, steps: range) -> list[float]:
     return losses
 
 
-def ranks(engine: TorchEngine) -> int:
+def rank_schedule(engine: TorchEngine) -> int:
     found = [p for name, p in engine.module.named_parameters() if ".lora_E." in name]
     return int(sum((p != 0).sum() for p in found))
 
@@ -40,7 +40,7 @@ def test_ranks_fall_to_the_budget_between_the_steps_and_stay():
     seen = []
     for step in range(11):
         train(engine, range(step, step + 1))
-        seen.append(ranks(engine))
+        seen.append(rank_schedule(engine))
     assert seen[:2] == [4 * matrices] * 2
     assert 2 * matrices < seen[3] < 4 * matrices  # cubic: most go at first
     assert seen[7:] == [2 * matrices] * 4
@@ -52,8 +52,8 @@ def test_loaded_into_another_engine_it_goes_on_to_the_last_bit():
     for broken in (3, 6, 8, 10):
         first, second = make_engine(), make_engine()
         train(first, range(broken))
-        held = {(slot.name, slot.key): slot.read().clone() for slot in first.slots()}
-        for slot in second.slots():
+        held = {(slot.name, slot.key): slot.read().clone() for slot in first.state_slices()}
+        for slot in second.state_slices():
             slot.write(held[slot.name, slot.key])
         second.finish_load(first.optimizer_step())
         assert train(second, range(broken, 12)) == want[broken:]
@@ -61,7 +61,7 @@ def test_loaded_into_another_engine_it_goes_on_to_the_last_bit():
 
 def test_the_penalty_is_pefts_and_counts_in_training_only():
     engine = make_engine(orthogonality=0.7)
-    own = adalora.of(engine.module.model).penalty().item()
+    own = adalora.find_rank_schedule(engine.module.model).penalty().item()
     matrices = [
         p.detach()
         for name, p in engine.module.named_parameters()

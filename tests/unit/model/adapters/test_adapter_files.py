@@ -18,8 +18,8 @@ from dist_ft.config.sections.tuning import ADDED, PROMPTS, TuningSection
 from dist_ft.core.errors import CheckpointError
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files, soft_prompts, tuning
-from dist_ft.model.generation import Asked, Decoder
-from dist_ft.model.loading.load import from_config, load_for
+from dist_ft.model.generation import GenerationRequest, TextGenerator
+from dist_ft.model.loading.load import model_from_config, load_task_model
 
 SMALL = {"prompt": {"tokens": 3}, "adalora": {"end_step": 5}, "bottleneck": {"size": 4}}
 
@@ -36,8 +36,8 @@ def trained(base: Path, name: str, method: str, **fields):
     task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELLED else ())
     section = TuningSection(method=method, **SMALL, **fields)
     folder = base / {"causal_lm": "llama", "seq2seq": "bart"}.get(name, "bert")
-    model, new = load_for(task, ModelSection(path=str(folder), dtype="float32"))
-    around = tuning.apply(model, section, 3, task)
+    model, new = load_task_model(task, ModelSection(path=str(folder), dtype="float32"))
+    around = tuning.apply_tuning(model, section, 3, task)
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if parameter.requires_grad or part in new:
@@ -56,34 +56,34 @@ def trained(base: Path, name: str, method: str, **fields):
 )
 def test_peft_and_dist_ft_read_it_back(base, name, method, tmp_path):
     model, around, section, task, folder = trained(base, name, method)
-    adapter_files.save(model, around, section, (folder, None), tmp_path)
-    adapter_files.compare(
-        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    adapter_files.save_adapter(model, around, section, (folder, None), tmp_path)
+    adapter_files.check_round_trip(
+        model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
     )
     said = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
-    (tmp_path / adapter_files.ABOUT).write_text(json.dumps(said))
-    again, new = load_for(task, ModelSection(path=str(tmp_path), dtype="float32"))
+    (tmp_path / adapter_files.INFO_FILE).write_text(json.dumps(said))
+    again, new = load_task_model(task, ModelSection(path=str(tmp_path), dtype="float32"))
     assert not new
     with torch.no_grad():
         want, got = (
-            adapter_files._told(found.eval(), task, soft_prompts.of(found))
+            adapter_files._told(found.eval(), task, soft_prompts.find_virtual_tokens(found))
             for found in (model, again)
         )
     assert torch.allclose(got, want, atol=1e-4)
-    assert (soft_prompts.of(again) is None) == (method not in PROMPTS)
+    assert (soft_prompts.find_virtual_tokens(again) is None) == (method not in PROMPTS)
 
 
 def test_a_folder_with_other_values_is_noticed(base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model, around, section, task, folder = trained(base, "sequence_classification", "lora")
-    adapter_files.save(model, around, section, (folder, None), tmp_path)
-    state = load_file(tmp_path / adapter_files.WEIGHTS)
+    adapter_files.save_adapter(model, around, section, (folder, None), tmp_path)
+    state = load_file(tmp_path / adapter_files.WEIGHTS_FILE)
     head = next(name for name in state if name.endswith("classifier.weight"))
-    save_file(state | {head: state[head] + 1}, tmp_path / adapter_files.WEIGHTS)
+    save_file(state | {head: state[head] + 1}, tmp_path / adapter_files.WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match="does not give the same logits"):
-        adapter_files.compare(
-            model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+        adapter_files.check_round_trip(
+            model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
         )
 
 
@@ -91,9 +91,9 @@ def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_no
     model, around, section, task, folder = trained(
         base, "causal_lm", "lora", trainable="*norm.weight"
     )
-    adapter_files.save(model, around, section, (folder, None), tmp_path)
-    adapter_files.compare(
-        model, from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+    adapter_files.save_adapter(model, around, section, (folder, None), tmp_path)
+    adapter_files.check_round_trip(
+        model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
     )
     model, around, section, task, folder = trained(
         base, "causal_lm", "lora", trainable="*q_proj.weight"
@@ -102,7 +102,7 @@ def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_no
         CheckpointError,
         match=r"--adapter: .*q_proj.weight learned too \(tuning.trainable\), and peft can not",
     ):
-        adapter_files.save(model, around, section, (folder, None), tmp_path / "other")
+        adapter_files.save_adapter(model, around, section, (folder, None), tmp_path / "other")
 
 
 @pytest.mark.parametrize("method", PROMPTS)
@@ -110,11 +110,11 @@ def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_t
     base, method
 ):
     model, tokenizer = trained(base, "causal_lm", method)[0], tiny_tasks.make_tokenizer()
-    decoder = Decoder(DecodingSection(max_new_tokens=5), tokenizer)
-    rows = [Asked(np.array([5, 6])), Asked(np.array([7, 8, 9, 4, 5]))]
-    together = decoder.make_all(model, rows)
-    assert together == [decoder.make_all(model, [row])[0] for row in rows]
-    assert together != decoder.make_all(small.make_model(), rows)
+    decoder = TextGenerator(DecodingSection(max_new_tokens=5), tokenizer)
+    rows = [GenerationRequest(np.array([5, 6])), GenerationRequest(np.array([7, 8, 9, 4, 5]))]
+    together = decoder.generate_all(model, rows)
+    assert together == [decoder.generate_all(model, [row])[0] for row in rows]
+    assert together != decoder.generate_all(small.make_model(), rows)
 
 
 def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
@@ -123,8 +123,8 @@ def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
         torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]]),
         torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
     )
-    made = soft_prompts.prepended(
-        soft_prompts.of(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    made = soft_prompts.prepend_virtual_tokens(
+        soft_prompts.find_virtual_tokens(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
     )
     assert made["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]

@@ -12,7 +12,7 @@ from unit import small
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPTS, TuningSection
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.model import heads
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
 from dist_ft.model.causal_lm import CausalLM
@@ -30,7 +30,7 @@ TASKS = (
 def tuned(
     model, method: str, task: TaskSection = tuning.CAUSAL_LM, seed: int = 5, text_ids=(), **prompt
 ):
-    tuning.apply(
+    tuning.apply_tuning(
         model, TuningSection(method=method, prompt={"tokens": 3, **prompt}), seed, task, text_ids
     )
     with torch.no_grad():
@@ -61,7 +61,7 @@ def peft_twin(model, untouched):
     """Return peft's own model around `untouched`, with the virtual tokens of `model`."""
     from peft import get_peft_model
 
-    virtual = soft_prompts.of(model)
+    virtual = soft_prompts.find_virtual_tokens(model)
     twin = get_peft_model(untouched, virtual.config)
     twin.prompt_encoder["default"].load_state_dict(virtual.encoder.state_dict())
     return twin.eval()
@@ -73,7 +73,7 @@ def test_a_causal_model_gives_the_logits_peft_gives(family, method):
     model = tuned(small.make_model(family), method)
     twin = peft_twin(model, small.make_model(family))
     tokens = torch.arange(3, 20)[None]
-    virtual = soft_prompts.of(model)
+    virtual = soft_prompts.find_virtual_tokens(model)
     ids, mask = virtual.before(tokens, torch.ones_like(tokens))
     with torch.no_grad():
         own = model.eval()(ids, attention_mask=mask).logits
@@ -141,7 +141,7 @@ def test_packed_samples_each_have_the_prompt_and_do_not_see_each_other(method, a
 
 def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
     packed = small.batch((3, 2), (4,), learned=1.0)
-    made = soft_prompts.before_samples(packed, range(-1, -3, -1))
+    made = soft_prompts.insert_virtual_tokens(packed, range(-1, -3, -1))
     first, second = packed.input_ids[0], packed.input_ids[1]
     assert made.input_ids.tolist() == [
         [-1, -2, *first[:3], -1, -2, *first[3:5]],
@@ -150,9 +150,9 @@ def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
     assert made.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert made.position_ids[1].tolist()[:7] == [0, 1, 2, 3, 4, 5, 0]
     assert made.num_target_tokens == packed.num_target_tokens
-    assert (made.target_ids[made.input_ids < 0] == IGNORED).all()
-    order = made.target_ids[made.target_ids != IGNORED]
-    assert order.tolist() == packed.target_ids[packed.target_ids != IGNORED].tolist()
+    assert (made.target_ids[made.input_ids < 0] == IGNORE_INDEX).all()
+    order = made.target_ids[made.target_ids != IGNORE_INDEX]
+    assert order.tolist() == packed.target_ids[packed.target_ids != IGNORE_INDEX].tolist()
 
 
 def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
@@ -170,27 +170,27 @@ def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
     model = small.make_model()
     words = model.get_input_embeddings().weight.detach()
     section = {"method": "prompt_tuning", "prompt": {"tokens": 5, "init": "text", "text": "x"}}
-    tuning.apply(model, TuningSection(**section), 1, text_ids=[7, 9])
-    assert torch.equal(soft_prompts.of(model).encoder.embedding.weight, words[[7, 9, 7, 9, 7]])
+    tuning.apply_tuning(model, TuningSection(**section), 1, text_ids=[7, 9])
+    assert torch.equal(soft_prompts.find_virtual_tokens(model).encoder.embedding.weight, words[[7, 9, 7, 9, 7]])
     drawn = [
-        soft_prompts.of(tuned_bare(seed)).encoder.embedding.weight.detach() for seed in (1, 1, 2)
+        soft_prompts.find_virtual_tokens(tuned_bare(seed)).encoder.embedding.weight.detach() for seed in (1, 1, 2)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert all((words == row).all(1).any() for row in drawn[0])
-    random = soft_prompts.of(tuned_bare(1, init="random")).encoder.embedding.weight
+    random = soft_prompts.find_virtual_tokens(tuned_bare(1, init="random")).encoder.embedding.weight
     assert 0.01 < random.std() < 0.03
 
 
 def tuned_bare(seed: int, **prompt):
     model = small.make_model()
-    tuning.apply(model, TuningSection(method="prompt_tuning", prompt={"tokens": 5, **prompt}), seed)
+    tuning.apply_tuning(model, TuningSection(method="prompt_tuning", prompt={"tokens": 5, **prompt}), seed)
     return model
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
     model = tuned(small.make_model(), method).eval()
-    virtual = soft_prompts.of(model)
+    virtual = soft_prompts.find_virtual_tokens(model)
     tokens = torch.tensor([[5, 6, 7, 8]])
     ids, mask = virtual.before(tokens, torch.ones_like(tokens))
     made = model.generate(

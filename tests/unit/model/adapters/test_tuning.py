@@ -15,7 +15,7 @@ from dist_ft.model.adapters import added_layers, tuning
 
 def tuned(family: str = "llama", model=None, seed: int = 5, **fields):
     model = model if model is not None else make_model(family)
-    tuning.apply(model, TuningSection(**fields), seed)
+    tuning.apply_tuning(model, TuningSection(**fields), seed)
     return model
 
 
@@ -85,7 +85,7 @@ def test_lora_changes_nothing_at_first_and_learns_alone(family, lora):
         assert torch.allclose(model(tokens).logits, before, atol=1e-5)
     assert learned(model) and all(added_layers.is_added(name) for name in learned(model))
     assert not any("lm_head" in name for name in learned(model))
-    own = {tuning.name_in_files(name) for name in names(model) if not added_layers.is_added(name)}
+    own = {tuning.name_in_model_files(name) for name in names(model) if not added_layers.is_added(name)}
     assert own == names(make_model(family))
 
 
@@ -127,7 +127,7 @@ def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, fami
                     parameter.shape, generator=torch.Generator().manual_seed(1)
                 )
         want = model.eval()(tokens).logits
-        tuning.merge(model)
+        tuning.merge_adapters(model)
         assert torch.allclose(model(tokens).logits, want, atol=1e-4)
     assert names(model) == names(make_model(family))
 

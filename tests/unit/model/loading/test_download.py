@@ -16,7 +16,7 @@ import pytest
 import s3
 
 from dist_ft.core.errors import ModelError
-from dist_ft.model.loading.download import MARKER, fetch
+from dist_ft.model.loading.download import MARKER, fetch_model
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 
@@ -28,8 +28,8 @@ FILES = {
     "pytorch_model.bin": b"never",
 }
 PROGRAM = (
-    "import json, sys\nfrom dist_ft.storage import filesystem\nfrom dist_ft.model.loading.download import fetch\n"
-    "filesystem.configure(json.loads(sys.argv[1]))\nprint(fetch(sys.argv[2], cache_dir=sys.argv[3]))"
+    "import json, sys\nfrom dist_ft.storage import filesystem\nfrom dist_ft.model.loading.download import fetch_model\n"
+    "filesystem.configure(json.loads(sys.argv[1]))\nprint(fetch_model(sys.argv[2], cache_dir=sys.argv[3]))"
 )
 
 
@@ -102,28 +102,28 @@ def test_four_processes_of_a_node_fetch_once_and_a_restart_not_at_all(log, tmp_p
 def test_a_damaged_copy_is_fetched_anew_and_alone(log, tmp_path):
     options, path = log
     s3.forget(options)
-    folder = Path(fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)))
+    folder = Path(fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)))
     for content in (b"w" * 99_999 + b"x", b"short"):
         (folder / "model-00001.safetensors").write_bytes(content)
         start = path.stat().st_size
-        fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+        fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
         assert (folder / "model-00001.safetensors").read_bytes() == FILES["model-00001.safetensors"]
         assert [one for one in requests(path, start) if one.startswith("GET /bucket/m/")] == [
             "GET /bucket/m/model-00001.safetensors"
         ]
     os.utime(folder / "config.json")  # touched, not changed
     start = path.stat().st_size
-    fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+    fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
     assert requests(path, start) == []
 
 
 def test_weights_are_fetched_by_who_reads_them(log, tmp_path):
     options, path = log
     s3.forget(options)
-    folder = Path(fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path), weights=False))
+    folder = Path(fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path), weights=False))
     assert sorted(os.listdir(folder)) == [MARKER, "config.json", "tokenizer.json"]
     start = path.stat().st_size
-    assert fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)) == str(folder)
+    assert fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)) == str(folder)
     assert [one for one in requests(path, start) if one.startswith("GET /bucket/m/")] == [
         f"GET /bucket/m/model-0000{number}.safetensors" for number in (1, 2)
     ]
@@ -144,11 +144,11 @@ def test_what_arrives_must_be_what_the_store_says(log, tmp_path, monkeypatch):
         ModelError,
         match=r"model-00002.safetensors: what arrives is not what the store says it has \(50000 bytes",
     ):
-        fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
+        fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
     monkeypatch.undo()
     assert (
         Path(
-            fetch(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)), "model-00002.safetensors"
+            fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)), "model-00002.safetensors"
         ).read_bytes()
         == b"v" * 50_000
     )

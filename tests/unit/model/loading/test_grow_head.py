@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from dist_ft.config.schema import ModelSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
-from dist_ft.model.loading.grow_head import grow, grown_labels, own_labels
-from dist_ft.model.loading.load import from_config, load_for, read_config
+from dist_ft.model.loading.grow_head import grow_head, grown_labels, own_labels
+from dist_ft.model.loading.load import model_from_config, load_task_model, read_config
 
 OLD, NEW = ("drink", "food"), ("drink", "food", "animal", "place")
 
@@ -29,7 +29,7 @@ def headed(request, tmp_path_factory) -> tuple[Path, str]:
     base, kind = tiny_tasks.make_encoder(folder / "bert"), task(OLD, request.param)
     torch.manual_seed(1)
     config = read_config(ModelSection(path=str(base)), None, kind)
-    model = from_config(config, kind, torch.float32)
+    model = model_from_config(config, kind, torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(folder / "headed")
@@ -43,7 +43,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_rows_stay_and_new_ones_follow_from_seed_and_label(headed, tmp_path):
     folder, name = headed
-    made = grow(str(folder), task(NEW, name), 7, tmp_path)
+    made = grow_head(str(folder), task(NEW, name), 7, tmp_path)
     before, after = weights(folder), weights(made)
     for key, value in before.items():
         if key.startswith("classifier."):
@@ -53,19 +53,19 @@ def test_rows_stay_and_new_ones_follow_from_seed_and_label(headed, tmp_path):
             assert torch.equal(after[key], value), key
     rows = after["classifier.weight"]
     assert torch.equal(after["classifier.bias"][2:], torch.zeros(2))
-    other = weights(grow(str(folder), task(("drink", "food", "place"), name), 7, tmp_path))[
+    other = weights(grow_head(str(folder), task(("drink", "food", "place"), name), 7, tmp_path))[
         "classifier.weight"
     ]
     assert torch.equal(other[2], rows[3]), "a row is its label's, wherever it stands"
     assert not torch.equal(rows[2], rows[3])
-    reseeded = weights(grow(str(folder), task(NEW, name), 8, tmp_path))["classifier.weight"]
+    reseeded = weights(grow_head(str(folder), task(NEW, name), 8, tmp_path))["classifier.weight"]
     assert not torch.equal(reseeded[2], rows[2])
 
 
 def test_what_is_grown_loads_as_a_model_of_its_labels_with_nothing_new(headed, tmp_path):
     folder, name = headed
-    made = grow(str(folder), task(NEW, name), 7, tmp_path)
-    model, new = load_for(task(NEW, name), ModelSection(path=made, dtype="float32"))
+    made = grow_head(str(folder), task(NEW, name), 7, tmp_path)
+    model, new = load_task_model(task(NEW, name), ModelSection(path=made, dtype="float32"))
     assert not new
     assert list(model.config.id2label.values()) == list(NEW)
     assert own_labels(made, task(NEW, name)) == NEW
@@ -73,9 +73,9 @@ def test_what_is_grown_loads_as_a_model_of_its_labels_with_nothing_new(headed, t
 
 def test_a_head_that_fits_and_a_model_without_one_stay_as_they_are(headed, tmp_path):
     folder, name = headed
-    assert grow(str(folder), task(OLD, name), 7, tmp_path) == str(folder)
+    assert grow_head(str(folder), task(OLD, name), 7, tmp_path) == str(folder)
     bare = str(folder.parent / "bert")
-    assert grow(bare, task(NEW, name), 7, tmp_path) == bare
+    assert grow_head(bare, task(NEW, name), 7, tmp_path) == bare
 
 
 def test_labels_that_vanish_are_refused_and_found_ones_come_behind():

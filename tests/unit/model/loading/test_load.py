@@ -18,13 +18,13 @@ from unit.small import make_model
 
 from dist_ft.config.schema import ModelSection
 from dist_ft.core.errors import ModelError, StorageError
+from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.load import (
-    empty_model,
-    fetch,
-    load_model,
+    build_uninitialized_model,
+    load_causal_lm,
     load_tokenizer,
     read_config,
-    refuse_incomplete,
+    check_loading_report,
 )
 from dist_ft.storage.filesystem import Store
 
@@ -58,7 +58,7 @@ def weights(folder):
 
 
 def test_weights_are_those_of_the_files(folder):
-    model = load_model(section(folder))
+    model = load_causal_lm(section(folder))
     want = load_file(folder / "model.safetensors")
     assert {name for name, _ in model.named_parameters()} == set(want)
     assert all(torch.equal(value, want[name]) for name, value in model.named_parameters())
@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_files(folder):
 
 
 def test_number_format_attention_and_recomputation(folder):
-    model = load_model(
+    model = load_causal_lm(
         section(folder, dtype="bfloat16", attention="eager", activation_checkpointing=True)
     )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -74,7 +74,7 @@ def test_number_format_attention_and_recomputation(folder):
 
 
 def test_an_empty_model_has_the_structure_only(folder):
-    empty, full = empty_model(section(folder, attention="eager")), load_model(section(folder))
+    empty, full = build_uninitialized_model(section(folder, attention="eager")), load_causal_lm(section(folder))
     assert {n: p.shape for n, p in empty.named_parameters()} == {
         n: p.shape for n, p in full.named_parameters()
     }
@@ -97,7 +97,7 @@ def test_fault_23_pickles_are_not_read(folder, tmp_path):
 
     torch.save({"lm_head.weight": Bomb()}, folder / "pytorch_model.bin")
     os.remove(folder / "model.safetensors")
-    text = refused(load_model, folder)
+    text = refused(load_causal_lm, folder)
     assert re.match(
         rf"model\.path={folder}: can not load the weights \(OSError: .*model\.safetensors.*\); check that the "
         r"folder holds what save_pretrained writes$",
@@ -108,7 +108,7 @@ def test_fault_23_pickles_are_not_read(folder, tmp_path):
 
 def test_a_missing_weight(folder, weights):
     weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    assert refused(load_model, folder) == (
+    assert refused(load_causal_lm, folder) == (
         f"model.path={folder}: 1 weights are missing in the files, such as model.layers.1.mlp.up_proj.weight; they would "
         "start from random values; check that config.json belongs to the *.safetensors"
     )
@@ -116,7 +116,7 @@ def test_a_missing_weight(folder, weights):
 
 def test_a_weight_of_another_shape(folder, weights):
     weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    assert refused(load_model, folder) == (
+    assert refused(load_causal_lm, folder) == (
         f"model.path={folder}: 1 weights are of another shape in the files, such as model.norm.weight ([31], the model has "
         "[32]); they would start from random values; check that config.json belongs to the *.safetensors"
     )
@@ -125,7 +125,7 @@ def test_a_weight_of_another_shape(folder, weights):
 def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, capfd):
     weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
     with caplog.at_level("WARNING", "dist_ft"):
-        load_model(section(folder))
+        load_causal_lm(section(folder))
     assert caplog.messages == [
         f"model.path={folder}: 1 tensors of the files have no place in the model, such as "
         "model.extra.weight"
@@ -136,7 +136,7 @@ def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, ca
 def test_a_truncated_file(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(5000)
-    assert f"model.path={folder}: can not load the weights (" in refused(load_model, folder)
+    assert f"model.path={folder}: can not load the weights (" in refused(load_causal_lm, folder)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_what_transformers_reports_is_an_error(kind, said):
         ModelError,
         match=rf"model\.path=p: 2 weights are {said}, such as a\.w; they would start from",
     ):
-        refuse_incomplete("p", {kind: {"b.w", "a.w"}})
-    refuse_incomplete("p", {"unexpected_keys": {"rotary.inv_freq"}})
+        check_loading_report("p", {kind: {"b.w", "a.w"}})
+    check_loading_report("p", {"unexpected_keys": {"rotary.inv_freq"}})
 
 
-@pytest.mark.parametrize("action", [read_config, load_model, load_tokenizer])
+@pytest.mark.parametrize("action", [read_config, load_causal_lm, load_tokenizer])
 def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, action):
     """Both a config and a tokenizer that name code of their own: refused, and the module is never imported."""
     marker = tmp_path / "executed"
@@ -179,7 +179,7 @@ def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
     (folder / "config.json").write_text(
         json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}})
     )
-    assert type(load_model(section(folder))).__name__ == "LlamaForCausalLM"
+    assert type(load_causal_lm(section(folder))).__name__ == "LlamaForCausalLM"
     assert not marker.exists()
 
 
@@ -187,7 +187,7 @@ def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
     "path", ["/no/such/model", "./no-such", "a/b/c", "model", "file:///no/such", "~/no-such-model"]
 )
 def test_no_such_folder(path):
-    assert refused(load_model, path) == (
+    assert refused(load_causal_lm, path) == (
         f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a hub name such as "
         "org/name"
     )
@@ -199,7 +199,7 @@ def test_no_such_hub_name(monkeypatch, tmp_path):
     assert re.match(
         r"model\.path=nobody/nothing-at-all: no folder of that name here, and the hub does not give it \(\w+\); "
         "check the spelling, set HF_TOKEN for a gated model, or give a local folder$",
-        refused(load_model, "nobody/nothing-at-all"),
+        refused(load_causal_lm, "nobody/nothing-at-all"),
     )
 
 
@@ -240,7 +240,7 @@ def test_a_model_that_knows_only_images_is_refused(tmp_path):
 
 def test_attention_the_model_does_not_have(tmp_path):
     make_model("gemma2").save_pretrained(tmp_path)
-    text = refused(load_model, tmp_path)
+    text = refused(load_causal_lm, tmp_path)
     assert "Gemma2ForCausalLM does not support" in text and text.endswith(
         "; set model.attention=eager"
     )
@@ -260,7 +260,7 @@ def bucket(folder):
 
 
 def test_a_model_in_a_bucket_is_fetched_once(bucket, tmp_path):
-    folder = fetch(bucket.url, cache_dir=str(tmp_path / "cache"))
+    folder = fetch_model(bucket.url, cache_dir=str(tmp_path / "cache"))
     assert folder.startswith(str(tmp_path / "cache" / "models"))
     assert sorted(os.listdir(folder)) == [
         ".complete",
@@ -269,8 +269,8 @@ def test_a_model_in_a_bucket_is_fetched_once(bucket, tmp_path):
         "model.safetensors",
     ]
     bucket.remove("")
-    assert fetch(bucket.url, cache_dir=str(tmp_path / "cache")) == folder
-    assert load_model(section(bucket.url), str(tmp_path / "cache")).config.model_type == "llama"
+    assert fetch_model(bucket.url, cache_dir=str(tmp_path / "cache")) == folder
+    assert load_causal_lm(section(bucket.url), str(tmp_path / "cache")).config.model_type == "llama"
 
 
 def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
         )[1],
     )
     workers = [
-        threading.Thread(target=lambda: results.append(fetch(bucket.url, cache_dir=str(tmp_path))))
+        threading.Thread(target=lambda: results.append(fetch_model(bucket.url, cache_dir=str(tmp_path))))
         for _ in range(4)
     ]
     for worker in workers:
@@ -295,17 +295,17 @@ def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
 
 
 def test_a_fetch_that_broke_off_is_done_again(bucket, tmp_path):
-    folder = Path(fetch(bucket.url, cache_dir=str(tmp_path)))
+    folder = Path(fetch_model(bucket.url, cache_dir=str(tmp_path)))
     (folder / ".complete").unlink()
     (folder / "model.safetensors").write_bytes(b"torn")
-    fetch(bucket.url, cache_dir=str(tmp_path))
+    fetch_model(bucket.url, cache_dir=str(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == bucket.read("model.safetensors")
 
 
 def test_a_bucket_without_a_model(tmp_path):
     url = f"memory://user:pass@{uuid4().hex}"
     with pytest.raises(ModelError) as caught:
-        fetch(url, cache_dir=str(tmp_path))
+        fetch_model(url, cache_dir=str(tmp_path))
     assert str(caught.value) == (
         f"model.path=memory://<redacted>@{url.split('@')[1]}: no config.json there; give the folder "
         "that save_pretrained wrote (config.json, *.safetensors, tokenizer files)"
@@ -314,7 +314,7 @@ def test_a_bucket_without_a_model(tmp_path):
 
 def test_a_bucket_that_is_not_there(tmp_path):
     with pytest.raises(StorageError, match="nosuch://x: can not list it"):
-        fetch("nosuch://x", cache_dir=str(tmp_path))
+        fetch_model("nosuch://x", cache_dir=str(tmp_path))
 
 
 # Tokenizers
@@ -347,7 +347,7 @@ def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
 
 
 def test_a_real_model_loads(shared):
-    model = load_model(section(shared("models/stories260k")))
+    model = load_causal_lm(section(shared("models/stories260k")))
     with torch.no_grad():
         logits = model(torch.tensor([[1, 403, 407, 261, 378]])).logits
     assert torch.isfinite(logits).all() and logits.std() > 1
@@ -357,11 +357,11 @@ def test_an_empty_model_ends_texts_as_the_full_one_does(folder):
     """A resumed run must not make other texts: end tokens may stand in generation_config.json only."""
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
-    empty, full = empty_model(section(folder)), load_model(section(folder))
+    empty, full = build_uninitialized_model(section(folder)), load_causal_lm(section(folder))
     assert empty.generation_config.eos_token_id == full.generation_config.eos_token_id == [2, 7]
     file.unlink()
     assert (
-        empty_model(section(folder)).generation_config.eos_token_id
-        == load_model(section(folder)).generation_config.eos_token_id
+        build_uninitialized_model(section(folder)).generation_config.eos_token_id
+        == load_causal_lm(section(folder)).generation_config.eos_token_id
         == 2
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.losses import head_loss as module
 from dist_ft.model.losses.head_loss import head_loss
@@ -19,7 +19,7 @@ def operands(
     hidden = torch.randn(count, 8, dtype=dtype, requires_grad=True)
     weight = (3 * torch.randn(29, 8)).to(dtype).requires_grad_()
     targets = torch.randint(0, 29, (count,))
-    targets[count // 2] = IGNORED
+    targets[count // 2] = IGNORE_INDEX
     return hidden, weight, targets
 
 
@@ -29,7 +29,7 @@ def plain(
     return cross_entropy(
         (hidden @ weight.t()).float(),
         targets,
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         reduction="sum",
         label_smoothing=smoothing,
     )
@@ -60,7 +60,7 @@ def test_a_target_of_vanishing_probability_has_a_finite_loss():
 
 def test_only_ignored_targets_give_zero_and_no_gradient():
     hidden, weight, _ = operands(count=2)
-    loss = head_loss(hidden, weight, torch.full((2,), IGNORED))
+    loss = head_loss(hidden, weight, torch.full((2,), IGNORE_INDEX))
     loss.backward()
     assert loss.item() == 0.0
     assert not hidden.grad.any() and not weight.grad.any()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.model.losses import loss_sums
 
 LOGITS = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
-TARGETS = torch.tensor([0, 3, IGNORED, 1, 2, 2, IGNORED])
-KEPT = TARGETS != IGNORED
+TARGETS = torch.tensor([0, 3, IGNORE_INDEX, 1, 2, 2, IGNORE_INDEX])
+KEPT = TARGETS != IGNORE_INDEX
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -70,7 +70,7 @@ def test_contrastive_prefers_what_belongs_together():
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda x: loss_sums.cross_entropy(x, torch.full((7,), IGNORED), torch.ones(4), 2.0),
+        lambda x: loss_sums.cross_entropy(x, torch.full((7,), IGNORE_INDEX), torch.ones(4), 2.0),
         lambda x: loss_sums.binary_cross_entropy(x, torch.zeros(7, 4), torch.zeros(7)),
         lambda x: loss_sums.squared_error(x[:, 0], torch.zeros(7), torch.zeros(7)),
         lambda x: loss_sums.contrastive(x, x, torch.zeros(7), 0.1),
