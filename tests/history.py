@@ -29,7 +29,7 @@ def losses(run: str | Path) -> list[float]:
 def ledger(run: str | Path) -> np.ndarray:
     """Return the committed ledger's rows."""
     store = Store(str(run))
-    return read_ledger(store, discovery.load_manifest(store, discovery.committed(store)[0]))
+    return read_ledger(store, discovery.load_manifest(store, discovery.list_committed(store)[0]))
 
 
 def require_same(run: Path, other: Path) -> None:
@@ -51,13 +51,13 @@ def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
             planned = [
                 (batch.lane, *piece)
                 for batch in loader.batches(step, range(config.num_lanes))
-                for piece in batch.pieces.tolist()
+                for piece in batch.segments.tolist()
             ]
             assert sorted(map(tuple, consumed.tolist())) == sorted(planned), f"step {step}"
         for epoch in range(config.schedule.epochs or 0):
             counts = Counter(map(tuple, rows[rows[:, 1] == epoch][:, 3:].tolist()))
             assert set(counts.values()) == {1} and len(counts) == loader.index.total(
-                "num_pieces"
+                "num_segments"
             ), f"epoch {epoch}"
     finally:
         data.close()

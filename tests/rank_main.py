@@ -21,7 +21,7 @@ def poison(rank: str, sample: str, factor: str) -> None:
 
         def accumulate(self, batches: list[Batch], *rest, real=engine.accumulate):
             held = (
-                any(int(sample) in batch.pieces[:, 0] for batch in batches)
+                any(int(sample) in batch.segments[:, 0] for batch in batches)
                 and os.environ.get("RANK", "0") == rank
             )
             scale[0] = float(factor) if held else 1.0

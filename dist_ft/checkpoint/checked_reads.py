@@ -28,7 +28,7 @@ AHEAD = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckedBytes:
     """Bytes of a file from `start` on."""
 
     start: int
@@ -39,7 +39,7 @@ class Part:
         return self.content[start - self.start : stop - self.start]
 
 
-class Memory:
+class ReusableBuffer:
     """Memory that is made once, as much as is needed, and used again: touching new pages costs as much as a copy."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class CheckedFiles:
         entry = self._entries[path]
         return entry.block_bytes or max(1, entry.num_bytes)
 
-    def read(self, path: str, start: int, stop: int, memory: Memory | None = None) -> Part:
+    def read(self, path: str, start: int, stop: int, memory: ReusableBuffer | None = None) -> CheckedBytes:
         """Return at least the bytes [start, stop), in `memory` if given.
 
         Raises DamagedError if they are not what was written.
@@ -106,11 +106,11 @@ class CheckedFiles:
         entry, block = self._entries[path], self._block(path)
         first, last = start // block * block, min(entry.num_bytes, -(-stop // block) * block)
         if first == last:
-            return Part(first, memoryview(b""))
+            return CheckedBytes(first, memoryview(b""))
         for _ in range(2):
-            content = self._fetch(path, first, (memory or Memory()).of(last - first))
-            if manifests.matches(entry, first, content):
-                return Part(first, content)
+            content = self._fetch(path, first, (memory or ReusableBuffer()).of(last - first))
+            if manifests.matches_checksum(entry, first, content):
+                return CheckedBytes(first, content)
         raise DamagedError(f"{self.shown(path)}: its checksum differs from the manifest's")
 
     def _fetch(self, path: str, first: int, memory: memoryview) -> memoryview:
@@ -123,13 +123,13 @@ class CheckedFiles:
                 raise DamagedError(str(error)) from error
             raise
 
-    def read_all(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[Part]:
+    def read_all(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[CheckedBytes]:
         """Yield the parts that hold the ranges (path, start, stop), in their order, some of them read ahead.
 
         A part is good until the next is asked for: their memory is used again.
         """
-        memories = cycle([Memory() for _ in range(AHEAD + 1)])
-        ahead: deque[Future[Part]] = deque()
+        memories = cycle([ReusableBuffer() for _ in range(AHEAD + 1)])
+        ahead: deque[Future[CheckedBytes]] = deque()
         threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="restore")
         try:
             for (path, start, stop), memory in zip(ranges, memories, strict=False):

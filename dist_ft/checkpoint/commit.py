@@ -17,9 +17,9 @@ import numpy as np
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.ledger import write_segment
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest
-from dist_ft.checkpoint.save_status import LostSharedError, Save
+from dist_ft.checkpoint.save_status import LostSharedError, SaveInProgress
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import CheckpointError, StorageError
@@ -28,7 +28,7 @@ from dist_ft.storage.filesystem import Store
 log = logging.getLogger("dist_ft.checkpoint")
 
 
-class Commits:
+class Committer:
     """The commits of one attempt at the run at `store`, by `num_workers` workers."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Commits:
         section: CheckpointSection,
         num_workers: int,
         attempt: int,
-        nodes: NodeTier | None,
+        nodes: LocalTier | None,
     ) -> None:
         """Assign only."""
         self._store = store
@@ -58,7 +58,7 @@ class Commits:
 
     def commit(
         self,
-        save: Save,
+        save: SaveInProgress,
         files: tuple[FileEntry, ...],
         frozen: frozenset[str],
         rows: Sequence[np.ndarray],
@@ -72,7 +72,7 @@ class Commits:
             rows: of the ledger, by worker.
         """
         draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
-        folder = self._store.child(f"{discovery.NODES if nodes else discovery.FOLDER}/{save.name}")
+        folder = self._store.child(f"{discovery.LOCAL_FOLDER if nodes else discovery.FOLDER}/{save.name}")
         if draft.before is not None:
             wait([draft.before])
         if save.shared is None:
@@ -104,7 +104,7 @@ class Commits:
         self._shared = tuple(item for item in files if item.shared)
         if nodes is None:
             self._ledger = ledger
-            retention.prune(self._store, self._section, self._attempt, self._origin, save.name)
+            retention.remove_unretained(self._store, self._section, self._attempt, self._origin, save.name)
         self.forget_on_nodes(save.name if nodes else "", ledger)
         self._loose = ledger[-1].file.path if nodes and ledger != self._ledger else None
 
@@ -129,7 +129,7 @@ class Commits:
         fault_injection.hit("checkpoint.before_manifest")
         self._require_current(folder)
         self._require_written(folder, manifest)
-        folder.write(manifests.NAME, manifests.seal(manifest))
+        folder.write(manifests.NAME, manifests.serialize_manifest(manifest))
         try:
             self._require_current(folder)  # that write may have taken long
         except CheckpointError:
@@ -155,7 +155,7 @@ class Commits:
                 )
 
     def _require_current(self, folder: Store) -> None:
-        newest = discovery.newest_attempt(self._store)
+        newest = discovery.latest_attempt(self._store)
         if newest > self._attempt:
             raise CheckpointError(
                 f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.checked_reads import CheckedFiles
-from dist_ft.checkpoint.fragments import REQUEST_BYTES, FragmentReader, gather_index
+from dist_ft.checkpoint.fragments import MAX_REQUEST_BYTES, FragmentReader, gather_index
 from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from dist_ft.core.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.core.logs import redact
@@ -22,14 +22,14 @@ from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
 FOLDER = "checkpoints"
-NODES = "node-checkpoints"
+LOCAL_FOLDER = "node-checkpoints"
 """Folder of the manifests of checkpoints that lie on the workers' nodes."""
 ATTEMPTS = "attempts"
 FROZEN = "frozen"
 """Folder of a run with the files of weights that do not learn: checkpoints share them."""
 
 
-def newest(
+def find_latest(
     store: Store,
     world: World,
     collectives: Collectives,
@@ -50,12 +50,12 @@ def newest(
             the search; by default every file is read and held against the manifest, shared out over the ranks.
         upto: name of the newest checkpoint that comes into question.
     """
-    take = take or (lambda manifest: verify(store, manifest, world))
-    names = on_rank0(world, collectives, lambda: committed(store))
-    names = [name for name in names if not upto or order(name) <= order(upto)]
+    take = take or (lambda manifest: verify_checksums(store, manifest, world))
+    names = on_rank0(world, collectives, lambda: list_committed(store))
+    names = [name for name in names if not upto or sort_key(name) <= sort_key(upto)]
     first = ""
     for name in names:
-        manifest, problem = taken(store, name, world, collectives, take)
+        manifest, problem = check_on_all_ranks(store, name, world, collectives, take)
         if not problem:
             return manifest
         if world.rank == 0:
@@ -69,7 +69,7 @@ def newest(
     return None
 
 
-def taken(
+def check_on_all_ranks(
     store: Store,
     name: str,
     world: World,
@@ -94,14 +94,14 @@ def taken(
     return manifest, str(problems[0]) if problems else ""
 
 
-def committed(store: Store, folder: str = FOLDER) -> list[str]:
+def list_committed(store: Store, folder: str = FOLDER) -> list[str]:
     """Return the names of all checkpoints in `folder` that have a manifest, newest first."""
     names = [name for name in store.list(folder) if manifests.parse_folder(name)]
-    names.sort(key=order, reverse=True)
+    names.sort(key=sort_key, reverse=True)
     return [name for name in names if store.exists(f"{folder}/{name}/{manifests.NAME}")]
 
 
-def order(name: str) -> tuple[int, int]:
+def sort_key(name: str) -> tuple[int, int]:
     """Return what checkpoints are ordered by: what a newer attempt committed is newer, whatever its step."""
     step, attempt = manifests.parse_folder(name) or (0, 0)
     return attempt, step
@@ -118,7 +118,7 @@ def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
         ):  # the checkpoint's fault, not the storage's
             raise DamagedError(f"{store.shown(path)}: the file is not there") from error
         raise
-    manifest = manifests.parse(content, store.shown(path))
+    manifest = manifests.parse_manifest(content, store.shown(path))
     own = manifests.folder_name(manifest.progress.step, manifest.attempt)
     if own != name:
         raise DamagedError(
@@ -128,22 +128,22 @@ def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
     return manifest
 
 
-def require_whole(store: Store, manifest: Manifest) -> None:
+def require_complete(store: Store, manifest: Manifest) -> None:
     """Raise DamagedError if a file is missing or has another length: one listing tells, no file is read."""
-    require_there(
+    require_files(
         checkpoint_store(store, manifest), [item for item in manifest.files if not item.shared]
     )
-    require_shared(store, manifest)
+    require_shared_files(store, manifest)
 
 
-def require_shared(store: Store, manifest: Manifest) -> None:
+def require_shared_files(store: Store, manifest: Manifest) -> None:
     """Do as `require_whole` for the files it shares with other checkpoints."""
     shared = [item for item in manifest.files if item.shared]
     if shared:
-        require_there(store.child(FROZEN), shared)
+        require_files(store.child(FROZEN), shared)
 
 
-def require_there(folder: Store, files: Iterable[FileEntry]) -> None:
+def require_files(folder: Store, files: Iterable[FileEntry]) -> None:
     """Raise DamagedError if one of `files` is missing in `folder`, or has another length."""
     there = folder.sizes()
     for item in files:
@@ -156,15 +156,15 @@ def require_there(folder: Store, files: Iterable[FileEntry]) -> None:
             )
 
 
-def verify(store: Store, manifest: Manifest, world: World) -> None:
+def verify_checksums(store: Store, manifest: Manifest, world: World) -> None:
     """Check length and checksum of this rank's share of the files; raises DamagedError where they differ."""
-    require_whole(store, manifest)
+    require_complete(store, manifest)
     files = _files(store, manifest)
     own = [manifest.files[index] for index in world.share(len(manifest.files))]
     windows = [
         (item.path, start, min(item.num_bytes, start + width))
         for item in own
-        for width in [files.window(item.path, REQUEST_BYTES)]
+        for width in [files.window(item.path, MAX_REQUEST_BYTES)]
         for start in range(0, item.num_bytes, width)
     ]
     for _ in files.read_all(windows):
@@ -182,12 +182,12 @@ def checkpoint_store(store: Store, manifest: Manifest) -> Store:
     )
 
 
-def reader(store: Store, manifest: Manifest) -> FragmentReader:
+def open_reader(store: Store, manifest: Manifest) -> FragmentReader:
     """Return a reader of the checkpoint's fragments."""
     return FragmentReader(_files(store, manifest))
 
 
-def shared_reader(
+def open_reader_together(
     store: Store, manifest: Manifest, world: World, collectives: Collectives
 ) -> FragmentReader:
     """Return a reader of the checkpoint's fragments, the headers read by all ranks together; a collective call."""
@@ -195,7 +195,7 @@ def shared_reader(
     return FragmentReader(files, gather_index(files, world, collectives))
 
 
-def newest_attempt(store: Store) -> int:
+def latest_attempt(store: Store) -> int:
     """Return the highest attempt number of the run; 0 before the first."""
     numbers = (name.removesuffix(".json") for name in store.list(ATTEMPTS))
     return max(
@@ -203,12 +203,12 @@ def newest_attempt(store: Store) -> int:
     )
 
 
-def begin_attempt(store: Store, world_size: int, after: str = "") -> int:
+def start_attempt(store: Store, world_size: int, after: str = "") -> int:
     """Take the next attempt number of the run for this process and its peers (call on rank 0).
 
     `after`: why the attempt before ended, where it is known; one that was not planned counts as a failure.
     """
-    number = newest_attempt(store)
+    number = latest_attempt(store)
     failures = num_failures(store, number) + bool(after and not after.startswith(PLANNED))
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:

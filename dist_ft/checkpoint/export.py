@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.fragments import FragmentReader, Wanted
+from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.load import STORED
 from dist_ft.config.sections.prompting import PromptingSection, of_model
@@ -28,8 +28,8 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.metrics import best as bests
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files, tuning
-from dist_ft.model.adapters.adapter_files import ABOUT
-from dist_ft.model.loading.load import from_config, options, told
+from dist_ft.model.adapters.adapter_files import INFO_FILE
+from dist_ft.model.loading.load import model_from_config, extra_model_kwargs, probe_outputs
 from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def export_run(
             "new or an empty folder is allowed; give another"
         )
     store = Store(run_url)
-    manifest = find(store, find_best(store) if best else step)
+    manifest = find_manifest(store, find_best_step(store) if best else step)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "model"
@@ -84,8 +84,8 @@ def export_run(
             model, tokenizer = load_trained(store, manifest, dtype, average)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / ABOUT).write_text(json.dumps(_about(store), indent=1), "utf-8")
-            _compare(model, stored_task(store), folder)
+            (folder / INFO_FILE).write_text(json.dumps(_about(store), indent=1), "utf-8")
+            _compare(model, load_task(store), folder)
         finish(folder, manifest)
         if target.exists():
             target.rmdir()
@@ -106,17 +106,17 @@ def _about(store: Store) -> dict[str, Any]:
     }
 
 
-def about_task(folder: Path) -> TaskSection:
+def read_exported_task(folder: Path) -> TaskSection:
     """Return what the model of an exported folder does."""
-    return TaskSection.model_validate(json.loads((folder / ABOUT).read_text("utf-8"))["task"])
+    return TaskSection.model_validate(json.loads((folder / INFO_FILE).read_text("utf-8"))["task"])
 
 
-def find(store: Store, step: int | None) -> Manifest:
+def find_manifest(store: Store, step: int | None) -> Manifest:
     """Return the manifest to export, its files verified."""
-    newest = discovery.newest(store, World(), Collectives()) if step is None else None
+    newest = discovery.find_latest(store, World(), Collectives()) if step is None else None
     if newest is not None:
         return newest
-    names = discovery.committed(store)
+    names = discovery.list_committed(store)
     if not names:
         raise CheckpointError(
             f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)"
@@ -130,17 +130,17 @@ def find(store: Store, step: int | None) -> Manifest:
             f"{', '.join(str(found) for found in sorted(steps))}; give one of them"
         )
     manifest = discovery.load_manifest(store, steps[step])
-    discovery.verify(store, manifest, World())
+    discovery.verify_checksums(store, manifest, World())
     return manifest
 
 
-def find_best(store: Store) -> int:
+def find_best_step(store: Store) -> int:
     """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
     metric = str((_stored(store).get("checkpoint") or {}).get("best_by", "loss"))
     found = [
         (manifest.progress.step, manifest.evaluation[metric])
         for manifest in (
-            discovery.load_manifest(store, name) for name in discovery.committed(store)
+            discovery.load_manifest(store, name) for name in discovery.list_committed(store)
         )
         if metric in manifest.evaluation
     ]
@@ -168,7 +168,7 @@ def load_trained(
     """
     import torch
 
-    method = stored_tuning(store).method
+    method = load_tuning(store).method
     if method in ADDED and method not in MERGEABLE:
         raise CheckpointError(
             f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
@@ -178,22 +178,22 @@ def load_trained(
     if method not in ADDED:
         return model.eval(), tokenizer
     with torch.no_grad():
-        before = told(model.eval())
-        tuning.merge(model)
-        difference = (told(model) - before).abs().max().item() / before.abs().max().item()
+        before = probe_outputs(model.eval())
+        tuning.merge_adapters(model)
+        difference = (probe_outputs(model) - before).abs().max().item() / before.abs().max().item()
     if difference > MERGED:
         raise CheckpointError(
             f"{store.shown()}: with its adapter merged the model does not give the same logits "
             f"(relative difference {difference:.1e}); nothing was exported; use --adapter"
         )
-    return _in_format(model, stored_task(store), wanted), tokenizer
+    return _in_format(model, load_task(store), wanted), tokenizer
 
 
 def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
     """Return the model with weights as `wanted`; what it computes with besides is made anew, as when it is loaded."""
     import torch
 
-    made = from_config(model.config, task, wanted)
+    made = model_from_config(model.config, task, wanted)
     targets = dict(made.named_parameters()) | {
         name: made.get_buffer(name)
         for name in made.state_dict()
@@ -206,12 +206,12 @@ def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
     return made.eval()
 
 
-def stored_tuning(store: Store) -> TuningSection:
+def load_tuning(store: Store) -> TuningSection:
     """Return which weights learned in the run at `store`."""
     return TuningSection.model_validate(_stored(store).get("tuning") or {})
 
 
-def stored_task(store: Store) -> TaskSection:
+def load_task(store: Store) -> TaskSection:
     """Return what the model itself of the run at `store` does: one that was asked for labels continues text."""
     return of_model(*_asked(store))
 
@@ -251,9 +251,9 @@ def _load(
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = getattr(torch, dtype) if dtype else config.dtype or torch.float32
-    section, task = stored_tuning(store), stored_task(store)
-    model = from_config(config, task, torch.float32 if section.method in ADDED else wanted)
-    around = tuning.apply(model, section, 0, task)
+    section, task = load_tuning(store), load_task(store)
+    model = model_from_config(config, task, torch.float32 if section.method in ADDED else wanted)
+    around = tuning.apply_tuning(model, section, 0, task)
     parameters = dict(model.named_parameters())
     shapes = {
         name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
@@ -264,7 +264,7 @@ def _load(
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
         for name, values in whole_tensors(
-            discovery.reader(store, manifest), manifest, targets, _learned_key(store, average)
+            discovery.open_reader(store, manifest), manifest, targets, _learned_key(store, average)
         ):
             targets[name].copy_(values)
     return model.eval(), around, tokenizer, wanted
@@ -273,7 +273,7 @@ def _load(
 def _learned_key(store: Store, average: bool | None) -> str:
     """Return the state of learned weights that is exported: their values, or their average."""
     stored = _stored(store)
-    if average and not stored_tuning(store).ema_decay:
+    if average and not load_tuning(store).ema_decay:
         raise CheckpointError(
             f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
             "allowed where it did; export it without --ema"
@@ -286,14 +286,14 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
     """Write what a run added to its model, and require that it is read back as it was."""
     import torch
 
-    section, task = stored_tuning(store), stored_task(store)
+    section, task = load_tuning(store), load_task(store)
     if section.method not in ADDED:
         raise CheckpointError(
             f"--adapter: the run was made with {section.method} (tuning); allowed where an adapter "
             "learned; export it without --adapter"
         )
     model, around, tokenizer, _ = _load(store, manifest, "float32", average)
-    adapter_files.save(model, around, section, _base(store), folder)
+    adapter_files.save_adapter(model, around, section, _base(store), folder)
     tokenizer.save_pretrained(folder)
     path, revision = _base(store)
     said = {
@@ -301,9 +301,9 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
         "tuning": section.model_dump(mode="json"),
         "base": {"path": path, "revision": revision},
     }
-    (folder / ABOUT).write_text(json.dumps(said, indent=1), "utf-8")
-    adapter_files.compare(
-        model, from_config(model.config, task, torch.float32).eval(), section, task, folder
+    (folder / INFO_FILE).write_text(json.dumps(said, indent=1), "utf-8")
+    adapter_files.check_round_trip(
+        model, model_from_config(model.config, task, torch.float32).eval(), section, task, folder
     )
 
 
@@ -336,7 +336,7 @@ def whole_tensors(
         )
     names = [name for name in keys if name in targets]
     requests = [
-        Wanted(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)
+        FragmentRequest(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)
     ]
     for index, values in reader.read_many(requests):
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
@@ -350,9 +350,9 @@ def _compare(model: Any, task: TaskSection, folder: Path) -> None:
     import torch
 
     with torch.no_grad():
-        expected = told(model)
+        expected = probe_outputs(model)
         pair: Any = heads.auto_class(task).from_pretrained(
-            folder, dtype=model.dtype, output_loading_info=True, **options(model.config, task)
+            folder, dtype=model.dtype, output_loading_info=True, **extra_model_kwargs(model.config, task)
         )
         loaded, info = pair
         for tensor in (
@@ -360,7 +360,7 @@ def _compare(model: Any, task: TaskSection, folder: Path) -> None:
             *loaded.buffers(),
         ):  # where a mapped file lies in memory decides last bits
             tensor.data = tensor.data.clone()
-        got = told(loaded.eval())
+        got = probe_outputs(loaded.eval())
     held, written = model.state_dict(), loaded.state_dict()
     same = held.keys() == written.keys() and all(
         torch.equal(held[name], written[name]) for name in held

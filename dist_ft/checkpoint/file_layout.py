@@ -15,7 +15,7 @@ import torch
 
 from dist_ft.checkpoint import fragments
 from dist_ft.core.errors import CheckpointError
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 
 _STORED = {torch.bfloat16: torch.float32}  # numpy lacks it; exact
 _CODES = {
@@ -39,7 +39,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorEntry:
     """Elements [first, first + numel) of slot number `slot`, stored as `dtype`."""
 
     slot: int
@@ -55,18 +55,18 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """One file: its header, then the bytes of its pieces without gaps."""
 
     header: bytes
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorEntry, ...]
 
     @property
     def num_bytes(self) -> int:
         """Return the length of the file."""
         return len(self.header) + sum(piece.num_bytes for piece in self.pieces)
 
-    def fill(self, slots: Sequence[Slot], content: torch.Tensor | None = None) -> torch.Tensor:
+    def fill(self, slots: Sequence[StateSlice], content: torch.Tensor | None = None) -> torch.Tensor:
         """Return the file (num_bytes,) uint8, made in `content` if given; copies from a GPU may still be under way."""
         if content is None:
             content = torch.empty(self.num_bytes, dtype=torch.uint8)
@@ -80,7 +80,7 @@ class Layout:
             start += piece.num_bytes
         return content
 
-    def parts(self, slots: Sequence[Slot]) -> list[memoryview]:
+    def parts(self, slots: Sequence[StateSlice]) -> list[memoryview]:
         """Return the file in parts; nothing is copied that lies in host memory as it is stored: it must not change."""
         found = [memoryview(self.header)]
         for piece in self.pieces:
@@ -90,15 +90,15 @@ class Layout:
         return found
 
 
-def layouts(slots: Sequence[Slot], first: int = 0) -> list[Layout]:
+def plan_files(slots: Sequence[StateSlice], first: int = 0) -> list[FileLayout]:
     """Return the files that hold `slots` from number `first` on, at most PART_BYTES of values each; larger are cut.
 
     Raises CheckpointError for numbers that no file can hold.
     """
-    parts: list[list[Piece]] = []
+    parts: list[list[TensorEntry]] = []
     size = 0
     for piece in _pieces(slots, first):
-        if not parts or size + piece.num_bytes > fragments.PART_BYTES:
+        if not parts or size + piece.num_bytes > fragments.MAX_FILE_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(piece)
@@ -106,7 +106,7 @@ def layouts(slots: Sequence[Slot], first: int = 0) -> list[Layout]:
     return [_layout(part) for part in parts]
 
 
-def _pieces(slots: Sequence[Slot], start: int) -> Iterator[Piece]:
+def _pieces(slots: Sequence[StateSlice], start: int) -> Iterator[TensorEntry]:
     for index, slot in enumerate(slots[start:], start):
         held = slot.read().dtype
         dtype = _STORED.get(held, held)
@@ -115,13 +115,13 @@ def _pieces(slots: Sequence[Slot], start: int) -> Iterator[Piece]:
                 f"{slot.key} of {slot.name}: numbers of the type {held} can not be saved; allowed "
                 f"are {', '.join(str(known) for known in (*_CODES, *_STORED))}"
             )
-        most = max(1, fragments.PART_BYTES // dtype.itemsize)
+        most = max(1, fragments.MAX_FILE_BYTES // dtype.itemsize)
         for first in range(0, max(1, slot.numel), most):
             label = f"{slot.key}:{slot.offset + first}:{slot.name}"
-            yield Piece(index, first, min(most, slot.numel - first), dtype, label)
+            yield TensorEntry(index, first, min(most, slot.numel - first), dtype, label)
 
 
-def _layout(pieces: Sequence[Piece]) -> Layout:
+def _layout(pieces: Sequence[TensorEntry]) -> FileLayout:
     """Return the file of `pieces`; the widest numbers first, so that all lie on multiples of their width."""
     ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     header, start = {}, 0
@@ -134,4 +134,4 @@ def _layout(pieces: Sequence[Piece]) -> Layout:
         start += piece.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return Layout(len(text).to_bytes(8, "little") + text, tuple(ordered))
+    return FileLayout(len(text).to_bytes(8, "little") + text, tuple(ordered))

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.checkpoint.checked_reads import CheckedFiles, Part
+from dist_ft.checkpoint.checked_reads import CheckedFiles, CheckedBytes
 from dist_ft.core.errors import CheckpointError, DistFtError
 from dist_ft.core.world import Collectives, World, raise_together
 
-PART_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 64 * 2**20
 """Most bytes of values in a file: what is written, checked, sent at once."""
-REQUEST_BYTES = 16 * 2**20
+MAX_REQUEST_BYTES = 16 * 2**20
 """Most bytes read at once."""
-GAP_BYTES = 2**21
+MAX_GAP_BYTES = 2**21
 """Ranges closer than this are read in one request."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
@@ -43,12 +43,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": "?",
     }.items()
 }
-HEADER_BYTES = 2**27
+MAX_HEADER_BYTES = 2**27
 """Longest header that is read."""
 
 
 @dataclass(frozen=True)
-class Located:
+class FragmentLocation:
     """Where a fragment's bytes lie: `start` is its first byte in the file."""
 
     path: str
@@ -58,13 +58,13 @@ class Located:
     dtype: np.dtype
 
 
-Index = dict[tuple[str, str], list[Located]]
+FragmentIndex = dict[tuple[str, str], list[FragmentLocation]]
 """What lies where, by (parameter name, key)."""
 
 
-def read_index(files: CheckedFiles, paths: Sequence[str]) -> Index:
+def read_index(files: CheckedFiles, paths: Sequence[str]) -> FragmentIndex:
     """Return what lies in some of a checkpoint's files; raises CheckpointError for a header that is not sound."""
-    index: Index = defaultdict(list)
+    index: FragmentIndex = defaultdict(list)
     begins = files.read_all([(path, 0, min(files.num_bytes(path), 8)) for path in paths])
     for path, begin in zip(paths, begins, strict=True):
         for where, found in _read_header(files, path, begin).items():
@@ -72,32 +72,32 @@ def read_index(files: CheckedFiles, paths: Sequence[str]) -> Index:
     return index
 
 
-def gather_index(files: CheckedFiles, world: World, collectives: Collectives) -> Index:
+def gather_index(files: CheckedFiles, world: World, collectives: Collectives) -> FragmentIndex:
     """Return what lies in all files of a checkpoint, each header having been read by one rank; a collective call."""
-    own: Index = {}
+    own: FragmentIndex = {}
     problem: DistFtError | None = None
     try:
         own = read_index(files, [files.paths[i] for i in world.share(len(files.paths))])
     except DistFtError as error:
         problem = error
     raise_together(collectives, problem)
-    index: Index = defaultdict(list)
+    index: FragmentIndex = defaultdict(list)
     for part in collectives.all_gather(own):
         for where, found in part.items():
             index[where].extend(found)
     return index
 
 
-def _read_header(files: CheckedFiles, path: str, begin: Part) -> Index:
+def _read_header(files: CheckedFiles, path: str, begin: CheckedBytes) -> FragmentIndex:
     """Return what lies where in a file, of which the first block was read."""
     num_bytes = files.num_bytes(path)
     try:
         length = int.from_bytes(begin.slice(0, 8), "little") if num_bytes >= 8 else 0
-        if not 2 <= length <= min(num_bytes - 8, HEADER_BYTES):
+        if not 2 <= length <= min(num_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {num_bytes}")
         whole = begin if 8 + length <= len(begin.content) else files.read(path, 0, 8 + length)
         header = json.loads(bytes(whole.slice(8, 8 + length)))
-        found: Index = defaultdict(list)
+        found: FragmentIndex = defaultdict(list)
         for label, info in dict(header).items():
             if label != "__metadata__":
                 name, key, located = _locate(path, label, info, 8 + length, num_bytes)
@@ -116,7 +116,7 @@ def _read_header(files: CheckedFiles, path: str, begin: Part) -> Index:
 
 def _locate(
     path: str, label: str, info: dict[str, Any], start: int, num_bytes: int
-) -> tuple[str, str, Located]:
+) -> tuple[str, str, FragmentLocation]:
     """Return (parameter name, key, place) of one header entry; its values lie between `start` and the file's end."""
     key, offset, name = label.split(":", 2)
     begin, end = info["data_offsets"]
@@ -129,11 +129,11 @@ def _locate(
         raise ValueError(f"{label}: offsets and sizes must be whole numbers from 0")
     if not 0 <= begin <= end <= num_bytes - start or end - begin != numel * dtype.itemsize:
         raise ValueError(f"{label} lies outside the file")
-    return name, key, Located(path, int(offset), numel, start + begin, dtype)
+    return name, key, FragmentLocation(path, int(offset), numel, start + begin, dtype)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FragmentRequest:
     """Elements [offset, offset + numel) of state `key` of parameter `name`; `index` is the asker's own number."""
 
     index: int
@@ -158,7 +158,7 @@ class _Copy:
 class FragmentReader:
     """Reads parts of parameters out of the fragment files of one checkpoint."""
 
-    def __init__(self, files: CheckedFiles, index: Index | None = None) -> None:
+    def __init__(self, files: CheckedFiles, index: FragmentIndex | None = None) -> None:
         """Take the files, and what lies where in them; none: all headers are read at the first request."""
         self._files = files
         self._index = index
@@ -171,16 +171,16 @@ class FragmentReader:
         """Return every (name, key) in the checkpoint."""
         return set(self._located())
 
-    def _located(self) -> Index:
+    def _located(self) -> FragmentIndex:
         if self._index is None:
             self._index = read_index(self._files, self._files.paths)
         return self._index
 
     def read(self, name: str, key: str, offset: int, numel: int) -> np.ndarray:
         """Return elements [offset, offset + numel) as (numel,); raises CheckpointError if any is missing."""
-        return next(self.read_many([Wanted(0, name, key, offset, numel)]))[1]
+        return next(self.read_many([FragmentRequest(0, name, key, offset, numel)]))[1]
 
-    def read_many(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, np.ndarray]]:
+    def read_many(self, wanted: Sequence[FragmentRequest]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (index, values) for every request, each as soon as its last byte has come; good until the next.
 
         Raises DamagedError if bytes are not what was written; none of those has been given out then.
@@ -212,7 +212,7 @@ class FragmentReader:
                 if missing[copy.index] == 0:
                     yield copy.index, buffers.pop(copy.index)
 
-    def _plan(self, wanted: Sequence[Wanted]) -> list[_Copy]:
+    def _plan(self, wanted: Sequence[FragmentRequest]) -> list[_Copy]:
         """Return the overlaps of `wanted` with the fragments; raises CheckpointError for a hole."""
         located = self._located()
         copies: list[_Copy] = []
@@ -250,7 +250,7 @@ def _merge(
     copies: Sequence[_Copy], files: CheckedFiles
 ) -> Iterator[tuple[str, int, int, list[_Copy]]]:
     """Yield (path, first byte, last byte, copies) of requests that join neighbours; no block is read twice."""
-    windows = {copy.path: files.window(copy.path, REQUEST_BYTES) for copy in copies}
+    windows = {copy.path: files.window(copy.path, MAX_REQUEST_BYTES) for copy in copies}
     cut = [part for copy in copies for part in _cut(copy, windows[copy.path])]
     cut.sort(key=lambda copy: (copy.path, copy.start))
     for (path, _), inside in groupby(
@@ -259,7 +259,7 @@ def _merge(
         group: list[_Copy] = []
         last = 0
         for copy in inside:
-            if group and copy.start > last + max(GAP_BYTES, files.window(path, 1)):
+            if group and copy.start > last + max(MAX_GAP_BYTES, files.window(path, 1)):
                 yield path, group[0].start, last, group
                 group = []
             group.append(copy)

@@ -14,17 +14,17 @@ import logging
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.export import MODEL, export_run, find_best
+from dist_ft.checkpoint.export import MODEL, export_run, find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.model.loading.load import cache_folder
+from dist_ft.model.loading.download import cache_folder
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.run")
-BEGAN = "began.json"
+INITIAL_CHECKPOINT = "began.json"
 """File of a run: the checkpoint of another run it began with."""
 
 
@@ -33,7 +33,7 @@ def is_run(path: str) -> bool:
     return Store(path).exists(STORED)
 
 
-def begun(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
+def resolve_initial_model(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
     """Return the config with model.path a model folder, where it names a run's; a collective call.
 
     Raises:
@@ -41,7 +41,7 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
     """
     cache = config.data.cache_dir
     if on_rank0(world, collectives, lambda: _is_under_way(config, store)):
-        return _with(config, described(store.url, cache))
+        return _with(config, download_description(store.url, cache))
     if not on_rank0(
         world, collectives, lambda: is_run(config.model.path)
     ):  # else all would ask the store
@@ -49,58 +49,58 @@ def begun(config: RunConfig, store: Store, world: World, collectives: Collective
     step = on_rank0(world, collectives, lambda: _chosen(config.model, store))
     if world.rank == 0:
         log.info("begins with step %d of %s", step, redact(config.model.path))
-    return _with(config, exported(config.model.path, step, cache))
+    return _with(config, export_to_cache(config.model.path, step, cache))
 
 
-def seen(config: RunConfig) -> RunConfig:
+def resolve_for_inspection(config: RunConfig) -> RunConfig:
     """Return the config with a model folder to look at (config and tokenizer), where model.path names a run's."""
     store = Store(config.run_url)
     with contextlib.suppress(
         StorageError
     ):  # of the run's own storage `preflight` says what is wrong
         if _is_under_way(config, store):
-            return _with(config, described(store.url, config.data.cache_dir))
+            return _with(config, download_description(store.url, config.data.cache_dir))
     if is_run(config.model.path):
-        newest_step(config.model.path, config.model.checkpoint)
+        latest_step(config.model.path, config.model.checkpoint)
     return config.model_copy(
-        update={"model": local(config.model, config.data.cache_dir, weights=False)}
+        update={"model": resolve_model_section(config.model, config.data.cache_dir, weights=False)}
     )
 
 
 def _is_under_way(config: RunConfig, store: Store) -> bool:
     """Tell whether a run that began with another's model, or with a head to grow, has a checkpoint of its own."""
-    return (config.task.grow_head or store.exists(BEGAN)) and bool(discovery.committed(store))
+    return (config.task.grow_head or store.exists(INITIAL_CHECKPOINT)) and bool(discovery.list_committed(store))
 
 
-def local(
+def resolve_model_section(
     section: ModelSection, cache_dir: str | None = None, weights: bool = True
 ) -> ModelSection:
     """Return the section with path a model folder, where it names a run's; without `weights` config and tokenizer."""
     if not is_run(section.path):
         return section
-    step = newest_step(section.path, section.checkpoint) if weights else 0
+    step = latest_step(section.path, section.checkpoint) if weights else 0
     return _at(
         section,
-        exported(section.path, step, cache_dir) if weights else described(section.path, cache_dir),
+        export_to_cache(section.path, step, cache_dir) if weights else download_description(section.path, cache_dir),
     )
 
 
-def newest_step(url: str, which: str = "newest") -> int:
+def latest_step(url: str, which: str = "newest") -> int:
     """Return the step of the newest (or "best") checkpoint of the run at `url`."""
     store = Store(url)
-    if not discovery.committed(store):
+    if not discovery.list_committed(store):
         raise ModelError(
             f"model.path={redact(url)}: is a run without a checkpoint yet; a run with one is needed; let "
             "it reach one"
         )
     if which == "best":
-        return find_best(store)
-    found = discovery.newest(store, World(), Collectives())
+        return find_best_step(store)
+    found = discovery.find_latest(store, World(), Collectives())
     assert found is not None  # one is committed; were none sound, `newest` had said so
     return found.progress.step
 
 
-def exported(url: str, step: int, cache_dir: str | None = None) -> str:
+def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     """Return the local folder with the model of a run's checkpoint, exported once a node (others wait)."""
     import xxhash
     from filelock import FileLock
@@ -109,7 +109,7 @@ def exported(url: str, step: int, cache_dir: str | None = None) -> str:
     name = next(
         (
             one
-            for one in discovery.committed(store)
+            for one in discovery.list_committed(store)
             if (manifests.parse_folder(one) or (-1,))[0] == step
         ),
         None,
@@ -132,7 +132,7 @@ def exported(url: str, step: int, cache_dir: str | None = None) -> str:
     return str(folder)
 
 
-def described(url: str, cache_dir: str | None = None) -> str:
+def download_description(url: str, cache_dir: str | None = None) -> str:
     """Return a local folder with config and tokenizer of the run at `url`, without weights."""
     import xxhash
     from filelock import FileLock
@@ -155,10 +155,10 @@ def described(url: str, cache_dir: str | None = None) -> str:
 
 def _chosen(section: ModelSection, store: Store) -> int:
     """Return the step this run begins with, kept from its first start on (rank 0 only)."""
-    if store.exists(BEGAN):
-        return int(json.loads(store.read(BEGAN))["step"])
-    step = newest_step(section.path, section.checkpoint)
-    store.write(BEGAN, json.dumps({"run": redact(section.path), "step": step}).encode())
+    if store.exists(INITIAL_CHECKPOINT):
+        return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
+    step = latest_step(section.path, section.checkpoint)
+    store.write(INITIAL_CHECKPOINT, json.dumps({"run": redact(section.path), "step": step}).encode())
     return step
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, checksum, entry
+from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, compute_checksum, file_entry
 from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import Batch
 from dist_ft.storage.filesystem import Store
@@ -30,13 +30,13 @@ class LedgerBuffer:
     def add(self, step: int, batches: Sequence[Batch]) -> None:
         """Note the pieces of this worker's `batches` of one step."""
         for batch in batches:
-            if len(batch.pieces):
+            if len(batch.segments):
                 lead = (
-                    np.full(len(batch.pieces), step),
-                    batch.pieces[:, 3],
-                    np.full(len(batch.pieces), batch.lane),
+                    np.full(len(batch.segments), step),
+                    batch.segments[:, 3],
+                    np.full(len(batch.segments), batch.lane),
                 )
-                self._rows.append(np.column_stack([*lead, batch.pieces[:, :3]]))
+                self._rows.append(np.column_stack([*lead, batch.segments[:, :3]]))
 
     def put_back(self, rows: np.ndarray) -> None:
         """Remember rows again that could not be committed."""
@@ -63,7 +63,7 @@ def write_segment(
     content = pack_rows(rows)
     path = f"{FOLDER}/{start:09d}-{stop:09d}-a{attempt:04d}.safetensors.zst"
     store.write(path, content)
-    return LedgerEntry(start=start, stop=stop, file=entry(path, content))
+    return LedgerEntry(start=start, stop=stop, file=file_entry(path, content))
 
 
 def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
@@ -71,7 +71,7 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     parts, reached = [np.zeros((0, len(COLUMNS)), dtype=np.int64)], 0
     for segment in manifest.ledger:
         content = store.read(segment.file.path)
-        if len(content) != segment.file.num_bytes or checksum(content) != segment.file.checksum:
+        if len(content) != segment.file.num_bytes or compute_checksum(content) != segment.file.checksum:
             raise CheckpointError(
                 f"{store.shown(segment.file.path)}: altered since it was written; the history of "
                 f"steps {segment.start} to {segment.stop} can not be proved"

@@ -26,7 +26,7 @@ log = logging.getLogger("dist_ft.checkpoint")
 
 
 @dataclass(frozen=True)
-class NodeTier:
+class LocalTier:
     """What the workers' nodes hold of the run at `store`.
 
     Attributes:
@@ -54,12 +54,12 @@ class NodeTier:
     def _require_there(self, manifest: Manifest) -> None:
         try:
             own = [item for item in self._own(manifest) if not item.shared]
-            discovery.require_there(self.files(_name(manifest)), own)
+            discovery.require_files(self.files(_name(manifest)), own)
         except (
             StorageError
         ) as error:  # of this node's own disk; the run's storage is another matter
             raise DamagedError(str(error)) from error
-        discovery.require_shared(self.store, manifest)
+        discovery.require_shared_files(self.store, manifest)
 
     def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
         """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
@@ -80,8 +80,8 @@ class NodeTier:
                 raise DamagedError(f"it is of {manifest.layout}, this is {self.layout}")
             take(manifest)
 
-        manifest, problem = discovery.taken(
-            self.store, name, self.world, self.collectives, guarded, discovery.NODES
+        manifest, problem = discovery.check_on_all_ranks(
+            self.store, name, self.world, self.collectives, guarded, discovery.LOCAL_FOLDER
         )
         if problem and self.world.rank == 0:
             log.warning("checkpoint %s on the nodes is passed over: %s", name, problem)
@@ -89,15 +89,15 @@ class NodeTier:
 
     def _candidates(self) -> list[str]:
         """Return the checkpoints that are not older than the newest in storage, newest first."""
-        newest = discovery.committed(self.store)[:1]
+        newest = discovery.list_committed(self.store)[:1]
         return [
             name
             for name in self._names()
-            if not newest or discovery.order(name) >= discovery.order(newest[0])
+            if not newest or discovery.sort_key(name) >= discovery.sort_key(newest[0])
         ]
 
     def _names(self) -> list[str]:
-        return discovery.committed(self.store, discovery.NODES)
+        return discovery.list_committed(self.store, discovery.LOCAL_FOLDER)
 
     def _own(self, manifest: Manifest) -> list[FileEntry]:
         return [
@@ -114,8 +114,8 @@ class NodeTier:
         """Remove manifests but that of `keep` (rank 0)."""
         for name in self._names():
             if name != keep:
-                self.store.remove(f"{discovery.NODES}/{name}/{manifests.NAME}")
-                self.store.remove(f"{discovery.NODES}/{name}")
+                self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}/{manifests.NAME}")
+                self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}")
 
     def others(self, keep: str = "", before: str = "") -> list[str]:
         """Return what lies on this node but `keep`; with `before`, a checkpoint of this attempt, only what is older."""

@@ -139,17 +139,17 @@ class Manifest(_Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def checksum(content: bytes | memoryview) -> str:
+def compute_checksum(content: bytes | memoryview) -> str:
     """Return the checksum manifests carry. It finds damage; it is no signature."""
     return f"{_KIND}{xxhash.xxh3_128_hexdigest(content)}"
 
 
-def entry(path: str, content: bytes | memoryview) -> FileEntry:
+def file_entry(path: str, content: bytes | memoryview) -> FileEntry:
     """Return the manifest entry of a file with this content, which will be read whole."""
-    return FileEntry(path=path, num_bytes=len(content), checksum=checksum(content))
+    return FileEntry(path=path, num_bytes=len(content), checksum=compute_checksum(content))
 
 
-def entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
+def file_entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
     """Return the manifest entry of a file with this content (all parts, each of bytes), which can be read in parts."""
     whole, block, digests, room = xxhash.xxh3_128(), xxhash.xxh3_64(), [], BLOCK_BYTES
     for part in parts:
@@ -172,10 +172,10 @@ def entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
     )
 
 
-def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
+def matches_checksum(entry: FileEntry, start: int, content: memoryview) -> bool:
     """Tell whether `content` is what `entry` says of its file from byte `start` on; whole blocks are needed."""
     if not entry.block_bytes:
-        return len(content) == entry.num_bytes and checksum(content) == entry.checksum
+        return len(content) == entry.num_bytes and compute_checksum(content) == entry.checksum
     first = start // entry.block_bytes * _DIGITS
     found = "".join(
         xxhash.xxh3_64_hexdigest(content[begin : begin + entry.block_bytes])
@@ -184,16 +184,16 @@ def matches(entry: FileEntry, start: int, content: memoryview) -> bool:
     return entry.blocks[first : first + len(found)] == found
 
 
-def seal(manifest: Manifest) -> bytes:
+def serialize_manifest(manifest: Manifest) -> bytes:
     """Return the file of `manifest`: JSON whose last field is the checksum of all before it."""
     body = manifest.model_dump_json(indent=1).encode()
-    return body.removesuffix(_END) + _SEAL + checksum(body).encode() + b'"' + _END
+    return body.removesuffix(_END) + _SEAL + compute_checksum(body).encode() + b'"' + _END
 
 
-def parse(content: bytes, where: str) -> Manifest:
+def parse_manifest(content: bytes, where: str) -> Manifest:
     """Return the manifest in `content`; raises DamagedError that names `where` for anything not sound."""
     body, _, sealed = content.rpartition(_SEAL)
-    if sealed != checksum(body + _END).encode() + b'"' + _END:
+    if sealed != compute_checksum(body + _END).encode() + b'"' + _END:
         raise DamagedError(
             f"{where}: torn or altered since it was written (its checksum differs); it will not be "
             "loaded"

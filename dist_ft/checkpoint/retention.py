@@ -16,7 +16,7 @@ from dist_ft.storage.filesystem import Store
 log = logging.getLogger("dist_ft.checkpoint")
 
 
-def kept(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]) -> list[str]:
+def select_retained(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]) -> list[str]:
     """Return which of `names` (newest first) retention keeps; the lower a rank (`held_out`), the better."""
     every = section.keep_every_steps
     chosen = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])[
@@ -29,7 +29,7 @@ def kept(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, f
     ]
 
 
-def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
+def rank_by_evaluation(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
     """Return the rank of each checkpoint by section.best_by, where known; none where retention does not ask."""
     ranks = {}
     for name in names if section.keep_best else ():
@@ -44,7 +44,7 @@ def held_out(store: Store, names: Sequence[str], section: CheckpointSection) -> 
     return ranks
 
 
-def prune(
+def remove_unretained(
     store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str
 ) -> None:
     """Remove checkpoints that retention does not keep, torn ones, and those that `attempt` passed over.
@@ -58,21 +58,21 @@ def prune(
         return origin is not None and number < attempt and step > origin
 
     try:
-        names = discovery.committed(store)
+        names = discovery.list_committed(store)
         own = [name for name in names if not passed_over(name)]
-        keep = {*kept(own, section, held_out(store, own, section)), newest}
+        keep = {*select_retained(own, section, rank_by_evaluation(store, own, section)), newest}
         torn = [
             name
             for name in store.list(discovery.FOLDER)
             if name not in names and _of(name)[1] <= attempt
         ]
-        remove(store, [name for name in names if name not in keep] + torn)
-        forget_shared(store, attempt)
+        remove_checkpoints(store, [name for name in names if name not in keep] + torn)
+        remove_unused_shared_files(store, attempt)
     except StorageError as error:
         log.warning("old checkpoints were not removed: %s", error)
 
 
-def forget_shared(store: Store, attempt: int) -> None:
+def remove_unused_shared_files(store: Store, attempt: int) -> None:
     """Remove files of frozen weights that no checkpoint names, of attempts up to `attempt`."""
     folders = store.list(discovery.FROZEN)
     if len(folders) < 2:
@@ -80,8 +80,8 @@ def forget_shared(store: Store, attempt: int) -> None:
     try:
         named = {
             item.path.split("/")[0]
-            for folder in (discovery.FOLDER, discovery.NODES)
-            for name in discovery.committed(store, folder)
+            for folder in (discovery.FOLDER, discovery.LOCAL_FOLDER)
+            for name in discovery.list_committed(store, folder)
             for item in discovery.load_manifest(store, name, folder).files
             if item.shared
         }
@@ -93,7 +93,7 @@ def forget_shared(store: Store, attempt: int) -> None:
             store.remove(f"{discovery.FROZEN}/{name}")
 
 
-def remove(store: Store, names: Sequence[str], folder: str = discovery.FOLDER) -> bool:
+def remove_checkpoints(store: Store, names: Sequence[str], folder: str = discovery.FOLDER) -> bool:
     """Remove checkpoints, manifests first; what can not be removed is logged. Return whether all are gone."""
     all_gone = True
     for name in names:

@@ -22,7 +22,7 @@ class LostSharedError(StorageError):
 
 
 @dataclass(frozen=True)
-class Draft:
+class SaveRequest:
     """What a checkpoint says besides its files.
 
     Attributes:
@@ -44,16 +44,16 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save ended, the same on all ranks: committed at `url`, or `problem` says why not."""
 
-    draft: Draft
+    draft: SaveRequest
     url: str
     problem: StorageError | None
 
 
 @dataclass
-class Save:
+class SaveInProgress:
     """A save under way: files first; `agreed` once all ranks know of all files; then rank 0's commit.
 
     Attributes:
@@ -61,7 +61,7 @@ class Save:
         shared: their files, where none of this run hold them yet.
     """
 
-    draft: Draft
+    draft: SaveRequest
     name: str
     files: Future[list[FileEntry]]
     frozen: frozenset[str]
@@ -79,12 +79,12 @@ class Save:
 
     def problem(self) -> DistFtError | None:
         """Return what the writing of this worker's files failed with."""
-        return problem_of(self.files) or (
-            problem_of(self.shared) if self.shared is not None else None
+        return failure_of(self.files) or (
+            failure_of(self.shared) if self.shared is not None else None
         )
 
 
-def problem_of(future: Future[Any]) -> DistFtError | None:
+def failure_of(future: Future[Any]) -> DistFtError | None:
     """Return what a background action of ours failed with; a bug is an error all ranks can be told of."""
     error = future.exception()
     if error is None or isinstance(error, DistFtError):
@@ -93,7 +93,7 @@ def problem_of(future: Future[Any]) -> DistFtError | None:
     return CheckpointError(f"the save failed ({type(error).__name__}: {error})")
 
 
-def done(action: Callable[[Store], list[FileEntry]]) -> Callable[[Store], Future[list[FileEntry]]]:
+def run_synchronously(action: Callable[[Store], list[FileEntry]]) -> Callable[[Store], Future[list[FileEntry]]]:
     """Return `action`, done here and now, its result or error in a future."""
 
     def run(folder: Store) -> Future[list[FileEntry]]:

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.file_layout import Layout, layouts
+from dist_ft.checkpoint.file_layout import FileLayout, plan_files
 from dist_ft.checkpoint.manifest import FileEntry
 from dist_ft.core import fault_injection
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 from dist_ft.storage.filesystem import Store
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Writer:
         self._bytes_per_s = bytes_per_s
         self._threads: ThreadPoolExecutor | None = None
         self._shape: list[tuple[str, str, int, int]] | None = None
-        self._plan: list[Layout] = []
+        self._plan: list[FileLayout] = []
         self._num_owned = 0
         self._everything = False
         self._buffers: list[torch.Tensor] = []
@@ -45,7 +45,7 @@ class Writer:
     def write(
         self,
         folder: Store,
-        slots: Sequence[Slot],
+        slots: Sequence[StateSlice],
         everything: bool = False,
         in_background: bool = False,
     ) -> list[FileEntry]:
@@ -57,7 +57,7 @@ class Writer:
         running: list[Future[FileEntry]] = []
         begun, sent = time.monotonic(), 0
         try:
-            for part, layout in enumerate(layouts(chosen)):
+            for part, layout in enumerate(plan_files(chosen)):
                 if part >= AHEAD:
                     running[part - AHEAD].result()
                 if in_background and self._bytes_per_s:
@@ -68,7 +68,7 @@ class Writer:
             wait(running)  # what fails is cleared away: nothing may be written after
         return [file.result() for file in running]
 
-    def prepare(self, slots: Sequence[Slot], everything: bool = False) -> None:
+    def prepare(self, slots: Sequence[StateSlice], everything: bool = False) -> None:
         """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others.
 
         `everything`: there will be snapshots of all slots, not only of those this worker owns.
@@ -78,17 +78,17 @@ class Writer:
         owned = [slot for slot in ordered if slot.owned]
         if shape != self._shape or (everything and not self._everything):
             pinned = any(slot.read().is_cuda for slot in owned[:1])
-            self._shape, self._plan = shape, layouts(owned)
+            self._shape, self._plan = shape, plan_files(owned)
             self._num_owned, self._everything = len(self._plan), everything
             if everything:
-                self._plan += layouts(ordered, len(owned))
+                self._plan += plan_files(ordered, len(owned))
             self._buffers = [
                 torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
                 for layout in self._plan
             ]
 
     def snapshot(
-        self, folder: Store, slots: Sequence[Slot], everything: bool = False
+        self, folder: Store, slots: Sequence[StateSlice], everything: bool = False
     ) -> Future[list[FileEntry]]:
         """Copy what this worker owns, or all it has, and write the copy in the background; the future gives entries."""
         self.prepare(slots, everything)
@@ -130,13 +130,13 @@ class Writer:
         fault_injection.hit("checkpoint.before_file", self._rank)
         folder.write(path, content)
         fault_injection.hit("checkpoint.after_file", self._rank)
-        return manifests.entry_in_blocks(path, *content)
+        return manifests.file_entry_in_blocks(path, *content)
 
 
 def _bytes_of(content: torch.Tensor) -> memoryview:
     return memoryview(content.numpy())  # type: ignore[arg-type]
 
 
-def _ordered(slots: Sequence[Slot]) -> list[Slot]:
+def _ordered(slots: Sequence[StateSlice]) -> list[StateSlice]:
     """Return `slots`, those this worker owns first."""
     return sorted(slots, key=lambda slot: not slot.owned)

@@ -21,7 +21,7 @@ from dist_ft.model.adapters.adalora import RankSchedule
 
 
 @dataclass(frozen=True)
-class Slot:
+class StateSlice:
     """Elements [offset, offset + numel) of state `key` of parameter `name`, flattened, as held by this worker.
 
     Attributes:
@@ -60,10 +60,10 @@ class Engine(ABC):
     step = 0
     """The step under way, 1 the first; whoever trains tells it, for what follows from it (AdaLoRA's ranks)."""
 
-    def _deal_ranks(self, ranks: RankSchedule | None, optimizer: torch.optim.Optimizer) -> None:
+    def _deal_ranks(self, rank_schedule: RankSchedule | None, optimizer: torch.optim.Optimizer) -> None:
         """Let `ranks`, if the model has any to deal, know of each update `optimizer` makes."""
-        if ranks is not None:
-            optimizer.register_step_post_hook(lambda *_: ranks.after_update(self.step))
+        if rank_schedule is not None:
+            optimizer.register_step_post_hook(lambda *_: rank_schedule.after_update(self.step))
 
     @abstractmethod
     def accumulate(
@@ -107,36 +107,36 @@ class Engine(ABC):
         """Return the summed loss of `batch` without learning (dropout off); a collective call under ZeRO-3."""
 
     @abstractmethod
-    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
         """Return the summed loss of `batch`, and what a model with a head tells of each row (float32, rows first).
 
         Without learning, as `loss_sum`; a collective call under ZeRO-3.
         """
 
     @abstractmethod
-    def generating(self) -> AbstractContextManager[tuple[Any, bool]]:
+    def generation_mode(self) -> AbstractContextManager[tuple[Any, bool]]:
         """Return a context with the transformers model itself, ready to make texts, and whether that is collective.
 
         If it is (ZeRO-3), every worker must call its forward as often, which `synced_gpus` of `generate` sees to.
         """
 
     @abstractmethod
-    def add_squares(self, batch: Batch) -> None:
+    def accumulate_fisher(self, batch: Batch) -> None:
         """Add the squared gradient of the summed loss of `batch`, over all workers, to the Fisher information.
 
         Without dropout, clipping or learning; a collective call. All workers but one give a batch without targets.
         """
 
     @abstractmethod
-    def scale_squares(self, factor: float) -> None:
+    def scale_fisher(self, factor: float) -> None:
         """Multiply the Fisher information, once all squares are added."""
 
     @abstractmethod
-    def exchange_average(self) -> None:
+    def swap_average(self) -> None:
         """Let the weights and their moving average change places; again, and all is as before; a collective call."""
 
     @abstractmethod
-    def slots(self) -> Iterator[Slot]:
+    def state_slices(self) -> Iterator[StateSlice]:
         """Iterate over all state this worker holds; optimizer state exists from the start."""
 
     @abstractmethod
@@ -155,7 +155,7 @@ class Engine(ABC):
         """Release what the engine holds."""
 
 
-def even_out(
+def pad_to_equal_lanes(
     batches: Sequence[Batch], seeds: Sequence[int], count: int
 ) -> tuple[list[Batch], list[int]]:
     """Add empty batches up to `count`, so that every worker makes the same number of forward and backward calls."""

@@ -16,7 +16,7 @@ BUCKET_ELEMENTS = 2**26
 """Elements a reduction at once; DeepSpeed's own default of 5e8 costs a small model more than its weights."""
 
 
-def build(config: RunConfig) -> dict[str, Any]:
+def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Return the dictionary `deepspeed.initialize` takes."""
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.stage:

@@ -25,7 +25,7 @@ from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, StateSlice, seed_random
-from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, exchange, scale_fisher
+from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, swap_average, scale_fisher
 from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
 from dist_ft.engine.zero_state import flat_slice, stage12_slices
 from dist_ft.model.adapters.added_layers import (
@@ -135,7 +135,7 @@ class DeepSpeedEngine(Engine):
         loss_sum = torch.zeros((), device=self.device)
         last = len(batches) - 1
         for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-            inputs = self.module.inputs(batch, self.device)
+            inputs = self.module.prepare_inputs(batch, self.device)
 
             def forward(
                 inner: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed
@@ -194,7 +194,7 @@ class DeepSpeedEngine(Engine):
         setattr(owner, field, 0.0)
         self.module.eval()
         self._measuring = True
-        loss = self._engine(**self.module.inputs(batch, self.device))
+        loss = self._engine(**self.module.prepare_inputs(batch, self.device))
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(loss * self._world.num_ranks, scale_wrt_gas=False)
         self._engine.step()
@@ -208,7 +208,7 @@ class DeepSpeedEngine(Engine):
 
     @override
     def swap_average(self) -> None:
-        exchange(self._inner)
+        swap_average(self._inner)
         self.finish_load(self.optimizer_step())
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class DeepSpeedEngine(Engine):
     def loss_sum(self, batch: Batch) -> float:
         self._engine.eval()
         try:
-            return self._engine(**self.module.inputs(batch, self.device)).item()
+            return self._engine(**self.module.prepare_inputs(batch, self.device)).item()
         finally:
             self._engine.train()
 
@@ -225,7 +225,7 @@ class DeepSpeedEngine(Engine):
     def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
         self._engine.eval()
         try:
-            loss, outputs = self._engine(**self.module.inputs(batch, self.device), return_outputs=True)
+            loss, outputs = self._engine(**self.module.prepare_inputs(batch, self.device), return_outputs=True)
             return loss.item(), outputs.float().cpu().numpy()
         finally:
             self._engine.train()

@@ -10,17 +10,17 @@ from typing_extensions import override
 
 from dist_ft.data.batch import Batch
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.trainable_model import Learner, canonical_names
+from dist_ft.model.trainable_model import TrainableModel, parameters_by_name
 
 
 class ForwardEngine(TorchEngine):
     """The plain engine without learning: `loss_sum`, `told` and the weights' slots."""
 
-    def __init__(self, module: Learner, device: torch.device) -> None:
+    def __init__(self, module: TrainableModel, device: torch.device) -> None:
         """Take `module` to `device`; its weights are taken for frozen."""
         self.device = device
         self.module = module.to(device).eval().requires_grad_(False)
-        self._parameters = canonical_names(module)
+        self._parameters = parameters_by_name(module)
         self._learned, self._masters = {}, {}
 
     @override

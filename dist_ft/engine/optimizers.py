@@ -22,7 +22,7 @@ _EMBEDDING = re.compile(r"embed|wte|wpe|shared")
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
-def decays(shape: Iterable[int]) -> bool:
+def has_weight_decay(shape: Iterable[int]) -> bool:
     """Tell whether a parameter of this shape decays: matrices do, biases and norms (and IA3's scales) do not."""
     return sum(size > 1 for size in shape) > 1
 
@@ -46,7 +46,7 @@ def param_groups(
                 f"optimizer.decay_exempt={pattern}: no weight that learns has such a name; there are "
                 f"{', '.join(list(learned)[:3])}, ...; correct it"
             )
-    places = depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
+    places = layer_depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {
         (depth, decaying): {
             "params": [],
@@ -58,12 +58,12 @@ def param_groups(
     }
     for name, parameter in learned.items():
         named = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
-        decaying = decays(getattr(parameter, "ds_shape", parameter.shape)) and not named
+        decaying = has_weight_decay(getattr(parameter, "ds_shape", parameter.shape)) and not named
         groups[places[name], decaying]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
-def depths(names: Iterable[str]) -> dict[str, int]:
+def layer_depths(names: Iterable[str]) -> dict[str, int]:
     """Return how far each weight lies below the output: 0 what comes after the layers, then layers, then embeddings."""
     found = {name: _LAYER.match(name) for name in names}
     tops: dict[str, int] = {}
@@ -78,7 +78,7 @@ def depths(names: Iterable[str]) -> dict[str, int]:
     }
 
 
-def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
     """Return the optimizer of `section` over `groups`; the learning rate is set anew each step."""
     if section.name == "adamw":
         return torch.optim.AdamW(
@@ -93,7 +93,7 @@ def build(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.opti
     return torch.optim.Adafactor(groups, lr=section.learning_rate)
 
 
-def ensure_state(
+def create_state(
     optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]
 ) -> None:
     """Create the state torch would create at the first step, so that it can be loaded and saved before it."""

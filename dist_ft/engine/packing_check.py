@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_ft.core.errors import ModelError
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.engine.base import Engine
 
 LENGTHS = (11, 13, 9)
@@ -19,11 +19,11 @@ def _row(lengths: tuple[int, ...], tokens: np.ndarray, learned: int | None = Non
     """Return one packed sequence of samples of `lengths`, with targets in all of them or in the one `learned`."""
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
     targets, samples = np.roll(tokens, -1), np.repeat(np.arange(len(lengths)), lengths)
-    targets[np.cumsum(lengths) - 1] = IGNORED
+    targets[np.cumsum(lengths) - 1] = IGNORE_INDEX
     if learned is not None:
-        targets[samples != learned] = IGNORED
-    pieces = np.array([[i, 0, length] for i, length in enumerate(lengths)], dtype=np.int64)
-    return Batch(tokens[None], targets[None], positions, pieces, lane=-1)
+        targets[samples != learned] = IGNORE_INDEX
+    segments = np.array([[i, 0, length] for i, length in enumerate(lengths)], dtype=np.int64)
+    return Batch(tokens[None], targets[None], positions, segments, lane=-1)
 
 
 def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:

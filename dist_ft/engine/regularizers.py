@@ -24,13 +24,13 @@ from dist_ft.model.adapters.added_layers import (
 )
 
 if TYPE_CHECKING:
-    from dist_ft.engine.base import Slot
+    from dist_ft.engine.base import StateSlice
 
 ANCHOR, FISHER, AVERAGE = "anchor", "fisher", "ema"
 
 
 @dataclass(frozen=True)
-class Guards:
+class Regularizers:
     """What is done after each step of the optimizer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Guards:
     keys: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, section: TuningSection) -> Guards:
+    def from_config(cls, section: TuningSection) -> Regularizers:
         """Return those of a run."""
         anchor = {"none": (), "l2": (ANCHOR,), "ewc": (ANCHOR, FISHER)}[section.anchor.method]
         return cls(
@@ -66,12 +66,12 @@ class Guards:
             for weight in group["params"]:
                 state = optimizer.state[weight]
                 if ANCHOR in state:
-                    pull(weight, state[ANCHOR], group["lr"] * self.strength, state.get(FISHER))
+                    pull_to_anchor(weight, state[ANCHOR], group["lr"] * self.strength, state.get(FISHER))
                 if AVERAGE in state:
                     state[AVERAGE].lerp_(weight, 1 - self.decay)
 
 
-def pull(
+def pull_to_anchor(
     weight: torch.Tensor, anchor: torch.Tensor, rate: float, fisher: torch.Tensor | None = None
 ) -> None:
     """Move `weight` to its `anchor`, in place, where that is a number: by rate * fisher / (1 + rate * fisher)."""
@@ -79,7 +79,7 @@ def pull(
     weight.add_((anchor - weight).nan_to_num_(nan=0.0) * share)
 
 
-def begin(slots: Callable[[], Iterable[Slot]], new: Set[str]) -> None:
+def initialize_state(slots: Callable[[], Iterable[StateSlice]], new: Set[str]) -> None:
     """Note the weights a run begins with as anchor and average; those `new`, or added to the model, have no anchor."""
     held: dict[tuple[str, int], torch.Tensor] = {}
     for slot in slots():
@@ -92,7 +92,7 @@ def begin(slots: Callable[[], Iterable[Slot]], new: Set[str]) -> None:
 
 
 @torch.no_grad()
-def add_squares(optimizer: torch.optim.Optimizer) -> None:
+def accumulate_fisher(optimizer: torch.optim.Optimizer) -> None:
     """Add the squared gradient of the weights in the optimizer's groups to their Fisher information."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
@@ -100,14 +100,14 @@ def add_squares(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[weight][FISHER].add_(weight.grad.float().square())
 
 
-def scale_squares(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def scale_fisher(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Multiply all Fisher information."""
     for state in optimizer.state.values():
         state[FISHER].mul_(factor)
 
 
 @torch.no_grad()
-def exchange(optimizer: torch.optim.Optimizer) -> None:
+def swap_average(optimizer: torch.optim.Optimizer) -> None:
     """Let all weights and their averages change places; done twice, all is as before, to the last bit."""
     for weight, state in optimizer.state.items():
         if AVERAGE in state:

@@ -17,7 +17,7 @@ def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
     )  # 0.07 * 100 is a little above 7
 
 
-def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
+def learning_rate_factor(section: ScheduleSection, step: int, total_steps: int) -> float:
     """Return learning rate / peak for `step` (0 is the first): warm-up to 1, then down to `min_ratio` at the end."""
     warmup = warmup_steps(section, total_steps)
     if step < warmup:
@@ -31,16 +31,16 @@ def factor(section: ScheduleSection, step: int, total_steps: int) -> float:
     return section.min_ratio + (1.0 - section.min_ratio) * shape
 
 
-def by_depth(tuning: TuningSection) -> bool:
+def uses_depth_scale(tuning: TuningSection) -> bool:
     """Tell whether weights of different depths (`optimizers.depths`) learn at different rates."""
     return tuning.layer_decay != 1 or tuning.unfreeze_steps > 0
 
 
-def of_depth(tuning: TuningSection, step: int) -> Callable[[int], float] | None:
+def depth_scale(tuning: TuningSection, step: int) -> Callable[[int], float] | None:
     """Return what the learning rate is multiplied with at a depth at `step`; None: nothing.
 
     A layer that does not learn yet has rate 0: its moments follow its gradients meanwhile, its weights stay.
     """
-    if not by_depth(tuning):
+    if not uses_depth_scale(tuning):
         return None
     return lambda depth: tuning.layer_decay**depth if step >= depth * tuning.unfreeze_steps else 0.0

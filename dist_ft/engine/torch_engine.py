@@ -14,20 +14,20 @@ from typing_extensions import override
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, Slot, seed_random
-from dist_ft.engine.regularizers import Guards, add_squares, exchange, scale_squares
-from dist_ft.model.adversarial import Adversary, learn_lane
-from dist_ft.model.trainable_model import Inputs, Learner, canonical_names
+from dist_ft.engine.base import Engine, StateSlice, seed_random
+from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, swap_average, scale_fisher
+from dist_ft.model.adversarial import Adversary, train_lane
+from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
-def view_slot(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> Slot:
+def tensor_slice(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> StateSlice:
     """Return the slot of a whole tensor that lies in this process."""
 
     def write(values: torch.Tensor) -> None:
         with torch.no_grad():
             tensor.copy_(values.view(tensor.shape))
 
-    return Slot(name, key, 0, tensor.numel(), owned, lambda: tensor.detach().reshape(-1), write)
+    return StateSlice(name, key, 0, tensor.numel(), owned, lambda: tensor.detach().reshape(-1), write)
 
 
 class TorchEngine(Engine):
@@ -35,19 +35,19 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        module: Learner,
+        module: TrainableModel,
         section: OptimizerSection,
         device: torch.device,
         by_depth: bool = False,
         adversary: Adversary | None = None,
-        guards: Guards | None = None,
+        guards: Regularizers | None = None,
     ) -> None:
         self.device = device
         self._adversary = adversary
-        self._guards = guards or Guards()
+        self._guards = guards or Regularizers()
         self.module = module.to(device).train()
         self._section = section
-        self._parameters = canonical_names(module)
+        self._parameters = parameters_by_name(module)
         self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._masters = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
@@ -59,11 +59,11 @@ class TorchEngine(Engine):
             by_depth,
             section.decay_exempt,
         )
-        self.optimizer = optimizers.build(groups, section)
-        optimizers.ensure_state(
+        self.optimizer = optimizers.build_optimizer(groups, section)
+        optimizers.create_state(
             self.optimizer, section.name, section.momentum, self._masters.values()
         )
-        self._deal_ranks(module.ranks, self.optimizer)
+        self._deal_ranks(module.rank_schedule, self.optimizer)
         self._guards.ensure(self.optimizer, self._masters.values())
 
     @override
@@ -72,7 +72,7 @@ class TorchEngine(Engine):
     ) -> float:
         loss_sum = torch.zeros((), device=self.device)
         for batch, seed in zip(batches, seeds, strict=True):
-            inputs = self.module.inputs(batch, self.device)
+            inputs = self.module.prepare_inputs(batch, self.device)
 
             def forward(inputs: Inputs = inputs, seed: int = seed) -> torch.Tensor:
                 seed_random(seed, self.device)
@@ -82,7 +82,7 @@ class TorchEngine(Engine):
                 (loss * weight / num_target_tokens).backward()
                 self._collect()
 
-            loss_sum += learn_lane(self._adversary, forward, backward, forward)
+            loss_sum += train_lane(self._adversary, forward, backward, forward)
         return loss_sum.item()
 
     def _collect(self) -> None:
@@ -121,23 +121,23 @@ class TorchEngine(Engine):
     def loss_sum(self, batch: Batch) -> float:
         self.module.eval()
         try:
-            return self.module(**self.module.inputs(batch, self.device)).item()
+            return self.module(**self.module.prepare_inputs(batch, self.device)).item()
         finally:
             self.module.train()
 
     @torch.no_grad()
     @override
-    def told(self, batch: Batch) -> tuple[float, np.ndarray]:
+    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
         self.module.eval()
         try:
-            loss, outputs = self.module(**self.module.inputs(batch, self.device), told=True)
+            loss, outputs = self.module(**self.module.prepare_inputs(batch, self.device), return_outputs=True)
             return loss.item(), outputs.float().cpu().numpy()
         finally:
             self.module.train()
 
     @contextmanager
     @override
-    def generating(self) -> Iterator[tuple[Any, bool]]:
+    def generation_mode(self) -> Iterator[tuple[Any, bool]]:
         self.module.eval()
         try:
             yield self.module.model, False
@@ -145,36 +145,36 @@ class TorchEngine(Engine):
             self.module.train()
 
     @override
-    def add_squares(self, batch: Batch) -> None:
+    def accumulate_fisher(self, batch: Batch) -> None:
         self.module.eval()
         try:
-            self.module(**self.module.inputs(batch, self.device)).backward()
+            self.module(**self.module.prepare_inputs(batch, self.device)).backward()
             self._collect()
-            add_squares(self.optimizer)
+            accumulate_fisher(self.optimizer)
         finally:
             self.module.train()
             self.optimizer.zero_grad()
 
     @override
-    def scale_squares(self, factor: float) -> None:
-        scale_squares(self.optimizer, factor)
+    def scale_fisher(self, factor: float) -> None:
+        scale_fisher(self.optimizer, factor)
 
     @override
-    def exchange_average(self) -> None:
-        exchange(self.optimizer)
+    def swap_average(self) -> None:
+        swap_average(self.optimizer)
         self._copy_back()
 
     @override
-    def slots(self) -> Iterator[Slot]:
+    def state_slices(self) -> Iterator[StateSlice]:
         for name, parameter in self._parameters.items():
             if name not in self._masters:
-                yield view_slot(name, "frozen", parameter)
+                yield tensor_slice(name, "frozen", parameter)
                 continue
-            yield view_slot(name, "param", self._masters[name])
+            yield tensor_slice(name, "param", self._masters[name])
             for key, value in self.optimizer.state[self._masters[name]].items():
                 if torch.is_tensor(value) and key != "step":
-                    yield view_slot(name, key, value)
-        yield from buffer_slots(self.module)
+                    yield tensor_slice(name, key, value)
+        yield from buffer_slices(self.module)
 
     @override
     def frozen(self) -> frozenset[str]:
@@ -191,13 +191,13 @@ class TorchEngine(Engine):
         self._copy_back()
 
 
-def buffer_slots(
-    module: Learner, owned: Callable[[int], bool] = lambda index: True
-) -> Iterator[Slot]:
+def buffer_slices(
+    module: TrainableModel, owned: Callable[[int], bool] = lambda index: True
+) -> Iterator[StateSlice]:
     """Iterate over the buffers that belong to the model's saved state."""
     persistent = set(module.state_dict().keys()) - {
         name for name, _ in module.named_parameters(remove_duplicate=False)
     }
     buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]
     for index, (name, tensor) in enumerate(buffers):
-        yield view_slot(name.removeprefix("model."), "buffer", tensor, owned(index))
+        yield tensor_slice(name.removeprefix("model."), "buffer", tensor, owned(index))

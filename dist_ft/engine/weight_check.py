@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dist_ft.core.errors import ModelError
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 
 ELEMENTS = 256
 """Compared at the start of each slot: enough to tell weights from noise, cheap at any model size."""
@@ -37,7 +37,7 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
 
 
 def verify_weights(
-    slots: Iterable[Slot],
+    slots: Iterable[StateSlice],
     folder: str,
     dtype: torch.dtype,
     name_in_files: Callable[[str], str] = lambda name: name,

@@ -83,9 +83,9 @@ def main() -> None:
 
 def packed(lengths: np.ndarray) -> Any:
     """Pack one block as an epoch sees it."""
-    from dist_ft.data.sampling.packing import sequences_of
+    from dist_ft.data.sampling.packing import group_into_sequences
 
-    return sequences_of(lengths, LENGTH, True, 1)
+    return group_into_sequences(lengths, LENGTH, True, 1)
 
 
 def milliseconds(action: Callable[[], Any], repeats: int) -> float:
@@ -101,7 +101,7 @@ def milliseconds(action: Callable[[], Any], repeats: int) -> float:
 def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
     """Return what `ranks` ranks cost, one lane each."""
     from dist_ft.config.schema import BatchSection, DataSection
-    from dist_ft.data.sampling.batch_plan import Plan
+    from dist_ft.data.sampling.batch_plan import BatchPlan
 
     blocks = SAMPLES // len(lengths)
     counts = np.full(blocks, len(packed(lengths)[1]) - 1)
@@ -109,13 +109,13 @@ def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
     data = DataSection.model_validate({"train": "unused"})
     cold, warm = [], []
     for number in range(repeats):
-        plan = Plan(counts, np.zeros(blocks, dtype=np.int64), data, batch, seed=number)
+        plan = BatchPlan(counts, np.zeros(blocks, dtype=np.int64), data, batch, seed=number)
         step, lane = 37 * number, (911 * number) % ranks
         begun = time.perf_counter()
-        plan.slots(step, lane)
+        plan.sequence_refs(step, lane)
         cold.append((time.perf_counter() - begun) * 1e3)
         begun = time.perf_counter()
-        plan.slots(step + 1, lane)
+        plan.sequence_refs(step + 1, lane)
         warm.append((time.perf_counter() - begun) * 1e3)
     return {
         "cold_step_ms": statistics.median(cold),
@@ -163,7 +163,7 @@ def commit_seconds(ranks: int) -> float:
                 aliases={},
                 files=tuple(entries),
             )
-            Store(folder).write(manifests.NAME, manifests.seal(manifest))
+            Store(folder).write(manifests.NAME, manifests.serialize_manifest(manifest))
             times.append(time.perf_counter() - begun)
     return statistics.median(times)
 

@@ -130,9 +130,9 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     import torch
 
     from dist_ft.config.sections.decoding import DecodingSection
-    from dist_ft.model.generation import Asked, Decoder, padded
+    from dist_ft.model.generation import GenerationRequest, TextGenerator, pad_rows
 
-    decoder = Decoder(DecodingSection(max_new_tokens=NEW_TOKENS, rows=rows, **fields), Tokenizer())
+    decoder = TextGenerator(DecodingSection(max_new_tokens=NEW_TOKENS, rows=rows, **fields), Tokenizer())
     given = {
         "max_new_tokens": NEW_TOKENS,
         "pad_token_id": 0,
@@ -145,7 +145,7 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     def plainly(size: int) -> list[list[int]]:
         texts = []
         for start in range(0, len(prompts), size):
-            ids, mask = padded(prompts[start : start + size], 0, left=True)
+            ids, mask = pad_rows(prompts[start : start + size], 0, left=True)
             with torch.no_grad():
                 made = model.generate(input_ids=ids, attention_mask=mask, **given)[
                     :, ids.shape[1] :
@@ -156,8 +156,8 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     def ours() -> list[list[int]]:
         return [
             texts[0]
-            for texts in decoder.make_all(
-                model, [Asked(ids, number) for number, ids in enumerate(prompts)]
+            for texts in decoder.generate_all(
+                model, [GenerationRequest(ids, number) for number, ids in enumerate(prompts)]
             )
         ]
 

@@ -27,7 +27,7 @@ from dist_ft.data.batching.loader import Loader
 from dist_ft.engine import deepspeed_config, deepspeed_engine, optimizers
 from dist_ft.runtime.bootstrap import training_run
 from dist_ft.training.components import Parts
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 from dist_ft.training.trainer import Trainer
 
 
@@ -80,7 +80,7 @@ class Ours:
 
     def _run(self, config: RunConfig, world: World) -> None:
         try:
-            training_run.run(config, world, Hooks(should_stop=self._asked))
+            training_run.run(config, world, RunContext(should_stop=self._asked))
         except BaseException as error:
             self._ended = error
         self._held.set()
@@ -109,10 +109,10 @@ class Bare:
         import deepspeed
 
         self.batches = itertools.cycle(batches)
-        settings = deepspeed_config.build(config)
-        with deepspeed_engine.loading(settings):
+        settings = deepspeed_config.build_deepspeed_config(config)
+        with deepspeed_engine.zero_init(settings):
             model = load(config)
-        optimizer = optimizers.build(_groups(model, config), config.optimizer)
+        optimizer = optimizers.build_optimizer(_groups(model, config), config.optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -169,7 +169,7 @@ def run_hugging_face(
             return SequentialSampler(rows)
 
     section = config.optimizer
-    settings = deepspeed_config.build(config)
+    settings = deepspeed_config.build_deepspeed_config(config)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -190,7 +190,7 @@ def run_hugging_face(
         logging_first_step=True,
         dataloader_pin_memory=False,
     )
-    with deepspeed_engine.loading(settings):
+    with deepspeed_engine.zero_init(settings):
         model = load(config)
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
     trainer = InOrder(model=model, args=arguments, train_dataset=data, callbacks=[Turn()])
@@ -206,9 +206,9 @@ def clocks() -> tuple[float, float]:
 
 def load(config: RunConfig) -> Any:
     """Return the run's model as transformers gives it."""
-    from dist_ft.model.loading.load import load_model
+    from dist_ft.model.loading.load import load_causal_lm
 
-    return load_model(config.model, config.data.cache_dir)
+    return load_causal_lm(config.model, config.data.cache_dir)
 
 
 def _groups(model: Any, config: RunConfig) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from dist_ft.config.load import load_config
     from dist_ft.runtime import local
     from dist_ft.training.console import Console
-    from dist_ft.training.result import Hooks
+    from dist_ft.training.run_context import RunContext
 
     total = (
         WARM_UP + args.blocks * args.steps + 2
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     meter = Meter(args)
     with open(os.devnull, "w") as quiet:
-        local.run(config, Hooks(console=Console(quiet), should_stop=meter.asked))
+        local.run(config, RunContext(console=Console(quiet), should_stop=meter.asked))
     return {"step_s": meter.steps, "products_s": meter.peaks, "profile": meter.profile()}
 
 

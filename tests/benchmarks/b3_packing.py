@@ -78,9 +78,9 @@ def main() -> None:
 
 def layouts(lengths: np.ndarray, peers_python: str) -> dict[str, tuple[float, list[Layout]]]:
     """Return (share of real tokens, micro-batches of rows of samples) of every side."""
-    from dist_ft.data.sampling.packing import sequences_of
+    from dist_ft.data.sampling.packing import group_into_sequences
 
-    members, offsets = sequences_of(lengths, LENGTH, True, 0)
+    members, offsets = group_into_sequences(lengths, LENGTH, True, 0)
     ours = [members[a:b].tolist() for a, b in pairwise(offsets)]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(lengths.tolist(), file)
@@ -121,13 +121,13 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
     from dist_ft.config.schema import ModelSection, OptimizerSection
     from dist_ft.engine.torch_engine import TorchEngine
     from dist_ft.model.causal_lm import CausalLM
-    from dist_ft.model.loading.load import load_model
+    from dist_ft.model.loading.load import load_causal_lm
 
     rng = np.random.default_rng(2)
     texts = [rng.integers(1, workload.SHAPES["S"]["vocab_size"], length) for length in lengths]
     with tempfile.TemporaryDirectory() as folder:
         path = workload.make_model(Path(folder) / "model-s", "S")
-        module = CausalLM(load_model(ModelSection(path=path, dtype="float32"), folder))
+        module = CausalLM(load_causal_lm(ModelSection(path=path, dtype="float32"), folder))
     engine = TorchEngine(module, OptimizerSection(learning_rate=1e-9), torch.device("cpu"))
     losses = {}
     for name, batches in sides.items():
@@ -161,10 +161,10 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
 
 def attend(module: Any, name: str) -> None:
     """Let the side attend in its way."""
-    from dist_ft.model.packed_attention import by_sample
+    from dist_ft.model.packed_attention import enable_packed_attention
 
     module.model.set_attn_implementation("sdpa")
-    module._samples = by_sample(module.model) if name == "ours" else None
+    module._samples = enable_packed_attention(module.model) if name == "ours" else None
 
 
 def total_loss(engine: Any, texts: Sequence[np.ndarray], batches: list[Layout], name: str) -> float:
@@ -176,16 +176,16 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     """Return a micro-batch; positions of the padded sides run on through the padding: plain causal rows."""
     from dataclasses import replace
 
-    from dist_ft.data.batch import IGNORED
-    from dist_ft.data.batching.loader import assemble
+    from dist_ft.data.batch import IGNORE_INDEX
+    from dist_ft.data.batching.loader import assemble_batch
 
     samples = [sample for row in rows for sample in row]
-    pieces = np.array([[sample, 0, len(texts[sample]), 0] for sample in samples], dtype=np.int64)
+    segments = np.array([[sample, 0, len(texts[sample]), 0] for sample in samples], dtype=np.int64)
     tokens = np.concatenate([texts[sample] for sample in samples])
-    batch = assemble(
+    batch = assemble_batch(
         tokens,
         np.ones(len(tokens), np.uint8),
-        pieces,
+        segments,
         np.repeat(np.arange(len(rows)), list(map(len, rows))),
         0,
     )
@@ -196,7 +196,7 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     return replace(
         batch,
         input_ids=np.pad(batch.input_ids, ((0, 0), (0, missing))),
-        target_ids=np.pad(batch.target_ids, ((0, 0), (0, missing)), constant_values=IGNORED),
+        target_ids=np.pad(batch.target_ids, ((0, 0), (0, missing)), constant_values=IGNORE_INDEX),
         position_ids=np.tile(np.arange(width), (len(rows), 1)),
     )
 

@@ -167,7 +167,7 @@ def read_ours(url: str, where: str, what: str) -> None:
     if what == "index":
         return
     begun, total = time.perf_counter(), 0
-    for batches in loader.iterate(0, loader.steps_of_a_pass, range(1)):
+    for batches in loader.iterate(0, loader.steps_per_epoch, range(1)):
         total += sum(batch.num_tokens for batch in batches) * 4
     print(f"\nread {total} {time.perf_counter() - begun}", flush=True)
 

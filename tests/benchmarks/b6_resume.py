@@ -165,7 +165,7 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
                 proxy.requests.clear()
                 begun = time.perf_counter()
                 loader = opened(config)
-                step = loader.steps_of_a_pass * int(place.split()[0]) // 100
+                step = loader.steps_per_epoch * int(place.split()[0]) // 100
                 loader.batches(step, World(0, world).share(LANES))
                 seconds[place].append(time.perf_counter() - begun)
                 requests[place].append(len(proxy.requests))
@@ -192,7 +192,7 @@ def peak_mib(folder: Path, port: int, count: int, steps: int) -> float:
 def read_all(about: dict[str, Any], steps: int) -> None:
     """Read `steps` steps, epoch after epoch if need be, and print the peak memory in MiB."""
     loader = opened(config_of(Path(about["folder"]), about["url"], about["count"], "first"))
-    total = loader.steps_of_a_pass
+    total = loader.steps_per_epoch
     for number in range(10):  # ten places of the epoch
         start = total * number // 10
         for _ in loader.iterate(start, start + steps // 10, range(LANES)):

@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dist_ft-b7-") as name:
         folder = Path(name)
         engine = make_engine()
-        state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.slots()}
+        state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.state_slices()}
         size = sum(value.numel() * value.element_size() for value in state.values())
         sides = {
             "copy": copy_side(state),
@@ -151,10 +151,10 @@ def manager_of(folder: Path, **section: Any) -> Any:
 def draft_of(engine: Any, step: int) -> Any:
     """Return what a checkpoint says besides its files."""
     from dist_ft.checkpoint.manifest import Progress
-    from dist_ft.checkpoint.save_status import Draft
+    from dist_ft.checkpoint.save_status import SaveRequest
 
     rows = np.zeros((1, 6), np.int64)
-    return Draft("b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {})
+    return SaveRequest("b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {})
 
 
 def ours(engine: Any, folder: Path) -> Callable[[], float]:
@@ -221,7 +221,7 @@ def deepspeed_side(folder: Path) -> Callable[[], float]:
     from dist_ft.core.world import World
     from dist_ft.engine import deepspeed_engine as sharded
 
-    sharded.start(False)
+    sharded.attach_to_process_group(False)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -273,10 +273,10 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
 
 def one_step(engine: Any) -> float:
     """Train one small batch and return how long it took."""
-    from dist_ft.data.batching.loader import assemble
+    from dist_ft.data.batching.loader import assemble_batch
 
     tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
-    batch = assemble(
+    batch = assemble_batch(
         tokens, np.ones(TOKENS, np.uint8), np.array([[0, 0, TOKENS, 0]]), np.zeros(1, np.int64), 0
     )
     begun = time.perf_counter()

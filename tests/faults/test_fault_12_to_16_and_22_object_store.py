@@ -21,7 +21,7 @@ from dist_ft.config.load import load_config
 from dist_ft.core.errors import DataError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
-from dist_ft.data.tools.write import as_parquet
+from dist_ft.data.tools.write import encode_parquet
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage import retry
 from dist_ft.storage.filesystem import Store
@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
         body = "".join(json.dumps(row) + "\n" for row in rows[shard::2]).encode()
         client.put_object(Bucket=s3.BUCKET, Key=f"lines/shard-{shard}.jsonl", Body=body)
         client.put_object(
-            Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=as_parquet(rows[shard::2])
+            Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=encode_parquet(rows[shard::2])
         )
     return folder
 
@@ -313,7 +313,7 @@ def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(
     with pytest.raises(DataError, match=f"^s3://bucket/bad/a.jsonl {said}"):
         loaded(config("bad/a.jsonl"), tmp_path)
     index = loaded(config("bad/a.jsonl", data={"bad_rows": "skip"}), tmp_path, "skipping").index
-    assert (index.total("num_bad"), index.num_samples, index.total("num_pieces")) == (1, 601, 600)
+    assert (index.total("num_bad"), index.num_samples, index.total("num_segments")) == (1, 601, 600)
     assert (
         "data.bad_rows=skip: 1 of 601 rows can not be used and are left out; the first: s3://bucket/bad/a.jsonl row 301"
         in caplog.text
@@ -392,7 +392,7 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
     assert time.monotonic() - begun < 60
     told = capfd.readouterr().err
     assert told.count("no checkpoint at step 4, training goes on: ") == 1 and said in told
-    assert discovery.newest(Store(run.run_url), World(), Collectives()).progress.step == 2
+    assert discovery.find_latest(Store(run.run_url), World(), Collectives()).progress.step == 2
     faulty.choose = lambda method, path: None
     assert api.train(run, skip_check=True).step == 6
     assert "going on from step 2" in capfd.readouterr().err

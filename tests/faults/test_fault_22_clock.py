@@ -68,8 +68,8 @@ def test_fault_22_ranks_whose_clocks_are_days_apart(tmp_path: Path, library: str
     )
     assert "going on from step 8" in (base / "then/rank-0.log").read_text()
     store, whole = Store(str(run)), Store(str(base / "runs/unbroken"))
-    kept = discovery.committed(store)
-    assert [name[:14] for name in kept] == [name[:14] for name in discovery.committed(whole)], (
+    kept = discovery.list_committed(store)
+    assert [name[:14] for name in kept] == [name[:14] for name in discovery.list_committed(whole)], (
         "the last two"
     )
     assert {days_off(discovery.load_manifest(store, name).created_at) for name in kept} == {-3}

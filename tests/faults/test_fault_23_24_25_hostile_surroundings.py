@@ -56,14 +56,14 @@ class Bomb:
 def seal_again(folder: Path, change: Any) -> None:
     """Alter a manifest as one who knows its format can: checksums and all."""
     path = folder / manifests.NAME
-    found = manifests.parse(path.read_bytes(), "it")
+    found = manifests.parse_manifest(path.read_bytes(), "it")
     raw = json.loads(found.model_dump_json())
     change(raw)
     body = json.dumps(raw, indent=1).encode()
     path.write_bytes(
         body.removesuffix(manifests._END)
         + manifests._SEAL
-        + manifests.checksum(body).encode()
+        + manifests.compute_checksum(body).encode()
         + b'"'
         + manifests._END
     )
@@ -75,7 +75,7 @@ def replaced(folder: Path, content: bytes) -> Any:
     def change(raw: dict[str, Any]) -> None:
         first = raw["files"][0]
         (folder / first["path"]).write_bytes(content)
-        first.update(manifests.entry_in_blocks(first["path"], memoryview(content)).model_dump())
+        first.update(manifests.file_entry_in_blocks(first["path"], memoryview(content)).model_dump())
 
     return change
 
@@ -187,5 +187,5 @@ def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(
 def test_the_attacks_would_be_found_where_they_are(trained: Path) -> None:
     """The copy that is not altered loads: the tests above refuse the attack, not the copy."""
     store = Store(str(trained))
-    for name in discovery.committed(store):
+    for name in discovery.list_committed(store):
         assert discovery.load_manifest(store, name).progress.step == 6

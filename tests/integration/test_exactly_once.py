@@ -66,11 +66,11 @@ def document(base: Path, samples: int, shards: int) -> dict:
     )
 
 
-def pieces(batches: list) -> np.ndarray:
-    """Return the pieces (n, 5) of batches of one step with their lane, in the ledger's order."""
+def segment_rows(batches: list) -> np.ndarray:
+    """Return the segments (n, 5) of batches of one step with their lane, in the ledger's order."""
     rows = np.concatenate(
         [
-            np.column_stack([np.full(len(b.pieces), b.lane), b.pieces[:, [3, 0, 1, 2]]])
+            np.column_stack([np.full(len(b.segments), b.lane), b.segments[:, [3, 0, 1, 2]]])
             for b in batches
         ]
     )
@@ -92,8 +92,8 @@ def test_promise_1_every_sample_once_through_stops_and_changed_worlds(
     store = Store(str(tmp_path / "run"))
     unbroken = open_data(config, store, World(), Collectives()).training
     total = unbroken.plan.total_steps(config.schedule)
-    expected = [pieces(batches) for batches in unbroken.iterate(0, total, range(LANES))]
-    assert sum(map(len, expected)) == 2 * unbroken.index.total("num_pieces")
+    expected = [segment_rows(batches) for batches in unbroken.iterate(0, total, range(LANES))]
+    assert sum(map(len, expected)) == 2 * unbroken.index.total("num_segments")
 
     drawn = random.Random(7)
     stops = sorted(drawn.sample(range(1, total), 10))

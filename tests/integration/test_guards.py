@@ -187,7 +187,7 @@ def test_what_was_evaluated_is_what_is_exported(
     api.export(run, str(tmp_path / "out"))
     api.export(run, str(tmp_path / "last"), average=False)
     store = Store(run)
-    reader = discovery.reader(store, export.find(store, None))
+    reader = discovery.open_reader(store, export.find_manifest(store, None))
     for folder, key in (("out", "ema"), ("last", "param")):
         for name, tensor in load_file(tmp_path / folder / "model.safetensors").items():
             assert np.array_equal(

@@ -94,5 +94,5 @@ def weights(run: Path) -> list[tuple[str, str]]:
     from dist_ft.storage.filesystem import Store
 
     store = Store(str(run))
-    manifest = discovery.load_manifest(store, discovery.committed(store)[0])
+    manifest = discovery.load_manifest(store, discovery.list_committed(store)[0])
     return [(item.path, item.checksum) for item in manifest.files]

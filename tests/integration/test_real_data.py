@@ -18,7 +18,7 @@ import tiny
 
 from dist_ft import api
 from dist_ft.config.load import load_config
-from dist_ft.data.tools.write import as_parquet
+from dist_ft.data.tools.write import encode_parquet
 from dist_ft.runs import ledger_audit
 from dist_ft.storage.filesystem import Store
 
@@ -198,7 +198,7 @@ def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
     Store(f"{url}/once").write(
         "lines/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:60]).encode()
     )
-    Store(f"{url}/once").write("table/a.parquet", as_parquet(rows[60:]))
+    Store(f"{url}/once").write("table/a.parquet", encode_parquet(rows[60:]))
 
     def run(workers: int, stage: int) -> dict[str, Any]:
         return tiny.config(
@@ -228,6 +228,6 @@ def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
     history.require_exactly_once(f"{url}/runs/once", run(0, 0))
     found = ledger_audit.audit(f"{url}/runs/once")
     assert found.is_sound and found.attempts == 3
-    assert [(c.source, c.num_pieces) for c in found.epochs] == [("lines", 60)] * 2 + [
+    assert [(c.source, c.num_segments) for c in found.epochs] == [("lines", 60)] * 2 + [
         ("table", 30)
     ] * 4

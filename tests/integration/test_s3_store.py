@@ -10,7 +10,7 @@ import pytest
 from s3 import BUCKET, server
 from unit.small import checkpoints, make_engine, save, tensors_of, train
 
-from dist_ft.checkpoint.discovery import begin_attempt
+from dist_ft.checkpoint.discovery import start_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import StorageError
 from dist_ft.core.world import Collectives, World
@@ -138,7 +138,7 @@ def test_a_checkpoint_goes_out_and_in(store):
     engine = make_engine()
     train(engine, range(2))
     manager = CheckpointManager(
-        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1)
+        store, checkpoints(), World(), Collectives(), start_attempt(store, 1)
     )
     assert save(manager, engine, 2) == store.full("checkpoints/step-000000002-a0001")
     want = train(engine, range(2, 4))

@@ -115,7 +115,7 @@ def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(
 ) -> None:
     second = json.loads((unbroken / "seq-two" / "model" / "config.json").read_text())
     assert list(second["id2label"].values()) == ["animal", "drink", "food"]
-    began = json.loads((unbroken / "seq-two" / initial_weights.BEGAN).read_text())
+    began = json.loads((unbroken / "seq-two" / initial_weights.INITIAL_CHECKPOINT).read_text())
     step = max(
         int(folder.name.split("-")[1])
         for folder in (unbroken / "seq-one" / "checkpoints").iterdir()
@@ -198,9 +198,9 @@ def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbrok
     begun["optimizer"]["learning_rate"] = 1e-12
     begun["schedule"] = {"name": "constant", "steps": 2}
     local.run(load_config(begun))
-    step = json.loads((unbroken / "after" / initial_weights.BEGAN).read_text())["step"]
+    step = json.loads((unbroken / "after" / initial_weights.INITIAL_CHECKPOINT).read_text())["step"]
     source = load_file(
-        Path(initial_weights.exported(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
+        Path(initial_weights.export_to_cache(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
         / "model.safetensors"
     )
     api.export(str(unbroken / "after"), str(base / "after-out"))

@@ -151,7 +151,7 @@ def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
     from dist_ft.data.tools import preview
 
     with api._opened(load_config(document_of(base, task, "plain"))) as loader:
-        assert preview.statistics(loader).padding_share < 0.15
+        assert preview.compute_statistics(loader).padding_share < 0.15
 
 
 @pytest.mark.slow

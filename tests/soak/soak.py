@@ -162,7 +162,7 @@ def check(run: Path, journal: Journal, **values: Any) -> None:
     if not Store(str(run)).exists(STORED):
         return journal.add(what="kill", checkpoints=0, sound=True, step=0, **values)
     found = list(catalog.verify(str(run)))
-    there = discovery.committed(
+    there = discovery.list_committed(
         Store(str(run))
     )  # under Ray the run goes on, and removes old ones meanwhile
     problems = [f"{name}: {problem}" for name, problem in found if problem and name in there]
@@ -281,11 +281,11 @@ def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
     from dist_ft.storage.filesystem import Store
 
     store = Store(str(run))
-    before, until = discovery.committed(store)[:1], time.monotonic() + COMMIT_S
+    before, until = discovery.list_committed(store)[:1], time.monotonic() + COMMIT_S
     while (
         driver.poll() is None
         and time.monotonic() < until
-        and discovery.committed(store)[:1] == before
+        and discovery.list_committed(store)[:1] == before
     ):
         time.sleep(0.1)
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from dist_ft.checkpoint.manifest import Progress, TensorInfo
-from dist_ft.checkpoint.save_status import Draft
+from dist_ft.checkpoint.save_status import SaveRequest
 from dist_ft.config.schema import CheckpointSection, OptimizerSection, RunConfig
-from dist_ft.data.batch import IGNORED, Batch
-from dist_ft.data.batching.loader import assemble
+from dist_ft.data.batch import IGNORE_INDEX, Batch
+from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.trainable_model import canonical_names
+from dist_ft.model.trainable_model import parameters_by_name
 
 VOCABULARY = 97
 _WIDE = {
@@ -85,14 +85,14 @@ def batch(
     """Return a batch of rows, each of samples of the given lengths, about `learned` of the tokens being targets."""
     rng = np.random.default_rng(seed)
     lengths = [length for row in rows for length in row]
-    pieces = np.array(
+    segments = np.array(
         [[seed * 1000 + i, 0, length, epoch] for i, length in enumerate(lengths)], dtype=np.int64
     )
     tokens = rng.integers(3, VOCABULARY, sum(lengths))
-    return assemble(
+    return assemble_batch(
         tokens,
         (rng.random(len(tokens)) < learned).astype(np.int64),
-        pieces,
+        segments,
         np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
         lane,
     )
@@ -103,7 +103,7 @@ def samples_of(packed: Batch) -> list[Batch]:
     found, place = [], 0
     width = packed.input_ids.shape[1]
     starts = np.flatnonzero((packed.position_ids == 0).reshape(-1))
-    for piece in packed.pieces:
+    for piece in packed.segments:
         start = next(s for s in starts if s >= place)
         row, column = divmod(int(start), width)
         part = np.s_[row : row + 1, column : column + int(piece[2])]
@@ -122,9 +122,9 @@ def samples_of(packed: Batch) -> list[Batch]:
 
 def only_targets(packed: Batch, sample: int) -> Batch:
     """Return `packed` with the targets of one of its samples alone."""
-    targets, place = np.full_like(packed.target_ids, IGNORED).reshape(-1), 0
+    targets, place = np.full_like(packed.target_ids, IGNORE_INDEX).reshape(-1), 0
     starts = np.flatnonzero((packed.position_ids == 0).reshape(-1))
-    for index, piece in enumerate(packed.pieces):
+    for index, piece in enumerate(packed.segments):
         start = int(next(s for s in starts if s >= place))
         place = start + int(piece[2])
         if index == sample:
@@ -133,7 +133,7 @@ def only_targets(packed: Batch, sample: int) -> Batch:
         packed.input_ids,
         targets.reshape(packed.target_ids.shape),
         packed.position_ids,
-        packed.pieces,
+        packed.segments,
         0,
     )
 
@@ -163,7 +163,7 @@ def train(engine: Any, steps: range, lanes: int = 2, rate: float = 1e-2) -> list
 def tensors_of(engine: TorchEngine) -> dict[str, TensorInfo]:
     """Return the shapes of the engine's model, as a manifest lists them."""
     return {
-        name: TensorInfo(shape=tuple(p.shape)) for name, p in canonical_names(engine.module).items()
+        name: TensorInfo(shape=tuple(p.shape)) for name, p in parameters_by_name(engine.module).items()
     }
 
 
@@ -178,9 +178,9 @@ def save(
     return outcome.url
 
 
-def draft(engine: Any, step: int, rows: np.ndarray, **evaluation: float) -> Draft:
+def draft(engine: Any, step: int, rows: np.ndarray, **evaluation: float) -> SaveRequest:
     """Return what a checkpoint of `engine` at `step` says besides its files."""
-    return Draft(
+    return SaveRequest(
         "r",
         type(engine).__name__,
         Progress(step=step, optimizer_step=engine.optimizer_step()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from unit.small import checkpoints, make_engine, train
 
-from dist_ft.checkpoint.discovery import begin_attempt
+from dist_ft.checkpoint.discovery import start_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.world import Collectives, World
 from dist_ft.storage import retry
@@ -29,7 +29,7 @@ def attempt(store):
     """Return a function that begins an attempt and returns its manager."""
 
     def begin(**section):
-        number = begin_attempt(store, 1)
+        number = start_attempt(store, 1)
         made = CheckpointManager(
             store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number
         )

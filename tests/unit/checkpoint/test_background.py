@@ -10,7 +10,7 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
 from dist_ft.checkpoint import discovery, fragments
-from dist_ft.checkpoint.discovery import begin_attempt, committed
+from dist_ft.checkpoint.discovery import start_attempt, list_committed
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.core.world import Collectives, World
@@ -44,7 +44,7 @@ def held(monkeypatch):
 
 
 def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
-    want = {(slot.name, slot.key): slot.read().clone() for slot in engine.slots()}
+    want = {(slot.name, slot.key): slot.read().clone() for slot in engine.state_slices()}
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS, before=2.5))
     assert one.under_way and one.flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
@@ -60,7 +60,7 @@ def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
     assert manifest.evaluation == {"before": 2.5}
     other = make_engine(model=make_model(initializer_range=1.0))
     one.load(manifest, other, tensors_of(other))
-    got = {(slot.name, slot.key): slot.read() for slot in other.slots()}
+    got = {(slot.name, slot.key): slot.read() for slot in other.state_slices()}
     assert got.keys() == want.keys() and all(torch.equal(got[where], want[where]) for where in want)
 
 
@@ -102,7 +102,7 @@ def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, en
         one.begin(engine, draft(engine, 1, ROWS))
         outcome = until_it_ends(one)
         assert str(outcome.problem) == "no room" and outcome.draft.rows is ROWS
-    assert committed(store) == [] and store.list("checkpoints") == []
+    assert list_committed(store) == [] and store.list("checkpoints") == []
     one.begin(engine, draft(engine, 2, ROWS))
     assert until_it_ends(one).problem is None
 
@@ -116,7 +116,7 @@ def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monk
         threading.Event().wait(0.02)
         real(self, path, content)
 
-    monkeypatch.setattr(fragments, "PART_BYTES", 2048)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2048)
     monkeypatch.setattr(Store, "write", write)
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS))
@@ -145,13 +145,13 @@ def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
 ):
     one = attempt()
     one.begin(engine, draft(engine, 1, ROWS))
-    begin_attempt(store, 1)
+    start_attempt(store, 1)
     held.set()
     with pytest.raises(
         CheckpointError, match=r"attempt 1 must not commit, attempt 2 has taken over the run"
     ):
         until_it_ends(one)
-    assert committed(store) == []
+    assert list_committed(store) == []
 
 
 def test_a_bug_in_the_background_is_told(attempt, engine, monkeypatch):
@@ -170,7 +170,7 @@ def test_the_drain_is_throttled(attempt, engine, tmp_path):
     from dist_ft.checkpoint import fragments
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fragments, "PART_BYTES", 2**14)
+        patch.setattr(fragments, "MAX_FILE_BYTES", 2**14)
         manager = CheckpointManager(
             Store(str(tmp_path / "slow")),
             checkpoints(background_mb_s=0.4),
@@ -192,4 +192,4 @@ def test_what_is_under_way_is_left_when_all_ends(store, attempt, engine, held):
     one.begin(engine, draft(engine, 1, ROWS))
     one.close()
     held.set()
-    assert discovery.newest(store, World(), Collectives()) is None
+    assert discovery.find_latest(store, World(), Collectives()) is None

@@ -23,7 +23,7 @@ def store(request, tmp_path):
 
 
 def files(
-    store: Store, entry=manifest.entry_in_blocks, names: tuple[str, ...] = ("f",)
+    store: Store, entry=manifest.file_entry_in_blocks, names: tuple[str, ...] = ("f",)
 ) -> CheckedFiles:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "BLOCK_BYTES", 100)
@@ -51,7 +51,7 @@ def test_a_part_is_widened_to_whole_blocks(store, start, stop, first, last):
 
 
 def test_a_file_without_blocks_is_read_whole(store):
-    whole = files(store, manifest.entry)
+    whole = files(store, manifest.file_entry)
     assert bytes(whole.read("f", 5, 6).content) == CONTENT
     assert whole.window("f", 16) == len(CONTENT) and files(store).window("f", 350) == 300
 

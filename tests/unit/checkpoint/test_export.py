@@ -20,7 +20,7 @@ from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.model.adapters import tuning
-from dist_ft.model.trainable_model import aliases
+from dist_ft.model.trainable_model import tied_weight_aliases
 from dist_ft.storage.filesystem import Store
 
 
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 )
 def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
     engine = small.make_engine(model=small.make_model(family, tie_word_embeddings=tied))
-    assert bool(aliases(engine.module)) == tied
+    assert bool(tied_weight_aliases(engine.module)) == tied
     make_run(str(tmp_path / "r"), engine)
     out = export_run(str(tmp_path / "r"), str(tmp_path / "deep" / "out"))
     assert out == str(tmp_path / "deep" / "out")
@@ -216,7 +216,7 @@ def test_an_adapter_is_merged_in_float32_whatever_the_format(trained, wanted, tm
     section = TuningSection(method="lora", trainable="model.norm.*")
     model = small.make_model().to(getattr(torch, trained))
     model.config.dtype = getattr(torch, trained)
-    tuning.apply(model, section, seed=1)
+    tuning.apply_tuning(model, section, seed=1)
     engine = small.make_engine(model=model)
     store = make_run(str(tmp_path / "r"), engine, (1, 2, 3))
     store.write(

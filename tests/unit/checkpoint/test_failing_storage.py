@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from unit.checkpoint.test_manager import found
 from unit.small import checkpoints, make_engine, save, tensors_of
 
-from dist_ft.checkpoint.discovery import begin_attempt, committed
+from dist_ft.checkpoint.discovery import start_attempt, list_committed
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import StorageError
@@ -95,7 +95,7 @@ def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, e
         "storage lost some; checkpoint not committed",
     ):
         save(one, engine, 1)
-    assert committed(store) == []
+    assert list_committed(store) == []
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_fault_18_a_full_disk(small_disk, engine):
 
 def test_fault_19_a_read_only_disk(small_disk, engine):
     store = Store(str(small_disk / "run"))
-    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(
         StorageError,

@@ -15,10 +15,10 @@ from safetensors.numpy import save
 
 from dist_ft.checkpoint import file_layout, fragments, manifest
 from dist_ft.checkpoint.checked_reads import CheckedFiles
-from dist_ft.checkpoint.fragments import FragmentReader, Wanted, read_index
+from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest, read_index
 from dist_ft.checkpoint.manifest import FileEntry
 from dist_ft.core.errors import CheckpointError
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 from dist_ft.storage.filesystem import Store
 
 
@@ -31,10 +31,10 @@ class Fragment(NamedTuple):
     values: np.ndarray
 
 
-def slot_of(fragment: Fragment) -> Slot:
+def slot_of(fragment: Fragment) -> StateSlice:
     """Return a slot that holds a fragment."""
     values = torch.from_numpy(fragment.values)
-    return Slot(
+    return StateSlice(
         fragment.name,
         fragment.key,
         fragment.offset,
@@ -55,12 +55,12 @@ class CountingStore(Store):
         return super().read_into(path, start, memory)
 
 
-def write(store: Store, *writers: list[Fragment], entry=manifest.entry_in_blocks) -> CheckedFiles:
+def write(store: Store, *writers: list[Fragment], entry=manifest.file_entry_in_blocks) -> CheckedFiles:
     """Write each writer's fragments and return the files."""
     files: list[FileEntry] = []
     for rank, own in enumerate(writers):
         slots = [slot_of(fragment) for fragment in own]
-        for part, layout in enumerate(file_layout.layouts(slots)):
+        for part, layout in enumerate(file_layout.plan_files(slots)):
             content = layout.fill(slots).numpy().tobytes()
             assert len(content) == layout.num_bytes and b"".join(layout.parts(slots)) == content
             store.write(f"{rank}-{part}", content)
@@ -108,20 +108,20 @@ def worlds(draw):
     st.sampled_from([40, 256 * 2**20]),
     st.sampled_from([0, 2**20]),
     st.sampled_from([7, 64, 2**20]),
-    st.sampled_from([manifest.entry, manifest.entry_in_blocks]),
+    st.sampled_from([manifest.file_entry, manifest.file_entry_in_blocks]),
 )
 def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_bytes, entry):
     truth, writers, readers = world
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fragments, "PART_BYTES", part_bytes)
-        patch.setattr(fragments, "GAP_BYTES", gap_bytes)
-        patch.setattr(fragments, "REQUEST_BYTES", 3 * block_bytes)
+        patch.setattr(fragments, "MAX_FILE_BYTES", part_bytes)
+        patch.setattr(fragments, "MAX_GAP_BYTES", gap_bytes)
+        patch.setattr(fragments, "MAX_REQUEST_BYTES", 3 * block_bytes)
         patch.setattr(manifest, "BLOCK_BYTES", block_bytes)
         store = memory()
         files = write(store, *writers, entry=entry)
         got = {where: np.full_like(values, np.nan) for where, values in truth.items()}
         for own in readers:
-            wanted = [Wanted(i, *parts) for i, parts in enumerate(own)]
+            wanted = [FragmentRequest(i, *parts) for i, parts in enumerate(own)]
             answers = [
                 (index, values.copy()) for index, values in FragmentReader(files).read_many(wanted)
             ]
@@ -174,21 +174,21 @@ def test_neighbouring_ranges_are_read_together():
     reader = FragmentReader(files)
     reader.keys()
     assert store.reads == 1
-    wanted = [Wanted(i, f"w{i}", "param", 100, 10) for i in range(50)]
+    wanted = [FragmentRequest(i, f"w{i}", "param", 100, 10) for i in range(50)]
     assert all(np.array_equal(got, values[100:110]) for _, got in reader.read_many(wanted))
     assert store.reads == 2
 
 
 def test_far_ranges_are_read_apart(monkeypatch):
-    monkeypatch.setattr(fragments, "GAP_BYTES", 100)
+    monkeypatch.setattr(fragments, "MAX_GAP_BYTES", 100)
     monkeypatch.setattr(manifest, "BLOCK_BYTES", 200)
     store, values = memory(), np.arange(1000, dtype=np.float32)
     reader = FragmentReader(write(store, [Fragment("w", "param", 0, values)]))
     reader.keys()
     wanted = [
-        Wanted(0, "w", "param", 0, 5),
-        Wanted(1, "w", "param", 900, 5),
-        Wanted(2, "w", "param", 10, 5),
+        FragmentRequest(0, "w", "param", 0, 5),
+        FragmentRequest(1, "w", "param", 900, 5),
+        FragmentRequest(2, "w", "param", 10, 5),
     ]
     assert sorted((index, values[0]) for index, values in reader.read_many(wanted)) == [
         (0, 0),
@@ -200,7 +200,7 @@ def test_far_ranges_are_read_apart(monkeypatch):
 
 def test_files_and_requests_stay_small(monkeypatch):
     """One large parameter is cut, so that neither writer nor reader needs it twice at once."""
-    monkeypatch.setattr(fragments, "PART_BYTES", 400)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 400)
     store, values = memory(), np.arange(1050, dtype=np.float32)
     files = write(store, [Fragment("w", "param", 7, values)])
     assert len(files.paths) == 11 and max(files.num_bytes(path) for path in files.paths) < 400 + 200
@@ -232,11 +232,11 @@ def test_every_number_format_comes_back(dtype):
     assert got.dtype == values.dtype and np.array_equal(got, values)
 
 
-def index_of(store: Store, content: bytes) -> fragments.Index:
+def index_of(store: Store, content: bytes) -> fragments.FragmentIndex:
     """Return what a file with this content, its checksums right, says lies in it."""
     store.write("f", content)
     return read_index(
-        CheckedFiles(store, [manifest.entry_in_blocks("f", memoryview(content))]), ["f"]
+        CheckedFiles(store, [manifest.file_entry_in_blocks("f", memoryview(content))]), ["f"]
     )
 
 
@@ -303,7 +303,7 @@ def test_fault_23_numbers_no_file_can_hold_are_refused():
         match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
         r"are torch.float32, .*torch.bfloat16$",
     ):
-        file_layout.layouts([Slot("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
+        file_layout.plan_files([StateSlice("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
 
 
 def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
@@ -318,10 +318,10 @@ def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
         "e": torch.zeros(0),
     }
     slots = [
-        Slot(name, "buffer", 7, len(values), True, values.clone, values.copy_)
+        StateSlice(name, "buffer", 7, len(values), True, values.clone, values.copy_)
         for name, values in held.items()
     ]
-    (layout,) = file_layout.layouts(slots)
+    (layout,) = file_layout.plan_files(slots)
     got = load(layout.fill(slots).numpy().tobytes())
     assert b"".join(layout.parts(slots)) == layout.fill(slots).numpy().tobytes()
     assert got.keys() == {f"buffer:7:{name}" for name in held}

@@ -12,12 +12,12 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, save, tensors_of, train
 
 from dist_ft.checkpoint import discovery
-from dist_ft.checkpoint.commit import Commits
-from dist_ft.checkpoint.discovery import FROZEN, begin_attempt, committed, load_manifest
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.commit import Committer
+from dist_ft.checkpoint.discovery import FROZEN, start_attempt, list_committed, load_manifest
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
-from dist_ft.checkpoint.retention import forget_shared
+from dist_ft.checkpoint.retention import remove_unused_shared_files
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.core.world import Collectives, World
@@ -57,14 +57,14 @@ def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engin
         train(engine, range(step - 1, step))
         save(one, engine, step)
     assert store.list(FROZEN) == ["step-000000001-a0001"]
-    manifests = [load_manifest(store, name) for name in committed(store)]
+    manifests = [load_manifest(store, name) for name in list_committed(store)]
     shared = [[item for item in manifest.files if item.shared] for manifest in manifests]
     assert shared[0] == shared[1] == shared[2] != [] and manifests[0].frozen == tuple(
         sorted(frozen)
     )
     learned = sum(parameter.numel() for parameter in engine._masters.values())
     assert (
-        own_bytes(store, committed(store)[0]) < 1.3 * 4 * 3 * learned
+        own_bytes(store, list_committed(store)[0]) < 1.3 * 4 * 3 * learned
     )  # weights and two moments; headers
     assert sum(item.num_bytes for item in shared[0]) >= 4 * sum(
         engine._parameters[name].numel() for name in frozen
@@ -78,7 +78,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
     first, one = partial(), attempt()
     train(first, range(3))
     (save_in_background if in_background else save)(one, first, 3)
-    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     second = partial(initializer_range=1.0)
     two.load(two.newest(), second, tensors_of(second))
     for name, parameter in second._parameters.items():
@@ -86,7 +86,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
     assert train(second, range(3, 5)) == want[3:]
     save(two, second, 5)
     assert store.list(FROZEN) == ["step-000000003-a0001"]
-    assert discovery.newest(store, World(), Collectives()).progress.step == 5
+    assert discovery.find_latest(store, World(), Collectives()).progress.step == 5
 
 
 def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> None:
@@ -98,7 +98,7 @@ def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> No
 def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
     first, one = partial(2), attempt()
     save(one, first, 1)
-    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     again = partial(2)
     two.load(two.newest(), again, tensors_of(again))
     thawed = partial(1)
@@ -106,7 +106,7 @@ def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
     save(two, thawed, 2)
     assert store.list(FROZEN) == ["step-000000001-a0001"]
     third = partial(1, initializer_range=1.0)
-    three = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    three = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     three.load(three.newest(), third, tensors_of(third))
     for name, parameter in third._parameters.items():
         assert torch.equal(parameter, thawed._parameters[name]), name
@@ -119,14 +119,14 @@ def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_th
     save(one, partial(1), 1)
     save(one, partial(2), 2)
     assert store.list(FROZEN) == ["step-000000002-a0001"]
-    assert load_manifest(store, committed(store)[0]).frozen == tuple(sorted(partial(2).frozen()))
+    assert load_manifest(store, list_committed(store)[0]).frozen == tuple(sorted(partial(2).frozen()))
 
 
 def test_files_of_a_newer_attempt_stay(store, attempt, engine):
     save(attempt(), engine, 1)
     for name in ("step-000000007-a0009", "step-000000001-a0000"):
         store.write(f"{FROZEN}/{name}/rank-00000-0000.safetensors", b"x")
-    forget_shared(store, 1)
+    remove_unused_shared_files(store, 1)
     assert sorted(store.list(FROZEN)) == ["step-000000001-a0001", "step-000000007-a0009"]
 
 
@@ -152,7 +152,7 @@ def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
     with pytest.raises(StorageError, match="0 bytes are there"):
         save(one, engine, 2)
     save(one, engine, 3)
-    assert discovery.newest(store, World(), Collectives()).progress.step == 3
+    assert discovery.find_latest(store, World(), Collectives()).progress.step == 3
 
 
 def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, en
     one = attempt()
     save(one, engine, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Commits, "_seal", lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
+        patch.setattr(Committer, "_seal", lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
         with pytest.raises(StorageError, match="no answer"):
             save(one, engine, 2)
     save(one, engine, 3)
@@ -191,7 +191,7 @@ def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
         real(self, path)
 
     monkeypatch.setattr(
-        Commits,
+        Committer,
         "_require_current",
         lambda self, folder: (
             (_ for _ in ()).throw(StorageError("no answer"))
@@ -225,13 +225,13 @@ def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
     store, tmp_path, engine, kind, monkeypatch
 ):
     """Else the run would go back to an older one, and remove the newer."""
-    nodes = NodeTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
+    nodes = LocalTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
     one = CheckpointManager(
-        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+        store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
     assert one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True)).problem is None
     two = CheckpointManager(
-        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+        store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
     manifest = two.newest()
     method = {"list": "sizes", "read": "read_into"}[kind]
@@ -250,14 +250,14 @@ def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
 
 
 def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
-    attempt = begin_attempt(store, 1)
-    nodes = NodeTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
+    attempt = start_attempt(store, 1)
+    nodes = LocalTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), attempt, nodes)
     train(engine, range(1))
     outcome = one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True))
     assert outcome.problem is None and store.list(FROZEN) == ["step-000000001-a0001"]
     two = CheckpointManager(
-        store, checkpoints(), World(), Collectives(), begin_attempt(store, 1), nodes
+        store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
     second = partial(initializer_range=1.0)
     found = two.load(two.newest(), second, tensors_of(second))
@@ -268,5 +268,5 @@ def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
 
 def test_a_run_in_which_all_learns_is_read_by_older_versions(store, attempt, engine):
     save(attempt(), make_engine(), 1)
-    assert load_manifest(store, committed(store)[0]).format_version == 1 and not store.list(FROZEN)
+    assert load_manifest(store, list_committed(store)[0]).format_version == 1 and not store.list(FROZEN)
     assert issubclass(NewerFormatError, CheckpointError)

@@ -16,7 +16,7 @@ from dist_ft.checkpoint.ledger import (
     unpack_rows,
     write_segment,
 )
-from dist_ft.checkpoint.manifest import LedgerEntry, Progress, entry
+from dist_ft.checkpoint.manifest import LedgerEntry, Progress, file_entry
 from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import empty_batch
 from dist_ft.storage.filesystem import Store
@@ -121,7 +121,7 @@ def test_fault_23_a_hostile_segment_is_refused(store, content, said):
     store.write("ledger/x", content)
     with pytest.raises(CheckpointError, match=said):
         read_ledger(
-            store, manifest_of(LedgerEntry(start=0, stop=1, file=entry("ledger/x", content)))
+            store, manifest_of(LedgerEntry(start=0, stop=1, file=file_entry("ledger/x", content)))
         )
 
 

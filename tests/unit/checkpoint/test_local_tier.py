@@ -11,10 +11,10 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of
 
 from dist_ft.checkpoint import discovery
-from dist_ft.checkpoint.discovery import NODES as FOLDER
-from dist_ft.checkpoint.discovery import begin_attempt
+from dist_ft.checkpoint.discovery import LOCAL_FOLDER as FOLDER
+from dist_ft.checkpoint.discovery import start_attempt
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
@@ -34,13 +34,13 @@ def begin(store, tmp_path):
     """Return a function that begins an attempt; it returns the manager and the checkpoint it goes on from."""
 
     def run(layout="plain, 1 workers", **section):
-        nodes = NodeTier(store, Store(str(tmp_path / "node")), layout, World(), Collectives())
+        nodes = LocalTier(store, Store(str(tmp_path / "node")), layout, World(), Collectives())
         made = CheckpointManager(
             store,
             checkpoints(**{"keep_last": 9, **section}),
             World(),
             Collectives(),
-            begin_attempt(store, 1),
+            start_attempt(store, 1),
             nodes,
         )
         return made, made.newest()
@@ -65,12 +65,12 @@ def test_the_newest_of_both_is_taken(store, tmp_path, begin, engine, background)
     save(draft(engine, 1, rows(0)))
     outcome = save(on_nodes(engine, 2, 1))
     assert outcome.problem is None and outcome.url == str(tmp_path / "node/step-000000002-a0001")
-    want = {(slot.name, slot.key): slot.read().clone() for slot in engine.slots()}
+    want = {(slot.name, slot.key): slot.read().clone() for slot in engine.state_slices()}
     two, newest = begin()
     assert newest.progress.step == 2 and newest.layout == "plain, 1 workers"
     other = make_engine(model=make_model(initializer_range=1.0))
     two.load(newest, other, tensors_of(other))
-    assert all(torch.equal(slot.read(), want[slot.name, slot.key]) for slot in other.slots())
+    assert all(torch.equal(slot.read(), want[slot.name, slot.key]) for slot in other.state_slices())
     assert read_ledger(store, newest)[:, 0].tolist() == [0, 1]
     assert two.save(engine, draft(engine, 3, rows(2))).problem is None
     _, newest = begin()
@@ -187,7 +187,7 @@ def test_fault_11_an_older_attempt_can_not_commit_on_nodes_either(store, begin, 
 def test_commands_for_people_see_what_is_in_storage_only(store, begin, engine):
     one, _ = begin()
     one.save(engine, on_nodes(engine, 2, 0, 1))
-    assert discovery.committed(store) == []
+    assert discovery.list_committed(store) == []
 
 
 def test_damage_found_while_loading_without_any_in_storage(store, tmp_path, begin, engine):

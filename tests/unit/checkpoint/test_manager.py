@@ -15,16 +15,16 @@ from unit.small import checkpoints, make_engine, make_model, save, tensors_of, t
 from dist_ft.checkpoint import discovery, fragments
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.discovery import (
-    begin_attempt,
-    committed,
+    start_attempt,
+    list_committed,
     load_manifest,
-    newest_attempt,
+    latest_attempt,
     num_failures,
 )
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
-from dist_ft.checkpoint.retention import kept
+from dist_ft.checkpoint.retention import select_retained
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.storage.filesystem import Store
@@ -33,7 +33,7 @@ FILES = ["manifest.json", "rank-00000-0000.safetensors", "rank-00000-0001.safete
 
 
 def found(store: Store) -> int | None:
-    manifest = discovery.newest(store, World(), Collectives())
+    manifest = discovery.find_latest(store, World(), Collectives())
     return manifest.progress.step if manifest else None
 
 
@@ -47,10 +47,10 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
     want = train(straight, range(5))
     first = make_engine()
     train(first, range(3))
-    one = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    one = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     assert save(one, first, 3, before=2.5) == store.full("checkpoints/step-000000003-a0001")
 
-    two = CheckpointManager(store, checkpoints(), World(), Collectives(), begin_attempt(store, 1))
+    two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     manifest = two.newest()
     assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (
         3,
@@ -117,7 +117,7 @@ def test_another_optimizers_state_is_missing(attempt, engine):
 def test_damage_to_any_file_falls_back_and_says_why(
     store, attempt, engine, monkeypatch, caplog, name, damage
 ):
-    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     one = attempt()
     save(one, engine, 1)
     where = save(one, engine, 2)
@@ -148,7 +148,7 @@ def test_damage_to_any_file_falls_back_and_says_why(
 
 @pytest.mark.parametrize(
     "entry",
-    [lambda path, *parts: manifests.entry(path, b"".join(parts)), manifests.entry_in_blocks],
+    [lambda path, *parts: manifests.file_entry(path, b"".join(parts)), manifests.file_entry_in_blocks],
 )
 @pytest.mark.parametrize("place", [0, 9, 5000, -1])
 @pytest.mark.parametrize("name", FILES[1:])
@@ -156,13 +156,13 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(
     store, attempt, monkeypatch, caplog, name, place, entry
 ):
     """Lengths are right, so `newest` takes it; `load` goes back to the one before, whole, and the history with it."""
-    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
-    monkeypatch.setattr(manifests, "entry_in_blocks", entry)
+    monkeypatch.setattr(manifests, "file_entry_in_blocks", entry)
     engine, one = make_engine(), attempt()
     train(engine, range(1))
     save(one, engine, 1)
-    want = [slot.read().clone() for slot in engine.slots()]
+    want = [slot.read().clone() for slot in engine.state_slices()]
     train(engine, range(1, 2))
     path = os.path.join(save(one, engine, 2), name)
     with open(path, "rb+") as file:
@@ -186,7 +186,7 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(
     ]
     assert all(
         np.array_equal(slot.read(), values)
-        for slot, values in zip(other.slots(), want, strict=True)
+        for slot, values in zip(other.state_slices(), want, strict=True)
     )
 
 
@@ -205,7 +205,7 @@ def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine)
 
 def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
     """But for the first block of each file, which holds the header."""
-    monkeypatch.setattr(fragments, "PART_BYTES", 2**17)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
     one, read = attempt(), []
     save(one, engine, 1)
@@ -236,7 +236,7 @@ def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, a
         "restore one from a copy, or move the folder away to begin again",
     ):
         found(store)
-    assert len(committed(store)) == 2
+    assert len(list_committed(store)) == 2
 
 
 def test_a_file_spoilt_on_the_way_is_read_again(store, attempt, engine, monkeypatch):
@@ -269,10 +269,10 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     save(one, engine, 2)
-    newest = load_manifest(store, committed(store)[0])
+    newest = load_manifest(store, list_committed(store)[0])
     store.write(
-        f"checkpoints/{committed(store)[0]}/{manifests.NAME}",
-        manifests.seal(newest.model_copy(update={"format_version": 3})),
+        f"checkpoints/{list_committed(store)[0]}/{manifests.NAME}",
+        manifests.serialize_manifest(newest.model_copy(update={"format_version": 3})),
     )
     with pytest.raises(
         NewerFormatError,
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
 def test_kept(keep_last, keep_every, want):
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     section = checkpoints(keep_last=keep_last, keep_every_steps=keep_every)
-    assert [manifests.parse_folder(name)[0] for name in kept(names, section, {})] == want
+    assert [manifests.parse_folder(name)[0] for name in select_retained(names, section, {})] == want
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_the_best_are_kept(keep_best, want):
     """Of equal ones the newest; one without a loss is no candidate."""
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     losses = dict(zip(names[1:], [3.0, 2.0, 2.5, 1.0, 1.5, 2.0], strict=True))
-    found = kept(names, checkpoints(keep_last=1, keep_best=keep_best), losses)
+    found = select_retained(names, checkpoints(keep_last=1, keep_best=keep_best), losses)
     assert [manifests.parse_folder(name)[0] for name in found] == want
 
 
@@ -315,17 +315,17 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_stays(store, attempt, engine
     one = attempt(keep_last=1, keep_best=1)
     for step, loss in enumerate([5.0, 3.0, 4.0, 3.5], 1):
         save(one, engine, step, loss=loss)
-    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [4, 2]
+    assert [manifests.parse_folder(name)[0] for name in list_committed(store)] == [4, 2]
     save(one, engine, 5, loss=2.0)
     save(one, engine, 6, loss=float("nan"))
-    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [6, 5]
+    assert [manifests.parse_folder(name)[0] for name in list_committed(store)] == [6, 5]
 
 
 def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):
     one = attempt(keep_last=2, keep_every_steps=3)
     for step in range(1, 8):
         save(one, engine, step)
-    assert [manifests.parse_folder(name)[0] for name in committed(store)] == [7, 6, 3]
+    assert [manifests.parse_folder(name)[0] for name in list_committed(store)] == [7, 6, 3]
     assert read_ledger(store, one.newest())[:, 0].tolist() == list(range(7))
 
 
@@ -350,7 +350,7 @@ def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(
 
     def write(self, path, content, real=Store.write):
         if path == "manifest.json":
-            begin_attempt(store, 1)
+            start_attempt(store, 1)
         real(self, path, content)
 
     monkeypatch.setattr(Store, "write", write)
@@ -358,7 +358,7 @@ def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(
         CheckpointError, match="attempt 1 must not commit, attempt 2 has taken over"
     ):
         save(one, engine, 1)
-    assert committed(store) == []
+    assert list_committed(store) == []
 
 
 def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine, monkeypatch):
@@ -368,9 +368,9 @@ def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine
     two = attempt()
     save(two, engine, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(discovery, "newest_attempt", lambda _: 1)
+        patch.setattr(discovery, "latest_attempt", lambda _: 1)
         save(one, engine, 5)
-    assert committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
+    assert list_committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
     assert attempt().reached == 3
 
 
@@ -396,7 +396,7 @@ def test_what_was_passed_over_takes_no_place(store, attempt, engine):
     two = attempt(keep_last=2)
     assert two.reached == 2
     save(two, engine, 3)
-    assert committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
+    assert list_committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
 
 
 def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, caplog, quick):
@@ -419,11 +419,11 @@ def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, 
 
 
 def test_attempts_are_numbered(store):
-    assert newest_attempt(store) == 0
-    assert [begin_attempt(store, 2) for _ in range(3)] == [1, 2, 3]
+    assert latest_attempt(store) == 0
+    assert [start_attempt(store, 2) for _ in range(3)] == [1, 2, 3]
     store.write("attempts/notes.json", b"")
     store.write("attempts/000009.txt", b"")
-    assert newest_attempt(store) == 3
+    assert latest_attempt(store) == 3
     assert store.list("attempts")[0] == "000001.json"
 
 
@@ -434,7 +434,7 @@ def test_failures_are_counted_and_what_was_planned_is_none(store):
         "planned: more workers came",
         "worker 0 on node a: hang",
     ):
-        number = begin_attempt(store, 2, after)
+        number = start_attempt(store, 2, after)
     assert [num_failures(store, attempt) for attempt in range(number + 1)] == [0, 0, 1, 1, 2]
     store.write("attempts/000004.json", b"{")
     assert num_failures(store, 4) == 0
@@ -443,7 +443,7 @@ def test_failures_are_counted_and_what_was_planned_is_none(store):
 def test_fault_11_a_worker_of_an_older_attempt_does_not_commit(store, attempt, engine):
     zombie = attempt()
     save(zombie, engine, 1)
-    begin_attempt(store, 1)
+    start_attempt(store, 1)
     with pytest.raises(CheckpointError) as caught:
         save(zombie, engine, 2)
     assert str(caught.value) == (

@@ -24,7 +24,7 @@ from dist_ft.core.errors import CheckpointError
 
 
 def make(**changes) -> Manifest:
-    file = manifests.entry("rank-00000-0000.safetensors", b"content")
+    file = manifests.file_entry("rank-00000-0000.safetensors", b"content")
     return Manifest(
         **{
             "format_version": FORMAT_VERSION,
@@ -48,30 +48,30 @@ def altered(manifest: Manifest, change) -> bytes:
     values = json.loads(manifest.model_dump_json())
     change(values)
     body = json.dumps(values, indent=1).encode()
-    return body[:-2] + b',\n "checksum": "' + manifests.checksum(body).encode() + b'"\n}'
+    return body[:-2] + b',\n "checksum": "' + manifests.compute_checksum(body).encode() + b'"\n}'
 
 
 def test_round_trip():
     manifest = make()
-    content = manifests.seal(manifest)
-    assert manifests.parse(content, "m") == manifest
+    content = manifests.serialize_manifest(manifest)
+    assert manifests.parse_manifest(content, "m") == manifest
     assert json.loads(content)["checksum"].startswith("xxh3_128:")
 
 
 def test_each_block_has_a_checksum():
     content = memoryview(np.arange(1_050_000, dtype=np.uint32).tobytes())
-    entry = manifests.entry_in_blocks("f", content)
+    entry = manifests.file_entry_in_blocks("f", content)
     assert entry.block_bytes == 2**21 and len(entry.blocks) == 3 * 16
     for start, stop in ((0, 2**21), (2**21, 2**22), (2**21, len(content)), (0, len(content))):
-        assert manifests.matches(entry, start, content[start:stop])
-        assert not manifests.matches(entry, start, content[1:][start:stop])
-    assert not manifests.matches(entry, 2**21, content[: 2**21]), "as good, but of another place"
-    whole = manifests.entry("f", content)
+        assert manifests.matches_checksum(entry, start, content[start:stop])
+        assert not manifests.matches_checksum(entry, start, content[1:][start:stop])
+    assert not manifests.matches_checksum(entry, 2**21, content[: 2**21]), "as good, but of another place"
+    whole = manifests.file_entry("f", content)
     assert entry.checksum == whole.checksum
     cuts = [0, 0, 5, 2**20, 2**21, 2**21 + 1, 4_000_000, len(content)]
-    assert manifests.entry_in_blocks("f", *(content[a:b] for a, b in pairwise(cuts))) == entry
-    assert manifests.entry_in_blocks("f", memoryview(b"")).blocks == ""
-    assert manifests.matches(whole, 0, content) and not manifests.matches(whole, 0, content[1:])
+    assert manifests.file_entry_in_blocks("f", *(content[a:b] for a, b in pairwise(cuts))) == entry
+    assert manifests.file_entry_in_blocks("f", memoryview(b"")).blocks == ""
+    assert manifests.matches_checksum(whole, 0, content) and not manifests.matches_checksum(whole, 0, content[1:])
 
 
 @pytest.mark.parametrize(
@@ -83,26 +83,26 @@ def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
         CheckpointError,
         match=r"not a sound manifest \(files.0: .*block checksums do not fit its length",
     ):
-        manifests.parse(content, "m")
+        manifests.parse_manifest(content, "m")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_comes_back(loss):
-    got = manifests.parse(manifests.seal(make(evaluation={"before": loss})), "m").evaluation[
+    got = manifests.parse_manifest(manifests.serialize_manifest(make(evaluation={"before": loss})), "m").evaluation[
         "before"
     ]
     assert got == loss or (math.isnan(got) and math.isnan(loss))
 
 
 def test_any_truncation_and_any_flipped_bit_is_noticed():
-    content = manifests.seal(make())
+    content = manifests.serialize_manifest(make())
     damaged = [content[:length] for length in range(len(content))]
     damaged += [
         content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content))
     ]
     for torn in damaged:
         with pytest.raises(CheckpointError) as caught:
-            manifests.parse(torn, "s3://b/manifest.json")
+            manifests.parse_manifest(torn, "s3://b/manifest.json")
         assert str(caught.value) == (
             "s3://b/manifest.json: torn or altered since it was written (its checksum "
             "differs); it will not be loaded"
@@ -115,7 +115,7 @@ def test_any_truncation_and_any_flipped_bit_is_noticed():
 def test_fault_23_paths_that_lead_out_are_refused(path):
     content = altered(make(), lambda values: values["files"][0].update(path=path))
     with pytest.raises(CheckpointError) as caught:
-        manifests.parse(content, "m")
+        manifests.parse_manifest(content, "m")
     assert str(caught.value) == (
         f"m: not a sound manifest (files.0.path: Value error, the path {path!r} leads out of the "
         "checkpoint); it will not be loaded"
@@ -150,21 +150,21 @@ def test_fault_23_what_is_not_sound_is_refused(change, said):
     with pytest.raises(
         CheckpointError, match=rf"m: not a sound manifest \({said}.*\); it will not be loaded"
     ):
-        manifests.parse(altered(make(), change), "m")
+        manifests.parse_manifest(altered(make(), change), "m")
 
 
 def test_a_newer_version_is_an_error_of_its_own():
     with pytest.raises(NewerFormatError) as caught:
-        manifests.parse(manifests.seal(make(format_version=99)), "m")
+        manifests.parse_manifest(manifests.serialize_manifest(make(format_version=99)), "m")
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
         f"m: format_version=99 is newer than this dist_ft knows ({FORMAT_VERSION}); update dist_ft"
     )
 
 
 def test_checksum_and_entry():
-    assert manifests.checksum(b"x") != manifests.checksum(b"y")
-    assert manifests.entry("a/b", b"xyz") == FileEntry(
-        path="a/b", num_bytes=3, checksum=manifests.checksum(b"xyz")
+    assert manifests.compute_checksum(b"x") != manifests.compute_checksum(b"y")
+    assert manifests.file_entry("a/b", b"xyz") == FileEntry(
+        path="a/b", num_bytes=3, checksum=manifests.compute_checksum(b"xyz")
     )
 
 

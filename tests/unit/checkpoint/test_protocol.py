@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dist_ft.checkpoint import discovery
-from dist_ft.checkpoint.discovery import NODES
+from dist_ft.checkpoint.discovery import LOCAL_FOLDER
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.checkpoint.local_tier import NodeTier
+from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
-from dist_ft.checkpoint.save_status import Draft
+from dist_ft.checkpoint.save_status import SaveRequest
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 from dist_ft.storage.filesystem import Store
 
 NUMEL, KEEP, LANES = 23, 2, 3
@@ -135,8 +135,8 @@ class Sharded:
     def frozen(self) -> frozenset[str]:
         return frozenset({"f"})
 
-    def slots(self) -> Iterator[Slot]:
-        yield Slot(
+    def state_slices(self) -> Iterator[StateSlice]:
+        yield StateSlice(
             "w",
             "param",
             self._part.start,
@@ -145,7 +145,7 @@ class Sharded:
             lambda: self.values["w"],
             self._put("w"),
         )
-        yield Slot(
+        yield StateSlice(
             "f",
             "frozen",
             self._part.start,
@@ -154,7 +154,7 @@ class Sharded:
             lambda: self.values["f"],
             self._put("f"),
         )
-        yield Slot("b", "buffer", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
+        yield StateSlice("b", "buffer", 0, 3, self._owner, lambda: self.values["b"], self._put("b"))
 
     def _put(self, name: str) -> Callable[[torch.Tensor], None]:
         return lambda values: self.values.__setitem__(name, values.clone())
@@ -174,13 +174,13 @@ class Attempt:
 
     def __init__(self, base: Path, size: int) -> None:
         self.store, self.size = Store(str(base / "run")), size
-        self.number = discovery.begin_attempt(self.store, size)
+        self.number = discovery.start_attempt(self.store, size)
         self.ranks = Ranks(size)
         self.saved_from = self.step = 0
         self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
 
         def begin(world: World, comms: Collectives) -> Any:
-            nodes = NodeTier(
+            nodes = LocalTier(
                 self.store, Store(str(base / f"node-{world.rank}")), f"{size} workers", world, comms
             )
             manager = CheckpointManager(
@@ -205,7 +205,7 @@ class Attempt:
         def act(world: World, comms: Collectives) -> Any:
             engine, manager = Sharded(world), self.managers[world.rank]
             engine.become(self.step)
-            draft = Draft(
+            draft = SaveRequest(
                 "r",
                 "Sharded",
                 Progress(step=self.step, optimizer_step=self.step),
@@ -327,7 +327,7 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sound()) > 1)
     @rule(number=st.integers(0, 9), where=st.floats(0, 0.999), cut=st.booleans())
     def the_newest_is_damaged(self, number: int, where: float, cut: bool) -> None:
-        name = next(name for name in discovery.committed(self.store) if name not in self.damaged)
+        name = next(name for name in discovery.list_committed(self.store) if name not in self.damaged)
         files = sorted((self.base / "run" / discovery.FOLDER / name).iterdir())
         victim = files[number % len(files)]
         content = bytearray(victim.read_bytes())
@@ -344,7 +344,7 @@ class Protocol(RuleBasedStateMachine):
         """Return the steps of the checkpoints in storage that nobody damaged, newest first."""
         return [
             (parse_folder(name) or (0, 0))[0]
-            for name in discovery.committed(self.store)
+            for name in discovery.list_committed(self.store)
             if name not in self.damaged
         ]
 
@@ -355,7 +355,7 @@ class Protocol(RuleBasedStateMachine):
     def what_was_said_to_be_committed_is_there(self) -> None:
         if hasattr(self, "base"):
             assert self.acknowledged == 0 or (self.sound() or [0])[0] >= self.acknowledged
-            assert len(self.store.list(NODES)) <= 2
+            assert len(self.store.list(LOCAL_FOLDER)) <= 2
 
     def teardown(self) -> None:
         if hasattr(self, "base"):

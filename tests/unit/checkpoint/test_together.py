@@ -13,7 +13,7 @@ import pytest
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
 from dist_ft.checkpoint import fragments
-from dist_ft.checkpoint.discovery import begin_attempt
+from dist_ft.checkpoint.discovery import start_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import StorageError
 from dist_ft.core.world import Collectives, World
@@ -59,10 +59,10 @@ class Rank:
         self.frozen = self.engine.frozen
         self.optimizer_step, self.finish_load = self.engine.optimizer_step, self.engine.finish_load
 
-    def slots(self):
+    def state_slices(self):
         return (
             replace(slot, owned=index % SIZE == self.rank)
-            for index, slot in enumerate(self.engine.slots())
+            for index, slot in enumerate(self.engine.state_slices())
         )
 
     def save(self, step: int) -> None:
@@ -80,13 +80,13 @@ class Rank:
 @pytest.fixture
 def together(store, monkeypatch):
     """Return a function that runs an action on all ranks of a new attempt and returns the ranks and what it gave."""
-    monkeypatch.setattr(fragments, "PART_BYTES", 2**16)
+    monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**16)
 
     def run(action):
         meeting, values, attempt = (
             threading.Barrier(SIZE),
             [None] * SIZE,
-            begin_attempt(store, SIZE),
+            start_attempt(store, SIZE),
         )
         ranks = [Rank(rank, store, Threads(rank, values, meeting), attempt) for rank in range(SIZE)]
         with ThreadPoolExecutor(SIZE) as threads:
@@ -104,7 +104,7 @@ def saved(together) -> list[np.ndarray]:
     def save(rank: Rank) -> None:
         rank.save(1)
         if rank.rank == 0:
-            states.extend(slot.read().numpy().copy() for slot in rank.slots())
+            states.extend(slot.read().numpy().copy() for slot in rank.state_slices())
         rank.save(2)
 
     together(save)
@@ -126,7 +126,7 @@ def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, cap
     for rank in ranks:
         assert all(
             np.array_equal(slot.read(), values)
-            for slot, values in zip(rank.slots(), want, strict=True)
+            for slot, values in zip(rank.state_slices(), want, strict=True)
         )
     said = [
         record.getMessage() for record in caplog.records if "passed over" in record.getMessage()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from unit.small import run_config
 
-from dist_ft.engine.deepspeed_config import BUCKET_ELEMENTS, build, merge
+from dist_ft.engine.deepspeed_config import BUCKET_ELEMENTS, build_deepspeed_config, merge
 
 
 def built(**sections):
-    return build(
+    return build_deepspeed_config(
         run_config("runs", cluster={"workers": 2, **sections.pop("cluster", {})}, **sections)
     )
 

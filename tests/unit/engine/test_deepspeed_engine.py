@@ -30,7 +30,7 @@ from unit.small import make_model, run_config, train
 from dist_ft.config.schema import ModelSection
 from dist_ft.engine import deepspeed_engine as sharded, deepspeed_config as ds_config
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.loading.load import load_model
+from dist_ft.model.loading.load import load_causal_lm
 from dist_ft.core.world import World
 
 dist.init_process_group("gloo")
@@ -46,7 +46,7 @@ def build(stage, dtype, name, dropout, **changes):
     if not os.path.exists(folder):
         make_model("gpt2", **changes).save_pretrained(folder)
     with sharded.loading(settings):
-        module = CausalLM(load_model(ModelSection(path=folder, dtype=dtype, dropout=dropout)))
+        module = CausalLM(load_causal_lm(ModelSection(path=folder, dtype=dtype, dropout=dropout)))
     return sharded.DeepSpeedEngine(module, config.optimizer, settings, World())
 
 found = {}

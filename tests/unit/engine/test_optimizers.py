@@ -28,8 +28,8 @@ def parameters() -> dict[str, nn.Parameter]:
 
 
 def test_depths_count_from_the_output():
-    assert list(optimizers.depths(NAMES).values()) == [3, 2, 1, 1, 0, 0]
-    assert optimizers.depths(
+    assert list(optimizers.layer_depths(NAMES).values()) == [3, 2, 1, 1, 0, 0]
+    assert optimizers.layer_depths(
         ["transformer.wte.weight", "transformer.h.0.w", "transformer.h.11.w", "transformer.ln_f.w"]
     ) == {
         "transformer.wte.weight": 13,
@@ -37,7 +37,7 @@ def test_depths_count_from_the_output():
         "transformer.h.11.w": 1,
         "transformer.ln_f.w": 0,
     }
-    both = optimizers.depths(
+    both = optimizers.layer_depths(
         [
             "model.encoder.layers.0.w",
             "model.encoder.layers.5.w",
@@ -75,14 +75,14 @@ def test_weights_named_do_not_decay_either():
 def test_each_depth_has_its_rate():
     section = OptimizerSection(name="sgd", learning_rate=1.0)
     held = parameters()
-    optimizer = optimizers.build(optimizers.param_groups(held, 0.0, by_depth=True), section)
+    optimizer = optimizers.build_optimizer(optimizers.param_groups(held, 0.0, by_depth=True), section)
     tuning = TuningSection(layer_decay=0.5, unfreeze_steps=10)
     for step, rates in (
         (0, [0, 0, 0, 0, 1, 1]),
         (10, [0, 0, 0.5, 0.5, 1, 1]),
         (30, [0.125, 0.25, 0.5, 0.5, 1, 1]),
     ):
-        optimizers.set_learning_rate(optimizer, 1.0, schedule.of_depth(tuning, step))
+        optimizers.set_learning_rate(optimizer, 1.0, schedule.depth_scale(tuning, step))
         before = [parameter.detach().clone() for parameter in held.values()]
         for parameter in held.values():
             parameter.grad = torch.ones_like(parameter)
@@ -91,4 +91,4 @@ def test_each_depth_has_its_rate():
             (old - new).flatten()[0].item() for old, new in zip(before, held.values(), strict=True)
         ]
         assert moved == rates, step
-    assert schedule.of_depth(TuningSection(), 5) is None and not schedule.by_depth(TuningSection())
+    assert schedule.depth_scale(TuningSection(), 5) is None and not schedule.uses_depth_scale(TuningSection())

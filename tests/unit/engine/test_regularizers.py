@@ -9,7 +9,7 @@ from unit.small import batch, make_module, train
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.config.sections.tuning import TuningSection
 from dist_ft.engine import regularizers
-from dist_ft.engine.regularizers import Guards
+from dist_ft.engine.regularizers import Regularizers
 from dist_ft.engine.torch_engine import TorchEngine
 
 L2 = {"anchor": {"method": "l2", "strength": 40.0}}
@@ -25,9 +25,9 @@ def make(section, name="sgd", new=frozenset(), **fields):
         make_module(),
         OptimizerSection(name=name, **fields),
         torch.device("cpu"),
-        guards=Guards.of(TuningSection(**section)),
+        guards=Regularizers.from_config(TuningSection(**section)),
     )
-    regularizers.begin(engine.slots, new)
+    regularizers.initialize_state(engine.state_slices, new)
     return engine
 
 
@@ -36,7 +36,7 @@ def weights(engine):
 
 
 def state(engine, key):
-    return {slot.name: slot.read().clone() for slot in engine.slots() if slot.key == key}
+    return {slot.name: slot.read().clone() for slot in engine.state_slices() if slot.key == key}
 
 
 def step(engine, rate=RATE):
@@ -84,13 +84,13 @@ def test_fisher_information_is_the_mean_of_squared_gradients_a_target():
     want = {}
     for lane in lanes:
         module.zero_grad()
-        module(**module.inputs(lane, "cpu")).backward()
+        module(**module.prepare_inputs(lane, "cpu")).backward()
         for name, p in module.model.named_parameters():
             want[name] = want.get(name, 0) + p.grad.square().flatten() / sum(
                 one.num_target_tokens for one in lanes
             )
-        engine.add_squares(lane)
-    engine.scale_squares(1 / sum(lane.num_target_tokens for lane in lanes))
+        engine.accumulate_fisher(lane)
+    engine.scale_fisher(1 / sum(lane.num_target_tokens for lane in lanes))
     found = state(engine, "fisher")
     assert found.keys() == want.keys()
     assert all(torch.allclose(found[name], want[name], rtol=1e-5, atol=1e-9) for name in want)
@@ -100,7 +100,7 @@ def test_fisher_information_is_the_mean_of_squared_gradients_a_target():
 def test_ewc_pulls_each_weight_as_its_fisher_information_says():
     engine, free = make(EWC), make({})
     first = weights(engine)
-    engine.add_squares(LANE)
+    engine.accumulate_fisher(LANE)
     fisher = state(engine, "fisher")
     step(engine)
     step(free)
@@ -128,9 +128,9 @@ def test_the_average_is_exponential_and_changes_places_exactly(name):
         torch.allclose(average[key], value.flatten(), rtol=1e-5, atol=1e-6)
         for key, value in want.items()
     )
-    engine.exchange_average()
+    engine.swap_average()
     assert all(torch.equal(value.flatten(), average[key]) for key, value in weights(engine).items())
-    engine.exchange_average()
+    engine.swap_average()
     assert all(torch.equal(value, learned[key]) for key, value in weights(engine).items())
 
 
@@ -146,11 +146,11 @@ def test_a_step_that_is_passed_over_does_none_of_this():
 
 def test_where_a_run_goes_on_it_is_pulled_to_where_it_began():
     one = make({**EWC, **EMA}, "adamw")
-    one.add_squares(LANE)
+    one.accumulate_fisher(LANE)
     train(one, range(2))
-    saved = {(slot.name, slot.key): slot.read().clone() for slot in one.slots()}
+    saved = {(slot.name, slot.key): slot.read().clone() for slot in one.state_slices()}
     other = make({**EWC, **EMA}, "adamw")
-    for slot in other.slots():
+    for slot in other.state_slices():
         slot.write(saved[slot.name, slot.key])
     other.finish_load(2)
     assert train(other, range(2, 5)) == train(one, range(2, 5))

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 
 from dist_ft.config.schema import ScheduleSection
-from dist_ft.engine.schedule import factor, warmup_steps
+from dist_ft.engine.schedule import learning_rate_factor, warmup_steps
 
 
 def factors(total: int, **fields) -> list[float]:
-    return [factor(ScheduleSection(**fields), step, total) for step in range(total)]
+    return [learning_rate_factor(ScheduleSection(**fields), step, total) for step in range(total)]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_values(fields, want):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_after_the_end_it_stays_at_the_least(name):
     section = ScheduleSection(name=name, min_ratio=0.1)
-    assert [factor(section, step, 10) for step in (10, 11, 99)] == pytest.approx([0.1] * 3)
+    assert [learning_rate_factor(section, step, 10) for step in (10, 11, 99)] == pytest.approx([0.1] * 3)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])

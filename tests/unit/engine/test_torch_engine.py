@@ -12,9 +12,9 @@ from unit.small import FAMILIES, batch, make_engine, make_model, make_module, tr
 
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch, empty_batch
-from dist_ft.engine.base import even_out
+from dist_ft.engine.base import pad_to_equal_lanes
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.causal_lm import CausalLM, to_inputs
+from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
 
 OPTIMIZERS = [
     {"name": "adamw", "weight_decay": 0.1},
@@ -82,7 +82,7 @@ def test_a_step_is_that_of_a_hand_written_loop(fields, limit):
         outcome = engine.train_step(LANES, [0, 1, 2], targets(LANES), rate)
         total = torch.zeros(())
         for lane in LANES:
-            total = total + module(**to_inputs(lane, "cpu"))
+            total = total + module(**batch_to_inputs(lane, "cpu"))
         optimizer.zero_grad()
         (total / targets(LANES)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
@@ -106,12 +106,12 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
 
 
 def test_empty_batches_change_nothing():
-    evened, seeds = even_out(LANES, [5, 6, 7], 5)
+    evened, seeds = pad_to_equal_lanes(LANES, [5, 6, 7], 5)
     assert [b.lane for b in evened] == [0, 1, 2, -1, -1] and seeds == [5, 6, 7, 0, 0]
     assert targets(evened) == targets(LANES) and evened[3].num_tokens == 0
     plain, padded = gradients(LANES), gradients(evened)
     assert all(torch.equal(plain[name], padded[name]) for name in plain)
-    assert even_out(LANES, [5, 6, 7], 3) == (LANES, [5, 6, 7])
+    assert pad_to_equal_lanes(LANES, [5, 6, 7], 3) == (LANES, [5, 6, 7])
 
 
 def test_a_step_without_any_target_moves_only_what_decays():
@@ -144,7 +144,7 @@ def test_dropout_follows_the_seed_of_the_lane():
 
 def test_evaluation_has_no_dropout_and_learns_nothing():
     engine = TorchEngine(make_module("gpt2", dropout=0.5), OptimizerSection(), torch.device("cpu"))
-    want = make_module("gpt2").eval()(**to_inputs(LANES[0], "cpu")).item()
+    want = make_module("gpt2").eval()(**batch_to_inputs(LANES[0], "cpu")).item()
     assert engine.loss_sum(LANES[0]) == engine.loss_sum(LANES[0]) == pytest.approx(want, rel=1e-6)
     assert engine.module.training and all(p.grad is None for p in engine.module.parameters())
 
@@ -158,7 +158,7 @@ def bf16_engine(**fields) -> TorchEngine:
 
 def test_masters_keep_what_bfloat16_rounds_away():
     engine = bf16_engine(name="sgd", max_grad_norm=0)
-    masters = {slot.name: slot.read() for slot in engine.slots() if slot.key == "param"}
+    masters = {slot.name: slot.read() for slot in engine.state_slices() if slot.key == "param"}
     assert all(value.dtype == torch.float32 for value in masters.values())
     before = {name: value.clone() for name, value in masters.items()}
     engine.train_step(LANES, [0, 1, 2], targets(LANES), 1e-6)
@@ -197,12 +197,12 @@ def test_slots_carry_the_whole_state(fields, half):
 
     engine, other = make(), make(initializer_range=0.5)
     train(engine, range(3))
-    saved = {(s.name, s.key): s.read().clone() for s in engine.slots()}
+    saved = {(s.name, s.key): s.read().clone() for s in engine.state_slices()}
     step, want = engine.optimizer_step(), train(engine, range(3, 6))
     assert step == (0 if fields["name"] == "sgd" else 3)
     train(other, range(1))
     for target in (engine, other, make()):
-        slots = list(target.slots())
+        slots = list(target.state_slices())
         assert {(s.name, s.key) for s in slots} == set(saved)
         for slot in slots:
             assert slot.offset == 0 and slot.numel == len(saved[slot.name, slot.key]) and slot.owned
@@ -223,7 +223,7 @@ def test_state_exists_from_the_start_and_changes_nothing(fields):
         "sgd": {"momentum_buffer"} if fields.get("momentum") else set(),
         "adafactor": {"row_var", "col_var", "variance"},
     }[fields["name"]]
-    assert {slot.key for slot in engine.slots()} == keys | {"param"}
+    assert {slot.key for slot in engine.state_slices()} == keys | {"param"}
     assert all(
         torch.equal(a, b)
         for a, b in zip(engine.module.model.parameters(), model.parameters(), strict=True)
@@ -243,7 +243,7 @@ def test_frozen_parameters_and_buffers_are_state_too():
     model.register_buffer("cache", torch.zeros(2), persistent=False)
     engine = make_engine(model=model)
     by_key: dict[str, set[str]] = {}
-    for slot in engine.slots():
+    for slot in engine.state_slices():
         by_key.setdefault(slot.key, set()).add(slot.name)
     assert by_key["frozen"] == {
         f"transformer.h.0.{n}" for n, _ in model.transformer.h[0].named_parameters()
@@ -257,7 +257,7 @@ def test_frozen_parameters_and_buffers_are_state_too():
     before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
     train(engine, range(1))
     assert torch.equal(before, model.transformer.h[0].mlp.c_fc.weight)
-    counts = next(slot for slot in engine.slots() if slot.key == "buffer")
+    counts = next(slot for slot in engine.state_slices() if slot.key == "buffer")
     counts.write(torch.tensor([7, 8, 9], dtype=torch.int8))
     assert model.counts.tolist() == [7, 8, 9]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from unit.small import make_engine, make_model
 
 from dist_ft.core.errors import ModelError
-from dist_ft.engine.base import Slot
+from dist_ft.engine.base import StateSlice
 from dist_ft.engine.weight_check import files_by_tensor, verify_weights
 
 
@@ -20,22 +20,22 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def parts(size: int, engine=None) -> list[Slot]:
+def parts(size: int, engine=None) -> list[StateSlice]:
     """Return the parameters as ZeRO would: flat parts of at most `size` elements."""
 
-    def part(slot: Slot, start: int) -> Slot:
+    def part(slot: StateSlice, start: int) -> StateSlice:
         numel = min(size, slot.numel - start)
         return replace(
             slot, offset=start, numel=numel, read=lambda: slot.read()[start : start + numel]
         )
 
-    whole = [slot for slot in (engine or make_engine()).slots() if slot.key == "param"]
+    whole = [slot for slot in (engine or make_engine()).state_slices() if slot.key == "param"]
     return [part(slot, start) for slot in whole for start in range(0, slot.numel, size)]
 
 
 def test_all_weights_are_compared(folder):
     names = dict(make_model().named_parameters())
-    assert verify_weights(make_engine().slots(), folder, torch.float32) == len(names)
+    assert verify_weights(make_engine().state_slices(), folder, torch.float32) == len(names)
 
 
 @pytest.mark.parametrize("size", [3, 33, 700])
@@ -79,13 +79,13 @@ def test_a_shifted_offset(folder, shift):
 def test_bfloat16_and_what_stays_float32(folder):
     model = make_model().to(torch.bfloat16)
     engine = make_engine(model=model)
-    assert verify_weights(engine.slots(), folder, torch.bfloat16)
+    assert verify_weights(engine.state_slices(), folder, torch.bfloat16)
     model.model.norm.weight.data = (
         make_model().model.norm.weight.data
     )  # transformers keeps some in float32
-    assert verify_weights(make_engine(model=model).slots(), folder, torch.bfloat16)
+    assert verify_weights(make_engine(model=model).state_slices(), folder, torch.bfloat16)
     with pytest.raises(ModelError):
-        verify_weights(make_engine().slots(), str(folder_of_ones(folder)), torch.bfloat16)
+        verify_weights(make_engine().state_slices(), str(folder_of_ones(folder)), torch.bfloat16)
 
 
 def folder_of_ones(folder: str):
@@ -101,10 +101,10 @@ def test_sharded_files_and_names_that_are_not_in_them(folder, tmp_path):
     make_model().save_pretrained(tmp_path / "many", max_shard_size="20KB")
     files = files_by_tensor(str(tmp_path / "many"))
     assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder))
-    assert verify_weights(make_engine().slots(), str(tmp_path / "many"), torch.float32) == len(
+    assert verify_weights(make_engine().state_slices(), str(tmp_path / "many"), torch.float32) == len(
         files
     )
-    renamed = [replace(slot, name="other." + slot.name) for slot in make_engine().slots()]
+    renamed = [replace(slot, name="other." + slot.name) for slot in make_engine().state_slices()]
     assert verify_weights(renamed, folder, torch.float32) == 0
 
 
@@ -115,22 +115,22 @@ def test_files_without_the_head_or_with_it(folder):
         name.removeprefix("model."): parameter.detach().clone() for name, parameter in names.items()
     }
     save_file(body, f"{folder}/model.safetensors")
-    assert verify_weights(make_engine().slots(), folder, torch.float32) < len(names)
-    assert verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.") == len(
+    assert verify_weights(make_engine().state_slices(), folder, torch.float32) < len(names)
+    assert verify_weights(make_engine().state_slices(), folder, torch.float32, prefix="model.") == len(
         names
     )
     save_file({f"model.{name}": one for name, one in body.items()}, f"{folder}/model.safetensors")
-    bare = [replace(slot, name=slot.name.removeprefix("model.")) for slot in make_engine().slots()]
+    bare = [replace(slot, name=slot.name.removeprefix("model.")) for slot in make_engine().state_slices()]
     assert verify_weights(bare, folder, torch.float32, prefix="model.") == len(names)
     save_file({name: one + 1 for name, one in body.items()}, f"{folder}/model.safetensors")
     with pytest.raises(ModelError, match="the weights in memory"):
-        verify_weights(make_engine().slots(), folder, torch.float32, prefix="model.")
+        verify_weights(make_engine().state_slices(), folder, torch.float32, prefix="model.")
 
 
 def test_scalars_are_compared(folder):
     save_file({"scale": torch.tensor(2.0)}, f"{folder}/model.safetensors")
     for value, equal in ((2.0, True), (3.0, False)):
-        slot = Slot(
+        slot = StateSlice(
             "scale",
             "param",
             0,
