@@ -24,7 +24,7 @@ from dist_ft.core import errors
 from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
-from dist_ft.data.blocks.token_cache import fingerprint, write_block
+from dist_ft.data.blocks.token_cache import compute_fingerprint, write_block
 from dist_ft.data.encoding.chat import (
     Encoder,
 )
@@ -55,7 +55,7 @@ def tokenise(
     for number, group in groupby(todo, key=lambda item: item[1].shard):
         wanted, shard = list(group), shards[number]
         for (block, part), (_, rows) in zip(
-            wanted, readers.read_parts(shard, [part for _, part in wanted]), strict=True
+            wanted, readers.read_ranges(shard, [part for _, part in wanted]), strict=True
         ):
             done.append(_encode(encoder, shard, part, rows))
             left[block] -= 1
@@ -152,7 +152,7 @@ def main() -> None:
         answers.flush()
 
 
-def _encoder(setup_logging: dict[str, Any]) -> Encoder:
+def _encoder(setup: dict[str, Any]) -> Encoder:
     """Return the encoder the parent has, from what it saved."""
     from transformers import AutoTokenizer
 
@@ -160,12 +160,12 @@ def _encoder(setup_logging: dict[str, Any]) -> Encoder:
     from dist_ft.storage import filesystem
 
     logs.setup_logging(level="warning")
-    filesystem.configure(setup_logging["options"])
-    data = DataSection.model_validate(setup_logging["data"])
-    tokenizer = AutoTokenizer.from_pretrained(setup_logging["tokenizer"])
-    task = TaskSection.model_validate(setup_logging.get("task") or {})
-    encoder = make_encoder(tokenizer, data, task, setup_logging.get("sequence_length", 0))
-    if fingerprint(encoder) != setup_logging["fingerprint"]:
+    filesystem.configure(setup["options"])
+    data = DataSection.model_validate(setup["data"])
+    tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
+    task = TaskSection.model_validate(setup.get("task") or {})
+    encoder = make_encoder(tokenizer, data, task, setup.get("sequence_length", 0))
+    if compute_fingerprint(encoder) != setup["fingerprint"]:
         raise errors.ModelError(
             "model.tokenizer: saved and loaded again it is another tokenizer; only those that "
             "survive that can be used in processes; set data.tokenizer_processes=0"
