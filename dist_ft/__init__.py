@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "RunConfig",
     "__version__",
     "check",
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from dist_ft.api import check, evaluate, export, generate, predict, report, train
     from dist_ft.config.load import load_config
     from dist_ft.config.schema import RunConfig
+    from dist_ft.training.callbacks import Callback
 
 _WHERE = {
+    "Callback": "dist_ft.training.callbacks",
     "RunConfig": "dist_ft.config.schema",
     "load_config": "dist_ft.config.load",
     "train": "dist_ft.api",

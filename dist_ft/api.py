@@ -19,6 +19,7 @@ from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_ft.data.batching.loader import Loader
+    from dist_ft.training.callbacks import Callback
     from dist_ft.training.result import Result
 
 
@@ -66,7 +67,7 @@ def write_data(
         tokenise: write `input_ids` and `targets` in place of rows.
     """
     from dist_ft.checkpoint import initial_weights
-    from dist_ft.data.tools.rewrite import convert
+    from dist_ft.data.tools.rewrite import rewrite_blocks
     from dist_ft.runtime.bootstrap.build_data import open_blocks
     from dist_ft.storage import filesystem
 
@@ -82,9 +83,9 @@ def write_data(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"block_mib": shard_mib})}
     )
-    blocks = open_blocks(initial_weights.seen(config))
+    blocks = open_blocks(initial_weights.resolve_for_inspection(config))
     try:
-        return len(blocks.blocks), convert(blocks, filesystem.Store(out), suffix, tokenise)
+        return len(blocks.blocks), rewrite_blocks(blocks, filesystem.Store(out), suffix, tokenise)
     finally:
         blocks.close()
 
@@ -100,7 +101,9 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
-    config = initial_weights.seen(config.model_copy(update={"evaluation": EvaluationSection()}))
+    config = initial_weights.resolve_for_inspection(
+        config.model_copy(update={"evaluation": EvaluationSection()})
+    )
     data = open_data(
         config, filesystem.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World())
     )
@@ -110,21 +113,43 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
         data.close()
 
 
-def train(config: RunConfig, *, skip_check: bool = False) -> Result:
+def train(
+    config: RunConfig, *, callbacks: Sequence[Callback] = (), skip_check: bool = False
+) -> Result:
     """Run `config` to its end (or go on with it, if its storage holds a run of that name) and return how it stands.
 
     In this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on Ray workers. Raises
     `ConfigError` with all of `check`'s lines first, unless `skip_check`.
+
+    Args:
+        config: the run.
+        callbacks: called in this order when something happens in training (see `dist_ft.Callback`); only where
+            training runs in this process.
+        skip_check: start without the checks.
     """
+    from dist_ft.training.callbacks import CallbackList
+
     by_torchrun = "RANK" in os.environ
+    in_this_process = config.max_workers == 0 or by_torchrun
+    if callbacks and not in_this_process:
+        raise ConfigError(
+            [
+                f"callbacks: the {config.max_workers} workers (cluster.workers) are other processes, which do not get "
+                "Python objects of this one; naming a callback by its import path is not supported yet. Use "
+                "cluster.workers=0 or torchrun, or leave callbacks out."
+            ],
+            f"run {config.run.name!r}",
+        )
+    callback_list = CallbackList(callbacks)
     if not skip_check and os.environ.get("RANK", "0") == "0":
         problems = check(config)
         if problems:
             raise ConfigError(problems, f"run {config.run.name!r}")
-    if config.max_workers == 0 or by_torchrun:
+    if in_this_process:
         from dist_ft.runtime import local
+        from dist_ft.training.run_context import RunContext
 
-        return local.run(config)
+        return local.run(config, RunContext(callbacks=callback_list))
     from dist_ft.runtime.ray_backend import driver
 
     return driver.run(config)
@@ -233,7 +258,7 @@ def predict(
     """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
-    from dist_ft.data.sources.discovery import resolve
+    from dist_ft.data.sources.discovery import discover_shards
     from dist_ft.inference.predict import Predictor
     from dist_ft.inference.predict_folder import (
         predict_folder,
@@ -258,12 +283,14 @@ def predict(
         )
     names = [paths] if isinstance(paths, str) else list(paths)
     shards = [
-        shard for found in resolve([Source(path=path) for path in names], "PATH") for shard in found
+        shard
+        for found in discover_shards([Source(path=path) for path in names], "PATH")
+        for shard in found
     ]
     if out.endswith(".jsonl"):
         return 1, predict_file(
             Predictor(model, batch, max_new_tokens, strategy),
-            (row for shard in shards for row in readers.rows_of(shard)),
+            (row for shard in shards for row in readers.iter_rows(shard)),
             out,
         )
     return predict_folder(
@@ -310,9 +337,9 @@ def next_step(folder: str) -> str:
     import json
     from pathlib import Path
 
-    from dist_ft.checkpoint.export import ABOUT
+    from dist_ft.checkpoint.export import INFO_FILE
 
-    task = json.loads((Path(folder).expanduser() / ABOUT).read_text("utf-8"))["task"]["name"]
+    task = json.loads((Path(folder).expanduser() / INFO_FILE).read_text("utf-8"))["task"]["name"]
     if task == "causal_lm":
         return f'dist-ft generate {folder} --prompt "..."'
     if task == "masked_lm":
@@ -338,16 +365,16 @@ def generate(
 
     from dist_ft.checkpoint import initial_weights
     from dist_ft.config.sections.decoding import DecodingSection, parse
-    from dist_ft.model.generation import Asked, Decoder
-    from dist_ft.model.loading.load import load_model, load_tokenizer
+    from dist_ft.model.generation import GenerationRequest, TextGenerator
+    from dist_ft.model.loading.load import load_causal_lm, load_tokenizer
 
     section = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
     transformers_logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
-    files = initial_weights.local(
+    files = initial_weights.resolve_model_section(
         ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
     )
-    tokenizer, network = load_tokenizer(files), load_model(files).eval()
+    tokenizer, network = load_tokenizer(files), load_causal_lm(files).eval()
     if on_gpu:
         network.cuda()
     if tokenizer.chat_template:
@@ -357,6 +384,6 @@ def generate(
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"]
-    decoder = Decoder(section, tokenizer)
-    (texts,) = decoder.make_all(network, [Asked(np.array(ids))])
-    return "\n---\n".join(decoder.text(made) for made in texts)
+    decoder = TextGenerator(section, tokenizer)
+    (texts,) = decoder.generate_all(network, [GenerationRequest(np.array(ids))])
+    return "\n---\n".join(decoder.decode_text(made) for made in texts)

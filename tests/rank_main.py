@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 
 def poison(rank: str, sample: str, factor: str) -> None:
@@ -33,10 +35,35 @@ def poison(rank: str, sample: str, factor: str) -> None:
         engine.accumulate = accumulate  # type: ignore[method-assign]
 
 
+def printing_callback() -> Any:
+    """Return a callback that prints the events of training as lines `callback [name, step, ...]`."""
+    from dist_ft.training.callbacks import Callback
+
+    def say(*event: Any) -> None:
+        print("callback", json.dumps(event), flush=True)
+
+    class Printer(Callback):
+        def on_step_end(self, step: int, loss: float) -> None:
+            say("on_step_end", step)
+
+        def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+            say("on_metrics", step, kind)
+
+        def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+            say("on_evaluation", step)
+
+        def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
+            say("on_checkpoint_committed", metrics["step"])
+
+    return Printer()
+
+
 def main(path: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from dist_ft.config.load import load_config
     from dist_ft.runtime import local
+    from dist_ft.training.callbacks import CallbackList
+    from dist_ft.training.run_context import RunContext
 
     if os.environ.get("POISON"):
         poison(*os.environ["POISON"].split(":"))
@@ -46,8 +73,9 @@ def main(path: str) -> None:
 
     if int(os.environ["WORLD_SIZE"]) > 1 or any(c["cluster"]["workers"] for c in configs):
         dist.init_process_group("gloo")
+    callbacks = [printing_callback()] if os.environ.get("PRINT_CALLBACKS") else []
     for config in configs:
-        local.run(load_config(config))
+        local.run(load_config(config), RunContext(callbacks=CallbackList(callbacks)))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dist_ft.checkpoint.ledger import LedgerBuffer
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.checkpoint.save_interval import SaveCost, between_failures_s
-from dist_ft.checkpoint.save_status import SaveRequest, SaveOutcome
+from dist_ft.checkpoint.save_status import SaveOutcome, SaveRequest
 from dist_ft.config.schema import CheckpointSection, RunConfig
 from dist_ft.data.batch import Batch
 from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
@@ -95,7 +95,7 @@ class Saver:
             and self._auto[kind].due(self.trained_s)
             for kind in (False, True)
         )
-        return (*self._parts.manager.flags(), *map(float, wishes))
+        return (*self._parts.manager.progress_flags(), *map(float, wishes))
 
     def advance(self, num_written: float, num_ended: float, *wishes: float) -> None:
         """Go on with the save under way, and note what is wished for."""
@@ -106,7 +106,7 @@ class Saver:
         """Note a step (from 0) that was done."""
         self._ledger.add(step, batches)
         self.trained_s += seconds
-        draft = self._parts.manager.under_way
+        draft = self._parts.manager.save_in_progress
         for on_nodes, auto in self._auto.items():
             if draft is None or draft.on_nodes == on_nodes:
                 auto.cost.step(seconds, draft is not None)
@@ -140,8 +140,8 @@ class Saver:
         parts.clock.saving(progress.step)
         self._context.callbacks.on_progress()
         background, begun = self._section.background and not now, time.perf_counter()
-        if parts.manager.under_way is not None:
-            if background and self._passes(on_nodes, parts.manager.under_way, progress.step):
+        if parts.manager.save_in_progress is not None:
+            if background and self._passes(on_nodes, parts.manager.save_in_progress, progress.step):
                 return False
             self.settle()
             if background and parts.world.rank == 0:
@@ -166,7 +166,7 @@ class Saver:
         )  # who goes on from it must find the lines of all steps before
         self._told = {"step": float(progress.step), **values}
         if background:
-            parts.manager.begin(parts.engine, draft)
+            parts.manager.start_save(parts.engine, draft)
             self._begun(on_nodes, begun)
             return False
         with retry_limit(CRITICAL_ATTEMPTS):
@@ -197,13 +197,13 @@ class Saver:
 
     def settle(self) -> None:
         """Wait for the end of the save under way."""
-        self._ended(self._parts.manager.settle())
+        self._ended(self._parts.manager.finish_save())
 
     def _ended(self, outcome: SaveOutcome | None) -> bool:
         """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""
         if outcome is None:
             return False
-        draft, step = outcome.draft, outcome.draft.progress.step
+        draft, step = outcome.request, outcome.request.progress.step
         if draft.on_nodes in self._auto:
             self._auto[draft.on_nodes].cost.written()
         if outcome.problem is not None:  # the same on all ranks

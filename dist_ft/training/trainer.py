@@ -200,7 +200,7 @@ class Trainer:
         if section.action == "rollback":
             self._saver.settle()
             first = min(
-                step, max(parts.manager.reached, step + 1 - section.rollback_steps)
+                step, max(parts.manager.latest_step, step + 1 - section.rollback_steps)
             )  # not before that commit
         with retry_limit(CRITICAL_ATTEMPTS):
             on_rank0(
@@ -250,7 +250,7 @@ class Trainer:
 
     def _source_metrics(self) -> dict[str, float]:
         """Return sequences and tokens of each source since the last call, and its epoch; nothing with one source."""
-        names, epochs = self._sources, self._parts.loader.plan.epochs_of(self._step)
+        names, epochs = self._sources, self._parts.loader.plan.epochs_done(self._step)
         drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
         return {
             key: float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,25 +57,30 @@ def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
     Evaluations up to the newest checkpoint, of starts before, are reported first.
     """
     from dist_ft.runtime import local
-    from dist_ft.training.result import Hooks
+    from dist_ft.training.callbacks import Callback, CallbackList
+    from dist_ft.training.run_context import RunContext
 
     metric = config.checkpoint.best_by
     filesystem.configure(config.storage.options)
     reached: list[float] = []
 
-    def told(step: int, metrics: dict[str, float]) -> None:
+    def told(step: int, metrics: Mapping[str, float]) -> None:
         reached.append(metrics[metric])
         if step:  # what was there before learning is no result
             report(step, min(reached, key=lambda value: best.rank(metric, value)))
 
+    class ReportEvaluation(Callback):
+        def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+            told(step, metrics)
+
     store = Store(config.run_url)
-    names = discovery.committed(store)
+    names = discovery.list_committed(store)
     step = (parse_folder(names[0]) or (0, 0))[0] if names else -1
     for line in read_metrics(store, step) if names else ():
         if line["kind"] == "evaluation" and line["step"] <= step and line.get(metric) is not None:
             told(int(line["step"]), line)
     try:
-        result = local.run(config, Hooks(evaluated=told))
+        result = local.run(config, RunContext(callbacks=CallbackList([ReportEvaluation()])))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
             type(error).__name__

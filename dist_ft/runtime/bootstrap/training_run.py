@@ -95,7 +95,7 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
                 CheckpointManager(store, config.checkpoint, world, comms, attempt, nodes)
             ) as manager,
         ):
-            manifest = manager.newest()
+            manifest = manager.find_latest()
             return _train(
                 config,
                 world,
@@ -218,7 +218,7 @@ def _train_on(
             ).run()
         except RollBack:
             parts.clock.to("start")
-            manifest = parts.manager.newest()
+            manifest = parts.manager.find_latest()
             if manifest is None:
                 raise AnomalyError(
                     "anomaly.action=rollback: there is no checkpoint yet to go back to; the same "
@@ -296,7 +296,7 @@ def _complete(
         manifest = discovery.load_manifest(store, names[0])
         discovery.verify_checksums(store, manifest, world)
     except DistFtError:
-        manifest = None  # `CheckpointManager.newest` says why
+        manifest = None  # `CheckpointManager.find_latest` says why
     return manifest if all(comms.all_gather(manifest is not None)) else None
 
 

@@ -18,7 +18,7 @@ from dist_ft.core.errors import Interrupted
 from dist_ft.runtime import local
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.training.console import Console
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +96,11 @@ def test_beside_the_main_thread_signals_are_left_alone():
     assert seen == [(False, before)]
 
 
-@pytest.mark.parametrize("own_hooks", [False, True])
-def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
-    """With hooks of the caller too: they listen beside the signals, not in their place."""
+@pytest.mark.parametrize("own_context", [False, True])
+def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
+    """With context of the caller too: they listen beside the signals, not in their place."""
     document = tiny.config(
-        base, f"signal-{str(own_hooks).lower()}", schedule={"epochs": None, "steps": 5}
+        base, f"signal-{str(own_context).lower()}", schedule={"epochs": None, "steps": 5}
     )
     before = signal.getsignal(signal.SIGTERM)
 
@@ -111,8 +111,8 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
 
     console = Console()
     console.progress = at_second_step
-    hooks = Hooks(console=console) if own_hooks else None
-    if hooks is None:
+    context = RunContext(console=console) if own_context else None
+    if context is None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 Console,
@@ -128,7 +128,7 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_hooks, capsys):
                 local.run(load_config(document))
     else:
         with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
-            local.run(load_config(document), hooks)
+            local.run(load_config(document), context)
     assert "SIGTERM: saving after this step" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -137,7 +137,7 @@ def test_the_callers_wish_to_stop_counts(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
     with pytest.raises(Interrupted, match="stopped at step 1 of 5 as asked"):
         local.run(
-            load_config(document), Hooks(console=Console(io.StringIO()), should_stop=lambda: True)
+            load_config(document), RunContext(console=Console(io.StringIO()), should_stop=lambda: True)
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.training import error_examples
 from dist_ft.training.prediction_collector import Scorer
 
@@ -30,15 +30,15 @@ def batch(
     firsts: list[int] | None = None,
 ) -> Batch:
     size = max(map(len, ids))
-    pieces = np.array(
+    segments = np.array(
         [
             [sample, first, len(row), 0]
             for sample, first, row in zip(samples, firsts or [0] * len(ids), ids, strict=True)
         ]
     )
     padded = np.array([row + [0] * (size - len(row)) for row in ids])
-    wanted = np.array([row + [IGNORED] * (size - len(row)) for row in labels])
-    return Batch(padded, wanted, np.zeros_like(padded), pieces, 0)
+    wanted = np.array([row + [IGNORE_INDEX] * (size - len(row)) for row in labels])
+    return Batch(padded, wanted, np.zeros_like(padded), segments, 0)
 
 
 def found(scorer: Scorer, collectives: Collectives | None = None):
@@ -50,7 +50,7 @@ def found(scorer: Scorer, collectives: Collectives | None = None):
 def test_the_surest_error_comes_first_and_what_is_right_never():
     scorer = Scorer(task("sequence_classification", "x", "y"))
     scorer.add(
-        batch([[1, 2], [3, 4], [5]], [[0, IGNORED], [0, IGNORED], [1]], [7, 3, 9]),
+        batch([[1, 2], [3, 4], [5]], [[0, IGNORE_INDEX], [0, IGNORE_INDEX], [1]], [7, 3, 9]),
         np.array([[0.0, 1.0], [0.0, 4.0], [-9.0, 9.0]]),
     )
     first, second = found(scorer)
@@ -77,7 +77,7 @@ def test_there_are_at_most_so_many():
 
 def test_sets_of_labels_tell_what_is_missing_and_what_is_too_much():
     scorer = Scorer(task("multi_label", "x", "y", "z"))
-    scorer.add(batch([[1, 2]], [[0b011, IGNORED]], [4]), np.array([[5.0, -3.0, -5.0]]))
+    scorer.add(batch([[1, 2]], [[0b011, IGNORE_INDEX]], [4]), np.array([[5.0, -3.0, -5.0]]))
     (only,) = found(scorer)
     assert (only["wanted"], only["told"], only["at"]) == ("x, y", "x", [1])
 
@@ -86,7 +86,7 @@ def test_wrong_tags_are_told_with_their_words():
     scorer = Scorer(task("token_classification", "O", "B-x"))
     logits = np.zeros((1, 4, 2))
     logits[0, 1, 1], logits[0, 3, 0] = 5, 2  # the first word is taken for an x, the second for none
-    scorer.add(batch([[9, 1, 2, 3]], [[IGNORED, 0, IGNORED, 1]], [2]), logits)
+    scorer.add(batch([[9, 1, 2, 3]], [[IGNORE_INDEX, 0, IGNORE_INDEX, 1]], [2]), logits)
     (only,) = found(scorer)
     assert (
         only["wanted"] == "b c: O; d: B-x"
@@ -101,7 +101,7 @@ def test_an_answer_of_another_window_is_told_with_its_own_tokens():
     told = np.full((2, 4, 2), -9.0)
     told[0, 0], told[1, 0] = 0, 0
     told[1, 2, 0], told[1, 3, 1] = 6, 6
-    labels = [[IGNORED, 1, IGNORED, IGNORED], [0, IGNORED, IGNORED, IGNORED]]
+    labels = [[IGNORE_INDEX, 1, IGNORE_INDEX, IGNORE_INDEX], [0, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
     scorer.add(batch([[0, 1, 2, 3], [0, 5, 6, 7]], labels, [8, 8], [0, 4]), told)
     (only,) = found(scorer)
     assert (only["wanted"], only["told"], only["window"], only["at"]) == ("b", "g h", 4, [2, 3])
@@ -117,7 +117,7 @@ def test_workers_tell_the_same_of_what_either_saw():
     ):
         for scorer in scorers:
             scorer.add(
-                batch([ids], [[0] + [IGNORED] * (len(ids) - 1)], [sample]), np.array([logits])
+                batch([ids], [[0] + [IGNORE_INDEX] * (len(ids) - 1)], [sample]), np.array([logits])
             )
 
     class Two(Collectives):

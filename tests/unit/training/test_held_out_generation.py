@@ -17,7 +17,7 @@ from unit.small import make_model
 
 from dist_ft.config.load import load_config
 from dist_ft.core.world import Collectives, World
-from dist_ft.model.generation import Asked
+from dist_ft.model.generation import GenerationRequest
 from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
@@ -41,9 +41,9 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
     data = held_out(base, data={"pack": pack}, batch={"micro_batch": 5})
     loader = data.evaluation
     batches = [
-        batch for step in range(loader.steps_of_a_pass) for batch in loader.batches(step, range(1))
+        batch for step in range(loader.steps_per_epoch) for batch in loader.batches(step, range(1))
     ]
-    assert not pack or any(len(batch.pieces) > len(batch.input_ids) for batch in batches), (
+    assert not pack or any(len(batch.segments) > len(batch.input_ids) for batch in batches), (
         "some rows hold several samples"
     )
     found = sorted(
@@ -114,7 +114,7 @@ class OneModel:
         self.model.generate = counted
 
     @contextlib.contextmanager
-    def generating(self):
+    def generation_mode(self):
         yield self.model, self.synced
 
 
@@ -123,11 +123,11 @@ class OneModel:
 def test_each_text_is_made_once_and_calls_are_even_where_they_must_be(size, synced):
     rng = np.random.default_rng(0)
     rows = [
-        Asked(rng.integers(3, 90, length), number)
+        GenerationRequest(rng.integers(3, 90, length), number)
         for number, length in enumerate((4, 9, 1, 2, 7, 7, 3))
     ]
     sampling = {"strategy": "sample", "num_samples": 2}
-    wanted = decoder(7, **sampling).make_all(make_model("gpt2").eval(), rows)
+    wanted = decoder(7, **sampling).generate_all(make_model("gpt2").eval(), rows)
     found, engines, collectives = {}, [OneModel(synced) for _ in range(size)], Threads(size)
 
     def work(rank):

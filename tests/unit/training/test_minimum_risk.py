@@ -59,7 +59,7 @@ def test_what_a_lane_draws_knows_no_other_lane(base):
         found, count = risk.prepare(
             [batches[lane] for lane in lanes], step, engine, Collectives(), lambda: None
         )
-        assert count == sum(len(batches[lane].pieces) for lane in lanes)
+        assert count == sum(len(batches[lane].segments) for lane in lanes)
         return [(one.input_ids.tolist(), one.risks.tolist()) for one in found]
 
     every = drawn(range(5))

@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
-from dist_ft.data.batch import IGNORED, Batch
+from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.encoding import answer_spans
 from dist_ft.training.prediction_collector import Scorer, best_span
 
@@ -17,15 +17,15 @@ def task(name: str, *labels: str) -> TaskSection:
 
 
 def batch(labels: list[list[int]], samples: list[int], sizes: list[int], first: int = 0) -> Batch:
-    pieces = np.array(
+    segments = np.array(
         [[sample, first, size, 0] for sample, size in zip(samples, sizes, strict=True)]
     )
     targets = np.array(labels, np.int64)
-    return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), pieces, 0)
+    return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), segments, 0)
 
 
 def wanted(last: int, begin: int = 1, tail: int = 0) -> int:
-    return answer_spans.pack(answer_spans.Span(last, begin, tail))
+    return answer_spans.pack(answer_spans.AnswerSpan(last, begin, tail))
 
 
 def test_an_answer_lies_in_the_context():
@@ -34,7 +34,7 @@ def test_an_answer_lies_in_the_context():
     told[0, 2] = 9  # in the question
     told[0, 7] = 8  # the last separator
     told[0, 4, 0], told[0, 5, 1] = 3, 3
-    scorer.add(batch([[IGNORED] * 4 + [wanted(5, 4, 1)] + [IGNORED] * 3], [0], [8]), told)
+    scorer.add(batch([[IGNORE_INDEX] * 4 + [wanted(5, 4, 1)] + [IGNORE_INDEX] * 3], [0], [8]), told)
     assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
     assert scorer._rows[0][3][:2] == (4, 5)
 
@@ -42,15 +42,15 @@ def test_an_answer_lies_in_the_context():
 @pytest.mark.parametrize(
     "span",
     [
-        answer_spans.Span(0, 0, 0),
-        answer_spans.Span(16383, 16383, 7),
-        answer_spans.Span(5, 16000, 1),
+        answer_spans.AnswerSpan(0, 0, 0),
+        answer_spans.AnswerSpan(16383, 16383, 7),
+        answer_spans.AnswerSpan(5, 16000, 1),
     ],
 )
 def test_spans_are_packed_into_an_int32(span):
     number = answer_spans.pack(span)
     assert answer_spans.unpack(int(np.int32(number))) == span and number >= 0
-    assert answer_spans.last_of(np.array([number])).tolist() == [span.last]
+    assert answer_spans.last_tokens(np.array([number])).tolist() == [span.last]
 
 
 def test_padding_never_counts():
@@ -58,7 +58,7 @@ def test_padding_never_counts():
     told = np.zeros((2, 4, 2))
     told[0, 1, 1] = 1
     told[:, 3, 1] = 1  # in the padding of the first row
-    scorer.add(batch([[IGNORED, 1, IGNORED, IGNORED], [IGNORED, 0, 0, 1]], [0, 1], [3, 4]), told)
+    scorer.add(batch([[IGNORE_INDEX, 1, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX, 0, 0, 1]], [0, 1], [3, 4]), told)
     assert scorer.scores(Collectives())["accuracy"] == 1
 
 
@@ -94,7 +94,7 @@ def test_of_the_windows_of_a_question_the_best_counts():
     told[0, 1], told[1, 2] = 1, 4
     scorer.add(
         batch(
-            [[wanted(0), IGNORED, IGNORED, IGNORED], [IGNORED, IGNORED, wanted(2), IGNORED]],
+            [[wanted(0), IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX, IGNORE_INDEX, wanted(2), IGNORE_INDEX]],
             [7, 7],
             [4, 4],
         ),
@@ -114,7 +114,7 @@ def test_an_answer_in_what_two_windows_share_is_right_in_either():
     told[0, 3], told[1, 1] = 2, 4
     scorer.add(
         batch(
-            [[IGNORED, IGNORED, IGNORED, wanted(3)], [IGNORED, wanted(1), IGNORED, IGNORED]],
+            [[IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, wanted(3)], [IGNORE_INDEX, wanted(1), IGNORE_INDEX, IGNORE_INDEX]],
             [7, 7],
             [4, 4],
         ),

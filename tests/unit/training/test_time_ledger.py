@@ -119,8 +119,8 @@ def test_other_ranks_and_older_attempts_write_nothing(store):
     with kept(Clock(), store, 1, World(1, 2, 1, 2)):
         pass
     assert not store.exists("time")
-    discovery.begin_attempt(store, 1)
-    discovery.begin_attempt(store, 1)
+    discovery.start_attempt(store, 1)
+    discovery.start_attempt(store, 1)
     with kept(Clock(), store, 1, World()):
         pass
     assert not store.exists("time")

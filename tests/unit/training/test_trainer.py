@@ -22,19 +22,23 @@ from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import Interrupted, StorageError
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.core.world import Collectives, World
-from dist_ft.data.sampling.shuffle import mix
 from dist_ft.engine import schedule
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.runtime.bootstrap import build_model, training_run
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.anomaly import Judge
+from dist_ft.training.callbacks import Callback, CallbackList
 from dist_ft.training.components import Parts
 from dist_ft.training.console import Console
 from dist_ft.training.evaluation import evaluate
 from dist_ft.training.metrics_log import MetricsLog, read_metrics
-from dist_ft.training.result import Hooks, Result
+from dist_ft.training.result import Result
+from dist_ft.training.run_context import RunContext
 from dist_ft.training.trainer import Trainer
 
 STEPS = 6
@@ -68,10 +72,10 @@ class Run:
     def store(self) -> Store:
         return Store(str(self.base / "runs" / self.name))
 
-    def go(self, **hooks) -> tuple[Result, str]:
+    def go(self, *callbacks: Callback, **requests) -> tuple[Result, str]:
         """Train from the newest checkpoint on; return the result and what the console showed."""
         config, stream = load_config(self.document()), io.StringIO()
-        attempt = discovery.begin_attempt(self.store, 1)
+        attempt = discovery.start_attempt(self.store, 1)
         data = open_data(config, self.store, World(), Collectives())
         manager = CheckpointManager(
             self.store,
@@ -81,7 +85,7 @@ class Run:
             attempt,
             training_run.node_tier(config, self.store, World(), Collectives()),
         )
-        manifest = manager.newest()
+        manifest = manager.find_latest()
         module, engine, _ = build_model.open_engine(
             config, World(), manifest is not None, data.tokenizer
         )
@@ -105,7 +109,7 @@ class Run:
         trainer = Trainer(
             config,
             parts,
-            Hooks(console=Console(stream), **hooks),
+            RunContext(console=Console(stream), callbacks=CallbackList(callbacks), **requests),
             progress,
             data.training.plan.total_steps(config.schedule),
             manifest.evaluation if manifest else {},
@@ -116,8 +120,18 @@ class Run:
             metrics.close()
 
     def ledger(self) -> np.ndarray:
-        newest = discovery.newest(self.store, World(), Collectives())
+        newest = discovery.find_latest(self.store, World(), Collectives())
         return read_ledger(self.store, newest)
+
+
+def on_commit(call) -> Callback:
+    """Return a callback that calls `call(url, metrics)` for each checkpoint in storage."""
+
+    class OnCommit(Callback):
+        def on_checkpoint_committed(self, url, metrics):
+            call(url, metrics)
+
+    return OnCommit()
 
 
 @pytest.fixture
@@ -172,11 +186,11 @@ def test_metrics_follow_schedule_and_plan(base, straight):
     config = load_config(Run(base, "straight").document())
     lines = [line for line in read_metrics(Run(base, "straight").store) if line["kind"] == "train"]
     rates = [
-        config.optimizer.learning_rate * schedule.factor(config.schedule, step, STEPS)
+        config.optimizer.learning_rate * schedule.learning_rate_factor(config.schedule, step, STEPS)
         for step in range(STEPS)
     ]
     assert [line["learning_rate"] for line in lines] == rates
-    manifest = discovery.newest(Run(base, "straight").store, World(), Collectives())
+    manifest = discovery.find_latest(Run(base, "straight").store, World(), Collectives())
     assert (
         sum(line["num_target_tokens"] for line in lines) == manifest.progress.num_target_tokens > 0
     )
@@ -213,9 +227,9 @@ def test_a_wish_to_save_commits_that_step_at_once_and_changes_nothing_else(
     run.changes["checkpoint"] = {"every_steps": 4, "background": background, "keep_last": 9}
     told, answered = [], []
     run.go(
+        on_commit(lambda url, metrics: told.append(metrics["step"])),
         should_save=clock(nothing, nothing, stop, nothing, stop),
-        saved=lambda: answered.append(told[-1]),
-        committed=lambda url, metrics: told.append(metrics["step"]),
+        on_requested_save_end=lambda: answered.append(told[-1]),
     )
     assert told == [3, 4, 5, 6] and answered == [3, 5], "answered when committed, not when begun"
     assert history.losses(run.store.url) == straight[0]
@@ -226,7 +240,8 @@ def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
     block, free = blocker(run.store)
     answered = []
     result, _ = run.go(
-        should_save=clock(block, lambda: True, free), saved=lambda: answered.append(True)
+        should_save=clock(block, lambda: True, free),
+        on_requested_save_end=lambda: answered.append(True),
     )
     assert (
         result.step == STEPS
@@ -259,8 +274,8 @@ def test_a_save_that_fails_mid_run_keeps_its_rows_for_the_next(run, straight, ca
     told = []
     with caplog.at_level(logging.WARNING, "dist_ft"):
         run.go(
+            on_commit(lambda url, metrics: told.append(metrics["step"])),
             should_stop=clock(block, nothing, free),
-            committed=lambda url, metrics: told.append(metrics["step"]),
         )
     said = [text.split(":")[0] for text in caplog.messages]
     assert said == [
@@ -282,7 +297,7 @@ def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run,
         "command goes on from the checkpoint before"
     )
     free()
-    assert discovery.newest(run.store, World(), Collectives()).progress.step == 2
+    assert discovery.find_latest(run.store, World(), Collectives()).progress.step == 2
 
 
 def test_the_last_save_must_not_fail(run):
@@ -295,7 +310,7 @@ def test_the_last_save_must_not_fail(run):
 
 def test_what_is_told_of_commits(run, straight):
     told = []
-    run.go(committed=lambda url, metrics: told.append((url, metrics)))
+    run.go(on_commit(lambda url, metrics: told.append((url, metrics))))
     assert [url.rsplit("/", 1)[1] for url, _ in told] == [
         f"step-{step:09d}-a0001" for step in (2, 4, 6)
     ]
@@ -339,7 +354,7 @@ def test_saves_in_the_background_never_pile_up(
     changes = {"every_steps": 1, "background": True, "when_busy": busy, "keep_last": 9}
     run, told = Run(base, f"busy-{busy}", {"checkpoint": changes}), []
     with caplog.at_level(logging.WARNING, "dist_ft"):
-        run.go(committed=lambda url, metrics: told.append((metrics["step"], metrics["loss"])))
+        run.go(on_commit(lambda url, metrics: told.append((metrics["step"], metrics["loss"]))))
     assert history.losses(run.store.url) == straight[0]
     assert np.array_equal(run.ledger(), straight[1])
     assert told == [(float(step), straight[0][step - 1]) for step in steps]
@@ -348,9 +363,9 @@ def test_saves_in_the_background_never_pile_up(
         re.fullmatch(said.format(step), text)
         for step, text in zip(range(2, 6), caplog.messages, strict=True)
     )
-    assert [manifests.parse_folder(name)[0] for name in discovery.committed(run.store)] == list(
-        reversed(steps)
-    )
+    assert [
+        manifests.parse_folder(name)[0] for name in discovery.list_committed(run.store)
+    ] == list(reversed(steps))
 
 
 def test_a_background_save_that_fails_keeps_its_rows_for_the_next(
@@ -386,10 +401,15 @@ def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straig
             }
         },
     )
-    progressed = []
+    local_steps = []
+
+    class OnLocalCheckpoint(Callback):
+        def on_local_checkpoint_committed(self, step):
+            local_steps.append(step)
+
     with pytest.raises(RuntimeError, match="killed"):
-        run.go(should_stop=clock(nothing, nothing, killed), progressed=lambda: progressed.append(1))
-    assert discovery.committed(run.store) == [] and progressed
+        run.go(OnLocalCheckpoint(), should_stop=clock(nothing, nothing, killed))
+    assert discovery.list_committed(run.store) == [] and local_steps
     calls: list[int] = []
     run.go(should_stop=lambda: bool(calls.append(1)))
     assert len(calls) < STEPS, "it went on from the node"
@@ -414,8 +434,8 @@ def test_auto_saves_as_often_as_it_pays(base, straight):
     often.go()
     rarely = Run(base, "rarely", {"checkpoint": {"every_steps": "auto", "keep_last": 9}})
     rarely.go()
-    assert len(discovery.committed(often.store)) >= 2
-    assert discovery.committed(rarely.store) == ["step-000000006-a0001"]
+    assert len(discovery.list_committed(often.store)) >= 2
+    assert discovery.list_committed(rarely.store) == ["step-000000006-a0001"]
     for run in (often, rarely):
         assert history.losses(run.store.url) == straight[0] and np.array_equal(
             run.ledger(), straight[1]
@@ -433,7 +453,7 @@ def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
         },
     )
     result, _ = quiet.go()
-    assert discovery.committed(quiet.store) == [] and result.checkpoint is None
+    assert discovery.list_committed(quiet.store) == [] and result.checkpoint is None
     assert (result.evaluation_before, result.evaluation_after) == (None, None)
     assert [(line["step"], line["kind"]) for line in read_metrics(quiet.store)] == [
         (3, "evaluation"),
@@ -485,5 +505,7 @@ def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
         )[1],
     )
     Run(base, "seeds").go()
-    assert seen == [tuple(mix(11, step, lane) for lane in range(5)) for step in range(STEPS)]
+    assert seen == [
+        tuple(derive_seed(11, step, lane) for lane in range(5)) for step in range(STEPS)
+    ]
     assert len({seed for seeds in seen for seed in seeds}) == 5 * STEPS

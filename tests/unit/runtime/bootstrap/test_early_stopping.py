@@ -16,7 +16,7 @@ from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import Console
 from dist_ft.training.metrics_log import read_metrics
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def document(base, name, **changes):
 
 def go(made):
     stream = io.StringIO()
-    return local.run(load_config(made), Hooks(console=Console(stream))), stream.getvalue()
+    return local.run(load_config(made), RunContext(console=Console(stream))), stream.getvalue()
 
 
 def steps(store):
@@ -79,11 +79,11 @@ def test_it_ends_stays_ended_and_goes_on(base):
         and "where it ended early; raise evaluation.patience to go on" in shown
     )
     if best:
-        assert any(name.startswith(f"step-{best:09d}") for name in discovery.committed(store)), (
+        assert any(name.startswith(f"step-{best:09d}") for name in discovery.list_committed(store)), (
             "the best is kept"
         )
     longer, _ = go({**made, "evaluation": {**made["evaluation"], "patience": 0}})
-    assert longer.step == 40 and len(discovery.committed(store)) >= 2
+    assert longer.step == 40 and len(discovery.list_committed(store)) >= 2
 
 
 def test_the_best_is_exported(base, tmp_path):

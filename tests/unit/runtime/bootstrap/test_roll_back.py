@@ -12,7 +12,7 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap import training_run
 from dist_ft.training.anomaly import AnomalyError, Judge, RollBack
 from dist_ft.training.components import Parts
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 
 class Diverging:
@@ -29,7 +29,7 @@ class Diverging:
 
 def parts(config, manifest) -> Parts:
     manager = MagicMock()
-    manager.newest.return_value = manager.load.return_value = manifest
+    manager.find_latest.return_value = manager.load.return_value = manifest
     return Parts(
         MagicMock(),
         MagicMock(),
@@ -55,7 +55,7 @@ def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
     with pytest.raises(
         AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.most_in_a_row\)"
     ):
-        training_run._train_on(config, parts(config, manifest), Hooks(), progress, 20, manifest)
+        training_run._train_on(config, parts(config, manifest), RunContext(), progress, 20, manifest)
     assert Diverging.starts == 4
 
 
@@ -67,5 +67,5 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
         match="there is no checkpoint yet to go back to; the same command begins again",
     ):
         training_run._train_on(
-            config, parts(config, None), Hooks(), Progress(step=0, optimizer_step=0), 20, None
+            config, parts(config, None), RunContext(), Progress(step=0, optimizer_step=0), 20, None
         )

@@ -24,7 +24,7 @@ from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap import training_run
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import Console
-from dist_ft.training.result import Hooks
+from dist_ft.training.run_context import RunContext
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def go(document, **changes) -> tuple:
     document = {
         section: {**fields, **changes.get(section, {})} for section, fields in document.items()
     }
-    return local.run(load_config(document), Hooks(console=Console(stream))), stream.getvalue()
+    return local.run(load_config(document), RunContext(console=Console(stream))), stream.getvalue()
 
 
 def store_of(document) -> Store:
@@ -73,7 +73,7 @@ def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
         store.walk("model")
     ) | {name.removeprefix("model/") for name in store.walk("model")}
     assert json.loads(store.read("attempts/000001.json"))["world_size"] == 1
-    manifest = discovery.load_manifest(store, discovery.committed(store)[0])
+    manifest = discovery.load_manifest(store, discovery.list_committed(store)[0])
     assert (
         manifest.aliases == {"lm_head.weight": "transformer.wte.weight"}
         and manifest.engine == "TorchEngine"
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
     result, _ = go(document, checkpoint={"every_steps": 2})
     assert history.losses(store.url) == losses
     assert result.checkpoint.endswith("step-000000004-a0002")
-    assert discovery.committed(store) == ["step-000000004-a0002", "step-000000002-a0001"]
+    assert discovery.list_committed(store) == ["step-000000004-a0002", "step-000000002-a0001"]
 
 
 def test_more_workers_than_lanes(document):
@@ -150,7 +150,7 @@ def test_more_workers_than_lanes(document):
         match=r"cluster\.workers=6: more than the 5 lanes \(global_batch / micro_batch\); use "
         r"fewer workers or a larger batch\.global_batch",
     ):
-        training_run.run(config, World(0, 6), Hooks())
+        training_run.run(config, World(0, 6), RunContext())
 
 
 def test_one_of_many_processes_can_not_be_alone(document):
@@ -159,7 +159,7 @@ def test_one_of_many_processes_can_not_be_alone(document):
         match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\); set "
         r"cluster\.workers=2, or start one process",
     ):
-        training_run.run(load_config(document), World(0, 2), Hooks())
+        training_run.run(load_config(document), World(0, 2), RunContext())
     assert not store_of(document).exists()
 
 

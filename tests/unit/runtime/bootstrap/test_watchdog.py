@@ -22,7 +22,7 @@ with watchdog.Watchdog(Store(folder), 7, World(), float(timeout_s)) as dog:
     if how == "progress":
         for _ in range(20):
             time.sleep(0.2)
-            dog.beat()
+            dog.on_progress()
     elif how == "lock":
         ctypes.PyDLL(None).sleep(60)
     else:
