@@ -137,13 +137,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     os.nice(5)
-    setup_logging = json.loads(sys.stdin.readline())
+    setup = json.loads(sys.stdin.readline())
     encoder: Encoder | None = None
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         try:
-            encoder = encoder or _encoder(setup_logging)
-            run_task(encoder, json.loads(line), setup_logging["limit_bytes"])
+            encoder = encoder or _encoder(setup)
+            run_task(encoder, json.loads(line), setup["limit_bytes"])
         except DistFtError as error:
             answer = {"error": [type(error).__name__, str(error)]}
         except OSError as error:
