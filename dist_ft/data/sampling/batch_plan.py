@@ -1,11 +1,16 @@
-"""The plan: which sequence of which block stands where in every step of a run.
+"""The batch plan: which sequence of which block is in which lane at every step of a run.
 
-A pure function of the index's counts, config, step and lane; what it costs grows with the number of blocks, not of
-samples or ranks. Sequences of a source have positions in an epoch: blocks in an order by seed and epoch, window after
-window of blocks, the sequences of a window shuffled. With shuffling a lane walks through a stretch of positions of its
-own, so that it reads few blocks at a time; without, every step takes the next positions. With `data.bucket`, sequences
-that lie together in a block are of like length, and whole micro-batches of them are shuffled. Guarantees: each position
-once an epoch of its source; nothing depends on how many workers there are. Does not know tokens or lengths.
+A pure function of the index's counts, config, step and lane. Its cost grows with the number of
+blocks, not of samples or ranks.
+
+The sequences of a source have positions in an epoch: its blocks in an order by seed and epoch,
+window after window of blocks, with the sequences of each window shuffled. With shuffling, each lane
+walks through a stretch of positions of its own, so that it reads few blocks at a time; without,
+every step takes the next positions. With `data.bucket`, neighboring sequences of a block have
+similar lengths, and whole micro-batches of them are shuffled.
+
+Guarantees: each position occurs once in an epoch of its source; nothing depends on the number of
+workers. Knows no tokens and no lengths.
 """
 
 from __future__ import annotations
@@ -16,20 +21,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_ft.config.schema import BatchSection, DataSection, ScheduleSection
+from dist_ft.core.seeds import derive_seed, random_uint64
 from dist_ft.data.sampling.mixture import ENDLESS, Mixture, is_weighted
-from dist_ft.data.sampling.shuffle import epoch_order, hashes, mix
+from dist_ft.data.sampling.shuffle import epoch_order
 
-_KEPT_EPOCHS = 8
-_KEPT_WINDOWS = 64
+_CACHED_EPOCHS = 8
+_CACHED_WINDOWS = 64
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where the sequence of one place in the global batch comes from.
+class SequenceRef:
+    """Where the sequence at one place of the global batch comes from.
 
     Attributes:
         source: number of the source.
@@ -44,7 +51,33 @@ class Slot:
     sequence: int
 
 
-class Plan:
+class EpochStep(NamedTuple):
+    """A step of the run.
+
+    Attributes:
+        epoch: of the run, from 0; `ENDLESS` with weights.
+        step: within that epoch, from 0.
+    """
+
+    epoch: int
+    step: int
+
+
+class _BlockOrder(NamedTuple):
+    """The order of a source's N blocks in an epoch.
+
+    Attributes:
+        blocks: int64 (N,) block numbers within the source, in order.
+        ends: int64 (N,) the position after each block's sequences.
+        window_ends: int64 (W,) the position after each window of blocks.
+    """
+
+    blocks: np.ndarray
+    ends: np.ndarray
+    window_ends: np.ndarray
+
+
+class BatchPlan:
     """The steps of a run, counted from 0."""
 
     def __init__(
@@ -55,145 +88,187 @@ class Plan:
         batch: BatchSection,
         seed: int,
     ) -> None:
-        """Take the sequences (N,) and the source (N,) of every block; nothing is computed yet.
+        """Store the counts; compute nothing yet.
 
-        `sources` ascends: the blocks of a source lie together.
+        Args:
+            counts: (N,) number of sequences of each block.
+            sources: (N,) source of each block, ascending: a source's blocks are consecutive.
+            data: shuffling and mixing.
+            batch: sizes of the global batch and of a micro-batch.
+            seed: of the run.
         """
         self.data = data
         self.batch = batch
         self.seed = seed
         self.num_lanes = batch.global_batch // batch.micro_batch
-        self._together = batch.micro_batch if data.bucket and not data.pack else 1
+        self._shuffle_unit = batch.micro_batch if data.bucket and not data.pack else 1
+
         edges = np.searchsorted(sources, np.arange(len(data.train) + 1))
-        self._first = edges[:-1].tolist()
+        self._first_block = edges[:-1].tolist()  # of each source
         self._counts = [counts[start:stop].astype(np.int64) for start, stop in pairwise(edges)]
-        self._sizes = [int(found.sum()) for found in self._counts]
-        self.mixture = Mixture(
-            data, self._sizes, self.num_lanes, batch.micro_batch, mix(seed, len(self._sizes))
-        )
+        self._sizes = [int(own.sum()) for own in self._counts]
+
+        mixture_seed = derive_seed(seed, len(self._sizes))
+        self.mixture = Mixture(data, self._sizes, self.num_lanes, batch.micro_batch, mixture_seed)
         self._endless = is_weighted(data)
-        self._ends = [0]  # the first step after epochs of the run, one after the other
-        self._lock = (
-            Lock()
-        )  # of `_ends`: the loader's thread locates steps while the trainer asks how far it is
-        self._order = lru_cache(_KEPT_EPOCHS * len(self._sizes))(self._make_order)
-        self._window = lru_cache(max(_KEPT_WINDOWS, 2 * self.num_lanes))(self._make_window)
+
+        # The first step of each epoch of the run, extended as needed. Locked, as the loader's
+        # thread looks up steps while the trainer reads its progress.
+        self._epoch_starts = [0]
+        self._lock = Lock()
+
+        self._order = lru_cache(_CACHED_EPOCHS * len(self._sizes))(self._compute_order)
+        num_windows = max(_CACHED_WINDOWS, 2 * self.num_lanes)
+        self._window = lru_cache(num_windows)(self._compute_window)
 
     def num_sequences(self, source: int) -> int:
-        """Return the sequences of one epoch of a source."""
+        """Return the number of sequences in one epoch of a source."""
         return self._sizes[source]
 
-    def steps_of(self, epochs: int) -> int:
-        """Return the steps of so many epochs of the run; the last of each may be partial."""
+    def num_steps_in_epochs(self, epochs: int) -> int:
+        """Return the steps of the run's first `epochs` epochs; the last of each may be partial."""
         if self._endless:
             return -(-sum(self._sizes) * epochs // self.batch.global_batch)
+
         with self._lock:
-            while len(self._ends) <= epochs:
-                size = self.mixture.size(len(self._ends) - 1)
-                self._ends.append(self._ends[-1] + -(-size // self.batch.global_batch))
-        return self._ends[epochs]
+            while len(self._epoch_starts) <= epochs:
+                num_draws = self.mixture.num_draws(len(self._epoch_starts) - 1)
+                num_steps = -(-num_draws // self.batch.global_batch)
+                self._epoch_starts.append(self._epoch_starts[-1] + num_steps)
+        return self._epoch_starts[epochs]
 
     def total_steps(self, schedule: ScheduleSection) -> int:
-        """Return the steps of the run: schedule.steps, or as many as schedule.epochs have."""
-        return schedule.steps if schedule.steps is not None else self.steps_of(schedule.epochs or 1)
+        """Return the steps of the run: schedule.steps, or those of schedule.epochs."""
+        if schedule.steps is not None:
+            return schedule.steps
+        return self.num_steps_in_epochs(schedule.epochs or 1)
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """Return (epoch of the run, step within it); with weights there are no such epochs (`ENDLESS`)."""
+    def epoch_and_step(self, step: int) -> EpochStep:
+        """Return the epoch of the run that holds a step, and the step within it.
+
+        With weights there are no such epochs: all steps belong to `ENDLESS`.
+        """
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
         if self._endless:
-            return ENDLESS, step
-        while self._ends[-1] <= step:
-            self.steps_of(len(self._ends))
-        epoch = bisect_right(self._ends, step) - 1
-        return epoch, step - self._ends[epoch]
+            return EpochStep(ENDLESS, step)
 
-    def slots(self, step: int, lane: int) -> list[Slot]:
-        """Return the slots of a lane at a step: micro_batch, or fewer in the last step of an epoch of the run."""
-        epoch, within = self.locate(step)
+        while self._epoch_starts[-1] <= step:
+            self.num_steps_in_epochs(len(self._epoch_starts))
+        epoch = bisect_right(self._epoch_starts, step) - 1
+        return EpochStep(epoch, step - self._epoch_starts[epoch])
+
+    def sequence_refs(self, step: int, lane: int) -> list[SequenceRef]:
+        """Return the sequences of a lane at a step.
+
+        Their number is micro_batch, or fewer in the last step of an epoch of the run.
+        """
+        epoch, within = self.epoch_and_step(step)
         first = within * self.batch.global_batch
         draws = range(first + lane, first + self.batch.global_batch, self.num_lanes)
-        stop = None if self._endless else self.mixture.size(epoch)
+        stop = None if self._endless else self.mixture.num_draws(epoch)
         return [
-            self._slot(*self.mixture.draw(epoch, number))
+            self._sequence_ref(*self.mixture.draw(epoch, number))
             for number in draws
             if stop is None or number < stop
         ]
 
-    def epochs_of(self, step: int) -> list[float]:
-        """Return how many of its epochs each source has about gone through before a step."""
-        epoch, within = self.locate(step)
+    def epochs_done(self, step: int) -> list[float]:
+        """Return about how many of its epochs each source has completed before a step."""
+        epoch, within = self.epoch_and_step(step)
         if self._endless:
-            drawn: Sequence[float] = self.mixture.drawn_about(step * self.batch.global_batch)
+            num_draws = step * self.batch.global_batch
+            drawn: Sequence[float] = self.mixture.approx_draws_by_source(num_draws)
         else:
-            drawn = self.mixture.base(
-                epoch + within / (self.steps_of(epoch + 1) - self.steps_of(epoch))
-            )
+            num_steps = self.num_steps_in_epochs(epoch + 1) - self.num_steps_in_epochs(epoch)
+            drawn = self.mixture.draws_before_epoch(epoch + within / num_steps)
         return [count / size for count, size in zip(drawn, self._sizes, strict=True)]
 
-    def drawn_by_all(self, steps: int) -> list[int]:
-        """Return, for each source, a number before which all its draws are made within so many steps."""
+    def min_draws_by_source(self, steps: int) -> list[int]:
+        """Return, per source, a number n whose draws 0 .. n - 1 are all in the first `steps`."""
         if self._endless:
-            return self.mixture.drawn_by_all(steps * self.batch.global_batch)
-        return self.mixture.base(self.locate(steps)[0])
+            return self.mixture.min_draws_by_source(steps * self.batch.global_batch)
+        return self.mixture.draws_before_epoch(self.epoch_and_step(steps).epoch)
 
-    def blocks_after(self, slot: Slot, count: int) -> list[int]:
-        """Return the blocks that follow a slot's in the order of its epoch, and those of its window."""
-        order, ends, window_ends = self._order(slot.source, slot.epoch)
-        at = int(np.flatnonzero(order == slot.block - self._first[slot.source])[0])
-        window = int(np.searchsorted(window_ends, ends[at], side="left"))
-        last = int(np.searchsorted(ends, window_ends[window], side="left"))
-        return [self._first[slot.source] + int(number) for number in order[at : last + 1 + count]]
+    def blocks_after(self, ref: SequenceRef, count: int) -> list[int]:
+        """Return the blocks from `ref`'s to the end of its window, and the `count` after it."""
+        order = self._order(ref.source, ref.epoch)
+        first_block = self._first_block[ref.source]
 
-    def _slot(self, source: int, draw: int) -> Slot:
-        """Return the slot of a source's draw number `draw`, counted over all epochs."""
-        epoch, number = divmod(draw, self._sizes[source])
-        position = number if not self.data.shuffle else self._stretched(number, self._sizes[source])
-        order, ends, window_ends = self._order(source, epoch)
-        window = int(np.searchsorted(window_ends, position, side="right"))
-        begun = int(window_ends[window - 1]) if window else 0
-        permuted = self._window(source, epoch, window)
-        within = int(permuted[position - begun]) + begun
-        at = int(np.searchsorted(ends, within, side="right"))
-        return Slot(
-            source,
-            epoch,
-            self._first[source] + int(order[at]),
-            within - (int(ends[at - 1]) if at else 0),
+        place = int(np.flatnonzero(order.blocks == ref.block - first_block)[0])
+        window = int(np.searchsorted(order.window_ends, order.ends[place], side="left"))
+        last = int(np.searchsorted(order.ends, order.window_ends[window], side="left"))
+        return [first_block + int(number) for number in order.blocks[place : last + 1 + count]]
+
+    def _sequence_ref(self, source: int, turn: int) -> SequenceRef:
+        """Return the sequence of a source's draw number `turn`, counted over all its epochs."""
+        epoch, number = divmod(turn, self._sizes[source])
+        position = number
+        if self.data.shuffle:
+            position = self._stretch_position(number, self._sizes[source])
+
+        # shuffle within the window
+        order = self._order(source, epoch)
+        window = int(np.searchsorted(order.window_ends, position, side="right"))
+        window_start = int(order.window_ends[window - 1]) if window else 0
+        permutation = self._window(source, epoch, window)
+        position = int(permutation[position - window_start]) + window_start
+
+        # find the block that holds the position
+        place = int(np.searchsorted(order.ends, position, side="right"))
+        block_start = int(order.ends[place - 1]) if place else 0
+        return SequenceRef(
+            source=source,
+            epoch=epoch,
+            block=self._first_block[source] + int(order.blocks[place]),
+            sequence=position - block_start,
         )
 
-    def _stretched(self, number: int, size: int) -> int:
-        """Return the position of an epoch's draw: lane after lane has a stretch of its own (a bijection)."""
-        row, column = divmod(number, self.num_lanes)
-        if (
-            self._together > 1
-        ):  # stretches of whole micro-batches; what is left is walked by all lanes
-            share = size // (self.num_lanes * self._together) * self._together
-            return column * share + row if number < share * self.num_lanes else number
-        return column * (size // self.num_lanes) + min(column, size % self.num_lanes) + row
+    def _stretch_position(self, number: int, size: int) -> int:
+        """Return the position of draw `number` of an epoch: each lane walks a stretch of its own.
 
-    def _make_order(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the blocks of a source in an epoch's order, the position after each, and that after each window."""
+        A bijection of range(size).
+        """
+        row, lane = divmod(number, self.num_lanes)
+        if self._shuffle_unit > 1:
+            # stretches of whole micro-batches; all lanes walk through the rest
+            unit = self._shuffle_unit
+            stretch = size // (self.num_lanes * unit) * unit
+            return lane * stretch + row if number < stretch * self.num_lanes else number
+
+        stretch, num_longer = divmod(size, self.num_lanes)
+        return lane * stretch + min(lane, num_longer) + row
+
+    def _compute_order(self, source: int, epoch: int) -> _BlockOrder:
+        """Return the order of a source's blocks in an epoch."""
         counts = self._counts[source]
-        order = epoch_order(len(counts), mix(self.seed, source), epoch, self.data.shuffle)
-        ends = np.cumsum(counts[order])
-        width = max(1, self.data.shuffle_blocks // self.num_lanes) if self.data.shuffle else 1
-        return order, ends, np.append(ends[width - 1 : -1 : width], ends[-1])
+        seed = derive_seed(self.seed, source)
+        blocks = epoch_order(len(counts), seed, epoch, self.data.shuffle)
+        ends = np.cumsum(counts[blocks])
 
-    def _make_window(self, source: int, epoch: int, window: int) -> np.ndarray:
-        """Return the order of the sequences in a window."""
-        _, _, ends = self._order(source, epoch)
-        count = int(ends[window] - (ends[window - 1] if window else 0))
+        blocks_per_window = 1
+        if self.data.shuffle:
+            blocks_per_window = max(1, self.data.shuffle_blocks // self.num_lanes)
+        window_ends = np.append(ends[blocks_per_window - 1 : -1 : blocks_per_window], ends[-1])
+        return _BlockOrder(blocks, ends, window_ends)
+
+    def _compute_window(self, source: int, epoch: int, window: int) -> np.ndarray:
+        """Return the order of the n sequences of a window: a permutation of range(n)."""
+        window_ends = self._order(source, epoch).window_ends
+        start = int(window_ends[window - 1]) if window else 0
+        count = int(window_ends[window] - start)
         if not self.data.shuffle:
             return np.arange(count)
-        seed, size = mix(self.seed, source, epoch, window), self._together
-        if size == 1:
-            return np.argsort(hashes(seed, count), kind="stable")
-        begun = int(ends[window - 1]) if window else 0
-        first = min(
-            -begun % size, count
-        )  # lanes take micro-batches from positions that `size` divides
-        groups = (count - first) // size
-        order = np.argsort(hashes(seed, groups), kind="stable")
-        whole = (first + order[:, None] * size + np.arange(size)).reshape(-1)
-        return np.concatenate([np.arange(first), whole, np.arange(first + groups * size, count)])
+
+        seed, unit = derive_seed(self.seed, source, epoch, window), self._shuffle_unit
+        if unit == 1:
+            return np.argsort(random_uint64(seed, count), kind="stable")
+
+        # Shuffle whole micro-batches. Lanes take them from positions that `unit` divides, so what
+        # is before the first and after the last such position keeps its place.
+        first = min(-start % unit, count)
+        num_units = (count - first) // unit
+        order = np.argsort(random_uint64(seed, num_units), kind="stable")
+        shuffled = (first + order[:, None] * unit + np.arange(unit)).reshape(-1)
+        rest = np.arange(first + num_units * unit, count)
+        return np.concatenate([np.arange(first), shuffled, rest])

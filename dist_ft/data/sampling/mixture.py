@@ -1,11 +1,16 @@
 """Mixing: which source each sequence of a run comes from.
 
-Draws are numbered; lanes take them in turn. In rounds of about `ROUND` draws a lane gets each source as often as the
-shares up to there ask for, every lane equally often, its turns spread evenly: so shares are kept exactly and not only
-on average, and what was drawn before any draw follows by arithmetic. Without weights the shares are what the sources
-hold (times `repeat`): an epoch of the run is finite and ends, after the last whole round, with exactly what is left of
-each source. With weights draws go on for ever (epoch `ENDLESS`), each source going round its own epochs. Pure, and the
-same for every world.
+Draws are numbered, and the lanes take them in turn: draw `d` belongs to lane `d % num_lanes`. In
+rounds of about `ROUND` draws, each lane draws each source as often as its share up to that round
+requires, in turns that are spread evenly. So shares are exact and not only exact on average, and
+the number of draws before any draw follows by arithmetic.
+
+Without weights, the shares are the sizes of the sources (times `repeat`). An epoch of the run is
+then finite and ends, after its last whole round, with a tail of exactly what is left of each
+source. With weights, draws never end (epoch `ENDLESS`) and each source cycles through its own
+epochs. Pure, and the same for every world size.
+
+S is the number of sources.
 """
 
 from __future__ import annotations
@@ -13,52 +18,80 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
-from dist_ft.data.sampling.shuffle import hashes, mix
+from dist_ft.core.seeds import derive_seed, random_uint64
 
 ROUND = 64
+"""Draws of a lane in one round."""
 ENDLESS = -1
-Draw = tuple[int, int]
-"""(source, number of the draw among all draws from that source)."""
+"""The epoch of draws that never end (with weights)."""
 
 
-def weights_at_start(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
-    """Return the shares (S,) of sources that hold `sizes` sequences, summing to 1: by weight, temperature or repeat."""
+class Draw(NamedTuple):
+    """One draw of the run.
+
+    Attributes:
+        source: number of the source.
+        turn: number of the draw among all draws from that source, from 0.
+    """
+
+    source: int
+    turn: int
+
+
+def initial_shares(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
+    """Return the shares of the sources at step 0, float64 (S,), which sum to 1.
+
+    Args:
+        data: gives weights, a temperature or repeats.
+        sizes: number of sequences of each source.
+    """
     counts = np.array(sizes, dtype=np.float64)
+
     if data.temperature is not None:
         weights = counts ** (1 / data.temperature)
     elif any(source.weight is not None for source in data.train):
         weights = np.array([source.weight or 0.0 for source in data.train])
     else:
-        weights = counts * np.array(repeats(data, sizes))
+        weights = counts * np.array(source_repeats(data, sizes))
+
     return weights / weights.sum()
 
 
-def repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
-    """Return the times each source counts in an epoch: its repeat, or what gives it its share of the sequences."""
-    plain = [source.repeat or 1.0 for source in data.train]
+def source_repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
+    """Return how many times each source counts in an epoch, S values.
+
+    That is its `repeat`, or the number that gives it its `share` of the epoch's sequences.
+    """
+    repeats = [source.repeat or 1.0 for source in data.train]
     shares = [source.share or 0.0 for source in data.train]
-    own = sum(
-        times * size for times, size, share in zip(plain, sizes, shares, strict=True) if not share
+
+    # sequences of the sources without a share; these make up 1 - sum(shares) of the epoch
+    num_unshared = sum(
+        repeat * size
+        for repeat, size, share in zip(repeats, sizes, shares, strict=True)
+        if not share
     )
-    return [
-        share / (1 - sum(shares)) * own / size if share and size else times
-        for times, size, share in zip(plain, sizes, shares, strict=True)
-    ]
+    for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        if share and size:
+            repeats[number] = share / (1 - sum(shares)) * num_unshared / size
+
+    return repeats
 
 
 def is_weighted(data: DataSection) -> bool:
-    """Tell whether shares are given, and not those of the sources' sizes: then draws are endless."""
+    """Whether shares are configured rather than given by the sources' sizes.
+
+    Draws are then endless.
+    """
     if len(data.train) == 1:
         return False
-    return (
-        data.temperature is not None
-        or bool(data.mixing)
-        or any(s.weight is not None for s in data.train)
-    )
+    has_weights = any(source.weight is not None for source in data.train)
+    return data.temperature is not None or bool(data.mixing) or has_weights
 
 
 class Mixture:
@@ -67,127 +100,178 @@ class Mixture:
     def __init__(
         self, data: DataSection, sizes: Sequence[int], num_lanes: int, micro_batch: int, seed: int
     ) -> None:
-        """Take the sequences each source holds; nothing is computed yet."""
+        """Store the settings; compute nothing yet.
+
+        Args:
+            data: weights, temperature, repeats and phases of the mixture.
+            sizes: number of sequences of each source.
+            num_lanes: micro-batches of a global batch.
+            micro_batch: sequences of a micro-batch.
+            seed: of the mixture.
+        """
         self._data = data
         self._sizes = tuple(sizes)
-        self._lanes = num_lanes
+        self._num_lanes = num_lanes
         self._micro_batch = micro_batch
         self._seed = seed
-        self._repeats = (
-            [1.0] * len(self._sizes) if is_weighted(data) else repeats(data, self._sizes)
-        )
-        self._shares = [
-            np.zeros(len(sizes))
-        ]  # of endless draws: what a lane is due before each round
-        self._lock = (
-            Lock()
-        )  # of `_shares`: the loader's thread draws while the trainer asks how far it is
-        self._due = lru_cache(256)(self._make_due)
-        self._turns = lru_cache(1024)(self._make_turns)
-        self._tail = lru_cache(2)(self._make_tail)
+        if is_weighted(data):
+            self._repeats = [1.0] * len(self._sizes)
+        else:
+            self._repeats = source_repeats(data, self._sizes)
 
-    def base(self, epoch: float) -> list[int]:
-        """Return how often each source is drawn before an epoch of the run: its size, times repeat, times epochs."""
+        # Endless draws: draws of a lane from each source that are due before each round. Locked,
+        # as the loader's thread draws while the trainer reads its progress.
+        self._due_before_round = [np.zeros(len(sizes))]
+        self._lock = Lock()
+
+        self._due = lru_cache(256)(self._compute_due)
+        self._turns = lru_cache(1024)(self._compute_turns)
+        self._tail = lru_cache(2)(self._compute_tail)
+
+    def draws_before_epoch(self, epoch: float) -> list[int]:
+        """Return the number of draws from each source before an epoch of the run (or a part of it).
+
+        That is size × repeat × epoch, rounded down.
+        """
         return [
             int(epoch * repeat * size)
             for repeat, size in zip(self._repeats, self._sizes, strict=True)
         ]
 
-    def size(self, epoch: int) -> int:
-        """Return the draws of an epoch of the run; with weights, as many as all sources hold."""
-        return sum(self.base(epoch + 1)) - sum(self.base(epoch))
+    def num_draws(self, epoch: int) -> int:
+        """Return the number of draws in an epoch of the run.
 
-    def drawn_by_all(self, draws: int) -> list[int]:
-        """Return, for each source, a number before which all its draws are among the first `draws` endless ones."""
-        least = [
-            self._before(lane, -(-(draws - lane) // self._lanes)) for lane in range(self._lanes)
+        With weights: the number of sequences of all sources.
+        """
+        return sum(self.draws_before_epoch(epoch + 1)) - sum(self.draws_before_epoch(epoch))
+
+    def min_draws_by_source(self, num_draws: int) -> list[int]:
+        """Return, per source, a number n whose draws 0 .. n - 1 are among the first endless draws.
+
+        Lanes differ, so later draws of the source may be among the first `num_draws` as well.
+        """
+        by_lane = [
+            self._lane_draws_by_source(lane, -(-(num_draws - lane) // self._num_lanes))
+            for lane in range(self._num_lanes)
         ]
-        return [int(turns) * self._lanes for turns in np.min(least, axis=0)]
+        return [int(turns) * self._num_lanes for turns in np.min(by_lane, axis=0)]
 
-    def drawn_about(self, draws: int) -> list[int]:
-        """Return how often each source has come about in the first `draws` endless ones: lanes differ by a round's."""
-        return [int(turns) * self._lanes for turns in self._before(0, draws // self._lanes)]
+    def approx_draws_by_source(self, num_draws: int) -> list[int]:
+        """Return about how often each source occurs in the first `num_draws` endless draws.
+
+        Exact within a round, by which lanes may differ.
+        """
+        turns_of_lane = self._lane_draws_by_source(0, num_draws // self._num_lanes)
+        return [int(turns) * self._num_lanes for turns in turns_of_lane]
 
     def draw(self, epoch: int, number: int) -> Draw:
-        """Return which source draw `number` of an epoch of the run (or of `ENDLESS`) takes, and which of its draws."""
+        """Return draw `number` of an epoch of the run (or of `ENDLESS`)."""
         if epoch == ENDLESS:
-            return self._of_lane(ENDLESS, *divmod(number, self._lanes))
-        base = self.base(epoch)
-        if len(base) == 1:
-            return 0, base[0] + number
-        row, lane = divmod(number, self._lanes)
-        body = self._due(epoch, self._num_rounds(epoch))
-        if row < body.sum():
-            source, turn = self._of_lane(epoch, row, lane)
-        else:
-            source, turn = self._tail(epoch)[(row - int(body.sum())) * self._lanes + lane].tolist()
-        return source, base[source] + turn
+            return self._lane_draw(ENDLESS, *divmod(number, self._num_lanes))
 
-    def weights(self, step: float) -> np.ndarray:
-        """Return the shares (S,) at a step, summing to 1."""
-        start = weights_at_start(self._data, self._sizes)
+        before = self.draws_before_epoch(epoch)
+        if len(before) == 1:
+            return Draw(0, before[0] + number)
+
+        row, lane = divmod(number, self._num_lanes)
+        num_rows_in_rounds = self._due(epoch, self._num_rounds(epoch)).sum()
+        if row < num_rows_in_rounds:
+            source, turn = self._lane_draw(epoch, row, lane)
+        else:
+            tail_row = row - int(num_rows_in_rounds)
+            source, turn = self._tail(epoch)[tail_row * self._num_lanes + lane].tolist()
+
+        return Draw(source, before[source] + turn)
+
+    def shares_at(self, step: float) -> np.ndarray:
+        """Return the shares of the sources at a step, float64 (S,), which sum to 1."""
+        start = initial_shares(self._data, self._sizes)
         if not self._data.mixing:
             return start
+
         steps = [0, *(phase.until_step for phase in self._data.mixing)]
-        rows = np.array([start, *(np.array(p.weights) / sum(p.weights) for p in self._data.mixing)])
-        return np.array([np.interp(step, steps, rows[:, i]) for i in range(rows.shape[1])])
+        by_phase = [np.array(p.weights) / sum(p.weights) for p in self._data.mixing]
+        shares = np.array([start, *by_phase])  # (phases + 1, S)
+        return np.array([np.interp(step, steps, shares[:, i]) for i in range(shares.shape[1])])
 
     def _num_rounds(self, epoch: int) -> int:
-        """Return the whole rounds of an epoch."""
-        return self.size(epoch) // (ROUND * self._lanes)
+        """Return the number of whole rounds of an epoch."""
+        return self.num_draws(epoch) // (ROUND * self._num_lanes)
 
-    def _make_due(self, epoch: int, round_number: int) -> np.ndarray:
-        """Return how often a lane has drawn each source, int64 (S,), before a round: its shares, rounded down.
+    def _compute_due(self, epoch: int, round_number: int) -> np.ndarray:
+        """Return the draws of a lane from each source before a round, int64 (S,), rounded down.
 
-        Counted from the start of an epoch of the run, or of all endless draws.
+        Counted from the start of the epoch of the run, or of all endless draws.
         """
         if epoch != ENDLESS:
-            sizes = np.subtract(self.base(epoch + 1), self.base(epoch)).astype(np.int64)
+            before, after = self.draws_before_epoch(epoch), self.draws_before_epoch(epoch + 1)
+            sizes = np.subtract(after, before).astype(np.int64)
             return sizes * (round_number * ROUND) // max(1, int(sizes.sum()))
-        with self._lock:
-            while len(self._shares) <= round_number:
-                step = (len(self._shares) - 0.5) * ROUND / self._micro_batch
-                self._shares.append(self._shares[-1] + self.weights(step) * ROUND)
-        return np.floor(self._shares[round_number] + 1e-6).astype(np.int64)
 
-    def _of_lane(self, epoch: int, row: int, lane: int) -> Draw:
-        """Return the draw number `row` of a lane."""
-        round_number = row // ROUND
+        with self._lock:
+            while len(self._due_before_round) <= round_number:
+                middle_step = (len(self._due_before_round) - 0.5) * ROUND / self._micro_batch
+                due_in_round = self.shares_at(middle_step) * ROUND
+                self._due_before_round.append(self._due_before_round[-1] + due_in_round)
+        return np.floor(self._due_before_round[round_number] + 1e-6).astype(np.int64)
+
+    def _find_round(self, epoch: int, row: int) -> int:
+        """Return the round that holds draw `row` of a lane."""
+        round_number = row // ROUND  # or a later one: rounding down may shorten rounds
         while int(self._due(epoch, round_number + 1).sum()) <= row:
             round_number += 1
-        turns = self._turns(epoch, round_number, lane)
-        within = row - int(self._due(epoch, round_number).sum())
-        source = int(turns[within])
-        before = self._due(epoch, round_number)[source] + np.count_nonzero(turns[:within] == source)
-        return source, int(before) * self._lanes + lane
+        return round_number
 
-    def _before(self, lane: int, rows: int) -> np.ndarray:
-        """Return how often a lane draws each source, int64 (S,), in its first `rows` endless draws."""
-        round_number = rows // ROUND
-        while int(self._due(ENDLESS, round_number + 1).sum()) <= rows:
-            round_number += 1
+    def _lane_draw(self, epoch: int, row: int, lane: int) -> Draw:
+        """Return draw number `row` of a lane; its turn counts from the start of the epoch."""
+        round_number = self._find_round(epoch, row)
+        due = self._due(epoch, round_number)
+        sources = self._turns(epoch, round_number, lane)
+        within = row - int(due.sum())
+
+        source = int(sources[within])
+        own_turn = due[source] + np.count_nonzero(sources[:within] == source)
+        return Draw(source, int(own_turn) * self._num_lanes + lane)
+
+    def _lane_draws_by_source(self, lane: int, num_rows: int) -> np.ndarray:
+        """Return how often a lane draws each source in its first endless draws, int64 (S,)."""
+        round_number = self._find_round(ENDLESS, num_rows)
         due = self._due(ENDLESS, round_number)
-        turns = self._turns(ENDLESS, round_number, lane)[: rows - int(due.sum())]
-        return due + np.bincount(turns, minlength=len(due))
+        sources = self._turns(ENDLESS, round_number, lane)[: num_rows - int(due.sum())]
+        return due + np.bincount(sources, minlength=len(due))
 
-    def _make_turns(self, epoch: int, round_number: int, lane: int) -> np.ndarray:
-        """Return the source of each draw of a lane in a round."""
+    def _compute_turns(self, epoch: int, round_number: int, lane: int) -> np.ndarray:
+        """Return the source of each draw of a lane in a round, int64 (about ROUND,)."""
         quota = self._due(epoch, round_number + 1) - self._due(epoch, round_number)
-        return spread(quota, mix(self._seed, epoch + 1, round_number, lane))[:, 0]
+        seed = derive_seed(self._seed, epoch + 1, round_number, lane)
+        return spread_evenly(quota, seed)[:, 0]
 
-    def _make_tail(self, epoch: int) -> np.ndarray:
-        """Return (source, turn) of the draws after the whole rounds of an epoch."""
-        done = self._due(epoch, self._num_rounds(epoch)) * self._lanes
-        left = np.subtract(self.base(epoch + 1), self.base(epoch)) - done
-        found = spread(left, mix(self._seed, epoch + 1))
-        found[:, 1] += done[found[:, 0]]
-        return found
+    def _compute_tail(self, epoch: int) -> np.ndarray:
+        """Return the draws after the whole rounds of an epoch, int64 (n, 2) [source, turn]."""
+        in_rounds = self._due(epoch, self._num_rounds(epoch)) * self._num_lanes
+        before, after = self.draws_before_epoch(epoch), self.draws_before_epoch(epoch + 1)
+        num_left = np.subtract(after, before) - in_rounds
+
+        draws = spread_evenly(num_left, derive_seed(self._seed, epoch + 1))
+        draws[:, 1] += in_rounds[draws[:, 0]]
+        return draws
 
 
-def spread(counts: np.ndarray, seed: int) -> np.ndarray:
-    """Return (sum, 2) int64 [source, turn]: each source `counts` times, evenly spread, by seed."""
+def spread_evenly(counts: np.ndarray, seed: int) -> np.ndarray:
+    """Return an even spread of `counts` draws of each source, in an order by seed.
+
+    Args:
+        counts: (S,) number of draws of each source.
+        seed: of the jitter within each source's even spacing.
+
+    Returns:
+        int64 (sum, 2) [source, turn], where turn counts the source's draws from 0.
+    """
     source = np.repeat(np.arange(len(counts)), counts)
-    turn = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-    jitter = hashes(seed, len(source)) / 2.0**64
+    first_of_source = np.cumsum(counts) - counts
+    turn = np.arange(len(source)) - np.repeat(first_of_source, counts)
+
+    # turn k of n draws lies at a random point of [k / n, (k + 1) / n)
+    jitter = random_uint64(seed, len(source)) / 2.0**64
     order = np.argsort((turn + jitter) / counts[source], kind="stable")
     return np.column_stack([source[order], turn[order]]).astype(np.int64)

@@ -1,78 +1,118 @@
-"""Packing: which samples of a window share a sequence.
+"""Packing: which segments share a sequence.
 
-Best-fit decreasing: longest first, each into the sequence it fills best. Pure and deterministic; the waste on usual
-length distributions is about one sequence a window. Does not order sequences, read tokens or know of steps.
+Best-fit decreasing: the longest segment first, each into the open sequence that it fills best. Pure
+and deterministic; on usual length distributions a block wastes about one sequence. Does not order
+sequences, read tokens or know steps.
+
+P is the number of segments, G the number of sequences.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from dist_ft.data.sampling.shuffle import hashes
+from dist_ft.core.seeds import random_uint64
 
 
-def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the sequence number of each item, int64 (N,): numbers are 0.., and no sequence exceeds `capacity`.
+class SequenceMembers(NamedTuple):
+    """The segments of each sequence.
+
+    Attributes:
+        members: int64 (P,) segment numbers, sequence after sequence.
+        offsets: int64 (G + 1,): sequence g holds members[offsets[g]:offsets[g + 1]].
+    """
+
+    members: np.ndarray
+    offsets: np.ndarray
+
+
+def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the sequence number of each segment, int64 (P,), from 0.
+
+    Open sequences are stored by their free space, and the set of free spaces as one integer with
+    one bit each: the best fit for `n` tokens is the lowest set bit from bit `n` up.
 
     Args:
-        lengths: (N,) integers in 1..capacity, in tokens.
-        capacity: tokens a sequence.
+        lengths: (P,) integers in 1..capacity, in tokens.
+        capacity: tokens of a sequence, which no sequence exceeds.
 
-    Open sequences are kept by free space, and the set of free spaces as one integer with a bit each: the best fit
-    for `n` tokens is the lowest set bit from bit `n` up.
+    Raises:
+        ValueError: a length is out of range.
     """
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths must lie in 1..{capacity}, not {lengths.min()}..{lengths.max()}")
-    by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
+
+    open_by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
     free_spaces = 0
     num_sequences = 0
     longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-    placed = []
+    sequence_numbers = []
+
     for length in lengths[longest_first].tolist():
         fitting = free_spaces >> length
         if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            sequence = by_free[free].pop()
-            if not by_free[free]:
+            lowest_bit = (fitting & -fitting).bit_length() - 1
+            free = length + lowest_bit
+            sequence = open_by_free[free].pop()
+            if not open_by_free[free]:
                 free_spaces ^= 1 << free
             left = free - length
         else:
-            sequence, left = num_sequences, capacity - length
+            sequence = num_sequences
             num_sequences += 1
+            left = capacity - length
+
         if left:
-            if not by_free[left]:
+            if not open_by_free[left]:
                 free_spaces |= 1 << left
-            by_free[left].append(sequence)
-        placed.append(sequence)
+            open_by_free[left].append(sequence)
+        sequence_numbers.append(sequence)
+
     assignment = np.empty(len(lengths), dtype=np.int64)
-    assignment[longest_first] = placed
+    assignment[longest_first] = sequence_numbers
     return assignment
 
 
-def sequences_of(
-    lengths: np.ndarray, capacity: int, packed: bool, seed: int | None, pool: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sequences of a block of pieces: (members, offsets), sequence g being members[offsets[g]:offsets[g+1]].
+def group_into_sequences(
+    lengths: np.ndarray, capacity: int, packed: bool, seed: int | None, sort_pool: int = 0
+) -> SequenceMembers:
+    """Group the segments of a block into sequences.
 
     Args:
-        lengths: (P,) tokens of the pieces.
-        capacity: tokens a sequence.
-        packed: several pieces to a sequence; else one.
-        seed: which of the pieces of equal length share sequences changes with it, the number of sequences does not
-            (best-fit decreasing sees lengths only); None: as they lie, sequences in the order of their first piece.
-        pool: not packed: so many neighbours at a time are put in the order of their lengths; 0: none.
+        lengths: (P,) tokens of the segments.
+        capacity: tokens of a sequence.
+        packed: put several segments into a sequence; else one each.
+        seed: changes which segments of equal length share a sequence, but not the number of
+            sequences (best-fit decreasing sees lengths only). None: storage order, with sequences
+            in the order of their first segment.
+        sort_pool: not packed: sort this many neighboring segments at a time by length; 0: do not.
     """
     count = len(lengths)
-    order = np.arange(count) if seed is None else np.argsort(hashes(seed, count), kind="stable")
-    if not packed or not count:
-        if pool:
-            order = order[np.lexsort((lengths[order], np.arange(count) // pool))]
-        return order, np.arange(count + 1)
-    assigned = pack(lengths[order], capacity)
     if seed is None:
-        first = np.unique(assigned, return_index=True)[1]
-        rank = np.empty(len(first), dtype=np.int64)
-        rank[np.argsort(first, kind="stable")] = np.arange(len(first))
-        assigned = rank[assigned]
+        order = np.arange(count)
+    else:
+        order = np.argsort(random_uint64(seed, count), kind="stable")
+
+    if not packed or not count:
+        if sort_pool:
+            pool_number = np.arange(count) // sort_pool
+            order = order[np.lexsort((lengths[order], pool_number))]
+        return SequenceMembers(order, np.arange(count + 1))
+
+    assigned = pack_best_fit(lengths[order], capacity)
+    if seed is None:
+        assigned = _number_by_first_member(assigned)
+
     members = order[np.argsort(assigned, kind="stable")]
-    return members, np.concatenate([[0], np.cumsum(np.bincount(assigned))])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(assigned))])
+    return SequenceMembers(members, offsets)
+
+
+def _number_by_first_member(assigned: np.ndarray) -> np.ndarray:
+    """Renumber sequences (P,) in the order of their first segments."""
+    first_member = np.unique(assigned, return_index=True)[1]
+    new_number = np.empty(len(first_member), dtype=np.int64)
+    new_number[np.argsort(first_member, kind="stable")] = np.arange(len(first_member))
+    return new_number[assigned]
