@@ -1,10 +1,10 @@
-"""A run in a few lines of Python: `from dist_ft import load_config, train`.
+"""The Python API: `from dist_ft import load_config, train`.
 
     config = load_config("configs/single.yaml", ["schedule.steps=20"])
     result = train(config)
     export(config, "out/")
 
-Thin: decides only where a run happens. Everything else is below.
+A thin layer: it only decides where a run happens.
 """
 
 from __future__ import annotations
@@ -12,29 +12,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_ft.data.batching.loader import Loader
+    from dist_ft.inference.predict_folder import WrittenPredictions
     from dist_ft.training.callbacks import Callback
     from dist_ft.training.result import Result
 
 
+class WrittenShards(NamedTuple):
+    """How many shards a data set has, and how many of them were written by this call."""
+
+    shards: int
+    written_now: int
+
+
 def check(config: RunConfig) -> list[str]:
-    """Return a line for everything that would stop this run, as far as it can be known without a GPU."""
+    """Return one line for each problem that would stop this run and can be found without a GPU."""
     from dist_ft.runtime.preflight import check_run
 
     return check_run.check(config)
 
 
 def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
-    """Return the first samples as training will see them, what is learned marked, and the numbers of an epoch.
+    """Return the first samples with target tokens marked, and the statistics of an epoch.
 
-    Tokenises the training data (cached for the run); writes nothing to the run's storage. `markup`: mark in rich's
-    markup instead of [[ ]].
+    Tokenizes the training data (cached for the run). Writes nothing to the run's storage.
+
+    Args:
+        config: the run.
+        num_samples: number of samples to show.
+        markup: mark target tokens in rich's markup instead of [[ ]].
     """
     from dist_ft.data.tools import preview as previews
 
@@ -43,7 +55,7 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
 
 
 def pack_stats(config: RunConfig) -> str:
-    """Return a table of how full sequences are, for batch.sequence_length, its half and its double."""
+    """Return a table of how full sequences are at batch.sequence_length, its half, its double."""
     from dist_ft.data.tools import preview as previews
 
     with _opened(config) as loader:
@@ -55,16 +67,17 @@ def write_data(
     out: str,
     suffix: str = "parquet",
     shard_mib: float = 64,
-    tokenise: bool = False,
-) -> tuple[int, int]:
-    """Write the training data as new shards into the folder `out`; return (shards there are, written now).
+    tokenize: bool = False,
+) -> WrittenShards:
+    """Write the training data as new shards into the folder `out`.
 
     Args:
-        config: whose data.train is read; with `tokenise` its tokenizer, template and data fields too.
+        config: the run. Its data.train is read; with `tokenize` also its tokenizer, template and
+            data fields.
         out: folder or fsspec URL.
         suffix: parquet or jsonl.
-        shard_mib: MiB of source data a shard.
-        tokenise: write `input_ids` and `targets` in place of rows.
+        shard_mib: source data in a shard, in MiB.
+        tokenize: write `input_ids` and `targets` instead of rows.
     """
     from dist_ft.checkpoint import initial_weights
     from dist_ft.data.tools.rewrite import rewrite_blocks
@@ -72,11 +85,11 @@ def write_data(
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
-    if tokenise and config.task.name != "causal_lm":
+    if tokenize and config.task.name != "causal_lm":
         raise ConfigError(
             [
-                f"--tokenise: with task.name={config.task.name} rows hold labels besides tokens; allowed "
-                "with causal_lm; write rows"
+                f"--tokenize: not supported for task.name={config.task.name}, whose rows also hold "
+                "labels. Only causal_lm is allowed. Write rows instead."
             ],
             "data write",
         )
@@ -85,14 +98,15 @@ def write_data(
     )
     blocks = open_blocks(initial_weights.resolve_for_inspection(config))
     try:
-        return len(blocks.blocks), rewrite_blocks(blocks, filesystem.Store(out), suffix, tokenise)
+        written = rewrite_blocks(blocks, filesystem.Store(out), suffix, tokenize)
+        return WrittenShards(len(blocks.blocks), written)
     finally:
         blocks.close()
 
 
 @contextmanager
 def _opened(config: RunConfig) -> Iterator[Loader]:
-    """Yield a loader over the training data that leaves nothing in the run's storage."""
+    """Yield a loader over the training data that writes nothing to the run's storage."""
     from uuid import uuid4
 
     from dist_ft.checkpoint import initial_weights
@@ -116,16 +130,19 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
 def train(
     config: RunConfig, *, callbacks: Sequence[Callback] = (), skip_check: bool = False
 ) -> Result:
-    """Run `config` to its end (or go on with it, if its storage holds a run of that name) and return how it stands.
+    """Train `config` to its end, or resume the run of that name in its storage; return its result.
 
-    In this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on Ray workers. Raises
-    `ConfigError` with all of `check`'s lines first, unless `skip_check`.
+    Trains in this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on
+    Ray workers.
 
     Args:
         config: the run.
-        callbacks: called in this order when something happens in training (see `dist_ft.Callback`); only where
+        callbacks: called in this order during training (see `dist_ft.Callback`). Only where
             training runs in this process.
-        skip_check: start without the checks.
+        skip_check: start without `check`.
+
+    Raises:
+        ConfigError: with all problems that `check` finds, before anything starts.
     """
     from dist_ft.training.callbacks import CallbackList
 
@@ -134,8 +151,8 @@ def train(
     if callbacks and not in_this_process:
         raise ConfigError(
             [
-                f"callbacks: the {config.max_workers} workers (cluster.workers) are other processes, which do not get "
-                "Python objects of this one; naming a callback by its import path is not supported yet. Use "
+                f"callbacks: not supported with cluster.workers={config.max_workers}, as workers "
+                "are other processes and callbacks cannot be named by import path yet. Use "
                 "cluster.workers=0 or torchrun, or leave callbacks out."
             ],
             f"run {config.run.name!r}",
@@ -162,13 +179,13 @@ def stages(
     skip_check: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the stages in a YAML file, one after the other, or go on with them; return the matrix of what is kept.
+    """Run or resume the stages in a YAML file; return the matrix of what the model retains.
 
     Args:
-        file: path or URL of the stages' file.
+        file: path or URL of the stages file.
         overrides: section.field=value, set in every stage's config.
-        skip_check: start each run without the probes of `check`.
-        say: where a person is told.
+        skip_check: start each run without `check`.
+        say: receives progress lines.
     """
     from dist_ft.config.stages import load_stages
     from dist_ft.workflows import run_stages
@@ -181,13 +198,13 @@ def stages(
 def tune(
     config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Run the search in the YAML file `search` over the config file `config`, or go on with it; return its trials.
+    """Run or resume the search in `search` over the config file `config`; return its trials.
 
     Args:
         config: path or URL of the config.
-        search: path or URL of the search's file.
+        search: path or URL of the search file.
         overrides: section.field=value, set in every trial's config.
-        say: where a person is told.
+        say: receives progress lines.
     """
     from dist_ft.config.search import load_search
     from dist_ft.workflows import search as searches
@@ -206,19 +223,20 @@ def export(
     int8: bool = False,
     average: bool | None = None,
 ) -> dict[str, tuple[float, float]] | None:
-    """Write a run's newest commit (or that of `step`) as a Hugging Face folder `out`, reloaded and compared.
+    """Write a checkpoint as a Hugging Face folder with a model card, reload it, compare its logits.
 
-    With it goes a model card, README.md. Returns what int8 weights changed, {measure: (before, after)}, or None.
+    Returns what int8 weights changed, {measure: (before, after)}, or None without `int8`.
 
     Args:
         run: the run's config, or the URL of its folder (<run.storage>/<run.name>).
         out: local folder to write.
-        step: the committed step; none: the newest.
-        dtype: float32 or bfloat16 of the weights written; none: as the model was trained.
-        adapter: write the adapter alone, for `peft`; else it is merged into the weights.
-        best: that of the checkpoints there are which is best by checkpoint.best_by.
-        int8: weights of linear layers as 8-bit integers (torchao); size, latency and scores are measured.
-        average: the moving average of the weights (tuning.ema_decay); none: if that is what was evaluated.
+        step: step of the checkpoint. Default: the latest.
+        dtype: float32 or bfloat16 of the exported weights. Default: as the model was trained.
+        adapter: write the adapter alone, for `peft`. Default: merge it into the weights.
+        best: export the best checkpoint by checkpoint.best_by.
+        int8: 8-bit weights of linear layers (torchao); size, latency and scores are measured.
+        average: export the moving average of the weights (tuning.ema_decay). Default: if that is
+            what evaluations used.
     """
     from dist_ft.runs.export_model import ship
     from dist_ft.storage import filesystem
@@ -241,43 +259,41 @@ def predict(
     batch: int = 32,
     max_new_tokens: int = 128,
     strategy: str = "greedy",
-) -> tuple[int, int]:
-    """Write what a model says of every row of files into a file or a folder of shards; return (files, rows).
+) -> WrittenPredictions:
+    """Write a prediction for every row of files into a file or a folder of shards.
 
     Args:
         model: folder, URL or hub name.
-        paths: files, folders, globs or URLs of rows; see `dist-ft predict --help` for their columns.
-        out: local file (.jsonl), or folder or URL for shards; what is there of the same rows is gone on with.
+        paths: files, folders, globs or URLs of rows; `dist-ft predict --help` lists their columns.
+        out: local file (.jsonl), or folder or URL for shards. Output of the same rows is resumed.
         workers: Ray workers, each with the model, that write shards; 0: this process.
-        form: of shards, jsonl or parquet.
-        batch: rows at once.
-        max_new_tokens: longest text to make, in tokens.
-        strategy: how texts are made: greedy, beam:4, sample:0.7, ... (`config.decoding.parse`).
+        form: format of shards, jsonl or parquet.
+        batch: rows in a batch.
+        max_new_tokens: maximum length of generated text, in tokens.
+        strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
+            (`config.sections.decoding.parse`).
 
-    Raises ConfigError, DataError, ModelError with one clear line.
+    Raises:
+        ConfigError, DataError, ModelError: with one clear line.
     """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
     from dist_ft.data.sources.discovery import discover_shards
     from dist_ft.inference.predict import Predictor
-    from dist_ft.inference.predict_folder import (
-        predict_folder,
-    )
+    from dist_ft.inference.predict_folder import predict_folder
     from dist_ft.inference.prediction_file import predict_file
-    from dist_ft.inference.prediction_shards import (
-        ENCODERS,
-    )
+    from dist_ft.inference.prediction_shards import ENCODERS
 
     if form not in ENCODERS:
         raise ConfigError(
-            [f"--format={form}: no such choice; allowed: {', '.join(ENCODERS)}; correct it"],
+            [f"--format={form}: unknown format. Allowed: {', '.join(ENCODERS)}."],
             "predict",
         )
     if out.endswith(".jsonl") and (workers or form != "jsonl"):
         raise ConfigError(
             [
-                f"--out={out}: is one file, which one process writes as JSON lines; a folder is allowed "
-                "with --workers and --format; name one"
+                f"--out={out}: a single file is written by one process as JSON Lines. Use a folder "
+                "for --workers or --format."
             ],
             "predict",
         )
@@ -288,11 +304,9 @@ def predict(
         for shard in found
     ]
     if out.endswith(".jsonl"):
-        return 1, predict_file(
-            Predictor(model, batch, max_new_tokens, strategy),
-            (row for shard in shards for row in readers.iter_rows(shard)),
-            out,
-        )
+        rows = (row for shard in shards for row in readers.iter_rows(shard))
+        predictor = Predictor(model, batch, max_new_tokens, strategy)
+        return WrittenPredictions(1, predict_file(predictor, rows, out))
     return predict_folder(
         model,
         shards,
@@ -308,12 +322,12 @@ def predict(
 def evaluate(
     config: RunConfig, models: str | Sequence[str] = (), *, random_head: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return {model: metrics} of models as they are on the config's held-out data, without training.
+    """Return {model: metrics} on the config's held-out data, without training.
 
     Args:
         config: its task, evaluation.data and batch are used.
-        models: folders, URLs or hub names; none: model.path.
-        random_head: score a head that was never trained too; else that is an error.
+        models: folders, URLs or hub names. Default: model.path.
+        random_head: also score a head that was never trained; otherwise that is an error.
     """
     from dist_ft.inference.evaluate import evaluate_models
 
@@ -322,7 +336,7 @@ def evaluate(
 
 
 def report(run: RunConfig | str) -> dict[str, Any]:
-    """Return a run's report as JSON values: curves, tables, the most confident errors, what was run."""
+    """Return a run's report as JSON values: curves, tables, most confident errors, config."""
     from dist_ft.runs.report import gather
     from dist_ft.storage import filesystem
 
@@ -333,7 +347,7 @@ def report(run: RunConfig | str) -> dict[str, Any]:
 
 
 def next_step(folder: str) -> str:
-    """Return the command that tries an exported folder, by what its model does."""
+    """Return the command that tries an exported folder, chosen by its model's task."""
     import json
     from pathlib import Path
 
@@ -344,7 +358,7 @@ def next_step(folder: str) -> str:
         return f'dist-ft generate {folder} --prompt "..."'
     if task == "masked_lm":
         return f"train it for a task with model.path={folder}"
-    return f"dist-ft predict {folder} ROWS.jsonl --out said.jsonl"
+    return f"dist-ft predict {folder} ROWS.jsonl --out predictions.jsonl"
 
 
 def generate(
@@ -357,7 +371,15 @@ def generate(
 ) -> str:
     """Return a model folder's answer to `prompt`, through its chat template if it has one.
 
-    `strategy`: greedy, beam:4, sample:0.7 (`config.decoding.parse`); several answers (num_samples) stand between ---.
+    Several answers (num_samples) are separated by ---.
+
+    Args:
+        model: folder, URL or hub name.
+        prompt: the prompt, as a user turn if the model has a chat template.
+        system: system prompt.
+        max_new_tokens: maximum length of the answer, in tokens.
+        strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
+            (`config.sections.decoding.parse`).
     """
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""The commands `dist-ft submit` and `dist-ft jobs list | status | logs | stop`; `cli` hangs them in."""
+"""The commands `dist-ft submit` and `dist-ft jobs list | status | logs | stop`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft.cli.data import Config, Overrides
+from dist_ft.cli.arguments import Config, Overrides
 
 HELP = (
-    "Look after runs that were submitted to a Ray cluster.\n\n\b\nFirst steps:\n"
-    "  dist-ft jobs list               which are there?\n"
-    "  dist-ft jobs logs --follow NAME what does it say?\n"
-    "  dist-ft jobs stop NAME          it saves, and ends"
+    "Manage runs submitted to a Ray cluster.\n\n\b\nFirst steps:\n"
+    "  dist-ft jobs list                list the jobs\n"
+    "  dist-ft jobs logs --follow NAME  follow the log of one\n"
+    "  dist-ft jobs stop NAME           save a checkpoint and stop"
 )
+
 Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help=(
-            "Job server of the cluster; none: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."
-        ),
+        help="Job server of the cluster. Default: RAY_API_SERVER_ADDRESS, else "
+        "http://127.0.0.1:8265.",
     ),
 ]
 Job = Annotated[
@@ -32,7 +32,7 @@ Job = Annotated[
 
 
 def commands(register: Callable[..., Any]) -> None:
-    """Hand every command to `register`, which takes (function) or (function, name)."""
+    """Pass every command to `register`, which takes (function) or (function, name)."""
     register(list_jobs, "list")
     for command in (status, logs, stop):
         register(command)
@@ -44,40 +44,39 @@ def submit(
     address: Address = None,
     print_only: Annotated[
         bool,
-        typer.Option(
-            "--print", help=("Check, then only print the `ray job submit` line that does the same.")
-        ),
+        typer.Option("--print", help="Check, then only print the equivalent `ray job submit`."),
     ] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not watch the job.")] = False,
-    project: Annotated[str, typer.Option(metavar="DIR", help="Folder that is sent along.")] = ".",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    project: Annotated[
+        str, typer.Option(metavar="DIR", help="Project folder that is uploaded with the job.")
+    ] = ".",
     package: Annotated[
         bool | None,
         typer.Option(
             "--package/--no-package",
-            help=(
-                "Send the project along, or use the image's; none: send, unless the cluster is this machine."
-            ),
+            help="Upload the project, or use the one in the image. Default: upload, unless the "
+            "cluster is this machine.",
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help=("Besides .gitignore and the usual, leave this out; may be given several times."),
+            help="Files not to upload, in addition to .gitignore and the usual ones. Repeatable.",
         ),
     ] = None,
     shared: Annotated[
         list[str] | None,
         typer.Option(
             metavar="DIR",
-            help=("Local paths below it are seen by all nodes (a mounted share, the image)."),
+            help="Local folder that all nodes see (a mounted share, the image). Repeatable.",
         ),
     ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help=("Environment variable of the job and its workers; no credentials."),
+            help="Environment variable of the job and its workers. No credentials. Repeatable.",
         ),
     ] = None,
     grace: Annotated[
@@ -85,28 +84,29 @@ def submit(
         typer.Option(
             min=3,
             metavar="SECONDS",
-            help=("A stop may take so long to save, then the job is killed."),
+            help="Time a stopped job has to save a checkpoint before it is killed.",
         ),
     ] = 600,
     skip_check: Annotated[
         bool,
         typer.Option(
             "--skip-check",
-            help=("Leave out the probes of `check` (where only the workers see model and data)."),
+            help="Skip the probes of `check` (if only the workers can reach model and data).",
         ),
     ] = False,
     any_version: Annotated[
         bool,
         typer.Option(
-            "--any-version", help=("Do not insist on the same Ray and Python here and there.")
+            "--any-version", help="Allow Ray and Python versions that differ from the cluster's."
         ),
     ] = False,
 ) -> None:
-    """Run a fine-tuning as a job of a Ray cluster, and watch it to its end.
+    """Run a fine-tuning as a job of a Ray cluster, and follow it to its end.
 
-    Looks at config, project, cluster and paths first; nothing starts if something is wrong. A run that has a job there
-    is attached to, and one whose job has ended goes on from its newest checkpoint. Ctrl-C leaves the job running. Exits
-    with the job's own code, and 130 if it was stopped.
+    Checks config, project, cluster and paths first; nothing starts if something is wrong. If the
+    run already has a job, attaches to it. If that job has ended, the run resumes from its latest
+    checkpoint. Ctrl-C leaves the job running. Exits with the job's own code, and 130 if the job was
+    stopped.
 
     \b
     Examples:
@@ -121,53 +121,51 @@ def submit(
     from dist_ft.core.logs import quiet_third_parties, redact
 
     quiet_third_parties()
-    given = load_config(config, overrides or ())
-    server, request, living = submission.prepare(
-        given,
-        submission.Options(
-            address,
-            project,
-            package,
-            exclude or (),
-            shared or (),
-            env or (),
-            grace,
-            skip_check,
-            any_version,
-        ),
-        _say,
+    options = submission.Options(
+        address,
+        project,
+        package,
+        exclude or (),
+        shared or (),
+        env or (),
+        grace,
+        skip_check,
+        any_version,
     )
+    prepared = submission.prepare(load_config(config, overrides or ()), options, _print_status)
+    server, request, running = prepared.server, prepared.request, prepared.running_job
     if print_only:
         typer.echo(request.line(redact(server.url), bool(server.headers)))
         return
-    name = request.name if living is None else str(living["submission_id"])
-    if living is None:
+
+    if running is None:
+        name = request.name
         submission.submit(server, request)
-        _say(f"job {name} is submitted to {server.shown}")
+        _print_status(f"job {name} is submitted to {server.display_url}")
     else:
-        changed = living.get("entrypoint") != request.entrypoint
-        _say(
-            f"job {name} of this run is there already ({living['status']}); attached to it"
-            + (
-                "; it was started with another config, which stays: stop it first to change it"
-                if changed
-                else ""
-            )
+        name = str(running["submission_id"])
+        config_changed = running.get("entrypoint") != request.entrypoint
+        note = (
+            ". It was started with another config and keeps it. Stop it first to change it."
+            if config_changed
+            else ""
         )
+        _print_status(f"attached to job {name} of this run ({running['status']}){note}")
+
     if no_wait:
         typer.echo(f"next: dist-ft jobs logs --follow {name}")
         return
     try:
-        _watch(server, name)
+        _follow(server, name)
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"job {name} goes on; watch it again: dist-ft jobs logs --follow {name} (or the same "
-            f"command); end it, saved: dist-ft jobs stop {name}"
+            f"job {name} keeps running. Follow it with dist-ft jobs logs --follow {name} or the "
+            f"same command. Save and stop it with dist-ft jobs stop {name}."
         ) from error
 
 
 def list_jobs(address: Address = None) -> None:
-    """Name the runs that were submitted to a cluster, newest last.
+    """List the runs submitted to a cluster, latest last.
 
     \b
     Examples:
@@ -178,18 +176,18 @@ def list_jobs(address: Address = None) -> None:
     """
     from dist_ft.cluster.jobs import job_request, submission
 
-    found = [
+    jobs = [
         job
         for job in submission.server_at(address).jobs()
         if job_request.RUN in (job.get("metadata") or {})
     ]
-    for job in sorted(found, key=lambda job: job.get("start_time") or 0):
-        typer.echo(_line(job))
-    typer.echo(f"{len(found)} job{'s' * (len(found) != 1)}")
+    for job in sorted(jobs, key=lambda job: job.get("start_time") or 0):
+        typer.echo(_describe(job))
+    typer.echo(f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}")
 
 
 def status(name: Job, address: Address = None) -> None:
-    """Tell how a job stands; exits with its own code if it has ended.
+    """Show the status of a job. Exits with the job's own code if it has ended.
 
     \b
     Examples:
@@ -201,18 +199,18 @@ def status(name: Job, address: Address = None) -> None:
     from dist_ft.cluster.jobs import job_request, submission
 
     job = submission.server_at(address).job(name)
-    typer.echo(_line(job))
+    typer.echo(_describe(job))
     raise typer.Exit(job_request.exit_code(job) if job["status"] in job_request.ENDED else 0)
 
 
 def logs(
     name: Job,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Until the job ends; exits with its code.")
+        bool, typer.Option("--follow", help="Follow until the job ends; exits with its code.")
     ] = False,
     address: Address = None,
 ) -> None:
-    """Show what a job has said.
+    """Show the log of a job.
 
     \b
     Examples:
@@ -231,50 +229,56 @@ def logs(
         typer.echo(redact(server.log(name)), nl=False)
         return
     try:
-        _watch(server, name)
+        _follow(server, name)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"job {name} goes on; end it, saved: dist-ft jobs stop {name}") from error
+        raise Interrupted(
+            f"job {name} keeps running. Save and stop it with dist-ft jobs stop {name}."
+        ) from error
 
 
 def stop(name: Job, address: Address = None) -> None:
-    """Have a job save and end, and wait until it has. The command that submitted it goes on from there.
+    """Make a job save a checkpoint and end, and wait until it has ended.
+
+    The command that submitted it resumes the run.
 
     \b
     Examples:
       dist-ft jobs stop mine
       dist-ft jobs stop mine-2 --address http://head:8265
 
-    Next: dist-ft submit CONFIG goes on
+    Next: dist-ft submit CONFIG resumes the run
     """
     from dist_ft.cluster.jobs import submission
 
-    typer.echo(_line(submission.stop(submission.server_at(address), name, _say)))
+    job = submission.stop(submission.server_at(address), name, _print_status)
+    typer.echo(_describe(job))
 
 
-def _watch(server: Any, name: str) -> None:
-    """Show a job's log until it ends, and exit with its code."""
+def _follow(server: Any, name: str) -> None:
+    """Print a job's log until it ends, and exit with its code."""
     from dist_ft.cluster.jobs import job_request, submission
 
-    job = submission.Follower(server, name, _write, _say).follow()
-    code = job_request.exit_code(job)
-    _say(_line(job))
-    raise typer.Exit(code)
+    job = submission.Follower(server, name, _write, _print_status).follow()
+    _print_status(_describe(job))
+    raise typer.Exit(job_request.exit_code(job))
 
 
-def _line(job: Any) -> str:
-    """Return one line on a job."""
+def _describe(job: Any) -> str:
+    """Return one line about a job."""
     from dist_ft.cluster.jobs import job_request
     from dist_ft.core.logs import redact
 
-    code = f", exit code {job_request.exit_code(job)}" if job["status"] in job_request.ENDED else ""
-    said = (job.get("message") or "").strip().splitlines()
-    why = (
-        f"; {said[0][:200]}"
-        if job["status"] == "FAILED" and job.get("driver_exit_code") is None and said
-        else ""
-    )
+    has_ended = job["status"] in job_request.ENDED
+    code = f", exit code {job_request.exit_code(job)}" if has_ended else ""
+
+    reason = ""
+    message_lines = (job.get("message") or "").strip().splitlines()
+    never_started = job["status"] == "FAILED" and job.get("driver_exit_code") is None
+    if never_started and message_lines:
+        reason = f"; {message_lines[0][:200]}"
+
     run = (job.get("metadata") or {}).get(job_request.RUN)
-    return redact(f"{job['submission_id']}: {job['status']}{code}; run {run}{why}")
+    return redact(f"{job['submission_id']}: {job['status']}{code}; run {run}{reason}")
 
 
 def _write(text: str) -> None:
@@ -282,5 +286,5 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     typer.echo(f"dist-ft: {text}", err=True)

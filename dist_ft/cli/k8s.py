@@ -1,4 +1,4 @@
-"""The commands `dist-ft k8s render | check`; `cli` hangs them in."""
+"""The commands `dist-ft k8s render | check`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft.cli.data import Config, Overrides
+from dist_ft.cli.arguments import Config, Overrides
 
 HELP = (
-    "Manifests for Kubernetes: made from a run's config, and checked without a cluster.\n\n\b\nFirst steps:\n"
-    "  dist-ft k8s render configs/llama-8b.yaml --out mine/   what the run takes, as manifests\n"
-    "  dist-ft k8s check mine/ --crd crd.yaml                 would Kubernetes and KubeRay take them?\n"
-    "  kubectl apply -k mine/                                 begin"
+    "Kubernetes manifests: rendered from a run's config, and checked without a cluster.\n\n"
+    "\b\nFirst steps:\n"
+    "  dist-ft k8s render configs/llama-8b.yaml --out mine/   write the manifests of a run\n"
+    "  dist-ft k8s check mine/ --crd crd.yaml                 validate them\n"
+    "  kubectl apply -k mine/                                 start the run"
 )
 
 
 def commands(register: Callable[..., Any]) -> None:
-    """Hand every command to `register`."""
+    """Pass every command to `register`."""
     for command in (render, check):
         register(command)
 
@@ -26,11 +27,11 @@ def commands(register: Callable[..., Any]) -> None:
 def render(
     config: Config,
     overrides: Overrides = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write; none: all on stdout.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write. Default: stdout.")] = None,
     kustomize: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help=("Write base, components and overlays for kustomize there instead.")
+            metavar="DIR", help="Write base, components and overlays for kustomize here instead."
         ),
     ] = None,
     overlay: Annotated[str, typer.Option(help="development, production or production-spot.")] = "",
@@ -39,38 +40,36 @@ def render(
         typer.Option(
             "--with",
             metavar="COMPONENT",
-            help=(
-                "kueue, spot, efa, rdma, s3-service-account, gcs-fault-tolerance; may be given several times."
-            ),
+            help="kueue, spot, efa, rdma, s3-service-account or gcs-fault-tolerance. Repeatable.",
         ),
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="With tag or digest; none: dist-ft:<this version>.")
+        str | None,
+        typer.Option(help="Image with tag or digest. Default: dist-ft:<this version>."),
     ] = None,
-    namespace: Annotated[str | None, typer.Option(help="None: dist-ft.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace. Default: dist-ft.")] = None,
     workers_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Its GPUs; cluster.workers_per_node goes before it; none: 8."),
+        typer.Option(
+            min=1, help="GPUs of a node. cluster.workers_per_node takes precedence. Default: 8."
+        ),
     ] = None,
     parameters: Annotated[
         float | None,
         typer.Option(
-            help=(
-                "Of the model, such as 8.03e9; none: counted from --model-config or the folder at model.path; else as "
-                "its name says, and a tenth more."
-            )
+            help="Parameters of the model, such as 8.03e9. Default: counted from --model-config or "
+            "the folder at model.path, else taken from the model's name plus 10 %."
         ),
     ] = None,
     model_config: Annotated[
-        str | None, typer.Option("--model-config", help="A config.json to count.")
+        str | None, typer.Option("--model-config", help="A config.json to count parameters from.")
     ] = None,
     node_selector: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help=(
-                "Label of the workers' nodes, such as nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3."
-            ),
+            help="Label of the workers' nodes, such as "
+            "nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3. Repeatable.",
         ),
     ] = None,
     more: Annotated[
@@ -78,20 +77,20 @@ def render(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help=(
-                "Any other option, such as claim=shared or storage_mb_s=500; see docs/kubernetes.md."
-            ),
+            help="Any other option, such as claim=shared or storage_mb_s=500; see "
+            "docs/kubernetes.md. Repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Write the manifests of a run: pods, GPUs, memory, /dev/shm, grace periods and labels follow from its config.
+    """Write the manifests of a run: pods, GPUs, memory, /dev/shm, grace periods, labels.
 
-    An elastic range begins with its fewest pods and takes more as they come. The sums are written out beside them.
+    All sizes follow from the config; the arithmetic is printed. An elastic range starts with its
+    fewest pods and grows as more become available.
 
     \b
     Examples:
-      dist-ft k8s render configs/llama-8b.yaml --out mine/ --overlay production --set s3_role=arn:aws:iam::1:role/mine
-      dist-ft k8s render configs/llama-70b.yaml cluster.workers=64 --image registry/dist-ft:0.1.0 --with spot \\
+      dist-ft k8s render configs/llama-8b.yaml --out mine/ --overlay production
+      dist-ft k8s render configs/llama-70b.yaml cluster.workers=64 --with spot \\
         --model-config configs/architectures/llama-3.1-70b.json
 
     Next: dist-ft k8s check DIR --crd FILE
@@ -106,8 +105,8 @@ def render(
     if kustomize and (out or overlay or component):
         raise ConfigError(
             [
-                f"--kustomize={kustomize}: writes all overlays and components; alone, or --out, --overlay "
-                "and --with; leave one out"
+                f"--kustomize={kustomize}: writes all overlays and components, so it cannot be "
+                "combined with --out, --overlay or --with. Use one or the other."
             ],
             "k8s render",
         )
@@ -118,29 +117,31 @@ def render(
         "parameters": parameters,
         "node_selector": tuple(node_selector) if node_selector else None,
     }
-    options, run = parse(given, more or ()), load_config(config, overrides or ())
+    options = parse(given, more or ())
+    run = load_config(config, overrides or ())
     if not options.parameters:
-        options = options.model_copy(
-            update={"parameters": count_parameters(run, model_config) or 0}
-        )
+        counted = count_parameters(run, model_config) or 0
+        options = options.model_copy(update={"parameters": counted})
+
     if kustomize:
         texts = rendering.tree(run, options)
     else:
         files = rendering.rendered(run, options, overlay, component or ())
         texts = rendering.folder(files)
+
     folder = kustomize or out
     for name, arithmetic in described(sizing(run, options)):
         typer.echo(f"{name:<12}{arithmetic}", err=not folder)
-    if folder:
-        rendering.write(texts, folder)
-        typer.echo(
-            f"wrote {len(texts)} files below {folder}; next: dist-ft k8s check {folder}"
-            + ("/overlays/production" if kustomize else "")
-        )
-    else:
-        typer.echo(
-            rendering.as_yaml([document for file in files.values() for document in file]), nl=False
-        )
+    if not folder:
+        documents = [document for file in files.values() for document in file]
+        typer.echo(rendering.as_yaml(documents), nl=False)
+        return
+
+    rendering.write(texts, folder)
+    overlay_folder = "/overlays/production" if kustomize else ""
+    typer.echo(
+        f"wrote {len(texts)} files below {folder}; next: dist-ft k8s check {folder}{overlay_folder}"
+    )
 
 
 def check(
@@ -148,24 +149,26 @@ def check(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            help=("Files, folders, folders for kustomize (which need kubectl or kustomize)."),
+            help="Files, folders, or folders for kustomize (which need kubectl or kustomize).",
         ),
     ],
     crd: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help=("CRDs of RayJob and RayCluster, or their schemas: a file or folder."),
+            help="CRDs of RayJob and RayCluster, or their schemas: a file or folder.",
         ),
     ] = None,
     kubernetes: Annotated[
-        str, typer.Option(metavar="VERSION", help="Such as 1.33; none: the newest known.")
+        str,
+        typer.Option(metavar="VERSION", help="Such as 1.33. Default: the latest known version."),
     ] = "",
 ) -> None:
-    """Say everything that is wrong with manifests, without a cluster; exits 2 then.
+    """Report everything that is wrong with manifests, without a cluster. Exits 2 if there is any.
 
-    Kubernetes' own kinds strictly against its schemas; RayJob and RayCluster against their CRD and its rules; what the
-    KubeRay operator refuses; and our production checklist. The CRDs are those of your cluster:
+    Checks core kinds strictly against the schemas of Kubernetes, RayJob and RayCluster against
+    their CRD and its rules, the rules of the KubeRay operator, and our production checklist. Get
+    the CRDs of your cluster with:
     kubectl get crd rayjobs.ray.io rayclusters.ray.io -o yaml > crd.yaml
 
     \b

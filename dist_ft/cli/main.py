@@ -13,7 +13,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft.cli import data, drill, export, failures, jobs, k8s, models, plan, runs, series, train
+from dist_ft.cli import (
+    data,
+    export,
+    failures,
+    jobs,
+    k8s,
+    models,
+    plan,
+    runs,
+    selftest,
+    train,
+    workflows,
+)
 from dist_ft.core.errors import Interrupted
 
 app = typer.Typer(
@@ -34,7 +46,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(train.train, train.check, plan.plan, data.preview),
     *(models.generate, export.export, models.evaluate, models.predict, models.decode),
-    *(jobs.submit, series.stages, series.tune, drill.drill, drill.selftest),
+    *(jobs.submit, workflows.stages, workflows.tune, selftest.drill, selftest.selftest),
 )
 GROUPS = {"data": data, "runs": runs, "jobs": jobs, "k8s": k8s}
 

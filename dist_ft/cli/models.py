@@ -1,29 +1,50 @@
-"""The commands `dist-ft evaluate | predict | decode`: models as they are, without training; `cli` hangs them in."""
+"""The commands `dist-ft generate | evaluate | predict | decode`: use models without training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dist_ft.cli.data import Config, Overrides
+from dist_ft.cli.arguments import Config, Overrides, Strategy
 
-HOW = {
+HEAD_NOTES = {
     "random": " (random head)",
     "likelihood": " (prompted)",
-    "generation": " (written)",
+    "generation": " (generated)",
     "prototypes": " (prototypes)",
 }
-"""What the table says of a model that has no trained head."""
-Strategy = Annotated[
-    str,
-    typer.Option(
-        help=(
-            "How texts are made: greedy, beam:4 (beams) or sample:0.7 (temperature), with further fields of "
-            "evaluation.decoding as in beam:4,length_penalty=0.8 or sample:0.7,top_p=0.9,num_samples=3,seed=1."
-        )
-    ),
-]
+"""How the table marks a model without a trained head."""
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` writes.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Prompt to answer.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")
+    ] = 128,
+    strategy: Strategy = "greedy",
+) -> None:
+    """Answer a prompt with a model folder, by plain transformers and its chat template if any.
+
+    \b
+    Examples:
+      dist-ft generate out/ --prompt "What does os.path.join do?"
+      dist-ft generate out/ --prompt "Why is the sky blue?" --strategy sample:0.7,top_p=0.9,seed=1
+
+    Next: compare with the original model: dist-ft generate BASE_MODEL --prompt ...
+    """
+    from dist_ft import api
+    from dist_ft.core.logs import quiet_third_parties
+
+    quiet_third_parties()
+    answer = api.generate(
+        model, prompt, system=system, max_new_tokens=max_new_tokens, strategy=strategy
+    )
+    typer.echo(answer)
 
 
 def evaluate(
@@ -32,61 +53,63 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model folder, URL or hub name to score; several: side by side; none: model.path."
+            help="Model folder, URL or hub name to score. Several are compared. "
+            "Default: model.path."
         ),
     ] = None,
     random_head: Annotated[
         bool,
-        typer.Option("--random-head", help="Score a head that was never trained too, labelled so."),
+        typer.Option("--random-head", help="Also score a head that was never trained, marked so."),
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="All metrics, tables by label too, as JSON.")
+        bool, typer.Option("--json", help="Print all metrics as JSON, with tables by label.")
     ] = False,
 ) -> None:
-    """Score models on a config's held-out data, without training: the metrics of its task.
+    """Score models on a config's held-out data with the metrics of its task, without training.
 
     \b
     Examples:
       dist-ft evaluate configs/recipes/reviews.yaml --model out/
       dist-ft evaluate configs/recipes/zero-shot.yaml --model BASE_MODEL --model out/
 
-    Next: dist-ft predict MODEL FILE --out FILE says what a model answers to each row.
+    Next: dist-ft predict MODEL FILE --out FILE writes a prediction for each row.
     """
+    from dist_ft.cli import tables
     from dist_ft.config.load import load_config
     from dist_ft.config.sections.task import METRICS
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.inference.evaluate import evaluate_models
-    from dist_ft.training.console import table
+    from dist_ft.training.console import format_table
 
     quiet_third_parties()
     run = load_config(config, overrides or ())
-    found = evaluate_models(run, model or [run.model.path], random_head)
+    results = evaluate_models(run, model or [run.model.path], random_head)
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
-    names = [
-        name
-        for values in found.values()
-        for name, value in values.items()
-        if isinstance(value, float | int)
-    ]
-    rows = [
-        [name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
-        for name in dict.fromkeys(names)
-    ]
-    heads = ["", *(path + HOW.get(values["head"], "") for path, values in found.items())]
-    on = ", ".join(source.path for source in run.evaluation.data)
-    typer.echo(table(f"{run.task.name.replace('_', ' ')} on {on}", rows, heads))
-    for path, values in found.items():
-        if "by_template" in values:
-            typer.echo(_by_template(path, values["by_template"], METRICS[run.task.name]))
+
+    names = dict.fromkeys(
+        name for metrics in results.values() for name in tables.scalar_names(metrics)
+    )
+    rows = []
+    for name in names:
+        values = [tables.number(metrics.get(name)) for metrics in results.values()]
+        rows.append([tables.label(name), *values])
+    heads = [path + HEAD_NOTES.get(metrics["head"], "") for path, metrics in results.items()]
+    held_out = ", ".join(source.path for source in run.evaluation.data)
+    typer.echo(format_table(f"{tables.label(run.task.name)} on {held_out}", rows, ["", *heads]))
+
+    for path, metrics in results.items():
+        if "by_template" in metrics:
+            task_metrics = METRICS[run.task.name]
+            typer.echo(tables.by_template(path, metrics["by_template"], task_metrics))
 
 
 def predict(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` wrote.")
+        str, typer.Argument(metavar="MODEL", help="Model folder, such as `export` writes.")
     ],
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Files, folders, globs or URLs.")
@@ -94,42 +117,44 @@ def predict(
     out: Annotated[
         str,
         typer.Option(
-            help=(
-                "To write, or to go on with: a local file (.jsonl), or a folder or URL for shards."
-            )
+            help="Output to write or resume: a local file (.jsonl), or a folder or URL for shards."
         ),
     ],
     workers: Annotated[
         int,
         typer.Option(
-            min=0, help="Ray workers, each with the model, writing shards; 0: this process."
+            min=0, help="Ray workers, each with the model, that write shards. 0: this process."
         ),
     ] = 0,
-    form: Annotated[str, typer.Option("--format", help="Of shards: jsonl or parquet.")] = "jsonl",
-    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+    form: Annotated[
+        str, typer.Option("--format", help="Format of shards: jsonl or parquet.")
+    ] = "jsonl",
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 32,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest text to make, in tokens.")
+        int, typer.Option(min=1, help="Maximum length of generated text, in tokens.")
     ] = 128,
     strategy: Strategy = "greedy",
 ) -> None:
-    """Let a model say what it finds in each row: a label, tags, an answer, a number, a vector or a text.
+    """Predict a label, tags, an answer, a number, a vector or a text for each row.
 
-    Rows keep their order and their columns and get one more, `prediction`. Read are `text` (and `pair`), `tokens`,
-    `question` and `context`, `source`, or `prompt`, by what the model does. Cut off, the same command goes on.
-    A folder holds a shard for each 2 MiB or so of input, the same for any number of workers.
+    Rows keep their order and their columns and get one more, `prediction`. The model's task decides
+    which columns are read: `text` (and `pair`), `tokens`, `question` and `context`, `source`, or
+    `prompt`. If interrupted, the same command resumes. A folder holds one shard for about 2 MiB of
+    input, the same for any number of workers.
 
     \b
     Examples:
-      dist-ft predict out/ new.jsonl --out said.jsonl
-      dist-ft predict out/ "s3://bucket/rows/*.parquet" --out s3://bucket/said --format parquet --workers 8
+      dist-ft predict out/ new.jsonl --out predictions.jsonl
+      dist-ft predict out/ "s3://bucket/rows/*.parquet" --out s3://bucket/predictions \\
+        --format parquet --workers 8
 
-    Next: dist-ft data inspect said.jsonl
+    Next: dist-ft data inspect predictions.jsonl
     """
     from dist_ft import api
     from dist_ft.core.logs import quiet_third_parties
 
     quiet_third_parties()
-    shards, rows = api.predict(
+    written = api.predict(
         model,
         paths,
         out,
@@ -139,11 +164,10 @@ def predict(
         max_new_tokens=max_new_tokens,
         strategy=strategy,
     )
-    typer.echo(
-        f"{rows:,} rows in {out}"
-        if out.endswith(".jsonl")
-        else f"{shards:,} shards in {out}; {rows:,} rows written now"
-    )
+    if out.endswith(".jsonl"):
+        typer.echo(f"{written.rows:,} rows in {out}")
+    else:
+        typer.echo(f"{written.files:,} shards in {out}; {written.rows:,} rows written now")
 
 
 def decode(
@@ -152,75 +176,52 @@ def decode(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Model folder, URL or hub name; several: side by side; none: model.path."
+            help="Model folder, URL or hub name. Several are compared. Default: model.path."
         ),
     ] = None,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A way to make texts, as of `generate`; several are compared; none: that of evaluation.decoding."
+            help="Decoding strategy, as for `generate`. Several are compared. "
+            "Default: evaluation.decoding."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, with the first texts.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with the first generations.")
+    ] = False,
 ) -> None:
-    """Compare ways to make texts: evaluation.text_metrics on held-out prompts, seconds, tokens a second.
+    """Compare decoding strategies on held-out prompts: text metrics, seconds, tokens per second.
 
-    Prompts, lengths and metrics are those of the section evaluation; evaluation.decoding.max_new_tokens must be set.
+    Prompts, lengths and metrics come from the section evaluation.
+    evaluation.decoding.max_new_tokens must be set.
 
     \b
     Examples:
-      dist-ft decode configs/recipes/translation.yaml --strategy greedy --strategy beam:4 --strategy sample:0.7
-      dist-ft decode configs/recipes/math.yaml evaluation.generate_samples=50 --model BASE_MODEL --model out/
+      dist-ft decode configs/recipes/translation.yaml --strategy greedy --strategy beam:4
+      dist-ft decode configs/recipes/math.yaml evaluation.generate_samples=50 --model out/
 
-    Next: set the best as evaluation.decoding, or give it to dist-ft predict MODEL FILE --strategy ...
+    Next: set the best as evaluation.decoding, or pass it to dist-ft predict MODEL FILE --strategy.
     """
+    from dist_ft.cli import tables
     from dist_ft.config.load import load_config
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.inference.compare_decoding import compare
-    from dist_ft.training.console import table
+    from dist_ft.training.console import format_table
 
     quiet_third_parties()
     run = load_config(config, overrides or ())
-    found = compare(run, model or [run.model.path], strategy or [])
+    results = compare(run, model or [run.model.path], strategy or [])
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
-    names = [name for name, value in found[0].items() if isinstance(value, float | int)]
-    rows = [
-        [one["strategy"], one["model"], *(_number(one[name]) for name in names)] for one in found
-    ]
-    heads = ["", "model", *(name.replace("_", " ") for name in names)]
-    on = ", ".join(source.path for source in run.evaluation.data)
-    typer.echo(table(f"texts on {on}", rows, heads))
 
-
-def before_after(title: str, measured: dict[str, tuple[float, float]]) -> str:
-    """Return {measure: (before, after)} as a table."""
-    from dist_ft.training.console import table
-
-    rows = [
-        [name.replace("_", " "), _number(before), _number(after)]
-        for name, (before, after) in measured.items()
-    ]
-    return table(title, rows, ["", "before", "after"])
-
-
-def _by_template(path: str, found: dict[str, dict[str, Any]], metrics: tuple[str, ...]) -> str:
-    """Return a table of what a model told by each template."""
-    from dist_ft.training.console import table
-
-    rows = [
-        [name.replace("_", " "), *(_number(values.get(name)) for values in found.values())]
-        for name in metrics
-    ]
-    return table(
-        f"{path} by template", rows, ["", *(template.replace("\n", "\\n") for template in found)]
-    )
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
+    names = tables.scalar_names(results[0])
+    rows = []
+    for result in results:
+        values = [tables.number(result[name]) for name in names]
+        rows.append([result["strategy"], result["model"], *values])
+    held_out = ", ".join(source.path for source in run.evaluation.data)
+    columns = ["", "model", *map(tables.label, names)]
+    typer.echo(format_table(f"generations on {held_out}", rows, columns))

@@ -1,4 +1,4 @@
-"""The command `dist-ft plan`: what a run will need, before a GPU is taken; `cli` hangs it in."""
+"""The command `dist-ft plan`: what a run will need, before a GPU is taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dist_ft.cli.data import Config, Overrides
+from dist_ft.cli.arguments import Config, Overrides
 
 
 def plan(
@@ -15,41 +15,47 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help=(
-                "Only this kind: H100, A100-80GB, L40S, ...; none: a table of all that are known."
-            )
+            help="Only this kind: H100, A100-80GB, L40S, ... Default: a table of all known kinds."
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="So many workers, a GPU each; none: cluster.workers.")
+        int | None,
+        typer.Option(help="Number of workers, one GPU each. Default: cluster.workers."),
     ] = None,
     model_config: Annotated[
         str | None,
         typer.Option(
             "--model-config",
-            help="A config.json in place of model.path's (see configs/architectures).",
+            help="A config.json that replaces that of model.path (see configs/architectures).",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, in bytes.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all figures as JSON, in bytes.")
+    ] = False,
 ) -> None:
-    """Tell what a run will need: memory by kind and ZeRO stage, bytes on the wire, checkpoints, which GPUs, how many.
+    """Report what a run needs: memory by kind and ZeRO stage, traffic, checkpoints, which GPUs.
 
-    Needs no GPU and no weights: a model's config.json is enough. The model's own code is rehearsed without values, so
-    packing, the chunked loss, checkpointing and adapters count as they are; model state is the ZeRO paper's.
+    Needs no GPU and no weights: the model's config.json is enough. The model's own code is traced
+    without values, so packing, the chunked loss, activation checkpointing and adapters count as
+    they are. Model state is that of the ZeRO paper.
 
     \b
     Examples:
       dist-ft plan configs/llama-8b.yaml --gpu H100
-      dist-ft plan configs/llama-70b.yaml --model-config configs/architectures/llama-3.1-70b.json --gpus 32
+      dist-ft plan configs/llama-70b.yaml --gpus 32 \\
+        --model-config configs/architectures/llama-3.1-70b.json
 
-    Next: dist-ft check CONFIG says what else would stop the run.
+    Next: dist-ft check CONFIG reports what else would stop the run.
     """
     import json
 
     from dist_ft.config.load import load_config
     from dist_ft.runtime.preflight import plan_report, run_plan
 
-    found = run_plan.plan(
+    resources = run_plan.plan(
         load_config(config, overrides or ()), model_config=model_config, gpu=gpu, num_gpus=gpus
     )
-    typer.echo(json.dumps(found, indent=2) if as_json else plan_report.as_text(found))
+    if as_json:
+        typer.echo(json.dumps(resources, indent=2))
+    else:
+        typer.echo(plan_report.as_text(resources))

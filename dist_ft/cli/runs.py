@@ -1,4 +1,4 @@
-"""The commands `dist-ft runs list | show | watch | report | verify | diff | prune`; `cli` hangs them in."""
+"""The commands `dist-ft runs list | show | watch | report | verify | diff | prune`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_ft.cli.data import Overrides, Run, url_of
+from dist_ft.cli.arguments import Overrides, Run, run_url
 
 HELP = (
-    "Look at what runs have left in storage, check it, and clear away.\n\n\b\nFirst steps:\n"
-    "  dist-ft runs list runs/           which runs are there?\n"
-    "  dist-ft runs show runs/mine       how often was it started, what is committed?\n"
-    "  dist-ft runs verify runs/mine     is every checkpoint still what was written?"
+    "Inspect, verify and clean up what runs have stored.\n\n\b\nFirst steps:\n"
+    "  dist-ft runs list runs/           list the runs\n"
+    "  dist-ft runs show runs/mine       attempts, checkpoints, where time went\n"
+    "  dist-ft runs verify runs/mine     check every checkpoint against its checksums"
 )
 
 
 def commands(register: Callable[..., Any]) -> None:
-    """Hand every command to `register`, which takes (function) or (function, name)."""
+    """Pass every command to `register`, which takes (function) or (function, name)."""
     register(list_runs, "list")
     for command in (show, watch, report, verify, diff, prune):
         register(command)
@@ -29,7 +29,7 @@ def list_runs(
         str, typer.Argument(metavar="STORAGE", help="Folder or URL that run.storage names.")
     ],
 ) -> None:
-    """Name the runs in a storage folder: newest step, checkpoints, attempts.
+    """List the runs in a storage folder: latest step, checkpoints, attempts.
 
     \b
     Examples:
@@ -44,7 +44,7 @@ def list_runs(
 
 
 def show(run: Run, overrides: Overrides = None) -> None:
-    """Tell how often a run was started, with how many workers, where it hung, and what is committed.
+    """Show a run's attempts with their workers, where it hung, and its checkpoints.
 
     \b
     Examples:
@@ -55,15 +55,15 @@ def show(run: Run, overrides: Overrides = None) -> None:
     """
     from dist_ft.runs import catalog
 
-    typer.echo(catalog.describe(url_of(run, overrides)))
+    typer.echo(catalog.describe(run_url(run, overrides)))
 
 
 def watch(
     run: Run,
     overrides: Overrides = None,
-    once: Annotated[bool, typer.Option("--once", help="Tell what there is and leave.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
 ) -> None:
-    """Follow a run's metrics from anywhere that reaches its storage, until it ends.
+    """Follow a run's metrics, from any machine that can read its storage, until the run ends.
 
     \b
     Examples:
@@ -75,7 +75,7 @@ def watch(
     from dist_ft.runs import watch_run
     from dist_ft.training.console import Console
 
-    typer.echo(watch_run.watch(url_of(run, overrides), once, Console().say))
+    typer.echo(watch_run.watch(run_url(run, overrides), once, Console().print))
 
 
 def report(
@@ -88,11 +88,13 @@ def report(
         bool,
         typer.Option(
             "--attributions",
-            help=("Ask the model again which tokens spoke for its errors (integrated gradients)."),
+            help="Also show which tokens led to the errors, by the model (integrated gradients).",
         ),
     ] = False,
 ) -> None:
-    """Write a run's report: curves, metrics before and after, tables, errors, what was run. One page, nothing loaded.
+    """Write a run's report: curves, metrics before and after, tables, errors, configuration.
+
+    The HTML is one self-contained page.
 
     \b
     Examples:
@@ -106,28 +108,31 @@ def report(
 
     from dist_ft.runs import report as reports
 
-    url = url_of(run, overrides)
-    found = reports.gather(url)
-    if attributions and found["examples"]:
+    url = run_url(run, overrides)
+    content = reports.gather(url)
+    if attributions and content["examples"]:
         from dist_ft.core.logs import quiet_third_parties
         from dist_ft.inference.attributions import attribute
         from dist_ft.storage.filesystem import Store
 
         quiet_third_parties()
-        found["attributions"] = attribute(Store(url), found["examples"], found["examples_step"])
+        examples, step = content["examples"], content["examples_step"]
+        content["attributions"] = attribute(Store(url), examples, step)
+
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("html", reports.to_html(found)),
-        ("md", reports.to_markdown(found)),
-        ("json", json.dumps(found, indent=1, ensure_ascii=False)),
-    ):
-        (folder / f"report.{name}").write_text(text, "utf-8")
+    texts = {
+        "html": reports.to_html(content),
+        "md": reports.to_markdown(content),
+        "json": json.dumps(content, indent=1, ensure_ascii=False),
+    }
+    for suffix, text in texts.items():
+        (folder / f"report.{suffix}").write_text(text, "utf-8")
     typer.echo(f"wrote report.html, report.md and report.json in {out}")
 
 
 def verify(run: Run, overrides: Overrides = None) -> None:
-    """Read every checkpoint of a run whole and hold it against its manifest's checksums. Exits 1 if one differs.
+    """Read every checkpoint of a run and check it against its manifest. Exits 1 if one differs.
 
     \b
     Examples:
@@ -140,19 +145,19 @@ def verify(run: Run, overrides: Overrides = None) -> None:
     from dist_ft.runs import catalog
 
     damaged = False
-    for name, problem in catalog.verify(url_of(run, overrides)):
+    for name, problem in catalog.verify(run_url(run, overrides)):
         damaged |= bool(problem)
-        typer.echo(redact(f"{name}: {problem or 'sound'}"))
+        typer.echo(redact(f"{name}: {problem or 'ok'}"))
     if damaged:
         raise typer.Exit(1)
 
 
 def diff(
     run: Run,
-    step: Annotated[list[int], typer.Option(help="A committed step; give it twice.")],
+    step: Annotated[list[int], typer.Option(help="Step of a checkpoint. Give it twice.")],
     overrides: Overrides = None,
 ) -> None:
-    """Tell how far each weight moved between two committed steps.
+    """Show how far each weight moved between two checkpoints.
 
     \b
     Examples:
@@ -166,31 +171,34 @@ def diff(
 
     if len(step) != 2:
         raise ConfigError(
-            [f"--step: {len(step)} given; two steps are compared; write --step A --step B"],
-            "runs diff",
+            [f"--step: got {len(step)} steps, expected 2. Use --step A --step B."], "runs diff"
         )
-    typer.echo(catalog.diff(url_of(run, overrides), *step))
+    typer.echo(catalog.diff(run_url(run, overrides), *step))
 
 
 def prune(
     run: Run,
     overrides: Overrides = None,
-    keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints kept.")] = 1,
+    keep_last: Annotated[
+        int, typer.Option(min=1, help="Number of latest checkpoints to keep.")
+    ] = 1,
     keep_every_steps: Annotated[
-        int, typer.Option(min=0, help="Besides, those at multiples; 0: none.")
+        int, typer.Option(min=0, help="Also keep steps that are a multiple of this. 0: none.")
     ] = 0,
     keep_best: Annotated[
-        int, typer.Option(min=0, help="Besides, those of lowest held-out loss; 0: none.")
+        int, typer.Option(min=0, help="Also keep this many with the lowest held-out loss. 0: none.")
     ] = 0,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Remove; without it they are only named.")
+        bool, typer.Option("--yes", help="Remove them. Without it they are only listed.")
     ] = False,
 ) -> None:
-    """Remove checkpoints of a run that is over (a running one keeps its own house). The newest sound one stays.
+    """Remove checkpoints of a finished run. The latest intact checkpoint always stays.
+
+    A run in progress applies its own retention.
 
     \b
     Examples:
-      dist-ft runs prune runs/mine                     what would go?
+      dist-ft runs prune runs/mine                     list what would be removed
       dist-ft runs prune runs/mine --keep-last 2 --yes
 
     Next: dist-ft runs show RUN
@@ -201,10 +209,10 @@ def prune(
     section = CheckpointSection(
         keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best
     )
-    gone = catalog.prune(url_of(run, overrides), section, yes)
-    for name in gone:
-        typer.echo(f"{'removed' if yes else 'would be removed'}: {name}")
-    typer.echo(
-        f"{len(gone)} checkpoint{'s' if len(gone) != 1 else ''}"
-        + ("" if yes or not gone else "; add --yes")
-    )
+    removed = catalog.prune(run_url(run, overrides), section, yes)
+    for name in removed:
+        typer.echo(f"{'removed' if yes else 'would remove'}: {name}")
+
+    count = f"{len(removed)} checkpoint{'s' if len(removed) != 1 else ''}"
+    hint = "; add --yes to remove" if removed and not yes else ""
+    typer.echo(count + hint)

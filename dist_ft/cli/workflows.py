@@ -1,4 +1,4 @@
-"""The commands `dist-ft stages | tune`: runs made of runs; `cli` hangs them in."""
+"""The commands `dist-ft stages | tune`: runs made of runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dist_ft.cli.data import Config, Overrides
+from dist_ft.cli.arguments import Config, Overrides
+from dist_ft.cli.train import SkipCheck
 
 
 def tune(
@@ -14,10 +15,11 @@ def tune(
     search: Annotated[str, typer.Argument(metavar="SEARCH", help="YAML file of the search.")],
     overrides: Overrides = None,
 ) -> None:
-    """Try values of a config's fields, each trial a run of its own, and tell which are best.
+    """Search over fields of a config, one run for each trial, and report the best values.
 
-    By grid, random draw or Optuna, with early stopping of trials that fall behind (ASHA), through Ray Tune. Trials are
-    compared by checkpoint.best_by of their evaluations. Cut off, the same command goes on.
+    Grid, random or Optuna search with early stopping of weak trials (ASHA), by Ray Tune. Trials
+    are compared by checkpoint.best_by of their evaluations. If interrupted, the same command
+    resumes.
 
     \b
     Examples:
@@ -33,7 +35,7 @@ def tune(
     quiet_third_parties()
     report = api.tune(config, search, overrides or (), say=typer.echo)
     typer.echo(as_text(report))
-    typer.echo(f"kept in {report['url']}: search.json, search.md, search.png")
+    typer.echo(f"wrote search.json, search.md and search.png in {report['url']}")
 
 
 def stages(
@@ -41,15 +43,14 @@ def stages(
         str, typer.Argument(metavar="STAGES", help="YAML file of the stages (path or URL).")
     ],
     overrides: Overrides = None,
-    skip_check: Annotated[
-        bool, typer.Option("--skip-check", help="Start each run without the probes of `check`.")
-    ] = False,
+    skip_check: SkipCheck = False,
 ) -> None:
-    """Fine-tune one model on one data set after the other, and tell how much of each it keeps.
+    """Fine-tune one model on several data sets in turn, and report how much of each it retains.
 
-    Each stage is an ordinary run, <name>-<stage>, that begins with the result of the one before; it may replay a share
-    of older data; labels new to the head are added to it. After each stage every stage's held-out data is scored. Cut
-    off, the same command goes on where it stopped; what is complete is not run again.
+    Each stage is an ordinary run, <name>-<stage>, that starts from the result of the stage before.
+    It may replay a share of earlier data; labels that are new to the head are added to it. After
+    each stage the held-out data of every stage is scored. If interrupted, the same command resumes;
+    completed stages are not run again.
 
     \b
     Examples:
@@ -63,4 +64,4 @@ def stages(
 
     quiet_third_parties()
     report = api.stages(file, overrides or (), skip_check=skip_check, say=typer.echo)
-    typer.echo(f"kept in {report['url']}: matrix.json, matrix.md, matrix.png")
+    typer.echo(f"wrote matrix.json, matrix.md and matrix.png in {report['url']}")

@@ -1,0 +1,67 @@
+"""How the command line ends: every failure is one clear text on stderr and an exit code.
+
+Exit codes: 1 the run failed, 2 the input needs a correction, 130 the user stopped it. A traceback
+is printed only with --debug (or DIST_FT_DEBUG=1).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from dist_ft.core.errors import DistFtError, explain_library_error
+
+
+def report_error(error: Exception) -> int:
+    """Print `error` for the user and return the exit code."""
+    if isinstance(error, DistFtError):
+        return _print_failure(_message(error), error.exit_code, error)
+
+    explained = explain_library_error(error)
+    text = _unexpected(error) if explained is None else _message(explained)
+    return _print_failure(text, 1, error)
+
+
+def leave(code: int) -> None:
+    """Exit with `code`.
+
+    A process that joined a torch process group ends through `runtime.local`, if that was imported.
+    """
+    local = sys.modules.get("dist_ft.runtime.local")
+    exit_process = local.leave if local else sys.exit
+    exit_process(code)
+
+
+def _message(error: DistFtError) -> str:
+    from dist_ft.core.logs import redact
+
+    return redact(f"dist-ft: {error}")
+
+
+def _print_failure(text: str, code: int, error: BaseException) -> int:
+    if os.environ.get("DIST_FT_DEBUG") == "1":
+        import traceback
+
+        from dist_ft.core.logs import redact
+
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+    print(text, file=sys.stderr)
+    return code
+
+
+def _unexpected(error: Exception) -> str:
+    """Save the traceback to a file and return the message that names it."""
+    import tempfile
+    import traceback
+
+    from dist_ft.core.logs import redact
+
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(redact("".join(traceback.format_exception(error))))
+    summary = redact(" ".join(str(error).split()))[:200]
+    return (
+        f"dist-ft: unexpected {type(error).__name__}: {summary}. This is a bug in dist_ft. "
+        f"The traceback is in {file.name}. Please report it."
+    )
