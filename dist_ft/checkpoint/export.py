@@ -12,14 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
-from dist_ft.config.load import STORED
+from dist_ft.config.load import STORED, load_stored_section, read_stored_config
 from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.config.sections.section import Section
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADDED, TuningSection
 from dist_ft.config.sections.tuning import MERGED as MERGEABLE
@@ -29,11 +30,13 @@ from dist_ft.metrics import best as bests
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files, tuning
 from dist_ft.model.adapters.adapter_files import INFO_FILE
-from dist_ft.model.loading.load import model_from_config, extra_model_kwargs, probe_outputs
+from dist_ft.model.loading.load import extra_model_kwargs, model_from_config, probe_outputs
 from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
     import torch
+
+S = TypeVar("S", bound=Section)
 
 MERGED = 1e-3
 """How much logits may change, relative to the largest, when an adapter is merged in float32."""
@@ -95,7 +98,7 @@ def export_run(
 
 def _about(store: Store) -> dict[str, Any]:
     """Return what one must know to ask the model as it was trained, besides what transformers keeps."""
-    stored = _stored(store)
+    stored = read_stored_config(store)
     task, prompting = _asked(store)
     return {
         "task": task.model_dump(mode="json"),
@@ -108,7 +111,8 @@ def _about(store: Store) -> dict[str, Any]:
 
 def read_exported_task(folder: Path) -> TaskSection:
     """Return what the model of an exported folder does."""
-    return TaskSection.model_validate(json.loads((folder / INFO_FILE).read_text("utf-8"))["task"])
+    about = json.loads((folder / INFO_FILE).read_text("utf-8"))
+    return load_stored_section(about, "task", TaskSection, str(folder / INFO_FILE))
 
 
 def find_manifest(store: Store, step: int | None) -> Manifest:
@@ -136,7 +140,7 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
 
 def find_best_step(store: Store) -> int:
     """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
-    metric = str((_stored(store).get("checkpoint") or {}).get("best_by", "loss"))
+    metric = str((read_stored_config(store).get("checkpoint") or {}).get("best_by", "loss"))
     found = [
         (manifest.progress.step, manifest.evaluation[metric])
         for manifest in (
@@ -149,14 +153,7 @@ def find_best_step(store: Store) -> int:
             f"--best: no checkpoint of {store.shown()} is of a step that was evaluated by {metric}; "
             "needs evaluation.every_steps and checkpoint.keep_best; export the newest"
         )
-    return bests.best(metric, found)[0]
-
-
-def _stored(store: Store) -> dict[str, Any]:
-    """Return the config of the run at `store` as a mapping."""
-    import yaml
-
-    return yaml.safe_load(store.read(STORED)) if store.exists(STORED) else {}
+    return bests.find_best(metric, found)[0]
 
 
 def load_trained(
@@ -206,9 +203,13 @@ def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
     return made.eval()
 
 
+def _stored_section(store: Store, name: str, model: type[S]) -> S:
+    return load_stored_section(read_stored_config(store), name, model, store.shown(STORED))
+
+
 def load_tuning(store: Store) -> TuningSection:
     """Return which weights learned in the run at `store`."""
-    return TuningSection.model_validate(_stored(store).get("tuning") or {})
+    return _stored_section(store, "tuning", TuningSection)
 
 
 def load_task(store: Store) -> TaskSection:
@@ -218,13 +219,13 @@ def load_task(store: Store) -> TaskSection:
 
 def _asked(store: Store) -> tuple[TaskSection, PromptingSection]:
     """Return the task of the run at `store`, and how its model was asked: with its labels, its examples in place."""
-    task = TaskSection.model_validate(_stored(store).get("task") or {})
-    prompting = PromptingSection.model_validate(_stored(store).get("prompting") or {})
+    task = _stored_section(store, "task", TaskSection)
+    prompting = _stored_section(store, "prompting", PromptingSection)
     if prompting.method == "none":
         return task, prompting
     labels = (
         task.labels
-        or tuple(prompting.verbalisers)
+        or tuple(prompting.verbalizers)
         or tuple(json.loads(store.read("data/labels.json")))
     )
     if prompting.shots:
@@ -272,13 +273,13 @@ def _load(
 
 def _learned_key(store: Store, average: bool | None) -> str:
     """Return the state of learned weights that is exported: their values, or their average."""
-    stored = _stored(store)
+    stored = read_stored_config(store)
     if average and not load_tuning(store).ema_decay:
         raise CheckpointError(
             f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
             "allowed where it did; export it without --ema"
         )
-    evaluated = (stored.get("evaluation") or {}).get("of") == "ema"
+    evaluated = (stored.get("evaluation") or {}).get("weights") == "ema"
     return "ema" if average or (average is None and evaluated) else "param"
 
 
@@ -309,7 +310,7 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
 
 def _base(store: Store) -> tuple[str, str | None]:
     """Return path and revision of the model the adapter belongs to."""
-    section = _stored(store)["model"]
+    section = read_stored_config(store)["model"]
     return str(section["path"]), section.get("revision")
 
 

@@ -33,38 +33,36 @@ def is_run(path: str) -> bool:
     return Store(path).exists(STORED)
 
 
-def resolve_initial_model(config: RunConfig, store: Store, world: World, collectives: Collectives) -> RunConfig:
-    """Return the config with model.path a model folder, where it names a run's; a collective call.
+def resolve_initial_model(config: RunConfig, store: Store, world: World, collectives: Collectives) -> ModelSection:
+    """Return the model section with a local folder as its path, where model.path names a run; a collective call.
 
     Raises:
         CheckpointError: that run has no sound checkpoint, or no longer the one this run began with.
     """
     cache = config.data.cache_dir
     if on_rank0(world, collectives, lambda: _is_under_way(config, store)):
-        return _with(config, download_description(store.url, cache))
+        return _at(config.model, download_description(store.url, cache))
     if not on_rank0(
         world, collectives, lambda: is_run(config.model.path)
     ):  # else all would ask the store
-        return config
+        return config.model
     step = on_rank0(world, collectives, lambda: _chosen(config.model, store))
     if world.rank == 0:
         log.info("begins with step %d of %s", step, redact(config.model.path))
-    return _with(config, export_to_cache(config.model.path, step, cache))
+    return _at(config.model, export_to_cache(config.model.path, step, cache))
 
 
-def resolve_for_inspection(config: RunConfig) -> RunConfig:
-    """Return the config with a model folder to look at (config and tokenizer), where model.path names a run's."""
+def resolve_for_inspection(config: RunConfig) -> ModelSection:
+    """Return the model section with a local folder of config and tokenizer, where model.path names a run."""
     store = Store(config.run_url)
     with contextlib.suppress(
         StorageError
     ):  # of the run's own storage `preflight` says what is wrong
         if _is_under_way(config, store):
-            return _with(config, download_description(store.url, config.data.cache_dir))
+            return _at(config.model, download_description(store.url, config.data.cache_dir))
     if is_run(config.model.path):
         latest_step(config.model.path, config.model.checkpoint)
-    return config.model_copy(
-        update={"model": resolve_model_section(config.model, config.data.cache_dir, weights=False)}
-    )
+    return resolve_model_section(config.model, config.data.cache_dir, weights=False)
 
 
 def _is_under_way(config: RunConfig, store: Store) -> bool:
@@ -85,7 +83,7 @@ def resolve_model_section(
     )
 
 
-def latest_step(url: str, which: str = "newest") -> int:
+def latest_step(url: str, which: str = "latest") -> int:
     """Return the step of the newest (or "best") checkpoint of the run at `url`."""
     store = Store(url)
     if not discovery.list_committed(store):
@@ -160,10 +158,6 @@ def _chosen(section: ModelSection, store: Store) -> int:
     step = latest_step(section.path, section.checkpoint)
     store.write(INITIAL_CHECKPOINT, json.dumps({"run": redact(section.path), "step": step}).encode())
     return step
-
-
-def _with(config: RunConfig, folder: str) -> RunConfig:
-    return config.model_copy(update={"model": _at(config.model, folder)})
 
 
 def _at(section: ModelSection, folder: str) -> ModelSection:

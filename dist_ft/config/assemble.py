@@ -8,13 +8,14 @@ value is checked too. Pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dist_ft.config import renames
 from dist_ft.config.checks.contradictions import contradictions
 from dist_ft.config.error_messages import (
     missing_field,
@@ -24,6 +25,8 @@ from dist_ft.config.error_messages import (
     wrong_value,
 )
 from dist_ft.config.schema import RunConfig, Section, Source
+
+S = TypeVar("S", bound=Section)
 
 
 def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
@@ -37,20 +40,52 @@ def assemble(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
 
 
 def assemble_stored(mapping: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
-    """As `assemble` for a config another version may have stored: unknown keys pass, contradictions are not sought."""
-    problems: list[str] = []
-    config = cast(RunConfig, _section(RunConfig, _prune(RunConfig, mapping), "", problems))
-    return config, problems
+    """As `assemble` for a config that a run stored, perhaps with another version of dist_ft.
+
+    Renamed fields are migrated; an unknown field is a problem. Contradictions are not checked: the run exists.
+    """
+    return assemble_stored_section(RunConfig, mapping, "")
 
 
-def _prune(model: type[Section], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `mapping` without keys the schema does not have."""
-    kept: dict[str, Any] = {}
+def assemble_stored_section(
+    model: type[S], mapping: Mapping[str, Any], name: str
+) -> tuple[S, list[str]]:
+    """As `assemble_stored` for the one section `name` of a stored config; its broken fields are absent."""
+    migrated = renames.RUN.migrate(mapping, name)
+    problems = list(_unknown_stored_fields(model, migrated, f"{name}." if name else ""))
+    if problems:
+        migrated = _without_unknown(model, migrated)
+    section = cast(S, _section(model, migrated, name, problems))
+    return section, problems
+
+
+def _unknown_stored_fields(
+    model: type[Section], mapping: Mapping[str, Any], prefix: str
+) -> Iterator[str]:
+    """Yield a line for each key of a stored config that the schema does not have."""
+    for key, value in mapping.items():
+        if key not in model.model_fields:
+            yield (
+                f"{prefix}{key}: another version of dist_ft stored this field. This version does not know "
+                "it. Use the version that stored it."
+            )
+            continue
+        section = section_of(model.model_fields[key])
+        if section and isinstance(value, Mapping):
+            yield from _unknown_stored_fields(section, value, f"{prefix}{key}.")
+
+
+def _without_unknown(model: type[Section], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `mapping` without keys that the schema does not have."""
+    known: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        if name in mapping:
-            section, value = section_of(info), mapping[name]
-            kept[name] = _prune(section, value) if section and isinstance(value, Mapping) else value
-    return kept
+        if name not in mapping:
+            continue
+        section, value = section_of(info), mapping[name]
+        if section and isinstance(value, Mapping):
+            value = _without_unknown(section, value)
+        known[name] = value
+    return known
 
 
 def _section(model: type[Section], value: Any, path: str, problems: list[str]) -> Section:
@@ -86,12 +121,18 @@ def _known(
     """Return the entries of `value` the section has; a misspelt one under the name that was meant."""
     given = {str(key): item for key, item in value.items() if str(key) in model.model_fields}
     for key, item in value.items():
-        if str(key) not in model.model_fields:
-            line, meant = unknown_key(f"{prefix}{key}", item)
-            problems.append(line)
-            parent, _, leaf = (meant or "").rpartition(".")
-            if leaf in model.model_fields and parent == prefix.rstrip("."):
-                given.setdefault(leaf, item)
+        if str(key) in model.model_fields:
+            continue
+        path = f"{prefix}{key}"
+        line, meant = renames.RUN.field_problem(path), renames.RUN.fields.get(path)
+        if line is None:
+            line, meant = unknown_key(path, item)
+        problems.append(line)
+
+        # Check the value as that of the field that was meant.
+        parent, _, leaf = (meant or "").rpartition(".")
+        if leaf in model.model_fields and parent == prefix.rstrip("."):
+            given.setdefault(leaf, item)
     return given
 
 
@@ -105,6 +146,10 @@ def _field(
 ) -> None:
     """Check one value: into `good` if the schema takes it, else a line for each thing wrong with it."""
     info = model.model_fields[name]
+    renamed = renames.RUN.value_problem(path, value)
+    if renamed is not None:
+        problems.append(renamed)
+        value = renames.RUN.new_value(path, value)
     if _not_a_number(value, info):
         problems.append(wrong_value(path, info, value))
         return

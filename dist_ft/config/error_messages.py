@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dist_ft.config import renames
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import redact
 
@@ -24,7 +25,7 @@ _ALLOWED = {
     "cluster.gpus_per_worker": "0 or 1",
     "cluster.network_interface": "names of network interfaces with commas between, such as eth0",
     "checkpoint.every_steps": "a whole number of at least 0, or auto",
-    "checkpoint.node_every_steps": "a whole number of at least 1, or auto",
+    "checkpoint.local_every_steps": "a whole number of at least 1, or auto",
     "data.train": "a path, or a list of paths or of mappings with path, subset and split; at least one",
     "evaluation.data": "a path, or a list of paths or of mappings with path, subset and split",
 }
@@ -94,7 +95,7 @@ def schema_paths() -> dict[str, FieldInfo]:
 
 def is_text(path: str) -> bool:
     """Tell whether the field at `path` holds a text (or nothing)."""
-    info = schema_paths().get(path)
+    info = schema_paths().get(renames.RUN.fields.get(path, path))
     return info is not None and info.annotation in (str, str | None)
 
 

@@ -46,8 +46,10 @@ def changes(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]
 def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[Change]:
     """Return the operational changes from a stored run's config to `new_config`.
 
-    Fields the stored mapping lacks (an older version wrote it) count as their defaults; fields this version does not
-    know are passed over. Raises `ConfigError` naming every identity field that changed.
+    Fields that the stored mapping lacks (an older version wrote it) have their defaults; renamed ones are migrated.
+
+    Raises:
+        ConfigError: names every identity field that changed, and every stored field that this version does not know.
     """
     name = new_config.run.name
     old, problems = assemble_stored(old_mapping)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from dist_ft.config.assemble import assemble
-from dist_ft.config.document import apply_overrides, name_of, read_document
+from dist_ft.config import renames
+from dist_ft.config.assemble import assemble, assemble_stored, assemble_stored_section
+from dist_ft.config.document import apply_overrides, name_of, parse_yaml, read_document
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
-from dist_ft.config.schema import RunConfig
+from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.logs import redact
+from dist_ft.storage.filesystem import Store
+
+S = TypeVar("S", bound=Section)
 
 STORED = "run.yaml"
 """Where a run keeps its resolved config, in its own folder."""
@@ -29,6 +33,10 @@ __all__ = [
     "identity",
     "inspect_config",
     "load_config",
+    "load_stored_config",
+    "load_stored_mapping",
+    "load_stored_section",
+    "read_stored_config",
     "resolved_yaml",
     "to_mapping",
 ]
@@ -65,6 +73,45 @@ def inspect_config(
     mapping, broken = apply_overrides(document, overrides, is_text)
     config, wrong = assemble(mapping)
     return config, [redact(problem) for problem in (*twice, *broken, *wrong)], name_of(source)
+
+
+def read_stored_config(store: Store) -> dict[str, Any]:
+    """Return the stored config of the run at `store` as a mapping with the names of this version; {} without one."""
+    if not store.exists(STORED):
+        return {}
+    stored, _ = parse_yaml(store.read(STORED).decode())
+    return renames.RUN.migrate(stored) if isinstance(stored, Mapping) else {}
+
+
+def load_stored_config(store: Store) -> RunConfig:
+    """Return the stored config of the run at `store`.
+
+    Raises:
+        ConfigError: a field is broken, missing, or unknown to this version.
+    """
+    return load_stored_mapping(read_stored_config(store), store.shown(STORED))
+
+
+def load_stored_mapping(mapping: Mapping[str, Any], source: str) -> RunConfig:
+    """Return the config in a mapping that an earlier start stored in `source`; see `load_stored_config`."""
+    config, problems = assemble_stored(mapping)
+    if problems:
+        raise ConfigError(problems, source)
+    return config
+
+
+def load_stored_section(
+    document: Mapping[str, Any], name: str, model: type[S], source: str
+) -> S:
+    """Return the section `name` of a document stored in `source`; its defaults if the document lacks it.
+
+    Raises:
+        ConfigError: a field is broken, or unknown to this version.
+    """
+    section, problems = assemble_stored_section(model, document.get(name) or {}, name)
+    if problems:
+        raise ConfigError(problems, source)
+    return section
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

@@ -73,8 +73,8 @@ class ModelSection(Section):
             "the folder of a run (<run.storage>/<run.name>), whose result is begun with."
         )
     )
-    checkpoint: Literal["newest", "best"] = Identity(
-        "newest",
+    checkpoint: Literal["latest", "best"] = Identity(
+        "latest",
         description=(
             "Where path is a run's folder: begin with its newest checkpoint, or its best by its checkpoint.best_by."
         ),
@@ -214,15 +214,15 @@ class CheckpointSection(Section):
             "(both measured; Young, Daly); 0: only at the end."
         ),
     )
-    node_folder: str = Field(
+    local_folder: str = Field(
         "",
         description=(
             "Folder on each worker's own node for checkpoints between those in storage: a local disk, or memory "
             "(/dev/shm/...). They outlive processes, not nodes, and serve a restart with the same workers; empty: none."
         ),
     )
-    node_every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description=("Steps between checkpoints in node_folder; auto: as for every_steps.")
+    local_every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description=("Steps between checkpoints in local_folder; auto: as for every_steps.")
     )
     failure_interval_s: float = Field(
         10800,
@@ -302,7 +302,7 @@ class AnomalySection(Section):
     rollback_steps: int = Field(
         8, ge=1, description="rollback: so many steps, up to the bad one, are passed over."
     )
-    most_in_a_row: int = Field(
+    max_consecutive: int = Field(
         5, ge=1, description="After so many bad steps one after the other the run ends."
     )
 
@@ -313,8 +313,8 @@ class EvaluationSection(TextsSection):
     data: Sources = Field(
         (), description="Held-out data, in the training data's format; empty: no evaluation."
     )
-    of: Literal["weights", "ema"] = Field(
-        "weights",
+    weights: Literal["trained", "ema"] = Field(
+        "trained",
         description=(
             "What is evaluated and, unless told otherwise, exported: the weights, or their average (tuning.ema_decay)."
         ),

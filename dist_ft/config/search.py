@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from dist_ft.config import renames
 from dist_ft.config.document import read_document, with_field
 from dist_ft.config.load import inspect_config
 from dist_ft.config.schema import RunConfig
@@ -98,7 +99,7 @@ class SearchSection(Section):
         ),
     )
     trials: int | None = Field(None, ge=1, description="How many trials; none: 10 (grid: all).")
-    at_once: int = Field(
+    max_concurrent: int = Field(
         1, ge=1, description="Trials at a time, each a process of its own, as far as CPUs reach."
     )
     seed: int = Field(0, ge=0, description="Seed of what is drawn; the runs have run.seed.")
@@ -181,8 +182,9 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
     Raises ConfigError with every problem of the file or of the trials' configs.
     """
     document, problems = read_document(path)
+    problems += renames.SEARCH.problems(document)
     try:
-        section = SearchSection.model_validate(document)
+        section = SearchSection.model_validate(renames.SEARCH.migrate(document))
     except ValidationError as error:
         raise ConfigError(
             [*problems, *(_line(one) for one in error.errors(include_url=False))], path

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from dist_ft.config import renames
 from dist_ft.config.document import read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
@@ -54,10 +55,10 @@ class StagesSection(Section):
     config: str = Field(
         description="Config all stages share: a YAML file, relative to this one, or a URL."
     )
-    begin: Literal["newest", "best"] = Field(
-        "newest",
+    checkpoint: Literal["latest", "best"] = Field(
+        "latest",
         description=(
-            "Checkpoint a stage begins with, and is scored by: the newest of the stage before, or its best by "
+            "Checkpoint of a stage that is evaluated and that the next stage starts from: the latest, or the best by "
             "checkpoint.best_by."
         ),
     )
@@ -85,13 +86,13 @@ class Stages:
     Attributes:
         url: folder that holds what is kept about the whole: <run.storage>/<name>.
         metric: of the matrix.
-        begin: "newest" or "best": the checkpoint of each that counts.
+        checkpoint: "latest" or "best": the checkpoint of each stage that is evaluated and continued from.
     """
 
     name: str
     url: str
     metric: str
-    begin: str
+    checkpoint: str
     stages: tuple[Stage, ...]
 
 
@@ -101,7 +102,8 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
     Raises ConfigError with every problem of the file, or of the configs.
     """
     document, problems = read_document(path)
-    file = _parsed(document, path, problems)
+    problems += renames.STAGES.problems(document)
+    file = _parsed(renames.STAGES.migrate(document), path, problems)
     base, twice = read_document(_beside(path, file.config))
     problems, in_stages = twice, Counter[str]()
     stages: list[Stage] = []
@@ -129,7 +131,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
         file.name,
         f"{first.run.storage.rstrip('/')}/{file.name}",
         _metric(file, first),
-        file.begin,
+        file.checkpoint,
         checked,
     )
 
@@ -206,7 +208,7 @@ def _staged(
     changes: dict[str, Any] = {}
     if before:
         changes["model"] = config.model.model_copy(
-            update={"path": before[-1].config.run_url, "checkpoint": file.begin, "revision": None}
+            update={"path": before[-1].config.run_url, "checkpoint": file.checkpoint, "revision": None}
         )
         if config.task.name in LABELLED:
             changes["task"] = config.task.model_copy(update={"grow_head": True, "new_head": False})
@@ -316,7 +318,7 @@ def _metric(file: StagesSection, config: RunConfig) -> str:
     return METRICS[config.task.name][0] if best == "loss" else best
 
 
-def scored(config: RunConfig, run: RunConfig, begin: str, labels: Sequence[str]) -> RunConfig:
+def scored(config: RunConfig, run: RunConfig, checkpoint: str, labels: Sequence[str]) -> RunConfig:
     """Return what scores the result of `run` on the held-out data of `config`, with the labels of the run's head."""
     plain = {"weight": None, "repeat": None, "share": None}
     held_out = tuple(source.model_copy(update=plain) for source in config.evaluation.data)
@@ -324,7 +326,7 @@ def scored(config: RunConfig, run: RunConfig, begin: str, labels: Sequence[str])
         update={
             "cluster": config.cluster.model_copy(update={"workers": 0}),
             "model": config.model.model_copy(
-                update={"path": run.run_url, "checkpoint": begin, "revision": None}
+                update={"path": run.run_url, "checkpoint": checkpoint, "revision": None}
             ),
             "task": config.task.model_copy(
                 update={

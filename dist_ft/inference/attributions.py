@@ -46,11 +46,11 @@ def attribute(store: Store, examples: Sequence[dict[str, Any]], step: int | None
             ],
             "runs report",
         ) from error
-    steps = [(manifests.parse_folder(name) or (0, 0))[0] for name in discovery.committed(store)]
-    found = export.find(store, step if step in steps else None)
+    steps = [(manifests.parse_folder(name) or (0, 0))[0] for name in discovery.list_committed(store)]
+    found = export.find_manifest(store, step if step in steps else None)
     model, tokenizer = export.load_trained(store, found, "float32")
-    task = export.stored_task(store)
-    asked = TaskModel(model, task, SpecialTokens.of(tokenizer, model.config)).eval()
+    task = export.load_task(store)
+    asked = TaskModel(model, task, SpecialTokens.from_tokenizer(tokenizer, model.config)).eval()
     special = set(tokenizer.all_special_ids)
     pad = (
         tokenizer.pad_token_id
@@ -84,7 +84,7 @@ def _teller(asked: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
     import torch
 
     def told(ids: Any) -> Any:
-        outputs = asked._run(ids, torch.ones_like(ids))
+        outputs = asked.run_model(ids, torch.ones_like(ids))
         if task.name == "question_answering":
             return outputs.start_logits[:, at[0]] + outputs.end_logits[:, at[1]]
         if task.name == "token_classification":

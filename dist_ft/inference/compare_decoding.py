@@ -13,7 +13,7 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.inference.evaluate import of_model
 from dist_ft.inference.model_under_test import Asked
 from dist_ft.storage import filesystem
-from dist_ft.training.held_out_generation import HeldOutTexts
+from dist_ft.training.held_out_generation import HeldOutGenerator
 
 
 def compare(
@@ -47,9 +47,9 @@ def compare(
     found = []
     for path in paths:
         asked = Asked(of_model(config, path))
-        texts = HeldOutTexts(asked.config, asked.tokenizer)
+        texts = HeldOutGenerator(asked.config, asked.tokenizer)
         with asked.reading(config.evaluation.data) as loader:
-            for batches in loader.iterate(0, loader.steps_of_a_pass, range(config.num_lanes)):
+            for batches in loader.iterate(0, loader.steps_per_epoch, range(config.num_lanes)):
                 for batch in batches:
                     texts.see(batch)
         samples = texts.gather(Collectives())

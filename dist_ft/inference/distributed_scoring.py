@@ -76,11 +76,11 @@ def _require_sharded(config: RunConfig) -> None:
 
 
 def _kind(config: RunConfig) -> str:
-    from dist_ft.model.heads import HEADED
+    from dist_ft.model.heads import TASKS_WITH_HEAD
 
     if config.prompting.method != "none":
         return config.prompting.method
-    return "random" if config.task.name in HEADED and not has_own_head(config) else "trained"
+    return "random" if config.task.name in TASKS_WITH_HEAD and not has_own_head(config) else "trained"
 
 
 def _of_no_step(config: RunConfig) -> RunConfig:
@@ -100,7 +100,7 @@ def _of_no_step(config: RunConfig) -> RunConfig:
                 max_samples=evaluation.max_samples,
                 decoding=evaluation.decoding,
                 generate_samples=evaluation.generate_samples,
-                keep_texts=evaluation.keep_texts,
+                keep_generations=evaluation.keep_generations,
                 text_metrics=evaluation.text_metrics,
                 text_tokenizer=evaluation.text_tokenizer,
             ),
@@ -114,7 +114,7 @@ def _told(config: RunConfig) -> dict[str, Any]:
     from dist_ft.runtime.ray_backend import driver
 
     config = config.model_copy(
-        update={"model": initial_weights.local(config.model, config.data.cache_dir)}
+        update={"model": initial_weights.resolve_model_section(config.model, config.data.cache_dir)}
     )
     store = Store(config.run_url)
     try:

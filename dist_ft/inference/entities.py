@@ -16,9 +16,9 @@ from dist_ft.core.world import World, collectives
 from dist_ft.data.encoding import entity_text, prompt_templates, task_rows
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference.model_under_test import Told
-from dist_ft.metrics.task_scores import SCORES
+from dist_ft.metrics.task_scores import TaskScores, token_classification
 from dist_ft.model.heads import longest_input
 from dist_ft.runtime.bootstrap.few_shot_examples import (
     examples,
@@ -42,14 +42,14 @@ class Written:
 
     def __init__(self, config: RunConfig, random_head: bool = False) -> None:
         """Load the model; a causal model has no head that could be random."""
-        from dist_ft.model.loading.load import load_for, load_tokenizer
+        from dist_ft.model.loading.load import load_task_model, load_tokenizer
 
         world = World()
         config = with_labels(
             config, Store(f"memory://evaluate-{uuid4().hex}"), world, collectives(world)
         )
         labels = config.task.labels
-        kinds = entity_text.kinds_of(labels)
+        kinds = entity_text.entity_kinds(labels)
         if "O" not in labels or not task_rows.is_bio(labels):
             raise ConfigError(
                 [
@@ -59,7 +59,7 @@ class Written:
                 "evaluate",
             )
         self._names = {
-            kind: config.prompting.verbalisers.get(kind, kind.replace("_", " ")) for kind in kinds
+            kind: config.prompting.verbalizers.get(kind, kind.replace("_", " ")) for kind in kinds
         }
         self._ids = {label: number for number, label in enumerate(labels)}
         self.config = self._with_examples(config)
@@ -67,7 +67,7 @@ class Written:
         self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model: Any = load_for(config.model_task, config.model, config.data.cache_dir)[0].eval()
+        self.model: Any = load_task_model(config.model_task, config.model, config.data.cache_dir)[0].eval()
         limits = [longest_input(self.model.config), config.batch.sequence_length]
         self._room = min(length for length in limits if length) - config.prompting.max_new_tokens
         if self._room < 1:
@@ -93,11 +93,14 @@ class Written:
         for start in range(0, len(samples), self.config.batch.micro_batch):
             some = samples[start : start + self.config.batch.micro_batch]
             for sample, answer in zip(some, self._answers(some), strict=True):
-                tags, understood = entity_text.read(answer, sample.first, self._names)
+                tags, understood = entity_text.parse_entities(answer, sample.first, self._names)
                 readable += understood
                 wanted.append(_numbers(sample.label))
                 told.append(_numbers([self._ids.get(tag, self._ids["O"]) for tag in tags]))
-        values = SCORES["token_classification"](self.config.task, wanted, told) if samples else {}
+        scores = (
+            token_classification(self.config.task, wanted, told) if samples else TaskScores({})
+        )
+        values = scores.values | scores.tables
         return Told({**values, "readable": readable / max(1, len(samples))}, wanted, told)
 
     def _answers(self, samples: Sequence[Sample]) -> list[str]:
@@ -106,7 +109,7 @@ class Written:
 
         most = self.config.prompting.max_new_tokens
         prompts_of = [
-            prompt_templates.filled(self._template, " ".join(sample.first)) for sample in samples
+            prompt_templates.fill_template(self._template, " ".join(sample.first)) for sample in samples
         ]
         self.tokenizer.truncation_side = "left"  # the row itself stays
         encoded = self.tokenizer(
@@ -134,18 +137,18 @@ class Written:
     def _samples(self, sources: Sequence[Source]) -> list[Sample]:
         """Return the rows of `sources`, the first evaluation.max_samples of them."""
         found = []
-        shards = [shard for source in resolve(list(sources), "evaluation.data") for shard in source]
+        shards = [shard for source in discover_shards(list(sources), "evaluation.data") for shard in source]
         rows = (
             (shard.url, number, row)
             for shard in shards
-            for number, row in enumerate(readers.rows_of(shard), 1)
+            for number, row in enumerate(readers.iter_rows(shard), 1)
         )
         for url, number, row in islice(rows, self.config.evaluation.max_samples or None):
             try:
                 if isinstance(row, DataError):
                     raise row
                 found.append(
-                    task_rows.token_classification(row, self.config.task, self._ids, url, number)
+                    task_rows.read_token_classification(row, self.config.task, self._ids, url, number)
                 )
             except DataError:
                 if self.config.data.bad_rows == "error":
@@ -160,14 +163,14 @@ class Written:
         made = []
         for template in section.templates or (TEMPLATE,):
             shown = [
-                prompt_templates.filled(template, " ".join(one.first))
+                prompt_templates.fill_template(template, " ".join(one.first))
                 + " "
-                + entity_text.written(one.first, [labels[tag] for tag in one.label], self._names)
+                + entity_text.format_entities(one.first, [labels[tag] for tag in one.label], self._names)
                 for one in drawn
             ]
             made.append(
-                prompt_templates.few_shot("", [header], "")
-                + prompt_templates.few_shot(template, shown, section.separator)
+                prompt_templates.prepend_examples("", [header], "")
+                + prompt_templates.prepend_examples(template, shown, section.separator)
             )
         return config.model_copy(
             update={"prompting": section.model_copy(update={"templates": tuple(made)})}

@@ -69,7 +69,7 @@ def of_model(config: RunConfig, path: str) -> RunConfig:
     model = config.model
     if path != config.model.path:
         model = config.model.model_copy(update={"path": path, "revision": None})
-    changes["model"] = initial_weights.local(model, config.data.cache_dir)
+    changes["model"] = initial_weights.resolve_model_section(model, config.data.cache_dir)
     return by_head(config.model_copy(update=changes))
 
 
@@ -96,7 +96,7 @@ def over_templates(task: str, found: dict[str, dict[str, Any]]) -> dict[str, Any
     }
     for name in METRICS[task]:
         own = [one[name] for one in every if name in one]
-        own.sort(key=lambda value: best.rank(name, value))
+        own.sort(key=lambda value: best.sort_key(name, value))
         if own:
             values[f"{name}_best"], values[f"{name}_worst"] = own[0], own[-1]
     return {**values, "by_template": found}

@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import DataError
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.task_rows import Sample
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ class Prompted:
     ) -> None:
         """Wrap a loaded model; `prompting` has its examples in its templates, `length` is the longest prompt's."""
         from dist_ft.data.encoding.prompt_encoder import PromptEncoder
-        from dist_ft.model.label_prompting import PromptModel
+        from dist_ft.model.label_prompting import LabelPromptModel
         from dist_ft.model.task_models import SpecialTokens
 
         data = DataSection.model_validate({"train": "unused", "overlong": "truncate"})
         self._encoder = PromptEncoder(tokenizer, data, task, prompting, length)
-        self._model = PromptModel(
-            model, task, SpecialTokens.of(tokenizer, model.config), self._encoder.words(), length
+        self._model = LabelPromptModel(
+            model, task, SpecialTokens.from_tokenizer(tokenizer, model.config), self._encoder.words(), length
         )
         self._model.eval()
 
@@ -61,5 +61,5 @@ class Prompted:
         sizes = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]).long()
         with torch.inference_mode():
-            _, told = self._model(ids, mask, torch.full_like(ids, IGNORED), told=True)
+            _, told = self._model(ids, mask, torch.full_like(ids, IGNORE_INDEX), return_outputs=True)
         return told.float().cpu().numpy()

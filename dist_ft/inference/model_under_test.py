@@ -26,8 +26,8 @@ from dist_ft.runtime.bootstrap.few_shot_examples import (
 from dist_ft.runtime.bootstrap.labels import with_labels
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.evaluation import evaluate
-from dist_ft.training.held_out_generation import HeldOutTexts
-from dist_ft.training.prediction_collector import Scorer
+from dist_ft.training.held_out_generation import HeldOutGenerator
+from dist_ft.training.prediction_collector import PredictionCollector
 
 if TYPE_CHECKING:
     from dist_ft.data.batching.loader import Loader
@@ -61,16 +61,16 @@ class Asked:
     def __init__(self, config: RunConfig, random_head: bool = False) -> None:
         """Load the model; see `evaluating.evaluate_models`."""
         from dist_ft.model import heads
-        from dist_ft.model.loading.load import load_for, load_tokenizer
+        from dist_ft.model.loading.load import load_task_model, load_tokenizer
 
         self._world = World()
         self._comms = collectives(self._world)
         self.config = labelled(config, self._world, self._comms)
         self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-        self.model, self._new = load_for(
+        self.model, self._new = load_task_model(
             self.config.model_task, config.model, config.data.cache_dir
         )
-        if line := heads.too_long(
+        if line := heads.length_error(
             self.model.config, config.batch.sequence_length, config.model.path
         ):
             raise ModelError(line)
@@ -85,7 +85,7 @@ class Asked:
             self.kind = config.prompting.method
         self.engine = self._wrapped()
         module = self.engine.module
-        heads.begin(
+        heads.initialize_new_weights(
             self.engine.slots,
             self._new,
             {name: one.shape for name, one in build_model.tensors(module).items()},
@@ -119,7 +119,7 @@ class Asked:
 
     def about(self, sources: Sequence[Source]) -> Told:
         """Return what the model tells of the rows of `sources`."""
-        config, scorer = self.config, Scorer(self.config.task)
+        config, scorer = self.config, PredictionCollector(self.config.task)
         with self.reading(sources) as loader:
             values = evaluate(
                 self.engine,
@@ -129,9 +129,9 @@ class Asked:
                 self._comms,
                 task=config.task,
                 scorer=scorer,
-                texts=HeldOutTexts.of(config, self.tokenizer),
+                texts=HeldOutGenerator.of(config, self.tokenizer),
             )
-        return Told(values, *scorer.gathered(self._comms))
+        return Told(values, *scorer.gather_predictions(self._comms))
 
     def _wrapped(self) -> Any:
         import torch
@@ -190,9 +190,9 @@ def _about(config: RunConfig) -> Any:
     """Return what a model's files say of it, whatever it can do."""
     from transformers import AutoConfig
 
-    from dist_ft.model.loading.load import fetch
+    from dist_ft.model.loading.download import fetch_model
 
-    folder = fetch(config.model.path, config.model.revision, config.data.cache_dir, weights=False)
+    folder = fetch_model(config.model.path, config.model.revision, config.data.cache_dir, weights=False)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:

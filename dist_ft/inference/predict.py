@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 
 from dist_ft.checkpoint import export, initial_weights
+from dist_ft.config.load import load_stored_section
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.config.sections.decoding import MAKERS, DecodingSection, parse, short_form
 from dist_ft.config.sections.prompting import PromptingSection, of_model
 from dist_ft.core.errors import DataError, ModelError
-from dist_ft.data.encoding.answer_spans import context_of
-from dist_ft.data.encoding.task_encoder import with_blanks
+from dist_ft.data.encoding.answer_spans import find_context
+from dist_ft.data.encoding.task_encoder import add_leading_spaces
 from dist_ft.data.sources.discovery import Row
 from dist_ft.inference.few_shot import Prompted
 from dist_ft.metrics.task_scores import softmax
 from dist_ft.model import heads
 from dist_ft.model.adapters import soft_prompts
-from dist_ft.model.loading.load import fetch, load_for, load_tokenizer
-from dist_ft.model.task_models import pooled
+from dist_ft.model.loading.download import fetch_model
+from dist_ft.model.loading.load import load_task_model, load_tokenizer
+from dist_ft.model.task_models import pool_hidden_states
 from dist_ft.training.prediction_collector import best_span
 
 log = logging.getLogger("dist_ft.predict")
@@ -74,7 +76,7 @@ def task_of(config: Any, path: str) -> TaskSection:
 
 def version_of(path: str, max_new_tokens: int, strategy: str = "greedy") -> str:
     """Return what changes when the model at `path` does, or what it is asked for."""
-    folder = Path(fetch(initial_weights.local(ModelSection(path=path)).path))
+    folder = Path(fetch_model(initial_weights.resolve_model_section(ModelSection(path=path)).path))
     asked = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
     return json.dumps(
         [
@@ -104,14 +106,12 @@ def _task(
             "`dist-ft export` writes is needed; export the run first"
         ) from error
     if prompting.method == "likelihood":
-        return TaskSection.model_validate(about["task"])
+        return load_stored_section(about, "task", TaskSection, path)
     task = task_of(config, path)
-    return (
-        TaskSection.model_validate(
-            {**about["task"], "labels": task.labels, "new_head": False, "grow_head": False}
-        )
-        if "task" in about
-        else task
+    if "task" not in about:
+        return task
+    return load_stored_section(about, "task", TaskSection, path).model_copy(
+        update={"labels": task.labels, "new_head": False, "grow_head": False}
     )
 
 
@@ -128,7 +128,7 @@ def _attention(trained_with: str, device: str) -> str:
 
 def _model(task: TaskSection, section: ModelSection, tokenizer: Any, path: str) -> Any:
     """Return the model, ready to be asked; one whose head was never trained is refused."""
-    model, new = load_for(task, section)
+    model, new = load_task_model(task, section)
     if new:
         raise ModelError(
             f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
@@ -160,15 +160,15 @@ class Predictor:
         """
         import torch
 
-        self._decoding = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens, rows=batch))
+        self._decoding = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens, batch_size=batch))
         self._batch = batch
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = fetch(initial_weights.local(ModelSection(path=path)).path)
+        folder = fetch_model(initial_weights.resolve_model_section(ModelSection(path=path)).path)
         self.version = version_of(path, max_new_tokens, strategy)
-        told = Path(folder) / export.ABOUT
+        told = Path(folder) / export.INFO_FILE
         about = json.loads(told.read_text("utf-8")) if told.exists() else {}
         self._template = str(about.get("prompt_template", "{prompt}\n"))
-        prompting = PromptingSection.model_validate(about.get("prompting") or {})
+        prompting = load_stored_section(about, "prompting", PromptingSection, str(told))
         self.task = _task(path, folder, about, prompting)
         section = ModelSection.model_validate(
             {
@@ -181,7 +181,7 @@ class Predictor:
         self.model: Any = _model(of_model(self.task, prompting), section, self.tokenizer, path).to(
             device
         )
-        self._virtual = soft_prompts.of(self.model)
+        self._virtual = soft_prompts.find_virtual_tokens(self.model)
         longest = heads.longest_input(self.model.config)
         self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
         self._prompted = (
@@ -231,7 +231,7 @@ class Predictor:
 
     def _told(self, encoded: Any) -> Any:
         return self.model(
-            **soft_prompts.prepended(
+            **soft_prompts.prepend_virtual_tokens(
                 self._virtual,
                 {name: value.to(self.model.device) for name, value in encoded.items()},
             )
@@ -274,7 +274,7 @@ class Predictor:
 
     def _token_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         words = [row["tokens"] if "tokens" in row else _text(row, "text").split() for row in rows]
-        given = with_blanks(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        given = add_leading_spaces(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         encoded = self._inputs(given, is_split_into_words=True)
         logits = self._own(self._told(encoded).logits).float().cpu().numpy()
         for number, own in enumerate(words):
@@ -314,7 +314,7 @@ class Predictor:
         )
         best = [(-np.inf, "")] * len(rows)
         for window, owner in enumerate(owners.tolist()):
-            begin, tail = context_of(encoded.sequence_ids(window))
+            begin, tail = find_context(encoded.sequence_ids(window))
             first, last, score = best_span(logits[window], begin, logits.shape[1] - tail)
             start, stop = int(offsets[window, first, 0]), int(offsets[window, last, 1])
             answer = contexts[owner][start:stop] if last else ""
@@ -325,23 +325,23 @@ class Predictor:
     def _embedding(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         encoded = self._inputs([_text(row, self.task.columns.text) for row in rows])
         hidden = self._own(self._told(encoded).last_hidden_state).float().cpu()
-        vectors = pooled(hidden, encoded["attention_mask"], self.task.pooling)
+        vectors = pool_hidden_states(hidden, encoded["attention_mask"], self.task.pooling)
         for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
             yield {"embedding": vector}
 
     def _made(self, rows: Sequence[Row], first: int) -> list[dict[str, Any]]:
         """Return the texts made of rows."""
-        from dist_ft.model.generation import Asked, Decoder
+        from dist_ft.model.generation import GenerationRequest, TextGenerator
 
         decoder, name = (
-            Decoder(self._decoding, self.tokenizer),
+            TextGenerator(self._decoding, self.tokenizer),
             "text" if self.task.name == "seq2seq" else "response",
         )
         asked = [
-            Asked(np.array(ids), first + number) for number, ids in enumerate(self._asked(rows))
+            GenerationRequest(np.array(ids), first + number) for number, ids in enumerate(self._asked(rows))
         ]
         made = [
-            [decoder.text(ids) for ids in texts] for texts in decoder.make_all(self.model, asked)
+            [decoder.decode_text(ids) for ids in texts] for texts in decoder.generate_all(self.model, asked)
         ]
         return [{name: texts[0], **({"others": texts[1:]} if texts[1:] else {})} for texts in made]
 

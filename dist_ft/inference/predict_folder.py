@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,13 @@ from dist_ft.data.sources.discovery import Shard
 from dist_ft.inference.predict import Predictor, version_of
 from dist_ft.inference.prediction_shards import Task, cut, make, missing
 from dist_ft.storage.filesystem import Store, is_local, local_path
+
+
+class WrittenPredictions(NamedTuple):
+    """How many files hold the predictions, and how many rows were written by this call."""
+
+    files: int
+    rows: int
 
 
 def predict_folder(
@@ -24,8 +32,8 @@ def predict_folder(
     max_new_tokens: int = 128,
     strategy: str = "greedy",
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> tuple[int, int]:
-    """Write what the model says of every row into the folder `out`; return (shards there are, rows written now).
+) -> WrittenPredictions:
+    """Write a prediction for every row into the folder `out`; rows are those written now.
 
     Args:
         model: folder, URL or hub name.
@@ -61,7 +69,7 @@ def predict_folder(
                 "remove them? the same command makes them"
             )
         )
-    return len(tasks), rows
+    return WrittenPredictions(len(tasks), rows)
 
 
 def _absolute(model: str) -> str:

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from typing import Any
 
 from dist_ft.core.errors import DataError
-from dist_ft.data.block import Part
+from dist_ft.data.block import ShardRange
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard
-from dist_ft.data.tools.write import as_jsonl, as_parquet
+from dist_ft.data.tools.write import encode_jsonl, encode_parquet
 from dist_ft.inference.predict import Predictor
 from dist_ft.storage.filesystem import Store
 
@@ -26,7 +26,7 @@ MOST_ROWS = 2**24
 """Of a part, and more: what is drawn for a row follows from its part and its place there."""
 ABOUT = "_predictions.json"
 """File of the folder that says of which model and rows its shards are; readers of data pass over such names."""
-ENCODERS = {"jsonl": as_jsonl, "parquet": as_parquet}
+ENCODERS = {"jsonl": encode_jsonl, "parquet": encode_parquet}
 
 Task = dict[str, Any]
 """A part of the input: its number, shard, place there, and the name of the shard it becomes."""
@@ -37,7 +37,7 @@ def cut(shards: Sequence[Shard], suffix: str, part_bytes: int = PART_BYTES) -> l
     parts = [
         part
         for number, shard in enumerate(shards)
-        for part in readers.survey(shard, number, part_bytes)
+        for part in readers.split_into_ranges(shard, number, part_bytes)
     ]
     return [
         {
@@ -80,7 +80,7 @@ def make(predictor: Predictor, store: Store, task: Task) -> int:
     """Read the rows of a part, ask the model, write its shard; return how many rows."""
     rows: list[Row] = []
     shard = Shard(**task["shard"])
-    for _, found in readers.read(shard, [Part(**task["part"])]):
+    for _, found in readers.read_ranges(shard, [ShardRange(**task["part"])]):
         for row in found if isinstance(found, list) else found.to_pylist():
             if isinstance(row, DataError):
                 raise row

@@ -8,11 +8,11 @@ import torch
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.data.batch import Batch
-from dist_ft.data.batching.loader import assemble
+from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.data.encoding.make_encoder import (
     make_encoder,
 )
-from dist_ft.data.encoding.prompt_templates import ALL
+from dist_ft.data.encoding.prompt_templates import ALL_EXAMPLES
 from dist_ft.model.prototypes import PrototypeModel
 from dist_ft.runtime.bootstrap.few_shot_examples import (
     examples,
@@ -30,7 +30,7 @@ def learn(
     Raises DataError if the training data have no example of a label.
     """
     task = config.task
-    drawn = examples(config, config.prompting.shots or ALL)
+    drawn = examples(config, config.prompting.shots or ALL_EXAMPLES)
     absent = sorted(set(range(len(task.labels))) - {sample.label for sample in drawn})
     if absent:
         raise DataError(
@@ -56,15 +56,15 @@ def learn(
     with torch.inference_mode():
         found = []
         for start in range(0, len(order), ROWS):
-            given = module.inputs(
+            given = module.prepare_inputs(
                 _batch(
                     encoded.tokens, encoded.targets, encoded.offsets, order[start : start + ROWS]
                 ),
                 device,
             )
-            found.append(module.vectors(given["ids"], given["mask"]).cpu())
+            found.append(module.embed(given["ids"], given["mask"]).cpu())
         vectors = torch.cat(found)
-    module.learn_from(
+    module.fit_prototypes(
         vectors.clone(), torch.tensor([drawn[place].label for place in order]), len(task.labels)
     )
 
@@ -72,13 +72,13 @@ def learn(
 def _batch(tokens: np.ndarray, labels: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> Batch:
     """Return some rows as one padded batch."""
     ranges = [slice(offsets[row], offsets[row + 1]) for row in rows]
-    pieces = np.array(
+    segments = np.array(
         [(row, 0, own.stop - own.start, 0) for row, own in zip(rows, ranges, strict=True)], np.int64
     )
-    return assemble(
+    return assemble_batch(
         np.concatenate([tokens[own] for own in ranges]),
         np.concatenate([labels[own] for own in ranges]),
-        pieces,
+        segments,
         np.arange(len(rows)),
         0,
     )

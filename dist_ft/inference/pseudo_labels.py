@@ -102,10 +102,10 @@ def _each(
 
 def describe(found: Pseudo, out: str) -> str:
     """Return the table of what was kept and left out."""
-    from dist_ft.training.console import table
+    from dist_ft.training.console import format_table
 
     labels: Sequence[tuple[str, int]] = sorted(found.kept.items(), key=lambda item: -item[1])
-    return table(
+    return format_table(
         f"{len(found.rows):,} rows in {out}",
         [
             *((f"as {label}", f"{count:,}") for label, count in labels),

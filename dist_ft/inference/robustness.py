@@ -17,9 +17,9 @@ from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.sections.task import METRICS
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import Row, resolve
+from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.data.tools import perturb
-from dist_ft.metrics.robustness import out_of_scope_auroc, share_changed
+from dist_ft.metrics.robustness import out_of_scope_auroc, share_of_changed_predictions
 
 
 def scored(asked: Any, config: RunConfig) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def scored(asked: Any, config: RunConfig) -> dict[str, Any]:
             }
         if section.typo_rate:
             noisy = [
-                perturb.altered(row, task, perturb.typos(section.typo_rate, section.seed, number))
+                perturb.perturb_row(row, task, perturb.make_typo_function(section.typo_rate, section.seed, number))
                 for number, row in enumerate(rows)
             ]
             found = asked.about(_written(folder, "typos", noisy))
@@ -86,10 +86,10 @@ def scored(asked: Any, config: RunConfig) -> dict[str, Any]:
 
 def _swapped(asked: Any, config: RunConfig, rows: list[Row], folder: Path) -> dict[str, Any]:
     """Return how predictions change where names are swapped: the counterfactual gap, over rows that hold some."""
-    task, swap = config.task, perturb.swaps(_pairs(config))
+    task, swap = config.task, perturb.make_swap_function(_pairs(config))
     pairs = [
         (row, other)
-        for row, other in ((row, perturb.altered(row, task, swap)) for row in rows)
+        for row, other in ((row, perturb.perturb_row(row, task, swap)) for row in rows)
         if other != row
     ]
     if not pairs:
@@ -99,7 +99,7 @@ def _swapped(asked: Any, config: RunConfig, rows: list[Row], folder: Path) -> di
     metric = METRICS[task.name][0]
     return {
         "counterfactual_rows": len(pairs),
-        "counterfactual_changed": share_changed(task.name, before.told, after.told),
+        "counterfactual_changed": share_of_changed_predictions(task.name, before.told, after.told),
         "counterfactual_gap": abs(before.values[metric] - after.values[metric]),
     }
 
@@ -126,8 +126,8 @@ def _rows(
 ) -> Iterator[Row]:
     """Yield the rows of sources, the first evaluation.max_samples if these are held-out data."""
     most = config.evaluation.max_samples if field == "evaluation.data" else 0
-    shards = [shard for found in resolve(list(sources), field) for shard in found]
-    for row in islice((row for shard in shards for row in readers.rows_of(shard)), most or None):
+    shards = [shard for found in discover_shards(list(sources), field) for shard in found]
+    for row in islice((row for shard in shards for row in readers.iter_rows(shard)), most or None):
         if not isinstance(row, DataError):
             yield row
         elif config.data.bad_rows == "error":

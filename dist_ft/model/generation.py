@@ -55,8 +55,8 @@ class TextGenerator:
         """Return the numbers of `rows` by batch, those of like length together, longest first."""
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
         return [
-            order[start : start + self.section.rows]
-            for start in range(0, len(order), self.section.rows)
+            order[start : start + self.section.batch_size]
+            for start in range(0, len(order), self.section.batch_size)
         ]
 
     def generate_all(self, model: PreTrainedModel, rows: Sequence[GenerationRequest]) -> list[list[list[int]]]:

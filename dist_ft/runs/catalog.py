@@ -1,6 +1,7 @@
-"""What lies in a run's storage, for people: its attempts and checkpoints, whether they are sound, which can go.
+"""What a run has stored: its attempts and checkpoints, whether they are intact, which can go.
 
-Reads manifests and listings; `verify` reads every byte. Only `prune` removes, and never the newest sound checkpoint.
+Reads manifests and listings; `verify` reads every byte. Only `prune` removes anything, and never
+the latest intact checkpoint.
 """
 
 from __future__ import annotations
@@ -8,26 +9,39 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.manifest import Manifest
-from dist_ft.checkpoint.retention import forget_shared, held_out, kept
+from dist_ft.checkpoint.retention import (
+    rank_by_evaluation,
+    remove_unused_shared_files,
+    select_retained,
+)
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, DataError
 from dist_ft.core.world import World
 from dist_ft.runs import time_accounting
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.console import table
-
-T = TypeVar("T")
+from dist_ft.training.console import format_table
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One committed checkpoint; `problem` says why its manifest can not be read ("" if it can)."""
+class CheckpointSummary:
+    """One committed checkpoint, by its manifest.
+
+    Attributes:
+        name: name of its folder.
+        num_bytes: size of its own files.
+        num_files: number of its own files.
+        world_size: number of workers that wrote it.
+        created_at: when it was written (UTC, ISO 8601).
+        problem: why its manifest cannot be read; "" if it can.
+        num_shared_bytes: size of files it shares with other checkpoints.
+        loss: held-out loss at this step, if it was evaluated.
+    """
 
     name: str
     num_bytes: int = 0
@@ -39,27 +53,55 @@ class Kept:
     loss: float | None = None
 
 
-def runs_below(url: str) -> list[str]:
+class VerifiedCheckpoint(NamedTuple):
+    """A checkpoint whose every byte was read, and what is wrong with it; "" if it is intact."""
+
+    name: str
+    problem: str
+
+
+def run_names(url: str) -> list[str]:
     """Return the names of the runs in a storage folder (run.storage)."""
     store = Store(url)
-    return [name for name in store.list() if store.exists(f"{name}/{STORED}")]
+    return [name for name in store.list() if is_run(store.child(name))]
 
 
-def checkpoints(store: Store) -> list[Kept]:
-    """Return the committed checkpoints of the run at `store`, newest first."""
-    return [_kept(store, name) for name in discovery.committed(store)]
+def is_run(store: Store) -> bool:
+    """Return whether a run was started at `store`."""
+    return store.exists(STORED)
 
 
-def _kept(store: Store, name: str) -> Kept:
+def open_run(url: str) -> Store:
+    """Return the folder of a run.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    store = Store(url)
+    if not is_run(store):
+        raise DataError(
+            f"{store.shown()}: not a run (it has no {STORED}). Give the folder "
+            "<run.storage>/<run.name>. dist-ft runs list STORAGE lists them."
+        )
+    return store
+
+
+def checkpoints(store: Store) -> list[CheckpointSummary]:
+    """Return the committed checkpoints of the run at `store`, latest first."""
+    return [_summarize(store, name) for name in discovery.list_committed(store)]
+
+
+def _summarize(store: Store, name: str) -> CheckpointSummary:
     try:
         manifest = discovery.load_manifest(store, name)
     except CheckpointError as error:
-        return Kept(name, problem=str(error))
-    own = [item for item in manifest.files if not item.shared]
-    return Kept(
+        return CheckpointSummary(name, problem=str(error))
+
+    own_files = [item for item in manifest.files if not item.shared]
+    return CheckpointSummary(
         name,
-        sum(item.num_bytes for item in own),
-        len(own),
+        sum(item.num_bytes for item in own_files),
+        len(own_files),
         manifest.world_size,
         manifest.created_at,
         num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared),
@@ -68,147 +110,160 @@ def _kept(store: Store, name: str) -> Kept:
 
 
 def attempts(store: Store) -> list[str]:
-    """Return a line for every start of the run at `store`, oldest first, and what it left behind when it hung."""
+    """Return a line for every attempt of the run at `store`, oldest first.
+
+    A line names the reason for the attempt, and the stack files of workers that hung in it.
+    """
     lines = []
     names = store.list(discovery.ATTEMPTS)
     for name in names:
         number = name.removesuffix(".json")
-        if name.endswith(".json") and number.isdigit():
-            note = json.loads(store.read(f"{discovery.ATTEMPTS}/{name}"))
-            stacks = [other for other in names if other.startswith(f"{number}-rank-")]
-            hung = f"; made no progress: {', '.join(stacks)}" if stacks else ""
-            after = f"; after {note['after']}" if note.get("after") else ""
-            world = note.get("world_size", "?")
-            lines.append(
-                f"{int(number)}: {note.get('started_at', '?')}, world {world}{after}{hung}"
-            )
+        if not (name.endswith(".json") and number.isdigit()):
+            continue
+
+        note = json.loads(store.read(f"{discovery.ATTEMPTS}/{name}"))
+        line = f"{int(number)}: {note.get('started_at', '?')}, world {note.get('world_size', '?')}"
+        if note.get("after"):
+            line += f"; after {note['after']}"
+        stacks = [other for other in names if other.startswith(f"{number}-rank-")]
+        if stacks:
+            line += f"; made no progress: {', '.join(stacks)}"
+        lines.append(line)
     return lines
 
 
 def describe_all(url: str) -> str:
-    """Return a line for every run in a storage folder."""
-    store, rows = Store(url), []
-    for name in runs_below(url):
-        names = discovery.committed(store.child(name))
-        step = (manifests.parse_folder(names[0]) or (0, 0))[0] if names else 0
+    """Return a table with a line for every run in a storage folder."""
+    store = Store(url)
+    rows = []
+    for name in run_names(url):
+        run = store.child(name)
+        committed = discovery.list_committed(run)
+        step = _step_of(committed[0]) if committed else 0
+        num_attempts = discovery.latest_attempt(run)
         rows.append(
             (
                 name,
-                f"step {step:,}, {_count(len(names), 'checkpoint')}, "
-                f"{_count(discovery.newest_attempt(store.child(name)), 'attempt')}",
+                f"step {step:,}, {_count(len(committed), 'checkpoint')}, "
+                f"{_count(num_attempts, 'attempt')}",
             )
         )
     if not rows:
         raise DataError(
-            f"{store.shown()}: holds no runs; the folder that run.storage names is needed; check the URL"
+            f"{store.shown()}: holds no runs. Give the folder that run.storage names."
         )
-    return table(f"runs in {store.shown()}", rows)
+    return format_table(f"runs in {store.shown()}", rows)
 
 
 def describe(url: str) -> str:
-    """Return what lies in a run's folder."""
-    store = _run(url)
-    rows = [("attempt" if first else "", line) for first, line in _first(attempts(store))]
-    for first, one in _first(checkpoints(store)):
-        said = one.problem or (
-            f"{one.num_bytes / 2**20:,.1f} MiB in {_count(one.num_files, 'file')}{_shared(one)}, "
-            f"world {one.world_size}, {one.created_at}"
-            + (f", held-out loss {one.loss:.4f}" if one.loss is not None else "")
-        )
-        rows.append(("checkpoint" if first else "", f"{one.name}: {said}"))
-    rows += [
-        ("time" if first else "", line)
-        for first, line in _first(list(time_accounting.lines(store)))
+    """Return a table of a run's attempts, checkpoints and time."""
+    store = open_run(url)
+    rows = [
+        *_titled("attempt", attempts(store)),
+        *_titled("checkpoint", [_checkpoint_line(item) for item in checkpoints(store)]),
+        *_titled("time", list(time_accounting.lines(store))),
     ]
-    return table(f"run {store.shown()}", rows)
+    return format_table(f"run {store.shown()}", rows)
 
 
-def _shared(one: Kept) -> str:
-    return f" and {one.num_shared_bytes / 2**20:,.1f} MiB shared" if one.num_shared_bytes else ""
+def _checkpoint_line(checkpoint: CheckpointSummary) -> str:
+    if checkpoint.problem:
+        return f"{checkpoint.name}: {checkpoint.problem}"
+
+    size = f"{checkpoint.num_bytes / 2**20:,.1f} MiB in {_count(checkpoint.num_files, 'file')}"
+    if checkpoint.num_shared_bytes:
+        size += f" and {checkpoint.num_shared_bytes / 2**20:,.1f} MiB shared"
+    line = f"{checkpoint.name}: {size}, world {checkpoint.world_size}, {checkpoint.created_at}"
+    if checkpoint.loss is not None:
+        line += f", held-out loss {checkpoint.loss:.4f}"
+    return line
 
 
-def verify(url: str) -> Iterator[tuple[str, str]]:
-    """Yield (checkpoint, what is wrong with it; "" if nothing), newest first, having read every byte of each."""
-    store = _run(url)
-    for name in discovery.committed(store):
-        yield name, _damage(store, name)
+def verify(url: str) -> Iterator[VerifiedCheckpoint]:
+    """Read every byte of each checkpoint, latest first, and yield what is wrong with it."""
+    store = open_run(url)
+    for name in discovery.list_committed(store):
+        yield VerifiedCheckpoint(name, _find_damage(store, name))
 
 
-def _damage(store: Store, name: str) -> str:
+def _find_damage(store: Store, name: str) -> str:
     try:
-        discovery.verify(store, discovery.load_manifest(store, name), World())
+        discovery.verify_checksums(store, discovery.load_manifest(store, name), World())
     except CheckpointError as error:
         return str(error)
     return ""
 
 
 def prune(url: str, section: CheckpointSection, remove: bool) -> list[str]:
-    """Return the checkpoints that retention by `section` does not keep, removed if `remove`; a sound one stays."""
-    store = _run(url)
-    names = discovery.committed(store)
-    keep = set(kept(names, section, held_out(store, names, section)))
-    keep |= {next((name for name in names if not _damage(store, name)), "")}
-    gone = [name for name in names if name not in keep]
-    for name in gone if remove else ():
-        store.remove(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
-        store.remove(f"{discovery.FOLDER}/{name}")
+    """Return the checkpoints that retention by `section` drops, after removing them if `remove`.
+
+    The latest intact checkpoint always stays.
+    """
+    store = open_run(url)
+    names = discovery.list_committed(store)
+    retained = set(select_retained(names, section, rank_by_evaluation(store, names, section)))
+    latest_intact = next((name for name in names if not _find_damage(store, name)), "")
+    retained.add(latest_intact)
+
+    dropped = [name for name in names if name not in retained]
     if remove:
-        forget_shared(store, discovery.newest_attempt(store))
-    return gone
+        for name in dropped:
+            # The manifest goes first: without it the checkpoint does not exist.
+            store.remove(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
+            store.remove(f"{discovery.FOLDER}/{name}")
+        remove_unused_shared_files(store, discovery.latest_attempt(store))
+    return dropped
 
 
-def diff(url: str, one: int, other: int) -> str:
-    """Return how two committed steps of a run differ: norm of the change over norm of the weights, largest first."""
+def diff(url: str, step: int, other_step: int) -> str:
+    """Return a table of |change| / |weights| of each tensor between two steps, largest first."""
     import numpy as np
 
-    store = _run(url)
-    first, second = (_manifest(store, step) for step in (one, other))
-    readers = [discovery.reader(store, manifest) for manifest in (first, second)]
+    store = open_run(url)
+    first, second = _manifest_of(store, step), _manifest_of(store, other_step)
+    first_reader = discovery.open_reader(store, first)
+    second_reader = discovery.open_reader(store, second)
+
     changes = []
     for name, info in first.tensors.items():
         numel = int(np.prod(info.shape))
-        key = "param" if (name, "param") in readers[0].keys() else "frozen"  # noqa: SIM118
-        before, after = (reader.read(name, key, 0, numel).astype(np.float64) for reader in readers)
+        key = "param" if (name, "param") in first_reader.keys() else "frozen"  # noqa: SIM118
+        before = first_reader.read(name, key, 0, numel).astype(np.float64)
+        after = second_reader.read(name, key, 0, numel).astype(np.float64)
         norm = float(np.linalg.norm(before))
-        changes.append((float(np.linalg.norm(after - before)) / norm if norm else 0.0, name))
+        change = float(np.linalg.norm(after - before)) / norm if norm else 0.0
+        changes.append((change, name))
+
     changes.sort(reverse=True)
-    return table(
-        f"step {one} to {other} of {store.shown()}: |change| / |weights|",
+    return format_table(
+        f"step {step} to {other_step} of {store.shown()}: |change| / |weights|",
         [(name, f"{change:.3e}") for change, name in changes],
     )
 
 
-def _manifest(store: Store, step: int) -> Manifest:
-    steps = {
-        (manifests.parse_folder(name) or (0, 0))[0]: name
-        for name in reversed(discovery.committed(store))
+def _manifest_of(store: Store, step: int) -> Manifest:
+    # Names are sorted latest first, so the latest attempt of a step wins.
+    names_by_step = {
+        _step_of(name): name for name in reversed(discovery.list_committed(store))
     }
-    if step not in steps:
+    if step not in names_by_step:
+        existing = ", ".join(str(number) for number in sorted(names_by_step)) or "none"
         raise CheckpointError(
-            f"step {step}: not among the checkpoints of {store.shown()}; there are "
-            f"{', '.join(str(found) for found in sorted(steps)) or 'none'}; give one of them"
+            f"step {step}: {store.shown()} has no checkpoint of it. Existing steps: {existing}."
         )
-    return discovery.load_manifest(store, steps[step])
+    return discovery.load_manifest(store, names_by_step[step])
 
 
-def is_run(store: Store) -> bool:
-    """Tell whether a run has begun at `store`."""
-    return store.exists(STORED)
+def _step_of(name: str) -> int:
+    """Return the step in the name of a checkpoint's folder; 0 for another name."""
+    parsed = manifests.parse_folder(name)
+    return parsed[0] if parsed else 0
 
 
-def _run(url: str) -> Store:
-    store = Store(url)
-    if not store.exists(STORED):
-        raise DataError(
-            f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
-            "needed; dist-ft runs list STORAGE names them"
-        )
-    return store
+def _titled(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Return rows of a table: the title stands next to the first line only."""
+    return [(title if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
-def _first(items: Sequence[T]) -> Iterator[tuple[bool, T]]:
-    return ((number == 0, item) for number, item in enumerate(items))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -1,7 +1,8 @@
-"""From a run to a folder that is handed on: exported, with int8 weights if asked, measured, and with a model card.
+"""Export a run as a folder to hand on: weights (int8 if requested), measurements, model card.
 
-Guarantees: the folder appears whole or not at all (`checkpoint.export`); every number of the table and the card was
-measured here or by the run itself. Scores need `evaluation.data`; without it only logits are compared.
+The folder appears whole or not at all (`checkpoint.export`). Every number in the table and the card
+was measured here or by the run itself. Scores need `evaluation.data`; without it only logits are
+compared.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from typing import Any
 
 from dist_ft.checkpoint import export
 from dist_ft.checkpoint.manifest import Manifest
-from dist_ft.config.load import STORED, load_config
+from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError
 from dist_ft.model.loading import int8
-from dist_ft.model.loading.load import told
+from dist_ft.model.loading.load import probe_outputs
 from dist_ft.runs import model_card
+from dist_ft.runs.model_card import BeforeAfter
 from dist_ft.storage.filesystem import Store
 
-Table = dict[str, tuple[float, float]]
-"""Of each measure, its value before and after."""
-TOKENS, PASSES = 32, 20
-"""Of the text whose latency is measured; times it is asked."""
+LATENCY_TOKENS = 32
+"""Length of the text whose latency is measured, in tokens."""
+LATENCY_PASSES = 20
+"""Timed forward passes."""
+WARMUP_PASSES = 3
+"""Forward passes before the timed ones, which allocate what later ones reuse."""
 
 
-def ship(
+def export_model(
     url: str,
     out: str,
     *,
@@ -39,103 +43,105 @@ def ship(
     best: bool = False,
     as_int8: bool = False,
     average: bool | None = None,
-) -> Table | None:
-    """Export the run at `url` into the local folder `out`; return what int8 weights changed, if they were asked for.
+) -> dict[str, BeforeAfter] | None:
+    """Export the run at `url` into the local folder `out`.
 
-    See `export_run` for the arguments. Raises CheckpointError, ConfigError, ModelError; then there is no folder.
+    Returns what int8 weights changed, if they were requested. See `checkpoint.export.export_run`
+    for the arguments.
+
+    Raises:
+        CheckpointError, ConfigError, ModelError: nothing was written.
     """
     if as_int8 and adapter:
         raise ConfigError(
-            [
-                "--int8: with --adapter only an adapter is written, in float32; one of them is allowed; "
-                "leave one out"
-            ],
+            ["--int8: cannot be combined with --adapter, which is written in float32. Use one."],
             "export",
         )
     if as_int8:
-        int8.require()
+        int8.require_torchao()
+
     store = Store(url)
-    found: list[Table] = []
+    changes: dict[str, BeforeAfter] | None = None
 
     def finish(folder: Path, manifest: Manifest) -> None:
+        nonlocal changes
         if as_int8:
-            found.append(_shrink(store, folder))
+            changes = _quantize(store, folder)
         if not adapter:
-            table = found[0] if found else None
-            (folder / "README.md").write_text(
-                model_card.render(store, manifest, folder, table), "utf-8"
-            )
+            card = model_card.render(store, manifest, folder, changes)
+            (folder / "README.md").write_text(card, "utf-8")
 
     export.export_run(
         url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish, average=average
     )
-    return found[0] if found else None
+    return changes
 
 
-def _shrink(store: Store, folder: Path) -> Table:
-    """Replace the model in `folder` by itself with int8 weights; return measures before and after."""
-    small = folder.with_name("int8")
-    task = export.stored_task(store)
-    int8.quantise(folder, small, task)
-    table = compare(folder, small, _with_data(store))
-    about = json.loads((small / export.ABOUT).read_text("utf-8"))
-    (small / export.ABOUT).write_text(json.dumps({**about, "int8": table}, indent=1), "utf-8")
+def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
+    """Replace the model in `folder` by itself with int8 weights; return what changed."""
+    quantized = folder.with_name("int8")
+    int8.quantize_int8(folder, quantized, export.load_task(store))
+    changes = compare(folder, quantized, _config_with_data(store))
+
+    about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))
+    about["int8"] = changes
+    (quantized / export.INFO_FILE).write_text(json.dumps(about, indent=1), "utf-8")
     shutil.rmtree(folder)
-    small.rename(folder)
-    return table
+    quantized.rename(folder)
+    return changes
 
 
-def _with_data(store: Store) -> RunConfig | None:
+def _config_with_data(store: Store) -> RunConfig | None:
     """Return the run's config if it has held-out data."""
-    config = load_config(store.full(STORED)) if store.exists(STORED) else None
-    return config if config is not None and config.evaluation.data else None
+    if not store.exists(STORED):
+        return None
+    config = load_stored_config(store)
+    return config if config.evaluation.data else None
 
 
-def compare(before: Path, after: Path, config: RunConfig | None) -> Table:
-    """Return size, latency and scores of two model folders: {measure: (before, after)}.
+def compare(before: Path, after: Path, config: RunConfig | None) -> dict[str, BeforeAfter]:
+    """Return size, latency and scores of two model folders, by measure.
 
     Args:
-        before: folder.
-        after: folder; the difference of its logits from those of `before` counts relative to the largest.
-        config: what to score on (`evaluate_models`); None: no scores.
+        before: folder of the reference model.
+        after: folder of the other model. The difference of its logits counts relative to the
+            largest logit of the reference.
+        config: the run to score on (`evaluate_models`); None: no scores.
     """
     from dist_ft.inference.evaluate import evaluate_models
 
-    models = [_loaded(folder) for folder in (before, after)]
-    logits = [told(model) for model in models]
-    table: Table = {
-        "MB on disk": (_megabytes(before), _megabytes(after)),
-        f"ms for {TOKENS} tokens": (_latency_ms(models[0]), _latency_ms(models[1])),
-        "logits, largest relative difference": (
-            0.0,
-            ((logits[1] - logits[0]).abs().max() / logits[0].abs().max()).item(),
-        ),
+    models = [_load(folder) for folder in (before, after)]
+    logits_before, logits_after = [probe_outputs(model) for model in models]
+    largest_difference = (logits_after - logits_before).abs().max() / logits_before.abs().max()
+    changes = {
+        "MB on disk": BeforeAfter(_megabytes(before), _megabytes(after)),
+        f"ms for {LATENCY_TOKENS} tokens": BeforeAfter(*[_latency_ms(model) for model in models]),
+        "logits, largest relative difference": BeforeAfter(0.0, largest_difference.item()),
     }
-    del models
+    del models  # evaluation loads them again
+
     if config is not None:
-        here = config.model_copy(
-            update={"cluster": config.cluster.model_copy(update={"workers": 0})}
+        in_process = config.cluster.model_copy(update={"workers": 0})
+        scores = evaluate_models(
+            config.model_copy(update={"cluster": in_process}), [str(before), str(after)]
         )
-        scores = evaluate_models(here, [str(before), str(after)])
         first, second = scores[str(before)], scores[str(after)]
-        table |= {
-            name: (float(first[name]), float(second[name]))
-            for name in first
-            if isinstance(first[name], int | float) and name != "num_target_tokens"
-        }
-    return table
+        for name, value in first.items():
+            if isinstance(value, int | float) and name != "num_target_tokens":
+                changes[name] = BeforeAfter(float(value), float(second[name]))
+    return changes
 
 
-def _loaded(folder: Path) -> Any:
+def _load(folder: Path) -> Any:
     from transformers import AutoConfig
 
     from dist_ft.model import heads
-    from dist_ft.model.loading.load import options
+    from dist_ft.model.loading.load import extra_model_kwargs
 
     config = AutoConfig.from_pretrained(folder)
-    task = export.about_task(folder)
+    task = export.read_exported_task(folder)
     model: Any = heads.auto_class(task).from_pretrained(
-        folder, dtype=config.dtype, **options(config, task)
+        folder, dtype=config.dtype, **extra_model_kwargs(config, task)
     )
     return model.eval()
 
@@ -145,16 +151,16 @@ def _megabytes(folder: Path) -> float:
 
 
 def _latency_ms(model: Any) -> float:
-    """Return the median time of one forward of one text on this machine."""
+    """Return the median time of one forward pass over one text on this machine."""
     import torch
 
-    tokens = (torch.arange(TOKENS) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
-    given = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = (torch.arange(LATENCY_TOKENS) * 7919 + 11)[None] % vocab_size  # (1, T)
+    kwargs = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
     times = []
     with torch.inference_mode():
-        for number in range(PASSES + 3):
-            begun = time.perf_counter()
-            model(input_ids=tokens, **given)
-            if number >= 3:  # the first ones make what later ones find made
-                times.append(time.perf_counter() - begun)
-    return statistics.median(times) * 1000
+        for _ in range(WARMUP_PASSES + LATENCY_PASSES):
+            started = time.perf_counter()
+            model(input_ids=tokens, **kwargs)
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[WARMUP_PASSES:]) * 1000

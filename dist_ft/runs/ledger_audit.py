@@ -1,7 +1,8 @@
-"""The proof of promise 1: what a run's ledger says was consumed, held against what its data holds.
+"""The proof of promise 1: compares what a run's ledger says was consumed with what its data holds.
 
-Reads the ledger of the newest commit (all attempts of its history) and the run's index; no tokens. Each piece may come
-once in an epoch of its source, and an epoch that all lanes have passed must hold every piece.
+Reads the ledger of the latest checkpoint (all attempts of its history) and the run's index, but no
+tokens. Each segment may come once in an epoch of its source, and an epoch that all lanes have
+passed must hold every segment.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import numpy as np
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.ledger import read_ledger
-from dist_ft.config.load import STORED, load_config
+from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.blocks import index_file
 from dist_ft.data.blocks.index import Index
-from dist_ft.data.sampling.batch_plan import Plan
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sampling.batch_plan import BatchPlan
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.runtime.bootstrap.build_data import FOLDER
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
@@ -27,24 +28,40 @@ from dist_ft.storage.filesystem import Store
 
 @dataclass(frozen=True)
 class EpochCount:
-    """One epoch of one source: pieces there are, that came, that came again, and that should have come and did not."""
+    """Counts of one epoch of one source.
+
+    Attributes:
+        source: name of the source.
+        epoch: number of the epoch, from 0.
+        num_segments: segments the source holds.
+        num_seen: segments in the ledger.
+        num_repeated: segments in the ledger more than once.
+        num_lost: segments missing from an epoch that all lanes have passed.
+    """
 
     source: str
     epoch: int
-    num_pieces: int
+    num_segments: int
     num_seen: int
     num_repeated: int
     num_lost: int
 
     @property
     def is_sound(self) -> bool:
-        """Whether none came twice and none is missing."""
+        """Whether no segment is repeated or lost."""
         return not self.num_repeated and not self.num_lost
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the ledger proves, up to the newest commit."""
+    """What the ledger proves, up to the latest checkpoint.
+
+    Attributes:
+        step: step of the checkpoint.
+        attempts: number of attempts of the run.
+        num_rows: rows of the ledger, one for each consumed segment.
+        epochs: counts of each epoch of each source.
+    """
 
     step: int
     attempts: int
@@ -53,99 +70,122 @@ class Audit:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every epoch is."""
+        """Whether every epoch is sound."""
         return all(count.is_sound for count in self.epochs)
 
 
 def audit(url: str) -> Audit:
-    """Return what the ledger of the run at `url` proves. Raises DataError, CheckpointError if it can prove nothing."""
+    """Return what the ledger of the run at `url` proves.
+
+    Raises:
+        DataError: the run has no checkpoint yet.
+        CheckpointError: the ledger is damaged or has a hole.
+    """
     store = Store(url)
     config = _stored_config(store)
     filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
-    newest = discovery.newest(store, World(), Collectives())
-    if index is None or newest is None:
+    latest = discovery.find_latest(store, World(), Collectives())
+    if index is None or latest is None:
         raise DataError(
-            f"{store.shown()}: has no checkpoint yet, so nothing was committed; a run with one is needed; "
-            "let it reach one"
+            f"{store.shown()}: no checkpoint yet, so there is nothing to verify. Let the run reach "
+            "its first checkpoint."
         )
-    rows = read_ledger(store, newest)
-    plan = Plan(index.counts, index.sources, config.reading, config.batch, config.run.seed)
+
+    rows = read_ledger(store, latest)
+    plan = BatchPlan(index.counts, index.sources, config.reading, config.batch, config.run.seed)
     return Audit(
-        newest.progress.step,
+        latest.progress.step,
         len(set(store.list(discovery.ATTEMPTS))),
         len(rows),
-        tuple(_count(rows, index, plan, config, newest.progress.step)),
+        tuple(_count_epochs(rows, index, plan, config, latest.progress.step)),
     )
 
 
 def verify_shards(url: str) -> int:
-    """Refuse data that changed since the run at `url` began; return how many shards were held against the index."""
+    """Compare the shards of the run at `url` with its index; return the number of shards.
+
+    Raises:
+        DataError: a shard changed since the run started.
+    """
     store = Store(url)
     config = _stored_config(store)
     filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
     if index is None:
-        raise DataError(
-            f"{store.shown()}: has no index yet, so nothing was read; start the run first"
-        )
-    index.verify_unchanged([shard for found in resolve(config.data.train) for shard in found])
+        raise DataError(f"{store.shown()}: no index yet, so no data was read. Start the run first.")
+
+    found = discover_shards(config.data.train)
+    index.verify_unchanged([shard for shards in found for shard in shards])
     return len(index.shards)
 
 
 def _stored_config(store: Store) -> RunConfig:
     if not store.exists(STORED):
         raise DataError(
-            f"{store.shown()}: is no run ({STORED} is not there); the URL of a run is "
-            "<run.storage>/<run.name>; check it"
+            f"{store.shown()}: not a run (it has no {STORED}). Give the folder "
+            "<run.storage>/<run.name>."
         )
-    return load_config(store.full(STORED))
+    return load_stored_config(store)
 
 
-def _count(
-    rows: np.ndarray, index: Index, plan: Plan, config: RunConfig, steps: int
+def _count_epochs(
+    rows: np.ndarray, index: Index, plan: BatchPlan, config: RunConfig, num_steps: int
 ) -> list[EpochCount]:
-    """Return the counts of every epoch of every source that the rows (n, 6) touch."""
-    first = index.first_samples
-    block = np.searchsorted(first, rows[:, 3], side="right") - 1
-    sources = index.sources[block]
-    drawn = plan.drawn_by_all(steps)
-    found = []
+    """Return the counts of every epoch of every source in a ledger.
+
+    Args:
+        rows: (N, 6) int64, see `checkpoint.ledger.COLUMNS`.
+        index: the run's index.
+        plan: the order of the run's samples.
+        config: the run's config.
+        num_steps: steps the ledger covers.
+    """
+    epoch_column, sample_column = rows[:, 1], rows[:, 3]
+    blocks = np.searchsorted(index.first_samples, sample_column, side="right") - 1  # (N,)
+    source_of_row = index.sources[blocks]  # (N,)
+    num_drawn = plan.min_draws_by_source(num_steps)
+
+    counts = []
     for number, source in enumerate(config.data.train):
-        total = sum(
-            m.num_pieces
-            for b, m in zip(index.blocks, index.measures, strict=True)
-            if b.source == number
+        num_segments = sum(
+            measures.num_segments
+            for block, measures in zip(index.blocks, index.measures, strict=True)
+            if block.source == number
         )
-        own = rows[sources == number]
-        whole_epochs = drawn[number] // plan.num_sequences(number)
-        for epoch in range(max(whole_epochs, int(own[:, 1].max(initial=-1)) + 1)):
-            pieces = own[own[:, 1] == epoch][:, 3:5]
-            distinct = len(np.unique(pieces, axis=0))
-            lost = total - distinct if epoch < whole_epochs else 0
-            found.append(
+        rows_of_source = rows[source_of_row == number]
+        epochs_of_source = epoch_column[source_of_row == number]
+
+        num_whole_epochs = num_drawn[number] // plan.num_sequences(number)
+        num_started_epochs = int(epochs_of_source.max(initial=-1)) + 1
+        for epoch in range(max(num_whole_epochs, num_started_epochs)):
+            segments = rows_of_source[epochs_of_source == epoch][:, 3:5]  # sample, first token
+            num_distinct = len(np.unique(segments, axis=0))
+            num_lost = num_segments - num_distinct if epoch < num_whole_epochs else 0
+            counts.append(
                 EpochCount(
                     source.name or f"source-{number}",
                     epoch,
-                    total,
-                    len(pieces),
-                    len(pieces) - distinct,
-                    lost,
+                    num_segments,
+                    len(segments),
+                    len(segments) - num_distinct,
+                    num_lost,
                 )
             )
-    return found
+    return counts
 
 
-def describe(found: Audit) -> str:
-    """Return the lines that tell a person about it."""
+def describe(audit: Audit) -> str:
+    """Return an audit as text."""
     lines = [
-        f"steps 0 to {found.step} over {found.attempts} attempts: {found.num_rows:,} pieces in the ledger"
+        f"steps 0 to {audit.step} over {audit.attempts} attempts: "
+        f"{audit.num_rows:,} segments in the ledger"
     ]
-    for count in found.epochs:
-        share = "all" if count.num_seen == count.num_pieces else f"{count.num_seen:,} of"
+    for count in audit.epochs:
+        share = "all" if count.num_seen == count.num_segments else f"{count.num_seen:,} of"
         lines.append(
-            f"  {count.source}, epoch {count.epoch}: {share} {count.num_pieces:,} pieces once, "
+            f"  {count.source}, epoch {count.epoch}: {share} {count.num_segments:,} segments once, "
             f"{count.num_lost:,} lost, {count.num_repeated:,} repeated"
         )
-    lines.append("exactly once: " + ("yes" if found.is_sound else "NO"))
+    lines.append(f"exactly once: {'yes' if audit.is_sound else 'NO'}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The model card of an exported folder (README.md in the hub's format), written from what was run and nothing else.
+"""The model card of an exported folder: README.md in the hub's format, from the run's facts alone.
 
-Numbers are those of the run's own evaluations and of the export's measurements. What nobody measured is said to be not
-measured. No credential, and of paths on a local disk only the last part.
+Numbers come from the run's own evaluations and from the measurements of the export. The card says
+what was not measured. It contains no credential, and only the last part of local paths.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dist_ft.checkpoint.export import ABOUT
+from dist_ft.checkpoint.export import INFO_FILE
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.core.logs import redact
 from dist_ft.model.heads import LABELLED
@@ -31,170 +31,175 @@ PIPELINES = {
     "masked_lm": "fill-mask",
     "embedding": "feature-extraction",
 }
-"""The hub's names of tasks; an encoder-decoder has none that fits all it may do."""
+"""The hub's pipeline tag of each task; seq2seq has none that fits all its uses."""
+HIDDEN_SECTIONS = ("storage", "cluster", "log")
+"""Sections of the config that describe the user's machines."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class BeforeAfter(NamedTuple):
+    """A measure before and after a change."""
+
+    before: float
+    after: float
 
 
 def render(
     store: Store,
     manifest: Manifest,
     folder: Path,
-    int8: dict[str, tuple[float, float]] | None = None,
+    int8: Mapping[str, BeforeAfter] | None = None,
 ) -> str:
-    """Return the card of the model in `folder`.
+    """Return the model card of the model in `folder`.
 
     Args:
-        store: of the run.
-        manifest: of the checkpoint it is of.
-        folder: the exported one.
-        int8: what int8 weights changed.
+        store: folder of the run.
+        manifest: manifest of the exported checkpoint.
+        folder: folder of the exported model.
+        int8: what int8 weights changed, by measure.
     """
-    config, about = stored_config(store), json.loads((folder / ABOUT).read_text("utf-8"))
-    kind = json.loads((folder / "config.json").read_text("utf-8"))
-    task, labels = about["task"]["name"], []
-    if task in LABELLED:
-        named = kind.get("id2label") or {}
-        labels = [named[number] for number in sorted(named, key=int)]
-    told = {name: _public(value) for name, value in facts(store).items()}
-    told["architecture"] = (
-        f"{', '.join(kind.get('architectures') or ())} ({kind.get('model_type')})"
-    )
-    told |= {
-        "trained": f"{manifest.progress.step:,} steps, {manifest.progress.num_tokens:,} tokens",
-        "saved": manifest.created_at,
-        "versions": ", ".join(
-            f"{name} {number}" for name, number in sorted(manifest.versions.items())
-        ),
-    }
-    parts = [
-        _head(config, task, int8 is not None),
+    config = stored_config(store)
+    about = json.loads((folder / INFO_FILE).read_text("utf-8"))
+    model_config = json.loads((folder / "config.json").read_text("utf-8"))
+    task = about["task"]["name"]
+    run_facts = _facts(store, manifest, model_config)
+
+    lines = [
+        _front_matter(config, task, int8 is not None),
         f"# {config['run']['name']}",
         "",
-        f"{told['base model']}, fine-tuned for {task.replace('_', ' ')} with dist_ft. Written by "
-        "`dist-ft export` from what was run.",
+        f"{run_facts['base model']}, fine-tuned for {task.replace('_', ' ')} with dist_ft. "
+        "Written by `dist-ft export` from the facts of the run.",
         "",
         "## Training",
         "",
-        *_table(("", ""), [(name, value) for name, value in told.items()]),
+        *_table(("", ""), list(run_facts.items())),
     ]
-    if labels:
-        parts += ["## Labels", "", ", ".join(_cell(label) for label in labels), ""]
-    parts += ["## Scores on held-out data", "", *_scores(store, manifest.progress.step)]
+    if task in LABELLED:
+        names = model_config.get("id2label") or {}
+        labels = [_cell(names[number]) for number in sorted(names, key=int)]
+        lines += ["## Labels", "", ", ".join(labels), ""] if labels else []
+    lines += ["## Scores on held-out data", "", *_scores(store, manifest.progress.step)]
     if int8:
-        parts += [
-            "## With int8 weights",
-            "",
-            "Measured on the machine that exported; weights of linear layers only "
-            "(torchao, which is needed to load them).",
-            "",
-            *_table(
-                ("measure", "before", "after"),
-                [(name.replace("_", " "), _number(a), _number(b)) for name, (a, b) in int8.items()],
-            ),
-        ]
-    parts += [
-        "## Limits",
-        "",
-        *_limits(about, task),
-        "",
-        "## Config",
-        "",
-        "```yaml",
-        _yaml(
-            _shared(
-                {name: config[name] for name in config if name not in ("storage", "cluster", "log")}
-            )
+        lines += _int8_section(int8)
+    lines += ["## Limits", "", *_limits(about, task), ""]
+
+    public_config = {name: config[name] for name in config if name not in HIDDEN_SECTIONS}
+    lines += ["## Config", "", "```yaml", _yaml(_without_paths(public_config)), "```", ""]
+    return redact("\n".join(lines))
+
+
+def _facts(
+    store: Store, manifest: Manifest, model_config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the facts of the run for the exported checkpoint, without local paths."""
+    run_facts = {name: _without_local_path(value) for name, value in facts(store).items()}
+    architectures = ", ".join(model_config.get("architectures") or ())
+    progress = manifest.progress
+    return run_facts | {
+        "architecture": f"{architectures} ({model_config.get('model_type')})",
+        "trained": f"{progress.step:,} steps, {progress.num_tokens:,} tokens",
+        "saved": manifest.created_at,
+        "versions": ", ".join(
+            f"{library} {number}" for library, number in sorted(manifest.versions.items())
         ),
-        "```",
-        "",
-    ]
-    return redact("\n".join(parts))
+    }
 
 
-def _head(config: dict[str, Any], task: str, is_int8: bool) -> str:
-    """Return the YAML head that the hub reads."""
-    base = str(config["model"]["path"])
-    told: dict[str, Any] = {
+def _front_matter(config: Mapping[str, Any], task: str, is_int8: bool) -> str:
+    """Return the YAML block that the hub reads."""
+    base_model = str(config["model"]["path"])
+    fields: dict[str, Any] = {
         "library_name": "transformers",
-        "tags": ["dist_ft", *(["int8"] if is_int8 else [])],
+        "tags": ["dist_ft", "int8"] if is_int8 else ["dist_ft"],
     }
     if task in PIPELINES:
-        told["pipeline_tag"] = PIPELINES[task]
-    if _HUB_NAME.fullmatch(base) and not os.path.exists(base):
-        told["base_model"] = base
-    return f"---\n{_yaml(told)}\n---\n"
+        fields["pipeline_tag"] = PIPELINES[task]
+    if _HUB_NAME.fullmatch(base_model) and not os.path.exists(base_model):
+        fields["base_model"] = base_model
+    return f"---\n{_yaml(fields)}\n---\n"
 
 
 def _scores(store: Store, step: int) -> list[str]:
     """Return the table of metrics at the first evaluation and at the last one up to `step`."""
-    lines = [
+    evaluations = [
         line
         for line in read_metrics(store)
         if line["kind"] == "evaluation" and line["step"] <= step
     ]
-    if not lines:
+    if not evaluations:
         return ["None: the run had no evaluation up to this step.", ""]
-    first, last = lines[0], lines[-1]
-    names = [
-        name
-        for name, value in last.items()
-        if isinstance(value, int | float) and name not in ("step", "time", "num_target_tokens")
-    ]
-    rows = [
-        (name.replace("_", " "), _number(first.get(name)), _number(last[name])) for name in names
-    ]
+
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for name, value in last.items():
+        if isinstance(value, int | float) and name not in ("step", "time", "num_target_tokens"):
+            rows.append((name.replace("_", " "), _number(first.get(name)), _number(value)))
     return _table(("metric", f"step {first['step']}", f"step {last['step']}"), rows)
 
 
-def _limits(about: dict[str, Any], task: str) -> list[str]:
+def _int8_section(int8: Mapping[str, BeforeAfter]) -> list[str]:
+    rows = [
+        (name.replace("_", " "), _number(change.before), _number(change.after))
+        for name, change in int8.items()
+    ]
+    return [
+        "## With int8 weights",
+        "",
+        "Measured on the exporting machine. Only weights of linear layers are int8; loading them "
+        "needs torchao.",
+        "",
+        *_table(("measure", "before", "after"), rows),
+    ]
+
+
+def _limits(about: Mapping[str, Any], task: str) -> list[str]:
+    lines = []
     length = about.get("sequence_length")
-    lines = (
-        [f"- Trained on sequences of at most {length} tokens; longer texts were not measured."]
-        if length
-        else []
-    )
+    if length:
+        lines.append(
+            f"- Trained on sequences of at most {length} tokens; longer texts were not measured."
+        )
     if task in ("causal_lm", "seq2seq"):
-        lines.append("- Texts it makes may be wrong; what they hold was not examined here.")
+        lines.append("- Generated text may be wrong; its content was not examined here.")
     return [
         *lines,
-        "- Scores are those of the held-out data named above; other domains, languages, bias and safety "
-        "were not measured.",
-        "- No licence is stated here: that of the base model and of the data apply.",
+        "- Scores are those of the held-out data named above. Other domains, languages, bias and "
+        "safety were not measured.",
+        "- This card states no licence: those of the base model and of the data apply.",
     ]
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    return [
-        f"| {' | '.join(heads)} |",
-        f"| --- |{' --- |' * (len(heads) - 1)}",
-        *(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows),
-        "",
-    ]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' --- |' * (len(heads) - 1)}"]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(value) for value in row)} |")
+    return [*lines, ""]
 
 
 def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _public(text: str) -> str:
+def _without_local_path(text: str) -> str:
     """Return a text with local absolute paths cut to their last part."""
     return re.sub(r"(?<![\w:/.*])(?:~|file:/)?/(?:[^\s,:'\"]*/)([^\s/,:'\"]+)", r"\1", text)
 
 
-def _shared(value: Any) -> Any:
-    """Return nested values without local absolute paths, as `_public`."""
+def _without_paths(value: Any) -> Any:
+    """Return nested values with local absolute paths cut to their last part."""
     if isinstance(value, dict):
-        return {name: _shared(own) for name, own in value.items()}
+        return {name: _without_paths(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_shared(own) for own in value]
-    return _public(value) if isinstance(value, str) else value
+        return [_without_paths(item) for item in value]
+    return _without_local_path(value) if isinstance(value, str) else value
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _yaml(values: dict[str, Any]) -> str:
+def _yaml(values: Mapping[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)).rstrip()

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from dist_ft.checkpoint import discovery
+from dist_ft.config import renames
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
@@ -47,12 +48,12 @@ def gather(url: str) -> dict[str, Any]:
             f"{store.shown()}: has no metrics yet; a run that made a step is needed; let it make one"
         )
     text = redact(store.read(STORED).decode())
-    config = yaml.safe_load(text)
+    config = renames.RUN.migrate(yaml.safe_load(text))
     evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
     train = [_numbers(line) for line in lines if line["kind"] == "train"]
     metric = (config.get("checkpoint") or {}).get("best_by", "loss")
     known = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
-    chosen = dict(zip(("step", "value"), best.best(metric, known), strict=True)) if known else None
+    chosen = dict(zip(("step", "value"), best.find_best(metric, known), strict=True)) if known else None
     newest, details = _details(store)
     return {
         "name": config["run"]["name"],
@@ -71,7 +72,7 @@ def gather(url: str) -> dict[str, Any]:
         "facts": facts(store),
         "attempts": catalog.attempts(store),
         "time": list(time_accounting.lines(store)),
-        "checkpoints": discovery.committed(store),
+        "checkpoints": discovery.list_committed(store),
     }
 
 

@@ -1,6 +1,7 @@
-"""What was run, from what a run keeps: model, data with its counts, seed, versions; for reports and model cards.
+"""Facts of a run from its storage: model, data with counts, seed, versions.
 
-Says only what is stored; no path of the machine that reads it, no credential. Needs no model.
+Used by reports and model cards. Contains only what is stored: no path of the machine that reads
+it, no credential. Needs no model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ft.checkpoint import discovery
+from dist_ft.config import renames
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
@@ -16,46 +18,53 @@ from dist_ft.data.blocks import index_file as indices
 from dist_ft.runtime.bootstrap.build_data import FOLDER
 from dist_ft.storage.filesystem import Store
 
-ENGINES = {"TorchEngine": "plain PyTorch", "DeepSpeedEngine": "DeepSpeed ZeRO"}
-"""What engines are called in manifests, and what people call them."""
+ENGINE_TITLES = {"TorchEngine": "plain PyTorch", "DeepSpeedEngine": "DeepSpeed ZeRO"}
+"""Name of an engine in manifests -> its name for people."""
 
 
 def stored_config(store: Store) -> dict[str, Any]:
     """Return the resolved config of a run as a mapping, without credentials."""
     import yaml
 
-    found: dict[str, Any] = yaml.safe_load(redact(store.read(STORED).decode()))
-    return found
+    return renames.RUN.migrate(yaml.safe_load(redact(store.read(STORED).decode())))
 
 
 def facts(store: Store) -> dict[str, str]:
-    """Return {what: value} of a run, in the order in which a reader asks."""
+    """Return {title: value} of a run, in the order of a report."""
     config = stored_config(store)
-    model, tuning, batch = config["model"], config.get("tuning") or {}, config.get("batch") or {}
-    told = {
-        "task": (config.get("task") or {}).get("name", "causal_lm").replace("_", " "),
-        "base model": f"{model['path']}"
-        + (f", revision {model['revision']}" if model.get("revision") else ""),
-        "what learned": tuning.get("method", "full"),
-        "training data": _data(store, config["data"].get("train"), "data.train"),
-        "held-out data": _data(
-            store, (config.get("evaluation") or {}).get("data"), "evaluation.data"
-        ),
+    model = config["model"]
+    task = config.get("task") or {}
+    tuning = config.get("tuning") or {}
+    batch = config.get("batch") or {}
+    evaluation = config.get("evaluation") or {}
+
+    base_model = str(model["path"])
+    if model.get("revision"):
+        base_model += f", revision {model['revision']}"
+    configured = {
+        "task": task.get("name", "causal_lm").replace("_", " "),
+        "base model": base_model,
+        "tuning method": tuning.get("method", "full"),
+        "training data": _describe_data(store, config["data"].get("train"), "data.train"),
+        "held-out data": _describe_data(store, evaluation.get("data"), "evaluation.data"),
         "global batch": f"{batch.get('global_batch')} samples or sequences of at most "
         f"{batch.get('sequence_length')} tokens",
-        "optimizer": _optimizer(config.get("optimizer") or {}, config.get("schedule") or {}),
+        "optimizer": _describe_optimizer(
+            config.get("optimizer") or {}, config.get("schedule") or {}
+        ),
         "seed": str(config["run"].get("seed", 0)),
     }
-    return {**told, **_newest(store)}
+    return {**configured, **_latest_checkpoint(store)}
 
 
-def _data(store: Store, sources: Any, field: str) -> str:
-    """Return the sources of a field, and how much they hold by the run's index."""
+def _describe_data(store: Store, sources: Any, field: str) -> str:
+    """Return the sources of a field, and their counts from the run's index if it has one."""
     if not sources:
         return "none"
+
+    listed = sources if isinstance(sources, list) else [sources]
     paths = ", ".join(
-        str(source["path"] if isinstance(source, Mapping) else source)
-        for source in (sources if isinstance(sources, list) else [sources])
+        str(source["path"] if isinstance(source, Mapping) else source) for source in listed
     )
     try:
         index = indices.load(store, f"{FOLDER}/{field}")
@@ -63,36 +72,41 @@ def _data(store: Store, sources: Any, field: str) -> str:
         index = None
     if index is None:
         return paths
+
+    num_shards = len(index.shards)
     return (
-        f"{paths}: {len(index.shards):,} shard{'s' if len(index.shards) != 1 else ''}, {index.num_samples:,} "
-        f"samples, {index.total('num_tokens'):,} tokens"
+        f"{paths}: {num_shards:,} shard{'s' if num_shards != 1 else ''}, "
+        f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens"
     )
 
 
-def _optimizer(section: Mapping[str, Any], schedule: Mapping[str, Any]) -> str:
-    rate = section.get("learning_rate")
-    return (
-        f"{section.get('name', 'adamw')}, learning rate {rate:g}"
-        if isinstance(rate, int | float)
-        else str(section.get("name", "adamw"))
-    ) + (f", {schedule['name']}" if schedule.get("name") else "")
+def _describe_optimizer(optimizer: Mapping[str, Any], schedule: Mapping[str, Any]) -> str:
+    text = str(optimizer.get("name", "adamw"))
+    rate = optimizer.get("learning_rate")
+    if isinstance(rate, int | float):
+        text += f", learning rate {rate:g}"
+    if schedule.get("name"):
+        text += f", {schedule['name']}"
+    return text
 
 
-def _newest(store: Store) -> dict[str, str]:
-    """Return what the manifest of the newest readable checkpoint says of engine, workers and versions."""
-    for name in discovery.committed(store):
+def _latest_checkpoint(store: Store) -> dict[str, str]:
+    """Return engine, workers and versions from the manifest of the latest readable checkpoint."""
+    for name in discovery.list_committed(store):
         try:
             manifest = discovery.load_manifest(store, name)
         except DistFtError:
             continue
-        engine = ENGINES.get(manifest.engine, manifest.engine)
-        workers = f"{engine}, {manifest.world_size} worker{'s' if manifest.world_size != 1 else ''}"
+
+        engine = ENGINE_TITLES.get(manifest.engine, manifest.engine)
+        num_workers = manifest.world_size
+        progress = manifest.progress
         return {
-            "trained": f"{manifest.progress.step:,} steps, {manifest.progress.num_tokens:,} tokens",
-            "engine": workers,
+            "trained": f"{progress.step:,} steps, {progress.num_tokens:,} tokens",
+            "engine": f"{engine}, {num_workers} worker{'s' if num_workers != 1 else ''}",
             "saved": manifest.created_at,
             "versions": ", ".join(
-                f"{name} {number}" for name, number in sorted(manifest.versions.items())
+                f"{library} {number}" for library, number in sorted(manifest.versions.items())
             ),
         }
     return {}

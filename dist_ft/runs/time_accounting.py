@@ -1,71 +1,84 @@
-"""The accounts of time that attempts left in a run's storage, read for people."""
+"""How the attempts of a run spent their wall time, read from its storage."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.core.errors import StorageError
 from dist_ft.planning import goodput
-from dist_ft.planning.goodput import Account
+from dist_ft.planning.goodput import AttemptTime
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
-from dist_ft.training.console import duration
+from dist_ft.training.console import format_duration
 
 
-def accounts(store: Store) -> tuple[list[Account], list[str]]:
-    """Return what the attempts of the run at `store` wrote down, and a line for each file that can not be used."""
-    found, broken = [], []
+class AttemptTimes(NamedTuple):
+    """The time of each attempt, and a line for each file that cannot be read."""
+
+    attempts: list[AttemptTime]
+    unreadable: list[str]
+
+
+def read_attempt_times(store: Store) -> AttemptTimes:
+    """Return the time of all attempts of the run at `store`."""
+    attempts, unreadable = [], []
     for name in store.list(time_ledger.FOLDER):
         path = f"{time_ledger.FOLDER}/{name}"
         try:
-            told = json.loads(store.read(path))
-            begun_at = datetime.fromisoformat(told["begun_at"]).timestamp()
-            found.append(
-                Account(
-                    int(told["attempt"]),
-                    begun_at,
-                    told["resumed_at"],
-                    dict(told["seconds"]),
-                    tuple((int(step), dict(then)) for step, then in told["marks"]),
-                )
+            note = json.loads(store.read(path))
+            attempt = AttemptTime(
+                int(note["attempt"]),
+                datetime.fromisoformat(note["begun_at"]).timestamp(),
+                note["resumed_at"],
+                dict(note["seconds"]),
+                tuple((int(step), dict(seconds)) for step, seconds in note["marks"]),
             )
         except (ValueError, KeyError, TypeError) as error:
-            broken.append(f"{path} can not be used ({type(error).__name__}: {error})")
-    return found, broken
+            unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
+            continue
+        attempts.append(attempt)
+    return AttemptTimes(attempts, unreadable)
 
 
-def read(store: Store, name: str) -> dict[str, Any]:
-    """Return one account as it is written; nothing if it can not be read just now."""
+def read_note(store: Store, name: str) -> dict[str, Any]:
+    """Return one file of time as it was written; {} if it cannot be read now."""
     try:
-        found = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
-        return found if isinstance(found, dict) else {}
+        note = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
     except (ValueError, StorageError):
         return {}
+    return note if isinstance(note, dict) else {}
 
 
 def lines(store: Store) -> Iterator[str]:
-    """Yield where the wall time of a run went: a line for all of it, then one for each part."""
-    found, broken = accounts(store)
-    yield from broken
-    if not found:
+    """Yield where the wall time of a run went: a total, then one line for each part."""
+    times = read_attempt_times(store)
+    yield from times.unreadable
+    if not times.attempts:
         return
-    seconds = goodput.spent(found)
+
+    seconds = goodput.time_by_part(times.attempts)
     wall_s = sum(seconds.values())
+    num_attempts = len(times.attempts)
     yield (
-        f"{duration(wall_s)} over {len(found)} attempt{'s' if len(found) != 1 else ''}, "
-        f"{goodput.attributed(seconds):.1%} attributed"
+        f"{format_duration(wall_s)} over {num_attempts} attempt{'s' if num_attempts != 1 else ''}, "
+        f"{goodput.attributed_share(seconds):.1%} attributed"
     )
     for part, meaning in goodput.PARTS.items():
-        yield f"{part:<10} {seconds[part] / wall_s if wall_s else 0:6.1%} {seconds[part]:12,.1f} s  {meaning}"
+        share = seconds[part] / wall_s if wall_s else 0
+        yield f"{part:<10} {share:6.1%} {seconds[part]:12,.1f} s  {meaning}"
 
 
-def stall_s(found: list[Account]) -> float | None:
-    """Return how long training stood still for a save, on average over the saves of the first attempt but its last.
+def mean_save_stall_s(attempts: list[AttemptTime]) -> float | None:
+    """Return the mean seconds that training stood still for a save, in the first attempt.
 
-    The last is left out: it may be the end's, which is waited for. None: there were fewer than two.
+    The last save is left out: it may be the save at the end, which training waits for. None with
+    fewer than two saves.
     """
-    marks = found[0].marks if found else ()
-    return marks[-1][1].get("save", 0.0) / (len(marks) - 1) if len(marks) > 1 else None
+    marks = attempts[0].marks if attempts else ()
+    if len(marks) < 2:
+        return None
+    _, seconds_at_last_save = marks[-1]
+    return seconds_at_last_save.get("save", 0.0) / (len(marks) - 1)

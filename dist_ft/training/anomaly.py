@@ -1,8 +1,9 @@
-"""Numbers that go bad: judged from what all workers agree on, so that all decide alike. Pure, but for its records.
+"""Loss and gradient anomalies, detected from values that are equal on all workers, so that all decide alike.
 
-A step whose loss or gradient norm is no finite number, or leaps above the median of those before, changes nothing. Its
-number is kept with the run at once, with the samples of the step, and is obeyed by every attempt after: a replay makes
-the same history, even where the cause was a bit that flipped once. The numbers before travel with each checkpoint.
+The update of a step is skipped if its loss or gradient norm is not finite, or exceeds a multiple of the median of the
+steps before. The step number is stored with the run at once, with the samples of the step, and every later attempt
+skips it too: a replay gives the same history, even where the cause was a bit that flipped once. The losses and norms
+of the steps before are saved in each checkpoint. Pure, but for these records.
 """
 
 from __future__ import annotations
@@ -20,104 +21,118 @@ from dist_ft.core.errors import DistFtError, StorageError
 from dist_ft.storage.filesystem import Store
 
 FOLDER = "anomalies"
+NUM_SAMPLES_SHOWN = 8
 
 
 class AnomalyError(DistFtError):
-    """Numbers went bad and the config says to stop, or too many steps did one after the other."""
+    """A step has an anomaly and the config says to stop, or too many steps in a row have one."""
 
 
-class RollBack(Exception):
-    """All workers are to go back to the newest checkpoint; no error, and never seen by a user."""
+class RollbackRequested(Exception):
+    """All workers must load the latest checkpoint. Not an error; users never see it."""
 
 
-class Judge:
-    """Says which losses and norms are bad, given those of the steps before."""
+class AnomalyDetector:
+    """Checks losses and gradient norms against those of the steps before.
+
+    Attributes:
+        skipped_steps: steps (from 0) whose update is skipped: those of earlier attempts and of this one.
+        num_consecutive: steps in a row, up to now, that had an anomaly.
+    """
 
     def __init__(
         self,
         section: AnomalySection,
         history: Sequence[tuple[float, float]] = (),
-        vetoed: Iterable[int] = (),
-        in_a_row: int = 0,
+        skipped_steps: Iterable[int] = (),
+        num_consecutive: int = 0,
     ) -> None:
-        """Go on after `history`, (loss, norm) of sound steps, and `in_a_row` bad ones; `vetoed` were skipped before."""
+        """Continue after `history`: (loss, gradient norm) of steps without an anomaly."""
         self._section = section
         self._history = deque(history, section.window)
-        self.vetoed = set(vetoed)
-        self.in_a_row = in_a_row
+        self.skipped_steps = set(skipped_steps)
+        self.num_consecutive = num_consecutive
 
     @property
     def history(self) -> tuple[tuple[float, float], ...]:
-        """(loss, norm) of the last sound steps, oldest first; none where nothing is judged by them."""
-        judged = self._section.loss_factor or self._section.grad_norm_factor
-        return tuple(self._history) if judged else ()
+        """(loss, gradient norm) of the last steps without an anomaly, oldest first; empty if no check uses them."""
+        is_used = self._section.loss_factor or self._section.grad_norm_factor
+        return tuple(self._history) if is_used else ()
 
-    def of_loss(self, step: int, loss: float) -> str:
-        """Say what is wrong with a step, given its loss; "" if nothing."""
-        if step in self.vetoed:
-            return "it was bad in an earlier attempt"
+    def check_loss(self, step: int, loss: float) -> str:
+        """Return what is wrong with the loss of `step` (from 0); "" if nothing."""
+        if step in self.skipped_steps:
+            return "an earlier attempt skipped it"
+
         limit = self._limit(0, self._section.loss_factor)
-        return (
-            ""
-            if math.isfinite(loss) and loss <= limit
-            else f"its loss is {loss:g}{_above(loss, limit)}"
-        )
+        if math.isfinite(loss) and loss <= limit:
+            return ""
+        return f"its loss is {loss:g}{_exceeds(loss, limit)}"
 
-    def most_norm(self) -> float:
-        """Return the largest gradient norm that is no anomaly."""
+    def grad_norm_limit(self) -> float:
+        """Return the largest gradient norm that is not an anomaly."""
         return self._limit(1, self._section.grad_norm_factor)
 
-    def of_norm(self, norm: float) -> str:
-        """Say what is wrong with a gradient norm; "" if nothing."""
-        limit = self.most_norm()
-        return (
-            ""
-            if math.isfinite(norm) and norm <= limit
-            else f"its gradient norm is {norm:g}{_above(norm, limit)}"
-        )
+    def check_grad_norm(self, norm: float) -> str:
+        """Return what is wrong with a gradient norm; "" if nothing."""
+        limit = self.grad_norm_limit()
+        if math.isfinite(norm) and norm <= limit:
+            return ""
+        return f"its gradient norm is {norm:g}{_exceeds(norm, limit)}"
 
-    def sound(self, loss: float, norm: float) -> None:
-        """Note a step that was."""
+    def record(self, loss: float, norm: float) -> None:
+        """Add a step without an anomaly to the history."""
         self._history.append((loss, norm))
-        self.in_a_row = 0
+        self.num_consecutive = 0
 
     def _limit(self, column: int, factor: float) -> float:
+        """Return `factor` times the median of a column of the history; infinity until the window is full."""
         if not factor or len(self._history) < self._section.window:
             return math.inf
         return factor * median(values[column] for values in self._history)
 
 
-def stopped(section: AnomalySection, step: int, reason: str, samples: np.ndarray) -> AnomalyError:
-    """Return the error that ends a run at `step` (from 0); `samples`: sorted ids."""
-    why = (
-        ""
-        if section.action == "stop"
-        else f" for more than {section.most_in_a_row} steps one after the other"
-    )
-    first = ", ".join(str(sample) for sample in samples[:8].tolist())
+def stop_error(
+    section: AnomalySection, step: int, reason: str, samples: np.ndarray
+) -> AnomalyError:
+    """Return the error that ends a run at `step` (from 0); `samples`: sorted ids (N,)."""
+    consecutive = ""
+    if section.action != "stop":
+        consecutive = f", and so had more than {section.max_consecutive} steps in a row"
+    first_samples = ", ".join(str(sample) for sample in samples[:NUM_SAMPLES_SHOWN].tolist())
     return AnomalyError(
-        f"anomaly.action={section.action}: step {step + 1} went bad{why}: {reason}; its {len(samples)} "
-        f"samples begin with {first}; what was committed is kept; look at the data, lower "
-        "optimizer.learning_rate, or set anomaly.action=skip or rollback"
+        f"anomaly.action={section.action}: step {step + 1} has an anomaly{consecutive}: {reason}; the ids of its "
+        f"{len(samples)} samples start with {first_samples}; committed checkpoints are kept. Check the data, lower "
+        "optimizer.learning_rate, or set anomaly.action=skip or rollback."
     )
 
 
-def _above(value: float, limit: float) -> str:
+def _exceeds(value: float, limit: float) -> str:
     return f", above the limit of {limit:g}" if math.isfinite(value) else ""
 
 
-def write_record(store: Store, steps: Iterable[int], reason: str, samples: np.ndarray) -> None:
-    """Keep with the run that `steps` are skipped and why (rank 0); `samples`: ids of the bad step, sorted.
+def write_skipped_steps(
+    store: Store, steps: Iterable[int], reason: str, samples: np.ndarray
+) -> None:
+    """Store with the run that `steps` (from 0) are skipped and why (rank 0 only).
 
-    Raises StorageError: without the record a replay might differ, so a step is only skipped once it stands.
+    `samples` are the ids (N,) of the samples of the step with the anomaly, sorted.
+
+    Raises:
+        StorageError: a record was not written. Without it a replay might differ, so a step is skipped only once its
+            record is stored.
     """
     for step in steps:
-        note = {"step": step, "reason": reason, "samples": samples.tolist()}
-        store.write(f"{FOLDER}/step-{step:09d}.json", json.dumps(note).encode())
+        record = {"step": step, "reason": reason, "samples": samples.tolist()}
+        store.write(f"{FOLDER}/step-{step:09d}.json", json.dumps(record).encode())
 
 
-def vetoed_steps(store: Store) -> list[int]:
-    """Return the steps (from 0) that earlier attempts skipped."""
+def read_skipped_steps(store: Store) -> list[int]:
+    """Return the steps (from 0) that earlier attempts skipped.
+
+    Raises:
+        StorageError: the folder holds a file with another name.
+    """
     try:
         return [
             int(name.removeprefix("step-").removesuffix(".json"))
@@ -126,6 +141,6 @@ def vetoed_steps(store: Store) -> list[int]:
         ]
     except ValueError as error:
         raise StorageError(
-            f"{store.shown(FOLDER)}: holds a file that is no record of a skipped step ({error}); "
-            "step-NNNNNNNNN.json is allowed; move it away"
+            f"{store.shown(FOLDER)}: contains a file that is not the record of a skipped step ({error}); allowed are "
+            "files named step-NNNNNNNNN.json. Move the file away."
         ) from error

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSample:
     """A held-out sample: what stands before its first target, and its target.
 
     Attributes:
@@ -38,7 +38,7 @@ class HeldOut:
     target: np.ndarray
 
 
-def make_together(
+def generate_distributed(
     decoder: TextGenerator,
     engine: Engine,
     rows: Sequence[GenerationRequest],
@@ -46,22 +46,22 @@ def make_together(
     collectives: Collectives,
     beat: Callable[[], None] = lambda: None,
 ) -> list[list[list[int]]]:
-    """Return the texts of `rows`, as `Decoder.make_all`, on all workers; a collective call with the same rows on all.
+    """Return the texts of `rows`, as `TextGenerator.generate_all`, on all workers; a collective call with the same rows on all.
 
     `beat` is called for each token.
     """
     from dist_ft.model.generation import GenerationRequest
 
-    batches = decoder.batches(rows)
+    batches = decoder.split_into_batches(rows)
     mine = batches[world.rank :: world.num_ranks]
     found: dict[int, list[list[int]]] = {}
     with engine.generation_mode() as (model, synced):
         if rows:  # on all workers, as all must know
-            decoder.require_room(model, max(len(row.ids) for row in rows))
+            decoder.check_length(model, max(len(row.ids) for row in rows))
         for call in range(world.largest_share(len(batches))):
             own = mine[call] if call < len(mine) else []
             if own or synced:
-                texts = decoder.make(
+                texts = decoder.generate_batch(
                     model,
                     [rows[number] for number in own] or [GenerationRequest(np.ones(1, np.int64))],
                     synced,
@@ -74,7 +74,7 @@ def make_together(
     return [every[number] for number in range(len(rows))]
 
 
-class HeldOutTexts:
+class HeldOutGenerator:
     """Gathers held-out samples as they are evaluated, makes texts from their prompts and scores them."""
 
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
@@ -82,18 +82,18 @@ class HeldOutTexts:
         self._section = config.evaluation
         self._tokenizer = tokenizer
         self._both = config.task.name == "seq2seq"
-        self._seen: list[HeldOut] = []
+        self._seen: list[HeldOutSample] = []
 
     @classmethod
-    def of(cls, config: RunConfig, tokenizer: Any) -> HeldOutTexts | None:
+    def of(cls, config: RunConfig, tokenizer: Any) -> HeldOutGenerator | None:
         """Return one as the config says; None where no texts are made."""
         return cls(config, tokenizer) if config.evaluation.decoding.max_new_tokens else None
 
     def see(self, batch: Batch) -> None:
         """Take the samples of a batch that is evaluated."""
-        self._seen += samples_of(batch, self._both)
+        self._seen += iterate_samples(batch, self._both)
 
-    def gather(self, collectives: Collectives) -> list[HeldOut]:
+    def gather(self, collectives: Collectives) -> list[HeldOutSample]:
         """Return what all workers saw since the last time, in order, the first so many; a collective call."""
         most = self._section.generate_samples or None
         seen, self._seen = sorted(self._seen, key=lambda one: one.sample)[:most], []
@@ -110,7 +110,7 @@ class HeldOutTexts:
 
     def told(
         self,
-        samples: Sequence[HeldOut],
+        samples: Sequence[HeldOutSample],
         engine: Engine,
         world: World,
         collectives: Collectives,
@@ -122,10 +122,10 @@ class HeldOutTexts:
 
         decoder = TextGenerator(section or self._section.decoding, self._tokenizer, self._ends(samples))
         asked = [GenerationRequest(one.prompt, one.sample) for one in samples]
-        made = make_together(decoder, engine, asked, world, collectives, beat)
-        texts = [[decoder.text(ids) for ids in each] for each in made]
-        references = [decoder.text(one.target.tolist()) for one in samples]
-        found: dict[str, Any] = text_scores.scores(
+        made = generate_distributed(decoder, engine, asked, world, collectives, beat)
+        texts = [[decoder.decode_text(ids) for ids in each] for each in made]
+        references = [decoder.decode_text(one.target.tolist()) for one in samples]
+        found: dict[str, Any] = text_scores.compute_text_metrics(
             self._section.text_metrics,
             [each[0] for each in texts],
             references,
@@ -134,7 +134,7 @@ class HeldOutTexts:
         kept = [
             {
                 "sample": one.sample,
-                "prompt": decoder.text(one.prompt.tolist()),
+                "prompt": decoder.decode_text(one.prompt.tolist()),
                 "reference": reference,
                 "text": each[0],
                 **({"others": each[1:]} if each[1:] else {}),
@@ -142,15 +142,15 @@ class HeldOutTexts:
             for one, reference, each in zip(samples, references, texts, strict=True)
         ]
         num_tokens = sum(len(ids) for each in made for ids in each)
-        return {**found, "texts": kept[: self._section.keep_texts]}, num_tokens
+        return {**found, "texts": kept[: self._section.keep_generations]}, num_tokens
 
-    def _ends(self, samples: Sequence[HeldOut]) -> set[int]:
+    def _ends(self, samples: Sequence[HeldOutSample]) -> set[int]:
         """Return the special token that ends every reference (such as a template's end of turn), if there is one."""
         ends = {int(one.target[-1]) for one in samples if len(one.target)}
         return ends if len(ends) == 1 and ends <= set(self._tokenizer.all_special_ids) else set()
 
 
-def samples_of(batch: Batch, both: bool) -> Iterator[HeldOut]:
+def iterate_samples(batch: Batch, both: bool) -> Iterator[HeldOutSample]:
     """Yield the samples in a batch, however they are packed; a part of a sample that goes on with another is left out.
 
     With `both` (an encoder-decoder) labels are the target's own tokens, else the tokens that follow.
@@ -166,4 +166,4 @@ def samples_of(batch: Batch, both: bool) -> Iterator[HeldOut]:
             continue
         start = int(wanted[0])
         stop = start + int((np.append(labels[start:], IGNORE_INDEX) == IGNORE_INDEX).argmax())
-        yield HeldOut(sample, ids[: start + (not both)].copy(), labels[start:stop].copy())
+        yield HeldOutSample(sample, ids[: start + (not both)].copy(), labels[start:stop].copy())

@@ -15,6 +15,8 @@ from contextlib import closing
 import numpy as np
 
 from dist_ft.checkpoint.manifest import Progress
+from dist_ft.checkpoint.tier import Tier
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError, Interrupted
@@ -30,12 +32,12 @@ from dist_ft.metrics import best
 from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
 from dist_ft.training import anomaly
 from dist_ft.training.checkpointing import Saver
-from dist_ft.training.components import Parts
-from dist_ft.training.console import evaluation_line, progress_line
-from dist_ft.training.evaluation import evaluate, keep_evaluation
+from dist_ft.training.components import Components
+from dist_ft.training.console import format_evaluation, format_progress
+from dist_ft.training.evaluation import evaluate, store_evaluation
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
-from dist_ft.training.stragglers import Stragglers, gpu_memory
+from dist_ft.training.stragglers import StragglerDetector, gpu_memory
 
 log = logging.getLogger("dist_ft.train")
 
@@ -45,15 +47,17 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
-        parts: Parts,
+        run: ResolvedRun,
+        components: Components,
         context: RunContext,
         progress: Progress,
         total_steps: int,
         evaluation: dict[str, float],
     ) -> None:
+        config = run.config
         self._config = config
-        self._parts = parts
+        self._task = run.task
+        self._components = components
         self._context = context
         self._total_steps = total_steps
         self._step = progress.step
@@ -66,35 +70,35 @@ class Trainer:
             -1,
             {},
         )  # the last evaluation: step, metrics
-        parts.evaluated[:] = [found for found in parts.evaluated if found[0] <= progress.step]
+        components.evaluations[:] = [found for found in components.evaluations if found[0] <= progress.step]
         self._loss: float | None = None
         self._waited_s = self._steps_s = 0.0
         self._sources = source_names(config)
         self._drawn = np.zeros(2 * len(self._sources))
-        self._saver = Saver(config, parts, context, total_steps, progress.trained_s)
+        self._saver = Saver(config, components, context, total_steps, progress.trained_s)
 
     def run(self) -> Result:
         """Train to the end and return how it went; raises Interrupted after a checkpoint if asked to stop."""
-        cfg, parts = self._config, self._parts
-        lanes = parts.world.share(cfg.num_lanes)
+        cfg, components = self._config, self._components
+        lanes = components.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
-        parts.clock.to("start")
+        components.time_ledger.to("start")
         self._saver.prepare(self._step)
-        watch = Stragglers(
-            parts.world, parts.collectives, parts.engine.device, cfg.log.straggler_steps
+        watch = StragglerDetector(
+            components.world, components.collectives, components.engine.device, cfg.log.straggler_steps
         )
         with (
             closing(watch) as pace,
-            closing(parts.loader.iterate(self._step, self._total_steps, lanes)) as stream,
+            closing(components.loader.iterate(self._step, self._total_steps, lanes)) as stream,
         ):
             begun = time.perf_counter()
-            parts.clock.to("data")
+            components.time_ledger.to("data")
             for batches in stream:
                 waited = time.perf_counter() - begun
-                parts.clock.to("compute")
+                components.time_ledger.to("compute")
                 stop, asked = self._train_step(batches, begun, waited)
-                parts.clock.to("other")
+                components.time_ledger.to("other")
                 found = pace.after_step(self._step, waited)
                 if found:
                     self._log_metrics("pace", found)
@@ -110,8 +114,10 @@ class Trainer:
                 elif self._evaluation_due():
                     self._evaluate("")
                 over = not last and self._is_over()
-                kind = False if stop or asked or over else self._saver.due(self._step, last)
-                saved = kind is not None and self._save(kind, last or stop or asked or over)
+                tier: Tier | None = Tier.STORAGE
+                if not (stop or asked or over):
+                    tier = self._saver.due(self._step, last)
+                saved = tier is not None and self._save(tier, last or stop or asked or over)
                 if asked:
                     self._context.on_requested_save_end()
                 if over:
@@ -119,8 +125,8 @@ class Trainer:
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
-                parts.clock.to("data")
-        parts.clock.to("save")
+                components.time_ledger.to("data")
+        components.time_ledger.to("save")
         self._saver.settle()
         return self._result()
 
@@ -128,9 +134,9 @@ class Trainer:
         self, batches: Sequence[Batch], begun: float, waited: float
     ) -> tuple[bool, bool]:
         """Do one optimizer step; return whether some rank was asked to stop, and whether one was asked to save."""
-        cfg, parts, step = self._config, self._parts, self._step
+        cfg, components, step = self._config, self._components, self._step
         self._context.callbacks.on_progress()
-        fault_injection.hit("train.step", parts.world.rank)
+        fault_injection.hit("train.step", components.world.rank)
         counts = [
             sum(b.num_target_tokens for b in batches),
             sum(b.num_tokens for b in batches),
@@ -139,11 +145,11 @@ class Trainer:
             *self._saver.flags(),
             *by_source(batches, len(self._sources)),
         ]
-        num_targets, num_tokens, stop, asked, *sums = parts.collectives.sum(counts)
+        num_targets, num_tokens, stop, asked, *sums = components.collectives.sum(counts)
         self._saver.advance(*sums[:4])
         self._drawn += np.array(sums[4:])
         seeds = [derive_seed(cfg.run.seed, step, batch.lane) for batch in batches]
-        evened, seeds = pad_to_equal_lanes(batches, seeds, parts.world.largest_share(cfg.num_lanes))
+        evened, seeds = pad_to_equal_lanes(batches, seeds, components.world.largest_share(cfg.num_lanes))
         rate = cfg.optimizer.learning_rate * schedule.learning_rate_factor(cfg.schedule, step, self._total_steps)
         outcome = self._learn(evened, seeds, num_targets, rate)
         self._step += 1
@@ -157,68 +163,68 @@ class Trainer:
         self, batches: Sequence[Batch], seeds: Sequence[int], num_targets: float, rate: float
     ) -> StepOutcome:
         """Learn from the global batch, unless its loss or gradient is bad; return those, as all workers know them."""
-        parts, step, learned = self._parts, self._step, batches
-        parts.engine.step = step + 1
-        if parts.risk is not None:
-            learned, num_targets = parts.risk.prepare(
+        components, step, learned = self._components, self._step, batches
+        components.engine.step = step + 1
+        if components.minimum_risk is not None:
+            learned, num_targets = components.minimum_risk.prepare(
                 batches,
                 step,
-                parts.engine,
-                parts.collectives,
+                components.engine,
+                components.collectives,
                 self._context.callbacks.on_progress,
             )
-        loss_sum = parts.engine.accumulate(learned, seeds, max(1, int(num_targets)))
-        (total,) = parts.collectives.sum([loss_sum])
+        loss_sum = components.engine.accumulate(learned, seeds, max(1, int(num_targets)))
+        (total,) = components.collectives.sum([loss_sum])
         self._loss = loss = total / max(1.0, num_targets)
-        reason = parts.judge.of_loss(step, loss)
-        norm = parts.engine.update(
+        reason = components.anomaly_detector.check_loss(step, loss)
+        norm = components.engine.update(
             rate,
-            -1.0 if reason else parts.judge.most_norm(),
+            -1.0 if reason else components.anomaly_detector.grad_norm_limit(),
             schedule.depth_scale(self._config.tuning, step),
         )
-        reason = reason or parts.judge.of_norm(norm)
+        reason = reason or components.anomaly_detector.check_grad_norm(norm)
         if reason:
             self._pass_over(batches, reason)
         else:
-            parts.judge.sound(loss, norm)
+            components.anomaly_detector.record(loss, norm)
         return StepOutcome(total, norm)
 
     def _pass_over(self, batches: Sequence[Batch], reason: str) -> None:
         """The step has changed nothing: keep that with the run, and go on, back, or stop, as the config says."""
-        parts, step, section = self._parts, self._step, self._config.anomaly
-        if step in parts.judge.vetoed:
+        components, step, section = self._components, self._step, self._config.anomaly
+        if step in components.anomaly_detector.skipped_steps:
             log.info("step %d changes nothing: %s", step + 1, reason)
             return
-        found = parts.collectives.all_gather(
+        found = components.collectives.all_gather(
             np.concatenate([batch.segments[:, 0] for batch in batches])
         )
         samples = np.unique(np.concatenate(found))
-        parts.judge.in_a_row += 1
-        if section.action == "stop" or parts.judge.in_a_row > section.most_in_a_row:
-            raise anomaly.stopped(section, step, reason, samples)
+        components.anomaly_detector.num_consecutive += 1
+        if section.action == "stop" or components.anomaly_detector.num_consecutive > section.max_consecutive:
+            raise anomaly.stop_error(section, step, reason, samples)
         first = step
         if section.action == "rollback":
             self._saver.settle()
             first = min(
-                step, max(parts.manager.latest_step, step + 1 - section.rollback_steps)
+                step, max(components.manager.latest_step, step + 1 - section.rollback_steps)
             )  # not before that commit
         with retry_limit(CRITICAL_ATTEMPTS):
             on_rank0(
-                parts.world,
-                parts.collectives,
-                lambda: anomaly.write_record(parts.store, range(first, step + 1), reason, samples),
+                components.world,
+                components.collectives,
+                lambda: anomaly.write_skipped_steps(components.store, range(first, step + 1), reason, samples),
             )
-        if parts.world.rank == 0:
+        if components.world.rank == 0:
             log.warning(
                 "step %d changes nothing: %s; its %d samples are passed over (%s)",
                 step + 1,
                 reason,
                 len(samples),
-                parts.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"),
+                components.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"),
             )
-        parts.judge.vetoed.update(range(first, step + 1))
+        components.anomaly_detector.skipped_steps.update(range(first, step + 1))
         if section.action == "rollback":
-            raise anomaly.RollBack
+            raise anomaly.RollbackRequested
 
     def _report(
         self,
@@ -230,7 +236,7 @@ class Trainer:
         waited: float,
     ) -> None:
         """Show the step."""
-        self._parts.clock.to("other")
+        self._components.time_ledger.to("other")
         seconds = time.perf_counter() - begun
         assert self._loss is not None
         values = {
@@ -241,16 +247,16 @@ class Trainer:
             "data_wait_s": waited,
             "tokens_per_s": num_tokens / seconds,
             "num_target_tokens": num_targets,
-            **gpu_memory(self._parts.engine.device),
+            **gpu_memory(self._components.engine.device),
         }
-        if self._parts.metrics is not None:
+        if self._components.metrics is not None:
             self._log_metrics("train", values | self._source_metrics())
             left = seconds * (self._total_steps - self._step)
-            self._context.console.progress(progress_line(self._step, self._total_steps, values, left))
+            self._context.console.show_progress(format_progress(self._step, self._total_steps, values, left))
 
     def _source_metrics(self) -> dict[str, float]:
         """Return sequences and tokens of each source since the last call, and its epoch; nothing with one source."""
-        names, epochs = self._sources, self._parts.loader.plan.epochs_done(self._step)
+        names, epochs = self._sources, self._components.loader.plan.epochs_done(self._step)
         drawn, self._drawn = self._drawn, np.zeros_like(self._drawn)
         return {
             key: float(value)
@@ -264,46 +270,46 @@ class Trainer:
 
     def _log_metrics(self, kind: str, values: dict[str, float]) -> None:
         """Write a line of metrics, on rank 0."""
-        if self._parts.metrics is not None:
-            self._parts.metrics.add(self._step, kind, values)
+        if self._components.metrics is not None:
+            self._components.metrics.add(self._step, kind, values)
             self._context.callbacks.on_metrics(self._step, kind, values)
 
     def _evaluate(self, label: str) -> None:
         """Evaluate if there is held-out data; `label` keeps the loss for the summary (before, after)."""
-        parts = self._parts
-        if parts.evaluation is None:
+        components = self._components
+        if components.evaluation is None:
             return
-        parts.clock.to("evaluation")
-        averaged = self._config.evaluation.of == "ema"
+        components.time_ledger.to("evaluation")
+        averaged = self._config.evaluation.weights == "ema"
         if averaged:
-            parts.engine.swap_average()
+            components.engine.swap_average()
         values = evaluate(
-            parts.engine,
-            parts.evaluation,
+            components.engine,
+            components.evaluation,
             self._config.num_lanes,
-            parts.world,
-            parts.collectives,
+            components.world,
+            components.collectives,
             self._context.callbacks.on_progress,
-            self._config.task,
-            texts=parts.texts,
+            self._task,
+            held_out_generator=components.held_out_generator,
         )
         if averaged:
-            parts.engine.swap_average()
+            components.engine.swap_average()
         numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
         self._note(numbers, label)
         on_rank0(
-            parts.world, parts.collectives, lambda: keep_evaluation(parts.store, self._step, values)
+            components.world, components.collectives, lambda: store_evaluation(components.store, self._step, values)
         )
-        if parts.metrics is not None:
+        if components.metrics is not None:
             self._log_metrics("evaluation", numbers)
-            self._context.console.say(
-                f"held-out loss at step {self._step}: {evaluation_line(numbers)}"
+            self._context.console.print(
+                f"held-out loss at step {self._step}: {format_evaluation(numbers)}"
             )
             self._context.callbacks.on_evaluation(self._step, numbers)
 
     def _note(self, numbers: dict[str, float], label: str) -> None:
         """Keep an evaluation for the summary, for the checkpoint of this step, and for early stopping."""
-        metric, told = self._config.checkpoint.best_by, self._parts.evaluated
+        metric, told = self._config.checkpoint.best_by, self._components.evaluations
         if metric not in numbers:
             raise ConfigError(
                 [
@@ -322,7 +328,7 @@ class Trainer:
             self._evaluation[label] = numbers["loss"]
 
     def _evaluation_due(self) -> bool:
-        section, plan = self._config.evaluation, self._parts.loader.plan
+        section, plan = self._config.evaluation, self._components.loader.plan
         if _due(self._step, section.every_steps):
             return True
         epoch, within = plan.epoch_and_step(self._step) if section.every_epochs else (0, 1)
@@ -330,34 +336,34 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """Tell whether the run ends early, now that this step was evaluated; the same on all ranks."""
-        metric, told = self._config.checkpoint.best_by, self._parts.evaluated
-        if self._held_out[0] != self._step or not best.is_over(
+        metric, told = self._config.checkpoint.best_by, self._components.evaluations
+        if self._held_out[0] != self._step or not best.should_stop_early(
             metric, told, self._config.evaluation.patience
         ):
             return False
-        step, value = best.best(metric, told)
+        step, value = best.find_best(metric, told)
         self._evaluation["after"] = self._held_out[1]["loss"]
-        if self._parts.world.rank == 0:
-            self._context.console.say(
+        if self._components.world.rank == 0:
+            self._context.console.print(
                 f"ends early at step {self._step}: {metric} is no better than {value:.4f} of step "
                 f"{step} since {self._config.evaluation.patience} evaluations"
             )
         return True
 
-    def _save(self, on_nodes: bool, now: bool) -> bool:
+    def _save(self, tier: Tier, now: bool) -> bool:
         """Save; return whether this step is committed in storage by now."""
         values = {"loss": self._loss} if self._loss is not None else {}
         step, found = self._held_out
         evaluation = self._evaluation | (found if step == self._step else {})
-        return self._saver.save(on_nodes, self._progress(), values, evaluation, now)
+        return self._saver.save(tier, self._progress(), values, evaluation, now)
 
     def _progress(self) -> Progress:
         return Progress(
             step=self._step,
-            optimizer_step=self._parts.engine.optimizer_step(),
+            optimizer_step=self._components.engine.optimizer_step(),
             num_tokens=self._num_tokens,
             num_target_tokens=self._num_target_tokens,
-            history=self._parts.judge.history,
+            history=self._components.anomaly_detector.history,
             trained_s=self._saver.trained_s,
         )
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Search, SearchSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.metrics.best import LOWER
+from dist_ft.metrics.best import LOWER_IS_BETTER
 from dist_ft.runtime.ray_backend.driver import connected
-from dist_ft.runtime.ray_backend.placement import resources
+from dist_ft.runtime.ray_backend.placement import worker_resources
 
 if TYPE_CHECKING:
     from dist_ft.workflows.trial import (
@@ -41,7 +41,7 @@ def run(
         told: hears of trials, in this process.
     """
     section = search.section
-    mode = "min" if base.checkpoint.best_by in LOWER else "max"
+    mode = "min" if base.checkpoint.best_by in LOWER_IS_BETTER else "max"
     left = section.num_trials - len(over)
     if left <= 0:
         return
@@ -55,7 +55,7 @@ def run(
         trainable = tune.with_resources(
             _trial(search),
             {
-                **resources(base),
+                **worker_resources(base),
                 "cpu": base.cluster.cpus_per_worker,
                 "gpu": base.cluster.gpus_per_worker,
             },
@@ -67,7 +67,7 @@ def run(
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=_scheduler(section, base, mode, over),
-                max_concurrent_trials=section.at_once,
+                max_concurrent_trials=section.max_concurrent,
                 num_samples=1 if space else left,
             ),
             run_config=tune.RunConfig(

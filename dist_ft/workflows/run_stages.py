@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dist_ft.config import renames
 from dist_ft.config.identity import changes
-from dist_ft.config.load import load_config, to_mapping
+from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.task import LABELLED
 from dist_ft.config.stages import Stages, scored
@@ -85,7 +86,7 @@ def require_same(stages: Stages, state: Sequence[dict[str, Any]]) -> None:
     for stage, kept in zip(stages.stages, state, strict=False):
         if not kept["done"]:
             continue  # the run itself says what may change when it goes on
-        is_kept, free = changes(load_config(kept["config"]), stage.config)
+        is_kept, free = changes(load_stored_mapping(kept["config"], f"stages {stages.name!r}"), stage.config)
         found = [*is_kept, *(one for one in free if one.path.split(".")[0] not in MAY_CHANGE)]
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
@@ -113,11 +114,12 @@ def _score(stages: Stages, store: Store, learned: int, on: int) -> dict[str, Any
     """
     run, config = stages.stages[learned].config, stages.stages[on].config
     labels = _labels(run)
-    asked = scored(config, run, stages.begin, labels)
+    asked = scored(config, run, stages.checkpoint, labels)
     path = f"{SCORES}/{stages.stages[learned].name}.{stages.stages[on].name}.json"
+    old_names = renames.RUN.restore(to_mapping(asked))  # stored scores have a hash of them
     of = hashlib.sha256(
         json.dumps(
-            [to_mapping(asked)[name] for name in ("model", "task", "data", "evaluation", "batch")],
+            [old_names[name] for name in ("model", "task", "data", "evaluation", "batch")],
             sort_keys=True,
         ).encode()
     ).hexdigest()

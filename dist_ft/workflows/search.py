@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from dist_ft.config import renames
 from dist_ft.config.identity import changes
-from dist_ft.config.load import load_config, to_mapping
+from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Search
 from dist_ft.core.errors import ConfigError, WorkerError
@@ -138,16 +139,16 @@ class Journal:
 def require_same(search: Search, base: RunConfig, held: dict[str, Any]) -> None:
     """Raise ConfigError, one line, if the search that has begun is another; trials may become more."""
     now = search.section.model_dump(mode="json")
-    for name, value in held["search"].items():
-        if now[name] != value and name not in ("trials", "at_once"):
+    for name, value in renames.SEARCH.migrate(held["search"]).items():
+        if now[name] != value and name not in ("trials", "max_concurrent"):
             raise ConfigError(
                 [
                     f"{name}: this search has begun with another {name} ({json.dumps(value)[:120]}); trials "
-                    "and at_once may change; restore it, or choose another name"
+                    "and max_concurrent may change; restore it, or choose another name"
                 ],
                 "tune",
             )
-    fixed, free = changes(load_config(held["base"]), base)
+    fixed, free = changes(load_stored_mapping(held["base"], "tune"), base)
     for one in [
         *fixed,
         *(change for change in free if change.path.split(".")[0] not in MAY_CHANGE),

@@ -11,7 +11,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import SearchSection
 from dist_ft.metrics import best
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.console import table
+from dist_ft.training.console import format_table
 
 if TYPE_CHECKING:
     from dist_ft.workflows.trial import (
@@ -26,7 +26,7 @@ def gather(
     metric = base.checkpoint.best_by
 
     def place(trial: Trial) -> tuple[bool, float, int]:
-        return trial.value is None, best.rank(metric, trial.value or 0.0), trial.number
+        return trial.value is None, best.sort_key(metric, trial.value or 0.0), trial.number
 
     ordered = sorted(trials, key=place)
     found = [
@@ -64,7 +64,7 @@ def keep(store: Store, report: dict[str, Any]) -> None:
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the trials as a table for a terminal, best first."""
-    return table(f"{report['name']}: trials by {report['metric']}", _rows(report), _heads(report))
+    return format_table(f"{report['name']}: trials by {report['metric']}", _rows(report), _heads(report))
 
 
 def as_markdown(report: dict[str, Any]) -> str:

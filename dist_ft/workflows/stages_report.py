@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from dist_ft.config.stages import Stages
-from dist_ft.metrics.best import LOWER
-from dist_ft.metrics.forgetting import kept
+from dist_ft.metrics.best import LOWER_IS_BETTER
+from dist_ft.metrics.forgetting import measure_forgetting
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.console import table
+from dist_ft.training.console import format_table
 
 TOLD = {"average": "average", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
 
@@ -28,7 +28,7 @@ def gather(stages: Stages, found: Sequence[Sequence[dict[str, Any] | None]]) -> 
         [None if metrics is None else metrics.get(stages.metric) for metrics in row]
         for row in found
     ]
-    after = [kept(matrix[: number + 1], stages.metric) for number in range(len(matrix))]
+    after = [measure_forgetting(matrix[: number + 1], stages.metric) for number in range(len(matrix))]
     return {
         "name": stages.name,
         "url": stages.url,
@@ -56,7 +56,7 @@ def keep(store: Store, report: dict[str, Any]) -> None:
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the matrix as a table for a terminal."""
-    return table(_title(report), _rows(report), ["after", *report["stages"], *TOLD.values()])
+    return format_table(_title(report), _rows(report), ["after", *report["stages"], *TOLD.values()])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -70,7 +70,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         *(_line(row) for row in _rows(report)),
         "",
         f"Each row: the model after that stage, scored on the held-out data of each stage ({report['metric']}, "
-        f"{'lower' if report['metric'] in LOWER else 'higher'} is better; -: its head lacks labels of that data).",
+        f"{'lower' if report['metric'] in LOWER_IS_BETTER else 'higher'} is better; -: its head lacks labels of that data).",
         "Average: over the stages learned. Backward transfer (Lopez-Paz, Ranzato, arXiv:1706.08840): earlier stages "
         "now less just after they were learned. Forgetting (Chaudhry et al., arXiv:1801.10112): their best before less "
         "now.",

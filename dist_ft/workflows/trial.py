@@ -67,7 +67,7 @@ def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
     def told(step: int, metrics: Mapping[str, float]) -> None:
         reached.append(metrics[metric])
         if step:  # what was there before learning is no result
-            report(step, min(reached, key=lambda value: best.rank(metric, value)))
+            report(step, min(reached, key=lambda value: best.sort_key(metric, value)))
 
     class ReportEvaluation(Callback):
         def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -84,7 +84,7 @@ def guide(here: lab.Lab) -> list[str]:
         f"evaluation.max_samples={TWEETS}",
         "data.bad_rows=skip",
         "prompting.shots=4",
-        "prompting.verbalisers={PER: person, LOC: place, ORG: organisation}",
+        "prompting.verbalizers={PER: person, LOC: place, ORG: organisation}",
         here=True,
     )
     here.table(

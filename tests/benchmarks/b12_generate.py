@@ -132,7 +132,7 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     from dist_ft.config.sections.decoding import DecodingSection
     from dist_ft.model.generation import GenerationRequest, TextGenerator, pad_rows
 
-    decoder = TextGenerator(DecodingSection(max_new_tokens=NEW_TOKENS, rows=rows, **fields), Tokenizer())
+    decoder = TextGenerator(DecodingSection(max_new_tokens=NEW_TOKENS, batch_size=rows, **fields), Tokenizer())
     given = {
         "max_new_tokens": NEW_TOKENS,
         "pad_token_id": 0,

@@ -142,7 +142,7 @@ def test_fault_21_too_many_in_a_row_end_the_run(base: Path, action: str) -> None
     config = document(
         base,
         f"row-{action}",
-        anomaly={"most_in_a_row": 2, "action": action},
+        anomaly={"max_consecutive": 2, "action": action},
         checkpoint={"every_steps": 1, "background": False},
         optimizer={"learning_rate": 1e30},
     )

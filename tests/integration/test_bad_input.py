@@ -195,7 +195,7 @@ def test_a_checkpoint_of_a_newer_version(
     code, said = dist_ft("train", document, "schedule.steps=4")
     assert (
         code == 1
-        and "is newer than this dist_ft knows" in said
+        and "is newer than this dist_ft supports" in said
         and said.endswith("; update dist_ft\n")
     )
     assert sorted((base / "runs/newer/checkpoints").iterdir()) == before

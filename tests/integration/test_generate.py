@@ -64,9 +64,9 @@ def document_of(base: Path, task: str, strategy: str, name: str, **fields: Any) 
     evaluation = {
         **held_out,
         "generate_samples": SAMPLES,
-        "keep_texts": 99,
+        "keep_generations": 99,
         "text_metrics": ["bleu", "chrf", "token_error_rate"],
-        "decoding": {"max_new_tokens": LENGTH, "rows": 4, **STRATEGIES[strategy]},
+        "decoding": {"max_new_tokens": LENGTH, "batch_size": 4, **STRATEGIES[strategy]},
     }
     if task == "causal_lm":
         document = tiny.config(

@@ -31,13 +31,13 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     ended = time.time()
 
-    found, broken = time_accounting.accounts(run)
+    found, broken = time_accounting.read_attempt_times(run)
     assert broken == [] and [account.attempt for account in found] == [1, 2, 3]
     assert found[0].resumed_at == 0 and all(
         later.resumed_at in (4, 8, 12, 16) for later in found[1:]
     )
-    seconds = goodput.spent(found)
-    assert goodput.attributed(seconds) >= 0.99, seconds
+    seconds = goodput.time_by_part(found)
+    assert goodput.attributed_share(seconds) >= 0.99, seconds
     assert sum(seconds.values()) <= ended - begun
     assert seconds["restart"] >= PAUSE_S and found[2].begun_at - killed >= PAUSE_S
     assert seconds["lost"] > 0, "both kills came between two checkpoints"

@@ -33,7 +33,7 @@ GUARDS: dict[str, tuple[str, dict[str, Any]]] = {
                 "adversarial": PGD,
                 "anchor": {"method": "l2", "strength": 5.0},
             },
-            "evaluation": {"of": "ema", "every_steps": 3},
+            "evaluation": {"weights": "ema", "every_steps": 3},
             "data": {"augment": EDITED},
         },
     ),
@@ -43,7 +43,7 @@ GUARDS: dict[str, tuple[str, dict[str, Any]]] = {
         "sequence_classification",
         {
             "tuning": {"ema_decay": 0.8},
-            "evaluation": {"of": "ema", "every_steps": 3},
+            "evaluation": {"weights": "ema", "every_steps": 3},
             "optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9},
         },
     ),

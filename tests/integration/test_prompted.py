@@ -43,7 +43,7 @@ def document_of(base: Path, method: str, name: str, **fields: Any) -> dict[str, 
         prompting={
             "method": "likelihood",
             "templates": ["say {text} :"],
-            "verbalisers": WORDS,
+            "verbalizers": WORDS,
             "calibrate": method == "full",
             "shots": 1,
             "shots_by": "all",

@@ -143,5 +143,5 @@ def test_a_checkpoint_goes_out_and_in(store):
     assert save(manager, engine, 2) == store.full("checkpoints/step-000000002-a0001")
     want = train(engine, range(2, 4))
     other = make_engine()
-    manager.load(manager.newest(), other, tensors_of(other))
+    manager.load(manager.find_latest(), other, tensors_of(other))
     assert train(other, range(2, 4)) == want

@@ -134,13 +134,13 @@ def test_a_cut_stream_ctrl_c_stop_and_the_same_command_again(there: Cluster, bas
         out=base / "second",
     )
     attached.wait_for(
-        "job long of this run is there already (RUNNING); attached to it; it was started with another config"
+        "attached to job long of this run (RUNNING). It was started with another config"
     )
     watching.wait_for(f"step {20:4}/")
     watching.process.send_signal(signal.SIGINT)
     assert watching.process.wait(60) == 130
     assert "the log of job long broke off" in watching.noted and "asking again" in watching.noted
-    assert "job long goes on; watch it again: dist-ft jobs logs --follow long" in watching.noted
+    assert "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.noted
     assert "Traceback" not in watching.noted
     code, output = there.run("jobs", "status", "long", cwd=base)
     assert code == 0 and "long: RUNNING" in output

@@ -54,7 +54,7 @@ def report(base: Path, name: str) -> dict[str, Any]:
 
 GRID = {
     "search": "grid",
-    "at_once": 2,
+    "max_concurrent": 2,
     "space": {"optimizer.learning_rate": [5e-3, 1e-9], "run.seed": [1, 2]},
 }
 
@@ -85,7 +85,7 @@ def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(
 
 def test_killed_it_goes_on_with_trials_that_are_not_over(base: Path, grid: dict[str, Any]) -> None:
     """The first trial is stopped dead in its second, with the search itself; nothing that is over runs again."""
-    file = write(base, "killed", **{**GRID, "at_once": 1})
+    file = write(base, "killed", **{**GRID, "max_concurrent": 1})
     process = subprocess.Popen(
         [sys.executable, "-m", "dist_ft.cli", "tune", str(base / "base.yaml"), file],
         stdout=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_asha_stops_what_falls_behind(base: Path) -> None:
         base,
         "asha",
         search="grid",
-        at_once=1,
+        max_concurrent=1,
         space={"optimizer.learning_rate": [5e-3, 4e-3, 1e-9, 2e-9]},
         asha={"grace_steps": 8, "reduction": 2},
     )
@@ -135,7 +135,7 @@ def test_optuna_finds_values_and_a_broken_trial_is_told(base: Path) -> None:
         "tpe",
         search="optuna",
         trials=4,
-        at_once=1,
+        max_concurrent=1,
         space={
             "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
             "tuning.method": ["full", "partial"],
@@ -151,7 +151,7 @@ def test_optuna_finds_values_and_a_broken_trial_is_told(base: Path) -> None:
         "tpe",
         search="optuna",
         trials=4,
-        at_once=1,
+        max_concurrent=1,
         space={
             "optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
             "model.path": [str(base / "bert"), str(base / "nothing")],

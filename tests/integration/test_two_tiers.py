@@ -27,8 +27,8 @@ def document(base: Path, name: str, stage: int) -> dict[str, Any]:
         schedule={"epochs": None, "steps": 60},
         checkpoint={
             "every_steps": 20,
-            "node_folder": str(base / "node"),
-            "node_every_steps": 1,
+            "local_folder": str(base / "node"),
+            "local_every_steps": 1,
             "when_busy": "wait",
         },
     )

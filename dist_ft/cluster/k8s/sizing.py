@@ -159,13 +159,13 @@ def _state_bytes(config: RunConfig) -> int:
 
 def _saves_in_memory(config: RunConfig) -> bool:
     checkpoint = config.checkpoint
-    return checkpoint.background and (checkpoint.every_steps != 0 or bool(checkpoint.node_folder))
+    return checkpoint.background and (checkpoint.every_steps != 0 or bool(checkpoint.local_folder))
 
 
 def _shared(config: RunConfig, per_pod: int, share: float) -> dict[str, int]:
     """Return bytes of /dev/shm by part."""
     parts = {"object store": OBJECT_STORE_BYTES, "collectives": per_pod * SHM_WORKER_BYTES}
-    if config.checkpoint.node_folder.startswith("/dev/shm"):
+    if config.checkpoint.local_folder.startswith("/dev/shm"):
         parts["checkpoints in memory"] = math.ceil(
             2 * per_pod * share
         )  # one that stands, one being written

@@ -322,9 +322,9 @@ def _best_checkpoints(config: RunConfig) -> Iterator[str]:
 
 def _node_folder(config: RunConfig) -> Iterator[str]:
     section = config.checkpoint
-    if "://" in section.node_folder:
+    if "://" in section.local_folder:
         yield (
-            f"checkpoint.node_folder={section.node_folder}: is no folder of a node; a local disk or memory, such as "
+            f"checkpoint.local_folder={section.local_folder}: is no folder of a node; a local disk or memory, such as "
             f"/dev/shm/dist_ft, is allowed; checkpoints in a bucket are those of run.storage"
         )
 

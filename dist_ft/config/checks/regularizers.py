@@ -102,10 +102,10 @@ def _anchor(config: RunConfig) -> Iterator[str]:
 
 
 def _average(config: RunConfig) -> Iterator[str]:
-    if config.evaluation.of == "ema" and not config.tuning.ema_decay:
+    if config.evaluation.weights == "ema" and not config.tuning.ema_decay:
         yield (
-            "evaluation.of=ema: no average of the weights is kept; needs tuning.ema_decay above 0 (0.99, 0.999); "
-            "set it, or remove evaluation.of"
+            "evaluation.weights=ema: no average of the weights is kept; needs tuning.ema_decay above 0 (0.99, 0.999); "
+            "set it, or remove evaluation.weights"
         )
 
 

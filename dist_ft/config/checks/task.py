@@ -17,7 +17,7 @@ USED_BY = {
     "class_weights": ("sequence_classification", "token_classification"),
     "focal_gamma": LABELLED,
     "stride": ("question_answering",),
-    "masked_share": ("masked_lm",),
+    "mask_probability": ("masked_lm",),
     "temperature": ("embedding",),
     "pooling": ("embedding",),
 }

@@ -87,8 +87,8 @@ class FieldsSection(Section):
 class AugmentSection(Section):
     """Random changes of the words of training texts, anew each epoch (EDA, arXiv:1901.11196)."""
 
-    share: float = Identity(
-        1.0, gt=0, le=1, description="Share of an epoch's texts that are changed at all."
+    probability: float = Identity(
+        1.0, gt=0, le=1, description="Probability that a text is augmented in an epoch."
     )
     synonyms: str | None = Identity(
         None,

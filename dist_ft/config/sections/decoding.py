@@ -126,7 +126,7 @@ class DecodingSection(Section):
             "sample: draws follow from it, the sample's number among the held-out ones, and which of num_samples it is."
         ),
     )
-    rows: int = Field(16, ge=1, description="Texts a worker makes at once.")
+    batch_size: int = Field(16, ge=1, description="Generations per batch of a worker.")
 
 
 class TextsSection(Section):
@@ -142,7 +142,7 @@ class TextsSection(Section):
     generate_samples: int = Field(
         0, ge=0, description="Texts are made of the first so many held-out samples; 0: all."
     )
-    keep_texts: int = Field(
+    keep_generations: int = Field(
         20,
         ge=0,
         description=(
@@ -177,7 +177,7 @@ def short_form(section: DecodingSection) -> str:
         name: getattr(section, name)
         for name, field in type(section).model_fields.items()
         if name
-        not in ("strategy", "max_new_tokens", "choices", "rows", "seed", "num_beams", "temperature")
+        not in ("strategy", "max_new_tokens", "choices", "batch_size", "seed", "num_beams", "temperature")
         and getattr(section, name) != field.default
     }
     return ",".join([first[section.strategy], *(f"{name}={value}" for name, value in left.items())])

@@ -50,7 +50,7 @@ class PromptingSection(Section):
             "own."
         ),
     )
-    verbalisers: Annotated[dict[str, str], BeforeValidator(_as_words)] = Identity(
+    verbalizers: Annotated[dict[str, str], BeforeValidator(_as_words)] = Identity(
         {},
         description=(
             "likelihood: label -> the words that stand for it, with the blank before them; generation: kind of entity -> "
@@ -74,7 +74,7 @@ class PromptingSection(Section):
     seed: int = Identity(
         0, ge=0, lt=2**63, description="Which examples are drawn, and their order."
     )
-    normalise: Literal["sum", "mean"] = Identity(
+    normalize: Literal["sum", "mean"] = Identity(
         "sum",
         description=(
             "likelihood: log-probabilities of a label's tokens are added, or their mean is taken (labels of unequal "
@@ -141,23 +141,23 @@ def problems(task: TaskSection, prompting: PromptingSection) -> Iterator[str]:
             f"prompting.templates.{number}", template, task.columns.pair is not None
         )
     unknown = (
-        sorted(set(prompting.verbalisers) - set(task.labels))
+        sorted(set(prompting.verbalizers) - set(task.labels))
         if task.labels and method == "likelihood"
         else []
     )
-    missing = sorted(set(task.labels) - set(prompting.verbalisers)) if prompting.verbalisers else []
+    missing = sorted(set(task.labels) - set(prompting.verbalizers)) if prompting.verbalizers else []
     if unknown:
         yield (
-            f"prompting.verbalisers.{unknown[0]}: is no label of task.labels; allowed: {', '.join(task.labels)}; "
+            f"prompting.verbalizers.{unknown[0]}: is no label of task.labels; allowed: {', '.join(task.labels)}; "
             f"correct one of them"
         )
     if missing and method == "likelihood":
         yield (
-            f"prompting.verbalisers: {missing[0]} of task.labels has no words; one entry for each label, or none at "
+            f"prompting.verbalizers: {missing[0]} of task.labels has no words; one entry for each label, or none at "
             f"all, is allowed; add it"
         )
-    if len(set(prompting.verbalisers.values())) < len(prompting.verbalisers):
-        yield "prompting.verbalisers: two labels have the same words, which tells nothing apart; change one"
+    if len(set(prompting.verbalizers.values())) < len(prompting.verbalizers):
+        yield "prompting.verbalizers: two labels have the same words, which tells nothing apart; change one"
 
 
 def _template(path: str, template: str, pairs: bool) -> Iterator[str]:

@@ -140,7 +140,7 @@ class TaskSection(Section):
             "question_answering: tokens that neighbouring windows of a long context share."
         ),
     )
-    masked_share: float = Identity(
+    mask_probability: float = Identity(
         0.15,
         gt=0,
         lt=1,

@@ -284,6 +284,6 @@ class TuningSection(Section):
         lt=1,
         description=(
             "Keep an exponential moving average of the weights: of the one before so much, of the weights after each step "
-            "the rest (evaluation.of: ema evaluates and exports it); 0: none."
+            "the rest (evaluation.weights: ema evaluates and exports it); 0: none."
         ),
     )

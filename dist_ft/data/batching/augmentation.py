@@ -20,9 +20,12 @@ from dist_ft.config.sections.data import AugmentSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError, ModelError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.data.batch import IGNORED
-from dist_ft.data.encoding.fast_tokenizer import exact_backend, name_of
-from dist_ft.data.sampling.shuffle import hashes, mix
+from dist_ft.core.seeds import (
+    derive_seed,
+    random_uint64,
+)
+from dist_ft.data.batch import IGNORE_INDEX
+from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
 from dist_ft.storage.filesystem import Store
 
 SALT = 0x617567
@@ -36,7 +39,7 @@ Synonyms = Mapping[tuple[int, ...], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Augmenting:
+class Augmentation:
     """How texts are changed.
 
     Attributes:
@@ -64,7 +67,7 @@ class Augmenting:
         length: int,
         seed: int,
         synonyms: str,
-    ) -> Augmenting:
+    ) -> Augmentation:
         """Return the augmentation of a run; `synonyms` is the text of the file the section names."""
         mark, begins_by_mark = word_mark(tokenizer)
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -85,7 +88,7 @@ class Augmenting:
         )
 
     def apply(
-        self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray
+        self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens and labels of a batch as they are learned from, and how many tokens each piece has now.
 
@@ -95,9 +98,9 @@ class Augmenting:
             pieces: (n, 4) [sample id, first token, number of tokens, epoch].
         """
         found, start = [], 0
-        for sample, first, size, epoch in pieces.tolist():
+        for sample, first, size, epoch in segments.tolist():
             own = tokens[start : start + size], labels[start : start + size]
-            found.append(self._changed(*own, mix(self.seed, SALT, epoch, sample, first)))
+            found.append(self._changed(*own, derive_seed(self.seed, SALT, epoch, sample, first)))
             start += size
         sizes = np.array([len(own) for own, _ in found], dtype=np.int64)
         return (
@@ -109,11 +112,11 @@ class Augmenting:
     def _changed(self, tokens: np.ndarray, labels: np.ndarray, seed: int) -> Word:
         """Return a sample as this epoch sees it."""
         starts = np.flatnonzero(self._starts(tokens, labels))
-        drawn = hashes(seed, 1 + 5 * len(starts))
+        drawn = random_uint64(seed, 1 + 5 * len(starts))
         chance = (drawn >> np.uint64(11)).astype(np.float64) / 2**53
-        if chance[0] >= self.section.share or not len(starts):
+        if chance[0] >= self.section.probability or not len(starts):
             return tokens, labels
-        whole = None if self.outside is not None else labels[labels != IGNORED]
+        whole = None if self.outside is not None else labels[labels != IGNORE_INDEX]
         words = list(zip(np.split(tokens, starts[1:]), np.split(labels, starts[1:]), strict=True))
         fixed = np.array([self.fixed[own[0]] for own, _ in words])
         free = (
@@ -126,14 +129,14 @@ class Augmenting:
         if len(kept[0]) > self.length or (whole is not None and len(kept[0]) < len(whole)):
             return tokens, labels
         if whole is not None:  # carried by the first positions, whatever stands there
-            kept[1][:] = IGNORED
+            kept[1][:] = IGNORE_INDEX
             kept[1][: len(whole)] = whole
         return kept
 
     def _starts(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Tell where words begin, (T,) bool; what stands before the first is one."""
         fixed = self.fixed[tokens]
-        found = fixed | (labels != IGNORED if self.outside is not None else self.begins[tokens])
+        found = fixed | (labels != IGNORE_INDEX if self.outside is not None else self.begins[tokens])
         found[1:] |= fixed[:-1]
         found[:1] = True
         return found
@@ -167,7 +170,7 @@ class Augmenting:
 
 def _labelled(tokens: np.ndarray, word: Word) -> Word:
     """Return other tokens with the label of `word` on the first of them."""
-    labels = np.full(len(tokens), IGNORED, np.int32)
+    labels = np.full(len(tokens), IGNORE_INDEX, np.int32)
     labels[0] = word[1][0]
     return tokens.astype(word[0].dtype), labels
 
@@ -186,7 +189,7 @@ def word_mark(tokenizer: Any) -> tuple[str, bool]:
         if kind in kinds or json.dumps(kind)[1:-1] in kinds:
             return mark, True
     raise ModelError(
-        f"data.augment: the tokens of model.tokenizer={name_of(tokenizer)} do not tell where words begin; "
+        f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not tell where words begin; "
         "WordPiece, byte-level and SentencePiece tokenizers are allowed; remove data.augment"
     )
 
@@ -223,7 +226,7 @@ def read_synonyms(text: str, tokenizer: Any, path: str) -> dict[tuple[int, ...],
     return found
 
 
-def read_file(path: str) -> str:
+def read_synonym_file(path: str) -> str:
     """Return the text of a file of synonyms.
 
     Raises:

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from dist_ft.config.schema import TaskSection
-from dist_ft.data.batch import IGNORED
-from dist_ft.data.sampling.shuffle import hashes, mix
+from dist_ft.core.seeds import (
+    derive_seed,
+    random_uint64,
+)
+from dist_ft.data.batch import IGNORE_INDEX
 
 MASKED, REPLACED = 0.8, 0.9
 
@@ -36,10 +39,10 @@ class Masking:
     @classmethod
     def of(cls, tokenizer: Any, task: TaskSection, seed: int) -> Masking:
         """Return the masking of a task."""
-        return cls(tokenizer.mask_token_id, len(tokenizer), task.masked_share, seed)
+        return cls(tokenizer.mask_token_id, len(tokenizer), task.mask_probability, seed)
 
     def apply(
-        self, tokens: np.ndarray, labels: np.ndarray, pieces: np.ndarray
+        self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and labels of a batch with what is masked.
 
@@ -50,14 +53,14 @@ class Masking:
         """
         drawn = np.concatenate(
             [
-                hashes(mix(self.seed, epoch, sample, first), size)
-                for sample, first, size, epoch in pieces.tolist()
+                random_uint64(derive_seed(self.seed, epoch, sample, first), size)
+                for sample, first, size, epoch in segments.tolist()
             ]
         )
         chance = (drawn >> np.uint64(11)).astype(np.float64) / 2**53
-        chance[labels == IGNORED] = 2.0
-        starts = np.cumsum(pieces[:, 2]) - pieces[:, 2]
-        least = np.repeat(np.minimum.reduceat(chance, starts), pieces[:, 2])
+        chance[labels == IGNORE_INDEX] = 2.0
+        starts = np.cumsum(segments[:, 2]) - segments[:, 2]
+        least = np.repeat(np.minimum.reduceat(chance, starts), segments[:, 2])
         chosen = (chance < self.share) | ((chance == least) & (least < 2))
         how = np.where(
             chance < self.share, chance / self.share, 0.0
@@ -65,6 +68,6 @@ class Masking:
         found = np.where(chosen & (how < MASKED), self.mask, tokens)
         others = (drawn % np.uint64(self.vocabulary)).astype(np.int64)
         found = np.where(chosen & (how >= MASKED) & (how < REPLACED), others, found)
-        return found.astype(tokens.dtype), np.where(chosen, labels, np.int32(IGNORED)).astype(
+        return found.astype(tokens.dtype), np.where(chosen, labels, np.int32(IGNORE_INDEX)).astype(
             np.int32
         )

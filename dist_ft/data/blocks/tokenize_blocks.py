@@ -1,8 +1,9 @@
-"""Blocks to tokens, in this process or (run as a program) in one beside training.
+"""Blocks to tokens, in this process or (run as a program) in one next to training.
 
-As a program: the first line of standard input is a JSON `setup`, each further line a JSON task (blocks of one pass over
-their shards); each is answered by one line: {} when the blocks lie in the cache, or {"error": [type, text]}. The end of
-the input is the end of the program, so it never outlives whom it works for.
+As a program: the first line of standard input is a JSON `Setup`; each further line is a JSON
+`BlockTask` (blocks of one pass over their shards). Each task is answered by one line: {} when the
+blocks are in the cache, or {"error": [type, message]}. The program ends with its input, so it never
+outlives its parent.
 """
 
 from __future__ import annotations
@@ -15,145 +16,201 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection, TaskSection
-from dist_ft.core import errors
-from dist_ft.core.errors import DataError, DistFtError
+from dist_ft.core.errors import DataError, DistFtError, ModelError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.token_cache import compute_fingerprint, write_block
-from dist_ft.data.encoding.chat import (
-    Encoder,
-)
-from dist_ft.data.encoding.encoded import (
-    EncodedRows,
-)
-from dist_ft.data.encoding.make_encoder import (
-    make_encoder,
-)
+from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.encoding.encoded import EncodedRows
+from dist_ft.data.encoding.make_encoder import make_encoder
 from dist_ft.data.sources import lines, readers
 from dist_ft.data.sources.discovery import Shard, require_unchanged
 
 
-def tokenise(
+class Setup(TypedDict):
+    """What a tokenizer process needs to create its parent's encoder, as JSON.
+
+    Keys:
+        tokenizer: folder with the saved tokenizer.
+        data: the data section.
+        limit_bytes: limit of the cache.
+        options: `storage.options`.
+        fingerprint: of the parent's encoder, which the process's must equal.
+        recipe: what else decides the tokens (`Encoder.recipe`).
+    """
+
+    tokenizer: str
+    data: dict[str, Any]
+    limit_bytes: float
+    options: dict[str, Any]
+    fingerprint: str
+    recipe: dict[str, Any]
+
+
+class BlockTask(TypedDict):
+    """Blocks to tokenize in one pass over their shards, as JSON.
+
+    Keys:
+        blocks: the blocks (`Block`).
+        paths: the cache file of each block.
+        check: whether shards must be as they were when they were listed.
+        shards: the shards (`Shard`) by number, which JSON turns into a string.
+    """
+
+    blocks: list[dict[str, Any]]
+    paths: list[str]
+    check: bool
+    shards: dict[int, dict[str, Any]]
+
+
+class TaskResult(TypedDict, total=False):
+    """A process's answer to a task; `error` is [type, message] and absent on success."""
+
+    error: list[str]
+
+
+def iter_encoded_blocks(
     encoder: Encoder, blocks: Sequence[Block], shards: dict[int, Shard], check: bool = True
 ) -> Iterator[EncodedRows]:
-    """Yield the tokens of each block; a shard that several have parts of is read in one pass.
+    """Yield the tokens of each block; a shard with several ranges is read in one pass.
 
-    With `check` shards must be what they were when they were listed; without, the caller knows what must come out.
+    With `check`, shards must be as they were when they were listed; without, the caller knows what
+    the result must be.
 
     Raises:
-        DataError: a shard that vanished or changed, or a row that can not be used (under data.bad_rows=error).
-        StorageError: storage that does not answer.
+        DataError: a shard vanished or changed, or a row cannot be used (with data.bad_rows=error).
+        StorageError: storage does not respond.
     """
-    todo = [(number, part) for number, block in enumerate(blocks) for part in block.parts]
-    left = [len(block.parts) for block in blocks]
-    done: list[EncodedRows] = []
-    for number, group in groupby(todo, key=lambda item: item[1].shard):
-        wanted, shard = list(group), shards[number]
-        for (block, part), (_, rows) in zip(
-            wanted, readers.read_ranges(shard, [part for _, part in wanted]), strict=True
-        ):
-            done.append(_encode(encoder, shard, part, rows))
-            left[block] -= 1
+    numbered_ranges = [
+        (number, shard_range)
+        for number, block in enumerate(blocks)
+        for shard_range in block.ranges
+    ]
+    num_ranges_left = [len(block.ranges) for block in blocks]
+    encoded: list[EncodedRows] = []  # of the current block
+
+    for shard_number, group in groupby(numbered_ranges, key=lambda item: item[1].shard):
+        shard = shards[shard_number]
+        own_ranges = list(group)
+        all_rows = readers.read_ranges(shard, [shard_range for _, shard_range in own_ranges])
+
+        for (number, shard_range), (_, rows) in zip(own_ranges, all_rows, strict=True):
+            encoded.append(_encode(encoder, shard, shard_range, rows))
+            num_ranges_left[number] -= 1
             if check:
                 require_unchanged(shard)
-            if not left[block]:
-                yield _join(done, shard)
-                done = []
+            if not num_ranges_left[number]:
+                yield _join(encoded, shard)
+                encoded = []
 
 
-def _encode(encoder: Encoder, shard: Shard, part: ShardRange, rows: Any) -> EncodedRows:
-    """Return the tokens of a part. Where a cut by bytes hides the number of its first row, an error looks it up."""
-    by_bytes = shard.kind == "jsonl" and not shard.codec and not lines.is_json_file(shard)
-    if not by_bytes or part.start == 0:
-        return encoder.encode(rows, shard.url, 1 if by_bytes else part.start + 1)
+def _encode(encoder: Encoder, shard: Shard, shard_range: ShardRange, rows: Any) -> EncodedRows:
+    """Return the tokens of a range.
+
+    Ranges by bytes do not know the number of their first row. Only an error needs it, and then the
+    rows before are counted and the range is encoded again.
+    """
+    is_by_bytes = shard.kind == "jsonl" and not shard.codec and not lines.is_json_file(shard)
+    if not is_by_bytes or shard_range.start == 0:
+        return encoder.encode(rows, shard.url, 1 if is_by_bytes else shard_range.start + 1)
+
     try:
-        found = encoder.encode(rows, shard.url)
-        if not found.bad_rows:
-            return found
+        encoded = encoder.encode(rows, shard.url)
+        if not encoded.bad_rows:
+            return encoded
     except DataError:
         pass
-    return encoder.encode(rows, shard.url, 1 + lines.count_rows_before(shard, part.start))
+    first_row = 1 + lines.count_rows_before(shard, shard_range.start)
+    return encoder.encode(rows, shard.url, first_row)
 
 
-def _join(parts: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
-    """Return the parts of a block as one."""
-    formats = sorted({part.format for part in parts if part.format})
+def _join(encoded: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
+    """Return the ranges of a block as one; `shard` is the last of its shards."""
+    formats = sorted({rows.format for rows in encoded if rows.format})
     if len(formats) > 1:
         raise DataError(
             redact(
-                f"{shard.url}: its rows and those of shards beside it are {' and '.join(formats)}; shards of one source "
-                "must hold one kind; name them as separate sources, or set data.format"
+                f"{shard.url}: the rows of this shard and its neighbors are "
+                f"{' and '.join(formats)}. All shards of a source must have one format. "
+                "Configure them as separate sources, or set data.format."
             )
         )
+
     offsets = [np.zeros(1, dtype=np.int64)]
-    for part in parts:
-        offsets.append(part.offsets[1:] + offsets[-1][-1])
+    for rows in encoded:
+        offsets.append(rows.offsets[1:] + offsets[-1][-1])
     return EncodedRows(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-        np.concatenate(offsets),
-        formats[0] if formats else "",
-        tuple(rows for part in parts for rows in part.part_rows),
-        tuple(text for part in parts for text in part.bad_rows),
+        tokens=np.concatenate([rows.tokens for rows in encoded]),
+        targets=np.concatenate([rows.targets for rows in encoded]),
+        offsets=np.concatenate(offsets),
+        format=formats[0] if formats else "",
+        rows_per_range=tuple(count for rows in encoded for count in rows.rows_per_range),
+        bad_rows=tuple(problem for rows in encoded for problem in rows.bad_rows),
     )
 
 
-def pack_task(
+def create_task(
     blocks: Sequence[Block], shards: Sequence[Shard], paths: Sequence[Path], check: bool
-) -> dict[str, Any]:
-    """Return a task as JSON values."""
-    numbers = sorted({part.shard for block in blocks for part in block.parts})
-    return {
-        "blocks": [asdict(block) for block in blocks],
-        "paths": [str(path) for path in paths],
-        "check": check,
-        "shards": {number: asdict(shards[number]) for number in numbers},
-    }
+) -> BlockTask:
+    """Return the task to write `blocks` to the cache files `paths`."""
+    shard_numbers = sorted({part.shard for block in blocks for part in block.ranges})
+    return BlockTask(
+        blocks=[asdict(block) for block in blocks],
+        paths=[str(path) for path in paths],
+        check=check,
+        shards={number: asdict(shards[number]) for number in shard_numbers},
+    )
 
 
-def run_task(encoder: Encoder, task: dict[str, Any], limit_bytes: float) -> None:
-    """Put the blocks of a task into the cache."""
+def run_task(encoder: Encoder, task: BlockTask, limit_bytes: float) -> None:
+    """Write the blocks of a task to the cache."""
     shards = {int(number): Shard(**values) for number, values in task["shards"].items()}
-    blocks = [
-        Block(values["source"], tuple(ShardRange(**part) for part in values["parts"]))
-        for values in task["blocks"]
-    ]
-    for path, encoded in zip(
-        task["paths"], tokenise(encoder, blocks, shards, task["check"]), strict=True
-    ):
+    blocks = []
+    for values in task["blocks"]:
+        ranges = tuple(ShardRange(**shard_range) for shard_range in values["ranges"])
+        blocks.append(Block(values["source"], ranges))
+
+    encoded_blocks = iter_encoded_blocks(encoder, blocks, shards, task["check"])
+    for path, encoded in zip(task["paths"], encoded_blocks, strict=True):
         write_block(Path(path), encoded, limit_bytes)
 
 
 def main() -> None:
-    """Serve tasks from standard input until it ends."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent decides what ends
+    """Run tasks from standard input until it ends."""
+    # Ctrl-C reaches the whole process group; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    # What libraries print must not be read as an answer, so it goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not look like an answer
+    os.dup2(2, 1)
     os.nice(5)
-    setup = json.loads(sys.stdin.readline())
+
+    setup: Setup = json.loads(sys.stdin.readline())
     encoder: Encoder | None = None
     for line in sys.stdin:
-        answer: dict[str, Any] = {}
+        result: TaskResult = {}
         try:
-            encoder = encoder or _encoder(setup)
+            encoder = encoder or _load_encoder(setup)
             run_task(encoder, json.loads(line), setup["limit_bytes"])
         except DistFtError as error:
-            answer = {"error": [type(error).__name__, str(error)]}
+            result = {"error": [type(error).__name__, str(error)]}
         except OSError as error:
-            answer = {"error": ["OSError", str(error)]}
-        answers.write(json.dumps(answer) + "\n")
+            result = {"error": ["OSError", str(error)]}
+        answers.write(json.dumps(result) + "\n")
         answers.flush()
 
 
-def _encoder(setup: dict[str, Any]) -> Encoder:
-    """Return the encoder the parent has, from what it saved."""
+def _load_encoder(setup: Setup) -> Encoder:
+    """Create the parent's encoder from what it saved.
+
+    Raises:
+        ModelError: the saved tokenizer does not give the same tokens.
+    """
     from transformers import AutoTokenizer
 
     from dist_ft.core import logs
@@ -163,12 +220,14 @@ def _encoder(setup: dict[str, Any]) -> Encoder:
     filesystem.configure(setup["options"])
     data = DataSection.model_validate(setup["data"])
     tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
-    task = TaskSection.model_validate(setup.get("task") or {})
-    encoder = make_encoder(tokenizer, data, task, setup.get("sequence_length", 0))
+    recipe = setup["recipe"]
+    task = TaskSection.model_validate(recipe.get("task") or {})
+    encoder = make_encoder(tokenizer, data, task, recipe.get("sequence_length", 0))
+
     if compute_fingerprint(encoder) != setup["fingerprint"]:
-        raise errors.ModelError(
-            "model.tokenizer: saved and loaded again it is another tokenizer; only those that "
-            "survive that can be used in processes; set data.tokenizer_processes=0"
+        raise ModelError(
+            "model.tokenizer: it becomes another tokenizer when it is saved and loaded. Tokenizer "
+            "processes need one that does not. Set data.tokenizer_processes=0."
         )
     return encoder
 

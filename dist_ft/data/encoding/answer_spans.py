@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-PLACES = 14
+POSITION_BITS = 14
 """Bits of a place; of the tokenizer's own tokens at the end three are left."""
-LONGEST = 2**PLACES
-_MASK = LONGEST - 1
+MAX_LENGTH = 2**POSITION_BITS
+_MASK = MAX_LENGTH - 1
 _MOST_TAIL = 7
 
 
-class Span(NamedTuple):
+class AnswerSpan(NamedTuple):
     """Place of an answer's last token, of the context's first, and how many tokens follow the context's last."""
 
     last: int
@@ -23,22 +23,22 @@ class Span(NamedTuple):
     tail: int
 
 
-def pack(span: Span) -> int:
+def pack(span: AnswerSpan) -> int:
     """Return a span as one number below 2**31."""
-    return span.last | span.begin << PLACES | min(span.tail, _MOST_TAIL) << 2 * PLACES
+    return span.last | span.begin << POSITION_BITS | min(span.tail, _MOST_TAIL) << 2 * POSITION_BITS
 
 
-def unpack(number: int) -> Span:
+def unpack(number: int) -> AnswerSpan:
     """Return what `pack` was given."""
-    return Span(number & _MASK, number >> PLACES & _MASK, number >> 2 * PLACES)
+    return AnswerSpan(number & _MASK, number >> POSITION_BITS & _MASK, number >> 2 * POSITION_BITS)
 
 
-def last_of(labels: Any) -> Any:
+def last_tokens(labels: Any) -> Any:
     """Return the places of last tokens in an array or tensor of packed spans."""
     return labels & _MASK
 
 
-def context_of(parts: list[int | None]) -> tuple[int, int]:
+def find_context(parts: list[int | None]) -> tuple[int, int]:
     """Return (first token, tokens after the last) of the context; `parts` says of each token 0, 1 or None (neither)."""
     own = [place for place, part in enumerate(parts) if part == 1]
     return (own[0], len(parts) - 1 - own[-1]) if own else (len(parts) - 1, 1)

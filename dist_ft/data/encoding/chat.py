@@ -20,14 +20,14 @@ from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError, ModelError
 from dist_ft.core.logs import redact
 from dist_ft.data.encoding import pretokenized
-from dist_ft.data.encoding.encoded import Encoded
-from dist_ft.data.encoding.fast_tokenizer import exact_backend, name_of
+from dist_ft.data.encoding.encoded import EncodedRows
+from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
 from dist_ft.data.sources import row_formats
 from dist_ft.data.sources.discovery import Row, row_error
-from dist_ft.data.sources.row_formats import Rendered
+from dist_ft.data.sources.row_formats import RenderedSample
 
 CHUNK_ROWS = 1024
-DATE = datetime(2024, 7, 26)
+TEMPLATE_DATE = datetime(2024, 7, 26)
 """What templates that ask for today's date are told, on every day: tokens may not depend on when they are made. It is
 the date that Llama's own templates take where they can not ask."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -48,7 +48,7 @@ class Encoder:
         self.data = data
         self._backend: Any = None
 
-    def encode(self, rows: Any, shard_url: str, first: int = 1) -> Encoded:
+    def encode(self, rows: Any, shard_url: str, first: int = 1) -> EncodedRows:
         """Return the tokens of `rows`; `shard_url` is how errors name where they come from.
 
         Args:
@@ -60,12 +60,12 @@ class Encoder:
             DataError: a row that can not be used, unless data.bad_rows is skip; the text names shard and row.
             ModelError: a tokenizer that can not do what the format needs.
         """
-        if pretokenized.are_tokens(rows, self.data.format):
+        if pretokenized.is_pretokenized(rows, self.data.format):
             return pretokenized.encode(rows, len(self.tokenizer), shard_url, first)
         rows = rows if isinstance(rows, list) else rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
         sound = next((row for row in rows if not isinstance(row, DataError)), None)
-        kind = row_formats.decide(sound, self.data, shard_url) if sound is not None else ""
+        kind = row_formats.detect_format(sound, self.data, shard_url) if sound is not None else ""
         bad: list[str] = []
         parts = [
             self._encode_chunk(
@@ -75,7 +75,7 @@ class Encoder:
         ] or [(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
         ids, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Encoded(ids, targets, offsets, kind, (len(rows),), tuple(bad))
+        return EncodedRows(ids, targets, offsets, kind, (len(rows),), tuple(bad))
 
     def shown(self, targets: np.ndarray) -> str:
         """Return, for a person, what a sample's targets (T,) say besides what can be marked in its text."""
@@ -95,23 +95,23 @@ class Encoder:
                 if self.data.bad_rows == "error":
                     raise
                 bad.append(str(error))
-                rendered.append(Rendered("", [(0, 0)]))
+                rendered.append(RenderedSample("", [(0, 0)]))
         if kind == "chat" or (kind == "instruction" and self._template is not None):
-            return tokenise(self._backend, rendered, [], [])
+            return tokenize_samples(self._backend, rendered, [], [])
         before, after = self._frame()
-        return tokenise(self._backend, rendered, before, after)
+        return tokenize_samples(self._backend, rendered, before, after)
 
-    def _render(self, row: Row, kind: str, url: str, number: int) -> Rendered:
+    def _render(self, row: Row, kind: str, url: str, number: int) -> RenderedSample:
         """Return the text of a row and what of it is learned."""
         if kind == "text":
-            return row_formats.text(row, self.data, url, number)
+            return row_formats.render_text(row, self.data, url, number)
         if kind == "instruction" and self._template is None:
-            return row_formats.instruction(row, self.data, url, number)
+            return row_formats.render_instruction(row, self.data, url, number)
         if kind == "instruction":
             return self._chat(
-                row_formats.instruction_messages(row, self.data, url, number), url, number
+                row_formats.read_instruction_messages(row, self.data, url, number), url, number
             )
-        return self._chat(row_formats.messages(row, self.data, url, number), url, number)
+        return self._chat(row_formats.read_messages(row, self.data, url, number), url, number)
 
     @property
     def _template(self) -> str | None:
@@ -129,12 +129,12 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ModelError(
-                f"model.tokenizer={name_of(self.tokenizer)}: has no end-of-sequence token; text and "
+                f"model.tokenizer={tokenizer_name(self.tokenizer)}: has no end-of-sequence token; text and "
                 "instruction samples end with one; set eos_token in its tokenizer_config.json"
             )
         return framed[:start], [eos]
 
-    def _chat(self, messages: list[Row], url: str, number: int) -> Rendered:
+    def _chat(self, messages: list[Row], url: str, number: int) -> RenderedSample:
         template = self._template
         if template is None:
             raise DataError(
@@ -143,7 +143,7 @@ class Encoder:
             )
         if self.data.targets == "all":
             whole = self._apply(messages, url, number)
-            return Rendered(whole, [(0, len(whole))])
+            return RenderedSample(whole, [(0, len(whole))])
         if _GENERATION.search(template):
             return self._marked(messages, template, url, number)
         return self._by_prefix(messages, url, number)
@@ -156,7 +156,7 @@ class Encoder:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=dated(self._template or ""),
+                    chat_template=with_fixed_date(self._template or ""),
                     tokenize=False,
                     add_generation_prompt=generate,
                 )
@@ -164,7 +164,7 @@ class Encoder:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._refused(messages, error, url, number) from error
 
-    def _marked(self, messages: list[Row], template: str, url: str, number: int) -> Rendered:
+    def _marked(self, messages: list[Row], template: str, url: str, number: int) -> RenderedSample:
         """Render once; learned is what the template itself marks."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -172,7 +172,7 @@ class Encoder:
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
-                chat_template=dated(template),
+                chat_template=with_fixed_date(template),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
@@ -182,7 +182,7 @@ class Encoder:
         end = (
             self.tokenizer.eos_token or "\0"
         )  # a mark round the words alone leaves out what ends the turn
-        return Rendered(
+        return RenderedSample(
             text,
             [
                 (start, stop + len(end) if text.startswith(end, stop) else stop)
@@ -190,7 +190,7 @@ class Encoder:
             ],
         )
 
-    def _by_prefix(self, messages: list[Row], url: str, number: int) -> Rendered:
+    def _by_prefix(self, messages: list[Row], url: str, number: int) -> RenderedSample:
         """Render whole, and cut before and after each answer; the cuts must be prefixes of the whole."""
         whole = self._apply(messages, url, number)
         spans = []
@@ -218,7 +218,7 @@ class Encoder:
                     ),
                 )
             spans.append((len(before), len(through.rstrip())))
-        return Rendered(whole, spans)
+        return RenderedSample(whole, spans)
 
     @staticmethod
     def _refused(messages: list[Row], error: Exception, url: str, number: int) -> DataError:
@@ -232,17 +232,17 @@ class Encoder:
         )
 
 
-def dated(template: str) -> str:
+def with_fixed_date(template: str) -> str:
     """Return a template that renders as `template` does on `DATE`; that itself, used elsewhere, knows the true day."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     own = "{# on a fixed date #}\n" + template  # another text, so compiled and cached apart
-    _compile_jinja_template(own).globals["strftime_now"] = DATE.strftime
+    _compile_jinja_template(own).globals["strftime_now"] = TEMPLATE_DATE.strftime
     return own
 
 
-def tokenise(
-    backend: Any, rendered: Sequence[Rendered], before: Sequence[int], after: Sequence[int]
+def tokenize_samples(
+    backend: Any, rendered: Sequence[RenderedSample], before: Sequence[int], after: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
 
@@ -261,7 +261,7 @@ def tokenise(
     learned = np.ones(total, dtype=np.uint8)
     if partly:
         flat = chain.from_iterable(chain.from_iterable(one.offsets for one in output))
-        learned = overlap(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
+        learned = mark_span_tokens(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
     framed = np.where(lengths > 0, lengths + len(before) + len(after), 0)
     starts = np.cumsum(framed) - framed
     places = np.repeat(starts + len(before) - (np.cumsum(lengths) - lengths), lengths) + np.arange(
@@ -279,7 +279,7 @@ def tokenise(
     return tokens, targets, framed
 
 
-def overlap(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[Rendered]) -> np.ndarray:
+def mark_span_tokens(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[RenderedSample]) -> np.ndarray:
     """Return uint8 (sum,): 1 where a token shares a character with a learned span of its sample.
 
     `offsets` are the (sum, 2) character ranges of the tokens, each counted from the start of its own sample.

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRows:
     """Tokenised samples, one after the other.
 
     Attributes:
@@ -24,5 +24,5 @@ class Encoded:
     targets: np.ndarray
     offsets: np.ndarray
     format: str
-    part_rows: tuple[int, ...] = ()
+    rows_per_range: tuple[int, ...] = ()
     bad_rows: tuple[str, ...] = ()

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-NONE = "none"
+NO_ENTITIES = "none"
 
 
-def kinds_of(labels: Sequence[str]) -> tuple[str, ...]:
+def entity_kinds(labels: Sequence[str]) -> tuple[str, ...]:
     """Return the kinds of entities among tags, in their order."""
     return tuple(dict.fromkeys(label[2:] for label in labels if label[1:2] == "-"))
 
 
-def written(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str]) -> str:
+def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str]) -> str:
     """Return the answer that tags BIO stand for; `names` are what kinds are called."""
     found: list[tuple[str, list[str]]] = []
     for word, tag in zip(words, tags, strict=True):
@@ -24,10 +24,10 @@ def written(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str])
             found.append((tag[2:], [word]))
         elif tag.startswith("I-") and found:
             found[-1][1].append(word)
-    return "; ".join(f"{names[kind]}: {' '.join(own)}" for kind, own in found) or NONE
+    return "; ".join(f"{names[kind]}: {' '.join(own)}" for kind, own in found) or NO_ENTITIES
 
 
-def read(answer: str, words: Sequence[str], names: Mapping[str, str]) -> tuple[list[str], bool]:
+def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) -> tuple[list[str], bool]:
     """Return the tags of `words` that an answer stands for, and whether anything of it could be read.
 
     Args:
@@ -38,7 +38,7 @@ def read(answer: str, words: Sequence[str], names: Mapping[str, str]) -> tuple[l
     line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
     tags = ["O"] * len(words)
     known = {name.casefold(): kind for kind, name in names.items()}
-    understood = line.casefold().rstrip(".") == NONE
+    understood = line.casefold().rstrip(".") == NO_ENTITIES
     for part in line.split(";"):
         name, colon, text = part.partition(":")
         kind = known.get(name.strip().casefold())

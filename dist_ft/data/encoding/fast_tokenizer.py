@@ -34,11 +34,11 @@ def require_fast(tokenizer: Any) -> None:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"model.tokenizer={name_of(tokenizer)}: is not a fast tokenizer; one with character offsets "
+            f"model.tokenizer={tokenizer_name(tokenizer)}: is not a fast tokenizer; one with character offsets "
             "(tokenizer.json) is needed; convert it, or name another in model.tokenizer"
         )
 
 
-def name_of(tokenizer: Any) -> str:
+def tokenizer_name(tokenizer: Any) -> str:
     """Return what errors call a tokenizer."""
     return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

@@ -17,13 +17,13 @@ from dist_ft.data.sources.discovery import row_error
 
 if TYPE_CHECKING:
     from dist_ft.data.encoding.encoded import (
-        Encoded,
+        EncodedRows,
     )
 
 AGAIN = "shards of tokens are used whole or not at all; write the shard again"
 
 
-def are_tokens(rows: Any, kind: str) -> bool:
+def is_pretokenized(rows: Any, kind: str) -> bool:
     """Tell whether rows (a list or an Arrow table) are tokens, as data.format `kind` says or by their columns."""
     if kind != "auto":
         return kind == "tokens"
@@ -32,7 +32,7 @@ def are_tokens(rows: Any, kind: str) -> bool:
     return "input_ids" in rows.column_names
 
 
-def encode(table: Any, vocabulary: int, url: str, first: int) -> Encoded:
+def encode(table: Any, vocabulary: int, url: str, first: int) -> EncodedRows:
     """Return the rows of `table` (or of a list) as they are; without `targets` every token is learned.
 
     Raises:
@@ -40,7 +40,7 @@ def encode(table: Any, vocabulary: int, url: str, first: int) -> Encoded:
             neither 0 nor 1; also under data.bad_rows=skip.
     """
     from dist_ft.data.encoding.encoded import (
-        Encoded,
+        EncodedRows,
     )
 
     if isinstance(table, list):
@@ -80,7 +80,7 @@ def encode(table: Any, vocabulary: int, url: str, first: int) -> Encoded:
                 first + row,
                 f"{name} has {values[wrong[0]]}; 0 to {stop - 1} are allowed; {what}",
             )
-    return Encoded(
+    return EncodedRows(
         ids.astype(np.int32), targets.astype(np.uint8), offsets, "tokens", (len(table),), ()
     )
 

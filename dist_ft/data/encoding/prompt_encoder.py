@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.fast_tokenizer import exact_backend
 from dist_ft.data.encoding.prompt_templates import (
-    NO_CONTENT,
-    Words,
-    filled,
-    word_tokens,
-    words_of,
+    CONTENT_FREE_TEXTS,
+    LabelWords,
+    fill_template,
+    tokenize_label,
+    verbalize,
 )
-from dist_ft.data.encoding.task_encoder import TaskEncoder, Tokens
+from dist_ft.data.encoding.task_encoder import LabeledTokens, TaskEncoder
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources.discovery import row_error
 
@@ -45,32 +46,35 @@ class PromptEncoder(TaskEncoder):
         self._asked = prompting.templates[0]
         self.recipe = {
             **self.recipe,
-            "prompting": prompting.model_dump(mode="json", exclude={"max_new_tokens"}),
+            # Runs store a hash of this: it has the field names of 0.1.0.
+            "prompting": renames.RUN.restore(
+                prompting.model_dump(mode="json", exclude={"max_new_tokens"}), "prompting"
+            ),
         }
-        self._words: Words | None = None
+        self._words: LabelWords | None = None
 
-    def words(self) -> Words:
+    def words(self) -> LabelWords:
         """Return the words of all labels as tokens."""
         if self._words is None:
             backend = exact_backend(self.tokenizer)
             ids = tuple(
-                word_tokens(backend, self._asked, words_of(label, self._prompting))
+                tokenize_label(backend, self._asked, verbalize(label, self._prompting))
                 for label in self.task.labels
             )
             twice = next((place for place, own in enumerate(ids) if own in ids[:place]), None)
             if twice is not None:
                 raise ConfigError(
                     [
-                        f"prompting.verbalisers: {self.task.labels[twice]} has the tokens of another label; "
+                        f"prompting.verbalizers: {self.task.labels[twice]} has the tokens of another label; "
                         "each needs its own; change its words"
                     ],
                     "prompting",
                 )
             empty = [
-                self._prompt(Sample(text, text)) for text in NO_CONTENT if self._prompting.calibrate
+                self._prompt(Sample(text, text)) for text in CONTENT_FREE_TEXTS if self._prompting.calibrate
             ]
-            self._words = Words(
-                ids, tuple(tuple(own) for own in empty), self._prompting.normalise == "mean"
+            self._words = LabelWords(
+                ids, tuple(tuple(own) for own in empty), self._prompting.normalize == "mean"
             )
         return self._words
 
@@ -83,7 +87,7 @@ class PromptEncoder(TaskEncoder):
         """Return the ids of each prompt; None where the prompt leaves its text no room."""
         self._backend = self._backend or exact_backend(self.tokenizer)
         before, _ = self._frame()
-        texts = [filled(self._asked, one.first, one.second) for one in samples]
+        texts = [fill_template(self._asked, one.first, one.second) for one in samples]
         found = [
             [*before, *one.ids]
             for one in self._backend.encode_batch(texts, add_special_tokens=False)
@@ -97,7 +101,7 @@ class PromptEncoder(TaskEncoder):
         ]
 
     @override
-    def _labelled(self, encoding: Any, sample: Sample, url: str, number: int) -> Tokens:
+    def _labelled(self, encoding: Any, sample: Sample, url: str, number: int) -> LabeledTokens:
         room = self.sequence_length - self.words().longest
         if encoding is None or (self.data.overlong == "error" and len(encoding) > room):
             told = (
@@ -112,7 +116,7 @@ class PromptEncoder(TaskEncoder):
                 "less the longest label); raise the length, show fewer examples, or set "
                 "data.overlong=truncate",
             )
-        labels = np.full(len(encoding), IGNORED, np.int32)
+        labels = np.full(len(encoding), IGNORE_INDEX, np.int32)
         labels[:1] = sample.label
         if not encoding:
             raise row_error(url, number, "gives no token; text is needed; remove the row")
@@ -122,7 +126,7 @@ class PromptEncoder(TaskEncoder):
             self.sequence_length + 1 - len(encoding)
         )  # overlong=drop: too long for the plan too, which counts it
         return encoding + encoding[-1:] * missing, np.concatenate(
-            [labels, np.full(max(0, missing), IGNORED, np.int32)]
+            [labels, np.full(max(0, missing), IGNORE_INDEX, np.int32)]
         )
 
     def _prompt(self, sample: Sample) -> list[int]:
@@ -131,7 +135,7 @@ class PromptEncoder(TaskEncoder):
         return [
             *before,
             *backend.encode(
-                filled(self._asked, sample.first, sample.second), add_special_tokens=False
+                fill_template(self._asked, sample.first, sample.second), add_special_tokens=False
             ).ids,
         ]
 

@@ -13,17 +13,19 @@ from typing import Any
 
 from dist_ft.config.schema import PromptingSection
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.data.encoding.task_rows import Sample
-from dist_ft.data.sampling.shuffle import mix
 
-ALL = 2**31
+ALL_EXAMPLES = 2**31
 """More examples than there are."""
-NO_CONTENT = ("N/A", "", "[MASK]")
+CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
 """Texts without content (Zhao et al., arXiv:2102.09690)."""
 
 
 @dataclass(frozen=True)
-class Words:
+class LabelWords:
     """The words of all labels as tokens.
 
     Attributes:
@@ -42,30 +44,30 @@ class Words:
         return max(map(len, self.ids))
 
 
-def filled(template: str, text: str, pair: str | None = None) -> str:
+def fill_template(template: str, text: str, pair: str | None = None) -> str:
     """Return a template with a row's texts in their places; texts may hold braces."""
     return template.format(text=text, pair=pair or "")
 
 
-def words_of(label: str, section: PromptingSection) -> str:
+def verbalize(label: str, section: PromptingSection) -> str:
     """Return the words of a label, with the blank before them: those of the config, or its own name."""
-    return section.verbalisers.get(label, " " + label.replace("_", " "))
+    return section.verbalizers.get(label, " " + label.replace("_", " "))
 
 
-def answered(
+def format_example(
     template: str, sample: Sample, labels: Sequence[str], section: PromptingSection
 ) -> str:
     """Return an example: a prompt and the words of its label."""
-    return filled(template, sample.first, sample.second) + words_of(labels[sample.label], section)
+    return fill_template(template, sample.first, sample.second) + verbalize(labels[sample.label], section)
 
 
-def few_shot(template: str, shown: Sequence[str], separator: str) -> str:
+def prepend_examples(template: str, shown: Sequence[str], separator: str) -> str:
     """Return the template that shows answered examples first."""
     before = "".join(example + separator for example in shown)
     return before.replace("{", "{{").replace("}", "}}") + template
 
 
-def draw(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]:
+def draw_per_class(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]:
     """Return `count` of each kind among (kind, sample), or all there are, in an order drawn by `seed`.
 
     Which are drawn, and their order, follow from the place of each among `samples`; memory is that of what is drawn.
@@ -74,7 +76,7 @@ def draw(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]
     for number, (kind, sample) in enumerate(samples):
         own = kept.setdefault(kind, [])
         entry = (
-            -mix(seed, number),
+            -derive_seed(seed, number),
             number,
             sample,
         )  # the smallest hashes stay: a heap of their negatives
@@ -91,7 +93,7 @@ def draw(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]
     ]
 
 
-def word_tokens(backend: Any, template: str, words: str) -> tuple[int, ...]:
+def tokenize_label(backend: Any, template: str, words: str) -> tuple[int, ...]:
     """Return the tokens of a label's words as they stand after a prompt.
 
     Args:
@@ -108,7 +110,7 @@ def word_tokens(backend: Any, template: str, words: str) -> tuple[int, ...]:
     if both[: len(before)] != before or len(both) == len(before):
         raise ConfigError(
             [
-                f"prompting.verbalisers={words!r}: after the template's end {end[-20:]!r} it is no token of "
+                f"prompting.verbalizers={words!r}: after the template's end {end[-20:]!r} it is no token of "
                 "its own; a template without a blank at its end and words that begin with one are allowed; "
                 "move the blank"
             ],

@@ -12,10 +12,10 @@ import numpy as np
 
 from dist_ft.config.schema import TaskSection
 from dist_ft.data.sources.discovery import Row, row_error
-from dist_ft.data.sources.row_formats import column_of, text_of
+from dist_ft.data.sources.row_formats import get_column, require_text
 
-SHOWN = 8
-OUTSIDE = "O"
+MAX_LABELS_SHOWN = 8
+OUTSIDE_TAG = "O"
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Sample:
     label: Any = None
 
 
-Reader = Callable[[Row, TaskSection, Mapping[str, int], str, int], Sample]
+RowReader = Callable[[Row, TaskSection, Mapping[str, int], str, int], Sample]
 
 
-def classification(
+def read_classification(
     row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
 ) -> Sample:
     """Read a text (or a pair) and its label."""
@@ -46,7 +46,7 @@ def classification(
     return Sample(*_texts(row, task, url, number), _id(value, ids, task.columns.label, url, number))
 
 
-def multi_label(
+def read_multi_label(
     row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
 ) -> Sample:
     """Read a text (or a pair) and its labels."""
@@ -57,7 +57,7 @@ def multi_label(
     )
 
 
-def regression(
+def read_regression(
     row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
 ) -> Sample:
     """Read a text (or a pair) and a number."""
@@ -76,7 +76,7 @@ def regression(
     return Sample(*_texts(row, task, url, number), int(np.float32(label).view(np.int32)))
 
 
-def token_classification(
+def read_token_classification(
     row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
 ) -> Sample:
     """Read words and their tags."""
@@ -97,7 +97,7 @@ def token_classification(
             "one tag a word is needed; repair the row",
         )
     found = [str(tag) for tag in tags]
-    broken = next(iter(broken_bio(found)), None) if is_bio(ids) else None
+    broken = next(iter(find_broken_bio(found)), None) if is_bio(ids) else None
     if broken is not None:
         raise row_error(
             url,
@@ -119,7 +119,7 @@ def is_bio(labels: Iterable[str]) -> bool:
     return "B" in marks and marks <= {"B", "I"}
 
 
-def broken_bio(tags: list[str]) -> Iterable[int]:
+def find_broken_bio(tags: list[str]) -> Iterable[int]:
     """Yield the places of I- tags that go on with nothing."""
     for at, tag in enumerate(tags):
         if tag.startswith("I-") and (
@@ -128,7 +128,7 @@ def broken_bio(tags: list[str]) -> Iterable[int]:
             yield at
 
 
-def question_answering(
+def read_question_answering(
     row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
 ) -> Sample:
     """Read a question, its context and where the first answer lies in it."""
@@ -170,7 +170,7 @@ def question_answering(
     return Sample(question, context, (start + lead, start + lead + len(text.strip())))
 
 
-def seq2seq(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_seq2seq(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
     """Read a source and its target."""
     names = task.columns
     source, target = (
@@ -180,14 +180,14 @@ def seq2seq(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, numbe
     return Sample(source, target)
 
 
-def masked_lm(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_masked_lm(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
     """Read a text."""
     return Sample(
         _text(_get(row, task.columns.text, "text", url, number), task.columns.text, url, number)
     )
 
 
-def embedding(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_embedding(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
     """Read two texts that belong together."""
     pair = task.columns.pair or "positive"
     return Sample(
@@ -198,20 +198,20 @@ def embedding(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, num
     )
 
 
-READERS: dict[str, Reader] = {
-    "sequence_classification": classification,
-    "multi_label": multi_label,
-    "regression": regression,
-    "token_classification": token_classification,
-    "question_answering": question_answering,
-    "seq2seq": seq2seq,
-    "masked_lm": masked_lm,
-    "embedding": embedding,
+READERS: dict[str, RowReader] = {
+    "sequence_classification": read_classification,
+    "multi_label": read_multi_label,
+    "regression": read_regression,
+    "token_classification": read_token_classification,
+    "question_answering": read_question_answering,
+    "seq2seq": read_seq2seq,
+    "masked_lm": read_masked_lm,
+    "embedding": read_embedding,
 }
 """How each task reads a row."""
 
 
-def labels_of(row: Row, task: TaskSection, url: str, number: int) -> list[str]:
+def read_label_names(row: Row, task: TaskSection, url: str, number: int) -> list[str]:
     """Return the names of the labels in a row, of a task that chooses among labels."""
     if task.name == "token_classification":
         column, field = task.columns.tags, "tags"
@@ -226,7 +226,7 @@ def labels_of(row: Row, task: TaskSection, url: str, number: int) -> list[str]:
     return [str(item) for item in values if item is not None]
 
 
-def ordered(labels: Iterable[str]) -> tuple[str, ...]:
+def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return labels in the order a head has them: numbers by value, O first, then by name, I- after its B-."""
     found = set(labels)
     if all(re.fullmatch(r"-?[0-9]+", label) for label in found):
@@ -234,7 +234,7 @@ def ordered(labels: Iterable[str]) -> tuple[str, ...]:
 
     def place(label: str) -> tuple[bool, str, str]:
         prefix, _, kind = label.partition("-") if label[1:2] == "-" else ("", "", label)
-        return label != OUTSIDE, kind, prefix
+        return label != OUTSIDE_TAG, kind, prefix
 
     return tuple(sorted(found, key=place))
 
@@ -249,7 +249,7 @@ def _texts(row: Row, task: TaskSection, url: str, number: int) -> tuple[str, str
 
 def _id(value: Any, ids: Mapping[str, int], column: str, url: str, number: int) -> int:
     if value is None or str(value) not in ids:
-        known = ", ".join(list(ids)[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+        known = ", ".join(list(ids)[:MAX_LABELS_SHOWN]) + (", ..." if len(ids) > MAX_LABELS_SHOWN else "")
         raise row_error(
             url,
             number,
@@ -271,11 +271,11 @@ def _list(value: Any, column: str, what: str, url: str, number: int) -> list[Any
 
 
 def _get(row: Row, column: str, field: str, url: str, number: int) -> Any:
-    return column_of(row, column, f"task.columns.{field}", url, number)
+    return get_column(row, column, f"task.columns.{field}", url, number)
 
 
 def _text(value: Any, where: str, url: str, number: int) -> str:
-    if not text_of(value, where, url, number).strip():
+    if not require_text(value, where, url, number).strip():
         raise row_error(
             url, number, f"{where} is empty; text is needed; convert it or remove the row"
         )

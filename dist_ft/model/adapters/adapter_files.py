@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_ft.config.load import load_stored_section
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPTS, TuningSection
 from dist_ft.core.errors import CheckpointError, ModelError
@@ -126,7 +127,7 @@ def load_adapter(
     from peft.utils import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    section = TuningSection.model_validate(said["tuning"])
+    section = load_stored_section(said, "tuning", TuningSection, folder)
     if section.method in PROMPTS:  # the vectors were kept, and not the network that made them
         kind = "prefix_tuning" if section.method == "prefix_tuning" else "prompt_tuning"
         section = TuningSection.model_validate(

@@ -1,13 +1,15 @@
-"""The labels of a run: those of the config, or those of the training data, found once and kept with the run.
+"""The labels of a run: those of the config, or those of the training data, found once and stored with the run.
 
-With task.grow_head those of the model's head come first, and stay.
+With task.grow_head, the labels of the model's own head come first and keep their order.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.sections.task import LABELLED
 from dist_ft.core.errors import ConfigError, DataError
@@ -16,88 +18,92 @@ from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import task_rows
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.model.loading.grow_head import grown_labels, own_labels
 from dist_ft.model.loading.download import fetch_model
+from dist_ft.model.loading.grow_head import grown_labels, own_labels
 from dist_ft.storage.filesystem import Store
 
-KEPT = "data/labels.json"
-MOST = 10_000
+LABELS_FILE = "data/labels.json"
+"""File of a run: the labels found in its training data."""
+MAX_LABELS = 10_000
 
 
-def with_labels(
-    config: RunConfig, store: Store, world: World, collectives: Collectives
-) -> RunConfig:
-    """Return the config with the labels of its task filled in; a collective call.
+def resolve_labels(
+    run: ResolvedRun, store: Store, world: World, collectives: Collectives
+) -> ResolvedRun:
+    """Return the run with the labels of its task; a collective call.
 
     Raises:
         DataError: a row without a label (under data.bad_rows=error), or data with fewer than two labels.
-        ConfigError: task.class_weights of another number of labels.
+        ConfigError: task.class_weights has another number of labels.
     """
-    task = config.task
+    config, task = run.config, run.config.task
     if task.name not in LABELLED:
-        return config
-    spoken = config.prompting.verbalisers if config.prompting.method == "likelihood" else ()
-    found = (
-        task.labels
-        or tuple(spoken)
-        or tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
-    )
+        return run
+
+    labels = task.labels
+    if not labels and config.prompting.method == "likelihood":
+        labels = tuple(config.prompting.verbalizers)
+    if not labels:
+        labels = on_rank0(world, collectives, lambda: _stored_labels(config, store))
+
     if task.grow_head:
-        own = own_labels(
-            fetch_model(config.model.path, config.model.revision, config.data.cache_dir, weights=False),
-            task,
+        model_folder = fetch_model(
+            run.model.path, run.model.revision, config.data.cache_dir, weights=False
         )
-        found = grown_labels(own, found, named=bool(task.labels))
-    if task.class_weights and len(task.class_weights) != len(found):
+        labels = grown_labels(own_labels(model_folder, task), labels, named=bool(task.labels))
+
+    if task.class_weights and len(task.class_weights) != len(labels):
+        shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
         raise ConfigError(
             [
-                f"task.class_weights: {len(task.class_weights)} weights and {len(found)} labels "
-                f"({', '.join(found[:8])}{', ...' if len(found) > 8 else ''}); one for each is needed, in "
-                "this order; correct them"
+                f"task.class_weights: {len(task.class_weights)} weights and {len(labels)} labels "
+                f"({shown}). Exactly one weight for each label is allowed, in this order. Correct "
+                "task.class_weights."
             ]
         )
-    return config.model_copy(update={"task": task.model_copy(update={"labels": tuple(found)})})
+    return replace(run, labels=tuple(labels))
 
 
-def _kept(config: RunConfig, store: Store) -> list[str]:
-    """Return the labels the run began with; if it has not begun, find and keep them (rank 0 only)."""
-    if store.exists(KEPT):
-        return list(json.loads(store.read(KEPT)))
-    found = find_labels(config, least=1 if config.task.grow_head else 2)
-    store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
-    return found
+def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
+    """Return the labels the run started with; on its first start, find and store them (rank 0 only)."""
+    if store.exists(LABELS_FILE):
+        return tuple(json.loads(store.read(LABELS_FILE)))
+    labels = _training_labels(config, minimum=1 if config.task.grow_head else 2)
+    store.write(LABELS_FILE, json.dumps(labels, ensure_ascii=False).encode())
+    return labels
 
 
-def find_labels(config: RunConfig, least: int = 2) -> list[str]:
+def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
     """Return the labels of the training data in the order of a head's outputs; reads every row once."""
-    found = labels_in(config, config.data.train)
-    if len(found) < least:
+    labels = collect_labels(config, config.data.train)
+    if len(labels) < minimum:
+        shown = f" ({min(labels)})" if labels else ""
         raise DataError(
-            f"data.train: its rows have {len(found)} label{'s' if len(found) != 1 else ''}"
-            f"{' (' + min(found) + ')' if found else ''}; at least two are needed to choose among; set "
-            "task.columns, or name them in task.labels"
+            f"data.train: its rows have {len(labels)} label{'s' if len(labels) != 1 else ''}{shown}. "
+            "At least two different labels are needed. Set task.columns, or name the labels in "
+            "task.labels."
         )
-    return list(task_rows.sort_labels(found))
+    return tuple(task_rows.sort_labels(labels))
 
 
-def labels_in(config: RunConfig, sources: Sequence[Source]) -> set[str]:
-    """Return the labels that rows of `sources` have; reads every row once."""
-    found: set[str] = set()
+def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
+    """Return the labels of the rows of `sources`; reads every row once."""
+    labels: set[str] = set()
     for shard in (shard for source in discover_shards(sources) for shard in source):
         for number, row in enumerate(readers.iter_rows(shard), 1):
             try:
                 if isinstance(row, DataError):
                     raise row
-                found.update(task_rows.read_label_names(row, config.task, shard.url, number))
+                labels.update(task_rows.read_label_names(row, config.task, shard.url, number))
             except DataError:
                 if config.data.bad_rows == "error":
                     raise
-        if len(found) > MOST:
+        if len(labels) > MAX_LABELS:
             raise DataError(
                 redact(
-                    f"{shard.url}: there are {len(found)} labels by now; at most {MOST} are "
-                    "allowed; set task.columns.label to a column of labels, or, for numbers, "
-                    "task.name=regression"
+                    f"{shard.url}: {len(labels)} different labels so far. At most {MAX_LABELS} are "
+                    "allowed. Set task.columns.label to a column of labels, or task.name=regression "
+                    "for numbers."
                 )
             )
-    return found
+    return labels

@@ -46,13 +46,13 @@ def problems(path: str) -> tuple[str, ...]:
 
 def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
     found = load_stages(
-        write(tmp_path, [stage("a"), stage("b"), stage("c")], begin="best"), ["schedule.epochs=5"]
+        write(tmp_path, [stage("a"), stage("b"), stage("c")], checkpoint="best"), ["schedule.epochs=5"]
     )
     runs = [one.config for one in found.stages]
     assert [run.run.name for run in runs] == ["seq-a", "seq-b", "seq-c"]
     assert [run.model.path for run in runs] == ["org/base", "runs/seq-a", "runs/seq-b"]
     assert [run.model.revision for run in runs] == ["v1", None, None]
-    assert [run.model.checkpoint for run in runs] == ["newest", "best", "best"]
+    assert [run.model.checkpoint for run in runs] == ["latest", "best", "best"]
     assert [run.task.grow_head for run in runs] == [False, True, True]
     assert all(
         run.schedule.epochs == 5 and run.run.seed == 3 and run.data.overlong == "truncate"
@@ -63,7 +63,7 @@ def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
         "b-held.jsonl",
         "c-held.jsonl",
     ]
-    assert (found.url, found.metric, found.begin) == ("runs/seq", "accuracy", "best")
+    assert (found.url, found.metric, found.checkpoint) == ("runs/seq", "accuracy", "best")
 
 
 def test_replay_has_its_share_of_the_sequences_in_equal_parts(tmp_path):

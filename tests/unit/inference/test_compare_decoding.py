@@ -22,7 +22,7 @@ def document(tmp_path_factory):
     made["evaluation"].update(
         {
             "generate_samples": 6,
-            "keep_texts": 3,
+            "keep_generations": 3,
             "text_metrics": ["chrf", "token_error_rate"],
             "decoding": {"max_new_tokens": 5, "choices": ["bread and tea", "the fox", "rivers"]},
         }

@@ -15,7 +15,7 @@ from dist_ft import api
 from dist_ft.config.load import load_config, to_mapping
 from dist_ft.core.errors import ConfigError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference.evaluate import evaluate_models, over_templates
 from dist_ft.inference.predict import Predictor
 from dist_ft.runtime.bootstrap.few_shot_examples import (
@@ -44,7 +44,7 @@ def config(base, *, templates=TEMPLATES[:1], **fields):
         prompting={
             "method": "likelihood",
             "templates": templates,
-            "verbalisers": WORDS,
+            "verbalizers": WORDS,
             **fields.pop("prompting", {}),
         },
     )
@@ -56,9 +56,9 @@ def config(base, *, templates=TEMPLATES[:1], **fields):
 def held_out(made):
     return [
         row
-        for source in resolve(made.evaluation.data)
+        for source in discover_shards(made.evaluation.data)
         for shard in source
-        for row in readers.rows_of(shard)
+        for row in readers.iter_rows(shard)
     ]
 
 
@@ -209,7 +209,7 @@ def test_a_trained_head_stands_beside_a_prompted_model(base):
 def test_no_optimizer_is_made(base, monkeypatch):
     from dist_ft.engine import optimizers
 
-    monkeypatch.setattr(optimizers, "build", lambda *_: pytest.fail("an optimizer was made"))
+    monkeypatch.setattr(optimizers, "build_optimizer", lambda *_: pytest.fail("an optimizer was made"))
     made = config(base)
     evaluate_models(made, [made.model.path])
 
@@ -267,7 +267,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
             {"prompting": {"templates": ["{text} {pair}"]}},
             r"prompting\.templates\.0: has a place for a second text",
         ),
-        ({"prompting": {"verbalisers": {"a": " x", "b": " x"}}}, "two labels have the same words"),
+        ({"prompting": {"verbalizers": {"a": " x", "b": " x"}}}, "two labels have the same words"),
         (
             {"prompting": {"method": "generation"}},
             "prompting.method=generation: task.name=sequence_classification does not use it",
@@ -278,7 +278,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         ),
         (
             {"task": {"labels": ["animal", "drink"]}},
-            r"prompting\.verbalisers\.food: is no label of task\.labels",
+            r"prompting\.verbalizers\.food: is no label of task\.labels",
         ),
     ],
 )
@@ -291,10 +291,10 @@ def test_what_contradicts_itself_is_one_line(base, fields, line):
 def test_check_tries_the_words_of_labels(base):
     assert check_run.check(config(base)) == []
     (line,) = check_run.check(
-        config(base, templates=["{text} t"], prompting={"verbalisers": {**WORDS, "food": "ea"}})
+        config(base, templates=["{text} t"], prompting={"verbalizers": {**WORDS, "food": "ea"}})
     )
     assert line.startswith(
-        "prompting.verbalisers='ea': after the template's end ' t' it is no token of its own; "
+        "prompting.verbalizers='ea': after the template's end ' t' it is no token of its own; "
     )
 
 

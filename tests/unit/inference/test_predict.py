@@ -12,7 +12,7 @@ from dist_ft import api
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError, DataError, ModelError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference import prediction_file
 from dist_ft.inference.evaluate import evaluate_models
 from dist_ft.inference.predict import Predictor
@@ -122,12 +122,12 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
     monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 4)
     predictor = Predictor(out)
-    (shards,) = resolve(
+    (shards,) = discover_shards(
         load_config(tiny_tasks.config(base, "regression", "x", data={"train": source})).data.train
     )
 
     def every():
-        return (row for shard in shards for row in readers.rows_of(shard))
+        return (row for shard in shards for row in readers.iter_rows(shard))
 
     assert predict_file(predictor, every(), str(tmp_path / "whole.jsonl")) == 20
     whole = (tmp_path / "whole.jsonl").read_bytes()

@@ -16,7 +16,7 @@ from dist_ft.config.load import load_config
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import ConfigError, DataError, ModelError, WorkerError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference import predict_folder, prediction_shards, ray_data
 from dist_ft.inference.predict import Predictor
 from dist_ft.runtime import local
@@ -44,8 +44,8 @@ def make_rows(folder, count=40):
 
 
 def rows_of(path):
-    shards = [shard for found in resolve([Source(path=str(path))]) for shard in found]
-    return [row for shard in shards for row in readers.rows_of(shard)]
+    shards = [shard for found in discover_shards([Source(path=str(path))]) for shard in found]
+    return [row for shard in shards for row in readers.iter_rows(shard)]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -123,7 +123,7 @@ def test_a_bad_row_ends_it_and_leaves_no_shard_of_its_part(model, tmp_path):
 def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp_path):
     """What Ray Data calls, without Ray: errors travel as values, for Ray would wrap them beyond recognition."""
     source = make_rows(tmp_path / "in")
-    shards = [shard for found in resolve([Source(path=source)]) for shard in found]
+    shards = [shard for found in discover_shards([Source(path=source)]) for shard in found]
     tasks = prediction_shards.cut(shards, "jsonl")
     asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128, "greedy")
     told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
@@ -152,8 +152,8 @@ def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, m
     import shutil
 
     shutil.copytree(model, tmp_path / "flash")
-    about = json.loads((tmp_path / "flash" / export.ABOUT).read_text())
-    (tmp_path / "flash" / export.ABOUT).write_text(
+    about = json.loads((tmp_path / "flash" / export.INFO_FILE).read_text())
+    (tmp_path / "flash" / export.INFO_FILE).write_text(
         json.dumps({**about, "attention": "flash_attention_2"})
     )
     rows = [tiny_tasks.row("sequence_classification", random.Random(5)) for _ in range(3)]

@@ -17,7 +17,7 @@ from dist_ft import api
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError, DataError, ModelError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.data.tools import perturb
 from dist_ft.inference.evaluate import evaluate_models
 from dist_ft.runtime import local
@@ -57,9 +57,9 @@ def config(base, kind="sequence_classification", **fields):
 def rows_of(made, sources=None):
     return [
         row
-        for source in resolve(sources or made.evaluation.data)
+        for source in discover_shards(sources or made.evaluation.data)
         for shard in source
-        for row in readers.rows_of(shard)
+        for row in readers.iter_rows(shard)
     ]
 
 
@@ -119,7 +119,7 @@ def test_out_of_scope_is_told_by_how_sure_the_model_is(base):
 def test_typos_stand_beside_clean_texts(base):
     made = config(base, evaluation={"robustness": {"typo_rate": 0.5, "seed": 4}})
     rows, found = rows_of(made), found_of(made, base)
-    noisy = [perturb.typos(0.5, 4, number)(row["text"]) for number, row in enumerate(rows)]
+    noisy = [perturb.make_typo_function(0.5, 4, number)(row["text"]) for number, row in enumerate(rows)]
     wanted = [LABELS.index(row["label"]) for row in rows]
     assert (
         found["accuracy_typos"]
@@ -147,7 +147,7 @@ def test_swapped_names_change_predictions(base):
     rows, found, swap = (
         rows_of(made),
         found_of(made, base),
-        perturb.swaps([("tea", "bread"), ("quick", "lazy")]),
+        perturb.make_swap_function([("tea", "bread"), ("quick", "lazy")]),
     )
     pairs = [(row, swap(row["text"])) for row in rows if swap(row["text"]) != row["text"]]
     before, after = (
@@ -242,7 +242,7 @@ def test_entities_are_written_and_scored(base, monkeypatch):
         names = {kind: kind for kind in LABELS}
         prompts.extend(self._template.format(text=" ".join(one.first)) for one in samples)
         return [
-            entity_text.written(
+            entity_text.format_entities(
                 one.first, [self.config.task.labels[tag] for tag in one.label], names
             )
             for one in samples

@@ -13,7 +13,7 @@ from unit.small import FAMILIES, VOCABULARY, batch, make_model, make_module
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.model.causal_lm import batch_to_inputs
-from dist_ft.model.generation import GenerationRequest, TextGenerator, Gumbel
+from dist_ft.model.generation import GenerationRequest, Gumbel, TextGenerator
 
 STRATEGIES = {
     "greedy": {},
@@ -52,7 +52,7 @@ def rows(seed: int = 0) -> list[GenerationRequest]:
 
 def decoder(batch_rows: int = 3, **fields) -> TextGenerator:
     return TextGenerator(
-        DecodingSection(**{"max_new_tokens": LENGTH, "rows": batch_rows, **fields}), Words()
+        DecodingSection(**{"max_new_tokens": LENGTH, "batch_size": batch_rows, **fields}), Words()
     )
 
 

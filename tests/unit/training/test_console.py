@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dist_ft.training.console import Console, duration, progress_line, table
+from dist_ft.training.console import Console, format_duration, format_progress, format_table
 
 
 class Terminal(io.StringIO):
@@ -22,8 +22,8 @@ def test_in_a_file_every_line_stays():
     stream = io.StringIO()
     console = Console(stream)
     for text in ("step 1", "step 2"):
-        console.progress(text)
-    console.say("done")
+        console.show_progress(text)
+    console.print("done")
     assert stream.getvalue() == "step 1\nstep 2\ndone\n"
 
 
@@ -31,10 +31,10 @@ def test_on_a_terminal_progress_replaces_itself():
     stream = Terminal()
     console = Console(stream)
     for text in ("step 1", "step 2"):
-        console.progress(text)
-    console.say("done")
-    console.say("bye")
-    console.progress("step 3")
+        console.show_progress(text)
+    console.print("done")
+    console.print("bye")
+    console.show_progress("step 3")
     console.close()
     console.close()
     assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\ndone\nbye\n\r\x1b[2Kstep 3\n"
@@ -43,7 +43,7 @@ def test_on_a_terminal_progress_replaces_itself():
 def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    Console(stream).say("2 × 3")
+    Console(stream).print("2 × 3")
     assert raw.getvalue() == b"2 ? 3\n"
 
 
@@ -51,8 +51,8 @@ def test_a_reader_that_left_does_not_end_the_run():
     """`dist-ft train ... | head -2`: what is written in vain must neither raise nor change the exit code."""
     program = (
         "import sys, time\nfrom dist_ft.training.console import Console\nconsole = Console()\n"
-        "console.say('first')\nsys.stdin.read()\n"
-        "for _ in range(3): console.say('more'); console.progress('step'); console.close()\n"
+        "console.print('first')\nsys.stdin.read()\n"
+        "for _ in range(3): console.print('more'); console.show_progress('step'); console.close()\n"
         "sys.stderr.write('trained on')"
     )
     ran = subprocess.Popen(
@@ -72,7 +72,7 @@ def test_a_reader_that_left_does_not_end_the_run():
 
 
 def test_by_default_it_is_standard_output(capsys):
-    Console().say("here")
+    Console().print("here")
     assert capsys.readouterr().out == "here\n"
 
 
@@ -81,7 +81,7 @@ def test_by_default_it_is_standard_output(capsys):
     [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (-5, "0:00:00"), (360000, "100:00:00")],
 )
 def test_duration(seconds, want):
-    assert duration(seconds) == want
+    assert format_duration(seconds) == want
 
 
 def test_progress_line():
@@ -92,14 +92,14 @@ def test_progress_line():
         "tokens_per_s": 12345.6,
         "step_s": 0.5,
     }
-    assert progress_line(7, 120, values, 56.5) == (
+    assert format_progress(7, 120, values, 56.5) == (
         "step   7/120  loss 1.2346  lr 2.00e-05  grad 0.99  12,346 tok/s  0.50 s/step  left 0:00:56"
     )
-    assert "grad nan" in progress_line(7, 120, {**values, "grad_norm": float("nan")}, 0)
+    assert "grad nan" in format_progress(7, 120, {**values, "grad_norm": float("nan")}, 0)
 
 
 def test_table():
-    text = table("run x", [("model", "a/b"), ("long", "word " * 40)])
+    text = format_table("run x", [("model", "a/b"), ("long", "word " * 40)])
     lines = text.splitlines()
     assert lines[0].strip() == "run x" and any("model" in line and "a/b" in line for line in lines)
     assert max(len(line) for line in lines) <= 100 and text.count("word") == 40

@@ -9,7 +9,7 @@ from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.training import error_examples
-from dist_ft.training.prediction_collector import Scorer
+from dist_ft.training.prediction_collector import PredictionCollector
 
 
 class Words:
@@ -41,14 +41,14 @@ def batch(
     return Batch(padded, wanted, np.zeros_like(padded), segments, 0)
 
 
-def found(scorer: Scorer, collectives: Collectives | None = None):
+def found(scorer: PredictionCollector, collectives: Collectives | None = None):
     collectives = collectives or Collectives()
     scorer.scores(collectives)
     return scorer.examples(collectives, Words())
 
 
 def test_the_surest_error_comes_first_and_what_is_right_never():
-    scorer = Scorer(task("sequence_classification", "x", "y"))
+    scorer = PredictionCollector(task("sequence_classification", "x", "y"))
     scorer.add(
         batch([[1, 2], [3, 4], [5]], [[0, IGNORE_INDEX], [0, IGNORE_INDEX], [1]], [7, 3, 9]),
         np.array([[0.0, 1.0], [0.0, 4.0], [-9.0, 9.0]]),
@@ -63,7 +63,7 @@ def test_the_surest_error_comes_first_and_what_is_right_never():
 
 
 def test_there_are_at_most_so_many():
-    scorer = Scorer(task("regression"))
+    scorer = PredictionCollector(task("regression"))
     bits = int(np.float32(1).view(np.int32))
     scorer.add(batch([[1]] * 30, [[bits]] * 30, list(range(30))), np.arange(30.0))
     told = found(scorer)
@@ -76,14 +76,14 @@ def test_there_are_at_most_so_many():
 
 
 def test_sets_of_labels_tell_what_is_missing_and_what_is_too_much():
-    scorer = Scorer(task("multi_label", "x", "y", "z"))
+    scorer = PredictionCollector(task("multi_label", "x", "y", "z"))
     scorer.add(batch([[1, 2]], [[0b011, IGNORE_INDEX]], [4]), np.array([[5.0, -3.0, -5.0]]))
     (only,) = found(scorer)
     assert (only["wanted"], only["told"], only["at"]) == ("x, y", "x", [1])
 
 
 def test_wrong_tags_are_told_with_their_words():
-    scorer = Scorer(task("token_classification", "O", "B-x"))
+    scorer = PredictionCollector(task("token_classification", "O", "B-x"))
     logits = np.zeros((1, 4, 2))
     logits[0, 1, 1], logits[0, 3, 0] = 5, 2  # the first word is taken for an x, the second for none
     scorer.add(batch([[9, 1, 2, 3]], [[IGNORE_INDEX, 0, IGNORE_INDEX, 1]], [2]), logits)
@@ -97,7 +97,7 @@ def test_wrong_tags_are_told_with_their_words():
 
 
 def test_an_answer_of_another_window_is_told_with_its_own_tokens():
-    scorer = Scorer(task("question_answering"))
+    scorer = PredictionCollector(task("question_answering"))
     told = np.full((2, 4, 2), -9.0)
     told[0, 0], told[1, 0] = 0, 0
     told[1, 2, 0], told[1, 3, 1] = 6, 6
@@ -110,7 +110,7 @@ def test_an_answer_of_another_window_is_told_with_its_own_tokens():
 
 def test_workers_tell_the_same_of_what_either_saw():
     section = task("sequence_classification", "x", "y")
-    whole, mine, theirs = Scorer(section), Scorer(section), Scorer(section)
+    whole, mine, theirs = PredictionCollector(section), PredictionCollector(section), PredictionCollector(section)
     for scorers, ids, sample, logits in (
         ((whole, mine), [1, 2], 0, [0.0, 3.0]),
         ((whole, theirs), [3], 1, [0.0, 2.0]),
@@ -128,6 +128,6 @@ def test_workers_tell_the_same_of_what_either_saw():
 
 
 def test_numbers_that_are_none_are_no_examples():
-    scorer = Scorer(task("sequence_classification", "x", "y"))
+    scorer = PredictionCollector(task("sequence_classification", "x", "y"))
     scorer.add(batch([[1]], [[1]], [0]), np.array([[np.nan, np.nan]]))
     assert found(scorer) == []

@@ -21,7 +21,7 @@ from dist_ft.model.generation import GenerationRequest
 from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.held_out_generation import HeldOutTexts, make_together, samples_of
+from dist_ft.training.held_out_generation import HeldOutGenerator, generate_distributed, iterate_samples
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
         "some rows hold several samples"
     )
     found = sorted(
-        (one for batch in batches for one in samples_of(batch, False)), key=lambda one: one.sample
+        (one for batch in batches for one in iterate_samples(batch, False)), key=lambda one: one.sample
     )
     rows = [
         json.loads(line)
@@ -79,7 +79,7 @@ def test_of_a_chat_the_first_answer_is_asked_for(base, tmp_path):
     ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     data = held_out(base, data={"train": str(tmp_path / "chat.jsonl"), "format": "auto"})
-    (one,) = samples_of(data.training.batches(0, range(1))[0], False)
+    (one,) = iterate_samples(data.training.batches(0, range(1))[0], False)
     assert data.tokenizer.decode(one.prompt) == "<|user|>the fox<|end|><|assistant|>"
     assert data.tokenizer.decode(one.target) == "jumps<|end|>"
     data.close()
@@ -131,7 +131,7 @@ def test_each_text_is_made_once_and_calls_are_even_where_they_must_be(size, sync
     found, engines, collectives = {}, [OneModel(synced) for _ in range(size)], Threads(size)
 
     def work(rank):
-        found[rank] = make_together(
+        found[rank] = generate_distributed(
             decoder(2, **sampling), engines[rank], rows, World(rank, size, rank, size), collectives
         )
 
@@ -158,12 +158,12 @@ def test_the_first_samples_are_taken_once_whoever_saw_them(base):
         )
     )
     data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
-    texts = HeldOutTexts.of(config, data.tokenizer)
+    texts = HeldOutGenerator.of(config, data.tokenizer)
     for _ in range(2):  # a second evaluation begins anew
         for batch in data.evaluation.batches(0, range(5)) + data.evaluation.batches(1, range(5)):
             texts.see(batch)
         assert [one.sample for one in texts.gather(Collectives())] == [0, 1, 2, 3, 4]
-    assert HeldOutTexts.of(load_config(tiny.config(base, "x")), data.tokenizer) is None
+    assert HeldOutGenerator.of(load_config(tiny.config(base, "x")), data.tokenizer) is None
     data.close()
 
 
@@ -182,7 +182,7 @@ def test_a_run_stops_early_by_a_metric_of_texts(base):
             "patience": 2,
             "generate_samples": 3,
             "text_metrics": "token_error_rate",
-            "keep_texts": 2,
+            "keep_generations": 2,
             "decoding": {"max_new_tokens": 4},
         }
     )

@@ -9,7 +9,7 @@ from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.encoding import answer_spans
-from dist_ft.training.prediction_collector import Scorer, best_span
+from dist_ft.training.prediction_collector import PredictionCollector, best_span
 
 
 def task(name: str, *labels: str) -> TaskSection:
@@ -30,7 +30,7 @@ def wanted(last: int, begin: int = 1, tail: int = 0) -> int:
 
 def test_an_answer_lies_in_the_context():
     """A model that points at the question, or at what ends the window, has said nothing of the context."""
-    scorer, told = Scorer(task("question_answering")), np.full((1, 8, 2), -5.0)
+    scorer, told = PredictionCollector(task("question_answering")), np.full((1, 8, 2), -5.0)
     told[0, 2] = 9  # in the question
     told[0, 7] = 8  # the last separator
     told[0, 4, 0], told[0, 5, 1] = 3, 3
@@ -54,7 +54,7 @@ def test_spans_are_packed_into_an_int32(span):
 
 
 def test_padding_never_counts():
-    scorer = Scorer(task("token_classification", "O", "B-x"))
+    scorer = PredictionCollector(task("token_classification", "O", "B-x"))
     told = np.zeros((2, 4, 2))
     told[0, 1, 1] = 1
     told[:, 3, 1] = 1  # in the padding of the first row
@@ -68,7 +68,7 @@ def test_samples_of_two_workers_are_scored_once_in_order():
             return [value, other]
 
     section = task("regression")
-    mine, theirs = Scorer(section), Scorer(section)
+    mine, theirs = PredictionCollector(section), PredictionCollector(section)
     bits = [int(np.float32(value).view(np.int32)) for value in (1.0, 2.0, 3.0)]
     mine.add(batch([[bits[2]]], [2], [1]), np.array([3.0]))
     theirs.add(batch([[bits[0]], [bits[1]]], [0, 1], [1, 1]), np.array([1.0, 3.0]))
@@ -89,7 +89,7 @@ def test_spans_are_ordered_and_bounded():
 
 
 def test_of_the_windows_of_a_question_the_best_counts():
-    scorer = Scorer(task("question_answering"))
+    scorer = PredictionCollector(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 1], told[1, 2] = 1, 4
     scorer.add(
@@ -105,11 +105,11 @@ def test_of_the_windows_of_a_question_the_best_counts():
 
 
 def test_nothing_to_score():
-    assert Scorer(task("masked_lm")).scores(Collectives()) == {}
+    assert PredictionCollector(task("masked_lm")).scores(Collectives()) == {}
 
 
 def test_an_answer_in_what_two_windows_share_is_right_in_either():
-    scorer = Scorer(task("question_answering"))
+    scorer = PredictionCollector(task("question_answering"))
     told = np.full((2, 4, 2), -5.0)
     told[0, 3], told[1, 1] = 2, 4
     scorer.add(

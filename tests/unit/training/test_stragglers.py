@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_ft.core.world import Collectives, World
-from dist_ft.training.stragglers import Pace, Stragglers, judge, probe
+from dist_ft.training.stragglers import Pace, StragglerDetector, judge, probe
 
 
 def pace(rank: int, stood: float = 0.01, data: float = 0.0, probe_s: float = 1e-3) -> Pace:
@@ -43,7 +43,7 @@ def test_a_small_difference_is_none():
 
 
 def test_a_world_of_one_compares_nothing():
-    alone = Stragglers(World(), Collectives(), torch.device("cpu"), 1)
+    alone = StragglerDetector(World(), Collectives(), torch.device("cpu"), 1)
     assert alone.after_step(1, 0.5) == {}
     alone.close()
 

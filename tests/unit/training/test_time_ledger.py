@@ -12,7 +12,7 @@ from dist_ft.checkpoint import discovery
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger as module
-from dist_ft.training.time_ledger import Clock, kept
+from dist_ft.training.time_ledger import TimeLedger, kept
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def store(tmp_path) -> Store:
     return Store(str(tmp_path / "run"))
 
 
-def spend(clock: Clock, now: list[float], *parts: tuple[str, float]) -> None:
+def spend(clock: TimeLedger, now: list[float], *parts: tuple[str, float]) -> None:
     for phase, seconds in parts:
         clock.to(phase)
         now[0] += seconds
@@ -46,7 +46,7 @@ def eventually(true) -> bool:
 
 
 def test_every_second_is_in_one_phase(now):
-    clock = Clock()
+    clock = TimeLedger()
     now[0] += 4
     spend(clock, now, ("data", 1), ("compute", 2), ("save", 0.5), ("data", 1), ("compute", 3))
     assert clock.account()["seconds"] == {
@@ -61,7 +61,7 @@ def test_every_second_is_in_one_phase(now):
 
 
 def test_marks_say_what_had_been_spent_and_only_the_newest_are_kept(now):
-    clock = Clock()
+    clock = TimeLedger()
     clock.resume(2)
     for step in range(3, 3 + module.MOST_MARKS + 5):
         spend(clock, now, ("compute", 1))
@@ -73,7 +73,7 @@ def test_marks_say_what_had_been_spent_and_only_the_newest_are_kept(now):
 
 
 def test_going_back_moves_work_to_lost(now):
-    clock = Clock()
+    clock = TimeLedger()
     spend(clock, now, ("compute", 5))
     clock.saving(4)
     now[0] += 1
@@ -96,7 +96,7 @@ def test_going_back_moves_work_to_lost(now):
 
 def test_the_account_lies_in_storage_from_the_begin_and_is_renewed(store, monkeypatch):
     monkeypatch.setattr(module, "LOCAL_S", 0.05)
-    clock = Clock()
+    clock = TimeLedger()
     with kept(clock, store, 1, World()):
         assert eventually(lambda: store.exists("time/000001.json"))
         before = sum(read(store)["seconds"].values())
@@ -108,7 +108,7 @@ def test_the_account_lies_in_storage_from_the_begin_and_is_renewed(store, monkey
 
 def test_a_save_is_told_at_once(store, monkeypatch):
     monkeypatch.setattr(module, "LOCAL_S", 100.0)
-    clock = Clock()
+    clock = TimeLedger()
     with kept(clock, store, 1, World()):
         assert eventually(lambda: store.exists("time/000001.json"))
         clock.saving(7)
@@ -116,15 +116,15 @@ def test_a_save_is_told_at_once(store, monkeypatch):
 
 
 def test_other_ranks_and_older_attempts_write_nothing(store):
-    with kept(Clock(), store, 1, World(1, 2, 1, 2)):
+    with kept(TimeLedger(), store, 1, World(1, 2, 1, 2)):
         pass
     assert not store.exists("time")
     discovery.start_attempt(store, 1)
     discovery.start_attempt(store, 1)
-    with kept(Clock(), store, 1, World()):
+    with kept(TimeLedger(), store, 1, World()):
         pass
     assert not store.exists("time")
-    with kept(Clock(), store, 2, World()):
+    with kept(TimeLedger(), store, 2, World()):
         pass
     assert store.list("time") == ["000002.json"]
 
@@ -132,7 +132,7 @@ def test_other_ranks_and_older_attempts_write_nothing(store):
 def test_failing_storage_is_told_once_and_training_goes_on(store, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "LOCAL_S", 0.01)
     (tmp_path / "run").write_text("a file where the folder should be")
-    with caplog.at_level(logging.WARNING, "dist_ft"), kept(Clock(), store, 1, World()):
+    with caplog.at_level(logging.WARNING, "dist_ft"), kept(TimeLedger(), store, 1, World()):
         time.sleep(0.2)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("the account of this attempt's time was not written: ")

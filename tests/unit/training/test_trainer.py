@@ -31,9 +31,9 @@ from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.runtime.bootstrap import build_model, training_run
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.anomaly import Judge
+from dist_ft.training.anomaly import AnomalyDetector
 from dist_ft.training.callbacks import Callback, CallbackList
-from dist_ft.training.components import Parts
+from dist_ft.training.components import Components
 from dist_ft.training.console import Console
 from dist_ft.training.evaluation import evaluate
 from dist_ft.training.metrics_log import MetricsLog, read_metrics
@@ -93,7 +93,7 @@ class Run:
             manifest = manager.load(manifest, engine, build_model.tensors(module))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
-        parts = Parts(
+        components = Components(
             engine,
             data.training,
             data.evaluation,
@@ -103,12 +103,12 @@ class Run:
             Collectives(),
             build_model.tensors(module),
             build_model.aliases(module),
-            Judge(config.anomaly),
+            AnomalyDetector(config.anomaly),
             self.store,
         )
         trainer = Trainer(
             config,
-            parts,
+            components,
             RunContext(console=Console(stream), callbacks=CallbackList(callbacks), **requests),
             progress,
             data.training.plan.total_steps(config.schedule),
@@ -394,8 +394,8 @@ def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straig
         {
             "checkpoint": {
                 "every_steps": 4,
-                "node_folder": str(tmp_path),
-                "node_every_steps": 1,
+                "local_folder": str(tmp_path),
+                "local_every_steps": 1,
                 "background": background,
                 "when_busy": "wait",
             }

@@ -101,7 +101,7 @@ def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, change
 def test_more_trials_at_once_and_operational_fields_may_change(tmp_path):
     journal(tmp_path).began(0, {})
     assert journal(
-        tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, at_once=2)
+        tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, max_concurrent=2)
     ).trials
 
 

@@ -125,7 +125,7 @@ def test_memory_by_part(overrides, part, size):
 def test_checkpoints_in_memory_of_the_node_lie_in_shared_memory():
     options = Options(image="a:1", ray_version="2.60.0", parameters=1e9)
     sizes = sizing(
-        with_("checkpoint.node_folder=/dev/shm/dist_ft", "checkpoint.every_steps=9"), options
+        with_("checkpoint.local_folder=/dev/shm/dist_ft", "checkpoint.every_steps=9"), options
     )
     assert sizes.shared["checkpoints in memory"] == 2 * 12e9, "one that stands, one being written"
     assert sizes.memory["/dev/shm"] == sum(sizes.shared.values())

@@ -216,7 +216,7 @@ def problems(**sections) -> list[str]:
             "data.augment.replace=0.1: data.augment.synonyms is not set; ",
         ),
         (
-            {"task": {"name": "regression"}, "data": {"augment": {"share": 0.1}}},
+            {"task": {"name": "regression"}, "data": {"augment": {"probability": 0.1}}},
             "data.augment: it does not say what is done to words; ",
         ),
         (
@@ -239,7 +239,7 @@ def problems(**sections) -> list[str]:
             {"tuning": {"method": "lora", "anchor": {"method": "l2", "strength": 1}}},
             "tuning.anchor.method=l2: with tuning.method=lora only ",
         ),
-        ({"evaluation": {"of": "ema"}}, "evaluation.of=ema: no average of the weights is kept; "),
+        ({"evaluation": {"weights": "ema"}}, "evaluation.weights=ema: no average of the weights is kept; "),
         (
             {"task": {"name": "seq2seq"}, "data": {"overlong": "split"}},
             "data.overlong=split: only plain text can go on",

@@ -15,8 +15,8 @@ import tiny_tasks
 from dist_ft.config.sections.data import AugmentSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError, ModelError
-from dist_ft.data.batch import IGNORED
-from dist_ft.data.batching.augmentation import Augmenting, read_file
+from dist_ft.data.batch import IGNORE_INDEX
+from dist_ft.data.batching.augmentation import Augmentation, read_synonym_file
 
 SYNONYMS = "the\ta\nstones\tlazy dogs,rivers\n"
 TAGS = TaskSection(name="token_classification", labels=("O", "B-place"))
@@ -36,7 +36,7 @@ def byte_level(tmp_path_factory):
 
 def make(tokenizer, task=None, length=64, seed=1, **section):
     section = {"synonyms": "s.tsv", **section} if "replace" in section else section
-    return Augmenting.of(
+    return Augmentation.of(
         tokenizer,
         AugmentSection(**section),
         task or TaskSection(name="sequence_classification"),
@@ -49,7 +49,7 @@ def make(tokenizer, task=None, length=64, seed=1, **section):
 def sample(tokenizer, text, label=1, epoch=0, number=0):
     """Return tokens, labels and pieces of one text with its class on the first position."""
     ids = np.array(tokenizer(text)["input_ids"], np.int32)
-    labels = np.full(len(ids), IGNORED, np.int32)
+    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
     labels[0] = label
     return ids, labels, np.array([[number, 0, len(ids), epoch]])
 
@@ -84,7 +84,7 @@ def test_byte_level_words_are_found_with_their_blank(byte_level):
     tokens = np.array(
         byte_level("watch the stones", add_special_tokens=False)["input_ids"], np.int32
     )
-    labels = np.where(np.arange(len(tokens)) == 0, 1, IGNORED).astype(np.int32)
+    labels = np.where(np.arange(len(tokens)) == 0, 1, IGNORE_INDEX).astype(np.int32)
     found, _, sizes = make(byte_level, replace=1.0).apply(
         tokens, labels, np.array([[0, 0, len(tokens), 0]])
     )
@@ -111,7 +111,7 @@ def test_exchanged_words_stay_in_their_text(wordpiece):
     seen = set()
     for epoch in range(50):
         ids = np.array(wordpiece(*pair)["input_ids"], np.int32)
-        labels = np.where(np.arange(len(ids)) == 0, 1, IGNORED).astype(np.int32)
+        labels = np.where(np.arange(len(ids)) == 0, 1, IGNORE_INDEX).astype(np.int32)
         found, _, _ = made.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
         halves = " ".join(wordpiece.convert_ids_to_tokens(found.tolist())).split("[SEP]")
         assert halves[0].startswith("[CLS]")
@@ -129,7 +129,7 @@ def test_exchanged_words_stay_in_their_text(wordpiece):
 
 
 def test_the_share_of_texts_that_are_changed(wordpiece):
-    found = texts(make(wordpiece, share=0.25, replace=1.0), wordpiece, TEXT)
+    found = texts(make(wordpiece, probability=0.25, replace=1.0), wordpiece, TEXT)
     assert np.mean([text != TEXT for text in found]) == pytest.approx(0.25, abs=0.07)
 
 
@@ -163,7 +163,7 @@ def test_the_label_of_a_text_stays_on_its_first_position(wordpiece, byte_level):
             _, labels, sizes = make(tokenizer, delete=0.6, swap=0.5).apply(
                 *sample(tokenizer, TEXT, label=7, epoch=epoch)
             )
-            assert labels[0] == 7 and (labels[1:] == IGNORED).all() and len(labels) == sizes[0]
+            assert labels[0] == 7 and (labels[1:] == IGNORE_INDEX).all() and len(labels) == sizes[0]
 
 
 def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
@@ -171,7 +171,7 @@ def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
     made = make(wordpiece, TAGS, replace=0.5, swap=0.5, delete=0.3)
     encoding = wordpiece([words], is_split_into_words=True)
     ids = np.array(encoding["input_ids"][0], np.int32)
-    labels, last = np.full(len(ids), IGNORED, np.int32), None
+    labels, last = np.full(len(ids), IGNORE_INDEX, np.int32), None
     for place, word in enumerate(encoding.word_ids(0)):
         if word is not None and word != last:
             labels[place] = tags[word]
@@ -179,7 +179,7 @@ def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
     results = set()
     for epoch in range(100):
         found, wanted, _ = made.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
-        starts = np.flatnonzero(wanted != IGNORED)
+        starts = np.flatnonzero(wanted != IGNORE_INDEX)
         ends = [*starts[1:], len(found) - 1]
         got = [
             (wordpiece.decode(found[a:b]), int(wanted[a]))
@@ -201,29 +201,29 @@ def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
 
 
 def test_what_would_become_too_long_or_hold_its_labels_no_more_stays_as_it_is(wordpiece):
-    ids, labels, pieces = sample(wordpiece, "stones stones stones")
+    ids, labels, segments = sample(wordpiece, "stones stones stones")
     for length, changed in ((len(ids), False), (64, True)):
         found = [
-            make(wordpiece, length=length, replace=1.0, seed=seed).apply(ids, labels, pieces)[0]
+            make(wordpiece, length=length, replace=1.0, seed=seed).apply(ids, labels, segments)[0]
             for seed in range(20)
         ]
         assert all(len(one) <= length for one in found)
         assert any(len(one) > len(ids) for one in found) == changed
     many = labels.copy()
     many[:] = 0  # as many labels as positions
-    found, wanted, _ = make(wordpiece, delete=0.9).apply(ids, many, pieces)
+    found, wanted, _ = make(wordpiece, delete=0.9).apply(ids, many, segments)
     assert np.array_equal(found, ids) and np.array_equal(wanted, many)
 
 
 def test_bad_files_are_refused_by_line_and_path(wordpiece, tmp_path):
     section = AugmentSection(synonyms="s.tsv", replace=0.1)
     with pytest.raises(DataError, match=r"s.tsv line 2: is not a word, a tab, and synonyms"):
-        Augmenting.of(wordpiece, section, TAGS, 64, 0, "a\tb\nc d\n")
+        Augmentation.of(wordpiece, section, TAGS, 64, 0, "a\tb\nc d\n")
     with pytest.raises(DataError, match=r"data.augment.synonyms=.*none.tsv: can not be read "):
-        read_file(str(tmp_path / "none.tsv"))
+        read_synonym_file(str(tmp_path / "none.tsv"))
     (tmp_path / "latin.tsv").write_bytes(b"caf\xe9\tbar\n")
     with pytest.raises(DataError, match=r"latin.tsv: is not UTF-8; "):
-        read_file(str(tmp_path / "latin.tsv"))
+        read_synonym_file(str(tmp_path / "latin.tsv"))
 
 
 def test_a_tokenizer_without_marks_is_refused():

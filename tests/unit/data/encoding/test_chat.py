@@ -9,7 +9,7 @@ from unit.data.conftest import CHATML
 from unit.data.data_helpers import chat, data_section, shared_tokenizer
 
 from dist_ft.core.errors import DataError, ModelError
-from dist_ft.data.encoding.chat import Encoder, dated
+from dist_ft.data.encoding.chat import Encoder, with_fixed_date
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
@@ -265,4 +265,4 @@ def test_a_dated_template_renders_as_the_template_does(tokenizer, text):
             GOLDEN["messages"], chat_template=template, tokenize=False
         )
 
-    assert render(dated(text)) == render(text)
+    assert render(with_fixed_date(text)) == render(text)

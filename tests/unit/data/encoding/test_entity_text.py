@@ -28,7 +28,7 @@ WORDS = ["Mary", "Ann", "saw", "Dune", "with", "Mary", "in", "Rome"]
     ],
 )
 def test_answers_are_read(answer, tags):
-    assert entity_text.read(answer, WORDS, NAMES)[0] == tags.split()
+    assert entity_text.parse_entities(answer, WORDS, NAMES)[0] == tags.split()
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ def test_answers_are_read(answer, tags):
     ],
 )
 def test_what_could_not_be_read_is_told(answer, understood):
-    assert entity_text.read(answer, WORDS, NAMES)[1] is understood
+    assert entity_text.parse_entities(answer, WORDS, NAMES)[1] is understood
 
 
 def test_what_is_written_is_read_back():
     tags = ["B-person", "I-person", "O", "B-creative-work", "O", "B-person", "O", "O"]
-    answer = entity_text.written(WORDS, tags, NAMES)
+    answer = entity_text.format_entities(WORDS, tags, NAMES)
     assert answer == "person: Mary Ann; work of art: Dune; person: Mary"
-    assert entity_text.read(answer, WORDS, NAMES) == (tags, True)
-    assert entity_text.written(WORDS, ["O"] * 8, NAMES) == "none"
+    assert entity_text.parse_entities(answer, WORDS, NAMES) == (tags, True)
+    assert entity_text.format_entities(WORDS, ["O"] * 8, NAMES) == "none"
 
 
 def test_garbage_gives_whole_tags_always():
@@ -59,12 +59,12 @@ def test_garbage_gives_whole_tags_always():
     pieces = [*WORDS, "person", "work of art", ":", ";", "\n", ": :", "\x00", "{}", "é", "none"]
     for _ in range(3000):
         answer = rng.choice(["", " "]).join(rng.choices(pieces, k=rng.randint(0, 12)))
-        tags, _ = entity_text.read(answer, WORDS, NAMES)
-        assert len(tags) == len(WORDS) and not list(task_rows.broken_bio(tags))
+        tags, _ = entity_text.parse_entities(answer, WORDS, NAMES)
+        assert len(tags) == len(WORDS) and not list(task_rows.find_broken_bio(tags))
 
 
 def test_kinds_in_the_order_of_labels():
-    assert entity_text.kinds_of(["O", "B-person", "I-person", "B-group", "I-group"]) == (
+    assert entity_text.entity_kinds(["O", "B-person", "I-person", "B-group", "I-group"]) == (
         "person",
         "group",
     )

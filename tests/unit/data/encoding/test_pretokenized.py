@@ -22,7 +22,7 @@ def test_tables_and_lists_are_taken_as_they_are(tokenizer):
     for given in (rows, pa.Table.from_pylist(rows), pa.Table.from_pylist(rows).slice(0)):
         found = encoder(tokenizer).encode(given, "s")
         assert found.tokens.tolist() == [5, 6, 7, 8] and found.targets.tolist() == [0, 1, 1, 1]
-        assert found.offsets.tolist() == [0, 3, 3, 4] and (found.format, found.part_rows) == (
+        assert found.offsets.tolist() == [0, 3, 3, 4] and (found.format, found.rows_per_range) == (
             "tokens",
             (3,),
         )

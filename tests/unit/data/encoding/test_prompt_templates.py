@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import ConfigError, DataError
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding import prompt_templates
 from dist_ft.data.encoding.fast_tokenizer import exact_backend
 from dist_ft.data.encoding.prompt_encoder import PromptEncoder
@@ -43,7 +43,7 @@ def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokeni
     assert texts(tokenizer, encoded) == ["say the fox :", "say old {stones} :"]
     firsts = encoded.offsets[:-1]
     assert encoded.targets[firsts].tolist() == [1, 0]
-    assert (encoded.targets != IGNORED).sum() == 2
+    assert (encoded.targets != IGNORE_INDEX).sum() == 2
 
 
 def test_pairs_have_their_place(tokenizer):
@@ -55,7 +55,7 @@ def test_pairs_have_their_place(tokenizer):
 
 
 def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
-    words = encoder(tokenizer, verbalisers={"bread": " seven wise owls", "tea": " tea"}).words()
+    words = encoder(tokenizer, verbalizers={"bread": " seven wise owls", "tea": " tea"}).words()
     whole = tokenizer("say x : seven wise owls")["input_ids"]
     assert tuple(whole[-len(words.ids[0]) :]) == words.ids[0]
     assert tokenizer.decode(words.ids[0]) == " seven wise owls" and words.longest == len(
@@ -64,22 +64,22 @@ def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
 
 
 def test_the_label_itself_is_its_words_by_default():
-    assert prompt_templates.words_of("lost_card", PromptingSection()) == " lost card"
-    assert prompt_templates.words_of("1", PromptingSection(verbalisers={"1": " good"})) == " good"
+    assert prompt_templates.verbalize("lost_card", PromptingSection()) == " lost card"
+    assert prompt_templates.verbalize("1", PromptingSection(verbalizers={"1": " good"})) == " good"
 
 
 @pytest.mark.parametrize("words", ["ea", "ea and news of tea", ""])
 def test_words_that_melt_into_the_prompt_are_refused(tokenizer, words):
     with pytest.raises(
         ConfigError,
-        match=f"prompting\\.verbalisers='{words}': after the template's end ' t' it is no token",
+        match=f"prompting\\.verbalizers='{words}': after the template's end ' t' it is no token",
     ):
-        prompt_templates.word_tokens(exact_backend(tokenizer), "{text} t", words)
+        prompt_templates.tokenize_label(exact_backend(tokenizer), "{text} t", words)
 
 
 def test_labels_of_the_same_tokens_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="tea has the tokens of another label"):
-        encoder(tokenizer, verbalisers={"bread": " tea", "tea": " tea"}).words()
+        encoder(tokenizer, verbalizers={"bread": " tea", "tea": " tea"}).words()
 
 
 def test_a_long_text_loses_its_end_and_the_prompt_stays(tokenizer):
@@ -124,18 +124,18 @@ def test_too_long_a_row_is_an_error_or_dropped(tokenizer):
 
 def test_drawing_takes_so_many_of_each_kind_by_seed():
     samples = [(kind, (kind, number)) for number, kind in enumerate("abcab" * 40)]
-    first = prompt_templates.draw(iter(samples), 3, 7)
-    assert first == prompt_templates.draw(samples, 3, 7), "the same again"
+    first = prompt_templates.draw_per_class(iter(samples), 3, 7)
+    assert first == prompt_templates.draw_per_class(samples, 3, 7), "the same again"
     assert {kind: sum(own == kind for own, _ in first) for kind in "abc"} == {
         "a": 3,
         "b": 3,
         "c": 3,
     }
-    assert len(set(first)) == 9 and first != prompt_templates.draw(samples, 3, 8)
+    assert len(set(first)) == 9 and first != prompt_templates.draw_per_class(samples, 3, 8)
     assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), (
         "labels do not come in blocks"
     )
-    assert sorted(prompt_templates.draw(samples[:4], 9, 7)) == sorted(
+    assert sorted(prompt_templates.draw_per_class(samples[:4], 9, 7)) == sorted(
         own for _, own in samples[:4]
     ), "no more than there are"
 
@@ -143,13 +143,13 @@ def test_drawing_takes_so_many_of_each_kind_by_seed():
 def test_every_sample_is_drawn_as_often():
     counts = [0] * 20
     for seed in range(400):
-        for number in prompt_templates.draw(((0, number) for number in range(20)), 5, seed):
+        for number in prompt_templates.draw_per_class(((0, number) for number in range(20)), 5, seed):
             counts[number] += 1
     assert max(counts) < 140 and min(counts) > 60  # 100 on average
 
 
 def test_examples_stand_before_the_prompt_and_may_hold_braces():
-    section = PromptingSection(verbalisers={"a": " good", "b": " bad"})
-    shown = [prompt_templates.answered("{text} ?", Sample("see {x}", None, 1), ("a", "b"), section)]
-    template = prompt_templates.few_shot("{text} ?", shown, "\n")
-    assert prompt_templates.filled(template, "now {y}") == "see {x} ? bad\nnow {y} ?"
+    section = PromptingSection(verbalizers={"a": " good", "b": " bad"})
+    shown = [prompt_templates.format_example("{text} ?", Sample("see {x}", None, 1), ("a", "b"), section)]
+    template = prompt_templates.prepend_examples("{text} ?", shown, "\n")
+    assert prompt_templates.fill_template(template, "now {y}") == "see {x} ? bad\nnow {y} ?"

@@ -9,9 +9,9 @@ from unit.data.data_helpers import data_section
 
 from dist_ft.config.schema import TaskSection
 from dist_ft.core.errors import DataError, ModelError
-from dist_ft.data.batch import IGNORED
-from dist_ft.data.blocks.segments import measure, pieces_of
-from dist_ft.data.blocks.token_cache import fingerprint, read_block, write_block
+from dist_ft.data.batch import IGNORE_INDEX
+from dist_ft.data.blocks.segments import measure_block, split_into_segments
+from dist_ft.data.blocks.token_cache import compute_fingerprint, read_block, write_block
 from dist_ft.data.encoding import answer_spans
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.make_encoder import (
@@ -55,7 +55,7 @@ def test_a_label_is_carried_by_the_first_position():
         {"text": "the quick fox", "label": "b"},
     )
     assert found == ids("the quick fox") and found[0] == CLS and found[-1] == SEP
-    assert labels == [1] + [IGNORED] * (len(found) - 1)
+    assert labels == [1] + [IGNORE_INDEX] * (len(found) - 1)
 
 
 def test_a_pair_is_framed_as_the_tokenizer_does():
@@ -75,7 +75,7 @@ def test_sets_of_labels_are_bits():
     assert (
         labels[:3] == [1 | 1 << 29, 1, 1 << 4]
         and none[:3] == [0, 0, 0]
-        and set(labels[3:]) == {IGNORED}
+        and set(labels[3:]) == {IGNORE_INDEX}
     )
     assert made.shown(np.array(labels, np.int32)) == "l00, l29, l30, l64"
     many = encoder("multi_label", labels=[f"l{i}" for i in range(200)])
@@ -90,7 +90,7 @@ def test_a_word_has_its_tag_on_its_first_token():
     )
     words = TOKENIZER(["the", "foxbread", "runs"], is_split_into_words=True).word_ids()
     assert max(words.count(word) for word in (0, 1, 2)) > 1, "a word of several tokens"
-    assert [label for label in labels if label != IGNORED] == [0, 1, 0]
+    assert [label for label in labels if label != IGNORE_INDEX] == [0, 1, 0]
     assert labels[words.index(1)] == 1 and len(found) == len(words)
     assert made.shown(np.array(labels, np.int32)) == "O B-X O"
 
@@ -101,7 +101,7 @@ def test_byte_level_words_bring_the_blank_before_them(tokenizer):
         made, {"tokens": ["the", "quick", "fox"], "tags": ["O", "B-X", "O"]}
     )
     assert tokenizer.decode(found) == "the quick fox"
-    assert [label for label in labels if label != IGNORED] == [0, 1, 0]
+    assert [label for label in labels if label != IGNORE_INDEX] == [0, 1, 0]
 
 
 def test_a_long_context_becomes_windows_that_share_a_stride():
@@ -123,12 +123,12 @@ def test_a_long_context_becomes_windows_that_share_a_stride():
         windows, [labels[i : i + 12] for i in range(0, len(labels), 12)], strict=True
     ):
         ((at, (last, begin, tail)),) = [
-            (i, answer_spans.unpack(label)) for i, label in enumerate(own) if label != IGNORED
+            (i, answer_spans.unpack(label)) for i, label in enumerate(own) if label != IGNORE_INDEX
         ]
         assert window[0] == CLS
         assert (at, last) == (0, 0) or TOKENIZER.decode(window[at : last + 1]) == "owls"
         assert begin == len(TOKENIZER("who")["input_ids"]) and tail == 1
-    assert any(label != IGNORED and answer_spans.unpack(label).last for label in labels)
+    assert any(label != IGNORE_INDEX and answer_spans.unpack(label).last for label in labels)
 
 
 def test_windows_are_the_pieces_of_a_row(tmp_path):
@@ -141,18 +141,18 @@ def test_windows_are_the_pieces_of_a_row(tmp_path):
     )
     write_block(tmp_path / "b.safetensors", encoded)
     block = read_block(tmp_path / "b.safetensors")
-    assert block.is_labelled and block.targets.dtype == np.int32
-    pieces, targets = pieces_of(block, 12, "split")
-    assert len(pieces) > 1 and set(targets.tolist()) == {1}, (
+    assert block.is_labeled and block.targets.dtype == np.int32
+    segments, targets = split_into_segments(block, 12, "split")
+    assert len(segments) > 1 and set(targets.tolist()) == {1}, (
         "each window has one label, on its first token too"
     )
-    found = measure(block, made.data, 12)
-    assert found.num_targets == found.num_pieces and found.format == "question_answering"
+    found = measure_block(block, made.data, 12)
+    assert found.num_targets == found.num_segments and found.format == "question_answering"
 
 
 def test_masked_language_models_are_asked_for_all_but_special_tokens():
     ((found, labels),) = samples(encoder("masked_lm"), {"text": "the fox"})
-    assert labels == [IGNORED, *found[1:-1], IGNORED]
+    assert labels == [IGNORE_INDEX, *found[1:-1], IGNORE_INDEX]
 
 
 def test_masked_language_models_need_a_mask(tokenizer):
@@ -163,7 +163,7 @@ def test_masked_language_models_need_a_mask(tokenizer):
 def test_source_and_target_are_one_run_of_tokens():
     ((found, labels),) = samples(encoder("seq2seq"), {"source": "the fox", "target": "old owls"})
     source, target = ids("the fox"), ids("old owls")
-    assert found == source + target and labels == [IGNORED] * len(source) + target
+    assert found == source + target and labels == [IGNORE_INDEX] * len(source) + target
 
 
 def test_a_long_source_is_cut_before_its_target():
@@ -172,13 +172,13 @@ def test_a_long_source_is_cut_before_its_target():
     target = ids("old owls")
     assert len(found) == 16 and found[-len(target) :] == target and found[15 - len(target)] == SEP
     ((found, labels),) = samples(made, {"source": "the", "target": "the quick brown fox " * 6})
-    assert len(found) <= 16 and found[-1] == SEP and labels[0] == IGNORED
+    assert len(found) <= 16 and found[-1] == SEP and labels[0] == IGNORE_INDEX
 
 
 def test_two_texts_that_belong_together_are_parted_by_a_label():
     ((found, labels),) = samples(encoder("embedding"), {"text": "the fox", "positive": "old owls"})
     assert found == ids("the fox") + ids("old owls")
-    assert [i for i, label in enumerate(labels) if label != IGNORED] == [len(ids("the fox"))]
+    assert [i for i, label in enumerate(labels) if label != IGNORE_INDEX] == [len(ids("the fox"))]
 
 
 def test_truncation_keeps_the_last_special_token():
@@ -199,15 +199,15 @@ def test_bad_rows_are_left_out_where_that_is_allowed():
     made = encoder("sequence_classification", labels=["a", "b"], data={"bad_rows": "skip"})
     found = made.encode(rows, "x")
     assert np.diff(found.offsets).tolist()[1:3] == [0, 0] and len(found.bad_rows) == 2
-    assert found.part_rows == (4,) and found.format == "sequence_classification"
+    assert found.rows_per_range == (4,) and found.format == "sequence_classification"
     with pytest.raises(DataError, match="x row 2: label is 'c'"):
         encoder("sequence_classification", labels=["a", "b"]).encode(rows, "x")
 
 
 def test_what_decides_tokens_decides_the_fingerprint():
-    base = fingerprint(encoder("sequence_classification", labels=["a", "b"]))
-    assert base != fingerprint(Encoder(TOKENIZER, data_section()))
-    assert base == fingerprint(
+    base = compute_fingerprint(encoder("sequence_classification", labels=["a", "b"]))
+    assert base != compute_fingerprint(Encoder(TOKENIZER, data_section()))
+    assert base == compute_fingerprint(
         encoder("sequence_classification", labels=["a", "b"], focal_gamma=2.0)
     )
     others = [
@@ -216,7 +216,7 @@ def test_what_decides_tokens_decides_the_fingerprint():
         encoder("multi_label", labels=["a", "b"]),
         encoder("sequence_classification", labels=["a", "b"], columns={"text": "t"}),
     ]
-    assert base not in {fingerprint(other) for other in others}
+    assert base not in {compute_fingerprint(other) for other in others}
 
 
 def test_a_question_that_leaves_no_room_is_refused():
@@ -233,8 +233,8 @@ def test_a_question_that_leaves_no_room_is_refused():
 
 
 def test_only_byte_level_words_bring_a_blank(tokenizer):
-    from dist_ft.data.encoding.task_encoder import with_blanks
+    from dist_ft.data.encoding.task_encoder import add_leading_spaces
 
     words = [["the", "fox"], ["tea"]]
-    assert with_blanks(words, tokenizer.backend_tokenizer.to_str()) == [["the", " fox"], ["tea"]]
-    assert with_blanks(words, TOKENIZER.backend_tokenizer.to_str()) == words
+    assert add_leading_spaces(words, tokenizer.backend_tokenizer.to_str()) == [["the", " fox"], ["tea"]]
+    assert add_leading_spaces(words, TOKENIZER.backend_tokenizer.to_str()) == words

@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.config.schema import TaskSection
 from dist_ft.core.errors import DataError
-from dist_ft.data.encoding.task_rows import READERS, labels_of, ordered
+from dist_ft.data.encoding.task_rows import READERS, read_label_names, sort_labels
 
 URL, LABELS = "s3://b/x.jsonl", ("O", "B-PER", "I-PER", "B-ORG")
 
@@ -124,8 +124,8 @@ def test_an_answer_must_lie_in_its_context():
 
 
 def test_labels_are_found_and_ordered():
-    assert labels_of({"label": 3}, task("sequence_classification"), URL, 1) == ["3"]
-    assert labels_of({"tags": ["O", "B-X"]}, task("token_classification"), URL, 1) == ["O", "B-X"]
-    assert ordered(["10", "9", "-1"]) == ("-1", "9", "10")
-    assert ordered(["I-PER", "B-ORG", "O", "B-PER"]) == ("O", "B-ORG", "B-PER", "I-PER")
-    assert ordered({"yes", "no"}) == ("no", "yes")
+    assert read_label_names({"label": 3}, task("sequence_classification"), URL, 1) == ["3"]
+    assert read_label_names({"tags": ["O", "B-X"]}, task("token_classification"), URL, 1) == ["O", "B-X"]
+    assert sort_labels(["10", "9", "-1"]) == ("-1", "9", "10")
+    assert sort_labels(["I-PER", "B-ORG", "O", "B-PER"]) == ("O", "B-ORG", "B-PER", "I-PER")
+    assert sort_labels({"yes", "no"}) == ("no", "yes")

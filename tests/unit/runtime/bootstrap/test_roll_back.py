@@ -10,8 +10,8 @@ from unit.small import run_config
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap import training_run
-from dist_ft.training.anomaly import AnomalyError, Judge, RollBack
-from dist_ft.training.components import Parts
+from dist_ft.training.anomaly import AnomalyError, AnomalyDetector, RollbackRequested
+from dist_ft.training.components import Components
 from dist_ft.training.run_context import RunContext
 
 
@@ -24,13 +24,13 @@ class Diverging:
         Diverging.starts += 1
 
     def run(self):
-        raise RollBack
+        raise RollbackRequested
 
 
-def parts(config, manifest) -> Parts:
+def parts(config, manifest) -> Components:
     manager = MagicMock()
     manager.find_latest.return_value = manager.load.return_value = manifest
-    return Parts(
+    return Components(
         MagicMock(),
         MagicMock(),
         None,
@@ -40,7 +40,7 @@ def parts(config, manifest) -> Parts:
         Collectives(),
         {},
         {},
-        Judge(config.anomaly),
+        AnomalyDetector(config.anomaly),
         MagicMock(),
     )
 
@@ -48,12 +48,12 @@ def parts(config, manifest) -> Parts:
 def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
     monkeypatch.setattr(training_run, "Trainer", Diverging)
     config, progress = (
-        run_config("runs", anomaly={"most_in_a_row": 3, "action": "rollback"}),
+        run_config("runs", anomaly={"max_consecutive": 3, "action": "rollback"}),
         Progress(step=8, optimizer_step=8),
     )
     manifest = MagicMock(progress=progress, evaluation={})
     with pytest.raises(
-        AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.most_in_a_row\)"
+        AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.max_consecutive\)"
     ):
         training_run._train_on(config, parts(config, manifest), RunContext(), progress, 20, manifest)
     assert Diverging.starts == 4

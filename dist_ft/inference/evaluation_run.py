@@ -1,0 +1,86 @@
+"""The run that evaluates a model as it is: a config derived from the user's, and the labels the model answers with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from dist_ft.checkpoint import initial_weights
+from dist_ft.config.resolved_run import ResolvedRun
+from dist_ft.config.schema import RunConfig
+from dist_ft.config.sections.prompting import PromptingSection
+from dist_ft.config.sections.task import LABELLED
+from dist_ft.core.errors import ModelError
+from dist_ft.core.world import Collectives, World
+from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
+from dist_ft.runtime.bootstrap.labels import resolve_labels
+from dist_ft.storage.filesystem import Store
+
+
+def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
+    """Return the run that evaluates the model at `path` in one process, all of its weights as they are in the files.
+
+    A model whose files hold a head for the task answers by it, without prompting. The labels are not resolved yet.
+    """
+    model = config.model
+    if path != model.path:
+        model = model.model_copy(update={"path": path, "revision": None})
+    derived = config.model_copy(
+        update={
+            "model": model,
+            "cluster": config.cluster.model_copy(update={"workers": 0}),
+            "tuning": type(config.tuning)(),
+            "task": config.task.model_copy(update={"new_head": False, "grow_head": False}),
+        }
+    )
+    folder = initial_weights.resolve_model_section(model, config.data.cache_dir)
+    run = replace(ResolvedRun.from_config(derived), model=folder)
+    if derived.prompting.method != "none" and has_own_head(run):
+        without = derived.model_copy(update={"prompting": PromptingSection()})
+        return replace(run, config=without)
+    return run
+
+
+def resolve_answers(run: ResolvedRun, world: World, collectives: Collectives) -> ResolvedRun:
+    """Return the run with labels (the model's own, if it has a head for some) and prompt templates; a collective call.
+
+    A prompted model is never offered the label of rows that are out of scope.
+    """
+    config = run.config
+    is_prompted = config.prompting.method != "none"
+    if config.task.name in LABELLED and not is_prompted and not run.labels:
+        own = tuple(label for _, label in sorted((_model_config(run).id2label or {}).items()))
+        if has_own_head(run) and len(own) > 1:
+            run = replace(run, labels=own)
+
+    store = Store(f"memory://evaluate-{uuid4().hex}")
+    run = resolve_labels(run, store, world, collectives)
+    out_of_scope = config.evaluation.robustness.out_of_scope_label
+    if is_prompted and out_of_scope in run.labels:  # found in the training data
+        run = replace(run, labels=tuple(label for label in run.labels if label != out_of_scope))
+    return resolve_templates(run, store, world, collectives)
+
+
+def has_own_head(run: ResolvedRun) -> bool:
+    """Return whether the files of the run's model hold a head for its task."""
+    from dist_ft.model import heads
+
+    return heads.has_head(_model_config(run), run.task)
+
+
+def _model_config(run: ResolvedRun) -> Any:
+    """Return the config.json of the run's model, whatever its task."""
+    from transformers import AutoConfig
+
+    from dist_ft.model.loading.download import fetch_model
+
+    model = run.model
+    folder = fetch_model(model.path, model.revision, run.config.data.cache_dir, weights=False)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path={model.path}: is not a model folder ({str(error).splitlines()[0][:100]}). A "
+            "folder that save_pretrained or `dist-ft export` writes is needed. Correct the path."
+        ) from error
