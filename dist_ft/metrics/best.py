@@ -1,28 +1,44 @@
-"""Which evaluations are better: by any metric, some of which are better when lower. Pure."""
+"""Compares evaluations by any metric, whether it is better when higher or when lower. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-LOWER = ("loss", "perplexity", "mse", "mae", "calibration_error", "token_error_rate")
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "calibration_error", "token_error_rate")
 """Metrics that are better when lower; all others are better when higher."""
 
 
-def rank(metric: str, value: float) -> float:
-    """Return a number that is lower the better `value` is; infinity for one that is no number."""
+class EvaluationPoint(NamedTuple):
+    """The value of one metric at the evaluation after `step` steps."""
+
+    step: int
+    value: float
+
+
+def sort_key(metric: str, value: float) -> float:
+    """Return a number that is lower the better `value` is.
+
+    Infinity for a value that is not finite.
+    """
     if not math.isfinite(value):
         return math.inf
-    return value if metric in LOWER else -value
+    return value if metric in LOWER_IS_BETTER else -value
 
 
-def best(metric: str, values: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """Return step and value of the best evaluation of (step, value), of equals the first."""
-    return min(values, key=lambda found: rank(metric, found[1]))
+def find_best(metric: str, history: Sequence[tuple[int, float]]) -> EvaluationPoint:
+    """Return the best of the (step, value) pairs of `history`; of equal ones the first."""
+    step, value = min(history, key=lambda point: sort_key(metric, point[1]))
+    return EvaluationPoint(step, value)
 
 
-def is_over(metric: str, values: Sequence[tuple[int, float]], patience: int) -> bool:
-    """Tell whether the last `patience` evaluations have not been better than one before them; 0: never."""
-    if not patience or len(values) <= patience:
+def should_stop_early(metric: str, history: Sequence[tuple[int, float]], patience: int) -> bool:
+    """Return whether none of the last `patience` evaluations improved on those before.
+
+    Patience 0: never.
+    """
+    if not patience or len(history) <= patience:
         return False
-    return best(metric, values)[0] not in {step for step, _ in values[-patience:]}
+    last_steps = {step for step, _ in history[-patience:]}
+    return find_best(metric, history).step not in last_steps

@@ -1,4 +1,7 @@
-"""Scores beyond the metrics of a task: how sure a model is out of scope, what typos and swapped names change. Pure."""
+"""Robustness: detection of out-of-scope rows, and predictions that a perturbation changes. Pure.
+
+K is the number of labels, T the number of words of a row.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,39 @@ from dist_ft.metrics.task_scores import softmax
 
 
 def out_of_scope_auroc(inside: Sequence[Any], outside: Sequence[Any]) -> float:
-    """Return how well the largest probability tells rows in scope from others: the area under the ROC curve.
+    """Return how well the largest probability separates rows in scope from others (ROC AUC).
 
-    1: always larger in scope; 0.5: it tells nothing (Hendrycks, Gimpel, arXiv:1610.02136).
+    1: it is always larger in scope; 0.5: it does not separate them (Hendrycks, Gimpel,
+        arXiv:1610.02136).
 
     Args:
         inside: logits (K,) of each row in scope.
-        outside: of each that is not.
+        outside: logits (K,) of each other row.
     """
     from sklearn.metrics import roc_auc_score
 
-    sure = np.concatenate([softmax(np.array(rows)).max(1) for rows in (inside, outside)])
-    return float(roc_auc_score([1] * len(inside) + [0] * len(outside), sure))
+    confidence = np.concatenate([softmax(np.array(logits)).max(1) for logits in (inside, outside)])
+    return float(roc_auc_score([1] * len(inside) + [0] * len(outside), confidence))
 
 
-def share_changed(task: str, before: Sequence[Any], after: Sequence[Any]) -> float:
-    """Return the share of rows of which something else is predicted; rows as a `Scorer` gathers them."""
-    return float(
-        np.mean(
-            [
-                not np.array_equal(_predicted(task, one), _predicted(task, other))
-                for one, other in zip(before, after, strict=True)
-            ]
-        )
-    )
+def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequence[Any]) -> float:
+    """Return the share of rows whose prediction changed.
+
+    Rows as `PredictionCollector` gathers them.
+    """
+    changed = [
+        not np.array_equal(_decode_row(task, one), _decode_row(task, other))
+        for one, other in zip(before, after, strict=True)
+    ]
+    return float(np.mean(changed))
 
 
-def _predicted(task: str, told: Any) -> Any:
-    """Return what is predicted of one row: the number of a label, yes or no for each, or the number of each tag."""
+def _decode_row(task: str, output: Any) -> Any:
+    """Return the prediction of a row: a label number, a boolean per label, tags (T,) or the output."""
     if task == "sequence_classification":
-        return np.asarray(told).argmax()
+        return np.asarray(output).argmax()
     if task == "token_classification":
-        return told[0]
-    return np.asarray(told) > 0 if task == "multi_label" else np.asarray(told)
+        return output[0]
+    if task == "multi_label":
+        return np.asarray(output) > 0
+    return np.asarray(output)

@@ -1,196 +1,269 @@
-"""The metrics of each task from what a model told of every sample: pure, and the same at every world size.
+"""The metrics of each task from predictions. Pure, and the same at every world size.
 
-Values are those of scikit-learn, scipy and seqeval. A metric that is not defined for the data (no spread) is NaN.
+Values are those of scikit-learn, scipy and seqeval. A metric that is not defined for the data (no
+spread) is NaN.
+
+N is the number of samples, K the number of labels, H the size of a vector, T the number of words of
+a sample.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dist_ft.config.sections.task import TaskSection
 
-RECALLS = (1, 5, 10)
-ROWS, TIE = 1024, 1e-6
-"""Vectors compared at once; cosines that count as equal."""
-BINS = 15
+RECALL_CUTOFFS = (1, 5, 10)
+ROWS_PER_CHUNK = 1024
+"""Vectors compared at once."""
+COSINE_TOLERANCE = 1e-6
+"""Cosines that differ by less count as equal."""
+NUM_BINS = 15
+
+LabelTable = dict[str, dict[str, float]]
+"""{label or tag: {precision, recall, f1-score, support}}"""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The metrics of a task.
+
+    Attributes:
+        values: numbers by the name of the metric.
+        tables: `by_label`, `by_tag`, and `confusion`, the confusion matrix (K, K): rows are labels,
+            columns predictions.
+    """
+
+    values: dict[str, float]
+    tables: dict[str, LabelTable | list[list[int]]] = field(default_factory=dict)
 
 
 def sequence_classification(
-    task: TaskSection, wanted: np.ndarray, told: np.ndarray
-) -> dict[str, Any]:
-    """Return the metrics of logits `told` (N, K) for labels `wanted` (N,)."""
+    task: TaskSection, labels: np.ndarray, logits: np.ndarray
+) -> TaskScores:
+    """Return the metrics of `logits` (N, K) for `labels` (N,)."""
     from sklearn import metrics
 
-    found = told.argmax(1)
-    names = list(range(len(task.labels)))
-    shares = softmax(told)
-    return {
-        "accuracy": float(metrics.accuracy_score(wanted, found)),
-        "f1_macro": float(metrics.f1_score(wanted, found, average="macro", zero_division=0)),
-        "f1_weighted": float(metrics.f1_score(wanted, found, average="weighted", zero_division=0)),
-        "mcc": float(metrics.matthews_corrcoef(wanted, found)),
-        "calibration_error": calibration_error(shares.max(1), found == wanted),
-        "by_label": _by_label(
-            task,
-            metrics.classification_report(
-                wanted,
-                found,
-                labels=names,
-                target_names=list(task.labels),
-                output_dict=True,
-                zero_division=0,
-            ),
-        ),
-        "confusion": metrics.confusion_matrix(wanted, found, labels=names).tolist(),
-    }
+    predicted = logits.argmax(1)
+    probabilities = softmax(logits)
+    label_ids = list(range(len(task.labels)))
+    report = metrics.classification_report(
+        labels,
+        predicted,
+        labels=label_ids,
+        target_names=list(task.labels),
+        output_dict=True,
+        zero_division=0,
+    )
+
+    def f1(average: str) -> float:
+        return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
+
+    return TaskScores(
+        {
+            "accuracy": float(metrics.accuracy_score(labels, predicted)),
+            "f1_macro": f1("macro"),
+            "f1_weighted": f1("weighted"),
+            "mcc": float(metrics.matthews_corrcoef(labels, predicted)),
+            "calibration_error": calibration_error(probabilities.max(1), predicted == labels),
+        },
+        {
+            "by_label": _select_labels(task, report),
+            "confusion": metrics.confusion_matrix(labels, predicted, labels=label_ids).tolist(),
+        },
+    )
 
 
-def multi_label(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
-    """Return the metrics of logits `told` (N, K) for 0 or 1 `wanted` (N, K); above a logit of 0 is yes."""
+def multi_label(task: TaskSection, labels: np.ndarray, logits: np.ndarray) -> TaskScores:
+    """Return the metrics of `logits` (N, K) for `labels` (N, K) of 0 or 1.
+
+    A logit above 0 predicts the label.
+    """
     from sklearn import metrics
 
-    found = (told > 0).astype(int)
-    return {
-        "accuracy": float((found == wanted).all(1).mean()),
-        "f1_micro": float(metrics.f1_score(wanted, found, average="micro", zero_division=0)),
-        "f1_macro": float(metrics.f1_score(wanted, found, average="macro", zero_division=0)),
-        "by_label": _by_label(
-            task,
-            metrics.classification_report(
-                wanted, found, target_names=list(task.labels), output_dict=True, zero_division=0
-            ),
-        ),
-    }
+    predicted = (logits > 0).astype(int)
+    report = metrics.classification_report(
+        labels, predicted, target_names=list(task.labels), output_dict=True, zero_division=0
+    )
+
+    def f1(average: str) -> float:
+        return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
+
+    return TaskScores(
+        {
+            "accuracy": float((predicted == labels).all(1).mean()),
+            "f1_micro": f1("micro"),
+            "f1_macro": f1("macro"),
+        },
+        {"by_label": _select_labels(task, report)},
+    )
 
 
-def regression(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
-    """Return the metrics of values `told` (N,) for `wanted` (N,)."""
+def regression(task: TaskSection, targets: np.ndarray, predicted: np.ndarray) -> TaskScores:
+    """Return the metrics of `predicted` (N,) for `targets` (N,)."""
     from scipy import stats
 
     values = {
-        "mse": float(((told - wanted) ** 2).mean()),
-        "mae": float(np.abs(told - wanted).mean()),
+        "mse": float(((predicted - targets) ** 2).mean()),
+        "mae": float(np.abs(predicted - targets).mean()),
+        "pearson": math.nan,
+        "spearman": math.nan,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
-        values["pearson"] = float(stats.pearsonr(wanted, told)[0]) if len(wanted) > 1 else math.nan
-        values["spearman"] = (
-            float(stats.spearmanr(wanted, told)[0]) if len(wanted) > 1 else math.nan
-        )
-    return values
+    if len(targets) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
+            values["pearson"] = float(stats.pearsonr(targets, predicted)[0])
+            values["spearman"] = float(stats.spearmanr(targets, predicted)[0])
+    return TaskScores(values)
 
 
 def token_classification(
-    task: TaskSection, wanted: Sequence[np.ndarray], told: Sequence[np.ndarray]
-) -> dict[str, Any]:
-    """Return the metrics of tags, numbers (T,) of each sample's words: of entities (seqeval), and of single tags."""
+    task: TaskSection, expected: Sequence[np.ndarray], predicted: Sequence[np.ndarray]
+) -> TaskScores:
+    """Return the metrics of entities (seqeval) and of single tags.
+
+    Args:
+        task: of the run.
+        expected: tag numbers (T,) of the words of each sample.
+        predicted: the same, as predicted.
+    """
     from seqeval import metrics
     from sklearn.metrics import accuracy_score, classification_report
 
     names = np.array(task.labels, dtype=object)
-    flat_wanted, flat_told = np.concatenate(wanted), np.concatenate(told)
-    gold, found = ([names[tags].tolist() for tags in side] for side in (wanted, told))
-    values: dict[str, Any] = {"accuracy": float(accuracy_score(flat_wanted, flat_told))}
+    flat_expected, flat_predicted = np.concatenate(expected), np.concatenate(predicted)
+    expected_names = [names[tags].tolist() for tags in expected]
+    predicted_names = [names[tags].tolist() for tags in predicted]
+
+    values = {"accuracy": float(accuracy_score(flat_expected, flat_predicted))}
+    tables: dict[str, Any] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kinds that do not occur; they count 0
-        if any(len(label) > 2 and label[1] == "-" for label in task.labels):
-            values |= {
-                "precision": float(metrics.precision_score(gold, found)),
-                "recall": float(metrics.recall_score(gold, found)),
-                "f1": float(metrics.f1_score(gold, found)),
-                "by_label": _plain(metrics.classification_report(gold, found, output_dict=True)),
-            }
-        values["by_tag"] = _by_label(
-            task,
-            classification_report(
-                flat_wanted,
-                flat_told,
-                labels=list(range(len(names))),
-                target_names=list(task.labels),
-                output_dict=True,
-                zero_division=0,
-            ),
+        warnings.simplefilter("ignore")  # of types that do not occur; they count 0
+        if any(_is_entity_tag(label) for label in task.labels):
+            pair = (expected_names, predicted_names)
+            values["precision"] = float(metrics.precision_score(*pair))
+            values["recall"] = float(metrics.recall_score(*pair))
+            values["f1"] = float(metrics.f1_score(*pair))
+            tables["by_label"] = _plain_numbers(
+                metrics.classification_report(*pair, output_dict=True)
+            )
+        tag_report = classification_report(
+            flat_expected,
+            flat_predicted,
+            labels=list(range(len(names))),
+            target_names=list(task.labels),
+            output_dict=True,
+            zero_division=0,
         )
-    return values
+    tables["by_tag"] = _select_labels(task, tag_report)
+    return TaskScores(values, tables)
 
 
-def question_answering(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
+def _is_entity_tag(label: str) -> bool:
+    """Return whether a label is like B-PER, the start or the inside of an entity."""
+    return len(label) > 2 and label[1] == "-"
+
+
+def question_answering(
+    task: TaskSection, expected: np.ndarray, predicted: np.ndarray
+) -> TaskScores:
     """Return exact match and F1 of token spans.
 
     Args:
         task: of the run.
-        wanted: (N, 3) [window, first token, last token] of the answer of each question; window -1: no answer.
-        told: (N, 3) the same as found.
+        expected: (N, 3) [window, first token, last token] of the answer of each question; window
+            -1: no answer.
+        predicted: (N, 3) the same, as predicted.
     """
-    exact = (wanted == told).all(1)
-    same = (wanted[:, 0] == told[:, 0]) & (wanted[:, 0] >= 0)
-    overlap = np.minimum(wanted[:, 2], told[:, 2]) - np.maximum(wanted[:, 1], told[:, 1]) + 1
-    overlap = np.where(same, np.maximum(overlap, 0), 0)
-    sizes = (wanted[:, 2] - wanted[:, 1] + 1) + (told[:, 2] - told[:, 1] + 1)
-    f1 = np.where(exact, 1.0, np.where(same, 2 * overlap / np.maximum(sizes, 1), 0.0))
-    return {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
+    is_exact = (expected == predicted).all(1)
+    same_window = (expected[:, 0] == predicted[:, 0]) & (expected[:, 0] >= 0)
+
+    first = np.maximum(expected[:, 1], predicted[:, 1])
+    last = np.minimum(expected[:, 2], predicted[:, 2])
+    overlap = np.where(same_window, np.maximum(last - first + 1, 0), 0)
+    sizes = (expected[:, 2] - expected[:, 1] + 1) + (predicted[:, 2] - predicted[:, 1] + 1)
+    partial_f1 = np.where(same_window, 2 * overlap / np.maximum(sizes, 1), 0.0)
+    f1 = np.where(is_exact, 1.0, partial_f1)
+    return TaskScores({"exact_match": float(is_exact.mean()), "f1": float(f1.mean())})
 
 
-def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """Return how well vectors `first` (N, H) find theirs among all `second` (N, H): recall@k, MRR, NDCG@10."""
-    first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second))
-    own = (first * second).sum(1)[:, None] - TIE
-    # what is not clearly farther counts as nearer: vectors that are all alike, or no numbers, find nothing
-    places = np.concatenate(
+def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> TaskScores:
+    """Return how well vectors `first` (N, H) retrieve their own partner among all `second` (N, H).
+
+    The metrics are recall@k, the mean reciprocal rank (mrr) and NDCG@10.
+    """
+    first = first / np.linalg.norm(first, axis=1, keepdims=True)
+    second = second / np.linalg.norm(second, axis=1, keepdims=True)
+    own_cosine = (first * second).sum(1)[:, None] - COSINE_TOLERANCE
+
+    # A vector that is not clearly farther counts as nearer, so that equal vectors, or NaN, retrieve
+    # nothing.
+    ranks = np.concatenate(
         [
-            (~(first[start : start + ROWS] @ second.T < own[start : start + ROWS])).sum(1)
-            for start in range(0, len(first), ROWS)
+            (~(first[i : i + ROWS_PER_CHUNK] @ second.T < own_cosine[i : i + ROWS_PER_CHUNK])).sum(
+                1
+            )
+            for i in range(0, len(first), ROWS_PER_CHUNK)
         ]
     )
-    values = {f"recall@{k}": float((places <= k).mean()) for k in RECALLS if k <= len(places)}
-    gains = np.where(places <= 10, 1 / np.log2(places + 1), 0.0)
-    return {**values, "mrr": float((1 / places).mean()), "ndcg@10": float(gains.mean())}
+    values = {f"recall@{k}": float((ranks <= k).mean()) for k in RECALL_CUTOFFS if k <= len(ranks)}
+    gains = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
+    values["mrr"] = float((1 / ranks).mean())
+    values["ndcg@10"] = float(gains.mean())
+    return TaskScores(values)
 
 
-def counted_tokens(task: TaskSection, wanted: np.ndarray, told: np.ndarray) -> dict[str, Any]:
-    """Return the share of tokens told rightly, of [right, all] of each sample (N, 2)."""
-    right, every = wanted.sum(0)
-    return {"accuracy": float(right / max(1, every))}
+def token_accuracy(task: TaskSection, counts: np.ndarray, unused: np.ndarray) -> TaskScores:
+    """Return the share of correct tokens, from `counts` (N, 2): [correct, all] of each sample."""
+    num_correct, num_tokens = counts.sum(0)
+    return TaskScores({"accuracy": float(num_correct / max(1, num_tokens))})
 
 
-SCORES: dict[str, Callable[[TaskSection, Any, Any], dict[str, Any]]] = {
+METRICS_BY_TASK: Mapping[str, Callable[[TaskSection, Any, Any], TaskScores]] = {
     "sequence_classification": sequence_classification,
     "multi_label": multi_label,
     "regression": regression,
     "token_classification": token_classification,
     "question_answering": question_answering,
     "embedding": embedding,
-    "masked_lm": counted_tokens,
-    "seq2seq": counted_tokens,
+    "masked_lm": token_accuracy,
+    "seq2seq": token_accuracy,
 }
-"""The metrics of each task with a head."""
+"""The function that computes the metrics of each task except causal_lm, which has only a loss."""
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Return the expected calibration error (Guo et al., arXiv:1706.04599) over 15 bins of confidence (N,)."""
-    bins = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)
-    count = np.bincount(bins, minlength=BINS)
-    gap = np.bincount(bins, confidence, BINS) - np.bincount(bins, right.astype(float), BINS)
-    return float(np.abs(gap).sum() / max(1, count.sum()))
+def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
+    """Return the expected calibration error over 15 bins of `confidence` (N,).
+
+    Source: Guo et al., arXiv:1706.04599.
+    """
+    bins = np.minimum((np.nan_to_num(confidence) * NUM_BINS).astype(int), NUM_BINS - 1)
+    count = np.bincount(bins, minlength=NUM_BINS)
+    confidence_sums = np.bincount(bins, confidence, NUM_BINS)
+    correct_sums = np.bincount(bins, is_correct.astype(float), NUM_BINS)
+    return float(np.abs(confidence_sums - correct_sums).sum() / max(1, count.sum()))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the shares of logits (N, K)."""
+    """Return the probabilities of logits (..., K)."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
-def _by_label(task: TaskSection, report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return _plain({label: report[label] for label in task.labels if label in report})
+def _select_labels(task: TaskSection, report: Mapping[str, Any]) -> LabelTable:
+    """Return the rows of a report that belong to labels, without its averages."""
+    return _plain_numbers({label: report[label] for label in task.labels if label in report})
 
 
-def _plain(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return a report with plain numbers."""
-    return {
-        label: {name: float(value) for name, value in row.items()} for label, row in report.items()
-    }
+def _plain_numbers(report: Mapping[str, Any]) -> LabelTable:
+    """Return a report with Python's own numbers, as JSON takes them."""
+    table = {}
+    for label, row in report.items():
+        table[label] = {name: float(value) for name, value in row.items()}
+    return table

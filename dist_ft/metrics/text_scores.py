@@ -1,7 +1,8 @@
-"""How good texts are beside their references: pure, and the same at every world size.
+"""Metrics of generated text against references: pure, and the same at every world size.
 
-BLEU and chrF are sacrebleu's, of the corpus; ROUGE is rouge-score's (without stemming); the others are shares of
-samples, but for token_error_rate, which is one of tokens. Does not know models.
+BLEU and chrF are sacrebleu's, over the corpus; ROUGE is rouge-score's (without stemming). The
+others are shares of samples, except token_error_rate, which is a share of tokens. No model is
+needed.
 """
 
 from __future__ import annotations
@@ -16,36 +17,53 @@ from typing import Any
 import numpy as np
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-ROUGES = ("rouge1", "rouge2", "rougeL")
-SPLITTING = ("zh", "char")
-"""Tokenizers of sacrebleu for what is written without blanks."""
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+UNSPACED_TOKENIZERS = ("zh", "char")
+"""Tokenizers of sacrebleu for languages written without spaces."""
 
 
-def scores(
+def compute_text_metrics(
     metrics: Sequence[str], texts: Sequence[str], references: Sequence[str], tokenizer: str = "13a"
 ) -> dict[str, float]:
-    """Return the value of each of `metrics` (config.decoding.TEXT_METRICS) of `texts`, one for each of `references`."""
+    """Return the value of each of `metrics` (config.decoding.TEXT_METRICS) over all texts.
+
+    Empty without a text.
+
+    Args:
+        metrics: their names.
+        texts: generated text, one for each reference.
+        references: the expected text.
+        tokenizer: of sacrebleu.
+    """
     if not texts:
         return {}
-    words = words_by(tokenizer)
+    split = get_word_splitter(tokenizer)
     pairs = list(zip(texts, references, strict=True))
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for metric in metrics:
         if metric in ("bleu", "chrf"):
-            found[metric] = _corpus(metric, texts, references, tokenizer)
+            values[metric] = _corpus_score(metric, texts, references, tokenizer)
         elif metric == "token_error_rate":
-            edits = sum(distance(words(text), words(reference)) for text, reference in pairs)
-            found[metric] = edits / max(1, sum(len(words(reference)) for reference in references))
-        else:
-            found[metric] = float(
-                np.mean([score(metric, text, reference, tokenizer) for text, reference in pairs])
+            num_edits = sum(
+                edit_distance(split(text), split(reference)) for text, reference in pairs
             )
-    return found
+            num_tokens = sum(len(split(reference)) for reference in references)
+            values[metric] = num_edits / max(1, num_tokens)
+        else:
+            scores = [
+                compute_text_metric(metric, text, reference, tokenizer) for text, reference in pairs
+            ]
+            values[metric] = float(np.mean(scores))
+    return values
 
 
-def score(metric: str, text: str, reference: str, tokenizer: str = "13a") -> float:
-    """Return a metric of one text: of bleu and chrf those of a sentence, 0 to 100; token_error_rate may exceed 1."""
-    words = words_by(tokenizer)
+def compute_text_metric(metric: str, text: str, reference: str, tokenizer: str = "13a") -> float:
+    """Return a metric of one text.
+
+    bleu and chrf are those of a sentence, 0 to 100; token_error_rate may exceed 1; all others are 0
+    to 1.
+    """
+    split = get_word_splitter(tokenizer)
     if metric == "bleu":
         import sacrebleu
 
@@ -54,51 +72,59 @@ def score(metric: str, text: str, reference: str, tokenizer: str = "13a") -> flo
         import sacrebleu
 
         return float(sacrebleu.sentence_chrf(text, [reference]).score)
-    if metric in ROUGES:
-        return float(_rouge(tokenizer).score(reference, text)[metric].fmeasure)
+    if metric in ROUGE_METRICS:
+        return float(_rouge_scorer(tokenizer).score(reference, text)[metric].fmeasure)
     if metric == "exact_match":
         return float(text.split() == reference.split())
     if metric == "token_f1":
-        return overlap(words(text), words(reference))
+        return token_f1(split(text), split(reference))
     if metric == "token_error_rate":
-        return distance(words(text), words(reference)) / max(1, len(words(reference)))
+        num_edits = edit_distance(split(text), split(reference))
+        return num_edits / max(1, len(split(reference)))
+    # numeric match: the last number of the text is that of the reference
     number = last_number(reference)
     return float(number is not None and last_number(text) == number)
 
 
-def words_by(tokenizer: str) -> Callable[[str], list[str]]:
-    """Return what cuts a text into tokens: at blanks, or for zh and char as sacrebleu does."""
-    if tokenizer not in SPLITTING:
+def get_word_splitter(tokenizer: str) -> Callable[[str], list[str]]:
+    """Return a function that splits text: at whitespace, or for zh and char as sacrebleu does."""
+    if tokenizer not in UNSPACED_TOKENIZERS:
         return str.split
-    splitter = _splitter(tokenizer)
-    return lambda text: splitter(text).split()
+    tokenize = _sacrebleu_tokenizer(tokenizer)
+    return lambda text: tokenize(text).split()
 
 
-def distance(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the fewest insertions, deletions and replacements that make one list of tokens the other (Levenshtein)."""
+def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the Levenshtein distance of two lists: insertions, deletions and replacements."""
     row = list(range(len(second) + 1))
     for i, token in enumerate(first, 1):
-        before, row[0] = row[0], i
+        diagonal, row[0] = row[0], i
         for j, other in enumerate(second, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (token != other))
+            replaced = diagonal + (token != other)
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, replaced)
     return row[-1]
 
 
-def overlap(first: Sequence[str], second: Sequence[str]) -> float:
-    """Return F1 of the tokens two lists have in common, each as often as it stands in both; 1 of two empty ones."""
+def token_f1(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return F1 of the tokens that two lists share; 1 if both are empty.
+
+    A token counts as often as it occurs in both.
+    """
     if not first or not second:
         return float(not first and not second)
-    common = sum((Counter(first) & Counter(second)).values())
-    return 2 * common / (len(first) + len(second))
+    num_common = sum((Counter(first) & Counter(second)).values())
+    return 2 * num_common / (len(first) + len(second))
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in a text ("#### 1,042" gives 1042), None without any."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    """Return the last number in a text ("#### 1,042" gives 1042); None without a number."""
+    numbers = NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def _corpus(metric: str, texts: Sequence[str], references: Sequence[str], tokenizer: str) -> float:
+def _corpus_score(
+    metric: str, texts: Sequence[str], references: Sequence[str], tokenizer: str
+) -> float:
     import sacrebleu
 
     if metric == "chrf":
@@ -107,25 +133,25 @@ def _corpus(metric: str, texts: Sequence[str], references: Sequence[str], tokeni
 
 
 @cache
-def _splitter(tokenizer: str) -> Callable[[str], str]:
+def _sacrebleu_tokenizer(tokenizer: str) -> Callable[[str], str]:
     from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize=tokenizer).tokenizer
 
 
-class _Words:
-    """A tokenizer as rouge-score wants one."""
+class _RougeTokenizer:
+    """A tokenizer with the interface that rouge-score requires."""
 
     def __init__(self, tokenizer: str) -> None:
-        self.tokenize = words_by(tokenizer)
+        self.tokenize = get_word_splitter(tokenizer)
 
 
 @cache
-def _rouge(tokenizer: str) -> Any:
+def _rouge_scorer(tokenizer: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(
-        list(ROUGES),
+        list(ROUGE_METRICS),
         use_stemmer=False,
-        tokenizer=_Words(tokenizer) if tokenizer in SPLITTING else None,
+        tokenizer=_RougeTokenizer(tokenizer) if tokenizer in UNSPACED_TOKENIZERS else None,
     )

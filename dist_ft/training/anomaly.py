@@ -1,9 +1,10 @@
-"""Loss and gradient anomalies, detected from values that are equal on all workers, so that all decide alike.
+"""Loss and gradient anomalies, found from values equal on all workers, so that all decide alike.
 
-The update of a step is skipped if its loss or gradient norm is not finite, or exceeds a multiple of the median of the
-steps before. The step number is stored with the run at once, with the samples of the step, and every later attempt
-skips it too: a replay gives the same history, even where the cause was a bit that flipped once. The losses and norms
-of the steps before are saved in each checkpoint. Pure, but for these records.
+The update of a step is skipped if its loss or gradient norm is not finite, or exceeds a multiple of
+the median of the steps before. The step number is stored with the run at once, with the samples of
+the step, and every later attempt
+skips it too: a replay gives the same history, even where the cause was a bit that flipped once. The
+losses and norms of the steps before are saved in each checkpoint. Pure, but for these records.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class AnomalyDetector:
     """Checks losses and gradient norms against those of the steps before.
 
     Attributes:
-        skipped_steps: steps (from 0) whose update is skipped: those of earlier attempts and of this one.
+        skipped_steps: steps (from 0) whose update is skipped: those of earlier attempts and of this
+            one.
         num_consecutive: steps in a row, up to now, that had an anomaly.
     """
 
@@ -55,7 +57,10 @@ class AnomalyDetector:
 
     @property
     def history(self) -> tuple[tuple[float, float], ...]:
-        """(loss, gradient norm) of the last steps without an anomaly, oldest first; empty if no check uses them."""
+        """(loss, gradient norm) of the last steps without an anomaly, oldest first.
+
+        Empty if no check uses them.
+        """
         is_used = self._section.loss_factor or self._section.grad_norm_factor
         return tuple(self._history) if is_used else ()
 
@@ -86,7 +91,10 @@ class AnomalyDetector:
         self.num_consecutive = 0
 
     def _limit(self, column: int, factor: float) -> float:
-        """Return `factor` times the median of a column of the history; infinity until the window is full."""
+        """Return `factor` times the median of a column of the history.
+
+        Infinity until the window is full.
+        """
         if not factor or len(self._history) < self._section.window:
             return math.inf
         return factor * median(values[column] for values in self._history)
@@ -101,8 +109,10 @@ def stop_error(
         consecutive = f", and so had more than {section.max_consecutive} steps in a row"
     first_samples = ", ".join(str(sample) for sample in samples[:NUM_SAMPLES_SHOWN].tolist())
     return AnomalyError(
-        f"anomaly.action={section.action}: step {step + 1} has an anomaly{consecutive}: {reason}; the ids of its "
-        f"{len(samples)} samples start with {first_samples}; committed checkpoints are kept. Check the data, lower "
+        f"anomaly.action={section.action}: step {step + 1} has an anomaly{consecutive}: {reason}; "
+        "the ids of its "
+        f"{len(samples)} samples start with {first_samples}; committed checkpoints are kept. Check "
+        "the data, lower "
         "optimizer.learning_rate, or set anomaly.action=skip or rollback."
     )
 
@@ -119,8 +129,8 @@ def write_skipped_steps(
     `samples` are the ids (N,) of the samples of the step with the anomaly, sorted.
 
     Raises:
-        StorageError: a record was not written. Without it a replay might differ, so a step is skipped only once its
-            record is stored.
+        StorageError: a record was not written. Without it a replay might differ, so a step is
+            skipped only once its record is stored.
     """
     for step in steps:
         record = {"step": step, "reason": reason, "samples": samples.tolist()}
@@ -141,6 +151,7 @@ def read_skipped_steps(store: Store) -> list[int]:
         ]
     except ValueError as error:
         raise StorageError(
-            f"{store.shown(FOLDER)}: contains a file that is not the record of a skipped step ({error}); allowed are "
+            f"{store.shown(FOLDER)}: contains a file that is not the record of a skipped step "
+            f"({error}); allowed are "
             "files named step-NNNNNNNNN.json. Move the file away."
         ) from error

@@ -1,4 +1,4 @@
-"""Callbacks: code of the user, and of the process around a run, that is called when something happens in training.
+"""Callbacks: code of a user, or of the process around a run, that training calls at its events.
 
 Light: no torch, so that a driver starts fast.
 """
@@ -16,33 +16,40 @@ class CallbackError(DistFtError):
 
 
 class Callback:
-    """Subclass it, override what you need, and pass instances to `dist_ft.train(config, callbacks=[...])`.
+    """Base class of callbacks. Pass instances to `dist_ft.train(config, callbacks=[...])`.
 
-    All methods do nothing by default. They run in the training process and training waits for them. Steps count from
+    All methods do nothing by default: override those you need. They run in the training process and
+    training waits for them. Steps count from
     1. An exception ends the run with a `CallbackError`; a `DistFtError` ends it as it is.
     """
 
     def on_step_end(self, step: int, loss: float) -> None:
         """Run on all ranks after each training step, before its evaluation and its checkpoint.
 
-        `loss` is the mean over the target tokens of the global batch, equal on all ranks. It is called for a step whose
-        update was skipped too (`anomaly.action`).
+        `loss` is the mean over the target tokens of the global batch, equal on all ranks. It is
+        called for a step whose update was skipped too (`anomaly.action`).
         """
 
     def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Run on rank 0 after each line of metrics.jsonl; `kind` is train, evaluation or pace."""
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Run on rank 0 after each evaluation on held-out data; step 0 is the one before training."""
+        """Run on rank 0 after each evaluation on held-out data.
+
+        Step 0 is the one before training.
+        """
 
     def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
-        """Run on all ranks after a checkpoint is complete in storage; `metrics` has its step and loss."""
+        """Run on all ranks after a checkpoint is complete in storage.
+
+        `metrics` has its step and loss.
+        """
 
     def on_local_checkpoint_committed(self, step: int) -> None:
         """Run on all ranks after a checkpoint is complete on the workers' own nodes only."""
 
     def on_progress(self) -> None:
-        """Run on all ranks at each sign of progress: a step or a save starts, a batch is evaluated."""
+        """Run on all ranks at each sign of progress: a step or save starts, a batch is evaluated."""
 
 
 class CallbackList(Callback):
@@ -57,7 +64,8 @@ class CallbackList(Callback):
             if not isinstance(callback, Callback):
                 raise ConfigError(
                     [
-                        f"callbacks={callback!r}: not an instance of dist_ft.Callback; allowed are instances of its "
+                        f"callbacks={callback!r}: not an instance of dist_ft.Callback; allowed are "
+                        "instances of its "
                         "subclasses; subclass it and pass an instance"
                     ],
                     "callbacks",
@@ -94,6 +102,7 @@ class CallbackList(Callback):
             except Exception as error:
                 name = f"{type(callback).__module__}.{type(callback).__qualname__}.{event}"
                 raise CallbackError(
-                    f"callback {name} failed: {type(error).__name__}: {error}; the run ended; checkpoints are kept. "
+                    f"callback {name} failed: {type(error).__name__}: {error}; the run ended; "
+                    "checkpoints are kept. "
                     "Fix the callback and run the same command to resume."
                 ) from error

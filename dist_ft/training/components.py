@@ -10,15 +10,15 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.anomaly import Judge
-from dist_ft.training.held_out_generation import HeldOutTexts
+from dist_ft.training.anomaly import AnomalyDetector
+from dist_ft.training.held_out_generation import HeldOutGenerator
 from dist_ft.training.metrics_log import MetricsLog
 from dist_ft.training.minimum_risk import MinimumRisk
-from dist_ft.training.time_ledger import Clock
+from dist_ft.training.time_ledger import TimeLedger
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """The parts of a run in this worker.
 
     Attributes:
@@ -38,10 +38,10 @@ class Parts:
     collectives: Collectives
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
-    judge: Judge
+    anomaly_detector: AnomalyDetector
     store: Store
     num_failures: int = 0
-    clock: Clock = field(default_factory=Clock)
-    evaluated: list[tuple[int, float]] = field(default_factory=list)
-    texts: HeldOutTexts | None = None
-    risk: MinimumRisk | None = None
+    time_ledger: TimeLedger = field(default_factory=TimeLedger)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    held_out_generator: HeldOutGenerator | None = None
+    minimum_risk: MinimumRisk | None = None

@@ -1,4 +1,4 @@
-"""What a person sees: tables at start and end, and one progress line a step that is rewritten on a terminal."""
+"""Terminal output of a run: tables at the start and the end, and one progress line per step."""
 
 from __future__ import annotations
 
@@ -11,89 +11,112 @@ from typing import TextIO
 
 
 class Console:
-    """Prints lines; on a terminal a progress line replaces the one before."""
+    """Prints lines. On a terminal a progress line replaces the progress line before it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
+        """Print to `stream`; default: standard output."""
         self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._open = False
-        self._gone = False
+        self._is_terminal = self._stream.isatty()
+        self._progress_shown = False
+        self._stream_closed = False
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print `text` on lines of its own."""
         self.close()
         self._write(f"{text}\n")
 
     def close(self) -> None:
-        """End the progress line, if one is shown: what others print begins on a line of its own."""
-        if self._open:
+        """End the progress line, if one is shown, so that other output starts on a new line."""
+        if self._progress_shown:
             self._write("\n")
-            self._open = False
+            self._progress_shown = False
 
-    def progress(self, text: str) -> None:
+    def show_progress(self, text: str) -> None:
         """Show `text` as the current progress line."""
-        if not self._live:
-            return self.say(text)
+        if not self._is_terminal:
+            self.print(text)
+            return
+
         self._write(f"\r\x1b[2K{text}")
-        self._open = True
-        return None
+        self._progress_shown = True
 
     def _write(self, text: str) -> None:
-        """Write what the stream's encoding can say: neither a missing × nor a reader that left may end a run."""
-        if self._gone:
+        """Write `text` in the stream's encoding.
+
+        A character that the encoding lacks or a reader that has left must not end a run.
+        """
+        if self._stream_closed:
             return
+
         encoding = self._stream.encoding or "utf-8"
         try:
             self._stream.write(text.encode(encoding, "replace").decode(encoding))
             self._stream.flush()
-        except OSError:  # `| head` has seen enough, or the terminal was closed
-            self._gone = True
-            with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
-                os.dup2(
-                    nothing.fileno(), self._stream.fileno()
-                )  # or Python's flush at exit would fail once more
+        except OSError:  # the reader (such as `| head`) has left, or the terminal was closed
+            self._stream_closed = True
+            with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
+                # without this, Python's flush at exit would fail again
+                os.dup2(devnull.fileno(), self._stream.fileno())
 
 
-def table(title: str, rows: Sequence[Sequence[str]], heads: Sequence[str] = ("", "")) -> str:
-    """Return a table as text, at most 100 characters wide; it has a column for each of `heads`, shown if not empty."""
+def format_table(
+    title: str, rows: Sequence[Sequence[str]], headers: Sequence[str] = ("", "")
+) -> str:
+    """Return a table as text, at most 100 characters wide.
+
+    Args:
+        title: shown above the table.
+        rows: cells; each row has one for each of `headers`.
+        headers: of the columns; the header row is left out if all are empty.
+    """
     from rich import box
-    from rich.console import Console as Rich
+    from rich.console import Console as RichConsole
     from rich.table import Table
 
-    drawn = Table(
-        title=title, title_justify="left", box=box.SIMPLE, show_header=any(heads), pad_edge=False
+    rich_table = Table(
+        title=title, title_justify="left", box=box.SIMPLE, show_header=any(headers), pad_edge=False
     )
-    drawn.add_column(heads[0], style="bold", no_wrap=True)
-    for head in heads[1:]:
-        drawn.add_column(head, overflow="fold")
+    rich_table.add_column(headers[0], style="bold", no_wrap=True)
+    for header in headers[1:]:
+        rich_table.add_column(header, overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        rich_table.add_row(*row)
+
     stream = io.StringIO()
-    Rich(file=stream, width=100).print(drawn)
+    RichConsole(file=stream, width=100).print(rich_table)
     return stream.getvalue().rstrip()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return h:mm:ss."""
     whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}"
 
 
-def progress_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
+def format_progress(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
     """Return the progress line of one step (`step` counts from 1)."""
     width = len(str(total))
-    return (
-        f"step {step:>{width}}/{total}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-        f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tok/s  {values['step_s']:.2f} s/step  "
-        f"left {duration(seconds_left)}"
+    fields = (
+        f"step {step:>{width}}/{total}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"grad {values['grad_norm']:.2f}",
+        f"{values['tokens_per_s']:,.0f} tok/s",
+        f"{values['step_s']:.2f} s/step",
+        f"left {format_duration(seconds_left)}",
     )
+    return "  ".join(fields)
 
 
-def evaluation_line(values: dict[str, float]) -> str:
-    """Return what one evaluation found: the loss, then the task's metrics."""
-    others = [
-        f"{name.replace('_', ' ')} {value:.{2 if name == 'perplexity' else 3}f}"
-        for name, value in values.items()
-        if name not in ("loss", "num_target_tokens")
-    ]
-    return f"{values['loss']:.4f} ({', '.join(others)})" if others else f"{values['loss']:.4f}"
+def format_evaluation(values: dict[str, float]) -> str:
+    """Return the loss of an evaluation, then the other metrics in parentheses."""
+    metrics = []
+    for name, value in values.items():
+        if name in ("loss", "num_target_tokens"):
+            continue
+        digits = 2 if name == "perplexity" else 3
+        metrics.append(f"{name.replace('_', ' ')} {value:.{digits}f}")
+
+    loss = f"{values['loss']:.4f}"
+    return f"{loss} ({', '.join(metrics)})" if metrics else loss

@@ -17,9 +17,10 @@ class RunContext:
     Attributes:
         console: where rank 0 prints.
         callbacks: what is called when something happens in training.
-        should_stop: called on every rank once a step; if any rank returns True, all save after that step and stop.
-        should_save: called on every rank once a step, True until `on_requested_save_end`; if any rank returns True, all
-            save after that step and wait for the save.
+        should_stop: called on every rank once a step; if any rank returns True, all save after that
+            step and stop.
+        should_save: called on every rank once a step, True until `on_requested_save_end`; if any
+            rank returns True, all save after that step and wait for the save.
         on_requested_save_end: called on every rank when that save has ended; if it succeeded,
             `Callback.on_checkpoint_committed` was called before.
         log_handler: also gets the log lines of this worker; default: they go to stderr only.

@@ -1,4 +1,4 @@
-"""Metrics of texts: those of the libraries, and cases by hand."""
+"""Metrics of generated text, against the libraries and cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ REFERENCES = [
 ]
 
 
-def test_every_metric_has_a_value_and_a_perfect_one():
-    found = text_scores.scores(
+def test_every_metric_is_computed_and_perfect_for_equal_text():
+    found = text_scores.compute_text_metrics(
         TEXT_METRICS, ["the year 1,042 .", "9 of 10"], ["the year 1,042 .", "9 of 10"]
     )
     assert found == pytest.approx(
@@ -32,11 +32,11 @@ def test_every_metric_has_a_value_and_a_perfect_one():
         }
     )
     assert tuple(found) == TEXT_METRICS
-    assert text_scores.scores(TEXT_METRICS, [], []) == {}
+    assert text_scores.compute_text_metrics(TEXT_METRICS, [], []) == {}
 
 
-def test_bleu_chrf_and_rouge_are_the_libraries():
-    found = text_scores.scores(TEXT_METRICS, TEXTS, REFERENCES)
+def test_bleu_chrf_and_rouge_equal_the_libraries():
+    found = text_scores.compute_text_metrics(TEXT_METRICS, TEXTS, REFERENCES)
     assert found["bleu"] == sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score > 20
     assert found["chrf"] == sacrebleu.corpus_chrf(TEXTS, [REFERENCES]).score > 20
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"])
@@ -47,29 +47,29 @@ def test_bleu_chrf_and_rouge_are_the_libraries():
         ]
         assert found[kind] == pytest.approx(sum(each) / 3) and 0.5 < found[kind] < 1
     assert (
-        text_scores.score("bleu", TEXTS[0], REFERENCES[0])
+        text_scores.compute_text_metric("bleu", TEXTS[0], REFERENCES[0])
         == sacrebleu.sentence_bleu(TEXTS[0], [REFERENCES[0]]).score
     )
     assert (
-        text_scores.score("chrf", TEXTS[0], REFERENCES[0])
+        text_scores.compute_text_metric("chrf", TEXTS[0], REFERENCES[0])
         == sacrebleu.sentence_chrf(TEXTS[0], [REFERENCES[0]]).score
     )
 
 
 @pytest.mark.parametrize("tokenizer", ["zh", "char"])
-def test_what_has_no_blanks_is_cut_by_the_tokenizer(tokenizer):
+def test_text_without_spaces_is_split_by_the_tokenizer(tokenizer):
     text, reference = "我喜欢红茶", "我喜欢绿茶"
-    found = text_scores.scores(TEXT_METRICS, [text], [reference], tokenizer)
+    found = text_scores.compute_text_metrics(TEXT_METRICS, [text], [reference], tokenizer)
     assert found["token_error_rate"] == pytest.approx(1 / 5)
     assert found["token_f1"] == pytest.approx(4 / 5)
     assert found["rouge1"] == pytest.approx(4 / 5) and found["rouge2"] == pytest.approx(2 / 4)
     assert found["bleu"] == sacrebleu.corpus_bleu([text], [[reference]], tokenize=tokenizer).score
-    whole = text_scores.scores(TEXT_METRICS, [text], [reference])
+    whole = text_scores.compute_text_metrics(TEXT_METRICS, [text], [reference])
     assert (whole["token_error_rate"], whole["token_f1"], whole["rouge1"]) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("text", "reference", "wanted"),
+    ("text", "reference", "expected"),
     [
         ("a b c", "a b c", 0),
         ("", "a b c", 1),
@@ -80,27 +80,31 @@ def test_what_has_no_blanks_is_cut_by_the_tokenizer(tokenizer):
         ("x y z v w", "a b c", 5 / 3),
     ],
 )
-def test_token_error_rate_by_hand(text, reference, wanted):
-    assert text_scores.score("token_error_rate", text, reference) == pytest.approx(wanted)
+def test_token_error_rate_equals_hand_computed_values(text, reference, expected):
+    assert text_scores.compute_text_metric("token_error_rate", text, reference) == pytest.approx(
+        expected
+    )
 
 
-def test_token_error_rate_is_one_of_tokens_not_of_samples():
-    assert text_scores.scores(["token_error_rate"], ["x", "a b c d"], ["y", "a b c d"]) == {
-        "token_error_rate": 1 / 5
-    }
+def test_token_error_rate_is_averaged_over_tokens_not_samples():
+    assert text_scores.compute_text_metrics(
+        ["token_error_rate"], ["x", "a b c d"], ["y", "a b c d"]
+    ) == {"token_error_rate": 1 / 5}
 
 
-def test_distance_is_a_metric():
+def test_edit_distance_is_a_metric():
     rng = random.Random(0)
     lists = [rng.choices("abc", k=rng.randint(0, 6)) for _ in range(25)]
     for a, b, c in zip(lists, lists[1:], lists[2:], strict=False):
-        assert text_scores.distance(a, b) == text_scores.distance(b, a)
-        assert text_scores.distance(a, c) <= text_scores.distance(a, b) + text_scores.distance(b, c)
-        assert abs(len(a) - len(b)) <= text_scores.distance(a, b) <= max(len(a), len(b))
+        assert text_scores.edit_distance(a, b) == text_scores.edit_distance(b, a)
+        assert text_scores.edit_distance(a, c) <= text_scores.edit_distance(
+            a, b
+        ) + text_scores.edit_distance(b, c)
+        assert abs(len(a) - len(b)) <= text_scores.edit_distance(a, b) <= max(len(a), len(b))
 
 
 @pytest.mark.parametrize(
-    ("text", "reference", "wanted"),
+    ("text", "reference", "expected"),
     [
         ("so it is 42", "6 * 7\n#### 42", 1),
         ("#### 1,042", "1042", 1),
@@ -112,8 +116,8 @@ def test_distance_is_a_metric():
         ("$1,234.50.", "1234.5", 1),
     ],
 )
-def test_the_last_number_by_hand(text, reference, wanted):
-    assert text_scores.score("number_match", text, reference) == wanted
+def test_number_match_compares_the_last_numbers(text, reference, expected):
+    assert text_scores.compute_text_metric("number_match", text, reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,6 @@ def test_the_last_number_by_hand(text, reference, wanted):
         ("", "a", 0, 0),
     ],
 )
-def test_exact_match_and_f1_by_hand(text, reference, exact, f1):
-    assert text_scores.score("exact_match", text, reference) == exact
-    assert text_scores.score("token_f1", text, reference) == pytest.approx(f1)
+def test_exact_match_and_token_f1_equal_hand_computed_values(text, reference, exact, f1):
+    assert text_scores.compute_text_metric("exact_match", text, reference) == exact
+    assert text_scores.compute_text_metric("token_f1", text, reference) == pytest.approx(f1)
