@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_ft.config.schema import EvaluationSection, ModelSection, RunConfig
+from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_ft.data.batching.loader import Loader
     from dist_ft.inference.predict_folder import WrittenPredictions
+    from dist_ft.runs.model_card import BeforeAfter
+    from dist_ft.runs.report import Report
     from dist_ft.training.callbacks import Callback
     from dist_ft.training.result import Result
 
@@ -81,7 +83,7 @@ def write_data(
     """
     from dist_ft.checkpoint import initial_weights
     from dist_ft.data.tools.rewrite import rewrite_blocks
-    from dist_ft.runtime.bootstrap.build_data import open_blocks
+    from dist_ft.runtime.bootstrap.build_data import build_block_store
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
@@ -93,10 +95,8 @@ def write_data(
             ],
             "data write",
         )
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"block_mib": shard_mib})}
-    )
-    blocks = open_blocks(initial_weights.resolve_for_inspection(config))
+    model = initial_weights.resolve_for_inspection(config)
+    blocks = build_block_store(config, model, shard_mib)
     try:
         written = rewrite_blocks(blocks, filesystem.Store(out), suffix, tokenize)
         return WrittenShards(len(blocks.blocks), written)
@@ -111,20 +111,20 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
 
     from dist_ft.checkpoint import initial_weights
     from dist_ft.core.world import World, collectives
-    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.runtime.bootstrap.build_data import build_training_loader
+    from dist_ft.runtime.bootstrap.resolve_run import resolve_data
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
-    config = initial_weights.resolve_for_inspection(
-        config.model_copy(update={"evaluation": EvaluationSection()})
-    )
-    data = open_data(
-        config, filesystem.Store(f"memory://preview-{uuid4().hex}"), World(), collectives(World())
-    )
+    store, world = filesystem.Store(f"memory://preview-{uuid4().hex}"), World()
+    comms = collectives(world)
+    model = initial_weights.resolve_for_inspection(config)
+    run = resolve_data(config, model, store, world, comms)
+    loader = build_training_loader(run, store, world, comms)
     try:
-        yield data.training
+        yield loader
     finally:
-        data.close()
+        loader.store.close()
 
 
 def train(
@@ -222,7 +222,7 @@ def export(
     best: bool = False,
     int8: bool = False,
     average: bool | None = None,
-) -> dict[str, tuple[float, float]] | None:
+) -> dict[str, BeforeAfter] | None:
     """Write a checkpoint as a Hugging Face folder with a model card, reload it, compare its logits.
 
     Returns what int8 weights changed, {measure: (before, after)}, or None without `int8`.
@@ -238,13 +238,13 @@ def export(
         average: export the moving average of the weights (tuning.ema_decay). Default: if that is
             what evaluations used.
     """
-    from dist_ft.runs.export_model import ship
+    from dist_ft.runs.export_model import export_model
     from dist_ft.storage import filesystem
 
     if isinstance(run, RunConfig):
         filesystem.configure(run.storage.options)
         run = run.run_url
-    return ship(
+    return export_model(
         run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8, average=average
     )
 
@@ -335,7 +335,7 @@ def evaluate(
     return evaluate_models(config, paths or [config.model.path], random_head)
 
 
-def report(run: RunConfig | str) -> dict[str, Any]:
+def report(run: RunConfig | str) -> Report:
     """Return a run's report as JSON values: curves, tables, most confident errors, config."""
     from dist_ft.runs.report import gather
     from dist_ft.storage import filesystem

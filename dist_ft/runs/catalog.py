@@ -149,9 +149,7 @@ def describe_all(url: str) -> str:
             )
         )
     if not rows:
-        raise DataError(
-            f"{store.shown()}: holds no runs. Give the folder that run.storage names."
-        )
+        raise DataError(f"{store.shown()}: holds no runs. Give the folder that run.storage names.")
     return format_table(f"runs in {store.shown()}", rows)
 
 
@@ -243,9 +241,7 @@ def diff(url: str, step: int, other_step: int) -> str:
 
 def _manifest_of(store: Store, step: int) -> Manifest:
     # Names are sorted latest first, so the latest attempt of a step wins.
-    names_by_step = {
-        _step_of(name): name for name in reversed(discovery.list_committed(store))
-    }
+    names_by_step = {_step_of(name): name for name in reversed(discovery.list_committed(store))}
     if step not in names_by_step:
         existing = ", ".join(str(number) for number in sorted(names_by_step)) or "none"
         raise CheckpointError(

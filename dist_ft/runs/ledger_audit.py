@@ -149,8 +149,8 @@ def _count_epochs(
     counts = []
     for number, source in enumerate(config.data.train):
         num_segments = sum(
-            measures.num_segments
-            for block, measures in zip(index.blocks, index.measures, strict=True)
+            stats.num_segments
+            for block, stats in zip(index.blocks, index.block_stats, strict=True)
             if block.source == number
         )
         rows_of_source = rows[source_of_row == number]

@@ -89,9 +89,7 @@ def render(
     return redact("\n".join(lines))
 
 
-def _facts(
-    store: Store, manifest: Manifest, model_config: Mapping[str, Any]
-) -> dict[str, str]:
+def _facts(store: Store, manifest: Manifest, model_config: Mapping[str, Any]) -> dict[str, str]:
     """Return the facts of the run for the exported checkpoint, without local paths."""
     run_facts = {name: _without_local_path(value) for name, value in facts(store).items()}
     architectures = ", ".join(model_config.get("architectures") or ())

@@ -1,7 +1,7 @@
-"""The report of a run: what was run, how it learned, what it scores, where it errs; JSON, Markdown and one HTML page.
+"""The report of a run: curves, metrics, tables, errors, configuration; JSON, Markdown, HTML.
 
-Reads what lies in the run's storage, whoever wrote it, and needs no model and no GPU (`attributions` does, if asked).
-The page loads nothing from anywhere; what comes from data is escaped.
+Reads what lies in the run's storage, whoever wrote it. Needs no model and no GPU (only
+`attributions` does). The HTML page is self-contained, and text from data is escaped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.checkpoint import discovery
 from dist_ft.config import renames
@@ -24,50 +24,140 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.training.evaluation import FOLDER
 from dist_ft.training.metrics_log import read_metrics
 
-PLOTTED = 600
-"""Points of a curve at most; of more, means of neighbours are drawn."""
-MOST_CONFUSED = 30
-"""Labels of a confusion matrix that is shown; of more, the pairs most often taken for each other are told."""
-LONGEST_CELL = 300
-TITLES = {"by_label": "By label", "by_tag": "By tag"}
+MAX_POINTS = 600
+"""Points of a curve. With more, means of neighbours are drawn."""
+MAX_MATRIX_LABELS = 30
+"""Labels of a confusion matrix that is shown. With more, the most confused pairs are listed."""
+MAX_CELL_CHARS = 300
+TABLE_TITLES = {"by_label": "By label", "by_tag": "By tag"}
+OLD_EXAMPLE_KEYS = {"wanted": "expected", "told": "predicted"}
+"""Keys of error examples that version 0.1.0 stored -> their names now."""
+POSITIVE_RGB, NEGATIVE_RGB = "230, 120, 20", "30, 110, 200"
+"""Colors of tokens that speak for and against a prediction."""
 
 
-def gather(url: str) -> dict[str, Any]:
-    """Return all that the report says, as JSON values. Raises DataError if there is no run, or no step yet."""
+class Report(TypedDict):
+    """All content of a report, as JSON values.
+
+    Attributes:
+        name: name of the run.
+        storage: URL of its folder.
+        config: its resolved config, as YAML.
+        task: name of its task.
+        model: path of its initial model.
+        steps: last training step.
+        train: metrics of each training step.
+        evaluations: metrics of each evaluation.
+        best: {metric, step, value} of the best evaluation; None without evaluations.
+        tables: metrics by label, and the confusion matrix with its labels.
+        examples: the most confident errors of the latest evaluation.
+        examples_step: step of that evaluation.
+        attributions: method and step of token attributions; None if they were not computed.
+        facts: {title: value} of the run.
+        attempts: one line for each attempt.
+        time: one line for each part of the wall time.
+        checkpoints: names of the committed checkpoints, latest first.
+    """
+
+    name: str
+    storage: str
+    config: str
+    task: str
+    model: str
+    steps: int
+    train: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
+    best: dict[str, Any] | None
+    tables: dict[str, Any]
+    examples: list[dict[str, Any]]
+    examples_step: int | None
+    attributions: Any
+    facts: dict[str, str]
+    attempts: list[str]
+    time: list[str]
+    checkpoints: list[str]
+
+
+class ConfusedPair(NamedTuple):
+    """How often a label was predicted as another."""
+
+    label: str
+    predicted: str
+    num: int
+
+
+class MetricChange(NamedTuple):
+    """A metric at the first and at the last evaluation."""
+
+    metric: str
+    first: float | None
+    last: float | None
+
+
+class ShadedToken(NamedTuple):
+    """A token, the CSS color of its attribution, and the attribution as text."""
+
+    text: str
+    color: str
+    weight: str
+
+
+class TableText(NamedTuple):
+    """A table by label as text: titles of its columns, and (label, values) of its rows."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+class Curve(NamedTuple):
+    """A titled curve as SVG."""
+
+    title: str
+    svg: str
+
+
+class Evaluation(NamedTuple):
+    """The stored details of an evaluation that has more than numbers, and its step."""
+
+    step: int | None
+    details: dict[str, Any]
+
+
+Point = tuple[float, float]
+"""(step, value)"""
+
+
+def gather(url: str) -> Report:
+    """Return the report of the run in the folder `url`.
+
+    Raises:
+        DataError: the folder holds no run, or the run has made no step yet.
+    """
     import yaml
 
-    store = Store(url)
-    if not store.exists(STORED):
-        raise DataError(
-            f"{store.shown()}: is no run (it has no {STORED}); the folder <run.storage>/<run.name> is "
-            "needed; dist-ft runs list STORAGE names them"
-        )
+    store = catalog.open_run(url)
     lines = read_metrics(store)
     if not lines:
-        raise DataError(
-            f"{store.shown()}: has no metrics yet; a run that made a step is needed; let it make one"
-        )
+        raise DataError(f"{store.shown()}: no metrics yet. Let the run make its first step.")
+
     text = redact(store.read(STORED).decode())
     config = renames.RUN.migrate(yaml.safe_load(text))
-    evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
     train = [_numbers(line) for line in lines if line["kind"] == "train"]
-    metric = (config.get("checkpoint") or {}).get("best_by", "loss")
-    known = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
-    chosen = dict(zip(("step", "value"), best.find_best(metric, known), strict=True)) if known else None
-    newest, details = _details(store)
+    evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
+    latest = _latest_evaluation(store)
     return {
         "name": config["run"]["name"],
         "storage": store.shown(),
         "config": text,
         "task": (config.get("task") or {}).get("name", "causal_lm"),
         "model": redact(str(config["model"]["path"])),
-        "steps": train[-1]["step"] if train else 0,
+        "steps": int(train[-1]["step"]) if train else 0,
         "train": train,
         "evaluations": evaluations,
-        "best": {**chosen, "metric": metric} if chosen else None,
-        "tables": _tables(details),
-        "examples": details.get("examples", []),
-        "examples_step": newest,
+        "best": _best(config, evaluations),
+        "tables": _tables(latest.details),
+        "examples": latest.details.get("examples", []),
+        "examples_step": latest.step,
         "attributions": None,
         "facts": facts(store),
         "attempts": catalog.attempts(store),
@@ -80,217 +170,267 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if isinstance(value, int | float)}
 
 
-def _details(store: Store) -> tuple[int | None, dict[str, Any]]:
-    """Return step and values of the newest evaluation that has more than numbers; (None, {}) without any."""
+def _best(
+    config: Mapping[str, Any], evaluations: Sequence[Mapping[str, float]]
+) -> dict[str, Any] | None:
+    """Return the best evaluation by checkpoint.best_by."""
+    metric = (config.get("checkpoint") or {}).get("best_by", "loss")
+    values = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
+    if not values:
+        return None
+    step, value = best.find_best(metric, values)
+    return {"step": step, "value": value, "metric": metric}
+
+
+def _latest_evaluation(store: Store) -> Evaluation:
     names = store.list(FOLDER)
     if not names:
-        return None, {}
-    newest = max(names)
-    return int(newest.removeprefix("step-").removesuffix(".json")), json.loads(
-        store.read(f"{FOLDER}/{newest}")
-    )
+        return Evaluation(None, {})
+    latest = max(names)
+    step = int(latest.removeprefix("step-").removesuffix(".json"))
+    details = json.loads(store.read(f"{FOLDER}/{latest}"))
+    for example in details.get("examples", ()):
+        for old, new in OLD_EXAMPLE_KEYS.items():
+            if old in example:
+                example[new] = example.pop(old)
+    return Evaluation(step, details)
 
 
-def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables of an evaluation: by label, and what was taken for what."""
-    tables: dict[str, Any] = {name: found[name] for name in TITLES if found.get(name)}
-    if "confusion" in found:
-        tables["labels"], tables["confusion"] = list(found["by_label"]), found["confusion"]
+def _tables(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables of an evaluation: metrics by label, and the confusion matrix."""
+    tables = {name: details[name] for name in TABLE_TITLES if details.get(name)}
+    if "confusion" in details:
+        tables["labels"] = list(details["by_label"])
+        tables["confusion"] = details["confusion"]
     return tables
 
 
-def confused(
-    labels: Sequence[str], matrix: Sequence[Sequence[int]], most: int = 12
-) -> list[tuple[str, str, int]]:
-    """Return (label, what it was taken for, how often), most often first."""
-    pairs = [
-        (labels[i], labels[j], count)
-        for i, row in enumerate(matrix)
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:most]
+def most_confused(
+    labels: Sequence[str], matrix: Sequence[Sequence[int]], limit: int = 12
+) -> list[ConfusedPair]:
+    """Return the most confused pairs of labels, most frequent first.
+
+    Args:
+        labels: names of the rows and columns.
+        matrix: counts by label (row) and prediction (column).
+        limit: maximum number of pairs.
+    """
+    pairs = []
+    for label, row in zip(labels, matrix, strict=False):
+        for predicted, count in zip(labels, row, strict=False):
+            if label != predicted and count:
+                pairs.append(ConfusedPair(label, predicted, count))
+    pairs.sort(key=lambda pair: -pair.num)
+    return pairs[:limit]
 
 
-def before_after(
-    evaluations: Sequence[Mapping[str, float]],
-) -> list[tuple[str, float | None, float | None]]:
-    """Return (metric, at the first evaluation, at the last) of all metrics."""
+def metric_changes(evaluations: Sequence[Mapping[str, float]]) -> list[MetricChange]:
+    """Return each metric at the first and at the last evaluation."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
-    names = [
-        name for name in dict.fromkeys([*last, *first]) if name not in ("step", "num_target_tokens")
+    names = dict.fromkeys([*last, *first])
+    return [
+        MetricChange(name, first.get(name), last.get(name))
+        for name in names
+        if name not in ("step", "num_target_tokens")
     ]
-    return [(name, first.get(name), last.get(name)) for name in names]
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
+def to_markdown(report: Report) -> str:
     """Return the report as Markdown, without curves."""
-    about = f"{report['task'].replace('_', ' ')}, {report['model']}, {report['steps']} steps, `{report['storage']}`"
-    parts = [f"# {report['name']}", "", about, ""]
-    rows = before_after(report["evaluations"])
-    if rows:
-        parts += ["## Held-out data", "", "| metric | first | last |", "| --- | ---: | ---: |"]
-        parts += [
-            f"| {name.replace('_', ' ')} | {_shown(first)} | {_shown(last)} |"
-            for name, first, last in rows
-        ]
-        parts.append("")
-    if report["best"]:
-        parts += [
-            f"Best by {report['best']['metric']}: {_shown(report['best']['value'])} at step "
-            f"{report['best']['step']}.",
-            "",
-        ]
-    for name, title in TITLES.items():
-        if name in report["tables"]:
-            heads, table = _rows(report["tables"][name])
-            parts += [
-                f"## {title}",
-                "",
-                f"| | {' | '.join(heads)} |",
-                f"| --- |{' ---: |' * len(heads)}",
-                *(f"| {_cell(label)} | {' | '.join(values)} |" for label, values in table),
-                "",
-            ]
-    if "confusion" in report["tables"]:
-        pairs = confused(report["tables"]["labels"], report["tables"]["confusion"])
-        parts += [
-            "## Taken for another",
-            "",
-            *(f"- {_cell(one)} for {_cell(other)}: {count}" for one, other, count in pairs),
-            "",
-        ]
-    if report["examples"]:
-        parts += [
-            f"## Most confident errors at step {report['examples_step']}",
-            "",
-            "| sample | text | wanted | told | score |",
-            "| ---: | --- | --- | --- | ---: |",
-        ]
-        parts += [
-            f"| {one['sample']} | {_cell(one['text'])} | {_cell(one['wanted'])} | {_cell(one['told'])} | "
-            f"{_shown(one['score'])} |"
-            for one in report["examples"]
-        ]
-        parts.append("")
-    parts += [
-        "## What was run",
-        "",
-        *(f"- {name}: {_cell(value)}" for name, value in report["facts"].items()),
-        "",
+    about = [
+        report["task"].replace("_", " "),
+        report["model"],
+        f"{report['steps']} steps",
+        f"`{report['storage']}`",
     ]
-    parts += [
-        "## Attempts and time",
+    lines = [f"# {report['name']}", "", ", ".join(about), ""]
+    lines += _metrics_markdown(report)
+    lines += _tables_markdown(report)
+    lines += _examples_markdown(report)
+
+    lines += ["## Facts", ""]
+    lines += [f"- {name}: {_cell(value)}" for name, value in report["facts"].items()]
+    lines += ["", "## Attempts and time", ""]
+    lines += [f"- {line}" for line in [*report["attempts"], *report["time"]]]
+    lines += ["", "## Config", "", "```yaml", report["config"].rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _metrics_markdown(report: Report) -> list[str]:
+    changes = metric_changes(report["evaluations"])
+    lines = []
+    if changes:
+        lines += ["## Held-out data", "", "| metric | first | last |", "| --- | ---: | ---: |"]
+        for metric, first, last in changes:
+            lines.append(f"| {metric.replace('_', ' ')} | {_number(first)} | {_number(last)} |")
+        lines.append("")
+    best_evaluation = report["best"]
+    if best_evaluation:
+        lines += [
+            f"Best by {best_evaluation['metric']}: {_number(best_evaluation['value'])} at step "
+            f"{best_evaluation['step']}.",
+            "",
+        ]
+    return lines
+
+
+def _tables_markdown(report: Report) -> list[str]:
+    tables = report["tables"]
+    lines = []
+    for name, title in TABLE_TITLES.items():
+        if name not in tables:
+            continue
+        table = _table_text(tables[name])
+        lines += [
+            f"## {title}",
+            "",
+            f"| | {' | '.join(table.columns)} |",
+            f"| --- |{' ---: |' * len(table.columns)}",
+        ]
+        for label, values in table.rows:
+            lines.append(f"| {_cell(label)} | {' | '.join(values)} |")
+        lines.append("")
+
+    if "confusion" in tables:
+        lines += ["## Most confused labels", ""]
+        for pair in most_confused(tables["labels"], tables["confusion"]):
+            lines.append(f"- {_cell(pair.label)} as {_cell(pair.predicted)}: {pair.num}")
+        lines.append("")
+    return lines
+
+
+def _examples_markdown(report: Report) -> list[str]:
+    if not report["examples"]:
+        return []
+    lines = [
+        f"## Most confident errors at step {report['examples_step']}",
         "",
-        *(f"- {line}" for line in [*report["attempts"], *report["time"]]),
-        "",
-        "## Config",
-        "",
-        "```yaml",
-        report["config"].rstrip(),
-        "```",
-        "",
+        "| sample | text | expected | predicted | score |",
+        "| ---: | --- | --- | --- | ---: |",
     ]
-    return "\n".join(parts)
+    for example in report["examples"]:
+        texts = [_cell(example[key]) for key in ("text", "expected", "predicted")]
+        cells = [str(example["sample"]), *texts, _number(example["score"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _cell(text: str) -> str:
-    """Return a text as a cell of a Markdown table, on one line and not too long."""
+    """Return a text as a cell of a Markdown table: one line of limited length."""
     line = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return line if len(line) <= LONGEST_CELL else line[:LONGEST_CELL] + " ..."
+    return line if len(line) <= MAX_CELL_CHARS else line[:MAX_CELL_CHARS] + " ..."
 
 
-def to_html(report: Mapping[str, Any]) -> str:
+def to_html(report: Report) -> str:
     """Return the report as one HTML page."""
     import jinja2
 
     source = resources.files("dist_ft.runs").joinpath("report.html.jinja").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        source
-    )
-    tables = {
-        TITLES[name]: _rows(report["tables"][name]) for name in TITLES if name in report["tables"]
-    }
-    labels = report["tables"].get("labels", [])
-    return template.render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+    tables = report["tables"]
+    labels = tables.get("labels", [])
+    return environment.from_string(source).render(
         report=report,
-        shaded=[shaded(one.get("tokens", ())) for one in report["examples"]],
+        shaded=[shade_tokens(example.get("tokens", ())) for example in report["examples"]],
         curves=_curves(report),
-        tables=tables,
-        shown=_shown,
-        metrics=before_after(report["evaluations"]),
-        labels=labels if len(labels) <= MOST_CONFUSED else [],
-        matrix=report["tables"].get("confusion", []),
-        pairs=confused(labels, report["tables"]["confusion"]) if labels else [],
+        tables={
+            title: _table_text(tables[name])
+            for name, title in TABLE_TITLES.items()
+            if name in tables
+        },
+        number=_number,
+        metrics=metric_changes(report["evaluations"]),
+        labels=labels if len(labels) <= MAX_MATRIX_LABELS else [],
+        matrix=tables.get("confusion", []),
+        pairs=most_confused(labels, tables["confusion"]) if labels else [],
     )
 
 
-def shaded(tokens: Sequence[tuple[str, float]]) -> list[tuple[str, str, str]]:
-    """Return (text, colour, weight to show) of tokens: orange spoke for what was told, blue against it."""
-    most = max((abs(weight) for _, weight in tokens), default=0.0) or 1.0
-    return [
-        (
-            text,
-            f"rgba({'230, 120, 20' if weight > 0 else '30, 110, 200'}, {abs(weight) / most * 0.75:.2f})",
-            f"{weight:+.4f}",
-        )
-        for text, weight in tokens
-    ]
+def shade_tokens(tokens: Sequence[tuple[str, float]]) -> list[ShadedToken]:
+    """Return tokens with colors for their attributions.
+
+    Orange speaks for the prediction, blue against it; the strongest attribution is the most opaque.
+
+    Args:
+        tokens: (text, attribution) of each token.
+    """
+    largest = max((abs(weight) for _, weight in tokens), default=0.0) or 1.0
+    shaded = []
+    for text, weight in tokens:
+        rgb = POSITIVE_RGB if weight > 0 else NEGATIVE_RGB
+        opacity = abs(weight) / largest * 0.75
+        shaded.append(ShadedToken(text, f"rgba({rgb}, {opacity:.2f})", f"{weight:+.4f}"))
+    return shaded
 
 
-def _rows(
-    table: Mapping[str, Mapping[str, float]],
-) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Return the heads of a table by label, and (label, values) of its rows."""
-    heads = list(next(iter(table.values()))) if table else []
-    return heads, [
-        (label, [_shown(row.get(head)) for head in heads]) for label, row in table.items()
-    ]
+def _table_text(table: Mapping[str, Mapping[str, float]]) -> TableText:
+    """Return a table {label: {column: value}} as text."""
+    columns = list(next(iter(table.values()))) if table else []
+    rows = []
+    for label, values in table.items():
+        rows.append((label, [_number(values.get(column)) for column in columns]))
+    return TableText(columns, rows)
 
 
-def _shown(value: float | None) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
+    if float(value).is_integer() and abs(value) > 1:
+        return f"{value:,.0f}"
+    return f"{value:.4f}"
 
 
-def _curves(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (title, SVG) of the training loss, and of each metric over its evaluations."""
-    train = [(line["step"], line["loss"]) for line in report["train"] if "loss" in line]
-    held = [(line["step"], line["loss"]) for line in report["evaluations"] if "loss" in line]
-    curves = [("loss", _svg([("training", _thinned(train)), ("held-out", held)]))] if train else []
-    names = [name for name, _, _ in before_after(report["evaluations"]) if name != "loss"]
-    for name in names if len(report["evaluations"]) > 1 else ():
-        values = [(line["step"], line[name]) for line in report["evaluations"] if name in line]
-        curves.append((name.replace("_", " "), _svg([("held-out", values)])))
+def _curves(report: Report) -> list[Curve]:
+    """Return the curves of the training loss, and of each metric over the evaluations."""
+    train, evaluations = report["train"], report["evaluations"]
+    train_loss = _points(train, "loss")
+    curves = []
+    if train_loss:
+        lines = {"training": _thin_out(train_loss), "held-out": _points(evaluations, "loss")}
+        curves.append(Curve("loss", _plot_svg(lines)))
+    if len(evaluations) > 1:
+        for change in metric_changes(evaluations):
+            if change.metric != "loss":
+                lines = {"held-out": _points(evaluations, change.metric)}
+                curves.append(Curve(change.metric.replace("_", " "), _plot_svg(lines)))
     return curves
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = -(-len(points) // PLOTTED)
-    groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+def _points(lines: Sequence[Mapping[str, float]], metric: str) -> list[Point]:
+    return [(line["step"], line[metric]) for line in lines if metric in line]
 
 
-def _svg(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """Return curves of (step, value) as SVG, without the XML head."""
+def _thin_out(points: Sequence[Point]) -> list[Point]:
+    """Return at most MAX_POINTS points: means of neighbours, at the step of the last of them."""
+    group_size = max(1, -(-len(points) // MAX_POINTS))
+    thinned = []
+    for start in range(0, len(points), group_size):
+        group = points[start : start + group_size]
+        mean = sum(value for _, value in group) / len(group)
+        thinned.append((group[-1][0], mean))
+    return thinned
+
+
+def _plot_svg(lines: Mapping[str, Sequence[Point]]) -> str:
+    """Return labelled lines of points as SVG, without the XML declaration."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    for name, points in lines:
+    for label, points in lines.items():
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(
-                steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3
-            )
+            marker = "o" if len(points) < 30 else None
+            axes.plot(steps, values, label=label, marker=marker, markersize=3)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend()
+
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""`dist-ft runs` over a real run: what it shows, that damage is found, that the newest sound checkpoint stays."""
+"""`dist-ft runs` on a real run: its output, damage is found, the latest intact checkpoint stays."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def names(run: Path) -> list[str]:
-    return discovery.committed(Store(str(run)))
+    return discovery.list_committed(Store(str(run)))
 
 
 def damage(run: Path, name: str) -> None:
@@ -51,27 +51,27 @@ def damage(run: Path, name: str) -> None:
         file.write(bytes([last[0] ^ 1]))
 
 
-def test_list_and_show(trained):
+def test_list_and_show_describe_runs(trained):
     assert "mine" in catalog.describe_all(
         str(trained)
     ) and "step 6, 3 checkpoints, 1 attempt" in catalog.describe_all(str(trained))
     (trained / "mine/attempts/000001-rank-00001-stacks.txt").write_text("Thread ...")
-    said = catalog.describe(str(trained / "mine"))
-    assert ", world 1; made no progress: 000001-rank-00001-stacks.txt" in said.replace(
+    text = catalog.describe(str(trained / "mine"))
+    assert ", world 1; made no progress: 000001-rank-00001-stacks.txt" in text.replace(
         "\n                 ", " "
     )
     assert all(
-        f"step-{step:09d}-a0001: 0." in said or f"step-{step:09d}-a0001:" in said for step in STEPS
+        f"step-{step:09d}-a0001: 0." in text or f"step-{step:09d}-a0001:" in text for step in STEPS
     )
 
 
-def test_what_is_no_run_is_told(trained, tmp_path):
+def test_a_folder_without_runs_is_an_error(trained, tmp_path):
     with pytest.raises(
         DataError,
-        match=r"holds no runs; the folder that run.storage names is needed; check the URL",
+        match=r"holds no runs. Give the folder that run.storage names.",
     ):
         catalog.describe_all(str(tmp_path))
-    with pytest.raises(DataError, match=r"is no run \(it has no run.yaml\)"):
+    with pytest.raises(DataError, match=r"not a run \(it has no run.yaml\)"):
         catalog.describe(str(tmp_path))
 
 
@@ -85,7 +85,7 @@ def test_verify_finds_a_flipped_bit(run):
     )
 
 
-def test_prune_names_first_and_keeps_the_newest_sound_one(run):
+def test_prune_lists_first_and_keeps_the_latest_intact_checkpoint(run):
     newest, middle, oldest = names(run)
     assert catalog.prune(str(run), CheckpointSection(keep_last=1), remove=False) == [middle, oldest]
     assert names(run) == [newest, middle, oldest]
@@ -94,29 +94,29 @@ def test_prune_names_first_and_keeps_the_newest_sound_one(run):
     assert names(run) == [newest, middle]
 
 
-def test_diff_is_of_the_weights(run):
+def test_diff_shows_the_change_of_each_weight(run):
     store = Store(str(run))
-    said = catalog.diff(str(run), 2, 6)
+    text = catalog.diff(str(run), 2, 6)
     first, second = (
         discovery.load_manifest(store, name) for name in (names(run)[2], names(run)[0])
     )
     name = "transformer.wpe.weight"
     before, after = (
-        discovery.reader(store, m).read(name, "param", 0, int(np.prod(m.tensors[name].shape)))
+        discovery.open_reader(store, m).read(name, "param", 0, int(np.prod(m.tensors[name].shape)))
         for m in (first, second)
     )
     change = np.linalg.norm((after - before).astype(np.float64)) / np.linalg.norm(
         before.astype(np.float64)
     )
-    assert any(line.split() == [name, f"{change:.3e}"] for line in said.splitlines())
+    assert any(line.split() == [name, f"{change:.3e}"] for line in text.splitlines())
     with pytest.raises(
         CheckpointError,
-        match=r"step 3: not among the checkpoints of .*; there are 2, 4, 6; give one of them",
+        match=r"step 3: .* has no checkpoint of it\. Existing steps: 2, 4, 6\.",
     ):
         catalog.diff(str(run), 2, 3)
 
 
-def test_the_commands(run):
+def test_the_commands_print_and_exit(run):
     def call(*arguments: str) -> tuple[int, str]:
         done = subprocess.run(
             [sys.executable, "-m", "dist_ft.cli", "runs", *arguments],
@@ -125,9 +125,9 @@ def test_the_commands(run):
         )
         return done.returncode, done.stdout + done.stderr
 
-    code, said = call("verify", str(run))
-    assert code == 0 and said.splitlines() == [f"{name}: sound" for name in names(run)]
-    assert call("prune", str(run))[1].splitlines()[-1] == "2 checkpoints; add --yes"
+    code, printed = call("verify", str(run))
+    assert code == 0 and printed.splitlines() == [f"{name}: ok" for name in names(run)]
+    assert call("prune", str(run))[1].splitlines()[-1] == "2 checkpoints; add --yes to remove"
     damage(run, names(run)[0])
     assert call("verify", str(run))[0] == 1
     assert call("diff", str(run), "--step", "2")[0] == 2

@@ -1,4 +1,4 @@
-"""A run becomes a folder with a model card; with int8 weights it loads again, scores near, and says what changed."""
+"""An exported folder has a model card; int8 weights reload, score close, and report what changed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dist_ft.storage.filesystem import Store
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the base folder and the config of a run that is done."""
-    base = tiny_tasks.base(tmp_path_factory.mktemp("ship"))
+    """Return the base folder and the config of a finished run."""
+    base = tiny_tasks.base(tmp_path_factory.mktemp("export"))
     config = load_config(
-        tiny_tasks.config(base, "sequence_classification", "ship", schedule={"epochs": 6})
+        tiny_tasks.config(base, "sequence_classification", "exported", schedule={"epochs": 6})
     )
     local.run(config)
     return base, config
@@ -35,12 +35,12 @@ def read_card(folder):
     return yaml.safe_load(head), body
 
 
-def test_the_card_says_what_was_run_and_no_path_of_this_machine(trained, tmp_path):
+def test_the_card_states_facts_of_the_run_and_no_local_path(trained, tmp_path):
     base, config = trained
     assert api.export(config, str(tmp_path / "out")) is None
     head, body = read_card(tmp_path / "out")
     assert head["pipeline_tag"] == "text-classification" and head["library_name"] == "transformers"
-    assert "base_model" not in head, "a local folder is no name of the hub"
+    assert "base_model" not in head, "a local folder is not a hub name"
     assert (
         "| base model | bert |" in body
         and "| architecture | BertForSequenceClassification (bert) |" in body
@@ -60,24 +60,27 @@ def test_the_card_says_what_was_run_and_no_path_of_this_machine(trained, tmp_pat
     )
 
 
-def test_paths_lose_all_but_their_last_part():
+def test_local_paths_are_cut_to_their_last_part():
     assert (
-        model_card._public("data: /home/me/sets/a.jsonl, s3://bucket/x/*.parquet")
+        model_card._without_local_path("data: /home/me/sets/a.jsonl, s3://bucket/x/*.parquet")
         == "data: a.jsonl, s3://bucket/x/*.parquet"
     )
-    assert model_card._public("org/name and ./mine/x.jsonl") == "org/name and ./mine/x.jsonl"
+    assert (
+        model_card._without_local_path("org/name and ./mine/x.jsonl")
+        == "org/name and ./mine/x.jsonl"
+    )
 
 
-def test_int8_weights_load_again_score_near_and_are_told(trained, tmp_path):
+def test_int8_weights_reload_score_close_and_are_compared(trained, tmp_path):
     pytest.importorskip("torchao", reason="int8 weights need the extra int8")
     _, config = trained
-    told = api.export(config, str(tmp_path / "small"), int8=True)
+    changes = api.export(config, str(tmp_path / "small"), int8=True)
     plain = tmp_path / "plain"
     api.export(config, str(plain))
-    before, after = told["accuracy"]
+    before, after = changes["accuracy"]
     assert before > 0.5 and abs(before - after) <= 2 / 23
-    assert 0 < told["logits, largest relative difference"][1] < 0.2
-    assert told["ms for 32 tokens"][0] > 0 and told["ms for 32 tokens"][1] > 0
+    assert 0 < changes["logits, largest relative difference"][1] < 0.2
+    assert changes["ms for 32 tokens"][0] > 0 and changes["ms for 32 tokens"][1] > 0
     head, body = read_card(tmp_path / "small")
     assert "int8" in head["tags"] and "## With int8 weights" in body
     assert json.loads((tmp_path / "small" / "dist_ft.json").read_text())["int8"]["accuracy"] == [
@@ -115,8 +118,8 @@ def test_without_held_out_data_only_logits_are_compared(trained, tmp_path):
     }
 
 
-def test_an_adapter_alone_has_no_int8_weights(trained, tmp_path):
+def test_int8_cannot_be_combined_with_an_adapter(trained, tmp_path):
     _, config = trained
-    with pytest.raises(ConfigError, match=r"--int8: with --adapter only an adapter is written"):
+    with pytest.raises(ConfigError, match=r"--int8: cannot be combined with --adapter"):
         api.export(config, str(tmp_path / "x"), int8=True, adapter=True)
     assert not (tmp_path / "x").exists() and Store(config.run_url).exists("run.yaml")

@@ -1,4 +1,4 @@
-"""The audit says yes where each sample counted once, and says which did not where not."""
+"""The audit passes if each sample counted once, and otherwise names the lost and repeated ones."""
 
 from __future__ import annotations
 
@@ -36,47 +36,49 @@ def run(tmp_path_factory):
     return config
 
 
-def test_a_sound_run(run):
+def test_a_sound_run_passes(run):
     found = audit(run.run_url)
     assert found.is_sound and found.attempts == 2
-    assert [(c.source, c.epoch, c.num_pieces, c.num_seen) for c in found.epochs] == [
+    assert [(c.source, c.epoch, c.num_segments, c.num_seen) for c in found.epochs] == [
         ("main", 0, 60, 60),
         ("main", 1, 60, 60),
         *(("source-1", epoch, 20, 20) for epoch in range(4)),
     ]
     text = describe(found)
-    assert "main, epoch 1: all 60 pieces once, 0 lost, 0 repeated" in text and text.endswith(
+    assert "main, epoch 1: all 60 segments once, 0 lost, 0 repeated" in text and text.endswith(
         "exactly once: yes"
     )
     assert verify_shards(run.run_url) == 6
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("corrupt", "expected"),
     [
         (
             lambda rows: np.delete(rows, 3, axis=0),
-            r": 59 of 60 pieces once, 1 lost, 0 repeated|: 19 of 20 pieces once, 1 lost",
+            r": 59 of 60 segments once, 1 lost, 0 repeated|: 19 of 20 segments once, 1 lost",
         ),
         (lambda rows: np.concatenate([rows, rows[:2]]), r"[12] repeated"),
     ],
 )
-def test_what_was_lost_or_repeated_is_told(run, monkeypatch, spoil, said):
+def test_lost_and_repeated_segments_are_reported(run, monkeypatch, corrupt, expected):
     read = module.read_ledger
-    monkeypatch.setattr(module, "read_ledger", lambda store, manifest: spoil(read(store, manifest)))
+    monkeypatch.setattr(
+        module, "read_ledger", lambda store, manifest: corrupt(read(store, manifest))
+    )
     found = audit(run.run_url)
     assert not found.is_sound
     text = describe(found)
     assert text.endswith("exactly once: NO")
     import re
 
-    assert re.search(said, text)
+    assert re.search(expected, text)
 
 
-def test_no_run_and_no_checkpoint(tmp_path):
+def test_no_run_and_no_checkpoint_are_errors(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"is no run \(run.yaml is not there\); the URL of a run is <run.storage>/<run.name>",
+        match=r"not a run \(it has no run.yaml\). Give the folder <run.storage>/<run.name>",
     ):
         audit(str(tmp_path))
     base = tiny.base(tmp_path / "b", samples=12)
@@ -86,5 +88,5 @@ def test_no_run_and_no_checkpoint(tmp_path):
         )
     )
     api.train(config, skip_check=True)
-    with pytest.raises(DataError, match="has no checkpoint yet, so nothing was committed"):
+    with pytest.raises(DataError, match="no checkpoint yet, so there is nothing to verify"):
         audit(config.run_url)

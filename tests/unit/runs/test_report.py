@@ -1,4 +1,4 @@
-"""The report says what lies in the run, in three forms; what comes from data is escaped."""
+"""The report shows what a run has stored, in three formats; text from data is escaped."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ EVIL = "<script>alert(1)</script>"
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     base = tiny_tasks.base(tmp_path_factory.mktemp("report"))
-    made = tiny_tasks.config(
-        base, "sequence_classification", "told", task={"labels": [*tiny_tasks.LABELS, EVIL]}
+    document = tiny_tasks.config(
+        base, "sequence_classification", "reported", task={"labels": [*tiny_tasks.LABELS, EVIL]}
     )
-    made["evaluation"]["every_steps"] = 5
-    result = local.run(load_config(made))
+    document["evaluation"]["every_steps"] = 5
+    result = local.run(load_config(document))
     return result.run_url
 
 
@@ -37,7 +37,7 @@ def found(url):
     return report.gather(url)
 
 
-def test_it_holds_what_the_run_holds(found):
+def test_report_holds_what_the_run_stored(found):
     assert (
         found["task"] == "sequence_classification"
         and found["steps"] == 20
@@ -51,7 +51,9 @@ def test_it_holds_what_the_run_holds(found):
         sum(map(sum, found["tables"]["confusion"])) == 23 and found["tables"]["labels"][-1] == EVIL
     )
     assert json.loads(json.dumps(found)) == found
-    rows = {name: (first, last) for name, first, last in report.before_after(found["evaluations"])}
+    rows = {
+        name: (first, last) for name, first, last in report.metric_changes(found["evaluations"])
+    }
     assert rows["loss"][1] < rows["loss"][0]
     wrong = round((1 - found["evaluations"][-1]["accuracy"]) * 23)
     assert len(found["examples"]) == min(20, wrong) and found["examples_step"] == 20
@@ -66,18 +68,18 @@ def test_it_holds_what_the_run_holds(found):
     )
 
 
-def test_tokens_are_told_by_how_they_spoke_for_an_error(found, url):
-    """Weights of a text sum up to what is told of it less what is told of padding (the completeness axiom)."""
+def test_tokens_of_errors_get_attributions(found, url):
+    """Attributions sum to the logit of the text minus that of padding (completeness axiom)."""
     pytest.importorskip("captum", reason="attributions need the extra explain")
     import torch
 
-    told = json.loads(Store(url).read("evaluations/step-000000000.json"))["examples"][
+    examples = json.loads(Store(url).read("evaluations/step-000000000.json"))["examples"][
         :3
-    ]  # of a head that knows nothing
-    assert attributions.attribute(Store(url), told, 0)["step"] == 20
-    manifest = export.find(Store(url), 20)
+    ]  # of an untrained head
+    assert attributions.attribute(Store(url), examples, 0)["step"] == 20
+    manifest = export.find_manifest(Store(url), 20)
     model, tokenizer = export.load_trained(Store(url), manifest, "float32")
-    for one in told:
+    for one in examples:
         ids = torch.tensor([one["ids"]])
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
         padding = torch.where(special, ids, tokenizer.pad_token_id)
@@ -92,31 +94,33 @@ def test_tokens_are_told_by_how_they_spoke_for_an_error(found, url):
             expected, abs=0.05 * max(1, abs(expected))
         )
         assert "".join(text for text, _ in one["tokens"]).split() == one["text"].split()
-    page = report.to_html({**found, "examples": told, "attributions": {"step": 20, "method": "m"}})
-    assert page.count('title="') >= len(told[0]["tokens"]) and "rgba(230, 120, 20" in page
+    page = report.to_html(
+        {**found, "examples": examples, "attributions": {"step": 20, "method": "m"}}
+    )
+    assert page.count('title="') >= len(examples[0]["tokens"]) and "rgba(230, 120, 20" in page
 
 
-def test_texts_of_examples_are_escaped_in_both_pages(found):
+def test_texts_of_examples_are_escaped_in_html_and_markdown(found):
     evil = {
         "sample": 1,
         "window": 0,
         "text": f"{EVIL} | a",
-        "wanted": EVIL,
-        "told": "<b>",
+        "expected": EVIL,
+        "predicted": "<b>",
         "score": 0.5,
         "ids": [],
         "at": [0],
         "tokens": [[EVIL, 0.5], ["x", -0.25]],
     }
-    told = {**found, "examples": [evil], "facts": {"base model": EVIL}}
-    assert EVIL not in report.to_html(told) and "<b>" not in report.to_html(told)
-    assert EVIL not in report.to_markdown({**told, "config": ""}) and "\\| a" in report.to_markdown(
-        told
-    )
-    assert report.shaded([["a", 2.0], ["b", -1.0]])[1][1] == "rgba(30, 110, 200, 0.38)"
+    content = {**found, "examples": [evil], "facts": {"base model": EVIL}}
+    assert EVIL not in report.to_html(content) and "<b>" not in report.to_html(content)
+    assert EVIL not in report.to_markdown(
+        {**content, "config": ""}
+    ) and "\\| a" in report.to_markdown(content)
+    assert report.shade_tokens([["a", 2.0], ["b", -1.0]])[1][1] == "rgba(30, 110, 200, 0.38)"
 
 
-def test_the_page_is_whole_and_loads_nothing(found):
+def test_the_page_is_well_formed_and_self_contained(found):
     class Page(HTMLParser):
         tags: list[str] = []  # noqa: RUF012
 
@@ -136,7 +140,7 @@ def test_the_page_is_whole_and_loads_nothing(found):
         ElementTree.fromstring(svg)
     for word in (
         "By label",
-        "What was taken for what",
+        "Confusion matrix",
         "Held-out data",
         "sequence classification",
         "every_steps: 5",
@@ -154,8 +158,8 @@ def test_markdown_has_the_tables(found):
     )
 
 
-def test_pairs_that_are_taken_for_each_other():
-    assert report.confused(["a", "b", "c"], [[3, 1, 0], [0, 2, 5], [0, 0, 1]]) == [
+def test_most_confused_pairs_come_first():
+    assert report.most_confused(["a", "b", "c"], [[3, 1, 0], [0, 2, 5], [0, 0, 1]]) == [
         ("b", "c", 5),
         ("a", "b", 1),
     ]
@@ -163,13 +167,13 @@ def test_pairs_that_are_taken_for_each_other():
 
 def test_long_curves_are_thinned():
     points = [(float(step), float(step % 2)) for step in range(1, 2401)]
-    thin = report._thinned(points)
+    thin = report._thin_out(points)
     assert len(thin) == 600 and thin[-1][0] == 2400 and all(value == 0.5 for _, value in thin)
 
 
-def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"is no run \(it has no run\.yaml\)"):
+def test_a_folder_without_run_or_metrics_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"not a run \(it has no run\.yaml\)"):
         report.gather(str(tmp_path))
     Store(str(tmp_path)).write("run.yaml", b"run: {name: x}")
-    with pytest.raises(DataError, match="has no metrics yet"):
+    with pytest.raises(DataError, match="no metrics yet"):
         report.gather(str(tmp_path))

@@ -1,4 +1,4 @@
-"""What `dist-ft runs show` says of a run's time."""
+"""The time that `dist-ft runs show` reports for a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dist_ft.runs import time_accounting
 from dist_ft.storage.filesystem import Store
 
 
-def account(attempt: int, at: str, resumed_at: int, compute: float, marks: list) -> bytes:
+def time_file(attempt: int, at: str, resumed_at: int, compute: float, marks: list) -> bytes:
     seconds = {
         "start": 3.0,
         "compute": compute,
@@ -29,13 +29,13 @@ def account(attempt: int, at: str, resumed_at: int, compute: float, marks: list)
     ).encode()
 
 
-def test_lines_over_two_attempts(tmp_path):
+def test_lines_sum_over_two_attempts(tmp_path):
     store = Store(str(tmp_path))
-    store.write("time/000001.json", account(1, "2026-01-01T00:00:00+00:00", 0, 16.0, [[4, 12.0]]))
-    store.write("time/000002.json", account(2, "2026-01-01T01:01:20+01:00", 4, 16.0, []))
-    said = list(time_accounting.lines(store))
-    assert said[0] == "0:01:40 over 2 attempts, 100.0% attributed"
-    assert [line.split()[:3] for line in said[1:]] == [
+    store.write("time/000001.json", time_file(1, "2026-01-01T00:00:00+00:00", 0, 16.0, [[4, 12.0]]))
+    store.write("time/000002.json", time_file(2, "2026-01-01T01:01:20+01:00", 4, 16.0, []))
+    printed = list(time_accounting.lines(store))
+    assert printed[0] == "0:01:40 over 2 attempts, 100.0% attributed"
+    assert [line.split()[:3] for line in printed[1:]] == [
         ["compute", "28.0%", "28.0"],
         ["evaluation", "0.0%", "0.0"],
         ["data", "0.5%", "0.5"],
@@ -47,13 +47,13 @@ def test_lines_over_two_attempts(tmp_path):
     ]
 
 
-def test_a_run_of_an_older_version_says_nothing_and_a_broken_account_is_named(tmp_path):
+def test_no_files_give_no_lines_and_an_unreadable_file_is_named(tmp_path):
     store = Store(str(tmp_path))
     assert list(time_accounting.lines(store)) == []
     store.write("time/000001.json", b"{")
     store.write("time/000002.json", b'{"attempt": 2}')
-    said = list(time_accounting.lines(store))
-    assert [line.split(" (")[0] for line in said] == [
-        "time/000001.json can not be used",
-        "time/000002.json can not be used",
+    printed = list(time_accounting.lines(store))
+    assert [line.split(" (")[0] for line in printed] == [
+        "time/000001.json cannot be read",
+        "time/000002.json cannot be read",
     ]

@@ -1,4 +1,4 @@
-"""A run is watched while its files grow, go back, and say that it has ended."""
+"""`runs watch` follows files that grow, are rewound, and report the end of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_ft.training import time_ledger
 from dist_ft.training.metrics_log import FILE
 
 
-def written(store: Store, steps: range, ended: str = "", at: float = 1.0) -> None:
+def write_metrics(store: Store, steps: range, ended: str = "", at: float = 1.0) -> None:
     store.write(
         FILE,
         b"".join(
@@ -46,32 +46,32 @@ def store(tmp_path):
     return store
 
 
-def test_it_follows_until_the_end(store, monkeypatch):
-    written(store, range(1, 3))
+def test_watch_follows_the_run_until_it_ends(store, monkeypatch):
+    write_metrics(store, range(1, 3))
     after = iter([(range(1, 4), ""), (range(1, 3), ""), (range(1, 5), "done")])
-    monkeypatch.setattr(watch_run.time, "sleep", lambda _: written(store, *next(after)))
-    said: list[str] = []
-    assert watch_run.watch(store.url, False, said.append) == "the run has ended: done"
-    assert said[0] == "step 1  loss 6.0000  lr 1.00e-03  1,000 tok/s  0.50 s/step"
-    assert [line.split("  ")[0] for line in said] == [
+    monkeypatch.setattr(watch_run.time, "sleep", lambda _: write_metrics(store, *next(after)))
+    printed: list[str] = []
+    assert watch_run.watch(store.url, False, printed.append) == "the run has ended: done"
+    assert printed[0] == "step 1  loss 6.0000  lr 1.00e-03  1,000 tok/s  0.50 s/step"
+    assert [line.split("  ")[0] for line in printed] == [
         "step 1",
         "step 2",
         "step 3",
-        "-- it has gone back to a checkpoint; its metrics go up to step 2 --",
+        "-- resumed from a checkpoint; metrics end at step 2 --",
         "step 3",
         "step 4",
     ]
 
 
-def test_once_and_silence_and_no_run(store, tmp_path):
-    written(store, range(1, 2))
-    said: list[str] = []
+def test_watch_returns_at_once_or_after_silence_or_refuses_what_is_no_run(store, tmp_path):
+    write_metrics(store, range(1, 2))
+    printed: list[str] = []
     assert (
-        watch_run.watch(store.url, True, said.append).startswith("the run has not ended")
-        and len(said) == 1
+        watch_run.watch(store.url, True, printed.append).startswith("the run has not ended")
+        and len(printed) == 1
     )
-    assert "nothing was heard of the run for 0 s" in watch_run.watch(
-        store.url, False, said.append, 0.01, 0.05
+    assert "the run has written nothing for 0 s" in watch_run.watch(
+        store.url, False, printed.append, 0.01, 0.05
     )
-    with pytest.raises(DataError, match="is no run"):
-        watch_run.watch(str(tmp_path / "none"), True, said.append)
+    with pytest.raises(DataError, match="not a run"):
+        watch_run.watch(str(tmp_path / "none"), True, printed.append)
