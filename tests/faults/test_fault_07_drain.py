@@ -123,7 +123,7 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
     ]
     assert (
         causes[0] == ""
-        and causes[-1] == "planned: more workers came"
+        and causes[-1] == "planned: more workers joined"
         and "was taken away, as announced" in causes[1]
     ), causes
     end = step(run)

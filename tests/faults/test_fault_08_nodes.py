@@ -101,12 +101,12 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
 
 PLACED = """
 import ray
-from dist_ft.runtime.ray_backend.driver import NAMESPACE, _start_relay
+from dist_ft.runtime.ray_backend.driver import NAMESPACE, _start_coordinator
 ray.init(address="auto", namespace=NAMESPACE, logging_level="ERROR")
 from ray._private.state import actors
-relays = [_start_relay(ray, f"relay-{number}", 0) for number in range(6)]
+coordinators = [_start_coordinator(ray, f"coordinator-{number}", 0) for number in range(6)]
 here = ray.get_runtime_context().get_node_id()
-assert all(actors(relay._actor_id.hex())["Address"]["NodeID"] == here for relay in relays), "elsewhere"
+assert all(actors(coordinator._actor_id.hex())["Address"]["NodeID"] == here for coordinator in coordinators), "elsewhere"
 """
 
 

@@ -1,4 +1,4 @@
-"""Supervisors and the processes they look after, real ones, around a relay in this process: what Ray is not needed for."""
+"""Supervisors with real training processes, and a coordinator in this process: everything but Ray."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import tiny
 
 from dist_ft.config.load import load_config
 from dist_ft.core.world import World
-from dist_ft.runtime.elastic.coordinator import Relay
-from dist_ft.runtime.elastic.supervisor import Place, Supervisor
-from dist_ft.runtime.elastic.worker_process import Process
+from dist_ft.runtime.elastic.coordinator import Coordinator
+from dist_ft.runtime.elastic.supervisor import Supervisor, WorkerContext
+from dist_ft.runtime.elastic.worker_process import TrainingProcess
 from dist_ft.training.result import Result
 
 pytestmark = pytest.mark.timeout(300)
@@ -42,32 +42,32 @@ def unbroken(base: Path) -> list[float]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[TrainingProcess]:
     """Return all training processes that are started."""
-    found: list[Process] = []
-    start = Process.start
+    found: list[TrainingProcess] = []
+    start = TrainingProcess.start
 
     def noted(*values: Any) -> Process:
         found.append(start(*values))
         return found[-1]
 
-    monkeypatch.setattr(Process, "start", noted)
+    monkeypatch.setattr(TrainingProcess, "start", noted)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return found
 
 
-class Called:
-    """A relay that threads share as an actor would be: one call at a time."""
+class LocalClient:
+    """A coordinator that threads share like an actor: one call at a time."""
 
-    def __init__(self, relay: Relay) -> None:
-        self.relay = relay
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.target = coordinator
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*values: Any) -> Any:
             with self._lock:
-                return getattr(self.relay, name)(*values)
+                return getattr(self.target, name)(*values)
 
         return call
 
@@ -75,45 +75,57 @@ class Called:
 def supervise(
     document: dict[str, Any],
     size: int = 2,
-    meanwhile: Callable[[Any], None] = lambda relay: None,
+    meanwhile: Callable[[Any], None] = lambda coordinator: None,
     spares: str = "",
-) -> tuple[Relay, list[tuple[int, str]]]:
-    """Run a config under `size` supervisors to its end; return the relay and who was told of which checkpoint."""
-    config, told = load_config(document), []
-    relay = Called(Relay(config.cluster.max_failures))
+) -> tuple[Coordinator, list[tuple[int, str]]]:
+    """Run a config under `size` supervisors; return the coordinator and (rank, reported
+    checkpoint)."""
+    config, reported = load_config(document), []
+    client = LocalClient(Coordinator(config.cluster.max_failures))
     threads = []
     for rank in range(size):
-        place = Place("group", World(rank, size, rank, size), "here", "127.0.0.1", rank, spares)
-        own = Supervisor(config, place, relay, lambda url, _, rank=rank: told.append((rank, url)))
+        context = WorkerContext(
+            "group", World(rank, size, rank, size), "here", "127.0.0.1", rank, spares
+        )
+        own = Supervisor(
+            config, context, client, lambda url, _, rank=rank: reported.append((rank, url))
+        )
         threads.append(threading.Thread(target=own.run, daemon=True))
         threads[-1].start()
-    meanwhile(relay)
+    meanwhile(client)
     for thread in threads:
         thread.join(250)
-    assert not any(thread.is_alive() for thread in threads), relay.take()
-    return relay.relay, told
+    assert not any(thread.is_alive() for thread in threads), client.take_lines()
+    return client.target, reported
 
 
-def require_gone(started: list[Process]) -> None:
+def lines_of(coordinator: Coordinator) -> list[str]:
+    return [line.text for line in coordinator.take_lines()]
+
+
+def require_gone(started: list[TrainingProcess]) -> None:
     for process in started:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
 
 
 def test_fault_1_a_killed_process_is_replaced_by_the_spare_and_the_run_is_bit_exact(
-    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    unbroken: list[float],
+    started: list[TrainingProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     document = tiny.config(base, "killed", workers=2)
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1")
     monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "killed-once"))
-    relay, told = supervise(document)
-    result = relay.outcome()
+    coordinator, reported = supervise(document)
+    result = coordinator.outcome()
     assert isinstance(result, Result) and result.step == len(unbroken)
     assert history.losses(base / "runs/killed") == unbroken
     history.require_exactly_once(base / "runs/killed", document)
     assert any(
-        "worker 1 on node here: killed (by SIGKILL, from outside); all workers go on" in text
-        for _, text in relay.take()
+        "worker 1 on node here: killed (by SIGKILL, from outside); all workers resume" in text
+        for text in lines_of(coordinator)
     )
     notes = [
         json.loads(path.read_text())
@@ -124,100 +136,114 @@ def test_fault_1_a_killed_process_is_replaced_by_the_spare_and_the_run_is_bit_ex
         "worker 1 on node here: killed (by SIGKILL, from outside)",
     ]
     assert (
-        [url for rank, url in told if rank == 0] == [url for rank, url in told if rank == 1] != []
+        [url for rank, url in reported if rank == 0]
+        == [url for rank, url in reported if rank == 1]
+        != []
     )
-    assert told[-1][1] == result.checkpoint
+    assert reported[-1][1] == result.checkpoint
     assert len(started) == 6, "two, two spares that took over, and two spares after them"
     require_gone(started)
 
 
-def test_a_wish_to_save_goes_through_to_all_ranks_and_its_answer_comes_back(
-    base: Path, unbroken: list[float], started: list[Process]
+def test_save_request_reaches_all_ranks_and_is_answered(
+    base: Path, unbroken: list[float], started: list[TrainingProcess]
 ) -> None:
-    document = tiny.config(base, "wish", workers=2, checkpoint={"every_steps": 0, "keep_last": 9})
-    run, there = base / "runs/wish/checkpoints", []
-
-    def ask(relay: Any) -> None:
-        until = time.monotonic() + 120
-        while not any(kind == "progress" for kind, _ in relay.take()) and time.monotonic() < until:
-            time.sleep(0.02)
-        number = relay.save()
-        while not relay.is_saved(number) and time.monotonic() < until:
-            time.sleep(0.02)
-        there.extend(path.parent.name for path in run.glob("*/manifest.json"))
-
-    relay, _ = supervise(document, meanwhile=ask)
-    assert isinstance(relay.outcome(), Result) and len(there) == 1, there
-    assert 1 <= int(there[0].split("-")[1]) < len(unbroken)
-    assert len(list(run.glob("*/manifest.json"))) == 2, (
-        "one for the wish of all ranks, and the last"
+    document = tiny.config(
+        base, "request", workers=2, checkpoint={"every_steps": 0, "keep_last": 9}
     )
-    assert history.losses(base / "runs/wish") == unbroken
-    history.require_exactly_once(base / "runs/wish", document)
+    run, saved = base / "runs/request/checkpoints", []
+
+    def request_save(coordinator: Any) -> None:
+        until = time.monotonic() + 120
+        while (
+            not any(line.kind == "progress" for line in coordinator.take_lines())
+            and time.monotonic() < until
+        ):
+            time.sleep(0.02)
+        number = coordinator.request_save()
+        while not coordinator.is_save_done(number) and time.monotonic() < until:
+            time.sleep(0.02)
+        saved.extend(path.parent.name for path in run.glob("*/manifest.json"))
+
+    coordinator, _ = supervise(document, meanwhile=request_save)
+    assert isinstance(coordinator.outcome(), Result) and len(saved) == 1, saved
+    assert 1 <= int(saved[0].split("-")[1]) < len(unbroken)
+    assert len(list(run.glob("*/manifest.json"))) == 2, (
+        "one for the request to all ranks, and the last"
+    )
+    assert history.losses(base / "runs/request") == unbroken
+    history.require_exactly_once(base / "runs/request", document)
     require_gone(started)
 
 
-def test_a_bug_that_comes_back_at_once_ends_the_run_in_one_line(
-    base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch
+def test_repeated_bug_ends_the_run_in_one_line(
+    base: Path, started: list[TrainingProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = tiny.config(base, "bug", workers=2, cluster={"standby": False})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@0!raise")
-    relay, _ = supervise(document)
-    assert str(relay.outcome()) == (
-        "the same failure came back without a new checkpoint in between (worker 0 on node here: error (failpoint)); "
-        "starting again does not cure it; what was committed is kept; mend the cause, and the same command goes on"
+    coordinator, _ = supervise(document)
+    assert str(coordinator.outcome()) == (
+        "the same failure repeated without a new checkpoint in between (worker 0 on node here: "
+        "error (failpoint)); another restart would not help; saved checkpoints are kept; fix the "
+        "cause, then run the same command to resume"
     )
     assert len(started) == 4
     require_gone(started)
 
 
-def test_fault_20_too_little_memory_is_named_with_what_to_change_and_not_tried_for_ever(
-    base: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch
+def test_fault_20_too_little_memory_is_explained_and_not_retried_forever(
+    base: Path, started: list[TrainingProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = tiny.config(
         base, "memory", workers=2, cluster={"standby": False, "max_failures": 100}
     )
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@1!memory")
-    relay, _ = supervise(document)
-    text = str(relay.outcome())
+    coordinator, _ = supervise(document)
+    text = str(coordinator.outcome())
     assert (
-        "worker 1 on node here: out of memory (out of memory (MemoryError); use a machine with more, fewer workers"
+        "worker 1 on node here: out of memory (out of memory (MemoryError). Use a machine with more memory, fewer workers"
         in text
     )
-    assert text.startswith("the same failure came back") and len(started) == 4
+    assert text.startswith("the same failure repeated") and len(started) == 4
     require_gone(started)
 
 
 def test_fault_7_a_signal_to_one_process_does_not_end_the_run(
-    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    unbroken: list[float],
+    started: list[TrainingProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A machine that is shut down without notice: all save, nobody asked the run to stop, and it goes on."""
+    """A machine that is shut down without notice: all save, no stop was requested, and it resumes."""
     document = tiny.config(base, "signalled", workers=2, checkpoint={"every_steps": 0})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1!term")
     monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "signalled-once"))
-    relay, _ = supervise(document)
-    assert isinstance(relay.outcome(), Result)
+    coordinator, _ = supervise(document)
+    assert isinstance(coordinator.outcome(), Result)
     assert history.losses(base / "runs/signalled") == unbroken
     history.require_exactly_once(base / "runs/signalled", document)
-    said = [text for _, text in relay.take()]
+    lines = lines_of(coordinator)
     assert any(
-        "killed (a signal asked a worker to stop; all saved); all workers go on" in text
-        for text in said
+        "killed (a worker received a stop signal; all saved); all workers resume" in text
+        for text in lines
     )
-    assert any("going on from step 11" in text for text in said), "no step was lost"
+    assert any("going on from step 11" in text for text in lines), "no step was lost"
 
 
 def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
-    base: Path, unbroken: list[float], started: list[Process], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    unbroken: list[float],
+    started: list[TrainingProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     document = tiny.config(base, "stopped", workers=2, cluster={"progress_timeout_s": 8})
     monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:11@1!stop")
     monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "stopped-once"))
-    relay, _ = supervise(document)
+    coordinator, _ = supervise(document)
     assert history.losses(base / "runs/stopped") == unbroken
     assert any(
         "worker 0 on node here: hang (no progress within cluster.progress_timeout_s" in text
-        for _, text in relay.take()
+        for text in lines_of(coordinator)
     )
     assert list((base / "runs/stopped/attempts").glob("*-rank-00000-stacks.txt"))
     require_gone(started)
@@ -226,10 +252,10 @@ def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(
 LOST = """
 import sys, time, yaml
 from dist_ft.config.load import load_config
-from dist_ft.runtime.elastic.worker_process import Process
-process = Process.start(load_config(yaml.safe_load(sys.argv[1])), (), sys.argv[2])
-if sys.argv[3] == "begun":
-    process.begin({}, "")
+from dist_ft.runtime.elastic.worker_process import TrainingProcess
+process = TrainingProcess.start(load_config(yaml.safe_load(sys.argv[1])), (), sys.argv[2])
+if sys.argv[3] == "bound":
+    process.start_training({}, "")
 print(process.pid, flush=True)
 time.sleep(600)
 """
@@ -263,22 +289,22 @@ def ended(pid: int, within_s: float = 10) -> bool:
     return False
 
 
-def test_a_process_ends_with_its_supervisor(base: Path) -> None:
-    """Even one that is stopped and can not listen: its keeper sees to it."""
+def test_process_ends_with_its_supervisor(base: Path) -> None:
+    """Even one that is stopped and cannot receive messages: its keeper kills it."""
     assert ended(
-        lose_a_worker(tiny.config(base, "orphan", workers=2), "orphan", "begun", stopped=True)
+        lose_a_worker(tiny.config(base, "orphan", workers=2), "orphan", "bound", stopped=True)
     )
 
 
-def test_the_spare_of_a_lost_worker_serves_the_next_one_once(
-    base: Path, unbroken: list[float], started: list[Process]
+def test_spare_of_a_lost_worker_is_claimed_once(
+    base: Path, unbroken: list[float], started: list[TrainingProcess]
 ) -> None:
     document = tiny.config(base, "claimed", workers=2)
     pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
     config = load_config(document)
-    assert Process.claim("of another run or node") is None
-    found = [Process.claim("claimed"), Process.claim("claimed")]
-    assert {process.pid for process in found if process} == pids and Process.claim(
+    assert TrainingProcess.claim("of another run or node") is None
+    found = [TrainingProcess.claim("claimed"), TrainingProcess.claim("claimed")]
+    assert {process.pid for process in found if process} == pids and TrainingProcess.claim(
         "claimed"
     ) is None
     for process in found:
@@ -287,9 +313,9 @@ def test_the_spare_of_a_lost_worker_serves_the_next_one_once(
     assert all(ended(pid, 1) for pid in pids)
 
     pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}
-    relay, _ = supervise(
+    coordinator, _ = supervise(
         {**document, "cluster": {**document["cluster"], "standby": False}}, spares="claimed"
     )
-    assert isinstance(relay.outcome(), Result) and started == []
+    assert isinstance(coordinator.outcome(), Result) and started == []
     assert history.losses(base / "runs/claimed") == unbroken
     assert all(ended(pid, 1) for pid in pids) and config.cluster.standby

@@ -1,4 +1,4 @@
-"""What passes between the driver and the supervisors of a run on Ray. Light: its actor must start fast."""
+"""Joins the driver and the supervisors of a run on Ray. Imports little, to start fast."""
 
 from __future__ import annotations
 
@@ -10,162 +10,194 @@ from collections.abc import Sequence
 
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
-from dist_ft.runtime.elastic.restart_policy import Failure, Generations, Member, View
+from dist_ft.runtime.elastic.messages import (
+    CommittedCheckpoint,
+    LineKind,
+    OutputLine,
+    RunStatus,
+)
+from dist_ft.runtime.elastic.restart_policy import Failure, RestartPolicy
+from dist_ft.runtime.elastic.worker_group_state import Member, WorkerGroupState
 from dist_ft.training.console import Console
 from dist_ft.training.result import Result
 
-REPORT_EVERY_S = 15.0
-"""Ray takes a report of each worker every 2 seconds, and a worker waits until it is taken."""
+REPORT_INTERVAL_S = 15.0
+"""Shortest time between two checkpoints that are reported to Ray: it collects reports every 2
+seconds, and a worker waits until its report is collected."""
 SILENT_S = 15.0
-"""A rank 0 that was not heard of for so long will not save."""
-MOST_LINES = 2000
-"""Held for a driver that does not fetch them; older ones are left out, and it is told how many."""
+"""A rank 0 that has not called for this long will not save."""
+MAX_LINES = 2000
+"""Lines that are stored until the driver fetches them; older ones are dropped, and the driver
+gets their number."""
 
 
-class Relay:
-    """An actor between driver and supervisors: lines and outcomes one way, wishes to stop or save the other."""
+class Coordinator:
+    """An actor: lines and outcomes travel from the supervisors to the driver, stop and save
+    requests the other way.
+
+    Reports of a group of workers that was replaced are ignored; `group` says who reports.
+    """
 
     def __init__(self, max_failures: int = 0) -> None:
-        self._generations = Generations(max_failures)
-        self._commits: list[tuple[str, dict[str, float]]] = []
-        self._newest: tuple[str, dict[str, float]] | None = None
-        self._passed_on_at = -REPORT_EVERY_S
-        self._lines: deque[tuple[str, str]] = deque(maxlen=MOST_LINES)
-        self._num_left_out = 0
-        self._heard_at: float | None = None
+        self._group_state = WorkerGroupState(RestartPolicy(max_failures))
+        self._checkpoints: list[CommittedCheckpoint] = []
+        self._latest: CommittedCheckpoint | None = None
+        self._published_at = -REPORT_INTERVAL_S
+        self._lines: deque[OutputLine] = deque(maxlen=MAX_LINES)
+        self._num_dropped = 0
+        self._rank_0_called_at: float | None = None
         self._outcome: Result | DistFtError | None = None
         self._stop = False
-        self._saves = self._saves_done = self._saves_of = 0
 
-    def put(self, kind: str, text: str) -> None:
-        """Take a line (`kind` is "say" or "progress" of rank 0's console, or "log" of any rank)."""
-        self._num_left_out += len(self._lines) == MOST_LINES
-        self._lines.append((kind, text))
+        # Save requests are numbered from 1.
+        self._save_number = 0
+        self._save_done_number = 0
+        self._save_generation = 0
 
-    def take(self) -> list[tuple[str, str]]:
+    # For the driver
+
+    def take_lines(self) -> list[OutputLine]:
         """Return the lines since the last call."""
-        lines = [
-            ("log", f"WARNING {self._num_left_out} lines of the workers are left out here")
-        ] * bool(self._num_left_out) + list(self._lines)
+        lines = list(self._lines)
+        if self._num_dropped:
+            warning = f"WARNING {self._num_dropped} lines of worker output were dropped here"
+            lines.insert(0, OutputLine("log", warning))
         self._lines.clear()
-        self._num_left_out = 0
+        self._num_dropped = 0
         return lines
 
-    def end(self, outcome: Result | DistFtError, group: str = "") -> None:
-        """Note how the run ended: a result, or an error that starting again would not cure.
-
-        `group`: whose word this is; that of workers which were replaced counts nothing, here as in the calls below.
-        """
-        if self._generations.is_replaced(group):
-            return
-        self._pass_on()
-        self._outcome = self._outcome or outcome
-
     def outcome(self) -> Result | DistFtError | None:
-        """Return what `end` noted."""
+        """Return what `end_run` noted."""
         return self._outcome
 
-    def stop(self) -> None:
-        """Ask the workers to save and leave."""
+    def request_stop(self) -> None:
+        """Have the workers save and exit."""
         self._stop = True
 
-    def save(self) -> int:
-        """Ask the workers to save now and train on; return the number of this wish, for `is_saved`."""
-        self._saves += 1
-        self._saves_of = self._generations.generation
-        return self._saves
+    def rank_0_silent_s(self) -> float | None:
+        """Return the seconds since rank 0's supervisor called; None: it never did."""
+        if self._rank_0_called_at is None:
+            return None
+        return time.monotonic() - self._rank_0_called_at
 
-    def going(self, what: str) -> None:
-        """Note that a node will be taken away: that is why the workers after these come."""
-        self._generations.going(what)
+    # For Ray Train's controller
 
-    def saved(self, number: int, group: str = "") -> None:
-        """Note that all wishes up to `number` are answered: saved, or the log says why not."""
-        if not self._generations.is_replaced(group):
-            self._saves_done = max(self._saves_done, number)
+    def request_save(self) -> int:
+        """Have the workers save now and continue training; return the number of this request,
+        for `is_save_done`."""
+        self._save_number += 1
+        self._save_generation = self._group_state.generation
+        return self._save_number
 
-    def is_saved(self, number: int) -> bool:
-        """Tell whether wish `number` is answered, or nobody is there who could."""
-        silent_s = self.silent_s()
+    def is_save_done(self, number: int) -> bool:
+        """Return whether request `number` is done, or no worker is left that could do it."""
+        silent_s = self.rank_0_silent_s()
         return (
-            self._saves_done >= number
+            self._save_done_number >= number
             or self._outcome is not None
             or silent_s is None
             or silent_s > SILENT_S
-            or not self._generations.can_save(self._saves_of)
+            or not self._group_state.can_save(self._save_generation)
         )
 
-    def meet(self, member: Member, num_commits: int) -> View:
-        """Say that this supervisor is ready for the coming generation; its `rendezvous` is there once all are."""
-        self._generations.meet(member, time.monotonic())
-        return self.look(member, num_commits)
+    def announce_node_loss(self, description: str) -> None:
+        """Note that nodes will be taken away, so that the loss of their workers is not counted
+        as a failure."""
+        self._group_state.announce_node_loss(description)
 
-    def look(self, member: Member, num_commits: int) -> View:
-        """Tell a supervisor that lives how things stand, and the commits after the first `num_commits`."""
-        now = time.monotonic()
-        if member.rank == 0 and not self._generations.is_replaced(member.group):
-            self._heard_at = now
-        failure = self._generations.decide(now)
+    # For the supervisors
+
+    def join(self, member: Member, num_checkpoints: int) -> RunStatus:
+        """Note that a supervisor is ready for the next generation; the status has a `rendezvous`
+        once all are."""
+        self._group_state.join(member, time.monotonic())
+        return self.status(member, num_checkpoints)
+
+    def status(self, member: Member, num_checkpoints: int) -> RunStatus:
+        """Return the status of the run, with the checkpoints after the first `num_checkpoints`.
+
+        This is also the sign of life of a supervisor.
+        """
+        now_s = time.monotonic()
+        is_replaced = self._group_state.is_replaced(member.group)
+        if member.rank == 0 and not is_replaced:
+            self._rank_0_called_at = now_s
+
+        failure = self._group_state.check(now_s)
+        error = self._group_state.error
         if failure is not None:
-            self.put(
-                "log",
-                f"WARNING {failure}; "
-                + (
-                    "the run ends"
-                    if self._generations.error
-                    else "all workers go on from the newest checkpoint"
-                ),
+            consequence = (
+                "the run ends" if error else "all workers resume from the latest checkpoint"
             )
-        if self._generations.error is not None:
-            self.end(self._generations.error)
-        return View(
-            self._generations.generation,
-            self._generations.rendezvous(now),
-            self._stop,
-            self._saves,
-            self._outcome is not None or self._generations.is_replaced(member.group),
-            self._generations.after,
-            tuple(self._commits[num_commits:]),
+            self.add_line("log", f"WARNING {failure}; {consequence}")
+        if error is not None:
+            self.end_run(error)
+
+        return RunStatus(
+            generation=self._group_state.generation,
+            rendezvous=self._group_state.rendezvous(now_s),
+            stop=self._stop,
+            save_number=self._save_number,
+            is_over=self._outcome is not None or is_replaced,
+            reason=self._group_state.reason,
+            checkpoints=tuple(self._checkpoints[num_checkpoints:]),
         )
 
-    def failed(self, generation: int, failure: Failure) -> None:
-        """Note why the process of a worker ended."""
-        self._generations.failed(generation, failure, time.monotonic())
+    def add_line(self, kind: LineKind, text: str) -> None:
+        """Store a line for the driver."""
+        self._num_dropped += len(self._lines) == MAX_LINES
+        self._lines.append(OutputLine(kind, text))
 
-    def num_commits(self) -> int:
-        """Return how many checkpoints were passed on so far."""
-        return len(self._commits)
-
-    def committed(self, url: str, metrics: dict[str, float], group: str = "") -> None:
-        """Note a checkpoint. Of those that come faster than Ray takes reports, some are not passed on."""
-        if self._generations.is_replaced(group):
+    def end_run(self, outcome: Result | DistFtError, group: str = "") -> None:
+        """Note how the run ended: a result, or an error that a restart would not cure. The first
+        one counts."""
+        if self._group_state.is_replaced(group):
             return
-        self._generations.progressed()
-        self._newest = (url, metrics)
-        if time.monotonic() - self._passed_on_at > REPORT_EVERY_S:
-            self._pass_on()
+        self._publish_latest()
+        self._outcome = self._outcome or outcome
 
-    def progressed(self, group: str = "") -> None:
-        """Note a checkpoint that Ray is not told of: it lies on the workers' nodes."""
-        if not self._generations.is_replaced(group):
-            self._generations.progressed()
+    def report_failure(self, generation: int, failure: Failure) -> None:
+        """Note why the process of a worker ended."""
+        self._group_state.report_failure(generation, failure, time.monotonic())
 
-    def _pass_on(self) -> None:
-        if self._newest is not None:
-            self._commits.append(self._newest)
-            self._newest, self._passed_on_at = None, time.monotonic()
+    def report_save_done(self, number: int, group: str = "") -> None:
+        """Note that all save requests up to `number` are done: saved, or the log says why not."""
+        if not self._group_state.is_replaced(group):
+            self._save_done_number = max(self._save_done_number, number)
 
-    def silent_s(self) -> float | None:
-        """Return the seconds since rank 0 was last heard of; None: never."""
-        return None if self._heard_at is None else time.monotonic() - self._heard_at
+    def num_checkpoints(self) -> int:
+        """Return how many checkpoints were published to the supervisors so far."""
+        return len(self._checkpoints)
+
+    def report_checkpoint(self, url: str, metrics: dict[str, float], group: str = "") -> None:
+        """Note a checkpoint. When they come faster than Ray collects reports, some are not
+        published."""
+        if self._group_state.is_replaced(group):
+            return
+        self._group_state.report_progress()
+        self._latest = CommittedCheckpoint(url, metrics)
+        if time.monotonic() - self._published_at > REPORT_INTERVAL_S:
+            self._publish_latest()
+
+    def report_local_checkpoint(self, group: str = "") -> None:
+        """Note a checkpoint on the workers' nodes, which is not reported to Ray."""
+        if not self._group_state.is_replaced(group):
+            self._group_state.report_progress()
+
+    def _publish_latest(self) -> None:
+        if self._latest is not None:
+            self._checkpoints.append(self._latest)
+            self._latest, self._published_at = None, time.monotonic()
 
 
-def show(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Show what `Relay.take` returned: console lines on the console, log lines on stderr, in their order."""
-    for kind, text in lines:
-        if kind != "log":
-            getattr(console, kind)(text)
-            continue
-        console.close()
-        with contextlib.suppress(OSError):
-            print(redact(text), file=sys.stderr, flush=True)
+def print_lines(console: Console, lines: Sequence[OutputLine]) -> None:
+    """Print console lines on the console and log lines on stderr, in their order."""
+    for line in lines:
+        if line.kind == "message":
+            console.print(line.text)
+        elif line.kind == "progress":
+            console.show_progress(line.text)
+        else:
+            console.close()
+            with contextlib.suppress(OSError):
+                print(redact(line.text), file=sys.stderr, flush=True)

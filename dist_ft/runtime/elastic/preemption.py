@@ -1,8 +1,8 @@
-"""Saves when it is known that workers will end: a node is to be taken away, or the run takes more nodes.
+"""Requests a save when workers are about to end: before the loss of a node, before a resize.
 
-Lives in Ray Train's controller, which learns of both first, and asks the relay. Guarantees: a node that was announced
-costs no step from before the notice; before a resize the run has saved, or the reason why not was logged. Never raises:
-Ray would take it for a failure of the run.
+Runs in Ray Train's controller, which learns of both first, and calls the coordinator. Guarantees: a
+node whose removal was announced costs no step from before the notice; before a resize the run has
+saved, or the reason why not was logged. Never raises: Ray would take it for a failure of the run.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 log = logging.getLogger("dist_ft.preemption")
-UNKNOWN_S = 120.0
-"""So long Ray Train leaves workers on a node that goes without saying when."""
-LEAST_S = 3.0
-"""Nearer to its end nothing is begun any more."""
-MOST_WAIT_S = 600.0
-"""So long a resize waits for the save before it."""
-LOOK_S = 0.2
+DEFAULT_NOTICE_S = 120.0
+"""How long Ray Train leaves workers on a node whose removal was announced without a deadline."""
+MIN_SAVE_S = 3.0
+"""No save is started closer to the deadline than this."""
+MAX_RESIZE_WAIT_S = 600.0
+"""How long a resize waits for the save before it."""
+POLL_S = 0.2
 
 
-class Announced(Protocol):
-    """What is known of nodes that go: the ranks of our workers on each; when the first goes (None: nobody said)."""
+class PreemptionInfo(Protocol):
+    """What Ray Train knows of nodes that will be taken away.
+
+    Attributes:
+        preempted_node_to_ranks: the ranks of our workers on each of the nodes.
+        deadline_ms: when the first node ends (time.time, in ms); None: unknown.
+    """
 
     @property
     def preempted_node_to_ranks(self) -> Mapping[str, Sequence[int]]: ...  # noqa: D102
@@ -32,71 +37,82 @@ class Announced(Protocol):
     def deadline_ms(self) -> float | None: ...  # noqa: D102
 
 
-class Saves:
-    """Asks for them. `relay` returns the relay of the run, its calls waited for."""
+class PreemptionSaver:
+    """Requests the saves. `get_coordinator` returns the run's coordinator, whose calls wait for
+    their results."""
 
-    def __init__(self, relay: Callable[[], Any]) -> None:
-        self._relay = relay
+    def __init__(self, get_coordinator: Callable[[], Any]) -> None:
+        self._get_coordinator = get_coordinator
         self._nodes: frozenset[str] = frozenset()
-        self._first_at = self._asked_at = 0.0
-        self._number = 0
+        self._announced_at = 0.0
+        self._requested_at = 0.0
+        self._save_number = 0
 
-    def nodes_go(self, info: Announced, now: float) -> None:
-        """Save at once, and again as time runs out: training goes on until the nodes are gone.
+    def on_preemption(self, info: PreemptionInfo, now_s: float) -> None:
+        """Save at once, and again as the deadline approaches: training continues until the nodes
+        are gone.
 
-        Called again and again until they are gone; `now` is on the clock of the deadline (time.time).
+        Called repeatedly until then; `now_s` is on the clock of the deadline (time.time).
         """
         nodes = info.preempted_node_to_ranks
-        known, self._nodes = self._nodes, frozenset(nodes)
-        news = bool(self._nodes - known)
-        if news:
-            self._first_at = now
-        ends_at = (
-            self._first_at + UNKNOWN_S if info.deadline_ms is None else info.deadline_ms / 1000
-        )
-        if not news and not is_due(now, self._asked_at, ends_at):
-            return
-        with _told():
-            relay = self._relay()
-            if not news and not relay.is_saved(self._number):
-                return
-            self._asked_at = now
-            if news:
-                relay.going(describe(nodes))
-                relay.put(
-                    "log",
-                    f"WARNING {describe(nodes)} will be taken away in {max(0.0, ends_at - now):.0f} s: "
-                    "saving now, training goes on",
-                )
-            self._number = relay.save()
+        known_nodes, self._nodes = self._nodes, frozenset(nodes)
+        has_new_nodes = bool(self._nodes - known_nodes)
+        if has_new_nodes:
+            self._announced_at = now_s
 
-    def before_resize(self) -> None:
-        """Save, and wait for it: the workers are about to end."""
-        with _told():
-            relay, until = self._relay(), time.monotonic() + MOST_WAIT_S
-            relay.put("log", "INFO the number of workers is about to change: saving first")
-            number = relay.save()
-            while not relay.is_saved(number) and time.monotonic() < until:
-                time.sleep(LOOK_S)
+        if info.deadline_ms is None:
+            deadline_s = self._announced_at + DEFAULT_NOTICE_S
+        else:
+            deadline_s = info.deadline_ms / 1000
+        if not has_new_nodes and not is_save_due(now_s, self._requested_at, deadline_s):
+            return
+
+        with _log_errors():
+            coordinator = self._get_coordinator()
+            if not has_new_nodes and not coordinator.is_save_done(self._save_number):
+                return
+            self._requested_at = now_s
+            if has_new_nodes:
+                description = describe_nodes(nodes)
+                coordinator.announce_node_loss(description)
+                coordinator.add_line(
+                    "log",
+                    f"WARNING {description} will be taken away in "
+                    f"{max(0.0, deadline_s - now_s):.0f} s: saving now; training continues",
+                )
+            self._save_number = coordinator.request_save()
+
+    def save_before_resize(self) -> None:
+        """Save and wait for it: the workers are about to end."""
+        with _log_errors():
+            coordinator = self._get_coordinator()
+            until = time.monotonic() + MAX_RESIZE_WAIT_S
+            coordinator.add_line(
+                "log", "INFO the number of workers is about to change: saving first"
+            )
+            number = coordinator.request_save()
+            while not coordinator.is_save_done(number) and time.monotonic() < until:
+                time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _log_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
         log.warning("no save before workers end: %s: %s", type(error).__name__, error)
 
 
-def is_due(now: float, asked_at: float, ends_at: float) -> bool:
-    """Tell whether to save again before workers end: when half of the time left at the last wish is over. Pure."""
-    return (asked_at + ends_at) / 2 <= now <= ends_at - LEAST_S
+def is_save_due(now_s: float, requested_at_s: float, deadline_s: float) -> bool:
+    """Return whether to save again: half of the time that was left at the last request is over,
+    and enough remains."""
+    return (requested_at_s + deadline_s) / 2 <= now_s <= deadline_s - MIN_SAVE_S
 
 
-def describe(nodes: Mapping[str, Sequence[int]]) -> str:
-    """Name nodes and the workers on them."""
-    named = [
-        f"node {name[:8]} (worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
-        for name, ranks in sorted(nodes.items())
-    ]
-    return ", ".join(named)
+def describe_nodes(nodes: Mapping[str, Sequence[int]]) -> str:
+    """Return the nodes and the workers on them as text, e.g. "node 01234567 (workers 1, 2)"."""
+    descriptions = []
+    for name, ranks in sorted(nodes.items()):
+        noun = "workers" if len(ranks) > 1 else "worker"
+        descriptions.append(f"node {name[:8]} ({noun} {', '.join(map(str, ranks))})")
+    return ", ".join(descriptions)

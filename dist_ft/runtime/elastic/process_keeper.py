@@ -1,10 +1,12 @@
-"""Keeps a process for the worker that asked for it, and, where the worker is lost, for the next one on this node.
+"""Keeps a spare process alive for its worker or, if that is lost, for the next one on the node.
 
-When a node is lost Ray ends the workers on all other nodes too and places new ones. What a spare process of theirs has
-imported would be lost with them: so its parent is not the worker but a keeper, a process of the standard library alone
-that is no child of the worker. Guarantees: a process that has begun ends with its worker, whatever either does (its
-keeper kills it, and the kernel does with the keeper); one that has not may be claimed by one other worker of the same
-user, run and node, for `KEPT_S` seconds, and ends after them.
+When a node is lost Ray ends the workers on all other nodes too and places new ones. Their spare
+processes, with all their imports, would be lost with them. So the parent of a process is not the
+worker but a keeper: a process that uses only the standard library and is no child of the worker.
+Guarantees: a process that has started training ends with its worker, whatever either does (its
+keeper kills it, and the kernel does if the keeper dies); a process that has not may be claimed by
+one other worker of the same user, run and node within `UNCLAIMED_S` seconds, and is killed after
+that.
 """
 
 from __future__ import annotations
@@ -26,57 +28,72 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 
 log = logging.getLogger("dist_ft.keeper")
-KEPT_S = 120.0
+UNCLAIMED_S = 120.0
+"""How long a process lives without a worker."""
 ANSWER_S = 30.0
-READY, BEGIN, END = b"r", b"b", b"e"
+
+# From worker to keeper, one byte each:
+CLAIMABLE = b"c"
+BOUND = b"b"
+KILL = b"k"
+
 _NUMBER = struct.Struct("i")
+"""From keeper to worker: the process id, later the exit code."""
 
 
-class Kept:
-    """A kept process, as the worker that has it sees it."""
+class KeptProcess:
+    """A process with a keeper, as the worker that holds it sees it.
+
+    Attributes:
+        pid: its process id.
+        pipe: the worker's end of the pipe to it.
+    """
 
     def __init__(self, keeper: socket.socket) -> None:
-        """Take the process from its keeper; raises OSError if that is gone, or gives it to somebody else."""
+        """Receive the process from its keeper.
+
+        Raises:
+            OSError: the keeper ended, or gave the process to another worker.
+        """
         self._keeper = keeper
         keeper.settimeout(ANSWER_S)
-        said, descriptors, _, _ = socket.recv_fds(keeper, _NUMBER.size, 1)
-        if len(said) < _NUMBER.size or not descriptors:
+        answer, descriptors, _, _ = socket.recv_fds(keeper, _NUMBER.size, 1)
+        if len(answer) < _NUMBER.size or not descriptors:
             keeper.close()
-            raise ConnectionError("the process is not to be had")
-        (self.pid,) = _NUMBER.unpack(said)
+            raise ConnectionError("the process is not available")
+
+        (self.pid,) = _NUMBER.unpack(answer)
         os.set_inheritable(descriptors[0], False)
         self.pipe = Connection(descriptors[0])
 
-    def ready(self) -> None:
-        """Let another worker claim it, if this one is lost: it has been told all it needs before it begins."""
-        self._say(READY)
+    def allow_claim(self) -> None:
+        """Let another worker claim it if this one is lost: it has received all it needs before
+        training."""
+        self._send(CLAIMABLE)
 
-    def begun(self) -> None:
+    def bind_to_worker(self) -> None:
         """Have it end with this worker from now on."""
-        self._say(BEGIN)
-
-    def _say(self, what: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._keeper.sendall(what)
+        self._send(BOUND)
 
     def wait(self) -> int:
         """Return the exit code (negative: signal) of a process that has closed its pipe.
 
-        One that does not end in a while is killed; where its keeper was killed it was, too.
+        If it does not end within `ANSWER_S` it is killed. If its keeper was killed, the process was
+        killed too.
         """
         for _ in range(2):
             with contextlib.suppress(OSError):
                 self._keeper.settimeout(ANSWER_S)
-                said = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
-                return (
-                    int(_NUMBER.unpack(said)[0]) if len(said) == _NUMBER.size else -signal.SIGKILL
-                )
-            self._say(END)
+                answer = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
+                if len(answer) == _NUMBER.size:
+                    return int(_NUMBER.unpack(answer)[0])
+                return -signal.SIGKILL
+            self._send(KILL)
         return -signal.SIGKILL
 
-    def end(self) -> None:
-        """Kill it, whatever it does, and wait until it is gone."""
-        self._say(END)
+    def kill(self) -> None:
+        """Kill it, whatever it does, and wait until it has ended."""
+        self._send(KILL)
         with contextlib.suppress(OSError):
             self._keeper.settimeout(ANSWER_S)
             while self._keeper.recv(_NUMBER.size):
@@ -84,66 +101,92 @@ class Kept:
         self._keeper.close()
         self.pipe.close()
 
+    def _send(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._keeper.sendall(message)
 
-def start(command: Sequence[str], environment: dict[str, str], name: str) -> Kept:
-    """Start `command` followed by the number of the descriptor of its pipe; `name`: who may claim it later."""
+
+def start(command: Sequence[str], environment: dict[str, str], name: str) -> KeptProcess:
+    """Start `command`, with the descriptor of its pipe as last argument; `name` says who may claim
+    it later.
+
+    Raises:
+        OSError: the system starts no process.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), _prefix(name), *command],
+            [
+                sys.executable,
+                "-m",
+                __name__,
+                str(theirs.fileno()),
+                _socket_path_prefix(name),
+                *command,
+            ],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             env=environment,
         )
     try:
-        keeper.wait(ANSWER_S)  # it has a child that goes on
+        keeper.wait(ANSWER_S)  # it forks: the child stays, and this process exits at once
     except subprocess.TimeoutExpired as error:
         keeper.kill()
         raise TimeoutError("no process can be started") from error
-    return Kept(ours)
+    return KeptProcess(ours)
 
 
-def claim(name: str) -> Kept | None:
-    """Return a process that was kept under `name` and is nobody's, if there is one."""
-    folder, prefix = os.path.split(_prefix(name))
-    for entry in sorted(os.listdir(folder)) if folder else ():
+def claim(name: str) -> KeptProcess | None:
+    """Return a process that waits under `name` and has no worker, or None."""
+    folder, prefix = os.path.split(_socket_path_prefix(name))
+    if not folder:
+        return None
+
+    for entry in sorted(os.listdir(folder)):
         if not entry.startswith(prefix):
             continue
         keeper = socket.socket(socket.AF_UNIX)
         try:
             keeper.settimeout(ANSWER_S)
             keeper.connect(os.path.join(folder, entry))
-            return Kept(keeper)
+            return KeptProcess(keeper)
         except OSError:  # another worker was first, its time is over, or it was killed
             keeper.close()
-            _tidy(folder, entry)
+            _remove_stale_socket(folder, entry)
     return None
 
 
-def _tidy(folder: str, entry: str) -> None:
-    """Remove the socket of a keeper that is no more."""
+def _remove_stale_socket(folder: str, entry: str) -> None:
+    """Remove the socket of a keeper that no longer runs."""
+    keeper_pid = entry.rpartition("-")[2]
     with contextlib.suppress(OSError, ValueError):
         try:
-            os.kill(int(entry.rpartition("-")[2]), 0)
+            os.kill(int(keeper_pid), 0)
         except ProcessLookupError:
             os.unlink(os.path.join(folder, entry))
 
 
-def _prefix(name: str) -> str:
-    """Return the path under which processes of this name wait, short as those of sockets must be.
+def _socket_path_prefix(name: str) -> str:
+    """Return the start of the socket paths of processes of this name; hashed, because such paths
+    must be short.
 
-    Empty if others may write to its folder: nothing is kept then.
+    Returns "" if others may write to the folder: then no process can be claimed.
     """
     folder = os.path.join(tempfile.gettempdir(), f"dist_ft-{os.getuid()}")
     with contextlib.suppress(OSError):
         os.mkdir(folder, 0o700)
     try:
-        found = os.lstat(folder)
+        status = os.lstat(folder)
     except OSError:
         return ""
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+
+    is_private = (
+        stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    )
+    if not is_private:
         log.warning(
-            "%s is not a folder of this user alone: spare processes are not kept for later workers",
+            "%s is not a folder that only this user can access: later workers cannot reuse spare "
+            "processes",
             folder,
         )
         return ""
@@ -151,10 +194,11 @@ def _prefix(name: str) -> str:
 
 
 def main() -> None:
-    """Start the process and keep it; the arguments are `start`'s."""
-    descriptor, prefix, *command = sys.argv[1:]
+    """Start the process and keep it; the arguments are those that `start` passes."""
+    descriptor, socket_prefix, *command = sys.argv[1:]
     if os.fork():
-        os._exit(0)  # Ray kills the children of a worker that it ends: this one has no parent
+        os._exit(0)  # Ray kills the children of a worker that it ends: the keeper has no parent
+
     worker = socket.socket(fileno=int(descriptor))
     worker.set_inheritable(False)
     pipe, theirs = Pipe()
@@ -162,20 +206,19 @@ def main() -> None:
         [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True
     )
     theirs.close()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # what they mean the process decides
+
+    # The process decides what these mean.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    ended, wake = socket.socketpair()
-    threading.Thread(target=_tell, args=(process, wake), daemon=True).start()
+
+    ended, ended_writer = socket.socketpair()  # `ended` is readable once the process has ended
+    threading.Thread(target=_close_at_end, args=(process, ended_writer), daemon=True).start()
     try:
-        while _serve(worker, pipe, process, ended) and prefix:
-            found = _next_worker(f"{prefix}{os.getpid()}", ended)
-            if found is None:
+        while _serve_worker(worker, pipe, process, ended) and socket_prefix:
+            next_worker = _wait_for_next_worker(f"{socket_prefix}{os.getpid()}", ended)
+            if next_worker is None:
                 break
-            worker = found
+            worker = next_worker
     finally:
         process.kill()
         code = process.wait()
@@ -183,37 +226,40 @@ def main() -> None:
             worker.sendall(_NUMBER.pack(code))
 
 
-def _tell(process: subprocess.Popen[bytes], wake: socket.socket) -> None:
+def _close_at_end(process: subprocess.Popen[bytes], writer: socket.socket) -> None:
     process.wait()
-    wake.close()
+    writer.close()
 
 
-def _serve(
+def _serve_worker(
     worker: socket.socket, pipe: Connection, process: subprocess.Popen[bytes], ended: socket.socket
 ) -> bool:
-    """Give the process to `worker` and wait until one of them is gone; return whether it may be given to another."""
-    may_go_on = False
+    """Give the process to `worker` and wait until one of them ends; return whether another
+    worker may claim it."""
+    is_claimable = False
     with contextlib.suppress(OSError):
         socket.send_fds(worker, [_NUMBER.pack(process.pid)], [pipe.fileno()])
         while ended not in select.select([worker, ended], [], [])[0]:
-            said = worker.recv(1)
-            if not said:
-                return may_go_on
-            if said == END:
+            message = worker.recv(1)
+            if not message:
+                return is_claimable
+            if message == KILL:
                 return False
-            may_go_on = said == READY
+            is_claimable = message == CLAIMABLE
         return False
-    return may_go_on
+    return is_claimable
 
 
-def _next_worker(path: str, ended: socket.socket) -> socket.socket | None:
-    """Wait for another worker; None if none comes in time, or the process has ended."""
-    with socket.socket(socket.AF_UNIX) as door:
+def _wait_for_next_worker(path: str, ended: socket.socket) -> socket.socket | None:
+    """Return the next worker's connection; None if none comes in time, or the process has ended."""
+    with socket.socket(socket.AF_UNIX) as listener:
         try:
-            door.bind(path)
-            door.listen()
-            ready, _, _ = select.select([door, ended], [], [], KEPT_S)
-            return door.accept()[0] if door in ready and ended not in ready else None
+            listener.bind(path)
+            listener.listen()
+            ready, _, _ = select.select([listener, ended], [], [], UNCLAIMED_S)
+            if listener in ready and ended not in ready:
+                return listener.accept()[0]
+            return None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)

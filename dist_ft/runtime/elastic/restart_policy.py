@@ -1,47 +1,44 @@
-"""Which training processes run together, and what follows when one fails. Pure bookkeeping; the relay keeps it.
+"""Decides what follows when workers fail or are replaced: wait, restart or give up. Pure: no clock,
+no side effects.
 
-A generation is one life of all training processes of a run. Supervisors (one a worker) meet; once all of a world have
-come, each starts its process; when one of them fails, all stop, and meet again for the next generation. Guarantees: a
-supervisor that was replaced is told so and can not come back; the budget of restarts is refilled by every checkpoint;
-what failed twice in the same way without progress is not tried a third time.
+`WorkerGroupState` carries the decisions out. The rules:
+
+- Each failure costs one restart of the budget `cluster.max_failures`; a new checkpoint refills the
+  budget.
+- Restarts are spaced out: the first is immediate, later ones wait 1, 2, 4, ... seconds, at most
+  `MAX_BACKOFF_S`.
+- A failure that repeats exactly, without a new checkpoint in between, is not retried a third time.
+- A worker whose peer vanished is not the cause: for `SETTLE_S` the policy waits for a report of the
+  peer's own failure.
+- The loss of a node that was announced, and a change to more workers, cost nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from dist_ft.core.errors import PLANNED, WorkerError
+from dist_ft.core.errors import PLANNED
 
-Kind = Literal["killed", "crash", "hang", "out of memory", "storage", "peer", "error", "lost"]
+FailureKind = Literal[
+    "killed", "crash", "hang", "out of memory", "storage", "peer", "error", "lost"
+]
 SETTLE_S = 0.7
-"""After news that only says a peer is gone, so long is waited for the peer's own."""
-MOST_BACKOFF_S = 60.0
-COMES_BACK = ("error", "out of memory", "crash")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A supervisor: the set of workers it is of, its rank among `size`, its node, where rank 0's process may listen.
-
-    Attributes:
-        group: the same for all workers that were placed together, and for no others.
-    """
-
-    group: str
-    rank: int
-    size: int
-    node: str
-    address: str
+"""How long to wait for the cause after a worker only reported that a peer vanished."""
+MAX_BACKOFF_S = 60.0
+REPEATABLE_KINDS = ("error", "out of memory", "crash")
+"""Failures that a restart does not cure when they repeat: they come from the code, the data or
+the config."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a generation ended: whose process, and what is known about it."""
+    """Why a generation ended: whose process failed, and how."""
 
     rank: int
     node: str
-    kind: Kind
+    kind: FailureKind
     text: str
 
     def __str__(self) -> str:
@@ -49,154 +46,192 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class View:
-    """What a supervisor is told.
+class FailureReport:
+    """A failure and when it was reported, in seconds on any steady clock."""
+
+    failure: Failure
+    at_s: float
+
+
+@dataclass(frozen=True)
+class AnnouncedLoss:
+    """A node whose removal was announced.
 
     Attributes:
-        generation: the current one.
-        rendezvous: host:port where its rank 0 listens; None: some are not here yet, or it is not time.
-        stop: the user wants to stop.
-        saves: how often a save was asked for since the run began.
-        over: there is nothing left to do for this supervisor.
-        after: why the generation before ended; "" for the first.
-        commits: all (checkpoint URL, metrics) of the run so far that came after those asked for.
+        description: names the nodes and their workers, e.g. "node abc (worker 2)".
+        last_generation: the last generation whose loss this explains. The peers of a lost worker
+            may fail before it is replaced, so this is the generation after the one that was running
+            at the announcement.
     """
 
-    generation: int
-    rendezvous: str | None = None
-    stop: bool = False
-    saves: int = 0
-    over: bool = False
-    after: str = ""
-    commits: tuple[tuple[str, dict[str, float]], ...] = ()
+    description: str
+    last_generation: int
 
 
-class Generations:
-    """The bookkeeping. Times are seconds on any steady clock."""
+@dataclass(frozen=True)
+class RestartHistory:
+    """What the policy needs to know of the run so far.
 
-    def __init__(self, max_failures: int) -> None:
-        """Take how many restarts are allowed without a new checkpoint in between; -1: without limit."""
-        self.generation = 0
-        self.after = ""
-        self.error: WorkerError | None = None
-        self._max_failures = max_failures
-        self._members: dict[int, Member] = {}
-        self._group, self._size, self._begun = "", 0, False
-        self._replaced: set[str] = set()
-        self._failures: list[Failure] = []
-        self._reports: list[Failure] = []
-        self._going = ("", 0)
-        self._decide_at = 0.0
-        self._not_before = 0.0
+    Attributes:
+        failures: failures that cost a restart since the last checkpoint, oldest first.
+        start_at_s: the earliest start of the next generation, on the clock of the reports.
+        announced_loss: a removal of nodes that has not happened yet.
+    """
 
-    def meet(self, member: Member, now: float) -> None:
-        """Take `member` into the coming generation; the first of another set of workers replaces all there were."""
-        if self.is_replaced(member.group):
-            return
-        if self._group not in ("", member.group):
-            self._replace(member, now)
-        self._group, self._size = member.group, member.size
-        self._members[member.rank] = member
-        self._begun |= len(self._members) == member.size
+    failures: tuple[Failure, ...] = ()
+    start_at_s: float = 0.0
+    announced_loss: AnnouncedLoss | None = None
 
-    def _replace(self, member: Member, now: float) -> None:
-        """Another set of workers has come in place of the one there was."""
-        self._replaced.add(self._group)
-        if self._failures and self._failures[-1].kind == "peer" and not self._begun:
-            self._failures.pop()  # the same loss, noticed by its peers first
-        if self._size < member.size:  # a run that takes more nodes has lost nothing
-            self.after = f"{PLANNED}more workers came"
-        else:
-            self._end(
-                Failure(member.rank, member.node, "lost", "a worker or its node was lost"), now
-            )
-        self._next()
 
-    def going(self, what: str) -> None:
-        """Note that a node will be taken away: that its workers are lost then is no failure of the run."""
-        self._going = (
-            what,
-            self.generation + 1,
-        )  # the peers of a lost worker may fail first, and then be replaced
+@dataclass(frozen=True)
+class Wait:
+    """Decide later: the cause may still be reported until then."""
 
-    def _end(self, why: Failure, now: float) -> None:
-        """Note why this generation ends."""
-        what, until = self._going
-        if what and self.generation <= until and why.kind in ("lost", "peer"):
-            self.after = f"{PLANNED}{what} was taken away, as announced"
-            self._going = (what if why.kind == "peer" else "", until)
-        else:
-            self._count(why, now)
+    until_s: float
 
-    def is_replaced(self, group: str) -> bool:
-        """Tell whether other workers have the place of these."""
-        return group in self._replaced
 
-    def rendezvous(self, now: float) -> str | None:
-        """Return where the current generation meets, once all are there."""
-        first = self._members.get(0)
-        if first is None or len(self._members) < first.size or now < self._not_before:
-            return None
-        return first.address
+@dataclass(frozen=True)
+class Restart:
+    """Start the next generation.
 
-    def can_save(self, generation: int) -> bool:
-        """Tell whether the processes of `generation` train: all have come, and none has failed."""
-        first = self._members.get(0)
-        return (
-            generation == self.generation
-            and first is not None
-            and len(self._members) == first.size
-            and not self._reports
+    Attributes:
+        reason: why the generation before it ended; stored with the next attempt.
+        history: the history from now on; its `start_at_s` says when to start.
+        cause: the failure; None if workers were only added.
+    """
+
+    reason: str
+    history: RestartHistory
+    cause: Failure | None
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End the run.
+
+    Attributes:
+        reason: why the last generation ended.
+        history: the history from now on.
+        cause: the failure.
+        message: the error for the user.
+    """
+
+    reason: str
+    history: RestartHistory
+    cause: Failure
+    message: str
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """The policy of one run.
+
+    Attributes:
+        max_failures: restarts that are allowed without a new checkpoint in between; -1: no limit.
+    """
+
+    max_failures: int
+
+    def on_failure(
+        self,
+        reports: Sequence[FailureReport],
+        generation: int,
+        history: RestartHistory,
+        now_s: float,
+    ) -> Wait | Restart | GiveUp:
+        """Return what follows from the failures that `generation` reported so far, oldest first,
+        at least one."""
+        decide_at_s = min(
+            report.at_s + (SETTLE_S if report.failure.kind == "peer" else 0.0) for report in reports
         )
+        if now_s < decide_at_s:
+            return Wait(decide_at_s)
 
-    def failed(self, generation: int, failure: Failure, now: float) -> None:
-        """Note why a process of `generation` ended."""
-        if generation != self.generation:
-            return
-        if not self._reports:
-            self._decide_at = now + (SETTLE_S if failure.kind == "peer" else 0)
-        elif failure.kind != "peer":
-            self._decide_at = min(self._decide_at, now)
-        self._reports.append(failure)
+        return self._decide(find_cause(reports), generation, history, now_s)
 
-    def decide(self, now: float) -> Failure | None:
-        """Begin the next generation if this one has failed, and return why; `error` is set if there will be none."""
-        if not self._reports or now < self._decide_at:
-            return None
-        why = next((one for one in self._reports if one.kind != "peer"), self._reports[0])
-        self._end(why, now)
-        self._next()
-        return why
+    def on_replacement(
+        self,
+        replacement: Failure,
+        *,
+        is_larger: bool,
+        has_started: bool,
+        generation: int,
+        history: RestartHistory,
+        now_s: float,
+    ) -> Restart | GiveUp:
+        """Return what follows when another group of workers took the place of the running one.
 
-    def _next(self) -> None:
-        self._members, self._reports, self._begun = {}, [], False
-        self.generation += 1
+        Args:
+            replacement: the loss to count, unless the new group is larger.
+            is_larger: whether the new group has more workers: the run grows, and nothing was lost.
+            has_started: whether all workers of the replaced group joined the current generation.
+            generation: the current one.
+            history: of the run so far.
+            now_s: the time, on the clock of the reports.
+        """
+        failures = history.failures
+        if failures and failures[-1].kind == "peer" and not has_started:
+            # The peers of a lost worker reported the same loss first: count it once.
+            history = replace(history, failures=failures[:-1])
 
-    def _count(self, why: Failure, now: float) -> None:
-        """Note a failure; give up, or set the time of the next start."""
-        self._failures.append(why)
-        self.after = str(why)
-        count = len(self._failures)
-        self._not_before = now + backoff_s(count)
-        kept = "what was committed is kept"
-        last = [(one.kind, one.text) for one in self._failures[-2:]]
-        if 0 <= self._max_failures < count:
-            self.error = WorkerError(
-                f"gave up after cluster.max_failures={self._max_failures} restarts without a new "
-                f"checkpoint in between ({why}); {kept}; the same command goes on from there"
+        if is_larger:
+            return Restart(f"{PLANNED}more workers joined", history, None)
+        return self._decide(replacement, generation, history, now_s)
+
+    def _decide(
+        self, cause: Failure, generation: int, history: RestartHistory, now_s: float
+    ) -> Restart | GiveUp:
+        loss = history.announced_loss
+        if (
+            loss is not None
+            and generation <= loss.last_generation
+            and cause.kind in ("lost", "peer")
+        ):
+            # After a peer's report the loss itself is still to come, so the announcement stays.
+            pending = loss if cause.kind == "peer" else None
+            reason = f"{PLANNED}{loss.description} was taken away, as announced"
+            return Restart(reason, replace(history, announced_loss=pending), cause)
+
+        failures = (*history.failures, cause)
+        history = replace(
+            history, failures=failures, start_at_s=now_s + backoff_s(num_failures=len(failures))
+        )
+        message = self._reason_to_give_up(failures)
+        if message is not None:
+            return GiveUp(str(cause), history, cause, message)
+        return Restart(str(cause), history, cause)
+
+    def _reason_to_give_up(self, failures: Sequence[Failure]) -> str | None:
+        cause = failures[-1]
+        if 0 <= self.max_failures < len(failures):
+            return (
+                f"gave up after cluster.max_failures={self.max_failures} restarts without a new "
+                f"checkpoint in between ({cause}); saved checkpoints are kept; run the same "
+                "command to resume"
             )
-        elif why.kind in COMES_BACK and last[1:] == last[:1]:
-            self.error = WorkerError(
-                f"the same failure came back without a new checkpoint in between ({why}); "
-                f"starting again does not cure it; {kept}; mend the cause, and the same command "
-                "goes on"
-            )
 
-    def progressed(self) -> None:
-        """Note a new checkpoint: it refills the budget of restarts."""
-        self._failures = []
+        if cause.kind in REPEATABLE_KINDS and len(failures) > 1:
+            previous = failures[-2]
+            if (previous.kind, previous.text) == (cause.kind, cause.text):
+                return (
+                    f"the same failure repeated without a new checkpoint in between ({cause}); "
+                    "another restart would not help; saved checkpoints are kept; fix the cause, "
+                    "then run the same command to resume"
+                )
+        return None
 
 
-def backoff_s(failures: int) -> float:
-    """Return how long to wait before the next start after so many failures without progress: none after the first."""
-    return 0.0 if failures <= 1 else min(MOST_BACKOFF_S, 2.0 ** (failures - 2))
+def find_cause(reports: Sequence[FailureReport]) -> Failure:
+    """Return the first failure that is not merely the loss of a peer; else the first."""
+    for report in reports:
+        if report.failure.kind != "peer":
+            return report.failure
+    return reports[0].failure
+
+
+def backoff_s(num_failures: int) -> float:
+    """Return the seconds to wait before the next start after this number of failures without a
+    new checkpoint."""
+    if num_failures <= 1:
+        return 0.0
+    return min(MAX_BACKOFF_S, 2.0 ** (num_failures - 2))

@@ -1,8 +1,10 @@
-"""Looks after one worker's training process: starts it with its peers', sees how it ends, has a spare ready.
+"""Supervises one worker's training process: starts it together with its peers', notices how it
+ends, keeps a spare.
 
-Runs in a Ray worker that never imports torch. Guarantees: whatever the process does (exit, crash, kill, hang noticed by
-its watchdog or a peer's), all supervisors of the run meet again and start the next generation from the newest
-checkpoint, without Ray having to place anything anew; a supervisor that was replaced ends its process and itself.
+Runs in a Ray worker that never imports torch. Guarantees: whatever ends the process (exit, crash,
+kill, a hang that its own watchdog or a peer's noticed), all supervisors of the run join again and
+start the next generation from the latest checkpoint, without new placement by Ray; a supervisor
+whose group was replaced ends its process and itself.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,39 +23,65 @@ from dist_ft.core.errors import DistFtError, Interrupted, PeerError, StorageErro
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap.network_check import NODE
 from dist_ft.runtime.bootstrap.watchdog import EXIT_CODE as HUNG
-from dist_ft.runtime.elastic.restart_policy import MOST_BACKOFF_S, Failure, Kind, Member, View
-from dist_ft.runtime.elastic.worker_process import Process
+from dist_ft.runtime.elastic.messages import (
+    CommittedCheckpoint,
+    FirstStepsDone,
+    LineKind,
+    LocalCheckpointCommitted,
+    MetricsLine,
+    OutputLine,
+    ProcessExited,
+    RunStatus,
+    SaveDone,
+    TrainingCrashed,
+    TrainingFailed,
+    TrainingFinished,
+    WorkerMessage,
+)
+from dist_ft.runtime.elastic.restart_policy import MAX_BACKOFF_S, Failure, FailureKind
+from dist_ft.runtime.elastic.worker_group_state import Member
+from dist_ft.runtime.elastic.worker_process import TrainingProcess
 
-MEET_S, LOOK_S = 0.05, 0.5
-LOOKS_PER_S = 1000
-"""Of all supervisors together: the relay is one process. News of one's own process is passed on at once."""
-REPORTS_S = 20.0
+JOIN_POLL_S = 0.05
+STATUS_POLL_S = 0.5
+STATUS_CALLS_PER_S = 1000
+"""Of all supervisors together, as the coordinator is one process. A supervisor reports its own
+process at once."""
+LAST_REPORTS_S = 20.0
+LAST_LINES_S = 1.0
 OOM_EVENTS = "/sys/fs/cgroup/memory.events"
 
 
 class RendezvousTimeoutError(Exception):
-    """The other supervisors of this worker's group are not there, and no other group has come in its place."""
+    """The other supervisors of this worker's group did not join, and no other group replaced it."""
 
 
-class RelayLike(Protocol):
-    """The relay as a supervisor calls it."""
+class CoordinatorClient(Protocol):
+    """The coordinator as a supervisor calls it."""
 
-    def meet(self, member: Member, num_commits: int) -> View: ...  # noqa: D102
-    def look(self, member: Member, num_commits: int) -> View: ...  # noqa: D102
-    def failed(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
-    def num_commits(self) -> int: ...  # noqa: D102
-    def committed(self, url: str, metrics: dict[str, float], group: str) -> None: ...  # noqa: D102
-    def progressed(self, group: str) -> None: ...  # noqa: D102
-    def saved(self, number: int, group: str) -> None: ...  # noqa: D102
-    def put(self, kind: str, text: str) -> None: ...  # noqa: D102
-    def end(self, outcome: Any, group: str) -> None: ...  # noqa: D102
+    def join(self, member: Member, num_checkpoints: int) -> RunStatus: ...  # noqa: D102
+    def status(self, member: Member, num_checkpoints: int) -> RunStatus: ...  # noqa: D102
+    def report_failure(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
+    def num_checkpoints(self) -> int: ...  # noqa: D102
+    def report_checkpoint(self, url: str, metrics: dict[str, float], group: str) -> None: ...  # noqa: D102
+    def report_local_checkpoint(self, group: str) -> None: ...  # noqa: D102
+    def report_save_done(self, number: int, group: str) -> None: ...  # noqa: D102
+    def add_line(self, kind: LineKind, text: str) -> None: ...  # noqa: D102
+    def end_run(self, outcome: Any, group: str) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this worker is: who was placed with it, its world, its node's name and address, its device there.
+class WorkerContext:
+    """Where a worker runs.
 
-    spares: the name under which a worker of this run on this node leaves its spare process, if it is lost.
+    Attributes:
+        group: id of the set of workers that was placed together.
+        world: its rank among them.
+        node: its node's name, for messages.
+        host: its node's address.
+        device: index of its GPU on the node.
+        spare_name: name under which a later worker of this run on this node finds the spare
+            process, if this worker is lost.
     """
 
     group: str
@@ -61,233 +89,293 @@ class Place:
     node: str
     host: str
     device: int
-    spares: str
+    spare_name: str
 
 
 class Supervisor:
-    """One worker's."""
+    """The supervisor of one worker."""
 
     def __init__(
         self,
         config: RunConfig,
-        place: Place,
-        relay: RelayLike,
-        committed: Callable[[str, dict[str, float]], None],
-        measured: Callable[[int, str, dict[str, float]], None] = lambda step, kind, values: None,
+        context: WorkerContext,
+        coordinator: CoordinatorClient,
+        on_checkpoint: Callable[[str, dict[str, float]], None],
+        on_metrics: Callable[[int, str, Mapping[str, float]], None] = lambda step, kind, values: (
+            None
+        ),
     ) -> None:
-        """Assign only. `committed` is called for every checkpoint of the run, in order, on every worker.
+        """Create a supervisor; `run` starts processes.
 
-        `measured`: with (step, kind, values) of every line of metrics, on rank 0's.
+        Args:
+            config: the run.
+            context: where this worker runs.
+            coordinator: the run's coordinator.
+            on_checkpoint: called with (URL, metrics) of every checkpoint of the run, in order, on
+                every worker.
+            on_metrics: called on rank 0 with (step, kind, values) of every line of metrics.
         """
         self._config = config
-        self._place = place
-        self._relay = relay
-        self._committed = committed
-        self._measured = measured
-        self._look_s = max(LOOK_S, place.world.num_ranks / LOOKS_PER_S)
-        self._num_commits = 0
-        self._stopping = False
-        self._spare: Process | None = None
-        self._reports = ThreadPoolExecutor(
-            1, thread_name_prefix="reports"
-        )  # a report waits for those of all workers
+        self._context = context
+        self._world = context.world
+        self._coordinator = coordinator
+        self._on_checkpoint = on_checkpoint
+        self._on_metrics = on_metrics
+        self._poll_s = max(STATUS_POLL_S, self._world.num_ranks / STATUS_CALLS_PER_S)
+        self._num_checkpoints = 0
+        self._is_stopping = False
+        self._spare: TrainingProcess | None = None
+        # A report of one worker waits for those of all, so it gets a thread.
+        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports")
 
     def run(self) -> None:
-        """Look after training processes until the run is over or this supervisor is replaced."""
-        self._num_commits = (
-            self._relay.num_commits()
-        )  # older ones were told of by the workers before these
+        """Supervise training processes until the run is over or this supervisor's group is
+        replaced."""
+        # The workers before these reported older checkpoints to Ray.
+        self._num_checkpoints = self._coordinator.num_checkpoints()
         try:
             while True:
-                self._spare = (
-                    self._spare or Process.claim(self._place.spares) or self._new_process()
-                )
-                member, view = self._meet()
-                if view.over:
-                    return self._leave(view)
+                if self._spare is None:
+                    self._spare = TrainingProcess.claim(self._context.spare_name)
+                if self._spare is None:
+                    self._spare = self._start_process()
+
+                member = self._new_member()
+                status = self._join(member)
+                if status.is_over:
+                    return self._leave(status)
+
                 process, self._spare = self._spare, None
                 try:
-                    over = self._watch(process, member, view)
+                    is_over = self._supervise(process, member, status)
                 finally:
-                    process.end()
-                if over:
-                    return self._leave(self._relay.look(member, self._num_commits))
+                    process.kill()
+                if is_over:
+                    return self._leave(self._coordinator.status(member, self._num_checkpoints))
         finally:
             if self._spare is not None:
-                self._spare.end()
-            self._reports.shutdown(wait=False)
+                self._spare.kill()
+            self._reporter.shutdown(wait=False)
 
-    def _new_process(self, modules: Sequence[str] = ()) -> Process:
-        return Process.start(self._config, modules, self._place.spares)
+    def _start_process(self, modules: Sequence[str] = ()) -> TrainingProcess:
+        return TrainingProcess.start(self._config, modules, self._context.spare_name)
 
-    def _meet(self) -> tuple[Member, View]:
-        """Wait for the others; raises RendezvousTimeoutError if it takes too long: Ray then places all anew."""
-        world, until = (
-            self._place.world,
-            time.monotonic() + self._config.cluster.start_timeout_s + MOST_BACKOFF_S,
+    def _new_member(self) -> Member:
+        """Return this supervisor as a member of the next generation; rank 0 gets a new port."""
+        address = f"{self._context.host}:{_free_port()}" if self._world.rank == 0 else ""
+        return Member(
+            self._context.group,
+            self._world.rank,
+            self._world.num_ranks,
+            self._context.node,
+            address,
         )
-        member = Member(
-            self._place.group,
-            world.rank,
-            world.num_ranks,
-            self._place.node,
-            f"{self._place.host}:{_free_port()}" if world.rank == 0 else "",
-        )
+
+    def _join(self, member: Member) -> RunStatus:
+        """Wait until all workers have joined.
+
+        Raises:
+            RendezvousTimeoutError: it takes too long; Ray then places all workers anew.
+        """
+        until = time.monotonic() + self._config.cluster.start_timeout_s + MAX_BACKOFF_S
         while True:
-            view = self._relay.meet(member, self._num_commits)
-            if view.over or view.rendezvous is not None:
-                return member, view
+            status = self._coordinator.join(member, self._num_checkpoints)
+            if status.is_over or status.rendezvous is not None:
+                return status
             if time.monotonic() > until:
                 raise RendezvousTimeoutError(
-                    f"worker {world.rank} of {world.num_ranks} waited in vain for the others"
+                    f"worker {member.rank} of {member.num_ranks}: the other workers did not join "
+                    "in time"
                 )
-            time.sleep(MEET_S)
+            time.sleep(JOIN_POLL_S)
 
-    def _watch(self, process: Process, member: Member, view: View) -> bool:
-        """Let `process` train; return whether there is nothing more to do."""
-        generation, ended, told, saves = view.generation, False, False, view.saves
-        oom_kills = _oom_kills()
-        process.begin(self._environment(view.rendezvous or ""), view.after)
+    def _supervise(self, process: TrainingProcess, member: Member, status: RunStatus) -> bool:
+        """Let `process` train until its generation ends; return whether the run is over for this
+        worker."""
+        generation, save_number = status.generation, status.save_number
+        has_ended = has_sent_stop = False
+        oom_kills_before = _count_oom_kills()
+        process.start_training(self._environment(status.rendezvous or ""), status.reason)
+
         while True:
-            for message in [] if ended else process.messages(self._look_s):
-                ended = ended or self._take(message, generation, oom_kills)
-            view = self._relay.look(member, self._num_commits)
-            if view.stop and not told:
-                self._stopping = told = True
-                process.stop()
-            if (
-                view.saves > saves and self._place.world.rank == 0
-            ):  # what one rank is asked for all do, once
-                saves = view.saves
-                process.save(saves)
-            if view.over and not ended:
-                self._drain(process)
-            self._report(view)
-            if view.over or view.generation != generation:
-                return view.over
-            if ended:
-                time.sleep(MEET_S)
+            if not has_ended:
+                for message in process.receive(self._poll_s):
+                    has_ended = has_ended or self._handle(message, generation, oom_kills_before)
 
-    def _take(self, message: tuple[Any, ...], generation: int, oom_kills: int) -> bool:
-        """Act on a message of the process; return whether it has ended."""
-        kind, *rest = message
-        if kind == "line":
-            self._relay.put(*rest)
-        elif kind == "begun":
-            if self._config.cluster.standby and self._spare is None:
-                with contextlib.suppress(OSError):  # one is started when it is needed
-                    self._spare = self._new_process(*rest)
-        elif kind == "measured":
-            with contextlib.suppress(Exception):  # it is for people who watch, never worth a run
-                self._measured(*rest)
-        elif kind in ("committed", "progressed", "saved"):
-            if self._place.world.rank == 0:
-                getattr(self._relay, kind)(*rest, self._place.group)
-        elif kind == "result":
-            if self._place.world.rank == 0:
-                self._relay.end(rest[0], self._place.group)
-            return True
-        else:
-            self._relay_failure(kind, rest, generation, oom_kills)
-            return True
+            status = self._coordinator.status(member, self._num_checkpoints)
+            if status.stop and not has_sent_stop:
+                self._is_stopping = has_sent_stop = True
+                process.request_stop()
+
+            # The ranks agree among each other: a request to one makes all save, once.
+            if status.save_number > save_number and self._world.rank == 0:
+                save_number = status.save_number
+                process.request_save(save_number)
+
+            if status.is_over and not has_ended:
+                self._forward_last_lines(process)
+            self._report_checkpoints(status)
+            if status.is_over or status.generation != generation:
+                return status.is_over
+            if has_ended:
+                time.sleep(JOIN_POLL_S)
+
+    def _handle(self, message: WorkerMessage, generation: int, oom_kills_before: int) -> bool:
+        """Act on a message of the process; return whether it was the last one."""
+        group, is_rank_0 = self._context.group, self._world.rank == 0
+        match message:
+            case OutputLine(kind, text):
+                self._coordinator.add_line(kind, text)
+            case FirstStepsDone(modules):
+                if self._config.cluster.standby and self._spare is None:
+                    with contextlib.suppress(OSError):  # then one is started when it is needed
+                        self._spare = self._start_process(modules)
+            case MetricsLine(step, kind, values):
+                with contextlib.suppress(Exception):  # a display of metrics must not end a run
+                    self._on_metrics(step, kind, values)
+            case CommittedCheckpoint(url, metrics):
+                if is_rank_0:
+                    self._coordinator.report_checkpoint(url, metrics, group)
+            case LocalCheckpointCommitted():
+                if is_rank_0:
+                    self._coordinator.report_local_checkpoint(group)
+            case SaveDone(number):
+                if is_rank_0:
+                    self._coordinator.report_save_done(number, group)
+            case TrainingFinished(result):
+                if is_rank_0:
+                    self._coordinator.end_run(result, group)
+                return True
+            case TrainingFailed(error) if self._ends_run(error):
+                self._coordinator.end_run(error, group)
+                return True
+            case TrainingFailed() | TrainingCrashed() | ProcessExited():
+                failure = self._failure_of(message, oom_kills_before)
+                self._coordinator.report_failure(generation, failure)
+                return True
         return False
 
-    def _relay_failure(self, kind: str, rest: list[Any], generation: int, oom_kills: int) -> None:
-        """Tell all how the process ended, if it was not with a result."""
-        place = self._place
-        if kind == "error" and isinstance(rest[0], Interrupted) and not self._stopping:
-            failure = Failure(
-                place.world.rank, place.node, "killed", "a signal asked a worker to stop; all saved"
-            )
-        elif kind == "error" and (isinstance(rest[0], Interrupted) or not rest[0].retryable):
-            return self._relay.end(rest[0], place.group)
-        elif kind == "error":
-            failure = Failure(place.world.rank, place.node, _kind_of(rest[0]), str(rest[0]))
-        elif kind == "failed":
-            is_peer, text = rest
-            named: Kind = "out of memory" if text.startswith("out of") else "error"
-            failure = Failure(place.world.rank, place.node, "peer" if is_peer else named, text)
-        else:
-            failure = Failure(
-                place.world.rank, place.node, *how_it_ended(rest[0], _oom_kills() - oom_kills)
-            )
-        return self._relay.failed(generation, failure)
+    def _ends_run(self, error: DistFtError) -> bool:
+        """Return whether a restart would not cure `error`; a stop that nobody requested is
+        followed by one."""
+        if isinstance(error, Interrupted):
+            return self._is_stopping
+        return not error.retryable
 
-    def _drain(self, process: Process) -> None:
-        """Show what the process still says in a moment: others have told the end of the run."""
-        until = time.monotonic() + 1.0
+    def _failure_of(
+        self, message: TrainingFailed | TrainingCrashed | ProcessExited, oom_kills_before: int
+    ) -> Failure:
+        kind: FailureKind
+        match message:
+            case TrainingFailed(Interrupted()):
+                kind, text = "killed", "a worker received a stop signal; all saved"
+            case TrainingFailed(error):
+                kind, text = _kind_of(error), str(error)
+            case TrainingCrashed(is_peer_loss, text):
+                is_out_of_memory = text.startswith("out of")
+                kind = "out of memory" if is_out_of_memory else "error"
+                kind = "peer" if is_peer_loss else kind
+            case ProcessExited(code):
+                cause = explain_exit(code, _count_oom_kills() - oom_kills_before)
+                kind, text = cause.kind, cause.text
+        return Failure(self._world.rank, self._context.node, kind, text)
+
+    def _forward_last_lines(self, process: TrainingProcess) -> None:
+        """Forward the lines that the process still writes: another worker has reported the end
+        of the run."""
+        until = time.monotonic() + LAST_LINES_S
         while time.monotonic() < until:
-            for message in process.messages(0.1):
-                if message[0] == "line":
-                    self._relay.put(*message[1:])
-                if message[0] in ("gone", "result", "error", "failed"):
+            for message in process.receive(0.1):
+                if isinstance(message, OutputLine):
+                    self._coordinator.add_line(message.kind, message.text)
+                if isinstance(
+                    message, TrainingFinished | TrainingFailed | TrainingCrashed | ProcessExited
+                ):
                     return
 
-    def _leave(self, view: View) -> None:
-        """Hand the last reports over, unless Ray does not take them."""
-        self._report(view)
-        wait([self._reports.submit(lambda: None)], REPORTS_S)
+    def _leave(self, status: RunStatus) -> None:
+        """Report the last checkpoints; give up on it if Ray does not collect them in time."""
+        self._report_checkpoints(status)
+        wait([self._reporter.submit(lambda: None)], LAST_REPORTS_S)
 
-    def _report(self, view: View) -> None:
-        for url, metrics in view.commits:
-            self._num_commits += 1
-            self._reports.submit(self._committed, url, metrics)
+    def _report_checkpoints(self, status: RunStatus) -> None:
+        for checkpoint in status.checkpoints:
+            self._num_checkpoints += 1
+            self._reporter.submit(self._on_checkpoint, checkpoint.url, checkpoint.metrics)
 
     def _environment(self, rendezvous: str) -> dict[str, str]:
-        """Return what torchrun would set."""
-        world, (host, _, port) = self._place.world, rendezvous.rpartition(":")
+        """Return the variables that torchrun would set."""
+        host, _, port = rendezvous.rpartition(":")
         return {
-            "RANK": str(world.rank),
-            "WORLD_SIZE": str(world.num_ranks),
-            "LOCAL_RANK": str(self._place.device),
-            "LOCAL_WORLD_SIZE": str(world.ranks_per_node),
+            "RANK": str(self._world.rank),
+            "WORLD_SIZE": str(self._world.num_ranks),
+            "LOCAL_RANK": str(self._context.device),
+            "LOCAL_WORLD_SIZE": str(self._world.ranks_per_node),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
-            NODE: self._place.node,
+            NODE: self._context.node,
         }
 
 
-def how_it_ended(code: int, oom_kills: int) -> tuple[Kind, str]:
-    """Return the kind and the text of an end without a word, by exit code (negative: signal)."""
-    if code == HUNG:  # the watchdog's first clock; its second one, faulthandler, ends with 1
-        return (
+@dataclass(frozen=True)
+class ExitCause:
+    """Why a process ended that sent no last message."""
+
+    kind: FailureKind
+    text: str
+
+
+def explain_exit(code: int, num_oom_kills: int) -> ExitCause:
+    """Return the cause of an exit code (negative: signal).
+
+    Args:
+        code: the exit code.
+        num_oom_kills: processes that the kernel killed for lack of memory while this one ran.
+    """
+    if code == HUNG:  # from the watchdog's own timer; its fallback, faulthandler, exits with 1
+        return ExitCause(
             "hang",
-            "no progress within cluster.progress_timeout_s; its stacks lie in attempts/ of the run",
+            "no progress within cluster.progress_timeout_s; its stacks are in attempts/ of the run",
         )
-    if code == -signal.SIGKILL and oom_kills > 0:
-        return "out of memory", (
-            "the kernel killed the process for want of memory; use a machine with more, fewer "
-            "workers on it, or a smaller batch.micro_batch"
+    if code == -signal.SIGKILL and num_oom_kills > 0:
+        return ExitCause(
+            "out of memory",
+            "the kernel killed the process because memory ran out; use a machine with more memory, "
+            "fewer workers per node, or a smaller batch.micro_batch",
         )
     if code == -signal.SIGKILL:
-        return "killed", "by SIGKILL, from outside"
+        return ExitCause("killed", "by SIGKILL, from outside")
     if code < 0:
-        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        return (
-            "killed" if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) else "crash"
-        ), f"by {name}"
+        is_known = -code in list(signal.Signals)
+        name = signal.Signals(-code).name if is_known else f"signal {-code}"
+        is_stop = -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        return ExitCause("killed" if is_stop else "crash", f"by {name}")
     if code == 1:
-        return "hang", "no progress within cluster.progress_timeout_s; its stacks are in its log"
-    return "crash", f"the process ended with exit code {code}"
+        return ExitCause(
+            "hang", "no progress within cluster.progress_timeout_s; its stacks are in its log"
+        )
+    return ExitCause("crash", f"the process ended with exit code {code}")
 
 
-def _kind_of(error: DistFtError) -> Kind:
-    return (
-        "storage"
-        if isinstance(error, StorageError)
-        else "peer"
-        if isinstance(error, PeerError)
-        else "error"
-    )
+def _kind_of(error: DistFtError) -> FailureKind:
+    if isinstance(error, StorageError):
+        return "storage"
+    if isinstance(error, PeerError):
+        return "peer"
+    return "error"
 
 
-def _oom_kills() -> int:
-    """Return how often the kernel has killed in this cgroup for want of memory; 0 where it does not say."""
+def _count_oom_kills() -> int:
+    """Return how many processes the kernel killed in this cgroup for lack of memory; 0 where
+    that is not known."""
     try:
         with open(OOM_EVENTS) as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
     except (OSError, ValueError):
-        return 0
+        pass
+    return 0
 
 
 def _free_port() -> int:

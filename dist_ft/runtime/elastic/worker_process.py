@@ -1,8 +1,10 @@
-"""A process that trains, beside the Ray worker that looks after it: imported in advance, told by a pipe what to do.
+"""A training process next to the Ray worker that supervises it. It imports in advance, then waits
+for a message to start.
 
-The Ray worker itself never imports torch: it sees hangs, crashes and kills from outside, and a spare process takes over
-at once, with everything imported. In the process a run is what it is under torchrun: `runtime.local` finds its peers in
-the environment. The pipe carries pickles between two processes of ours; nothing from outside.
+The Ray worker itself never imports torch: it notices hangs, crashes and kills from outside, and a
+spare process with all imports done takes over at once. In the process, a run is what it is under
+torchrun: `runtime.local` finds its peers in the environment. The pipe carries pickles between two
+processes of the same user, nothing from outside.
 """
 
 from __future__ import annotations
@@ -19,16 +21,33 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError, explain_library_error
 from dist_ft.runtime.elastic import process_keeper
+from dist_ft.runtime.elastic.messages import (
+    CommittedCheckpoint,
+    FirstStepsDone,
+    LastMessage,
+    LocalCheckpointCommitted,
+    MetricsLine,
+    OutputLine,
+    ProcessExited,
+    SaveDone,
+    SaveRequest,
+    Setup,
+    StartTraining,
+    StopRequest,
+    TrainingCrashed,
+    TrainingFailed,
+    TrainingFinished,
+    WorkerMessage,
+)
 from dist_ft.training.callbacks import Callback, CallbackList
 from dist_ft.training.console import Console
 from dist_ft.training.run_context import RunContext
 
-PEER_GONE = (
+PEER_LOSS_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -40,204 +59,223 @@ PEER_GONE = (
     "failed to recv",
     "unexpected EOF",
 )
+"""Texts of errors that only say that another worker vanished."""
 _PR_SET_PDEATHSIG = 1
 
 
-class Process:
-    """The worker's side."""
+class TrainingProcess:
+    """A training process as its worker sees it."""
 
-    def __init__(self, kept: process_keeper.Kept) -> None:
-        """Take a process that waits: use `start` or `claim`."""
-        self._kept, self._pipe = kept, kept.pipe
+    def __init__(self, process: process_keeper.KeptProcess) -> None:
+        """Wrap a process that waits: use `start` or `claim`."""
+        self._process, self._pipe = process, process.pipe
 
     @classmethod
-    def start(cls, config: RunConfig, modules: Sequence[str] = (), spares: str = "") -> Process:
-        """Start a process that imports what training needs (`modules`: what it needed before), and waits.
+    def start(
+        cls, config: RunConfig, modules: Sequence[str] = (), spare_name: str = ""
+    ) -> TrainingProcess:
+        """Start a process that imports what training needs, and waits.
 
-        Raises OSError if the system lets none start.
+        Args:
+            config: the run.
+            modules: names of further modules to import, as an earlier process of the run needed
+                them.
+            spare_name: name under which a later worker may claim it.
+
+        Raises:
+            OSError: the system starts no process.
         """
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
         command = [sys.executable, "-m", "dist_ft.runtime.elastic.worker_process"]
-        process = cls(process_keeper.start(command, environment, _name(spares)))
-        process._send((config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
-        process._kept.ready()
+        process = cls(process_keeper.start(command, environment, _claim_name(spare_name)))
+        process._send(Setup(config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
+        process._process.allow_claim()
         return process
 
     @classmethod
-    def claim(cls, spares: str) -> Process | None:
-        """Return a process that a lost worker with the same `spares` (run and node) and GPUs has left, or None."""
-        kept = process_keeper.claim(_name(spares))
-        if kept is None:
+    def claim(cls, spare_name: str) -> TrainingProcess | None:
+        """Return a process that a lost worker with the same `spare_name` (run and node) and GPUs
+        left, or None."""
+        process = process_keeper.claim(_claim_name(spare_name))
+        if process is None:
             return None
-        kept.ready()
-        return cls(kept)
+        process.allow_claim()
+        return cls(process)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._kept.pid
+        return self._process.pid
 
-    def begin(self, environment: Mapping[str, str], after: str) -> None:
-        """Let it train, and end with this worker; `after`: why the generation before ended."""
-        self._kept.begun()
-        self._send((dict(environment), after))
+    def start_training(self, environment: Mapping[str, str], reason: str) -> None:
+        """Let it train and end with this worker; `reason`: why the generation before ended."""
+        self._process.bind_to_worker()
+        self._send(StartTraining(dict(environment), reason))
 
-    def stop(self) -> None:
-        """Ask it to save and leave."""
-        self._send("stop")
+    def request_stop(self) -> None:
+        """Have it save and exit."""
+        self._send(StopRequest())
 
-    def save(self, number: int) -> None:
-        """Ask it to save and train on; it answers ("saved", number) when that is over."""
-        self._send(number)
+    def request_save(self, number: int) -> None:
+        """Have it save and continue training; it answers `SaveDone(number)` after that."""
+        self._send(SaveRequest(number))
 
-    def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is gone; `messages` tells
+    def receive(self, timeout_s: float) -> list[WorkerMessage]:
+        """Return its messages since the last call, waiting up to `timeout_s` for one.
+
+        Once it has ended, the last one is `ProcessExited`.
+        """
+        messages: list[WorkerMessage] = []
+        try:
+            while self._pipe.poll(0 if messages else timeout_s):
+                messages.append(self._pipe.recv())
+        except (EOFError, OSError):
+            messages.append(ProcessExited(self._process.wait()))
+        return messages
+
+    def kill(self) -> None:
+        """Kill it, whatever it does, and wait until it has ended."""
+        self._process.kill()
+
+    def _send(self, message: Setup | StartTraining | StopRequest | SaveRequest) -> None:
+        with contextlib.suppress(OSError):  # it has ended; `receive` reports that
             self._pipe.send(message)
 
-    def messages(self, timeout_s: float) -> list[tuple[Any, ...]]:
-        """Return what it has said since the last call, waiting a while for one; the last is ("gone", exit code)."""
-        found: list[tuple[Any, ...]] = []
-        try:
-            while self._pipe.poll(0 if found else timeout_s):
-                found.append(self._pipe.recv())
-        except (EOFError, OSError):
-            found.append(("gone", self._kept.wait()))
-        return found
 
-    def end(self) -> None:
-        """Kill it, whatever it does, and wait until it is gone."""
-        self._kept.end()
+def _claim_name(spare_name: str) -> str:
+    """Return a name that only workers with the same interpreter and GPUs share: imports do not
+    carry over to others."""
+    gpu_variables = sorted(item for item in os.environ.items() if "VISIBLE" in item[0])
+    return repr((spare_name, sys.executable, gpu_variables))
 
 
-def _name(spares: str) -> str:
-    """Return what says which processes a worker may claim: imported anew they would see the same GPUs."""
-    return repr(
-        (
-            spares,
-            sys.executable,
-            sorted(item for item in os.environ.items() if "VISIBLE" in item[0]),
-        )
-    )
-
-
-class _Child:
-    """The child's side of the pipe."""
+class _ParentPipe:
+    """The training process's end of the pipe to its supervisor."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
-        self.asked_to_stop = threading.Event()
-        self._wish = self._taken = self._answered = 0
+        self.stop_requested = threading.Event()
 
-    def say(self, *message: Any) -> None:
-        """Send a message; a parent that is gone wants none."""
+        # Numbers of save requests: the latest, the one that the next save answers, and the last
+        # answered.
+        self._requested_number = 0
+        self._pending_number = 0
+        self._done_number = 0
+
+    def send(self, message: WorkerMessage) -> None:
+        """Send a message; does nothing if the parent has ended."""
         with self._lock, contextlib.suppress(OSError):
             self._pipe.send(message)
 
     def listen(self) -> None:
-        """Take wishes until the parent is gone, and this process with it."""
+        """Receive requests until the parent ends, then end this process."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                wish = self._pipe.recv()
-                if wish == "stop":
-                    self.asked_to_stop.set()
+                message = self._pipe.recv()
+                if isinstance(message, StopRequest):
+                    self.stop_requested.set()
                 else:
-                    self._wish = wish
+                    self._requested_number = message.number
         os._exit(1)
 
     def should_save(self) -> bool:
-        """Tell whether there is a wish to save that is not answered yet."""
-        self._taken = self._wish
-        return self._taken > self._answered
+        """Return whether a save request is open."""
+        self._pending_number = self._requested_number
+        return self._pending_number > self._done_number
 
-    def saved(self) -> None:
-        """Answer what `should_save` told of last."""
-        self._answered = self._taken
-        self.say("saved", self._taken)
+    def on_save_end(self) -> None:
+        """Answer the request that `should_save` saw last."""
+        self._done_number = self._pending_number
+        self.send(SaveDone(self._pending_number))
 
 
 class _PipeConsole(Console):
-    def __init__(self, child: _Child) -> None:
+    def __init__(self, parent: _ParentPipe) -> None:
         super().__init__()
-        self._child = child
+        self._parent = parent
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Send `text` to be printed on lines of its own."""
-        self._child.say("line", "say", text)
+        self._parent.send(OutputLine("message", text))
 
-    def progress(self, text: str) -> None:
+    def show_progress(self, text: str) -> None:
         """Send `text` to be shown as the current progress line."""
-        self._child.say("line", "progress", text)
+        self._parent.send(OutputLine("progress", text))
 
 
 class _PipeCallback(Callback):
-    """Sends what happens in training to the parent."""
+    """Sends what happens in training to the supervisor."""
 
-    def __init__(self, child: _Child) -> None:
-        self._child = child
+    def __init__(self, parent: _ParentPipe) -> None:
+        self._parent = parent
         self._num_progress = 0
 
     def on_progress(self) -> None:
-        """Report once that the first step is done: a spare that is prepared from now on does not delay it."""
+        """Report once that the first step is done: a spare that starts from now on does not
+        delay it."""
         self._num_progress += 1
         if self._num_progress == 2:
-            self._child.say("begun", tuple(sys.modules))
+            self._parent.send(FirstStepsDone(tuple(sys.modules)))
 
     def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Send the finite values."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._child.say("measured", step, kind, finite)
+        self._parent.send(MetricsLine(step, kind, finite))
 
     def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
         """Send a checkpoint in storage."""
-        self._child.say("committed", url, dict(metrics))
+        self._parent.send(CommittedCheckpoint(url, dict(metrics)))
 
     def on_local_checkpoint_committed(self, step: int) -> None:
         """Send that the run made progress."""
-        self._child.say("progressed")
+        self._parent.send(LocalCheckpointCommitted())
 
 
 class _PipeLog(logging.Handler):
-    def __init__(self, child: _Child) -> None:
+    def __init__(self, parent: _ParentPipe) -> None:
         super().__init__()
-        self._child = child
+        self._parent = parent
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send the formatted record (`logs.setup_logging` gives the format, which removes credentials)."""
+        """Send the formatted record (`logs.setup_logging` gives the format, which removes
+        credentials)."""
         try:
-            self._child.say("line", "log", self.format(record))
+            self._parent.send(OutputLine("log", self.format(record)))
         except Exception:
             self.handleError(record)
 
 
 def main() -> None:
-    """Import, wait, train, tell how it ended."""
+    """Import, wait, train, and report how training ended."""
     _die_with_parent()
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)
-    child = _Child(pipe := Connection(descriptor))
+    pipe = Connection(descriptor)
+    parent = _ParentPipe(pipe)
     try:
-        document, folder, modules = pipe.recv()
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        config = RunConfig.model_validate(document)
-        broken = _import(config, modules)
-        environment, after = pipe.recv()
+        setup: Setup = pipe.recv()
+        if os.path.isdir(setup.folder):
+            os.chdir(setup.folder)
+        config = RunConfig.model_validate(setup.config)
+        import_failure = _import(config, setup.modules)
+        start: StartTraining = pipe.recv()
     except EOFError:
-        return  # nobody needs it any more
-    os.environ.update(environment)
-    threading.Thread(target=child.listen, name="parent", daemon=True).start()
-    child.say(*(broken or _train(config, child, after)))
+        return  # it is no longer needed
+
+    os.environ.update(start.environment)
+    threading.Thread(target=parent.listen, name="parent", daemon=True).start()
+    parent.send(import_failure or _train(config, parent, start.reason))
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)  # broken process groups may hold their threads for long
+    os._exit(0)  # threads of broken process groups may run for long
 
 
-def _import(config: RunConfig, modules: Sequence[str]) -> tuple[Any, ...] | None:
-    """Import what a run of this kind takes seconds to; return the last message if that fails."""
+def _import(config: RunConfig, modules: Sequence[str]) -> TrainingCrashed | None:
+    """Import what takes a run of this kind seconds; return the last message if that fails."""
     try:
         from dist_ft.engine import deepspeed_engine
         from dist_ft.runtime.bootstrap import training_run  # noqa: F401
@@ -246,46 +284,51 @@ def _import(config: RunConfig, modules: Sequence[str]) -> tuple[Any, ...] | None
         deepspeed_engine.import_deepspeed(config.cluster.gpus_per_worker > 0)
         warm(config.run_url)
     except Exception as error:
-        return _failed(error)
+        return _crashed(error)
+
     for name in modules:
-        with contextlib.suppress(Exception):  # what can not be had alone comes when it is needed
+        with contextlib.suppress(Exception):  # one that cannot be imported alone is when needed
             importlib.import_module(name)
     return None
 
 
-def _train(config: RunConfig, child: _Child, after: str) -> tuple[Any, ...]:
-    """Return the last message: ("result", Result), ("error", DistFtError) or ("failed", is it a peer's, text)."""
+def _train(config: RunConfig, parent: _ParentPipe, reason: str) -> LastMessage:
     from dist_ft.runtime import local
 
-    log_lines = (
-        _PipeLog(child) if config.log.level != "debug" else None
-    )  # then Ray forwards all there is
+    # At log level debug Ray forwards everything that is written to stderr.
+    log_handler = _PipeLog(parent) if config.log.level != "debug" else None
     context = RunContext(
-        console=_PipeConsole(child),
-        callbacks=CallbackList([_PipeCallback(child)]),
-        should_stop=child.asked_to_stop.is_set,
-        should_save=child.should_save,
-        on_requested_save_end=child.saved,
-        log_handler=log_lines,
-        previous_end=after,
+        console=_PipeConsole(parent),
+        callbacks=CallbackList([_PipeCallback(parent)]),
+        should_stop=parent.stop_requested.is_set,
+        should_save=parent.should_save,
+        on_requested_save_end=parent.on_save_end,
+        log_handler=log_handler,
+        previous_end=reason,
     )
     try:
-        return "result", local.run(config, context)
+        return TrainingFinished(local.run(config, context))
     except DistFtError as error:
-        return "error", error
+        return TrainingFailed(error)
     except BaseException as error:
-        return _failed(error)
+        return _crashed(error)
 
 
-def _failed(error: BaseException) -> tuple[Any, ...]:
+def _crashed(error: BaseException) -> TrainingCrashed:
     traceback.print_exc()
-    text = str(explain_library_error(error) or (str(error).strip().splitlines() or [type(error).__name__])[-1])
-    whole = f"{type(error).__name__}: {error}"
-    return "failed", any(sign in whole for sign in PEER_GONE), text
+    full_text = f"{type(error).__name__}: {error}"
+    is_peer_loss = any(text in full_text for text in PEER_LOSS_TEXTS)
+
+    explained = explain_library_error(error)
+    if explained is not None:
+        return TrainingCrashed(is_peer_loss, str(explained))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return TrainingCrashed(is_peer_loss, lines[-1])
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to kill this process with its parent, even where it can not listen (Linux)."""
+    """Have the kernel kill this process with its parent, even while it cannot receive messages
+    (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,9 +1,10 @@
-"""A run on Ray Train workers. With `ray_group` the only module that trains by Ray.
+"""Trains on Ray workers; together with `worker_group` the only module that does.
 
-The driver connects to a cluster or starts one of its own, asks Ray Train for workers, and relays: progress lines and
-errors from the workers to this terminal, a request to stop from this terminal to the workers. A worker looks after a
-process that trains (`supervisor`); that a process failed is mended without Ray, that a worker or its node was lost by
-Ray. Where the run stands is always read from its storage, never from Ray's memory.
+The driver connects to a cluster or starts its own, has Ray Train place the workers, prints the
+workers' output and errors on this terminal, and forwards stop requests from this terminal to the
+workers. Each worker supervises a training process (`elastic.supervisor`). The supervisors recover
+from a failed process without Ray; Ray replaces a lost worker or node. The state of a run is always
+read from its storage, never from Ray's memory.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core import logs
 from dist_ft.core.errors import DistFtError, WorkerError
 from dist_ft.core.world import World
-from dist_ft.runtime.elastic.coordinator import Relay, show
-from dist_ft.runtime.elastic.supervisor import RendezvousTimeoutError, Place, Supervisor
+from dist_ft.runtime.elastic.coordinator import Coordinator, print_lines
+from dist_ft.runtime.elastic.supervisor import RendezvousTimeoutError, Supervisor, WorkerContext
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.ray_backend.metrics import Exported
+from dist_ft.runtime.ray_backend.metrics import RunGauges
 from dist_ft.runtime.ray_backend.node_watch import NodeWatch
 from dist_ft.runtime.ray_backend.placement import (
-    device,
-    explain,
-    given_up,
-    line_of,
+    error_line,
+    explain_ray_failure,
+    gpu_index,
+    reason_to_stop_waiting,
     require_resources,
 )
-from dist_ft.runtime.ray_backend.worker_group import NAMESPACE, POLL_S, Called, reporter
-from dist_ft.runtime.ray_backend.worker_group import trainer as _trainer
+from dist_ft.runtime.ray_backend.worker_group import (
+    NAMESPACE,
+    POLL_S,
+    ActorClient,
+    WorkerSettings,
+    checkpoint_reporter,
+    create_trainer,
+)
 from dist_ft.storage import filesystem
 from dist_ft.training.console import Console
 from dist_ft.training.result import Result
@@ -44,93 +51,112 @@ from dist_ft.training.result import Result
 log = logging.getLogger("dist_ft.ray")
 OBJECT_STORE_BYTES = 128 * 2**20
 ELASTIC_START_S = 5.0
-"""For a place, which an elastic run asks for where one is free: where a lost node is still counted, it asks again."""
+"""How long an elastic run waits for the workers of one attempt to start: a lost node may still
+be counted as free, and the next attempt asks for fewer workers."""
 
 
 def run(config: RunConfig) -> Result:
-    """Run `config` on Ray workers and return its result; raises DistFtError with one clear line."""
+    """Run `config` on Ray workers and return its result.
+
+    Raises:
+        DistFtError: the run ended without a result; the text is one clear line.
+    """
     logs.setup_logging(level=config.log.level)
     filesystem.configure(config.storage.options)
     with connected(config) as ray:
         require_resources(ray, config)
-        name = f"relay-{os.getpid()}-{time.time_ns()}"
-        actor = _start_relay(
-            ray, name, config.cluster.max_failures
-        )  # it lives as long as this refers to it
-        relay = Called(actor)
+        name = f"coordinator-{os.getpid()}-{time.time_ns()}"
+        # The actor lives as long as this reference to it.
+        actor = _start_coordinator(ray, name, config.cluster.max_failures)
+        coordinator = ActorClient(actor)
         try:
-            failure = _fit(ray, config, relay, _trainer(config, name, _worker))
-            outcome = relay.outcome()
+            failure = _fit(ray, config, coordinator, create_trainer(config, name, _worker))
+            outcome = coordinator.outcome()
         except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
             raise WorkerError(
-                "the process that joins the workers with this one was lost (killed for want of memory?); "
-                "what was committed is kept; the same command goes on from there"
+                "the coordinator process of this run was lost (perhaps killed because memory ran "
+                "out); saved checkpoints are kept; run the same command to resume"
             ) from error
+
     if isinstance(outcome, DistFtError):
         raise outcome
     if outcome is not None:
         return outcome
-    raise explain(failure, config)
+    raise explain_ray_failure(failure, config)
 
 
 @contextlib.contextmanager
 def connected(config: RunConfig) -> Iterator[Any]:
-    """Connect to the cluster the config or the environment names, or start one that dies with this process."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    elastic = (
-        config.min_workers < config.max_workers
-    )  # Ray may wait for a node that was lost: it then asks for fewer
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
-        min(config.cluster.start_timeout_s, ELASTIC_START_S if elastic else math.inf)
-    )
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in a worker as here
+    """Connect to the cluster that the config or the environment names, or start one that ends
+    with this process."""
+    _set_ray_variables(config)
     import ray
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    verbose = config.log.level == "debug"
-    common: dict[str, Any] = {
-        "log_to_driver": verbose,
-        "namespace": NAMESPACE,
-        "logging_level": logging.INFO if verbose else logging.ERROR,
-    }
     if ray.is_initialized():
         yield ray
         return
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:  # address="local": never a stale cluster of another run
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
-    except Exception as error:  # Ray raises that itself where a node does not come up in time
-        raise WorkerError(
-            f"cluster.address={address}: can not connect to Ray ({line_of(error, 0)}); check "
-            "that a cluster runs there with this Ray version, or leave cluster.address empty to start an "
-            "own one"
-        ) from error
-    with contextlib.nullcontext() if verbose else _short_notices():
+
+    is_verbose = config.log.level == "debug"
+    _connect(ray, config.cluster.address or os.environ.get("RAY_ADDRESS"), is_verbose)
+    with contextlib.nullcontext() if is_verbose else _short_ray_notices():
         try:
             yield ray
         finally:
             ray.shutdown()
 
 
+def _set_ray_variables(config: RunConfig) -> None:
+    """Set what Ray reads when it is imported."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+    # Ray may wait for a node that was lost; an elastic run then tries with fewer workers.
+    is_elastic = config.min_workers < config.max_workers
+    start_timeout_s = min(
+        config.cluster.start_timeout_s, ELASTIC_START_S if is_elastic else math.inf
+    )
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+
+    # Relative paths mean the same in a worker as here.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+
+
+def _connect(ray: Any, address: str | None, is_verbose: bool) -> None:
+    options: dict[str, Any] = {
+        "log_to_driver": is_verbose,
+        "namespace": NAMESPACE,
+        "logging_level": logging.INFO if is_verbose else logging.ERROR,
+    }
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "address": "local",  # never a stale cluster of another run
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises that class itself where a node does not start in time
+        raise WorkerError(
+            f"cluster.address={address}: cannot connect to Ray ({error_line(error, 0)}); check "
+            "that a cluster with this Ray version runs there, or leave cluster.address "
+            "empty to start one"
+        ) from error
+
+
 @contextlib.contextmanager
-def _short_notices() -> Iterator[None]:
-    """Have what Ray tells of a lost node be a line each, not the node's state and last log besides.
+def _short_ray_notices() -> Iterator[None]:
+    """Log Ray's notice of a lost node as one line, without the node's state and last log.
 
-    No public part of Ray: with one that has no such part, all of it is shown.
+    This uses no public part of Ray; with a Ray that lacks that part, notices are printed in full.
     """
-    told: set[str] = set()
+    logged: set[str] = set()
 
-    def tell(batch: dict[str, Any]) -> None:
-        for line in {str(text).strip().split("\n")[0][:200] for text in batch["lines"]} - told:
-            told.add(line)
+    def log_first_lines(batch: dict[str, Any]) -> None:
+        first_lines = {str(text).strip().split("\n")[0][:200] for text in batch["lines"]}
+        for line in first_lines - logged:
+            logged.add(line)
             log.warning("Ray: %s", line)
 
     dispatcher: Any = None
@@ -138,7 +164,7 @@ def _short_notices() -> Iterator[None]:
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
         dispatcher.remove_handler("ray_print_logs")
-        dispatcher.add_handler(__name__, tell)
+        dispatcher.add_handler(__name__, log_first_lines)
     try:
         yield
     finally:
@@ -146,96 +172,118 @@ def _short_notices() -> Iterator[None]:
             dispatcher.remove_handler(__name__)
 
 
-def _start_relay(ray: Any, name: str, max_failures: int) -> Any:
-    """Start the relay on this node: the loss of another must not take it away."""
+def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
+    """Start the coordinator on this node, so that it survives the loss of any other."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(  # a soft one means nothing to an actor without CPUs: Ray puts it anywhere
-        ray.get_runtime_context().get_node_id(), soft=False
+    # A soft affinity has no effect on an actor without CPUs: Ray puts it anywhere.
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor_class = ray.remote(num_cpus=0)(Coordinator).options(
+        name=name, namespace=NAMESPACE, scheduling_strategy=this_node
     )
-    actor = ray.remote(num_cpus=0)(Relay).options(
-        name=name, namespace=NAMESPACE, scheduling_strategy=here
-    )
-    relay = actor.remote(max_failures)
-    ray.get(relay.outcome.remote())
-    return relay
+    actor = actor_class.remote(max_failures)
+    ray.get(actor.outcome.remote())
+    return actor
 
 
-def _fit(ray: Any, config: RunConfig, relay: Called, trainer: Any) -> BaseException | None:
-    """Run the trainer in a thread while this one relays lines and signals; return what it raised.
+def _fit(
+    ray: Any, config: RunConfig, coordinator: ActorClient, trainer: Any
+) -> BaseException | None:
+    """Run the trainer in a thread, forward lines and signals; return what the trainer raised.
 
-    Raises WorkerError or Interrupted when there is no use in waiting for workers any longer (`_given_up`). Ray's own
-    limit on failed starts would not do: it counts over the whole run, and each lost node may cost one.
+    Ray's own limit on failed starts cannot replace `reason_to_stop_waiting`: it counts over the
+    whole run, and each lost node may cost one.
+
+    Raises:
+        WorkerError, Interrupted: waiting for workers is pointless.
     """
-    failure: list[BaseException] = []
+    failures: list[BaseException] = []
 
-    def fit(
-        _relay: Called,
-    ) -> None:  # holds the relay: workers that start after we gave up learn from it that we did
+    def fit(_coordinator: ActorClient) -> None:
+        # Holds a reference: workers that start after this driver gave up learn so from the
+        # coordinator.
         try:
             trainer.fit()
         except BaseException as error:
-            failure.append(error)
+            failures.append(error)
 
-    console, began, watch = Console(), time.monotonic(), NodeWatch(ray)
-    thread = threading.Thread(target=fit, args=(relay,), name="ray-train", daemon=True)
-    with stop_on_signal(console) as stopping:
+    console, started_at, node_watch = Console(), time.monotonic(), NodeWatch(ray)
+    is_elastic = config.min_workers < config.max_workers
+    thread = threading.Thread(target=fit, args=(coordinator,), name="ray-train", daemon=True)
+    with stop_on_signal(console) as should_stop:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
-            if stopping():
-                relay.stop()
-            show(console, relay.take())
-            if config.min_workers < config.max_workers:
-                watch.look()
-            error = given_up(config, time.monotonic() - began, relay.silent_s(), stopping())
-            if error is not None and thread.is_alive() and relay.outcome() is None:
-                relay.end(error)
+            if should_stop():
+                coordinator.request_stop()
+            print_lines(console, coordinator.take_lines())
+            if is_elastic:
+                node_watch.check()
+
+            error = reason_to_stop_waiting(
+                config,
+                time.monotonic() - started_at,
+                coordinator.rank_0_silent_s(),
+                should_stop(),
+            )
+            if error is not None and thread.is_alive() and coordinator.outcome() is None:
+                coordinator.end_run(error)
                 raise error
-        show(console, relay.take())
-    return failure[0] if failure else None
+        print_lines(console, coordinator.take_lines())
+    return failures[0] if failures else None
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: it looks after a process that trains, until the run is over."""
+def _worker(settings: WorkerSettings) -> None:
+    """Supervise a training process until the run is over; each Ray Train worker runs this."""
     import ray
 
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
     os.environ.update(settings["failpoints"])
-    train = importlib.import_module("ray.train")
     config = RunConfig.model_validate(settings["config"])
-    context, runtime = train.get_context(), ray.get_runtime_context()
-    world = World(
-        context.get_world_rank(),
-        context.get_world_size(),
-        context.get_local_rank(),
-        context.get_local_world_size(),
+    context = _worker_context(ray, settings["coordinator"])
+    coordinator = ActorClient(ray.get_actor(settings["coordinator"], namespace=NAMESPACE))
+    supervisor = Supervisor(
+        config,
+        context,
+        coordinator,
+        checkpoint_reporter(),
+        RunGauges(config.run.name).set_values,
     )
-    placed = ray.util.get_current_placement_group()  # Ray Train makes one for each set of workers
-    if placed is None:
-        raise AssertionError("workers of Ray Train lie in a placement group")
-    place = Place(
-        placed.id.hex(),
-        world,
-        f"{socket.gethostname()}/{runtime.get_node_id()[:8]}",
-        ray.util.get_node_ip_address(),
-        device(ray.get_gpu_ids(), world.rank_of_node),
-        f"{settings['relay']}/{runtime.get_node_id()}",
-    )
-    relay = Called(ray.get_actor(settings["relay"], namespace=NAMESPACE))
     try:
-        Supervisor(config, place, relay, reporter(config), Exported(config.run.name).add).run()
+        supervisor.run()
     except ray.exceptions.ActorDiedError:
-        return  # the relay is gone, and with it the driver
+        return  # the coordinator has ended, and so has the driver
     except RendezvousTimeoutError:
         raise
     except Exception as error:
-        relay.end(
+        coordinator.end_run(
             WorkerError(
-                f"worker {world.rank}: its supervisor failed ({type(error).__name__}: {error}); see the "
-                "Ray logs in /tmp/ray"
+                f"worker {context.world.rank}: its supervisor failed "
+                f"({type(error).__name__}: {error}); see the Ray logs in /tmp/ray"
             ),
-            place.group,
+            context.group,
         )
         raise
+
+
+def _worker_context(ray: Any, coordinator_name: str) -> WorkerContext:
+    train_context = importlib.import_module("ray.train").get_context()
+    node_id = ray.get_runtime_context().get_node_id()
+    world = World(
+        rank=train_context.get_world_rank(),
+        num_ranks=train_context.get_world_size(),
+        rank_of_node=train_context.get_local_rank(),
+        ranks_per_node=train_context.get_local_world_size(),
+    )
+    placement_group = ray.util.get_current_placement_group()  # Ray Train creates one for each group
+    if placement_group is None:
+        raise AssertionError("workers of Ray Train belong to a placement group")
+    return WorkerContext(
+        group=placement_group.id.hex(),
+        world=world,
+        node=f"{socket.gethostname()}/{node_id[:8]}",
+        host=ray.util.get_node_ip_address(),
+        device=gpu_index(ray.get_gpu_ids(), world.rank_of_node),
+        spare_name=f"{coordinator_name}/{node_id}",
+    )

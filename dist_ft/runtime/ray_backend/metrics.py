@@ -1,4 +1,5 @@
-"""A run's metrics for Prometheus, through every Ray node's exporter: gauges `ray_dist_ft_*` with the tag `run`."""
+"""A run's metrics for Prometheus, through every Ray node's exporter: gauges `ray_dist_ft_*` with
+the tag `run`."""
 
 from __future__ import annotations
 
@@ -7,20 +8,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-KINDS = ("train", "evaluation")
-"""Lines of metrics that are exported; those by worker would make a series for each of them."""
+EXPORTED_KINDS = ("train", "evaluation")
+"""Kinds of metrics lines that are exported; others would create a series per worker."""
 
 
-class Exported:
-    """Gauges of one run; used by rank 0's Ray worker."""
+class RunGauges:
+    """The gauges of one run; used by rank 0's Ray worker."""
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Any] = {}
 
-    def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Show the values of one step."""
-        if kind not in KINDS:
+    def set_values(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Set the gauges to the finite values of one step."""
+        if kind not in EXPORTED_KINDS:
             return
         for name, value in {"step": float(step), **values}.items():
             if math.isfinite(value):

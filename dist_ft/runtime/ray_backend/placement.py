@@ -1,4 +1,7 @@
-"""What follows from what a Ray cluster has and how long it has been silent. Decides only; imports no Ray."""
+"""Decides whether a run can start, how long it waits for workers, and which node each one gets.
+
+Imports no Ray.
+"""
 
 from __future__ import annotations
 
@@ -10,154 +13,190 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError, Interrupted, WorkerError
 
 LOST_S = 60.0
-"""Without a sign of life for so long, workers are taken for lost."""
+"""Workers without a sign of life for this long count as lost."""
+_ROUNDING = 1e-9
 
 
 def require_resources(ray: Any, config: RunConfig) -> None:
-    """Raise WorkerError if the cluster as it stands can never hold the fewest workers."""
+    """Check that the cluster as it is can hold the smallest number of workers.
+
+    Raises:
+        WorkerError: it never can.
+    """
     if config.cluster.wait_for_nodes:
         return
-    has = ray.cluster_resources()
-    for resource, each in resources(config).items():
-        need = each * config.min_workers
-        if has.get(resource, 0) < need - 1e-9:
+    available = ray.cluster_resources()
+    for resource, per_worker in worker_resources(config).items():
+        needed = per_worker * config.min_workers
+        if available.get(resource, 0) < needed - _ROUNDING:
             raise WorkerError(
-                f"cluster.workers={config.min_workers}: they need {need:g} {resource}, the cluster has "
-                f"{has.get(resource, 0):g}; lower cluster.workers or cluster.cpus_per_worker, add nodes, or set "
-                "cluster.wait_for_nodes=true if an autoscaler will"
+                f"cluster.workers={config.min_workers}: the workers need {needed:g} {resource}, "
+                f"the cluster has {available.get(resource, 0):g}; lower cluster.workers or "
+                "cluster.cpus_per_worker, add nodes, or set cluster.wait_for_nodes=true if an "
+                "autoscaler adds them"
             )
     _require_nodes(ray, config)
 
 
-def resources(config: RunConfig) -> dict[str, float]:
-    """Return what one worker reserves."""
+def worker_resources(config: RunConfig) -> dict[str, float]:
+    """Return what one worker reserves, by Ray's name of the resource."""
     cluster = config.cluster
-    gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
-    return {"CPU": cluster.cpus_per_worker, **gpus, **cluster.resources_per_worker}
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = float(cluster.gpus_per_worker)
+    return {**resources, **cluster.resources_per_worker}
 
 
-def given_up(
-    config: RunConfig, waited_s: float, silent_s: float | None, stopping: bool
+def reason_to_stop_waiting(
+    config: RunConfig, waited_s: float, silent_s: float | None, is_stopping: bool
 ) -> DistFtError | None:
-    """Return why to wait for workers no longer, if there is a reason. Pure.
+    """Return the error that ends the wait for workers, or None to continue.
 
     Args:
         config: the run.
-        waited_s: seconds since workers were asked for.
-        silent_s: seconds since rank 0 was last heard of; None: never.
-        stopping: whether the user wants to stop.
+        waited_s: seconds since workers were requested.
+        silent_s: seconds since the last sign of life of rank 0; None: there was none.
+        is_stopping: whether the user requested a stop.
     """
-    if stopping and (silent_s is None or silent_s > LOST_S):
+    if is_stopping and (silent_s is None or silent_s > LOST_S):
         return Interrupted(
-            "stopped as asked; no worker was there to save anything; what was committed is kept; the "
-            "same command goes on from there"
+            "stopped as requested, without a new checkpoint because no worker was running; saved "
+            "checkpoints are kept; run the same command to resume"
         )
+
     cluster = config.cluster
     if cluster.wait_for_nodes:
         return None
     field = f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
     remedy = "free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
+
     if silent_s is None and waited_s > cluster.start_timeout_s:
-        each = ", ".join(f"{count:g} {resource}" for resource, count in resources(config).items())
-        return WorkerError(
-            f"{field}: no worker has started in that time; {config.min_workers} are needed, of {each} "
-            f"each, and the cluster is busy, or its images are slow; {remedy}"
+        each = ", ".join(
+            f"{count:g} {resource}" for resource, count in worker_resources(config).items()
         )
-    if (
-        silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S
-    ):  # Ray may first ask for all in vain
         return WorkerError(
-            f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; what was "
-            f"committed is kept, and the same command goes on from there; {remedy}"
+            f"{field}: no worker started within that time; {config.min_workers} workers are "
+            f"needed, with {each} each, and the cluster is busy or pulls images slowly; {remedy}"
+        )
+
+    # Ray may first try in vain with the full number of workers.
+    if silent_s is not None and silent_s > 2 * cluster.start_timeout_s + LOST_S:
+        return WorkerError(
+            f"{field}: the workers were lost, and none has started for {silent_s:.0f} s; saved "
+            f"checkpoints are kept; {remedy}; run the same command to resume"
         )
     return None
 
 
-def device(gpu_ids: Sequence[Any], local_rank: int) -> int:
-    """Return the index of this worker's GPU among those its node's workers share; without one, its local rank."""
-    visible = [text for text in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
-    return visible.index(str(gpu_ids[0])) if gpu_ids and str(gpu_ids[0]) in visible else local_rank
+def gpu_index(gpu_ids: Sequence[Any], local_rank: int) -> int:
+    """Return the index of this worker's GPU among those that the node's workers share.
 
-
-def explain(failure: BaseException | None, config: RunConfig) -> DistFtError:
-    """Return one line for what Ray Train raised: the relay knows nothing, so it is about placing or Ray itself."""
-    said = "ended without a result" if failure is None else f"failed ({line_of(failure, -1)})"
-    return WorkerError(
-        f"run {config.run.name}: the workers {said}; see the Ray logs in /tmp/ray; what was committed "
-        "is kept; the same command goes on from there"
-    )
-
-
-def line_of(error: BaseException, index: int) -> str:
-    """Return a line of an error's text (the last, of a remote traceback, is the error); without text, its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[index]
-
-
-def rooms(free: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """Return how many workers that need `each` fit into `free`."""
-    return min(
-        (int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need), default=0
-    )
-
-
-def by_node(nodes: Mapping[str, int], num_workers: int, per_node: int) -> list[str] | None:
-    """Return the node of each worker, `per_node` to a node, the rest to a further one; None: there are too few.
-
-    `nodes`: how many workers each has room for. Of nodes with room those with the least are taken.
+    Without a known GPU this is the worker's rank on its node.
     """
-    found: list[str] = []
-    left = sorted((room, name) for name, room in nodes.items())
-    while len(found) < num_workers:
-        count = min(per_node, num_workers - len(found))
-        taken = next(((room, name) for room, name in left if room >= count), None)
-        if taken is None:
+    visible = [text for text in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
+    if gpu_ids and str(gpu_ids[0]) in visible:
+        return visible.index(str(gpu_ids[0]))
+    return local_rank
+
+
+def explain_ray_failure(failure: BaseException | None, config: RunConfig) -> DistFtError:
+    """Return one line for an exception of Ray Train.
+
+    The coordinator has no outcome then, so the failure is one of placement or of Ray itself.
+    """
+    event = "ended without a result"
+    if failure is not None:
+        event = f"failed ({error_line(failure, -1)})"
+    return WorkerError(
+        f"run {config.run.name}: the workers {event}; see the Ray logs in /tmp/ray; saved "
+        "checkpoints are kept; run the same command to resume"
+    )
+
+
+def error_line(error: BaseException, index: int) -> str:
+    """Return a line of an error's text, or its type if it has no text.
+
+    The last line (`index` -1) of a remote traceback is the error itself.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[index]
+
+
+def num_workers_that_fit(free: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
+    """Return how many workers that reserve `per_worker` fit into `free`."""
+    counts = [
+        int(free.get(name, 0) / needed + _ROUNDING) for name, needed in per_worker.items() if needed
+    ]
+    return min(counts, default=0)
+
+
+def assign_nodes(
+    capacities: Mapping[str, int], num_workers: int, workers_per_node: int
+) -> list[str] | None:
+    """Return the node of each worker: `workers_per_node` on each node, the rest on one more; None:
+    too few nodes.
+
+    `capacities`: how many workers fit on each node. The nodes with the least sufficient capacity
+    are used.
+    """
+    assigned: list[str] = []
+    unused = sorted((capacity, name) for name, capacity in capacities.items())
+    while len(assigned) < num_workers:
+        count = min(workers_per_node, num_workers - len(assigned))
+        chosen = next(((capacity, name) for capacity, name in unused if capacity >= count), None)
+        if chosen is None:
             return None
-        left.remove(taken)
-        found += [taken[1]] * count
-    return found
+        unused.remove(chosen)
+        assigned += [chosen[1]] * count
+    return assigned
 
 
-def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Tell whether a node's labels are as Ray's selectors want them: a value, !value, in(a, b) or !in(a, b)."""
+def has_labels(labels: Mapping[str, str], selectors: Mapping[str, str]) -> bool:
+    """Return whether labels match Ray's selectors: a value, !value, in(a, b) or !in(a, b)."""
+    return all(_matches(labels.get(name), selector) for name, selector in selectors.items())
 
-    def fits(value: str | None, selector: str) -> bool:
-        denied, plain = selector.startswith("!"), selector.removeprefix("!").strip()
-        several = plain.startswith("in(") and plain.endswith(")")
-        allowed = [part.strip() for part in plain[3:-1].split(",")] if several else [plain]
-        return (value in allowed) != denied
 
-    return all(fits(labels.get(name), selector) for name, selector in wanted.items())
+def _matches(value: str | None, selector: str) -> bool:
+    is_negated, values = selector.startswith("!"), selector.removeprefix("!").strip()
+    if values.startswith("in(") and values.endswith(")"):
+        allowed = [part.strip() for part in values[3:-1].split(",")]
+    else:
+        allowed = [values]
+    return (value in allowed) != is_negated
 
 
 def _require_nodes(ray: Any, config: RunConfig) -> None:
-    """Raise WorkerError if the nodes the config asks for are not in the cluster."""
-    cluster, each = config.cluster, resources(config)
+    """Check that the cluster has the nodes that the config needs.
+
+    Raises:
+        WorkerError: it has not.
+    """
+    cluster = config.cluster
     if not cluster.labels and not cluster.workers_per_node:
         return
+
     alive = [node for node in ray.nodes() if node["Alive"]]
-    fitting = [node for node in alive if has_labels(node.get("Labels") or {}, cluster.labels)]
-    had = [rooms(node["Resources"], each) for node in fitting]
+    labeled = [node for node in alive if has_labels(node.get("Labels") or {}, cluster.labels)]
+    per_worker = worker_resources(config)
+    capacities = [num_workers_that_fit(node["Resources"], per_worker) for node in labeled]
+
     if cluster.workers_per_node:
         per_node = cluster.workers_per_node
-        if (
-            by_node(
-                dict(zip(map(str, range(len(had))), had, strict=True)), config.min_workers, per_node
-            )
-            is None
-        ):
+        by_index = {str(index): capacity for index, capacity in enumerate(capacities)}
+        if assign_nodes(by_index, config.min_workers, per_node) is None:
+            num_nodes = -(-config.min_workers // per_node)
+            num_suitable = sum(capacity >= per_node for capacity in capacities)
+            labels = f" with the labels {dict(cluster.labels)}" if cluster.labels else ""
             raise WorkerError(
                 f"cluster.workers_per_node={per_node}: {config.min_workers} workers need "
-                f"{-(-config.min_workers // per_node)} nodes with room for so many, the cluster has "
-                f"{sum(room >= per_node for room in had)}{_labelled(config)}; lower it, add nodes, or set "
-                "cluster.wait_for_nodes=true if an autoscaler will"
+                f"{num_nodes} nodes with room for {per_node} each, the cluster has "
+                f"{num_suitable}{labels}; lower it, add nodes, or set cluster.wait_for_nodes=true "
+                "if an autoscaler adds them"
             )
-    elif sum(had) < config.min_workers:
+    elif sum(capacities) < config.min_workers:
         raise WorkerError(
-            f"cluster.labels={dict(cluster.labels)}: {len(fitting)} of {len(alive)} nodes have them, "
-            f"with room for {sum(had)} workers, and {config.min_workers} are needed; correct the labels, "
-            "add nodes, or set cluster.wait_for_nodes=true if an autoscaler will"
+            f"cluster.labels={dict(cluster.labels)}: {len(labeled)} of {len(alive)} nodes have "
+            f"these labels, with room for {sum(capacities)} workers, but {config.min_workers} are "
+            "needed; correct the labels, add nodes, or set cluster.wait_for_nodes=true if an "
+            "autoscaler adds them"
         )
-
-
-def _labelled(config: RunConfig) -> str:
-    return f" with the labels {dict(config.cluster.labels)}" if config.cluster.labels else ""

@@ -1,4 +1,4 @@
-"""What driver and workers tell each other, without Ray."""
+"""What driver and workers exchange, without Ray."""
 
 from __future__ import annotations
 
@@ -12,126 +12,149 @@ import pytest
 
 from dist_ft.core import logs
 from dist_ft.core.errors import DataError
-from dist_ft.runtime.elastic.coordinator import MOST_LINES, REPORT_EVERY_S, SILENT_S, Relay, show
-from dist_ft.runtime.elastic.restart_policy import Failure, Member, View
-from dist_ft.runtime.elastic.worker_process import _Child, _PipeConsole, _PipeLog
+from dist_ft.runtime.elastic.coordinator import (
+    MAX_LINES,
+    REPORT_INTERVAL_S,
+    SILENT_S,
+    Coordinator,
+    print_lines,
+)
+from dist_ft.runtime.elastic.messages import (
+    CommittedCheckpoint,
+    OutputLine,
+    RunStatus,
+    SaveDone,
+)
+from dist_ft.runtime.elastic.restart_policy import Failure
+from dist_ft.runtime.elastic.worker_group_state import Member
+from dist_ft.runtime.elastic.worker_process import _ParentPipe, _PipeConsole, _PipeLog
 from dist_ft.training.console import Console
 from dist_ft.training.result import Result
 
 
-def test_the_relay_hands_lines_one_way_and_the_wish_to_stop_the_other():
-    relay = Relay()
-    relay.put("say", "a")
-    relay.put("progress", "b")
-    assert relay.take() == [("say", "a"), ("progress", "b")] and relay.take() == []
-    assert relay.silent_s() is None, "no worker has been heard of"
+def test_coordinator_passes_lines_to_the_driver_and_stop_requests_to_supervisors():
+    coordinator = Coordinator()
+    coordinator.add_line("message", "a")
+    coordinator.add_line("progress", "b")
+    assert coordinator.take_lines() == [OutputLine("message", "a"), OutputLine("progress", "b")]
+    assert coordinator.take_lines() == []
+    assert coordinator.rank_0_silent_s() is None, "no worker has called"
     me = Member("key", 0, 1, "node", "host:1")
-    assert not relay.meet(me, 0).stop
-    relay.stop()
-    assert relay.look(me, 0).stop and 0 <= relay.silent_s() < 60
-    assert relay.outcome() is None
+    assert not coordinator.join(me, 0).stop
+    coordinator.request_stop()
+    assert coordinator.status(me, 0).stop and 0 <= coordinator.rank_0_silent_s() < 60
+    assert coordinator.outcome() is None
     first = Result("runs/r", 3, 3)
-    relay.end(first)
-    relay.end(DataError("later"))
-    assert relay.outcome() is first
+    coordinator.end_run(first)
+    coordinator.end_run(DataError("later"))
+    assert coordinator.outcome() is first
 
 
-def test_a_wish_to_save_is_numbered_and_answered():
-    relay = Relay()
-    assert relay.is_saved(relay.save()), "nobody trains: there is nothing to wait for"
+def test_save_requests_are_numbered_and_answered():
+    coordinator = Coordinator()
+    assert coordinator.is_save_done(coordinator.request_save()), (
+        "no worker trains: there is nothing to wait for"
+    )
     first, second = Member("a", 0, 2, "node", "host:1"), Member("a", 1, 2, "node", "")
-    relay.meet(first, 0)
-    assert relay.is_saved(relay.save()), "not all have come"
-    assert relay.meet(second, 0).saves == 2
-    number = relay.save()
-    assert number == relay.look(first, 0).saves == 3 and not relay.is_saved(number)
-    relay.saved(2)
-    assert not relay.is_saved(number), "that was an earlier wish"
-    relay.saved(3)
-    assert relay.is_saved(number)
+    coordinator.join(first, 0)
+    assert coordinator.is_save_done(coordinator.request_save()), "not all have joined"
+    assert coordinator.join(second, 0).save_number == 2
+    number = coordinator.request_save()
+    assert number == coordinator.status(first, 0).save_number == 3 and not coordinator.is_save_done(
+        number
+    )
+    coordinator.report_save_done(2)
+    assert not coordinator.is_save_done(number), "that was an earlier request"
+    coordinator.report_save_done(3)
+    assert coordinator.is_save_done(number)
 
 
-def test_a_wish_to_save_stands_until_it_is_answered():
+def test_save_request_is_open_until_it_is_answered():
     ours, theirs = Pipe()
-    child = _Child(theirs)
-    assert not child.should_save()
-    child._wish = 1
-    assert child.should_save() and child.should_save(), (
-        "the step it was told in may have been gone back on"
+    parent = _ParentPipe(theirs)
+    assert not parent.should_save()
+    parent._requested_number = 1
+    assert parent.should_save() and parent.should_save(), (
+        "the step of the first call may have been rolled back"
     )
-    child._wish = 2  # too late for the save of this step
-    child.saved()
-    assert ours.recv() == ("saved", 1) and child.should_save()
-    child.saved()
-    assert ours.recv() == ("saved", 2) and not child.should_save()
+    parent._requested_number = 2  # too late for the save of this step
+    parent.on_save_end()
+    assert ours.recv() == SaveDone(1) and parent.should_save()
+    parent.on_save_end()
+    assert ours.recv() == SaveDone(2) and not parent.should_save()
 
 
-def test_nobody_waits_for_a_save_of_processes_that_ended(monkeypatch):
+def test_save_of_ended_processes_counts_as_done(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
 
-    def training() -> tuple[Relay, int]:
-        relay = Relay()
-        relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
-        number = relay.save()
-        assert not relay.is_saved(number)
-        return relay, number
+    def training() -> tuple[Coordinator, int]:
+        coordinator = Coordinator()
+        coordinator.join(Member("a", 0, 1, "node", "host:1"), 0)
+        number = coordinator.request_save()
+        assert not coordinator.is_save_done(number)
+        return coordinator, number
 
-    relay, number = training()
-    relay.failed(0, Failure(0, "node", "killed", "by SIGKILL"))
-    assert relay.is_saved(number)
-    relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
-    relay.look(Member("a", 0, 1, "node", "host:1"), 0)
-    assert relay.is_saved(number), "the process after it was not asked"
-    relay, number = training()
-    relay.end(Result("runs/r", 3, 3))
-    assert relay.is_saved(number)
-    relay, number = training()
+    coordinator, number = training()
+    coordinator.report_failure(0, Failure(0, "node", "killed", "by SIGKILL"))
+    assert coordinator.is_save_done(number)
+    coordinator.join(Member("a", 0, 1, "node", "host:1"), 0)
+    coordinator.status(Member("a", 0, 1, "node", "host:1"), 0)
+    assert coordinator.is_save_done(number), "the next process got no request"
+    coordinator, number = training()
+    coordinator.end_run(Result("runs/r", 3, 3))
+    assert coordinator.is_save_done(number)
+    coordinator, number = training()
     now += SILENT_S + 1
-    assert relay.is_saved(number), "rank 0 is gone without a word"
+    assert coordinator.is_save_done(number), "rank 0 vanished"
 
 
-def test_all_supervisors_see_the_same_reports_and_the_last_one_in_the_end(monkeypatch):
+def test_supervisors_get_the_same_checkpoints_and_the_last_one_at_the_end(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    relay, me = Relay(), Member("key", 1, 2, "node", "")
+    coordinator, me = Coordinator(), Member("key", 1, 2, "node", "")
     for step in range(10):
-        relay.committed(f"step-{step}", {"step": step})
-        now += REPORT_EVERY_S / 4
-    assert [url for url, _ in relay.look(me, 0).commits] == ["step-0", "step-5"]
-    assert relay.look(me, 2).commits == ()
-    relay.end(Result("runs/r", 3, 3))
-    assert relay.look(me, 2) == View(0, over=True, commits=(("step-9", {"step": 9}),))
-    assert relay.look(me, 3).commits == ()
-
-
-def test_who_failed_is_told_and_after_too_often_the_run_ends():
-    relay = Relay(max_failures=1)
-    relay.meet(Member("a", 0, 1, "node", "host:1"), 0)
-    relay.failed(0, Failure(0, "node", "killed", "time 0"))
-    first = relay.look(Member("a", 0, 1, "node", "host:1"), 0)
-    assert (
-        not first.over
-        and first.generation == 1
-        and first.after == "worker 0 on node node: killed (time 0)"
+        coordinator.report_checkpoint(f"step-{step}", {"step": step})
+        now += REPORT_INTERVAL_S / 4
+    assert [one.url for one in coordinator.status(me, 0).checkpoints] == ["step-0", "step-5"]
+    assert coordinator.status(me, 2).checkpoints == ()
+    coordinator.end_run(Result("runs/r", 3, 3))
+    assert coordinator.status(me, 2) == RunStatus(
+        0, is_over=True, checkpoints=(CommittedCheckpoint("step-9", {"step": 9}),)
     )
-    relay.failed(1, Failure(0, "node", "killed", "time 1"))
-    assert relay.look(Member("a", 0, 1, "node", "host:1"), 0).over
-    assert "gave up after cluster.max_failures=1" in str(relay.outcome())
-    lines = [text for _, text in relay.take()]
+    assert coordinator.status(me, 3).checkpoints == ()
+
+
+def test_failures_are_logged_and_too_many_end_the_run():
+    coordinator = Coordinator(max_failures=1)
+    coordinator.join(Member("a", 0, 1, "node", "host:1"), 0)
+    coordinator.report_failure(0, Failure(0, "node", "killed", "time 0"))
+    first = coordinator.status(Member("a", 0, 1, "node", "host:1"), 0)
+    assert (
+        not first.is_over
+        and first.generation == 1
+        and first.reason == "worker 0 on node node: killed (time 0)"
+    )
+    coordinator.report_failure(1, Failure(0, "node", "killed", "time 1"))
+    assert coordinator.status(Member("a", 0, 1, "node", "host:1"), 0).is_over
+    assert "gave up after cluster.max_failures=1" in str(coordinator.outcome())
+    lines = [line.text for line in coordinator.take_lines()]
     assert lines == [
-        "WARNING worker 0 on node node: killed (time 0); all workers go on from the newest checkpoint",
+        "WARNING worker 0 on node node: killed (time 0); all workers resume from the latest checkpoint",
         "WARNING worker 0 on node node: killed (time 1); the run ends",
     ]
 
 
-def test_lines_nobody_fetches_are_bounded_and_counted():
-    relay = Relay()
-    for number in range(MOST_LINES + 3):
-        relay.put("log", str(number))
-    lines = relay.take()
-    assert lines[:2] == [("log", "WARNING 3 lines of the workers are left out here"), ("log", "3")]
-    assert len(lines) == MOST_LINES + 1 and relay.take() == []
+def test_unfetched_lines_are_bounded_and_counted():
+    coordinator = Coordinator()
+    for number in range(MAX_LINES + 3):
+        coordinator.add_line("log", str(number))
+    lines = coordinator.take_lines()
+    assert lines[:2] == [
+        OutputLine("log", "WARNING 3 lines of worker output were dropped here"),
+        OutputLine("log", "3"),
+    ]
+    assert len(lines) == MAX_LINES + 1 and coordinator.take_lines() == []
 
 
 @pytest.fixture
@@ -146,29 +169,29 @@ def _loggers():
 @pytest.mark.usefixtures("_loggers")
 def test_log_lines_of_workers_reach_the_drivers_terminal_in_order(capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    relay, (ours, theirs) = Relay(), Pipe()
+    coordinator, (ours, theirs) = Coordinator(), Pipe()
     for rank in (0, 1):
-        logs.setup_logging(rank, 2, extra_handler=_PipeLog(_Child(theirs)))
+        logs.setup_logging(rank, 2, extra_handler=_PipeLog(_ParentPipe(theirs)))
         logging.getLogger("dist_ft.x").info("news")
         logging.getLogger("dist_ft.x").warning(
             "no checkpoint at step 3: s3://u:p@h/x with hf_0123456789"
         )
-        _PipeConsole(_Child(theirs)).progress(f"step {rank}")
+        _PipeConsole(_ParentPipe(theirs)).show_progress(f"step {rank}")
     while ours.poll():
-        kind, *line = ours.recv()
-        assert kind == "line"
-        relay.put(*line)
+        line = ours.recv()
+        assert isinstance(line, OutputLine)
+        coordinator.add_line(line.kind, line.text)
     capsys.readouterr()
     shown = io.StringIO()
-    lines = relay.take()
-    assert [kind for kind, _ in lines] == ["log", "log", "progress", "log", "progress"]
-    show(Console(shown), lines)
+    lines = coordinator.take_lines()
+    assert [line.kind for line in lines] == ["log", "log", "progress", "log", "progress"]
+    print_lines(Console(shown), lines)
     warning = "WARNING no checkpoint at step 3: s3://<redacted>@h/x with <HF_TOKEN>\n"
     assert capsys.readouterr().err == f"[rank 0] INFO news\n[rank 0] {warning}[rank 1] {warning}"
     assert shown.getvalue() == "step 0\nstep 1\n"
 
 
-def test_the_relay_and_the_driver_start_without_torch():
+def test_coordinator_and_driver_import_no_torch():
     program = (
         "import sys, dist_ft.runtime.elastic.coordinator, dist_ft.runtime.ray_backend.driver\n"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'ray') if name in sys.modules])"

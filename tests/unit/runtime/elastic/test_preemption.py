@@ -1,4 +1,4 @@
-"""When a save is asked for, given what Ray's controller says."""
+"""When a save is requested, given what Ray's controller reports."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from dist_ft.runtime.elastic.coordinator import Relay
-from dist_ft.runtime.elastic.preemption import LEAST_S, UNKNOWN_S, Saves, is_due
-from dist_ft.runtime.elastic.restart_policy import Member
+from dist_ft.runtime.elastic.coordinator import Coordinator
+from dist_ft.runtime.elastic.messages import OutputLine
+from dist_ft.runtime.elastic.preemption import (
+    DEFAULT_NOTICE_S,
+    MIN_SAVE_S,
+    PreemptionSaver,
+    is_save_due,
+)
+from dist_ft.runtime.elastic.worker_group_state import Member
 
 
 @dataclass
@@ -21,89 +27,110 @@ class Info:
     )
 
 
-def wishes(relay: Relay) -> int:
-    return relay.look(Member("k", 0, 1, "node", "host:1"), 0).saves
+def num_requests(coordinator: Coordinator) -> int:
+    return coordinator.status(Member("k", 0, 1, "node", "host:1"), 0).save_number
 
 
-def asked_at(saves: Saves, relay: Relay, info: Info, first: int, last: int) -> list[int]:
-    """Tell of the same nodes every two seconds; return when saves were asked for."""
-    found, before = [], wishes(relay)
+def request_times(
+    saver: PreemptionSaver, coordinator: Coordinator, info: Info, first: int, last: int
+) -> list[int]:
+    """Announce the same nodes every two seconds; return when saves were requested."""
+    found, before = [], num_requests(coordinator)
     for now in range(first, last, 2):
-        saves.nodes_go(info, now)
-        found += [now] * (wishes(relay) - before)
-        before = wishes(relay)
+        saver.on_preemption(info, now)
+        found += [now] * (num_requests(coordinator) - before)
+        before = num_requests(coordinator)
     return found
 
 
-def test_a_node_that_goes_is_saved_for_at_once_and_again_as_time_runs_out():
-    relay = Relay()
-    saves = Saves(lambda: relay)
-    assert asked_at(saves, relay, Info(1120_000), 1000, 1200) == [1000, 1060, 1090, 1106, 1114]
-    assert relay.take() == [
-        (
+def test_announced_node_is_saved_for_at_once_and_again_as_time_runs_out():
+    coordinator = Coordinator()
+    saver = PreemptionSaver(lambda: coordinator)
+    assert request_times(saver, coordinator, Info(1120_000), 1000, 1200) == [
+        1000,
+        1060,
+        1090,
+        1106,
+        1114,
+    ]
+    assert coordinator.take_lines() == [
+        OutputLine(
             "log",
-            "WARNING node abcdef01 (workers 1, 2) will be taken away in 120 s: saving now, training "
-            "goes on",
+            "WARNING node abcdef01 (workers 1, 2) will be taken away in 120 s: saving now; "
+            "training continues",
         )
     ]
     both = Info(1320_000, {"abcdef0123": [1, 2], "0123456789": [0]})
-    assert asked_at(saves, relay, both, 1300, 1310) == [1300], "another node goes too"
-    assert relay.take() == [
-        (
+    assert request_times(saver, coordinator, both, 1300, 1310) == [1300], (
+        "another node is announced"
+    )
+    assert coordinator.take_lines() == [
+        OutputLine(
             "log",
             "WARNING node 01234567 (worker 0), node abcdef01 (workers 1, 2) will be taken away in "
-            "20 s: saving now, training goes on",
+            "20 s: saving now; training continues",
         )
     ]
 
 
-def test_the_next_save_waits_for_the_answer_of_the_one_before():
-    relay, me = Relay(), Member("k", 0, 1, "node", "host:1")
-    relay.meet(me, 0)
-    saves = Saves(lambda: relay)
-    assert asked_at(saves, relay, Info(1120_000), 1000, 1080) == [1000]
-    relay.saved(1)
-    assert asked_at(saves, relay, Info(1120_000), 1080, 1098) == [1080]
-    relay.saved(2)
-    assert asked_at(saves, relay, Info(1120_000), 1098, 1130) == [1100]
+def test_next_save_waits_until_the_last_one_is_done():
+    coordinator, me = Coordinator(), Member("k", 0, 1, "node", "host:1")
+    coordinator.join(me, 0)
+    saver = PreemptionSaver(lambda: coordinator)
+    assert request_times(saver, coordinator, Info(1120_000), 1000, 1080) == [1000]
+    coordinator.report_save_done(1)
+    assert request_times(saver, coordinator, Info(1120_000), 1080, 1098) == [1080]
+    coordinator.report_save_done(2)
+    assert request_times(saver, coordinator, Info(1120_000), 1098, 1130) == [1100]
 
 
-def test_a_node_that_goes_nobody_says_when():
-    relay = Relay()
-    found = asked_at(Saves(lambda: relay), relay, Info(None), 1000, 1300)
+def test_unknown_deadline_counts_as_the_default_notice():
+    coordinator = Coordinator()
+    found = request_times(PreemptionSaver(lambda: coordinator), coordinator, Info(None), 1000, 1300)
     assert (
-        found == asked_at(Saves(lambda: relay), relay, Info((1000 + UNKNOWN_S) * 1000), 1000, 1300)
+        found
+        == request_times(
+            PreemptionSaver(lambda: coordinator),
+            coordinator,
+            Info((1000 + DEFAULT_NOTICE_S) * 1000),
+            1000,
+            1300,
+        )
         and len(found) > 2
     )
 
 
-def test_nothing_is_begun_near_the_end():
-    assert is_due(60, 0, 120) and is_due(120 - LEAST_S, 0, 120)
+def test_no_save_starts_near_the_deadline():
+    assert is_save_due(60, 0, 120) and is_save_due(120 - MIN_SAVE_S, 0, 120)
     assert (
-        not is_due(59, 0, 120) and not is_due(120.1 - LEAST_S, 0, 120) and not is_due(500, 0, 120)
+        not is_save_due(59, 0, 120)
+        and not is_save_due(120.1 - MIN_SAVE_S, 0, 120)
+        and not is_save_due(500, 0, 120)
     )
 
 
-def test_a_resize_waits_until_the_save_before_it_is_answered():
-    relay = Relay()
+def test_resize_waits_until_its_save_is_done():
+    coordinator = Coordinator()
     me = Member("k", 0, 1, "node", "host:1")
-    relay.meet(me, 0)
-    thread = threading.Thread(target=Saves(lambda: relay).before_resize, daemon=True)
+    coordinator.join(me, 0)
+    thread = threading.Thread(
+        target=PreemptionSaver(lambda: coordinator).save_before_resize, daemon=True
+    )
     thread.start()
     until = time.monotonic() + 10
-    while not relay.look(me, 0).saves and time.monotonic() < until:
+    while not coordinator.status(me, 0).save_number and time.monotonic() < until:
         time.sleep(0.01)
     thread.join(0.5)
     assert thread.is_alive()
-    relay.saved(1)
+    coordinator.report_save_done(1)
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_a_relay_that_is_gone_is_no_error(caplog):
-    def gone() -> Relay:
+def test_lost_coordinator_is_no_error(caplog):
+    def gone() -> Coordinator:
         raise ConnectionError("gone")
 
-    Saves(gone).before_resize()
-    Saves(gone).nodes_go(Info(None), 0)
+    PreemptionSaver(gone).save_before_resize()
+    PreemptionSaver(gone).on_preemption(Info(None), 0)
     assert caplog.messages == ["no save before workers end: ConnectionError: gone"] * 2

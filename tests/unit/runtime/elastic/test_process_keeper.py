@@ -1,4 +1,4 @@
-"""A kept process is its worker's, then one other's, then nobody's."""
+"""A kept process belongs to its worker, then to one other, then to none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dist_ft.runtime.elastic import process_keeper
 
 ECHO = (
     "import sys\nfrom multiprocessing.connection import Connection\npipe = Connection(int(sys.argv[1]))\n"
-    "while True:\n    said = pipe.recv()\n    if said == 'leave':\n        sys.exit(7)\n    pipe.send(said)\n"
+    "while True:\n    message = pipe.recv()\n    if message == 'leave':\n        sys.exit(7)\n    pipe.send(message)\n"
 )
 COMMAND = [sys.executable, "-c", ECHO]
 WORKER = (
     "import os, sys, time\nfrom dist_ft.runtime.elastic import process_keeper as keeper\n"
-    "kept = keeper.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), sys.argv[2])\n"
-    "if sys.argv[3] != 'new':\n    kept.ready()\n"
-    "if sys.argv[3] == 'begun':\n    kept.begun()\nprint(kept.pid, flush=True)\ntime.sleep(600)\n"
+    "process = keeper.start([sys.executable, '-c', sys.argv[1]], dict(os.environ), sys.argv[2])\n"
+    "if sys.argv[3] != 'new':\n    process.allow_claim()\n"
+    "if sys.argv[3] == 'bound':\n    process.bind_to_worker()\nprint(process.pid, flush=True)\ntime.sleep(600)\n"
 )
 
 
@@ -35,7 +35,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"dist_ft-{os.getuid()}"
 
 
-def lost(name: str, state: str) -> int:
+def start_and_lose_worker(name: str, state: str) -> int:
     """Return the id of a process whose worker was killed."""
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, ECHO, name, state], stdout=subprocess.PIPE, text=True
@@ -47,129 +47,138 @@ def lost(name: str, state: str) -> int:
     return pid
 
 
-def is_there(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     return False
 
 
-def wait_until(what) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 20
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def claimed(name: str) -> process_keeper.Kept:
+def wait_and_claim(name: str) -> process_keeper.KeptProcess:
     """Return the process, which its keeper offers a moment after its worker is gone."""
-    found: list[process_keeper.Kept] = []
+    found: list[process_keeper.KeptProcess] = []
     wait_until(lambda: found.extend(filter(None, [process_keeper.claim(name)])) or found)
     return found[0]
 
 
-def test_a_process_talks_and_tells_how_it_ended():
-    kept = process_keeper.start(COMMAND, dict(os.environ), "a")
-    kept.pipe.send("heard")
-    assert kept.pipe.recv() == "heard" and is_there(kept.pid)
-    assert os.getpgid(kept.pid) != os.getpgrp()
-    kept.pipe.send("leave")
-    assert kept.wait() == 7
-    kept.end()
+def test_process_answers_and_has_an_exit_code():
+    process = process_keeper.start(COMMAND, dict(os.environ), "a")
+    process.pipe.send("echo")
+    assert process.pipe.recv() == "echo" and is_running(process.pid)
+    assert os.getpgid(process.pid) != os.getpgrp()
+    process.pipe.send("leave")
+    assert process.wait() == 7
+    process.kill()
 
 
-def test_a_killed_process_has_a_signal_for_its_code():
-    kept = process_keeper.start(COMMAND, dict(os.environ), "a")
-    os.kill(kept.pid, signal.SIGSEGV)
-    assert kept.wait() == -signal.SIGSEGV
-    kept.end()
+def test_killed_process_returns_its_signal():
+    process = process_keeper.start(COMMAND, dict(os.environ), "a")
+    os.kill(process.pid, signal.SIGSEGV)
+    assert process.wait() == -signal.SIGSEGV
+    process.kill()
 
 
-def test_end_waits_until_a_stopped_process_is_gone():
-    kept = process_keeper.start(COMMAND, dict(os.environ), "a")
-    os.kill(kept.pid, signal.SIGSTOP)
-    kept.end()
-    assert not is_there(kept.pid)
+def test_kill_waits_until_a_stopped_process_has_ended():
+    process = process_keeper.start(COMMAND, dict(os.environ), "a")
+    os.kill(process.pid, signal.SIGSTOP)
+    process.kill()
+    assert not is_running(process.pid)
 
 
-def test_a_process_that_has_begun_ends_with_its_worker():
-    pid = lost("a", "begun")
-    wait_until(lambda: not is_there(pid))
+def test_bound_process_ends_with_its_worker():
+    pid = start_and_lose_worker("a", "bound")
+    wait_until(lambda: not is_running(pid))
     assert process_keeper.claim("a") is None
 
 
-def test_one_that_was_not_told_all_it_needs_ends_with_its_worker_too():
-    pid = lost("a", "new")
-    wait_until(lambda: not is_there(pid))
+def test_process_without_complete_setup_ends_with_its_worker():
+    pid = start_and_lose_worker("a", "new")
+    wait_until(lambda: not is_running(pid))
     assert process_keeper.claim("a") is None
 
 
-def test_a_process_that_closes_its_pipe_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch):
+def test_process_that_closes_its_pipe_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process_keeper, "ANSWER_S", 1.0)
     stay = "import os, sys, time\nos.close(int(sys.argv[1]))\ntime.sleep(600)\n"
-    kept = process_keeper.start([sys.executable, "-c", stay], dict(os.environ), "a")
+    process = process_keeper.start([sys.executable, "-c", stay], dict(os.environ), "a")
     with pytest.raises(EOFError):
-        kept.pipe.recv()
-    assert kept.wait() == -signal.SIGKILL and not is_there(kept.pid)
-    kept.end()
+        process.pipe.recv()
+    assert process.wait() == -signal.SIGKILL and not is_running(process.pid)
+    process.kill()
 
 
-def test_signals_to_all_are_the_processs_to_answer():
-    kept = process_keeper.start(COMMAND, dict(os.environ), "a")
-    parent = int(Path(f"/proc/{kept.pid}/stat").read_text().split()[3])
+def test_keeper_ignores_signals():
+    process = process_keeper.start(COMMAND, dict(os.environ), "a")
+    parent = int(Path(f"/proc/{process.pid}/stat").read_text().split()[3])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(parent, number)
-    kept.pipe.send("heard")
-    assert kept.pipe.recv() == "heard"
-    kept.pipe.send("leave")
-    assert kept.wait() == 7
-    kept.end()
+    process.pipe.send("echo")
+    assert process.pipe.recv() == "echo"
+    process.pipe.send("leave")
+    assert process.wait() == 7
+    process.kill()
 
 
-def test_one_that_has_not_is_claimed_by_one_other_of_the_same_name(own_folder: Path):
-    pid = lost("a", "spare")
-    kept = claimed("a")
+def test_unbound_process_is_claimed_once_by_the_same_name(own_folder: Path):
+    pid = start_and_lose_worker("a", "spare")
+    process = wait_and_claim("a")
     assert (
-        kept.pid == pid and process_keeper.claim("a") is None and process_keeper.claim("b") is None
+        process.pid == pid
+        and process_keeper.claim("a") is None
+        and process_keeper.claim("b") is None
     )
     assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
-    kept.pipe.send("heard")
-    assert kept.pipe.recv() == "heard"
-    kept.ready()
-    kept.begun()
-    kept.pipe.send("leave")
-    assert kept.wait() == 7
-    kept.end()
+    process.pipe.send("echo")
+    assert process.pipe.recv() == "echo"
+    process.allow_claim()
+    process.bind_to_worker()
+    process.pipe.send("leave")
+    assert process.wait() == 7
+    process.kill()
     wait_until(lambda: not list(own_folder.iterdir()))
 
 
-def test_what_nobody_claims_ends_in_time(own_folder: Path):
-    code = "import sys\nfrom dist_ft.runtime.elastic import process_keeper as keeper\nkeeper.KEPT_S = 0.2\nkeeper.main()\n"
+def test_unclaimed_process_is_killed_in_time(own_folder: Path):
+    code = "import sys\nfrom dist_ft.runtime.elastic import process_keeper as keeper\nkeeper.UNCLAIMED_S = 0.2\nkeeper.main()\n"
     ours, theirs = process_keeper.socket.socketpair()
     subprocess.run(
-        [sys.executable, "-c", code, str(theirs.fileno()), process_keeper._prefix("a"), *COMMAND],
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(theirs.fileno()),
+            process_keeper._socket_path_prefix("a"),
+            *COMMAND,
+        ],
         pass_fds=[theirs.fileno()],
         check=True,
     )
     theirs.close()
-    kept = process_keeper.Kept(ours)
-    kept.ready()
-    kept._keeper.close()
-    wait_until(lambda: not is_there(kept.pid))
+    process = process_keeper.KeptProcess(ours)
+    process.allow_claim()
+    process._keeper.close()
+    wait_until(lambda: not is_running(process.pid))
     wait_until(lambda: not list(own_folder.iterdir()))
 
 
-def test_a_killed_keeper_leaves_a_door_nobody_opens(own_folder: Path):
-    pid = lost("a", "spare")
+def test_socket_of_a_killed_keeper_is_removed(own_folder: Path):
+    pid = start_and_lose_worker("a", "spare")
     wait_until(lambda: list(own_folder.iterdir()))
     os.kill(int(Path(f"/proc/{pid}/stat").read_text().split()[3]), signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_there(pid))
+    wait_until(lambda: not is_running(pid))
     wait_until(lambda: process_keeper.claim("a") is None and not list(own_folder.iterdir()))
 
 
-def test_in_a_folder_others_may_write_to_nothing_is_kept(own_folder: Path):
+def test_process_cannot_be_claimed_from_a_folder_others_can_write(own_folder: Path):
     own_folder.mkdir()
     own_folder.chmod(0o777)
-    pid = lost("a", "spare")
-    wait_until(lambda: not is_there(pid))
+    pid = start_and_lose_worker("a", "spare")
+    wait_until(lambda: not is_running(pid))
     assert process_keeper.claim("a") is None and not list(own_folder.iterdir())

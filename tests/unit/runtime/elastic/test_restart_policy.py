@@ -1,204 +1,170 @@
-"""Who meets, who is replaced, and when the tries end."""
+"""Decisions of the restart policy, without workers and clocks."""
 
 from __future__ import annotations
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from dist_ft.runtime.elastic.restart_policy import (
-    MOST_BACKOFF_S,
+    MAX_BACKOFF_S,
     SETTLE_S,
+    AnnouncedLoss,
     Failure,
-    Generations,
-    Member,
+    FailureReport,
+    GiveUp,
+    Restart,
+    RestartHistory,
+    RestartPolicy,
+    Wait,
     backoff_s,
+    find_cause,
 )
 
-
-def member(rank: int, key: str = "a", size: int = 2) -> Member:
-    return Member(key, rank, size, "node", f"host:{100 + rank}" if rank == 0 else "")
-
-
-def failure(kind="killed", rank=1, text="by SIGKILL") -> Failure:
-    return Failure(rank, "node", kind, text)
-
-
-def met(generations: Generations, key: str = "a", size: int = 2, now: float = 0.0) -> Generations:
-    for rank in range(size):
-        generations.meet(member(rank, key, size), now)
-    return generations
+KILLED = Failure(1, "node", "killed", "by SIGKILL")
+BUG = Failure(0, "node", "error", "KeyError: 'x'")
+OTHER_BUG = Failure(0, "node", "error", "KeyError: 'y'")
+PEER = Failure(0, "node", "peer", "Connection closed by peer")
+LOST = Failure(1, "node", "lost", "a worker or its node was lost")
+ANNOUNCED = AnnouncedLoss("node abc (worker 1)", last_generation=3)
+PLANNED_LOSS = "planned: node abc (worker 1) was taken away, as announced"
 
 
-def test_all_must_be_there():
-    found = Generations(3)
-    found.meet(member(1), 0)
-    assert found.rendezvous(0) is None
-    found.meet(member(0), 0)
-    assert found.rendezvous(0) == "host:100" and found.generation == 0
+def reports(*items: tuple[Failure, float]) -> list[FailureReport]:
+    return [FailureReport(failure, at_s) for failure, at_s in items]
 
 
-def test_a_failure_makes_all_meet_again_at_once():
-    found = met(Generations(3))
-    found.failed(0, failure(), 5.0)
-    assert found.decide(5.0) == failure()
-    assert found.generation == 1 and found.rendezvous(5.0) is None
-    assert found.decide(5.0) is None, "one failure, one decision"
-    assert met(found, now=5.0).rendezvous(5.0) == "host:100"
-    assert found.after == "worker 1 on node node: killed (by SIGKILL)"
+@pytest.mark.parametrize(
+    ("reported", "now_s", "expected"),
+    [
+        pytest.param([(KILLED, 5.0)], 5.0, KILLED, id="a cause is acted on at once"),
+        pytest.param([(PEER, 5.0)], 5.0, 5.0 + SETTLE_S, id="a lost peer may still report"),
+        pytest.param([(PEER, 5.0)], 5.0 + SETTLE_S, PEER, id="until the time is over"),
+        pytest.param([(PEER, 5.0), (KILLED, 5.2)], 5.2, KILLED, id="the peer's report ends it"),
+        pytest.param(
+            [(PEER, 5.0), (PEER, 5.5)], 5.5, 5.0 + SETTLE_S, id="another peer does not prolong it"
+        ),
+        pytest.param([(PEER, 5.0), (PEER, 5.5)], 6.0, PEER, id="it counts from the first report"),
+    ],
+)
+def test_policy_waits_for_the_cause_after_the_loss_of_a_peer(
+    reported: list[tuple[Failure, float]], now_s: float, expected: Failure | float
+) -> None:
+    decision = RestartPolicy(3).on_failure(reports(*reported), 0, RestartHistory(), now_s)
+    if isinstance(expected, float):
+        assert decision == Wait(expected)
+    else:
+        history = RestartHistory((expected,), start_at_s=now_s)
+        assert decision == Restart(str(expected), history, expected)
 
 
-def test_late_news_of_a_generation_that_is_over_counts_nothing():
-    found = met(Generations(3))
-    found.failed(0, failure(), 0)
-    found.decide(0)
-    found.failed(0, failure("peer", rank=0, text="Connection closed by peer"), 0.1)
-    assert found.decide(9) is None and found.generation == 1
+@pytest.mark.parametrize(
+    ("max_failures", "before", "failure", "message"),
+    [
+        pytest.param(1, [], KILLED, None, id="within the budget"),
+        pytest.param(1, [KILLED], KILLED, "gave up after cluster.max_failures=1", id="beyond it"),
+        pytest.param(0, [], KILLED, "gave up after cluster.max_failures=0", id="no budget"),
+        pytest.param(-1, [KILLED] * 99, KILLED, None, id="no limit"),
+        pytest.param(9, [BUG], BUG, "the same failure repeated", id="the same bug twice"),
+        pytest.param(9, [BUG], OTHER_BUG, None, id="two different bugs"),
+        pytest.param(9, [BUG, KILLED], BUG, None, id="the same bug, but not in succession"),
+        pytest.param(-1, [BUG], BUG, "the same failure repeated", id="also without a limit"),
+        pytest.param(1, [BUG], BUG, "gave up after", id="the budget is checked first"),
+        pytest.param(9, [KILLED], KILLED, None, id="kills may repeat"),
+    ],
+)
+def test_policy_gives_up(
+    max_failures: int, before: list[Failure], failure: Failure, message: str | None
+) -> None:
+    history = RestartHistory(tuple(before))
+    decision = RestartPolicy(max_failures).on_failure(reports((failure, 10.0)), 7, history, 10.0)
+    after = RestartHistory((*before, failure), start_at_s=10.0 + backoff_s(len(before) + 1))
+    if message is None:
+        assert decision == Restart(str(failure), after, failure)
+    else:
+        assert isinstance(decision, GiveUp) and decision.message.startswith(message)
+        assert (decision.reason, decision.history, decision.cause) == (str(failure), after, failure)
+        assert str(failure) in decision.message
+        assert "run the same command to resume" in decision.message
 
 
-def test_who_only_lost_a_peer_is_not_the_cause():
-    found = met(Generations(3))
-    found.failed(0, failure("peer", 0, "Connection closed by peer"), 1.0)
-    assert found.decide(1.0) is None, "the peer may still be heard of"
-    found.failed(0, failure(), 1.2)
-    assert found.decide(1.2) == failure()
-    lonely = met(Generations(3))
-    lonely.failed(0, failure("peer", 0), 1.0)
-    assert lonely.decide(1.0 + SETTLE_S) == failure("peer", 0)
+@pytest.mark.parametrize(
+    ("failure", "generation", "is_planned", "pending"),
+    [
+        pytest.param(LOST, 2, True, None, id="the announced loss"),
+        pytest.param(PEER, 2, True, ANNOUNCED, id="noticed by its peers first"),
+        pytest.param(LOST, 3, True, None, id="in the last generation it explains"),
+        pytest.param(LOST, 4, False, ANNOUNCED, id="too late"),
+        pytest.param(KILLED, 2, False, ANNOUNCED, id="another failure"),
+    ],
+)
+def test_announced_loss_costs_nothing(
+    failure: Failure, generation: int, is_planned: bool, pending: AnnouncedLoss | None
+) -> None:
+    history = RestartHistory((BUG,), start_at_s=50.0, announced_loss=ANNOUNCED)
+    decision = RestartPolicy(9).on_failure(reports((failure, 10.0)), generation, history, 11.0)
+    assert isinstance(decision, Restart) and decision.cause == failure
+    if is_planned:
+        assert decision.reason == PLANNED_LOSS
+        assert decision.history == replace(history, announced_loss=pending)
+    else:
+        assert decision.reason == str(failure)
+        assert decision.history.failures == (BUG, failure)
+        assert decision.history.start_at_s == 11.0 + backoff_s(2)
+        assert decision.history.announced_loss == pending
 
 
-def test_the_budget_is_refilled_by_a_checkpoint():
-    found = met(Generations(2))
-    for number in range(12):
-        found.failed(found.generation, failure(text=str(number)), 0)
-        found.decide(0)
-        assert found.error is None
-        if number % 2:
-            found.progressed()
-    for number in range(3):
-        found.failed(found.generation, failure(text=str(number)), 0)
-        found.decide(0)
-    assert str(found.error) == (
-        "gave up after cluster.max_failures=2 restarts without a new checkpoint in between (worker 1 on node node: killed "
-        "(2)); what was committed is kept; the same command goes on from there"
+@pytest.mark.parametrize(
+    ("before", "is_larger", "has_started", "failures", "reason"),
+    [
+        pytest.param([], False, True, [LOST], str(LOST), id="a loss"),
+        pytest.param(
+            [PEER], False, False, [LOST], str(LOST), id="its peers failed first: one loss"
+        ),
+        pytest.param([PEER], False, True, [PEER, LOST], str(LOST), id="two losses"),
+        pytest.param([BUG], False, False, [BUG, LOST], str(LOST), id="a loss after a bug"),
+        pytest.param([], True, True, [], "planned: more workers joined", id="more workers"),
+        pytest.param(
+            [PEER], True, False, [], "planned: more workers joined", id="more, after a loss"
+        ),
+    ],
+)
+def test_replacement_counts_one_loss_unless_the_group_grows(
+    before: list[Failure], is_larger: bool, has_started: bool, failures: list[Failure], reason: str
+) -> None:
+    decision = RestartPolicy(9).on_replacement(
+        LOST,
+        is_larger=is_larger,
+        has_started=has_started,
+        generation=1,
+        history=RestartHistory(tuple(before)),
+        now_s=0.0,
     )
+    assert isinstance(decision, Restart)
+    assert (decision.reason, decision.history.failures) == (reason, tuple(failures))
+    assert decision.cause == (None if is_larger else LOST)
 
 
-def test_without_limit():
-    found = met(Generations(-1))
-    for number in range(100):
-        found.failed(found.generation, failure(), 0)
-        found.decide(0)
-        assert found.error is None, number
+def test_announced_loss_by_replacement_costs_nothing() -> None:
+    arguments: dict[str, Any] = {
+        "is_larger": False,
+        "has_started": True,
+        "generation": 3,
+        "history": RestartHistory(announced_loss=ANNOUNCED),
+        "now_s": 0.0,
+    }
+    decision = RestartPolicy(0).on_replacement(LOST, **arguments)
+    assert decision == Restart(PLANNED_LOSS, RestartHistory(), LOST)
+    late = RestartPolicy(0).on_replacement(LOST, **{**arguments, "generation": 4})
+    assert isinstance(late, GiveUp)
 
 
-def test_what_comes_back_at_once_is_not_tried_a_third_time():
-    for kind, ends in (
-        ("error", True),
-        ("out of memory", True),
-        ("crash", True),
-        ("killed", False),
-        ("storage", False),
-    ):
-        found = met(Generations(9))
-        for _ in range(2):
-            found.failed(found.generation, failure(kind, text="KeyError: 'x'"), 0)
-            found.decide(0)
-        assert (found.error is not None) == ends, kind
-    found = met(Generations(9))
-    for text in ("one", "other"):
-        found.failed(found.generation, failure("error", text=text), 0)
-        found.decide(0)
-    assert found.error is None
+def test_cause_is_the_first_failure_that_is_not_a_lost_peer() -> None:
+    assert find_cause(reports((PEER, 0), (KILLED, 1), (BUG, 2))) == KILLED
+    assert find_cause(reports((PEER, 0), (replace(PEER, rank=2), 1))) == PEER
 
 
-def test_a_supervisor_that_was_replaced_stays_out():
-    found = met(Generations(3))
-    found.meet(member(0, "b"), 1)
-    assert found.is_replaced("a") and not found.is_replaced("b") and found.generation == 1
-    found.meet(member(1, "a"), 1)
-    assert found.rendezvous(9) is None, "the returned zombie is no member"
-    found.meet(member(1, "b"), 1)
-    assert found.rendezvous(9) == "host:100" and "lost" in found.after
-
-
-def test_workers_of_two_groups_are_never_mixed():
-    """One of the old workers lives on after its peer was lost, and waits; the new ones come in any order."""
-    for first, second in ((0, 1), (1, 0)):
-        found = met(Generations(1))
-        found.failed(0, failure("peer", 0), 1.0)
-        assert found.decide(9.0) is not None
-        found.meet(member(0), 9.0)
-        found.meet(member(first, "b"), 10.0)
-        assert found.is_replaced("a") and not found.is_replaced("b")
-        found.meet(member(0), 10.5)
-        found.meet(member(second, "b"), 11.0)
-        assert not found.is_replaced("b") and found.rendezvous(11.0) == "host:100"
-        assert found.error is None and "a worker or its node was lost" in found.after, (
-            "one loss, one failure"
-        )
-
-
-def test_groups_that_never_come_together_use_the_budget_up():
-    found = met(Generations(2))
-    for key in "bc":
-        found.meet(member(1, key), 1)
-    assert found.error is None
-    found.meet(member(1, "d"), 1)
-    assert "gave up after cluster.max_failures=2" in str(found.error)
-
-
-def test_other_sizes_are_other_workers_and_more_of_them_are_no_failure():
-    found = met(Generations(0), size=2)
-    found.meet(member(2, "b", size=3), 1)
-    assert found.error is None and found.after == "planned: more workers came"
-    met(found, "b", 3)
-    found.meet(member(0, "c", size=2), 2)
-    assert found.error is not None and "a worker or its node was lost" in str(found.error)
-
-
-def test_a_node_that_was_announced_to_go_is_no_failure():
-    told = "planned: node abc (worker 2) was taken away, as announced"
-    for peers_first in (False, True):
-        found = met(Generations(0), size=3)
-        found.going("node abc (worker 2)")
-        if peers_first:
-            found.failed(0, failure("peer", 0), 1)
-            found.decide(9)
-            found.meet(member(0, size=3), 9)
-        met(found, "b", 2)
-        assert found.error is None and found.after == told
-        found.failed(found.generation, failure(), 10)
-        assert found.decide(10) == failure() and found.error is not None, (
-            "what fails by itself counts"
-        )
-    found = met(Generations(0), size=3)
-    found.going("node abc (worker 2)")
-    for key in "bc":
-        met(found, key, 2)
-    assert found.error is not None and "a worker or its node was lost" in found.after, (
-        "it goes once"
-    )
-
-
-def test_starts_are_spaced_out_more_and_more():
-    found = [backoff_s(count) for count in range(1, 12)]
-    assert found[0] == 0 and found == sorted(found) and found[-1] == MOST_BACKOFF_S
-    held = met(Generations(-1))
-    for _ in range(3):
-        held.failed(held.generation, failure(), 10)
-        held.decide(10)
-    met(held, now=10)
-    assert held.rendezvous(10) is None and held.rendezvous(10 + backoff_s(3)) == "host:100"
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abcd")), max_size=40))
-def test_who_was_replaced_is_in_no_generation(events):
-    """Whatever the order in which supervisors of four sets of workers come."""
-    found = Generations(-1)
-    for now, (rank, key) in enumerate(events):
-        found.meet(member(rank, key, 3), now)
-        there = found._members.values()
-        if found.rendezvous(now + 10**6) is not None:
-            assert {own.rank for own in there} == {0, 1, 2}
-        assert not any(found.is_replaced(own.group) for own in there)
+def test_backoff_doubles_up_to_a_limit() -> None:
+    assert [backoff_s(count) for count in range(6)] == [0, 0, 1, 2, 4, 8]
+    assert backoff_s(100) == MAX_BACKOFF_S

@@ -1,4 +1,5 @@
-"""What is asked of a cluster, and what is made of its failures."""
+"""Whether a cluster can hold a run, how long the driver waits, and how Ray's failures are
+explained."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ from unit.small import run_config
 
 from dist_ft.core.errors import Interrupted, WorkerError
 from dist_ft.runtime.ray_backend.placement import (
-    by_node,
-    device,
-    explain,
-    given_up,
+    assign_nodes,
+    explain_ray_failure,
+    gpu_index,
     has_labels,
+    num_workers_that_fit,
+    reason_to_stop_waiting,
     require_resources,
-    resources,
-    rooms,
+    worker_resources,
 )
 
 
@@ -23,7 +24,7 @@ def config(**cluster):
 
 
 class Cluster:
-    """Stands where the ray module stands: it is asked for its resources only."""
+    """Replaces the ray module: only its resources are read."""
 
     def __init__(self, **resources: float) -> None:
         self._resources = resources
@@ -33,89 +34,96 @@ class Cluster:
 
 
 def test_resources_of_a_worker():
-    assert resources(config(cpus_per_worker=0.5)) == {"CPU": 0.5}
-    assert resources(config(gpus_per_worker=1, resources_per_worker={"fast": 2})) == {
+    assert worker_resources(config(cpus_per_worker=0.5)) == {"CPU": 0.5}
+    assert worker_resources(config(gpus_per_worker=1, resources_per_worker={"fast": 2})) == {
         "CPU": 1,
         "GPU": 1.0,
         "fast": 2,
     }
 
 
-def test_a_cluster_that_is_too_small():
+def test_cluster_that_is_too_small_is_an_error():
     require_resources(Cluster(CPU=2), config())
     require_resources(Cluster(CPU=1), config(workers=[1, 4]))
     require_resources(Cluster(), config(wait_for_nodes=True))
     with pytest.raises(WorkerError) as caught:
         require_resources(Cluster(CPU=1), config())
     assert str(caught.value) == (
-        "cluster.workers=2: they need 2 CPU, the cluster has 1; lower cluster.workers or cluster.cpus_per_worker, add "
-        "nodes, or set cluster.wait_for_nodes=true if an autoscaler will"
+        "cluster.workers=2: the workers need 2 CPU, the cluster has 1; lower cluster.workers or "
+        "cluster.cpus_per_worker, add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them"
     )
-    with pytest.raises(WorkerError, match="they need 2 GPU, the cluster has 0"):
+    with pytest.raises(WorkerError, match="the workers need 2 GPU, the cluster has 0"):
         require_resources(Cluster(CPU=8), config(gpus_per_worker=1))
 
 
-def test_waiting_for_workers_has_an_end():
+def test_wait_for_workers_is_bounded():
     busy = config(start_timeout_s=30)
-    assert given_up(busy, 30, None, False) is None
-    error = given_up(busy, 31, None, False)
+    assert reason_to_stop_waiting(busy, 30, None, False) is None
+    error = reason_to_stop_waiting(busy, 31, None, False)
     assert isinstance(error, WorkerError)
     assert str(error) == (
-        "cluster.start_timeout_s=30: no worker has started in that time; 2 are needed, of 1 CPU each, and the cluster is "
-        "busy, or its images are slow; free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
+        "cluster.start_timeout_s=30: no worker started within that time; 2 workers are needed, with 1 CPU each, "
+        "and the cluster is busy or pulls images slowly; free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
     )
-    assert given_up(busy, 10**6, 119, False) is None, (
-        "workers that were lost get time to be replaced"
+    assert reason_to_stop_waiting(busy, 10**6, 119, False) is None, (
+        "lost workers get time to be replaced"
     )
     assert "the workers were lost, and none has started for 121 s" in str(
-        given_up(busy, 10**6, 121, False)
+        reason_to_stop_waiting(busy, 10**6, 121, False)
     )
     for silent_s in (None, 10.0**6):
-        assert given_up(config(wait_for_nodes=True), 10**6, silent_s, False) is None
+        assert reason_to_stop_waiting(config(wait_for_nodes=True), 10**6, silent_s, False) is None
 
 
-def test_who_asks_to_stop_while_no_worker_is_there_does_not_wait():
-    assert isinstance(given_up(config(wait_for_nodes=True), 1, None, True), Interrupted)
-    assert isinstance(given_up(config(), 900, 61, True), Interrupted)
-    assert given_up(config(), 900, 5, True) is None, "it saves and leaves"
+def test_stop_does_not_wait_if_no_worker_runs():
+    assert isinstance(
+        reason_to_stop_waiting(config(wait_for_nodes=True), 1, None, True), Interrupted
+    )
+    assert isinstance(reason_to_stop_waiting(config(), 900, 61, True), Interrupted)
+    assert reason_to_stop_waiting(config(), 900, 5, True) is None, "it saves and exits"
 
 
-def test_what_ray_itself_fails_with_is_one_line():
-    kept = "see the Ray logs in /tmp/ray; what was committed is kept; the same command goes on from there"
-    assert str(explain(RuntimeError("Training failed\nmany lines\nthe last one"), config())) == (
-        f"run r: the workers failed (the last one); {kept}"
+def test_failure_of_ray_is_explained_in_one_line():
+    remedy = (
+        "see the Ray logs in /tmp/ray; saved checkpoints are kept; run the same command to resume"
+    )
+    assert str(
+        explain_ray_failure(RuntimeError("Training failed\nmany lines\nthe last one"), config())
+    ) == (f"run r: the workers failed (the last one); {remedy}")
+    assert (
+        str(explain_ray_failure(RuntimeError(), config()))
+        == f"run r: the workers failed (RuntimeError); {remedy}"
     )
     assert (
-        str(explain(RuntimeError(), config()))
-        == f"run r: the workers failed (RuntimeError); {kept}"
+        str(explain_ray_failure(None, config()))
+        == f"run r: the workers ended without a result; {remedy}"
     )
-    assert str(explain(None, config())) == f"run r: the workers ended without a result; {kept}"
 
 
-def test_the_gpu_of_a_worker_among_those_its_node_shares(monkeypatch):
-    assert device([], 3) == 3
+def test_gpu_index_among_those_that_the_node_shares(monkeypatch):
+    assert gpu_index([], 3) == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert [device([gpu], 0) for gpu in (4, "6", 7)] == [0, 1, 2]
-    assert device(["MIG-1"], 2) == 2
+    assert [gpu_index([gpu], 0) for gpu in (4, "6", 7)] == [0, 1, 2]
+    assert gpu_index(["MIG-1"], 2) == 2
 
 
-def test_workers_by_node():
-    assert by_node({"a": 4, "b": 8, "c": 2}, 6, 4) == ["a"] * 4 + ["c"] * 2
-    assert by_node({"a": 8, "b": 8}, 8, 4) == ["a"] * 4 + ["b"] * 4, (
-        "a node once, though it has room for all"
+def test_workers_are_assigned_to_nodes():
+    assert assign_nodes({"a": 4, "b": 8, "c": 2}, 6, 4) == ["a"] * 4 + ["c"] * 2
+    assert assign_nodes({"a": 8, "b": 8}, 8, 4) == ["a"] * 4 + ["b"] * 4, (
+        "a node is used once, even if all fit on it"
     )
-    assert by_node({"a": 8, "b": 3}, 8, 4) is None
-    assert by_node({}, 1, 1) is None
+    assert assign_nodes({"a": 8, "b": 3}, 8, 4) is None
+    assert assign_nodes({}, 1, 1) is None
     assert (
-        rooms({"CPU": 7, "GPU": 3}, {"CPU": 1, "GPU": 1.0}) == 3
-        and rooms({"CPU": 1}, {"CPU": 0.1}) == 10
+        num_workers_that_fit({"CPU": 7, "GPU": 3}, {"CPU": 1, "GPU": 1.0}) == 3
+        and num_workers_that_fit({"CPU": 1}, {"CPU": 0.1}) == 10
     )
-    assert rooms({}, {"CPU": 1}) == 0
+    assert num_workers_that_fit({}, {"CPU": 1}) == 0
 
 
-def test_labels_as_rays_selectors():
+def test_labels_match_rays_selectors():
     labels = {"region": "eu", "kind": "H100"}
-    for wanted in (
+    for selectors in (
         {},
         {"region": "eu"},
         {"kind": "in(A100, H100)"},
@@ -123,15 +131,15 @@ def test_labels_as_rays_selectors():
         {"absent": "!x"},
         {"kind": "!in(A100, L4)"},
     ):
-        assert has_labels(labels, wanted), wanted
-    for wanted in (
+        assert has_labels(labels, selectors), selectors
+    for selectors in (
         {"region": "us"},
         {"kind": "in(A100)"},
         {"region": "!eu"},
         {"absent": "x"},
         {"kind": "!in(H100,L4)"},
     ):
-        assert not has_labels(labels, wanted), wanted
+        assert not has_labels(labels, selectors), selectors
 
 
 class Nodes(Cluster):
@@ -143,7 +151,7 @@ class Nodes(Cluster):
         return [{"Alive": True, "Labels": {}, **node} for node in self._nodes]
 
 
-def test_nodes_a_cluster_does_not_have():
+def test_missing_nodes_are_an_error():
     eight = {"Resources": {"CPU": 8}}
     require_resources(Nodes(eight, eight), config(workers=16, workers_per_node=8))
     with pytest.raises(WorkerError) as caught:
@@ -151,8 +159,8 @@ def test_nodes_a_cluster_does_not_have():
             Nodes(eight, {**eight, "Alive": False}), config(workers=16, workers_per_node=8)
         )
     assert str(caught.value) == (
-        "cluster.workers_per_node=8: 16 workers need 2 nodes with room for so many, the cluster has 1; lower it, add "
-        "nodes, or set cluster.wait_for_nodes=true if an autoscaler will"
+        "cluster.workers_per_node=8: 16 workers need 2 nodes with room for 8 each, the cluster has 1; "
+        "lower it, add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them"
     )
     with pytest.raises(WorkerError) as caught:
         require_resources(
@@ -160,6 +168,6 @@ def test_nodes_a_cluster_does_not_have():
             config(workers=9, labels={"disk": "nvme"}),
         )
     assert str(caught.value) == (
-        "cluster.labels={'disk': 'nvme'}: 1 of 2 nodes have them, with room for 8 workers, and 9 are needed; correct the "
-        "labels, add nodes, or set cluster.wait_for_nodes=true if an autoscaler will"
+        "cluster.labels={'disk': 'nvme'}: 1 of 2 nodes have these labels, with room for 8 workers, but 9 are "
+        "needed; correct the labels, add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them"
     )
