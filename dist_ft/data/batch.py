@@ -1,4 +1,7 @@
-"""The types that travel from `data` to `engine`: `Batch` and what it is made of."""
+"""The type that travels from `data` to `engine`: `Batch`.
+
+Dimensions: B sequences (rows) of T tokens; N segments; R rows that hold a sequence.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,58 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-IGNORED = -100
-"""Target id of positions that are not learned (the `ignore_index` of torch's cross-entropy)."""
+IGNORE_INDEX = -100
+"""Target id of positions without a target (the `ignore_index` of torch's cross-entropy)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: B sequences of T tokens, T being the longest of them.
+    """One micro-batch: B sequences of T tokens, where T is the length of the longest.
 
     Attributes:
         input_ids: (B, T) int64, padded with 0.
-        target_ids: (B, T) int64: the token that follows within the same sample, or `IGNORED`.
-        position_ids: (B, T) int64, starting again at 0 with each sample of a packed sequence, and in the padding.
-        pieces: (N, 4) int64: sample id, first token, number of tokens and epoch of every piece of a sample in here.
-        lane: the place in the global batch; -1 for an empty batch that only keeps ranks in step.
-        sources: (R, 2) int64: source and number of tokens of every row that holds a sequence.
-        sizes: (N,) int64: tokens of every piece as it lies here, if it was changed since it was read; None: as read.
+        target_ids: (B, T) int64: the next token of the same sample, or `IGNORE_INDEX`.
+        position_ids: (B, T) int64: restarts at 0 with each sample of a packed sequence, and in the
+            padding.
+        segments: (N, 4) int64 [sample id, first token, number of tokens, epoch] of each segment
+            in the batch, as stored in the data.
+        lane: its place in the global batch; -1 for an empty batch that only keeps ranks in step.
+        row_sources: (R, 2) int64 [source, number of tokens] of each row that holds a sequence.
+        changed_lengths: (N,) int64 tokens of each segment in this batch, where augmentation may
+            have changed them; None: as in `segments`.
     """
 
     input_ids: np.ndarray
     target_ids: np.ndarray
     position_ids: np.ndarray
-    pieces: np.ndarray
+    segments: np.ndarray
     lane: int
-    sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
-    sizes: np.ndarray | None = None
+    row_sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    changed_lengths: np.ndarray | None = None
 
     @property
     def num_target_tokens(self) -> int:
-        """How many positions are learned."""
-        return int((self.target_ids != IGNORED).sum())
+        """The number of positions with a target."""
+        return int((self.target_ids != IGNORE_INDEX).sum())
 
     @property
     def num_tokens(self) -> int:
-        """How many positions hold a token of a sample (not padding)."""
-        return int(self.held.sum())
+        """The number of positions that hold a token of a sample (not padding)."""
+        return int(self.segment_lengths.sum())
 
     @property
-    def held(self) -> np.ndarray:
-        """Tokens of every piece as it lies here, (N,)."""
-        return self.pieces[:, 2] if self.sizes is None else self.sizes
+    def segment_lengths(self) -> np.ndarray:
+        """Tokens of each segment in this batch, (N,)."""
+        return self.segments[:, 2] if self.changed_lengths is None else self.changed_lengths
 
 
 def empty_batch(lane: int = -1, length: int = 8) -> Batch:
-    """Return a batch of one sequence with nothing to learn: weight zero, so it changes no gradient."""
+    """Return a batch of one sequence without targets: its loss has weight zero."""
     zeros = np.zeros((1, length), dtype=np.int64)
-    positions = np.arange(length, dtype=np.int64)[None, :]
     return Batch(
-        zeros, np.full_like(zeros, IGNORED), positions, np.zeros((0, 4), dtype=np.int64), lane
+        input_ids=zeros,
+        target_ids=np.full_like(zeros, IGNORE_INDEX),
+        position_ids=np.arange(length, dtype=np.int64)[None, :],
+        segments=np.zeros((0, 4), dtype=np.int64),
+        lane=lane,
     )

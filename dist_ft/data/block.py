@@ -1,7 +1,8 @@
-"""Blocks: the pieces of a data set that are read, tokenised, cached, packed and shuffled as one.
+"""Blocks: the unit in which a data set is read, tokenized, cached, packed and shuffled.
 
-A block is some `data.block_mib` of consecutive source data: a part of a large shard, or many small shards. How a data
-set falls into blocks follows from its shards alone, never from who reads them. Pure; reads nothing.
+A block is about `data.block_mib` of consecutive source data: a range of a large shard, or many
+small shards. How a data set is split into blocks depends on its shards alone, never on who reads
+them. Pure; reads nothing.
 """
 
 from __future__ import annotations
@@ -10,65 +11,72 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-END = -1
-"""`Part.stop` of a part that goes to the end of its shard."""
+END_OF_SHARD = -1
+"""`ShardRange.stop` of a range that extends to the end of its shard."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardRange:
     """Consecutive rows of one shard.
 
     Attributes:
         shard: number of the shard in the data set.
-        start: the first byte of plain JSON lines (a line belongs to the part it begins in), else the first row.
-        stop: the first byte or row after it; `END` for the end of the shard.
-        num_bytes: about how much text it holds.
-        group: the same for parts of a shard that are cut from one row group, so that each costs reading it; else `END`.
+        start: the first byte of plain JSON Lines (a line belongs to the range that it starts in);
+            else the first row.
+        stop: the byte or row after the last; `END_OF_SHARD` for the end of the shard.
+        num_bytes: approximate bytes of text.
+        group: the same for all ranges of one row group, each of which costs reading the group;
+            else `END_OF_SHARD`.
     """
 
     shard: int
     start: int
     stop: int
     num_bytes: int
-    group: int = END
+    group: int = END_OF_SHARD
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive parts of one source (its number in data.train)."""
+    """Consecutive ranges of one source (its number in data.train)."""
 
     source: int
-    parts: tuple[Part, ...]
+    ranges: tuple[ShardRange, ...]
 
     @property
     def num_bytes(self) -> int:
-        """About how much text it holds."""
-        return sum(part.num_bytes for part in self.parts)
+        """Approximate bytes of text."""
+        return sum(shard_range.num_bytes for shard_range in self.ranges)
 
 
-def make_blocks(source: int, parts: Sequence[Part], block_bytes: int) -> list[Block]:
-    """Return the blocks of a source: parts in order, put together until they hold `block_bytes`."""
+def group_into_blocks(source: int, ranges: Sequence[ShardRange], block_bytes: int) -> list[Block]:
+    """Return the blocks of a source: consecutive ranges, combined up to `block_bytes`."""
     blocks: list[Block] = []
-    group: list[Part] = []
-    size = 0
-    for part in parts:
-        if group and size + part.num_bytes > block_bytes:
-            blocks.append(Block(source, tuple(group)))
-            group, size = [], 0
-        group.append(part)
-        size += part.num_bytes
-    return [*blocks, Block(source, tuple(group))] if group else blocks
+    current: list[ShardRange] = []
+    current_bytes = 0
+
+    for shard_range in ranges:
+        if current and current_bytes + shard_range.num_bytes > block_bytes:
+            blocks.append(Block(source, tuple(current)))
+            current, current_bytes = [], 0
+        current.append(shard_range)
+        current_bytes += shard_range.num_bytes
+
+    if current:
+        blocks.append(Block(source, tuple(current)))
+    return blocks
 
 
-def cut_range(shard: int, total: int, num_bytes: int, block_bytes: int) -> list[Part]:
-    """Return equal parts of about `block_bytes` of a shard that can be cut anywhere.
+def split_range(shard: int, total: int, num_bytes: int, block_bytes: int) -> list[ShardRange]:
+    """Return equal ranges of about `block_bytes` of a shard that can be split anywhere.
 
     Args:
         shard: its number.
-        total: bytes or rows of the shard: what `start` and `stop` count.
+        total: bytes or rows of the shard, in the unit of `start` and `stop`.
         num_bytes: bytes of text in it.
-        block_bytes: most bytes of text a part.
+        block_bytes: maximum bytes of text in a range.
     """
     count = max(1, min(total, -(-num_bytes // block_bytes)))
     edges = [total * i // count for i in range(count + 1)]
-    return [Part(shard, start, stop, -(-num_bytes // count)) for start, stop in pairwise(edges)]
+    bytes_per_range = -(-num_bytes // count)
+    return [ShardRange(shard, start, stop, bytes_per_range) for start, stop in pairwise(edges)]

@@ -1,7 +1,8 @@
-"""The blocks of a data set as tokens: from memory, from the local cache, or made now, here or in processes beside.
+"""The tokenized blocks of a data set: from memory, from the local cache, or tokenized now.
 
-Guarantees: a block is made once by a worker however often it is asked for; with checksums from the index, a block that
-is made again must be what it was then, so that data altered under a run can not slip in. Knows nothing of packing.
+Guarantees: a worker tokenizes a block once, however often it is requested; with checksums from the
+index, a block that is tokenized again must equal the first result, so that data that was altered
+during a run cannot slip in. Knows nothing of packing.
 """
 
 from __future__ import annotations
@@ -14,27 +15,48 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple, NoReturn
 
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.data.block import END, Block
+from dist_ft.data.block import END_OF_SHARD, Block
 from dist_ft.data.blocks import token_cache
-from dist_ft.data.blocks.token_cache import TokenisedBlock
-from dist_ft.data.blocks.tokenize_blocks import pack_task, run_task
-from dist_ft.data.blocks.tokenizer_pool import TokeniserPool
+from dist_ft.data.blocks.token_cache import TokenizedBlock
+from dist_ft.data.blocks.tokenize_blocks import create_task, run_task
+from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Shard, require_unchanged
 
 LOCK_TIMEOUT_S = 1800.0
 SMALL_BYTES = 8 * 2**20
-"""A data set up to this size is tokenised by the worker itself: a process would take longer to start."""
+"""The worker itself tokenizes a data set up to this size: a process would take longer to start."""
+MAX_LOAD_TRIES = 3
 
 log = logging.getLogger(__name__)
 
 
+class ReadPass(NamedTuple):
+    """Identifies blocks that are best tokenized in one pass over their source.
+
+    Attributes:
+        shard: the shard that they share; `END_OF_SHARD` for a block that is read alone.
+        group: the row group that they share, `END_OF_SHARD` for the whole shard; or the number of
+            the block that is read alone.
+    """
+
+    shard: int
+    group: int
+
+
 class BlockStore:
-    """The tokenised blocks of one data set."""
+    """The tokenized blocks of one data set.
+
+    Attributes:
+        checksums: of all blocks, from the index; None: unknown.
+        max_open_blocks: how many blocks are held open.
+        fingerprint: of the encoder.
+    """
 
     def __init__(
         self,
@@ -42,160 +64,184 @@ class BlockStore:
         encoder: Encoder,
         shards: Sequence[Shard],
         blocks: Sequence[Block],
-        pool: TokeniserPool | None = None,
+        pool: TokenizerPool | None = None,
         limit_bytes: float = float("inf"),
     ) -> None:
-        """Assign only; the fingerprint of the encoder is computed. Without `pool` this process tokenises."""
+        """Store the settings and compute the fingerprint of the encoder.
+
+        Args:
+            folder: of the local cache.
+            encoder: rows to tokens.
+            shards: of all sources.
+            blocks: of all sources.
+            pool: processes that tokenize; None: this process does.
+            limit_bytes: limit of the cache.
+        """
         self.folder = Path(folder)
         self.encoder = encoder
         self.shards = tuple(shards)
         self.blocks = tuple(blocks)
         self.checksums: Sequence[str] | None = None
-        self.most_open = 16
-        self.fingerprint = token_cache.fingerprint(encoder)
-        self._pool = pool if sum(block.num_bytes for block in blocks) > SMALL_BYTES else None
+        self.max_open_blocks = 16
+        self.fingerprint = token_cache.compute_fingerprint(encoder)
+
+        total_bytes = sum(block.num_bytes for block in blocks)
+        self._pool = pool if total_bytes > SMALL_BYTES else None
         self._limit_bytes = limit_bytes
-        self._threads = ThreadPoolExecutor(
-            max(4, pool.size if pool else 0), thread_name_prefix="dist_ft-blocks"
-        )
-        self._open: OrderedDict[int, TokenisedBlock] = OrderedDict()
-        self._making: dict[int, Future[None]] = {}
-        self._passes: dict[tuple[int, int], list[int]] = {}
+        num_threads = max(4, pool.size if pool else 0)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="dist_ft-blocks")
+
+        self._open: OrderedDict[int, TokenizedBlock] = OrderedDict()
+        self._in_progress: dict[int, Future[None]] = {}
+        self._blocks_by_pass: dict[ReadPass, list[int]] = {}
         for number in range(len(self.blocks)):
-            self._passes.setdefault(self._pass(number), []).append(number)
+            self._blocks_by_pass.setdefault(self._read_pass(number), []).append(number)
         self._lock = Lock()
 
     def path(self, number: int) -> Path:
-        """Return the cache file of a block, there or not."""
-        return (
-            self.folder
-            / f"{token_cache.key(self.fingerprint, self.blocks[number], self.shards)}.safetensors"
-        )
+        """Return the path of a block's cache file, which need not exist."""
+        key = token_cache.cache_key(self.fingerprint, self.blocks[number], self.shards)
+        return self.folder / f"{key}.safetensors"
 
-    def block(self, number: int) -> TokenisedBlock:
-        """Return a block's tokens, made now if need be. Safe over threads.
+    def block(self, number: int) -> TokenizedBlock:
+        """Return a block's tokens, tokenized now if they are not cached. Safe over threads.
 
         Raises:
-            DataError: a shard vanished or changed, or holds a row that can not be used.
-            StorageError: the data or the cache can not be read or written.
+            DataError: a shard vanished or changed, or holds a row that cannot be used.
+            StorageError: the data or the cache cannot be read or written.
         """
-        for _ in range(3):
+        for _ in range(MAX_LOAD_TRIES):
             try:
                 with self._lock:
                     if number in self._open:
                         self._open.move_to_end(number)
                         return self._open[number]
-                    found = token_cache.load_block(self.path(number))
-                    if found is not None:
-                        return self._keep(number, found)
+                    block = token_cache.load_block(self.path(number))
+                    if block is not None:
+                        return self._hold_open(number, block)
                 self.request(number).result()
             except OSError as error:
                 raise StorageError(
-                    f"data.cache_dir={self.folder}: can not be used ({error}); a local folder with room "
-                    "for 5 bytes a token is needed; name another"
+                    f"data.cache_dir={self.folder}: cannot be used ({error}). It must be a local "
+                    "folder with room for 5 bytes per token. Set another folder."
                 ) from error
+
         raise StorageError(
-            f"data.cache_dir={self.folder}: blocks vanish as soon as they are made; data.cache_gib must "
-            "hold those in use; raise it"
+            f"data.cache_dir={self.folder}: blocks are evicted as soon as they are written. "
+            "data.cache_gib must be large enough for the blocks in use. Raise it."
         )
 
-    def request(self, number: int, wanted: Set[int] | None = None) -> Future[None]:
-        """Begin to make a block unless it is there or being made; do not wait.
+    def request(self, number: int, needed: Set[int] | None = None) -> Future[None]:
+        """Start to tokenize a block unless it exists or is in progress; do not wait.
 
-        Blocks that come with it are made in the same pass: those of them that are `wanted`; None: all that could only
-        be had by reading as much again.
+        Args:
+            number: of the block.
+            needed: blocks that will be requested too: those of the same pass are tokenized with
+                it. None: only those that would otherwise cost as much reading again.
         """
         with self._lock:
-            if number in self._making:
-                return self._making[number]
+            if number in self._in_progress:
+                return self._in_progress[number]
             if number in self._open or self.path(number).exists():
                 ready: Future[None] = Future()
                 ready.set_result(None)
                 return ready
-            together = self._together(number, wanted)
-            future = self._threads.submit(self._make, together)
-            for each in together:
-                self._making[each] = future
-        future.add_done_callback(lambda _: self._made(together))
+
+            numbers = self._blocks_to_tokenize(number, needed)
+            future = self._threads.submit(self._tokenize, numbers)
+            for each in numbers:
+                self._in_progress[each] = future
+        future.add_done_callback(lambda _: self._mark_done(numbers))
         return future
 
-    def each(self, numbers: Sequence[int]) -> Iterator[tuple[int, TokenisedBlock]]:
-        """Yield (number, block) for ascending `numbers`, those of later passes being made meanwhile."""
-        ahead, wanted = 2 * (self._pool.size if self._pool else 1), frozenset(numbers)
-        starts = [next(own) for _, own in groupby(numbers, self._pass)]
-        passes = dict(zip(starts, range(len(starts)), strict=True))
+    def iter_blocks(self, numbers: Sequence[int]) -> Iterator[tuple[int, TokenizedBlock]]:
+        """Yield (number, block) for ascending `numbers` while later passes are tokenized."""
+        num_passes_ahead = 2 * (self._pool.size if self._pool else 1)
+        needed = frozenset(numbers)
+        first_of_pass = [next(own) for _, own in groupby(numbers, self._read_pass)]
+        pass_number = {number: i for i, number in enumerate(first_of_pass)}
+
         for number in numbers:
-            at = passes.get(number)
-            for coming in [number] if at is None else starts[at : at + ahead]:
-                self.request(coming, wanted)
+            current = pass_number.get(number)
+            if current is None:
+                self.request(number, needed)
+            else:
+                for first in first_of_pass[current : current + num_passes_ahead]:
+                    self.request(first, needed)
             yield number, self.block(number)
             with self._lock:
                 self._open.pop(number, None)
 
     def close(self) -> None:
-        """Stop making blocks."""
+        """Stop tokenizing blocks."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
             self._pool.close()
         self._threads.shutdown(wait=True)
 
-    def _keep(self, number: int, found: TokenisedBlock) -> TokenisedBlock:
-        if self.checksums is not None and found.checksum != self.checksums[number]:
-            shards = list(
-                dict.fromkeys(self.shards[part.shard] for part in self.blocks[number].parts)
-            )
-            with suppress(OSError):
-                self.path(number).unlink()
-            for shard in shards:
-                require_unchanged(shard)
-            urls = ", ".join(shard.url for shard in shards)
-            raise DataError(
-                redact(
-                    f"{urls}: gives other tokens than when the run began, though its size and version "
-                    "are the same; shards may not be altered while a run uses them; restore it, or "
-                    "start a run with another run.name"
-                )
-            )
-        self._open[number] = found
-        if len(self._open) > self.most_open:
+    def _hold_open(self, number: int, block: TokenizedBlock) -> TokenizedBlock:
+        """Keep a block open and return it; refuse one that differs from the index."""
+        if self.checksums is not None and block.checksum != self.checksums[number]:
+            self._refuse_altered(number)
+        self._open[number] = block
+        if len(self._open) > self.max_open_blocks:
             self._open.popitem(last=False)
-        return found
+        return block
 
-    def _pass(self, number: int) -> tuple[int, int]:
-        """Return what blocks have in common that are best made in one pass: a shard, or one of its row groups."""
-        first = self.blocks[number].parts[0]
-        if len(self.blocks[number].parts) == 1:
+    def _refuse_altered(self, number: int) -> NoReturn:
+        shard_numbers = dict.fromkeys(part.shard for part in self.blocks[number].ranges)
+        shards = [self.shards[shard] for shard in shard_numbers]
+        with suppress(OSError):
+            self.path(number).unlink()
+        for shard in shards:
+            require_unchanged(shard)  # raises the more precise error
+
+        urls = ", ".join(shard.url for shard in shards)
+        raise DataError(
+            redact(
+                f"{urls}: gives other tokens than when the run started, though size and version "
+                "are the same. Shards must not be altered while a run uses them. Restore the data, "
+                "or start a run with another run.name."
+            )
+        )
+
+    def _read_pass(self, number: int) -> ReadPass:
+        """Return the pass of a block: over its shard, over a row group, or over the block alone."""
+        first = self.blocks[number].ranges[0]
+        if len(self.blocks[number].ranges) == 1:
             if readers.is_sequential(self.shards[first.shard]):
-                return first.shard, END
-            if first.group != END:
-                return first.shard, first.group
-        return END, number
+                return ReadPass(first.shard, END_OF_SHARD)
+            if first.group != END_OF_SHARD:
+                return ReadPass(first.shard, first.group)
+        return ReadPass(END_OF_SHARD, number)
 
-    def _together(self, number: int, wanted: Set[int] | None) -> list[int]:
-        """Return the blocks that one pass makes: the missing ones of those that are wanted.
+    def _blocks_to_tokenize(self, number: int, needed: Set[int] | None) -> list[int]:
+        """Return the blocks that one pass tokenizes: those of `needed` that are missing.
 
-        By default those are all blocks of a shard that must be read from its start, but none beside it of a row group,
-        which can be had alone: tokenising blocks that other nodes use costs more than reading the group again.
+        By default these are all blocks of a shard that must be read from its start, but only this
+        block of a row group: tokenizing blocks that other nodes use costs more than reading the
+        group again.
         """
-        shard, group = self._pass(number)
-        if wanted is None and group != END:
+        read_pass = self._read_pass(number)
+        if needed is None and read_pass.group != END_OF_SHARD:
             return [number]
+
         missing = [
             peer
-            for peer in self._passes[shard, group]
-            if (wanted is None or peer in wanted)
-            and peer not in self._making
+            for peer in self._blocks_by_pass[read_pass]
+            if (needed is None or peer in needed)
+            and peer not in self._in_progress
             and not self.path(peer).exists()
         ]
         return missing if number in missing else [number]
 
-    def _made(self, numbers: Sequence[int]) -> None:
+    def _mark_done(self, numbers: Sequence[int]) -> None:
         with self._lock:
             for number in numbers:
-                self._making.pop(number, None)
+                self._in_progress.pop(number, None)
 
-    def _make(self, numbers: Sequence[int]) -> None:
-        """Tokenise blocks; one process of this machine at a time."""
+    def _tokenize(self, numbers: Sequence[int]) -> None:
+        """Tokenize blocks; one process of this machine at a time."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path(numbers[0]).with_suffix(".lock"))
@@ -204,24 +250,25 @@ class BlockStore:
             lock.acquire(timeout=LOCK_TIMEOUT_S)
         except (Timeout, NotImplementedError):
             log.warning(
-                "%s: its lock can not be had; the block is tokenised without it", lock.lock_file
+                "%s: the lock cannot be acquired; the block is tokenized without it",
+                lock.lock_file,
             )
+
         try:
-            missing = [
-                number for number in numbers if not self.path(number).exists()
-            ]  # others may have been faster
+            # another process may have written them while this one waited for the lock
+            missing = [number for number in numbers if not self.path(number).exists()]
             if missing:
-                task = pack_task(
-                    [self.blocks[i] for i in missing],
-                    self.shards,
-                    [self.path(i) for i in missing],
-                    check=self.checksums is None,
-                )
-                if self._pool is not None:
-                    self._pool.run(task)
-                else:
-                    run_task(self.encoder, task, self._limit_bytes)
+                self._run(missing)
         finally:
             lock.release()
             with suppress(OSError):
                 Path(lock.lock_file).unlink()
+
+    def _run(self, numbers: Sequence[int]) -> None:
+        blocks = [self.blocks[number] for number in numbers]
+        paths = [self.path(number) for number in numbers]
+        task = create_task(blocks, self.shards, paths, check=self.checksums is None)
+        if self._pool is not None:
+            self._pool.run(task)
+        else:
+            run_task(self.encoder, task, self._limit_bytes)

@@ -1,4 +1,4 @@
-"""What an index says against training on it: one error, which names shard and row, for the whole data set. Pure."""
+"""Checks that an indexed data set can be trained on; errors name shard and row. Pure."""
 
 from __future__ import annotations
 
@@ -7,103 +7,121 @@ from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.blocks.index import Index
 
-SPLIT = ("text", "tokens", "question_answering", "masked_lm")
-"""Formats that can go on in a further sequence."""
+SPLITTABLE_FORMATS = ("text", "tokens", "question_answering", "masked_lm")
+"""Formats whose samples may continue in a further sequence."""
 
 
-def judge(index: Index, data: DataSection, sequence_length: int) -> None:
-    """Refuse a data set that can not be trained on as it is.
+def check_index(index: Index, data: DataSection, sequence_length: int) -> None:
+    """Refuse a data set that cannot be trained on as it is.
 
     Raises:
-        DataError: samples too long where the policy does not say what to do with them (names the longest), rows of
-            several formats in one source, too many bad rows, a source without a shard's row or a token to learn.
+        DataError: a shard has no row; a source has rows of several formats; too many rows are bad;
+            samples are too long under a policy that does not handle them (names the longest); or a
+            source has no target token.
     """
-    _refuse_empty(index)
-    _refuse_mixed(index)
-    bad = index.total("num_bad")
-    if bad > data.max_bad_rows:
-        first = next(measure.first_bad for measure in index.measures if measure.first_bad)
-        raise DataError(
-            f"data.max_bad_rows={data.max_bad_rows}: {bad} of {index.num_samples} rows can not be used; "
-            f"the first: {first}; repair them, or raise data.max_bad_rows"
-        )
-    _refuse_long(index, data, sequence_length)
-    _refuse_nothing(index, sequence_length)
+    _check_no_empty_shard(index)
+    _check_one_format_per_source(index)
+    _check_bad_rows(index, data)
+    _check_lengths(index, data, sequence_length)
+    _check_targets(index, sequence_length)
 
 
-def _refuse_empty(index: Index) -> None:
-    rows = dict.fromkeys(range(len(index.shards)), 0)
-    for block, measure in zip(index.blocks, index.measures, strict=True):
-        for part, count in zip(block.parts, measure.part_rows, strict=True):
-            rows[part.shard] += count
-    for number, count in rows.items():
+def _check_no_empty_shard(index: Index) -> None:
+    num_rows = dict.fromkeys(range(len(index.shards)), 0)
+    for block, stats in zip(index.blocks, index.block_stats, strict=True):
+        for shard_range, count in zip(block.ranges, stats.rows_per_range, strict=True):
+            num_rows[shard_range.shard] += count
+
+    for number, count in num_rows.items():
         if not count:
             raise DataError(
                 redact(
-                    f"{index.shards[number].url}: holds no row; each shard must hold one; remove or "
-                    "fill it"
+                    f"{index.shards[number].url}: has no rows. Each shard needs at least one row. "
+                    "Remove or fill it."
                 )
             )
 
 
-def _refuse_mixed(index: Index) -> None:
-    seen: dict[int, tuple[str, str]] = {}
-    for block, measure in zip(index.blocks, index.measures, strict=True):
-        if not measure.format:
+def _check_one_format_per_source(index: Index) -> None:
+    first_seen: dict[int, tuple[str, str]] = {}  # format and URL by source
+    for block, stats in zip(index.blocks, index.block_stats, strict=True):
+        if not stats.format:
             continue
-        url = index.shards[block.parts[0].shard].url
-        kind, first = seen.setdefault(block.source, (measure.format, url))
-        if kind != measure.format:
+        url = index.shards[block.ranges[0].shard].url
+        row_format, first_url = first_seen.setdefault(block.source, (stats.format, url))
+        if row_format != stats.format:
             raise DataError(
                 redact(
-                    f"{url}: its rows are {measure.format}, those of {first} are {kind}; shards of one "
-                    "source must hold one kind; name them as separate sources, or set data.format"
+                    f"{url}: its rows are {stats.format}, but those of {first_url} are "
+                    f"{row_format}. All shards of a source must have one format. Configure them as "
+                    "separate sources, or set data.format."
                 )
             )
 
 
-def _refuse_long(index: Index, data: DataSection, sequence_length: int) -> None:
-    split = data.overlong == "split"
+def _check_bad_rows(index: Index, data: DataSection) -> None:
+    num_bad = index.total("num_bad")
+    if num_bad > data.max_bad_rows:
+        raise DataError(
+            f"data.max_bad_rows={data.max_bad_rows}: {num_bad} of {index.num_samples} rows cannot "
+            f"be used; the first: {index.first_bad_row()}. Repair them, or raise data.max_bad_rows."
+        )
+
+
+def _check_lengths(index: Index, data: DataSection, sequence_length: int) -> None:
     refused = [
         number
-        for number, measure in enumerate(index.measures)
-        if measure.num_too_long
-        and (measure.format not in SPLIT if split else data.overlong == "error")
+        for number, stats in enumerate(index.block_stats)
+        if stats.num_too_long and not _is_handled(data.overlong, stats.format)
     ]
     if not refused:
         return
-    worst = max(refused, key=lambda number: index.measures[number].longest)
-    shard, row = index.place(int(index.first_samples[worst]) + index.measures[worst].longest_row)
-    count = sum(index.measures[number].num_too_long for number in refused)
-    what = "samples that are not plain text" if split else "samples"
-    ways = "data.overlong=truncate or drop" + ("" if split else ", or split for text,")
+
+    worst = max(refused, key=lambda number: index.block_stats[number].longest)
+    longest = index.block_stats[worst].longest
+    longest_sample = int(index.first_samples[worst]) + index.block_stats[worst].longest_row
+    shard, row = index.locate_sample(longest_sample)
+    count = sum(index.block_stats[number].num_too_long for number in refused)
+
+    splits = data.overlong == "split"
+    samples = "samples that are not plain text" if splits else "samples"
+    policies = "truncate or drop" if splits else "truncate or drop (or split for plain text)"
     raise DataError(
         redact(
-            f"data.overlong={data.overlong}: {count} of {index.num_samples} {what} are longer than "
-            f"batch.sequence_length={sequence_length} (longest {index.measures[worst].longest} tokens, {shard.url} row "
-            f"{row + 1}); set {ways} or raise batch.sequence_length"
+            f"data.overlong={data.overlong}: {count} of {index.num_samples} {samples} are longer "
+            f"than batch.sequence_length={sequence_length} (the longest has {longest} tokens: "
+            f"{shard.url} row {row + 1}). Set data.overlong to {policies}, or raise "
+            "batch.sequence_length."
         )
     )
 
 
-def _refuse_nothing(index: Index, sequence_length: int) -> None:
+def _is_handled(overlong: str, row_format: str) -> bool:
+    """Whether a policy says what to do with samples that are too long."""
+    if overlong == "split":
+        return row_format in SPLITTABLE_FORMATS
+    return overlong != "error"
+
+
+def _check_targets(index: Index, sequence_length: int) -> None:
     if not index.num_samples:
-        raise DataError("data: holds no sample; at least one is needed; check the sources")
+        raise DataError("data: has no samples. At least one is needed. Check the sources.")
+
     for source in range(max(index.shard_sources) + 1):
-        own = [
-            measure
-            for block, measure in zip(index.blocks, index.measures, strict=True)
+        own_stats = [
+            stats
+            for block, stats in zip(index.blocks, index.block_stats, strict=True)
             if block.source == source
         ]
-        rows = sum(
-            measure.num_rows for measure in own
-        )  # none where max_samples ends before this source
-        if rows and not sum(measure.num_sequences for measure in own):
+        # max_samples may end before this source, which then has no rows and is not refused
+        num_rows = sum(stats.num_rows for stats in own_stats)
+        num_sequences = sum(stats.num_sequences for stats in own_stats)
+        if num_rows and not num_sequences:
             url = index.shards[index.shard_sources.index(source)].url
             raise DataError(
                 redact(
-                    f"data: none of the {rows} samples of {url} and the shards beside "
-                    f"it has a token to learn within batch.sequence_length={sequence_length}; raise it, or check "
-                    "data.targets, data.overlong and the chat template"
+                    f"data: none of the {num_rows} samples of {url} and its neighboring shards has "
+                    f"a target token within batch.sequence_length={sequence_length}. Raise it, or "
+                    "check data.targets, data.overlong and the chat template."
                 )
             )

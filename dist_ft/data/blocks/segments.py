@@ -1,43 +1,49 @@
-"""Samples to pieces: what becomes of a sample that is longer than a sequence, and what a block holds in the end.
+"""Samples to segments, and the statistics of a block.
 
-Pure. A piece is a run of tokens of one sample that fits into a sequence; most samples are one piece. Pieces with
-nothing to learn are left out. Cuts by `data.overlong`: truncate keeps the start, drop keeps nothing, split goes on in
-further pieces (which costs one target a cut: the first token of a piece has nothing before it to be told from).
+A segment is a run of tokens of one sample that fits into a sequence; most samples are one segment.
+Segments without a target token are left out. `data.overlong` decides what happens to samples that
+are longer than a sequence: truncate keeps the start, drop removes the sample, and split continues
+in further segments (each of which loses one target: nothing precedes its first token). Pure.
+
+P is the number of segments of a block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_ft.config.schema import DataSection
-from dist_ft.data.blocks.token_cache import TokenisedBlock
-from dist_ft.data.sampling.packing import pack
+from dist_ft.data.blocks.token_cache import TokenizedBlock
+from dist_ft.data.sampling.packing import pack_best_fit
 
 
 @dataclass(frozen=True)
-class Measures:
+class BlockStats:
     """The numbers of one block.
 
     Attributes:
-        num_rows: rows that count, those left out too.
-        part_rows: rows of each part, whether they count or not.
-        num_pieces: pieces that are trained on.
-        num_sequences: sequences they make; the same in every epoch.
-        num_tokens: tokens of these pieces.
-        num_targets: tokens learned.
-        num_left_out: rows of which nothing is trained on.
+        num_rows: rows that count (see `max_samples`), including those that are left out.
+        rows_per_range: rows of each shard range, whether they count or not.
+        num_segments: segments that are trained on.
+        num_sequences: sequences of these segments; the same in every epoch.
+        num_tokens: tokens of these segments.
+        num_targets: target tokens.
+        num_left_out: rows without a segment that is trained on.
         num_too_long: rows longer than a sequence.
-        longest, longest_row: tokens of the longest row, and its number.
-        num_bad, first_bad: rows that could not be used, and what was wrong with the first.
+        longest: tokens of the longest row.
+        longest_row: its number.
+        num_bad: rows that could not be used.
+        first_bad: what was wrong with the first of them.
         format: chat, instruction, text or tokens, or the name of the task.
         checksum: of tokens and targets.
     """
 
     num_rows: int
-    part_rows: tuple[int, ...]
-    num_pieces: int
+    rows_per_range: tuple[int, ...]
+    num_segments: int
     num_sequences: int
     num_tokens: int
     num_targets: int
@@ -51,48 +57,95 @@ class Measures:
     checksum: str
 
 
-def pieces_of(
-    block: TokenisedBlock, sequence_length: int, overlong: str, max_rows: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pieces (P, 3) int64 [row, first token, number of tokens] of a block, and their targets (P,) int64.
+class Segments(NamedTuple):
+    """The segments of a block that are trained on.
 
-    Under overlong=error rows are cut as for truncate (`judge` refuses them). Only the first `max_rows` rows count.
+    Attributes:
+        bounds: int64 (P, 3) [row, first token, number of tokens].
+        num_targets: int64 (P,) target tokens of each.
     """
-    lengths = np.diff(block.offsets)[:max_rows]
-    learned = np.concatenate([[0], np.cumsum(block.learned, dtype=np.int64)])
-    rows, first, size = cut(lengths, sequence_length, overlong)
-    start = block.offsets[:-1][rows] + first
-    first_told = (
-        start if block.is_labelled else np.minimum(start + 1, start + size)
-    )  # what comes first, none foretells
-    targets = learned[start + size] - learned[first_told]
-    kept = targets > 0
-    return np.stack([rows, first, size], axis=1)[kept], targets[kept]
+
+    bounds: np.ndarray
+    num_targets: np.ndarray
 
 
-def measure(
-    block: TokenisedBlock, data: DataSection, sequence_length: int, max_rows: int | None = None
-) -> Measures:
-    """Return the numbers of a block."""
-    pieces, targets = pieces_of(block, sequence_length, data.overlong, max_rows)
-    lengths = np.diff(block.offsets)[:max_rows]
-    sequences = (
-        len(pieces)
-        if not data.pack
-        else int(pack(pieces[:, 2], sequence_length).max(initial=-1)) + 1
-    )
-    longest = int(np.argmax(lengths)) if len(lengths) else 0
-    return Measures(
-        num_rows=len(lengths),
-        part_rows=block.part_rows,
-        num_pieces=len(pieces),
-        num_sequences=sequences,
-        num_tokens=int(pieces[:, 2].sum()),
+def split_into_segments(
+    block: TokenizedBlock, sequence_length: int, overlong: str, max_rows: int | None = None
+) -> Segments:
+    """Return the segments of a block.
+
+    With overlong=error, rows are cut as with truncate (`check_index` refuses them later).
+
+    Args:
+        block: the tokenized rows.
+        sequence_length: maximum tokens of a segment.
+        overlong: `data.overlong`.
+        max_rows: only this number of first rows counts; None: all.
+    """
+    row_lengths = np.diff(block.offsets)[:max_rows]
+    bounds = segment_bounds(row_lengths, sequence_length, overlong)
+    row, first, size = bounds.T
+    start = block.offsets[:-1][row] + first
+    stop = start + size
+
+    # A next-token target cannot be a segment's first token, which nothing precedes.
+    first_target = start if block.is_labeled else np.minimum(start + 1, stop)
+
+    targets_before = np.concatenate([[0], np.cumsum(block.is_target, dtype=np.int64)])
+    num_targets = targets_before[stop] - targets_before[first_target]
+    has_target = num_targets > 0
+    return Segments(bounds[has_target], num_targets[has_target])
+
+
+def segment_bounds(row_lengths: np.ndarray, sequence_length: int, overlong: str) -> np.ndarray:
+    """Return the segments of rows, int64 (P, 3) [row, first token, number of tokens].
+
+    Args:
+        row_lengths: (n,) tokens of each row.
+        sequence_length: maximum tokens of a segment.
+        overlong: `data.overlong`.
+    """
+    row_lengths = row_lengths.astype(np.int64)
+    segments_per_row = (row_lengths > 0).astype(np.int64)
+    if overlong == "drop":
+        segments_per_row *= row_lengths <= sequence_length
+    elif overlong == "split":
+        segments_per_row = -(-row_lengths // sequence_length)
+
+    rows = np.repeat(np.arange(len(row_lengths)), segments_per_row)
+    first_of_row = np.cumsum(segments_per_row) - segments_per_row
+    number_in_row = np.arange(len(rows)) - np.repeat(first_of_row, segments_per_row)
+
+    first_token = number_in_row * sequence_length
+    num_tokens = np.minimum(row_lengths[rows] - first_token, sequence_length)
+    return np.stack([rows, first_token, num_tokens], axis=1)
+
+
+def measure_block(
+    block: TokenizedBlock, data: DataSection, sequence_length: int, max_rows: int | None = None
+) -> BlockStats:
+    """Return the statistics of a block; only its first `max_rows` rows count (None: all)."""
+    segments, targets = split_into_segments(block, sequence_length, data.overlong, max_rows)
+    row_lengths = np.diff(block.offsets)[:max_rows]
+
+    if data.pack:
+        sequence_numbers = pack_best_fit(segments[:, 2], sequence_length)
+        num_sequences = int(sequence_numbers.max(initial=-1)) + 1
+    else:
+        num_sequences = len(segments)
+
+    longest_row = int(np.argmax(row_lengths)) if len(row_lengths) else 0
+    return BlockStats(
+        num_rows=len(row_lengths),
+        rows_per_range=block.rows_per_range,
+        num_segments=len(segments),
+        num_sequences=num_sequences,
+        num_tokens=int(segments[:, 2].sum()),
         num_targets=int(targets.sum()),
-        num_left_out=len(lengths) - len(np.unique(pieces[:, 0])),
-        num_too_long=int((lengths > sequence_length).sum()),
-        longest=int(lengths[longest]) if len(lengths) else 0,
-        longest_row=longest,
+        num_left_out=len(row_lengths) - len(np.unique(segments[:, 0])),
+        num_too_long=int((row_lengths > sequence_length).sum()),
+        longest=int(row_lengths[longest_row]) if len(row_lengths) else 0,
+        longest_row=longest_row,
         num_bad=len(block.bad_rows),
         first_bad=block.bad_rows[0] if block.bad_rows else "",
         format=block.format,
@@ -100,12 +153,12 @@ def measure(
     )
 
 
-def nothing_of(found: Measures) -> Measures:
-    """Return the numbers of a block of which no row counts: only what it is made of stays."""
+def without_rows(stats: BlockStats) -> BlockStats:
+    """Return the statistics of a block of which no row counts."""
     return replace(
-        found,
+        stats,
         num_rows=0,
-        num_pieces=0,
+        num_segments=0,
         num_sequences=0,
         num_tokens=0,
         num_targets=0,
@@ -116,19 +169,3 @@ def nothing_of(found: Measures) -> Measures:
         num_bad=0,
         first_bad="",
     )
-
-
-def cut(
-    lengths: np.ndarray, sequence_length: int, overlong: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, first token and number of tokens, each int64 (P,), of the pieces of rows of `lengths` (n,)."""
-    lengths = lengths.astype(np.int64)
-    counts = (lengths > 0).astype(np.int64)
-    if overlong == "drop":
-        counts *= lengths <= sequence_length
-    elif overlong == "split":
-        counts = -(-lengths // sequence_length)
-    rows = np.repeat(np.arange(len(lengths)), counts)
-    turn = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = turn * sequence_length
-    return rows, first, np.minimum(lengths[rows] - first, sequence_length)

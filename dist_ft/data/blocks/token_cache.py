@@ -1,10 +1,15 @@
-"""Tokenised blocks on local disk: made once a node, then mapped into memory by all its workers.
+"""Tokenized blocks on local disk: created once per node, then mapped into memory by its workers.
 
-A cache file is safetensors (tokens, targets, offsets; a checksum in its metadata) under a key of everything that
-decides its content: tokenizer, template, data fields, and for each part its shard's URL, size and version and where it
-is cut. Guarantees: written whole or not at all, checked when opened, rebuilt when damaged, built by one process of a
-machine while the others wait; what was used least goes when there is too much. Nothing in it is needed to resume: an
-empty cache only costs time.
+A cache file is safetensors (tokens, targets, offsets; a checksum in its metadata). Its name is a
+hash of everything that decides its content: tokenizer, template, data fields, and for each range
+its shard's URL, size and version and where it starts and stops.
+
+Guarantees: a file is written whole or not at all, checked when it is opened, and rebuilt when it is
+damaged; one process of a machine builds it while the others wait; the least recently used files are
+removed when there are too many. Nothing in the cache is needed to resume: an empty one only costs
+time.
+
+n is the number of rows of a block, L the sum of their tokens.
 """
 
 from __future__ import annotations
@@ -24,37 +29,35 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.data.batch import IGNORED
+from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.block import Block
-from dist_ft.data.encoding.chat import (
-    DATE,
-    Encoder,
-)
-from dist_ft.data.encoding.encoded import (
-    Encoded,
-)
+from dist_ft.data.encoding.chat import TEMPLATE_DATE, Encoder
+from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import require_fast
 from dist_ft.data.sources.discovery import Shard
 
 FORMAT = 2
-"""Version of cached content; raised when the same inputs give other tokens, targets or layout."""
-MOST_FILES = 65536
-TEMPORARY, STALE_S = ".tmp-", 3600.0
-"""In the names of files being written; one not written to for so long was left by a writer that is no more."""
+"""Version of cached content. Raise it when the same inputs give other tokens, targets or layout."""
+MAX_OPEN_FILES = 65536
+TEMPORARY_SUFFIX = ".tmp-"
+"""In the names of files that are being written."""
+STALE_S = 3600.0
+"""A temporary file that was not written to for this long was left by a killed writer."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TokenisedBlock:
-    """A cached block; `tokens` and `targets` are read from disk as they are touched.
+class TokenizedBlock:
+    """A cached block; `tokens` and `targets` are read from disk on access.
 
     Attributes:
-        tokens: (sum,) int32 token ids.
-        targets: (sum,) uint8: 1 where the token is learned; or int32: what the task wants there, or `IGNORED`.
+        tokens: (L,) int32 token ids.
+        targets: (L,) uint8: 1 where the token is a target; or int32: the task's label there, or
+            `IGNORE_INDEX`.
         offsets: (n + 1,) int64: row i is tokens[offsets[i]:offsets[i + 1]].
         format: chat, instruction, text or tokens; or the name of the task.
-        part_rows: rows of each part.
+        rows_per_range: rows of each shard range.
         bad_rows: what was wrong with rows that were skipped (they have no tokens).
         checksum: of all arrays.
     """
@@ -63,166 +66,180 @@ class TokenisedBlock:
     targets: np.ndarray
     offsets: np.ndarray
     format: str
-    part_rows: tuple[int, ...]
+    rows_per_range: tuple[int, ...]
     bad_rows: tuple[str, ...]
     checksum: str
 
     @property
-    def is_labelled(self) -> bool:
-        """Tell whether targets are labels of a task, not marks of tokens to be told from those before."""
+    def is_labeled(self) -> bool:
+        """Whether targets are labels of a task rather than marks of next-token targets."""
         return self.targets.dtype == np.int32
 
     @property
-    def learned(self) -> np.ndarray:
-        """Return bool (sum,): where something is learned."""
-        return self.targets != IGNORED if self.is_labelled else self.targets.astype(bool)
+    def is_target(self) -> np.ndarray:
+        """The positions with a target, bool (L,)."""
+        return self.targets != IGNORE_INDEX if self.is_labeled else self.targets.astype(bool)
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """Return a hash of all that decides tokens and targets of a row: 32 hexadecimal digits.
+def compute_fingerprint(encoder: Encoder) -> str:
+    """Return a hash of everything that decides a row's tokens and targets: 32 hexadecimal digits.
 
-    The sequence length is no part of it, except for tasks that cut rows themselves: others are cached whole.
+    It does not contain the sequence length, except for tasks that cut rows themselves: other rows
+    are cached whole.
     """
     import xxhash
 
     tokenizer, data = encoder.tokenizer, encoder.data
     require_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.update(
-        truncation=None, padding=None
-    )  # state left by calls, not a property of the tokenizer
-    chosen = data.model_dump(
-        include={"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"}
-    )
-    dates = [DATE.isoformat()] if "strftime_now" in str(tokenizer.chat_template) else []
-    parts = [
+    # these are left behind by calls and do not belong to the tokenizer
+    backend.update(truncation=None, padding=None)
+
+    data_fields = {"format", "fields", "prompt_template", "system_prompt", "targets", "bad_rows"}
+    components: list[Any] = [
         FORMAT,
         backend,
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
-        chosen,
-        *dates,
-        *([encoder.recipe] if encoder.recipe else []),
+        data.model_dump(include=data_fields),
     ]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+    if "strftime_now" in str(tokenizer.chat_template):
+        components.append(TEMPLATE_DATE.isoformat())
+    if encoder.recipe:
+        components.append(encoder.recipe)
+
+    encoded = json.dumps(components, sort_keys=True, default=str).encode()
+    return xxhash.xxh3_128_hexdigest(encoded)
 
 
-def key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -> str:
-    """Return the name of a block's cache file, without suffix."""
+def cache_key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -> str:
+    """Return the name of a block's cache file, without its suffix."""
     import xxhash
 
-    parts = [
-        (
-            shards[part.shard].url,
-            shards[part.shard].size,
-            shards[part.shard].version,
-            part.start,
-            part.stop,
-        )
-        for part in block.parts
-    ]
-    return xxhash.xxh3_128_hexdigest(json.dumps([encoder_fingerprint, parts]).encode())
+    ranges = []
+    for shard_range in block.ranges:
+        shard = shards[shard_range.shard]
+        identity = (shard.url, shard.size, shard.version, shard_range.start, shard_range.stop)
+        ranges.append(identity)
+    return xxhash.xxh3_128_hexdigest(json.dumps([encoder_fingerprint, ranges]).encode())
 
 
-def write_block(path: Path, encoded: Encoded, limit_bytes: float = float("inf")) -> None:
-    """Write a cache file beside its place and rename it there; make room first where there is too much or too little.
+def write_block(path: Path, encoded: EncodedRows, limit_bytes: float = float("inf")) -> None:
+    """Write a cache file to a temporary name and rename it.
+
+    Other blocks are evicted first if the cache would exceed `limit_bytes`, or all of them if the
+    disk is full.
 
     Raises:
-        OSError: it can not be written, even after all other blocks were removed.
+        OSError: the file cannot be written, even after all other blocks were removed.
     """
     from safetensors.numpy import save
 
     arrays = {"offsets": encoded.offsets, "tokens": encoded.tokens, "targets": encoded.targets}
-    about = {
+    metadata = {
         "format": encoded.format,
-        "part_rows": json.dumps(encoded.part_rows),
+        "part_rows": json.dumps(encoded.rows_per_range),
         "bad_rows": json.dumps(encoded.bad_rows),
     }
-    body = save(arrays, metadata={**about, "checksum": checksum(arrays, about)})
+    checksum = compute_checksum(arrays, metadata)
+    body = save(arrays, metadata={**metadata, "checksum": checksum})
+
     evict(path.parent, limit_bytes - len(body))
     try:
-        _place(path, body)
+        _write_atomically(path, body)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not evict(path.parent, 0):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full or not evict(path.parent, 0):
             raise
-        _place(path, body)
+        _write_atomically(path, body)
 
 
-def _place(path: Path, body: bytes) -> None:
-    temporary = path.with_suffix(f"{TEMPORARY}{os.getpid()}")
+def _write_atomically(path: Path, body: bytes) -> None:
+    temporary = path.with_suffix(f"{TEMPORARY_SUFFIX}{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(
-                body
-            )  # not forced to disk: a torn file shows by its checksum, and is made again
+            # Not forced to disk: the checksum reveals a torn file, which is then rebuilt.
+            file.write(body)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def evict(folder: Path, limit_bytes: float) -> int:
-    """Remove least recently used blocks until the others hold at most `limit_bytes`; return how many went.
+    """Remove least recently used blocks until the rest holds at most `limit_bytes`.
 
-    A block that a process has mapped stays readable to it. What killed writers left goes too.
+    A block that a process has mapped stays readable to it. Files that killed writers left behind
+    are removed too.
+
+    Returns:
+        The number of removed blocks.
     """
     if limit_bytes == float("inf"):
         return 0
-    found = []
-    for item in os.scandir(folder):
+
+    blocks = []  # (time of last use, bytes, path)
+    for entry in os.scandir(folder):
         try:
-            about = item.stat()
+            status = entry.stat()
         except FileNotFoundError:
             continue
-        if item.name.endswith(".safetensors"):
-            found.append((about.st_mtime, about.st_size, item.path))
-        elif TEMPORARY in item.name and about.st_mtime < time.time() - STALE_S:
-            Path(item.path).unlink(missing_ok=True)
-    total, removed = sum(size for _, size, _ in found), 0
-    for _, size, path in sorted(found):
-        if total <= limit_bytes:
+        is_stale = status.st_mtime < time.time() - STALE_S
+        if entry.name.endswith(".safetensors"):
+            blocks.append((status.st_mtime, status.st_size, entry.path))
+        elif TEMPORARY_SUFFIX in entry.name and is_stale:
+            Path(entry.path).unlink(missing_ok=True)
+
+    total_bytes = sum(size for _, size, _ in blocks)
+    num_removed = 0
+    for _, size, path in sorted(blocks):
+        if total_bytes <= limit_bytes:
             break
         Path(path).unlink(missing_ok=True)
-        total, removed = total - size, removed + 1
-    return removed
+        total_bytes -= size
+        num_removed += 1
+    return num_removed
 
 
-def most_open(wanted: int) -> int:
-    """Return how many blocks a store may hold open: `wanted`, or a quarter of the files this process may open.
+def max_open_blocks(requested: int) -> int:
+    """Return how many blocks a store may hold open.
 
-    Each costs a file descriptor. The soft limit is raised as far as the hard one allows, to `MOST_FILES` at most.
+    That is `requested`, but at most a quarter of the files this process may open, as each block
+    costs a file descriptor. The soft limit is raised as far as the hard one allows, up to
+    `MAX_OPEN_FILES`.
     """
     soft, hard = (
-        MOST_FILES if limit == resource.RLIM_INFINITY else limit
+        MAX_OPEN_FILES if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    if soft < min(hard, MOST_FILES):
-        soft = min(hard, MOST_FILES)
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        )
-    return min(wanted, max(1, soft // 4))
+    if soft < min(hard, MAX_OPEN_FILES):
+        soft = min(hard, MAX_OPEN_FILES)
+        hard_as_set = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard_as_set))
+    return min(requested, max(1, soft // 4))
 
 
-def load_block(path: Path, check: bool = True) -> TokenisedBlock | None:
-    """Map a cache file; None if there is none, or it is damaged (it is then removed)."""
+def load_block(path: Path, check: bool = True) -> TokenizedBlock | None:
+    """Map a cache file; return None if there is none, or if it is damaged (it is then removed)."""
     try:
-        found = read_block(path, check)
-        with suppress(OSError):  # of another user, or on a file system that is read only
-            os.utime(path)  # for `evict`
-        return found
+        block = read_block(path, check)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s: the cached block is damaged (%s); it is made again", path, error)
+        log.warning("%s: the cached block is damaged (%s); it is rebuilt", path, error)
         path.unlink(missing_ok=True)
         return None
 
+    # Mark it as used, for `evict`; not possible for another user's file or a read-only disk.
+    with suppress(OSError):
+        os.utime(path)
+    return block
 
-def read_block(path: Path, check: bool = True) -> TokenisedBlock:
-    """Map a cache file into memory, and with `check` compare its checksum (which reads it all).
+
+def read_block(path: Path, check: bool = True) -> TokenizedBlock:
+    """Map a cache file into memory; `check` compares its checksum, which reads all of it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         ValueError, KeyError, TypeError: it is damaged.
     """
     with open(path, "rb") as file:
@@ -231,45 +248,42 @@ def read_block(path: Path, check: bool = True) -> TokenisedBlock:
     if start > len(mapped):
         raise ValueError("the header is cut off")
     header = json.loads(mapped[8:start])
+
+    target_dtype = "<i4" if header["targets"]["dtype"] == "I32" else "u1"
+    dtypes = {"offsets": "<i8", "tokens": "<i4", "targets": target_dtype}
     arrays = {
-        name: _view(mapped, start, header[name], dtype)
-        for name, dtype in (
-            ("offsets", "<i8"),
-            ("tokens", "<i4"),
-            ("targets", "<i4" if header["targets"]["dtype"] == "I32" else "u1"),
-        )
+        name: _map_array(mapped, start, header[name], dtype) for name, dtype in dtypes.items()
     }
-    about = dict(header["__metadata__"])
-    stored = about.pop("checksum")
-    if check and checksum(arrays, about) != stored:
+
+    metadata = dict(header["__metadata__"])
+    checksum = metadata.pop("checksum")
+    if check and compute_checksum(arrays, metadata) != checksum:
         raise ValueError("the checksum differs")
-    return TokenisedBlock(
-        arrays["tokens"],
-        arrays["targets"],
-        arrays["offsets"],
-        about["format"],
-        tuple(json.loads(about["part_rows"])),
-        tuple(json.loads(about["bad_rows"])),
-        stored,
+    return TokenizedBlock(
+        tokens=arrays["tokens"],
+        targets=arrays["targets"],
+        offsets=arrays["offsets"],
+        format=metadata["format"],
+        rows_per_range=tuple(json.loads(metadata["part_rows"])),
+        bad_rows=tuple(json.loads(metadata["bad_rows"])),
+        checksum=checksum,
     )
 
 
-def _view(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:
-    """Return a tensor of a safetensors file as a view of the mapping."""
-    begin, end = entry["data_offsets"]
-    count = (end - begin) // np.dtype(dtype).itemsize
-    return (
-        np.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
-        if count
-        else np.empty(0, dtype)
-    )
+def _map_array(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:
+    """Return a tensor of a safetensors file as a view of the mapping, which starts at `start`."""
+    first, last = entry["data_offsets"]
+    count = (last - first) // np.dtype(dtype).itemsize
+    if not count:
+        return np.empty(0, dtype)
+    return np.frombuffer(mapped, dtype=dtype, count=count, offset=start + first)
 
 
-def checksum(arrays: dict[str, np.ndarray], about: dict[str, str]) -> str:
-    """Return the checksum of a block: of its arrays, and of what is said about them."""
+def compute_checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Return the checksum of a block's arrays and metadata."""
     import xxhash
 
-    digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True).encode())
+    digest = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
     for name in ("offsets", "tokens", "targets"):
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

@@ -87,9 +87,7 @@ def iter_encoded_blocks(
         StorageError: storage does not respond.
     """
     numbered_ranges = [
-        (number, shard_range)
-        for number, block in enumerate(blocks)
-        for shard_range in block.ranges
+        (number, shard_range) for number, block in enumerate(blocks) for shard_range in block.ranges
     ]
     num_ranges_left = [len(block.ranges) for block in blocks]
     encoded: list[EncodedRows] = []  # of the current block

@@ -1,4 +1,4 @@
-"""Tokeniser processes beside training: started when first needed, one task at a time each."""
+"""Tokenizer processes next to training: started on first use, with one task at a time each."""
 
 from __future__ import annotations
 
@@ -16,23 +16,32 @@ from typing import Any
 
 from dist_ft.core import errors
 from dist_ft.core.errors import DataError, DistFtError, StorageError
-from dist_ft.data.blocks.token_cache import fingerprint
+from dist_ft.data.blocks.token_cache import compute_fingerprint
+from dist_ft.data.blocks.tokenize_blocks import BlockTask, Setup, TaskResult
 from dist_ft.data.encoding.chat import Encoder
 
-TRIES = 2
+MAX_TRIES = 2
 
 
-class TokeniserPool:
-    """Up to `size` processes that put blocks into the cache."""
+class TokenizerPool:
+    """Up to `size` processes that write blocks to the cache."""
 
     def __init__(
         self, size: int, encoder: Encoder, limit_bytes: float, options: Mapping[str, Any]
     ) -> None:
-        """Assign only; `options` are those of storage.options."""
+        """Store the settings; start nothing yet.
+
+        Args:
+            size: maximum number of processes.
+            encoder: what the processes encode rows with.
+            limit_bytes: limit of the cache.
+            options: `storage.options`.
+        """
         self.size = size
         self._encoder = encoder
         self._limit_bytes = limit_bytes
         self._options = dict(options)
+        # None stands for a process that is not started yet
         self._idle: LifoQueue[subprocess.Popen[str] | None] = LifoQueue()
         for _ in range(size):
             self._idle.put(None)
@@ -41,36 +50,44 @@ class TokeniserPool:
         self._closed = False
         self._lock = Lock()
 
-    def run(self, task: Mapping[str, Any]) -> None:
-        """Have a process do a task (`tokenise.pack_task`) and wait for it. Safe over threads.
+    def run(self, task: BlockTask) -> None:
+        """Run a task (see `tokenize_blocks.create_task`) in a process and wait for it.
+
+        Safe over threads.
 
         Raises:
-            DistFtError: what the process met; StorageError if processes die of it (as one that runs out of memory), or
-                if the pool was closed.
+            DistFtError: raised in the process; StorageError if processes die (for example, without
+                memory) or the pool was closed.
+            OSError: raised in the process.
         """
-        process, answer = self._idle.get(), None
+        process = self._idle.get()
+        result = None
         try:
-            for _ in range(TRIES):
+            for _ in range(MAX_TRIES):
                 if process is None or process.poll() is not None:
                     process = self._start()
-                answer = self._ask(process, json.dumps(task))
-                if answer is not None:
+                result = self._send(process, json.dumps(task))
+                if result is not None:
                     break
                 process.wait()
         finally:
             self._idle.put(process)
-        if answer is None:
+
+        if result is None:
             assert process is not None
             raise StorageError(
-                f"data: the tokeniser process died {TRIES} times (last exit code "
-                f"{process.returncode}); it may need more memory; lower data.block_mib, or set "
-                "data.tokenizer_processes=0 to see its error"
+                f"data: the tokenizer process died {MAX_TRIES} times (last exit code "
+                f"{process.returncode}). It may need more memory. Lower data.block_mib, or set "
+                "data.tokenizer_processes=0 to see its error."
             )
-        if "error" in answer:
-            raise _error(*answer["error"])
+        if "error" in result:
+            raise _restore_error(*result["error"])
 
     def close(self) -> None:
-        """End the processes. Tasks under way are not waited for: `run` raises, and no process is started any more."""
+        """End the processes without waiting for their tasks.
+
+        `run` raises from now on, and no process is started.
+        """
         with self._lock:
             self._closed = True
             for process in self._started:
@@ -81,7 +98,7 @@ class TokeniserPool:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> subprocess.Popen[str]:
-        """Return a new process, which `close` knows of.
+        """Start a process and register it for `close`.
 
         Raises:
             StorageError: the pool is closed.
@@ -89,8 +106,8 @@ class TokeniserPool:
         with self._lock:
             if self._closed:
                 raise StorageError(
-                    "data: the tokeniser processes were ended while blocks were asked for; none is made "
-                    "once a run closes; start it again"
+                    "data: the tokenizer processes were stopped while blocks were requested. A run "
+                    "that closes tokenizes no more blocks. Start the run again."
                 )
             if self._folder is None:
                 self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
@@ -100,36 +117,38 @@ class TokeniserPool:
             return self._started[-1]
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
-        data = self._encoder.data
-        setup = {
-            "tokenizer": folder,
-            "data": data.model_dump(mode="json"),
-            "limit_bytes": self._limit_bytes,
-            "options": self._options,
-            "fingerprint": fingerprint(self._encoder),
-            **self._encoder.recipe,
+        setup = Setup(
+            tokenizer=folder,
+            data=self._encoder.data.model_dump(mode="json"),
+            limit_bytes=self._limit_bytes,
+            options=self._options,
+            fingerprint=compute_fingerprint(self._encoder),
+            recipe=dict(self._encoder.recipe),
+        )
+        package_parent = str(Path(__file__).resolve().parents[3])
+        python_path = os.pathsep.join(
+            [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": python_path,
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
         }
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
             [sys.executable, "-m", "dist_ft.data.blocks.tokenize_blocks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "TOKENIZERS_PARALLELISM": "false",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
+            env=environment,
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(setup) + "\n")
         return process
 
     @staticmethod
-    def _ask(process: subprocess.Popen[str], task: str) -> dict[str, Any] | None:
-        """Return the answer to a task, or None if the process died."""
+    def _send(process: subprocess.Popen[str], task: str) -> TaskResult | None:
+        """Return the result of a task, or None if the process died."""
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(task + "\n")
@@ -140,9 +159,9 @@ class TokeniserPool:
         return json.loads(line) if line else None
 
 
-def _error(kind: str, text: str) -> Exception:
-    """Return the error a process told of."""
-    if kind == "OSError":
-        return OSError(text)
-    found = getattr(errors, kind, DataError)
-    return found(text) if issubclass(found, DistFtError) else DataError(text)
+def _restore_error(name: str, message: str) -> Exception:
+    """Return the error that a process reported by its type's name."""
+    if name == "OSError":
+        return OSError(message)
+    error_type = getattr(errors, name, DataError)
+    return error_type(message) if issubclass(error_type, DistFtError) else DataError(message)

@@ -1,12 +1,12 @@
-"""Cutting: no token twice, none lost but where the policy says so."""
+"""Segments: no token occurs twice, and tokens are lost only where the policy allows it."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.data.data_helpers import data_section
 
-from dist_ft.data.blocks.segments import cut, measure, pieces_of
-from dist_ft.data.blocks.token_cache import TokenisedBlock
+from dist_ft.data.blocks.segments import measure_block, segment_bounds, split_into_segments
+from dist_ft.data.blocks.token_cache import TokenizedBlock
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=30).map(
     lambda values: np.array(values, dtype=np.int64)
@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(0, 50), max_size=30).map(
 
 @given(LENGTHS, st.integers(1, 20))
 def test_split_covers_every_token_once(lengths, capacity):
-    rows, first, size = cut(lengths, capacity, "split")
+    rows, first, size = segment_bounds(lengths, capacity, "split").T
     assert (size >= 1).all() and (size <= capacity).all()
     covered = [
         (row, start + i)
@@ -26,27 +26,27 @@ def test_split_covers_every_token_once(lengths, capacity):
 
 
 @given(LENGTHS, st.integers(1, 20))
-def test_truncate_and_drop(lengths, capacity):
-    rows, first, size = cut(lengths, capacity, "truncate")
+def test_truncate_cuts_and_drop_removes_long_rows(lengths, capacity):
+    rows, first, size = segment_bounds(lengths, capacity, "truncate").T
     assert rows.tolist() == np.flatnonzero(lengths).tolist() and not first.any()
     assert size.tolist() == [min(n, capacity) for n in lengths if n]
-    rows, first, size = cut(lengths, capacity, "drop")
+    rows, first, size = segment_bounds(lengths, capacity, "drop").T
     assert rows.tolist() == [i for i, n in enumerate(lengths) if 0 < n <= capacity]
     assert size.tolist() == [n for n in lengths if 0 < n <= capacity]
 
 
-def test_measures_by_hand():
-    """Rows of 3, 0, 5 and 2 tokens; the targets of a piece leave out its first token."""
+def test_block_stats_of_a_known_block():
+    """Rows of 3, 0, 5 and 2 tokens; the first token of a segment is not a target."""
     targets = np.array([0, 1, 1, 1, 0, 0, 0, 1, 1, 0], dtype=np.uint8)
-    block = TokenisedBlock(
+    block = TokenizedBlock(
         np.arange(10, dtype=np.int32), targets, np.array([0, 3, 3, 8, 10]), "text", (4,), (), ""
     )
-    pieces, counts = pieces_of(block, 4, "split")
-    assert pieces.tolist() == [[0, 0, 3]] and counts.tolist() == [2]
-    pieces, counts = pieces_of(block, 5, "truncate")
-    assert pieces.tolist() == [[0, 0, 3], [2, 0, 5]] and counts.tolist() == [2, 1]
-    found = measure(block, data_section(overlong="truncate"), 4)
-    assert (found.num_rows, found.num_pieces, found.num_sequences, found.num_left_out) == (
+    segments, num_targets = split_into_segments(block, 4, "split")
+    assert segments.tolist() == [[0, 0, 3]] and num_targets.tolist() == [2]
+    segments, num_targets = split_into_segments(block, 5, "truncate")
+    assert segments.tolist() == [[0, 0, 3], [2, 0, 5]] and num_targets.tolist() == [2, 1]
+    found = measure_block(block, data_section(overlong="truncate"), 4)
+    assert (found.num_rows, found.num_segments, found.num_sequences, found.num_left_out) == (
         4,
         1,
         1,
@@ -59,4 +59,4 @@ def test_measures_by_hand():
         found.longest,
         found.longest_row,
     ) == (3, 2, 1, 5, 2)
-    assert measure(block, data_section(overlong="truncate"), 4, max_rows=0).num_sequences == 0
+    assert measure_block(block, data_section(overlong="truncate"), 4, max_rows=0).num_sequences == 0

@@ -1,4 +1,4 @@
-"""The cache files: plain, checked, made again when damaged, and made to fit."""
+"""The cache files: plain safetensors, checked, rebuilt when damaged, and limited in size."""
 
 import errno
 import os
@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 from unit.data.data_helpers import data_section
 
-from dist_ft.data.block import Block, Part
+from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks import token_cache as module
-from dist_ft.data.blocks.token_cache import evict, fingerprint, key, load_block, write_block
+from dist_ft.data.blocks.token_cache import (
+    cache_key,
+    compute_fingerprint,
+    evict,
+    load_block,
+    write_block,
+)
 from dist_ft.data.encoding.chat import (
     Encoder,
 )
 from dist_ft.data.encoding.encoded import (
-    Encoded,
+    EncodedRows,
 )
 from dist_ft.data.sources.discovery import Shard
 
-ENCODED = Encoded(
+ENCODED = EncodedRows(
     np.arange(6, dtype=np.int32),
     np.array([0, 1, 1, 0, 1, 1], np.uint8),
     np.array([0, 2, 6]),
@@ -31,12 +37,12 @@ ENCODED = Encoded(
 SHARD = Shard("s3://b/a.jsonl", "jsonl", 100, "v1")
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_written_block_is_read_unchanged(tmp_path):
     write_block(tmp_path / "a.safetensors", ENCODED)
     found = load_block(tmp_path / "a.safetensors")
     for name in ("tokens", "targets", "offsets"):
         assert np.array_equal(getattr(found, name), getattr(ENCODED, name))
-    assert (found.format, found.part_rows, found.bad_rows) == ("text", (1, 1), ("row 9: no",))
+    assert (found.format, found.rows_per_range, found.bad_rows) == ("text", (1, 1), ("row 9: no",))
 
 
 def test_file_is_plain_safetensors(tmp_path):
@@ -58,15 +64,15 @@ def test_file_is_plain_safetensors(tmp_path):
         lambda body: bytes(len(body)),
     ],
 )
-def test_damaged_file_counts_as_none(tmp_path, damage, caplog):
+def test_damaged_file_is_removed(tmp_path, damage, caplog):
     path = tmp_path / "a.safetensors"
     write_block(path, ENCODED)
     path.write_bytes(damage(path.read_bytes()))
     assert load_block(path) is None and not path.exists()
-    assert "the cached block is damaged" in caplog.text and "it is made again" in caplog.text
+    assert "the cached block is damaged" in caplog.text and "it is rebuilt" in caplog.text
 
 
-def fill(folder, count=5):
+def write_blocks(folder, count=5):
     paths = [folder / f"{i}.safetensors" for i in range(count)]
     for age, path in enumerate(paths):
         write_block(path, ENCODED)
@@ -74,56 +80,60 @@ def fill(folder, count=5):
     return paths
 
 
-def test_least_recently_used_goes_first(tmp_path):
-    paths = fill(tmp_path)
+def test_least_recently_used_blocks_are_evicted_first(tmp_path):
+    paths = write_blocks(tmp_path)
     load_block(paths[0])  # used just now
     assert evict(tmp_path, 2 * paths[0].stat().st_size) == 3
     assert [path.exists() for path in paths] == [True, False, False, False, True]
 
 
-def test_writing_keeps_to_the_limit(tmp_path):
-    paths = fill(tmp_path)
+def test_writing_stays_within_the_limit(tmp_path):
+    paths = write_blocks(tmp_path)
     size = paths[0].stat().st_size
     write_block(tmp_path / "new.safetensors", ENCODED, 3 * size)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3 * size
     assert (tmp_path / "new.safetensors").exists()
 
 
-def test_fault_18_a_full_disk_evicts_and_tries_again(tmp_path, monkeypatch):
-    paths, place = fill(tmp_path), module._place
+def test_fault_18_full_disk_evicts_blocks_and_retries(tmp_path, monkeypatch):
+    paths, write = write_blocks(tmp_path), module._write_atomically
     calls = []
 
     def full_once(path, body):
         calls.append(path)
         if len(calls) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        place(path, body)
+        write(path, body)
 
-    monkeypatch.setattr(module, "_place", full_once)
+    monkeypatch.setattr(module, "_write_atomically", full_once)
     write_block(tmp_path / "new.safetensors", ENCODED)
     assert load_block(tmp_path / "new.safetensors") is not None and not any(
         path.exists() for path in paths
     )
     monkeypatch.setattr(
-        module, "_place", lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        module,
+        "_write_atomically",
+        lambda path, body: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")),
     )
     (tmp_path / "new.safetensors").unlink()
     with pytest.raises(OSError, match="full"):
         write_block(tmp_path / "new.safetensors", ENCODED)
 
 
-def test_fingerprint_follows_what_matters(tokenizer):
-    base = fingerprint(Encoder(tokenizer, data_section()))
+def test_fingerprint_depends_on_what_decides_tokens(tokenizer):
+    base = compute_fingerprint(Encoder(tokenizer, data_section()))
     tokenizer("a b c", max_length=2, truncation=True)
-    assert fingerprint(Encoder(tokenizer, data_section())) == base, (
-        "state of a call is no property of the tokenizer"
+    assert compute_fingerprint(Encoder(tokenizer, data_section())) == base, (
+        "state left by a call does not belong to the tokenizer"
     )
     assert (
-        fingerprint(Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8)))
+        compute_fingerprint(
+            Encoder(tokenizer, data_section(shuffle=False, overlong="drop", block_mib=8))
+        )
         == base
     )
     others = {
-        fingerprint(Encoder(tokenizer, data_section(**values)))
+        compute_fingerprint(Encoder(tokenizer, data_section(**values)))
         for values in (
             {"targets": "all"},
             {"format": "chat"},
@@ -134,15 +144,15 @@ def test_fingerprint_follows_what_matters(tokenizer):
         )
     }
     tokenizer.chat_template += " "
-    others.add(fingerprint(Encoder(tokenizer, data_section())))
+    others.add(compute_fingerprint(Encoder(tokenizer, data_section())))
     tokenizer.add_tokens(["<extra>"])
-    others.add(fingerprint(Encoder(tokenizer, data_section())))
+    others.add(compute_fingerprint(Encoder(tokenizer, data_section())))
     assert len(others | {base}) == 9
 
 
-def test_key_follows_shard_and_cut():
+def test_cache_key_depends_on_shard_and_range():
     def name(shard=SHARD, start=0, stop=50):
-        return key("fp", Block(0, (Part(0, start, stop, 50),)), [shard])
+        return cache_key("fp", Block(0, (ShardRange(0, start, stop, 50),)), [shard])
 
     names = {
         name(),
@@ -150,28 +160,28 @@ def test_key_follows_shard_and_cut():
         name(replace(SHARD, size=1)),
         name(start=1),
         name(stop=51),
-        key("other", Block(0, (Part(0, 0, 50, 50),)), [SHARD]),
+        cache_key("other", Block(0, (ShardRange(0, 0, 50, 50),)), [SHARD]),
     }
     assert len(names) == 6
-    assert name() == key("fp", Block(3, (Part(0, 0, 50, 1),)), [SHARD]), (
-        "neither source nor estimate decides content"
+    assert name() == cache_key("fp", Block(3, (ShardRange(0, 0, 50, 1),)), [SHARD]), (
+        "source and estimated size do not decide the content"
     )
 
 
-def test_the_fixed_date_is_part_of_what_matters(tokenizer, monkeypatch):
-    plain = fingerprint(Encoder(tokenizer, data_section()))
+def test_fingerprint_depends_on_the_template_date(tokenizer, monkeypatch):
+    plain = compute_fingerprint(Encoder(tokenizer, data_section()))
     dated = tokenizer.chat_template + "{{ strftime_now('%Y') }}"
     tokenizer.chat_template = dated
-    before = fingerprint(Encoder(tokenizer, data_section()))
-    monkeypatch.setattr(module, "DATE", module.DATE.replace(year=1999))
-    assert fingerprint(Encoder(tokenizer, data_section())) != before
+    before = compute_fingerprint(Encoder(tokenizer, data_section()))
+    monkeypatch.setattr(module, "TEMPLATE_DATE", module.TEMPLATE_DATE.replace(year=1999))
+    assert compute_fingerprint(Encoder(tokenizer, data_section())) != before
     tokenizer.chat_template = dated.removesuffix("{{ strftime_now('%Y') }}")
-    assert fingerprint(Encoder(tokenizer, data_section())) == plain, (
-        "where no date is asked for, none matters"
+    assert compute_fingerprint(Encoder(tokenizer, data_section())) == plain, (
+        "without a date in the template, the date does not matter"
     )
 
 
-def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):
+def test_file_whose_times_cannot_be_set_is_read(tmp_path, monkeypatch):
     write_block(tmp_path / "a.safetensors", ENCODED)
     monkeypatch.setattr(
         module.os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(1, "not yours"))
@@ -179,7 +189,7 @@ def test_a_file_that_can_not_be_touched_is_read(tmp_path, monkeypatch):
     assert load_block(tmp_path / "a.safetensors") is not None
 
 
-def test_what_killed_writers_left_goes(tmp_path):
+def test_files_of_killed_writers_are_removed(tmp_path):
     old, new = tmp_path / "a.tmp-17", tmp_path / "b.tmp-18"
     for path, age_s in ((old, 7200), (new, 60)):
         path.write_bytes(b"x")
@@ -188,13 +198,13 @@ def test_what_killed_writers_left_goes(tmp_path):
     assert not old.exists() and new.exists()
 
 
-def test_open_blocks_stay_within_the_files_a_process_may_open(monkeypatch):
+def test_open_blocks_respect_the_limit_of_open_files(monkeypatch):
     limits = [1024, 4096]
     monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
     monkeypatch.setattr(
         module.resource, "setrlimit", lambda kind, both: limits.__setitem__(slice(2), both)
     )
-    assert module.most_open(100) == 100 and limits == [4096, 4096]
-    assert module.most_open(5000) == 1024
+    assert module.max_open_blocks(100) == 100 and limits == [4096, 4096]
+    assert module.max_open_blocks(5000) == 1024
     limits[:] = [module.resource.RLIM_INFINITY] * 2
-    assert module.most_open(5000) == 5000 and limits[0] == module.resource.RLIM_INFINITY
+    assert module.max_open_blocks(5000) == 5000 and limits[0] == module.resource.RLIM_INFINITY
