@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dist_ft.runs.report import Report
     from dist_ft.training.callbacks import Callback
     from dist_ft.training.result import Result
+    from dist_ft.workflows.search_report import SearchReport
+    from dist_ft.workflows.stages_report import StagesReport
 
 
 class WrittenShards(NamedTuple):
@@ -178,7 +180,7 @@ def stages(
     *,
     skip_check: bool = False,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> StagesReport:
     """Run or resume the stages in a YAML file; return the matrix of what the model retains.
 
     Args:
@@ -197,7 +199,7 @@ def stages(
 
 def tune(
     config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+) -> SearchReport:
     """Run or resume the search in `search` over the config file `config`; return its trials.
 
     Args:

@@ -1,7 +1,7 @@
-"""The door to Ray Tune: trials as processes of a Ray cluster, values by grid, random draw or Optuna, early stopping.
+"""Trials on Ray Tune: one process for each, grid, random or Optuna search, early stopping.
 
-Each trial is an ordinary run in a process of its own. Nothing that Ray Tune writes is read again: what is known of
-trials that are over comes from `runtime.search`, and is told to Optuna and to the scheduler anew.
+The only module that imports `ray.tune`. Nothing that Ray Tune writes is read again: finished trials
+come from `workflows.search`, and are reported to Optuna and to the scheduler again.
 """
 
 from __future__ import annotations
@@ -20,241 +20,260 @@ from dist_ft.runtime.ray_backend.driver import connected
 from dist_ft.runtime.ray_backend.placement import worker_resources
 
 if TYPE_CHECKING:
-    from dist_ft.workflows.trial import (
-        Trial,
-    )
+    from dist_ft.workflows.trial import Trial
 
 STEP, VALUE = "step", "value"
-"""What a trial reports: the step of an evaluation, the best value of checkpoint.best_by up to it."""
+"""What a trial reports: step of an evaluation, best value of checkpoint.best_by up to it."""
+NO_STEP_LIMIT = 10**9
+
+
+class TrialListener(Protocol):
+    """Receives the events of trials, in the process of the search."""
+
+    def on_start(self, number: int, values: dict[str, Any]) -> None:
+        """Trial `number` starts."""
+
+    def on_evaluation(self, number: int, step: int, value: float) -> None:
+        """Trial `number` was evaluated; `value` is its best so far."""
+
+    def on_end(self, number: int, failed: bool) -> None:
+        """Trial `number` has ended."""
 
 
 def run(
-    search: Search, base: RunConfig, over: Sequence[Trial], again: Sequence[Trial], told: Watcher
+    search: Search,
+    base: RunConfig,
+    finished: Sequence[Trial],
+    unfinished: Sequence[Trial],
+    listener: TrialListener,
 ) -> None:
-    """Run the trials of a search that are not over yet, until all are.
+    """Run the trials of a search that are not finished.
 
     Args:
         search: the search.
-        base: the config of a trial, for what all have in common.
-        over: trials that need not run again.
-        again: trials that began and are not over: they run first, with their values.
-        told: hears of trials, in this process.
+        base: config of a trial, for the fields that all trials share.
+        finished: trials that are not run again.
+        unfinished: started trials. They run first, with their values.
+        listener: receives the events of trials.
     """
     section = search.section
-    mode = "min" if base.checkpoint.best_by in LOWER_IS_BETTER else "max"
-    left = section.num_trials - len(over)
-    if left <= 0:
+    num_left = section.num_trials - len(finished)
+    if num_left <= 0:
         return
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is a KeyboardInterrupt, as elsewhere
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `told` says what failed, in a line
+
+    _configure_ray_tune()
+    mode = "min" if base.checkpoint.best_by in LOWER_IS_BETTER else "max"
     with connected(base), tempfile.TemporaryDirectory(prefix="dist-ft-tune-") as scratch:
         import ray.tune as tune
 
-        trainable = tune.with_resources(
-            _trial(search),
-            {
-                **worker_resources(base),
-                "cpu": base.cluster.cpus_per_worker,
-                "gpu": base.cluster.gpus_per_worker,
-            },
-        )
-        space, searcher = _searcher(section, mode, over, again)
+        resources = {
+            **worker_resources(base),
+            "cpu": base.cluster.cpus_per_worker,
+            "gpu": base.cluster.gpus_per_worker,
+        }
+        if section.search == "optuna":
+            space: dict[str, Any] = {}
+            searcher = _optuna_searcher(section, mode, finished, unfinished)
+            num_samples = num_left
+        else:
+            space = {"trial": tune.grid_search(_remaining_points(section, finished))}
+            searcher = None
+            num_samples = 1
         tune.Tuner(
-            trainable,
+            tune.with_resources(_trainable(search), resources),
             param_space=space,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=_scheduler(section, base, mode, over),
+                scheduler=_scheduler(section, base, mode, finished),
                 max_concurrent_trials=section.max_concurrent,
-                num_samples=1 if space else left,
+                num_samples=num_samples,
             ),
             run_config=tune.RunConfig(
-                name=section.name, storage_path=scratch, verbose=0, callbacks=[_callback(told)]
+                name=section.name, storage_path=scratch, verbose=0, callbacks=[_callback(listener)]
             ),
         ).fit()
 
 
-class Watcher(Protocol):
-    """Hears of trials."""
-
-    def began(self, number: int, values: dict[str, Any]) -> None:
-        """Trial `number` starts."""
-
-    def reported(self, number: int, step: int, value: float) -> None:
-        """Trial `number` was evaluated; `value` is its best so far."""
-
-    def ended(self, number: int, failed: bool) -> None:
-        """Trial `number` is over."""
+def _configure_ray_tune() -> None:
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # so that Ctrl-C raises KeyboardInterrupt
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the listener reports failures
 
 
-def _trial(search: Search) -> Callable[[dict[str, Any]], None]:
-    """Return what a process of Ray Tune runs: one trial."""
+def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
+    """Return the function that a process of Ray Tune runs: one trial."""
     folder = os.getcwd()
 
-    def trial(given: dict[str, Any]) -> None:
+    def train(params: dict[str, Any]) -> None:
         import ray.tune as tune
 
-        from dist_ft.workflows.trial import (
-            run_trial,
-        )
+        from dist_ft.workflows.trial import run_trial
 
         if os.path.isdir(folder):
             os.chdir(folder)
-        config = search.config(given["trial"]["values"], given["trial"]["number"])
+        config = search.config(params["trial"]["values"], params["trial"]["number"])
         run_trial(config, lambda step, value: tune.report({STEP: step, VALUE: value}))
 
-    return trial
+    return train
 
 
-def _searcher(
-    section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]
-) -> tuple[dict[str, Any], Any]:
-    """Return the points there are still to try, or what finds them."""
-    import ray.tune as tune
-
-    if section.search == "optuna":
-        return {}, _by_optuna(section, mode, over, again)
-    known = {trial.number for trial in over}
-    points = [
+def _remaining_points(section: SearchSection, finished: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return number and values of the points of a grid or random search that are left to try."""
+    finished_numbers = {trial.number for trial in finished}
+    return [
         {"number": number, "values": section.point(number)}
         for number in range(section.num_trials)
-        if number not in known
+        if number not in finished_numbers
     ]
-    return {"trial": tune.grid_search(points)}, None
 
 
-def _by_optuna(
-    section: SearchSection, mode: str, over: Sequence[Trial], again: Sequence[Trial]
+def _optuna_searcher(
+    section: SearchSection, mode: str, finished: Sequence[Trial], unfinished: Sequence[Trial]
 ) -> Any:
-    """Return Optuna's search, which knows of all trials that are over; choices are their numbers to it."""
+    """Return an Optuna search that knows the finished trials and numbers those it suggests."""
     from ray.tune.search import Searcher
     from ray.tune.search.optuna import OptunaSearch
 
     optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds = optuna.distributions
-    space = {
-        field: kinds.CategoricalDistribution(range(len(one.values)))
-        if one.values
-        else kinds.IntDistribution(int(one.low or 0), int(one.high or 0), log=one.log)
-        if one.is_whole
-        else kinds.FloatDistribution(float(one.low or 0), float(one.high or 0), log=one.log)
-        for field, one in section.space.items()
-    }
-
-    def inner(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            field: section.space[field].values.index(value)
-            if section.space[field].values
-            else value
-            for field, value in values.items()
-        }
-
-    found = OptunaSearch(
-        space=space,
+    search = OptunaSearch(
+        space=_optuna_space(section, optuna.distributions),
         metric=VALUE,
         mode=mode,
-        seed=section.seed + len(over),
-        points_to_evaluate=[inner(trial.values) for trial in again],
+        seed=section.seed + len(finished),
+        points_to_evaluate=[_encode(section, trial.values) for trial in unfinished],
     )
-    for trial in over:
-        found.add_evaluated_point(
-            inner(trial.values), trial.value or 0.0, error=trial.value is None
-        )
-    numbers = [trial.number for trial in again]
-    numbers += [
-        number
-        for number in range(section.num_trials)
-        if number not in {*numbers, *(trial.number for trial in over)}
-    ]
+    for trial in finished:
+        values = _encode(section, trial.values)
+        search.add_evaluated_point(values, trial.value or 0.0, error=trial.value is None)
 
-    class _Numbered(Searcher):
+    started = [trial.number for trial in unfinished]
+    used = {*started, *(trial.number for trial in finished)}
+    numbers = started + [number for number in range(section.num_trials) if number not in used]
+
+    class _NumberedSearch(Searcher):
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if not numbers:
                 return None
-            values = {
-                field: section.space[field].values[value] if section.space[field].values else value
-                for field, value in (found.suggest(trial_id) or {}).items()
-            }
+            values = _decode(section, search.suggest(trial_id) or {})
             return {"trial": {"number": numbers.pop(0), "values": values}}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            found.on_trial_result(trial_id, result)
+            search.on_trial_result(trial_id, result)
 
         def on_trial_complete(
             self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
         ) -> None:
-            found.on_trial_complete(trial_id, result, error)
+            search.on_trial_complete(trial_id, result, error)
 
         def save(self, checkpoint_path: str) -> None:
-            """Keep nothing: see `over`."""
+            """Save nothing: the state is that of `finished` and `unfinished`."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Read nothing."""
+            """Restore nothing."""
 
-    return _Numbered(metric=VALUE, mode=mode)
+    return _NumberedSearch(metric=VALUE, mode=mode)
+
+
+def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
+    """Return Optuna's distribution of each field; a choice is the index of its value."""
+    space = {}
+    for field, choice in section.space.items():
+        low, high = choice.low or 0, choice.high or 0
+        if choice.values:
+            space[field] = distributions.CategoricalDistribution(range(len(choice.values)))
+        elif choice.is_whole:
+            space[field] = distributions.IntDistribution(int(low), int(high), log=choice.log)
+        else:
+            space[field] = distributions.FloatDistribution(float(low), float(high), log=choice.log)
+    return space
+
+
+def _encode(section: SearchSection, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with choices replaced by their index."""
+    encoded = {}
+    for field, value in values.items():
+        choices = section.space[field].values
+        encoded[field] = choices.index(value) if choices else value
+    return encoded
+
+
+def _decode(section: SearchSection, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with indices of choices replaced by the choices."""
+    decoded = {}
+    for field, value in values.items():
+        choices = section.space[field].values
+        decoded[field] = choices[value] if choices else value
+    return decoded
 
 
 def require_optuna() -> Any:
-    """Return the library; raises ConfigError if it is not installed."""
+    """Return the module `optuna`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:
         raise ConfigError(
             [
-                "search=optuna: optuna is not installed; allowed without it: random, grid; install it with "
-                "pip install 'dist-ft[tune]'"
+                "search=optuna: optuna is not installed. Without it random and grid are allowed. "
+                "Install it with pip install 'dist-ft[tune]'."
             ],
             "tune",
         ) from error
     return optuna
 
 
-def _scheduler(section: SearchSection, base: RunConfig, mode: str, over: Sequence[Trial]) -> Any:
-    """Return ASHA, told of what trials that are over had reached; None: trials go to their end."""
+def _scheduler(
+    section: SearchSection, base: RunConfig, mode: str, finished: Sequence[Trial]
+) -> Any:
+    """Return ASHA with the reports of finished trials; None if no trial is stopped early."""
     from types import SimpleNamespace
 
     from ray.tune.schedulers import ASHAScheduler
 
     if section.asha is None:
         return None
-    made = ASHAScheduler(
+    max_steps = base.schedule.steps or NO_STEP_LIMIT
+    scheduler = ASHAScheduler(
         time_attr=STEP,
         metric=VALUE,
         mode=mode,
-        max_t=base.schedule.steps or 10**9,
-        grace_period=min(section.asha.grace_steps, base.schedule.steps or 10**9),
+        max_t=max_steps,
+        grace_period=min(section.asha.grace_steps, max_steps),
         reduction_factor=section.asha.reduction,
         stop_last_trials=False,
     )
-    for trial in over:
-        known: Any = SimpleNamespace(trial_id=f"known-{trial.number}")
-        controller: Any = None
-        made.on_trial_add(controller, known)
+    controller: Any = None
+    for trial in finished:
+        known_trial: Any = SimpleNamespace(trial_id=f"known-{trial.number}")
+        scheduler.on_trial_add(controller, known_trial)
         for step, value in trial.reports:
-            made.on_trial_result(controller, known, {STEP: step, VALUE: value})
-    return made
+            scheduler.on_trial_result(controller, known_trial, {STEP: step, VALUE: value})
+    return scheduler
 
 
-def _callback(told: Watcher) -> Any:
-    """Return what passes on to `told` what Ray Tune says of trials."""
+def _callback(listener: TrialListener) -> Any:
+    """Return a Ray Tune callback that forwards the events of trials to `listener`."""
     import ray.tune as tune
 
-    class _Callback(tune.Callback):
+    class _Forward(tune.Callback):
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            told.began(**trial.config["trial"])
+            listener.on_start(**trial.config["trial"])
 
         def on_trial_result(
             self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            told.reported(trial.config["trial"]["number"], int(result[STEP]), float(result[VALUE]))
+            number = trial.config["trial"]["number"]
+            listener.on_evaluation(number, int(result[STEP]), float(result[VALUE]))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            told.ended(trial.config["trial"]["number"], failed=False)
+            listener.on_end(trial.config["trial"]["number"], failed=False)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            told.ended(trial.config["trial"]["number"], failed=True)
+            listener.on_end(trial.config["trial"]["number"], failed=True)
 
-    return _Callback()
+    return _Forward()

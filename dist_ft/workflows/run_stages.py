@@ -1,9 +1,9 @@
-"""The stages of a sequence, run one after the other, and how much of each the model keeps.
+"""Run the stages of a sequence in turn, and measure how much of each the model retains.
 
-What is done is kept beside the runs, in <run.storage>/<name>: the config of each stage that began, the scores of each
-model on each stage's held-out data, and what follows from them. Guarantees: cut off anywhere, the same call goes on
-where it stopped, and what is complete is not done again; a stage that is complete can not be another any more. Scores
-are taken in this process.
+State lies next to the runs, in <run.storage>/<name>: the config of each started stage, the scores
+of each model on each stage's held-out data, and the report. If interrupted anywhere, the same call
+resumes; completed stages and scores are not computed again, and a completed stage cannot change.
+Scores are computed in this process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.config import renames
 from dist_ft.config.identity import changes
@@ -22,130 +22,174 @@ from dist_ft.config.stages import Stages, scored
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference.evaluate import evaluate_models
-from dist_ft.runtime.bootstrap.labels import labels_in
+from dist_ft.runtime.bootstrap.labels import collect_labels
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.result import Result
 from dist_ft.workflows import stages_report
+from dist_ft.workflows.stages_report import StagesReport
 
 STATE = "stages.json"
-"""What began, in order: [{name, config, done}]."""
 SCORES = "scores"
-"""Folder of scores: <stage learned>.<stage scored>.json."""
-MAY_CHANGE = ("cluster", "zero", "log", "storage", "checkpoint", "anomaly")
-"""Sections that do not change what a complete stage has learned."""
+"""Folder of scores: <stage trained>.<stage scored>.json."""
+OPERATIONAL_SECTIONS = ("cluster", "zero", "log", "storage", "checkpoint", "anomaly")
+"""Sections that do not change the result of a completed stage."""
+SCORED_SECTIONS = ("model", "task", "data", "evaluation", "batch")
+"""Sections that a score depends on."""
+
+
+class StageState(TypedDict):
+    """The stored state of a started stage: its config, and whether it is complete."""
+
+    name: str
+    config: dict[str, Any]
+    done: bool
 
 
 def run(
     stages: Stages, train: Callable[[RunConfig], Result], say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Run all stages from where they stand to their end; return the report (`staging_report.gather`).
+) -> StagesReport:
+    """Run or resume all stages; return the report after the last.
 
     Args:
-        stages: what `load_stages` gave.
-        train: runs a config to its end, or goes on with it.
-        say: where a person is told.
+        stages: the stages, from `load_stages`.
+        train: runs or resumes a config to its end.
+        say: receives progress lines.
 
     Raises:
-        ConfigError: a stage that began is another now, or is at another place.
+        ConfigError: a started stage has another config or another place now.
     """
     filesystem.configure(stages.stages[0].config.storage.options)
-    store, report = Store(stages.url), {}
-    state = _state(store)
-    require_same(stages, state)
+    store = Store(stages.url)
+    states = _read_states(store)
+    require_same(stages, states)
+
+    num_stages = len(stages.stages)
     for number, stage in enumerate(stages.stages):
-        if number < len(state) and state[number]["done"]:
+        if number < len(states) and states[number]["done"]:
             say(f"stage {stage.name} is complete: {stage.config.run_url}")
         else:
-            del state[number:]
-            state.append({"name": stage.name, "config": to_mapping(stage.config), "done": False})
-            _keep(store, state)
-            say(f"stage {stage.name}, {number + 1} of {len(stages.stages)}")
+            del states[number:]
+            states.append({"name": stage.name, "config": to_mapping(stage.config), "done": False})
+            _write_states(store, states)
+            say(f"stage {stage.name}, {number + 1} of {num_stages}")
             train(stage.config)
             fault_injection.hit("stages.trained")
-            state[number]["done"] = True
-            _keep(store, state)
+            states[number]["done"] = True
+            _write_states(store, states)
+
         report = _report(stages, store, number)
-        stages_report.keep(store, report)
+        stages_report.write(store, report)
         say(stages_report.as_text(report))
     return report
 
 
-def require_same(stages: Stages, state: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigError, one line, if what began is not what the file says now."""
+def require_same(stages: Stages, states: Sequence[StageState]) -> None:
+    """Check that started stages are the first ones of the file, and completed ones are unchanged.
+
+    Raises:
+        ConfigError: one line for the first difference.
+    """
     names = [stage.name for stage in stages.stages]
-    begun = [str(kept["name"]) for kept in state]
-    if names[: len(begun)] != begun:
+    started = [state["name"] for state in states]
+    if names[: len(started)] != started:
         raise ConfigError(
             [
-                f"stages: {', '.join(begun)} began in this order, and the file has {', '.join(names)}; "
-                "stages may be added at the end; restore their order, or choose another name for the whole"
+                f"stages: {', '.join(started)} were started in this order, but the file has "
+                f"{', '.join(names)}. Stages may only be added at the end. Restore the order, or "
+                "choose another name for the sequence."
             ],
             f"stages {stages.name!r}",
         )
-    for stage, kept in zip(stages.stages, state, strict=False):
-        if not kept["done"]:
-            continue  # the run itself says what may change when it goes on
-        is_kept, free = changes(load_stored_mapping(kept["config"], f"stages {stages.name!r}"), stage.config)
-        found = [*is_kept, *(one for one in free if one.path.split(".")[0] not in MAY_CHANGE)]
-        if found:
-            more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
-            raise ConfigError(
-                [
-                    f"{found[0].path}={found[0].new}: stage {stage.name} is complete and was made with "
-                    f"{found[0].old}{more}; a complete stage can not change; restore it, or choose another "
-                    "name for the whole"
-                ],
-                f"stages {stages.name!r}",
-            )
+
+    for stage, state in zip(stages.stages, states, strict=False):
+        if not state["done"]:
+            continue  # the run itself checks what may change when it resumes
+        stored = load_stored_mapping(state["config"], f"stages {stages.name!r}")
+        identity, operational = changes(stored, stage.config)
+        relevant = [
+            change
+            for change in operational
+            if change.path.split(".")[0] not in OPERATIONAL_SECTIONS
+        ]
+        found = [*identity, *relevant]
+        if not found:
+            continue
+
+        first = found[0]
+        more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
+        raise ConfigError(
+            [
+                f"{first.path}={first.new}: stage {stage.name} was completed with {first.old}"
+                f"{more}. A completed stage cannot change. Restore it, or choose another name for "
+                "the sequence."
+            ],
+            f"stages {stages.name!r}",
+        )
 
 
-def _report(stages: Stages, store: Store, last: int) -> dict[str, Any]:
-    """Return the report after stage `last`, scoring what has no score yet."""
-    names = [stage.name for stage in stages.stages]
-    found = [[_score(stages, store, i, j) for j in range(len(names))] for i in range(last + 1)]
-    return stages_report.gather(stages, found)
+def _report(stages: Stages, store: Store, last: int) -> StagesReport:
+    """Return the report after stage `last`, computing scores that are missing."""
+    metrics = [
+        [_score(stages, store, trained, held_out) for held_out in range(len(stages.stages))]
+        for trained in range(last + 1)
+    ]
+    return stages_report.gather(stages, metrics)
 
 
-def _score(stages: Stages, store: Store, learned: int, on: int) -> dict[str, Any] | None:
-    """Return the metrics of the model after stage `learned` on the held-out data of stage `on`, taken once.
+def _score(stages: Stages, store: Store, trained: int, held_out: int) -> dict[str, Any] | None:
+    """Return the metrics of the model after a stage on the held-out data of another.
 
-    None where the data has labels the model's head has not.
+    Computed once and stored. None where the data has labels that the model's head lacks.
+
+    Args:
+        stages: all stages.
+        store: folder of the sequence.
+        trained: number of the stage whose model is scored.
+        held_out: number of the stage whose held-out data is used.
     """
-    run, config = stages.stages[learned].config, stages.stages[on].config
-    labels = _labels(run)
-    asked = scored(config, run, stages.checkpoint, labels)
-    path = f"{SCORES}/{stages.stages[learned].name}.{stages.stages[on].name}.json"
-    old_names = renames.RUN.restore(to_mapping(asked))  # stored scores have a hash of them
-    of = hashlib.sha256(
-        json.dumps(
-            [old_names[name] for name in ("model", "task", "data", "evaluation", "batch")],
-            sort_keys=True,
-        ).encode()
-    ).hexdigest()
+    run = stages.stages[trained].config
+    config = stages.stages[held_out].config
+    labels = _head_labels(run)
+    scored_config = scored(config, run, stages.checkpoint, labels)
+
+    path = f"{SCORES}/{stages.stages[trained].name}.{stages.stages[held_out].name}.json"
+    digest = _digest(scored_config)
     if store.exists(path):
-        kept = json.loads(store.read(path))
-        if kept["of"] == of:
-            return kept["metrics"]
+        stored = json.loads(store.read(path))
+        if stored["of"] == digest:
+            return stored["metrics"]
+
     metrics: dict[str, Any] | None = None
-    if not labels or labels_in(config, config.evaluation.data) <= set(labels):
-        (metrics,) = evaluate_models(asked, [asked.model.path]).values()
-    store.write(path, json.dumps({"of": of, "metrics": metrics}, ensure_ascii=False).encode())
+    if not labels or collect_labels(config, config.evaluation.data) <= set(labels):
+        (metrics,) = evaluate_models(scored_config, [scored_config.model.path]).values()
+    content = json.dumps({"of": digest, "metrics": metrics}, ensure_ascii=False)
+    store.write(path, content.encode())
     return metrics
 
 
-def _labels(run: RunConfig) -> list[str]:
-    """Return the labels of a run's head, in order; none where its task has none."""
+def _digest(config: RunConfig) -> str:
+    """Return a digest of the sections that a score depends on.
+
+    Uses the field names of version 0.1.0, so that scores it stored stay valid.
+    """
+    fields = renames.RUN.restore(to_mapping(config))
+    content = json.dumps([fields[name] for name in SCORED_SECTIONS], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _head_labels(run: RunConfig) -> list[str]:
+    """Return the labels of a run's head, in order; [] if its task has none."""
     if run.task.name not in LABELLED:
         return []
-    path = "model/config.json"
-    found = json.loads(Store(run.run_url).read(path))["id2label"]
-    return [label for _, label in sorted(found.items(), key=lambda one: int(one[0]))]
+    label_by_id = json.loads(Store(run.run_url).read("model/config.json"))["id2label"]
+    return [label_by_id[number] for number in sorted(label_by_id, key=int)]
 
 
-def _state(store: Store) -> list[dict[str, Any]]:
+def _read_states(store: Store) -> list[StageState]:
     return json.loads(store.read(STATE))["stages"] if store.exists(STATE) else []
 
 
-def _keep(store: Store, state: Sequence[dict[str, Any]]) -> None:
-    store.write(STATE, json.dumps({"stages": list(state)}, ensure_ascii=False, indent=1).encode())
+def _write_states(store: Store, states: Sequence[StageState]) -> None:
+    content = json.dumps({"stages": list(states)}, ensure_ascii=False, indent=1)
+    store.write(STATE, content.encode())

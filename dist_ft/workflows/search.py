@@ -1,17 +1,18 @@
-"""A search over the fields of a config: its trials, each an ordinary run, and what they gave.
+"""A search over fields of a config: its trials, each an ordinary run, and their results.
 
-What is known stands in <run.storage>/<name>/trials.json, written whenever a trial begins, is evaluated or ends.
-Guarantees: cut off anywhere, the same call goes on: trials that are over are not run again, those under way go on from
-their checkpoints with their values. Trials that failed are tried again. Ray Tune is `runtime.ray_tune`.
+The state of the trials lies in <run.storage>/<name>/trials.json, written whenever a trial starts,
+is evaluated or ends. If the search is interrupted anywhere, the same call resumes it: finished
+trials are not run again, unfinished ones resume from their checkpoints with their values, failed
+ones are tried again. `ray_tune` runs the trials.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.config import renames
 from dist_ft.config.identity import changes
@@ -22,141 +23,165 @@ from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 from dist_ft.workflows import search_report
-from dist_ft.workflows.run_stages import MAY_CHANGE
-from dist_ft.workflows.trial import ENDED, Trial
+from dist_ft.workflows.run_stages import OPERATIONAL_SECTIONS
+from dist_ft.workflows.search_report import SearchReport
+from dist_ft.workflows.trial import RESULT_FILE, Trial
 
 STATE = "trials.json"
-OVER = ("done", "stopped")
+FINISHED = ("done", "stopped")
+MAY_CHANGE = ("trials", "max_concurrent")
+"""Fields of the search that may change when it is resumed."""
 
 
-def run(search: Search, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run a search to its end, or go on with it; return the report (`search_report.gather`).
+def run(search: Search, say: Callable[[str], None] = print) -> SearchReport:
+    """Run or resume a search; return its report.
 
     Raises:
-        ConfigError: a search of this name has begun with other fields; Optuna is asked for and not there.
+        ConfigError: a search of this name was started with other fields, or Optuna is requested
+            but not installed.
+        WorkerError: all trials failed.
     """
     from dist_ft.workflows import ray_tune
 
     section = search.section
-    base = search.config(
-        {field: (one.values or (one.low,))[0] for field, one in section.space.items()}
-    )
+    first_values = {
+        name: choice.values[0] if choice.values else choice.low
+        for name, choice in section.space.items()
+    }
+    base = search.config(first_values)
     if section.search == "optuna":
         ray_tune.require_optuna()
+
     filesystem.configure(base.storage.options)
     store = Store(f"{base.run.storage.rstrip('/')}/{section.name}")
     journal = Journal(store, search, base, say)
-    ray_tune.run(
-        search,
-        base,
-        [trial for trial in journal.trials.values() if trial.state in OVER],
-        [trial for trial in journal.trials.values() if trial.state not in OVER],
-        journal,
-    )
+    trials = list(journal.trials.values())
+    finished = [trial for trial in trials if trial.state in FINISHED]
+    unfinished = [trial for trial in trials if trial.state not in FINISHED]
+    ray_tune.run(search, base, finished, unfinished, journal)
+
     if all(trial.state == "failed" for trial in journal.trials.values()):
+        first = min(journal.trials)
         raise WorkerError(
-            f"all {len(journal.trials)} trials of {section.name} failed; trial 0: "
-            f"{journal.trials[min(journal.trials)].error}"
+            f"all {len(journal.trials)} trials of {section.name} failed. Trial {first}: "
+            f"{journal.trials[first].error}"
         )
     report = search_report.gather(section, base, store.url, list(journal.trials.values()))
-    search_report.keep(store, report)
+    search_report.write(store, report)
     return report
+
+
+class _Start(NamedTuple):
+    """When a trial was started (steady clock), and its running time before that."""
+
+    at_s: float
+    seconds_before: float
 
 
 @dataclass
 class Journal:
-    """Keeps what is known of the trials (a `ray_tune.Watcher`)."""
+    """The stored state of all trials (a `ray_tune.TrialListener`).
+
+    Attributes:
+        store: folder of the search.
+        search: the search.
+        base: config of a trial, for the fields that all trials share.
+        say: receives progress lines.
+        trials: trials by number.
+    """
 
     store: Store
     search: Search
     base: RunConfig
     say: Callable[[str], None]
     trials: dict[int, Trial] = field(default_factory=dict)
-    _begun: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _starts: dict[int, _Start] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Read what is there; refuse it if it is another search."""
+        """Read the stored state; refuse it if it belongs to another search."""
         if not self.store.exists(STATE):
             return
-        held = json.loads(self.store.read(STATE))
-        require_same(self.search, self.base, held)
-        self.trials = {
-            one["number"]: Trial(**{**one, "reports": tuple(map(tuple, one["reports"]))})
-            for one in held["trials"]
-        }
+        stored = json.loads(self.store.read(STATE))
+        require_same(self.search, self.base, stored)
+        for fields in stored["trials"]:
+            reports = tuple((step, value) for step, value in fields["reports"])
+            self.trials[fields["number"]] = Trial(**{**fields, "reports": reports})
 
-    def began(self, number: int, values: dict[str, Any]) -> None:
-        """Note a trial that starts, or goes on."""
-        before = self.trials.get(number)
-        self._begun[number] = time.monotonic(), before.seconds if before else 0.0
-        self.trials[number] = Trial(number, values, seconds=before.seconds if before else 0.0)
-        self.say(
-            f"trial {number}: "
-            + ", ".join(f"{name}={search_report.shown(value)}" for name, value in values.items())
-        )
-        self._keep()
+    def on_start(self, number: int, values: dict[str, Any]) -> None:
+        """Record a trial that starts or resumes."""
+        known = self.trials.get(number)
+        seconds_before = known.seconds if known else 0.0
+        self._starts[number] = _Start(time.monotonic(), seconds_before)
+        self.trials[number] = Trial(number, values, seconds=seconds_before)
 
-    def reported(self, number: int, step: int, value: float) -> None:
-        """Note an evaluation."""
+        shown = [f"{name}={search_report.format_value(value)}" for name, value in values.items()]
+        self.say(f"trial {number}: {', '.join(shown)}")
+        self._write()
+
+    def on_evaluation(self, number: int, step: int, value: float) -> None:
+        """Record an evaluation."""
         trial = self.trials[number]
         if step <= trial.step:
-            return  # the last report comes again with the end of a trial
-        self._note(replace(trial, reports=(*trial.reports, (step, value))))
+            return  # the end of a trial repeats its last report
+        self._update(replace(trial, reports=(*trial.reports, (step, value))))
         self.say(f"trial {number}: step {step}, {self.base.checkpoint.best_by} {value:.4f}")
 
-    def ended(self, number: int, failed: bool) -> None:
-        """Note the end of a trial: it came to its own end, was stopped early, or failed."""
+    def on_end(self, number: int, failed: bool) -> None:
+        """Record the end of a trial: done, stopped early, or failed."""
         run = Store(f"{self.base.run.storage.rstrip('/')}/{self.search.section.name}-t{number}")
-        said = json.loads(run.read(ENDED)) if run.exists(ENDED) else {}
-        state = "failed" if failed else "done" if "step" in said else "stopped"
-        error = said.get("error", "its process was lost") if failed else ""
-        self._note(replace(self.trials[number], state=state, error=error))
+        result = json.loads(run.read(RESULT_FILE)) if run.exists(RESULT_FILE) else {}
+
+        error = ""
+        if failed:
+            state, error = "failed", result.get("error", "its process was lost")
+        elif "step" in result:
+            state = "done"
+        else:
+            state = "stopped"
+        self._update(replace(self.trials[number], state=state, error=error))
         self.say(f"trial {number}: {state}" + (f": {error}" if error else ""))
 
-    def _note(self, trial: Trial) -> None:
-        began, before = self._begun[trial.number]
-        self.trials[trial.number] = replace(
-            trial, seconds=round(before + time.monotonic() - began, 3)
-        )
-        self._keep()
+    def _update(self, trial: Trial) -> None:
+        start = self._starts[trial.number]
+        seconds = start.seconds_before + time.monotonic() - start.at_s
+        self.trials[trial.number] = replace(trial, seconds=round(seconds, 3))
+        self._write()
 
-    def _keep(self) -> None:
-        trials = [asdict(self.trials[number]) for number in sorted(self.trials)]
-        self.store.write(
-            STATE,
-            json.dumps(
-                {
-                    "search": self.search.section.model_dump(mode="json"),
-                    "base": to_mapping(self.base),
-                    "trials": trials,
-                },
-                ensure_ascii=False,
-                indent=1,
-            ).encode(),
-        )
+    def _write(self) -> None:
+        state = {
+            "search": self.search.section.model_dump(mode="json"),
+            "base": to_mapping(self.base),
+            "trials": [asdict(self.trials[number]) for number in sorted(self.trials)],
+        }
+        self.store.write(STATE, json.dumps(state, ensure_ascii=False, indent=1).encode())
 
 
-def require_same(search: Search, base: RunConfig, held: dict[str, Any]) -> None:
-    """Raise ConfigError, one line, if the search that has begun is another; trials may become more."""
-    now = search.section.model_dump(mode="json")
-    for name, value in renames.SEARCH.migrate(held["search"]).items():
-        if now[name] != value and name not in ("trials", "max_concurrent"):
+def require_same(search: Search, base: RunConfig, stored: Mapping[str, Any]) -> None:
+    """Check that the stored state belongs to this search. Its trials may become more.
+
+    Raises:
+        ConfigError: one line for the first field that differs.
+    """
+    section = search.section.model_dump(mode="json")
+    for name, value in renames.SEARCH.migrate(stored["search"]).items():
+        if section[name] != value and name not in MAY_CHANGE:
             raise ConfigError(
                 [
-                    f"{name}: this search has begun with another {name} ({json.dumps(value)[:120]}); trials "
-                    "and max_concurrent may change; restore it, or choose another name"
+                    f"{name}: the search was started with {json.dumps(value)[:120]}. Only "
+                    f"{' and '.join(MAY_CHANGE)} may change. Restore it, or choose another name."
                 ],
                 "tune",
             )
-    fixed, free = changes(load_stored_mapping(held["base"], "tune"), base)
-    for one in [
-        *fixed,
-        *(change for change in free if change.path.split(".")[0] not in MAY_CHANGE),
-    ]:
+
+    identity, operational = changes(load_stored_mapping(stored["base"], "tune"), base)
+    relevant = [
+        change for change in operational if change.path.split(".")[0] not in OPERATIONAL_SECTIONS
+    ]
+    for change in [*identity, *relevant]:
         raise ConfigError(
             [
-                f"{one.path}={one.new}: trials of this search were made with {one.old}; what they learn may "
-                "not change; restore it, or choose another name"
+                f"{change.path}={change.new}: trials of this search used {change.old}, and their "
+                "training may not change. Restore it, or choose another name."
             ],
             "tune",
         )

@@ -1,11 +1,11 @@
-"""The trials of a search for people and programs: text, JSON, Markdown, and a picture."""
+"""The report of a search: text, JSON, Markdown, and a picture."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import SearchSection
@@ -14,22 +14,54 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
 
 if TYPE_CHECKING:
-    from dist_ft.workflows.trial import (
-        Trial,
-    )
+    from matplotlib.axes import Axes
+
+    from dist_ft.workflows.trial import Trial
+
+LOG_SCALE_FROM = 20
+"""A field whose values span more than this factor is drawn on a logarithmic axis."""
+
+
+class SearchReport(TypedDict):
+    """The results of a search, as JSON values.
+
+    Attributes:
+        name: name of the search.
+        url: folder of the search.
+        metric: metric that trials are compared by.
+        search: grid, random or optuna.
+        fields: paths of the searched fields.
+        best: number of the best trial; None without a result.
+        trials: the trials, best first and failed ones last: {trial, run, values, <metric>, step,
+            seconds, state, error, reports}.
+    """
+
+    name: str
+    url: str
+    metric: str
+    search: str
+    fields: list[str]
+    best: int | None
+    trials: list[dict[str, Any]]
 
 
 def gather(
     section: SearchSection, base: RunConfig, url: str, trials: Sequence[Trial]
-) -> dict[str, Any]:
-    """Return what the trials gave, best first (failed ones last); `best` is the number of the best, None without."""
+) -> SearchReport:
+    """Return the report of a search.
+
+    Args:
+        section: the search.
+        base: config of a trial, for the fields that all trials share.
+        url: folder of the search.
+        trials: all trials, in any order.
+    """
     metric = base.checkpoint.best_by
 
-    def place(trial: Trial) -> tuple[bool, float, int]:
+    def rank(trial: Trial) -> tuple[bool, float, int]:
         return trial.value is None, best.sort_key(metric, trial.value or 0.0), trial.number
 
-    ordered = sorted(trials, key=place)
-    found = [
+    rows: list[dict[str, Any]] = [
         {
             "trial": trial.number,
             "run": f"{base.run.storage.rstrip('/')}/{section.name}-t{trial.number}",
@@ -39,106 +71,116 @@ def gather(
             "seconds": trial.seconds,
             "state": trial.state,
             "error": trial.error,
-            "reports": [list(one) for one in trial.reports],
+            "reports": [list(report) for report in trial.reports],
         }
-        for trial in ordered
+        for trial in sorted(trials, key=rank)
     ]
-    top = next((one["trial"] for one in found if one[metric] is not None), None)
+    best_trial = next((row["trial"] for row in rows if row[metric] is not None), None)
     return {
         "name": section.name,
         "url": url,
         "metric": metric,
         "search": section.search,
         "fields": list(section.space),
-        "best": top,
-        "trials": found,
+        "best": best_trial,
+        "trials": rows,
     }
 
 
-def keep(store: Store, report: dict[str, Any]) -> None:
-    """Write the report into the folder of the search: search.json, search.md, search.png."""
+def write(store: Store, report: SearchReport) -> None:
+    """Write search.json, search.md and search.png into the folder of the search."""
     store.write("search.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     store.write("search.md", as_markdown(report).encode())
     store.write("search.png", as_picture(report))
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: SearchReport) -> str:
     """Return the trials as a table for a terminal, best first."""
-    return format_table(f"{report['name']}: trials by {report['metric']}", _rows(report), _heads(report))
+    return format_table(_title(report), _rows(report), _heads(report))
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """Return the trials as a Markdown table, best first, and why some failed."""
-    rows = [_heads(report), ["---"] * len(_heads(report)), *_rows(report)]
-    failed = [f"- trial {one['trial']}: {one['error']}" for one in report["trials"] if one["error"]]
-    return "\n".join(
-        [
-            f"# {report['name']}: trials by {report['metric']}",
-            "",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-            *failed,
-            "",
-        ]
-    )
+def as_markdown(report: SearchReport) -> str:
+    """Return the trials as a Markdown table, best first, and the errors of failed ones."""
+    heads = _heads(report)
+    lines = [f"# {_title(report)}", ""]
+    for row in [heads, ["---"] * len(heads), *_rows(report)]:
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append("")
+    for trial in report["trials"]:
+        if trial["error"]:
+            lines.append(f"- trial {trial['trial']}: {trial['error']}")
+    return "\n".join([*lines, ""])
 
 
-def as_picture(report: dict[str, Any]) -> bytes:
-    """Return a PNG: the best value so far of each trial by step, and the last value by each field."""
+def as_picture(report: SearchReport) -> bytes:
+    """Return a PNG: the best value so far of each trial by step, and final values by field."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metric, fields = report["metric"], report["fields"]
+    fields = report["fields"]
     figure = Figure(figsize=(4 * (1 + len(fields)), 3.5), layout="constrained")
-    curves, *others = figure.subplots(1, 1 + len(fields), squeeze=False)[0]
-    for one in report["trials"]:
-        curves.plot(
-            *zip(*one["reports"], strict=True) if one["reports"] else ((), ()),
-            marker=".",
-            linewidth=2.5 if one["trial"] == report["best"] else 0.8,
-            label=f"trial {one['trial']}",
-        )
-    curves.set(title=report["name"], xlabel="step", ylabel=metric)
-    curves.legend(fontsize="small")
-    for name, axes in zip(fields, others, strict=True):
-        known = [one for one in report["trials"] if one[metric] is not None]
-        values = [one["values"][name] for one in known]
-        numbers = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in values
-        )
-        axes.plot(
-            values if numbers else [shown(value) for value in values],
-            [one[metric] for one in known],
-            "o",
-        )
-        if numbers and min(values, default=0) > 0 and max(values) / min(values) > 20:
-            axes.set_xscale("log")
-        axes.set(xlabel=name)
-    held = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(held)
-    return held.getvalue()
+    curve_axes, *field_axes = figure.subplots(1, 1 + len(fields), squeeze=False)[0]
+    _plot_curves(curve_axes, report)
+    for field, axes in zip(fields, field_axes, strict=True):
+        _plot_field(axes, report, field)
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
-def shown(value: Any) -> str:
-    """Return a value as a person reads it."""
+def _plot_curves(axes: Axes, report: SearchReport) -> None:
+    for trial in report["trials"]:
+        steps = [step for step, _ in trial["reports"]]
+        values = [value for _, value in trial["reports"]]
+        width = 2.5 if trial["trial"] == report["best"] else 0.8
+        axes.plot(steps, values, marker=".", linewidth=width, label=f"trial {trial['trial']}")
+    axes.set(title=report["name"], xlabel="step", ylabel=report["metric"])
+    axes.legend(fontsize="small")
+
+
+def _plot_field(axes: Axes, report: SearchReport, field: str) -> None:
+    metric = report["metric"]
+    scored = [trial for trial in report["trials"] if trial[metric] is not None]
+    values = [trial["values"][field] for trial in scored]
+    are_numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+    positions = values if are_numbers else [format_value(value) for value in values]
+    axes.plot(positions, [trial[metric] for trial in scored], "o")
+
+    is_positive = are_numbers and min(values, default=0) > 0
+    if is_positive and max(values) / min(values) > LOG_SCALE_FROM:
+        axes.set_xscale("log")
+    axes.set(xlabel=field)
+
+
+def format_value(value: Any) -> str:
+    """Return a field's value as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _heads(report: dict[str, Any]) -> list[str]:
+def _title(report: SearchReport) -> str:
+    return f"{report['name']}: trials by {report['metric']}"
+
+
+def _heads(report: SearchReport) -> list[str]:
     fields = [field.rpartition(".")[2] for field in report["fields"]]
     return ["trial", *fields, report["metric"], "steps", "seconds", "state"]
 
 
-def _rows(report: dict[str, Any]) -> list[list[str]]:
-    metric = report["metric"]
-    return [
-        [
-            str(one["trial"]),
-            *(shown(one["values"][field]) for field in report["fields"]),
-            "-" if one[metric] is None else f"{one[metric]:.4f}",
-            str(one["step"]),
-            f"{one['seconds']:.1f}",
-            one["state"],
-        ]
-        for one in report["trials"]
-    ]
+def _rows(report: SearchReport) -> list[list[str]]:
+    rows = []
+    for trial in report["trials"]:
+        value = trial[report["metric"]]
+        rows.append(
+            [
+                str(trial["trial"]),
+                *(format_value(trial["values"][field]) for field in report["fields"]),
+                "-" if value is None else f"{value:.4f}",
+                str(trial["step"]),
+                f"{trial['seconds']:.1f}",
+                trial["state"],
+            ]
+        )
+    return rows

@@ -1,12 +1,12 @@
-"""The forgetting matrix of stages for people and programs: text, JSON, Markdown, and a picture."""
+"""The forgetting matrix of stages: text, JSON, Markdown, and a picture."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.config.stages import Stages
 from dist_ft.metrics.best import LOWER_IS_BETTER
@@ -14,21 +14,58 @@ from dist_ft.metrics.forgetting import measure_forgetting
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
 
-TOLD = {"average": "average", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
+SUMMARIES = {
+    "average": "average",
+    "backward_transfer": "backward transfer",
+    "forgetting": "forgetting",
+}
+"""Key of a summary -> title of its column."""
 
 
-def gather(stages: Stages, found: Sequence[Sequence[dict[str, Any] | None]]) -> dict[str, Any]:
-    """Return what is known after the stages done: scores (row: after which stage, column: on whose data), and sums.
+class StagesReport(TypedDict):
+    """Scores after the completed stages, as JSON values.
+
+    Attributes:
+        name: name of the sequence of stages.
+        url: its folder.
+        metric: metric of the matrix.
+        stages: names of all stages.
+        runs: URLs of their runs.
+        matrix: scores; row: after which stage, column: on whose data. None where the model's head
+            lacks labels of that data.
+        after: average, backward transfer and forgetting after each stage.
+        metrics: all metrics of each cell.
+    """
+
+    name: str
+    url: str
+    metric: str
+    stages: list[str]
+    runs: list[str]
+    matrix: list[list[float | None]]
+    after: list[dict[str, float | None] | None]
+    metrics: list[list[dict[str, float] | None]]
+
+
+def gather(stages: Stages, metrics: Sequence[Sequence[Mapping[str, Any] | None]]) -> StagesReport:
+    """Return the report after the completed stages.
 
     Args:
         stages: all stages.
-        found: metrics (stages done, stages); None where the model's head has not the labels.
+        metrics: (completed stages, stages) metrics of each model on each stage's held-out data;
+            None where the model's head lacks labels of that data.
     """
-    matrix = [
-        [None if metrics is None else metrics.get(stages.metric) for metrics in row]
-        for row in found
-    ]
-    after = [measure_forgetting(matrix[: number + 1], stages.metric) for number in range(len(matrix))]
+    matrix: list[list[float | None]] = []
+    numbers: list[list[dict[str, float] | None]] = []
+    for row in metrics:
+        matrix.append([None if cell is None else cell.get(stages.metric) for cell in row])
+        numbers.append([None if cell is None else _numbers(cell) for cell in row])
+
+    after: list[dict[str, float | None] | None] = []
+    for count in range(1, len(matrix) + 1):
+        scores = measure_forgetting(matrix[:count], stages.metric)
+        after.append(asdict(scores) if scores else None)
+
     return {
         "name": stages.name,
         "url": stages.url,
@@ -36,92 +73,93 @@ def gather(stages: Stages, found: Sequence[Sequence[dict[str, Any] | None]]) -> 
         "stages": [stage.name for stage in stages.stages],
         "runs": [stage.config.run_url for stage in stages.stages],
         "matrix": matrix,
-        "after": [asdict(one) if one else None for one in after],
-        "metrics": [
-            [None if metrics is None else _numbers(metrics) for metrics in row] for row in found
-        ],
+        "after": after,
+        "metrics": numbers,
     }
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def keep(store: Store, report: dict[str, Any]) -> None:
-    """Write the report into the folder of the stages: matrix.json, matrix.md, matrix.png."""
+def write(store: Store, report: StagesReport) -> None:
+    """Write matrix.json, matrix.md and matrix.png into the folder of the stages."""
     store.write("matrix.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     store.write("matrix.md", as_markdown(report).encode())
     store.write("matrix.png", as_picture(report))
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: StagesReport) -> str:
     """Return the matrix as a table for a terminal."""
-    return format_table(_title(report), _rows(report), ["after", *report["stages"], *TOLD.values()])
+    return format_table(_title(report), _rows(report), _heads(report))
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """Return the matrix as a Markdown table, and what its columns mean."""
-    heads = ["after", *report["stages"], *TOLD.values()]
-    lines = [
-        f"# {_title(report)}",
+def as_markdown(report: StagesReport) -> str:
+    """Return the matrix as a Markdown table with the meaning of its columns."""
+    heads = _heads(report)
+    direction = "lower" if report["metric"] in LOWER_IS_BETTER else "higher"
+    lines = [f"# {_title(report)}", ""]
+    for row in [heads, ["---"] * len(heads), *_rows(report)]:
+        lines.append(f"| {' | '.join(row)} |")
+    lines += [
         "",
-        _line(heads),
-        _line(["---"] * len(heads)),
-        *(_line(row) for row in _rows(report)),
-        "",
-        f"Each row: the model after that stage, scored on the held-out data of each stage ({report['metric']}, "
-        f"{'lower' if report['metric'] in LOWER_IS_BETTER else 'higher'} is better; -: its head lacks labels of that data).",
-        "Average: over the stages learned. Backward transfer (Lopez-Paz, Ranzato, arXiv:1706.08840): earlier stages "
-        "now less just after they were learned. Forgetting (Chaudhry et al., arXiv:1801.10112): their best before less "
+        "Each row: the model after that stage, scored on the held-out data of each stage "
+        f"({report['metric']}, {direction} is better; -: its head lacks labels of that data).",
+        "Average: over the completed stages. Backward transfer (Lopez-Paz, Ranzato, "
+        "arXiv:1706.08840): scores of earlier stages now, minus those right after each stage. "
+        "Forgetting (Chaudhry et al., arXiv:1801.10112): their best earlier scores, minus those "
         "now.",
         "",
     ]
     return "\n".join(lines)
 
 
-def as_picture(report: dict[str, Any]) -> bytes:
-    """Return the matrix as a PNG: one line a stage, its score after each stage from the one that learned it on."""
+def as_picture(report: StagesReport) -> bytes:
+    """Return a PNG with a line for each stage: its score after itself and after later stages."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matrix = report["matrix"]
+    num_done = len(matrix)
+    names = report["stages"][:num_done]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    names, matrix = report["stages"], report["matrix"]
-    for number, name in enumerate(names[: len(matrix)]):
-        values = [row[number] for row in matrix[number:]]
-        axes.plot(
-            range(number, len(matrix)), [_number(value) for value in values], marker="o", label=name
-        )
-    means = [_number((one or {}).get("average")) for one in report["after"]]
-    axes.plot(range(len(matrix)), means, color="black", linestyle="--", label="average")
+    for number, name in enumerate(names):
+        values = [_plotted(row[number]) for row in matrix[number:]]
+        axes.plot(range(number, num_done), values, marker="o", label=name)
+
+    averages = [_plotted((summary or {}).get("average")) for summary in report["after"]]
+    axes.plot(range(num_done), averages, color="black", linestyle="--", label="average")
     axes.set(title=_title(report), xlabel="after stage", ylabel=report["metric"])
-    axes.set_xticks(range(len(matrix)), names[: len(matrix)])
+    axes.set_xticks(range(num_done), names)
     axes.legend()
-    held = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(held)
-    return held.getvalue()
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
-def _number(value: float | None) -> float:
+def _plotted(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _title(report: dict[str, Any]) -> str:
+def _title(report: StagesReport) -> str:
     return f"{report['name']}: {report['metric'].replace('_', ' ')} by stage"
 
 
-def _rows(report: dict[str, Any]) -> list[list[str]]:
-    return [
-        [name, *(_told(value) for value in row), *(_told((sums or {}).get(key)) for key in TOLD)]
-        for name, row, sums in zip(
-            report["stages"], report["matrix"], report["after"], strict=False
-        )
-    ]
+def _heads(report: StagesReport) -> list[str]:
+    return ["after", *report["stages"], *SUMMARIES.values()]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _rows(report: StagesReport) -> list[list[str]]:
+    rows = []
+    for name, scores, summary in zip(
+        report["stages"], report["matrix"], report["after"], strict=False
+    ):
+        summaries = [(summary or {}).get(key) for key in SUMMARIES]
+        rows.append([name, *map(_cell, scores), *map(_cell, summaries)])
+    return rows
 
 
-def _told(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

@@ -16,20 +16,21 @@ from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.metrics_log import read_metrics
 
-ENDED = "trial.json"
-"""File of a trial's run that says that it came to its end, or why it failed."""
+RESULT_FILE = "trial.json"
+"""File of a trial's run with its last step ({"step"}), or why it failed ({"error"})."""
+MAX_ERROR_CHARS = 400
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, as far as it is known.
+    """What is known about a trial.
 
     Attributes:
-        number: of the trial: its run is <name>-t<number>.
-        values: of the fields that are searched.
-        state: running, done, stopped (early), failed.
+        number: number of the trial; its run is <name>-t<number>.
+        values: values of the searched fields.
+        state: running, done, stopped (early) or failed.
         reports: (step, best value so far) of each evaluation after step 0.
-        seconds: it ran for, over all starts.
+        seconds: running time over all its starts.
         error: why it failed.
     """
 
@@ -42,51 +43,72 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The best value of checkpoint.best_by; None before an evaluation."""
+        """The best value of checkpoint.best_by; None before the first evaluation."""
         return self.reports[-1][1] if self.reports else None
 
     @property
     def step(self) -> int:
-        """The last step that was evaluated."""
+        """The step of the last evaluation."""
         return self.reports[-1][0] if self.reports else 0
 
 
 def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
-    """Run a trial in this process, or go on with it; `report` hears (step, best value so far) of each evaluation.
+    """Run or resume a trial in this process.
 
-    Evaluations up to the newest checkpoint, of starts before, are reported first.
+    Args:
+        config: config of the trial.
+        report: receives (step, best value so far) of each evaluation. Evaluations of earlier starts
+            up to the latest checkpoint are reported first.
     """
     from dist_ft.runtime import local
     from dist_ft.training.callbacks import Callback, CallbackList
     from dist_ft.training.run_context import RunContext
 
     metric = config.checkpoint.best_by
-    filesystem.configure(config.storage.options)
-    reached: list[float] = []
+    values: list[float] = []
 
-    def told(step: int, metrics: Mapping[str, float]) -> None:
-        reached.append(metrics[metric])
-        if step:  # what was there before learning is no result
-            report(step, min(reached, key=lambda value: best.sort_key(metric, value)))
+    def report_evaluation(step: int, metrics: Mapping[str, float]) -> None:
+        values.append(metrics[metric])
+        if step:  # an evaluation before training is not a result
+            report(step, min(values, key=lambda value: best.sort_key(metric, value)))
 
     class ReportEvaluation(Callback):
         def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-            told(step, metrics)
+            report_evaluation(step, metrics)
 
+    filesystem.configure(config.storage.options)
     store = Store(config.run_url)
-    names = discovery.list_committed(store)
-    step = (parse_folder(names[0]) or (0, 0))[0] if names else -1
-    for line in read_metrics(store, step) if names else ():
-        if line["kind"] == "evaluation" and line["step"] <= step and line.get(metric) is not None:
-            told(int(line["step"]), line)
+    for line in _committed_evaluations(store):
+        if line.get(metric) is not None:
+            report_evaluation(int(line["step"]), line)
+
     try:
         result = local.run(config, RunContext(callbacks=CallbackList([ReportEvaluation()])))
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-            type(error).__name__
-        ]
-        store.write(
-            ENDED, json.dumps({"error": redact(lines[-1].removeprefix("- "))[:400]}).encode()
-        )
+        _write_result(store, {"error": _last_line(error)})
         raise
-    store.write(ENDED, json.dumps({"step": result.step}).encode())
+    _write_result(store, {"step": result.step})
+
+
+def _committed_evaluations(store: Store) -> list[dict[str, Any]]:
+    """Return the evaluations up to the latest checkpoint of a run."""
+    names = discovery.list_committed(store)
+    if not names:
+        return []
+    parsed = parse_folder(names[0])
+    latest_step = parsed[0] if parsed else 0
+    return [
+        line
+        for line in read_metrics(store, latest_step)
+        if line["kind"] == "evaluation" and line["step"] <= latest_step
+    ]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1].removeprefix("- ") if lines else type(error).__name__
+    return redact(text)[:MAX_ERROR_CHARS]
+
+
+def _write_result(store: Store, result: dict[str, Any]) -> None:
+    store.write(RESULT_FILE, json.dumps(result).encode())

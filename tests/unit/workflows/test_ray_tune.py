@@ -1,4 +1,4 @@
-"""What Optuna and ASHA are told of trials that are over; no Ray is started."""
+"""Optuna and ASHA receive the results of finished trials; no Ray is started."""
 
 from __future__ import annotations
 
@@ -46,48 +46,50 @@ def suggestions(searcher, count: int) -> list[dict]:
     ]
 
 
-def test_optuna_gives_values_of_the_space_and_every_number_once():
-    found = suggestions(ray_tune._by_optuna(section(), "min", [], []), 40)
-    assert [one["number"] for one in found] == list(range(30)), "and then none"
+def test_optuna_suggests_values_of_the_space_and_every_number_once():
+    found = suggestions(ray_tune._optuna_searcher(section(), "min", [], []), 40)
+    assert [one["number"] for one in found] == list(range(30)), "and then nothing"
     for one in found:
         assert 1e-5 <= one["values"][RATE] <= 1e-1 and one["values"][FREEZE] in ([], ["*.bias"])
         assert one["values"]["schedule.warmup_steps"] in (0, 1, 2, 3)
     assert {len(one["values"][FREEZE]) for one in found} == {0, 1}
 
 
-def test_trials_under_way_come_first_with_their_values_and_those_over_not_again():
-    over = [
+def test_unfinished_trials_come_first_with_their_values_and_finished_ones_not_again():
+    finished = [
         Trial(0, values(1e-3, [], 1), "done", ((3, 0.5),)),
         Trial(2, values(1e-2, ["*.bias"], 0), "stopped"),
     ]
-    again = [Trial(1, values(3e-4, ["*.bias"], 2))]
-    found = suggestions(ray_tune._by_optuna(section(trials=6), "min", over, again), 10)
+    unfinished = [Trial(1, values(3e-4, ["*.bias"], 2))]
+    found = suggestions(
+        ray_tune._optuna_searcher(section(trials=6), "min", finished, unfinished), 10
+    )
     assert found[0] == {"number": 1, "values": values(pytest.approx(3e-4), ["*.bias"], 2)}
     assert [one["number"] for one in found] == [1, 3, 4, 5]
     assert values(1e-3, [], 1) not in [one["values"] for one in found]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_what_trials_gave_before_guides_optuna(mode):
-    """Small rates were good: so say 20 trials that are over, each told as a number of its own choices."""
+def test_finished_trials_guide_optuna(mode):
+    """In 20 finished trials small rates were good."""
     sign = 1 if mode == "min" else -1
-    over = [
+    finished = [
         Trial(n, values(10 ** (-5 + 4 * n / 19), [], 1), "done", ((3, sign * n / 19),))
         for n in range(20)
     ]
-    found = suggestions(ray_tune._by_optuna(section(trials=30), mode, over, []), 10)
+    found = suggestions(ray_tune._optuna_searcher(section(trials=30), mode, finished, []), 10)
     assert sorted(one["values"][RATE] for one in found)[5] < 1e-3
 
 
-def test_asha_knows_the_rungs_of_trials_that_are_over():
+def test_asha_knows_the_rungs_of_finished_trials():
     search = Search(section(asha={"grace_steps": 6, "reduction": 2}), DOCUMENT, ())
     base = search.config({})
-    over = [
+    finished = [
         Trial(n, {}, "done", ((3, 0.9), (6, value), (12, value - 0.1)))
         for n, value in enumerate((0.2, 0.3, 0.4))
     ]
 
-    def says(trials: list[Trial], value: float) -> str:
+    def decision(trials: list[Trial], value: float) -> str:
         asha, trial = (
             ray_tune._scheduler(search.section, base, "min", trials),
             SimpleNamespace(trial_id="new"),
@@ -98,9 +100,13 @@ def test_asha_knows_the_rungs_of_trials_that_are_over():
         )
         return asha.on_trial_result(None, trial, {"step": 6, "value": value})
 
-    assert (says(over, 0.9), says(over, 0.1), says([], 0.9)) == ("STOP", "CONTINUE", "CONTINUE")
+    assert (decision(finished, 0.9), decision(finished, 0.1), decision([], 0.9)) == (
+        "STOP",
+        "CONTINUE",
+        "CONTINUE",
+    )
 
 
-def test_without_asha_trials_go_to_their_end():
+def test_without_asha_trials_are_not_stopped_early():
     search = Search(section(), DOCUMENT, ())
     assert ray_tune._scheduler(search.section, search.config({}), "min", []) is None

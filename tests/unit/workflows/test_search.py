@@ -1,4 +1,4 @@
-"""What a search keeps of its trials, and what it makes of them."""
+"""The stored state of trials, and the report of a search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_ft.workflows.search import (
     Journal,
 )
 from dist_ft.workflows.trial import (
-    ENDED,
+    RESULT_FILE,
     Trial,
 )
 
@@ -27,7 +27,7 @@ DOCUMENT = {
 }
 
 
-def made(folder, document=None, **fields) -> Search:
+def make_search(folder, document=None, **fields) -> Search:
     section = SearchSection.model_validate(
         {
             "name": "find",
@@ -40,23 +40,23 @@ def made(folder, document=None, **fields) -> Search:
 
 
 def journal(folder, search=None) -> Journal:
-    search = search or made(folder)
+    search = search or make_search(folder)
     return Journal(
         Store(f"{folder}/find"), search, search.config(search.section.point(0)), lambda text: None
     )
 
 
-def test_what_trials_report_is_kept_and_read_again(tmp_path):
+def test_reports_of_trials_are_stored_and_read_again(tmp_path):
     first = journal(tmp_path)
     for number in (0, 1, 2):
-        first.began(number, {"optimizer.learning_rate": 0.1 * number})
-    for step, value in ((3, 0.9), (6, 0.7), (6, 0.7)):  # Ray Tune says the last once more
-        first.reported(0, step, value)
-    Store(f"{tmp_path}/find-t0").write(ENDED, b'{"step": 9}')
-    Store(f"{tmp_path}/find-t2").write(ENDED, b'{"error": "no such file"}')
-    first.ended(0, failed=False)
-    first.ended(1, failed=False)
-    first.ended(2, failed=True)
+        first.on_start(number, {"optimizer.learning_rate": 0.1 * number})
+    for step, value in ((3, 0.9), (6, 0.7), (6, 0.7)):  # Ray Tune repeats the last one
+        first.on_evaluation(0, step, value)
+    Store(f"{tmp_path}/find-t0").write(RESULT_FILE, b'{"step": 9}')
+    Store(f"{tmp_path}/find-t2").write(RESULT_FILE, b'{"error": "no such file"}')
+    first.on_end(0, failed=False)
+    first.on_end(1, failed=False)
+    first.on_end(2, failed=True)
     again = journal(tmp_path).trials
     assert [(t.state, t.value, t.step, t.error) for t in again.values()] == [
         ("done", 0.7, 6, ""),
@@ -66,48 +66,48 @@ def test_what_trials_report_is_kept_and_read_again(tmp_path):
     assert again[0].reports == ((3, 0.9), (6, 0.7))
 
 
-def test_a_trial_that_goes_on_keeps_its_time_and_says_its_evaluations_anew(tmp_path):
+def test_a_resumed_trial_keeps_its_time_and_repeats_its_evaluations(tmp_path):
     first = journal(tmp_path)
-    first.began(0, {"optimizer.learning_rate": 0.1})
-    first.reported(0, 3, 0.9)
+    first.on_start(0, {"optimizer.learning_rate": 0.1})
+    first.on_evaluation(0, 3, 0.9)
     held = json.loads(first.store.read("trials.json"))
     held["trials"][0]["seconds"] = 100.0
     first.store.write("trials.json", json.dumps(held).encode())
     again = journal(tmp_path)
-    again.began(0, {"optimizer.learning_rate": 0.1})
+    again.on_start(0, {"optimizer.learning_rate": 0.1})
     assert again.trials[0].reports == ()
-    again.reported(0, 3, 0.9)
+    again.on_evaluation(0, 3, 0.9)
     assert 100 <= again.trials[0].seconds < 110
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         (
             {"space": {"optimizer.learning_rate": [1e-3]}},
-            "space: this search has begun with another space",
+            "space: the search was started with",
         ),
         ({"seed": 3}, "seed: "),
         ({"document": {"schedule": {"steps": 10}}}, "schedule.steps=10: trials of this search"),
     ],
 )
-def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, changes, said):
-    journal(tmp_path).began(0, {})
+def test_another_search_of_the_same_name_is_refused_in_one_line(tmp_path, changes, expected):
+    journal(tmp_path).on_start(0, {})
     with pytest.raises(ConfigError) as caught:
-        journal(tmp_path, made(tmp_path, **changes))
-    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(said)
+        journal(tmp_path, make_search(tmp_path, **changes))
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(expected)
 
 
-def test_more_trials_at_once_and_operational_fields_may_change(tmp_path):
-    journal(tmp_path).began(0, {})
+def test_num_trials_max_concurrent_and_operational_fields_may_change(tmp_path):
+    journal(tmp_path).on_start(0, {})
     assert journal(
-        tmp_path, made(tmp_path, {"log": {"every_steps": 4}}, trials=9, max_concurrent=2)
+        tmp_path, make_search(tmp_path, {"log": {"every_steps": 4}}, trials=9, max_concurrent=2)
     ).trials
 
 
 @pytest.mark.parametrize(("metric", "order"), [("loss", [2, 0, 1]), ("accuracy", [0, 2, 1])])
-def test_the_best_trial_stands_first(tmp_path, metric, order):
-    search = made(
+def test_the_best_trial_comes_first(tmp_path, metric, order):
+    search = make_search(
         tmp_path,
         {
             "checkpoint": {"best_by": metric},
@@ -127,8 +127,8 @@ def test_the_best_trial_stands_first(tmp_path, metric, order):
     assert search_report.as_picture(report).startswith(b"\x89PNG")
 
 
-def test_without_optuna_it_is_one_line(monkeypatch):
+def test_missing_optuna_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError) as caught:
         ray_tune.require_optuna()
-    assert caught.value.problems[0].startswith("search=optuna: optuna is not installed; ")
+    assert caught.value.problems[0].startswith("search=optuna: optuna is not installed. ")
