@@ -1,7 +1,8 @@
-"""Files of a checkpoint, read in parts of which every byte is checked before anyone sees it.
+"""Reads ranges of a checkpoint's files and verifies every byte before returning it.
 
-A manifest holds a checksum for each block of a file; a part is widened to whole blocks. Where a
-manifest holds none (an older checkpoint), the whole file is one block. What was spoilt on the way is read again, once.
+A manifest holds one checksum per block of a file, so a requested range is widened to whole blocks.
+If the manifest has no block checksums (older checkpoints), the whole file is one block. A range
+whose checksum differs is read once more, in case the damage happened in transit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +23,26 @@ from dist_ft.checkpoint.manifest import DamagedError, FileEntry
 from dist_ft.core.errors import StorageError
 from dist_ft.storage.filesystem import Store
 
-IN_FLIGHT = 4
-"""Parts on their way at once."""
-AHEAD = 8
-"""Parts that have come or are on their way before they are wanted: one that is slow does not hold up the others."""
+NUM_CONCURRENT_READS = 4
+NUM_READ_AHEAD = 8
+"""Ranges requested before the caller needs them, so that a slow read does not delay the others."""
+
+
+class ByteRange(NamedTuple):
+    """Bytes [start, stop) of the file at `path`."""
+
+    path: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class CheckedBytes:
-    """Bytes of a file from `start` on."""
+    """Verified bytes of a file.
+
+    Attributes:
+        start: offset in the file of the first byte of `content`.
+    """
 
     start: int
     content: memoryview
@@ -40,13 +53,13 @@ class CheckedBytes:
 
 
 class ReusableBuffer:
-    """Memory that is made once, as much as is needed, and used again: touching new pages costs as much as a copy."""
+    """A buffer that grows on demand and is reused: touching new pages costs as much as a copy."""
 
     def __init__(self) -> None:
         self._content = np.empty(0, np.uint8)
 
-    def of(self, num_bytes: int) -> memoryview:
-        """Return so many bytes of it."""
+    def view(self, num_bytes: int) -> memoryview:
+        """Return the first `num_bytes` of the buffer, which is enlarged if needed."""
         if len(self._content) < num_bytes:
             self._content = np.empty(num_bytes, np.uint8)
         return memoryview(self._content)[:num_bytes]  # type: ignore[arg-type]
@@ -60,89 +73,101 @@ class CheckedFiles:
         store: Store,
         entries: Iterable[FileEntry],
         shared: Store | None = None,
-        own_disk: bool = False,
+        unreadable_is_damaged: bool = False,
     ) -> None:
-        """Take the checkpoint's folder, what its manifest says of its files, and the folder of those it shares.
+        """Store the arguments; nothing is read.
 
-        own_disk: what can not be read in the checkpoint's folder (not: what it shares) is damaged.
+        Args:
+            store: the checkpoint's folder.
+            entries: the manifest's entries for its files.
+            shared: the folder of the files that several checkpoints share.
+            unreadable_is_damaged: treat a file in `store` (not in `shared`) that cannot be read as
+                damaged. For a node's local disk.
         """
         self._store = store
-        self._own_disk = own_disk
+        self._unreadable_is_damaged = unreadable_is_damaged
         self._shared = shared
         self._entries = {entry.path: entry for entry in entries}
 
     @property
     def paths(self) -> Sequence[str]:
-        """Their paths, in the manifest's order."""
+        """The paths of the files, in the manifest's order."""
         return list(self._entries)
 
-    def shown(self, path: str = "") -> str:
+    def redacted_url(self, path: str = "") -> str:
         """Return the URL of a file, without credentials."""
-        return self._of(path).shown(path)
+        return self._store_of(path).redacted_url(path)
 
-    def _of(self, path: str) -> Store:
-        """Return the folder a file lies in."""
+    def _store_of(self, path: str) -> Store:
+        """Return the folder that contains the file."""
         is_shared = path in self._entries and self._entries[path].shared
-        return self._shared if is_shared and self._shared is not None else self._store
+        if is_shared and self._shared is not None:
+            return self._shared
+        return self._store
 
     def num_bytes(self, path: str) -> int:
         """Return the length of a file."""
         return self._entries[path].num_bytes
 
-    def window(self, path: str, most: int) -> int:
-        """Return how many bytes, a multiple of the file's blocks, to read at once where about `most` shall be."""
-        block = self._block(path)
-        return block * max(1, most // block)
+    def window_bytes(self, path: str, max_bytes: int) -> int:
+        """Return the largest multiple of the block size up to `max_bytes`, at least one block."""
+        block_bytes = self._block_bytes(path)
+        return block_bytes * max(1, max_bytes // block_bytes)
 
-    def _block(self, path: str) -> int:
+    def _block_bytes(self, path: str) -> int:
         entry = self._entries[path]
         return entry.block_bytes or max(1, entry.num_bytes)
 
-    def read(self, path: str, start: int, stop: int, memory: ReusableBuffer | None = None) -> CheckedBytes:
-        """Return at least the bytes [start, stop), in `memory` if given.
+    def read(
+        self, path: str, start: int, stop: int, buffer: ReusableBuffer | None = None
+    ) -> CheckedBytes:
+        """Return at least the bytes [start, stop) of a file, stored in `buffer` if given.
 
-        Raises DamagedError if they are not what was written.
+        Raises:
+            DamagedError: the bytes differ from what was written.
         """
-        entry, block = self._entries[path], self._block(path)
-        first, last = start // block * block, min(entry.num_bytes, -(-stop // block) * block)
+        entry = self._entries[path]
+        block_bytes = self._block_bytes(path)
+
+        first = start // block_bytes * block_bytes
+        last = min(entry.num_bytes, -(-stop // block_bytes) * block_bytes)
         if first == last:
             return CheckedBytes(first, memoryview(b""))
+
         for _ in range(2):
-            content = self._fetch(path, first, (memory or ReusableBuffer()).of(last - first))
+            content = self._fetch(path, first, (buffer or ReusableBuffer()).view(last - first))
             if manifests.matches_checksum(entry, first, content):
                 return CheckedBytes(first, content)
-        raise DamagedError(f"{self.shown(path)}: its checksum differs from the manifest's")
+        raise DamagedError(f"{self.redacted_url(path)}: its checksum differs from the manifest's")
 
-    def _fetch(self, path: str, first: int, memory: memoryview) -> memoryview:
+    def _fetch(self, path: str, start: int, target: memoryview) -> memoryview:
         try:
-            return self._of(path).read_into(path, first, memory)
+            return self._store_of(path).read_into(path, start, target)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
-                raise DamagedError(f"{self.shown(path)}: the file is not there") from error
-            if self._own_disk and not self._entries[path].shared:
+                raise DamagedError(f"{self.redacted_url(path)}: the file is missing") from error
+            if self._unreadable_is_damaged and not self._entries[path].shared:
                 raise DamagedError(str(error)) from error
             raise
 
-    def read_all(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[CheckedBytes]:
-        """Yield the parts that hold the ranges (path, start, stop), in their order, some of them read ahead.
+    def read_all(self, ranges: Sequence[ByteRange]) -> Iterator[CheckedBytes]:
+        """Yield the bytes of each range, in order; the next ranges are read ahead.
 
-        A part is good until the next is asked for: their memory is used again.
+        The yielded bytes are valid until the next item is requested, because buffers are reused.
         """
-        memories = cycle([ReusableBuffer() for _ in range(AHEAD + 1)])
-        ahead: deque[Future[CheckedBytes]] = deque()
-        threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="restore")
+        buffers = cycle([ReusableBuffer() for _ in range(NUM_READ_AHEAD + 1)])
+        pending: deque[Future[CheckedBytes]] = deque()
+        threads = ThreadPoolExecutor(NUM_CONCURRENT_READS, thread_name_prefix="restore")
         try:
-            for (path, start, stop), memory in zip(ranges, memories, strict=False):
-                ahead.append(
-                    threads.submit(
-                        copy_context().run, partial(self.read, path, start, stop, memory)
-                    )
-                )
-                if len(ahead) > AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            for (path, start, stop), buffer in zip(ranges, buffers, strict=False):
+                read = partial(self.read, path, start, stop, buffer)
+                pending.append(threads.submit(copy_context().run, read))
+                if len(pending) > NUM_READ_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            # Not waited for: a reader that was dropped half-way ends here in the garbage collector, which may run while
-            # a thread is just being started; to join one there takes a lock that is held already (CPython 3.11).
+            # Do not wait. If the caller drops this generator half-way, this block runs in the
+            # garbage collector, possibly while a thread is being started; joining a thread then
+            # takes a lock that is already held (CPython 3.11).
             threads.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,10 @@
-"""The commit of a save whose files are all written: ledger, manifest, retention. Rank 0's, in the background.
+"""Commits a save whose files are all written: ledger, manifest, retention.
 
-Guarantees: the manifest is written last, after every file was seen to be as long as what was written; a worker of an
-older attempt does not commit, and takes back what it committed while a newer one began.
+This runs on rank 0, in the background.
+
+The manifest is written last, after the length of every file was compared with what was written. A
+worker of an older attempt does not commit, and removes its manifest if a newer attempt started
+while it was written.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 
@@ -20,16 +24,34 @@ from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest
 from dist_ft.checkpoint.save_status import LostSharedError, SaveInProgress
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
+RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """What all workers have written for one save.
+
+    Attributes:
+        files: entries of all files. If none of them is shared, the shared files of the checkpoint
+            before are reused.
+        frozen: names of the weights in shared files.
+        ledger_rows: ledger rows (N, 6) of each worker.
+    """
+
+    files: tuple[FileEntry, ...]
+    frozen: frozenset[str]
+    ledger_rows: Sequence[np.ndarray]
 
 
 class Committer:
-    """The commits of one attempt at the run at `store`, by `num_workers` workers."""
+    """Commits the checkpoints of one attempt at the run at `store`, by `num_workers` workers."""
 
     def __init__(
         self,
@@ -37,127 +59,142 @@ class Committer:
         section: CheckpointSection,
         num_workers: int,
         attempt: int,
-        nodes: LocalTier | None,
+        local: LocalTier | None,
     ) -> None:
-        """Assign only."""
+        """Store the arguments; nothing is read or written."""
         self._store = store
         self._section = section
         self._num_workers = num_workers
         self._attempt = attempt
-        self._nodes = nodes
+        self._local = local
         self._ledger: tuple[LedgerEntry, ...] = ()
         self._shared: tuple[FileEntry, ...] = ()
-        self._loose: str | None = None
-        self._origin: int | None = None
+        self._local_only_segment: str | None = (
+            None  # a ledger segment that only a local checkpoint names
+        )
+        self._start_step: int | None = None
 
-    def go_on_from(self, manifest: Manifest | None) -> None:
-        """Take a checkpoint for the end of the history that this attempt goes on with."""
-        self._ledger, self._loose = (manifest.ledger if manifest else ()), None
-        self._origin = manifest.progress.step if manifest else -1
-        self._shared = tuple(item for item in manifest.files if item.shared) if manifest else ()
+    def continue_from(self, manifest: Manifest | None) -> None:
+        """Use a checkpoint as the end of the history that this attempt continues.
 
-    def commit(
-        self,
-        save: SaveInProgress,
-        files: tuple[FileEntry, ...],
-        frozen: frozenset[str],
-        rows: Sequence[np.ndarray],
-    ) -> None:
-        """Check that the files are there, write ledger and manifest, prune.
+        None to start from nothing.
+        """
+        self._local_only_segment = None
+        if manifest is None:
+            self._ledger, self._shared, self._start_step = (), (), -1
+            return
+        self._ledger = manifest.ledger
+        self._shared = tuple(item for item in manifest.files if item.shared)
+        self._start_step = manifest.progress.step
+
+    def commit(self, save: SaveInProgress, written: WrittenFiles) -> None:
+        """Write ledger and manifest, after a check of the files; remove checkpoints not retained.
 
         Args:
-            save: all of its files are written.
-            files: of all workers; where none of them are shared, those of the checkpoint before are taken over.
-            frozen: names of the weights in shared files.
-            rows: of the ledger, by worker.
+            save: a save all of whose files are written.
+            written: what all workers have written for it.
         """
-        draft, nodes = save.draft, self._nodes if save.draft.on_nodes else None
-        folder = self._store.child(f"{discovery.LOCAL_FOLDER if nodes else discovery.FOLDER}/{save.name}")
-        if draft.before is not None:
-            wait([draft.before])
-        if save.shared is None:
-            files += self._shared
-        ledger = self._extend_ledger(draft.progress.step, rows)
-        self._seal(
-            folder,
-            Manifest(
-                format_version=manifests.FORMAT_VERSION if frozen else 1,
-                run=draft.run,
-                attempt=self._attempt,
-                world_size=self._num_workers,
-                engine=draft.engine,
-                progress=draft.progress,
-                tensors=draft.tensors,
-                aliases=draft.aliases,
-                files=files,
-                ledger=ledger,
-                frozen=tuple(sorted(frozen)),
-                evaluation=draft.evaluation,
-                layout=nodes.layout if nodes else "",
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                versions={
-                    name: version(name)
-                    for name in ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")
-                },
-            ),
+        request = save.request
+        local = self._local if request.tier is Tier.LOCAL else None
+        tier = Tier.LOCAL if local else Tier.STORAGE
+        if request.commit_after is not None:
+            wait([request.commit_after])
+
+        files = written.files if save.shared is not None else written.files + self._shared
+        ledger = self._extend_ledger(request.progress.step, written.ledger_rows)
+        manifest = Manifest(
+            format_version=manifests.FORMAT_VERSION if written.frozen else 1,
+            run=request.run,
+            attempt=self._attempt,
+            world_size=self._num_workers,
+            engine=request.engine,
+            progress=request.progress,
+            tensors=request.tensors,
+            aliases=request.aliases,
+            files=files,
+            ledger=ledger,
+            frozen=tuple(sorted(written.frozen)),
+            evaluation=request.evaluation,
+            layout=local.layout if local else "",
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions={name: version(name) for name in RECORDED_PACKAGES},
         )
+        self._write_manifest(self._store.child(f"{tier.value}/{save.name}"), manifest)
+
         self._shared = tuple(item for item in files if item.shared)
-        if nodes is None:
+        if local is None:
             self._ledger = ledger
-            retention.remove_unretained(self._store, self._section, self._attempt, self._origin, save.name)
-        self.forget_on_nodes(save.name if nodes else "", ledger)
-        self._loose = ledger[-1].file.path if nodes and ledger != self._ledger else None
+            retention.remove_unretained(
+                self._store, self._section, self._attempt, self._start_step, save.name
+            )
+        self.remove_local_checkpoints(save.name if local else "", ledger)
+        is_local_only = local is not None and ledger != self._ledger
+        self._local_only_segment = ledger[-1].file.path if is_local_only else None
 
-    def forget_on_nodes(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
-        """Remove other manifests of checkpoints on the nodes, and the segment that only they name, not `ledger`."""
+    def remove_local_checkpoints(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
+        """Remove the manifests of local checkpoints except `keep`.
+
+        The ledger segment that only local checkpoints name is removed too, unless in `ledger`.
+        """
         try:
-            if self._nodes is not None:
-                self._nodes.forget(keep)
-            if self._loose is not None and self._loose not in [item.file.path for item in ledger]:
-                self._store.remove(self._loose)
+            if self._local is not None:
+                self._local.remove_manifests(keep)
+            segments = [item.file.path for item in ledger]
+            if self._local_only_segment is not None and self._local_only_segment not in segments:
+                self._store.remove(self._local_only_segment)
         except StorageError as error:
-            log.warning("older checkpoints on the nodes were not removed: %s", error)
+            log.warning("older local checkpoints were not removed: %s", error)
 
-    def _extend_ledger(self, step: int, parts: Sequence[np.ndarray]) -> tuple[LedgerEntry, ...]:
+    def _extend_ledger(
+        self, step: int, rows_by_worker: Sequence[np.ndarray]
+    ) -> tuple[LedgerEntry, ...]:
         start = self._ledger[-1].stop if self._ledger else 0
         if step == start:
             return self._ledger
-        return (*self._ledger, write_segment(self._store, start, step, self._attempt, parts))
+        segment = write_segment(self._store, start, step, self._attempt, rows_by_worker)
+        return (*self._ledger, segment)
 
-    def _seal(self, folder: Store, manifest: Manifest) -> None:
-        """Write the manifest, unless a newer attempt has started meanwhile."""
+    def _write_manifest(self, folder: Store, manifest: Manifest) -> None:
+        """Write the manifest, unless a newer attempt has started."""
         fault_injection.hit("checkpoint.before_manifest")
-        self._require_current(folder)
+        self._require_current_attempt(folder)
         self._require_written(folder, manifest)
         folder.write(manifests.NAME, manifests.serialize_manifest(manifest))
         try:
-            self._require_current(folder)  # that write may have taken long
+            self._require_current_attempt(folder)  # the write may have taken long
         except CheckpointError:
             folder.remove(manifests.NAME)
             raise
         fault_injection.hit("checkpoint.after_manifest")
 
     def _require_written(self, folder: Store, manifest: Manifest) -> None:
-        """Raise StorageError if a file that can be seen from here is not as long as what was written."""
-        own = folder.sizes() if not manifest.layout else {}
-        shared = self._store.child(discovery.FROZEN).sizes() if manifest.frozen else {}
-        for item in manifest.files:
-            if manifest.layout and not item.shared:
-                continue  # on its worker's node
-            where, found = (
-                (self._store.child(discovery.FROZEN), shared) if item.shared else (folder, own)
-            )
-            if found.get(item.path) != item.num_bytes:
-                kind = LostSharedError if item.shared else StorageError
-                raise kind(
-                    f"{where.shown(item.path)}: {found.get(item.path, 0)} bytes are there, {item.num_bytes} "
-                    "were written; the storage lost some; checkpoint not committed"
-                )
+        """Raise StorageError if a file visible here has another length than what was written."""
+        is_local = bool(manifest.layout)
+        shared_folder = self._store.child(discovery.FROZEN)
+        sizes = {} if is_local else folder.sizes()
+        shared_sizes = shared_folder.sizes() if manifest.frozen else {}
 
-    def _require_current(self, folder: Store) -> None:
-        newest = discovery.latest_attempt(self._store)
-        if newest > self._attempt:
+        for item in manifest.files:
+            if item.shared:
+                self._require_size(item, shared_folder, shared_sizes, LostSharedError)
+            elif not is_local:  # local files are on the nodes of their workers
+                self._require_size(item, folder, sizes, StorageError)
+
+    @staticmethod
+    def _require_size(
+        item: FileEntry, folder: Store, sizes: dict[str, int], error: type[StorageError]
+    ) -> None:
+        num_bytes = sizes.get(item.path, 0)
+        if num_bytes != item.num_bytes or item.path not in sizes:
+            raise error(
+                f"{folder.redacted_url(item.path)}: has {num_bytes} bytes, but {item.num_bytes} "
+                "were written; the storage lost data; the checkpoint is not committed"
+            )
+
+    def _require_current_attempt(self, folder: Store) -> None:
+        latest = discovery.latest_attempt(self._store)
+        if latest > self._attempt:
             raise CheckpointError(
-                f"{folder.shown()}: attempt {self._attempt} must not commit, attempt {newest} has "
-                "taken over the run; this process ends"
+                f"{folder.redacted_url()}: attempt {self._attempt} must not commit, attempt "
+                f"{latest} has taken over the run; this process ends"
             )

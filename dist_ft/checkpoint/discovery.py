@@ -1,7 +1,8 @@
-"""What is in a run's storage: its checkpoints, which of them is the newest sound one, and its attempts.
+"""Finds the checkpoints and attempts of a run in its storage.
 
-Guarantees: a checkpoint whose files do not match its manifest is passed over for the one before, and the log says why;
-attempts are numbered by files created exclusively. Writes nothing else.
+A checkpoint whose files do not match its manifest is skipped in favor of the one before, and the
+reason is logged. Attempts are numbered by files that are created exclusively; nothing else is
+written.
 """
 
 from __future__ import annotations
@@ -10,61 +11,90 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.checked_reads import CheckedFiles
+from dist_ft.checkpoint.checked_reads import ByteRange, CheckedFiles
 from dist_ft.checkpoint.fragments import MAX_REQUEST_BYTES, FragmentReader, gather_index
 from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
-FOLDER = "checkpoints"
-LOCAL_FOLDER = "node-checkpoints"
-"""Folder of the manifests of checkpoints that lie on the workers' nodes."""
+FOLDER = Tier.STORAGE.value
+LOCAL_FOLDER = Tier.LOCAL.value
 ATTEMPTS = "attempts"
 FROZEN = "frozen"
-"""Folder of a run with the files of weights that do not learn: checkpoints share them."""
+"""Folder of a run with the files of frozen weights, which checkpoints share."""
+
+
+class CheckResult(NamedTuple):
+    """The result of checking one checkpoint on all ranks, the same on all of them.
+
+    Attributes:
+        manifest: None if it could not be loaded.
+        problem: how the checkpoint is damaged; "" if it is not.
+    """
+
+    manifest: Manifest | None
+    problem: str
+
+
+class CheckpointOrder(NamedTuple):
+    """Orders checkpoints: one of a later attempt is later, whatever its step."""
+
+    attempt: int
+    step: int
 
 
 def find_latest(
     store: Store,
     world: World,
     collectives: Collectives,
-    take: Callable[[Manifest], None] | None = None,
+    check: Callable[[Manifest], None] | None = None,
     upto: str = "",
 ) -> Manifest | None:
-    """Return the newest checkpoint that is what was written; None before the first; a collective call.
+    """Return the latest undamaged checkpoint; None if the run has none yet. A collective call.
 
-    What is passed over is logged with the reason. Storage that does not answer, or a checkpoint of a newer dist_ft, is
-    an error: the run must not go back because of it. So is a run of which no checkpoint is sound: to begin again is for
-    its owner to decide.
+    Skipped checkpoints are logged with the reason.
 
     Args:
         store: the run's folder.
         world: this process among its peers.
-        collectives: how they talk.
-        take: raises DamagedError if the checkpoint is not what was written, on any rank, and any other error to end
-            the search; by default every file is read and held against the manifest, shared out over the ranks.
-        upto: name of the newest checkpoint that comes into question.
+        collectives: the control channel.
+        check: called on all ranks for each candidate. It raises DamagedError if the checkpoint is
+            damaged, and any other error to end the search. Default: all files are read and
+            verified; each rank reads a share.
+        upto: name of the latest checkpoint to consider. Default: all.
+
+    Raises:
+        StorageError: the storage does not respond; the run must not go back because of that.
+        NewerFormatError: a checkpoint was written by a newer dist_ft.
+        CheckpointError: all checkpoints are damaged. Only the owner of the run can decide to start
+            again.
     """
-    take = take or (lambda manifest: verify_checksums(store, manifest, world))
+    check = check or (lambda manifest: verify_checksums(store, manifest, world))
     names = on_rank0(world, collectives, lambda: list_committed(store))
-    names = [name for name in names if not upto or sort_key(name) <= sort_key(upto)]
-    first = ""
+    if upto:
+        names = [name for name in names if sort_key(name) <= sort_key(upto)]
+
+    first_problem = ""
     for name in names:
-        manifest, problem = check_on_all_ranks(store, name, world, collectives, take)
+        manifest, problem = check_on_all_ranks(store, name, world, collectives, check)
         if not problem:
             return manifest
         if world.rank == 0:
-            log.warning("checkpoint %s is passed over: %s", name, problem)
-        first = first or problem
+            log.warning("checkpoint %s is skipped: %s", name, problem)
+        first_problem = first_problem or problem
+
     if names:
         raise CheckpointError(
-            f"{store.shown(FOLDER)}: none of the {len(names)} committed checkpoints can be loaded "
-            f"(the newest: {first}); restore one from a copy, or move the folder away to begin again"
+            f"{store.redacted_url(FOLDER)}: none of the {len(names)} committed checkpoints can be "
+            f"loaded (the latest: {first_problem}); restore one from a copy, or move the folder "
+            "away to start again"
         )
     return None
 
@@ -74,124 +104,143 @@ def check_on_all_ranks(
     name: str,
     world: World,
     collectives: Collectives,
-    take: Callable[[Manifest], None],
-    folder: str = FOLDER,
-) -> tuple[Manifest | None, str]:
-    """Return a checkpoint's manifest, taken by all ranks, and how it is damaged: the same on all ranks."""
+    check: Callable[[Manifest], None],
+    tier: Tier = Tier.STORAGE,
+) -> CheckResult:
+    """Load the manifest of checkpoint `name` and call `check` on all ranks. A collective call.
+
+    An error of `check` other than DamagedError is raised on all ranks.
+    """
     try:
-        manifest = on_rank0(world, collectives, lambda: load_manifest(store, name, folder))
+        manifest = on_rank0(world, collectives, lambda: load_manifest(store, name, tier))
     except DamagedError as error:
-        return None, str(error)
-    problem: DistFtError | None = None
+        return CheckResult(None, str(error))
+
+    own_problem: DistFtError | None = None
     try:
-        take(manifest)
+        check(manifest)
     except DistFtError as error:
-        problem = error
-    problems = [error for error in collectives.all_gather(problem) if error is not None]
-    for failure in problems:
-        if not isinstance(failure, DamagedError):
-            raise failure
-    return manifest, str(problems[0]) if problems else ""
+        own_problem = error
+
+    problems = [error for error in collectives.all_gather(own_problem) if error is not None]
+    for problem in problems:
+        if not isinstance(problem, DamagedError):
+            raise problem
+    return CheckResult(manifest, str(problems[0]) if problems else "")
 
 
-def list_committed(store: Store, folder: str = FOLDER) -> list[str]:
-    """Return the names of all checkpoints in `folder` that have a manifest, newest first."""
-    names = [name for name in store.list(folder) if manifests.parse_folder(name)]
+def list_committed(store: Store, tier: Tier = Tier.STORAGE) -> list[str]:
+    """Return the names of all checkpoints of `tier` that have a manifest, latest first."""
+    names = [name for name in store.list(tier.value) if manifests.parse_folder(name)]
     names.sort(key=sort_key, reverse=True)
-    return [name for name in names if store.exists(f"{folder}/{name}/{manifests.NAME}")]
+    return [name for name in names if store.exists(_manifest_path(name, tier))]
 
 
-def sort_key(name: str) -> tuple[int, int]:
-    """Return what checkpoints are ordered by: what a newer attempt committed is newer, whatever its step."""
+def sort_key(name: str) -> CheckpointOrder:
+    """Return the key that orders checkpoints by age."""
     step, attempt = manifests.parse_folder(name) or (0, 0)
-    return attempt, step
+    return CheckpointOrder(attempt, step)
 
 
-def load_manifest(store: Store, name: str, folder: str = FOLDER) -> Manifest:
-    """Read the manifest of checkpoint `name`; raises DamagedError if it is not sound or another's."""
-    path = f"{folder}/{name}/{manifests.NAME}"
+def load_manifest(store: Store, name: str, tier: Tier = Tier.STORAGE) -> Manifest:
+    """Return the manifest of checkpoint `name`.
+
+    Raises:
+        DamagedError: the manifest is missing or damaged, or belongs to another checkpoint.
+    """
+    path = _manifest_path(name, tier)
     try:
         content = store.read(path)
     except StorageError as error:
-        if isinstance(
-            error.__cause__, FileNotFoundError
-        ):  # the checkpoint's fault, not the storage's
-            raise DamagedError(f"{store.shown(path)}: the file is not there") from error
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedError(f"{store.redacted_url(path)}: the file is missing") from error
         raise
-    manifest = manifests.parse_manifest(content, store.shown(path))
-    own = manifests.folder_name(manifest.progress.step, manifest.attempt)
-    if own != name:
+
+    manifest = manifests.parse_manifest(content, store.redacted_url(path))
+    if manifest.folder_name != name:
         raise DamagedError(
-            f"{store.shown(path)}: is the manifest of {own}; a checkpoint may not be copied or "
-            "renamed; it will not be loaded"
+            f"{store.redacted_url(path)}: is the manifest of {manifest.folder_name}; a checkpoint "
+            "must not be copied or renamed; it will not be loaded"
         )
     return manifest
 
 
+def _manifest_path(name: str, tier: Tier) -> str:
+    return f"{tier.value}/{name}/{manifests.NAME}"
+
+
 def require_complete(store: Store, manifest: Manifest) -> None:
-    """Raise DamagedError if a file is missing or has another length: one listing tells, no file is read."""
-    require_files(
-        checkpoint_store(store, manifest), [item for item in manifest.files if not item.shared]
-    )
+    """Raise DamagedError if a file is missing or has the wrong length.
+
+    Folders are listed, no file is read.
+    """
+    own_files = [item for item in manifest.files if not item.shared]
+    require_files(checkpoint_store(store, manifest), own_files)
     require_shared_files(store, manifest)
 
 
 def require_shared_files(store: Store, manifest: Manifest) -> None:
-    """Do as `require_whole` for the files it shares with other checkpoints."""
+    """Raise DamagedError if a shared file is missing or has the wrong length."""
     shared = [item for item in manifest.files if item.shared]
     if shared:
         require_files(store.child(FROZEN), shared)
 
 
 def require_files(folder: Store, files: Iterable[FileEntry]) -> None:
-    """Raise DamagedError if one of `files` is missing in `folder`, or has another length."""
-    there = folder.sizes()
+    """Raise DamagedError if one of `files` is missing in `folder` or has the wrong length."""
+    sizes = folder.sizes()
     for item in files:
-        if item.path not in there:
-            raise DamagedError(f"{folder.shown(item.path)}: the file is not there")
-        if there[item.path] != item.num_bytes:
+        if item.path not in sizes:
+            raise DamagedError(f"{folder.redacted_url(item.path)}: the file is missing")
+        if sizes[item.path] != item.num_bytes:
             raise DamagedError(
-                f"{folder.shown(item.path)}: {there[item.path]} bytes, the manifest says "
-                f"{item.num_bytes}"
+                f"{folder.redacted_url(item.path)}: has {sizes[item.path]} bytes, but "
+                f"{item.num_bytes} according to the manifest"
             )
 
 
 def verify_checksums(store: Store, manifest: Manifest, world: World) -> None:
-    """Check length and checksum of this rank's share of the files; raises DamagedError where they differ."""
+    """Verify length and checksum of this rank's share of the files.
+
+    Raises DamagedError if they differ.
+    """
     require_complete(store, manifest)
-    files = _files(store, manifest)
-    own = [manifest.files[index] for index in world.share(len(manifest.files))]
-    windows = [
-        (item.path, start, min(item.num_bytes, start + width))
-        for item in own
-        for width in [files.window(item.path, MAX_REQUEST_BYTES)]
-        for start in range(0, item.num_bytes, width)
-    ]
-    for _ in files.read_all(windows):
-        pass
+    files = _checked_files(store, manifest)
+
+    ranges = []
+    for index in world.share(len(manifest.files)):
+        item = manifest.files[index]
+        window_bytes = files.window_bytes(item.path, MAX_REQUEST_BYTES)
+        for start in range(0, item.num_bytes, window_bytes):
+            stop = min(item.num_bytes, start + window_bytes)
+            ranges.append(ByteRange(item.path, start, stop))
+
+    for _ in files.read_all(ranges):
+        pass  # reading verifies
 
 
-def _files(store: Store, manifest: Manifest) -> CheckedFiles:
+def _checked_files(store: Store, manifest: Manifest) -> CheckedFiles:
     return CheckedFiles(checkpoint_store(store, manifest), manifest.files, store.child(FROZEN))
 
 
 def checkpoint_store(store: Store, manifest: Manifest) -> Store:
     """Return the folder of a checkpoint of the run at `store`."""
-    return store.child(
-        f"{FOLDER}/{manifests.folder_name(manifest.progress.step, manifest.attempt)}"
-    )
+    return store.child(f"{FOLDER}/{manifest.folder_name}")
 
 
 def open_reader(store: Store, manifest: Manifest) -> FragmentReader:
     """Return a reader of the checkpoint's fragments."""
-    return FragmentReader(_files(store, manifest))
+    return FragmentReader(_checked_files(store, manifest))
 
 
 def open_reader_together(
     store: Store, manifest: Manifest, world: World, collectives: Collectives
 ) -> FragmentReader:
-    """Return a reader of the checkpoint's fragments, the headers read by all ranks together; a collective call."""
-    files = _files(store, manifest)
+    """Return a reader of the checkpoint's fragments.
+
+    Each rank reads a share of the headers. A collective call.
+    """
+    files = _checked_files(store, manifest)
     return FragmentReader(files, gather_index(files, world, collectives))
 
 
@@ -203,36 +252,39 @@ def latest_attempt(store: Store) -> int:
     )
 
 
-def start_attempt(store: Store, world_size: int, after: str = "") -> int:
-    """Take the next attempt number of the run for this process and its peers (call on rank 0).
+def start_attempt(store: Store, num_ranks: int, previous_end: str = "") -> int:
+    """Reserve the next attempt number of the run for all ranks (call on rank 0 only).
 
-    `after`: why the attempt before ended, where it is known; one that was not planned counts as a failure.
+    Args:
+        store: the run's folder.
+        num_ranks: ranks of the new attempt.
+        previous_end: why the previous attempt ended, if known. An unplanned end counts as a
+            failure.
     """
     number = latest_attempt(store)
-    failures = num_failures(store, number) + bool(after and not after.startswith(PLANNED))
+    is_failure = bool(previous_end) and not previous_end.startswith(PLANNED)
+    failures = num_failures(store, number) + is_failure
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     while True:
         number += 1
-        note = json.dumps(
-            {
-                "attempt": number,
-                "world_size": world_size,
-                "started_at": started,
-                "failures": failures,
-                **({"after": redact(after)} if after else {}),
-            }
-        )
-        if store.create(f"{ATTEMPTS}/{number:06d}.json", note.encode()):
+        record = {
+            "attempt": number,
+            "world_size": num_ranks,
+            "started_at": started,
+            "failures": failures,
+        }
+        if previous_end:
+            record["after"] = redact(previous_end)
+        if store.create(f"{ATTEMPTS}/{number:06d}.json", json.dumps(record).encode()):
             return number
 
 
 def num_failures(store: Store, attempt: int) -> int:
-    """Return how many attempts up to the start of `attempt` ended in a failure that was noticed."""
+    """Return how many attempts before `attempt` ended in a failure that was noticed."""
+    if not attempt:
+        return 0
     try:
-        return (
-            int(json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json")).get("failures", 0))
-            if attempt
-            else 0
-        )
+        record = json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json"))
+        return int(record.get("failures", 0))
     except (StorageError, ValueError, AttributeError):
         return 0

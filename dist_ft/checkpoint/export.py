@@ -1,8 +1,10 @@
 """From a run to a Hugging Face folder that any tool loads.
 
-Guarantees: the folder appears under its name only after it was loaded again with plain transformers and gave the same
-logits as the weights of the checkpoint; one process, no DeepSpeed, no Ray, no access to the original model. Reads
-fragments tensor by tensor; the whole model must fit into memory twice (once while it is compared).
+Guarantees: the folder appears under its name only after it was loaded again with plain transformers
+    and gave the same
+logits as the weights of the checkpoint; one process, no DeepSpeed, no Ray, no access to the
+original model. Reads fragments tensor by tensor; the whole model must fit into memory twice (once
+while it is compared).
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def export_run(
         adapter: write the adapter alone, as `peft` loads it.
         best: of the checkpoints there are, the best by checkpoint.best_by.
         finish: called with the whole folder and what it was made from, before the folder appears.
-        average: the moving average of the weights (tuning.ema_decay); none: if that is what was evaluated.
+        average: the moving average of the weights (tuning.ema_decay); none: if that is what was
+            evaluated.
     """
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -123,14 +126,14 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
     names = discovery.list_committed(store)
     if not names:
         raise CheckpointError(
-            f"{store.shown()}: no committed checkpoint; give the folder of a run (<storage>/<name>)"
+            f"{store.redacted_url()}: no committed checkpoint; give the folder of a run (<storage>/<name>)"
         )
     steps = {
         (manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)
     }  # newest attempt wins
     if step not in steps:
         raise CheckpointError(
-            f"--step={step}: not among the checkpoints of {store.shown()}; there are "
+            f"--step={step}: not among the checkpoints of {store.redacted_url()}; there are "
             f"{', '.join(str(found) for found in sorted(steps))}; give one of them"
         )
     manifest = discovery.load_manifest(store, steps[step])
@@ -150,7 +153,7 @@ def find_best_step(store: Store) -> int:
     ]
     if not found:
         raise CheckpointError(
-            f"--best: no checkpoint of {store.shown()} is of a step that was evaluated by {metric}; "
+            f"--best: no checkpoint of {store.redacted_url()} is of a step that was evaluated by {metric}; "
             "needs evaluation.every_steps and checkpoint.keep_best; export the newest"
         )
     return bests.find_best(metric, found)[0]
@@ -168,7 +171,7 @@ def load_trained(
     method = load_tuning(store).method
     if method in ADDED and method not in MERGEABLE:
         raise CheckpointError(
-            f"{store.shown()}: what {method} adds can not be added into the model's weights; it is "
+            f"{store.redacted_url()}: what {method} adds can not be added into the model's weights; it is "
             "exported alone; use --adapter"
         )
     model, _, tokenizer, wanted = _load(store, manifest, dtype, average)
@@ -180,7 +183,7 @@ def load_trained(
         difference = (probe_outputs(model) - before).abs().max().item() / before.abs().max().item()
     if difference > MERGED:
         raise CheckpointError(
-            f"{store.shown()}: with its adapter merged the model does not give the same logits "
+            f"{store.redacted_url()}: with its adapter merged the model does not give the same logits "
             f"(relative difference {difference:.1e}); nothing was exported; use --adapter"
         )
     return _in_format(model, load_task(store), wanted), tokenizer
@@ -204,7 +207,7 @@ def _in_format(model: Any, task: TaskSection, wanted: torch.dtype) -> Any:
 
 
 def _stored_section(store: Store, name: str, model: type[S]) -> S:
-    return load_stored_section(read_stored_config(store), name, model, store.shown(STORED))
+    return load_stored_section(read_stored_config(store), name, model, store.redacted_url(STORED))
 
 
 def load_tuning(store: Store) -> TuningSection:
@@ -246,7 +249,7 @@ def _load(
     with tempfile.TemporaryDirectory() as folder:
         if "config.json" not in store.child(MODEL).download(folder):
             raise CheckpointError(
-                f"{store.shown(MODEL)}: no config.json there; every run keeps its model's config and "
+                f"{store.redacted_url(MODEL)}: no config.json there; every run keeps its model's config and "
                 "tokenizer; give the folder of a run (<storage>/<name>)"
             )
         config = AutoConfig.from_pretrained(folder)
@@ -260,7 +263,7 @@ def _load(
         name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
     }
     manifests.require_same_tensors(
-        manifest.tensors, shapes, discovery.checkpoint_store(store, manifest).shown()
+        manifest.tensors, shapes, discovery.checkpoint_store(store, manifest).redacted_url()
     )
     targets = parameters | dict(model.named_buffers())
     with torch.no_grad():
@@ -276,7 +279,7 @@ def _learned_key(store: Store, average: bool | None) -> str:
     stored = read_stored_config(store)
     if average and not load_tuning(store).ema_decay:
         raise CheckpointError(
-            f"--ema: the run at {store.shown()} kept no average of its weights (tuning.ema_decay); "
+            f"--ema: the run at {store.redacted_url()} kept no average of its weights (tuning.ema_decay); "
             "allowed where it did; export it without --ema"
         )
     evaluated = (stored.get("evaluation") or {}).get("weights") == "ema"
@@ -337,7 +340,8 @@ def whole_tensors(
         )
     names = [name for name in keys if name in targets]
     requests = [
-        FragmentRequest(i, name, keys[name], 0, targets[name].numel()) for i, name in enumerate(names)
+        FragmentRequest(i, name, keys[name], 0, targets[name].numel())
+        for i, name in enumerate(names)
     ]
     for index, values in reader.read_many(requests):
         yield names[index], torch.from_numpy(values).view(targets[names[index]].shape)
@@ -346,14 +350,18 @@ def whole_tensors(
 def _compare(model: Any, task: TaskSection, folder: Path) -> None:
     """Raise CheckpointError unless the written folder, loaded anew, has the weights and gives the logits of `model`.
 
-    Weights to the bit, logits but for rounding: where weights lie in memory may change the order of a sum.
+    Weights to the bit, logits but for rounding: where weights lie in memory may change the order of
+    a sum.
     """
     import torch
 
     with torch.no_grad():
         expected = probe_outputs(model)
         pair: Any = heads.auto_class(task).from_pretrained(
-            folder, dtype=model.dtype, output_loading_info=True, **extra_model_kwargs(model.config, task)
+            folder,
+            dtype=model.dtype,
+            output_loading_info=True,
+            **extra_model_kwargs(model.config, task),
         )
         loaded, info = pair
         for tensor in (

@@ -1,7 +1,8 @@
-"""Fragment files as they will lie in storage, made in host memory by one copy of the state.
+"""Plans fragment files and builds their content in host memory with one copy of the state.
 
-A layout says which elements of which slot stand where in a file; it follows from the slots alone, so its buffers serve
-every save of a run. The files are plain safetensors. Does not write to storage.
+A layout states where the elements of which state slice are in a file. It depends on the slices
+only, so that the same buffers serve every save of a run. The files are plain safetensors. This
+module does not write to storage.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from dist_ft.checkpoint import fragments
 from dist_ft.core.errors import CheckpointError
 from dist_ft.engine.base import StateSlice
 
-_STORED = {torch.bfloat16: torch.float32}  # numpy lacks it; exact
-_CODES = {
+_STORED_AS = {torch.bfloat16: torch.float32}
+"""Types that numpy does not have, and an exact replacement."""
+_DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.float16: "F16",
@@ -35,14 +37,20 @@ _CODES = {
 
 
 ALIGNMENT = 64
-"""Bytes a cache line has: values that do not begin on one are copied at little more than half the speed."""
+"""Bytes of a cache line. Copying values that do not start on one is almost twice as slow."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Elements [first, first + numel) of slot number `slot`, stored as `dtype`."""
+    """One tensor of a fragment file: elements [first, first + numel) of a state slice.
 
-    slot: int
+    Attributes:
+        slice_index: the state slice, in the sequence that the layout was planned for.
+        dtype: the type in the file.
+        label: the name in the file: "key:offset:parameter name".
+    """
+
+    slice_index: int
     first: int
     numel: int
     dtype: torch.dtype
@@ -50,88 +58,101 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Return its size in the file."""
+        """The size in the file."""
         return self.numel * self.dtype.itemsize
+
+    def select(self, state: Sequence[StateSlice]) -> torch.Tensor:
+        """Return the values (numel,) of this entry."""
+        values = state[self.slice_index].read().detach()
+        return values[self.first : self.first + self.numel]
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One file: its header, then the bytes of its pieces without gaps."""
+    """One file: its header, then the bytes of its entries without gaps."""
 
     header: bytes
-    pieces: tuple[TensorEntry, ...]
+    entries: tuple[TensorEntry, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Return the length of the file."""
-        return len(self.header) + sum(piece.num_bytes for piece in self.pieces)
+        """The length of the file."""
+        return len(self.header) + sum(entry.num_bytes for entry in self.entries)
 
-    def fill(self, slots: Sequence[StateSlice], content: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the file (num_bytes,) uint8, made in `content` if given; copies from a GPU may still be under way."""
-        if content is None:
-            content = torch.empty(self.num_bytes, dtype=torch.uint8)
+    def copy_into(self, state: Sequence[StateSlice], content: torch.Tensor) -> None:
+        """Write the file to `content` (num_bytes,) uint8.
+
+        Copies from a GPU may still be running on return.
+        """
         start = len(self.header)
         content[:start] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
-        for piece in self.pieces:
-            values = slots[piece.slot].read().detach()[piece.first : piece.first + piece.numel]
-            content[start : start + piece.num_bytes].view(piece.dtype).copy_(
-                values, non_blocking=True
-            )
-            start += piece.num_bytes
-        return content
+        for entry in self.entries:
+            target = content[start : start + entry.num_bytes].view(entry.dtype)
+            target.copy_(entry.select(state), non_blocking=True)
+            start += entry.num_bytes
 
-    def parts(self, slots: Sequence[StateSlice]) -> list[memoryview]:
-        """Return the file in parts; nothing is copied that lies in host memory as it is stored: it must not change."""
-        found = [memoryview(self.header)]
-        for piece in self.pieces:
-            values = slots[piece.slot].read().detach()[piece.first : piece.first + piece.numel]
-            plain = values.to("cpu", piece.dtype).contiguous().numpy().view(np.uint8)
-            found.append(memoryview(plain))  # type: ignore[arg-type]
-        return found
+    def as_buffers(self, state: Sequence[StateSlice]) -> list[memoryview]:
+        """Return the content of the file as a list of buffers.
+
+        Values that are in host memory in the stored type are not copied, so they must not change
+        until the file is written.
+        """
+        buffers = [memoryview(self.header)]
+        for entry in self.entries:
+            values = entry.select(state).to("cpu", entry.dtype).contiguous()
+            buffers.append(memoryview(values.numpy().view(np.uint8)))  # type: ignore[arg-type]
+        return buffers
 
 
-def plan_files(slots: Sequence[StateSlice], first: int = 0) -> list[FileLayout]:
-    """Return the files that hold `slots` from number `first` on, at most PART_BYTES of values each; larger are cut.
+def plan_files(state: Sequence[StateSlice], first: int = 0) -> list[FileLayout]:
+    """Return the files that hold the state slices from index `first` on.
 
-    Raises CheckpointError for numbers that no file can hold.
+    A file has at most MAX_FILE_BYTES of values; larger slices are split.
+
+    Raises:
+        CheckpointError: a slice has a type that safetensors cannot store.
     """
-    parts: list[list[TensorEntry]] = []
-    size = 0
-    for piece in _pieces(slots, first):
-        if not parts or size + piece.num_bytes > fragments.MAX_FILE_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(piece)
-        size += piece.num_bytes
-    return [_layout(part) for part in parts]
+    files: list[list[TensorEntry]] = []
+    num_bytes = 0
+    for entry in _plan_entries(state, first):
+        if not files or num_bytes + entry.num_bytes > fragments.MAX_FILE_BYTES:
+            files.append([])
+            num_bytes = 0
+        files[-1].append(entry)
+        num_bytes += entry.num_bytes
+    return [_plan_file(entries) for entries in files]
 
 
-def _pieces(slots: Sequence[StateSlice], start: int) -> Iterator[TensorEntry]:
-    for index, slot in enumerate(slots[start:], start):
-        held = slot.read().dtype
-        dtype = _STORED.get(held, held)
-        if dtype not in _CODES:
+def _plan_entries(state: Sequence[StateSlice], start: int) -> Iterator[TensorEntry]:
+    for index, part in enumerate(state[start:], start):
+        dtype_in_memory = part.read().dtype
+        dtype = _STORED_AS.get(dtype_in_memory, dtype_in_memory)
+        if dtype not in _DTYPE_NAMES:
+            allowed = ", ".join(str(known) for known in (*_DTYPE_NAMES, *_STORED_AS))
             raise CheckpointError(
-                f"{slot.key} of {slot.name}: numbers of the type {held} can not be saved; allowed "
-                f"are {', '.join(str(known) for known in (*_CODES, *_STORED))}"
+                f"{part.key} of {part.name}: values of type {dtype_in_memory} cannot be saved; "
+                f"allowed are {allowed}"
             )
-        most = max(1, fragments.MAX_FILE_BYTES // dtype.itemsize)
-        for first in range(0, max(1, slot.numel), most):
-            label = f"{slot.key}:{slot.offset + first}:{slot.name}"
-            yield TensorEntry(index, first, min(most, slot.numel - first), dtype, label)
+
+        max_elements = max(1, fragments.MAX_FILE_BYTES // dtype.itemsize)
+        for first in range(0, max(1, part.numel), max_elements):
+            numel = min(max_elements, part.numel - first)
+            label = f"{part.key}:{part.offset + first}:{part.name}"
+            yield TensorEntry(index, first, numel, dtype, label)
 
 
-def _layout(pieces: Sequence[TensorEntry]) -> FileLayout:
-    """Return the file of `pieces`; the widest numbers first, so that all lie on multiples of their width."""
-    ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+def _plan_file(entries: Sequence[TensorEntry]) -> FileLayout:
+    """Return the file of `entries`, widest types first so that every value is aligned."""
+    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header, start = {}, 0
-    for piece in ordered:
-        header[piece.label] = {
-            "dtype": _CODES[piece.dtype],
-            "shape": [piece.numel],
-            "data_offsets": [start, start + piece.num_bytes],
+    for entry in ordered:
+        header[entry.label] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": [entry.numel],
+            "data_offsets": [start, start + entry.num_bytes],
         }
-        start += piece.num_bytes
+        start += entry.num_bytes
+
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return FileLayout(len(text).to_bytes(8, "little") + text, tuple(ordered))

@@ -1,8 +1,9 @@
-"""Fragments: (parameter name, flat offset, values) in safetensors files; reading any part of them back.
+"""Reads fragments: (parameter name, flat offset, values), stored in safetensors files.
 
-A worker writes the slots it owns (`images`); a reader asks for the slots it has, in whatever world, and gets the bytes
-that overlap: read once, in few merged requests, several on their way, each checked before it is given out (`blocks`).
-Neither side knows the other's world size or ZeRO stage.
+A worker writes the state slices it owns (`file_layout`). A reader in any world requests the slices
+it has and gets the overlapping bytes. Each byte is read once, in a few merged requests, several at
+a time, and is verified before it is returned (`checked_reads`). Neither side knows the other's
+world size or ZeRO stage.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_ft.checkpoint.checked_reads import CheckedFiles, CheckedBytes
+from dist_ft.checkpoint.checked_reads import ByteRange, CheckedBytes, CheckedFiles
 from dist_ft.core.errors import CheckpointError, DistFtError
 from dist_ft.core.world import Collectives, World, raise_together
 
 MAX_FILE_BYTES = 64 * 2**20
-"""Most bytes of values in a file: what is written, checked, sent at once."""
+"""Largest size of the values in a file, which is written, verified and sent as a whole."""
 MAX_REQUEST_BYTES = 16 * 2**20
 """Most bytes read at once."""
 MAX_GAP_BYTES = 2**21
 """Ranges closer than this are read in one request."""
+MAX_HEADER_BYTES = 2**27
 _DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {
@@ -43,13 +45,24 @@ _DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": "?",
     }.items()
 }
-MAX_HEADER_BYTES = 2**27
-"""Longest header that is read."""
+
+
+class StateKey(NamedTuple):
+    """A state of a parameter, for example ("lm_head.weight", "exp_avg")."""
+
+    name: str
+    key: str
 
 
 @dataclass(frozen=True)
 class FragmentLocation:
-    """Where a fragment's bytes lie: `start` is its first byte in the file."""
+    """Where a fragment is stored.
+
+    Attributes:
+        offset: first element of the flattened parameter.
+        numel: number of elements.
+        start: first byte in the file.
+    """
 
     path: str
     offset: int
@@ -58,22 +71,29 @@ class FragmentLocation:
     dtype: np.dtype
 
 
-FragmentIndex = dict[tuple[str, str], list[FragmentLocation]]
-"""What lies where, by (parameter name, key)."""
+FragmentIndex = dict[StateKey, list[FragmentLocation]]
+"""The fragments of each state of each parameter."""
 
 
 def read_index(files: CheckedFiles, paths: Sequence[str]) -> FragmentIndex:
-    """Return what lies in some of a checkpoint's files; raises CheckpointError for a header that is not sound."""
+    """Return the fragments in some of a checkpoint's files.
+
+    Raises:
+        CheckpointError: a file's header is invalid.
+    """
     index: FragmentIndex = defaultdict(list)
-    begins = files.read_all([(path, 0, min(files.num_bytes(path), 8)) for path in paths])
-    for path, begin in zip(paths, begins, strict=True):
-        for where, found in _read_header(files, path, begin).items():
-            index[where].extend(found)
+    starts = files.read_all([ByteRange(path, 0, min(files.num_bytes(path), 8)) for path in paths])
+    for path, start in zip(paths, starts, strict=True):
+        for state, locations in _read_header(files, path, start).items():
+            index[state].extend(locations)
     return index
 
 
 def gather_index(files: CheckedFiles, world: World, collectives: Collectives) -> FragmentIndex:
-    """Return what lies in all files of a checkpoint, each header having been read by one rank; a collective call."""
+    """Return the fragments in all files of a checkpoint.
+
+    Each rank reads a share of the headers. A collective call.
+    """
     own: FragmentIndex = {}
     problem: DistFtError | None = None
     try:
@@ -81,60 +101,74 @@ def gather_index(files: CheckedFiles, world: World, collectives: Collectives) ->
     except DistFtError as error:
         problem = error
     raise_together(collectives, problem)
+
     index: FragmentIndex = defaultdict(list)
-    for part in collectives.all_gather(own):
-        for where, found in part.items():
-            index[where].extend(found)
+    for of_rank in collectives.all_gather(own):
+        for state, locations in of_rank.items():
+            index[state].extend(locations)
     return index
 
 
-def _read_header(files: CheckedFiles, path: str, begin: CheckedBytes) -> FragmentIndex:
-    """Return what lies where in a file, of which the first block was read."""
+def _read_header(files: CheckedFiles, path: str, start: CheckedBytes) -> FragmentIndex:
+    """Return the fragments in a file, given its first block."""
     num_bytes = files.num_bytes(path)
     try:
-        length = int.from_bytes(begin.slice(0, 8), "little") if num_bytes >= 8 else 0
+        length = int.from_bytes(start.slice(0, 8), "little") if num_bytes >= 8 else 0
         if not 2 <= length <= min(num_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {num_bytes}")
-        whole = begin if 8 + length <= len(begin.content) else files.read(path, 0, 8 + length)
+        whole = start if 8 + length <= len(start.content) else files.read(path, 0, 8 + length)
         header = json.loads(bytes(whole.slice(8, 8 + length)))
-        found: FragmentIndex = defaultdict(list)
+
+        index: FragmentIndex = defaultdict(list)
         for label, info in dict(header).items():
             if label != "__metadata__":
-                name, key, located = _locate(path, label, info, 8 + length, num_bytes)
-                found[name, key].append(located)
-        return found
+                key, offset, name = label.split(":", 2)
+                location = _parse_location(path, label, offset, info, 8 + length, num_bytes)
+                index[StateKey(name, key)].append(location)
+        return index
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = (
-            f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyError | RecursionError)
-            else str(error)
-        )
+        reason = str(error)
+        if isinstance(error, KeyError | RecursionError):
+            reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{files.shown(path)}: not a sound fragment file ({what}); it will not be loaded"
+            f"{files.redacted_url(path)}: not a valid fragment file ({reason}); it will not be "
+            "loaded"
         ) from error
 
 
-def _locate(
-    path: str, label: str, info: dict[str, Any], start: int, num_bytes: int
-) -> tuple[str, str, FragmentLocation]:
-    """Return (parameter name, key, place) of one header entry; its values lie between `start` and the file's end."""
-    key, offset, name = label.split(":", 2)
-    begin, end = info["data_offsets"]
+def _parse_location(
+    path: str, label: str, offset: str, info: dict[str, Any], values_start: int, num_bytes: int
+) -> FragmentLocation:
+    """Return the location that a header entry describes.
+
+    Args:
+        path: the file.
+        label: the entry's name.
+        offset: first element of the flattened parameter, as in `label`.
+        info: the entry.
+        values_start: first byte after the header.
+        num_bytes: length of the file.
+    """
+    start, stop = info["data_offsets"]
     dtype, (numel,) = _DTYPES[info["dtype"]], info["shape"]
     if not (
         offset.isascii()
         and offset.isdigit()
-        and all(type(number) is int for number in (begin, end, numel))
+        and all(type(number) is int for number in (start, stop, numel))
     ):
         raise ValueError(f"{label}: offsets and sizes must be whole numbers from 0")
-    if not 0 <= begin <= end <= num_bytes - start or end - begin != numel * dtype.itemsize:
-        raise ValueError(f"{label} lies outside the file")
-    return name, key, FragmentLocation(path, int(offset), numel, start + begin, dtype)
+    if not 0 <= start <= stop <= num_bytes - values_start or stop - start != numel * dtype.itemsize:
+        raise ValueError(f"{label} is outside the file")
+    return FragmentLocation(path, int(offset), numel, values_start + start, dtype)
 
 
 @dataclass(frozen=True)
 class FragmentRequest:
-    """Elements [offset, offset + numel) of state `key` of parameter `name`; `index` is the asker's own number."""
+    """Requests elements [offset, offset + numel) of state `key` of parameter `name`.
+
+    Attributes:
+        index: the caller's number for this request.
+    """
 
     index: int
     name: str
@@ -143,134 +177,162 @@ class FragmentRequest:
     numel: int
 
 
+class FragmentValues(NamedTuple):
+    """The values (numel,) of one request."""
+
+    request_index: int
+    values: np.ndarray
+
+
 @dataclass(frozen=True)
 class _Copy:
-    """One overlap: the bytes [start, stop) of a file go to byte `into` of request `index`."""
+    """Bytes [start, stop) of a file, for byte `target_start` of the values of request `index`."""
 
     index: int
-    into: int
+    target_start: int
     path: str
     start: int
     stop: int
     dtype: np.dtype
 
 
+@dataclass(frozen=True)
+class _MergedRead:
+    """One read from storage that serves several copies."""
+
+    range: ByteRange
+    copies: list[_Copy]
+
+
 class FragmentReader:
-    """Reads parts of parameters out of the fragment files of one checkpoint."""
+    """Reads parts of parameters from the fragment files of one checkpoint."""
 
     def __init__(self, files: CheckedFiles, index: FragmentIndex | None = None) -> None:
-        """Take the files, and what lies where in them; none: all headers are read at the first request."""
+        """Store the files and their index; default: all headers are read at the first request."""
         self._files = files
         self._index = index
 
-    def shown(self) -> str:
+    def redacted_url(self) -> str:
         """Return the URL of the checkpoint, without credentials."""
-        return self._files.shown()
+        return self._files.redacted_url()
 
-    def keys(self) -> set[tuple[str, str]]:
-        """Return every (name, key) in the checkpoint."""
-        return set(self._located())
+    def keys(self) -> set[StateKey]:
+        """Return all states in the checkpoint."""
+        return set(self._load_index())
 
-    def _located(self) -> FragmentIndex:
+    def _load_index(self) -> FragmentIndex:
         if self._index is None:
             self._index = read_index(self._files, self._files.paths)
         return self._index
 
     def read(self, name: str, key: str, offset: int, numel: int) -> np.ndarray:
-        """Return elements [offset, offset + numel) as (numel,); raises CheckpointError if any is missing."""
-        return next(self.read_many([FragmentRequest(0, name, key, offset, numel)]))[1]
+        """Return elements [offset, offset + numel); raises CheckpointError if any is missing."""
+        return next(self.read_many([FragmentRequest(0, name, key, offset, numel)])).values
 
-    def read_many(self, wanted: Sequence[FragmentRequest]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index, values) for every request, each as soon as its last byte has come; good until the next.
+    def read_many(self, requests: Sequence[FragmentRequest]) -> Iterator[FragmentValues]:
+        """Yield the values of each request once they are complete; valid until the next item.
 
-        Raises DamagedError if bytes are not what was written; none of those has been given out then.
+        Raises:
+            CheckpointError: requested elements are not in the checkpoint.
+            DamagedError: the bytes differ from what was written; values read from them were not
+                returned.
         """
-        requests = list(_merge(self._plan(wanted), self._files))
-        sizes = {request.index: request.numel for request in wanted}
-        buffers: dict[int, np.ndarray] = {}
-        missing: dict[int, int] = {}
-        for request in wanted:
-            if request.numel == 0:
-                yield request.index, np.zeros(0, np.float32)
-        parts = self._files.read_all([(path, first, last) for path, first, last, _ in requests])
-        for part, (*_, copies) in zip(parts, requests, strict=True):
-            for copy in copies:
-                content = np.frombuffer(part.slice(copy.start, copy.stop), np.uint8)
-                if len(content) == sizes[copy.index] * copy.dtype.itemsize:
-                    values = content.view(copy.dtype)
-                    if (
-                        values.flags.aligned and values.flags.writeable
-                    ):  # torch wants to be able to write
-                        yield copy.index, values
-                        continue
-                buffer = buffers.get(copy.index)
-                if buffer is None:
-                    buffer = buffers[copy.index] = np.empty(sizes[copy.index], copy.dtype)
-                    missing[copy.index] = buffer.nbytes
-                buffer.view(np.uint8)[copy.into : copy.into + len(content)] = content
-                missing[copy.index] -= len(content)
-                if missing[copy.index] == 0:
-                    yield copy.index, buffers.pop(copy.index)
+        reads = list(_merge(self._plan_copies(requests), self._files))
+        sizes = {request.index: request.numel for request in requests}
+        incomplete: dict[int, np.ndarray] = {}
+        missing_bytes: dict[int, int] = {}
 
-    def _plan(self, wanted: Sequence[FragmentRequest]) -> list[_Copy]:
-        """Return the overlaps of `wanted` with the fragments; raises CheckpointError for a hole."""
-        located = self._located()
+        for request in requests:
+            if request.numel == 0:
+                yield FragmentValues(request.index, np.zeros(0, np.float32))
+
+        contents = self._files.read_all([read.range for read in reads])
+        for found, read in zip(contents, reads, strict=True):
+            for copy in read.copies:
+                content = np.frombuffer(found.slice(copy.start, copy.stop), np.uint8)
+                is_whole_request = len(content) == sizes[copy.index] * copy.dtype.itemsize
+                if is_whole_request:
+                    values = content.view(copy.dtype)
+                    # torch requires writable memory; without a copy only if it is aligned
+                    if values.flags.aligned and values.flags.writeable:
+                        yield FragmentValues(copy.index, values)
+                        continue
+
+                buffer = incomplete.get(copy.index)
+                if buffer is None:
+                    buffer = incomplete[copy.index] = np.empty(sizes[copy.index], copy.dtype)
+                    missing_bytes[copy.index] = buffer.nbytes
+                target = slice(copy.target_start, copy.target_start + len(content))
+                buffer.view(np.uint8)[target] = content
+                missing_bytes[copy.index] -= len(content)
+                if missing_bytes[copy.index] == 0:
+                    yield FragmentValues(copy.index, incomplete.pop(copy.index))
+
+    def _plan_copies(self, requests: Sequence[FragmentRequest]) -> list[_Copy]:
+        """Return the overlaps of `requests` with the fragments.
+
+        Raises CheckpointError if elements are missing.
+        """
+        index = self._load_index()
         copies: list[_Copy] = []
-        for request in wanted:
-            stop, reached = request.offset + request.numel, request.offset
-            for piece in sorted(
-                located.get((request.name, request.key), ()), key=lambda found: found.offset
-            ):
-                begin, end = max(reached, piece.offset), min(stop, piece.offset + piece.numel)
-                if begin > reached:
+        for request in requests:
+            stop = request.offset + request.numel
+            next_element = request.offset
+            fragments = index.get(StateKey(request.name, request.key), ())
+            for fragment in sorted(fragments, key=lambda found: found.offset):
+                first = max(next_element, fragment.offset)
+                last = min(stop, fragment.offset + fragment.numel)
+                if first > next_element:
                     break
-                if end > begin:
-                    width = piece.dtype.itemsize
-                    start = piece.start + (begin - piece.offset) * width
+                if last > first:
+                    itemsize = fragment.dtype.itemsize
+                    start = fragment.start + (first - fragment.offset) * itemsize
                     copies.append(
                         _Copy(
                             request.index,
-                            (begin - request.offset) * width,
-                            piece.path,
+                            (first - request.offset) * itemsize,
+                            fragment.path,
                             start,
-                            start + (end - begin) * width,
-                            piece.dtype,
+                            start + (last - first) * itemsize,
+                            fragment.dtype,
                         )
                     )
-                    reached = end
-            if reached < stop:
+                    next_element = last
+
+            if next_element < stop:
                 raise CheckpointError(
-                    f"{self._files.shown()}: elements from {reached} of {request.key} of {request.name} are not in "
-                    "this checkpoint; it belongs to another model or optimizer; check model.path and optimizer.name"
+                    f"{self._files.redacted_url()}: elements from {next_element} of {request.key} "
+                    f"of {request.name} are not in this checkpoint; it belongs to another model or "
+                    "optimizer; check model.path and optimizer.name"
                 )
         return copies
 
 
-def _merge(
-    copies: Sequence[_Copy], files: CheckedFiles
-) -> Iterator[tuple[str, int, int, list[_Copy]]]:
-    """Yield (path, first byte, last byte, copies) of requests that join neighbours; no block is read twice."""
-    windows = {copy.path: files.window(copy.path, MAX_REQUEST_BYTES) for copy in copies}
-    cut = [part for copy in copies for part in _cut(copy, windows[copy.path])]
-    cut.sort(key=lambda copy: (copy.path, copy.start))
-    for (path, _), inside in groupby(
-        cut, lambda copy: (copy.path, copy.start // windows[copy.path])
-    ):
+def _merge(copies: Sequence[_Copy], files: CheckedFiles) -> Iterator[_MergedRead]:
+    """Merge neighboring copies into reads, so that no block is read twice."""
+    window_bytes = {copy.path: files.window_bytes(copy.path, MAX_REQUEST_BYTES) for copy in copies}
+    split = [part for copy in copies for part in _split(copy, window_bytes[copy.path])]
+    split.sort(key=lambda copy: (copy.path, copy.start))
+
+    by_window = groupby(split, lambda copy: (copy.path, copy.start // window_bytes[copy.path]))
+    for (path, _), in_window in by_window:
         group: list[_Copy] = []
-        last = 0
-        for copy in inside:
-            if group and copy.start > last + max(MAX_GAP_BYTES, files.window(path, 1)):
-                yield path, group[0].start, last, group
+        stop = 0
+        max_gap = max(MAX_GAP_BYTES, files.window_bytes(path, 1))
+        for copy in in_window:
+            if group and copy.start > stop + max_gap:
+                yield _MergedRead(ByteRange(path, group[0].start, stop), group)
                 group = []
             group.append(copy)
-            last = max(last, copy.stop)
-        yield path, group[0].start, last, group
+            stop = max(stop, copy.stop)
+        yield _MergedRead(ByteRange(path, group[0].start, stop), group)
 
 
-def _cut(copy: _Copy, window: int) -> Iterator[_Copy]:
-    """Yield the parts of a copy that lie in different windows of its file."""
+def _split(copy: _Copy, window_bytes: int) -> Iterator[_Copy]:
+    """Yield the parts of a copy that are in different windows of its file."""
     start = copy.start
     while start < copy.stop:
-        stop = min(copy.stop, (start // window + 1) * window)
-        yield replace(copy, into=copy.into + start - copy.start, start=start, stop=stop)
+        stop = min(copy.stop, (start // window_bytes + 1) * window_bytes)
+        target_start = copy.target_start + start - copy.start
+        yield replace(copy, target_start=target_start, start=start, stop=stop)
         start = stop

@@ -1,9 +1,10 @@
 """The model a run begins with, where model.path is the folder of another run: that run's newest or best checkpoint.
 
-It is exported once a node into the cache, under a name that follows from the checkpoint's manifest, and is a model
-folder like any other from there on. Which checkpoint it was is kept with the run that begins: a later start takes the
-same one, though the other run went on meanwhile. A run with checkpoints of its own needs no weights from elsewhere; it
-has its model's config and tokenizer itself. Does not read weights to look at a config.
+It is exported once a node into the cache, under a name that follows from the checkpoint's manifest,
+and is a model folder like any other from there on. Which checkpoint it was is kept with the run
+that begins: a later start takes the same one, though the other run went on meanwhile. A run with
+checkpoints of its own needs no weights from elsewhere; it has its model's config and tokenizer
+itself. Does not read weights to look at a config.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def is_run(path: str) -> bool:
     return Store(path).exists(STORED)
 
 
-def resolve_initial_model(config: RunConfig, store: Store, world: World, collectives: Collectives) -> ModelSection:
+def resolve_initial_model(
+    config: RunConfig, store: Store, world: World, collectives: Collectives
+) -> ModelSection:
     """Return the model section with a local folder as its path, where model.path names a run; a collective call.
 
     Raises:
@@ -67,7 +70,9 @@ def resolve_for_inspection(config: RunConfig) -> ModelSection:
 
 def _is_under_way(config: RunConfig, store: Store) -> bool:
     """Tell whether a run that began with another's model, or with a head to grow, has a checkpoint of its own."""
-    return (config.task.grow_head or store.exists(INITIAL_CHECKPOINT)) and bool(discovery.list_committed(store))
+    return (config.task.grow_head or store.exists(INITIAL_CHECKPOINT)) and bool(
+        discovery.list_committed(store)
+    )
 
 
 def resolve_model_section(
@@ -79,7 +84,9 @@ def resolve_model_section(
     step = latest_step(section.path, section.checkpoint) if weights else 0
     return _at(
         section,
-        export_to_cache(section.path, step, cache_dir) if weights else download_description(section.path, cache_dir),
+        export_to_cache(section.path, step, cache_dir)
+        if weights
+        else download_description(section.path, cache_dir),
     )
 
 
@@ -156,7 +163,9 @@ def _chosen(section: ModelSection, store: Store) -> int:
     if store.exists(INITIAL_CHECKPOINT):
         return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
     step = latest_step(section.path, section.checkpoint)
-    store.write(INITIAL_CHECKPOINT, json.dumps({"run": redact(section.path), "step": step}).encode())
+    store.write(
+        INITIAL_CHECKPOINT, json.dumps({"run": redact(section.path), "step": step}).encode()
+    )
     return step
 
 

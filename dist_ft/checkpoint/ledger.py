@@ -1,7 +1,10 @@
-"""The ledger: which samples each committed step consumed, written down as they were fed to the model.
+"""The ledger records which samples each committed step trained on.
 
-Rows come from the batches themselves, not from the plan, so that comparing the two proves something. A segment is
-written with each checkpoint and named in its manifest; segments outlive the checkpoints that retention removes.
+Rows are taken from the batches themselves, not from the plan, so that comparing the two is a real
+check. Each checkpoint writes one segment and names it in its manifest; segments outlive the
+checkpoints that retention removes.
+
+A ledger row has six int64 columns, see COLUMNS. N is the number of rows.
 """
 
 from __future__ import annotations
@@ -17,122 +20,144 @@ from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
 FOLDER = "ledger"
-DIFFERENCES = ("step", "sample")
-MOST_BYTES = 2**32
+DELTA_COLUMNS = ("step", "sample")
+"""Columns stored as the difference to the row before."""
+MAX_BYTES = 2**32
+"""Largest segment, uncompressed, that is read."""
 
 
 class LedgerBuffer:
-    """Rows of this worker since the last checkpoint."""
+    """The rows of this worker since the last checkpoint."""
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
 
     def add(self, step: int, batches: Sequence[Batch]) -> None:
-        """Note the pieces of this worker's `batches` of one step."""
+        """Record the segments of this worker's `batches` of one step."""
         for batch in batches:
-            if len(batch.segments):
-                lead = (
-                    np.full(len(batch.segments), step),
-                    batch.segments[:, 3],
-                    np.full(len(batch.segments), batch.lane),
-                )
-                self._rows.append(np.column_stack([*lead, batch.segments[:, :3]]))
+            num_segments = len(batch.segments)
+            if not num_segments:
+                continue
+            leading_columns = (
+                np.full(num_segments, step),
+                batch.segments[:, 3],
+                np.full(num_segments, batch.lane),
+            )
+            self._rows.append(np.column_stack([*leading_columns, batch.segments[:, :3]]))
 
-    def put_back(self, rows: np.ndarray) -> None:
-        """Remember rows again that could not be committed."""
+    def restore(self, rows: np.ndarray) -> None:
+        """Put back rows (N, 6) that could not be committed, in front of the others."""
         self._rows.insert(0, rows)
 
     def take(self) -> np.ndarray:
-        """Return the rows (n, 6) int64 so far and forget them."""
+        """Return the rows (N, 6) so far, int64, and clear the buffer."""
         rows = self.rows()
         self._rows = []
         return rows
 
     def rows(self) -> np.ndarray:
-        """Return the rows (n, 6) int64 so far."""
-        self._rows = [np.concatenate([np.zeros((0, len(COLUMNS)), dtype=np.int64), *self._rows])]
+        """Return the rows (N, 6) so far, int64."""
+        empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
+        self._rows = [np.concatenate([empty, *self._rows])]
         return self._rows[0]
 
 
 def write_segment(
-    store: Store, start: int, stop: int, attempt: int, parts: Sequence[np.ndarray]
+    store: Store, start: int, stop: int, attempt: int, rows_by_worker: Sequence[np.ndarray]
 ) -> LedgerEntry:
-    """Write the rows of all workers for steps [start, stop) and return the manifest's entry for them."""
-    rows = np.concatenate(list(parts))
-    rows = rows[np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], rows[:, 0]))]
-    content = pack_rows(rows)
+    """Write the rows (N, 6) of all workers for steps [start, stop); return the manifest entry."""
+    rows = np.concatenate(list(rows_by_worker))
+    by_step_lane_and_sample = np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], rows[:, 0]))
+    content = pack_rows(rows[by_step_lane_and_sample])
+
     path = f"{FOLDER}/{start:09d}-{stop:09d}-a{attempt:04d}.safetensors.zst"
     store.write(path, content)
     return LedgerEntry(start=start, stop=stop, file=file_entry(path, content))
 
 
 def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
-    """Return all rows (n, 6) of the committed history that `manifest` ends, in order of steps."""
-    parts, reached = [np.zeros((0, len(COLUMNS)), dtype=np.int64)], 0
+    """Return all rows (N, 6), in order of steps, of the history that `manifest` ends.
+
+    Raises:
+        CheckpointError: a segment is damaged or missing.
+    """
+    segments = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
+    next_step = 0
     for segment in manifest.ledger:
+        where = store.redacted_url(segment.file.path)
         content = store.read(segment.file.path)
-        if len(content) != segment.file.num_bytes or compute_checksum(content) != segment.file.checksum:
-            raise CheckpointError(
-                f"{store.shown(segment.file.path)}: altered since it was written; the history of "
-                f"steps {segment.start} to {segment.stop} can not be proved"
-            )
-        if segment.start != reached:
-            raise CheckpointError(
-                f"{store.shown(segment.file.path)}: begins at step {segment.start}, expected "
-                f"{reached}; the history has a hole"
-            )
-        parts.append(unpack_rows(content, store.shown(segment.file.path)))
-        reached = segment.stop
-    if reached != manifest.progress.step:
-        raise CheckpointError(
-            f"{store.shown(FOLDER)}: ends at step {reached}, the checkpoint stands at step "
-            f"{manifest.progress.step}; the history has a hole"
+        is_intact = (
+            len(content) == segment.file.num_bytes
+            and compute_checksum(content) == segment.file.checksum
         )
-    return np.concatenate(parts)
+        if not is_intact:
+            raise CheckpointError(
+                f"{where}: altered since it was written; the history of steps {segment.start} to "
+                f"{segment.stop} cannot be verified"
+            )
+        if segment.start != next_step:
+            raise CheckpointError(
+                f"{where}: starts at step {segment.start}, expected {next_step}; the history has a "
+                "gap"
+            )
+        segments.append(unpack_rows(content, where))
+        next_step = segment.stop
+
+    if next_step != manifest.progress.step:
+        raise CheckpointError(
+            f"{store.redacted_url(FOLDER)}: ends at step {next_step}, the checkpoint is at step "
+            f"{manifest.progress.step}; the history has a gap"
+        )
+    return np.concatenate(segments)
 
 
 def pack_rows(rows: np.ndarray) -> bytes:
-    """Return rows (n, 6) int64, sorted by step, as a compressed safetensors file: some 4 to 8 bytes a row.
+    """Return rows (N, 6) int64, sorted by step, as compressed safetensors: 4 to 8 bytes a row.
 
-    Columns lie apart and as narrow as they can be; samples as differences to the row before.
+    Each column is a tensor of the narrowest type that holds it; samples and steps are stored as
+    differences.
     """
     import pyarrow
     from safetensors.numpy import save
 
     columns = {name: rows[:, i].copy() for i, name in enumerate(COLUMNS)}
-    for name in DIFFERENCES:
+    for name in DELTA_COLUMNS:
         columns[name] = np.diff(columns[name], prepend=0)
     plain = save({name: _narrow(values) for name, values in columns.items()})
     return len(plain).to_bytes(8, "little") + pyarrow.Codec("zstd").compress(plain, asbytes=True)
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """Return whole numbers in the smallest type that holds them."""
-    least, most = (int(values.min()), int(values.max())) if len(values) else (0, 0)
-    return values.astype(
-        next(
-            kind
-            for kind in (np.int8, np.int16, np.int32, np.int64)
-            if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max
-        )
-    )
+    """Return integers in the smallest type that holds them."""
+    smallest, largest = 0, 0
+    if len(values):
+        smallest, largest = int(values.min()), int(values.max())
+
+    for dtype in (np.int8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= smallest and largest <= np.iinfo(dtype).max:
+            return values.astype(dtype)
+    return values.astype(np.int64)
 
 
 def unpack_rows(content: bytes, where: str) -> np.ndarray:
-    """Return the rows (n, 6) int64 that `pack_rows` packed; raises CheckpointError that names `where`."""
+    """Return the rows (N, 6) int64 that `pack_rows` packed.
+
+    Raises:
+        CheckpointError: `content` is not a valid segment; the message names `where`.
+    """
     import pyarrow
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        size = int.from_bytes(content[:8], "little")
-        if size > MOST_BYTES:
-            raise ValueError(f"{size} bytes")
-        columns = load(pyarrow.Codec("zstd").decompress(content[8:], size, asbytes=True))
-        for name in DIFFERENCES:
+        num_bytes = int.from_bytes(content[:8], "little")
+        if num_bytes > MAX_BYTES:
+            raise ValueError(f"{num_bytes} bytes")
+        columns = load(pyarrow.Codec("zstd").decompress(content[8:], num_bytes, asbytes=True))
+        for name in DELTA_COLUMNS:
             columns[name] = np.cumsum(columns[name], dtype=np.int64)
         return np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{where}: no ledger segment ({error}); the history can not be proved"
+            f"{where}: not a valid ledger segment ({error}); the history cannot be verified"
         ) from error

@@ -1,10 +1,12 @@
-"""Checkpoints on the workers' own nodes, between those in storage: quick to write, quick to read, gone with a node.
+"""Local checkpoints: checkpoints on the disks of the workers' nodes, between those in storage.
 
-The manifest lies in the run's storage (so order, fencing and the ledger are those of any checkpoint), the files on the
-node of the worker that wrote them (those of frozen weights in storage, where all checkpoints share them). Each worker
-writes all it would need, and reads only its own: such a checkpoint serves a restart of the same workers, engine and
-stage. Guarantees: it is taken only if every worker finds its files whole; else the newest in storage is, and the log
-says why.
+They are fast to write and to read, and lost with a node. The manifest is in the run's storage, so
+that ordering, fencing and the ledger work as for any checkpoint. The files are on the node of the
+worker that wrote them, except those of frozen weights, which are in storage and shared by all
+checkpoints. Each worker writes all state it needs and reads only its own files, so a local
+checkpoint serves a restart with the same workers, engine and ZeRO stage. It is used only if every
+worker finds its files complete; otherwise the latest checkpoint in storage is, and the reason is
+logged.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.checked_reads import CheckedFiles
 from dist_ft.checkpoint.fragments import FragmentReader
 from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import DistFtError, StorageError
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.storage.filesystem import Store
@@ -27,120 +30,131 @@ log = logging.getLogger("dist_ft.checkpoint")
 
 @dataclass(frozen=True)
 class LocalTier:
-    """What the workers' nodes hold of the run at `store`.
+    """The local checkpoints of the run at `store`, as this worker sees them.
 
     Attributes:
-        here: the run's folder on this node.
-        layout: who writes what: engine, stage, number of workers. Another layout's files are of no use.
+        store: the run's folder in storage.
+        local: the run's folder on this node.
+        layout: engine, ZeRO stage and number of workers; files of another layout cannot be used.
     """
 
     store: Store
-    here: Store
+    local: Store
     layout: str
     world: World
     collectives: Collectives
 
-    def newest(self) -> Manifest | None:
-        """Return the newest checkpoint, unless storage has a newer one, of which all workers find their files.
+    def find_latest(self) -> Manifest | None:
+        """Return the latest local checkpoint that all workers have the files of. A collective call.
 
-        A collective call. Lengths are compared, no file is read: `load` does that.
+        None if there is none, or if the latest checkpoint in storage is later. Only the lengths of
+        files are compared; `load` reads and verifies them.
         """
-        for name in on_rank0(self.world, self.collectives, self._candidates):
-            manifest = self._taken(name, self._require_there)
+        for name in on_rank0(self.world, self.collectives, self._list_candidates):
+            manifest = self._check_on_all_ranks(name, self._require_files)
             if manifest is not None:
                 return manifest
         return None
 
-    def _require_there(self, manifest: Manifest) -> None:
+    def load(
+        self, name: str, load_weights: Callable[[Manifest, FragmentReader], None]
+    ) -> Manifest | None:
+        """Call `load_weights` on all workers with checkpoint `name`.
+
+        Return None if it is damaged on any of them.
+        """
+
+        def load(manifest: Manifest) -> None:
+            files = CheckedFiles(
+                self.checkpoint_folder(manifest.folder_name),
+                self._files_of_worker(manifest),
+                shared=self.store.child(discovery.FROZEN),
+                unreadable_is_damaged=True,
+            )
+            load_weights(manifest, FragmentReader(files))
+
+        return self._check_on_all_ranks(name, load)
+
+    def _require_files(self, manifest: Manifest) -> None:
         try:
-            own = [item for item in self._own(manifest) if not item.shared]
-            discovery.require_files(self.files(_name(manifest)), own)
-        except (
-            StorageError
-        ) as error:  # of this node's own disk; the run's storage is another matter
+            own_files = [item for item in self._files_of_worker(manifest) if not item.shared]
+            discovery.require_files(self.checkpoint_folder(manifest.folder_name), own_files)
+        except StorageError as error:
+            # the node's own disk failed, which only damages this checkpoint; the run's storage is
+            # checked below
             raise DamagedError(str(error)) from error
         discovery.require_shared_files(self.store, manifest)
 
-    def load(self, name: str, fill: Callable[[Manifest, FragmentReader], None]) -> Manifest | None:
-        """Let all workers `fill` themselves from checkpoint `name`; return it, or None if some find it damaged."""
-        shared = self.store.child(discovery.FROZEN)
-        return self._taken(
-            name,
-            lambda found: fill(
-                found,
-                FragmentReader(
-                    CheckedFiles(self.files(_name(found)), self._own(found), shared, own_disk=True)
-                ),
-            ),
-        )
-
-    def _taken(self, name: str, take: Callable[[Manifest], None]) -> Manifest | None:
-        def guarded(manifest: Manifest) -> None:
+    def _check_on_all_ranks(self, name: str, check: Callable[[Manifest], None]) -> Manifest | None:
+        def check_layout_first(manifest: Manifest) -> None:
             if manifest.layout != self.layout:
-                raise DamagedError(f"it is of {manifest.layout}, this is {self.layout}")
-            take(manifest)
+                raise DamagedError(
+                    f"it was written by {manifest.layout}, this run has {self.layout}"
+                )
+            check(manifest)
 
         manifest, problem = discovery.check_on_all_ranks(
-            self.store, name, self.world, self.collectives, guarded, discovery.LOCAL_FOLDER
+            self.store, name, self.world, self.collectives, check_layout_first, Tier.LOCAL
         )
-        if problem and self.world.rank == 0:
-            log.warning("checkpoint %s on the nodes is passed over: %s", name, problem)
-        return None if problem else manifest
+        if not problem:
+            return manifest
+        if self.world.rank == 0:
+            log.warning("local checkpoint %s is skipped: %s", name, problem)
+        return None
 
-    def _candidates(self) -> list[str]:
-        """Return the checkpoints that are not older than the newest in storage, newest first."""
-        newest = discovery.list_committed(self.store)[:1]
-        return [
-            name
-            for name in self._names()
-            if not newest or discovery.sort_key(name) >= discovery.sort_key(newest[0])
-        ]
+    def _list_candidates(self) -> list[str]:
+        """Return the local checkpoints not older than the latest in storage, latest first."""
+        in_storage = discovery.list_committed(self.store)
+        names = discovery.list_committed(self.store, Tier.LOCAL)
+        if not in_storage:
+            return names
+        oldest = discovery.sort_key(in_storage[0])
+        return [name for name in names if discovery.sort_key(name) >= oldest]
 
-    def _names(self) -> list[str]:
-        return discovery.list_committed(self.store, discovery.LOCAL_FOLDER)
+    def _files_of_worker(self, manifest: Manifest) -> list[FileEntry]:
+        prefix = f"rank-{self.world.rank:05d}-"
+        return [item for item in manifest.files if item.shared or item.path.startswith(prefix)]
 
-    def _own(self, manifest: Manifest) -> list[FileEntry]:
-        return [
-            item
-            for item in manifest.files
-            if item.shared or item.path.startswith(f"rank-{self.world.rank:05d}-")
-        ]
+    def checkpoint_folder(self, name: str) -> Store:
+        """Return the folder of checkpoint `name` on this node."""
+        return self.local.child(name)
 
-    def files(self, name: str) -> Store:
-        """Return where the files of checkpoint `name` lie on this node."""
-        return self.here.child(name)
-
-    def forget(self, keep: str = "") -> None:
-        """Remove manifests but that of `keep` (rank 0)."""
-        for name in self._names():
+    def remove_manifests(self, keep: str = "") -> None:
+        """Remove all manifests of local checkpoints except that of `keep` (rank 0 only)."""
+        for name in discovery.list_committed(self.store, Tier.LOCAL):
             if name != keep:
                 self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}/{manifests.NAME}")
                 self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}")
 
-    def others(self, keep: str = "", before: str = "") -> list[str]:
-        """Return what lies on this node but `keep`; with `before`, a checkpoint of this attempt, only what is older."""
-        step, attempt = manifests.parse_folder(before) or (2**62, 2**62)
+    def list_removable(self, keep: str = "", upto: str = "") -> list[str]:
+        """Return the checkpoints on this node except `keep`.
+
+        With `upto`, a checkpoint of this attempt: only those of earlier steps or attempts, and
+        `upto` itself.
+        """
+        max_step, current_attempt = manifests.parse_folder(upto) or (2**62, 2**62)
         try:
-            found = [(name, manifests.parse_folder(name)) for name in self.here.list()]
+            names = self.local.list()
         except DistFtError as error:
-            log.debug("%s can not be listed: %s", self.here.shown(), error)
+            log.debug("%s cannot be listed: %s", self.local.redacted_url(), error)
             return []
-        return [
-            name
-            for name, own in found
-            if own is not None
-            and name != keep
-            and (own[0] < step or own[1] < attempt or name == before)
-        ]
+
+        removable = []
+        for name in names:
+            parsed = manifests.parse_folder(name)
+            if parsed is None or name == keep:
+                continue
+            if parsed.step < max_step or parsed.attempt < current_attempt or name == upto:
+                removable.append(name)
+        return removable
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files of checkpoints from this node; another worker of it may be doing the same."""
+        """Remove the files of checkpoints from this node.
+
+        Another worker of the node may be doing the same.
+        """
         for name in names:
             try:
-                self.here.remove(name)
+                self.local.remove(name)
             except DistFtError as error:
-                log.debug("%s was not removed: %s", self.here.shown(name), error)
-
-
-def _name(manifest: Manifest) -> str:
-    return manifests.folder_name(manifest.progress.step, manifest.attempt)
+                log.debug("%s was not removed: %s", self.local.redacted_url(name), error)

@@ -1,28 +1,38 @@
-"""Saving and loading the checkpoints of one run.
+"""Saves and loads the checkpoints of one run.
 
-Guarantees: a checkpoint exists when its manifest does, and the manifest is written last, by rank 0, after every file
-was written and its length read back; a worker of an older attempt does not commit. In the background a save goes
-through the same two steps: all ranks learn that all files are written, then rank 0 commits; that a rank is ready
-travels with the sum each training step makes anyway (`flags`, `advance`).
+A checkpoint exists if its manifest exists. The manifest is written last, by rank 0, after every
+file was written and its length was checked. A worker of an older attempt does not commit.
+
+A save in the background goes through the same two steps: all ranks learn that all files are
+written, then rank 0 commits. Whether a rank is ready travels with the sum that each training step
+computes anyway (`save_flags`, `advance`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 
-import numpy as np
 import torch
 
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.commit import Committer
+from dist_ft.checkpoint.commit import Committer, WrittenFiles
 from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
-from dist_ft.checkpoint.save_status import SaveRequest, LostSharedError, SaveOutcome, SaveInProgress, run_synchronously, failure_of
+from dist_ft.checkpoint.save_status import (
+    LostSharedError,
+    SaveFlags,
+    SaveInProgress,
+    SaveOutcome,
+    SaveRequest,
+    failure_of,
+    run_synchronously,
+)
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.checkpoint.writer import Writer
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
@@ -35,7 +45,8 @@ class CheckpointManager:
     """The checkpoints of the run at `store`, for one worker of one attempt.
 
     Attributes:
-        reached: step of the newest commit of this attempt, or of what it went on from; the same on all ranks.
+        latest_step: step of the latest checkpoint of this attempt, or of the one it resumed from;
+            the same on all ranks.
     """
 
     def __init__(
@@ -45,168 +56,225 @@ class CheckpointManager:
         world: World,
         collectives: Collectives,
         attempt: int,
-        nodes: LocalTier | None = None,
+        local: LocalTier | None = None,
     ) -> None:
-        """Assign only. `nodes`: what the workers' own nodes hold, if the config has checkpoints there."""
+        """Store the arguments; nothing is read or written.
+
+        Args:
+            store: the run's folder.
+            section: the checkpoint settings.
+            world: this process among its peers.
+            collectives: the control channel.
+            attempt: number of the current attempt.
+            local: the local checkpoints, if the config enables them.
+        """
         self._store = store
         self._world = world
         self._collectives = collectives
         self._attempt = attempt
-        self._nodes = nodes
-        self._commits = Committer(store, section, world.num_ranks, attempt, nodes)
-        self._frozen: frozenset[str] = frozenset()
-        self.reached = 0
-        self._under_way: SaveInProgress | None = None
+        self._local = local
+        self._committer = Committer(store, section, world.num_ranks, attempt, local)
+        self._frozen: frozenset[str] = (
+            frozenset()
+        )  # names of the weights whose shared files are in storage
+        self.latest_step = 0
+        self._save: SaveInProgress | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
 
-    def newest(self) -> Manifest | None:
-        """Return the newest checkpoint, the same on all ranks, of which manifest and lengths are right.
+    def find_latest(self) -> Manifest | None:
+        """Return the latest checkpoint with a valid manifest and complete files; same on all ranks.
 
-        None of its bytes is read: `load` checks them, and may have to go back further.
+        No file is read: `load` verifies the content, and may have to load an earlier checkpoint.
         """
-        return self._go_on_from(
-            (self._nodes.newest() if self._nodes else None)
-            or discovery.find_latest(self._store, self._world, self._collectives, self._require_whole)
+        latest = self._local.find_latest() if self._local else None
+        latest = latest or discovery.find_latest(
+            self._store, self._world, self._collectives, self._require_complete
         )
+        self._continue_from(latest)
+        return latest
 
-    def _require_whole(self, manifest: Manifest) -> None:
+    def _require_complete(self, manifest: Manifest) -> None:
         on_rank0(
-            self._world, self._collectives, lambda: discovery.require_complete(self._store, manifest)
+            self._world,
+            self._collectives,
+            lambda: discovery.require_complete(self._store, manifest),
         )
 
-    def _go_on_from(self, manifest: Manifest | None) -> Manifest | None:
-        """Take a checkpoint for the end of the history that this attempt goes on with."""
-        self._commits.go_on_from(manifest)
-        self.reached = manifest.progress.step if manifest else 0
-        self._frozen = frozenset(manifest.frozen if manifest else ())
-        if self._nodes is not None:
-            keep = (
-                manifests.folder_name(manifest.progress.step, manifest.attempt)
-                if manifest is not None and manifest.layout
-                else ""
-            )
-            if self._world.rank == 0:
-                self._commits.forget_on_nodes(keep)
-            self._remove_on_nodes(self._nodes.others(keep))
-        return manifest
+    def _continue_from(self, manifest: Manifest | None) -> None:
+        """Use a checkpoint as the end of the history that this attempt continues.
 
-    def _remove_on_nodes(self, names: list[str]) -> None:
-        if self._nodes is not None and names:
-            self._writer.later(partial(self._nodes.remove, names))
+        None to start from nothing.
+        """
+        self._committer.continue_from(manifest)
+        self.latest_step = manifest.progress.step if manifest else 0
+        self._frozen = frozenset(manifest.frozen if manifest else ())
+
+        if self._local is not None:
+            is_local = manifest is not None and bool(manifest.layout)
+            keep = manifest.folder_name if manifest is not None and is_local else ""
+            if self._world.rank == 0:
+                self._committer.remove_local_checkpoints(keep)
+            self._remove_local_files(self._local.list_removable(keep))
+
+    def _remove_local_files(self, names: list[str]) -> None:
+        if self._local is not None and names:
+            self._writer.submit(partial(self._local.remove, names))
 
     def load(self, manifest: Manifest, engine: Engine, tensors: dict[str, TensorInfo]) -> Manifest:
-        """Fill the engine's slots from a checkpoint of any world, stage or engine; `tensors` are the model's.
+        """Load the engine's state from a checkpoint of any world, stage or engine.
 
-        Each byte is read once and checked before it is used. Returns the checkpoint that was loaded: where `manifest`
-        turns out to be damaged, on any rank, the newest sound one before it. Raises CheckpointError if there is none,
-        or if it is another model's: flat offsets alone would fit a smaller one.
+        Each byte is read once and verified before it is used. If the checkpoint is damaged, on any
+        rank, the latest undamaged one before it is loaded.
+
+        Args:
+            manifest: the checkpoint, from `find_latest`.
+            engine: its state is overwritten.
+            tensors: full shapes of the model's weights.
+
+        Returns:
+            The checkpoint that was loaded.
+
+        Raises:
+            CheckpointError: no checkpoint is undamaged, or it is one of another model (flat offsets
+                alone would fit a smaller model).
         """
-        slots = list(engine.state_slices())
-        wanted = [
-            FragmentRequest(i, slot.name, slot.key, slot.offset, slot.numel) for i, slot in enumerate(slots)
+        state = list(engine.state_slices())
+        requests = [
+            FragmentRequest(i, part.name, part.key, part.offset, part.numel)
+            for i, part in enumerate(state)
         ]
 
-        def fill(found: Manifest, reader: FragmentReader) -> None:
-            manifests.require_same_tensors(found.tensors, tensors, reader.shown())
-            for index, values in reader.read_many(wanted):
-                slots[index].write(torch.from_numpy(values))
+        def load_weights(found: Manifest, reader: FragmentReader) -> None:
+            manifests.require_same_tensors(found.tensors, tensors, reader.redacted_url())
+            for index, values in reader.read_many(requests):
+                state[index].write(torch.from_numpy(values))
 
-        def from_storage(found: Manifest) -> None:
-            self._require_whole(found)
-            fill(found, discovery.open_reader_together(self._store, found, self._world, self._collectives))
+        def load_from_storage(found: Manifest) -> None:
+            self._require_complete(found)
+            reader = discovery.open_reader_together(
+                self._store, found, self._world, self._collectives
+            )
+            load_weights(found, reader)
 
-        name = manifests.folder_name(manifest.progress.step, manifest.attempt)
-        loaded = (
-            self._nodes.load(name, fill) if self._nodes is not None and manifest.layout else None
-        )
+        name = manifest.folder_name
+        is_local = bool(manifest.layout)
+        loaded = None
+        if self._local is not None and is_local:
+            loaded = self._local.load(name, load_weights)
         if loaded is None:
             loaded = discovery.find_latest(
                 self._store,
                 self._world,
                 self._collectives,
-                from_storage,
-                "" if manifest.layout else name,
+                load_from_storage,
+                upto="" if is_local else name,
             )
-        if self._go_on_from(loaded) is None or loaded is None:
+
+        self._continue_from(loaded)
+        if loaded is None:
             raise CheckpointError(
-                f"{self._store.shown()}: checkpoint {name} is gone, and there is none before it; the "
-                "same command begins again"
+                f"{self._store.redacted_url()}: checkpoint {name} is gone, and there is no earlier "
+                "one; run the same command again to start again"
             )
         engine.finish_load(loaded.progress.optimizer_step)
         return loaded
 
-    def save(self, engine: Engine, draft: SaveRequest) -> SaveOutcome:
-        """Commit a checkpoint before returning; a collective call. What is under way must be settled before."""
-        write = run_synchronously(lambda folder: self._writer.write(folder, _changing(engine), draft.on_nodes))
-        return self._settle(self._begin(engine, draft, write))
+    def save(self, engine: Engine, request: SaveRequest) -> SaveOutcome:
+        """Save and commit a checkpoint before returning.
+
+        A collective call; no other save may be in progress.
+        """
+        write = run_synchronously(
+            lambda folder: self._writer.write(
+                folder, _trained_state(engine), request.tier is Tier.LOCAL
+            )
+        )
+        return self._finish(self._start(engine, request, write))
 
     def prepare(self, engine: Engine) -> None:
-        """Make the memory that `begin` copies into."""
-        self._writer.prepare(_changing(engine), self._nodes is not None)
+        """Allocate the memory that `start_save` copies into."""
+        self._writer.prepare(_trained_state(engine), self._local is not None)
 
-    def begin(self, engine: Engine, draft: SaveRequest) -> None:
-        """Copy the state and return; it is written while training goes on. What is under way must be settled before."""
-        slots = _changing(engine)
-        self._begin(
-            engine, draft, lambda folder: self._writer.snapshot(folder, slots, draft.on_nodes)
+    def start_save(self, engine: Engine, request: SaveRequest) -> None:
+        """Copy the state and return.
+
+        The copy is written in the background. No other save may be in progress.
+        """
+        state = _trained_state(engine)
+        self._start(
+            engine,
+            request,
+            lambda folder: self._writer.snapshot(folder, state, request.tier is Tier.LOCAL),
         )
 
-    def _begin(
-        self, engine: Engine, draft: SaveRequest, write: Callable[[Store], Future[list[FileEntry]]]
+    def _start(
+        self,
+        engine: Engine,
+        request: SaveRequest,
+        write: Callable[[Store], Future[list[FileEntry]]],
     ) -> SaveInProgress:
-        if self._under_way is not None:
-            raise AssertionError("one save at a time")
-        name = manifests.folder_name(draft.progress.step, self._attempt)
-        self._under_way = save = SaveInProgress(draft, name, write(self._files(draft, name)), engine.frozen())
-        if not save.frozen <= self._frozen:  # the same on all ranks
-            slots = [slot for slot in engine.state_slices() if slot.key == "frozen"]
-            shared = self._store.child(f"{discovery.FROZEN}/{name}")
-            save.shared = self._writer.later(
-                lambda: self._writer.write(shared, slots, in_background=True)
+        if self._save is not None:
+            raise AssertionError("another save is in progress")
+        name = manifests.folder_name(request.progress.step, self._attempt)
+        files = write(self._checkpoint_folder(request, name))
+        self._save = save = SaveInProgress(request, name, files, engine.frozen_parameters())
+
+        writes_frozen_weights = not save.frozen <= self._frozen  # the same on all ranks
+        if writes_frozen_weights:
+            state = [part for part in engine.state_slices() if part.key == "frozen"]
+            shared_folder = self._store.child(f"{discovery.FROZEN}/{name}")
+            save.shared = self._writer.submit(
+                lambda: self._writer.write(shared_folder, state, in_background=True)
             )
         return save
 
-    def _files(self, draft: SaveRequest, name: str) -> Store:
-        if not draft.on_nodes:
+    def _checkpoint_folder(self, request: SaveRequest, name: str) -> Store:
+        if request.tier is Tier.STORAGE:
             return self._store.child(f"{discovery.FOLDER}/{name}")
-        if self._nodes is None:
-            raise AssertionError("there is no folder on the nodes")
-        return self._nodes.files(name)
+        if self._local is None:
+            raise AssertionError("local checkpoints are not enabled")
+        return self._local.checkpoint_folder(name)
 
     @property
-    def under_way(self) -> SaveRequest | None:
-        """Return the draft of the save under way; the same on all ranks."""
-        return self._under_way.draft if self._under_way else None
+    def save_in_progress(self) -> SaveRequest | None:
+        """The request of the save in progress; the same on all ranks."""
+        return self._save.request if self._save else None
 
-    def flags(self) -> tuple[float, float]:
-        """Return what this rank adds to the two sums `advance` takes: its files are written, the commit has ended."""
-        save = self._under_way
+    def save_flags(self) -> SaveFlags:
+        """Return what this rank adds to the sums that `advance` takes."""
+        save = self._save
         if save is None:
-            return 0.0, 0.0
-        return float(save.is_written()), float(save.commit is not None and save.commit.done())
+            return SaveFlags(0.0, 0.0)
+        commit_ended = save.commit is not None and save.commit.done()
+        return SaveFlags(float(save.is_written()), float(commit_ended))
 
     def advance(self, num_written: float, num_ended: float) -> SaveOutcome | None:
-        """Go on with the save under way, given the sums of all ranks' `flags`; a collective call.
+        """Advance the save in progress; waits for small messages only. A collective call.
 
-        Waits for nothing but small messages. Returns how the save ended, once it has.
+        Args:
+            num_written: sum of `SaveFlags.files_written` over all ranks.
+            num_ended: sum of `SaveFlags.commit_ended` over all ranks.
+
+        Returns:
+            How the save ended; None if it has not.
         """
-        save = self._under_way
+        save = self._save
         if save is None:
             return None
         if not save.agreed:
             if num_written < self._world.num_ranks:
                 return None
-            return self._agree(save)
+            return self._exchange_results(save)
         return self._conclude(save) if num_ended else None
 
-    def settle(self) -> SaveOutcome | None:
-        """Wait for the end of the save under way and return how it ended; a collective call."""
-        return None if self._under_way is None else self._settle(self._under_way)
+    def finish_save(self) -> SaveOutcome | None:
+        """Wait for the save in progress and return how it ended. A collective call."""
+        return None if self._save is None else self._finish(self._save)
 
-    def _settle(self, save: SaveInProgress) -> SaveOutcome:
+    def _finish(self, save: SaveInProgress) -> SaveOutcome:
         if not save.agreed:
             save.wait()
-            outcome = self._agree(save)
+            outcome = self._exchange_results(save)
             if outcome is not None:
                 return outcome
         if save.commit is not None:
@@ -214,100 +282,92 @@ class CheckpointManager:
         return self._conclude(save)
 
     def close(self) -> None:
-        """Leave what is not committed."""
+        """Abandon what is not committed."""
         self._writer.close()
 
-    def _agree(self, save: SaveInProgress) -> SaveOutcome | None:
-        """All files are written, or some failed: tell all; rank 0 begins the commit, or clears away."""
+    def _exchange_results(self, save: SaveInProgress) -> SaveOutcome | None:
+        """Exchange the results of writing.
+
+        Then rank 0 starts the commit, or the files are removed if a rank failed.
+        """
         save.agreed = True
-        problem = save.problem()
-        first = next(
-            (error for error in self._collectives.all_gather(problem) if error is not None), None
-        )
-        gathered = (
-            self._collectives.gather(
-                (self._entries(save) if problem is None else [], save.draft.rows)
-            )
-            or []
-        )
-        if first is not None:
-            self._clear_away(save)  # on a full disk the next one needs the room
-            return self._end(save, first)
+        own_problem = save.problem()
+        problems = self._collectives.all_gather(own_problem)
+        problem = next((error for error in problems if error is not None), None)
+
+        entries = self._list_entries(save) if own_problem is None else []
+        gathered = self._collectives.gather((entries, save.request.rows)) or []
+        if problem is not None:
+            self._remove_files(save)  # if the disk is full, the next save needs the space
+            return self._end(save, problem)
+
         if self._world.rank == 0:
-            files = tuple(item for part, _ in gathered for item in part)
-            rows, frozen = [part for _, part in gathered], self._frozen_after(save)
-            save.commit = self._writer.later(lambda: self._commit(save, files, frozen, rows))
+            written = WrittenFiles(
+                files=tuple(item for of_rank, _ in gathered for item in of_rank),
+                frozen=self._frozen_after(save),
+                ledger_rows=[rows for _, rows in gathered],
+            )
+            save.commit = self._writer.submit(lambda: self._commit(save, written))
         return None
 
-    def _entries(self, save: SaveInProgress) -> list[FileEntry]:
-        """Return what the manifest will say of this worker's files."""
-        shared = save.shared.result() if save.shared is not None else []
-        return [
-            *save.files.result(),
-            *(
-                item.model_copy(update={"path": f"{save.name}/{item.path}", "shared": True})
-                for item in shared
-            ),
-        ]
+    def _list_entries(self, save: SaveInProgress) -> list[FileEntry]:
+        """Return the manifest's entries of this worker's files."""
+        entries = list(save.files.result())
+        for item in save.shared.result() if save.shared is not None else []:
+            path = f"{save.name}/{item.path}"
+            entries.append(item.model_copy(update={"path": path, "shared": True}))
+        return entries
 
     def _frozen_after(self, save: SaveInProgress) -> frozenset[str]:
         """Return the names of the weights in shared files once `save` is committed."""
         return self._frozen if save.shared is None else save.frozen
 
     def _conclude(self, save: SaveInProgress) -> SaveOutcome:
-        """Tell all ranks how the commit went."""
-        problem = self._collectives.broadcast(
-            failure_of(save.commit) if save.commit is not None else None
-        )
+        """Send the result of the commit to all ranks and end the save."""
+        own_problem = failure_of(save.commit) if save.commit is not None else None
+        problem = self._collectives.broadcast(own_problem)
         if isinstance(problem, LostSharedError):
             self._frozen = frozenset()
         elif problem is None:
-            self.reached = save.draft.progress.step
+            self.latest_step = save.request.progress.step
             self._frozen = self._frozen_after(save)
-        if (
-            self._nodes is not None and problem is None
-        ):  # once it is in storage, it need not be on the nodes
-            self._remove_on_nodes(
-                self._nodes.others(save.name if save.draft.on_nodes else "", before=save.name)
-            )
+
+        if self._local is not None and problem is None:
+            # earlier local files are no longer needed; nor are those of this step, once it is in
+            # storage
+            keep = save.name if save.request.tier is Tier.LOCAL else ""
+            self._remove_local_files(self._local.list_removable(keep, upto=save.name))
         return self._end(save, problem)
 
     def _end(self, save: SaveInProgress, problem: DistFtError | None) -> SaveOutcome:
-        self._under_way = None
+        self._save = None
         if problem is not None and not isinstance(problem, StorageError):
             raise problem
-        return SaveOutcome(save.draft, self._files(save.draft, save.name).url, problem)
+        url = self._checkpoint_folder(save.request, save.name).url
+        return SaveOutcome(save.request, url, problem)
 
-    def _commit(
-        self,
-        save: SaveInProgress,
-        files: tuple[FileEntry, ...],
-        frozen: frozenset[str],
-        rows: Sequence[np.ndarray],
-    ) -> None:
+    def _commit(self, save: SaveInProgress, written: WrittenFiles) -> None:
         try:
-            self._commits.commit(save, files, frozen, rows)
+            self._committer.commit(save, written)
         except StorageError:
-            self._clear_away(save)
+            self._remove_files(save)
             raise
 
-    def _clear_away(self, save: SaveInProgress) -> None:
-        """Remove what was written of a save that failed (of one on the nodes, this node's)."""
-        on_nodes = self._nodes is not None and save.draft.on_nodes
-        if self._nodes is not None and on_nodes:
+    def _remove_files(self, save: SaveInProgress) -> None:
+        """Remove the files of a failed save (of a local checkpoint, those on this node)."""
+        tier = save.request.tier
+        if self._local is not None and tier is Tier.LOCAL:
             with contextlib.suppress(StorageError):
-                self._nodes.files(save.name).remove("")
+                self._local.checkpoint_folder(save.name).remove("")
+
         if self._world.rank == 0:
-            gone = retention.remove_checkpoints(
-                self._store, [save.name], discovery.LOCAL_FOLDER if on_nodes else discovery.FOLDER
-            )
-            if (
-                gone and save.shared is not None
-            ):  # while a manifest may be there, what it names stays
+            are_removed = retention.remove_checkpoints(self._store, [save.name], tier)
+            # if the manifest could not be removed, the shared files that it names must stay
+            if are_removed and save.shared is not None:
                 with contextlib.suppress(StorageError):
                     self._store.remove(f"{discovery.FROZEN}/{save.name}")
 
 
-def _changing(engine: Engine) -> list[StateSlice]:
-    """Return the state that every checkpoint holds anew."""
-    return [slot for slot in engine.state_slices() if slot.key != "frozen"]
+def _trained_state(engine: Engine) -> list[StateSlice]:
+    """Return the state that every checkpoint contains: all but frozen weights."""
+    return [part for part in engine.state_slices() if part.key != "frozen"]

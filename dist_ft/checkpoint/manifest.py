@@ -1,13 +1,13 @@
-"""The manifest: what a checkpoint is made of. A checkpoint exists when its manifest does.
+"""The manifest lists the contents of a checkpoint. A checkpoint exists if its manifest exists.
 
-Pure: parsing refuses everything a hostile or torn manifest could do (paths out of the folder, absurd sizes, unknown
-versions), and nothing here touches storage.
+Parsing rejects hostile and truncated manifests: paths outside the folder, absurd sizes, unknown
+versions. This module does not access storage.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pydantic
 import xxhash
@@ -16,24 +16,32 @@ from pydantic import BaseModel, ConfigDict, Field
 from dist_ft.core.errors import CheckpointError
 
 FORMAT_VERSION = 2
-"""1: what dist_ft before files that checkpoints share reads too."""
-_SEAL, _END = b',\n "checksum": "', b"\n}"
-_KIND, _DIGITS = "xxh3_128:", 16
-_FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
+"""Version 1 has no files shared by several checkpoints; older releases of dist_ft read it too."""
 NAME = "manifest.json"
 BLOCK_BYTES = 2**21
-"""What has a checksum of its own: the least that can be read and checked. 16 characters of manifest each."""
+"""The smallest range of a file that can be verified.
+
+Each block takes 16 characters in the manifest.
+"""
+_CHECKSUM_FIELD, _END = b',\n "checksum": "', b"\n}"
+_CHECKSUM_PREFIX = "xxh3_128:"
+_BLOCK_DIGITS = 16
+_FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is not what was written: torn, truncated, altered. The one before is taken in its place."""
+    """The checkpoint differs from what was written: truncated or altered.
+
+    The one before it is loaded instead.
+    """
 
 
 class NewerFormatError(CheckpointError):
-    """A checkpoint of a newer dist_ft: sound, and not to be passed over."""
+    """The checkpoint was written by a newer dist_ft. It is valid and must not be skipped."""
 
 
-def _inside(path: str) -> str:
+def _require_relative(path: str) -> str:
+    """Return `path`; raises ValueError if it could lead out of a folder."""
     parts = path.split("/")
     if (
         path.startswith("/")
@@ -45,19 +53,24 @@ def _inside(path: str) -> str:
     return path
 
 
-RelativePath = Annotated[str, pydantic.AfterValidator(_inside)]
+RelativePath = Annotated[str, pydantic.AfterValidator(_require_relative)]
 
 
-class _Frozen(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
-class FileEntry(_Frozen):
-    """One file: its path in the checkpoint's (or, for the ledger, the run's) folder, length and checksum.
+class FileEntry(_FrozenModel):
+    """One file of a checkpoint.
 
     Attributes:
-        shared: whether it lies in the run's own folder of what does not change, and other checkpoints name it too.
-        blocks: xxh3_64 of every `block_bytes` of the file, one after the other; "" where only the whole has a checksum.
+        path: relative to the checkpoint's folder (for the ledger, to the run's folder).
+        num_bytes: length of the file.
+        checksum: of the whole file.
+        block_bytes: bytes per block checksum; 0 if only the whole file has a checksum.
+        blocks: the xxh3_64 checksums of all blocks, concatenated.
+        shared: whether several checkpoints refer to the file; such files are in a folder of the
+            run.
     """
 
     path: RelativePath
@@ -68,23 +81,26 @@ class FileEntry(_Frozen):
     shared: bool = False
 
     @pydantic.model_validator(mode="after")
-    def _all_blocks(self) -> FileEntry:
-        if len(self.blocks) != _DIGITS * (
-            -(-self.num_bytes // self.block_bytes) if self.block_bytes else 0
-        ):
+    def _require_all_blocks(self) -> FileEntry:
+        num_blocks = 0
+        if self.block_bytes:
+            num_blocks = -(-self.num_bytes // self.block_bytes)
+
+        if len(self.blocks) != _BLOCK_DIGITS * num_blocks:
             raise ValueError(
-                f"{self.path}: {len(self.blocks)} characters of block checksums do not fit its length"
+                f"{self.path}: {len(self.blocks)} characters of block checksums do not fit its "
+                "length"
             )
         return self
 
 
-class TensorInfo(_Frozen):
-    """Shape of one whole tensor of the model."""
+class TensorInfo(_FrozenModel):
+    """The full (unsharded) shape of one tensor of the model."""
 
     shape: tuple[int, ...]
 
 
-class LedgerEntry(_Frozen):
+class LedgerEntry(_FrozenModel):
     """One segment of the ledger: the samples of steps [start, stop)."""
 
     start: int = Field(ge=0)
@@ -92,16 +108,17 @@ class LedgerEntry(_Frozen):
     file: FileEntry
 
 
-class Progress(_Frozen):
-    """Where the run stands; the loader's position and the learning rate follow from `step`.
+class Progress(_FrozenModel):
+    """The progress of a run. The data position and the learning rate are functions of `step`.
 
     Attributes:
-        step: optimizer steps done.
-        optimizer_step: updates the optimizer counts.
-        num_tokens: tokens seen, padding left out.
-        num_target_tokens: tokens learned from.
-        history: (loss, gradient norm) of the last sound steps, where anomalies are judged by them.
-        trained_s: seconds the steps so far took.
+        step: number of training steps done.
+        optimizer_step: number of updates that the optimizer has counted.
+        num_tokens: tokens processed, without padding.
+        num_target_tokens: target tokens processed.
+        history: (loss, gradient norm) of the last normal steps, which anomaly detection compares
+            with.
+        trained_s: seconds spent in training steps.
     """
 
     step: int = Field(ge=0)
@@ -112,14 +129,16 @@ class Progress(_Frozen):
     trained_s: float = 0.0
 
 
-class Manifest(_Frozen):
-    """A whole checkpoint.
+class Manifest(_FrozenModel):
+    """The description of a checkpoint.
 
     Attributes:
-        evaluation: held-out losses "before" and "after" the run; and "loss" and all metrics at this very step, where it
-            was evaluated.
-        frozen: names of the weights in the shared files: they do not learn, and were written once.
-        layout: of a checkpoint on the workers' nodes: who wrote what; "" for one in storage.
+        evaluation: held-out losses "before" and "after" the run; also "loss" and all metrics if
+            this step was evaluated.
+        frozen: names of the weights in the shared files; they are not trained and were written
+            once.
+        layout: of a local checkpoint: engine, ZeRO stage and number of workers that wrote it; "" in
+            storage.
     """
 
     format_version: int
@@ -138,106 +157,150 @@ class Manifest(_Frozen):
     created_at: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def folder_name(self) -> str:
+        """The name of the checkpoint's folder."""
+        return folder_name(self.progress.step, self.attempt)
+
 
 def compute_checksum(content: bytes | memoryview) -> str:
-    """Return the checksum manifests carry. It finds damage; it is no signature."""
-    return f"{_KIND}{xxhash.xxh3_128_hexdigest(content)}"
+    """Return the checksum used in manifests. It detects damage; it is not a signature."""
+    return f"{_CHECKSUM_PREFIX}{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def file_entry(path: str, content: bytes | memoryview) -> FileEntry:
-    """Return the manifest entry of a file with this content, which will be read whole."""
+    """Return the manifest entry of a file that is always read whole."""
     return FileEntry(path=path, num_bytes=len(content), checksum=compute_checksum(content))
 
 
-def file_entry_in_blocks(path: str, *parts: memoryview) -> FileEntry:
-    """Return the manifest entry of a file with this content (all parts, each of bytes), which can be read in parts."""
-    whole, block, digests, room = xxhash.xxh3_128(), xxhash.xxh3_64(), [], BLOCK_BYTES
-    for part in parts:
-        while len(part):
-            piece, part = part[:room], part[room:]
-            whole.update(piece)
-            block.update(piece)
-            room -= len(piece)
-            if not room:
+def file_entry_in_blocks(path: str, *buffers: memoryview) -> FileEntry:
+    """Return the manifest entry, with block checksums, of a file of `buffers` (of bytes)."""
+    whole = xxhash.xxh3_128()
+    block = xxhash.xxh3_64()
+    digests = []
+    left_in_block = BLOCK_BYTES
+
+    for buffer in buffers:
+        rest = buffer
+        while len(rest):
+            chunk, rest = rest[:left_in_block], rest[left_in_block:]
+            whole.update(chunk)
+            block.update(chunk)
+            left_in_block -= len(chunk)
+            if not left_in_block:
                 digests.append(block.hexdigest())
-                block, room = xxhash.xxh3_64(), BLOCK_BYTES
-    if room < BLOCK_BYTES:
+                block, left_in_block = xxhash.xxh3_64(), BLOCK_BYTES
+
+    if left_in_block < BLOCK_BYTES:
         digests.append(block.hexdigest())
+
     return FileEntry(
         path=path,
-        num_bytes=sum(map(len, parts)),
-        checksum=f"{_KIND}{whole.hexdigest()}",
+        num_bytes=sum(map(len, buffers)),
+        checksum=f"{_CHECKSUM_PREFIX}{whole.hexdigest()}",
         block_bytes=BLOCK_BYTES,
         blocks="".join(digests),
     )
 
 
 def matches_checksum(entry: FileEntry, start: int, content: memoryview) -> bool:
-    """Tell whether `content` is what `entry` says of its file from byte `start` on; whole blocks are needed."""
+    """Whether `content`, whole blocks from byte `start` of the file, has its checksums."""
     if not entry.block_bytes:
         return len(content) == entry.num_bytes and compute_checksum(content) == entry.checksum
-    first = start // entry.block_bytes * _DIGITS
-    found = "".join(
-        xxhash.xxh3_64_hexdigest(content[begin : begin + entry.block_bytes])
-        for begin in range(0, len(content), entry.block_bytes)
+
+    digests = "".join(
+        xxhash.xxh3_64_hexdigest(content[offset : offset + entry.block_bytes])
+        for offset in range(0, len(content), entry.block_bytes)
     )
-    return entry.blocks[first : first + len(found)] == found
+    first = start // entry.block_bytes * _BLOCK_DIGITS
+    return entry.blocks[first : first + len(digests)] == digests
 
 
 def serialize_manifest(manifest: Manifest) -> bytes:
-    """Return the file of `manifest`: JSON whose last field is the checksum of all before it."""
+    """Return the manifest file: JSON whose last field is the checksum of everything before it."""
     body = manifest.model_dump_json(indent=1).encode()
-    return body.removesuffix(_END) + _SEAL + compute_checksum(body).encode() + b'"' + _END
+    digest = compute_checksum(body).encode()
+    return body.removesuffix(_END) + _CHECKSUM_FIELD + digest + b'"' + _END
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Return the manifest in `content`; raises DamagedError that names `where` for anything not sound."""
-    body, _, sealed = content.rpartition(_SEAL)
-    if sealed != compute_checksum(body + _END).encode() + b'"' + _END:
+    """Return the manifest in `content`.
+
+    Args:
+        content: the manifest file.
+        where: its URL, for error messages.
+
+    Raises:
+        DamagedError: the manifest is truncated, altered or invalid.
+        NewerFormatError: it was written by a newer dist_ft.
+    """
+    body, _, ending = content.rpartition(_CHECKSUM_FIELD)
+    if ending != compute_checksum(body + _END).encode() + b'"' + _END:
         raise DamagedError(
-            f"{where}: torn or altered since it was written (its checksum differs); it will not be "
-            "loaded"
+            f"{where}: truncated or altered since it was written (its checksum differs); it will "
+            "not be loaded"
         )
+
     try:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        location = ".".join(str(part) for part in first["loc"])
         raise DamagedError(
-            f"{where}: not a sound manifest ({place}: {first['msg']}); it will not be loaded"
+            f"{where}: not a valid manifest ({location}: {first['msg']}); it will not be loaded"
         ) from error
+
     if manifest.format_version > FORMAT_VERSION:
         raise NewerFormatError(
-            f"{where}: format_version={manifest.format_version} is newer than this dist_ft knows "
-            f"({FORMAT_VERSION}); update dist_ft"
+            f"{where}: format_version={manifest.format_version} is newer than this dist_ft "
+            f"supports ({FORMAT_VERSION}); update dist_ft"
         )
     return manifest
 
 
+class CheckpointName(NamedTuple):
+    """What the name of a checkpoint's folder encodes."""
+
+    step: int
+    attempt: int
+
+
 def folder_name(step: int, attempt: int) -> str:
-    """Return the folder of a checkpoint; attempts never share one, so a late writer spoils nothing."""
+    """Return the name of a checkpoint's folder.
+
+    Attempts never share one, so a late writer damages nothing.
+    """
     return f"step-{step:09d}-a{attempt:04d}"
 
 
-def parse_folder(name: str) -> tuple[int, int] | None:
-    """Return (step, attempt) of a checkpoint folder's name, or None for another name."""
-    found = _FOLDER.fullmatch(name)
-    if found is None:
+def parse_folder(name: str) -> CheckpointName | None:
+    """Return the step and attempt of a checkpoint's folder, or None if `name` is not one."""
+    match = _FOLDER.fullmatch(name)
+    if match is None:
         return None
-    step, attempt = int(found[1]), int(found[2])
-    return (step, attempt) if folder_name(step, attempt) == name else None
+
+    parsed = CheckpointName(int(match[1]), int(match[2]))
+    return parsed if folder_name(*parsed) == name else None
 
 
 def require_same_tensors(
-    saved: dict[str, TensorInfo], wanted: dict[str, TensorInfo], where: str
+    saved: dict[str, TensorInfo], expected: dict[str, TensorInfo], where: str
 ) -> None:
-    """Raise CheckpointError for the first weight that only one of checkpoint and model has, or of another shape."""
-    for name in sorted(saved.keys() | wanted.keys()):
-        has, needs = (
-            str(list(side[name].shape)) if name in side else "absent" for side in (saved, wanted)
-        )
-        if has != needs:
+    """Raise CheckpointError for the first weight whose shape differs from the model's.
+
+    Args:
+        saved: shapes in the checkpoint, by weight.
+        expected: shapes in the model, by weight.
+        where: the checkpoint's URL, for error messages.
+    """
+
+    def describe(tensors: dict[str, TensorInfo], name: str) -> str:
+        return str(list(tensors[name].shape)) if name in tensors else "absent"
+
+    for name in sorted(saved.keys() | expected.keys()):
+        in_checkpoint, in_model = describe(saved, name), describe(expected, name)
+        if in_checkpoint != in_model:
             raise CheckpointError(
-                f"{where}: {name} is {has} in the checkpoint and {needs} in the model; both must be "
-                "the same; check model.path"
+                f"{where}: {name} is {in_checkpoint} in the checkpoint and {in_model} in the "
+                "model; both must be the same; check model.path"
             )

@@ -1,4 +1,8 @@
-"""Which checkpoints in storage stay, and removing the others: manifests first, so that none is ever half there."""
+"""Decides which checkpoints in storage are retained, and removes the others.
+
+The manifest of a checkpoint is removed first, so that a partly removed checkpoint does not count as
+one.
+"""
 
 from __future__ import annotations
 
@@ -8,104 +12,141 @@ from collections.abc import Mapping, Sequence
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.manifest import CheckpointName
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.metrics import best
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
+_NO_CHECKPOINT = CheckpointName(step=0, attempt=2**31)
+"""Stands for a folder that is not a checkpoint. Its attempt is later than any real one."""
 
 
-def select_retained(names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]) -> list[str]:
-    """Return which of `names` (newest first) retention keeps; the lower a rank (`held_out`), the better."""
+def select_retained(
+    names: Sequence[str], section: CheckpointSection, ranks: Mapping[str, float]
+) -> list[str]:
+    """Return the checkpoints to retain.
+
+    Args:
+        names: all checkpoints, latest first.
+        section: the retention settings.
+        ranks: rank of the evaluated checkpoints (`rank_by_evaluation`), lowest is best.
+    """
+    ranked = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])
+    best_names = ranked[: section.keep_best]
     every = section.keep_every_steps
-    chosen = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])[
-        : section.keep_best
-    ]
-    return [
-        name
-        for i, name in enumerate(names)
-        if i < section.keep_last or name in chosen or (every and _of(name)[0] % every == 0)
-    ]
+
+    retained = []
+    for index, name in enumerate(names):
+        is_recent = index < section.keep_last
+        is_milestone = bool(every) and _parse(name).step % every == 0
+        if is_recent or name in best_names or is_milestone:
+            retained.append(name)
+    return retained
 
 
-def rank_by_evaluation(store: Store, names: Sequence[str], section: CheckpointSection) -> dict[str, float]:
-    """Return the rank of each checkpoint by section.best_by, where known; none where retention does not ask."""
+def rank_by_evaluation(
+    store: Store, names: Sequence[str], section: CheckpointSection
+) -> dict[str, float]:
+    """Return the rank of each evaluated checkpoint by section.best_by, lowest is best.
+
+    Empty unless the settings retain the best checkpoints.
+    """
+    if not section.keep_best:
+        return {}
+
     ranks = {}
-    for name in names if section.keep_best else ():
+    for name in names:
         try:
             evaluation = discovery.load_manifest(store, name).evaluation
         except CheckpointError as error:
-            log.warning("checkpoint %s: its evaluation is not known: %s", name, error)
+            log.warning("checkpoint %s: its evaluation is unknown: %s", name, error)
             continue
-        found = best.rank(section.best_by, evaluation.get(section.best_by, math.nan))
-        if math.isfinite(found):
-            ranks[name] = found
+        rank = best.sort_key(section.best_by, evaluation.get(section.best_by, math.nan))
+        if math.isfinite(rank):
+            ranks[name] = rank
     return ranks
 
 
 def remove_unretained(
-    store: Store, section: CheckpointSection, attempt: int, origin: int | None, newest: str
+    store: Store, section: CheckpointSection, attempt: int, start_step: int | None, latest: str
 ) -> None:
-    """Remove checkpoints that retention does not keep, torn ones, and those that `attempt` passed over.
+    """Remove checkpoints that are not retained, incomplete ones, and those superseded by `attempt`.
 
-    `attempt` went on from step `origin`; `newest` is its own last one and stays. What can not be removed is logged.
+    Checkpoints that cannot be removed are logged.
+
+    Args:
+        store: the run's folder.
+        section: the retention settings.
+        attempt: the current attempt.
+        start_step: the step that `attempt` resumed from, -1 if from none; None if unknown.
+        latest: the checkpoint just committed, which is always retained.
     """
 
-    def passed_over(name: str) -> bool:
-        """Tell whether a checkpoint is newer than what this attempt went on from, and not its own."""
-        step, number = _of(name)
-        return origin is not None and number < attempt and step > origin
+    def is_superseded(name: str) -> bool:
+        """Whether an older attempt wrote it after the step that this attempt resumed from."""
+        step, number = _parse(name)
+        return start_step is not None and number < attempt and step > start_step
 
     try:
         names = discovery.list_committed(store)
-        own = [name for name in names if not passed_over(name)]
-        keep = {*select_retained(own, section, rank_by_evaluation(store, own, section)), newest}
-        torn = [
+        current = [name for name in names if not is_superseded(name)]
+        ranks = rank_by_evaluation(store, current, section)
+        retained = {*select_retained(current, section, ranks), latest}
+
+        unretained = [name for name in names if name not in retained]
+        incomplete = [
             name
             for name in store.list(discovery.FOLDER)
-            if name not in names and _of(name)[1] <= attempt
+            if name not in names and _parse(name).attempt <= attempt
         ]
-        remove_checkpoints(store, [name for name in names if name not in keep] + torn)
+        remove_checkpoints(store, unretained + incomplete)
         remove_unused_shared_files(store, attempt)
     except StorageError as error:
         log.warning("old checkpoints were not removed: %s", error)
 
 
 def remove_unused_shared_files(store: Store, attempt: int) -> None:
-    """Remove files of frozen weights that no checkpoint names, of attempts up to `attempt`."""
+    """Remove files of frozen weights, of attempts up to `attempt`, that no checkpoint uses."""
     folders = store.list(discovery.FROZEN)
     if len(folders) < 2:
         return
     try:
-        named = {
-            item.path.split("/")[0]
-            for folder in (discovery.FOLDER, discovery.LOCAL_FOLDER)
-            for name in discovery.list_committed(store, folder)
-            for item in discovery.load_manifest(store, name, folder).files
-            if item.shared
-        }
+        used = _shared_folders_in_use(store)
     except CheckpointError as error:
-        log.warning("files of frozen weights are not tidied up: %s", error)
+        log.warning("unused files of frozen weights were not removed: %s", error)
         return
+
     for name in folders:
-        if name not in named and _of(name)[1] <= attempt:
+        if name not in used and _parse(name).attempt <= attempt:
             store.remove(f"{discovery.FROZEN}/{name}")
 
 
-def remove_checkpoints(store: Store, names: Sequence[str], folder: str = discovery.FOLDER) -> bool:
-    """Remove checkpoints, manifests first; what can not be removed is logged. Return whether all are gone."""
-    all_gone = True
+def _shared_folders_in_use(store: Store) -> set[str]:
+    """Return the folders of shared files that some checkpoint of the run refers to."""
+    used: set[str] = set()
+    for tier in Tier:
+        for name in discovery.list_committed(store, tier):
+            files = discovery.load_manifest(store, name, tier).files
+            used.update(item.path.split("/")[0] for item in files if item.shared)
+    return used
+
+
+def remove_checkpoints(store: Store, names: Sequence[str], tier: Tier = Tier.STORAGE) -> bool:
+    """Remove checkpoints, manifests first; return whether all are removed. Failures are logged."""
+    all_removed = True
     for name in names:
         try:
-            store.remove(f"{folder}/{name}/{manifests.NAME}")
-            store.remove(f"{folder}/{name}")
+            store.remove(f"{tier.value}/{name}/{manifests.NAME}")
+            store.remove(f"{tier.value}/{name}")
         except StorageError as error:
-            all_gone = False
+            all_removed = False
             log.warning("checkpoint %s was not removed: %s", name, error)
-    return all_gone
+    return all_removed
 
 
-def _of(name: str) -> tuple[int, int]:
-    """Return (step, attempt) of a checkpoint; what is none is of no attempt that ever was."""
-    return manifests.parse_folder(name) or (0, 2**31)
+def _parse(name: str) -> CheckpointName:
+    """Return step and attempt of a checkpoint's folder; _NO_CHECKPOINT if `name` is not one."""
+    return manifests.parse_folder(name) or _NO_CHECKPOINT

@@ -1,4 +1,7 @@
-"""A save: what it says, how far it is, how it ended. Values only; the manager decides."""
+"""The state of a save: what was requested, how far it has got, how it ended.
+
+Data only; the manager decides.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_ft.checkpoint.manifest import FileEntry, Progress, TensorInfo
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage.filesystem import Store
 
@@ -18,18 +22,26 @@ log = logging.getLogger("dist_ft.checkpoint")
 
 
 class LostSharedError(StorageError):
-    """A file that checkpoints share is not what was written: the next save writes them anew."""
+    """A file shared by checkpoints differs from what was written.
+
+    The next save writes these files again.
+    """
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What a checkpoint says besides its files.
+    """A requested checkpoint, except for its files.
 
     Attributes:
-        on_nodes: its files go to the workers' nodes, not to storage.
-        before: what must be over before the commit (rank 0's).
-        rows: this worker's rows of the ledger since the last checkpoint.
-        engine: name of the engine that made it.
+        run: name of the run.
+        engine: class name of the engine that trained it.
+        progress: the progress at this checkpoint.
+        rows: this worker's ledger rows (N, 6) since the last checkpoint.
+        tensors: full shapes of the model's weights.
+        aliases: names of tied weights, to the names they are saved under.
+        evaluation: held-out metrics at this step.
+        tier: where the files are written.
+        commit_after: a background task that must end before the commit (rank 0 only).
     """
 
     run: str
@@ -39,29 +51,52 @@ class SaveRequest:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     evaluation: dict[str, float]
-    on_nodes: bool = False
-    before: Future[None] | None = None
+    tier: Tier = Tier.STORAGE
+    commit_after: Future[None] | None = None
 
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended, the same on all ranks: committed at `url`, or `problem` says why not."""
+    """How a save ended, the same on all ranks.
 
-    draft: SaveRequest
+    Attributes:
+        url: the checkpoint's folder.
+        problem: why the checkpoint was not committed; None if it was.
+    """
+
+    request: SaveRequest
     url: str
     problem: StorageError | None
 
 
-@dataclass
-class SaveInProgress:
-    """A save under way: files first; `agreed` once all ranks know of all files; then rank 0's commit.
+class SaveFlags(NamedTuple):
+    """One rank's contribution to the sums over all ranks that advance a save; each field is 0 or 1.
 
     Attributes:
-        frozen: names of the weights that do not learn.
-        shared: their files, where none of this run hold them yet.
+        files_written: all files of this rank are written, or failed.
+        commit_ended: the commit on this rank has ended (rank 0 only).
     """
 
-    draft: SaveRequest
+    files_written: float
+    commit_ended: float
+
+
+@dataclass
+class SaveInProgress:
+    """A save in progress.
+
+    Files are written first, then all ranks exchange the results, then rank 0 commits.
+
+    Attributes:
+        name: of the checkpoint's folder.
+        files: entries of this worker's files.
+        frozen: names of the weights that are not trained.
+        shared: entries of the files of frozen weights, if this save writes them.
+        agreed: whether all ranks have exchanged their results.
+        commit: the commit in the background (rank 0 only).
+    """
+
+    request: SaveRequest
     name: str
     files: Future[list[FileEntry]]
     frozen: frozenset[str]
@@ -70,22 +105,26 @@ class SaveInProgress:
     commit: Future[None] | None = None
 
     def is_written(self) -> bool:
-        """Tell whether all files of this worker are written, or failed to be."""
+        """Whether writing this worker's files has ended, successfully or not."""
         return self.files.done() and (self.shared is None or self.shared.done())
 
     def wait(self) -> None:
-        """Wait until all files of this worker are written, or failed to be."""
+        """Wait until writing this worker's files has ended, successfully or not."""
         wait([self.files, *([self.shared] if self.shared is not None else [])])
 
     def problem(self) -> DistFtError | None:
-        """Return what the writing of this worker's files failed with."""
-        return failure_of(self.files) or (
-            failure_of(self.shared) if self.shared is not None else None
-        )
+        """Return why this worker's files could not be written; None if they were."""
+        problem = failure_of(self.files)
+        if problem is None and self.shared is not None:
+            problem = failure_of(self.shared)
+        return problem
 
 
 def failure_of(future: Future[Any]) -> DistFtError | None:
-    """Return what a background action of ours failed with; a bug is an error all ranks can be told of."""
+    """Return the error of a background task.
+
+    Any other exception becomes a CheckpointError, which ranks can exchange.
+    """
     error = future.exception()
     if error is None or isinstance(error, DistFtError):
         return error
@@ -93,8 +132,10 @@ def failure_of(future: Future[Any]) -> DistFtError | None:
     return CheckpointError(f"the save failed ({type(error).__name__}: {error})")
 
 
-def run_synchronously(action: Callable[[Store], list[FileEntry]]) -> Callable[[Store], Future[list[FileEntry]]]:
-    """Return `action`, done here and now, its result or error in a future."""
+def run_synchronously(
+    action: Callable[[Store], list[FileEntry]],
+) -> Callable[[Store], Future[list[FileEntry]]]:
+    """Return a function that runs `action` at once and returns its result as a future."""
 
     def run(folder: Store) -> Future[list[FileEntry]]:
         future: Future[list[FileEntry]] = Future()

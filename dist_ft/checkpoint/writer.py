@@ -1,7 +1,8 @@
-"""Writing one worker's files of a checkpoint: now, or from a snapshot while training goes on.
+"""Writes one worker's files of a checkpoint, either directly or in the background from a snapshot.
 
-Guarantees: a snapshot is one copy into buffers that are made once and used again; at most one save is under way, so
-the memory is that of one copy. Files are written, checksummed and uploaded several at a time. Commits nothing.
+A snapshot is one copy into buffers that are allocated once and reused. At most one save is in
+progress, so the memory needed is that of one copy. Several files are written, checksummed and
+uploaded at a time. This module commits nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -23,110 +24,162 @@ from dist_ft.engine.base import StateSlice
 from dist_ft.storage.filesystem import Store
 
 T = TypeVar("T")
-IN_FLIGHT = 4
-"""Files written at once."""
-AHEAD = 3
-"""Files still being written while the next one is made, where training waits for them."""
+NUM_CONCURRENT_FILES = 4
+MAX_PENDING_FILES = 3
+"""Files still being written while the next one is prepared, in a save that training waits for."""
+
+
+class _SliceAddress(NamedTuple):
+    """Which elements of which state a slice holds."""
+
+    name: str
+    key: str
+    offset: int
+    numel: int
+
+
+class _Throttle:
+    """Limits the average rate of sending to `bytes_per_s` (0: no limit)."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._started = time.monotonic()
+        self._sent_bytes = 0
+
+    def wait_for(self, num_bytes: int) -> None:
+        """Wait until `num_bytes` more may be sent, and count them as sent."""
+        if self._bytes_per_s:
+            allowed_at = self._started + self._sent_bytes / self._bytes_per_s
+            time.sleep(max(0.0, allowed_at - time.monotonic()))
+        self._sent_bytes += num_bytes
 
 
 class Writer:
-    """Writes what this worker owns; `bytes_per_s` bounds what leaves it in the background (0: no bound)."""
+    """Writes the state that this worker owns.
+
+    `bytes_per_s` limits the rate of writing in the background (0: no limit).
+    """
 
     def __init__(self, rank: int, bytes_per_s: float = 0) -> None:
         self._rank = rank
         self._bytes_per_s = bytes_per_s
         self._threads: ThreadPoolExecutor | None = None
-        self._shape: list[tuple[str, str, int, int]] | None = None
-        self._plan: list[FileLayout] = []
-        self._num_owned = 0
-        self._everything = False
+        # The plan of snapshots: files of owned slices, then (if include_unowned was requested)
+        # files of the others.
+        self._addresses: list[_SliceAddress] | None = None
+        self._layouts: list[FileLayout] = []
+        self._num_owned_files = 0
+        self._has_unowned = False
         self._buffers: list[torch.Tensor] = []
 
     def write(
         self,
         folder: Store,
-        slots: Sequence[StateSlice],
-        everything: bool = False,
+        state: Sequence[StateSlice],
+        include_unowned: bool = False,
         in_background: bool = False,
     ) -> list[FileEntry]:
-        """Write the slots this worker owns, or all; they must not change meanwhile. Return the manifest's entries.
+        """Write the state, which must not change meanwhile; return the manifest's file entries.
 
-        What lies in host memory is written from where it lies; a few files' worth of memory for the rest.
+        Values in host memory are written in place; other values need memory for a few files.
+
+        Args:
+            folder: the folder to write to.
+            state: all slices of this worker.
+            include_unowned: write all slices, not only those that this worker owns.
+            in_background: respect the rate limit.
         """
-        chosen = [slot for slot in slots if slot.owned or everything]
+        selected = [part for part in state if part.owned or include_unowned]
+        throttle = _Throttle(self._bytes_per_s if in_background else 0)
         running: list[Future[FileEntry]] = []
-        begun, sent = time.monotonic(), 0
         try:
-            for part, layout in enumerate(plan_files(chosen)):
-                if part >= AHEAD:
-                    running[part - AHEAD].result()
-                if in_background and self._bytes_per_s:
-                    time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
-                sent += layout.num_bytes
-                running.append(self.later(partial(self._write, folder, part, layout.parts(chosen))))
+            for number, layout in enumerate(plan_files(selected)):
+                if number >= MAX_PENDING_FILES:
+                    running[number - MAX_PENDING_FILES].result()
+                throttle.wait_for(layout.num_bytes)
+                buffers = layout.as_buffers(selected)
+                running.append(self.submit(partial(self._write_file, folder, number, buffers)))
         finally:
-            wait(running)  # what fails is cleared away: nothing may be written after
+            wait(
+                running
+            )  # the caller removes the files of a failed save: nothing may be written after that
         return [file.result() for file in running]
 
-    def prepare(self, slots: Sequence[StateSlice], everything: bool = False) -> None:
-        """Make the buffers of snapshots and touch them, so that the first snapshot costs no more than the others.
+    def prepare(self, state: Sequence[StateSlice], include_unowned: bool = False) -> None:
+        """Allocate and touch the buffers, so that the first snapshot is as fast as the others.
 
-        `everything`: there will be snapshots of all slots, not only of those this worker owns.
+        Args:
+            state: all slices of this worker.
+            include_unowned: there will be snapshots of all slices, not only of those that this
+                worker owns.
         """
-        ordered = _ordered(slots)
-        shape = [(slot.name, slot.key, slot.offset, slot.numel) for slot in ordered]
-        owned = [slot for slot in ordered if slot.owned]
-        if shape != self._shape or (everything and not self._everything):
-            pinned = any(slot.read().is_cuda for slot in owned[:1])
-            self._shape, self._plan = shape, plan_files(owned)
-            self._num_owned, self._everything = len(self._plan), everything
-            if everything:
-                self._plan += plan_files(ordered, len(owned))
-            self._buffers = [
-                torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
-                for layout in self._plan
-            ]
+        ordered = _owned_first(state)
+        addresses = [
+            _SliceAddress(part.name, part.key, part.offset, part.numel) for part in ordered
+        ]
+        is_planned = addresses == self._addresses and (self._has_unowned or not include_unowned)
+        if is_planned:
+            return
+
+        owned = [part for part in ordered if part.owned]
+        pin_memory = any(part.read().is_cuda for part in owned[:1])
+        self._addresses = addresses
+        self._layouts = plan_files(owned)
+        self._num_owned_files = len(self._layouts)
+        self._has_unowned = include_unowned
+        if include_unowned:
+            self._layouts += plan_files(ordered, len(owned))
+        self._buffers = [
+            torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory).fill_(1)
+            for layout in self._layouts
+        ]
 
     def snapshot(
-        self, folder: Store, slots: Sequence[StateSlice], everything: bool = False
+        self, folder: Store, state: Sequence[StateSlice], include_unowned: bool = False
     ) -> Future[list[FileEntry]]:
-        """Copy what this worker owns, or all it has, and write the copy in the background; the future gives entries."""
-        self.prepare(slots, everything)
-        ordered, count = _ordered(slots), len(self._plan) if everything else self._num_owned
-        for layout, content in zip(self._plan[:count], self._buffers, strict=False):
-            layout.fill(ordered, content)
+        """Copy the state and write the copy in the background; return its future file entries.
+
+        Arguments as for `write`.
+        """
+        self.prepare(state, include_unowned)
+        ordered = _owned_first(state)
+        num_files = len(self._layouts) if include_unowned else self._num_owned_files
+
+        for layout, content in zip(self._layouts[:num_files], self._buffers, strict=False):
+            layout.copy_into(ordered, content)
         if self._buffers and self._buffers[0].is_pinned():
             torch.cuda.synchronize()
-        return self.later(lambda: self._write_all(folder, count))
+        return self.submit(lambda: self._write_snapshot(folder, num_files))
 
-    def later(self, action: Callable[[], T]) -> Future[T]:
+    def submit(self, action: Callable[[], T]) -> Future[T]:
         """Run `action` in the background."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(IN_FLIGHT + 1, thread_name_prefix="checkpoint")
+            self._threads = ThreadPoolExecutor(
+                NUM_CONCURRENT_FILES + 1, thread_name_prefix="checkpoint"
+            )
         return self._threads.submit(copy_context().run, action)
 
     def close(self) -> None:
-        """Begin no further file; those being written end by themselves."""
+        """Start no further file. Files being written are finished."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _write_all(self, folder: Store, count: int) -> list[FileEntry]:
-        begun, sent = time.monotonic(), 0
+    def _write_snapshot(self, folder: Store, num_files: int) -> list[FileEntry]:
+        throttle = _Throttle(self._bytes_per_s)
         running: list[Future[FileEntry]] = []
         try:
-            for part, content in enumerate(self._buffers[:count]):
-                if self._bytes_per_s:
-                    time.sleep(max(0.0, begun + sent / self._bytes_per_s - time.monotonic()))
-                running.append(self.later(partial(self._write, folder, part, [_bytes_of(content)])))
-                sent += len(content)
+            for number, content in enumerate(self._buffers[:num_files]):
+                throttle.wait_for(len(content))
+                write = partial(self._write_file, folder, number, [_bytes_of(content)])
+                running.append(self.submit(write))
             return [file.result() for file in running]
         finally:
             for file in running:
                 file.cancel()
-            wait(running)  # as above
+            wait(running)  # as in `write`
 
-    def _write(self, folder: Store, part: int, content: Sequence[memoryview]) -> FileEntry:
-        path = f"rank-{self._rank:05d}-{part:04d}.safetensors"
+    def _write_file(self, folder: Store, number: int, content: Sequence[memoryview]) -> FileEntry:
+        path = f"rank-{self._rank:05d}-{number:04d}.safetensors"
         fault_injection.hit("checkpoint.before_file", self._rank)
         folder.write(path, content)
         fault_injection.hit("checkpoint.after_file", self._rank)
@@ -137,6 +190,6 @@ def _bytes_of(content: torch.Tensor) -> memoryview:
     return memoryview(content.numpy())  # type: ignore[arg-type]
 
 
-def _ordered(slots: Sequence[StateSlice]) -> list[StateSlice]:
-    """Return `slots`, those this worker owns first."""
-    return sorted(slots, key=lambda slot: not slot.owned)
+def _owned_first(state: Sequence[StateSlice]) -> list[StateSlice]:
+    """Return the state slices, those that this worker owns first."""
+    return sorted(state, key=lambda part: not part.owned)

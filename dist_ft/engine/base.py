@@ -81,7 +81,7 @@ class Engine(ABC):
     def update(
         self,
         learning_rate: float,
-        most_norm: float = math.inf,
+        grad_norm_limit: float = math.inf,
         of_depth: Callable[[int], float] | None = None,
     ) -> float:
         """Do one optimizer step with the gradient accumulated, if its norm allows; return that norm before clipping.
@@ -140,7 +140,7 @@ class Engine(ABC):
         """Iterate over all state this worker holds; optimizer state exists from the start."""
 
     @abstractmethod
-    def frozen(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         """Return the names of the parameters that do not learn; the same on all workers."""
 
     @abstractmethod

@@ -25,7 +25,7 @@ from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, StateSlice, seed_random
-from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, swap_average, scale_fisher
+from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
 from dist_ft.engine.zero_state import flat_slice, stage12_slices
 from dist_ft.model.adapters.added_layers import (
@@ -161,10 +161,10 @@ class DeepSpeedEngine(Engine):
     def update(
         self,
         learning_rate: float,
-        most_norm: float = math.inf,
+        grad_norm_limit: float = math.inf,
         of_depth: Callable[[int], float] | None = None,
     ) -> float:
-        self._most_norm = most_norm
+        self._most_norm = grad_norm_limit
         if self._stage == 0:  # DeepSpeed tells no norm; every worker holds the whole gradient
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -311,7 +311,7 @@ class DeepSpeedEngine(Engine):
         return (*(() if plain else optimizers.STATE_KEYS[self._section.name]), *self._guards.keys)
 
     @override
-    def frozen(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         return frozenset(
             name for name, parameter in self._parameters.items() if not parameter.requires_grad
         )

@@ -33,7 +33,7 @@ class ForwardEngine(TorchEngine):
     def update(
         self,
         learning_rate: float,
-        most_norm: float = math.inf,
+        grad_norm_limit: float = math.inf,
         of_depth: Callable[[int], float] | None = None,
     ) -> float:
         raise AssertionError("an engine that only looks was asked to learn")

@@ -15,7 +15,7 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
 from dist_ft.engine.base import Engine, StateSlice, seed_random
-from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, swap_average, scale_fisher
+from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.model.adversarial import Adversary, train_lane
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
@@ -97,12 +97,12 @@ class TorchEngine(Engine):
     def update(
         self,
         learning_rate: float,
-        most_norm: float = math.inf,
+        grad_norm_limit: float = math.inf,
         of_depth: Callable[[int], float] | None = None,
     ) -> float:
         limit = self._section.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit).item()
-        if norm <= most_norm and math.isfinite(norm):
+        if norm <= grad_norm_limit and math.isfinite(norm):
             optimizers.set_learning_rate(self.optimizer, learning_rate, of_depth)
             self.optimizer.step()
             self._guards.after_step(self.optimizer)
@@ -177,7 +177,7 @@ class TorchEngine(Engine):
         yield from buffer_slices(self.module)
 
     @override
-    def frozen(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         return frozenset(self._parameters.keys() - self._learned.keys())
 
     @override

@@ -147,7 +147,7 @@ def beside(
     plan = run_plan.plan(config)
     row = next(row for row in plan["memory"] if row["chosen"])
     busiest = max(rank["allocated"] for rank in ranks)
-    assert worker_memory.setup_of(config, {}, world).lanes == args.lanes
+    assert worker_memory.worker_setup(config, {}, world).lanes == args.lanes
     return {
         "stage": stage,
         "world": world,

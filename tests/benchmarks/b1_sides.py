@@ -26,7 +26,7 @@ from dist_ft.data.batch import Batch
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine import deepspeed_config, deepspeed_engine, optimizers
 from dist_ft.runtime.bootstrap import training_run
-from dist_ft.training.components import Parts
+from dist_ft.training.components import Components
 from dist_ft.training.run_context import RunContext
 from dist_ft.training.trainer import Trainer
 
@@ -36,9 +36,9 @@ class Recording(Trainer):
 
     made: Recording | None = None
 
-    def __init__(self, config: RunConfig, parts: Parts, *rest: Any) -> None:
-        super().__init__(config, parts, *rest)
-        self.parts = parts
+    def __init__(self, config: RunConfig, components: Components, *rest: Any) -> None:
+        super().__init__(config, components, *rest)
+        self.components = components
         type(self).made = self
 
     @property

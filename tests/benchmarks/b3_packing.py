@@ -164,7 +164,7 @@ def attend(module: Any, name: str) -> None:
     from dist_ft.model.packed_attention import enable_packed_attention
 
     module.model.set_attn_implementation("sdpa")
-    module._samples = enable_packed_attention(module.model) if name == "ours" else None
+    module._packed_samples = enable_packed_attention(module.model) if name == "ours" else None
 
 
 def total_loss(engine: Any, texts: Sequence[np.ndarray], batches: list[Layout], name: str) -> float:

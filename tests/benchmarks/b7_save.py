@@ -164,9 +164,9 @@ def ours(engine: Any, folder: Path) -> Callable[[], float]:
 
     def run() -> float:
         begun = time.perf_counter()
-        manager.begin(engine, draft_of(engine, next(step)))
+        manager.start_save(engine, draft_of(engine, next(step)))
         seconds = time.perf_counter() - begun
-        outcome = manager.settle()
+        outcome = manager.finish_save()
         if outcome.problem is not None:
             raise outcome.problem
         return seconds
@@ -259,10 +259,10 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
     free, busy = [], []
     while len(busy) < count:
         free.append(one_step(engine))
-        manager.begin(engine, draft_of(engine, next(step)))
-        while manager.advance(*manager.flags()) is None:
+        manager.start_save(engine, draft_of(engine, next(step)))
+        while manager.advance(*manager.save_flags()) is None:
             seconds = one_step(engine)
-            if manager.flags()[0] == 0:  # it was being written all the time
+            if manager.save_flags()[0] == 0:  # it was being written all the time
                 busy.append(seconds)
     return {
         "free_s": free,

@@ -355,7 +355,7 @@ def restore(rank: Rank, place: str) -> tuple[float, float]:
 
     def load() -> None:
         began[0] = time.perf_counter()
-        manager.load(manager.newest(), watched, {})
+        manager.load(manager.find_latest(), watched, {})
 
     whole = rank.timed(load, rank.folder / place)
     manager.close()

@@ -84,7 +84,7 @@ def test_fault_17_every_file_of_a_checkpoint_altered_falls_back_to_the_one_befor
     folder = base / "ranks-altered"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
     said = (folder / "rank-0.log").read_text()
-    assert said.count(f"checkpoint {newest} is passed over:") == len(files)
+    assert said.count(f"checkpoint {newest} is skipped:") == len(files)
     assert said.count(f"going on from step {before}") == len(files)
     for document in documents:
         assert history.losses(base / "runs" / document["run"]["name"]) == unbroken

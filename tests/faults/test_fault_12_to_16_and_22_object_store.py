@@ -170,7 +170,7 @@ def test_fault_13_a_store_that_stays_away_is_one_error_naming_the_url_in_bounded
     begun = time.monotonic()
     with pytest.raises(
         StorageError,
-        match=rf"s3://{s3.BUCKET}/lines/.*: can not list it .*; gave up after 5 tries; check that "
+        match=rf"s3://{s3.BUCKET}/lines/.*: cannot list it .*\. Gave up after 5 attempts\. Check that "
         "the endpoint answers",
     ):
         loaded(run, tmp_path)
@@ -246,8 +246,8 @@ def test_fault_15_a_body_that_stays_short_is_one_error(config, faulty, tmp_path)
     )
     with pytest.raises(
         StorageError,
-        match=r"shard-0.jsonl: can not read it \(OSError: \d+ bytes came, \d+ were asked for from "
-        r"\d+\); gave up after 5 tries",
+        match=r"shard-0.jsonl: cannot read it \(OSError: got \d+ of \d+ bytes from offset "
+        r"\d+\)\. Gave up after 5 attempts",
     ):
         loaded(run, tmp_path)
 
@@ -268,7 +268,7 @@ def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(
 
     faulty.choose = alter
     with pytest.raises(
-        DataError, match=r"shard-1.jsonl.*(gives other tokens than when the run began|row \d+: )"
+        DataError, match=r"shard-1.jsonl.*(gives other tokens than when the run started|row \d+: )"
     ):
         tokens(again)
 
@@ -282,17 +282,17 @@ def test_fault_16_a_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_
     client.put_object(Bucket=s3.BUCKET, Key="flipped/a.parquet", Body=bytes(body))
     with pytest.raises(
         DataError,
-        match=r"s3://bucket/flipped/a.parquet: is not Parquet that can be read \(.*\); write the shard",
+        match=r"s3://bucket/flipped/a.parquet: is not valid Parquet \(.*\). Write the shard",
     ):
         loaded(config("flipped/*.parquet"), tmp_path)
 
 
 BAD = {
     "no JSON": (b'{"prompt": "a", "respon', r"row 301: is not JSON \(.* at column \d+\)"),
-    "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'; there are prompt"),
+    "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'. Its columns: prompt"),
     "an empty answer": (
         b'{"prompt": "a", "response": ""}',
-        "row 301: response is empty; an answer to learn is needed",
+        "row 301: response is empty. An answer to train on is needed",
     ),
     "a wrong encoding": (
         '{"prompt": "é", "response": "b"}'.encode("latin-1"),
@@ -315,11 +315,11 @@ def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(
     index = loaded(config("bad/a.jsonl", data={"bad_rows": "skip"}), tmp_path, "skipping").index
     assert (index.total("num_bad"), index.num_samples, index.total("num_segments")) == (1, 601, 600)
     assert (
-        "data.bad_rows=skip: 1 of 601 rows can not be used and are left out; the first: s3://bucket/bad/a.jsonl row 301"
+        "data.bad_rows=skip: 1 of 601 rows cannot be used and are skipped; the first: s3://bucket/bad/a.jsonl row 301"
         in caplog.text
     )
     with pytest.raises(
-        DataError, match=r"data.max_bad_rows=0: 1 of 601 rows can not be used; the first: "
+        DataError, match=r"data.max_bad_rows=0: 1 of 601 rows cannot be used; the first: "
     ):
         loaded(
             config("bad/a.jsonl", data={"bad_rows": "skip", "max_bad_rows": 0}), tmp_path, "bounded"
@@ -332,7 +332,7 @@ def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path)
     begun = time.monotonic()
     with pytest.raises(
         DistFtError,
-        match=r"s3://bucket/lines/.*: can not list it \(PermissionError.*; access is refused; check "
+        match=r"s3://bucket/lines/.*: cannot list it \(PermissionError.*\. Access is denied\. Check "
         r"credentials \(in the environment\) and permissions",
     ):
         loaded(run, tmp_path)
@@ -357,14 +357,14 @@ def test_fault_22_a_clock_that_is_off_is_named(config, faulty, tmp_path):
     [
         (
             Fault(status=403, code="AccessDenied"),
-            "access is refused; check credentials (in the environment) and permissions",
+            "Access is denied. Check credentials (in the environment) and permissions",
         ),
         (
             Fault(status=403, code="QuotaExceeded"),
-            "the store has no room left; raise its quota or keep fewer checkpoints "
+            "The store is full. Raise its quota or keep fewer checkpoints "
             "(checkpoint.keep_last)",
         ),
-        (Fault(status=507, code="XMinioStorageFull"), "the store has no room left"),
+        (Fault(status=507, code="XMinioStorageFull"), "The store is full"),
     ],
     ids=["read-only", "quota", "full"],
 )
@@ -386,7 +386,7 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
     begun = time.monotonic()
     with pytest.raises(
         StorageError,
-        match=rf"step-000000006-a0001/.*: can not write it .*S3 says {fault.code}\); {re.escape(said)}",
+        match=rf"step-000000006-a0001/.*: cannot write it .*S3 code {fault.code}\)\. {re.escape(said)}",
     ):
         api.train(run, skip_check=True)
     assert time.monotonic() - begun < 60
@@ -406,7 +406,7 @@ def test_bad_input_a_bucket_in_another_region_is_told_at_once(config, faulty, tm
     begun = time.monotonic()
     with pytest.raises(
         StorageError,
-        match=r"s3://bucket/lines/.*; the bucket lies in another region; set AWS_DEFAULT_REGION, or "
+        match=r"s3://bucket/lines/.*\. The bucket is in another region\. Set AWS_DEFAULT_REGION, or "
         r"storage.options.s3.client_kwargs.region_name",
     ):
         loaded(run, tmp_path)
@@ -435,8 +435,8 @@ def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, 
     client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body.replace(b"fox", b"cat"))
     with pytest.raises(
         DataError,
-        match=r"data.train: the shard s3://bucket/changing/a.jsonl changed since the run began; a run "
-        r"keeps the data it began with; restore it, or start a run with another run.name",
+        match=r"data.train: the shard s3://bucket/changing/a.jsonl changed since the run started. A run "
+        r"needs the data that it started with. Restore it, or start a run with another run.name",
     ):
         loaded(config("changing/*.jsonl"), tmp_path)
     empty = config("changing/*.jsonl", data={"cache_dir": str(tmp_path / "empty")})

@@ -176,7 +176,7 @@ def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft:
     code, said = dist_ft("train", document, "schedule.steps=4")
     assert (
         code == 2
-        and "samples become other tokens than when the run began" in said
+        and "samples become other tokens than when the run started" in said
         and "another run.name" in said
     )
     assert sorted((base / "runs/retokenised/checkpoints").iterdir()) == before

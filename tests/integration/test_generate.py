@@ -160,25 +160,25 @@ def test_every_engine_makes_the_texts_of_plain_transformers(base: Path, task: st
     )
     for strategy in STRATEGIES:
         plain = evaluation(base, documents[strategy, 0])
-        assert len(plain["texts"]) == SAMPLES
+        assert len(plain["generations"]) == SAMPLES
         references = [
             row["response" if task == "causal_lm" else "target"] for row in held_out(base, task)
         ]
-        assert [one["reference"] for one in plain["texts"]] == references[:SAMPLES]
+        assert [one["reference"] for one in plain["generations"]] == references[:SAMPLES]
         if strategy in ("greedy", "penalised", "beam"):
-            assert [one["text"] for one in plain["texts"]] == by_plain_transformers(
+            assert [one["text"] for one in plain["generations"]] == by_plain_transformers(
                 base, task, strategy
             ), strategy
         elif strategy == "choices":
-            assert {one["text"] for one in plain["texts"]} <= set(STRATEGIES["choices"]["choices"])
-        assert len({one["text"] for one in plain["texts"]}) > 1
+            assert {one["text"] for one in plain["generations"]} <= set(STRATEGIES["choices"]["choices"])
+        assert len({one["text"] for one in plain["generations"]}) > 1
         for stage in (2, 3):
             found = evaluation(base, documents[strategy, stage])
-            assert found["texts"] == plain["texts"], (strategy, stage)
+            assert found["generations"] == plain["generations"], (strategy, stage)
             assert {name: found[name] for name in ("bleu", "chrf", "token_error_rate")} == {
                 name: plain[name] for name in ("bleu", "chrf", "token_error_rate")
             }
-            after = [evaluation(base, documents[strategy, kind], 1)["texts"] for kind in (0, stage)]
+            after = [evaluation(base, documents[strategy, kind], 1)["generations"] for kind in (0, stage)]
             assert sum(a == b for a, b in zip(*after, strict=True)) >= SAMPLES - 1, (
                 "training went on the same"
             )
@@ -196,7 +196,7 @@ def test_an_adapter_makes_texts_too(base: Path, tmp_path: Path) -> None:
     )
     local.run(load_config(document))
     api.export(load_config(document), str(tmp_path / "out"))
-    before, after = (evaluation(base, document, step)["texts"] for step in (0, 1))
+    before, after = (evaluation(base, document, step)["generations"] for step in (0, 1))
     assert [one["text"] for one in after] == by_plain_transformers(
         base, "causal_lm", "greedy", tmp_path / "out"
     )

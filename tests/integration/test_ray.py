@@ -220,7 +220,7 @@ def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["busy"].startswith(
-        "cluster.start_timeout_s=3: no worker has started in that time; 2 are needed"
+        "cluster.start_timeout_s=3: no worker started within that time; 2 workers are needed"
     )
     assert seen["checkpoint"] == seen["result"] and seen["checkpoint"].endswith(
         "step-000000003-a0001"
@@ -272,7 +272,7 @@ def test_fault_24_without_the_clusters_token_nothing_runs(base: Path) -> None:
     )
     assert code == 1 and not (base / "runs/no-token").exists()
     last = [line for line in output.splitlines() if line.startswith("dist-ft: ")]
-    assert len(last) == 1 and "can not connect to Ray" in last[0], output[-3000:]
+    assert len(last) == 1 and "cannot connect to Ray" in last[0], output[-3000:]
     assert os.environ["RAY_AUTH_TOKEN"] not in output and "Traceback" not in output
 
 

@@ -84,23 +84,23 @@ def test_create_is_exclusive(store):
 def test_glob_and_stat(store):
     for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"):
         store.write(name, b"one")
-    assert list(filesystem.glob(store.full("data/*.jsonl"))) == [
-        store.full("data/a.jsonl"),
-        store.full("data/b.jsonl"),
+    assert list(filesystem.glob(store.full_url("data/*.jsonl"))) == [
+        store.full_url("data/a.jsonl"),
+        store.full_url("data/b.jsonl"),
     ]
-    assert list(filesystem.glob(store.full("data"))) == [
-        store.full(name) for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")
+    assert list(filesystem.glob(store.full_url("data"))) == [
+        store.full_url(name) for name in ("data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl")
     ]
-    assert list(filesystem.glob(store.full("data/a.jsonl"))) == [store.full("data/a.jsonl")]
+    assert list(filesystem.glob(store.full_url("data/a.jsonl"))) == [store.full_url("data/a.jsonl")]
     assert (
-        list(filesystem.glob(store.full("none")))
-        == list(filesystem.glob(store.full("none/*")))
+        list(filesystem.glob(store.full_url("none")))
+        == list(filesystem.glob(store.full_url("none/*")))
         == []
     )
-    before = filesystem.stat(store.full("data/a.jsonl"))
+    before = filesystem.stat(store.full_url("data/a.jsonl"))
     assert before["size"] == 3 and before["version"] != "None"
     store.write("data/a.jsonl", b"two")
-    assert filesystem.stat(store.full("data/a.jsonl")) != before
+    assert filesystem.stat(store.full_url("data/a.jsonl")) != before
 
 
 def test_download(store, tmp_path):
@@ -115,7 +115,7 @@ def test_absent_files_and_buckets_are_told_at_once(store):
         begun = time.monotonic()
         with pytest.raises(
             StorageError,
-            match=rf"^{url.url}/absent: can not read it \(FileNotFoundError: .*\); there is no "
+            match=rf"^{url.url}/absent: cannot read it \(FileNotFoundError: .*\)\. This "
             "such file or bucket; check the URL$",
         ):
             url.read("absent")
@@ -140,7 +140,7 @@ def test_a_checkpoint_goes_out_and_in(store):
     manager = CheckpointManager(
         store, checkpoints(), World(), Collectives(), start_attempt(store, 1)
     )
-    assert save(manager, engine, 2) == store.full("checkpoints/step-000000002-a0001")
+    assert save(manager, engine, 2) == store.full_url("checkpoints/step-000000002-a0001")
     want = train(engine, range(2, 4))
     other = make_engine()
     manager.load(manager.find_latest(), other, tensors_of(other))

@@ -98,7 +98,7 @@ def batch(
     )
 
 
-def samples_of(packed: Batch) -> list[Batch]:
+def split_into_samples(packed: Batch) -> list[Batch]:
     """Return each sample of a packed batch as a batch of its own."""
     found, place = [], 0
     width = packed.input_ids.shape[1]

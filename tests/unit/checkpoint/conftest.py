@@ -33,7 +33,7 @@ def attempt(store):
         made = CheckpointManager(
             store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number
         )
-        made.newest()
+        made.find_latest()
         return made
 
     return begin

@@ -1,4 +1,7 @@
-"""Saves in the background: the state of the moment, no second copy, one outcome for all; what fails is told."""
+"""Saves in the background: the state of the moment, no second copy, one outcome for all.
+
+What fails is told.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, tensors_of, train
 
 from dist_ft.checkpoint import discovery, fragments
-from dist_ft.checkpoint.discovery import start_attempt, list_committed
+from dist_ft.checkpoint.discovery import list_committed, start_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.core.world import Collectives, World
@@ -22,7 +25,7 @@ ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
 def until_it_ends(manager: CheckpointManager):
     """Go on as a training loop does, until the save has ended; return how."""
     for _ in range(1000):
-        outcome = manager.advance(*manager.flags())
+        outcome = manager.advance(*manager.save_flags())
         if outcome is not None:
             return outcome
         threading.Event().wait(0.01)
@@ -46,17 +49,17 @@ def held(monkeypatch):
 def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
     want = {(slot.name, slot.key): slot.read().clone() for slot in engine.state_slices()}
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS, before=2.5))
-    assert one.under_way and one.flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
+    one.start_save(engine, draft(engine, 1, ROWS, before=2.5))
+    assert one.save_in_progress and one.save_flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
     train(engine, range(2))
     held.set()
     outcome = until_it_ends(one)
     assert (
         outcome.problem is None
-        and one.under_way is None
-        and outcome.url == store.full("checkpoints/step-000000001-a0001")
+        and one.save_in_progress is None
+        and outcome.url == store.full_url("checkpoints/step-000000001-a0001")
     )
-    manifest = one.newest()
+    manifest = one.find_latest()
     assert manifest.evaluation == {"before": 2.5}
     other = make_engine(model=make_model(initializer_range=1.0))
     one.load(manifest, other, tensors_of(other))
@@ -71,11 +74,11 @@ def test_the_files_are_those_of_a_save_that_training_waits_for(store, engine):
             store.child(str(number)), checkpoints(), World(), Collectives(), 1
         )
         if number:
-            manager.begin(engine, draft(engine, 1, ROWS))
-            manager.settle()
+            manager.start_save(engine, draft(engine, 1, ROWS))
+            manager.finish_save()
         else:
             manager.save(engine, draft(engine, 1, ROWS))
-        files.append(manager.newest().files)
+        files.append(manager.find_latest().files)
     assert files[0] == files[1]
 
 
@@ -84,8 +87,8 @@ def test_buffers_are_made_once(attempt, engine):
     one.prepare(engine)
     places = [buffer.data_ptr() for buffer in one._writer._buffers]
     for step in (1, 2):
-        one.begin(engine, draft(engine, step, ROWS + step - 1))
-        assert one.settle().problem is None
+        one.start_save(engine, draft(engine, step, ROWS + step - 1))
+        assert one.finish_save().problem is None
         train(engine, range(step, step + 1))
     assert places == [buffer.data_ptr() for buffer in one._writer._buffers] and len(places) > 0
 
@@ -99,11 +102,11 @@ def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, en
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write", write)
         one = attempt()
-        one.begin(engine, draft(engine, 1, ROWS))
+        one.start_save(engine, draft(engine, 1, ROWS))
         outcome = until_it_ends(one)
-        assert str(outcome.problem) == "no room" and outcome.draft.rows is ROWS
+        assert str(outcome.problem) == "no room" and outcome.request.rows is ROWS
     assert list_committed(store) == [] and store.list("checkpoints") == []
-    one.begin(engine, draft(engine, 2, ROWS))
+    one.start_save(engine, draft(engine, 2, ROWS))
     assert until_it_ends(one).problem is None
 
 
@@ -119,7 +122,7 @@ def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monk
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2048)
     monkeypatch.setattr(Store, "write", write)
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS))
+    one.start_save(engine, draft(engine, 1, ROWS))
     assert len(one._writer._buffers) > 20
     assert str(until_it_ends(one).problem) == "no room"
     for _ in range(10):
@@ -135,7 +138,7 @@ def test_a_manifest_that_can_not_be_written_is_one_outcome(store, attempt, engin
 
     monkeypatch.setattr(Store, "write", write)
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS))
+    one.start_save(engine, draft(engine, 1, ROWS))
     assert str(until_it_ends(one).problem) == "no room"
     assert store.list("checkpoints") == []
 
@@ -144,7 +147,7 @@ def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
     store, attempt, engine, held
 ):
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS))
+    one.start_save(engine, draft(engine, 1, ROWS))
     start_attempt(store, 1)
     held.set()
     with pytest.raises(
@@ -157,7 +160,7 @@ def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
 def test_a_bug_in_the_background_is_told(attempt, engine, monkeypatch):
     monkeypatch.setattr(Store, "write", lambda *args: 1 / 0)
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS))
+    one.start_save(engine, draft(engine, 1, ROWS))
     with pytest.raises(
         CheckpointError, match=r"the save failed \(ZeroDivisionError: division by zero\)"
     ):
@@ -179,17 +182,17 @@ def test_the_drain_is_throttled(attempt, engine, tmp_path):
             1,
         )
         begun = time.monotonic()
-        manager.begin(engine, draft(engine, 1, ROWS))
+        manager.start_save(engine, draft(engine, 1, ROWS))
         taken = time.monotonic() - begun
-        manager.settle()
-        files = manager.newest().files
+        manager.finish_save()
+        files = manager.find_latest().files
     least = sum(item.num_bytes for item in files[:-1]) / 0.4e6
     assert len(files) > 3 and time.monotonic() - begun > least > taken
 
 
 def test_what_is_under_way_is_left_when_all_ends(store, attempt, engine, held):
     one = attempt()
-    one.begin(engine, draft(engine, 1, ROWS))
+    one.start_save(engine, draft(engine, 1, ROWS))
     one.close()
     held.set()
     assert discovery.find_latest(store, World(), Collectives()) is None

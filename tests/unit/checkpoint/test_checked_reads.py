@@ -1,4 +1,4 @@
-"""Parts of files: widened to blocks, checked before they are given out, read ahead and in order."""
+"""Ranges of files are widened to blocks, verified before they are returned, read ahead and in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_ft.checkpoint import checked_reads, manifest
-from dist_ft.checkpoint.checked_reads import CheckedFiles
+from dist_ft.checkpoint.checked_reads import ByteRange, CheckedFiles
 from dist_ft.checkpoint.manifest import DamagedError
 from dist_ft.storage.filesystem import Store
 
@@ -44,37 +44,43 @@ def files(
         (7, 7, 0, 100),
     ],
 )
-def test_a_part_is_widened_to_whole_blocks(store, start, stop, first, last):
-    part = files(store).read("f", start, stop)
-    assert (part.start, bytes(part.content)) == (first, CONTENT[first:last])
-    assert bytes(part.slice(start, stop)) == CONTENT[start:stop]
+def test_a_range_is_widened_to_whole_blocks(store, start, stop, first, last):
+    found = files(store).read("f", start, stop)
+    assert (found.start, bytes(found.content)) == (first, CONTENT[first:last])
+    assert bytes(found.slice(start, stop)) == CONTENT[start:stop]
 
 
-def test_a_file_without_blocks_is_read_whole(store):
+def test_a_file_without_block_checksums_is_read_whole(store):
     whole = files(store, manifest.file_entry)
     assert bytes(whole.read("f", 5, 6).content) == CONTENT
-    assert whole.window("f", 16) == len(CONTENT) and files(store).window("f", 350) == 300
+    assert (
+        whole.window_bytes("f", 16) == len(CONTENT) and files(store).window_bytes("f", 350) == 300
+    )
 
 
-def test_damage_is_found_where_it_is_read_and_only_there(store):
+def test_damage_is_detected_only_in_the_blocks_that_are_read(store):
     checked = files(store)
-    spoilt = bytearray(CONTENT)
-    spoilt[450] ^= 1
-    store.write("f", bytes(spoilt))
+    damaged = bytearray(CONTENT)
+    damaged[450] ^= 1
+    store.write("f", bytes(damaged))
     assert bytes(checked.read("f", 300, 400).content) == CONTENT[300:400]
     with pytest.raises(
         DamagedError,
-        match=re.escape(f"{store.shown('f')}: its checksum differs from the manifest's"),
+        match=re.escape(f"{store.redacted_url('f')}: its checksum differs from the manifest's"),
     ):
         checked.read("f", 399, 401)
     store.remove("f")
-    with pytest.raises(DamagedError, match="f: the file is not there"):
+    with pytest.raises(DamagedError, match="f: the file is missing"):
         checked.read("f", 300, 400)
 
 
-def test_parts_come_in_order_however_long_each_takes(store, monkeypatch):
+def test_ranges_are_returned_in_order_whatever_each_read_takes(store, monkeypatch):
     checked = files(store, names=("a", "b", "c"))
-    ranges = [(name, start, start + 50) for start in range(0, 1000, 50) for name in ("c", "a", "b")]
+    ranges = [
+        ByteRange(name, start, start + 50)
+        for start in range(0, 1000, 50)
+        for name in ("c", "a", "b")
+    ]
 
     def slow(self, path, start, memory, real=Store.read_into):
         time.sleep(0.01 if path == "c" else 0)
@@ -82,16 +88,18 @@ def test_parts_come_in_order_however_long_each_takes(store, monkeypatch):
 
     monkeypatch.setattr(Store, "read_into", slow)
     got = [
-        bytes(part.slice(start, stop))
-        for part, (_, start, stop) in zip(checked.read_all(ranges), ranges, strict=True)
+        bytes(found.slice(start, stop))
+        for found, (_, start, stop) in zip(checked.read_all(ranges), ranges, strict=True)
     ]
     assert got == [CONTENT[start:stop] for _, start, stop in ranges]
 
 
-def test_memory_is_that_of_the_parts_on_their_way(tmp_path):
+def test_buffers_are_bounded_by_the_read_ahead(tmp_path):
     checked = files(Store(str(tmp_path)))
-    where = {
-        part.content.obj.__array_interface__["data"][0]
-        for part in checked.read_all([("f", start, start + 1) for start in range(0, 1050, 100)] * 5)
+    addresses = {
+        found.content.obj.__array_interface__["data"][0]
+        for found in checked.read_all(
+            [ByteRange("f", start, start + 1) for start in range(0, 1050, 100)] * 5
+        )
     }
-    assert len(where) <= checked_reads.AHEAD + 1
+    assert len(addresses) <= checked_reads.NUM_READ_AHEAD + 1

@@ -112,10 +112,12 @@ def test_a_folder_with_something_in_it_is_refused(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("dear")
     assert refused(run[0], tmp_path / "full") == (
-        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; give another"
+        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; "
+        "give another"
     )
     assert refused(run[0], tmp_path / "full" / "mine") == (
-        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give another"
+        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give "
+        "another"
     )
     assert (tmp_path / "full" / "mine").read_text() == "dear"
 
@@ -145,10 +147,10 @@ def test_damage_falls_back_or_is_told(copy, tmp_path):
         ) as file:
             file.truncate(1000)
         if step == 2:
-            assert "1000 bytes, the manifest says" in refused(copy, tmp_path / "two", step=2)
+            assert "has 1000 bytes, but" in refused(copy, tmp_path / "two", step=2)
             assert os.listdir(export_run(str(copy), str(tmp_path / "one")))
     assert refused(copy, tmp_path / "none").startswith(
-        f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the newest: "
+        f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the latest: "
     )
     assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing half-made
 
@@ -180,8 +182,8 @@ def test_another_models_config_is_refused(copy, tmp_path, changes, said):
 def test_a_run_without_its_models_config(copy, tmp_path):
     os.remove(copy / "model" / "config.json")
     assert refused(copy, tmp_path / "x") == (
-        f"{copy}/model: no config.json there; every run keeps its model's config and tokenizer; give the folder of a run "
-        "(<storage>/<name>)"
+        f"{copy}/model: no config.json there; every run keeps its model's config and tokenizer; "
+        "give the folder of a run (<storage>/<name>)"
     )
 
 

@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from unit.checkpoint.test_manager import found
 from unit.small import checkpoints, make_engine, save, tensors_of
 
-from dist_ft.checkpoint.discovery import start_attempt, list_committed
+from dist_ft.checkpoint.discovery import list_committed, start_attempt
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import StorageError
@@ -58,14 +58,14 @@ def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engin
     Unreachable.broken = "read"
     with pytest.raises(
         StorageError,
-        match=r"step-000000002-a0001/rank-00000-0000\.safetensors: can not read it \(OSError: "
-        r"503 SlowDown\); gave up after 8 tries; check that the endpoint answers",
+        match=r"step-000000002-a0001/rank-00000-0000\.safetensors: cannot read it \(OSError: "
+        r"503 SlowDown\)\. Gave up after 8 attempts\. Check that the endpoint answers",
     ):
-        one.load(one.newest(), make_engine(), tensors_of(engine))
+        one.load(one.find_latest(), make_engine(), tensors_of(engine))
     with pytest.raises(StorageError, match="503 SlowDown"):
         found(unreachable)
     Unreachable.broken = ""
-    assert one.load(one.newest(), make_engine(), tensors_of(engine)).progress.step == 2
+    assert one.load(one.find_latest(), make_engine(), tensors_of(engine)).progress.step == 2
 
 
 @pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors.zst", "manifest.json"])
@@ -74,13 +74,13 @@ def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, 
     save(one, engine, 1)
     Unreachable.broken = suffix
     with pytest.raises(
-        StorageError, match=r"can not write it \(OSError: 503 SlowDown\); gave up after 8 tries"
+        StorageError, match=r"cannot write it \(OSError: 503 SlowDown\)\. Gave up after 8 attempts"
     ):
         save(one, engine, 2, np.array([[1, 0, 0, 1, 0, 5]]))
     assert unreachable.list("checkpoints") == ["step-000000001-a0001"]
     Unreachable.broken = ""
     save(one, engine, 3, np.array([[2, 0, 0, 2, 0, 5], [1, 0, 0, 1, 0, 5]]))
-    rows = read_ledger(unreachable, one.newest())
+    rows = read_ledger(unreachable, one.find_latest())
     assert rows[:, 0].tolist() == [0, 1, 2]  # the steps of the failed save are in the next one
 
 
@@ -91,8 +91,8 @@ def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, e
     )
     with pytest.raises(
         StorageError,
-        match=r"rank-00000-0000\.safetensors: 17 bytes are there, \d+ were written; the "
-        "storage lost some; checkpoint not committed",
+        match=r"rank-00000-0000\.safetensors: has 17 bytes, but \d+ were written; the "
+        "storage lost data; the checkpoint is not committed",
     ):
         save(one, engine, 1)
     assert list_committed(store) == []
@@ -120,7 +120,7 @@ def test_fault_18_a_full_disk(small_disk, engine):
     save(one, engine, 1)
     with pytest.raises(
         StorageError,
-        match=r"can not write it \(OSError: .*No space left on device.*\); the disk is full; "
+        match=r"cannot write it \(OSError: .*No space left on device.*\)\. The disk is full\. "
         r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)",
     ):
         save(one, engine, 2)
@@ -134,7 +134,7 @@ def test_fault_19_a_read_only_disk(small_disk, engine):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(
         StorageError,
-        match=r"can not write it \(OSError: .*Read-only file system.*\); access is refused",
+        match=r"cannot write it \(OSError: .*Read-only file system.*\)\. Access is denied",
     ):
         save(one, engine, 1)
     assert found(store) is None

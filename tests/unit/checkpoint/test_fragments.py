@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from dist_ft.checkpoint import file_layout, fragments, manifest
 from dist_ft.checkpoint.checked_reads import CheckedFiles
+from dist_ft.checkpoint.file_layout import FileLayout
 from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest, read_index
 from dist_ft.checkpoint.manifest import FileEntry
 from dist_ft.core.errors import CheckpointError
@@ -31,8 +32,8 @@ class Fragment(NamedTuple):
     values: np.ndarray
 
 
-def slot_of(fragment: Fragment) -> StateSlice:
-    """Return a slot that holds a fragment."""
+def slice_of(fragment: Fragment) -> StateSlice:
+    """Return a slice that holds a fragment."""
     values = torch.from_numpy(fragment.values)
     return StateSlice(
         fragment.name,
@@ -55,17 +56,28 @@ class CountingStore(Store):
         return super().read_into(path, start, memory)
 
 
-def write(store: Store, *writers: list[Fragment], entry=manifest.file_entry_in_blocks) -> CheckedFiles:
+def write(
+    store: Store, *writers: list[Fragment], entry=manifest.file_entry_in_blocks
+) -> CheckedFiles:
     """Write each writer's fragments and return the files."""
     files: list[FileEntry] = []
     for rank, own in enumerate(writers):
-        slots = [slot_of(fragment) for fragment in own]
-        for part, layout in enumerate(file_layout.plan_files(slots)):
-            content = layout.fill(slots).numpy().tobytes()
-            assert len(content) == layout.num_bytes and b"".join(layout.parts(slots)) == content
+        slices = [slice_of(fragment) for fragment in own]
+        for part, layout in enumerate(file_layout.plan_files(slices)):
+            content = content_of(layout, slices)
+            assert (
+                len(content) == layout.num_bytes and b"".join(layout.as_buffers(slices)) == content
+            )
             store.write(f"{rank}-{part}", content)
             files.append(entry(f"{rank}-{part}", memoryview(content)))
     return CheckedFiles(store, files)
+
+
+def content_of(layout: FileLayout, slices: list[StateSlice]) -> bytes:
+    """Return the content of a planned file."""
+    content = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    layout.copy_into(slices, content)
+    return content.numpy().tobytes()
 
 
 def memory() -> CountingStore:
@@ -163,8 +175,8 @@ def test_a_hole_is_an_error_that_names_the_parameter(held, ask, first):
     with pytest.raises(CheckpointError) as caught:
         FragmentReader(files).read("h.weight", "exp_avg", ask[0], ask[1] - ask[0])
     assert str(caught.value) == (
-        f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint; it belongs to another "
-        "model or optimizer; check model.path and optimizer.name"
+        f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint; it "
+        "belongs to another model or optimizer; check model.path and optimizer.name"
     )
 
 
@@ -258,11 +270,11 @@ def entry(label: str = "param:0:w", **changes) -> bytes:
         (hostile(entry(), 2**63), f"header of {2**63} bytes in a file of"),
         (hostile(entry(), 10**6), "header of 1000000 bytes in a file of"),
         (hostile(entry(), 0), "header of 0 bytes"),
-        (hostile(entry(data_offsets=[0, 16], shape=[4])), "param:0:w lies outside the file"),
-        (hostile(entry(data_offsets=[-8, 0])), "param:0:w lies outside the file"),
-        (hostile(entry(data_offsets=[8, 0])), "param:0:w lies outside the file"),
-        (hostile(entry(shape=[10**12])), "param:0:w lies outside the file"),
-        (hostile(entry(dtype="F64")), "param:0:w lies outside the file"),
+        (hostile(entry(data_offsets=[0, 16], shape=[4])), "param:0:w is outside the file"),
+        (hostile(entry(data_offsets=[-8, 0])), "param:0:w is outside the file"),
+        (hostile(entry(data_offsets=[8, 0])), "param:0:w is outside the file"),
+        (hostile(entry(shape=[10**12])), "param:0:w is outside the file"),
+        (hostile(entry(dtype="F64")), "param:0:w is outside the file"),
         (hostile(entry(dtype="PICKLE")), "KeyError: 'PICKLE'"),
         (hostile(entry(dtype=["F32"])), "unhashable"),
         (hostile(entry(shape=[1, 2])), "too many values"),
@@ -284,7 +296,7 @@ def test_fault_23_a_header_that_lies_is_refused(content, said):
     with pytest.raises(CheckpointError) as caught:
         index_of(store, content)
     text = str(caught.value)
-    assert text.startswith(f"{store.url}/f: not a sound fragment file (") and said in text
+    assert text.startswith(f"{store.url}/f: not a valid fragment file (") and said in text
     assert text.endswith("); it will not be loaded")
 
 
@@ -300,10 +312,12 @@ def test_fault_23_numbers_no_file_can_hold_are_refused():
     values = torch.zeros(3, dtype=torch.complex64)
     with pytest.raises(
         CheckpointError,
-        match=r"^buffer of freqs: numbers of the type torch.complex64 can not be saved; allowed "
+        match=r"^buffer of freqs: values of type torch.complex64 cannot be saved; allowed "
         r"are torch.float32, .*torch.bfloat16$",
     ):
-        file_layout.plan_files([StateSlice("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)])
+        file_layout.plan_files(
+            [StateSlice("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)]
+        )
 
 
 def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
@@ -317,13 +331,13 @@ def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
         "d": torch.tensor([True, False, True]),
         "e": torch.zeros(0),
     }
-    slots = [
+    slices = [
         StateSlice(name, "buffer", 7, len(values), True, values.clone, values.copy_)
         for name, values in held.items()
     ]
-    (layout,) = file_layout.plan_files(slots)
-    got = load(layout.fill(slots).numpy().tobytes())
-    assert b"".join(layout.parts(slots)) == layout.fill(slots).numpy().tobytes()
+    (layout,) = file_layout.plan_files(slices)
+    got = load(content_of(layout, slices))
+    assert b"".join(layout.as_buffers(slices)) == content_of(layout, slices)
     assert got.keys() == {f"buffer:7:{name}" for name in held}
     assert all(
         torch.equal(got[f"buffer:7:{name}"], values.float() if name == "b" else values)

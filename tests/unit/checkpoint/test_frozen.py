@@ -13,11 +13,12 @@ from unit.small import checkpoints, draft, make_engine, make_model, save, tensor
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.commit import Committer
-from dist_ft.checkpoint.discovery import FROZEN, start_attempt, list_committed, load_manifest
+from dist_ft.checkpoint.discovery import FROZEN, list_committed, load_manifest, start_attempt
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NewerFormatError
 from dist_ft.checkpoint.retention import remove_unused_shared_files
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import CheckpointError, StorageError
 from dist_ft.core.world import Collectives, World
@@ -51,7 +52,7 @@ def engine() -> Any:
 
 def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engine):
     one = attempt(keep_last=3)
-    frozen = engine.frozen()
+    frozen = engine.frozen_parameters()
     assert frozen and "model.embed_tokens.weight" in frozen
     for step in (1, 2, 3):
         train(engine, range(step - 1, step))
@@ -80,7 +81,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
     (save_in_background if in_background else save)(one, first, 3)
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     second = partial(initializer_range=1.0)
-    two.load(two.newest(), second, tensors_of(second))
+    two.load(two.find_latest(), second, tensors_of(second))
     for name, parameter in second._parameters.items():
         assert torch.equal(parameter, first._parameters[name]), name
     assert train(second, range(3, 5)) == want[3:]
@@ -90,8 +91,8 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
 
 
 def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> None:
-    manager.begin(engine, draft(engine, step, ROWS))
-    outcome = manager.settle()
+    manager.start_save(engine, draft(engine, step, ROWS))
+    outcome = manager.finish_save()
     assert outcome is not None and outcome.problem is None
 
 
@@ -100,14 +101,14 @@ def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
     save(one, first, 1)
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     again = partial(2)
-    two.load(two.newest(), again, tensors_of(again))
+    two.load(two.find_latest(), again, tensors_of(again))
     thawed = partial(1)
     train(thawed, range(1))
     save(two, thawed, 2)
     assert store.list(FROZEN) == ["step-000000001-a0001"]
     third = partial(1, initializer_range=1.0)
     three = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
-    three.load(three.newest(), third, tensors_of(third))
+    three.load(three.find_latest(), third, tensors_of(third))
     for name, parameter in third._parameters.items():
         assert torch.equal(parameter, thawed._parameters[name]), name
 
@@ -119,7 +120,9 @@ def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_th
     save(one, partial(1), 1)
     save(one, partial(2), 2)
     assert store.list(FROZEN) == ["step-000000002-a0001"]
-    assert load_manifest(store, list_committed(store)[0]).frozen == tuple(sorted(partial(2).frozen()))
+    assert load_manifest(store, list_committed(store)[0]).frozen == tuple(
+        sorted(partial(2).frozen_parameters())
+    )
 
 
 def test_files_of_a_newer_attempt_stay(store, attempt, engine):
@@ -142,14 +145,14 @@ def test_a_damaged_one_is_found_and_nothing_is_loaded(store, attempt, engine):
     with pytest.raises(
         CheckpointError, match=re.escape("none of the 1 committed checkpoints can be loaded")
     ):
-        one.load(one.newest(), engine, tensors_of(engine))
+        one.load(one.find_latest(), engine, tensors_of(engine))
 
 
 def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     store.remove(f"{FROZEN}/step-000000001-a0001")
-    with pytest.raises(StorageError, match="0 bytes are there"):
+    with pytest.raises(StorageError, match="has 0 bytes, but"):
         save(one, engine, 2)
     save(one, engine, 3)
     assert discovery.find_latest(store, World(), Collectives()).progress.step == 3
@@ -173,7 +176,11 @@ def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, en
     one = attempt()
     save(one, engine, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Committer, "_seal", lambda *_: (_ for _ in ()).throw(StorageError("no answer")))
+        patch.setattr(
+            Committer,
+            "_write_manifest",
+            lambda *_: (_ for _ in ()).throw(StorageError("no answer")),
+        )
         with pytest.raises(StorageError, match="no answer"):
             save(one, engine, 2)
     save(one, engine, 3)
@@ -192,7 +199,7 @@ def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
 
     monkeypatch.setattr(
         Committer,
-        "_require_current",
+        "_require_current_attempt",
         lambda self, folder: (
             (_ for _ in ()).throw(StorageError("no answer"))
             if folder.exists("manifest.json")
@@ -204,7 +211,7 @@ def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
         save(one, engine, 1)
     monkeypatch.undo()
     again = attempt()
-    assert again.load(again.newest(), engine, tensors_of(engine)).progress.step == 1
+    assert again.load(again.find_latest(), engine, tensors_of(engine)).progress.step == 1
 
 
 def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
@@ -229,11 +236,11 @@ def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
     one = CheckpointManager(
         store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
-    assert one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True)).problem is None
+    assert one.save(engine, replace(draft(engine, 1, ROWS), tier=Tier.LOCAL)).problem is None
     two = CheckpointManager(
         store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
-    manifest = two.newest()
+    manifest = two.find_latest()
     method = {"list": "sizes", "read": "read_into"}[kind]
     real = getattr(Store, method)
 
@@ -244,9 +251,9 @@ def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
 
     monkeypatch.setattr(Store, method, silent)
     with pytest.raises(StorageError, match="no answer"):
-        two.newest() if kind == "list" else two.load(manifest, engine, tensors_of(engine))
+        two.find_latest() if kind == "list" else two.load(manifest, engine, tensors_of(engine))
     monkeypatch.undo()
-    assert two.load(two.newest(), engine, tensors_of(engine)).layout == "plain"
+    assert two.load(two.find_latest(), engine, tensors_of(engine)).layout == "plain"
 
 
 def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
@@ -254,13 +261,13 @@ def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
     nodes = LocalTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), attempt, nodes)
     train(engine, range(1))
-    outcome = one.save(engine, replace(draft(engine, 1, ROWS), on_nodes=True))
+    outcome = one.save(engine, replace(draft(engine, 1, ROWS), tier=Tier.LOCAL))
     assert outcome.problem is None and store.list(FROZEN) == ["step-000000001-a0001"]
     two = CheckpointManager(
         store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
     )
     second = partial(initializer_range=1.0)
-    found = two.load(two.newest(), second, tensors_of(second))
+    found = two.load(two.find_latest(), second, tensors_of(second))
     assert found.layout and all(
         torch.equal(p, engine._parameters[name]) for name, p in second._parameters.items()
     )
@@ -268,5 +275,7 @@ def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
 
 def test_a_run_in_which_all_learns_is_read_by_older_versions(store, attempt, engine):
     save(attempt(), make_engine(), 1)
-    assert load_manifest(store, list_committed(store)[0]).format_version == 1 and not store.list(FROZEN)
+    assert load_manifest(store, list_committed(store)[0]).format_version == 1 and not store.list(
+        FROZEN
+    )
     assert issubclass(NewerFormatError, CheckpointError)

@@ -61,7 +61,7 @@ def test_rows_put_back_come_first():
     buffer = LedgerBuffer()
     buffer.add(0, [batch((3,), seed=1)])
     first = buffer.take()
-    buffer.put_back(first)
+    buffer.restore(first)
     buffer.add(1, [batch((4,), seed=2)])
     assert buffer.take()[:, 0].tolist() == [0, 1]
 
@@ -84,19 +84,19 @@ def test_an_altered_segment_is_refused(store):
         read_ledger(store, manifest_of(segment))
     assert str(caught.value) == (
         f"{store.url}/{segment.file.path}: altered since it was written; the history of steps "
-        "0 to 1 can not be proved"
+        "0 to 1 cannot be verified"
     )
 
 
 def test_a_hole_is_refused(store):
     first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
     with pytest.raises(
-        CheckpointError, match="begins at step 2, expected 1; the history has a hole"
+        CheckpointError, match="starts at step 2, expected 1; the history has a gap"
     ):
         read_ledger(store, manifest_of(first, third))
     with pytest.raises(
         CheckpointError,
-        match="ends at step 1, the checkpoint stands at step 5; the history has a hole",
+        match="ends at step 1, the checkpoint is at step 5; the history has a gap",
     ):
         read_ledger(store, manifest_of(first, step=5))
 
@@ -104,16 +104,16 @@ def test_a_hole_is_refused(store):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"no safetensors", "no ledger segment"),
-        (b"", "no ledger segment"),
-        (zipped(save({"other": rows(0)})), r"no ledger segment \('step'\)"),
+        (b"no safetensors", "not a valid ledger segment"),
+        (b"", "not a valid ledger segment"),
+        (zipped(save({"other": rows(0)})), r"not a valid ledger segment \('step'\)"),
         (
             zipped(save({**{name: np.zeros(2) for name in COLUMNS}, "lane": np.zeros(3)})),
-            "no ledger segment",
+            "not a valid ledger segment",
         ),
         (
             (2**40).to_bytes(8, "little") + zipped(b"x")[8:],
-            r"no ledger segment \(1099511627776 bytes\)",
+            r"not a valid ledger segment \(1099511627776 bytes\)",
         ),
     ],
 )

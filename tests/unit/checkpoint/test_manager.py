@@ -15,11 +15,11 @@ from unit.small import checkpoints, make_engine, make_model, save, tensors_of, t
 from dist_ft.checkpoint import discovery, fragments
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.discovery import (
-    start_attempt,
+    latest_attempt,
     list_committed,
     load_manifest,
-    latest_attempt,
     num_failures,
+    start_attempt,
 )
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.checkpoint.manager import CheckpointManager
@@ -48,10 +48,10 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
     first = make_engine()
     train(first, range(3))
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
-    assert save(one, first, 3, before=2.5) == store.full("checkpoints/step-000000003-a0001")
+    assert save(one, first, 3, before=2.5) == store.full_url("checkpoints/step-000000003-a0001")
 
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
-    manifest = two.newest()
+    manifest = two.find_latest()
     assert (manifest.progress.step, manifest.attempt, manifest.evaluation) == (
         3,
         1,
@@ -82,13 +82,13 @@ def test_the_manifest_is_written_last(store, attempt, engine, monkeypatch):
 def test_another_models_checkpoint_is_refused(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
-    manifest, where = one.newest(), store.full("checkpoints/step-000000001-a0001")
+    manifest, where = one.find_latest(), store.full_url("checkpoints/step-000000001-a0001")
     smaller = make_engine(model=make_model(intermediate_size=40))
     with pytest.raises(
         CheckpointError,
         match=re.escape(
-            f"{where}: model.layers.0.mlp.down_proj.weight is [32, 48] in the checkpoint and [32, 40] in the model; both "
-            "must be the same; check model.path"
+            f"{where}: model.layers.0.mlp.down_proj.weight is [32, 48] in the checkpoint and [32, "
+            "40] in the model; both must be the same; check model.path"
         ),
     ):
         one.load(manifest, smaller, tensors_of(smaller))
@@ -106,7 +106,7 @@ def test_another_optimizers_state_is_missing(attempt, engine):
         match="elements from 0 of momentum_buffer of .* are not in this checkpoint; it "
         r"belongs to another model or optimizer; check .* optimizer\.name",
     ):
-        one.load(one.newest(), other, tensors_of(other))
+        one.load(one.find_latest(), other, tensors_of(other))
 
 
 # Falling back
@@ -138,24 +138,32 @@ def test_damage_to_any_file_falls_back_and_says_why(
         return  # never committed: nothing to say
     assert len(caplog.records) == 1
     said = caplog.records[0].getMessage()
-    assert said.startswith(f"checkpoint step-000000002-a0001 is passed over: {path}: ")
-    reason = {"flip": "its checksum differs", "remove": "the file is not there"}.get(
+    assert said.startswith(f"checkpoint step-000000002-a0001 is skipped: {path}: ")
+    reason = {"flip": "its checksum differs", "remove": "the file is missing"}.get(
         damage,
-        f"{0 if damage == 'empty' else len(content) - 1} bytes, the manifest says {len(content)}",
+        f"has {0 if damage == 'empty' else len(content) - 1} bytes, but {len(content)} according",
     )
-    assert (reason if name != "manifest.json" else "torn or altered since it was written") in said
+    assert (
+        reason if name != "manifest.json" else "truncated or altered since it was written"
+    ) in said
 
 
 @pytest.mark.parametrize(
     "entry",
-    [lambda path, *parts: manifests.file_entry(path, b"".join(parts)), manifests.file_entry_in_blocks],
+    [
+        lambda path, *parts: manifests.file_entry(path, b"".join(parts)),
+        manifests.file_entry_in_blocks,
+    ],
 )
 @pytest.mark.parametrize("place", [0, 9, 5000, -1])
 @pytest.mark.parametrize("name", FILES[1:])
 def test_fault_17_a_flipped_bit_is_found_while_loading(
     store, attempt, monkeypatch, caplog, name, place, entry
 ):
-    """Lengths are right, so `newest` takes it; `load` goes back to the one before, whole, and the history with it."""
+    """Lengths are right, so `newest` takes it.
+
+    `load` goes back to the one before, whole, and the history with it.
+    """
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
     monkeypatch.setattr(manifests, "file_entry_in_blocks", entry)
@@ -171,18 +179,24 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(
         file.seek(0)
         file.write(content)
     two, other = attempt(), make_engine(model=make_model(initializer_range=1.0))
-    manifest = two.newest()
+    manifest = two.find_latest()
     assert manifest.progress.step == 2
     with caplog.at_level(logging.WARNING, "dist_ft"):
         loaded = two.load(manifest, other, tensors_of(other))
-    assert (loaded.progress.step, other.optimizer_step(), two.reached, two._commits._ledger) == (
+    assert (
+        loaded.progress.step,
+        other.optimizer_step(),
+        two.latest_step,
+        two._committer._ledger,
+    ) == (
         1,
         1,
         1,
         loaded.ledger,
     )
     assert [record.getMessage() for record in caplog.records] == [
-        f"checkpoint step-000000002-a0001 is passed over: {path}: its checksum differs from the manifest's"
+        f"checkpoint step-000000002-a0001 is skipped: {path}: its checksum differs from the "
+        "manifest's"
     ]
     assert all(
         np.array_equal(slot.read(), values)
@@ -198,9 +212,9 @@ def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine)
             file.write(b"?")
     with pytest.raises(
         CheckpointError,
-        match=r"none of the 2 committed checkpoints can be loaded \(the newest: .*its checksum",
+        match=r"none of the 2 committed checkpoints can be loaded \(the latest: .*its checksum",
     ):
-        one.load(one.newest(), engine, tensors_of(engine))
+        one.load(one.find_latest(), engine, tensors_of(engine))
 
 
 def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
@@ -217,7 +231,7 @@ def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
             real(self, path, start, memory),
         )[1],
     )
-    manifest = one.newest()
+    manifest = one.find_latest()
     one.load(manifest, engine, tensors_of(engine))
     for item in manifest.files:
         parts = sorted((start, stop) for path, start, stop in read if path == item.path)
@@ -231,9 +245,9 @@ def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, a
         os.remove(os.path.join(save(one, engine, step), FILES[1]))
     with pytest.raises(
         CheckpointError,
-        match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the newest: "
-        r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is not there\); "
-        "restore one from a copy, or move the folder away to begin again",
+        match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the latest: "
+        r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is missing\); "
+        "restore one from a copy, or move the folder away to start again",
     ):
         found(store)
     assert len(list_committed(store)) == 2
@@ -260,7 +274,7 @@ def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):
     with caplog.at_level(logging.WARNING, "dist_ft"):
         assert found(store) == 1
     assert (
-        "is the manifest of step-000000001-a0001; a checkpoint may not be copied or renamed"
+        "is the manifest of step-000000001-a0001; a checkpoint must not be copied or renamed"
         in caplog.text
     )
 
@@ -276,7 +290,7 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     )
     with pytest.raises(
         NewerFormatError,
-        match=r"format_version=3 is newer than this dist_ft knows \(2\); update dist_ft",
+        match=r"format_version=3 is newer than this dist_ft supports \(2\); update dist_ft",
     ):
         found(store)
 
@@ -326,7 +340,7 @@ def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):
     for step in range(1, 8):
         save(one, engine, step)
     assert [manifests.parse_folder(name)[0] for name in list_committed(store)] == [7, 6, 3]
-    assert read_ledger(store, one.newest())[:, 0].tolist() == list(range(7))
+    assert read_ledger(store, one.find_latest())[:, 0].tolist() == list(range(7))
 
 
 def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, engine):
@@ -371,7 +385,7 @@ def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine
         patch.setattr(discovery, "latest_attempt", lambda _: 1)
         save(one, engine, 5)
     assert list_committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
-    assert attempt().reached == 3
+    assert attempt().latest_step == 3
 
 
 def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine):
@@ -380,11 +394,11 @@ def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine
     for step in (1, 2, 3):
         save(one, engine, step)
     for step, harm in ((3, lambda content: content[:-1] + b"?"), (2, lambda content: content[:-9])):
-        path = Path(store.full(f"checkpoints/step-{step:09d}-a0001/{FILES[1]}"))
+        path = Path(store.full_url(f"checkpoints/step-{step:09d}-a0001/{FILES[1]}"))
         path.write_bytes(harm(path.read_bytes()))
     two = attempt()
-    assert two.reached == 3
-    assert two.load(two.newest(), engine, tensors_of(engine)).progress.step == 1
+    assert two.latest_step == 3
+    assert two.load(two.find_latest(), engine, tensors_of(engine)).progress.step == 1
 
 
 def test_what_was_passed_over_takes_no_place(store, attempt, engine):
@@ -392,9 +406,9 @@ def test_what_was_passed_over_takes_no_place(store, attempt, engine):
     one = attempt()
     for step in (1, 2, 5):
         save(one, engine, step)
-    os.remove(store.full("checkpoints/step-000000005-a0001/" + FILES[1]))
+    os.remove(store.full_url("checkpoints/step-000000005-a0001/" + FILES[1]))
     two = attempt(keep_last=2)
-    assert two.reached == 2
+    assert two.latest_step == 2
     save(two, engine, 3)
     assert list_committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
 
@@ -410,8 +424,8 @@ def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, 
     with caplog.at_level(logging.WARNING, "dist_ft"):
         save(one, engine, 2)
     assert (
-        "checkpoint step-000000001-a0001 was not removed: checkpoints/step-000000001-a0001/manifest.json: no"
-        in caplog.text
+        "checkpoint step-000000001-a0001 was not removed: "
+        "checkpoints/step-000000001-a0001/manifest.json: no" in caplog.text
     )
 
 

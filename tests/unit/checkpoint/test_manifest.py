@@ -65,13 +65,17 @@ def test_each_block_has_a_checksum():
     for start, stop in ((0, 2**21), (2**21, 2**22), (2**21, len(content)), (0, len(content))):
         assert manifests.matches_checksum(entry, start, content[start:stop])
         assert not manifests.matches_checksum(entry, start, content[1:][start:stop])
-    assert not manifests.matches_checksum(entry, 2**21, content[: 2**21]), "as good, but of another place"
+    assert not manifests.matches_checksum(entry, 2**21, content[: 2**21]), (
+        "as good, but of another place"
+    )
     whole = manifests.file_entry("f", content)
     assert entry.checksum == whole.checksum
     cuts = [0, 0, 5, 2**20, 2**21, 2**21 + 1, 4_000_000, len(content)]
     assert manifests.file_entry_in_blocks("f", *(content[a:b] for a, b in pairwise(cuts))) == entry
     assert manifests.file_entry_in_blocks("f", memoryview(b"")).blocks == ""
-    assert manifests.matches_checksum(whole, 0, content) and not manifests.matches_checksum(whole, 0, content[1:])
+    assert manifests.matches_checksum(whole, 0, content) and not manifests.matches_checksum(
+        whole, 0, content[1:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,16 +85,16 @@ def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
     content = altered(make(), lambda values: values["files"][0].update(changes))
     with pytest.raises(
         CheckpointError,
-        match=r"not a sound manifest \(files.0: .*block checksums do not fit its length",
+        match=r"not a valid manifest \(files.0: .*block checksums do not fit its length",
     ):
         manifests.parse_manifest(content, "m")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_comes_back(loss):
-    got = manifests.parse_manifest(manifests.serialize_manifest(make(evaluation={"before": loss})), "m").evaluation[
-        "before"
-    ]
+    got = manifests.parse_manifest(
+        manifests.serialize_manifest(make(evaluation={"before": loss})), "m"
+    ).evaluation["before"]
     assert got == loss or (math.isnan(got) and math.isnan(loss))
 
 
@@ -104,7 +108,7 @@ def test_any_truncation_and_any_flipped_bit_is_noticed():
         with pytest.raises(CheckpointError) as caught:
             manifests.parse_manifest(torn, "s3://b/manifest.json")
         assert str(caught.value) == (
-            "s3://b/manifest.json: torn or altered since it was written (its checksum "
+            "s3://b/manifest.json: truncated or altered since it was written (its checksum "
             "differs); it will not be loaded"
         )
 
@@ -117,7 +121,7 @@ def test_fault_23_paths_that_lead_out_are_refused(path):
     with pytest.raises(CheckpointError) as caught:
         manifests.parse_manifest(content, "m")
     assert str(caught.value) == (
-        f"m: not a sound manifest (files.0.path: Value error, the path {path!r} leads out of the "
+        f"m: not a valid manifest (files.0.path: Value error, the path {path!r} leads out of the "
         "checkpoint); it will not be loaded"
     )
 
@@ -148,7 +152,7 @@ def test_fault_23_paths_that_lead_out_are_refused(path):
 )
 def test_fault_23_what_is_not_sound_is_refused(change, said):
     with pytest.raises(
-        CheckpointError, match=rf"m: not a sound manifest \({said}.*\); it will not be loaded"
+        CheckpointError, match=rf"m: not a valid manifest \({said}.*\); it will not be loaded"
     ):
         manifests.parse_manifest(altered(make(), change), "m")
 
@@ -157,7 +161,8 @@ def test_a_newer_version_is_an_error_of_its_own():
     with pytest.raises(NewerFormatError) as caught:
         manifests.parse_manifest(manifests.serialize_manifest(make(format_version=99)), "m")
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
-        f"m: format_version=99 is newer than this dist_ft knows ({FORMAT_VERSION}); update dist_ft"
+        f"m: format_version=99 is newer than this dist_ft supports ({FORMAT_VERSION}); update "
+        "dist_ft"
     )
 
 

@@ -1,7 +1,8 @@
 """The protocol of checkpoints under any order of saves, deaths, restarts, resizes, zombies, lost nodes and damage.
 
-Ranks are threads, each with a manager, a state and a node's folder of its own; storage is a real folder. The state after
-step s is a function of s, as in a run that resumes exactly, so whatever is loaded can be checked.
+Ranks are threads, each with a manager, a state and a node's folder of its own; storage is a real
+folder. The state after step s is a function of s, as in a run that resumes exactly, so whatever is
+loaded can be checked.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
 from dist_ft.checkpoint.save_status import SaveRequest
+from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import CheckpointError
@@ -41,6 +43,7 @@ TENSORS = {
     "b": TensorInfo(shape=(3,)),
     "f": TensorInfo(shape=(NUMEL,)),
 }
+TIERS = st.sampled_from(Tier)
 SIZES = st.sampled_from([0, 0, 0, 0, 1, 2, 3])  # 0: as many as before
 PLACES = (
     "checkpoint.before_file",
@@ -132,7 +135,7 @@ class Sharded:
             else state(name, step)[self._part.start : self._part.stop]
         )
 
-    def frozen(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         return frozenset({"f"})
 
     def state_slices(self) -> Iterator[StateSlice]:
@@ -187,7 +190,7 @@ class Attempt:
                 self.store, CheckpointSection(keep_last=KEEP), world, comms, self.number, nodes
             )
             self.managers[world.rank] = manager
-            manifest = manager.newest()
+            manifest = manager.find_latest()
             engine = Sharded(world)
             if manifest is not None:
                 manifest = manager.load(manifest, engine, TENSORS)  # type: ignore[arg-type]
@@ -198,7 +201,7 @@ class Attempt:
         if self.began[0] is not None and not isinstance(self.began[0], BaseException):
             self.saved_from = self.step = self.began[0].progress.step
 
-    def save(self, on_nodes: bool, background: bool) -> list[Any]:
+    def save(self, tier: Tier, background: bool) -> list[Any]:
         """Save the state of the step this attempt stands at."""
         steps = range(self.saved_from, self.step)
 
@@ -213,16 +216,18 @@ class Attempt:
                 TENSORS,
                 {},
                 {},
-                on_nodes,
+                tier,
             )
             if not background:
                 return manager.save(engine, draft)  # type: ignore[arg-type]
-            manager.begin(engine, draft)  # type: ignore[arg-type]
+            manager.start_save(engine, draft)  # type: ignore[arg-type]
             engine.become(-99)  # training goes on: what is written is the copy
-            return manager.settle()
+            return manager.finish_save()
 
         found = self.ranks.run(act)
-        if not on_nodes and all(getattr(outcome, "problem", outcome) is None for outcome in found):
+        if tier is Tier.STORAGE and all(
+            getattr(outcome, "problem", outcome) is None for outcome in found
+        ):
             self.saved_from = self.step
         return found
 
@@ -244,24 +249,22 @@ class Protocol(RuleBasedStateMachine):
         self.zombies: list[Attempt] = []
         self.live = Attempt(self.base, size)
 
-    @rule(steps=st.integers(1, 3), on_nodes=st.booleans(), background=st.booleans())
-    def train_and_save(self, steps: int, on_nodes: bool, background: bool) -> None:
+    @rule(steps=st.integers(1, 3), tier=TIERS, background=st.booleans())
+    def train_and_save(self, steps: int, tier: Tier, background: bool) -> None:
         self.live.step += steps
-        found = self.live.save(on_nodes, background)
+        found = self.live.save(tier, background)
         assert all(outcome.problem is None for outcome in found), found
-        if not on_nodes:
+        if tier is Tier.STORAGE:
             self.acknowledged = self.live.step
 
     @rule(
         steps=st.integers(1, 3),
-        on_nodes=st.booleans(),
+        tier=TIERS,
         place=st.sampled_from(PLACES),
         rank=st.integers(0, 2),
         size=SIZES,
     )
-    def die_while_saving(
-        self, steps: int, on_nodes: bool, place: str, rank: int, size: int
-    ) -> None:
+    def die_while_saving(self, steps: int, tier: Tier, place: str, rank: int, size: int) -> None:
         real, own = fault_injection.hit, rank % self.live.size if "file" in place else 0
 
         def hit(name: str, number: int = 0) -> None:
@@ -271,7 +274,7 @@ class Protocol(RuleBasedStateMachine):
         self.live.step += steps
         fault_injection.hit = hit
         try:
-            found = self.live.save(on_nodes, False)
+            found = self.live.save(tier, False)
         finally:
             fault_injection.hit = real
         assert any(isinstance(outcome, BaseException) for outcome in found)
@@ -305,12 +308,12 @@ class Protocol(RuleBasedStateMachine):
         self.live = Attempt(self.base, size or self.live.size)
 
     @precondition(lambda self: self.zombies)
-    @rule(steps=st.integers(0, 9), on_nodes=st.booleans(), background=st.booleans(), data=st.data())
-    def a_zombie_saves(self, steps: int, on_nodes: bool, background: bool, data: Any) -> None:
+    @rule(steps=st.integers(0, 9), tier=TIERS, background=st.booleans(), data=st.data())
+    def a_zombie_saves(self, steps: int, tier: Tier, background: bool, data: Any) -> None:
         zombie = data.draw(st.sampled_from(self.zombies))
         zombie.step += steps
         before = self.manifests()
-        found = zombie.save(on_nodes, background)
+        found = zombie.save(tier, background)
         assert all(isinstance(outcome, BaseException) for outcome in found)
         assert any(
             isinstance(outcome, CheckpointError) and "has taken over" in str(outcome)
@@ -327,7 +330,9 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sound()) > 1)
     @rule(number=st.integers(0, 9), where=st.floats(0, 0.999), cut=st.booleans())
     def the_newest_is_damaged(self, number: int, where: float, cut: bool) -> None:
-        name = next(name for name in discovery.list_committed(self.store) if name not in self.damaged)
+        name = next(
+            name for name in discovery.list_committed(self.store) if name not in self.damaged
+        )
         files = sorted((self.base / "run" / discovery.FOLDER / name).iterdir())
         victim = files[number % len(files)]
         content = bytearray(victim.read_bytes())

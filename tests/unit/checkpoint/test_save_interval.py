@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ft.checkpoint.save_interval import SaveCost, best_interval_s, between_failures_s
+from dist_ft.checkpoint.save_interval import SaveCost, daly_interval_s, mean_time_between_failures_s
 
 
 def wasted(interval: float, cost: float, between: float) -> float:
@@ -19,7 +19,7 @@ def wasted(interval: float, cost: float, between: float) -> float:
 
 @given(st.floats(0.01, 300), st.floats(1000, 1e6))
 def test_no_other_interval_is_much_better(cost, between):
-    best = best_interval_s(cost, between)
+    best = daly_interval_s(cost, between)
     least = min(wasted(other, cost, between) for other in np.geomspace(cost / 2, between, 400))
     assert wasted(best, cost, between) <= least * 1.02
 
@@ -27,7 +27,7 @@ def test_no_other_interval_is_much_better(cost, between):
 def test_the_simulated_optimum():
     """3 hours between failures, 10 s a save: Young says 465 s; runs that fail at random agree."""
     rng, cost, between = np.random.default_rng(0), 10.0, 10800.0
-    best = best_interval_s(cost, between)
+    best = daly_interval_s(cost, between)
     assert best == pytest.approx(math.sqrt(2 * cost * between), rel=0.03)
 
     def took(interval: float) -> float:
@@ -42,33 +42,33 @@ def test_the_simulated_optimum():
 
 
 def test_a_cost_beyond_all_failures():
-    assert best_interval_s(500, 100) == 100
+    assert daly_interval_s(500, 100) == 100
 
 
 def test_what_was_seen_outweighs_what_was_expected():
-    assert between_failures_s(10800, 0, 0) == 10800
-    assert between_failures_s(10800, 864000, 0) == 874800
-    assert between_failures_s(10800, 864000, 80) == 10800
+    assert mean_time_between_failures_s(10800, 0, 0) == 10800
+    assert mean_time_between_failures_s(10800, 864000, 0) == 874800
+    assert mean_time_between_failures_s(10800, 864000, 80) == 10800
 
 
 def test_a_save_costs_the_stall_and_the_slower_steps():
     cost = SaveCost()
-    assert cost.best_s(1000) is None
+    assert cost.optimal_interval_s(1000) is None
     for _ in range(5):
-        cost.step(2.0, busy=False)
-    cost.begun(0.5)
+        cost.record_step(2.0, busy=False)
+    cost.record_start(0.5)
     for _ in range(4):
-        cost.step(2.25, busy=True)
-    cost.written()
+        cost.record_step(2.25, busy=True)
+    cost.record_end()
     assert cost.cost_s == pytest.approx(0.5 + 4 * 0.25)
-    assert cost.best_s(10800) == best_interval_s(1.5, 10800)
+    assert cost.optimal_interval_s(10800) == daly_interval_s(1.5, 10800)
 
 
 def test_an_interval_is_longer_than_a_save_takes():
     cost = SaveCost()
-    cost.step(1.0, busy=False)
-    cost.begun(0.0)
+    cost.record_step(1.0, busy=False)
+    cost.record_start(0.0)
     for _ in range(300):
-        cost.step(1.0, busy=True)
-    cost.written()
-    assert cost.best_s(10800) == pytest.approx(330)
+        cost.record_step(1.0, busy=True)
+    cost.record_end()
+    assert cost.optimal_interval_s(10800) == pytest.approx(330)

@@ -139,7 +139,7 @@ def test_a_step_that_is_passed_over_does_none_of_this():
     step(engine)
     before = weights(engine), state(engine, "ema")
     engine.accumulate([LANE], [0], LANE.num_target_tokens)
-    engine.update(RATE, most_norm=-1.0)
+    engine.update(RATE, grad_norm_limit=-1.0)
     assert all(torch.equal(value, before[0][key]) for key, value in weights(engine).items())
     assert all(torch.equal(value, before[1][key]) for key, value in state(engine, "ema").items())
 
