@@ -1,183 +1,191 @@
-"""Entities without training: a causal model is shown examples and writes down what it finds, greedily.
+"""Entities without training: a causal model sees examples and writes the entities it finds, greedily.
 
-In this process. What it writes is read by `data.entities`; the scores are those of a trained tagger.
+In this process. `data.encoding.entity_text` parses what it writes; the scores are those of a trained tagger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from dist_ft.config.schema import RunConfig, Source
+from dist_ft.config.resolved_run import ResolvedRun
+from dist_ft.config.schema import Source
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.core.world import World, collectives
 from dist_ft.data.encoding import entity_text, prompt_templates, task_rows
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.inference.model_under_test import Told
-from dist_ft.metrics.task_scores import TaskScores, token_classification
+from dist_ft.data.sources.discovery import RowLocation, discover_shards
+from dist_ft.inference.model_under_test import ModelScores
+from dist_ft.metrics.task_scores import SCORES
 from dist_ft.model.heads import longest_input
-from dist_ft.runtime.bootstrap.few_shot_examples import (
-    examples,
-)
-from dist_ft.runtime.bootstrap.labels import with_labels
+from dist_ft.runtime.bootstrap.few_shot_examples import draw_examples
+from dist_ft.runtime.bootstrap.labels import resolve_labels
 from dist_ft.storage.filesystem import Store
 
 HEADER = "Find the entities in each text. Kinds: {kinds}.\n\n"
 TEMPLATE = "Text: {text}\nEntities:"
 
 
-class Written:
-    """A model that writes entities, its weights loaded once; asked as `asking.Asked` is.
+class EntityWriter:
+    """A causal model that writes entities, its weights loaded once; a `ModelUnderTest`.
 
     Attributes:
-        config: with labels and examples.
-        kind: generation.
+        run: with labels, and templates that show examples.
+        head: generation.
     """
 
-    kind = "generation"
+    head = "generation"
 
-    def __init__(self, config: RunConfig, random_head: bool = False) -> None:
-        """Load the model; a causal model has no head that could be random."""
+    def __init__(self, run: ResolvedRun) -> None:
+        """Load the model."""
         from dist_ft.model.loading.load import load_task_model, load_tokenizer
 
-        world = World()
-        config = with_labels(
-            config, Store(f"memory://evaluate-{uuid4().hex}"), world, collectives(world)
-        )
-        labels = config.task.labels
-        kinds = entity_text.entity_kinds(labels)
+        config, world = run.config, World()
+        store = Store(f"memory://evaluate-{uuid4().hex}")
+        run = resolve_labels(run, store, world, collectives(world))
+        labels = run.labels
         if "O" not in labels or not task_rows.is_bio(labels):
             raise ConfigError(
                 [
-                    f"task.labels: {', '.join(labels[:6])} are no BIO tags; prompting.method=generation "
-                    "needs O, B- and I- of each kind; correct the data"
+                    f"task.labels: {', '.join(labels[:6])} are not BIO tags. prompting.method=generation "
+                    "needs O, and B- and I- of each kind. Correct the data."
                 ],
                 "evaluate",
             )
+        # {kind: its name in prompts}
         self._names = {
-            kind: config.prompting.verbalizers.get(kind, kind.replace("_", " ")) for kind in kinds
+            kind: config.prompting.verbalizers.get(kind, kind.replace("_", " "))
+            for kind in entity_text.entity_kinds(labels)
         }
-        self._ids = {label: number for number, label in enumerate(labels)}
-        self.config = self._with_examples(config)
-        self._template = self.config.prompting.templates[0]
-        self.tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model: Any = load_task_model(config.model_task, config.model, config.data.cache_dir)[0].eval()
-        limits = [longest_input(self.model.config), config.batch.sequence_length]
-        self._room = min(length for length in limits if length) - config.prompting.max_new_tokens
-        if self._room < 1:
-            raise ConfigError(
-                [
-                    f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no room for a "
-                    f"prompt in batch.sequence_length={config.batch.sequence_length}; fewer are allowed; "
-                    "lower it, or raise the length"
-                ],
-                "evaluate",
-            )
-        if config.cluster.gpus_per_worker:
-            self.model.to("cuda")
+        self._label_ids = {label: number for number, label in enumerate(labels)}
+        self.run = replace(run, templates=self._templates_with_examples(run))
+        self._template = self.run.prompting.templates[0]
 
-    def by_template(self, template: str) -> None:
-        """Ask by another template from now on."""
+        self._tokenizer = load_tokenizer(run.model, config.data.cache_dir)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        model, _ = load_task_model(run.model_task, run.model, config.data.cache_dir)
+        self._model: Any = model.eval()
+        self._max_prompt_tokens = self._prompt_limit()
+        if config.cluster.gpus_per_worker:
+            self._model.to("cuda")
+
+    def use_template(self, template: str) -> None:
+        """Prompt with another one of the run's templates from now on."""
         self._template = template
 
-    def about(self, sources: Sequence[Source]) -> Told:
-        """Return what the model finds in the rows of `sources`."""
+    def score(self, sources: Sequence[Source]) -> ModelScores:
+        """Return the scores on the rows of `sources`; `readable` is the share of answers that could be parsed."""
         samples = self._samples(sources)
-        wanted, told, readable = [], [], 0
-        for start in range(0, len(samples), self.config.batch.micro_batch):
-            some = samples[start : start + self.config.batch.micro_batch]
-            for sample, answer in zip(some, self._answers(some), strict=True):
-                tags, understood = entity_text.parse_entities(answer, sample.first, self._names)
-                readable += understood
-                wanted.append(_numbers(sample.label))
-                told.append(_numbers([self._ids.get(tag, self._ids["O"]) for tag in tags]))
-        scores = (
-            token_classification(self.config.task, wanted, told) if samples else TaskScores({})
-        )
-        values = scores.values | scores.tables
-        return Told({**values, "readable": readable / max(1, len(samples))}, wanted, told)
+        expected, predicted, num_readable = [], [], 0
+        outside, batch_rows = self._label_ids["O"], self.run.config.batch.micro_batch
+        for start in range(0, len(samples), batch_rows):
+            batch = samples[start : start + batch_rows]
+            for sample, answer in zip(batch, self._generate(batch), strict=True):
+                tags, readable = entity_text.parse_entities(answer, sample.first, self._names)
+                num_readable += readable
+                expected.append(_as_array(sample.label))
+                predicted.append(_as_array([self._label_ids.get(tag, outside) for tag in tags]))
 
-    def _answers(self, samples: Sequence[Sample]) -> list[str]:
+        metrics = {}
+        if samples:
+            metrics = SCORES["token_classification"](self.run.task, expected, predicted)
+        metrics["readable"] = num_readable / max(1, len(samples))
+        return ModelScores(metrics, expected, predicted)
+
+    def _generate(self, samples: Sequence[Sample]) -> list[str]:
         """Return what the model writes for each row, up to the end of its first line."""
         import torch
 
-        most = self.config.prompting.max_new_tokens
-        prompts_of = [
-            prompt_templates.fill_template(self._template, " ".join(sample.first)) for sample in samples
+        prompts = [
+            prompt_templates.fill_template(self._template, " ".join(sample.first))
+            for sample in samples
         ]
-        self.tokenizer.truncation_side = "left"  # the row itself stays
-        encoded = self.tokenizer(
-            prompts_of,
+        self._tokenizer.truncation_side = "left"  # the row itself comes last and is kept
+        encoded = self._tokenizer(
+            prompts,
             padding=True,
             padding_side="left",
             truncation=True,
-            max_length=self._room,
+            max_length=self._max_prompt_tokens,
             return_tensors="pt",
         )
         encoded.pop("token_type_ids", None)
         with torch.inference_mode():
-            made = self.model.generate(
-                **encoded.to(self.model.device),
-                max_new_tokens=most,
+            generated = self._model.generate(
+                **encoded.to(self._model.device),
+                max_new_tokens=self.run.config.prompting.max_new_tokens,
                 do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                tokenizer=self.tokenizer,
+                pad_token_id=self._tokenizer.pad_token_id,
+                tokenizer=self._tokenizer,
                 stop_strings=["\n"],
             )
-        return self.tokenizer.batch_decode(
-            made[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers = generated[:, encoded["input_ids"].shape[1] :]
+        return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def _prompt_limit(self) -> int:
+        """Return how many tokens a prompt may have, so that the answer fits too."""
+        config = self.run.config
+        limits = [longest_input(self._model.config), config.batch.sequence_length]
+        limit = min(length for length in limits if length) - config.prompting.max_new_tokens
+        if limit < 1:
+            raise ConfigError(
+                [
+                    f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no tokens for a "
+                    f"prompt in batch.sequence_length={config.batch.sequence_length}. A smaller number is "
+                    "allowed. Lower it, or raise the length."
+                ],
+                "evaluate",
+            )
+        return limit
 
     def _samples(self, sources: Sequence[Source]) -> list[Sample]:
         """Return the rows of `sources`, the first evaluation.max_samples of them."""
-        found = []
-        shards = [shard for source in discover_shards(list(sources), "evaluation.data") for shard in source]
+        config, task, samples = self.run.config, self.run.task, []
+        shards_by_source = discover_shards(list(sources), "evaluation.data")
         rows = (
             (shard.url, number, row)
+            for shards in shards_by_source
             for shard in shards
             for number, row in enumerate(readers.iter_rows(shard), 1)
         )
-        for url, number, row in islice(rows, self.config.evaluation.max_samples or None):
+        for url, number, row in islice(rows, config.evaluation.max_samples or None):
             try:
                 if isinstance(row, DataError):
                     raise row
-                found.append(
-                    task_rows.read_token_classification(row, self.config.task, self._ids, url, number)
+                samples.append(
+                    task_rows.read_token_classification(row, task, self._label_ids, RowLocation(url, number))
                 )
             except DataError:
-                if self.config.data.bad_rows == "error":
+                if config.data.bad_rows == "error":
                     raise
-        return found
+        return samples
 
-    def _with_examples(self, config: RunConfig) -> RunConfig:
-        """Return the config whose templates show prompting.shots answered examples."""
-        section, labels = config.prompting, config.task.labels
+    def _templates_with_examples(self, run: ResolvedRun) -> tuple[str, ...]:
+        """Return the run's templates with prompting.shots answered examples in front."""
+        section = run.config.prompting
         header = "" if section.templates else HEADER.format(kinds=", ".join(self._names.values()))
-        drawn = examples(config, section.shots) if section.shots else []
-        made = []
+        samples = draw_examples(run, section.shots) if section.shots else []
+        templates = []
         for template in section.templates or (TEMPLATE,):
-            shown = [
-                prompt_templates.fill_template(template, " ".join(one.first))
-                + " "
-                + entity_text.format_entities(one.first, [labels[tag] for tag in one.label], self._names)
-                for one in drawn
-            ]
-            made.append(
+            examples = []
+            for sample in samples:
+                prompt = prompt_templates.fill_template(template, " ".join(sample.first))
+                tags = [run.labels[tag] for tag in sample.label]
+                answer = entity_text.format_entities(sample.first, tags, self._names)
+                examples.append(f"{prompt} {answer}")
+            templates.append(
                 prompt_templates.prepend_examples("", [header], "")
-                + prompt_templates.prepend_examples(template, shown, section.separator)
+                + prompt_templates.prepend_examples(template, examples, section.separator)
             )
-        return config.model_copy(
-            update={"prompting": section.model_copy(update={"templates": tuple(made)})}
-        )
+        return tuple(templates)
 
 
-def _numbers(tags: Sequence[int]) -> Any:
+def _as_array(tags: Sequence[int]) -> Any:
     import numpy as np
 
     return np.asarray(tags, dtype=np.int64)

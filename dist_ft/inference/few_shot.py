@@ -1,7 +1,4 @@
-"""Models asked for labels by prompts: their examples, and the model of a folder that was trained to be asked so.
-
-Examples of few-shot prompts are drawn from the training data once and kept with the run: the same on every rank.
-"""
+"""A model that is prompted for labels, as it was in training: the model of an exported folder, its examples in place."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Prompted:
-    """A causal model that is asked for the label of texts, as it was in training."""
+class PromptedClassifier:
+    """A causal model that is prompted for the label of texts."""
 
     def __init__(
         self,
@@ -28,38 +25,42 @@ class Prompted:
         tokenizer: Any,
         task: TaskSection,
         prompting: PromptingSection,
-        length: int,
+        max_prompt_tokens: int,
     ) -> None:
-        """Wrap a loaded model; `prompting` has its examples in its templates, `length` is the longest prompt's."""
+        """Wrap a loaded model; `prompting` has its examples in its templates."""
         from dist_ft.data.encoding.prompt_encoder import PromptEncoder
         from dist_ft.model.label_prompting import LabelPromptModel
         from dist_ft.model.task_models import SpecialTokens
 
         data = DataSection.model_validate({"train": "unused", "overlong": "truncate"})
-        self._encoder = PromptEncoder(tokenizer, data, task, prompting, length)
+        self._encoder = PromptEncoder(tokenizer, data, task, prompting, max_prompt_tokens)
+        special = SpecialTokens.from_tokenizer(tokenizer, model.config)
         self._model = LabelPromptModel(
-            model, task, SpecialTokens.from_tokenizer(tokenizer, model.config), self._encoder.words(), length
+            model, task, special, self._encoder.words(), max_prompt_tokens
         )
         self._model.eval()
 
     def scores(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
-        """Return the score of each label (B, K) of texts, and second ones if there are any."""
+        """Return the score of each label (B, K) for texts; `pairs`: second texts, if rows have them."""
         import torch
 
-        samples = [
-            Sample(*both)
-            for both in (zip(texts, pairs, strict=True) if pairs else zip(texts, strict=True))
-        ]
-        found = self._encoder.prompts(samples)
-        if None in found:
+        if pairs is None:
+            samples = [Sample(text) for text in texts]
+        else:
+            samples = [Sample(text, pair) for text, pair in zip(texts, pairs, strict=True)]
+        prompts = self._encoder.prompts(samples)
+        if None in prompts:
             raise DataError(
-                "prompting.templates: leave no room for a text in the model's sequence length; shorter "
-                "ones are needed; show fewer examples"
+                "prompting.templates: leave no tokens for a text in the model's sequence length. Shorter "
+                "templates are needed. Show fewer examples."
             )
-        rows = [torch.tensor(ids or []) for ids in found]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.model.device)
-        sizes = torch.tensor([len(row) for row in rows], device=ids.device)
-        mask = (torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]).long()
+
+        rows = [torch.tensor(ids or []) for ids in prompts]
+        device = self._model.model.device
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()  # (B, T)
+        no_targets = torch.full_like(ids, IGNORE_INDEX)
         with torch.inference_mode():
-            _, told = self._model(ids, mask, torch.full_like(ids, IGNORE_INDEX), return_outputs=True)
-        return told.float().cpu().numpy()
+            _, scores = self._model(ids, mask, no_targets, return_outputs=True)
+        return scores.float().cpu().numpy()

@@ -1,14 +1,17 @@
-"""A causal model asked for labels: how probable it finds each label's words after a prompt.
+"""Classification by a causal model: the probability of each label's words after a prompt.
 
-In training those words are learned, and nothing else: the loss of a row is minus the score of its own label. Without
-training all labels are scored; the prompt is computed once, and only words of more than one token are run after it,
-from its cache. Guarantees: which calls are made follows from the labels alone, so every rank makes the same; scores do
-not depend on which rows share a batch.
+In training the words of a row's own label are the only target tokens: the loss of a row is minus the
+score of its label. Outside training all labels are scored. The prompt is computed once; only labels of
+more than one token run again, from the prompt's cache. Guarantees: the calls of the model follow from
+the labels alone, so every rank makes the same ones; scores do not depend on the other rows of a batch.
+
+Dimensions: B rows of a batch, T tokens of a prompt, K labels, W tokens of the longest label, L labels of
+more than one token, C prompts without content, V vocabulary size, N positions with logits.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.prompt_templates import LabelWords
 from dist_ft.model.heads import length_error
-from dist_ft.model.task_models import SpecialTokens, TaskModel
+from dist_ft.model.task_models import LossAndOutputs, SpecialTokens, TaskModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,24 +42,33 @@ class LabelPromptModel(TaskModel):
         label_smoothing: float = 0.0,
         neftune_alpha: float = 0.0,
     ) -> None:
-        """Wrap `model`; `words` are those of the task's labels, prompts have at most `sequence_length` less their own.
+        """Wrap `model`.
+
+        Args:
+            model: with an output layer.
+            task: sequence_classification.
+            special: the tokenizer's special tokens.
+            words: the words of the task's labels.
+            sequence_length: most tokens of a prompt and the longest label together.
+            label_smoothing, neftune_alpha: in training only.
 
         Raises:
-            ModelError: a model without an output layer, or one that can not take so long a sequence.
+            ModelError: the model has no output layer, or cannot take so long a sequence.
         """
         super().__init__(model, task, special, label_smoothing, neftune_alpha)
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(
                 f"model of type {model.config.model_type}: it has no output embeddings to score words "
-                "with; causal language models are allowed; choose another model"
+                "with. Only causal language models are allowed. Choose another model."
             )
-        if line := length_error(model.config, sequence_length, str(model.name_or_path)):
-            raise ModelError(line)
-        self._mean = words.mean
-        self._ids, self._counts = _table(words.ids)
-        self._empty = [list(ids) for ids in words.no_content]
-        head.register_forward_pre_hook(self._select)
+        if message := length_error(model.config, sequence_length, str(model.name_or_path)):
+            raise ModelError(message)
+        self._use_mean = words.use_mean
+        table = _word_table(words.ids)
+        self._word_ids, self._word_counts = table.ids, table.counts
+        self._content_free_prompts = [list(ids) for ids in words.content_free_prompts]
+        head.register_forward_pre_hook(self._select_positions)
 
     @override
     def forward(
@@ -64,120 +76,156 @@ class LabelPromptModel(TaskModel):
         ids: torch.Tensor,
         mask: torch.Tensor,
         labels: torch.Tensor,
-        second: Any = None,
+        second_ids: Any = None,
         second_mask: Any = None,
         positions: Any = None,
         return_outputs: bool = False,
     ) -> Any:
-        """Return the summed loss (), of prompts (B, T); with `told` also the scores of all labels (B, K)."""
-        if self._ids.device != ids.device:
-            self._ids, self._counts = self._ids.to(ids.device), self._counts.to(ids.device)
-        wanted = labels[:, 0]
-        rows = wanted.clamp(min=0)
-        scores = self._scores(ids, mask) if return_outputs else None
-        if scores is None:
-            own = self._learned(ids, mask, rows)
+        """Return the summed loss () of prompts (B, T).
+
+        With `return_outputs` a `LossAndOutputs` with the scores of all labels, (B, K).
+        """
+        if self._word_ids.device != ids.device:
+            self._word_ids = self._word_ids.to(ids.device)
+            self._word_counts = self._word_counts.to(ids.device)
+        targets = labels[:, 0]
+        label_numbers = targets.clamp(min=0)
+
+        scores = None
+        if return_outputs:
+            all_scores = self._score_labels(ids, mask)
+            scores, content_free_scores = all_scores[: len(ids)], all_scores[len(ids) :]
+            target_scores = scores.gather(1, label_numbers[:, None])[:, 0]
+            if self._content_free_prompts:
+                # Calibrate: subtract the log of each label's mean share after prompts without content.
+                shares = torch.log_softmax(content_free_scores, 1)
+                scores = scores - shares.logsumexp(0)
         else:
-            scores, no_content = scores[: len(ids)], scores[len(ids) :]
-            own = scores.gather(1, rows[:, None])[:, 0]
-            if self._empty:  # log of the mean share of each label after prompts without content
-                scores = scores - torch.log_softmax(no_content, 1).logsumexp(0)
-        weights = (wanted != IGNORE_INDEX).float()
-        if self._weights is not None:
-            weights = weights * self._weights.to(ids.device)[rows]
-        loss = -(own * weights).sum()
-        return (loss, scores.detach()) if scores is not None else loss
+            target_scores = self._score_targets(ids, mask, label_numbers)
 
-    def _learned(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return (B,) the score of the label `rows` (B,) of each prompt, in one forward."""
-        sizes, words, counts = mask.sum(1), self._ids[rows], self._counts[rows]
-        width = words.shape[1]
-        places = sizes[:, None] + torch.arange(width, device=ids.device)
-        whole = torch.cat([ids, ids.new_full((len(ids), width), self._special.pad)], 1).scatter(
-            1, places, words
-        )
-        seen = torch.arange(whole.shape[1], device=ids.device) < (sizes + counts - 1)[:, None]
-        starts = torch.arange(len(ids), device=ids.device)[:, None] * whole.shape[1]
-        logits = self._logits(whole, seen.long(), (starts + places - 1).flatten())
-        return self._summed(self._told_of(logits, words.flatten()).reshape(words.shape), counts)
+        weights = (targets != IGNORE_INDEX).float()
+        if self._class_weights is not None:
+            weights = weights * self._class_weights.to(ids.device)[label_numbers]
+        loss = -(target_scores * weights).sum()
+        return LossAndOutputs(loss, scores.detach()) if scores is not None else loss
 
-    def _scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the score of each label (B + C, K) after prompts (B, T) and those without content, C of them."""
-        rows = [
-            row[:size] for row, size in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)
-        ] + self._empty
-        width = max(map(len, rows))
-        pad = self._special.pad
-        ids = ids.new_tensor(
-            [[pad] * (width - len(row)) + row for row in rows]
-        )  # on the left: words come next
-        mask = ids.new_tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        longer = torch.nonzero(self._counts > 1).flatten()
-        cached = self._caches and len(longer) > 0
-        last = torch.arange(1, len(ids) + 1, device=ids.device) * width - 1
-        output = self._run_at(ids, mask, last, use_cache=cached)
-        told = torch.log_softmax(output.logits.reshape(len(ids), -1).float(), -1)[
-            :, self._ids[:, 0]
-        ]  # (B, K)
-        every = torch.zeros(len(ids), *self._ids.shape, device=ids.device)
-        every[:, :, 0] = told
-        if len(longer):
-            every[:, longer, 1:] = self._rest(output, ids, mask, longer)
-        return self._summed(every, self._counts.expand(len(ids), -1))
-
-    def _rest(
-        self, output: Any, ids: torch.Tensor, mask: torch.Tensor, longer: torch.Tensor
+    def _score_targets(
+        self, ids: torch.Tensor, mask: torch.Tensor, label_numbers: torch.Tensor
     ) -> torch.Tensor:
-        """Return (B, L, V - 1) how probable the second and further tokens of the labels `longer` (L,) are."""
-        words, num = self._ids[longer], len(longer)
-        given = words[:, :-1].repeat(len(ids), 1)
-        mask = mask.repeat_interleave(num, 0)
-        seen = torch.cat([mask, torch.ones_like(given)], 1)
-        shape = given.shape
+        """Return the score (B,) of each prompt's own label, `label_numbers` (B,), in one forward."""
+        num_rows, device = len(ids), ids.device
+        lengths = mask.sum(1)  # (B,)
+        words, counts = self._word_ids[label_numbers], self._word_counts[label_numbers]
+        width = words.shape[1]  # W
+
+        # Write the words behind each prompt: (B, T + W)
+        word_places = lengths[:, None] + torch.arange(width, device=device)  # (B, W)
+        padding = ids.new_full((num_rows, width), self._special.pad)
+        sequences = torch.cat([ids, padding], 1).scatter(1, word_places, words)
+        total = sequences.shape[1]
+        is_seen = torch.arange(total, device=device) < (lengths + counts - 1)[:, None]
+
+        # The logits that predict a word are those one position before it.
+        row_starts = torch.arange(num_rows, device=device)[:, None] * total
+        positions = (row_starts + word_places - 1).flatten()
+        logits = self._logits_at(sequences, is_seen.long(), positions)
+        log_probabilities = self._log_probabilities(logits, words.flatten())
+        return self._sum_over_words(log_probabilities.reshape(words.shape), counts)
+
+    def _score_labels(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the score (B + C, K) of each label after the prompts (B, T) and the content-free ones."""
+        lengths = mask.sum(1).tolist()
+        prompts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+        prompts += self._content_free_prompts
+
+        # Pad on the left, as words follow: (B + C, T)
+        width, pad = max(map(len, prompts)), self._special.pad
+        ids = ids.new_tensor([[pad] * (width - len(row)) + row for row in prompts])
+        mask = ids.new_tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+        num_prompts = len(ids)
+
+        long_labels = torch.nonzero(self._word_counts > 1).flatten()  # (L,)
+        use_cache = self._takes_use_cache and len(long_labels) > 0
+        last_positions = torch.arange(1, num_prompts + 1, device=ids.device) * width - 1
+        output = self._run_at(ids, mask, last_positions, use_cache=use_cache)
+        logits = output.logits.reshape(num_prompts, -1).float()  # (B + C, V)
+        first_words = torch.log_softmax(logits, -1)[:, self._word_ids[:, 0]]  # (B + C, K)
+
+        log_probabilities = torch.zeros(num_prompts, *self._word_ids.shape, device=ids.device)
+        log_probabilities[:, :, 0] = first_words
+        if len(long_labels):
+            further = self._score_further_words(output, ids, mask, long_labels)
+            log_probabilities[:, long_labels, 1:] = further
+        return self._sum_over_words(log_probabilities, self._word_counts.expand(num_prompts, -1))
+
+    def _score_further_words(
+        self, output: Any, ids: torch.Tensor, mask: torch.Tensor, long_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the log-probabilities (B, L, W - 1) of the second and further words of `long_labels`.
+
+        Args:
+            output: the model's output for the prompts, with its cache if it has one.
+            ids, mask: (B, T) the prompts, padded on the left.
+            long_labels: (L,) numbers of labels.
+        """
+        num_prompts, num_labels = len(ids), len(long_labels)
+        words = self._word_ids[long_labels]  # (L, W)
+        inputs = words[:, :-1].repeat(num_prompts, 1)  # (B * L, W - 1)
+        targets = words[:, 1:].repeat(num_prompts, 1).flatten()
+        prompt_mask = mask.repeat_interleave(num_labels, 0)
+        whole_mask = torch.cat([prompt_mask, torch.ones_like(inputs)], 1)  # (B * L, T + W - 1)
+
         cache = getattr(output, "past_key_values", None)
-        width = seen.shape[1]
-        if cache is None or not hasattr(
-            cache, "batch_repeat_interleave"
-        ):  # a model without one: from the start
-            whole = torch.cat([ids.repeat_interleave(num, 0), given], 1)
-            places = torch.arange(len(given), device=ids.device)[:, None] * width + torch.arange(
-                mask.shape[1], width, device=ids.device
-            )
-            logits = self._run_at(whole, seen, places.flatten()).logits
+        if cache is not None and hasattr(cache, "batch_repeat_interleave"):
+            cache.batch_repeat_interleave(num_labels)
+            output = self._run_at(inputs, whole_mask, None, past_key_values=cache, use_cache=True)
         else:
-            cache.batch_repeat_interleave(num)
-            logits = self._run_at(given, seen, None, past_key_values=cache, use_cache=True).logits
-        return self._told_of(logits, words[:, 1:].repeat(len(ids), 1).flatten()).reshape(
-            len(ids), num, shape[1]
-        )
+            # Without such a cache, run prompts and words from the start.
+            sequences = torch.cat([ids.repeat_interleave(num_labels, 0), inputs], 1)
+            total = whole_mask.shape[1]
+            row_starts = torch.arange(len(inputs), device=ids.device)[:, None] * total
+            word_places = torch.arange(prompt_mask.shape[1], total, device=ids.device)
+            positions = (row_starts + word_places).flatten()
+            output = self._run_at(sequences, whole_mask, positions)
+
+        log_probabilities = self._log_probabilities(output.logits, targets)
+        return log_probabilities.reshape(num_prompts, num_labels, inputs.shape[1])
 
     def _run_at(
-        self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor | None, **given: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor | None,
+        **kwargs: Any,
     ) -> Any:
-        """Return the model's output for ids (B, T), the last of what `mask` (B, P + T) covers, logits at `places`."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self._positions = places
+        """Return the model's output for ids (B, T), with logits at `positions` (N,) only; None: at all.
+
+        `mask` (B, P + T) covers the P cached tokens and then `ids`.
+        """
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if self._takes_use_cache:
+            kwargs = {"use_cache": False, **kwargs}
+        self._positions = positions
         try:
             return self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                **({"use_cache": False, **given} if self._caches else given),
+                input_ids=ids, attention_mask=mask, position_ids=position_ids, **kwargs
             )
         finally:
             self._positions = None
 
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, vocabulary) at places of prompts padded on the right, learning."""
-        self._sizes = mask.sum(1, keepdim=True)
+    def _logits_at(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits (N, V) at `positions` (N,) of prompts padded on the right, with NEFTune."""
+        self._row_lengths = mask.sum(1, keepdim=True)
         try:
-            output = self._run_at(ids, mask, places)
+            output = self._run_at(ids, mask, positions)
         finally:
-            self._sizes = None
-        return output.logits.reshape(len(places), -1)
+            self._row_lengths = None
+        return output.logits.reshape(len(positions), -1)
 
-    def _told_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Return (N,) the log-probability of tokens (N,) by logits (..., N, vocabulary)."""
+    def _log_probabilities(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log-probability (N,) of tokens (N,) by logits (..., N, V)."""
         losses = nn.functional.cross_entropy(
             logits.reshape(len(tokens), -1).float(),
             tokens,
@@ -186,17 +234,26 @@ class LabelPromptModel(TaskModel):
         )
         return -losses
 
-    def _summed(self, told: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Return scores (...) from log-probabilities of words (..., V), of which the first `counts` (...) count."""
-        own = torch.arange(told.shape[-1], device=told.device) < counts[..., None]
-        sums = torch.where(own, told, 0.0).sum(-1)
-        return sums / counts if self._mean else sums
+    def _sum_over_words(
+        self, log_probabilities: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Return scores (...) from log-probabilities (..., W), of which the first `counts` (...) count."""
+        width = log_probabilities.shape[-1]
+        is_word = torch.arange(width, device=log_probabilities.device) < counts[..., None]
+        sums = torch.where(is_word, log_probabilities, 0.0).sum(-1)
+        return sums / counts if self._use_mean else sums
 
 
-def _table(words: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return words as one array (K, V), padded with 0, and how many tokens each has (K,)."""
-    counts = np.array([len(own) for own in words])
+class _WordTable(NamedTuple):
+    """Words of all labels: token ids (K, W), padded with 0, and the number of tokens of each (K,)."""
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+
+
+def _word_table(words: tuple[tuple[int, ...], ...]) -> _WordTable:
+    counts = np.array([len(label_words) for label_words in words])
     ids = np.zeros((len(words), counts.max()), dtype=np.int64)
-    for row, own in zip(ids, words, strict=True):
-        row[: len(own)] = own
-    return torch.from_numpy(ids), torch.from_numpy(counts)
+    for row, label_words in zip(ids, words, strict=True):
+        row[: len(label_words)] = label_words
+    return _WordTable(torch.from_numpy(ids), torch.from_numpy(counts))

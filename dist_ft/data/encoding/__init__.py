@@ -1,1 +1,1 @@
-"""A row to tokens and labels: chat, task, prompt, pre-tokenized."""
+"""Encode a row as tokens and labels: chat, task, prompt, pre-tokenized."""

@@ -1,7 +1,9 @@
-"""What a window of a context wants of a model that marks answers, in one number on one of its tokens.
+"""The label of one window in question answering: an answer span packed into one number.
 
-It stands on the answer's first token and holds the place of its last, 0 on 0 where there is none; and besides, for
-whoever looks for an answer, which tokens of the window are the context's: a question is no answer to itself. Pure.
+The number is the label of the answer's first token. It holds the position of the answer's last
+token, 0 on token 0 if the window holds no answer. It also holds which tokens of the window belong
+to the context, for code that searches for an answer: the question must not answer itself. Pure
+functions.
 """
 
 from __future__ import annotations
@@ -9,36 +11,64 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 POSITION_BITS = 14
-"""Bits of a place; of the tokenizer's own tokens at the end three are left."""
+"""Bits of a position; 3 bits are left for the number of tokens after the context."""
 MAX_LENGTH = 2**POSITION_BITS
-_MASK = MAX_LENGTH - 1
-_MOST_TAIL = 7
+"""Tokens of a window whose positions still fit."""
+_POSITION_MASK = MAX_LENGTH - 1
+_MAX_TAIL = 7
+
+
+class ContextRange(NamedTuple):
+    """The tokens of a window that belong to the context.
+
+    Attributes:
+        start: position of the context's first token.
+        tail: number of tokens after the context's last.
+    """
+
+    start: int
+    tail: int
 
 
 class AnswerSpan(NamedTuple):
-    """Place of an answer's last token, of the context's first, and how many tokens follow the context's last."""
+    """An answer in a window; its first token is where the label is.
+
+    Attributes:
+        last: position of the answer's last token.
+        context_start: position of the context's first token.
+        tail: number of tokens after the context's last.
+    """
 
     last: int
-    begin: int
+    context_start: int
     tail: int
 
 
 def pack(span: AnswerSpan) -> int:
     """Return a span as one number below 2**31."""
-    return span.last | span.begin << POSITION_BITS | min(span.tail, _MOST_TAIL) << 2 * POSITION_BITS
+    tail = min(span.tail, _MAX_TAIL)
+    return span.last | span.context_start << POSITION_BITS | tail << 2 * POSITION_BITS
 
 
-def unpack(number: int) -> AnswerSpan:
-    """Return what `pack` was given."""
-    return AnswerSpan(number & _MASK, number >> POSITION_BITS & _MASK, number >> 2 * POSITION_BITS)
+def unpack(label: int) -> AnswerSpan:
+    """Return the span that `pack` packed."""
+    last = label & _POSITION_MASK
+    context_start = label >> POSITION_BITS & _POSITION_MASK
+    return AnswerSpan(last, context_start, label >> 2 * POSITION_BITS)
 
 
 def last_tokens(labels: Any) -> Any:
-    """Return the places of last tokens in an array or tensor of packed spans."""
-    return labels & _MASK
+    """Return the positions of last tokens in an array or tensor of packed spans."""
+    return labels & _POSITION_MASK
 
 
-def find_context(parts: list[int | None]) -> tuple[int, int]:
-    """Return (first token, tokens after the last) of the context; `parts` says of each token 0, 1 or None (neither)."""
-    own = [place for place, part in enumerate(parts) if part == 1]
-    return (own[0], len(parts) - 1 - own[-1]) if own else (len(parts) - 1, 1)
+def find_context(sequence_ids: list[int | None]) -> ContextRange:
+    """Return where the context is in a window.
+
+    Args:
+        sequence_ids: of each token: 0 in the question, 1 in the context, None for special tokens.
+    """
+    positions = [position for position, sequence in enumerate(sequence_ids) if sequence == 1]
+    if not positions:
+        return ContextRange(len(sequence_ids) - 1, 1)
+    return ContextRange(positions[0], len(sequence_ids) - 1 - positions[-1])

@@ -1,8 +1,10 @@
-"""Rows to tokens and targets, by the model's own template.
+"""Encode rows as tokens and targets, by the model's own chat template.
 
-Guarantees: learned are the answers and what ends them, nothing else (unless `data.targets` is all): by the template's
-own `{% generation %}` marks, or by comparing renderings of the conversation cut before and after each answer; a
-template that allows neither is refused, never guessed. Tokenisation is one batched call. Does not cut or drop.
+Guarantees: the targets are the answers and the tokens that end them, nothing else (unless
+`data.targets` is all). They come from the template's own `{% generation %}` marks, or from
+comparing renderings of the conversation cut before and after each answer. A template that allows
+neither is refused, never guessed. Rows are tokenized in batched calls. Rows are not truncated or
+dropped here.
 """
 
 from __future__ import annotations
@@ -12,106 +14,153 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-
 from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError, ModelError
 from dist_ft.core.logs import redact
+
 from dist_ft.data.encoding import pretokenized
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
 from dist_ft.data.sources import row_formats
-from dist_ft.data.sources.discovery import Row, row_error
+from dist_ft.data.sources.discovery import Row, RowLocation
 from dist_ft.data.sources.row_formats import RenderedSample
 
 CHUNK_ROWS = 1024
+"""Rows tokenized in one call."""
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""What templates that ask for today's date are told, on every day: tokens may not depend on when they are made. It is
-the date that Llama's own templates take where they can not ask."""
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The date that templates get from `strftime_now`, whatever the day.
+
+Tokens must not depend on when they are created. It is the default of Llama's own templates when
+they have no such function.
+"""
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TokenizedSamples(NamedTuple):
+    """Samples as tokens, one after the other.
+
+    Attributes:
+        tokens: (sum,) int32 token ids.
+        targets: (sum,) uint8: 1 where the token is a target.
+        lengths: (n,) int64: tokens of each sample.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+
+
+class _Frame(NamedTuple):
+    """The ids that go before and after a sample without a chat template."""
+
+    before: list[int]
+    after: list[int]
 
 
 class Encoder:
-    """Turns rows into tokens as `data` says, with one tokenizer.
+    """Encodes rows as tokens as the data section says, with one tokenizer.
 
     Attributes:
-        recipe: what decides the tokens besides tokenizer and data section; empty: nothing.
+        recipe: what decides the tokens in addition to tokenizer and data section; empty for
+            nothing.
     """
 
     recipe: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tokenizer: Any, data: DataSection) -> None:
-        """Assign only. `tokenizer` is a fast Hugging Face tokenizer; its `chat_template` may have been replaced."""
+        """Assign only; `tokenizer` is a fast Hugging Face one, perhaps with a custom template."""
         self.tokenizer = tokenizer
         self.data = data
         self._backend: Any = None
 
     def encode(self, rows: Any, shard_url: str, first: int = 1) -> EncodedRows:
-        """Return the tokens of `rows`; `shard_url` is how errors name where they come from.
+        """Return the tokens of `rows`.
 
         Args:
-            rows: a list of rows, `DataError` standing for those that could not be decoded; or an Arrow table.
-            shard_url: where they come from.
+            rows: a list of rows, with a `DataError` in place of each row that could not be decoded;
+                or an Arrow table.
+            shard_url: the shard of the rows; errors name it.
             first: number of the first row in its shard, from 1.
 
         Raises:
-            DataError: a row that can not be used, unless data.bad_rows is skip; the text names shard and row.
-            ModelError: a tokenizer that can not do what the format needs.
+            DataError: a row that cannot be used, unless data.bad_rows is skip; the text names shard
+                and row.
+            ModelError: a tokenizer that lacks what the format needs.
         """
         if pretokenized.is_pretokenized(rows, self.data.format):
             return pretokenized.encode(rows, len(self.tokenizer), shard_url, first)
         rows = rows if isinstance(rows, list) else rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
-        sound = next((row for row in rows if not isinstance(row, DataError)), None)
-        kind = row_formats.detect_format(sound, self.data, shard_url) if sound is not None else ""
-        bad: list[str] = []
-        parts = [
+
+        first_decoded = next((row for row in rows if not isinstance(row, DataError)), None)
+        format = ""
+        if first_decoded is not None:
+            format = row_formats.detect_format(first_decoded, self.data, shard_url)
+
+        bad_rows: list[str] = []
+        chunks = [
             self._encode_chunk(
-                rows[start : start + CHUNK_ROWS], kind, shard_url, start + first, bad
+                rows[start : start + CHUNK_ROWS], format, shard_url, start + first, bad_rows
             )
             for start in range(0, len(rows), CHUNK_ROWS)
-        ] or [(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64))]
-        ids, targets, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        ]
+        if not chunks:
+            chunks = [
+                TokenizedSamples(
+                    np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64)
+                )
+            ]
+        tokens, targets, lengths = (
+            np.concatenate(columns) for columns in zip(*chunks, strict=True)
+        )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return EncodedRows(ids, targets, offsets, kind, (len(rows),), tuple(bad))
+        return EncodedRows(tokens, targets, offsets, format, (len(rows),), tuple(bad_rows))
 
-    def shown(self, targets: np.ndarray) -> str:
-        """Return, for a person, what a sample's targets (T,) say besides what can be marked in its text."""
+    def describe_targets(self, targets: np.ndarray) -> str:
+        """Return for people what a sample's targets (T,) say that marks in its text cannot."""
         return ""
 
     def _encode_chunk(
-        self, rows: Sequence[Row | DataError], kind: str, url: str, first: int, bad: list[str]
-    ) -> tuple[np.ndarray, ...]:
-        """Return tokens, targets and lengths of some rows, the first of which is number `first`; add to `bad`."""
-        rendered = []
+        self,
+        rows: Sequence[Row | DataError],
+        format: str,
+        url: str,
+        first: int,
+        bad_rows: list[str],
+    ) -> TokenizedSamples:
+        """Tokenize rows; the first has the number `first`; problems are added to `bad_rows`."""
+        samples = []
         for number, row in enumerate(rows, first):
             try:
                 if isinstance(row, DataError):
                     raise row
-                rendered.append(self._render(row, kind, url, number))
+                samples.append(self._render(row, format, RowLocation(url, number)))
             except DataError as error:
                 if self.data.bad_rows == "error":
                     raise
-                bad.append(str(error))
-                rendered.append(RenderedSample("", [(0, 0)]))
-        if kind == "chat" or (kind == "instruction" and self._template is not None):
-            return tokenize_samples(self._backend, rendered, [], [])
-        before, after = self._frame()
-        return tokenize_samples(self._backend, rendered, before, after)
+                bad_rows.append(str(error))
+                samples.append(RenderedSample("", [(0, 0)]))
 
-    def _render(self, row: Row, kind: str, url: str, number: int) -> RenderedSample:
-        """Return the text of a row and what of it is learned."""
-        if kind == "text":
-            return row_formats.render_text(row, self.data, url, number)
-        if kind == "instruction" and self._template is None:
-            return row_formats.render_instruction(row, self.data, url, number)
-        if kind == "instruction":
-            return self._chat(
-                row_formats.read_instruction_messages(row, self.data, url, number), url, number
-            )
-        return self._chat(row_formats.read_messages(row, self.data, url, number), url, number)
+        has_template = self._template is not None
+        if format == "chat" or (format == "instruction" and has_template):
+            return tokenize_samples(self._backend, samples, [], [])
+        frame = self._frame()
+        return tokenize_samples(self._backend, samples, frame.before, frame.after)
+
+    def _render(self, row: Row, format: str, location: RowLocation) -> RenderedSample:
+        """Return the text of a row and which of it is trained on."""
+        if format == "text":
+            return row_formats.render_text(row, self.data, location)
+        if format == "instruction":
+            if self._template is None:
+                return row_formats.render_instruction(row, self.data, location)
+            messages = row_formats.read_instruction_messages(row, self.data, location)
+        else:
+            messages = row_formats.read_messages(row, self.data, location)
+        return self._render_chat(messages, location)
 
     @property
     def _template(self) -> str | None:
@@ -121,34 +170,39 @@ class Encoder:
             return template.get("default")
         return template
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Return the ids that go before and after a sample without a chat template: bos if usual, and eos."""
+    def _frame(self) -> _Frame:
+        """Return the ids around a sample without a template: bos if usual for it, and eos."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ModelError(
-                f"model.tokenizer={tokenizer_name(self.tokenizer)}: has no end-of-sequence token; text and "
-                "instruction samples end with one; set eos_token in its tokenizer_config.json"
+                f"model.tokenizer={tokenizer_name(self.tokenizer)}: has no end-of-sequence token. "
+                "Text and instruction samples end with one. Set eos_token in its "
+                "tokenizer_config.json."
             )
-        return framed[:start], [eos]
+        return _Frame(framed[:start], [eos])
 
-    def _chat(self, messages: list[Row], url: str, number: int) -> RenderedSample:
+    def _render_chat(self, messages: list[Row], location: RowLocation) -> RenderedSample:
+        """Render a conversation."""
         template = self._template
         if template is None:
             raise DataError(
-                f"model.chat_template=none: {redact(url)} holds chats and the tokenizer has no chat "
-                "template; chats need one; name a Jinja file in model.chat_template"
+                f"model.chat_template=none: {redact(location.shard_url)} holds chats and the "
+                "tokenizer has no chat template. Chats need one. Name a Jinja file in "
+                "model.chat_template."
             )
         if self.data.targets == "all":
-            whole = self._apply(messages, url, number)
+            whole = self._apply_template(messages, location)
             return RenderedSample(whole, [(0, len(whole))])
-        if _GENERATION.search(template):
-            return self._marked(messages, template, url, number)
-        return self._by_prefix(messages, url, number)
+        if _GENERATION_MARK.search(template):
+            return self._render_with_marks(messages, template, location)
+        return self._render_by_prefixes(messages, location)
 
-    def _apply(self, messages: list[Row], url: str, number: int, generate: bool = False) -> str:
+    def _apply_template(
+        self, messages: list[Row], location: RowLocation, add_generation_prompt: bool = False
+    ) -> str:
         """Render messages by the chat template."""
         from jinja2 import TemplateError
 
@@ -158,14 +212,16 @@ class Encoder:
                     messages,
                     chat_template=with_fixed_date(self._template or ""),
                     tokenize=False,
-                    add_generation_prompt=generate,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise self._refused(messages, error, url, number) from error
+            raise _template_error(messages, error, location) from error
 
-    def _marked(self, messages: list[Row], template: str, url: str, number: int) -> RenderedSample:
-        """Render once; learned is what the template itself marks."""
+    def _render_with_marks(
+        self, messages: list[Row], template: str, location: RowLocation
+    ) -> RenderedSample:
+        """Render once; the targets are what the template itself marks."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -177,120 +233,137 @@ class Encoder:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise self._refused(messages, error, url, number) from error
+            raise _template_error(messages, error, location) from error
         (text,), (marks,) = rendered
-        end = (
-            self.tokenizer.eos_token or "\0"
-        )  # a mark round the words alone leaves out what ends the turn
-        return RenderedSample(
-            text,
-            [
-                (start, stop + len(end) if text.startswith(end, stop) else stop)
-                for start, stop in marks
-            ],
-        )
 
-    def _by_prefix(self, messages: list[Row], url: str, number: int) -> RenderedSample:
-        """Render whole, and cut before and after each answer; the cuts must be prefixes of the whole."""
-        whole = self._apply(messages, url, number)
+        # A mark around the words alone excludes the token that ends the turn: add it.
+        end_token = self.tokenizer.eos_token or "\0"
+        spans = []
+        for start, stop in marks:
+            if text.startswith(end_token, stop):
+                stop += len(end_token)
+            spans.append((start, stop))
+        return RenderedSample(text, spans)
+
+    def _render_by_prefixes(self, messages: list[Row], location: RowLocation) -> RenderedSample:
+        """Render the whole, and up to before and after each answer: all prefixes of the whole."""
+        whole = self._apply_template(messages, location)
         spans = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if not turn:
-                raise row_error(
-                    url,
-                    number,
-                    "starts with an assistant turn; a system or user turn must come before; "
-                    "add one, remove the row, or set data.targets=all",
+                raise location.error(
+                    "starts with an assistant turn. A system or user turn must come first. "
+                    "Add one, remove the row, or set data.targets=all."
                 )
-            before = self._apply(messages[:turn], url, number, generate=True)
-            last = turn == len(messages) - 1
-            through = whole if last else self._apply(messages[: turn + 1], url, number).rstrip()
+            before = self._apply_template(messages[:turn], location, add_generation_prompt=True)
+            through = whole
+            if turn < len(messages) - 1:
+                through = self._apply_template(messages[: turn + 1], location).rstrip()
             if not (whole.startswith(through) and through.startswith(before)):
-                raise row_error(
-                    url,
-                    number,
-                    (
-                        f"the chat template renders turn {turn + 1} otherwise once more turns follow, so it can not be "
-                        "told which tokens answer; answers must lie between prefixes of the whole, or in {% generation "
-                        "%} marks; add these marks (model.chat_template), or set data.targets=all"
-                    ),
+                raise location.error(
+                    f"the chat template renders turn {turn + 1} differently when more turns "
+                    "follow, so the tokens of the answer are unknown. Answers must lie between "
+                    "prefixes of the whole, or in {% generation %} marks. Add these marks "
+                    "(model.chat_template), or set data.targets=all."
                 )
             spans.append((len(before), len(through.rstrip())))
         return RenderedSample(whole, spans)
 
-    @staticmethod
-    def _refused(messages: list[Row], error: Exception, url: str, number: int) -> DataError:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        return row_error(
-            url,
-            number,
-            f"the chat template refuses messages with roles {roles} ({error}); allowed is "
-            "what the template supports; change the rows, or name another template in "
-            "model.chat_template",
-        )
+
+def _template_error(messages: list[Row], error: Exception, location: RowLocation) -> DataError:
+    """Return the error for messages that the chat template refuses."""
+    roles = ", ".join(str(message["role"]) for message in messages)
+    return location.error(
+        f"the chat template refuses messages with roles {roles} ({error}). Only what the template "
+        "supports is allowed. Change the rows, or name another template in model.chat_template."
+    )
 
 
 def with_fixed_date(template: str) -> str:
-    """Return a template that renders as `template` does on `DATE`; that itself, used elsewhere, knows the true day."""
+    """Return a template that renders as `template` does on `TEMPLATE_DATE`.
+
+    `template` itself, used elsewhere, still gets the true date.
+    """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    own = "{# on a fixed date #}\n" + template  # another text, so compiled and cached apart
-    _compile_jinja_template(own).globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return own
+    # The comment makes it another text, so that the library compiles and caches it separately.
+    dated = "{# on a fixed date #}\n" + template
+    _compile_jinja_template(dated).globals["strftime_now"] = TEMPLATE_DATE.strftime
+    return dated
 
 
 def tokenize_samples(
-    backend: Any, rendered: Sequence[RenderedSample], before: Sequence[int], after: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens int32 (sum,), targets uint8 (sum,) and lengths int64 (n,) of samples, framed by ids.
+    backend: Any, samples: Sequence[RenderedSample], before: Sequence[int], after: Sequence[int]
+) -> TokenizedSamples:
+    """Tokenize samples in one call and put ids around each.
 
-    The ids `before` are not targets unless all is; those `after` end an answer and are. An empty text gives no token
-    at all. `backend` is that of `exact_backend`.
+    The ids `before` are targets only if all tokens are. The ids `after` end an answer and are
+    targets. An empty text gives no token at all.
+
+    Args:
+        backend: the backend of `exact_backend`.
+        samples: n texts with their target spans.
+        before: ids before each sample.
+        after: ids after each sample.
     """
-    texts = [sample.text for sample in rendered]
-    partly = any(sample.spans != [(0, len(sample.text))] for sample in rendered)
-    encode = (
-        backend.encode_batch if partly else backend.encode_batch_fast
-    )  # the fast one tells no ranges
-    output = encode(texts, add_special_tokens=False)
-    lengths = np.fromiter(map(len, output), np.int64, len(texts))
+    texts = [sample.text for sample in samples]
+    has_spans = any(sample.spans != [(0, len(sample.text))] for sample in samples)
+    # encode_batch_fast does not report the character ranges of tokens
+    encode = backend.encode_batch if has_spans else backend.encode_batch_fast
+    encodings = encode(texts, add_special_tokens=False)
+
+    lengths = np.fromiter(map(len, encodings), np.int64, len(texts))
     total = int(lengths.sum())
-    ids = np.fromiter(chain.from_iterable(one.ids for one in output), np.int32, total)
-    learned = np.ones(total, dtype=np.uint8)
-    if partly:
-        flat = chain.from_iterable(chain.from_iterable(one.offsets for one in output))
-        learned = mark_span_tokens(np.fromiter(flat, np.int64, 2 * total).reshape(-1, 2), lengths, rendered)
-    framed = np.where(lengths > 0, lengths + len(before) + len(after), 0)
-    starts = np.cumsum(framed) - framed
-    places = np.repeat(starts + len(before) - (np.cumsum(lengths) - lengths), lengths) + np.arange(
-        total
-    )
-    tokens = np.empty(int(framed.sum()), dtype=np.int32)
-    targets = np.full(len(tokens), 0 if partly else 1, dtype=np.uint8)
-    tokens[places], targets[places] = ids, learned
-    full = lengths > 0
+    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, total)
+    is_target = np.ones(total, dtype=np.uint8)
+    if has_spans:
+        numbers = chain.from_iterable(
+            chain.from_iterable(encoding.offsets for encoding in encodings)
+        )
+        ranges = np.fromiter(numbers, np.int64, 2 * total).reshape(-1, 2)
+        is_target = mark_span_tokens(ranges, lengths, samples)
+
+    # Position of every text token among the framed samples: (sum,)
+    framed_lengths = np.where(lengths > 0, lengths + len(before) + len(after), 0)
+    starts = np.cumsum(framed_lengths) - framed_lengths
+    text_starts = np.cumsum(lengths) - lengths
+    positions = np.repeat(starts + len(before) - text_starts, lengths) + np.arange(total)
+
+    tokens = np.empty(int(framed_lengths.sum()), dtype=np.int32)
+    targets = np.full(len(tokens), 0 if has_spans else 1, dtype=np.uint8)
+    tokens[positions], targets[positions] = ids, is_target
+    not_empty = lengths > 0
     for i, token in enumerate(before):
-        tokens[starts[full] + i] = token
+        tokens[starts[not_empty] + i] = token
     for i, token in enumerate(after):
-        place = (starts + framed - len(after) + i)[full]
-        tokens[place], targets[place] = token, 1
-    return tokens, targets, framed
+        position = (starts + framed_lengths - len(after) + i)[not_empty]
+        tokens[position], targets[position] = token, 1
+    return TokenizedSamples(tokens, targets, framed_lengths)
 
 
-def mark_span_tokens(offsets: np.ndarray, lengths: np.ndarray, rendered: Sequence[RenderedSample]) -> np.ndarray:
-    """Return uint8 (sum,): 1 where a token shares a character with a learned span of its sample.
+def mark_span_tokens(
+    ranges: np.ndarray, lengths: np.ndarray, samples: Sequence[RenderedSample]
+) -> np.ndarray:
+    """Return uint8 (sum,): 1 where a token shares a character with a target span of its sample.
 
-    `offsets` are the (sum, 2) character ranges of the tokens, each counted from the start of its own sample.
+    Args:
+        ranges: (sum, 2) character ranges of the tokens, each counted from the start of its own
+            sample.
+        lengths: (n,) tokens of each sample.
+        samples: n samples with their target spans.
     """
-    sizes = np.array([len(sample.text) + 1 for sample in rendered], dtype=np.int64)
+    # All texts side by side, with one character between them: mark where spans start and stop.
+    sizes = np.array([len(sample.text) + 1 for sample in samples], dtype=np.int64)
     bases = np.cumsum(sizes) - sizes
-    marks = np.zeros(int(sizes.sum()) + 1, dtype=np.int32)
-    for base, sample in zip(bases.tolist(), rendered, strict=True):
+    changes = np.zeros(int(sizes.sum()) + 1, dtype=np.int32)
+    for base, sample in zip(bases.tolist(), samples, strict=True):
         for start, stop in sample.spans:
-            marks[base + start] += 1
-            marks[base + stop] -= 1
-    inside = np.concatenate([[0], np.cumsum(np.cumsum(marks) > 0)])
-    begin, end = (offsets + np.repeat(bases, lengths)[:, None]).T
-    return (inside[end] > inside[begin]).astype(np.uint8)
+            changes[base + start] += 1
+            changes[base + stop] -= 1
+
+    # num_inside[i]: target characters before character i. A token is a target if it adds any.
+    num_inside = np.concatenate([[0], np.cumsum(np.cumsum(changes) > 0)])
+    starts, stops = (ranges + np.repeat(bases, lengths)[:, None]).T
+    return (num_inside[stops] > num_inside[starts]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Samples as tokens, one after the other: what every encoder returns."""
+"""Encoded rows, one after the other: the result of every encoder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Tokenised samples, one after the other.
+    """Tokenized rows, one after the other.
 
     Attributes:
         tokens: (sum,) int32 token ids.
-        targets: (sum,) uint8: 1 where the token is learned; or int32: what the task wants there, or `IGNORED`.
-        offsets: (n + 1,) int64: sample i is tokens[offsets[i]:offsets[i + 1]].
+        targets: (sum,) uint8: 1 where the token is a target; or int32: the label at this position,
+            or `IGNORE_INDEX`.
+        offsets: (n + 1,) int64: row i is tokens[offsets[i]:offsets[i + 1]].
         format: chat, instruction, text or tokens, or the name of the task; empty without any row.
-        part_rows: rows of each part this was made of.
-        bad_rows: what was wrong with each row that was skipped; such rows have no tokens.
+        rows_per_range: rows of each shard range that was put together here.
+        bad_rows: the problem of each row that was skipped; such rows have no tokens.
     """
 
     tokens: np.ndarray

@@ -1,14 +1,28 @@
-"""Entities as text: how examples are written for a model, and how what it writes becomes tags.
+"""Entities as text: write tags as an answer for a model, and parse a generated answer into tags.
 
-Pure. An answer is one line, `kind: words; kind: words`, or `none`. Guarantees: reading never fails, whatever a model
-writes; an entity counts where its words stand in the text one after the other, each place once; tags are whole BIO.
+Pure functions. An answer is one line, `kind: words; kind: words`, or `none`. Guarantees: parsing
+never fails, whatever a model generates; an entity counts where its words occur consecutively in the
+text, each position once; the tags are valid BIO.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 NO_ENTITIES = "none"
+
+
+class ParsedEntities(NamedTuple):
+    """The result of parsing an answer.
+
+    Attributes:
+        tags: the BIO tag of each word.
+        is_readable: whether any part of the answer could be parsed.
+    """
+
+    tags: list[str]
+    is_readable: bool
 
 
 def entity_kinds(labels: Sequence[str]) -> tuple[str, ...]:
@@ -17,44 +31,47 @@ def entity_kinds(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str]) -> str:
-    """Return the answer that tags BIO stand for; `names` are what kinds are called."""
-    found: list[tuple[str, list[str]]] = []
+    """Return BIO tags as an answer; `names` maps a kind to its name in the answer."""
+    entities: list[tuple[str, list[str]]] = []
     for word, tag in zip(words, tags, strict=True):
         if tag.startswith("B-"):
-            found.append((tag[2:], [word]))
-        elif tag.startswith("I-") and found:
-            found[-1][1].append(word)
-    return "; ".join(f"{names[kind]}: {' '.join(own)}" for kind, own in found) or NO_ENTITIES
+            entities.append((tag[2:], [word]))
+        elif tag.startswith("I-") and entities:
+            entities[-1][1].append(word)
+    return "; ".join(f"{names[kind]}: {' '.join(own)}" for kind, own in entities) or NO_ENTITIES
 
 
-def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) -> tuple[list[str], bool]:
-    """Return the tags of `words` that an answer stands for, and whether anything of it could be read.
+def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) -> ParsedEntities:
+    """Return the tags of `words` according to an answer.
 
     Args:
-        answer: what a model wrote; the first line that is not empty counts.
-        words: of the text.
-        names: kind -> what it is called; case does not matter.
+        answer: the generated text; its first line that is not empty counts.
+        words: the words of the text.
+        names: kind -> its name in the answer; case does not matter.
     """
     line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
+    kind_by_name = {name.casefold(): kind for kind, name in names.items()}
     tags = ["O"] * len(words)
-    known = {name.casefold(): kind for kind, name in names.items()}
-    understood = line.casefold().rstrip(".") == NO_ENTITIES
+    is_readable = line.casefold().rstrip(".") == NO_ENTITIES
     for part in line.split(";"):
         name, colon, text = part.partition(":")
-        kind = known.get(name.strip().casefold())
+        kind = kind_by_name.get(name.strip().casefold())
         if not colon or kind is None:
             continue
-        understood = True
-        own = text.split()
-        at = _place(own, words, tags)
-        if at is not None:
-            tags[at : at + len(own)] = [f"B-{kind}", *[f"I-{kind}"] * (len(own) - 1)]
-    return tags, understood
+        is_readable = True
+        entity = text.split()
+        start = _find_untagged(entity, words, tags)
+        if start is not None:
+            tags[start : start + len(entity)] = [f"B-{kind}", *[f"I-{kind}"] * (len(entity) - 1)]
+    return ParsedEntities(tags, is_readable)
 
 
-def _place(own: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> int | None:
-    """Return the first place where `own` stands in `words` and nothing is tagged yet."""
-    for at in range(len(words) - len(own) + 1) if own else ():
-        if list(words[at : at + len(own)]) == list(own) and set(tags[at : at + len(own)]) == {"O"}:
-            return at
+def _find_untagged(entity: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> int | None:
+    """Return the first position where `entity` occurs in `words` and no word is tagged yet."""
+    if not entity:
+        return None
+    for start in range(len(words) - len(entity) + 1):
+        stop = start + len(entity)
+        if list(words[start:stop]) == list(entity) and set(tags[start:stop]) == {"O"}:
+            return start
     return None

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: that it is a fast one, whose tokens tell which characters they stand for."""
+"""The requirement on tokenizers: fast ones, whose tokens report their character ranges."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dist_ft.core.errors import ModelError
 
 
 def exact_backend(tokenizer: Any) -> Any:
-    """Return a copy of a fast tokenizer's backend that neither cuts nor pads and tells every token's whole range.
+    """Return a copy of a fast tokenizer's backend that neither truncates nor pads.
 
-    Byte-level tokenizers usually trim blanks from the ranges they tell; indentation would be lost from the mask.
+    It reports the whole character range of each token. Byte-level tokenizers usually trim blanks
+    from the ranges, so the target mask would lose indentation.
 
     Raises:
         ModelError: the tokenizer is not a fast one.
@@ -27,18 +28,19 @@ def exact_backend(tokenizer: Any) -> Any:
 
 
 def require_fast(tokenizer: Any) -> None:
-    """Refuse a tokenizer that can not say which characters a token stands for.
+    """Refuse a tokenizer that cannot report the character range of a token.
 
     Raises:
-        ModelError: names it.
+        ModelError: names the tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"model.tokenizer={tokenizer_name(tokenizer)}: is not a fast tokenizer; one with character offsets "
-            "(tokenizer.json) is needed; convert it, or name another in model.tokenizer"
+            f"model.tokenizer={tokenizer_name(tokenizer)}: is not a fast tokenizer. One with "
+            "character offsets (tokenizer.json) is needed. Convert it, or name another in "
+            "model.tokenizer."
         )
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """Return what errors call a tokenizer."""
+    """Return the name of a tokenizer for error messages."""
     return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

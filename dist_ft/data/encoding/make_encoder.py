@@ -1,10 +1,11 @@
-"""Which encoder a run needs."""
+"""Choose the encoder of a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.prompt_encoder import PromptEncoder
 from dist_ft.data.encoding.task_encoder import TaskEncoder
@@ -19,7 +20,7 @@ def make_encoder(
     sequence_length: int,
     prompting: PromptingSection = NO_PROMPT,
 ) -> Encoder:
-    """Return what turns the rows of `data` into tokens for `task`; its labels must be known."""
+    """Return the encoder of the rows of `data` for `task`, whose labels must be known."""
     if task.name == "causal_lm":
         return Encoder(tokenizer, data)
     if prompting.method == "likelihood":

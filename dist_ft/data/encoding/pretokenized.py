@@ -1,138 +1,172 @@
-"""Shards that hold tokens already: an Arrow table with `input_ids`, and `targets` (1 where a token is learned) or none.
+"""Encode shards that hold tokens.
 
-What `dist-ft data write --tokenise` makes. Such shards are not rendered or tokenised again; the tokenizer that made
-them is the writer's business, except that every id must be one of the model's. They are used whole or not at all,
-whatever data.bad_rows says: a bad row here is a fault of the program that wrote the shard.
+They are Arrow tables with `input_ids`, and optionally `targets` (1 for a target token).
+`dist-ft data write --tokenise` writes such shards. They are not rendered or tokenized again. The
+writer chooses the tokenizer; the only check is that every id is in the model's vocabulary. Shards
+of tokens are used whole or not at all, whatever data.bad_rows says: a bad row here is a bug of the
+program that wrote the shard.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
-
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
-from dist_ft.data.sources.discovery import row_error
 
-if TYPE_CHECKING:
-    from dist_ft.data.encoding.encoded import (
-        EncodedRows,
-    )
+from dist_ft.data.encoding.encoded import EncodedRows
+from dist_ft.data.sources.discovery import RowLocation
 
-AGAIN = "shards of tokens are used whole or not at all; write the shard again"
+_REWRITE_HINT = "Shards of tokens are used whole or not at all. Write the shard again."
 
 
-def is_pretokenized(rows: Any, kind: str) -> bool:
-    """Tell whether rows (a list or an Arrow table) are tokens, as data.format `kind` says or by their columns."""
-    if kind != "auto":
-        return kind == "tokens"
+class _ListColumn(NamedTuple):
+    """A column of lists.
+
+    Attributes:
+        values: (sum,) the items of all rows, one row after the other.
+        offsets: (n + 1,) int64: row i is values[offsets[i]:offsets[i + 1]].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def row_of(self, position: int) -> int:
+        """Return the row, from 0, that holds the value at `position`."""
+        return int(np.searchsorted(self.offsets, position, side="right")) - 1
+
+
+def is_pretokenized(rows: Any, format: str) -> bool:
+    """Return whether rows (a list or an Arrow table) hold tokens."""
+    if format != "auto":
+        return format == "tokens"
     if isinstance(rows, list):
         return any(isinstance(row, dict) and "input_ids" in row for row in rows)
     return "input_ids" in rows.column_names
 
 
-def encode(table: Any, vocabulary: int, url: str, first: int) -> EncodedRows:
-    """Return the rows of `table` (or of a list) as they are; without `targets` every token is learned.
+def encode(table: Any, vocabulary_size: int, url: str, first_row: int) -> EncodedRows:
+    """Return the rows of `table` as they are; without `targets` every token is a target.
+
+    Args:
+        table: the rows, as an Arrow table or a list.
+        vocabulary_size: every id must be below it.
+        url: URL of the shard.
+        first_row: number of the first row in its shard, from 1.
 
     Raises:
-        DataError: a column of another type or length, an id that is not in 0 .. vocabulary - 1, or a target that is
-            neither 0 nor 1; also under data.bad_rows=skip.
+        DataError: a column of another type or length, an id that is not in 0 .. vocabulary_size -
+            1, or a target that is neither 0 nor 1; also under data.bad_rows=skip.
     """
-    from dist_ft.data.encoding.encoded import (
-        EncodedRows,
-    )
-
     if isinstance(table, list):
-        table = _as_table(table, url)
+        table = _to_table(table, url)
     if "input_ids" not in table.column_names:
         raise DataError(
             redact(
-                f"{url}: data.format=tokens, and there are the columns {', '.join(table.column_names)}; "
-                "input_ids is needed (and targets, if not all are learned); set data.format"
+                f"{url}: data.format=tokens, but the columns are {', '.join(table.column_names)}. "
+                "It needs input_ids (and targets, if not all tokens are targets). Set "
+                "data.format."
             )
         )
-    ids, offsets = _column(table, "input_ids", url, first)
-    targets = np.ones(len(ids), dtype=np.uint8)
+
+    ids = _read_list_column(table, "input_ids", url, first_row)
+    marks = _ListColumn(np.ones(len(ids.values), dtype=np.uint8), ids.offsets)
     if "targets" in table.column_names:
-        targets, others = _column(table, "targets", url, first)
-        if not np.array_equal(offsets, others):
-            row = int(np.flatnonzero(np.diff(offsets) != np.diff(others))[0])
-            raise row_error(
-                url,
-                first + row,
-                f"input_ids and targets differ in length; one target a token is needed; {AGAIN}",
+        marks = _read_list_column(table, "targets", url, first_row)
+        if not np.array_equal(ids.offsets, marks.offsets):
+            row = int(np.flatnonzero(np.diff(ids.offsets) != np.diff(marks.offsets))[0])
+            raise RowLocation(url, first_row + row).error(
+                "input_ids and targets differ in length. Each token needs one target. "
+                f"{_REWRITE_HINT}"
             )
-    for name, values, stop, what in (
-        (
-            "input_ids",
-            ids,
-            vocabulary,
-            "the shard was written for another tokenizer; write it again with this one",
-        ),
-        ("targets", targets, 2, f"1 is a token that is learned, 0 one that is not; {AGAIN}"),
-    ):
-        wrong = np.flatnonzero((values < 0) | (values >= stop))
-        if len(wrong):
-            row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
-            raise row_error(
-                url,
-                first + row,
-                f"{name} has {values[wrong[0]]}; 0 to {stop - 1} are allowed; {what}",
-            )
+
+    other_tokenizer = "The shard was written for another tokenizer. Write it again with this one."
+    _check_values(ids, "input_ids", vocabulary_size, other_tokenizer, url, first_row)
+    target_meaning = f"1 marks a target token, 0 any other. {_REWRITE_HINT}"
+    _check_values(marks, "targets", 2, target_meaning, url, first_row)
     return EncodedRows(
-        ids.astype(np.int32), targets.astype(np.uint8), offsets, "tokens", (len(table),), ()
+        ids.values.astype(np.int32),
+        marks.values.astype(np.uint8),
+        ids.offsets,
+        "tokens",
+        (len(table),),
+        (),
     )
 
 
-def _as_table(rows: list[Any], url: str) -> Any:
-    """Return decoded rows as an Arrow table of the columns any of them has; the first not decoded is raised."""
+def _check_values(
+    column: _ListColumn, name: str, stop: int, advice: str, url: str, first_row: int
+) -> None:
+    """Refuse a value outside of 0 .. stop - 1."""
+    wrong = np.flatnonzero((column.values < 0) | (column.values >= stop))
+    if len(wrong):
+        row = column.row_of(wrong[0])
+        raise RowLocation(url, first_row + row).error(
+            f"{name} has {column.values[wrong[0]]}. 0 to {stop - 1} are allowed. {advice}"
+        )
+
+
+def _to_table(rows: list[Any], url: str) -> Any:
+    """Return rows as an Arrow table of `input_ids` and `targets`, as far as any row has them.
+
+    Raises:
+        DataError: a row that could not be decoded, or tokens that are not lists of integers.
+    """
     import pyarrow as pa
 
     for row in rows:
         if isinstance(row, DataError):
-            raise DataError(f"{row} ({AGAIN})") from row
+            raise DataError(f"{row} {_REWRITE_HINT}") from row
     names = [name for name in ("input_ids", "targets") if any(name in row for row in rows)]
     try:
         return pa.table({name: [row.get(name) for row in rows] for name in names})
     except (pa.ArrowException, OverflowError) as error:
         raise DataError(
-            redact(f"{url}: its tokens are not lists of whole numbers ({error}); {AGAIN}")
+            redact(f"{url}: its tokens are not lists of integers ({error}). {_REWRITE_HINT}")
         ) from error
 
 
-def _column(table: Any, name: str, url: str, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of a list column as they are, one row after the other, and where each row begins and ends."""
+def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListColumn:
+    """Return a column of lists of integers without copying its values.
+
+    Raises:
+        DataError: another type, a row without a list, or a null among the values.
+    """
     import pyarrow as pa
 
     column = table.column(name).combine_chunks()
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not (
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not (
         pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)
     ):
         raise DataError(
             redact(
-                f"{url}: the column {name} is {kind}; lists of whole numbers are needed; {AGAIN}"
+                f"{url}: the column {name} is {kind}. It must be lists of integers. {_REWRITE_HINT}"
             )
         )
+
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise row_error(url, first + row, f"has no {name}, as other rows have; {AGAIN}")
-    offsets = np.from_dlpack(column.offsets).astype(
-        np.int64
-    )  # pyarrow's own way to numpy imports pandas
-    values = (
-        column.values.slice(offsets[0], offsets[-1] - offsets[0]) if len(offsets) else column.values
-    )
+        raise RowLocation(url, first_row + row).error(
+            f"has no {name}, which other rows have. {_REWRITE_HINT}"
+        )
+
+    # dlpack, because pyarrow's own conversion to numpy imports pandas
+    offsets = np.from_dlpack(column.offsets).astype(np.int64)
+    values = column.values
+    if len(offsets):
+        values = values.slice(offsets[0], offsets[-1] - offsets[0])
     offsets = offsets - offsets[0]
     if values.null_count:
-        gap = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        row = int(np.searchsorted(offsets, gap, side="right")) - 1
-        raise row_error(
-            url, first + row, f"{name} has a gap (null); a number for each token is needed; {AGAIN}"
+        null = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        row = int(np.searchsorted(offsets, null, side="right")) - 1
+        raise RowLocation(url, first_row + row).error(
+            f"{name} has a null. Each token needs a number. {_REWRITE_HINT}"
         )
-    return np.from_dlpack(
-        values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values
-    ), offsets
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.uint8())
+    return _ListColumn(np.from_dlpack(values), offsets)

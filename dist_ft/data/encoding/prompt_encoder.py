@@ -1,7 +1,8 @@
-"""Rows to prompts for a model that is asked for labels: the tokens of the prompt, the label on its first position.
+"""Encode rows as prompts, for a model that scores labels; the label is on the first token.
 
-Guarantees: a text that is too long loses its end (data.overlong=truncate), never the prompt around it; there is always
-room for the words of every label. The words themselves are the model's business (`model.prompted`).
+Guarantees: a text that is too long loses its end (data.overlong=truncate), never the prompt around
+it; there is always room for the words of every label. The label words themselves are added by the
+model (`model.label_prompting`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from typing_extensions import override
-
 from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.data.batch import IGNORE_INDEX
+from typing_extensions import override
+
 from dist_ft.data.encoding.fast_tokenizer import exact_backend
 from dist_ft.data.encoding.prompt_templates import (
     CONTENT_FREE_TEXTS,
@@ -26,11 +27,11 @@ from dist_ft.data.encoding.prompt_templates import (
 )
 from dist_ft.data.encoding.task_encoder import LabeledTokens, TaskEncoder
 from dist_ft.data.encoding.task_rows import Sample
-from dist_ft.data.sources.discovery import row_error
+from dist_ft.data.sources.discovery import RowLocation
 
 
 class PromptEncoder(TaskEncoder):
-    """Turns rows into prompts by the first template, whose examples are in it already (`runtime.prompting`)."""
+    """Encodes rows as prompts by the first template, which already holds its examples."""
 
     def __init__(
         self,
@@ -40,10 +41,10 @@ class PromptEncoder(TaskEncoder):
         prompting: PromptingSection,
         sequence_length: int,
     ) -> None:
-        """Assign only; `task.labels` are those that are chosen among."""
+        """Assign only; `task.labels` are the labels to choose from."""
         super().__init__(tokenizer, data, task, sequence_length)
         self._prompting = prompting
-        self._asked = prompting.templates[0]
+        self._template_text = prompting.templates[0]
         self.recipe = {
             **self.recipe,
             # Runs store a hash of this: it has the field names of 0.1.0.
@@ -51,107 +52,114 @@ class PromptEncoder(TaskEncoder):
                 prompting.model_dump(mode="json", exclude={"max_new_tokens"}), "prompting"
             ),
         }
-        self._words: LabelWords | None = None
+        self._label_words: LabelWords | None = None
 
-    def words(self) -> LabelWords:
-        """Return the words of all labels as tokens."""
-        if self._words is None:
-            backend = exact_backend(self.tokenizer)
-            ids = tuple(
-                tokenize_label(backend, self._asked, verbalize(label, self._prompting))
-                for label in self.task.labels
-            )
-            twice = next((place for place, own in enumerate(ids) if own in ids[:place]), None)
-            if twice is not None:
+    def label_words(self) -> LabelWords:
+        """Return the words of all labels as tokens.
+
+        Raises:
+            ConfigError: two labels have the same tokens.
+        """
+        if self._label_words is None:
+            self._label_words = self._tokenize_labels()
+        return self._label_words
+
+    def encode_prompts(self, samples: Sequence[Sample]) -> list[list[int] | None]:
+        """Return the ids of each prompt; None where the prompt leaves no room for its text."""
+        return self._tokenize(samples)
+
+    def _tokenize_labels(self) -> LabelWords:
+        """Tokenize the words of all labels, and the content-free prompts."""
+        backend = exact_backend(self.tokenizer)
+        ids: list[tuple[int, ...]] = []
+        for label in self.task.labels:
+            words = verbalize(label, self._prompting)
+            label_ids = tokenize_label(backend, self._template_text, words)
+            ids.append(label_ids)
+        for number, label_ids in enumerate(ids):
+            if label_ids in ids[:number]:
                 raise ConfigError(
                     [
-                        f"prompting.verbalizers: {self.task.labels[twice]} has the tokens of another label; "
-                        "each needs its own; change its words"
+                        f"prompting.verbalizers: {self.task.labels[number]} has the tokens of "
+                        "another label. Each label needs its own. Change its words."
                     ],
                     "prompting",
                 )
-            empty = [
-                self._prompt(Sample(text, text)) for text in CONTENT_FREE_TEXTS if self._prompting.calibrate
-            ]
-            self._words = LabelWords(
-                ids, tuple(tuple(own) for own in empty), self._prompting.normalize == "mean"
-            )
-        return self._words
 
-    def prompts(self, samples: Sequence[Sample]) -> list[list[int] | None]:
-        """Return the ids of each prompt; None where the prompt leaves its text no room."""
-        return self._tokenise(samples)
+        content_free = []
+        if self._prompting.calibrate:
+            for text in CONTENT_FREE_TEXTS:
+                content_free.append(tuple(self._encode_prompt(Sample(text, text))))
+        return LabelWords(tuple(ids), tuple(content_free), self._prompting.normalize == "mean")
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        """Tokens of a prompt that leave room for the longest label."""
+        return self.sequence_length - self.label_words().longest
 
     @override
-    def _tokenise(self, samples: Sequence[Sample]) -> list[Any]:
-        """Return the ids of each prompt; None where the prompt leaves its text no room."""
+    def _tokenize(self, samples: Sequence[Sample]) -> list[Any]:
+        """Return the ids of each prompt; None where the prompt leaves no room for its text."""
         self._backend = self._backend or exact_backend(self.tokenizer)
-        before, _ = self._frame()
-        texts = [fill_template(self._asked, one.first, one.second) for one in samples]
-        found = [
-            [*before, *one.ids]
-            for one in self._backend.encode_batch(texts, add_special_tokens=False)
+        before = self._frame().before
+        texts = [
+            fill_template(self._template_text, sample.first, sample.second) for sample in samples
         ]
-        room = self.sequence_length - self.words().longest
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        prompts = [[*before, *encoding.ids] for encoding in encodings]
+        max_tokens = self._max_prompt_tokens
         if self.data.overlong != "truncate":
-            return found
+            return prompts
         return [
-            ids if len(ids) <= room else self._cut(sample, room)
-            for ids, sample in zip(found, samples, strict=True)
+            ids if len(ids) <= max_tokens else self._truncate_texts(sample, max_tokens)
+            for ids, sample in zip(prompts, samples, strict=True)
         ]
 
     @override
-    def _labelled(self, encoding: Any, sample: Sample, url: str, number: int) -> LabeledTokens:
-        room = self.sequence_length - self.words().longest
-        if encoding is None or (self.data.overlong == "error" and len(encoding) > room):
-            told = (
-                "its prompt is longer without any text of the row"
-                if encoding is None
-                else (f"its prompt has {len(encoding)} tokens")
+    def _label(self, encoding: Any, sample: Sample, location: RowLocation) -> LabeledTokens:
+        max_tokens = self._max_prompt_tokens
+        if encoding is None or (self.data.overlong == "error" and len(encoding) > max_tokens):
+            if encoding is None:
+                problem = "its prompt is too long even without any text of the row"
+            else:
+                problem = f"its prompt has {len(encoding)} tokens"
+            raise location.error(
+                f"{problem}. {max_tokens} are allowed "
+                f"(batch.sequence_length={self.sequence_length} minus the longest label). Raise "
+                "the length, show fewer examples, or set data.overlong=truncate."
             )
-            raise row_error(
-                url,
-                number,
-                f"{told}; {room} are allowed (batch.sequence_length={self.sequence_length} "
-                "less the longest label); raise the length, show fewer examples, or set "
-                "data.overlong=truncate",
-            )
+        if not encoding:
+            raise location.error("gives no token. Text is needed. Remove the row.")
+
         labels = np.full(len(encoding), IGNORE_INDEX, np.int32)
         labels[:1] = sample.label
-        if not encoding:
-            raise row_error(url, number, "gives no token; text is needed; remove the row")
-        if len(encoding) <= room:
-            return encoding, labels
-        missing = (
-            self.sequence_length + 1 - len(encoding)
-        )  # overlong=drop: too long for the plan too, which counts it
-        return encoding + encoding[-1:] * missing, np.concatenate(
-            [labels, np.full(max(0, missing), IGNORE_INDEX, np.int32)]
-        )
+        if len(encoding) <= max_tokens:
+            return LabeledTokens(encoding, labels)
 
-    def _prompt(self, sample: Sample) -> list[int]:
+        # overlong=drop: lengthen it beyond the sequence length: the index drops and counts it
+        missing = self.sequence_length + 1 - len(encoding)
+        padding = np.full(max(0, missing), IGNORE_INDEX, np.int32)
+        return LabeledTokens(encoding + encoding[-1:] * missing, np.concatenate([labels, padding]))
+
+    def _encode_prompt(self, sample: Sample) -> list[int]:
         """Return the tokens of one prompt."""
-        backend, (before, _) = exact_backend(self.tokenizer), self._frame()
-        return [
-            *before,
-            *backend.encode(
-                fill_template(self._asked, sample.first, sample.second), add_special_tokens=False
-            ).ids,
-        ]
+        backend, before = exact_backend(self.tokenizer), self._frame().before
+        text = fill_template(self._template_text, sample.first, sample.second)
+        return [*before, *backend.encode(text, add_special_tokens=False).ids]
 
-    def _cut(self, sample: Sample, room: int) -> list[int] | None:
-        """Return the tokens of a prompt whose texts lose so much of their ends that it fits; the longer one first."""
+    def _truncate_texts(self, sample: Sample, max_tokens: int) -> list[int] | None:
+        """Return the tokens of a prompt whose texts are truncated, the longer first, to fit."""
         texts = [sample.first, sample.second or ""]
         while True:
-            ids = self._prompt(Sample(*texts))
-            over = len(ids) - room
-            if over <= 0:
+            ids = self._encode_prompt(Sample(*texts))
+            excess = len(ids) - max_tokens
+            if excess <= 0:
                 return ids
-            encoded = [self._backend.encode(text, add_special_tokens=False) for text in texts]
-            longer = max((0, 1), key=lambda which: len(encoded[which].ids))
-            offsets = encoded[longer].offsets
+            encodings = [self._backend.encode(text, add_special_tokens=False) for text in texts]
+            longer = 1 if len(encodings[1].ids) > len(encodings[0].ids) else 0
+            offsets = encodings[longer].offsets
             if not offsets:
                 return None
-            keep = max(0, len(offsets) - over)
-            end = offsets[keep - 1][1] if keep else 0
+            num_kept = max(0, len(offsets) - excess)
+            end = offsets[num_kept - 1][1] if num_kept else 0
             texts[longer] = texts[longer][: min(end, len(texts[longer]) - 1)]

@@ -1,27 +1,27 @@
-"""Prompts for labels: what stands before a row, which examples it is shown, and which words stand for a label.
+"""Prompts for labels: the template around a row, the examples before it, the label words.
 
-Pure. Guarantees: the tokens of a label's words are those they have after the prompt, so that scoring a label and
-learning it mean the same tokens; examples are a function of seed and the rows' own order. Does not run a model.
+Pure functions. Guarantees: the tokens of a label's words are those they have after the prompt, so
+that scoring a label and training on it use the same tokens; examples are a function of the seed and
+of the order of the rows. No model runs here.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.config.schema import PromptingSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.core.seeds import (
-    derive_seed,
-)
+from dist_ft.core.seeds import derive_seed
+
 from dist_ft.data.encoding.task_rows import Sample
 
 ALL_EXAMPLES = 2**31
-"""More examples than there are."""
+"""More examples than any dataset has."""
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
-"""Texts without content (Zhao et al., arXiv:2102.09690)."""
+"""Texts without content, to calibrate scores (Zhao et al., arXiv:2102.09690)."""
 
 
 @dataclass(frozen=True)
@@ -29,91 +29,107 @@ class LabelWords:
     """The words of all labels as tokens.
 
     Attributes:
-        ids: of each label, in their order; at least one each.
-        no_content: prompts without content; none: scores are not calibrated.
-        mean: a label's score is the mean log-probability of its tokens; else their sum.
+        ids: the token ids of each label, in the order of the labels; at least one each.
+        content_free_prompts: token ids of prompts without content; empty if scores are not
+            calibrated.
+        use_mean: a label's score is the mean log-probability of its tokens, else the sum.
     """
 
     ids: tuple[tuple[int, ...], ...]
-    no_content: tuple[tuple[int, ...], ...] = ()
-    mean: bool = False
+    content_free_prompts: tuple[tuple[int, ...], ...] = ()
+    use_mean: bool = False
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest label."""
+        """The number of tokens of the longest label."""
         return max(map(len, self.ids))
 
 
+class _Drawn(NamedTuple):
+    """A drawn sample; the first fields are the sort key of the heap.
+
+    Attributes:
+        negative_hash: minus the hash of the sample's position.
+        position: the sample's position, from 0.
+        sample: the sample.
+    """
+
+    negative_hash: int
+    position: int
+    sample: Any
+
+
 def fill_template(template: str, text: str, pair: str | None = None) -> str:
-    """Return a template with a row's texts in their places; texts may hold braces."""
+    """Return a template filled with a row's texts, which may hold braces."""
     return template.format(text=text, pair=pair or "")
 
 
 def verbalize(label: str, section: PromptingSection) -> str:
-    """Return the words of a label, with the blank before them: those of the config, or its own name."""
+    """Return the words of a label with a blank before them: the config's, or its own name."""
     return section.verbalizers.get(label, " " + label.replace("_", " "))
 
 
 def format_example(
     template: str, sample: Sample, labels: Sequence[str], section: PromptingSection
 ) -> str:
-    """Return an example: a prompt and the words of its label."""
-    return fill_template(template, sample.first, sample.second) + verbalize(labels[sample.label], section)
+    """Return an example: a prompt followed by the words of its label."""
+    prompt = fill_template(template, sample.first, sample.second)
+    return prompt + verbalize(labels[sample.label], section)
 
 
-def prepend_examples(template: str, shown: Sequence[str], separator: str) -> str:
-    """Return the template that shows answered examples first."""
-    before = "".join(example + separator for example in shown)
+def prepend_examples(template: str, examples: Sequence[str], separator: str) -> str:
+    """Return the template with examples before it; braces in the examples are escaped."""
+    before = "".join(example + separator for example in examples)
     return before.replace("{", "{{").replace("}", "}}") + template
 
 
-def draw_per_class(samples: Iterable[tuple[Any, Any]], count: int, seed: int) -> list[Any]:
-    """Return `count` of each kind among (kind, sample), or all there are, in an order drawn by `seed`.
+def draw_per_class(samples: Iterable[tuple[Hashable, Any]], count: int, seed: int) -> list[Any]:
+    """Draw `count` samples of each class, or all if a class has fewer, in an order drawn by `seed`.
 
-    Which are drawn, and their order, follow from the place of each among `samples`; memory is that of what is drawn.
+    The draw and its order follow from the position of each sample. Memory is that of the drawn
+    samples.
+
+    Args:
+        samples: (class, sample) pairs.
+        count: samples per class.
+        seed: decides which are drawn, and their order.
     """
-    kept: dict[Any, list[tuple[int, int, Any]]] = {}
-    for number, (kind, sample) in enumerate(samples):
-        own = kept.setdefault(kind, [])
-        entry = (
-            -derive_seed(seed, number),
-            number,
-            sample,
-        )  # the smallest hashes stay: a heap of their negatives
-        if len(own) < count:
-            heapq.heappush(own, entry)
+    drawn: dict[Hashable, list[_Drawn]] = {}
+    for position, (group, sample) in enumerate(samples):
+        heap = drawn.setdefault(group, [])
+        # The smallest hashes stay: a heap of their negatives drops the largest hash.
+        entry = _Drawn(-derive_seed(seed, position), position, sample)
+        if len(heap) < count:
+            heapq.heappush(heap, entry)
         else:
-            heapq.heappushpop(own, entry)
-    return [
-        sample
-        for _, _, sample in sorted(
-            (entry for own in kept.values() for entry in own),
-            key=lambda entry: (-entry[0], entry[1]),
-        )
-    ]
+            heapq.heappushpop(heap, entry)
+
+    entries = [entry for heap in drawn.values() for entry in heap]
+    entries.sort(key=lambda entry: (-entry.negative_hash, entry.position))
+    return [entry.sample for entry in entries]
 
 
 def tokenize_label(backend: Any, template: str, words: str) -> tuple[int, ...]:
-    """Return the tokens of a label's words as they stand after a prompt.
+    """Return the tokens of a label's words as they are after a prompt.
 
     Args:
-        backend: the tokenizer's (`fast.exact_backend`).
-        template: whose end comes before them.
-        words: with the blank before them.
+        backend: the backend of `fast_tokenizer.exact_backend`.
+        template: the template whose end precedes the words.
+        words: the words, with the blank before them.
 
     Raises:
-        ConfigError: the words share a token with the prompt's end, or have none.
+        ConfigError: the words share a token with the end of the prompt, or have no token.
     """
     end = template.format(text="\0", pair="\0").rpartition("\0")[2] or "a"
-    before = backend.encode(end, add_special_tokens=False).ids
-    both = backend.encode(end + words, add_special_tokens=False).ids
-    if both[: len(before)] != before or len(both) == len(before):
+    end_ids = backend.encode(end, add_special_tokens=False).ids
+    all_ids = backend.encode(end + words, add_special_tokens=False).ids
+    if all_ids[: len(end_ids)] != end_ids or len(all_ids) == len(end_ids):
         raise ConfigError(
             [
-                f"prompting.verbalizers={words!r}: after the template's end {end[-20:]!r} it is no token of "
-                "its own; a template without a blank at its end and words that begin with one are allowed; "
-                "move the blank"
+                f"prompting.verbalizers={words!r}: has no token of its own after the template's "
+                f"end {end[-20:]!r}. The template must not end with a blank, and words must start "
+                "with one. Move the blank."
             ],
             "prompting",
         )
-    return tuple(both[len(before) :])
+    return tuple(all_ids[len(end_ids) :])

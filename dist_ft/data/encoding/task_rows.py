@@ -1,4 +1,7 @@
-"""What a task reads from a row: its texts, and its label as numbers. Pure; every refusal names shard and row."""
+"""Read what a task needs from a row: its texts, and its label as numbers.
+
+Pure functions. Every error names shard and row.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,37 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-
 from dist_ft.config.schema import TaskSection
-from dist_ft.data.sources.discovery import Row, row_error
+
+from dist_ft.data.sources.discovery import Row, RowLocation
 from dist_ft.data.sources.row_formats import get_column, require_text
 
 MAX_LABELS_SHOWN = 8
+"""Labels listed in an error message."""
 OUTSIDE_TAG = "O"
+
+
+class TextPair(NamedTuple):
+    """The text of a row, and the second text of a pair or None."""
+
+    first: str
+    second: str | None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The texts of a row and what the task wants of them.
+    """The texts of a row and its label.
 
     Attributes:
         first: text, or a list of words.
-        second: the text that comes with it, or None.
-        label: sequence_classification: number of the label; regression: bits of a float32; multi_label: numbers;
-            token_classification: a number each word; question_answering: (first character, character after the last)
-            of the answer, or None; others: None.
+        second: the second text, or None.
+        label: sequence_classification: number of the label; regression: bits of a float32;
+            multi_label: numbers of the labels; token_classification: number of each word's tag;
+            question_answering: (first character, character after the last) of the answer, or None;
+            other tasks: None.
     """
 
     first: Any
@@ -35,167 +47,159 @@ class Sample:
     label: Any = None
 
 
-RowReader = Callable[[Row, TaskSection, Mapping[str, int], str, int], Sample]
+RowReader = Callable[[Row, TaskSection, Mapping[str, int], RowLocation], Sample]
+"""Reads a row, given the number of each label."""
 
 
 def read_classification(
-    row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
 ) -> Sample:
     """Read a text (or a pair) and its label."""
-    value = _get(row, task.columns.label, "label", url, number)
-    return Sample(*_texts(row, task, url, number), _id(value, ids, task.columns.label, url, number))
+    value = _get(row, task.columns.label, "label", location)
+    texts = _read_texts(row, task, location)
+    return Sample(*texts, _label_id(value, label_ids, task.columns.label, location))
 
 
 def read_multi_label(
-    row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
 ) -> Sample:
     """Read a text (or a pair) and its labels."""
     column = task.columns.label
-    values = _list(_get(row, column, "label", url, number), column, "labels", url, number)
-    return Sample(
-        *_texts(row, task, url, number), [_id(value, ids, column, url, number) for value in values]
-    )
+    values = _require_list(_get(row, column, "label", location), column, "labels", location)
+    texts = _read_texts(row, task, location)
+    return Sample(*texts, [_label_id(value, label_ids, column, location) for value in values])
 
 
 def read_regression(
-    row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
 ) -> Sample:
     """Read a text (or a pair) and a number."""
     column = task.columns.label
-    value = _get(row, column, "label", url, number)
+    value = _get(row, column, "label", location)
     try:
-        label = float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        label = math.nan
-    if not math.isfinite(label) or isinstance(value, bool):
-        raise row_error(
-            url,
-            number,
-            f"{column} is {value!r}; a finite number is needed; repair or remove the row",
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise location.error(
+            f"{column} is {value!r}. It must be a finite number. Repair or remove the row."
         )
-    return Sample(*_texts(row, task, url, number), int(np.float32(label).view(np.int32)))
+    bits = int(np.float32(number).view(np.int32))
+    return Sample(*_read_texts(row, task, location), bits)
 
 
 def read_token_classification(
-    row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
 ) -> Sample:
     """Read words and their tags."""
-    names = task.columns
-    words = _list(
-        _get(row, names.tokens, "tokens", url, number), names.tokens, "words", url, number
+    columns = task.columns
+    words = _require_list(
+        _get(row, columns.tokens, "tokens", location), columns.tokens, "words", location
     )
-    tags = _list(_get(row, names.tags, "tags", url, number), names.tags, "tags", url, number)
+    values = _require_list(
+        _get(row, columns.tags, "tags", location), columns.tags, "tags", location
+    )
     if not words:
-        raise row_error(
-            url, number, f"{names.tokens} is empty; at least one word is needed; remove the row"
+        raise location.error(
+            f"{columns.tokens} is empty. At least one word is needed. Remove the row."
         )
-    if len(words) != len(tags):
-        raise row_error(
-            url,
-            number,
-            f"has {len(words)} words in {names.tokens} and {len(tags)} tags in {names.tags}; "
-            "one tag a word is needed; repair the row",
+    if len(words) != len(values):
+        raise location.error(
+            f"has {len(words)} words in {columns.tokens} but {len(values)} tags in {columns.tags}. "
+            "Each word needs one tag. Repair the row."
         )
-    found = [str(tag) for tag in tags]
-    broken = next(iter(find_broken_bio(found)), None) if is_bio(ids) else None
-    if broken is not None:
-        raise row_error(
-            url,
-            number,
-            f"tag {broken + 1} of {names.tags} is {found[broken]} after "
-            f"{found[broken - 1] if broken else 'nothing'}; I- goes on with what B- of the "
-            "same kind began (BIO); repair the row",
-        )
+
+    tags = [str(value) for value in values]
+    if is_bio(label_ids):
+        for index in find_broken_bio(tags):
+            before = tags[index - 1] if index else "nothing"
+            raise location.error(
+                f"tag {index + 1} of {columns.tags} is {tags[index]} after {before}. In BIO, I- "
+                "continues an entity that B- of the same kind started. Repair the row."
+            )
     return Sample(
-        [_text(word, names.tokens, url, number) for word in words],
+        [_require_not_blank(word, columns.tokens, location) for word in words],
         None,
-        [_id(tag, ids, names.tags, url, number) for tag in found],
+        [_label_id(tag, label_ids, columns.tags, location) for tag in tags],
     )
 
 
 def is_bio(labels: Iterable[str]) -> bool:
-    """Tell whether tags are B-, I- and O (IOB2), and of no scheme with more or fewer marks."""
-    marks = {label[0] for label in labels if label[1:2] == "-"}
-    return "B" in marks and marks <= {"B", "I"}
+    """Return whether tags are exactly B-, I- and O (IOB2), with no other prefixes."""
+    prefixes = {label[0] for label in labels if label[1:2] == "-"}
+    return "B" in prefixes and prefixes <= {"B", "I"}
 
 
 def find_broken_bio(tags: list[str]) -> Iterable[int]:
-    """Yield the places of I- tags that go on with nothing."""
-    for at, tag in enumerate(tags):
-        if tag.startswith("I-") and (
-            not at or tags[at - 1] not in (f"B-{tag[2:]}", f"I-{tag[2:]}")
-        ):
-            yield at
+    """Yield the positions of I- tags that continue no entity."""
+    for index, tag in enumerate(tags):
+        if not tag.startswith("I-"):
+            continue
+        kind = tag[2:]
+        if not index or tags[index - 1] not in (f"B-{kind}", f"I-{kind}"):
+            yield index
 
 
 def read_question_answering(
-    row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
 ) -> Sample:
-    """Read a question, its context and where the first answer lies in it."""
-    names = task.columns
-    question, context = (
-        _text(_get(row, column, field, url, number), column, url, number)
-        for field, column in (("question", names.question), ("context", names.context))
-    )
-    answers = _get(row, names.answers, "answers", url, number)
+    """Read a question, its context and the position of the first answer in it."""
+    columns = task.columns
+    question = _read_text(row, columns.question, "question", location)
+    context = _read_text(row, columns.context, "context", location)
+    answers = _get(row, columns.answers, "answers", location)
     if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
-        raise row_error(
-            url,
-            number,
-            f"{names.answers} is no {{text, answer_start}}; lists of texts and of their first "
-            "characters are needed; repair the row",
+        raise location.error(
+            f"{columns.answers} is not {{text, answer_start}}. It must hold a list of texts and a "
+            "list of their first characters. Repair the row."
         )
+
     texts, starts = (
-        _list(answers[name], f"{names.answers}.{name}", "answers", url, number)
+        _require_list(answers[name], f"{columns.answers}.{name}", "answers", location)
         for name in ("text", "answer_start")
     )
     if len(texts) != len(starts):
-        raise row_error(
-            url,
-            number,
-            f"{names.answers} has {len(texts)} texts and {len(starts)} places; as many are "
-            "needed; repair the row",
+        raise location.error(
+            f"{columns.answers} has {len(texts)} texts but {len(starts)} positions. Their number "
+            "must be the same. Repair the row."
         )
     if not texts:
         return Sample(question, context, None)
+
     text, start = texts[0], starts[0]
     if not text or start < 0 or context[start : start + len(text)] != text:
-        raise row_error(
-            url,
-            number,
-            f"the answer {text!r} is not at character {start} of {names.context}; it must be "
-            "a part of it; repair the row",
+        raise location.error(
+            f"the answer {text!r} is not at character {start} of {columns.context}. It must be "
+            "a part of the context. Repair the row."
         )
-    lead = len(text) - len(text.lstrip())
-    return Sample(question, context, (start + lead, start + lead + len(text.strip())))
+    # blanks around the answer are not part of it
+    start += len(text) - len(text.lstrip())
+    return Sample(question, context, (start, start + len(text.strip())))
 
 
-def read_seq2seq(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_seq2seq(
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
+) -> Sample:
     """Read a source and its target."""
-    names = task.columns
-    source, target = (
-        _text(_get(row, column, field, url, number), column, url, number)
-        for field, column in (("source", names.source), ("target", names.target))
-    )
+    source = _read_text(row, task.columns.source, "source", location)
+    target = _read_text(row, task.columns.target, "target", location)
     return Sample(source, target)
 
 
-def read_masked_lm(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_masked_lm(
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
+) -> Sample:
     """Read a text."""
-    return Sample(
-        _text(_get(row, task.columns.text, "text", url, number), task.columns.text, url, number)
-    )
+    return Sample(_read_text(row, task.columns.text, "text", location))
 
 
-def read_embedding(row: Row, task: TaskSection, ids: Mapping[str, int], url: str, number: int) -> Sample:
+def read_embedding(
+    row: Row, task: TaskSection, label_ids: Mapping[str, int], location: RowLocation
+) -> Sample:
     """Read two texts that belong together."""
-    pair = task.columns.pair or "positive"
-    return Sample(
-        *(
-            _text(_get(row, column, field, url, number), column, url, number)
-            for field, column in (("text", task.columns.text), ("pair", pair))
-        )
-    )
+    text = _read_text(row, task.columns.text, "text", location)
+    positive = _read_text(row, task.columns.pair or "positive", "pair", location)
+    return Sample(text, positive)
 
 
 READERS: dict[str, RowReader] = {
@@ -211,72 +215,78 @@ READERS: dict[str, RowReader] = {
 """How each task reads a row."""
 
 
-def read_label_names(row: Row, task: TaskSection, url: str, number: int) -> list[str]:
-    """Return the names of the labels in a row, of a task that chooses among labels."""
+def read_label_names(row: Row, task: TaskSection, location: RowLocation) -> list[str]:
+    """Return the names of the labels in a row, for a task that chooses among labels."""
     if task.name == "token_classification":
         column, field = task.columns.tags, "tags"
     else:
         column, field = task.columns.label, "label"
-    value = _get(row, column, field, url, number)
-    values = (
-        [value]
-        if task.name == "sequence_classification"
-        else _list(value, column, "labels", url, number)
-    )
+    value = _get(row, column, field, location)
+    if task.name == "sequence_classification":
+        values = [value]
+    else:
+        values = _require_list(value, column, "labels", location)
     return [str(item) for item in values if item is not None]
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return labels in the order a head has them: numbers by value, O first, then by name, I- after its B-."""
-    found = set(labels)
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in found):
-        return tuple(sorted(found, key=int))
+    """Return labels in the order of the head's outputs.
 
-    def place(label: str) -> tuple[bool, str, str]:
+    Numbers are sorted by value. Otherwise O is first, then by name, I- after its B-.
+    """
+    unique = set(labels)
+    if all(re.fullmatch(r"-?[0-9]+", label) for label in unique):
+        return tuple(sorted(unique, key=int))
+
+    def sort_key(label: str) -> tuple[bool, str, str]:
         prefix, _, kind = label.partition("-") if label[1:2] == "-" else ("", "", label)
         return label != OUTSIDE_TAG, kind, prefix
 
-    return tuple(sorted(found, key=place))
+    return tuple(sorted(unique, key=sort_key))
 
 
-def _texts(row: Row, task: TaskSection, url: str, number: int) -> tuple[str, str | None]:
-    names = task.columns
-    first = _text(_get(row, names.text, "text", url, number), names.text, url, number)
-    if names.pair is None:
-        return first, None
-    return first, _text(_get(row, names.pair, "pair", url, number), names.pair, url, number)
+def _read_texts(row: Row, task: TaskSection, location: RowLocation) -> TextPair:
+    """Return the text of a row and its pair, if the task has one."""
+    first = _read_text(row, task.columns.text, "text", location)
+    if task.columns.pair is None:
+        return TextPair(first, None)
+    return TextPair(first, _read_text(row, task.columns.pair, "pair", location))
 
 
-def _id(value: Any, ids: Mapping[str, int], column: str, url: str, number: int) -> int:
-    if value is None or str(value) not in ids:
-        known = ", ".join(list(ids)[:MAX_LABELS_SHOWN]) + (", ..." if len(ids) > MAX_LABELS_SHOWN else "")
-        raise row_error(
-            url,
-            number,
-            f"{column} is {value!r}; there are {known}; repair the row, or name all labels in "
-            "task.labels of a new run",
+def _read_text(row: Row, column: str, field: str, location: RowLocation) -> str:
+    """Return the text in a column; it must not be blank."""
+    return _require_not_blank(_get(row, column, field, location), column, location)
+
+
+def _label_id(value: Any, label_ids: Mapping[str, int], column: str, location: RowLocation) -> int:
+    """Return the number of a label."""
+    if value is None or str(value) not in label_ids:
+        known = ", ".join(list(label_ids)[:MAX_LABELS_SHOWN])
+        if len(label_ids) > MAX_LABELS_SHOWN:
+            known += ", ..."
+        raise location.error(
+            f"{column} is {value!r}. The labels are {known}. Repair the row, or name all labels in "
+            "task.labels of a new run."
         )
-    return ids[str(value)]
+    return label_ids[str(value)]
 
 
-def _list(value: Any, column: str, what: str, url: str, number: int) -> list[Any]:
+def _require_list(value: Any, column: str, items: str, location: RowLocation) -> list[Any]:
+    """Return a value that is a list of `items` (for errors)."""
     if not isinstance(value, list | tuple):
-        raise row_error(
-            url,
-            number,
-            f"{column} is a {type(value).__name__}; a list of {what} is needed; convert it, "
-            "or remove the row",
+        raise location.error(
+            f"{column} is a {type(value).__name__}. It must be a list of {items}. Convert it, "
+            "or remove the row."
         )
     return list(value)
 
 
-def _get(row: Row, column: str, field: str, url: str, number: int) -> Any:
-    return get_column(row, column, f"task.columns.{field}", url, number)
+def _get(row: Row, column: str, field: str, location: RowLocation) -> Any:
+    return get_column(row, column, f"task.columns.{field}", location)
 
 
-def _text(value: Any, where: str, url: str, number: int) -> str:
-    if not require_text(value, where, url, number).strip():
-        raise row_error(
-            url, number, f"{where} is empty; text is needed; convert it or remove the row"
-        )
+def _require_not_blank(value: Any, where: str, location: RowLocation) -> str:
+    """Return a value that is text and not blank."""
+    if not require_text(value, where, location).strip():
+        raise location.error(f"{where} is empty. It must be text. Convert it or remove the row.")
     return str(value)

@@ -1,1 +1,1 @@
-"""Rows where they lie: discovery, JSON Lines, tables, the hub, ranged reads, row formats."""
+"""Read rows from storage: discovery, JSON Lines, tables, the hub, ranged reads, row formats."""

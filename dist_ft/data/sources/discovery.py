@@ -1,7 +1,8 @@
-"""Sources to shards.
+"""Find the shards of data sources.
 
-A shard is one file behind any fsspec URL, or 10,000 rows of a Hugging Face data set. Guarantees: the same sources give
-the same shards in the same order on every machine, each with a version by which a change is noticed. Reads no rows.
+A shard is one file behind any fsspec URL, or 10,000 rows of a Hugging Face dataset. Guarantees: the
+same sources give the same shards in the same order on every machine. Each shard has a version, by
+which a later change is noticed. No rows are read here.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.data.sources import hub
 from dist_ft.storage import filesystem
 
-Row = dict[str, Any]
-Kind = Literal["jsonl", "parquet", "arrow", "csv", "text", "hub"]
+from dist_ft.data.sources import hub
 
-KINDS: dict[str, Kind] = {
+Row = dict[str, Any]
+ShardKind = Literal["jsonl", "parquet", "arrow", "csv", "text", "hub"]
+
+KIND_BY_SUFFIX: dict[str, ShardKind] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
@@ -31,156 +33,198 @@ KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".text": "text",
 }
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-_ENCODED: tuple[Kind, ...] = ("jsonl", "csv")
+CODEC_BY_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIBLE_KINDS: tuple[ShardKind, ...] = ("jsonl", "csv")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ALLOWED = (
+_ALLOWED_SUFFIXES = (
     ".jsonl, .json, .parquet, .arrow, .csv, .txt or .text (.jsonl, .json and .csv also .gz or .zst)"
 )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One piece of a data set.
+    """One file of a dataset, or one range of rows of a Hugging Face dataset.
 
     Attributes:
-        url: where it lies; `hub://...` for a part of a Hugging Face data set.
-        kind: how it is read.
-        size: bytes of the file; rows of a hub shard.
-        version: changes when the content may have (ETag, checksum or modification time).
+        url: where the shard is; `hub://...` for a range of a Hugging Face dataset.
+        kind: the file format, which decides how the shard is read.
+        size: bytes of the file; for a hub shard, its number of rows.
+        version: changes when the content may have changed (ETag, checksum or modification time).
     """
 
     url: str
-    kind: Kind
+    kind: ShardKind
     size: int
     version: str
 
     @property
     def codec(self) -> str | None:
-        """How the file is compressed: gzip, zstd, or None."""
-        return next(
-            (name for suffix, name in CODECS.items() if self.url.lower().endswith(suffix)), None
-        )
+        """The compression of the file: gzip, zstd, or None."""
+        for suffix, codec in CODEC_BY_SUFFIX.items():
+            if self.url.lower().endswith(suffix):
+                return codec
+        return None
 
 
-def row_error(shard_url: str, row: int, problem: str) -> DataError:
-    """Return the error for a row that can not be used; `row` counts from 1, without blank lines."""
-    return DataError(redact(f"{shard_url} row {row}: {problem}"))
+class RowLocation(NamedTuple):
+    """Where a row is; errors about the row name it.
+
+    Attributes:
+        shard_url: URL of the shard that holds the row.
+        number: number of the row in its shard, from 1; blank lines do not count.
+    """
+
+    shard_url: str
+    number: int
+
+    def error(self, problem: str) -> DataError:
+        """Return the error for a row that cannot be used."""
+        return DataError(redact(f"{self.shard_url} row {self.number}: {problem}"))
 
 
-def resolve(sources: Sequence[Source], field: str = "data.train") -> tuple[tuple[Shard, ...], ...]:
+def discover_shards(
+    sources: Sequence[Source], field: str = "data.train"
+) -> tuple[tuple[Shard, ...], ...]:
     """Return the shards of each of `sources`, sorted by URL.
 
+    Args:
+        sources: the sources of a config section.
+        field: the config field of the sources; errors name it.
+
     Raises:
-        DataError: a source that names nothing, an unknown suffix, an empty file, a shard named twice. `field` is the
-            config field the text names.
+        DataError: a source matches nothing, holds a credential or has an unknown suffix; a file is
+            empty; or two sources contain the same shard.
     """
-    found_all: list[tuple[Shard, ...]] = []
+    shards_of_sources: list[tuple[Shard, ...]] = []
     for source in sources:
-        where = f"{field}={redact(source.path)}"
+        field_value = f"{field}={redact(source.path)}"
         if redact(source.path) != source.path:
             raise DataError(
-                f"{where}: holds a credential; none may stand in a config; set it in the environment"
+                f"{field_value}: holds a credential. Credentials are not allowed in a config. Set "
+                "it in the environment."
             )
+
         if is_hub_name(source.path):
-            found = hub.parts(source.path, source.subset, source.split, where)
-            found_all.append(
-                tuple(Shard(url, "hub", rows, version) for url, rows, version in found)
-            )
+            shards = _hub_shards(source, field_value)
         else:
-            found_all.append(
-                tuple(_file_shard(*found, where) for found in _files(source.path, where))
-            )
-    _refuse_twice([shard for shards in found_all for shard in shards], field)
-    return tuple(found_all)
+            shards = _file_shards(source.path, field_value)
+        shards_of_sources.append(shards)
+
+    _refuse_duplicates([shard for shards in shards_of_sources for shard in shards], field)
+    return tuple(shards_of_sources)
 
 
 def is_hub_name(path: str) -> bool:
-    """Tell whether `path` names a Hugging Face data set: `name` or `org/name`, nothing of a folder here, no shard."""
-    first = path.split("/", 1)[0]
-    here = os.path.exists(first if "/" in path else path)
-    return bool(_HUB_NAME.fullmatch(path)) and not here and _kind(path) is None
+    """Return whether `path` names a Hugging Face dataset.
+
+    Such a name is `name` or `org/name`. It has no suffix of a shard, and there is no local folder
+    of this name.
+    """
+    top_folder = path.split("/", 1)[0] if "/" in path else path
+    return (
+        bool(_HUB_NAME.fullmatch(path))
+        and not os.path.exists(top_folder)
+        and _kind_by_suffix(path) is None
+    )
 
 
 def require_unchanged(shard: Shard) -> None:
-    """Refuse a shard that vanished or changed since it was resolved.
+    """Refuse a shard that was removed or changed since discovery.
 
     Raises:
-        DataError: names it and says which.
+        DataError: names the shard and says which of the two happened.
     """
     if shard.kind == "hub":
         return
     try:
-        now = filesystem.stat(shard.url)
+        current = filesystem.stat(shard.url)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise vanished(shard) from error
+            raise vanished_error(shard) from error
         raise
-    if now != {"size": shard.size, "version": shard.version}:
+    if current != {"size": shard.size, "version": shard.version}:
         raise DataError(
             redact(
-                f"{shard.url}: the shard changed after the data was listed; shards may not be rewritten "
-                "while a run uses them; start again once it is whole"
+                f"{shard.url}: the shard changed after the data was listed. Shards must not be "
+                "rewritten while a run uses them. Start again when the shard is complete."
             )
         )
 
 
-def vanished(shard: Shard) -> DataError:
-    """Return the error for a shard that is gone."""
+def vanished_error(shard: Shard) -> DataError:
+    """Return the error for a shard that no longer exists."""
     return DataError(
         redact(
-            f"{shard.url}: the shard vanished after the data was listed; shards may not be removed "
-            "while a run uses them; put it back, or start a new run without it"
+            f"{shard.url}: the shard vanished after the data was listed. Shards must not be "
+            "removed while a run uses them. Put the shard back, or start a new run without it."
         )
     )
 
 
-def _kind(path: str) -> Kind | None:
-    """Return the kind of a file by its suffix."""
+def _kind_by_suffix(path: str) -> ShardKind | None:
+    """Return the kind of a file by its suffix; None if the suffix is unknown."""
     name = posixpath.basename(path).lower()
-    codec = next((suffix for suffix in CODECS if name.endswith(suffix)), "")
-    kind = next(
-        (kind for suffix, kind in KINDS.items() if name.removesuffix(codec).endswith(suffix)), None
-    )
-    return kind if not codec or kind in _ENCODED else None
+    is_compressed = False
+    for suffix in CODEC_BY_SUFFIX:
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            is_compressed = True
+            break
+
+    for suffix, kind in KIND_BY_SUFFIX.items():
+        if name.endswith(suffix):
+            if is_compressed and kind not in _COMPRESSIBLE_KINDS:
+                return None
+            return kind
+    return None
 
 
-def _files(path: str, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (URL, {size, version}) of a file, a glob or a folder (of which files of other kinds are left aside)."""
-    about = filesystem.glob(path)
-    found = [url for url in about if not posixpath.basename(url).startswith((".", "_"))]
-    if not found:
+def _hub_shards(source: Source, field_value: str) -> tuple[Shard, ...]:
+    """Return the shards of a Hugging Face dataset."""
+    row_ranges = hub.list_row_ranges(source.path, source.subset, source.split, field_value)
+    return tuple(Shard(found.url, "hub", found.num_rows, found.version) for found in row_ranges)
+
+
+def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
+    """Return the shards of a file, glob or folder; other files of a folder are ignored."""
+    listing = filesystem.glob(path)
+    urls = [url for url in listing if not posixpath.basename(url).startswith((".", "_"))]
+    if not urls:
         raise DataError(
-            f"{where}: matches no file; a file, folder, glob or URL of {_ALLOWED} shards is needed, or "
-            "the name of a Hugging Face data set; check the path"
+            f"{field_value}: matches no file. It must be a file, folder, glob or URL of "
+            f"{_ALLOWED_SUFFIXES} shards, or the name of a Hugging Face dataset. Check the path."
         )
-    known = [url for url in found if _kind(url) is not None]
-    is_folder = _kind(path) is None and not any(char in path for char in "*?[")
-    if not known or (len(known) < len(found) and not is_folder):
-        unknown = next(url for url in found if _kind(url) is None)
+
+    unknown = [url for url in urls if _kind_by_suffix(url) is None]
+    is_glob = any(char in path for char in "*?[")
+    is_folder = _kind_by_suffix(path) is None and not is_glob
+    if len(unknown) == len(urls) or (unknown and not is_folder):
         raise DataError(
-            f"{where}: the kind of {redact(unknown)} is not known by its suffix; allowed are {_ALLOWED}; "
-            "rename or convert it, or write a glob that leaves it out"
+            f"{field_value}: {redact(unknown[0])} has an unknown suffix. Allowed are "
+            f"{_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes it."
         )
-    return [(url, about[url]) for url in known]
 
-
-def _file_shard(url: str, about: dict[str, Any], where: str) -> Shard:
-    if not about["size"]:
-        raise DataError(
-            f"{where}: the shard {redact(url)} is empty; each must hold a row; remove or fill it"
-        )
-    kind = _kind(url)
-    assert kind is not None
-    return Shard(url, kind, about["size"], about["version"])
-
-
-def _refuse_twice(shards: Sequence[Shard], field: str) -> None:
-    seen: set[str] = set()
-    for shard in shards:
-        if shard.url in seen:
+    shards = []
+    for url in urls:
+        kind = _kind_by_suffix(url)
+        if kind is None:
+            continue
+        if not listing[url]["size"]:
             raise DataError(
-                f"{field}: the shard {shard.url} is named twice; each sample counts once an epoch; remove "
-                "the source that overlaps"
+                f"{field_value}: the shard {redact(url)} is empty. Each shard must hold at least "
+                "one row. Remove or fill it."
             )
-        seen.add(shard.url)
+        shards.append(Shard(url, kind, listing[url]["size"], listing[url]["version"]))
+    return tuple(shards)
+
+
+def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
+    """Refuse a shard that two sources contain."""
+    urls: set[str] = set()
+    for shard in shards:
+        if shard.url in urls:
+            raise DataError(
+                f"{field}: the shard {shard.url} is listed twice. Each sample counts once per "
+                "epoch. Remove the source that overlaps."
+            )
+        urls.add(shard.url)

@@ -1,14 +1,14 @@
-"""Hugging Face data sets as shards of 10,000 rows.
+"""Hugging Face datasets as shards of 10,000 rows.
 
-Rows are read by index from the library's own local Arrow files (map-style), never streamed: streaming loses and
-repeats rows on resume. A part is named by a URL that says everything needed to read it again. Does not run code that
-comes with a data set.
+Rows are read by index from the library's own local Arrow files (map-style), never streamed:
+streaming loses and repeats rows on resume. The URL of a shard holds everything needed to read its
+rows again. Code that comes with a dataset is not run.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from dist_ft.core.errors import DataError
@@ -16,53 +16,78 @@ from dist_ft.core.logs import redact
 
 ROWS_PER_SHARD = 10_000
 BYTES_PER_SHARD = 16 * 2**20
-"""What a part counts for: its text is not measured."""
+"""The nominal size of a shard; its text is not measured."""
 
 
-def parts(path: str, subset: str | None, split: str, where: str) -> list[tuple[str, int, str]]:
-    """Return (URL, number of rows, version) of every part of a data set; `where` is how errors name it."""
-    data, version = _named(path, subset, split, where)
-    if not len(data):
-        raise DataError(f"{where}: the split {split} holds no row; choose another split")
-    found = []
-    for start in range(0, len(data), ROWS_PER_SHARD):
-        stop = min(start + ROWS_PER_SHARD, len(data))
+class RowRange(NamedTuple):
+    """Consecutive rows of one split of a dataset.
+
+    Attributes:
+        url: names dataset, subset, split and rows.
+        num_rows: number of rows.
+        version: version of the dataset.
+    """
+
+    url: str
+    num_rows: int
+    version: str
+
+
+class _LoadedDataset(NamedTuple):
+    """A dataset of the `datasets` library, and a version derived from its files."""
+
+    rows: Any
+    version: str
+
+
+def list_row_ranges(path: str, subset: str | None, split: str, field_value: str) -> list[RowRange]:
+    """Return the row ranges of a dataset, in order; errors name it by `field_value`."""
+    rows, version = _load_or_raise(path, subset, split, field_value)
+    if not len(rows):
+        raise DataError(f"{field_value}: the split {split} holds no row. Choose another split.")
+
+    ranges = []
+    for start in range(0, len(rows), ROWS_PER_SHARD):
+        stop = min(start + ROWS_PER_SHARD, len(rows))
         query = urlencode(
             {"subset": subset or "", "split": split, "start": f"{start:09d}", "stop": f"{stop:09d}"}
         )
-        found.append((f"hub://{path}?{query}", stop - start, version))
-    return found
+        ranges.append(RowRange(f"hub://{path}?{query}", stop - start, version))
+    return ranges
 
 
-def read(url: str) -> list[dict[str, Any]]:
-    """Return the rows of a part, in order."""
+def read_rows(url: str) -> list[dict[str, Any]]:
+    """Return the rows of a range, in order."""
     address = urlsplit(url)
     query = dict(parse_qsl(address.query, keep_blank_values=True))
-    data, _ = _named(address.netloc + address.path, query["subset"] or None, query["split"], url)
-    return data.select(range(int(query["start"]), int(query["stop"]))).to_list()
+    name = address.netloc + address.path
+    dataset = _load_or_raise(name, query["subset"] or None, query["split"], url)
+    return dataset.rows.select(range(int(query["start"]), int(query["stop"]))).to_list()
 
 
-def _named(path: str, subset: str | None, split: str, where: str) -> tuple[Any, str]:
-    """As `_load`, with every failure one `DataError` that begins with `where`."""
+def _load_or_raise(path: str, subset: str | None, split: str, field_value: str) -> _LoadedDataset:
+    """As `_load_dataset`, but every failure is one `DataError` that starts with `field_value`."""
     try:
-        return _load(path, subset, split)
-    except Exception as error:  # the library raises many kinds, of its own and of its HTTP clients
-        first = (str(error).splitlines() or [""])[0]
+        return _load_dataset(path, subset, split)
+    except Exception as error:  # the library raises many types, its own and those of HTTP clients
+        first_line = (str(error).splitlines() or [""])[0]
         raise DataError(
             redact(
-                f"{where}: can not be loaded as a Hugging Face data set ({type(error).__name__}: {first}); a public name, "
-                "or HF_TOKEN for a gated one, with subset and split that exist is needed; if a local path was meant, "
-                "there is none of this name"
+                f"{field_value}: cannot be loaded as a Hugging Face dataset "
+                f"({type(error).__name__}: {first_line}). It must be public, or gated with "
+                "HF_TOKEN set; its subset and split must exist. If you meant a local path: it "
+                "does not exist. Check the name."
             )
         ) from error
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, subset: str | None, split: str) -> tuple[Any, str]:
-    """Fetch a data set once into the library's cache; return it and a version made of the files behind it."""
+def _load_dataset(path: str, subset: str | None, split: str) -> _LoadedDataset:
+    """Download a dataset once into the library's cache; its version is derived from its files."""
     import datasets
 
     builder = datasets.load_dataset_builder(path, subset)
     builder.download_and_prepare()
-    data = builder.as_dataset(split=split)
-    return data, f"{builder.config.version}-{builder.hash or ''}-{len(data)}"
+    rows = builder.as_dataset(split=split)
+    version = f"{builder.config.version}-{builder.hash or ''}-{len(rows)}"
+    return _LoadedDataset(rows, version)

@@ -1,4 +1,4 @@
-"""Rows of JSON lines, CSV and plain text, compressed or not, read as a stream."""
+"""Read the rows of JSON Lines, CSV and plain text, compressed or not, as a stream."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from typing import Any
 
 from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
-from dist_ft.data.block import END, Part, cut_range
+from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
+
 from dist_ft.data.sources import ranged_reads
-from dist_ft.data.sources.discovery import Row, Shard, row_error
+from dist_ft.data.sources.discovery import Row, RowLocation, Shard
 
-LONGEST_FIELD = 2**31 - 1
-"""Characters of a CSV field; the csv module's own limit is 131,072."""
+MAX_FIELD_CHARACTERS = 2**31 - 1
+"""Characters of a CSV field; the default limit of the csv module is 131,072."""
+_UTF8_BOM = b"\xef\xbb\xbf"
 
 
-def cuts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
-    """Return parts of a plain .jsonl shard: byte ranges. A .json file may be one array and is not cut."""
+def split_by_bytes(shard: Shard, number: int, block_bytes: int) -> list[ShardRange]:
+    """Return byte ranges of a plain .jsonl shard; a .json file may be one array: not split."""
     if is_json_file(shard):
-        return [Part(number, 0, END, shard.size)]
-    return cut_range(number, shard.size, shard.size, block_bytes)
+        return [ShardRange(number, 0, END_OF_SHARD, shard.size)]
+    return split_range(number, shard.size, shard.size, block_bytes)
 
 
 def is_json_file(shard: Shard) -> bool:
-    """Tell whether the name says .json, which may be one array, and not .jsonl."""
+    """Return whether the name ends in .json, which may be one array, and not in .jsonl."""
     return ".json" in shard.url.lower() and ".jsonl" not in shard.url.lower()
 
 
-def sizes(shard: Shard) -> Iterator[tuple[int, int]]:
+def iter_row_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
     """Yield (1, bytes) for every row, in one pass."""
     with _decoding(shard):
         if shard.kind == "csv":
-            csv.field_size_limit(LONGEST_FIELD)
-            for row in csv.reader(_text(shard), strict=True):
+            csv.field_size_limit(MAX_FIELD_CHARACTERS)
+            for row in csv.reader(_text_lines(shard), strict=True):
                 yield 1, sum(map(len, row))
         else:
             for line in _open(shard):
@@ -47,132 +49,147 @@ def sizes(shard: Shard) -> Iterator[tuple[int, int]]:
                     yield 1, len(line)
 
 
-def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Row | DataError]]]:
-    """Yield (part, rows) in one pass; see `readers.read`."""
+def read_ranges(
+    shard: Shard, ranges: Sequence[ShardRange]
+) -> Iterator[tuple[ShardRange, list[Row | DataError]]]:
+    """Yield (range, its rows) in one pass; see `readers.read_ranges`."""
     with _decoding(shard):
         if shard.kind == "text":
-            yield parts[0], [_text_row(shard)]
+            yield ranges[0], [_text_row(shard)]
         elif shard.kind == "csv":
-            yield from _by_rows(_csv_rows(shard), parts)
+            yield from _regroup_by_range(_csv_rows(shard), ranges)
         elif shard.codec or is_json_file(shard):
-            yield from _by_rows(_json_rows(shard, _items(shard)), parts)
+            yield from _regroup_by_range(_json_rows(shard, _json_items(shard)), ranges)
         else:
-            for part in parts:
-                yield part, list(_json_rows(shard, _lines_of(shard, part), part.start))
+            for part in ranges:
+                yield part, list(_json_rows(shard, _lines_of_range(shard, part), part.start))
 
 
 @contextmanager
 def _decoding(shard: Shard) -> Iterator[None]:
-    """Turn what the CSV reader or a decompressor says into one `DataError`."""
+    """Turn the errors of the CSV reader or the decompressor into one `DataError`."""
     try:
         yield
     except DistFtError:
         raise
     except csv.Error as error:
         raise DataError(
-            redact(f"{shard.url}: is not CSV that can be read ({error}); write the shard again")
+            redact(f"{shard.url}: is not valid CSV ({error}). Write the shard again.")
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             redact(
-                f"{shard.url}: is not whole {shard.codec or shard.kind} ({error}); write the shard "
-                "again"
+                f"{shard.url}: is truncated or not {shard.codec or shard.kind} ({error}). Write "
+                "the shard again."
             )
         ) from error
 
 
-def _by_rows(rows: Iterator[Any], parts: Sequence[Part]) -> Iterator[tuple[Part, list[Any]]]:
-    """Yield the rows [start, stop) of each part."""
-    at = 0
-    for part in parts:
-        for _ in itertools.islice(rows, part.start - at):
+def _regroup_by_range(
+    rows: Iterator[Any], ranges: Sequence[ShardRange]
+) -> Iterator[tuple[ShardRange, list[Any]]]:
+    """Yield (range, its rows [start, stop)) of all rows of a shard in order."""
+    position = 0
+    for part in ranges:
+        for _ in itertools.islice(rows, part.start - position):
             pass
-        found = list(rows if part.stop == END else itertools.islice(rows, part.stop - part.start))
-        at = part.start + len(found)
-        yield part, found
+        if part.stop == END_OF_SHARD:
+            part_rows = list(rows)
+        else:
+            part_rows = list(itertools.islice(rows, part.stop - part.start))
+        position = part.start + len(part_rows)
+        yield part, part_rows
 
 
 def _open(shard: Shard) -> Any:
     """Return the decompressed bytes of a shard as a file."""
     import gzip
 
-    raw = io.BufferedReader(ranged_reads.RangeFile(shard.url, shard.size), ranged_reads.RANGE_BYTES)
+    raw = io.BufferedReader(
+        ranged_reads.ReadAheadFile(shard.url, shard.size), ranged_reads.RANGE_BYTES
+    )
     if shard.codec == "gzip":
         return gzip.GzipFile(fileobj=raw)
     if shard.codec == "zstd":
         import pyarrow
 
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), 2**20
-        )
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(stream, 2**20)
     return raw
 
 
-def _text(shard: Shard) -> Iterator[str]:
+def _text_lines(shard: Shard) -> Iterator[str]:
     """Yield the lines of a shard as text, for the CSV reader."""
-    for number, line in enumerate(_open(shard)):
+    for index, line in enumerate(_open(shard)):
         try:
-            yield line.decode("utf-8-sig" if number == 0 else "utf-8")
+            yield line.decode("utf-8-sig" if index == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 redact(
-                    f"{shard.url} line {number + 1}: byte {error.start} is not UTF-8; convert the "
-                    "shard"
+                    f"{shard.url} line {index + 1}: byte {error.start} is not UTF-8. Convert the "
+                    "shard."
                 )
             ) from error
 
 
 def _csv_rows(shard: Shard) -> Iterator[Row | DataError]:
-    csv.field_size_limit(LONGEST_FIELD)
-    for number, row in enumerate(csv.DictReader(_text(shard), strict=True), 1):
+    """Yield the rows of a CSV shard."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    for number, row in enumerate(csv.DictReader(_text_lines(shard), strict=True), 1):
         if None in row or None in row.values():
-            yield row_error(
-                shard.url,
-                number,
-                "has another number of fields than the header; repair or remove the row",
+            yield RowLocation(shard.url, number).error(
+                "does not have as many fields as the header. Repair or remove the row."
             )
         else:
             yield dict(row)
 
 
 def _text_row(shard: Shard) -> Row | DataError:
+    """Return the one row of a plain-text shard."""
     try:
         return {"text": _open(shard).read().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
         return DataError(
             redact(
-                f"{shard.url}: byte {error.start} is not UTF-8; shards must be UTF-8; convert it"
+                f"{shard.url}: byte {error.start} is not UTF-8. Shards must be UTF-8. Convert the "
+                "shard."
             )
         )
 
 
-def _items(shard: Shard) -> Iterator[Any]:
-    """Yield the lines of a shard that is read from its start, or the items of a .json file that is one array."""
+def _json_items(shard: Shard) -> Iterator[Any]:
+    """Yield the lines of a whole shard, or the items of a .json file that is one array."""
     file = _open(shard)
-    first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-    if is_json_file(shard) and first.lstrip().startswith(b"["):
+    first_line = next((line for line in file if line.strip()), b"").removeprefix(_UTF8_BOM)
+    if is_json_file(shard) and first_line.lstrip().startswith(b"["):
         try:
-            yield from json.loads(first + file.read())
+            yield from json.loads(first_line + file.read())
         except (ValueError, RecursionError) as error:
             raise DataError(
                 redact(
-                    f"{shard.url}: is not a JSON array ({error}); one object a line (.jsonl) is allowed "
-                    "too; repair the file"
+                    f"{shard.url}: is not a JSON array ({error}). One object per line (.jsonl) is "
+                    "also allowed. Repair the file."
                 )
             ) from error
         return
-    yield first
+    yield first_line
     yield from file
 
 
-def _lines_of(shard: Shard, part: Part) -> Iterator[bytes]:
-    """Yield the lines that begin in the byte range of `part`."""
-    stop = shard.size if part.stop == END else part.stop
-    begin = max(0, part.start - 1)  # the byte before tells whether a line begins at `start`
-    content = ranged_reads.read(shard.url, begin, stop)
-    if part.start and (cut := content.find(b"\n")) < 0:
-        return  # one line that began before and ends after
-    content = content[cut + 1 :] if part.start else content.removeprefix(b"\xef\xbb\xbf")
+def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
+    """Yield the lines that start in the byte range of `part`."""
+    stop = shard.size if part.stop == END_OF_SHARD else part.stop
+    read_start = max(0, part.start - 1)  # the byte before shows whether a line starts at `start`
+    content = ranged_reads.read_range(shard.url, read_start, stop)
+
+    if part.start:
+        line_break = content.find(b"\n")
+        if line_break < 0:
+            return  # one line, which starts before the range and ends after it
+        content = content[line_break + 1 :]
+    else:
+        content = content.removeprefix(_UTF8_BOM)
+
     if content and not content.endswith(b"\n"):
         content += _rest_of_line(shard, stop)
     yield from content.split(b"\n")
@@ -180,21 +197,29 @@ def _lines_of(shard: Shard, part: Part) -> Iterator[bytes]:
 
 def _rest_of_line(shard: Shard, start: int) -> bytes:
     """Return the bytes from `start` up to the next line break, or to the end."""
-    found, width = bytearray(), ranged_reads.LEAST_BYTES
+    rest, width = bytearray(), ranged_reads.MIN_RANGE_BYTES
     while start < shard.size:
-        more = ranged_reads.read(shard.url, start, min(shard.size, start + width))
-        end = more.find(b"\n")
-        found += more if end < 0 else more[:end]
-        if end >= 0:
+        chunk = ranged_reads.read_range(shard.url, start, min(shard.size, start + width))
+        line_break = chunk.find(b"\n")
+        if line_break >= 0:
+            rest += chunk[:line_break]
             break
-        start, width = start + len(more), min(2 * width, ranged_reads.RANGE_BYTES)
-    return bytes(found)
+        rest += chunk
+        start, width = start + len(chunk), min(2 * width, ranged_reads.RANGE_BYTES)
+    return bytes(rest)
 
 
 def _json_rows(
     shard: Shard, items: Iterator[Any], first_byte: int = 0
 ) -> Iterator[Row | DataError]:
-    """Decode lines (bytes) or pass items on; blank lines do not count."""
+    """Yield the rows of lines (bytes) or of decoded items; blank lines do not count.
+
+    Args:
+        shard: the shard; errors name it.
+        items: lines or decoded items, in order.
+        first_byte: where the first line starts in the shard; rows before it are counted for errors
+            only.
+    """
     number = 0
     for item in items:
         if isinstance(item, bytes) and not item.strip():
@@ -203,55 +228,55 @@ def _json_rows(
         try:
             row = json.loads(item) if isinstance(item, bytes) else item
         except UnicodeDecodeError as error:
-            yield _bad_line(
-                shard,
-                number,
-                first_byte,
-                f"byte {error.start} of the line is not UTF-8; convert the shard",
-            )
+            problem = f"byte {error.start} of the line is not UTF-8. Convert the shard."
+            yield _line_error(shard, number, first_byte, problem)
             continue
         except (ValueError, RecursionError) as error:
-            yield _bad_line(
-                shard,
-                number,
-                first_byte,
-                f"is not JSON ({_why(error)}); one object a line is needed; repair or remove the line",
+            problem = (
+                f"is not JSON ({_json_problem(error)}). Each line must be one object. Repair or "
+                "remove the line."
             )
+            yield _line_error(shard, number, first_byte, problem)
             continue
+
         if not isinstance(row, dict):
-            yield _bad_line(
-                shard,
-                number,
-                first_byte,
-                f"is a {type(row).__name__}; an object with named fields is "
-                "needed; repair or remove the line",
+            problem = (
+                f"is a {type(row).__name__}. It must be an object with named fields. Repair or "
+                "remove the line."
             )
+            yield _line_error(shard, number, first_byte, problem)
             continue
         yield row
 
 
-def _why(error: ValueError | RecursionError) -> str:
-    """Return what `json.loads` has against a line; a whole number of thousands of digits is a plain ValueError."""
+def _json_problem(error: ValueError | RecursionError) -> str:
+    """Return why `json.loads` refused a line.
+
+    An integer of thousands of digits is a plain ValueError.
+    """
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "too deep" if isinstance(error, RecursionError) else str(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _bad_line(shard: Shard, number: int, first_byte: int, problem: str) -> DataError:
-    return row_error(shard.url, number + rows_before(shard, first_byte), problem)
+def _line_error(shard: Shard, number: int, first_byte: int, problem: str) -> DataError:
+    """Return the error for line `number`, counted from the line at `first_byte`."""
+    row = number + count_rows_before(shard, first_byte)
+    return RowLocation(shard.url, row).error(problem)
 
 
 @lru_cache(maxsize=16)
-def rows_before(shard: Shard, byte: int) -> int:
-    """Return how many rows of a plain .jsonl shard begin before `byte`.
+def count_rows_before(shard: Shard, byte: int) -> int:
+    """Return how many rows of a plain .jsonl shard start before `byte`.
 
-    For errors only, and asked for by each of a part's bad rows: reads all before it, once.
+    For errors only: reads everything before `byte`. Cached, because each bad row of a range needs
+        it.
     """
-    count, blank = 0, True
-    for chunk in ranged_reads.stream(shard.url, 0, byte):
-        for number, line in enumerate(chunk.split(b"\n")):
-            if number:  # a line ended here
-                count += not blank
-                blank = True
-            blank = blank and not line.strip()
-    return count + (not blank)
+    count, is_blank = 0, True
+    for chunk in ranged_reads.stream_range(shard.url, 0, byte):
+        for index, line in enumerate(chunk.split(b"\n")):
+            if index:  # the previous line ended here
+                count += not is_blank
+                is_blank = True
+            is_blank = is_blank and not line.strip()
+    return count + (not is_blank)

@@ -1,7 +1,8 @@
-"""Bytes of a shard, by ranged reads: several in flight, bounded memory, and what has come is never asked for again.
+"""Read the bytes of a shard by ranged requests, several of them in flight.
 
-A range that fails is tried again in smaller pieces, so that a connection that breaks after some bytes still makes
-progress; a body of the wrong length is a failure like any other. Trying again, waiting and giving up are `storage`'s.
+Memory is bounded and each byte is fetched once. A range that fails is retried in smaller ranges, so
+a connection that breaks after some bytes still makes progress. A body of the wrong length counts as
+a failure. `storage` decides about retries, waiting and giving up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.storage.retry import retry_limit
 
 RANGE_BYTES = 4 * 2**20
+"""Bytes of one request."""
 MAX_IN_FLIGHT = 4
 MIN_RANGE_BYTES = 64 * 2**10
 """Ranges are not halved below this."""
@@ -29,27 +31,26 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def stream_range(url: str, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the bytes [start, stop) of a file in order, ranges ahead being fetched meanwhile."""
+    """Yield the bytes [start, stop) of a file in order, while later ranges are fetched ahead."""
     folder, name = posixpath.split(url)
     store = Store(folder)
     if stop - start <= RANGE_BYTES:
         if stop > start:
             yield fetch_range(store, name, start, stop)
         return
-    ahead: deque[Future[bytes]] = deque()
-    begins = iter(range(start, stop, RANGE_BYTES))
+
+    in_flight: deque[Future[bytes]] = deque()
     try:
-        for begin in begins:
-            ahead.append(
-                _threads().submit(fetch_range, store, name, begin, min(stop, begin + RANGE_BYTES))
-            )
-            if len(ahead) == MAX_IN_FLIGHT:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for range_start in range(start, stop, RANGE_BYTES):
+            range_stop = min(stop, range_start + RANGE_BYTES)
+            in_flight.append(_threads().submit(fetch_range, store, name, range_start, range_stop))
+            if len(in_flight) == MAX_IN_FLIGHT:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
     finally:
-        for waiting in ahead:
-            waiting.cancel()
+        for future in in_flight:
+            future.cancel()
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -58,7 +59,10 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
 
 def fetch_range(store: Store, name: str, start: int, stop: int) -> bytes:
-    """Return one range; where it fails, its halves, down to LEAST_BYTES, which are then tried as `Store.read` does."""
+    """Return one range. If the request fails, fetch its halves.
+
+    Ranges of `MIN_RANGE_BYTES` or less are not halved: they are retried as `Store.read` does.
+    """
     if stop - start <= MIN_RANGE_BYTES:
         return store.read(name, start, stop)
     try:
@@ -72,7 +76,10 @@ def fetch_range(store: Store, name: str, start: int, stop: int) -> bytes:
 
 
 class RandomAccessFile(io.RawIOBase):
-    """A shard as a seekable file whose every read is that range; for decoders that know what they want."""
+    """A shard as a seekable file; each read fetches exactly the requested range.
+
+    For decoders that seek to what they need (Parquet).
+    """
 
     def __init__(self, url: str, size: int) -> None:
         """Assign only; nothing is read yet."""
@@ -98,40 +105,41 @@ class RandomAccessFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer`, or what is left of the file; return how many bytes."""
-        content = read_range(self._url, self._position, min(self._size, self._position + len(buffer)))
+        """Fill `buffer`, or as much as the file has left; return the number of bytes."""
+        stop = min(self._size, self._position + len(buffer))
+        content = read_range(self._url, self._position, stop)
         memoryview(buffer)[: len(content)] = content
         self._position += len(content)
         return len(content)
 
 
 class ReadAheadFile(RandomAccessFile):
-    """A shard as a file that reads ahead; for decoders that go through it."""
+    """A shard as a file that reads ahead; for decoders that read it from start to end."""
 
     def __init__(self, url: str, size: int) -> None:
         """Assign only; nothing is read yet."""
         super().__init__(url, size)
-        self._held, self._held_at = b"", 0
+        self._buffered, self._buffer_start = b"", 0
         self._stream: Iterator[bytes] | None = None
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill some of `buffer`; return how many bytes, 0 at the end."""
-        place = self._position - self._held_at
-        if not 0 <= place < len(self._held):
+        """Fill some of `buffer`; return the number of bytes, 0 at the end."""
+        offset = self._position - self._buffer_start
+        if not 0 <= offset < len(self._buffered):
             if not self._advance():
                 return 0
-            place = self._position - self._held_at
-        count = min(len(buffer), len(self._held) - place)
-        memoryview(buffer)[:count] = self._held[place : place + count]
+            offset = self._position - self._buffer_start
+        count = min(len(buffer), len(self._buffered) - offset)
+        memoryview(buffer)[:count] = self._buffered[offset : offset + count]
         self._position += count
         return count
 
     def _advance(self) -> bool:
-        """Hold the range in which the position lies."""
+        """Buffer the range that holds the position; return False at the end of the file."""
         if self._position >= self._size:
             return False
-        continues = self._position == self._held_at + len(self._held)
-        if self._stream is None or not continues:
+        is_sequential = self._position == self._buffer_start + len(self._buffered)
+        if self._stream is None or not is_sequential:
             self._stream = stream_range(self._url, self._position, self._size)
-        self._held_at, self._held = self._position, next(self._stream)
+        self._buffer_start, self._buffered = self._position, next(self._stream)
         return True

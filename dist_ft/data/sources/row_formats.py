@@ -1,31 +1,49 @@
-"""What a row is: chat, instruction or text; and the checks each must pass.
+"""The formats of rows (chat, instruction, text) and the checks each row must pass.
 
-Pure functions of one row. Every error names shard, row and column and says what to do. Does not tokenise and knows
-nothing of chat templates but the messages they take.
+Pure functions of one row. Every error names shard, row and column and says what to do. Rows are not
+tokenized here; the only thing known about chat templates is the messages they take.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
-from dist_ft.data.sources.discovery import Row, row_error
+
+from dist_ft.data.sources.discovery import Row, RowLocation
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """The text of a sample, and the [start, stop) character spans of it that are learned."""
+class RenderedSample:
+    """The text of a sample and which of it is trained on.
+
+    Attributes:
+        text: the whole text.
+        spans: [start, stop) character spans of the targets.
+    """
 
     text: str
     spans: list[tuple[int, int]]
 
 
-def decide(row: Row, data: DataSection, shard_url: str) -> str:
-    """Return chat, instruction or text: `data.format`, or by the columns of a shard's first row."""
+class _Instruction(NamedTuple):
+    """The texts of an instruction row; `system` is None without a system prompt."""
+
+    system: str | None
+    prompt: str
+    response: str
+
+
+def detect_format(row: Row, data: DataSection, shard_url: str) -> str:
+    """Return chat, instruction or text: `data.format`, or by the columns of a shard's first row.
+
+    Raises:
+        DataError: no format has these columns.
+    """
     if data.format != "auto":
         return data.format
     fields = data.fields
@@ -35,157 +53,167 @@ def decide(row: Row, data: DataSection, shard_url: str) -> str:
         return "instruction"
     if fields.text in row:
         return "text"
+    columns = ", ".join(map(str, row)) or "(none)"
     raise DataError(
         redact(
-            f"data.format=auto: {shard_url} has the columns {', '.join(map(str, row)) or '(none)'}; needed are "
-            f"'{fields.messages}' (chat), '{fields.prompt}' and '{fields.response}' (instruction) or '{fields.text}' "
-            "(text); "
-            "set data.fields.messages, .prompt, .response or .text to the names of your columns"
+            f"data.format=auto: {shard_url} has the columns {columns}. It needs "
+            f"'{fields.messages}' (chat), '{fields.prompt}' and '{fields.response}' (instruction) "
+            f"or '{fields.text}' (text). Set data.fields.messages, .prompt, .response or .text to "
+            "the names of your columns."
         )
     )
 
 
-def messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
-    """Return the checked messages of a chat row: each {role, content} with text, at least one an answer."""
+def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Row]:
+    """Return the checked messages of a chat row: each is {role, content} with text.
+
+    At least one message is an answer of the assistant, unless `data.targets` is all.
+    """
     column = data.fields.messages
-    found = column_of(row, column, "data.fields.messages", url, number)
-    if isinstance(found, str):
-        found = _decoded(found, column, url, number)
-    if not isinstance(found, list):
-        raise row_error(
-            url,
-            number,
-            f"{column} is a {type(found).__name__}; a list of {{role, content}} is needed; "
-            "repair the row or set data.fields.messages",
+    messages = get_column(row, column, "data.fields.messages", location)
+    if isinstance(messages, str):
+        messages = _decode_json(messages, column, location)
+    if not isinstance(messages, list):
+        raise location.error(
+            f"{column} is a {type(messages).__name__}. It must be a list of {{role, content}}. "
+            "Repair the row or set data.fields.messages."
         )
-    if not found:
-        raise row_error(
-            url,
-            number,
-            f"{column}=[]: no message; a user and an assistant turn are needed; remove the row",
+    if not messages:
+        raise location.error(
+            f"{column}=[]: no message. A user and an assistant turn are needed. Remove the row."
         )
+
     checked = [
-        _message(item, f"{column}[{place}]", url, number) for place, item in enumerate(found)
+        _check_message(message, f"{column}[{index}]", location)
+        for index, message in enumerate(messages)
     ]
-    if data.targets == "response" and not any(item["role"] == "assistant" for item in checked):
-        raise row_error(
-            url,
-            number,
-            f"{column} has no assistant turn, so nothing to learn; at least one is needed; "
-            "remove the row or set data.targets=all",
+    has_answer = any(message["role"] == "assistant" for message in checked)
+    if data.targets == "response" and not has_answer:
+        raise location.error(
+            f"{column} has no assistant turn, so nothing to train on. At least one is needed. "
+            "Remove the row or set data.targets=all."
         )
     if data.system_prompt is not None and checked[0]["role"] != "system":
         checked.insert(0, {"role": "system", "content": data.system_prompt})
     return checked
 
 
-def instruction_messages(row: Row, data: DataSection, url: str, number: int) -> list[Row]:
+def read_instruction_messages(row: Row, data: DataSection, location: RowLocation) -> list[Row]:
     """Return an instruction row as messages: [system], user, assistant."""
-    system, prompt, response = _instruction(row, data, url, number)
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return ([{"role": "system", "content": system}] if system else []) + turns
+    texts = _read_instruction(row, data, location)
+    messages = [
+        {"role": "user", "content": texts.prompt},
+        {"role": "assistant", "content": texts.response},
+    ]
+    if texts.system:
+        messages.insert(0, {"role": "system", "content": texts.system})
+    return messages
 
 
-def instruction(row: Row, data: DataSection, url: str, number: int) -> Rendered:
-    """Return an instruction row by `data.prompt_template`; the end-of-sequence token is added as an id later."""
-    system, prompt, response = _instruction(row, data, url, number)
-    if system and "{system}" not in data.prompt_template:
+def render_instruction(row: Row, data: DataSection, location: RowLocation) -> RenderedSample:
+    """Render an instruction row by `data.prompt_template`.
+
+    The end-of-sequence token is added later, as an id.
+    """
+    texts = _read_instruction(row, data, location)
+    if texts.system and "{system}" not in data.prompt_template:
         raise DataError(
-            f"data.prompt_template={data.prompt_template!r}: has no place for data.fields.system="
-            f"{data.fields.system}; {{system}} is needed; add it, or unset data.fields.system"
+            f"data.prompt_template={data.prompt_template!r}: has no {{system}} for the column of "
+            f"data.fields.system={data.fields.system}. Add {{system}}, or unset data.fields.system."
         )
     try:
-        start = data.prompt_template.format(prompt=prompt, system=system or "")
+        prompt = data.prompt_template.format(prompt=texts.prompt, system=texts.system or "")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise DataError(
-            f"data.prompt_template={data.prompt_template!r}: is not a template ({type(error).__name__}: "
-            f"{error}); {{prompt}} and {{system}} are allowed; write other braces twice"
+            f"data.prompt_template={data.prompt_template!r}: is not a valid template "
+            f"({type(error).__name__}: {error}). It may use {{prompt}} and {{system}}. Write other "
+            "braces twice."
         ) from error
-    text = start + response
-    return Rendered(text, [(0 if data.targets == "all" else len(start), len(text))])
+    text = prompt + texts.response
+    target_start = 0 if data.targets == "all" else len(prompt)
+    return RenderedSample(text, [(target_start, len(text))])
 
 
-def text(row: Row, data: DataSection, url: str, number: int) -> Rendered:
-    """Return a text row, all of it learned."""
-    content = text_of(
-        column_of(row, data.fields.text, "data.fields.text", url, number),
-        data.fields.text,
-        url,
-        number,
-    )
-    return Rendered(content, [(0, len(content))])
+def render_text(row: Row, data: DataSection, location: RowLocation) -> RenderedSample:
+    """Render a text row; all of it is trained on."""
+    column = data.fields.text
+    value = get_column(row, column, "data.fields.text", location)
+    text = require_text(value, column, location)
+    return RenderedSample(text, [(0, len(text))])
 
 
-def _instruction(row: Row, data: DataSection, url: str, number: int) -> tuple[str | None, str, str]:
+def _read_instruction(row: Row, data: DataSection, location: RowLocation) -> _Instruction:
+    """Return the checked texts of an instruction row."""
     fields = data.fields
-    prompt, response = (
-        text_of(column_of(row, column, f"data.fields.{name}", url, number), column, url, number)
-        for name, column in (("prompt", fields.prompt), ("response", fields.response))
+    prompt = require_text(
+        get_column(row, fields.prompt, "data.fields.prompt", location), fields.prompt, location
+    )
+    response = require_text(
+        get_column(row, fields.response, "data.fields.response", location),
+        fields.response,
+        location,
     )
     if not response.strip():
-        raise row_error(
-            url, number, f"{fields.response} is empty; an answer to learn is needed; remove the row"
+        raise location.error(
+            f"{fields.response} is empty. An answer to train on is needed. Remove the row."
         )
-    if fields.system is None:
-        return data.system_prompt, prompt, response
-    system = column_of(row, fields.system, "data.fields.system", url, number)
-    return (
-        (data.system_prompt if system is None else text_of(system, fields.system, url, number)),
-        prompt,
-        response,
-    )
+
+    system = data.system_prompt
+    if fields.system is not None:
+        value = get_column(row, fields.system, "data.fields.system", location)
+        if value is not None:
+            system = require_text(value, fields.system, location)
+    return _Instruction(system, prompt, response)
 
 
-def _message(item: Any, where: str, url: str, number: int) -> Row:
-    if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-        raise row_error(
-            url,
-            number,
-            f"{where} has no role; a {{role, content}} object is needed; repair the row",
+def _check_message(message: Any, where: str, location: RowLocation) -> Row:
+    """Return a message without its null fields, its content being text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise location.error(
+            f"{where} has no role. It must be a {{role, content}} object. Repair the row."
         )
-    calls = item.get("tool_calls")
-    said = "" if calls and item.get("content") is None else item.get("content")
-    content = text_of(said, f"{where}.content", url, number)
-    if item["role"] == "assistant" and not content.strip() and not calls:
-        raise row_error(
-            url,
-            number,
-            f"{where}.content is empty; an assistant turn must say something; remove the row",
+    tool_calls = message.get("tool_calls")
+    value = message.get("content")
+    if tool_calls and value is None:
+        value = ""
+    content = require_text(value, f"{where}.content", location)
+    if message["role"] == "assistant" and not content.strip() and not tool_calls:
+        raise location.error(
+            f"{where}.content is empty. An assistant turn needs content. Remove the row."
         )
-    return {**{key: value for key, value in item.items() if value is not None}, "content": content}
+    fields = {key: value for key, value in message.items() if value is not None}
+    return {**fields, "content": content}
 
 
-def _decoded(text: str, column: str, url: str, number: int) -> Any:
+def _decode_json(text: str, column: str, location: RowLocation) -> Any:
     """Return messages that a table without nested columns (CSV) holds as JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise row_error(
-            url,
-            number,
-            f"{column} is text and not JSON ({error.msg}); a list of {{role, content}} is "
-            "needed; repair the row or set data.fields.messages",
+        raise location.error(
+            f"{column} is text and not JSON ({error.msg}). It must be a list of {{role, content}}. "
+            "Repair the row or set data.fields.messages."
         ) from error
 
 
-def column_of(row: Row, column: str, field: str, url: str, number: int) -> Any:
-    """Return the value of a row's column, which the config's `field` names. Raises DataError if it has none."""
+def get_column(row: Row, column: str, field: str, location: RowLocation) -> Any:
+    """Return the value of a row's column; `field` is the config field that names the column.
+
+    Raises:
+        DataError: the row has no such column.
+    """
     if column not in row:
-        raise row_error(
-            url,
-            number,
-            f"has no column '{column}'; there are {', '.join(map(str, row)) or 'none'}; set "
-            f"{field} to the right one or repair the row",
+        raise location.error(
+            f"has no column '{column}'. Its columns: {', '.join(map(str, row)) or 'none'}. Set "
+            f"{field} to the right one or repair the row."
         )
     return row[column]
 
 
-def text_of(value: Any, where: str, url: str, number: int) -> str:
-    """Return a value that is text. Raises DataError for any other."""
+def require_text(value: Any, where: str, location: RowLocation) -> str:
+    """Return a value that is text. Raises DataError for any other type."""
     if not isinstance(value, str):
-        raise row_error(
-            url,
-            number,
-            f"{where} is a {type(value).__name__}; text is needed; convert it or remove the row",
+        raise location.error(
+            f"{where} is a {type(value).__name__}. It must be text. Convert it or remove the row."
         )
     return value

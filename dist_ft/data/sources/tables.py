@@ -1,152 +1,195 @@
-"""Rows of Parquet and Arrow files, batch by batch, as Arrow tables."""
+"""Read the rows of Parquet and Arrow files, batch by batch, as Arrow tables."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
-from dist_ft.data.block import END, Part, cut_range
+from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
+
 from dist_ft.data.sources import ranged_reads
 from dist_ft.data.sources.discovery import Shard
 
 BATCH_ROWS = 4096
+_ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def parquet_parts(shard: Shard, number: int, block_bytes: int) -> list[Part]:
-    """Return parts of a Parquet shard: whole row groups put together, or cuts of one that is larger than a block."""
-    parts: list[Part] = []
+class _Batch(NamedTuple):
+    """A pyarrow record batch, and the number of its first row in the shard, from 0."""
+
+    first_row: int
+    rows: Any
+
+    @property
+    def stop_row(self) -> int:
+        """The row after the last."""
+        return self.first_row + len(self.rows)
+
+
+@dataclass(frozen=True)
+class _ArrowReader:
+    """An open Arrow file.
+
+    Attributes:
+        reader: pyarrow's reader of record batches.
+        is_file_format: of the file format, whose batches are read by number; else of the stream
+            format.
+    """
+
+    reader: Any
+    is_file_format: bool
+
+    def batches(self) -> Iterator[_Batch]:
+        """Yield the record batches in order."""
+        batches = self.reader
+        if self.is_file_format:
+            batches = map(self.reader.get_batch, range(self.reader.num_record_batches))
+        first_row = 0
+        for rows in batches:
+            yield _Batch(first_row, rows)
+            first_row += len(rows)
+
+
+def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRange]:
+    """Return ranges of Parquet shard `number`: whole row groups, or parts of a very large one."""
     with _decoding(shard):
-        about = _parquet(shard).metadata
-        found = [about.row_group(number) for number in range(about.num_row_groups)]
-        groups = [(group.num_rows, group.total_byte_size) for group in found]
-    first = start = size = 0
-    for num_rows, num_bytes in groups:
-        if first > start and size + num_bytes > block_bytes:
-            parts.append(Part(number, start, first, size))
-            start, size = first, 0
-        first += num_rows
-        size += num_bytes
-        if size > 2 * block_bytes:
-            cuts = cut_range(number, first - start, size, block_bytes)
-            parts += [
-                Part(number, start + cut.start, start + cut.stop, cut.num_bytes, start)
-                for cut in cuts
-            ]
-            start, size = first, 0
-    return [*parts, Part(number, start, first, size)] if first > start or not parts else parts
+        metadata = _open_parquet(shard).metadata
+        row_groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in row_groups]
+
+    ranges: list[ShardRange] = []
+    start = row = range_bytes = 0
+    for num_rows, num_bytes in sizes:
+        if row > start and range_bytes + num_bytes > block_bytes:
+            ranges.append(ShardRange(number, start, row, range_bytes))
+            start, range_bytes = row, 0
+        row += num_rows
+        range_bytes += num_bytes
+
+        if range_bytes > 2 * block_bytes:
+            for part in split_range(number, row - start, range_bytes, block_bytes):
+                ranges.append(
+                    ShardRange(number, start + part.start, start + part.stop, part.num_bytes, start)
+                )
+            start, range_bytes = row, 0
+
+    if row > start or not ranges:
+        ranges.append(ShardRange(number, start, row, range_bytes))
+    return ranges
 
 
-def sizes(shard: Shard) -> Iterator[tuple[int, int]]:
+def iter_batch_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
     """Yield (rows, bytes) of every record batch of an Arrow file."""
     with _decoding(shard):
-        for _, batch in _record_batches(*_arrow(shard)):
-            yield batch.num_rows, batch.nbytes
+        for batch in _open_arrow(shard).batches():
+            yield batch.rows.num_rows, batch.rows.nbytes
 
 
-def read(shard: Shard, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
-    """Yield (part, Arrow table of its rows), ascending, in one pass."""
+def read_ranges(shard: Shard, ranges: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, Any]]:
+    """Yield (range, Arrow table of its rows) for ascending ranges, in one pass."""
     with _decoding(shard):
         if shard.kind == "parquet":
-            file = _parquet(shard)
-            yield from _by_parts(_row_groups(file, parts), parts, file.schema_arrow)
+            file = _open_parquet(shard)
+            yield from _regroup_by_range(_row_groups(file, ranges), ranges, file.schema_arrow)
         else:
-            reader, is_file = _arrow(shard)
-            yield from _by_parts(_record_batches(reader, is_file), parts, reader.schema)
+            arrow = _open_arrow(shard)
+            yield from _regroup_by_range(arrow.batches(), ranges, arrow.reader.schema)
 
 
-def _by_parts(
-    batches: Iterator[tuple[int, Any]], parts: Sequence[Part], schema: Any
-) -> Iterator[tuple[Part, Any]]:
-    """Yield (part, table of its rows) from (first row, batch) in order; holds no batch that ends before the part."""
+def _regroup_by_range(
+    batches: Iterator[_Batch], ranges: Sequence[ShardRange], schema: Any
+) -> Iterator[tuple[ShardRange, Any]]:
+    """Yield (range, table of its rows) from batches in order.
+
+    Batches that end before the range are released.
+    """
     import pyarrow
 
-    held: deque[tuple[int, Any]] = deque()
-    for part in parts:
-        while held and held[0][0] + len(held[0][1]) <= part.start:
+    held: deque[_Batch] = deque()
+    for part in ranges:
+        while held and held[0].stop_row <= part.start:
             held.popleft()
-        while part.stop == END or not held or held[-1][0] + len(held[-1][1]) < part.stop:
-            first, batch = next(batches, (0, None))
+
+        # read on until the batches cover the range
+        while part.stop == END_OF_SHARD or not held or held[-1].stop_row < part.stop:
+            batch = next(batches, None)
             if batch is None:
                 break
-            if first + len(batch) > part.start:
-                held.append((first, batch))
-        table = pyarrow.Table.from_batches([batch for _, batch in held], schema)
-        skipped = part.start - held[0][0] if held else 0
-        yield part, table.slice(skipped, None if part.stop == END else part.stop - part.start)
+            if batch.stop_row > part.start:
+                held.append(batch)
+
+        table = pyarrow.Table.from_batches([batch.rows for batch in held], schema)
+        skipped = part.start - held[0].first_row if held else 0
+        num_rows = None if part.stop == END_OF_SHARD else part.stop - part.start
+        yield part, table.slice(skipped, num_rows)
 
 
-def _parquet(shard: Shard) -> Any:
-    """Return the opened Parquet file; checksums of pages are verified where it has them."""
+def _open_parquet(shard: Shard) -> Any:
+    """Return the open Parquet file; checksums of pages are verified where the file has them."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
-        ranged_reads.ExactFile(shard.url, shard.size),
-        metadata=_footer(shard),
+        ranged_reads.RandomAccessFile(shard.url, shard.size),
+        metadata=_parquet_footer(shard),
         pre_buffer=True,
         page_checksum_verification=True,
     )
 
 
 @lru_cache(maxsize=256)
-def _footer(shard: Shard) -> Any:
-    """Return the metadata at a shard's end: every block of the shard needs it."""
+def _parquet_footer(shard: Shard) -> Any:
+    """Return the metadata at the end of a shard; cached: every block of the shard needs it."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_metadata(ranged_reads.ExactFile(shard.url, shard.size))
+    return pyarrow.parquet.read_metadata(ranged_reads.RandomAccessFile(shard.url, shard.size))
 
 
-def _row_groups(file: Any, parts: Sequence[Part]) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, batch) of the row groups that parts lie in, each group once, those of a part at a time."""
-    about, done = file.metadata, 0
-    edges = [
-        0,
-        *itertools.accumulate(
-            about.row_group(number).num_rows for number in range(about.num_row_groups)
-        ),
-    ]
-    for part in parts:
-        stop = edges[-1] if part.stop == END else part.stop
+def _row_groups(file: Any, ranges: Sequence[ShardRange]) -> Iterator[_Batch]:
+    """Yield the batches of the row groups that hold the ranges, each group once, range by range."""
+    metadata = file.metadata
+    group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    edges = [0, *itertools.accumulate(group_rows)]
+    next_group = 0
+    for part in ranges:
+        stop = edges[-1] if part.stop == END_OF_SHARD else part.stop
         groups = [
-            number
-            for number in range(done, about.num_row_groups)
-            if edges[number] < stop and edges[number + 1] > part.start
+            group
+            for group in range(next_group, metadata.num_row_groups)
+            if edges[group] < stop and edges[group + 1] > part.start
         ]
         if not groups:
             continue
-        first, done = edges[groups[0]], groups[-1] + 1
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups):
-            yield first, batch
-            first += len(batch)
+        next_group = groups[-1] + 1
+        first_row = edges[groups[0]]
+        for rows in file.iter_batches(BATCH_ROWS, row_groups=groups):
+            yield _Batch(first_row, rows)
+            first_row += len(rows)
 
 
-def _arrow(shard: Shard) -> tuple[Any, bool]:
-    """Return the opened Arrow file, and whether it is of the file format (or of the stream format)."""
-    import io
-
+def _open_arrow(shard: Shard) -> _ArrowReader:
+    """Return the open Arrow file."""
     import pyarrow.ipc
 
-    raw = io.BufferedReader(ranged_reads.RangeFile(shard.url, shard.size), ranged_reads.RANGE_BYTES)
-    is_file = raw.peek(6)[:6] == b"ARROW1"
-    return (pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)), is_file
-
-
-def _record_batches(reader: Any, is_file: bool) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, record batch) of an Arrow file."""
-    first = 0
-    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-        yield first, batch
-        first += len(batch)
+    raw = io.BufferedReader(
+        ranged_reads.ReadAheadFile(shard.url, shard.size), ranged_reads.RANGE_BYTES
+    )
+    magic = raw.peek(len(_ARROW_FILE_MAGIC))[: len(_ARROW_FILE_MAGIC)]
+    if magic == _ARROW_FILE_MAGIC:
+        return _ArrowReader(pyarrow.ipc.open_file(raw), is_file_format=True)
+    return _ArrowReader(pyarrow.ipc.open_stream(raw), is_file_format=False)
 
 
 @contextlib.contextmanager
 def _decoding(shard: Shard) -> Iterator[None]:
-    """Turn what the decoder says into one `DataError`."""
+    """Turn the errors of the decoder into one `DataError`."""
     import pyarrow
 
     try:
@@ -154,10 +197,10 @@ def _decoding(shard: Shard) -> Iterator[None]:
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        first = (str(error).splitlines() or [""])[0]
+        first_line = (str(error).splitlines() or [""])[0]
         raise DataError(
             redact(
-                f"{shard.url}: is not {shard.kind.capitalize()} that can be read ({first}); write the "
-                "shard again"
+                f"{shard.url}: is not valid {shard.kind.capitalize()} ({first_line}). Write the "
+                "shard again."
             )
         ) from error

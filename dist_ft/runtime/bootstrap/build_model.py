@@ -1,14 +1,16 @@
-"""From a config to its model inside an engine, with the weights it begins with or goes on from."""
+"""From a resolved run to its model inside an engine, with its initial weights or those of a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.checkpoint.export import MODEL
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
@@ -22,157 +24,156 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_ft.run")
 
 
-def open_engine(
-    config: RunConfig, world: World, resumed: bool, tokenizer: Any
-) -> tuple[TrainableModel, Engine, frozenset[str]]:
-    """Return the model inside the engine the config asks for, and which of its weights are new (`heads`).
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model in its engine.
 
-    Its weights are pre-trained, or empty if `resumed`.
+    Attributes:
+        module: the transformers model with the loss of the task around it.
+        engine: computes and updates it.
+        new_weights: names of the weights that are in no file, such as those of a new head.
     """
+
+    module: TrainableModel
+    engine: Engine
+    new_weights: frozenset[str]
+
+
+def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
+    """Return the model inside the engine of the config; its weights are pre-trained, or empty if `resumed`."""
     import torch
 
+    from dist_ft.engine import schedule
     from dist_ft.engine.regularizers import Regularizers
 
+    config = run.config
     use_gpu = config.cluster.gpus_per_worker > 0
+    regularizers = Regularizers.from_config(config.tuning)
+    depth_scale = schedule.uses_depth_scale(config.tuning)
+
+    engine: Engine
     if config.max_workers == 0:
-        from dist_ft.engine import schedule
         from dist_ft.engine.torch_engine import TorchEngine
 
-        module, new = _tuned(config, resumed, tokenizer)
-        device = torch.device("cuda" if use_gpu else "cpu")
-        return (
-            module,
-            TorchEngine(
-                module,
-                config.optimizer,
-                device,
-                schedule.uses_depth_scale(config.tuning),
-                _adversary(config, module),
-                Regularizers.of(config.tuning),
-            ),
-            new,
-        )
-    from dist_ft.engine import deepspeed_config, schedule
-    from dist_ft.engine import deepspeed_engine as sharded
-
-    sharded.attach_to_process_group(use_gpu)
-    settings = deepspeed_config.build_deepspeed_config(config)
-    with sharded.zero_init(settings):
-        module, new = _tuned(config, resumed, tokenizer)
-    return (
-        module,
-        sharded.DeepSpeedEngine(
+        module, new_weights = _build_module(run, resumed)
+        engine = TorchEngine(
             module,
             config.optimizer,
-            settings,
-            world,
-            schedule.uses_depth_scale(config.tuning),
+            torch.device("cuda" if use_gpu else "cpu"),
+            depth_scale,
             _adversary(config, module),
-            Regularizers.of(config.tuning),
-        ),
-        new,
+            regularizers,
+        )
+        return BuiltModel(module, engine, new_weights)
+
+    from dist_ft.engine import deepspeed_config, deepspeed_engine
+
+    deepspeed_engine.attach_to_process_group(use_gpu)
+    settings = deepspeed_config.build_deepspeed_config(config)
+    with deepspeed_engine.zero_init(settings):
+        module, new_weights = _build_module(run, resumed)
+    engine = deepspeed_engine.DeepSpeedEngine(
+        module,
+        config.optimizer,
+        settings,
+        world,
+        depth_scale,
+        _adversary(config, module),
+        regularizers,
     )
+    return BuiltModel(module, engine, new_weights)
 
 
 def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
-    """Return who moves the embeddings of `module` in training, if anybody; made before an engine adds its hooks."""
+    """Return what perturbs the embeddings of `module` in training, if anything; built before an engine adds its hooks."""
     from dist_ft.model.adversarial import Adversary
 
     section = config.tuning.adversarial
     return Adversary(section, module) if section.method != "none" else None
 
 
-def _tuned(config: RunConfig, resumed: bool, tokenizer: Any) -> tuple[TrainableModel, frozenset[str]]:
-    """Return the model with its head and adapters, its loss around it, and which of its weights are new."""
+def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, frozenset[str]]:
+    """Return the model with its head, adapters and loss, and the names of its weights that are in no file."""
     from dist_ft.model.adapters import tuning
     from dist_ft.model.loading.load import build_uninitialized_model, load_task_model
 
-    cache, new = config.data.cache_dir, frozenset[str]()
+    config, cache_dir = run.config, run.config.data.cache_dir
+    new_weights = frozenset[str]()
     if resumed:
-        model = build_uninitialized_model(config.model, cache, config.model_task)
+        model = build_uninitialized_model(run.model, cache_dir, run.model_task)
     else:
-        model, new = load_task_model(config.model_task, config.model, cache)
-    text = config.tuning.prompt.text
-    tuning.apply_tuning(
-        model,
-        config.tuning,
-        config.run.seed,
-        config.model_task,
-        tokenizer(text, add_special_tokens=False)["input_ids"] if text else (),
-    )
-    return wrapped(model, config, tokenizer), new
+        model, new_weights = load_task_model(run.model_task, run.model, cache_dir)
+
+    prompt_text = config.tuning.prompt.text
+    prompt_ids = ()
+    if prompt_text:
+        prompt_ids = run.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+    tuning.apply_tuning(model, config.tuning, config.run.seed, run.model_task, prompt_ids)
+    return add_loss(model, run), new_weights
 
 
-def wrapped(model: Any, config: RunConfig, tokenizer: Any) -> TrainableModel:
-    """Return a transformers model with the loss of the config's task around it, or what it is asked by."""
+def add_loss(model: Any, run: ResolvedRun) -> TrainableModel:
+    """Return a transformers model with the loss of the run's task around it, by its head or by prompting."""
     from dist_ft.model.causal_lm import CausalLM
     from dist_ft.model.task_models import SpecialTokens, TaskModel
 
+    config, task = run.config, run.task
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
-    if config.task.objective == "minimum_risk":
-        from dist_ft.model.minimum_risk import RiskCausalLM, RiskSeq2Seq
+    if task.name == "causal_lm":
+        if task.objective == "minimum_risk":
+            from dist_ft.model.minimum_risk import RiskCausalLM
 
-        if config.task.name == "causal_lm":
-            return RiskCausalLM(model, config.task.risk, config.tuning.neftune_alpha)
-        return RiskSeq2Seq(
-            model, config.task, SpecialTokens.of(tokenizer, model.config), config.task.risk
-        )
-    if config.task.name == "causal_lm":
+            return RiskCausalLM(model, task.risk, config.tuning.neftune_alpha)
         return CausalLM(model, *noise)
-    special = SpecialTokens.of(tokenizer, model.config)
+
+    special = SpecialTokens.from_tokenizer(run.tokenizer, model.config)
+    if task.objective == "minimum_risk":
+        from dist_ft.model.minimum_risk import RiskSeq2Seq
+
+        return RiskSeq2Seq(model, task, special, task.risk)
     if config.prompting.method == "likelihood":
         from dist_ft.model.label_prompting import LabelPromptModel
 
-        words = prompt_encoder(config, tokenizer).words()
-        return LabelPromptModel(model, config.task, special, words, config.batch.sequence_length, *noise)
+        words = build_prompt_encoder(run).label_words()
+        return LabelPromptModel(model, task, special, words, config.batch.sequence_length, *noise)
     if config.prompting.method == "prototypes":
         from dist_ft.model.prototypes import PrototypeModel
 
-        return PrototypeModel(model, config.task, special)
-    return TaskModel(model, config.task, special, *noise)
+        return PrototypeModel(model, task, special)
+    return TaskModel(model, task, special, *noise)
 
 
-def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
-    """Return what makes the prompts of a run that asks for labels by likelihood."""
+def build_prompt_encoder(run: ResolvedRun) -> PromptEncoder:
+    """Return the encoder of the prompts of a run that scores labels by likelihood."""
     from dist_ft.data.encoding.prompt_encoder import PromptEncoder
 
     return PromptEncoder(
-        tokenizer, config.reading, config.task, config.prompting, config.batch.sequence_length
+        run.tokenizer,
+        run.config.reading,
+        run.task,
+        run.prompting,
+        run.config.batch.sequence_length,
     )
 
 
-def with_whole_head(config: RunConfig) -> RunConfig:
-    """Return the config with a model whose head has a row for each label, where task.grow_head adds some."""
-    from dist_ft.model.loading.grow_head import grow_head
-    from dist_ft.model.loading.download import cache_folder, fetch_model
-
-    if not config.task.grow_head:
-        return config
-    folder = fetch_model(config.model.path, config.model.revision, config.data.cache_dir)
-    grown = grow_head(
-        folder, config.task, config.run.seed, cache_folder(config.data.cache_dir) / "models"
-    )
-    return (
-        config
-        if grown == folder
-        else config.model_copy(
-            update={"model": config.model.model_copy(update={"path": grown, "revision": None})}
-        )
-    )
-
-
-def fill(
-    config: RunConfig,
-    module: TrainableModel,
-    engine: Engine,
-    manager: CheckpointManager,
-    manifest: Manifest | None,
-    new: frozenset[str],
+def load_weights(
+    run: ResolvedRun, built: BuiltModel, manager: CheckpointManager, manifest: Manifest | None
 ) -> Manifest | None:
-    """Load the checkpoint, or check that the pre-trained weights arrived; then check that packing works.
+    """Load the checkpoint, or verify that the pre-trained weights arrived; then check that packing works.
 
-    Returns the checkpoint that was loaded: an older one where `manifest` is damaged.
+    Returns the checkpoint that was loaded: an older one if that of `manifest` is damaged.
     """
+    if manifest is not None:
+        manifest = manager.load(manifest, built.engine, tensor_infos(built.module))
+        log.info("resuming from step %d", manifest.progress.step)
+    else:
+        _start_from_files(run, built)
+    check_packing(run, built.module, built.engine)
+    return manifest
+
+
+def _start_from_files(run: ResolvedRun, built: BuiltModel) -> None:
+    """Verify the weights that came from the model's files, and initialize those that are in no file."""
     import torch
 
     from dist_ft.engine import regularizers
@@ -181,47 +182,40 @@ def fill(
     from dist_ft.model.adapters import tuning
     from dist_ft.model.loading.download import fetch_model
 
-    if manifest is not None:
-        manifest = manager.load(manifest, engine, tensors(module))
-        log.info("going on from step %d", manifest.progress.step)
-    else:
-        folder = fetch_model(config.model.path, config.model.revision, config.data.cache_dir)
-        compared = verify_weights(
-            engine.state_slices(),
-            folder,
-            getattr(torch, config.model.dtype),
-            lambda name: "" if name in new else tuning.name_in_model_files(name),
-            f"{module.model.base_model_prefix}.",
-        )
-        log.debug("%d parameters hold what the files say", compared)
-        heads.initialize_new_weights(
-            engine.state_slices,
-            new,
-            {name: found.shape for name, found in tensors(module).items()},
-            module.model.config,
-            config.run.seed,
-        )
-        if new:
-            engine.finish_load(0)
-        regularizers.initialize_state(engine.state_slices, new)
-    probe(config, module, engine)
-    return manifest
+    module, engine, new_weights = built.module, built.engine, built.new_weights
+    folder = fetch_model(run.model.path, run.model.revision, run.config.data.cache_dir)
+    num_verified = verify_weights(
+        engine.state_slices(),
+        folder,
+        getattr(torch, run.model.dtype),
+        lambda name: "" if name in new_weights else tuning.name_in_model_files(name),
+        f"{module.model.base_model_prefix}.",
+    )
+    log.debug("%d parameters equal the model's files", num_verified)
+
+    heads.initialize_new_weights(
+        engine.state_slices,
+        new_weights,
+        {name: info.shape for name, info in tensor_infos(module).items()},
+        module.model.config,
+        run.config.run.seed,
+    )
+    if new_weights:
+        engine.finish_load(0)
+    regularizers.initialize_state(engine.state_slices, new_weights)
 
 
-def probe(config: RunConfig, module: TrainableModel, engine: Engine) -> None:
-    """Raise ModelError if samples are packed and this model does not keep them apart; a collective call."""
+def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> None:
+    """Raise ModelError if samples are packed and the model does not keep them apart; a collective call."""
     from dist_ft.engine.packing_check import require_packing
 
-    if config.reading.pack:
-        require_packing(
-            engine,
-            module.model.config.vocab_size,
-            1e-4 if config.model.dtype == "float32" else 5e-2,
-        )
+    if run.config.reading.pack:
+        tolerance = 1e-4 if run.model.dtype == "float32" else 5e-2
+        require_packing(engine, module.model.config.vocab_size, tolerance)
 
 
 def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
-    """Keep the model's config and tokenizer with the run, so that it can be exported anywhere."""
+    """Store the model's config and tokenizer with the run, so that it can be exported anywhere."""
     import tempfile
     from pathlib import Path
 
@@ -239,8 +233,8 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
     store.write(f"{MODEL}/.complete", json.dumps({}).encode())
 
 
-def tensors(module: TrainableModel) -> dict[str, TensorInfo]:
-    """Return the shape of every weight, whole."""
+def tensor_infos(module: TrainableModel) -> dict[str, TensorInfo]:
+    """Return {name: full shape} of every weight, also where ZeRO-3 shards it."""
     from dist_ft.model.trainable_model import parameters_by_name
 
     return {
@@ -249,8 +243,8 @@ def tensors(module: TrainableModel) -> dict[str, TensorInfo]:
     }
 
 
-def aliases(module: TrainableModel) -> dict[str, str]:
-    """Return {other name: first name} of tied weights."""
+def tied_weights(module: TrainableModel) -> dict[str, str]:
+    """Return {alias: canonical name} of tied weights."""
     from dist_ft.model import trainable_model
 
     return trainable_model.tied_weight_aliases(module)

@@ -1,93 +1,90 @@
-"""Examples of few-shot prompts: drawn from the training data once and kept with the run, so that every rank has the same."""
+"""Examples in few-shot prompts: drawn from the training data once and stored with the run, so every rank shows the same."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import prompt_templates, task_rows
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import Row, discover_shards
+from dist_ft.data.sources.discovery import Row, RowLocation, discover_shards
 from dist_ft.storage.filesystem import Store
 
-if TYPE_CHECKING:
-    pass
-
-KEPT = "data/examples.json"
+TEMPLATES_FILE = "data/examples.json"
+"""File of a run: its prompt templates with the examples written in."""
 
 
-def with_examples(
-    config: RunConfig, store: Store, world: World, collectives: Collectives
-) -> RunConfig:
-    """Return the config with its examples written into its templates; a collective call.
+def resolve_templates(
+    run: ResolvedRun, store: Store, world: World, collectives: Collectives
+) -> ResolvedRun:
+    """Return the run with its examples written into its templates; a collective call.
 
-    The labels must be known. Raises DataError for a training row that can not be used (under data.bad_rows=error).
+    Its labels must be resolved. Raises DataError for a training row that cannot be used (under data.bad_rows=error).
     """
-    section = config.prompting
+    section = run.config.prompting
     if section.method != "likelihood" or not section.shots:
-        return config
-    templates = tuple(on_rank0(world, collectives, lambda: _kept(config, store)))
-    return config.model_copy(
-        update={"prompting": section.model_copy(update={"templates": templates, "shots": 0})}
-    )
+        return run
+    templates = on_rank0(world, collectives, lambda: _stored_templates(run, store))
+    return replace(run, templates=templates)
 
 
-def _kept(config: RunConfig, store: Store) -> list[str]:
-    """Return the templates the run began with; if it has not begun, make and keep them (rank 0 only)."""
-    if store.exists(KEPT):
-        return list(json.loads(store.read(KEPT)))
-    section, labels = config.prompting, config.task.labels
-    shown = examples(config, section.shots)
-    found = [
-        prompt_templates.prepend_examples(
-            template,
-            [prompt_templates.format_example(template, sample, labels, section) for sample in shown],
-            section.separator,
-        )
-        for template in section.templates
-    ]
-    store.write(KEPT, json.dumps(found, ensure_ascii=False).encode())
-    return found
+def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
+    """Return the templates the run started with; on its first start, write and store them (rank 0 only)."""
+    if store.exists(TEMPLATES_FILE):
+        return tuple(json.loads(store.read(TEMPLATES_FILE)))
+
+    section = run.config.prompting
+    samples = draw_examples(run, section.shots)
+    templates = []
+    for template in section.templates:
+        examples = [
+            prompt_templates.format_example(template, sample, run.labels, section)
+            for sample in samples
+        ]
+        templates.append(prompt_templates.prepend_examples(template, examples, section.separator))
+    store.write(TEMPLATES_FILE, json.dumps(templates, ensure_ascii=False).encode())
+    return tuple(templates)
 
 
-def examples(config: RunConfig, count: int) -> list[Sample]:
-    """Return `count` rows of the training data, of each label or in all, in an order drawn by prompting.seed."""
-    ids = {label: number for number, label in enumerate(config.task.labels)}
+def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
+    """Return `count` samples of the training data, per label or in total, in an order drawn by prompting.seed."""
+    config, task = run.config, run.task
+    label_ids = {label: number for number, label in enumerate(run.labels)}
+    per_label = config.prompting.shots_by == "label" and task.name == "sequence_classification"
 
     def samples() -> Iterator[tuple[int, Sample]]:
-        for url, number, row in rows(config):
+        """Yield (class, sample); without classes all samples are of class 0."""
+        for location, row in _training_rows(config):
             try:
-                sample = task_rows.READERS[config.task.name](row, config.task, ids, url, number)
+                sample = task_rows.READERS[task.name](row, task, label_ids, location)
             except DataError:
                 if config.data.bad_rows == "error":
                     raise
                 continue
-            yield sample.label if by_label else 0, sample
+            yield sample.label if per_label else 0, sample
 
-    by_label = (
-        config.prompting.shots_by == "label" and config.task.name == "sequence_classification"
-    )
-    found = prompt_templates.draw_per_class(samples(), count, config.prompting.seed)
-    if not found:
+    drawn = prompt_templates.draw_per_class(samples(), count, config.prompting.seed)
+    if not drawn:
         raise DataError(
-            "data.train: has no row that prompting.shots could show; rows with a label are needed; set "
-            "data.train, or prompting.shots=0"
+            "data.train: has no row that prompting.shots could show. Rows with a label are needed. Set "
+            "data.train, or prompting.shots=0."
         )
-    return found
+    return drawn
 
 
-def rows(config: RunConfig) -> Iterator[tuple[str, int, Row]]:
-    """Yield (shard, number, row) of the training data that could be decoded and are in scope."""
-    outside, column = config.evaluation.robustness.out_of_scope_label, config.task.columns.label
+def _training_rows(config: RunConfig) -> Iterator[tuple[RowLocation, Row]]:
+    """Yield (location, row) of the training data that can be decoded and is in scope."""
+    out_of_scope, column = config.evaluation.robustness.out_of_scope_label, config.task.columns.label
     for shard in (shard for source in discover_shards(config.data.train) for shard in source):
         for number, row in enumerate(readers.iter_rows(shard), 1):
             if isinstance(row, DataError):
                 if config.data.bad_rows == "error":
                     raise row
-            elif outside is None or str(row.get(column)) != outside:
-                yield shard.url, number, row
+            elif out_of_scope is None or str(row.get(column)) != out_of_scope:
+                yield RowLocation(shard.url, number), row

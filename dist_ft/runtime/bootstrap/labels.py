@@ -17,7 +17,7 @@ from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import task_rows
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.grow_head import grown_labels, own_labels
 from dist_ft.storage.filesystem import Store
@@ -40,7 +40,7 @@ def resolve_labels(
     if task.name not in LABELLED:
         return run
 
-    labels = task.labels
+    labels = run.labels
     if not labels and config.prompting.method == "likelihood":
         labels = tuple(config.prompting.verbalizers)
     if not labels:
@@ -94,7 +94,7 @@ def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
             try:
                 if isinstance(row, DataError):
                     raise row
-                labels.update(task_rows.read_label_names(row, config.task, shard.url, number))
+                labels.update(task_rows.read_label_names(row, config.task, RowLocation(shard.url, number)))
             except DataError:
                 if config.data.bad_rows == "error":
                     raise

@@ -52,10 +52,10 @@ def by_hand(model, prompt, words):
 @pytest.mark.parametrize("family", sorted(small.FAMILIES))
 @pytest.mark.parametrize("mean", [False, True])
 def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
-    made = module(family, LabelWords(IDS, mean=mean)).eval()
+    made = module(family, LabelWords(IDS, use_mean=mean)).eval()
     with torch.no_grad():
-        loss, scores = made(**made.inputs(batch(), "cpu"), return_outputs=True)
-        plain = made(**made.inputs(batch(), "cpu"))
+        loss, scores = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
+        plain = made(**made.prepare_inputs(batch(), "cpu"))
     expected = [
         [(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS]
         for prompt in PROMPTS
@@ -68,10 +68,10 @@ def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
 
 def test_a_model_without_a_cache_gives_the_same():
     made = module().eval()
-    told = made.inputs(batch(), "cpu")
+    told = made.prepare_inputs(batch(), "cpu")
     with torch.no_grad():
         _, cached = made(**told, return_outputs=True)
-        made._caches = False
+        made._takes_use_cache = False
         _, whole = made(**told, return_outputs=True)
     assert torch.allclose(cached, whole, atol=1e-5)
 
@@ -80,8 +80,8 @@ def test_calibration_divides_by_what_no_content_gives():
     empty = ((41, 42), (43,), (44, 45, 46))
     plain, made = module().eval(), module(words=LabelWords(IDS, empty)).eval()
     with torch.no_grad():
-        raw_loss, raw = plain(**plain.inputs(batch(), "cpu"), return_outputs=True)
-        loss, found = made(**made.inputs(batch(), "cpu"), return_outputs=True)
+        raw_loss, raw = plain(**plain.prepare_inputs(batch(), "cpu"), return_outputs=True)
+        loss, found = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
     rows = torch.tensor(
         [[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty]
     )
@@ -95,16 +95,17 @@ def test_calibration_divides_by_what_no_content_gives():
 def test_rows_alone_and_together_get_the_same_scores():
     made = module("gpt2").eval()
     with torch.no_grad():
-        _, together = made(**made.inputs(batch(), "cpu"), return_outputs=True)
+        _, together = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
         alone = [
-            made(**made.inputs(batch([prompt], [0]), "cpu"), return_outputs=True)[1] for prompt in PROMPTS
+            made(**made.prepare_inputs(batch([prompt], [0]), "cpu"), return_outputs=True)[1]
+            for prompt in PROMPTS
         ]
     assert torch.allclose(together, torch.cat(alone), atol=2e-5)
 
 
 def test_an_empty_batch_weighs_nothing_and_has_a_backward():
     made = module()
-    loss = made(**made.inputs(empty_batch(), "cpu"))
+    loss = made(**made.prepare_inputs(empty_batch(), "cpu"))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
@@ -115,10 +116,10 @@ def test_weights_of_labels_count():
     plain = module().eval()
     with torch.no_grad():
         each = [
-            plain(**plain.inputs(batch([p], [label]), "cpu")).item()
+            plain(**plain.prepare_inputs(batch([p], [label]), "cpu")).item()
             for p, label in zip(PROMPTS, LABELS, strict=True)
         ]
-        got = weighed(**weighed.inputs(batch(), "cpu")).item()
+        got = weighed(**weighed.prepare_inputs(batch(), "cpu")).item()
     assert got == pytest.approx(3 * each[0] + 2 * each[1] + 5 * each[2], rel=1e-5)
 
 
@@ -132,7 +133,7 @@ def test_it_learns_to_choose():
 
 def test_noise_and_smoothing_are_for_training_only():
     noisy, plain = module(neftune_alpha=5.0, label_smoothing=0.1), module()
-    told = plain.inputs(batch(), "cpu")
+    told = plain.prepare_inputs(batch(), "cpu")
     with torch.no_grad():
         assert noisy(**told).item() != pytest.approx(plain(**told).item(), abs=1e-3)
         noisy.eval(), plain.eval()
@@ -141,6 +142,6 @@ def test_noise_and_smoothing_are_for_training_only():
 
 def test_a_sequence_longer_than_the_model_is_refused():
     with pytest.raises(
-        ModelError, match=r"batch\.sequence_length=200: longer than the model can take; at most 128"
+        ModelError, match=r"batch\.sequence_length=200: longer than the model accepts. At most 128"
     ):
         LabelPromptModel(small.make_model("llama"), TASK, SpecialTokens(0), LabelWords(IDS), 200)

@@ -1,4 +1,4 @@
-"""Entities as text and back; whatever a model writes can be read."""
+"""Entities as text and back; any generated text can be parsed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WORDS = ["Mary", "Ann", "saw", "Dune", "with", "Mary", "in", "Rome"]
         ("person: Mary Ann saw Dune with Mary in Rome again", "O O O O O O O O"),
     ],
 )
-def test_answers_are_read(answer, tags):
-    assert entity_text.parse_entities(answer, WORDS, NAMES)[0] == tags.split()
+def test_answers_are_parsed(answer, tags):
+    assert entity_text.parse_entities(answer, WORDS, NAMES).tags == tags.split()
 
 
 @pytest.mark.parametrize(
-    ("answer", "understood"),
+    ("answer", "is_readable"),
     [
         ("none", True),
         ("None.", True),
@@ -42,11 +42,11 @@ def test_answers_are_read(answer, tags):
         ("", False),
     ],
 )
-def test_what_could_not_be_read_is_told(answer, understood):
-    assert entity_text.parse_entities(answer, WORDS, NAMES)[1] is understood
+def test_unreadable_answer_is_reported(answer, is_readable):
+    assert entity_text.parse_entities(answer, WORDS, NAMES).is_readable is is_readable
 
 
-def test_what_is_written_is_read_back():
+def test_formatted_entities_are_parsed_back():
     tags = ["B-person", "I-person", "O", "B-creative-work", "O", "B-person", "O", "O"]
     answer = entity_text.format_entities(WORDS, tags, NAMES)
     assert answer == "person: Mary Ann; work of art: Dune; person: Mary"
@@ -54,7 +54,7 @@ def test_what_is_written_is_read_back():
     assert entity_text.format_entities(WORDS, ["O"] * 8, NAMES) == "none"
 
 
-def test_garbage_gives_whole_tags_always():
+def test_garbage_gives_valid_bio_tags():
     rng = random.Random(0)
     pieces = [*WORDS, "person", "work of art", ":", ";", "\n", ": :", "\x00", "{}", "é", "none"]
     for _ in range(3000):
@@ -63,7 +63,7 @@ def test_garbage_gives_whole_tags_always():
         assert len(tags) == len(WORDS) and not list(task_rows.find_broken_bio(tags))
 
 
-def test_kinds_in_the_order_of_labels():
+def test_entity_kinds_are_in_the_order_of_labels():
     assert entity_text.entity_kinds(["O", "B-person", "I-person", "B-group", "I-group"]) == (
         "person",
         "group",

@@ -1,4 +1,4 @@
-"""Prompts: what stands in them, which examples are drawn, and which tokens are a label's."""
+"""Prompts: their text, which examples are drawn, and the tokens of a label."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def texts(tokenizer, encoded):
     ]
 
 
-def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokenizer):
+def test_row_becomes_a_prompt_with_its_label_on_the_first_token(tokenizer):
     encoded = encoder(tokenizer).encode(
         [{"text": "the fox", "label": "tea"}, {"text": "old {stones}", "label": "bread"}], "u"
     )
@@ -46,7 +46,7 @@ def test_a_row_becomes_its_prompt_and_its_label_stands_on_the_first_token(tokeni
     assert (encoded.targets != IGNORE_INDEX).sum() == 2
 
 
-def test_pairs_have_their_place(tokenizer):
+def test_pair_is_filled_into_the_template(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
     encoded = encoder(tokenizer, "{text} and {pair} :", task=task).encode(
         [{"text": "tea", "other": "news", "label": "tea"}], "u"
@@ -54,8 +54,10 @@ def test_pairs_have_their_place(tokenizer):
     assert texts(tokenizer, encoded) == ["tea and news :"]
 
 
-def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
-    words = encoder(tokenizer, verbalizers={"bread": " seven wise owls", "tea": " tea"}).words()
+def test_label_words_have_the_tokens_they_have_after_the_prompt(tokenizer):
+    words = encoder(
+        tokenizer, verbalizers={"bread": " seven wise owls", "tea": " tea"}
+    ).label_words()
     whole = tokenizer("say x : seven wise owls")["input_ids"]
     assert tuple(whole[-len(words.ids[0]) :]) == words.ids[0]
     assert tokenizer.decode(words.ids[0]) == " seven wise owls" and words.longest == len(
@@ -63,34 +65,34 @@ def test_words_of_labels_are_the_tokens_they_have_after_the_prompt(tokenizer):
     )
 
 
-def test_the_label_itself_is_its_words_by_default():
+def test_label_name_is_its_words_by_default():
     assert prompt_templates.verbalize("lost_card", PromptingSection()) == " lost card"
     assert prompt_templates.verbalize("1", PromptingSection(verbalizers={"1": " good"})) == " good"
 
 
 @pytest.mark.parametrize("words", ["ea", "ea and news of tea", ""])
-def test_words_that_melt_into_the_prompt_are_refused(tokenizer, words):
+def test_words_that_merge_with_the_prompt_are_refused(tokenizer, words):
     with pytest.raises(
         ConfigError,
-        match=f"prompting\\.verbalizers='{words}': after the template's end ' t' it is no token",
+        match=f"prompting\\.verbalizers='{words}': has no token of its own after the template's end ' t'",
     ):
         prompt_templates.tokenize_label(exact_backend(tokenizer), "{text} t", words)
 
 
-def test_labels_of_the_same_tokens_are_refused(tokenizer):
+def test_labels_with_the_same_tokens_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="tea has the tokens of another label"):
-        encoder(tokenizer, verbalizers={"bread": " tea", "tea": " tea"}).words()
+        encoder(tokenizer, verbalizers={"bread": " tea", "tea": " tea"}).label_words()
 
 
-def test_a_long_text_loses_its_end_and_the_prompt_stays(tokenizer):
+def test_long_text_is_truncated_and_the_prompt_stays(tokenizer):
     made = encoder(tokenizer, length=16, data={"overlong": "truncate"})
     (text,) = texts(tokenizer, made.encode([{"text": "old stones " * 30, "label": "tea"}], "u"))
     assert text.startswith("say old stones old") and text.endswith(" :")
-    room = 16 - made.words().longest
+    room = 16 - made.label_words().longest
     assert room - 2 <= len(tokenizer(text)["input_ids"]) <= room
 
 
-def test_of_two_texts_the_longer_is_cut(tokenizer):
+def test_longer_of_two_texts_is_truncated(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
     made = encoder(tokenizer, "{text} and {pair} :", 18, task, {"overlong": "truncate"})
     (text,) = texts(
@@ -102,18 +104,18 @@ def test_of_two_texts_the_longer_is_cut(tokenizer):
     assert text.startswith("seven wise owls and old") and text.endswith(" :")
 
 
-def test_too_long_a_row_is_an_error_or_dropped(tokenizer):
+def test_row_that_is_too_long_is_refused_or_dropped(tokenizer):
     row = {"text": "old stones " * 30, "label": "tea"}
-    with pytest.raises(DataError, match=r"u row 1: its prompt has \d+ tokens; \d+ are allowed"):
+    with pytest.raises(DataError, match=r"u row 1: its prompt has \d+ tokens. \d+ are allowed"):
         encoder(tokenizer, length=16).encode([row], "u")
     dropped = encoder(tokenizer, length=16, data={"overlong": "drop"}).encode(
         [row, {"text": "tea", "label": "tea"}], "u"
     )
     lengths = [b - a for a, b in itertools.pairwise(dropped.offsets.tolist())]
     assert lengths[0] > 16 >= lengths[1], (
-        "the plan leaves out what is longer than a sequence, and counts it"
+        "the index drops rows longer than a sequence, and counts them"
     )
-    with pytest.raises(DataError, match="longer without any text"):
+    with pytest.raises(DataError, match="too long even without any text"):
         encoder(
             tokenizer,
             "while seven wise owls watch rivers run {text} :",
@@ -122,34 +124,36 @@ def test_too_long_a_row_is_an_error_or_dropped(tokenizer):
         ).encode([row], "u")
 
 
-def test_drawing_takes_so_many_of_each_kind_by_seed():
+def test_draw_takes_count_of_each_class_by_seed():
     samples = [(kind, (kind, number)) for number, kind in enumerate("abcab" * 40)]
     first = prompt_templates.draw_per_class(iter(samples), 3, 7)
-    assert first == prompt_templates.draw_per_class(samples, 3, 7), "the same again"
+    assert first == prompt_templates.draw_per_class(samples, 3, 7), "reproducible"
     assert {kind: sum(own == kind for own, _ in first) for kind in "abc"} == {
         "a": 3,
         "b": 3,
         "c": 3,
     }
     assert len(set(first)) == 9 and first != prompt_templates.draw_per_class(samples, 3, 8)
-    assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), (
-        "labels do not come in blocks"
-    )
+    assert [kind for kind, _ in first] != sorted(kind for kind, _ in first), "classes are mixed"
     assert sorted(prompt_templates.draw_per_class(samples[:4], 9, 7)) == sorted(
         own for _, own in samples[:4]
-    ), "no more than there are"
+    ), "all, if a class has fewer"
 
 
-def test_every_sample_is_drawn_as_often():
+def test_every_sample_is_equally_likely():
     counts = [0] * 20
     for seed in range(400):
-        for number in prompt_templates.draw_per_class(((0, number) for number in range(20)), 5, seed):
+        for number in prompt_templates.draw_per_class(
+            ((0, number) for number in range(20)), 5, seed
+        ):
             counts[number] += 1
     assert max(counts) < 140 and min(counts) > 60  # 100 on average
 
 
-def test_examples_stand_before_the_prompt_and_may_hold_braces():
+def test_examples_precede_the_prompt_and_may_hold_braces():
     section = PromptingSection(verbalizers={"a": " good", "b": " bad"})
-    shown = [prompt_templates.format_example("{text} ?", Sample("see {x}", None, 1), ("a", "b"), section)]
+    shown = [
+        prompt_templates.format_example("{text} ?", Sample("see {x}", None, 1), ("a", "b"), section)
+    ]
     template = prompt_templates.prepend_examples("{text} ?", shown, "\n")
     assert prompt_templates.fill_template(template, "now {y}") == "see {x} ? bad\nnow {y} ?"

@@ -51,9 +51,7 @@ def test_fingerprints_are_those_of_0_1_0(tokenizer, data, task, prompting, expec
 
 def test_a_stored_recipe_has_the_names_of_0_1_0(tokenizer):
     prompting = PromptingSection(**PROMPTING)
-    encoder = make_encoder(
-        tokenizer, DataSection(train="x"), TaskSection(**LABELS), 64, prompting
-    )
+    encoder = make_encoder(tokenizer, DataSection(train="x"), TaskSection(**LABELS), 64, prompting)
     stored = encoder.recipe["prompting"]
     assert stored["normalise"] == "mean" and stored["verbalisers"] == {"a": " good", "b": " bad"}
     assert not {"normalize", "verbalizers"} & set(stored)

@@ -1,4 +1,4 @@
-"""Rows to tokens with a label each, for every task; cutting, windows, bits and sub-words."""
+"""Rows to tokens with one label each, for every task; truncation, windows, bits and sub-words."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ids(text: str, **options) -> list[int]:
     return TOKENIZER(text, **options)["input_ids"]
 
 
-def test_a_label_is_carried_by_the_first_position():
+def test_label_is_on_the_first_token():
     ((found, labels),) = samples(
         encoder("sequence_classification", labels=["a", "b"]),
         {"text": "the quick fox", "label": "b"},
@@ -58,13 +58,13 @@ def test_a_label_is_carried_by_the_first_position():
     assert labels == [1] + [IGNORE_INDEX] * (len(found) - 1)
 
 
-def test_a_pair_is_framed_as_the_tokenizer_does():
+def test_pair_has_the_special_tokens_of_the_tokenizer():
     made = encoder("sequence_classification", labels=["a", "b"], columns={"pair": "other"})
     ((found, _),) = samples(made, {"text": "the fox", "other": "old stones", "label": "a"})
     assert found == TOKENIZER("the fox", "old stones")["input_ids"] and found.count(SEP) == 2
 
 
-def test_sets_of_labels_are_bits():
+def test_label_sets_are_stored_as_bits():
     names = [f"l{i:02}" for i in range(65)]
     made = encoder("multi_label", labels=names)
     (_, labels), (_, none) = samples(
@@ -77,13 +77,13 @@ def test_sets_of_labels_are_bits():
         and none[:3] == [0, 0, 0]
         and set(labels[3:]) == {IGNORE_INDEX}
     )
-    assert made.shown(np.array(labels, np.int32)) == "l00, l29, l30, l64"
+    assert made.describe_targets(np.array(labels, np.int32)) == "l00, l29, l30, l64"
     many = encoder("multi_label", labels=[f"l{i}" for i in range(200)])
-    with pytest.raises(DataError, match="has 3 tokens; with 200 labels 7 are needed"):
+    with pytest.raises(DataError, match=r"has 3 tokens. 200 labels need 7"):
         samples(many, {"text": "the", "label": ["l1"]})
 
 
-def test_a_word_has_its_tag_on_its_first_token():
+def test_tag_is_on_the_first_token_of_its_word():
     made = encoder("token_classification", labels=["O", "B-X"])
     ((found, labels),) = samples(
         made, {"tokens": ["the", "foxbread", "runs"], "tags": ["O", "B-X", "O"]}
@@ -92,10 +92,10 @@ def test_a_word_has_its_tag_on_its_first_token():
     assert max(words.count(word) for word in (0, 1, 2)) > 1, "a word of several tokens"
     assert [label for label in labels if label != IGNORE_INDEX] == [0, 1, 0]
     assert labels[words.index(1)] == 1 and len(found) == len(words)
-    assert made.shown(np.array(labels, np.int32)) == "O B-X O"
+    assert made.describe_targets(np.array(labels, np.int32)) == "O B-X O"
 
 
-def test_byte_level_words_bring_the_blank_before_them(tokenizer):
+def test_byte_level_words_get_a_leading_space(tokenizer):
     made = encoder("token_classification", tokenizer=tokenizer, labels=["O", "B-X"])
     ((found, labels),) = samples(
         made, {"tokens": ["the", "quick", "fox"], "tags": ["O", "B-X", "O"]}
@@ -104,7 +104,7 @@ def test_byte_level_words_bring_the_blank_before_them(tokenizer):
     assert [label for label in labels if label != IGNORE_INDEX] == [0, 1, 0]
 
 
-def test_a_long_context_becomes_windows_that_share_a_stride():
+def test_long_context_becomes_windows_that_share_a_stride():
     made = encoder("question_answering", length=12, stride=3)
     context = "the quick brown fox jumps over the lazy dogs while seven wise owls watch rivers"
     start = context.index("owls")
@@ -122,16 +122,16 @@ def test_a_long_context_becomes_windows_that_share_a_stride():
     for window, own in zip(
         windows, [labels[i : i + 12] for i in range(0, len(labels), 12)], strict=True
     ):
-        ((at, (last, begin, tail)),) = [
+        ((at, (last, context_start, tail)),) = [
             (i, answer_spans.unpack(label)) for i, label in enumerate(own) if label != IGNORE_INDEX
         ]
         assert window[0] == CLS
         assert (at, last) == (0, 0) or TOKENIZER.decode(window[at : last + 1]) == "owls"
-        assert begin == len(TOKENIZER("who")["input_ids"]) and tail == 1
+        assert context_start == len(TOKENIZER("who")["input_ids"]) and tail == 1
     assert any(label != IGNORE_INDEX and answer_spans.unpack(label).last for label in labels)
 
 
-def test_windows_are_the_pieces_of_a_row(tmp_path):
+def test_windows_are_the_segments_of_a_row(tmp_path):
     made = encoder(
         "question_answering", length=12, stride=3, data={"overlong": "split", "pack": False}
     )
@@ -150,23 +150,23 @@ def test_windows_are_the_pieces_of_a_row(tmp_path):
     assert found.num_targets == found.num_segments and found.format == "question_answering"
 
 
-def test_masked_language_models_are_asked_for_all_but_special_tokens():
+def test_masked_lm_labels_all_but_special_tokens():
     ((found, labels),) = samples(encoder("masked_lm"), {"text": "the fox"})
     assert labels == [IGNORE_INDEX, *found[1:-1], IGNORE_INDEX]
 
 
-def test_masked_language_models_need_a_mask(tokenizer):
+def test_masked_lm_needs_a_mask_token(tokenizer):
     with pytest.raises(ModelError, match=r"task\.name=masked_lm: the tokenizer has no mask token"):
         samples(encoder("masked_lm", tokenizer=tokenizer), {"text": "the"})
 
 
-def test_source_and_target_are_one_run_of_tokens():
+def test_source_and_target_are_one_sequence():
     ((found, labels),) = samples(encoder("seq2seq"), {"source": "the fox", "target": "old owls"})
     source, target = ids("the fox"), ids("old owls")
     assert found == source + target and labels == [IGNORE_INDEX] * len(source) + target
 
 
-def test_a_long_source_is_cut_before_its_target():
+def test_long_source_is_truncated_before_its_target():
     made = encoder("seq2seq", length=16, data={"overlong": "truncate"})
     ((found, labels),) = samples(made, {"source": "the quick brown fox " * 6, "target": "old owls"})
     target = ids("old owls")
@@ -175,7 +175,7 @@ def test_a_long_source_is_cut_before_its_target():
     assert len(found) <= 16 and found[-1] == SEP and labels[0] == IGNORE_INDEX
 
 
-def test_two_texts_that_belong_together_are_parted_by_a_label():
+def test_label_marks_where_the_second_text_starts():
     ((found, labels),) = samples(encoder("embedding"), {"text": "the fox", "positive": "old owls"})
     assert found == ids("the fox") + ids("old owls")
     assert [i for i, label in enumerate(labels) if label != IGNORE_INDEX] == [len(ids("the fox"))]
@@ -189,7 +189,7 @@ def test_truncation_keeps_the_last_special_token():
     assert len(found) == 8 and found[-1] == SEP
 
 
-def test_bad_rows_are_left_out_where_that_is_allowed():
+def test_bad_rows_are_skipped_if_allowed():
     rows = [
         {"text": "the fox", "label": "a"},
         {"text": "the fox", "label": "c"},
@@ -204,7 +204,7 @@ def test_bad_rows_are_left_out_where_that_is_allowed():
         encoder("sequence_classification", labels=["a", "b"]).encode(rows, "x")
 
 
-def test_what_decides_tokens_decides_the_fingerprint():
+def test_fields_that_decide_tokens_decide_the_fingerprint():
     base = compute_fingerprint(encoder("sequence_classification", labels=["a", "b"]))
     assert base != compute_fingerprint(Encoder(TOKENIZER, data_section()))
     assert base == compute_fingerprint(
@@ -219,7 +219,7 @@ def test_what_decides_tokens_decides_the_fingerprint():
     assert base not in {compute_fingerprint(other) for other in others}
 
 
-def test_a_question_that_leaves_no_room_is_refused():
+def test_question_that_leaves_no_room_is_refused():
     row = {
         "question": "the quick brown fox " * 5,
         "context": "the fox",
@@ -232,9 +232,12 @@ def test_a_question_that_leaves_no_room_is_refused():
         samples(encoder("question_answering", length=12, stride=3), row)
 
 
-def test_only_byte_level_words_bring_a_blank(tokenizer):
+def test_only_byte_level_words_get_a_leading_space(tokenizer):
     from dist_ft.data.encoding.task_encoder import add_leading_spaces
 
     words = [["the", "fox"], ["tea"]]
-    assert add_leading_spaces(words, tokenizer.backend_tokenizer.to_str()) == [["the", " fox"], ["tea"]]
+    assert add_leading_spaces(words, tokenizer.backend_tokenizer.to_str()) == [
+        ["the", " fox"],
+        ["tea"],
+    ]
     assert add_leading_spaces(words, TOKENIZER.backend_tokenizer.to_str()) == words

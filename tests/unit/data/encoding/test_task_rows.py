@@ -1,4 +1,4 @@
-"""Columns to texts and labels; whatever can not be used is named by shard and row."""
+"""Columns to texts and labels; errors name shard and row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from dist_ft.config.schema import TaskSection
 from dist_ft.core.errors import DataError
 from dist_ft.data.encoding.task_rows import READERS, read_label_names, sort_labels
+from dist_ft.data.sources.discovery import RowLocation
 
 URL, LABELS = "s3://b/x.jsonl", ("O", "B-PER", "I-PER", "B-ORG")
 
@@ -18,7 +19,9 @@ def task(name: str, **values) -> TaskSection:
 
 def read(name: str, row, labels=("no", "yes"), **values):
     section = task(name, **values)
-    return READERS[name](row, section, {label: i for i, label in enumerate(labels)}, URL, 7)
+    return READERS[name](
+        row, section, {label: i for i, label in enumerate(labels)}, RowLocation(URL, 7)
+    )
 
 
 def refused(*args, **values) -> str:
@@ -27,7 +30,7 @@ def refused(*args, **values) -> str:
     return str(caught.value).removeprefix(f"{URL} row 7: ")
 
 
-def test_single_texts_and_pairs_have_one_label():
+def test_texts_and_pairs_are_read_with_their_labels():
     assert read("sequence_classification", {"text": "fine", "label": "yes"}).label == 1
     found = read(
         "sequence_classification",
@@ -40,47 +43,47 @@ def test_single_texts_and_pairs_have_one_label():
     assert read("multi_label", {"text": "fine", "label": []}).label == []
 
 
-def test_a_label_the_head_does_not_know_is_refused():
+def test_unknown_label_is_refused():
     assert refused("sequence_classification", {"text": "x", "label": "perhaps"}) == (
-        "label is 'perhaps'; there are no, yes; repair the row, or name all labels in task.labels of a new run"
+        "label is 'perhaps'. The labels are no, yes. Repair the row, or name all labels in task.labels of a new run."
     )
     assert refused("sequence_classification", {"text": "x", "label": None}).startswith(
-        "label is None; there are no, yes; "
+        "label is None. The labels are no, yes. "
     )
     assert refused("multi_label", {"text": "x", "label": "yes"}).startswith(
-        "label is a str; a list of labels is needed; "
+        "label is a str. It must be a list of labels. "
     )
 
 
-def test_a_missing_column_is_named_with_those_there_are():
+def test_error_of_missing_column_lists_the_others():
     assert refused("sequence_classification", {"text": "x", "stars": 3}) == (
-        "has no column 'label'; there are text, stars; set task.columns.label to the right one or repair the row"
+        "has no column 'label'. Its columns: text, stars. Set task.columns.label to the right one or repair the row."
     )
     assert (
         refused("masked_lm", {"text": " "})
-        == "text is empty; text is needed; convert it or remove the row"
+        == "text is empty. It must be text. Convert it or remove the row."
     )
 
 
 @pytest.mark.parametrize("value", [3, 2.5, "-1.25"])
-def test_a_number_keeps_its_bits(value):
+def test_number_is_stored_as_float32_bits(value):
     bits = read("regression", {"text": "x", "label": value}).label
     assert np.int32(bits).view(np.float32) == np.float32(value)
 
 
 @pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), None, True])
-def test_what_is_no_finite_number_is_refused(value):
-    assert "a finite number is needed" in refused("regression", {"text": "x", "label": value})
+def test_value_that_is_not_a_finite_number_is_refused(value):
+    assert "It must be a finite number" in refused("regression", {"text": "x", "label": value})
 
 
-def test_words_have_a_tag_each():
+def test_each_word_has_one_tag():
     found = read(
         "token_classification",
         {"tokens": ["Ada", "Lovelace", "wrote"], "tags": ["B-PER", "I-PER", "O"]},
         LABELS,
     )
     assert (found.first, found.label) == (["Ada", "Lovelace", "wrote"], [1, 2, 0])
-    assert "has 2 words in tokens and 1 tags in tags" in refused(
+    assert "has 2 words in tokens but 1 tags in tags" in refused(
         "token_classification", {"tokens": ["a", "b"], "tags": ["O"]}, LABELS
     )
 
@@ -99,18 +102,18 @@ def test_tags_that_break_bio_are_refused(tags, where):
     )
 
 
-def test_other_schemes_of_tags_are_not_judged():
+def test_other_tag_schemes_are_not_checked():
     for labels in (("O", "I-PER"), ("O", "B-PER", "I-PER", "E-PER", "S-PER"), ("NN", "VB")):
         read("token_classification", {"tokens": ["a"], "tags": [labels[1]]}, labels)
 
 
-def test_an_answer_must_lie_in_its_context():
+def test_answer_must_be_in_its_context():
     row = {
         "question": "who?",
         "context": "it was Ada ",
         "answers": {"text": ["Ada "], "answer_start": [7]},
     }
-    assert read("question_answering", row).label == (7, 10), "blanks at its ends are no part of it"
+    assert read("question_answering", row).label == (7, 10), "blanks at its ends are not part of it"
     assert (
         read("question_answering", {**row, "answers": {"text": [], "answer_start": []}}).label
         is None
@@ -118,14 +121,18 @@ def test_an_answer_must_lie_in_its_context():
     assert refused(
         "question_answering", {**row, "answers": {"text": ["Ada"], "answer_start": [6]}}
     ) == (
-        "the answer 'Ada' is not at character 6 of context; it must be a part of it; repair the row"
+        "the answer 'Ada' is not at character 6 of context. It must be a part of the context. Repair the row."
     )
-    assert "is no {text, answer_start}" in refused("question_answering", {**row, "answers": "Ada"})
+    assert "is not {text, answer_start}" in refused("question_answering", {**row, "answers": "Ada"})
 
 
-def test_labels_are_found_and_ordered():
-    assert read_label_names({"label": 3}, task("sequence_classification"), URL, 1) == ["3"]
-    assert read_label_names({"tags": ["O", "B-X"]}, task("token_classification"), URL, 1) == ["O", "B-X"]
+def test_labels_are_collected_and_sorted():
+    assert read_label_names({"label": 3}, task("sequence_classification"), RowLocation(URL, 1)) == [
+        "3"
+    ]
+    assert read_label_names(
+        {"tags": ["O", "B-X"]}, task("token_classification"), RowLocation(URL, 1)
+    ) == ["O", "B-X"]
     assert sort_labels(["10", "9", "-1"]) == ("-1", "9", "10")
     assert sort_labels(["I-PER", "B-ORG", "O", "B-PER"]) == ("O", "B-ORG", "B-PER", "I-PER")
     assert sort_labels({"yes", "no"}) == ("no", "yes")

@@ -1,4 +1,4 @@
-"""Reading: wherever a shard is cut, all its rows come once and in order."""
+"""Reading: wherever a shard is split, each of its rows is read once and in order."""
 
 import csv
 import gzip
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
-from dist_ft.data.block import END, Part, make_blocks
+from dist_ft.data.block import END_OF_SHARD, ShardRange, group_into_blocks
 from dist_ft.data.sources import lines, ranged_reads, readers, tables
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.storage.filesystem import Store
 
 ROWS = [{"text": f"row {i} " + "é" * (i * 7 % 50), "n": str(i)} for i in range(200)]
@@ -74,30 +74,30 @@ FILES = {
 
 def shard_of(folder, name, content):
     Store(folder).write(name, content)
-    ((shard,),) = resolve([Source(path=f"{folder}/{name}")])
+    ((shard,),) = discover_shards([Source(path=f"{folder}/{name}")])
     return shard
 
 
-def rows_of(shard, parts):
+def read_rows(shard, ranges):
     found = []
-    for _, rows in readers.read(shard, parts):
+    for _, rows in readers.read_ranges(shard, ranges):
         found.append(rows if isinstance(rows, list) else rows.to_pylist())
     return found
 
 
 @pytest.mark.parametrize("block_bytes", [50, 1000, 5000, 10**6])
 @pytest.mark.parametrize("name", FILES)
-def test_all_rows_once_and_in_order_wherever_it_is_cut(tmp_path, name, block_bytes):
+def test_every_row_is_read_once_and_in_order_wherever_split(tmp_path, name, block_bytes):
     shard = shard_of(str(tmp_path), name, FILES[name])
-    parts = readers.survey(shard, 0, block_bytes)
-    assert [row for rows in rows_of(shard, parts) for row in rows] == ROWS
+    ranges = readers.split_into_ranges(shard, 0, block_bytes)
+    assert [row for rows in read_rows(shard, ranges) for row in rows] == ROWS
     if block_bytes == 1000 and name != "d.json" and not name.startswith("m."):
-        assert len(parts) > 3
-    if not readers.is_sequential(shard):  # any part by itself
-        for part in parts[::50]:
-            before = parts[: parts.index(part)]
-            start = sum(map(len, rows_of(shard, before)))
-            (alone,) = rows_of(shard, [part])
+        assert len(ranges) > 3
+    if not readers.is_sequential(shard):  # any range by itself
+        for part in ranges[::50]:
+            before = ranges[: ranges.index(part)]
+            start = sum(map(len, read_rows(shard, before)))
+            (alone,) = read_rows(shard, [part])
             assert alone == ROWS[start : start + len(alone)]
 
 
@@ -108,53 +108,55 @@ def test_all_rows_once_and_in_order_wherever_it_is_cut(tmp_path, name, block_byt
     ),
     st.integers(1, 200),
 )
-def test_lines_are_cut_anywhere(tmp_path_factory, texts, block_bytes):
+def test_lines_can_be_split_anywhere(tmp_path_factory, texts, block_bytes):
     rows = [{"text": text} for text in texts]
     shard = shard_of(f"memory://cut-{id(texts)}", "a.jsonl", jsonl(rows))
-    parts = readers.survey(shard, 0, block_bytes)
-    assert [row for found in rows_of(shard, parts) for row in found] == rows
-    for part in parts:
-        assert lines.rows_before(shard, part.start) == sum(
-            map(len, rows_of(shard, parts[: parts.index(part)]))
+    ranges = readers.split_into_ranges(shard, 0, block_bytes)
+    assert [row for found in read_rows(shard, ranges) for row in found] == rows
+    for part in ranges:
+        assert lines.count_rows_before(shard, part.start) == sum(
+            map(len, read_rows(shard, ranges[: ranges.index(part)]))
         )
 
 
-def test_a_line_longer_than_many_blocks(tmp_path):
+def test_line_longer_than_many_blocks_is_read_once(tmp_path):
     rows = [{"text": "a"}, {"text": "x" * 300_000}, {"text": "b"}]
     shard = shard_of(str(tmp_path), "a.jsonl", jsonl(rows))
-    parts = readers.survey(shard, 0, 1000)
-    assert len(parts) > 100 and [row for found in rows_of(shard, parts) for row in found] == rows
+    ranges = readers.split_into_ranges(shard, 0, 1000)
+    assert (
+        len(ranges) > 100 and [row for found in read_rows(shard, ranges) for row in found] == rows
+    )
 
 
-def test_small_parts_are_put_together():
-    parts = [Part(i, 0, END, size) for i, size in enumerate([3, 3, 3, 20, 1, 1])]
-    blocks = make_blocks(0, parts, 7)
-    assert [[part.shard for part in block.parts] for block in blocks] == [[0, 1], [2], [3], [4, 5]]
-    assert make_blocks(0, [], 7) == []
+def test_small_ranges_are_grouped_into_blocks():
+    ranges = [ShardRange(i, 0, END_OF_SHARD, size) for i, size in enumerate([3, 3, 3, 20, 1, 1])]
+    blocks = group_into_blocks(0, ranges, 7)
+    assert [[part.shard for part in block.ranges] for block in blocks] == [[0, 1], [2], [3], [4, 5]]
+    assert group_into_blocks(0, [], 7) == []
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "problem"),
     [
-        (b"text,n\na,1\nb\n", r"a.csv row 2: has another number of fields than the header"),
-        (b"text,n\na,1\nb,2,3\n", r"a.csv row 2: has another number of fields than the header"),
+        (b"text,n\na,1\nb\n", r"a.csv row 2: does not have as many fields as the header"),
+        (b"text,n\na,1\nb,2,3\n", r"a.csv row 2: does not have as many fields as the header"),
     ],
 )
-def test_csv_rows_that_do_not_fit_the_header(tmp_path, content, what):
+def test_csv_rows_that_do_not_match_the_header_are_refused(tmp_path, content, problem):
     shard = shard_of(str(tmp_path), "a.csv", content)
-    (rows,) = rows_of(shard, readers.survey(shard, 0, 100))
+    (rows,) = read_rows(shard, readers.split_into_ranges(shard, 0, 100))
     assert isinstance(rows[1], DataError)
-    with pytest.raises(DataError, match=what):
+    with pytest.raises(DataError, match=problem):
         raise rows[1]
 
 
-def test_wrong_encoding_of_a_csv_is_named(tmp_path):
+def test_error_of_wrongly_encoded_csv_names_the_line(tmp_path):
     shard = shard_of(str(tmp_path), "a.csv", "text\né\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.csv line 2: byte 0 is not UTF-8; convert the shard"):
-        rows_of(shard, readers.survey(shard, 0, 100))
+    with pytest.raises(DataError, match=r"a.csv line 2: byte 0 is not UTF-8. Convert the shard"):
+        read_rows(shard, readers.split_into_ranges(shard, 0, 100))
 
 
-def test_a_flipped_byte_in_parquet_is_caught_where_pages_have_checksums(tmp_path):
+def test_flipped_byte_in_parquet_with_page_checksums_is_detected(tmp_path):
     content = bytearray(
         parquet(ROWS, write_page_checksum=True, compression="none", use_dictionary=False)
     )
@@ -162,23 +164,23 @@ def test_a_flipped_byte_in_parquet_is_caught_where_pages_have_checksums(tmp_path
     content[place] ^= 1
     shard = shard_of(str(tmp_path), "a.parquet", bytes(content))
     with pytest.raises(
-        DataError, match=r"a.parquet: is not Parquet that can be read \(.*; write the shard again"
+        DataError, match=r"a.parquet: is not valid Parquet \(.*. Write the shard again"
     ):
-        rows_of(shard, readers.survey(shard, 0, 10**6))
+        read_rows(shard, readers.split_into_ranges(shard, 0, 10**6))
 
 
 @pytest.mark.parametrize("cut", [10, 100])
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst", "g.parquet", "i.arrow"])
-def test_a_cut_off_shard_is_named(tmp_path, name, cut):
+def test_error_of_truncated_shard_names_it(tmp_path, name, cut):
     shard = shard_of(str(tmp_path), name, FILES[name][:-cut])
-    with pytest.raises(DataError, match=rf"/{name}: is not "):
-        rows_of(shard, readers.survey(shard, 0, 10**6))
+    with pytest.raises(DataError, match=rf"/{name}: is (truncated or )?not "):
+        read_rows(shard, readers.split_into_ranges(shard, 0, 10**6))
 
 
-def test_a_file_that_seeks(tmp_path):
+def test_read_ahead_file_can_seek(tmp_path):
     content = bytes(range(256)) * 100
     Store(str(tmp_path)).write("a.txt", content)
-    file = io.BufferedReader(ranged_reads.RangeFile(f"{tmp_path}/a.txt", len(content)), 64)
+    file = io.BufferedReader(ranged_reads.ReadAheadFile(f"{tmp_path}/a.txt", len(content)), 64)
     assert file.read(10) == content[:10]
     file.seek(-20, io.SEEK_END)
     assert file.read() == content[-20:] and file.read() == b""
@@ -188,25 +190,25 @@ def test_a_file_that_seeks(tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A list that gets the number of bytes of each ranged read."""
-    asked, fetch_range = [], ranged_reads.fetch
+    """A list to which the number of bytes of each ranged read is appended."""
+    read_sizes, fetch_range = [], ranged_reads.fetch_range
     monkeypatch.setattr(
         ranged_reads,
-        "fetch",
+        "fetch_range",
         lambda store, name, start, stop: (
-            asked.append(stop - start),
+            read_sizes.append(stop - start),
             fetch_range(store, name, start, stop),
         )[1],
     )
-    return asked
+    return read_sizes
 
 
-def test_many_bad_lines_cost_one_look_at_what_lies_before(tmp_path, counted):
-    lines.rows_before.cache_clear()
+def test_many_bad_lines_read_the_rows_before_once(tmp_path, counted):
+    lines.count_rows_before.cache_clear()
     content = jsonl(ROWS) + b"not json\n" * 50 + jsonl(ROWS)
     shard = shard_of(str(tmp_path), "a.jsonl", content)
-    part = Part(0, len(jsonl(ROWS)), len(content), 0)
-    (rows,) = rows_of(shard, [part])
+    part = ShardRange(0, len(jsonl(ROWS)), len(content), 0)
+    (rows,) = read_rows(shard, [part])
     assert [f" row {201 + i}: is not JSON" in str(rows[i]) for i in range(51)] == [True] * 50 + [
         False
     ]
@@ -216,7 +218,7 @@ def test_many_bad_lines_cost_one_look_at_what_lies_before(tmp_path, counted):
 BIG = [{"text": hashlib.sha512(f"{i}".encode()).hexdigest() * 4} for i in range(20_000)]
 
 
-def test_parts_of_one_row_group_are_read_in_one_pass(tmp_path, counted):
+def test_ranges_of_one_row_group_are_read_in_one_pass(tmp_path, counted):
     shard = shard_of(
         str(tmp_path),
         "a.parquet",
@@ -224,82 +226,89 @@ def test_parts_of_one_row_group_are_read_in_one_pass(tmp_path, counted):
             [*ROWS[:50], *BIG], compression="none", use_dictionary=False, row_group_size=30_000
         ),
     )
-    parts = readers.survey(shard, 0, shard.size // 20)
-    assert len(parts) > 15 and {part.group for part in parts} == {0}
+    ranges = readers.split_into_ranges(shard, 0, shard.size // 20)
+    assert len(ranges) > 15 and {part.group for part in ranges} == {0}
     counted.clear()
-    rows = rows_of(shard, parts)
+    rows = read_rows(shard, ranges)
     assert [row["text"] for found in rows for row in found] == [
         row["text"] for row in [*ROWS[:50], *BIG]
     ]
-    assert sum(counted) < 1.1 * shard.size, "the group once, not once a part"
+    assert sum(counted) < 1.1 * shard.size, "the group once, not once per range"
     counted.clear()
-    assert rows_of(shard, parts[7:8]) == rows[7:8] and rows_of(shard, parts[-1:]) == rows[-1:]
-    assert sum(counted) < 2.1 * shard.size, "a late part alone: the group once"
-    assert rows_of(shard, parts[2:18:5]) == rows[2:18:5]
+    assert read_rows(shard, ranges[7:8]) == rows[7:8] and read_rows(shard, ranges[-1:]) == rows[-1:]
+    assert sum(counted) < 2.1 * shard.size, "a late range alone: the group once"
+    assert read_rows(shard, ranges[2:18:5]) == rows[2:18:5]
 
 
-def test_row_groups_without_a_wanted_part_are_not_read(tmp_path, counted):
+def test_row_groups_without_a_requested_range_are_not_read(tmp_path, counted):
     shard = shard_of(
         str(tmp_path),
         "a.parquet",
         parquet(BIG, compression="none", use_dictionary=False, row_group_size=1000),
     )
-    parts = readers.survey(shard, 0, 10 * shard.size // 20)
-    parts = [Part(0, start, start + 1000, 0) for start in range(0, 20_000, 1000)]
+    ranges = readers.split_into_ranges(shard, 0, 10 * shard.size // 20)
+    ranges = [ShardRange(0, start, start + 1000, 0) for start in range(0, 20_000, 1000)]
     counted.clear()
-    first, last = rows_of(shard, [parts[0], parts[15]])
+    first, last = read_rows(shard, [ranges[0], ranges[15]])
     assert first == BIG[:1000] and last == BIG[15_000:16_000] and sum(counted) < 0.2 * shard.size
 
 
-def test_a_late_part_of_an_arrow_file_does_not_hold_what_lies_before(monkeypatch):
-    alive, most = [], []
+def test_late_range_of_an_arrow_file_does_not_hold_earlier_batches(monkeypatch):
+    alive, num_alive = [], []
 
     def batches():
         for number in range(100):
             batch = pa.RecordBatch.from_pylist([{"n": number}])
             alive.append(weakref.ref(batch))
-            most.append(sum(one() is not None for one in alive))
-            yield number, batch
+            num_alive.append(sum(one() is not None for one in alive))
+            yield tables._Batch(number, batch)
 
-    ((_, table),) = tables._by_parts(
-        batches(), [Part(0, 95, 97, 0)], pa.schema([("n", pa.int64())])
+    ((_, table),) = tables._regroup_by_range(
+        batches(), [ShardRange(0, 95, 97, 0)], pa.schema([("n", pa.int64())])
     )
-    assert table.to_pylist() == [{"n": 95}, {"n": 96}] and max(most) <= 4
+    assert table.to_pylist() == [{"n": 95}, {"n": 96}] and max(num_alive) <= 4
 
 
 @pytest.mark.parametrize("open_writer", [pa.ipc.new_file, pa.ipc.new_stream])
-def test_an_arrow_file_without_a_batch_holds_no_row(tmp_path, open_writer):
+def test_arrow_file_without_a_batch_has_no_rows(tmp_path, open_writer):
     found = io.BytesIO()
     open_writer(found, pa.schema([("text", pa.string())])).close()
     shard = shard_of(str(tmp_path), "a.arrow", found.getvalue())
-    assert rows_of(shard, readers.survey(shard, 0, 1000)) == [[]]
+    assert read_rows(shard, readers.split_into_ranges(shard, 0, 1000)) == [[]]
 
 
-def test_a_long_field_of_a_csv_is_read(tmp_path):
+def test_long_csv_field_is_read(tmp_path):
     rows = [{"text": "x" * 200_000, "n": "1"}, {"text": "y", "n": "2"}]
     shard = shard_of(str(tmp_path), "a.csv", as_csv(rows))
     assert [
-        row for found in rows_of(shard, readers.survey(shard, 0, 1000)) for row in found
+        row
+        for found in read_rows(shard, readers.split_into_ranges(shard, 0, 1000))
+        for row in found
     ] == rows
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "what"),
+    ("name", "content", "problem"),
     [
-        ("a.csv", b'text,n\n"a"b,1\n' * 100, "is not CSV that can be read"),
-        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-30], "is not whole gzip"),
-        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:50] + b"\xff" * 2000, "is not whole gzip"),
+        ("a.csv", b'text,n\n"a"b,1\n' * 100, "is not valid CSV"),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-30], "is truncated or not gzip"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(jsonl(ROWS))[:50] + b"\xff" * 2000,
+            "is truncated or not gzip",
+        ),
     ],
 )
-def test_a_shard_that_can_not_be_decoded_is_named_by_the_survey_too(tmp_path, name, content, what):
-    with pytest.raises(DataError, match=f"/{name}: {what}"):
-        readers.survey(shard_of(str(tmp_path), name, content), 0, 100)
+def test_error_of_undecodable_shard_names_it_when_splitting_too(tmp_path, name, content, problem):
+    with pytest.raises(DataError, match=f"/{name}: {problem}"):
+        readers.split_into_ranges(shard_of(str(tmp_path), name, content), 0, 100)
 
 
-def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path):
+def test_number_with_too_many_digits_is_a_bad_row(tmp_path):
     content = b'{"a": 1}\n{"a": ' + b"9" * 5000 + b'}\n{"a": 3}\n'
-    (rows,) = rows_of(
-        shard := shard_of(str(tmp_path), "a.jsonl", content), readers.survey(shard, 0, 10**6)
+    (rows,) = read_rows(
+        shard := shard_of(str(tmp_path), "a.jsonl", content),
+        readers.split_into_ranges(shard, 0, 10**6),
     )
     assert rows[::2] == [
         {"a": 1},

@@ -78,7 +78,7 @@ def test_too_few_are_refused(labels):
 
 def test_a_row_without_is_refused_or_passed_over(labels):
     find, _ = labels
-    with pytest.raises(DataError, match=r"row 2: has no column 'label'; there are text"):
+    with pytest.raises(DataError, match=r"row 2: has no column 'label'. Its columns: text"):
         find([*rows("a"), {"text": "x"}, *rows("b")])
     assert find([*rows("a"), {"text": "x"}, *rows("b")], bad_rows="skip") == ("a", "b")
 

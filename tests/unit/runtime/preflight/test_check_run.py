@@ -52,8 +52,8 @@ def test_no_such_model_is_said_once(base):
 def test_a_sequence_longer_than_the_model_takes(base):
     path = base["model"]["path"]
     assert lines(base, "batch.sequence_length=513") == [
-        f"batch.sequence_length=513: longer than the model can take; at most 512 (max_position_embeddings of {path}); "
-        f"shorten it, or choose another model"
+        f"batch.sequence_length=513: longer than the model accepts. At most 512 tokens are "
+        f"allowed (max_position_embeddings of {path}). Lower it, or choose another model."
     ]
 
 
@@ -62,15 +62,15 @@ def test_a_sequence_longer_than_the_model_takes(base):
     [
         (
             "tuning={method: partial, last_layers: 6}",
-            "tuning.last_layers=6: the model has 5 layers; give at most as many",
+            "tuning.last_layers=6: the model has 5 layers. Give at most as many.",
         ),
         (
             "tuning={method: partial, trainable: 'lmhead.*'}",
-            "tuning.trainable=lmhead.*: no weight has such a name; there are",
+            "tuning.trainable=lmhead.*: no weight has such a name. The model has",
         ),
         (
             "tuning={method: lora, lora: {targets: q_prj}}",
-            "tuning.lora.targets=['q_prj']: this model can not get such adapters",
+            "tuning.lora.targets=['q_prj']: this model cannot get such adapters",
         ),
         ("tuning={method: lora, lora: {dora: true}}", None),
     ],
@@ -98,8 +98,8 @@ def test_every_source_that_names_nothing(base, tmp_path):
 def test_a_shard_named_twice_by_two_sources(base, tmp_path):
     found = lines(base, f"data.train=[{tmp_path}/a.jsonl, {tmp_path}/*.jsonl]")
     assert found == [
-        f"data.train: the shard {tmp_path}/a.jsonl is named twice; each sample counts once an epoch; remove "
-        "the source that overlaps"
+        f"data.train: the shard {tmp_path}/a.jsonl is listed twice. Each sample counts once per epoch. Remove "
+        "the source that overlaps."
     ]
 
 
@@ -107,7 +107,7 @@ def test_storage_that_can_not_be_written(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (found,) = lines(base, f"run.storage={tmp_path}/file")
     assert found.startswith(f"run.storage={tmp_path}/file: {tmp_path}/file/x/.probe-")
-    assert "can not write it" in found
+    assert "cannot write it" in found
     assert (
         check_run.check(load_config(base, [f"run.storage={tmp_path}/file"]), write_storage=False)
         == []
