@@ -44,7 +44,7 @@ MERGED = 1e-3
 """How much logits may change, relative to the largest, when an adapter is merged in float32."""
 ROUNDING = 16
 """Roundings, of the largest logit, by which the same weights may give other logits."""
-MODEL = "model"
+MODEL_FOLDER = "model"
 """Folder of a run with the model's config, tokenizer and chat template."""
 
 
@@ -87,7 +87,7 @@ def export_run(
         if adapter:
             _save_adapter(store, manifest, folder, average)
         else:
-            model, tokenizer = load_trained(store, manifest, dtype, average)
+            model, tokenizer = load_trained_model(store, manifest, dtype, average)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / INFO_FILE).write_text(json.dumps(_about(store), indent=1), "utf-8")
@@ -159,7 +159,7 @@ def find_best_step(store: Store) -> int:
     return bests.find_best(metric, found)[0]
 
 
-def load_trained(
+def load_trained_model(
     store: Store, manifest: Manifest, dtype: str | None = None, average: bool | None = None
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) with the weights of a checkpoint, on the CPU; adapters are merged into them.
@@ -247,9 +247,9 @@ def _load(
 
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        if "config.json" not in store.child(MODEL).download(folder):
+        if "config.json" not in store.child(MODEL_FOLDER).download(folder):
             raise CheckpointError(
-                f"{store.redacted_url(MODEL)}: no config.json there; every run keeps its model's config and "
+                f"{store.redacted_url(MODEL_FOLDER)}: no config.json there; every run keeps its model's config and "
                 "tokenizer; give the folder of a run (<storage>/<name>)"
             )
         config = AutoConfig.from_pretrained(folder)

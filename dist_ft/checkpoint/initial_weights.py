@@ -15,7 +15,7 @@ import logging
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.export import MODEL, export_run, find_best_step
+from dist_ft.checkpoint.export import MODEL_FOLDER, export_run, find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
@@ -142,7 +142,7 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
     import xxhash
     from filelock import FileLock
 
-    store = Store(url).child(MODEL)
+    store = Store(url).child(MODEL_FOLDER)
     if not store.exists("config.json"):
         raise ModelError(
             f"model.path={redact(url)}: is a run that has not begun to train; a run with a checkpoint is "

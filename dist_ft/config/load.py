@@ -89,7 +89,7 @@ def load_stored_config(store: Store) -> RunConfig:
     Raises:
         ConfigError: a field is broken, missing, or unknown to this version.
     """
-    return load_stored_mapping(read_stored_config(store), store.shown(STORED))
+    return load_stored_mapping(read_stored_config(store), store.redacted_url(STORED))
 
 
 def load_stored_mapping(mapping: Mapping[str, Any], source: str) -> RunConfig:

@@ -1,1 +1,1 @@
-"""What everything else builds on: errors, logs, the world of ranks, fault injection."""
+"""Base of all other packages: errors, logs, ranks and collectives, seeds, fault injection."""

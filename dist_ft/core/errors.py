@@ -1,8 +1,8 @@
-"""Typed errors: everything a user can meet derives from `DistFtError`.
+"""Typed errors: every error that a user can see derives from `DistFtError`.
 
-A message reads `<field or path>=<value>: what is wrong; what is allowed; what to do`. Each error survives
-pickling (Ray carries it from a worker to the driver), knows the exit code of the command line, and says whether
-starting again could help (`retryable`).
+A message reads `<field or path>=<value>: what is wrong. What is allowed. What to do.` Each error
+survives pickling (Ray carries it from a worker to the driver), has the exit code of the command
+line, and knows whether a restart could help (`retryable`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 PLANNED = "planned: "
-"""So begins why an attempt ended, where nothing failed."""
+"""Prefix of the reason why an attempt ended, if nothing failed."""
+MAX_LINE = 200
+"""Characters of a library's error that are quoted."""
 
 
 class DistFtError(Exception):
-    """Base of every error a user meets; its text is one clear line."""
+    """Base of all errors that a user sees; its text is one clear line."""
 
     exit_code = 1
     retryable = False
 
 
 class ConfigError(DistFtError):
-    """Everything wrong with a config, all of it at once (`problems`: one line each)."""
+    """All problems of a config.
+
+    Attributes:
+        problems: one line each.
+        source: file or command that has them.
+    """
 
     exit_code = 2
 
@@ -37,44 +44,44 @@ class ConfigError(DistFtError):
 
 
 class DataError(DistFtError):
-    """A data set, shard or row that can not be used; the text names shard and row."""
+    """A data set, shard or row that cannot be used; the text names shard and row."""
 
     exit_code = 2
 
 
 class ModelError(DistFtError):
-    """A model or tokenizer that can not be used as asked."""
+    """A model or tokenizer that cannot be used as configured."""
 
     exit_code = 2
 
 
 class StorageError(DistFtError):
-    """Storage that can not be read or written; the text names the URL."""
+    """Storage that cannot be read or written; the text names the URL."""
 
     retryable = True
 
 
 class CheckpointError(DistFtError):
-    """A checkpoint that is torn, altered, of another model, or that must not be written."""
+    """A checkpoint that is incomplete, altered, of another model, or that must not be written."""
 
 
 class WorkerError(DistFtError):
-    """Workers that could not be placed, or that died more often than the config allows."""
+    """Workers that could not be scheduled, or that died more often than the config allows."""
 
 
 class PeerError(WorkerError):
-    """Another worker failed; its own error says why."""
+    """Another worker failed; its own error has the cause."""
 
     retryable = True
 
 
 class Interrupted(DistFtError):
-    """The user (or the machine) asked the run to stop; what was committed is kept."""
+    """The user (or the machine) stopped the run; committed checkpoints are kept."""
 
     exit_code = 130
 
 
-_NO_MEMORY = ("CUDA out of memory", "OutOfMemoryError")
+_NO_GPU_MEMORY = ("CUDA out of memory", "OutOfMemoryError")
 _NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory",)
 _PEER_GONE = (
     "Connection closed by peer",
@@ -85,39 +92,47 @@ _PEER_GONE = (
 
 
 def explain_library_error(error: BaseException) -> WorkerError | None:
-    """Return what an error of a library, or one it was raised from, means to a user; None: nothing known."""
-    for one in _chain(error):
-        name = type(one).__name__
-        if name == "OutOfMemoryError" or _NO_MEMORY[0] in str(one):
+    """Return the meaning of a library's error, or of one of its causes; None if it is not known."""
+    for cause in _causes(error):
+        text = str(cause)
+
+        if type(cause).__name__ == "OutOfMemoryError" or _NO_GPU_MEMORY[0] in text:
             return WorkerError(
-                f"out of GPU memory ({_line_of(one, _NO_MEMORY)}); a step needs less with a smaller "
-                "batch.micro_batch or batch.sequence_length, the state with more workers, a higher "
-                "zero.stage, or zero.offload_optimizer=cpu"
+                f"out of GPU memory ({_matching_line(cause, _NO_GPU_MEMORY)}). Lower "
+                "batch.micro_batch or batch.sequence_length, use more workers or a higher "
+                "zero.stage, or set zero.offload_optimizer=cpu."
             )
-        if isinstance(one, MemoryError) or _NO_HOST_MEMORY[0] in str(one):
+
+        if isinstance(cause, MemoryError) or _NO_HOST_MEMORY[0] in text:
             return WorkerError(
-                f"out of memory ({_line_of(one, _NO_HOST_MEMORY)}); use a machine with more, fewer "
-                "workers on it, a smaller batch.micro_batch, or leave out zero.offload_optimizer and "
-                "zero.offload_param"
+                f"out of memory ({_matching_line(cause, _NO_HOST_MEMORY)}). Use a machine with "
+                "more memory, fewer workers on each machine or a smaller batch.micro_batch, or "
+                "remove zero.offload_optimizer and zero.offload_param."
             )
-        if isinstance(one, RuntimeError) and any(text in str(one) for text in _PEER_GONE):
+
+        peer_gone = any(pattern in text for pattern in _PEER_GONE)
+        if isinstance(cause, RuntimeError) and peer_gone:
             return WorkerError(
-                f"another worker has ended ({_line_of(one, _PEER_GONE)}); its own log says why; look "
-                "there first (torchrun names the rank that failed first)"
+                f"another worker ended ({_matching_line(cause, _PEER_GONE)}). Look for the cause "
+                "in the log of that worker (torchrun names the rank that failed first)."
             )
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield `error`, what it was raised from, and so on."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield `error`, the error it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _line_of(error: BaseException, texts: Sequence[str] = ()) -> str:
-    """Return the line of an error's text that holds one of `texts`, else its first; without text, its type."""
+def _matching_line(error: BaseException, patterns: Sequence[str]) -> str:
+    """Return the first line of the error's text with one of `patterns`, else its first line.
+
+    An error without text gives the name of its type.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line for line in lines if any(text in line for text in texts)), lines[0]).strip()[
-        :200
-    ]
+    for line in lines:
+        if any(pattern in line for pattern in patterns):
+            return line.strip()[:MAX_LINE]
+    return lines[0].strip()[:MAX_LINE]

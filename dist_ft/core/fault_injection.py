@@ -1,11 +1,20 @@
-"""Named places where a test or a drill can stop the process: `DIST_FT_FAILPOINT=name[:n][@rank][!how]`, n-th passing
-(`*`: each).
+"""Failpoints: named places in the code where a test or a drill can make the process fail.
 
-Without the variable a failpoint costs one dictionary look-up. By default the process is killed: nothing gets to clean
-up, as with a lost machine. `!stop` stops it (SIGSTOP), `!term` asks it to end (SIGTERM), `!lock` holds the interpreter
-lock for good, `!sleep` does nothing for good (`!sleep5`: for 5 s), `!fault` touches memory that is not there, `!memory`
-asks for more memory than there is, `!storage` is storage that fails (StorageError), `!raise` is a bug (RuntimeError);
-`!sleep5+stop` is one after the other. A failpoint says so first.
+`DIST_FT_FAILPOINT=name[:n][@rank][!action]` fails at the n-th hit of `name` (default: the first;
+`*`: each), on one rank or on all. By default the process is killed (SIGKILL) without any cleanup,
+like a lost machine. Other actions, which are joined with `+`, as in `!sleep5+stop`:
+
+    stop      stop the process (SIGSTOP)
+    term      request its end (SIGTERM)
+    lock      hold the interpreter lock forever
+    sleep     sleep forever (sleep5: for 5 s)
+    fault     access invalid memory (SIGSEGV)
+    memory    allocate more memory than the machine has
+    storage   raise StorageError, as failing storage does
+    raise     raise RuntimeError, as a bug does
+
+A failpoint logs a warning first. With `DIST_FT_FAILPOINT_ONCE=<file>` it fails once over all
+processes that share the file. Without the variable a failpoint costs one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -19,53 +28,65 @@ from collections import Counter
 from dist_ft.core.errors import StorageError
 
 log = logging.getLogger("dist_ft.core.fault_injection")
+
 VARIABLES = ("DIST_FT_FAILPOINT", "DIST_FT_FAILPOINT_ONCE")
+FOREVER_S = 10**6
+
 _SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM, "fault": signal.SIGSEGV}
-_passed: Counter[str] = Counter()
+_num_hits: Counter[str] = Counter()
 
 
 def hit(name: str, rank: int = 0) -> None:
-    """Fail here if the environment asks for it (`name`, `name:3` for the third passing, `name:3@1` on rank 1 only)."""
-    wanted = os.environ.get("DIST_FT_FAILPOINT")
-    if not wanted:
+    """Fail here if the environment says so: see the module's docstring."""
+    specification = os.environ.get("DIST_FT_FAILPOINT")
+    if not specification:
         return
-    wanted, _, how = wanted.partition("!")
-    place, _, only = wanted.partition("@")
-    place, _, count = place.partition(":")
-    if place != name or (only and int(only) != rank):
+
+    target, _, actions = specification.partition("!")
+    target, _, only_rank = target.partition("@")
+    target, _, count = target.partition(":")
+    if target != name or (only_rank and int(only_rank) != rank):
         return
-    _passed[name] += 1
-    once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
-    if count == "*" or (_passed[name] == int(count or 1) and _first_time(once)):
-        if count != "*" or _passed[name] == 1:
-            log.warning("failpoint %s: %s", name, how or "kill")
-        for one in how.split("+"):
-            _fail(one)
+
+    _num_hits[name] += 1
+    if count == "*":
+        is_due = True
+    else:
+        marker = os.environ.get("DIST_FT_FAILPOINT_ONCE")
+        is_due = _num_hits[name] == int(count or 1) and _is_first_time(marker)
+    if not is_due:
+        return
+
+    if count != "*" or _num_hits[name] == 1:
+        log.warning("failpoint %s: %s", name, actions or "kill")
+    for action in actions.split("+"):
+        _fail(action)
 
 
 def environment() -> dict[str, str]:
-    """Return what this process was asked, for one on another machine."""
+    """Return this process's failpoint variables, for a process on another machine."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def _fail(how: str) -> None:
-    if how.startswith("sleep"):
-        return time.sleep(float(how.removeprefix("sleep") or 10**6))
-    if how == "lock":
+def _fail(action: str) -> None:
+    if action.startswith("sleep"):
+        time.sleep(float(action.removeprefix("sleep") or FOREVER_S))
+        return
+    if action == "lock":
         import ctypes
 
-        ctypes.PyDLL(None).sleep(10**6)
-    if how == "memory":
+        ctypes.PyDLL(None).sleep(FOREVER_S)
+    if action == "memory":
         bytearray(2**47)
-    if how == "storage":
+    if action == "storage":
         raise StorageError("failpoint: storage fails")
-    if how == "raise":
+    if action == "raise":
         raise RuntimeError("failpoint")
-    return os.kill(os.getpid(), _SIGNALS.get(how, signal.SIGKILL))
+    os.kill(os.getpid(), _SIGNALS.get(action, signal.SIGKILL))
 
 
-def _first_time(marker: str | None) -> bool:
-    """Return whether no process died at this failpoint yet (`marker` is a file that remembers it)."""
+def _is_first_time(marker: str | None) -> bool:
+    """Whether no process failed here before; the file `marker` records it."""
     if marker is None:
         return True
     try:

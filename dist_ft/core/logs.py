@@ -1,7 +1,7 @@
-"""Logging: one line a message, prefixed by rank; other ranks than 0 speak only from WARNING up.
+"""Logging: one line per message, prefixed by rank; ranks other than 0 log only from WARNING up.
 
-Guarantees: no value of a known credential reaches a handler set up here (`redact`), and third-party warnings that
-mean nothing are silenced by name, never wholesale.
+Guarantees: no value of a known credential reaches a handler set up here (`redact`), and irrelevant
+third-party warnings are silenced by name, never all at once.
 """
 
 from __future__ import annotations
@@ -21,38 +21,46 @@ USERINFO = re.compile(
     r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)"
 )
 QUERY_SECRET = re.compile(
-    r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret|(?:api_?)?key|awsaccesskeyid"
+    r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret"
+    r"|(?:api_?)?key|awsaccesskeyid"
     r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+"
 )
 
-# (logger name, why its INFO and WARNING lines carry nothing for a user)
+MIN_SECRET_LENGTH = 8
+"""Shorter values of environment variables are not taken for secrets."""
+
+# Loggers whose INFO and WARNING lines do not help a user.
 QUIET_LOGGERS = (
     "DeepSpeed",  # op compatibility and timer chatter on every rank
     "datasets",  # cache notices
-    "httpx",  # one line a request
+    "httpx",  # one line per request
     "botocore.credentials",  # "found credentials in environment variables"
     "ray.data",  # not used by training
     "absl",
     "torchao",
     "torchao.kernel.intmm",
-    "torch.utils._pytree",  # kernels of GPUs that are not there
+    "torch.utils._pytree",  # kernels of GPUs that the machine does not have
 )
 
 
 def redact(text: str) -> str:
-    """Return `text` without credentials: values of secret environment variables, user info and signatures in URLs."""
-    secrets = {
+    """Return `text` without credentials.
+
+    Removes the values of secret environment variables, and user info and signatures in URLs.
+    """
+    names = {
         value: name
         for name, value in os.environ.items()
-        if len(value) >= 8 and SECRET_NAME.search(name)
+        if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)
     }
-    for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
-        for written in (value, quote(value, safe="")):
-            text = text.replace(written, f"<{secrets[value]}>")
+    # Longest first: one secret may be part of another.
+    for value in sorted(names, key=len, reverse=True):
+        for spelling in (value, quote(value, safe="")):
+            text = text.replace(spelling, f"<{names[value]}>")
     return QUERY_SECRET.sub(r"\1<redacted>", USERINFO.sub("<redacted>", text))
 
 
-class _Redacting(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     """Formats a record, then removes credentials from the finished line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -60,13 +68,22 @@ class _Redacting(logging.Formatter):
 
 
 def setup_logging(
-    rank: int = 0, num_ranks: int = 1, level: str = "info", extra_handler: logging.Handler | None = None
+    rank: int = 0,
+    num_ranks: int = 1,
+    level: str = "info",
+    extra_handler: logging.Handler | None = None,
 ) -> None:
-    """Send the `dist_ft` logger to stderr (and to the handler `also`): rank 0 from `level`, the others from WARNING."""
+    """Send the `dist_ft` logger to stderr and to `extra_handler`.
+
+    Rank 0 logs from `level` up, the others from WARNING up.
+    """
     prefix = f"[rank {rank}] " if num_ranks > 1 else ""
-    handlers = [logging.StreamHandler(sys.stderr), *([extra_handler] if extra_handler is not None else [])]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if extra_handler is not None:
+        handlers.append(extra_handler)
     for handler in handlers:
-        handler.setFormatter(_Redacting(f"{prefix}%(levelname)s %(message)s"))
+        handler.setFormatter(_RedactingFormatter(f"{prefix}%(levelname)s %(message)s"))
+
     logger = logging.getLogger("dist_ft")
     logger.handlers[:] = handlers
     logger.propagate = False
@@ -74,21 +91,20 @@ def setup_logging(
     quiet_third_parties()
 
 
-def _errors_only(record: logging.LogRecord) -> bool:
+def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
 def quiet_third_parties() -> None:
-    """Silence, by name, third-party messages that tell a user nothing."""
+    """Silence, by name, third-party messages that do not help a user."""
     for name in QUIET_LOGGERS:
-        logging.getLogger(name).addFilter(
-            _errors_only
-        )  # a filter: some libraries set their level when imported
+        # A filter, as some libraries set their level when they are imported.
+        logging.getLogger(name).addFilter(_is_error)
+
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
-    warnings.filterwarnings(
-        "ignore", message=".*torch.distributed.*is deprecated.*"
-    )  # DeepSpeed's calls, not ours
+    # DeepSpeed makes the deprecated calls.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*")
     warnings.filterwarnings(
         "ignore", message=".*barrier\\(\\): using the device under current context.*"
     )

@@ -1,8 +1,8 @@
 """Seeds and pseudo-random values that are pure functions of integers.
 
-Implements splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) rather than
-using a library's generator, so that every random draw of a run stays the same over numpy versions, machines and world
-sizes.
+Implements splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014) rather than using a library's generator, so that every random draw of a run stays the
+same over numpy versions, machines and world sizes.
 """
 
 from __future__ import annotations

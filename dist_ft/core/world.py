@@ -1,8 +1,9 @@
-"""Who am I among how many, and the small messages all ranks exchange.
+"""This process's place among all ranks, and the small messages that ranks exchange.
 
-`World` is a value. `Collectives` carries control messages (counts, decisions, small objects) over a gloo group of its
-own, on CPU tensors, whatever device the model trains on; bulk tensors are the engine's business. What one rank
-computes alone and acts on must go through here first, or others wait for ever.
+`World` is a value. `Collectives` carries control messages (counts, decisions, small objects) over
+its own gloo group, on CPU tensors, whatever device the model trains on; the engine moves bulk
+tensors. A decision that one rank makes alone must be broadcast here before any rank acts on it, or
+the others wait forever.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing_extensions import override
 from dist_ft.core.errors import ConfigError, DistFtError, PeerError
 
 T = TypeVar("T")
+
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+"""Environment variables of `World.from_environment`, and their defaults."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,15 @@ class World:
 def _invalid_environment(what: str) -> ConfigError:
     return ConfigError(
         [
-            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: inconsistent ({what}); allowed: the "
-            "values that torchrun sets; unset them to run alone"
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE: inconsistent ({what}). Allowed: the "
+            "values that torchrun sets. Unset them to run alone."
         ],
         "environment",
     )
 
 
 class Collectives:
-    """Control messages in a world of one: every result is one's own value."""
+    """Control messages in a world of one: every result is this rank's own value."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum over all ranks, in float64."""
@@ -103,13 +106,16 @@ class Collectives:
         """Wait for all ranks."""
 
     def close(self) -> None:
-        """Release what the group holds."""
+        """Release the resources of the group."""
 
 
 def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its result on all ranks; its DistFtError is raised on all ranks.
+    """Run `action` on rank 0 and return its result on all ranks; a collective call.
 
-    Any other exception is a bug: rank 0 raises it as it is, the others a PeerError, so that none waits.
+    Raises:
+        DistFtError: `action` raised it on rank 0; all ranks raise it.
+        Exception: any other error of `action` is a bug. Rank 0 raises it unchanged, the others
+            raise a PeerError, so that no rank waits.
     """
     result: Any = None
     error: DistFtError | None = None
@@ -117,15 +123,14 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
     if world.rank == 0:
         try:
             result = action()
-        except DistFtError as problem:
-            error = problem
-        except Exception as problem:
-            bug, error = (
-                problem,
-                PeerError(
-                    f"rank 0 failed ({type(problem).__name__}: {problem}); see its own error"
-                ),
+        except DistFtError as caught:
+            error = caught
+        except Exception as caught:
+            bug = caught
+            error = PeerError(
+                f"rank 0 failed ({type(caught).__name__}: {caught}). See its own error."
             )
+
     result, error = collectives.broadcast((result, error))
     if bug is not None:
         raise bug
@@ -136,13 +141,13 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
 
 def raise_together(collectives: Collectives, error: DistFtError | None) -> None:
     """Raise on all ranks the error of the first rank that has one; a collective call."""
-    for problem in collectives.all_gather(error):
-        if problem is not None:
-            raise problem
+    for error_of_rank in collectives.all_gather(error):
+        if error_of_rank is not None:
+            raise error_of_rank
 
 
 class GlooCollectives(Collectives):
-    """Control messages over an own gloo group, beside whatever group the model uses."""
+    """Control messages over their own gloo group, separate from the group of the model."""
 
     def __init__(self, world: World, timeout_s: float) -> None:
         import torch.distributed as dist
@@ -167,7 +172,9 @@ class GlooCollectives(Collectives):
 
     @override
     def gather(self, value: Any) -> list[Any] | None:
-        gathered: list[Any] | None = [None] * self._world.num_ranks if self._world.rank == 0 else None
+        gathered: list[Any] | None = (
+            [None] * self._world.num_ranks if self._world.rank == 0 else None
+        )
         self._dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered
 
@@ -187,5 +194,8 @@ class GlooCollectives(Collectives):
 
 
 def collectives(world: World, timeout_s: float = 1800) -> Collectives:
-    """Return the control channel of `world`; torch.distributed must be initialised when `world.num_ranks` > 1."""
+    """Return the control channel of `world`.
+
+    With more than one rank torch.distributed must be initialized.
+    """
     return GlooCollectives(world, timeout_s) if world.num_ranks > 1 else Collectives()

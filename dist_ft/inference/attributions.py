@@ -1,14 +1,15 @@
-"""Which tokens spoke for a wrong answer: integrated gradients (Sundararajan et al., arXiv:1703.01365) by captum.
+"""Which tokens led to a wrong prediction: integrated gradients (Sundararajan et al., arXiv:1703.01365) by captum.
 
-The model of a checkpoint is asked again about the examples an evaluation kept; a token's weight is its share of what
-the model told (the logit of the label, of the wrong tags, of the answer's ends), against a text of padding: positive
-weights spoke for it. Weights of a text sum up to about the difference between the two. Float32 on the CPU.
+The model of a checkpoint is run again on the examples that an evaluation stored. The weight of a token is its share of
+the predicted score (the logit of the label, of the wrong tags, of the ends of the answer), compared with a text of
+padding; tokens with positive weights raised the score. The weights of a text sum up to about the difference between the
+two scores. Float32 on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.checkpoint import discovery, export
 from dist_ft.checkpoint import manifest as manifests
@@ -16,22 +17,31 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.storage.filesystem import Store
 
-STEPS = 32
-"""Points on the way from padding to the text."""
-AT_ONCE = 8
+NUM_STEPS = 32
+"""Points on the path from padding to the text."""
+BATCH_SIZE = 8
 
 
-def attribute(store: Store, examples: Sequence[dict[str, Any]], step: int | None) -> dict[str, Any]:
-    """Add `tokens`, [text, weight] of each token but the special ones, to `examples`; say how.
+class AttributionInfo(TypedDict):
+    """Where attributions come from: step of the checkpoint, and method."""
+
+    step: int
+    method: str
+
+
+def attribute(
+    store: Store, examples: Sequence[dict[str, Any]], step: int | None
+) -> AttributionInfo:
+    """Add `tokens`, [text, weight] of each token except the special ones, to `examples`.
 
     Args:
         store: of the run.
-        examples: see `dist_ft.training.error_examples.described`.
-        step: of their evaluation; its checkpoint is asked if it is still there, else the newest.
+        examples: see `dist_ft.training.error_examples.ErrorExample`.
+        step: of their evaluation; its checkpoint is used if it still exists, else the latest.
 
     Raises:
         ConfigError: captum is not installed.
-        CheckpointError: there is no sound checkpoint.
+        CheckpointError: the run has no sound checkpoint.
     """
     import torch
 
@@ -41,68 +51,71 @@ def attribute(store: Store, examples: Sequence[dict[str, Any]], step: int | None
         from captum.attr import LayerIntegratedGradients
     except ImportError as error:
         raise ConfigError(
-            [
-                "--attributions: needs captum, which is not installed; pip install 'dist-ft[explain]'"
-            ],
+            ["--attributions: needs captum, which is not installed. pip install 'dist-ft[explain]'."],
             "runs report",
         ) from error
-    steps = [(manifests.parse_folder(name) or (0, 0))[0] for name in discovery.list_committed(store)]
-    found = export.find_manifest(store, step if step in steps else None)
-    model, tokenizer = export.load_trained(store, found, "float32")
+
+    names = discovery.list_committed(store)
+    committed = [(manifests.parse_folder(name) or (0, 0))[0] for name in names]
+    manifest = export.find_manifest(store, step if step in committed else None)
+    model, tokenizer = export.load_trained_model(store, manifest, "float32")
     task = export.load_task(store)
-    asked = TaskModel(model, task, SpecialTokens.from_tokenizer(tokenizer, model.config)).eval()
-    special = set(tokenizer.all_special_ids)
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
+    special_tokens = SpecialTokens.from_tokenizer(tokenizer, model.config)
+    task_model = TaskModel(model, task, special_tokens).eval()
+    special_ids = set(tokenizer.all_special_ids)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = tokenizer.eos_token_id or 0
+
     for example in examples:
-        ids = torch.tensor([example["ids"]])
-        baseline = torch.tensor([[token if token in special else pad for token in example["ids"]]])
+        ids = example["ids"]
+        padding = [token if token in special_ids else pad_id for token in ids]
         method = LayerIntegratedGradients(
-            _teller(asked, task, example["at"]), model.get_input_embeddings()
+            _score_function(task_model, task, example["at"]), model.get_input_embeddings()
         )
-        weights = method.attribute(
-            ids, baselines=baseline, n_steps=STEPS, internal_batch_size=AT_ONCE
-        )
-        weights = weights.sum(-1)[0].detach().tolist()
-        pieces = words(tokenizer, example["ids"])
+        gradients = method.attribute(
+            torch.tensor([ids]),
+            baselines=torch.tensor([padding]),
+            n_steps=NUM_STEPS,
+            internal_batch_size=BATCH_SIZE,
+        )  # (1, T, H)
+        weights = gradients.sum(-1)[0].detach().tolist()
         example["tokens"] = [
-            [piece, round(weight, 6)]
-            for token, piece, weight in zip(example["ids"], pieces, weights, strict=True)
-            if token not in special
+            [text, round(weight, 6)]
+            for token, text, weight in zip(ids, token_texts(tokenizer, ids), weights, strict=True)
+            if token not in special_ids
         ]
     return {
-        "step": found.progress.step,
-        "method": f"integrated gradients, {STEPS} points, from a text of padding",
+        "step": manifest.progress.step,
+        "method": f"integrated gradients, {NUM_STEPS} points, from a text of padding",
     }
 
 
-def _teller(asked: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
-    """Return the function whose gradients are taken: ids (B, T) to what was told (B,)."""
+def _score_function(task_model: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
+    """Return the function whose gradients are computed: ids (B, T) to the predicted score (B,)."""
     import torch
 
-    def told(ids: Any) -> Any:
-        outputs = asked.run_model(ids, torch.ones_like(ids))
+    def score(ids: Any) -> Any:
+        outputs = task_model.run_model(ids, torch.ones_like(ids))
         if task.name == "question_answering":
             return outputs.start_logits[:, at[0]] + outputs.end_logits[:, at[1]]
         if task.name == "token_classification":
-            return sum(outputs.logits[:, place, tag] for place, tag in at)
+            return sum(outputs.logits[:, token, tag] for token, tag in at)
         return outputs.logits[:, at].sum(1)
 
-    return told
+    return score
 
 
-def words(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return tokens as they are read one after the other: what begins a word begins with a blank."""
-    raw = tokenizer.convert_ids_to_tokens(list(ids))
-    by_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
-    found = []
-    for token, name in zip(ids, raw, strict=True):
-        if by_piece:
-            found.append(name[2:] if name.startswith("##") else f" {name}")
-        else:
-            text = str(tokenizer.decode([token]))
-            found.append(f" {text.lstrip()}" if name.startswith(("Ġ", "▁")) else text)
-    return found
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, to be read one after the other: the start of a word has a space in front."""
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    is_word_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
+    texts = []
+    for token, name in zip(ids, names, strict=True):
+        if is_word_piece:
+            texts.append(name[2:] if name.startswith("##") else f" {name}")
+            continue
+        text = str(tokenizer.decode([token]))
+        starts_word = name.startswith(("Ġ", "▁"))
+        texts.append(f" {text.lstrip()}" if starts_word else text)
+    return texts

@@ -1,137 +1,157 @@
-"""A model scored by the workers of a cluster, its weights sharded over them: for what one process could not hold.
+"""A model scored by the workers of a cluster, its weights sharded over them, for models one process cannot hold.
 
-It is an ordinary run of no step (`schedule.steps=0`): what an evaluation before the first step tells. Its folder goes
-when it is read. Guarantees: a head that was never trained is refused before workers are asked for, or said to be
-random. Prototypes, entities a model writes and robustness scores are asked for in one process only.
+It is an ordinary run of zero steps (`schedule.steps=0`): its metrics are those of the evaluation before the first step.
+Its folder is removed once they are read. Guarantees: a head that was never trained is refused before workers are
+requested, or reported as random. Prototypes, entities a model writes and robustness scores need one process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from typing import Any
 from uuid import uuid4
 
-from dist_ft.checkpoint import initial_weights
-from dist_ft.config.schema import CheckpointSection, EvaluationSection, RunConfig, ScheduleSection
+from dist_ft.config.resolved_run import ResolvedRun
+from dist_ft.config.schema import (
+    CheckpointSection,
+    ClusterSection,
+    EvaluationSection,
+    RunConfig,
+    ScheduleSection,
+)
 from dist_ft.config.sections.robustness import RobustnessSection
 from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.core.world import World, collectives
-from dist_ft.inference.model_under_test import has_own_head, labelled
+from dist_ft.inference.evaluation_run import has_own_head, resolve_answers
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.evaluation import FOLDER
+from dist_ft.training.evaluation import read_evaluation
 from dist_ft.training.metrics_log import read_metrics
 
 NAME_LENGTH = 30
-ONE_PROCESS = ("prototypes", "generation")
+ONE_PROCESS_METHODS = ("prototypes", "generation")
 
 
-def score(config: RunConfig, random_head: bool = False) -> dict[str, Any]:
-    """Return the metrics of the config's model on evaluation.data, told by its workers; `head` says what answered.
+def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) -> dict[str, Any]:
+    """Return the metrics of the run's model on evaluation.data, computed by the workers of `cluster`.
 
-    Raises ConfigError for what one process alone can be asked, ModelError for a head that was never trained.
+    `head` is what answered (`ModelUnderTest.head`).
+
+    Raises:
+        ConfigError: scores that need one process.
+        ModelError: a head that was never trained.
     """
-    _require_sharded(config)
-    kind = _kind(config)
-    if kind == "random" and not random_head:
+    config = run.config
+    _require_distributable(config)
+    head = _head(run)
+    if head == "random" and not random_head:
         raise ModelError(
-            f"model.path={config.model.path}: its files hold no head for task.name={config.task.name}; "
-            "its scores would be random; train it first, or ask for them with --random-head"
+            f"model.path={config.model.path}: its files hold no head for task.name="
+            f"{config.task.name}; its scores would be random. A trained head is needed. Train it "
+            "first, or use --random-head."
         )
     world = World()
-    config = labelled(config, world, collectives(world))
-    templates = config.prompting.templates or ("",)
-    if len(templates) > 1:
+    run = resolve_answers(run, world, collectives(world))
+    num_templates = len(run.prompting.templates)
+    if num_templates > 1:
         raise ConfigError(
             [
-                f"prompting.templates: {len(templates)} are given, and workers ask by one; several are "
-                "compared in one process (cluster.workers=0); name one"
+                f"prompting.templates: {num_templates} templates are given. Workers score one; one process "
+                "(cluster.workers=0) compares several. Give one template."
             ],
             "evaluate",
         )
-    return {**_told(_of_no_step(config)), "head": kind}
+    return {**_run_and_read(_derive_zero_step_config(run, cluster)), "head": head}
 
 
-def _require_sharded(config: RunConfig) -> None:
-    section = config.prompting.method
-    if section in ONE_PROCESS:
+def _require_distributable(config: RunConfig) -> None:
+    """Raise ConfigError if the config needs scores that workers do not compute."""
+    method = config.prompting.method
+    if method in ONE_PROCESS_METHODS:
         raise ConfigError(
             [
-                f"prompting.method={section}: one process is asked; allowed on workers: a trained head, and "
-                "likelihood; set cluster.workers=0"
+                f"prompting.method={method}: needs one process. Workers score a trained head, or by "
+                "likelihood. Set cluster.workers=0."
             ],
             "evaluate",
         )
     if config.evaluation.robustness != RobustnessSection():
         raise ConfigError(
             [
-                "evaluation.robustness: one process is asked; allowed with cluster.workers=0; set that, or "
-                "remove the section"
+                "evaluation.robustness: needs one process. It is allowed with cluster.workers=0. Set "
+                "that, or remove the section."
             ],
             "evaluate",
         )
 
 
-def _kind(config: RunConfig) -> str:
+def _head(run: ResolvedRun) -> str:
+    """Return what answers; see `ModelUnderTest.head`."""
     from dist_ft.model.heads import TASKS_WITH_HEAD
 
+    config = run.config
     if config.prompting.method != "none":
         return config.prompting.method
-    return "random" if config.task.name in TASKS_WITH_HEAD and not has_own_head(config) else "trained"
+    if config.task.name in TASKS_WITH_HEAD and not has_own_head(run):
+        return "random"
+    return "trained"
 
 
-def _of_no_step(config: RunConfig) -> RunConfig:
-    """Return the run that evaluates, and nothing else; of the training data it needs none."""
-    evaluation, held_out = config.evaluation, config.evaluation.data
+def _derive_zero_step_config(run: ResolvedRun, cluster: ClusterSection) -> RunConfig:
+    """Return the config of a run that evaluates and nothing else.
+
+    It holds what is resolved already, because such a run has no training data to find labels and examples in.
+    """
+    config, held_out = run.config, run.config.evaluation.data
     name = f"{config.run.name[:NAME_LENGTH].rstrip('-')}-{uuid4().hex[:12]}"
+    evaluation = EvaluationSection(
+        data=held_out,
+        max_samples=config.evaluation.max_samples,
+        decoding=config.evaluation.decoding,
+        generate_samples=config.evaluation.generate_samples,
+        keep_generations=config.evaluation.keep_generations,
+        text_metrics=config.evaluation.text_metrics,
+        text_tokenizer=config.evaluation.text_tokenizer,
+    )
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"name": name}),
+            "model": run.model,
+            "task": run.task,
+            "prompting": run.prompting,
+            "cluster": cluster,
             "data": config.data.model_copy(
                 update={"train": held_out, "mixing": (), "temperature": None}
             ),
             "schedule": ScheduleSection(steps=0),
             "checkpoint": CheckpointSection(),
-            "evaluation": EvaluationSection(
-                data=held_out,
-                max_samples=evaluation.max_samples,
-                decoding=evaluation.decoding,
-                generate_samples=evaluation.generate_samples,
-                keep_generations=evaluation.keep_generations,
-                text_metrics=evaluation.text_metrics,
-                text_tokenizer=evaluation.text_tokenizer,
-            ),
+            "evaluation": evaluation,
             "log": config.log.model_copy(update={"tensorboard": False}),
         }
     )
 
 
-def _told(config: RunConfig) -> dict[str, Any]:
-    """Run it, and return what its evaluation told."""
+def _run_and_read(config: RunConfig) -> dict[str, Any]:
+    """Run the config, return the metrics of its evaluation, and remove its folder."""
     from dist_ft.runtime.ray_backend import driver
 
-    config = config.model_copy(
-        update={"model": initial_weights.resolve_model_section(config.model, config.data.cache_dir)}
-    )
     store = Store(config.run_url)
     try:
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # what a run says goes beside what it was asked for
+        # stdout is for the result of the command; the output of the run goes to stderr
+        with contextlib.redirect_stdout(sys.stderr):
             driver.run(config)
+
         (line,) = [line for line in read_metrics(store) if line["kind"] == "evaluation"]
-        numbers = {
+        metrics = {
             name: value
             for name, value in line.items()
             if name not in ("step", "kind", "time", "attempt")
         }
-        tables = f"{FOLDER}/step-{0:09d}.json"
-        return {**numbers, **(json.loads(store.read(tables)) if store.exists(tables) else {})}
+        return metrics | read_evaluation(store, 0)
     finally:
         for path in store.walk(""):
             store.remove(path)
-        if filesystem.is_local(store.url):  # folders exist there
+        if filesystem.is_local(store.url):  # local storage also has folders
             shutil.rmtree(filesystem.local_path(store.url), ignore_errors=True)

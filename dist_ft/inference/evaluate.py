@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dist_ft.checkpoint import initial_weights
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.task import METRICS
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference import distributed_scoring
-from dist_ft.inference.entities import Written
-from dist_ft.inference.model_under_test import Asked, by_head
-from dist_ft.inference.robustness import scored
+from dist_ft.inference.entities import EntityWriter
+from dist_ft.inference.evaluation_run import derive_evaluation_run
+from dist_ft.inference.model_under_test import ForwardModel, ModelUnderTest
+from dist_ft.inference.robustness import score_with_robustness
 from dist_ft.metrics import best
 from dist_ft.storage import filesystem
 
@@ -21,82 +22,74 @@ def evaluate_models(
     config: RunConfig,
     paths: list[str],
     random_head: bool = False,
-    told: Callable[[str, dict[str, Any]], None] = lambda path, values: None,
+    on_result: Callable[[str, dict[str, Any]], None] = lambda path, metrics: None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of the model at each of `paths` on evaluation.data, as it is.
+    """Return {path: metrics on evaluation.data} of the model at each of `paths`, as it is.
 
-    In this process, or, with cluster.workers, on workers that share its weights (`scoring_run`).
+    Metrics are numbers by name, and tables by label; `head` is what answered (`ModelUnderTest.head`).
 
-    A model with a head for the task is asked by it; another one as `prompting` says. With several templates the metrics
-    are the means, `<metric>_best` and `<metric>_worst` stand beside, and all of them in `by_template`.
+    In this process, or, with cluster.workers, on workers that share its weights (`distributed_scoring`).
+
+    A model with a head for the task answers by it; any other one as `prompting` says. With several templates the
+    metrics are the means, `<metric>_best` and `<metric>_worst` are added, and all of them are in `by_template`.
 
     Args:
-        config: task, data and batch; its model is replaced by each of `paths`, but for the tokenizer it names.
+        config: task, data and batch; its model is replaced by each of `paths`, except for the tokenizer it names.
         paths: folders, URLs, hub names.
-        random_head: score a head that was never trained too; else that is an error.
-        told: called with each model's path and metrics.
+        random_head: also score a head that was never trained; otherwise that is an error.
+        on_result: called with each model's path and metrics.
 
     Raises:
-        ConfigError: there is no held-out data.
-        ModelError: a model that can not do the task, or whose head was never trained.
+        ConfigError: the config has no held-out data.
+        ModelError: a model that cannot do the task, or whose head was never trained.
     """
     if not config.evaluation.data:
         raise ConfigError(
-            ["evaluation.data: is empty; what to score on is needed; set it"], "evaluate"
+            ["evaluation.data: is empty. Held-out data is needed to score models. Set it."],
+            "evaluate",
         )
     filesystem.configure(config.storage.options)
-    found = {}
+    results = {}
     for path in paths:
-        here = of_model(config, path)
-        found[path] = (
-            _evaluate(here, random_head)
-            if config.max_workers == 0
-            else distributed_scoring.score(
-                here.model_copy(update={"cluster": config.cluster}), random_head
-            )
-        )
-        told(path, found[path])
-    return found
+        run = derive_evaluation_run(config, path)
+        if config.max_workers == 0:
+            results[path] = _evaluate(run, random_head)
+        else:
+            results[path] = distributed_scoring.score(run, config.cluster, random_head)
+        on_result(path, results[path])
+    return results
 
 
-def of_model(config: RunConfig, path: str) -> RunConfig:
-    """Return the config with another model, in this process and all of its weights as they lie in the files."""
-    changes: dict[str, Any] = {
-        "cluster": config.cluster.model_copy(update={"workers": 0}),
-        "tuning": type(config.tuning)(),
-        "task": config.task.model_copy(update={"new_head": False, "grow_head": False}),
-    }
-    model = config.model
-    if path != config.model.path:
-        model = config.model.model_copy(update={"path": path, "revision": None})
-    changes["model"] = initial_weights.resolve_model_section(model, config.data.cache_dir)
-    return by_head(config.model_copy(update=changes))
+def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
+    model: ModelUnderTest
+    if run.config.prompting.method == "generation":
+        model = EntityWriter(run)
+    else:
+        model = ForwardModel(run, random_head)
+
+    # with the examples in them, in the order of the config's
+    templates = model.run.prompting.templates
+    if len(templates) <= 1:
+        return {**score_with_robustness(model), "head": model.head}
+
+    metrics_by_template = {}
+    for shown, template in zip(run.config.prompting.templates, templates, strict=True):
+        model.use_template(template)
+        metrics_by_template[shown] = score_with_robustness(model)
+    metrics = aggregate_templates(run.config.task.name, metrics_by_template)
+    return {**metrics, "head": model.head}
 
 
-def _evaluate(config: RunConfig, random_head: bool) -> dict[str, Any]:
-    asked: Any = (
-        Written(config) if config.prompting.method == "generation" else Asked(config, random_head)
-    )
-    templates = asked.config.prompting.templates
-    found = []
-    for template in templates or ("",):
-        if len(templates) > 1:
-            asked.by_template(template)
-        found.append(scored(asked, config))
-    named = dict(zip(config.prompting.templates, found, strict=True)) if len(templates) > 1 else {}
-    return {**(over_templates(config.task.name, named) if named else found[0]), "head": asked.kind}
-
-
-def over_templates(task: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return means of the numbers of several templates, the best and the worst of each metric, and all of them."""
-    every = list(found.values())
-    numbers = [name for name, value in every[0].items() if isinstance(value, float | int)]
-    values: dict[str, Any] = {
-        name: sum(one[name] for one in every) / len(every) for name in numbers
-    }
+def aggregate_templates(task: str, metrics_by_template: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean, best and worst of each metric over several templates, and all of them as `by_template`."""
+    every = list(metrics_by_template.values())
+    metrics: dict[str, Any] = {}
+    for name, value in every[0].items():
+        if isinstance(value, float | int):
+            metrics[name] = sum(one[name] for one in every) / len(every)
     for name in METRICS[task]:
-        own = [one[name] for one in every if name in one]
-        own.sort(key=lambda value: best.sort_key(name, value))
-        if own:
-            values[f"{name}_best"], values[f"{name}_worst"] = own[0], own[-1]
-    return {**values, "by_template": found}
+        values = [one[name] for one in every if name in one]
+        values.sort(key=lambda value: best.rank(name, value))
+        if values:
+            metrics[f"{name}_best"], metrics[f"{name}_worst"] = values[0], values[-1]
+    return {**metrics, "by_template": metrics_by_template}

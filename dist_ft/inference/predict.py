@@ -1,386 +1,262 @@
-"""A model folder applied to rows: labels, tags, answers, numbers, vectors or texts, in the rows' own order.
+"""A model folder applied to rows: labels, tags, answers, numbers, vectors or generated text, in the order of the rows.
 
-One process and plain transformers; the folder itself says which task it does. Rows of like length share a batch, order
-is restored. Guarantees: a head that was never trained is refused; a file that was cut off goes on where it stopped.
+One process and plain transformers; the folder itself says which task it does. Rows of similar length share a batch, and
+the order is restored. Guarantee: a head that was never trained is refused.
+
+Shapes: B rows of a batch, T tokens, K labels, H hidden size.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dist_ft.checkpoint import export, initial_weights
-from dist_ft.config.load import load_stored_section
-from dist_ft.config.schema import ModelSection, TaskSection
-from dist_ft.config.sections.decoding import MAKERS, DecodingSection, parse, short_form
-from dist_ft.config.sections.prompting import PromptingSection, of_model
-from dist_ft.core.errors import DataError, ModelError
+from dist_ft.config.sections.decoding import MAKERS
+from dist_ft.core.errors import DataError
 from dist_ft.data.encoding.answer_spans import find_context
 from dist_ft.data.encoding.task_encoder import add_leading_spaces
 from dist_ft.data.sources.discovery import Row
-from dist_ft.inference.few_shot import Prompted
+from dist_ft.inference.few_shot import PromptedClassifier
+from dist_ft.inference.model_folder import DEFAULTS, PredictionOptions, load_folder, model_version
 from dist_ft.metrics.task_scores import softmax
 from dist_ft.model import heads
 from dist_ft.model.adapters import soft_prompts
-from dist_ft.model.loading.download import fetch_model
-from dist_ft.model.loading.load import load_task_model, load_tokenizer
 from dist_ft.model.task_models import pool_hidden_states
-from dist_ft.training.prediction_collector import best_span
+from dist_ft.training.predictions import best_span
 
-log = logging.getLogger("dist_ft.predict")
-MOST_TOKENS = 384
-"""Of a window of a context."""
-KINDS = {
-    "SequenceClassification": "sequence_classification",
-    "TokenClassification": "token_classification",
-    "QuestionAnswering": "question_answering",
-    "ConditionalGeneration": "seq2seq",
-    "CausalLM": "causal_lm",
-    "LMHeadModel": "causal_lm",
-    "MaskedLM": "masked_lm",
-}
-"""Ends of the names of transformers' classes, and the tasks they do."""
-PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
-
-
-def task_of(config: Any, path: str) -> TaskSection:
-    """Return the task the model of a config does, with its labels."""
-    name = next(
-        (
-            task
-            for name in config.architectures or ()
-            for end, task in KINDS.items()
-            if name.endswith(end)
-        ),
-        "embedding",
-    )
-    if name == "sequence_classification":
-        name = PROBLEMS.get(
-            config.problem_type or "", "regression" if config.num_labels == 1 else name
-        )
-    if name == "masked_lm":
-        raise ModelError(
-            f"model.path={path}: is a masked language model, which has nothing to say of a text yet; "
-            "models with a head, causal models and encoder-decoders are allowed; train one"
-        )
-    labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
-    return TaskSection.model_validate(
-        {"name": name, "labels": labels if name in heads.LABELLED else ()}
-    )
-
-
-def version_of(path: str, max_new_tokens: int, strategy: str = "greedy") -> str:
-    """Return what changes when the model at `path` does, or what it is asked for."""
-    folder = Path(fetch_model(initial_weights.resolve_model_section(ModelSection(path=path)).path))
-    asked = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
-    return json.dumps(
-        [
-            path,
-            max_new_tokens,
-            short_form(asked),
-            asked.seed,
-            *sorted(
-                (item.name, item.stat().st_size, item.stat().st_mtime_ns)
-                for item in folder.glob("*.safetensors")
-            ),
-        ]
-    )
-
-
-def _task(
-    path: str, folder: str, about: dict[str, Any], prompting: PromptingSection
-) -> TaskSection:
-    """Return what the model in a folder does, by its config and by what an export says besides."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path={path}: is no model folder ({str(error).splitlines()[0][:100]}); what "
-            "`dist-ft export` writes is needed; export the run first"
-        ) from error
-    if prompting.method == "likelihood":
-        return load_stored_section(about, "task", TaskSection, path)
-    task = task_of(config, path)
-    if "task" not in about:
-        return task
-    return load_stored_section(about, "task", TaskSection, path).model_copy(
-        update={"labels": task.labels, "new_head": False, "grow_head": False}
-    )
-
-
-def _attention(trained_with: str, device: str) -> str:
-    """Return the attention to compute with: flash attention has kernels for GPUs only."""
-    if device == "cpu" and "flash" in trained_with:
-        log.warning(
-            "model.attention=%s: needs a GPU; sdpa is used here, which computes the same",
-            trained_with,
-        )
-        return "sdpa"
-    return trained_with
-
-
-def _model(task: TaskSection, section: ModelSection, tokenizer: Any, path: str) -> Any:
-    """Return the model, ready to be asked; one whose head was never trained is refused."""
-    model, new = load_task_model(task, section)
-    if new:
-        raise ModelError(
-            f"model.path={path}: {len(new)} weights of its head are not in the files, such as "
-            f"{min(new)}; what it says would be random; train it first"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model.eval()
+MAX_WINDOW_TOKENS = 384
+"""Tokens of a window of a context."""
+NO_LIMIT = 10**6
 
 
 class Predictor:
-    """A model folder that is asked."""
+    """A model folder that predicts.
 
-    def __init__(
-        self, path: str, batch: int = 32, max_new_tokens: int = 128, strategy: str = "greedy"
-    ) -> None:
-        """Load the folder (URL, hub name) at `path`.
+    Attributes:
+        task: what the model does, with labels.
+        tokenizer, model: of the folder.
+        version: changes when the weights, or the options that affect predictions, do.
+    """
 
-        Args:
-            path: of the model.
-            batch: rows at once.
-            max_new_tokens: longest text to make, in tokens.
-            strategy: how texts are made (`config.decoding.parse`); draws follow from the number of the row.
+    def __init__(self, path: str, options: PredictionOptions = DEFAULTS) -> None:
+        """Load the model at `path` (folder, URL, hub name).
 
         Raises:
-            ModelError: there is no such model, or weights of its head are missing.
-            ConfigError: there is no such strategy.
+            ModelError: the model does not exist, or weights of its head are missing.
+            ConfigError: the decoding strategy does not exist.
         """
         import torch
 
-        self._decoding = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens, batch_size=batch))
-        self._batch = batch
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = fetch_model(initial_weights.resolve_model_section(ModelSection(path=path)).path)
-        self.version = version_of(path, max_new_tokens, strategy)
-        told = Path(folder) / export.INFO_FILE
-        about = json.loads(told.read_text("utf-8")) if told.exists() else {}
-        self._template = str(about.get("prompt_template", "{prompt}\n"))
-        prompting = load_stored_section(about, "prompting", PromptingSection, str(told))
-        self.task = _task(path, folder, about, prompting)
-        section = ModelSection.model_validate(
-            {
-                "path": folder,
-                "dtype": "bfloat16" if device == "cuda" else "float32",
-                "attention": _attention(about.get("attention", "sdpa"), device),
-            }
-        )
-        self.tokenizer = load_tokenizer(section)
-        self.model: Any = _model(of_model(self.task, prompting), section, self.tokenizer, path).to(
-            device
-        )
-        self._virtual = soft_prompts.find_virtual_tokens(self.model)
-        longest = heads.longest_input(self.model.config)
-        self._length = min(longest or 10**6, self.tokenizer.model_max_length, 10**6)
-        self._prompted = (
-            Prompted(
-                self.model,
-                self.tokenizer,
-                self.task,
-                prompting,
-                min(self._length, about.get("sequence_length") or self._length),
-            )
-            if prompting.method == "likelihood"
-            else None
-        )
+        self._decoding = options.decoding()
+        self._batch_size = options.batch_size
+        loaded = load_folder(path, "cuda" if torch.cuda.is_available() else "cpu")
+        self.version = model_version(path, options)
+        self.task = loaded.task
+        self.tokenizer = loaded.tokenizer
+        self.model = loaded.model
+        self._prompt_template = str(loaded.info.get("prompt_template", "{prompt}\n"))
+        self._virtual_tokens = soft_prompts.find_virtual_tokens(self.model)
 
-    def predict(self, rows: Sequence[Row], first: int = 0) -> list[dict[str, Any]]:
-        """Return what the model says of each row, in their order; `first`: number of the first of them in all."""
+        longest = heads.longest_input(self.model.config)
+        self._max_tokens = min(longest or NO_LIMIT, self.tokenizer.model_max_length, NO_LIMIT)
+        self._prompted: PromptedClassifier | None = None
+        if loaded.prompting.method == "likelihood":
+            max_tokens = min(self._max_tokens, loaded.info.get("sequence_length") or NO_LIMIT)
+            self._prompted = PromptedClassifier(
+                self.model, self.tokenizer, self.task, loaded.prompting, max_tokens
+            )
+
+    def predict(self, rows: Sequence[Row], start: int = 0) -> list[dict[str, Any]]:
+        """Return the prediction for each row, in their order, as JSON values; `start`: number of the first row.
+
+        The keys depend on the task: label and score, tokens and tags, answer and score, embedding, text, or response.
+        """
         import torch
 
         if self.task.name in MAKERS:
-            return self._made(rows, first)
-        read = getattr(self, f"_{self.task.name}")
-        order = np.argsort([-len(str(row)) for row in rows], kind="stable")
-        found: list[dict[str, Any]] = [{}] * len(rows)
-        with torch.inference_mode():
-            for start in range(0, len(rows), self._batch):
-                places = order[start : start + self._batch].tolist()
-                for place, value in zip(
-                    places, read([rows[place] for place in places]), strict=True
-                ):
-                    found[place] = value
-        return found
+            return self._generate(rows, start)
 
-    def _inputs(self, *texts: list[Any], **options: Any) -> Any:
+        predict_batch = getattr(self, f"_{self.task.name}")
+        by_length = np.argsort([-len(str(row)) for row in rows], kind="stable")
+        predictions: list[dict[str, Any]] = [{}] * len(rows)
+        with torch.inference_mode():
+            for first in range(0, len(rows), self._batch_size):
+                numbers = by_length[first : first + self._batch_size].tolist()
+                batch = predict_batch([rows[number] for number in numbers])
+                for number, prediction in zip(numbers, batch, strict=True):
+                    predictions[number] = prediction
+        return predictions
+
+    def _encode(self, *texts: list[Any], **options: Any) -> Any:
+        """Return token ids and mask (B, T), padded and truncated."""
         options = {"padding_side": "right", **options}
         return self.tokenizer(
             *texts,
             padding=True,
             truncation=True,
-            max_length=self._length,
+            max_length=self._max_tokens,
             return_tensors="pt",
             **options,
         )
 
-    def _own(self, values: Any) -> Any:
-        """Return what is said of each token, without the virtual ones in front."""
-        return values[:, len(self._virtual.ids) :] if self._virtual is not None else values
+    def _forward(self, encoded: Any) -> Any:
+        """Return the outputs of the model, virtual tokens in front."""
+        inputs = {name: value.to(self.model.device) for name, value in encoded.items()}
+        return self.model(**soft_prompts.prepend_virtual_tokens(self._virtual_tokens, inputs))
 
-    def _told(self, encoded: Any) -> Any:
-        return self.model(
-            **soft_prompts.prepend_virtual_tokens(
-                self._virtual,
-                {name: value.to(self.model.device) for name, value in encoded.items()},
-            )
-        )
+    def _without_virtual(self, values: Any) -> Any:
+        """Return the outputs of each token (B, T, ...) without those of the virtual tokens in front."""
+        if self._virtual_tokens is None:
+            return values
+        return values[:, len(self._virtual_tokens.ids) :]
+
+    def _logits(self, rows: Sequence[Row]) -> np.ndarray:
+        """Return the logits (B, K) of a head on whole texts."""
+        outputs = self._forward(self._encode(*self._texts(rows)))
+        return outputs.logits.float().cpu().numpy()
 
     def _texts(self, rows: Sequence[Row]) -> list[list[str]]:
-        """Return the texts, and the second ones if rows have them."""
+        """Return the texts, and the second texts if rows have them."""
         columns = self.task.columns
         pair = columns.pair or ("pair" if all("pair" in row for row in rows) else None)
-        return [
-            [_text(row, name) for row in rows] for name in (columns.text, pair) if name is not None
-        ]
+        names = [columns.text] if pair is None else [columns.text, pair]
+        return [[_text(row, name) for row in rows] for name in names]
 
     def _sequence_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        texts = self._texts(rows)
         if self._prompted is not None:
-            shares = softmax(self._prompted.scores(*texts))
+            scores = self._prompted.scores(*self._texts(rows))
         else:
-            shares = softmax(self._told(self._inputs(*texts)).logits.float().cpu().numpy())
-        for row in shares:
-            yield {
-                "label": self.task.labels[int(row.argmax())],
-                "score": round(float(row.max()), 6),
-            }
+            scores = self._logits(rows)
+        for row in softmax(scores):
+            label = self.task.labels[int(row.argmax())]
+            yield {"label": label, "score": round(float(row.max()), 6)}
 
     def _multi_label(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        logits = self._told(self._inputs(*self._texts(rows))).logits.float().cpu().numpy()
-        for row in logits:
-            yield {
-                "label": [
-                    label for label, value in zip(self.task.labels, row, strict=True) if value > 0
-                ]
-            }
+        for row in self._logits(rows):
+            labels = zip(self.task.labels, row, strict=True)
+            yield {"label": [label for label, logit in labels if logit > 0]}
 
     def _regression(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        for value in (
-            self._told(self._inputs(*self._texts(rows))).logits[:, 0].float().cpu().tolist()
-        ):
+        for value in self._logits(rows)[:, 0].tolist():
             yield {"label": value}
 
     def _token_classification(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         words = [row["tokens"] if "tokens" in row else _text(row, "text").split() for row in rows]
-        given = add_leading_spaces(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        encoded = self._inputs(given, is_split_into_words=True)
-        logits = self._own(self._told(encoded).logits).float().cpu().numpy()
-        for number, own in enumerate(words):
-            tags = ["O" if "O" in self.task.labels else self.task.labels[0]] * len(own)
-            places = encoded.word_ids(number)
-            for at in reversed(
-                range(len(places))
-            ):  # the first token of a word decides, as in training
-                if places[at] is not None:
-                    tags[places[at]] = self.task.labels[int(logits[number, at].argmax())]
-            yield {"tokens": own, "tags": tags}
+        spaced = add_leading_spaces(words, self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        encoded = self._encode(spaced, is_split_into_words=True)
+        outputs = self._forward(encoded)
+        logits = self._without_virtual(outputs.logits).float().cpu().numpy()  # (B, T, K)
+        default = "O" if "O" in self.task.labels else self.task.labels[0]
+        for number, row_words in enumerate(words):
+            tags = [default] * len(row_words)
+            word_of_token = encoded.word_ids(number)
+            # backwards, so that the first token of a word decides, as in training
+            for token in reversed(range(len(word_of_token))):
+                word = word_of_token[token]
+                if word is not None:
+                    tags[word] = self.task.labels[int(logits[number, token].argmax())]
+            yield {"tokens": row_words, "tags": tags}
 
     def _question_answering(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        questions, contexts = (
-            [_text(row, name) for row in rows] for name in ("question", "context")
-        )
-        length = min(MOST_TOKENS, self._length)
+        questions = [_text(row, "question") for row in rows]
+        contexts = [_text(row, "context") for row in rows]
+        window_tokens = min(MAX_WINDOW_TOKENS, self._max_tokens)
+        # a long context becomes several overlapping windows
         encoded = self.tokenizer(
             questions,
             contexts,
             padding=True,
             truncation="only_second",
-            stride=length // 4,
-            max_length=length,
+            stride=window_tokens // 4,
+            max_length=window_tokens,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
             return_tensors="pt",
         )
-        owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-        told = self._told(encoded)
-        logits = np.stack(
-            [
-                self._own(found).float().cpu().numpy()
-                for found in (told.start_logits, told.end_logits)
-            ],
-            -1,
-        )
-        best = [(-np.inf, "")] * len(rows)
-        for window, owner in enumerate(owners.tolist()):
-            begin, tail = find_context(encoded.sequence_ids(window))
-            first, last, score = best_span(logits[window], begin, logits.shape[1] - tail)
-            start, stop = int(offsets[window, first, 0]), int(offsets[window, last, 1])
-            answer = contexts[owner][start:stop] if last else ""
-            best[owner] = max(best[owner], (score, answer), key=lambda found: found[0])
-        for score, answer in best:
+        row_of_window = encoded.pop("overflow_to_sample_mapping").tolist()
+        offsets = encoded.pop("offset_mapping")
+        outputs = self._forward(encoded)
+        ends = [
+            self._without_virtual(logits).float().cpu().numpy()
+            for logits in (outputs.start_logits, outputs.end_logits)
+        ]
+        logits = np.stack(ends, -1)  # (windows, T, 2)
+
+        best_scores, answers = [-np.inf] * len(rows), [""] * len(rows)
+        for window, row in enumerate(row_of_window):
+            start, tail = find_context(encoded.sequence_ids(window))
+            first, last, score = best_span(logits[window], start, logits.shape[1] - tail)
+            if score > best_scores[row]:
+                best_scores[row] = score
+                span = slice(int(offsets[window, first, 0]), int(offsets[window, last, 1]))
+                answers[row] = contexts[row][span] if last else ""
+        for answer, score in zip(answers, best_scores, strict=True):
             yield {"answer": answer, "score": round(float(score), 4)}
 
     def _embedding(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        encoded = self._inputs([_text(row, self.task.columns.text) for row in rows])
-        hidden = self._own(self._told(encoded).last_hidden_state).float().cpu()
+        encoded = self._encode([_text(row, self.task.columns.text) for row in rows])
+        outputs = self._forward(encoded)
+        hidden = self._without_virtual(outputs.last_hidden_state).float().cpu()  # (B, T, H)
         vectors = pool_hidden_states(hidden, encoded["attention_mask"], self.task.pooling)
         for vector in (vectors / vectors.norm(dim=1, keepdim=True)).tolist():
             yield {"embedding": vector}
 
-    def _made(self, rows: Sequence[Row], first: int) -> list[dict[str, Any]]:
-        """Return the texts made of rows."""
+    def _generate(self, rows: Sequence[Row], start: int) -> list[dict[str, Any]]:
+        """Return the generated text of each row; further samples of one row are its `others`."""
         from dist_ft.model.generation import GenerationRequest, TextGenerator
 
-        decoder, name = (
-            TextGenerator(self._decoding, self.tokenizer),
-            "text" if self.task.name == "seq2seq" else "response",
-        )
-        asked = [
-            GenerationRequest(np.array(ids), first + number) for number, ids in enumerate(self._asked(rows))
+        generator = TextGenerator(self._decoding, self.tokenizer)
+        column = "text" if self.task.name == "seq2seq" else "response"
+        requests = [
+            GenerationRequest(np.array(ids), start + number)
+            for number, ids in enumerate(self._prompt_ids(rows))
         ]
-        made = [
-            [decoder.decode_text(ids) for ids in texts] for texts in decoder.generate_all(self.model, asked)
-        ]
-        return [{name: texts[0], **({"others": texts[1:]} if texts[1:] else {})} for texts in made]
+        predictions = []
+        for samples in generator.generate_all(self.model, requests):
+            texts = [generator.decode_text(ids) for ids in samples]
+            prediction: dict[str, Any] = {column: texts[0]}
+            if texts[1:]:
+                prediction["others"] = texts[1:]
+            predictions.append(prediction)
+        return predictions
 
-    def _asked(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return what stands before the texts to make, as tokens."""
+    def _prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return the tokens that generated text continues, or that an encoder reads."""
         if self.task.name == "seq2seq":
             sources = [_text(row, "source" if "source" in row else "text") for row in rows]
-            return list(
-                self.tokenizer(sources, truncation=True, max_length=self._length)["input_ids"]
-            )
-        asked = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
-        templated = bool(self.tokenizer.chat_template)
-        if not templated:
-            asked = [self._template.replace("{prompt}", prompt) for prompt in asked]
+            encoded = self.tokenizer(sources, truncation=True, max_length=self._max_tokens)
+            return list(encoded["input_ids"])
+
+        prompts = [_text(row, "prompt" if "prompt" in row else "text") for row in rows]
+        has_chat_template = bool(self.tokenizer.chat_template)
+        if has_chat_template:
+            prompts = [self._chat_prompt(prompt) for prompt in prompts]
         else:
-            asked = [
-                str(
-                    self.tokenizer.apply_chat_template(
-                        [{"role": "user", "content": prompt}],
-                        tokenize=False,
-                        add_generation_prompt=True,
-                    )
-                )
-                for prompt in asked
-            ]
-        self.tokenizer.truncation_side = "left"  # what begins the answer stays
-        room = max(1, self._length - self._decoding.max_new_tokens)
-        return list(
-            self.tokenizer(
-                asked, truncation=True, max_length=room, add_special_tokens=not templated
-            )["input_ids"]
+            prompts = [self._prompt_template.replace("{prompt}", prompt) for prompt in prompts]
+        self.tokenizer.truncation_side = "left"  # keeps what comes right before the answer
+        encoded = self.tokenizer(
+            prompts,
+            truncation=True,
+            max_length=max(1, self._max_tokens - self._decoding.max_new_tokens),
+            add_special_tokens=not has_chat_template,
+        )
+        return list(encoded["input_ids"])
+
+    def _chat_prompt(self, prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
 
 
 def _text(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
+        columns = ", ".join(map(str, row)) or "no columns"
         raise DataError(
-            f"a row has no text in '{name}' (it has {', '.join(map(str, row)) or 'nothing'}); rename its "
-            "column, or remove it"
+            f"a row has no text in '{name}' (it has {columns}). A text is needed. Rename its column, or "
+            "remove the row."
         )
     return value

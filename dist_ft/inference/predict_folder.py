@@ -1,21 +1,27 @@
-"""Predictions of a whole data set into a folder of shards, in this process or on Ray workers."""
+"""Predictions of a whole data set as a folder of shards, in this process or on Ray workers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Shard
-from dist_ft.inference.predict import Predictor, version_of
-from dist_ft.inference.prediction_shards import Task, cut, make, missing
+from dist_ft.inference.model_folder import DEFAULTS, PredictionOptions, model_version
+from dist_ft.inference.predict import Predictor
+from dist_ft.inference.prediction_shards import ShardTask, missing_tasks, split_input, write_shard
 from dist_ft.storage.filesystem import Store, is_local, local_path
 
 
 class WrittenPredictions(NamedTuple):
-    """How many files hold the predictions, and how many rows were written by this call."""
+    """What a prediction wrote.
+
+    Attributes:
+        files: files of the output, those from earlier calls included.
+        rows: rows predicted by this call.
+    """
 
     files: int
     rows: int
@@ -25,64 +31,61 @@ def predict_folder(
     model: str,
     shards: Sequence[Shard],
     out: str,
+    options: PredictionOptions = DEFAULTS,
     *,
     suffix: str = "jsonl",
     workers: int = 0,
-    batch: int = 32,
-    max_new_tokens: int = 128,
-    strategy: str = "greedy",
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], None] = lambda num_done, num_shards: None,
 ) -> WrittenPredictions:
-    """Write a prediction for every row into the folder `out`; rows are those written now.
+    """Write each row with its prediction into the folder `out`.
 
     Args:
         model: folder, URL or hub name.
         shards: of the input.
         out: folder or fsspec URL.
+        options: how the model is applied.
         suffix: jsonl or parquet.
-        workers: processes on Ray, each with the model; 0: this one, without Ray.
-        batch: rows at once.
-        max_new_tokens: longest text to make, in tokens.
-        strategy: how texts are made; see `api.predict`.
-        progress: called with (shards done, shards there are).
+        workers: processes on Ray, each with the model; 0: this process, without Ray.
+        on_progress: called with (shards written, shards in all).
 
     Raises:
-        DataError, ModelError, StorageError: as one process does; shards that are done stay.
+        DataError, ModelError, StorageError: shards that are written remain.
     """
-    store, tasks = Store(out), cut(shards, suffix)
-    todo = missing(store, tasks, version_of(model, max_new_tokens, strategy))
-    counts = _here(model, store, todo, batch, max_new_tokens, strategy)
+    store, tasks = Store(out), split_input(shards, suffix)
+    todo = missing_tasks(store, tasks, model_version(model, options))
     if workers and todo:
         from dist_ft.inference import ray_data
 
-        counts = ray_data.predict(
-            _absolute(model), store.url, todo, workers, batch, max_new_tokens, strategy
-        )
-    rows = 0
-    for done, count in enumerate(counts, len(tasks) - len(todo) + 1):
-        rows += count
-        progress(done, len(tasks))
-    if set(missing(store, tasks, version_of(model, max_new_tokens, strategy))):
+        row_counts = ray_data.predict(_absolute(model), store.url, todo, workers, options)
+    else:
+        row_counts = _predict_here(model, store, todo, options)
+
+    num_rows = 0
+    for num_done, count in enumerate(row_counts, len(tasks) - len(todo) + 1):
+        num_rows += count
+        on_progress(num_done, len(tasks))
+    if missing_tasks(store, tasks, model_version(model, options)):
         raise DataError(
             redact(
-                f"--out={out}: some shards are not there after all were made; does another process "
-                "remove them? the same command makes them"
+                f"--out={out}: some shards are missing after all were written. No other process may "
+                "remove them. The same command writes them again."
             )
         )
-    return WrittenPredictions(len(tasks), rows)
+    return WrittenPredictions(len(tasks), num_rows)
 
 
 def _absolute(model: str) -> str:
-    """Return the path of a local folder as workers, which may run elsewhere, can use it; other names as they are."""
+    """Return the absolute path of a local folder, for workers with another working directory; else the name as it is."""
     folder = os.path.abspath(local_path(model)) if is_local(model) else ""
     return folder if os.path.isdir(folder) else model
 
 
-def _here(
-    model: str, store: Store, todo: Sequence[Task], batch: int, max_new_tokens: int, strategy: str
+def _predict_here(
+    model: str, store: Store, tasks: Sequence[ShardTask], options: PredictionOptions
 ) -> Iterator[int]:
-    """Yield the rows of each part, made in this process."""
-    predictor = Predictor(model, batch, max_new_tokens, strategy) if todo else None
-    for task in todo:
-        assert predictor is not None
-        yield make(predictor, store, task)
+    """Write the shards in this process; yield the number of rows of each."""
+    if not tasks:
+        return
+    predictor = Predictor(model, options)
+    for task in tasks:
+        yield write_shard(predictor, store, task)

@@ -1,4 +1,4 @@
-"""Predictions of many rows as one local file of JSON lines, in their order. What was cut off is gone on with."""
+"""Predictions of many rows as one local file of JSON lines, in their order. The same command resumes a partial file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Row
 from dist_ft.inference.predict import Predictor
 
-BESIDE = ".model"
-"""End of the name of the file beside the rows that says which model they are of."""
+VERSION_SUFFIX = ".model"
+"""Suffix of the file next to the rows with the version of the model that predicted them."""
 CHUNK_ROWS = 2048
 """Rows that are sorted by length, and written, together."""
 
@@ -23,25 +23,26 @@ def predict_file(
     predictor: Predictor,
     rows: Iterator[Row | DataError],
     out: str,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> int:
-    """Write each row with what the model says of it (`prediction`) to the local file `out`, JSON lines.
+    """Write each row with its `prediction` to the local file `out`, as JSON lines; return the number of rows.
 
-    Returns how many rows there are. A file that is there is gone on with: as many rows as it has whole lines are passed
-    over. Raises DataError if they are of another model.
+    A file that exists is resumed: as many rows as it has whole lines are skipped. Raises DataError if it is of another
+    model.
     """
     path = Path(out).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = _whole_lines(path)
-    beside = path.with_name(path.name + BESIDE)
-    if done and (not beside.exists() or beside.read_text("utf-8") != predictor.version):
+    num_done = _trim_to_whole_lines(path)
+    version_file = path.with_name(path.name + VERSION_SUFFIX)
+    if num_done and not _is_version(version_file, predictor.version):
         raise DataError(
             redact(
-                f"--out={out}: holds what another model said of {done} rows, or this one before it was "
-                "made anew; name another file, or remove this one"
+                f"--out={out}: holds {num_done} rows predicted by another model, or by an earlier version "
+                "of this one. Only the same model can resume it. Name another file, or remove this one."
             )
         )
-    beside.write_text(predictor.version, "utf-8")
+    version_file.write_text(predictor.version, "utf-8")
+
     with open(path, "a", encoding="utf-8") as file:
         chunk: list[Row] = []
         number = 0  # of the row, from 1
@@ -49,35 +50,42 @@ def predict_file(
             number += 1
             if isinstance(row, DataError):
                 raise row
-            if number > done:
+            if number > num_done:
                 chunk.append(row)
             if len(chunk) == CHUNK_ROWS:
                 _write(predictor, chunk, number - len(chunk), file)
                 chunk = []
-                progress(number)
+                on_progress(number)
         _write(predictor, chunk, number - len(chunk), file)
-    if number < done:
+
+    if number < num_done:
         raise DataError(
             redact(
-                f"--out={out}: holds {done} rows and there are {number}; it is the file of other "
-                "rows; name another"
+                f"--out={out}: holds {num_done} rows, but the input has {number}. It must be the file of "
+                "the same rows. Name another."
             )
         )
     return number
 
 
-def _write(predictor: Predictor, rows: list[Row], first: int, file: Any) -> None:
-    for row, value in zip(rows, predictor.predict(rows, first) if rows else (), strict=True):
-        file.write(json.dumps({**row, "prediction": value}, ensure_ascii=False, default=str) + "\n")
+def _write(predictor: Predictor, rows: list[Row], start: int, file: Any) -> None:
+    predictions = predictor.predict(rows, start) if rows else []
+    for row, prediction in zip(rows, predictions, strict=True):
+        line = {**row, "prediction": prediction}
+        file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     file.flush()
 
 
-def _whole_lines(path: Path) -> int:
-    """Return how many whole lines a file has; what follows them is cut off."""
+def _is_version(version_file: Path, version: str) -> bool:
+    return version_file.exists() and version_file.read_text("utf-8") == version
+
+
+def _trim_to_whole_lines(path: Path) -> int:
+    """Remove what follows the last whole line of a file; return the number of whole lines."""
     if not path.exists():
         return 0
-    held = path.read_bytes()
-    end = held.rfind(b"\n") + 1
-    if end < len(held):
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
         os.truncate(path, end)
-    return held.count(b"\n")
+    return content.count(b"\n")

@@ -1,16 +1,15 @@
-"""Predictions of many rows as a folder of shards: cut by the input alone, so any number of workers writes the same.
+"""Predictions of many rows as a folder of shards: split by the input alone, so any number of workers writes the same.
 
-Guarantees: shard i holds the rows of part i of the input, in their order; it is written whole or not at all, and one
-that is there is not made again, so a start that was killed is gone on with. A folder of another model, other rows or
-another format is refused. One process makes them here; `ray_data` has many do it.
+Guarantees: shard i holds the rows of part i of the input, in their order; it is written whole or not at all, and a shard
+that exists is not written again, so the same command resumes. A folder of another model, other rows or another format is
+refused. One process writes the shards here; `ray_data` has many do it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from dist_ft.core.errors import DataError
 from dist_ft.data.block import ShardRange
@@ -21,77 +20,103 @@ from dist_ft.inference.predict import Predictor
 from dist_ft.storage.filesystem import Store
 
 PART_BYTES = 2 * 2**20
-"""Of input text, about, in a part."""
-MOST_ROWS = 2**24
-"""Of a part, and more: what is drawn for a row follows from its part and its place there."""
-ABOUT = "_predictions.json"
-"""File of the folder that says of which model and rows its shards are; readers of data pass over such names."""
+"""Approximate bytes of input text in a part."""
+MAX_PART_ROWS = 2**24
+"""More rows than a part has: random draws for a row follow from its part and its place there."""
+INFO_FILE = "_predictions.json"
+"""File of the folder with the model and rows of its shards; readers of data skip such names."""
 ENCODERS = {"jsonl": encode_jsonl, "parquet": encode_parquet}
 
-Task = dict[str, Any]
-"""A part of the input: its number, shard, place there, and the name of the shard it becomes."""
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A part of the input and the shard its predictions become.
+
+    Attributes:
+        number: of the part, from 0.
+        name: file name of the shard.
+        shard, part: where the rows are read.
+    """
+
+    number: int
+    name: str
+    shard: Shard
+    part: ShardRange
+
+    @property
+    def suffix(self) -> str:
+        """Format of the shard: jsonl or parquet."""
+        return self.name.rsplit(".", 1)[1]
+
+    def to_json(self) -> str:
+        """Return the task as text, to send to another machine."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardTask:
+        """Return the task that `to_json` wrote."""
+        values = json.loads(text)
+        shard, part = Shard(**values["shard"]), ShardRange(**values["part"])
+        return cls(values["number"], values["name"], shard, part)
 
 
-def cut(shards: Sequence[Shard], suffix: str, part_bytes: int = PART_BYTES) -> list[Task]:
-    """Return the parts of the input in order; each is JSON values, for it may travel to another machine."""
-    parts = [
-        part
-        for number, shard in enumerate(shards)
-        for part in readers.split_into_ranges(shard, number, part_bytes)
-    ]
+def split_input(
+    shards: Sequence[Shard], suffix: str, part_bytes: int = PART_BYTES
+) -> list[ShardTask]:
+    """Return a task for each part of the input, in order."""
+    parts = []
+    for number, shard in enumerate(shards):
+        parts += readers.split_into_ranges(shard, number, part_bytes)
     return [
-        {
-            "shard": asdict(shards[part.shard]),
-            "part": asdict(part),
-            "name": f"part-{number:05d}-of-{len(parts):05d}.{suffix}",
-        }
+        ShardTask(
+            number, f"part-{number:05d}-of-{len(parts):05d}.{suffix}", shards[part.shard], part
+        )
         for number, part in enumerate(parts)
     ]
 
 
-def missing(store: Store, tasks: Sequence[Task], version: str) -> list[Task]:
-    """Return the parts that are not written yet; the first start notes which model and rows the folder is of.
+def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> list[ShardTask]:
+    """Return the tasks whose shards do not exist yet; the first start notes the model and rows of the folder.
 
-    Raises DataError if it is of others.
+    Raises DataError if the folder is of another model or other rows.
     """
-    wanted = {
+    info = {
         "model": version,
-        "shards": [task["shard"] for task in tasks],
-        "names": [task["name"] for task in tasks],
+        "shards": [asdict(task.shard) for task in tasks],
+        "names": [task.name for task in tasks],
     }
-    there = set(store.list())
-    if ABOUT in there:
-        if json.loads(store.read(ABOUT)) != wanted:
+    existing = set(store.list())
+    if INFO_FILE in existing:
+        if json.loads(store.read(INFO_FILE)) != info:
             raise DataError(
-                f"--out={store.shown()}: holds predictions of another model, of other rows or in another "
-                "format; the folder of the same command is gone on with; name another, or remove it"
+                f"--out={store.redacted_url()}: holds predictions of another model, of other rows or in "
+                "another format. Only the folder of the same command can be resumed. Name another "
+                "folder, or remove this one."
             )
-    elif there:
+    elif existing:
         raise DataError(
-            f"--out={store.shown()}: the folder holds other files; a new or an empty one is allowed; name "
-            "another"
+            f"--out={store.redacted_url()}: the folder holds other files. A new or an empty folder is "
+            "allowed. Name another."
         )
     else:
-        store.write(ABOUT, json.dumps(wanted).encode())
-    return [task for task in tasks if task["name"] not in there]
+        store.write(INFO_FILE, json.dumps(info).encode())
+    return [task for task in tasks if task.name not in existing]
 
 
-def make(predictor: Predictor, store: Store, task: Task) -> int:
-    """Read the rows of a part, ask the model, write its shard; return how many rows."""
+def write_shard(predictor: Predictor, store: Store, task: ShardTask) -> int:
+    """Read the rows of a part, predict, and write the shard; return the number of rows."""
     rows: list[Row] = []
-    shard = Shard(**task["shard"])
-    for _, found in readers.read_ranges(shard, [ShardRange(**task["part"])]):
-        for row in found if isinstance(found, list) else found.to_pylist():
+    for _, chunk in readers.read_ranges(task.shard, [task.part]):
+        for row in chunk if isinstance(chunk, list) else chunk.to_pylist():
             if isinstance(row, DataError):
                 raise row
             rows.append(row)
-    number = int(task["name"].split("-")[1])
-    said = predictor.predict(rows, number * MOST_ROWS) if rows else []
-    suffix = task["name"].rsplit(".", 1)[1]
-    store.write(
-        task["name"],
-        ENCODERS[suffix](
-            [{**row, "prediction": value} for row, value in zip(rows, said, strict=True)]
-        ),
-    )
+
+    predictions = predictor.predict(rows, task.number * MAX_PART_ROWS) if rows else []
+    encode = ENCODERS[task.suffix]
+    content = [
+        {**row, "prediction": prediction}
+        for row, prediction in zip(rows, predictions, strict=True)
+    ]
+    store.write(task.name, encode(content))
     return len(rows)

@@ -1,17 +1,17 @@
-"""Labels a trained classifier gives to rows that have none, where it is sure enough: pseudo-labels (Lee 2013).
+"""Labels that a trained classifier gives to rows without one, where it is confident: pseudo-labels (Lee 2013).
 
-What comes out is training data like any other, to be a further source of data.train. Guarantees: rows keep their order;
-every row that is left out is counted by its reason; with a cap the surest rows of a label stay. One process.
+The result is training data like any other, to be a further source of data.train. Guarantees: rows keep their order;
+every row that is left out is counted by its reason; with a limit the most confident rows of a label are kept. One process.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 from dist_ft.core.errors import DataError, ModelError
 from dist_ft.data.sources.discovery import Row
@@ -19,98 +19,114 @@ from dist_ft.inference.predict import Predictor
 from dist_ft.inference.prediction_file import CHUNK_ROWS
 
 CONFIDENCE = "confidence"
-"""Column that tells how sure the model was: its probability of the label."""
+"""Column with the model's probability of the label."""
 
 
 @dataclass(frozen=True)
-class Pseudo:
+class PseudoLabeledRows:
     """Rows with their new labels, and what became of all rows.
 
     Attributes:
-        rows: in their order; each has the label's column and `confidence` besides its own columns.
-        kept: rows kept, by label; every label of the model is there.
-        num_unsure, num_over, num_labelled: left out as the model was not sure, as their label has rows enough, as they
-            have a label already.
+        rows: in their order; each has the column of the label and `confidence` in addition to its own.
+        num_kept: rows that are kept, by label; all labels of the model are listed.
+        num_unsure: rows left out because the model was not confident.
+        num_over: rows left out because their label has enough rows.
+        num_labeled: rows left out because they have a label.
     """
 
     rows: list[Row]
-    kept: dict[str, int]
+    num_kept: dict[str, int]
     num_unsure: int
     num_over: int
-    num_labelled: int
+    num_labeled: int
+
+
+class _Candidate(NamedTuple):
+    """A row with its new label; ordered by confidence, then earlier rows first."""
+
+    confidence: float
+    minus_number: int
+    row: Row
 
 
 def pseudo_label(
-    predictor: Predictor, rows: Iterable[Row | DataError], confidence: float, most: int = 0
-) -> Pseudo:
-    """Return the rows the model gives a label with at least `confidence`, of each label at most `most` (0: all).
+    predictor: Predictor,
+    rows: Iterable[Row | DataError],
+    confidence: float,
+    max_per_label: int = 0,
+) -> PseudoLabeledRows:
+    """Return the rows to which the model gives a label with at least `confidence`.
 
-    Raises ModelError for a model that does not choose one label a text; DataError for a row without a text.
+    Args:
+        predictor: of a classifier.
+        rows: with and without a label.
+        confidence: least probability of the label.
+        max_per_label: of each label keep at most N rows; 0: all.
+
+    Raises:
+        ModelError: the model does not choose one label for a text.
+        DataError: a row without a text.
     """
     task = predictor.task
     if task.name != "sequence_classification":
         raise ModelError(
-            f"a model of task {task.name} has no one label a text to be sure of; models of "
-            "sequence_classification are allowed; give one that was trained with it"
+            f"a model of task {task.name} does not choose one label for a text. Models of "
+            "sequence_classification are allowed. Give one that was trained with it."
         )
-    chosen: dict[str, list[tuple[float, int, Row]]] = {label: [] for label in task.labels}
-    left: Counter[str] = Counter()
+    kept: dict[str, list[_Candidate]] = {label: [] for label in task.labels}
+    left_out: Counter[str] = Counter()
+    stream = _unlabeled(rows, task.columns.label, left_out)
+    number = 0
+    while chunk := list(islice(stream, CHUNK_ROWS)):
+        for row, prediction in zip(chunk, predictor.predict(chunk), strict=True):
+            label, probability = prediction["label"], float(prediction["score"])
+            number += 1
+            if probability < confidence:
+                left_out["unsure"] += 1
+                continue
+            labeled = {**row, task.columns.label: label, CONFIDENCE: probability}
+            candidate = _Candidate(probability, -number, labeled)
+            if max_per_label and len(kept[label]) == max_per_label:
+                heapq.heappushpop(kept[label], candidate)  # drops the least confident row
+                left_out["over"] += 1
+            else:
+                heapq.heappush(kept[label], candidate)
 
-    def take(number: int, row: Row, found: dict[str, Any]) -> None:
-        sure = float(found["score"])
-        if sure < confidence:
-            left["unsure"] += 1
-            return
-        item = (sure, -number, {**row, task.columns.label: found["label"], CONFIDENCE: sure})
-        held = chosen[found["label"]]
-        if most and len(held) == most:
-            heapq.heappushpop(held, item)  # numbers differ, so rows are never compared
-            left["over"] += 1
-        else:
-            heapq.heappush(held, item)
-
-    _each(predictor, _unlabelled(rows, task.columns.label, left), take)
-    found = sorted((item for held in chosen.values() for item in held), key=lambda item: -item[1])
-    return Pseudo(
-        [row for _, _, row in found],
-        {label: len(held) for label, held in chosen.items()},
-        left["unsure"],
-        left["over"],
-        left["labelled"],
+    candidates = [candidate for heap in kept.values() for candidate in heap]
+    candidates.sort(key=lambda candidate: -candidate.minus_number)
+    return PseudoLabeledRows(
+        [candidate.row for candidate in candidates],
+        {label: len(heap) for label, heap in kept.items()},
+        left_out["unsure"],
+        left_out["over"],
+        left_out["labeled"],
     )
 
 
-def _unlabelled(rows: Iterable[Row | DataError], column: str, left: Counter[str]) -> Iterable[Row]:
+def _unlabeled(
+    rows: Iterable[Row | DataError], column: str, left_out: Counter[str]
+) -> Iterator[Row]:
+    """Yield the rows without a label; count the others."""
     for row in rows:
         if isinstance(row, DataError):
             raise row
         if row.get(column) is not None:
-            left["labelled"] += 1
+            left_out["labeled"] += 1
         else:
             yield row
 
 
-def _each(
-    predictor: Predictor, rows: Iterable[Row], take: Callable[[int, Row, dict[str, Any]], None]
-) -> None:
-    stream, number = iter(rows), 0
-    while chunk := list(islice(stream, CHUNK_ROWS)):
-        for row, found in zip(chunk, predictor.predict(chunk), strict=True):
-            take(number, row, found)
-            number += 1
-
-
-def describe(found: Pseudo, out: str) -> str:
-    """Return the table of what was kept and left out."""
+def describe(result: PseudoLabeledRows, out: str) -> str:
+    """Return the table of the rows that were kept and left out."""
     from dist_ft.training.console import format_table
 
-    labels: Sequence[tuple[str, int]] = sorted(found.kept.items(), key=lambda item: -item[1])
+    by_count = sorted(result.num_kept.items(), key=lambda item: -item[1])
     return format_table(
-        f"{len(found.rows):,} rows in {out}",
+        f"{len(result.rows):,} rows in {out}",
         [
-            *((f"as {label}", f"{count:,}") for label, count in labels),
-            ("left out: not sure enough", f"{found.num_unsure:,}"),
-            ("left out: over --most", f"{found.num_over:,}"),
-            ("left out: had a label", f"{found.num_labelled:,}"),
+            *((f"as {label}", f"{count:,}") for label, count in by_count),
+            ("left out: not confident enough", f"{result.num_unsure:,}"),
+            ("left out: over the limit per label", f"{result.num_over:,}"),
+            ("left out: had a label", f"{result.num_labeled:,}"),
         ],
     )

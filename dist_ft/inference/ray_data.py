@@ -1,8 +1,8 @@
-"""Many workers ask a model, by Ray Data: the only module that imports `ray.data`.
+"""Predictions by many workers, with Ray Data: the only module that imports `ray.data`.
 
-The driver streams the parts of the input through a pool of actors; each loads the model once, and reads and writes its
-parts itself, so that rows pass through no other machine. What is done is in storage, never in Ray's memory: a worker
-that is lost is replaced by Ray, a driver that is killed is followed by the same command. Decides nothing about parts.
+The driver streams the tasks through a pool of actors. Each actor loads the model once, and reads its parts and writes its
+shards itself, so rows pass through no other machine. What is done is in storage, never in Ray's memory: Ray replaces a
+lost worker, and the same command resumes after a killed driver. How the input is split is not decided here.
 """
 
 from __future__ import annotations
@@ -12,62 +12,68 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.core import errors
 from dist_ft.core.errors import DistFtError, WorkerError
 from dist_ft.core.logs import quiet_third_parties, redact
 from dist_ft.inference import prediction_shards
+from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
+from dist_ft.inference.prediction_shards import ShardTask
 from dist_ft.storage.filesystem import Store
 
 OBJECT_STORE_BYTES = 128 * 2**20
 
 
-class Asked:
-    """A worker: the model, loaded once, that makes shard after shard."""
+class TaskResults(TypedDict):
+    """Columns with one value per task.
 
-    def __init__(
-        self, model: str, out: str, batch: int, max_new_tokens: int, strategy: str
-    ) -> None:
-        """Load the model; what is wrong with it is told with the first part."""
+    Attributes:
+        rows: rows of the shard; 0 after an error.
+        error: "" or [type name, message] of the error as JSON. Errors travel as values, for Ray would wrap them.
+    """
+
+    rows: list[int]
+    error: list[str]
+
+
+class PredictionActor:
+    """A worker that loads the model once and writes shard after shard."""
+
+    def __init__(self, model: str, out: str, options: PredictionOptions) -> None:
+        """Load the model; an error in it is reported with the first task."""
         quiet_third_parties()
         self._store = Store(out)
         self._error: DistFtError | None = None
         try:
-            self._predictor = Predictor(model, batch, max_new_tokens, strategy)
+            self._predictor = Predictor(model, options)
         except DistFtError as error:
             self._error = error
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Make the shards of the parts in column `task`; return how many rows each has, or what is wrong."""
-        counts, wrong = [], []
-        for task in rows["task"].tolist():
+    def __call__(self, batch: dict[str, Any]) -> TaskResults:
+        """Write the shards of the tasks in column `task`."""
+        results = TaskResults(rows=[], error=[])
+        for text in batch["task"].tolist():
+            num_rows, message = 0, ""
             try:
                 if self._error is not None:
                     raise self._error
-                counts.append(
-                    prediction_shards.make(self._predictor, self._store, json.loads(task))
-                )
-                wrong.append("")
+                task = ShardTask.from_json(text)
+                num_rows = prediction_shards.write_shard(self._predictor, self._store, task)
             except DistFtError as error:
-                counts.append(0)
-                wrong.append(json.dumps([type(error).__name__, str(error)]))
-        return {"rows": counts, "wrong": wrong}
+                message = json.dumps([type(error).__name__, str(error)])
+            results["rows"].append(num_rows)
+            results["error"].append(message)
+        return results
 
 
 def predict(
-    model: str,
-    out: str,
-    tasks: Sequence[prediction_shards.Task],
-    workers: int,
-    batch: int,
-    max_new_tokens: int,
-    strategy: str = "greedy",
+    model: str, out: str, tasks: Sequence[ShardTask], workers: int, options: PredictionOptions
 ) -> Iterator[int]:
-    """Yield the rows of each part as it is done, in any order.
+    """Yield the number of rows of each shard as it is written, in any order.
 
-    Raises DistFtError of the first part that can not be made, WorkerError if Ray gives up.
+    Raises DistFtError of the first task that fails, WorkerError if Ray gives up.
     """
     with _connected(workers) as ray:
         import ray.data as data
@@ -75,46 +81,42 @@ def predict(
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        parts = data.from_items(
-            [{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
-        )
-        made = parts.map_batches(
-            Asked,
+        rows = [{"task": task.to_json()} for task in tasks]
+        results = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            PredictionActor,
             batch_size=1,
-            fn_constructor_args=(model, out, batch, max_new_tokens, strategy),
+            fn_constructor_args=(model, out, options),
             compute=data.ActorPoolStrategy(size=min(workers, len(tasks))),
             num_cpus=1,
-            num_gpus=gpus,
+            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
         )
         try:
-            for row in made.iter_rows():
-                if row["wrong"]:
-                    kind, text = json.loads(row["wrong"])
-                    raise _named(kind, text)
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise _restore_error(*json.loads(row["error"]))
                 yield int(row["rows"])
         except ray.exceptions.RayError as error:
-            first = str(error).strip().splitlines()[-1][:200]
+            summary = str(error).strip().splitlines()[-1][:200]
             raise WorkerError(
                 redact(
-                    f"--workers={workers}: Ray gave up ({type(error).__name__}: {first}); what is "
-                    "written is kept; the same command goes on from there"
+                    f"--workers={workers}: Ray gave up ({type(error).__name__}: {summary}). Shards that "
+                    "are written remain. The same command resumes."
                 )
             ) from error
 
 
-def _named(kind: str, text: str) -> DistFtError:
-    """Return the error a worker told of, as its own type where that takes a text."""
-    found = getattr(errors, kind, WorkerError)
+def _restore_error(type_name: str, message: str) -> DistFtError:
+    """Return the error a worker reported, as its own type if that takes a message."""
+    error_type = getattr(errors, type_name, WorkerError)
     try:
-        return found(text)
+        return error_type(message)
     except TypeError:
-        return WorkerError(text)
+        return WorkerError(message)
 
 
 @contextlib.contextmanager
 def _connected(workers: int) -> Iterator[Any]:
-    """Connect to the cluster the environment names, or start one with a place for each worker that ends with this."""
+    """Connect to the cluster of RAY_ADDRESS, or start one with a CPU for each worker that ends with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
@@ -137,8 +139,9 @@ def _connected(workers: int) -> Iterator[Any]:
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise WorkerError(
-            f"RAY_ADDRESS={address}: can not connect to Ray ({str(error).splitlines()[0][:120]}); check "
-            "that a cluster runs there with this Ray version, or unset it to start an own one"
+            f"RAY_ADDRESS={address}: cannot connect to Ray ({str(error).splitlines()[0][:120]}). A "
+            "cluster with this Ray version must run there. Check the address, or unset it to start an "
+            "own cluster."
         ) from error
     try:
         yield ray

@@ -1,6 +1,6 @@
-"""A model asked again: about rows out of scope, with typos, with names swapped; numbers beside its metrics.
+"""Robustness scores of a model: on rows out of scope, with typos, with names swapped; next to its metrics.
 
-Rows are written anew into a folder that is gone afterwards, and asked about in the same way as the others.
+Changed rows are written into a temporary folder and scored like all others.
 """
 
 from __future__ import annotations
@@ -19,115 +19,130 @@ from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.data.tools import perturb
+from dist_ft.inference.model_under_test import ModelScores, ModelUnderTest
 from dist_ft.metrics.robustness import out_of_scope_auroc, share_of_changed_predictions
 
 
-def scored(asked: Any, config: RunConfig) -> dict[str, Any]:
-    """Return the metrics of held-out rows in scope, and what evaluation.robustness asks for besides.
-
-    Args:
-        asked: `asking.Asked` or `entities.Written`.
-        config: whose evaluation.data are asked about.
-    """
+def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
+    """Return the metrics on the held-out rows in scope, and the scores evaluation.robustness adds."""
+    config = model.run.config
     section, task = config.evaluation.robustness, config.task
     label = section.out_of_scope_label
-    if (
-        label is None
-        and not section.out_of_scope
-        and not section.typo_rate
-        and section.swaps is None
-    ):
-        return dict(asked.about(config.evaluation.data).values)
-    every = list(_rows(config, config.evaluation.data))
-    rows = [row for row in every if label is None or str(row.get(task.columns.label)) != label]
-    with _folder() as folder:
-        clean = asked.about(_written(folder, "clean", rows))
-        values = dict(clean.values)
-        if label is not None or section.out_of_scope:
-            outside = [
-                row
-                for row in every
-                if label is not None and str(row.get(task.columns.label)) == label
-            ]
-            outside += _rows(config, section.out_of_scope)
-            if not outside or not rows:
-                raise ConfigError(
-                    [
-                        f"evaluation.robustness.out_of_scope_label={label}: there are {len(outside)} rows "
-                        f"out of scope and {len(rows)} in it; both are needed; correct it"
-                    ],
-                    "evaluate",
-                )
-            placeholder = {
-                task.columns.label: asked.config.task.labels[0]
-            }  # which label makes no difference
-            found = asked.about(
-                _written(folder, "outside", [{**row, **placeholder} for row in outside])
-            )
-            values |= {
-                "out_of_scope_auroc": out_of_scope_auroc(clean.told, found.told),
-                "out_of_scope_rows": len(found.told),
-            }
+    has_out_of_scope = label is not None or bool(section.out_of_scope)
+    if not has_out_of_scope and not section.typo_rate and section.swaps is None:
+        return dict(model.score(config.evaluation.data).metrics)
+
+    in_scope, out_of_scope = [], []
+    for row in _rows(config, config.evaluation.data):
+        is_outside = label is not None and str(row.get(task.columns.label)) == label
+        (out_of_scope if is_outside else in_scope).append(row)
+    if has_out_of_scope:
+        out_of_scope += _rows(config, section.out_of_scope)
+
+    with _temporary_folder() as folder:
+        clean = model.score(_write_source(folder, "clean", in_scope))
+        values = dict(clean.metrics)
+        if has_out_of_scope:
+            values |= _score_out_of_scope(model, clean, in_scope, out_of_scope, folder)
         if section.typo_rate:
-            noisy = [
-                perturb.perturb_row(row, task, perturb.make_typo_function(section.typo_rate, section.seed, number))
-                for number, row in enumerate(rows)
-            ]
-            found = asked.about(_written(folder, "typos", noisy))
-            values |= {
-                f"{name}_typos": found.values[name]
-                for name in METRICS[task.name]
-                if name in found.values
-            }
+            values |= _score_typos(model, in_scope, folder)
         if section.swaps is not None:
-            values |= _swapped(asked, config, rows, folder)
+            values |= _score_swaps(model, in_scope, folder)
     return values
 
 
-def _swapped(asked: Any, config: RunConfig, rows: list[Row], folder: Path) -> dict[str, Any]:
-    """Return how predictions change where names are swapped: the counterfactual gap, over rows that hold some."""
-    task, swap = config.task, perturb.make_swap_function(_pairs(config))
-    pairs = [
-        (row, other)
-        for row, other in ((row, perturb.perturb_row(row, task, swap)) for row in rows)
-        if other != row
-    ]
-    if not pairs:
-        return {"counterfactual_rows": 0}
-    before = asked.about(_written(folder, "before", [row for row, _ in pairs]))
-    after = asked.about(_written(folder, "after", [row for _, row in pairs]))
-    metric = METRICS[task.name][0]
+def _score_out_of_scope(
+    model: ModelUnderTest,
+    clean: ModelScores,
+    in_scope: list[Row],
+    out_of_scope: list[Row],
+    folder: Path,
+) -> dict[str, float]:
+    """Return how well the model's confidence separates rows out of scope."""
+    config = model.run.config
+    if not out_of_scope or not in_scope:
+        label = config.evaluation.robustness.out_of_scope_label
+        raise ConfigError(
+            [
+                f"evaluation.robustness.out_of_scope_label={label}: {len(out_of_scope)} rows are out of "
+                f"scope and {len(in_scope)} rows are in scope. Both are needed. Correct the label or the "
+                "data."
+            ],
+            "evaluate",
+        )
+    # readers need a known label; which one makes no difference, for only confidence is used
+    placeholder = {config.task.columns.label: model.run.labels[0]}
+    rows = [{**row, **placeholder} for row in out_of_scope]
+    scores = model.score(_write_source(folder, "outside", rows))
     return {
-        "counterfactual_rows": len(pairs),
-        "counterfactual_changed": share_of_changed_predictions(task.name, before.told, after.told),
-        "counterfactual_gap": abs(before.values[metric] - after.values[metric]),
+        "out_of_scope_auroc": out_of_scope_auroc(clean.predicted, scores.predicted),
+        "out_of_scope_rows": len(scores.predicted),
     }
 
 
-def _pairs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the terms of evaluation.robustness.swaps that belong together."""
+def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
+    """Return the metrics on the rows with typos, as `<metric>_typos`."""
+    config = model.run.config
+    section, task = config.evaluation.robustness, config.task
+    noisy = []
+    for number, row in enumerate(rows):
+        add_typos = perturb.make_typo_function(section.typo_rate, section.seed, number)
+        noisy.append(perturb.perturb_row(row, task, add_typos))
+    metrics = model.score(_write_source(folder, "typos", noisy)).metrics
+    return {f"{name}_typos": metrics[name] for name in METRICS[task.name] if name in metrics}
+
+
+def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
+    """Return how predictions change where names are swapped: the counterfactual gap, over rows with such names."""
+    config = model.run.config
+    task, swap = config.task, perturb.make_swap_function(_swap_pairs(config))
+    original, swapped = [], []
+    for row in rows:
+        changed = perturb.perturb_row(row, task, swap)
+        if changed != row:
+            original.append(row)
+            swapped.append(changed)
+    if not original:
+        return {"counterfactual_rows": 0}
+
+    before = model.score(_write_source(folder, "before", original))
+    after = model.score(_write_source(folder, "after", swapped))
+    metric = METRICS[task.name][0]
+    return {
+        "counterfactual_rows": len(original),
+        "counterfactual_changed": share_of_changed_predictions(
+            task.name, before.predicted, after.predicted
+        ),
+        "counterfactual_gap": abs(before.metrics[metric] - after.metrics[metric]),
+    }
+
+
+def _swap_pairs(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of terms in evaluation.robustness.swaps."""
     path = str(config.evaluation.robustness.swaps)
-    for number, row in enumerate(
-        _rows(config, (Source(path=path),), "evaluation.robustness.swaps"), 1
-    ):
+    rows = _rows(config, (Source(path=path),), "evaluation.robustness.swaps")
+    for number, row in enumerate(rows, 1):
         first, second = row.get("first"), row.get("second")
-        if not (
-            isinstance(first, str) and isinstance(second, str) and first.strip() and second.strip()
-        ):
+        if not _is_term(first) or not _is_term(second):
             raise DataError(
-                f"{path} row {number}: has no two terms; the columns first and second are needed; repair "
-                "it"
+                f"{path} row {number}: does not have two terms. The columns first and second are needed. "
+                "Repair the row."
             )
-        yield first, second
+        yield str(first), str(second)
+
+
+def _is_term(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _rows(
     config: RunConfig, sources: Iterable[Source], field: str = "evaluation.data"
 ) -> Iterator[Row]:
     """Yield the rows of sources, the first evaluation.max_samples if these are held-out data."""
-    most = config.evaluation.max_samples if field == "evaluation.data" else 0
-    shards = [shard for found in discover_shards(list(sources), field) for shard in found]
-    for row in islice((row for shard in shards for row in readers.iter_rows(shard)), most or None):
+    limit = config.evaluation.max_samples if field == "evaluation.data" else 0
+    shards = [shard for shards in discover_shards(list(sources), field) for shard in shards]
+    rows = (row for shard in shards for row in readers.iter_rows(shard))
+    for row in islice(rows, limit or None):
         if not isinstance(row, DataError):
             yield row
         elif config.data.bad_rows == "error":
@@ -135,15 +150,14 @@ def _rows(
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def _temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dist_ft-") as folder:
         yield Path(folder)
 
 
-def _written(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source, ...]:
-    """Write rows as a shard and return the source it is."""
+def _write_source(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source, ...]:
+    """Write rows as a shard and return it as a source."""
     path = folder / f"{name}.jsonl"
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), "utf-8"
-    )
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    path.write_text("".join(lines), "utf-8")
     return (Source(path=str(path)),)

@@ -80,7 +80,7 @@ def open_run(url: str) -> Store:
     store = Store(url)
     if not is_run(store):
         raise DataError(
-            f"{store.shown()}: not a run (it has no {STORED}). Give the folder "
+            f"{store.redacted_url()}: not a run (it has no {STORED}). Give the folder "
             "<run.storage>/<run.name>. dist-ft runs list STORAGE lists them."
         )
     return store
@@ -149,8 +149,8 @@ def describe_all(url: str) -> str:
             )
         )
     if not rows:
-        raise DataError(f"{store.shown()}: holds no runs. Give the folder that run.storage names.")
-    return format_table(f"runs in {store.shown()}", rows)
+        raise DataError(f"{store.redacted_url()}: holds no runs. Give the folder that run.storage names.")
+    return format_table(f"runs in {store.redacted_url()}", rows)
 
 
 def describe(url: str) -> str:
@@ -161,7 +161,7 @@ def describe(url: str) -> str:
         *_titled("checkpoint", [_checkpoint_line(item) for item in checkpoints(store)]),
         *_titled("time", list(time_accounting.lines(store))),
     ]
-    return format_table(f"run {store.shown()}", rows)
+    return format_table(f"run {store.redacted_url()}", rows)
 
 
 def _checkpoint_line(checkpoint: CheckpointSummary) -> str:
@@ -234,7 +234,7 @@ def diff(url: str, step: int, other_step: int) -> str:
 
     changes.sort(reverse=True)
     return format_table(
-        f"step {step} to {other_step} of {store.shown()}: |change| / |weights|",
+        f"step {step} to {other_step} of {store.redacted_url()}: |change| / |weights|",
         [(name, f"{change:.3e}") for change, name in changes],
     )
 
@@ -245,7 +245,7 @@ def _manifest_of(store: Store, step: int) -> Manifest:
     if step not in names_by_step:
         existing = ", ".join(str(number) for number in sorted(names_by_step)) or "none"
         raise CheckpointError(
-            f"step {step}: {store.shown()} has no checkpoint of it. Existing steps: {existing}."
+            f"step {step}: {store.redacted_url()} has no checkpoint of it. Existing steps: {existing}."
         )
     return discovery.load_manifest(store, names_by_step[step])
 

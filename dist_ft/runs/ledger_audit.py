@@ -88,7 +88,7 @@ def audit(url: str) -> Audit:
     latest = discovery.find_latest(store, World(), Collectives())
     if index is None or latest is None:
         raise DataError(
-            f"{store.shown()}: no checkpoint yet, so there is nothing to verify. Let the run reach "
+            f"{store.redacted_url()}: no checkpoint yet, so there is nothing to verify. Let the run reach "
             "its first checkpoint."
         )
 
@@ -113,7 +113,7 @@ def verify_shards(url: str) -> int:
     filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
     if index is None:
-        raise DataError(f"{store.shown()}: no index yet, so no data was read. Start the run first.")
+        raise DataError(f"{store.redacted_url()}: no index yet, so no data was read. Start the run first.")
 
     found = discover_shards(config.data.train)
     index.verify_unchanged([shard for shards in found for shard in shards])
@@ -123,7 +123,7 @@ def verify_shards(url: str) -> int:
 def _stored_config(store: Store) -> RunConfig:
     if not store.exists(STORED):
         raise DataError(
-            f"{store.shown()}: not a run (it has no {STORED}). Give the folder "
+            f"{store.redacted_url()}: not a run (it has no {STORED}). Give the folder "
             "<run.storage>/<run.name>."
         )
     return load_stored_config(store)

@@ -7,7 +7,6 @@ Reads what lies in the run's storage, whoever wrote it. Needs no model and no GP
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, TypedDict
@@ -21,7 +20,7 @@ from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.run_facts import facts
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.evaluation import FOLDER
+from dist_ft.training.evaluation import FOLDER, read_evaluation
 from dist_ft.training.metrics_log import read_metrics
 
 MAX_POINTS = 600
@@ -30,8 +29,6 @@ MAX_MATRIX_LABELS = 30
 """Labels of a confusion matrix that is shown. With more, the most confused pairs are listed."""
 MAX_CELL_CHARS = 300
 TABLE_TITLES = {"by_label": "By label", "by_tag": "By tag"}
-OLD_EXAMPLE_KEYS = {"wanted": "expected", "told": "predicted"}
-"""Keys of error examples that version 0.1.0 stored -> their names now."""
 POSITIVE_RGB, NEGATIVE_RGB = "230, 120, 20", "30, 110, 200"
 """Colors of tokens that speak for and against a prediction."""
 
@@ -138,7 +135,7 @@ def gather(url: str) -> Report:
     store = catalog.open_run(url)
     lines = read_metrics(store)
     if not lines:
-        raise DataError(f"{store.shown()}: no metrics yet. Let the run make its first step.")
+        raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
     text = redact(store.read(STORED).decode())
     config = renames.RUN.migrate(yaml.safe_load(text))
@@ -147,7 +144,7 @@ def gather(url: str) -> Report:
     latest = _latest_evaluation(store)
     return {
         "name": config["run"]["name"],
-        "storage": store.shown(),
+        "storage": store.redacted_url(),
         "config": text,
         "task": (config.get("task") or {}).get("name", "causal_lm"),
         "model": redact(str(config["model"]["path"])),
@@ -188,12 +185,7 @@ def _latest_evaluation(store: Store) -> Evaluation:
         return Evaluation(None, {})
     latest = max(names)
     step = int(latest.removeprefix("step-").removesuffix(".json"))
-    details = json.loads(store.read(f"{FOLDER}/{latest}"))
-    for example in details.get("examples", ()):
-        for old, new in OLD_EXAMPLE_KEYS.items():
-            if old in example:
-                example[new] = example.pop(old)
-    return Evaluation(step, details)
+    return Evaluation(step, read_evaluation(store, step))
 
 
 def _tables(details: Mapping[str, Any]) -> dict[str, Any]:

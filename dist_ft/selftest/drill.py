@@ -1,7 +1,7 @@
-"""A drill: short runs on the user's own cluster and storage, disturbed one way after the other, and held to account.
+"""A drill: short runs on the user's own cluster and storage, each with a fault, and a check that they recover.
 
-Each run is a rehearsal (`rehearsal`): the command `dist-ft train`, as a person would start it. Everything lies in one
-new folder below `run.storage`, removed at the end if all held.
+Each run is the command `dist-ft train`, as a person would start it. Everything is stored in a new folder below
+`run.storage`, which is removed at the end if all scenarios passed.
 """
 
 from __future__ import annotations
@@ -16,157 +16,199 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, Interrupted
 from dist_ft.core.logs import redact
 from dist_ft.runtime.preflight import check_run
-from dist_ft.selftest import materials, run_command
+from dist_ft.selftest import materials
 from dist_ft.selftest.drill_scenarios import (
-    Evidence,
+    RunOutcome,
     Scenario,
-    config_of,
-    heard_of,
-    lanes,
-    problems,
+    StepLoss,
+    find_expected_output,
+    find_problems,
+    measure_times,
+    num_lanes,
+    scenario_config,
     scenarios,
-    times,
 )
+from dist_ft.selftest.run_command import run_scenario
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.console import table
+from dist_ft.training.console import format_table
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one scenario went: what did not hold (nothing: it held), seconds measured, what was seen where it held."""
+    """The result of one scenario.
+
+    Attributes:
+        name: the scenario's.
+        description: what was done to the run.
+        problems: what went wrong; empty: it passed.
+        times: measured seconds (`measure_times`).
+        result: what was observed if it passed.
+    """
 
     name: str
-    what: str
+    description: str
     problems: tuple[str, ...]
     times: dict[str, float] = field(default_factory=dict)
-    seen: str = ""
+    result: str = ""
 
     @property
-    def held(self) -> bool:
-        """Whether it held."""
+    def passed(self) -> bool:
+        """Whether nothing went wrong."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a drill went; `kept` is the URL of its folder, "" if that was removed."""
+    """The result of a drill; `folder_url` is the URL of its folder, "" if that was removed."""
 
-    workers: int
+    num_workers: int
     findings: tuple[Finding, ...]
-    kept: str
+    folder_url: str
 
     @property
-    def held(self) -> bool:
-        """Whether everything held."""
-        return all(finding.held for finding in self.findings)
+    def passed(self) -> bool:
+        """Whether all scenarios passed."""
+        return all(finding.passed for finding in self.findings)
 
 
 def run(
     config: RunConfig,
     only: Sequence[str] = (),
     keep: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    report_line: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Drill on the cluster and storage of `config`: the undisturbed run, then all scenarios or `only` those named.
+    """Run a drill on the cluster and storage of `config`.
 
-    Raises ConfigError, as `dist-ft check` would, before anything is started.
+    Args:
+        config: a run's config; its cluster, storage and zero sections are used.
+        only: names of the scenarios to run after the undisturbed run; default: all.
+        keep: keep the folder even if all scenarios passed.
+        report_line: called with each line of progress.
+
+    Raises:
+        ConfigError: as from `dist-ft check`, before anything is started.
+        Interrupted: SIGINT.
     """
     filesystem.configure(config.storage.options)
-    parent, name = (
-        Store(config.run.storage),
-        f"drill-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-    )
-    place = parent.child(name)
-    first, *others = scenarios(config.min_workers)
-    found: list[Finding] = []
+    parent = Store(config.run.storage)
+    name = f"drill-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
-        materials.make(place, lanes(config.min_workers))
-        wrong = check_run.check(config_of(config, place.url, first))
-        if wrong:
-            raise ConfigError(wrong, "drill")
-        wanted: tuple[tuple[int, float | None], ...] = ()
-        for scenario in (first, *(one for one in others if not only or one.name in only)):
-            tell(f"{scenario.name}: {scenario.what} ...")
-            evidence = run_command.play(config_of(config, place.url, scenario), scenario, place)
-            wanted = wanted or evidence.losses
-            found.append(_judge(scenario, evidence, wanted))
-            tell("  held" if found[-1].held else f"  did NOT hold: {'; '.join(found[-1].problems)}")
-            if not found[0].held:
-                break  # nothing to compare with
+        findings = _run_all(config, parent.child(name), only, report_line)
     except BaseException as error:
         if not keep:
             parent.remove(name)
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                "the drill was stopped; "
-                + ("its folder is kept" if keep else "its folder is removed")
-            ) from error
+            fate = "its folder is kept" if keep else "its folder was removed"
+            raise Interrupted(f"the drill was stopped; {fate}") from error
         raise
-    kept = keep or not all(finding.held for finding in found)
-    if not kept:
-        parent.remove(name)
-    return Report(config.min_workers, tuple(found), place.shown() if kept else "")
+
+    report = Report(config.min_workers, tuple(findings), parent.child(name).shown())
+    if keep or not report.passed:
+        return report
+    parent.remove(name)
+    return Report(config.min_workers, tuple(findings), "")
 
 
-def _judge(
-    scenario: Scenario, evidence: Evidence, wanted: tuple[tuple[int, float | None], ...]
+def _run_all(
+    config: RunConfig, store: Store, only: Sequence[str], report_line: Callable[[str], None]
+) -> list[Finding]:
+    reference, *others = scenarios(config.min_workers)
+    selected = [scenario for scenario in others if not only or scenario.name in only]
+
+    materials.write_materials(store, num_lanes(config.min_workers))
+    problems = check_run.check(scenario_config(config, store.url, reference))
+    if problems:
+        raise ConfigError(problems, "drill")
+
+    findings: list[Finding] = []
+    expected_losses: tuple[StepLoss, ...] = ()
+    for scenario in (reference, *selected):
+        report_line(f"{scenario.name}: {scenario.description} ...")
+        outcome = run_scenario(scenario_config(config, store.url, scenario), scenario, store)
+        expected_losses = expected_losses or outcome.losses
+        finding = _check(scenario, outcome, expected_losses)
+        findings.append(finding)
+        report_line("  passed" if finding.passed else f"  FAILED: {'; '.join(finding.problems)}")
+        if not findings[0].passed:
+            break  # there is nothing to compare with
+    return findings
+
+
+def _check(
+    scenario: Scenario, outcome: RunOutcome, expected_losses: tuple[StepLoss, ...]
 ) -> Finding:
-    wrong, attempts = problems(scenario, evidence, wanted), evidence.num_attempts
-    heard = [f"{text}; " for text in (heard_of(scenario, evidence.lines),) if text]
-    equal = "losses equal to the last bit, " if scenario.failpoint else ""
-    seen = (
-        ""
-        if wrong
-        else "".join(heard)
-        + (
-            f"{len(evidence.losses)} steps, {equal}every sample once; {evidence.num_checkpoints} checkpoints "
-            f"sound; {attempts} attempt{'s' if attempts != 1 else ''}"
-        )
-    )
+    problems = find_problems(scenario, outcome, expected_losses)
+    result = "" if problems else _summarize(scenario, outcome)
     return Finding(
-        scenario.name, scenario.what, tuple(map(redact, wrong)), times(scenario, evidence), seen
+        scenario.name,
+        scenario.description,
+        tuple(map(redact, problems)),
+        measure_times(scenario, outcome),
+        result,
     )
+
+
+def _summarize(scenario: Scenario, outcome: RunOutcome) -> str:
+    """Return what a run showed that passed."""
+    facts = [f"{len(outcome.losses)} steps"]
+    if scenario.failpoint:
+        facts.append("losses equal to the last bit")
+    facts.append("every sample counted once")
+
+    sections = [find_expected_output(scenario, outcome.lines), ", ".join(facts)]
+    sections.append(f"{outcome.num_checkpoints} checkpoints intact")
+    sections.append(f"{outcome.num_attempts} attempt{'s' if outcome.num_attempts != 1 else ''}")
+    return "; ".join(filter(None, sections))
 
 
 def as_json(report: Report) -> str:
-    """Return a report as JSON: held, workers, kept, and a finding a scenario."""
-    findings = [{"held": one.held, **asdict(one)} for one in report.findings]
-    return (
-        json.dumps({"held": report.held, **asdict(report), "findings": findings}, indent=1) + "\n"
-    )
+    """Return a report as JSON: passed, num_workers, folder_url, and a finding for each scenario."""
+    findings = [{"passed": finding.passed, **asdict(finding)} for finding in report.findings]
+    document = {"passed": report.passed, **asdict(report), "findings": findings}
+    return json.dumps(document, indent=1) + "\n"
 
 
 def describe(report: Report) -> str:
-    """Return the table a person reads, and details of what did not hold."""
+    """Return the table for the terminal, and details of the scenarios that failed."""
     rows = [
-        (one.name, "yes" if one.held else "NO", _times(one), one.seen or "see below")
-        for one in report.findings
+        (
+            finding.name,
+            "yes" if finding.passed else "NO",
+            _format_times(finding),
+            finding.result or "see below",
+        )
+        for finding in report.findings
     ]
-    workers = report.workers
-    where = f"{workers} Ray worker{'s' if workers > 1 else ''}" if workers else "one process"
-    said = [table(f"drill on {where}", rows, ("scenario", "held", "time", "what was seen"))]
-    for one in report.findings:
-        if not one.held:
-            said += [
-                f"{one.name} ({one.what}) did not hold:",
-                *(f"  - {text}" for text in one.problems),
-                f"  its output: {report.kept}/{one.name}.log; its run: {report.kept}/{one.name}",
+    title = f"drill on {_workers_text(report.num_workers)}"
+    lines = [format_table(title, rows, ("scenario", "passed", "time", "result"))]
+    for finding in report.findings:
+        if not finding.passed:
+            output = f"{report.folder_url}/{finding.name}.log"
+            lines += [
+                f"{finding.name} ({finding.description}) failed:",
+                *(f"  - {problem}" for problem in finding.problems),
+                f"  its output: {output}; its run: {report.folder_url}/{finding.name}",
             ]
-    if report.kept:
-        said.append(f"kept: {report.kept}")
-    return "\n".join(said)
+    if report.folder_url:
+        lines.append(f"folder: {report.folder_url}")
+    return "\n".join(lines)
 
 
-def _times(finding: Finding) -> str:
-    meanings = {
-        "noticed_s": "noticed after {:.1f} s",
-        "left_s": "saved after {:.1f} s",
-        "back_s": "first new step after {:.1f} s",
+def _workers_text(num_workers: int) -> str:
+    if num_workers == 0:
+        return "one process"
+    return f"{num_workers} Ray worker{'s' if num_workers > 1 else ''}"
+
+
+def _format_times(finding: Finding) -> str:
+    formats = {
+        "detected_s": "detected after {:.1f} s",
+        "saved_s": "saved after {:.1f} s",
+        "resumed_s": "first new step after {:.1f} s",
     }
-    said = [
-        text.format(finding.times[key]) for key, text in meanings.items() if key in finding.times
-    ]
-    if not said and "stall_s" in finding.times:
-        said.append(f"a save stops training for {1000 * finding.times['stall_s']:.0f} ms")
-    return "; ".join(said)
+    times = finding.times
+    texts = [text.format(times[name]) for name, text in formats.items() if name in times]
+    if not texts and "save_stall_s" in times:
+        texts.append(f"a save stops training for {1000 * times['save_stall_s']:.0f} ms")
+    return "; ".join(texts)

@@ -1,8 +1,8 @@
-"""What a drill does to a run, and when a run has held. Pure: no process, no storage.
+"""Scenarios of a drill: what is injected into a run, and when the run counts as recovered.
 
-Every scenario is a run of its own of the same small config. Held means: it came to its end in the way it should, within
-its time; every loss equals the undisturbed run's to the last bit; the ledger has every sample once; every checkpoint
-is what was written.
+Pure: no process, no storage. Each scenario is its own run of the same small config. It passes if it ends as expected and in
+time, every loss equals the undisturbed run's to the last bit, the ledger holds every sample once, and every checkpoint
+is intact.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.config.load import load_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.runtime.bootstrap.watchdog import EXIT_CODE as HUNG
 
-STEPS, EVERY, AT = 24, 4, 17
-"""Steps of a run, between checkpoints, and the passing of a step at which it is disturbed: from the checkpoint it then
-goes on from to the end there are fewer, so that a process of the next attempt does not pass it."""
-WINDOW_S, SPARES_S = 5, 15
-"""So long a worker rests before the drill's SIGTERM is obeyed (so small a run may else be over before it is heard), and
-before it is killed (in a longer run the spare processes are ready by then)."""
-HANG_S, PATIENT_S = 15.0, 600.0
-"""cluster.progress_timeout_s where a worker hangs, and where none does."""
-AGAIN = "drill: the same command again"
+NUM_STEPS = 24
+CHECKPOINT_INTERVAL = 4
+FAULT_STEP = 17
+"""The fault is injected when a process passes a step for this many times. After the latest checkpoint before it fewer
+steps are left, so that a process of the next attempt does not reach the fault."""
+SIGTERM_PAUSE_S = 5
+"""How long a worker pauses before the drill's SIGTERM takes effect: so small a run may be over before it arrives."""
+SPARE_PAUSE_S = 15
+"""How long a worker pauses before it is killed: the spare processes of a longer run would be ready by then."""
+HANG_TIMEOUT_S = 15.0
+"""cluster.progress_timeout_s of the run in which a worker hangs."""
+DEFAULT_TIMEOUT_S = 600.0
+"""cluster.progress_timeout_s of the other runs."""
+RERUN_LINE = "drill: running the same command again"
 NAMES = ("reference", "death", "hang", "preemption", "storage")
 
 
@@ -33,240 +38,263 @@ class Scenario:
     """One run of a drill.
 
     Attributes:
-        name: also the run's.
-        what: what is done to it, for people.
-        failpoint: where it is disturbed; "": nowhere.
-        changes: fields of the config by section.
-        rest_s: seconds a worker rests at the failpoint before it is disturbed; they are not counted.
-        terminate: send SIGTERM to the command once the failpoint is reached.
-        first_code: exit code its first command must have; where that is not 0, the same command is given again.
-        restarts: whether a further attempt must have been made.
-        said: pattern its output must hold.
+        name: also the run's name.
+        description: what is done to the run, for people.
+        failpoint: where the fault is injected; "": nowhere.
+        overrides: fields of the config by section.
+        pause_s: seconds that a worker pauses at the failpoint before the fault; not counted in measured times.
+        send_sigterm: send SIGTERM to the command once the failpoint is reached.
+        first_exit_code: expected exit code of the first command; if it is not 0, the command is run again.
+        expects_restart: whether the run must have a second attempt.
+        expected_output: pattern that a line of the output must match; "": none.
     """
 
     name: str
-    what: str
+    description: str
     failpoint: str = ""
-    changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    rest_s: float = 0
-    terminate: bool = False
-    first_code: int = 0
-    restarts: bool = False
-    said: str = ""
+    overrides: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    pause_s: float = 0
+    send_sigterm: bool = False
+    first_exit_code: int = 0
+    expects_restart: bool = False
+    expected_output: str = ""
 
 
-def scenarios(workers: int) -> list[Scenario]:
-    """Return all scenarios for so many workers (0: one process); the undisturbed run is the first."""
-    last, alone = max(workers, 1) - 1, workers == 0
-    # a single process that is stopped from outside has nobody to notice it: there, a call does not return
-    stopped, hang = (
-        ("sleep", "a call does not return")
-        if workers <= 1
-        else ("stop", "the process of the last worker is stopped (SIGSTOP)")
-    )
-    died = "the process" if alone else "the process of the last worker"
+class TimedLine(NamedTuple):
+    """A line of a command's output, and when it was printed: seconds since the scenario started."""
+
+    at_s: float
+    text: str
+
+
+class StepLoss(NamedTuple):
+    """The loss of a step; None where it is not finite."""
+
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run of a scenario left behind.
+
+    Attributes:
+        exit_codes: of each command; None: it did not end in time.
+        lines: the output of all commands.
+        losses: as the run's metrics have them.
+        ledger_problem: what is wrong with the ledger; "" if nothing.
+        damaged_checkpoints: what is wrong with checkpoints; empty if nothing.
+        num_checkpoints: that the run has.
+        num_attempts: that the run has.
+        save_stall_s: mean time that training stands still for a save; None: unknown.
+    """
+
+    exit_codes: tuple[int | None, ...]
+    lines: tuple[TimedLine, ...] = ()
+    losses: tuple[StepLoss, ...] = ()
+    ledger_problem: str = ""
+    damaged_checkpoints: tuple[str, ...] = ()
+    num_checkpoints: int = 0
+    num_attempts: int = 0
+    save_stall_s: float | None = None
+
+
+def scenarios(num_workers: int) -> list[Scenario]:
+    """Return all scenarios for this number of workers (0: one process); the undisturbed run is the first."""
+    last_rank, is_single = max(num_workers, 1) - 1, num_workers == 0
+    victim = "the process" if is_single else "the process of the last worker"
+
+    # Nobody would notice that a single process is stopped from outside: there, a call does not return.
+    if num_workers <= 1:
+        hang_action, hang_description = "sleep", "a call does not return"
+    else:
+        hang_action, hang_description = "stop", f"{victim} is stopped (SIGSTOP)"
+    kill_action = "" if is_single else f"!sleep{SPARE_PAUSE_S}+kill"
     return [
-        Scenario("reference", "nothing is done to it"),
+        Scenario("reference", "no fault"),
         Scenario(
             "death",
-            f"{died} is killed (kill -9)",
-            f"train.step:{AT}@{last}" + ("" if alone else f"!sleep{SPARES_S}+kill"),
-            rest_s=0 if alone else SPARES_S,
-            first_code=-9 if alone else 0,
-            restarts=True,
+            f"{victim} is killed (kill -9)",
+            f"train.step:{FAULT_STEP}@{last_rank}{kill_action}",
+            pause_s=0 if is_single else SPARE_PAUSE_S,
+            first_exit_code=-9 if is_single else 0,
+            expects_restart=True,
         ),
         Scenario(
             "hang",
-            hang,
-            f"train.step:{AT}@{last}!{stopped}",
-            {"cluster": {"progress_timeout_s": HANG_S}},
-            first_code=HUNG if alone else 0,
-            restarts=True,
-            said=r"made no progress for \d+ s|: hang \(",
+            hang_description,
+            f"train.step:{FAULT_STEP}@{last_rank}!{hang_action}",
+            {"cluster": {"progress_timeout_s": HANG_TIMEOUT_S}},
+            first_exit_code=HUNG if is_single else 0,
+            expects_restart=True,
+            expected_output=r"made no progress for \d+ s|: hang \(",
         ),
         Scenario(
             "preemption",
-            "SIGTERM to the command, which is then given again",
-            f"train.step:{AT}@0!sleep{WINDOW_S}",
-            rest_s=WINDOW_S,
-            terminate=True,
-            first_code=130,
-            restarts=True,
-            said=r"stopped at step \d+",
+            "the command receives SIGTERM and is run again",
+            f"train.step:{FAULT_STEP}@0!sleep{SIGTERM_PAUSE_S}",
+            pause_s=SIGTERM_PAUSE_S,
+            send_sigterm=True,
+            first_exit_code=130,
+            expects_restart=True,
+            expected_output=r"stopped at step \d+",
         ),
         Scenario(
             "storage",
             "storage fails in the middle of a save",
             "checkpoint.before_file:2@0!storage",
-            said=r"no checkpoint at step \d+, training goes on",
+            expected_output=r"no checkpoint at step \d+[,;] training (goes on|continues)",
         ),
     ]
 
 
-def config_of(base: RunConfig, place: str, scenario: Scenario) -> RunConfig:
-    """Return a scenario's config: cluster, storage, zero and number format of `base`, the model and data at `place`.
+def scenario_config(base: RunConfig, folder_url: str, scenario: Scenario) -> RunConfig:
+    """Return a scenario's config: cluster, storage, zero and dtype of `base`; model and data in `folder_url`.
 
-    Of an elastic range the fewest workers are taken: the last bit is promised for a fixed number.
+    Of an elastic range the smallest number of workers is used, because bit-equality is promised for a fixed number.
     """
-    workers = base.min_workers
+    num_workers = base.min_workers
     document: dict[str, dict[str, Any]] = {
-        "run": {"name": scenario.name, "storage": place, "seed": 1},
+        "run": {"name": scenario.name, "storage": folder_url, "seed": 1},
         "model": {
-            "path": f"{place}/model",
+            "path": f"{folder_url}/model",
             "dtype": base.model.dtype,
             "attention": "eager",  # the same bits each time
             "activation_checkpointing": base.model.activation_checkpointing,
         },
         "data": {
-            "train": f"{place}/data/*.jsonl",
+            "train": f"{folder_url}/data/*.jsonl",
             "format": "instruction",
             "overlong": "truncate",
             "block_mib": 0.004,
             "shuffle_blocks": 2,
             "cache_dir": base.data.cache_dir,
         },
-        "batch": {"global_batch": lanes(workers), "sequence_length": 64},
+        "batch": {"global_batch": num_lanes(num_workers), "sequence_length": 64},
         "optimizer": {"learning_rate": 1e-3},
-        "schedule": {"steps": STEPS},
+        "schedule": {"steps": NUM_STEPS},
         "zero": base.zero.model_dump(mode="json"),
         "cluster": {
             **base.cluster.model_dump(mode="json"),
-            "workers": workers,
+            "workers": num_workers,
             "max_failures": 3,
-            "progress_timeout_s": PATIENT_S,
+            "progress_timeout_s": DEFAULT_TIMEOUT_S,
         },
-        "checkpoint": {"every_steps": EVERY, "keep_last": 3},
+        "checkpoint": {"every_steps": CHECKPOINT_INTERVAL, "keep_last": 3},
         "log": {"tensorboard": False},
         "storage": base.storage.model_dump(mode="json"),
     }
-    for section, fields in scenario.changes.items():
+    for section, fields in scenario.overrides.items():
         document[section].update(fields)
     return load_config(document)
 
 
-def lanes(workers: int) -> int:
+def num_lanes(num_workers: int) -> int:
     """Return the lanes of a drill: an odd number, so that workers have unequal shares."""
-    return max(5, 2 * workers + 1)
+    return max(5, 2 * num_workers + 1)
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line a command said, and when: seconds since the scenario began."""
-
-    at_s: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a scenario left behind.
-
-    Attributes:
-        codes: exit code of each command; None: it had not come to its end in time.
-        lines: what they said.
-        losses: (step, loss) as the run's metrics have them.
-        ledger: what is wrong with its ledger; "" if nothing.
-        damaged: what is wrong with its checkpoints; empty if nothing.
-        num_checkpoints, num_attempts: that the run has.
-        stall_s: mean time training stood still for a save; None: not known.
-    """
-
-    codes: tuple[int | None, ...]
-    lines: tuple[Line, ...] = ()
-    losses: tuple[tuple[int, float | None], ...] = ()
-    ledger: str = ""
-    damaged: tuple[str, ...] = ()
-    num_checkpoints: int = 0
-    num_attempts: int = 0
-    stall_s: float | None = None
-
-
-def problems(
-    scenario: Scenario, found: Evidence, wanted: Sequence[tuple[int, float | None]]
+def find_problems(
+    scenario: Scenario, outcome: RunOutcome, expected_losses: Sequence[StepLoss]
 ) -> list[str]:
-    """Return a line for everything that did not hold; `wanted`: the losses of the undisturbed run."""
-    said = (
-        []
-        if None not in found.codes
-        else ["it had not come to its end in time (its limit stands in its output)"]
-    )
-    expected = (scenario.first_code,) if scenario.first_code == 0 else (scenario.first_code, 0)
-    if not said and found.codes != expected:
-        said.append(f"exit codes {_list(found.codes)}, {_list(expected)} expected")
-    if scenario.failpoint and injected(found.lines) is None:
-        said.append("it was not disturbed: the place was not reached")
-    elif scenario.said and not heard_of(scenario, found.lines):
-        said.append(f"it did not say {scenario.said!r}")
-    if scenario.restarts and found.num_attempts < 2:
-        said.append("there was no second attempt")
-    said += losses_differ(found.losses, wanted)
-    if found.ledger:
-        said.append(f"ledger: {found.ledger}")
-    return said + [f"checkpoint {text}" for text in found.damaged]
+    """Return a line for everything that is wrong with a run; `expected_losses`: of the undisturbed run."""
+    problems = []
+    expected_codes: tuple[int, ...] = (scenario.first_exit_code,)
+    if scenario.first_exit_code != 0:
+        expected_codes += (0,)  # of the second command
+    if None in outcome.exit_codes:
+        problems.append("it did not end in time (its output names the limit)")
+    elif outcome.exit_codes != expected_codes:
+        problems.append(f"exit codes {_join(outcome.exit_codes)}; expected {_join(expected_codes)}")
+
+    if scenario.failpoint and fault_line_index(outcome.lines) is None:
+        problems.append("the fault was not injected: its step was not reached")
+    elif scenario.expected_output and not find_expected_output(scenario, outcome.lines):
+        problems.append(f"no line of its output matches {scenario.expected_output!r}")
+
+    if scenario.expects_restart and outcome.num_attempts < 2:
+        problems.append("there was no second attempt")
+    problems += compare_losses(outcome.losses, expected_losses)
+    if outcome.ledger_problem:
+        problems.append(f"ledger: {outcome.ledger_problem}")
+    problems += [f"checkpoint {problem}" for problem in outcome.damaged_checkpoints]
+    return problems
 
 
-def heard_of(scenario: Scenario, lines: Sequence[Line]) -> str:
-    """Return what a scenario must say, as it said it; "" if it did not, or need not."""
-    found = (re.search(scenario.said, line.text) for line in lines if scenario.said)
-    return next((match.group(0) for match in found if match), "")
+def find_expected_output(scenario: Scenario, lines: Sequence[TimedLine]) -> str:
+    """Return the text that matches the scenario's expected output; "" if nothing is expected or matches."""
+    if scenario.expected_output:
+        for line in lines:
+            match = re.search(scenario.expected_output, line.text)
+            if match:
+                return match.group(0)
+    return ""
 
 
-def losses_differ(
-    found: Sequence[tuple[int, float | None]], wanted: Sequence[tuple[int, float | None]]
-) -> list[str]:
-    """Return a line that says where losses are not those that were wanted, every step once; none if they are."""
-    steps = [step for step, _ in found]
-    if steps != list(range(1, STEPS + 1)):
+def compare_losses(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> list[str]:
+    """Return a line for the first loss that differs, or if a step is missing or repeated; else nothing."""
+    steps = [step for step, _ in losses]
+    if steps != list(range(1, NUM_STEPS + 1)):
+        last = steps[-1] if steps else "none"
         return [
-            f"metrics hold {len(steps)} steps, the last {steps[-1] if steps else 'none'}; 1 to {STEPS} are needed"
+            f"the metrics hold {len(steps)} steps, the last is {last}; expected steps 1 to {NUM_STEPS}"
         ]
-    first = next(
-        (
-            (step, loss, other)
-            for (step, loss), (_, other) in zip(found, wanted, strict=True)
-            if loss != other
-        ),
-        None,
-    )
-    return (
-        [] if first is None else ["step {}: loss {!r}, {!r} in the undisturbed run".format(*first)]
-    )
+
+    for (step, loss), (_, expected_loss) in zip(losses, expected, strict=True):
+        if loss != expected_loss:
+            return [f"step {step}: loss {loss!r}, but {expected_loss!r} in the undisturbed run"]
+    return []
 
 
-def injected(lines: Sequence[Line]) -> int | None:
-    """Return the index of the line that tells of the failpoint; None: it was not reached."""
-    return next((i for i, line in enumerate(lines) if "failpoint " in line.text), None)
+def fault_line_index(lines: Sequence[TimedLine]) -> int | None:
+    """Return the index of the line that reports the failpoint; None: it was not reached."""
+    for index, line in enumerate(lines):
+        if "failpoint " in line.text:
+            return index
+    return None
 
 
-def times(scenario: Scenario, found: Evidence) -> dict[str, float]:
-    """Return the seconds that were measured, as a person at the terminal sees them.
+def measure_times(scenario: Scenario, outcome: RunOutcome) -> dict[str, float]:
+    """Return the measured seconds, as a person at the terminal sees them; those that do not apply are left out.
 
-    From the disturbance, `noticed_s`: until a hang is told; `left_s`: until a run that was asked to stop is
-    saved; `back_s`: until a new step of the next attempt is told, after a preemption counted
-    from the command that is given again. And `stall_s`: training stands still for a save, on average.
+    - `detected_s`: from the fault until a hang is reported.
+    - `saved_s`: from the fault until a run that received a stop request has saved.
+    - `resumed_s`: from the fault (after SIGTERM: from the second command) to the first new step of the next attempt.
+    - `save_stall_s`: mean time that training stands still for a save.
     """
-    measured = {} if found.stall_s is None else {"stall_s": found.stall_s}
-    begin = injected(found.lines)
-    if begin is None:
-        return measured
-    at_s, rest = found.lines[begin].at_s + scenario.rest_s, found.lines[begin + 1 :]
+    times = {}
+    if outcome.save_stall_s is not None:
+        times["save_stall_s"] = outcome.save_stall_s
+    fault_index = fault_line_index(outcome.lines)
+    if fault_index is None:
+        return times
+
+    start_s = outcome.lines[fault_index].at_s + scenario.pause_s
+    lines_after = outcome.lines[fault_index + 1 :]
     if scenario.name == "hang":
-        measured |= _first("noticed_s", at_s, rest, scenario.said)
-    if scenario.terminate:
-        measured |= _first("left_s", at_s, rest, "stopped at step")
-        at_s = next((line.at_s for line in rest if line.text == AGAIN), at_s)
-    again = next(
-        (i for i, line in enumerate(rest) if re.search(r"\(attempt \d+\)", line.text)), None
-    )
-    if scenario.restarts and again is not None:
-        measured |= _first("back_s", at_s, rest[again:], r"^step ")
-    return measured
+        times |= _time_until(scenario.expected_output, "detected_s", start_s, lines_after)
+    if scenario.send_sigterm:
+        times |= _time_until("stopped at step", "saved_s", start_s, lines_after)
+        rerun_times = [line.at_s for line in lines_after if line.text == RERUN_LINE]
+        start_s = rerun_times[0] if rerun_times else start_s
+
+    if scenario.expects_restart:
+        for index, line in enumerate(lines_after):
+            if re.search(r"\(attempt \d+\)", line.text):
+                times |= _time_until(r"^step ", "resumed_s", start_s, lines_after[index:])
+                break
+    return times
 
 
-def _first(name: str, since_s: float, lines: Sequence[Line], pattern: str) -> dict[str, float]:
-    found = next((line.at_s - since_s for line in lines if re.search(pattern, line.text)), None)
-    return {} if found is None else {name: found}
+def _time_until(
+    pattern: str, name: str, start_s: float, lines: Sequence[TimedLine]
+) -> dict[str, float]:
+    """Return {name: seconds until the first line that matches}, or {} without one."""
+    for line in lines:
+        if re.search(pattern, line.text):
+            return {name: line.at_s - start_s}
+    return {}
 
 
-def _list(codes: Sequence[int | None]) -> str:
+def _join(codes: Sequence[int | None]) -> str:
     return ", ".join(map(str, codes))

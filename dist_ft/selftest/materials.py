@@ -1,4 +1,4 @@
-"""The models and the data of drills and selftests, made on the spot: no network, the same bits every time."""
+"""Writes the models and the data of drills and self-tests: without network, the same bits every time."""
 
 from __future__ import annotations
 
@@ -11,63 +11,77 @@ from dist_ft.data.tools.write import write_jsonl
 from dist_ft.storage.filesystem import Store
 
 TEXT = (
-    "the quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old stones and every "
-    "child counts stars until morning comes with bread and tea and news of distant towns"
+    "the quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old "
+    "stones and every child counts stars until morning comes with bread and tea and news of distant "
+    "towns"
 )
 WORDS = TEXT.split()
-ROWS_A_LANE = 24
-"""So that a drill's steps make more than one epoch."""
+ROWS_PER_LANE = 24
+"""So few that the steps of a drill are more than one epoch."""
 
 
 @dataclass(frozen=True)
-class Size:
-    """How large a model is, and the sequences it is to take."""
+class ModelSize:
+    """The size of a model.
 
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    length: int
+    Attributes:
+        hidden_size: width (H).
+        num_layers: number of decoder layers.
+        intermediate_size: width of the feed-forward layers.
+        num_heads: attention heads.
+        sequence_length: longest sequence (T).
+        dropout: of attention.
+        dtype: of the weights.
+    """
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int
+    sequence_length: int
     dropout: float = 0.0
     dtype: str = "float32"
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the layers, those of the small vocabulary left out."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+        """Weights of the layers, without those of the small vocabulary."""
+        attention = 4 * self.hidden_size**2
+        feed_forward = 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * (attention + feed_forward)
 
     @property
-    def flops_a_token(self) -> float:
-        """Floating-point operations of forward and backward: 6 a weight, and causal attention."""
-        return 6.0 * self.num_parameters + 6.0 * self.layers * self.hidden * self.length
+    def flops_per_token(self) -> float:
+        """Floating-point operations of forward and backward: 6 per weight, plus causal attention."""
+        attention = 6.0 * self.num_layers * self.hidden_size * self.sequence_length
+        return 6.0 * self.num_parameters + attention
 
 
-SMALL = Size(128, 2, 256, 4, 64, dropout=0.1)
+SMALL = ModelSize(128, 2, 256, 4, 64, dropout=0.1)
 
 
-def make(store: Store, num_lanes: int) -> None:
+def write_materials(store: Store, num_lanes: int) -> None:
     """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs in shards) into `store`."""
-    rows = pairs(ROWS_A_LANE * num_lanes)
+    rows = instruction_pairs(ROWS_PER_LANE * num_lanes)
     write_jsonl(rows, store, "data/pairs", -(-len(rows) // 3))
-    make_model(store, "model", SMALL)
+    write_model(store, "model", SMALL)
 
 
-def make_texts(store: Store, num_tokens: int) -> None:
-    """Write `texts/`: long plain texts of at least so many tokens in all."""
+def write_texts(store: Store, num_tokens: int) -> None:
+    """Write `texts/`: long plain texts of at least `num_tokens` tokens in total."""
     rng = random.Random(1)
     rows = [{"text": " ".join(rng.choices(WORDS, k=1000))} for _ in range(-(-num_tokens // 1000))]
     write_jsonl(rows, store, "texts/text", -(-len(rows) // 4))
 
 
-def make_model(store: Store, name: str, size: Size) -> None:
-    """Write a model of random weights, with config and tokenizer, as `name/` into `store`."""
+def write_model(store: Store, name: str, size: ModelSize) -> None:
+    """Write a model with random weights, with config and tokenizer, as `name/` into `store`."""
     with tempfile.TemporaryDirectory(prefix="dist_ft-drill-") as folder:
-        _model(Path(folder), size)
+        _write_tokenizer_and_weights(Path(folder), size)
         for path in sorted(Path(folder).iterdir()):
             store.write(f"{name}/{path.name}", path.read_bytes())
 
 
-def pairs(count: int) -> list[dict[str, str]]:
+def instruction_pairs(count: int) -> list[dict[str, str]]:
     """Return `count` instruction pairs of unequal lengths."""
     rng = random.Random(0)
     return [
@@ -79,8 +93,8 @@ def pairs(count: int) -> list[dict[str, str]]:
     ]
 
 
-def _model(folder: Path, size: Size) -> None:
-    """Write a Llama of random weights and a tokenizer of bytes and common words."""
+def _write_tokenizer_and_weights(folder: Path, size: ModelSize) -> None:
+    """Write a Llama with random weights, and a tokenizer of bytes and common words."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -102,20 +116,22 @@ def _model(folder: Path, size: Size) -> None:
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )
     fast.save_pretrained(folder)
+
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(fast),
-            hidden_size=size.hidden,
-            intermediate_size=size.intermediate,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.heads,
-            max_position_embeddings=size.length,
+            hidden_size=size.hidden_size,
+            intermediate_size=size.intermediate_size,
+            num_hidden_layers=size.num_layers,
+            num_attention_heads=size.num_heads,
+            num_key_value_heads=size.num_heads,
+            max_position_embeddings=size.sequence_length,
             attention_dropout=size.dropout,
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
         )
-    ).to(getattr(torch, size.dtype)).save_pretrained(folder)
+    )
+    model.to(getattr(torch, size.dtype)).save_pretrained(folder)

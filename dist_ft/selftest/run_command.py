@@ -1,7 +1,7 @@
-"""A short run as a person would start it, disturbed or not, followed to its end; what drill and selftest share.
+"""Runs `dist-ft train` as a person would start it, with or without a fault, until it ends.
 
-Each run is the command `dist-ft train` in a process of its own; what it is disturbed with is a failpoint that the
-command hands to its workers. Guarantees: no command outlives its time or this process's interruption.
+Drill and self-test share it. Each run is a process of its own; the command passes the failpoint on to its workers.
+Guarantee: no command outlives its time limit or the interruption of this process.
 """
 
 from __future__ import annotations
@@ -23,64 +23,81 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.runs import catalog, ledger_audit, time_accounting
-from dist_ft.selftest.drill_scenarios import AGAIN, Evidence, Line, Scenario
+from dist_ft.selftest.drill_scenarios import (
+    RERUN_LINE,
+    RunOutcome,
+    Scenario,
+    StepLoss,
+    TimedLine,
+)
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.metrics_log import read_metrics
 
-LIMIT_S = 600.0
-"""Seconds a command may take, besides what workers may take to start."""
-LEAVE_S = 30.0
+COMMAND_LIMIT_S = 600.0
+"""Time limit of a command, in addition to cluster.start_timeout_s."""
+STOP_S = 30.0
+"""How long a command may take to end after SIGTERM."""
 
 
-def play(
-    config: RunConfig, scenario: Scenario, place: Store, again: RunConfig | None = None
-) -> Evidence:
-    """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in `place`.
+def run_scenario(
+    config: RunConfig, scenario: Scenario, store: Store, rerun_config: RunConfig | None = None
+) -> RunOutcome:
+    """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in `store`.
 
-    `again`: the config of the second command, where the scenario has one; None: that of the first.
+    Args:
+        config: of the run.
+        scenario: the scenario.
+        store: folder of all runs.
+        rerun_config: config of the second command, if the scenario has one; default: `config`.
     """
-    begun, lines, codes = time.monotonic(), list[Line](), list[int | None]()
-    limit_s = LIMIT_S + config.cluster.start_timeout_s
+    started_at = time.monotonic()
+    lines: list[TimedLine] = []
+    exit_codes: list[int | None] = []
+    limit_s = COMMAND_LIMIT_S + config.cluster.start_timeout_s
     with tempfile.TemporaryDirectory(prefix="dist_ft-rehearsal-") as folder:
-        disturbed = {"DIST_FT_FAILPOINT": scenario.failpoint} if scenario.failpoint else {}
-        codes.append(
-            follow(_command(config, folder), disturbed, limit_s, begun, lines, scenario.terminate)
+        variables = {"DIST_FT_FAILPOINT": scenario.failpoint} if scenario.failpoint else {}
+        command = _train_command(config, folder)
+        exit_codes.append(
+            run_command(command, variables, limit_s, started_at, lines, scenario.send_sigterm)
         )
-        if codes[0] == scenario.first_code != 0:
-            lines.append(Line(time.monotonic() - begun, AGAIN))
-            codes.append(follow(_command(again or config, folder), {}, limit_s, begun, lines))
-    place.write(
-        f"{scenario.name}.log",
-        "".join(f"{line.at_s:8.2f} {redact(line.text)}\n" for line in lines).encode(),
-    )
-    return _evidence(config.run_url, codes, lines)
+        if exit_codes[0] == scenario.first_exit_code != 0:
+            lines.append(TimedLine(time.monotonic() - started_at, RERUN_LINE))
+            command = _train_command(rerun_config or config, folder)
+            exit_codes.append(run_command(command, {}, limit_s, started_at, lines))
+
+    text = "".join(f"{line.at_s:8.2f} {redact(line.text)}\n" for line in lines)
+    store.write(f"{scenario.name}.log", text.encode())
+    return _read_outcome(config.run_url, exit_codes, lines)
 
 
-def _command(config: RunConfig, folder: str) -> list[str]:
+def _train_command(config: RunConfig, folder: str) -> list[str]:
     path = Path(folder) / f"{config.run.name}.yaml"
     path.write_text(resolved_yaml(config))
     return [sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"]
 
 
-def follow(
+def run_command(
     command: Sequence[str],
-    environment: dict[str, str],
+    variables: dict[str, str],
     limit_s: float,
-    begun: float,
-    lines: list[Line],
-    terminate: bool = False,
+    started_at: float,
+    lines: list[TimedLine],
+    send_sigterm: bool = False,
 ) -> int | None:
-    """Run `command` to its end, adding what it says to `lines`; return its exit code, None if it had to be ended.
+    """Run `command` to its end and append its output to `lines`.
 
     Args:
         command: what to run.
-        environment: variables besides this process's own; failpoints of this process's own are not passed on.
-        limit_s: seconds until it is ended.
-        begun: the steady clock's time that lines count from.
-        lines: what it says is added here.
-        terminate: send it SIGTERM when it tells of a failpoint.
+        variables: environment variables in addition to this process's own, except its failpoints.
+        limit_s: seconds until the command is killed.
+        started_at: time on the monotonic clock that lines count from.
+        lines: the output is appended here.
+        send_sigterm: send SIGTERM when the output mentions a failpoint.
+
+    Returns:
+        The exit code, or None if the command had to be killed.
     """
-    own = {
+    own_variables = {
         key: value for key, value in os.environ.items() if not key.startswith("DIST_FT_FAILPOINT")
     }
     process = subprocess.Popen(
@@ -89,63 +106,70 @@ def follow(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={"OMP_NUM_THREADS": "1", **own, **environment},
+        env={"OMP_NUM_THREADS": "1", **own_variables, **variables},
         start_new_session=True,
     )
 
-    def read() -> None:
+    def read_output() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(Line(time.monotonic() - begun, line.rstrip("\n")))
-            if terminate and "failpoint " in line:
+            lines.append(TimedLine(time.monotonic() - started_at, line.rstrip("\n")))
+            if send_sigterm and "failpoint " in line:
                 process.terminate()
 
-    reader = threading.Thread(target=read, name="rehearsal", daemon=True)
+    reader = threading.Thread(target=read_output, name="rehearsal", daemon=True)
     reader.start()
     try:
         code: int | None = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         code = None
-        lines.append(Line(time.monotonic() - begun, f"no end within {limit_s:.0f} s; it is ended"))
+        text = f"the command did not end within {limit_s:.0f} s and is killed"
+        lines.append(TimedLine(time.monotonic() - started_at, text))
     finally:
-        _end(process)
-    reader.join(LEAVE_S)
+        _stop(process)
+    reader.join(STOP_S)
     return code
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
-    """End a command that still runs: first as a person would, then with all it has started."""
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """End a command that still runs: first as a person would, then with everything it started."""
     if process.poll() is not None:
         return
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(LEAVE_S)
+        process.wait(STOP_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _evidence(url: str, codes: Sequence[int | None], lines: Sequence[Line]) -> Evidence:
-    """Return what lies in the storage of a run that has ended; what can not be read is evidence too."""
+def _read_outcome(
+    url: str, exit_codes: Sequence[int | None], lines: Sequence[TimedLine]
+) -> RunOutcome:
+    """Return what is in the storage of a run that has ended; that it cannot be read is part of the outcome."""
     store = Store(url)
     try:
         losses = tuple(
-            (line["step"], line["loss"]) for line in read_metrics(store) if line["kind"] == "train"
+            StepLoss(line["step"], line["loss"])
+            for line in read_metrics(store)
+            if line["kind"] == "train"
         )
-        checked = list(catalog.verify(url))
-        times_kept, _ = time_accounting.accounts(store)
-        counted = ledger_audit.audit(url)
+        checkpoints = list(catalog.verify(url))
+        attempt_times = time_accounting.read_attempt_times(store).attempts
+        audit = ledger_audit.audit(url)
     except (DistFtError, KeyError) as error:
-        return Evidence(
-            tuple(codes), tuple(lines), ledger=f"what the run left can not be read ({error})"
-        )
-    return Evidence(
-        tuple(codes),
-        tuple(lines),
-        losses,
-        "" if counted.is_sound else ledger_audit.describe(counted),
-        tuple(f"{name}: {wrong}" for name, wrong in checked if wrong),
-        len(checked),
-        len(catalog.attempts(store)),
-        time_accounting.stall_s(times_kept),
+        problem = f"the files of the run cannot be read ({error})"
+        return RunOutcome(tuple(exit_codes), tuple(lines), ledger_problem=problem)
+
+    return RunOutcome(
+        exit_codes=tuple(exit_codes),
+        lines=tuple(lines),
+        losses=losses,
+        ledger_problem="" if audit.is_sound else ledger_audit.describe(audit),
+        damaged_checkpoints=tuple(
+            f"{name}: {problem}" for name, problem in checkpoints if problem
+        ),
+        num_checkpoints=len(checkpoints),
+        num_attempts=len(catalog.attempts(store)),
+        save_stall_s=time_accounting.mean_save_stall_s(attempt_times),
     )

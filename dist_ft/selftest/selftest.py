@@ -25,7 +25,7 @@ from dist_ft.selftest.checks import CHECKS, SPEED, Finding
 from dist_ft.selftest.drill_scenarios import Evidence, Scenario, config_of, lanes
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.console import table
+from dist_ft.training.console import format_table
 from dist_ft.training.metrics_log import read_metrics
 
 TAIL = 30
@@ -109,7 +109,7 @@ def run(
             ) from error
         raise
     if keep or not report.held:
-        return Report(**{**vars(report), "kept": place.shown()})
+        return Report(**{**vars(report), "kept": place.redacted_url()})
     parent.remove(name)
     return report
 
@@ -246,6 +246,6 @@ def describe(report: Report) -> str:
     """Return the table a person at the terminal reads."""
     rows = [(one.name, one.verdict, one.seen or "; ".join(one.problems)) for one in report.findings]
     title = f"selftest on {report.workers} Ray worker{'s' if report.workers > 1 else ''} ({report.device})"
-    said = [table(title, rows, ("check", "verdict", "what was seen"))]
+    said = [format_table(title, rows, ("check", "verdict", "what was seen"))]
     said += [f"{one.name} FAILED: {line}" for one in report.findings for line in one.problems]
     return "\n".join([*said, f"kept: {report.kept}"] if report.kept else said)

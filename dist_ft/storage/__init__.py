@@ -1,1 +1,1 @@
-"""The only door to fsspec: files and object stores behind one small `Store`."""
+"""Access to files on disks, in object stores and in memory; the only package that uses fsspec."""

@@ -1,4 +1,4 @@
-"""What an error of storage means: whether trying again could help, and what to do about it."""
+"""Meaning of storage errors: whether a retry could help, and what the user can do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 
 
 class NoAnswerError(Exception):
-    """A place that said nothing for as long as the asker would wait."""
+    """A host did not answer within the timeout."""
 
 
 _FINAL = (
@@ -30,9 +30,9 @@ _FINAL_CODES = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-_CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
-_NO_ROOM = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-_ELSEWHERE = (
+_CLOCK_SKEW = ("RequestTimeTooSkewed", "RequestExpired")
+_STORE_FULL = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
+_OTHER_REGION = (
     "PermanentRedirect",
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
@@ -40,54 +40,63 @@ _ELSEWHERE = (
 )
 
 
+_NO_CREDENTIALS = "locate credentials"
+
+
 def is_transient(error: BaseException) -> bool:
-    """Tell whether trying again could help: network and server trouble, not a missing file or a full disk."""
-    if (
-        isinstance(error, _FINAL)
-        or not isinstance(error, Exception)
-        or "locate credentials" in str(error)
-    ):
+    """Whether a retry could help: network and server errors, not a missing file or a full disk."""
+    if isinstance(error, _FINAL) or not isinstance(error, Exception):
         return False
-    if s3_code(error) in (*_ELSEWHERE, *_CLOCK, *_NO_ROOM):
+    if _NO_CREDENTIALS in str(error):
+        return False
+    if s3_code(error) in (*_OTHER_REGION, *_CLOCK_SKEW, *_STORE_FULL):
         return False
     return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
 
 
 def s3_code(error: BaseException) -> str | None:
-    """Return the code with which an S3 server answered; it says more than the error's text."""
-    for one in (error, error.__cause__):
-        answer = getattr(one, "response", None)
-        if isinstance(answer, dict) and "Error" in answer:
-            return str(answer["Error"].get("Code"))
+    """Return the code in an S3 server's response; it is more specific than the error's text."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            return str(response["Error"].get("Code"))
     return None
 
 
-def explain(error: Exception, tries: int) -> str:
-    """Say in a few words what to do about `error`, after so many tries."""
-    if s3_code(error) in _ELSEWHERE:
+def explain(error: Exception, attempts: int) -> str:
+    """Return in one or two sentences what to do about `error` after this number of attempts."""
+    code = s3_code(error)
+    if code in _OTHER_REGION:
         return (
-            "the bucket lies in another region; set AWS_DEFAULT_REGION, or "
-            "storage.options.s3.client_kwargs.region_name"
+            "The bucket is in another region. Set AWS_DEFAULT_REGION, or "
+            "storage.options.s3.client_kwargs.region_name."
         )
-    if s3_code(error) in _CLOCK:
-        return "the clock of this machine is too far from the server's for signed requests; set it (NTP)"
-    if s3_code(error) in _NO_ROOM:
-        return "the store has no room left; raise its quota or keep fewer checkpoints (checkpoint.keep_last)"
+    if code in _CLOCK_SKEW:
+        return (
+            "The clock of this machine differs too much from the server's for signed requests. "
+            "Set it (NTP)."
+        )
+    if code in _STORE_FULL:
+        return (
+            "The store is full. Raise its quota or keep fewer checkpoints (checkpoint.keep_last)."
+        )
+
     if isinstance(error, NoAnswerError):
-        return "check the endpoint (storage.options, proxies, firewalls), or try again later"
-    code = getattr(error, "errno", None)
+        return "Check the endpoint (storage.options, proxies, firewalls), or try again later."
     if isinstance(error, FileNotFoundError):
-        return "there is no such file or bucket; check the URL"
-    if isinstance(error, PermissionError) or code in (errno.EACCES, errno.EROFS):
-        return "access is refused; check credentials (in the environment) and permissions"
+        return "This file or bucket does not exist. Check the URL."
+    number = getattr(error, "errno", None)
+    if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
+        return "Access is denied. Check credentials (in the environment) and permissions."
     if isinstance(error, ImportError):
-        return "its fsspec package is not installed; install the extra for it, such as dist-ft[s3]"
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)"
-    if "locate credentials" in str(error):
-        return "no credentials were found; set them in the environment"
+        return "Its fsspec package is not installed. Install the extra for it, such as dist-ft[s3]."
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full. Free some space or keep fewer checkpoints (checkpoint.keep_last)."
+    if _NO_CREDENTIALS in str(error):
+        return "No credentials were found. Set them in the environment."
     if not is_transient(error):
-        return "trying again would not help; check the URL and storage.options"
+        return "A retry would not help. Check the URL and storage.options."
     return (
-        f"gave up after {tries} {'tries' if tries > 1 else 'try'}; check that the endpoint answers"
+        f"Gave up after {attempts} attempt{'s' if attempts > 1 else ''}. Check that the endpoint "
+        "answers."
     )

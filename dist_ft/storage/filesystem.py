@@ -1,7 +1,8 @@
 """The only door to fsspec: files, object stores and memory behind one small `Store`.
 
-Guarantees: `write` is atomic (a reader sees the old bytes, the new bytes or nothing), transient failures are retried
-with jitter, and every failure becomes one `StorageError` that names the URL without credentials. Does not cache.
+Guarantees: `write` is atomic (a reader sees the old bytes, the new bytes or nothing), transient
+errors are retried with jitter, and every failure becomes one `StorageError` that names the URL
+without credentials. Does not cache.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
@@ -19,7 +20,8 @@ from dist_ft.storage import listing, local_files
 from dist_ft.storage.error_messages import explain, s3_code
 from dist_ft.storage.retry import max_attempts, with_retries
 
-_DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multiply with ours
+# One attempt each: retries of the client would multiply with ours.
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
             "retries": {"total_max_attempts": 1},
@@ -30,7 +32,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # the client's own tries would multipl
 }
 _filesystems: dict[tuple[int, str], Any] = {}
 _lock = Lock()
-_VERSIONS = (
+
+# Fields of fsspec's file info, of which the first that exists is the version of a file.
+_VERSION_FIELDS = (
     "ETag",
     "etag",
     "md5Hash",
@@ -43,6 +47,30 @@ _VERSIONS = (
 )
 
 
+class FileInfo(TypedDict):
+    """Metadata of a file in a listing.
+
+    Attributes:
+        size: in bytes.
+        version: changes whenever the content may have changed.
+    """
+
+    size: int
+    version: str
+
+
+class FilesystemPath(NamedTuple):
+    """A filesystem and a path in it.
+
+    Attributes:
+        filesystem: fsspec's, or pyarrow's.
+        path: without protocol.
+    """
+
+    filesystem: Any
+    path: str
+
+
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Set fsspec options by protocol for this process (`storage.options` of the config)."""
     import fsspec.config
@@ -53,30 +81,33 @@ def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def forget() -> None:
-    """Connect anew at the next call: options or credentials may have changed."""
+    """Reconnect at the next call: options or credentials may have changed."""
     with _lock:
         _filesystems.clear()
 
 
 def warm(url: str) -> None:
-    """Import what a URL of this kind needs; nothing is contacted."""
+    """Import the packages that this URL needs; nothing is contacted."""
     import fsspec
 
     fsspec.get_filesystem_class("file" if is_local(url) else url.split("://", 1)[0])
 
 
 def is_local(url: str) -> bool:
-    """Tell whether `url` lies on a disk of this machine (or one mounted here)."""
+    """Whether `url` is on a disk of this machine (or one mounted here)."""
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
 def local_path(url: str) -> str:
-    """Return the path of a local `url`, `~` being the home folder."""
+    """Return the path of a local `url`; `~` is the home folder."""
     return os.path.expanduser(url.split("://", 1)[1] if "://" in url else url)
 
 
 class Store:
-    """A folder at an fsspec URL; all paths are relative to it, with '/' between parts."""
+    """A folder at an fsspec URL; all paths are relative to it and have '/' as separator.
+
+    All methods but those that only build URLs raise StorageError.
+    """
 
     def __init__(self, url: str) -> None:
         """Assign only: nothing is contacted before the first call."""
@@ -86,45 +117,52 @@ class Store:
         return f"Store({redact(self.url)!r})"
 
     def child(self, path: str) -> Store:
-        """Return the store of a sub-folder."""
-        return Store(self.full(path))
+        """Return the store of a subfolder."""
+        return Store(self.full_url(path))
 
-    def full(self, path: str = "") -> str:
-        """Return the whole URL of `path`."""
+    def full_url(self, path: str = "") -> str:
+        """Return the full URL of `path`."""
         return f"{self.url}/{path}" if path else self.url
 
-    def shown(self, path: str = "") -> str:
-        """Return the whole URL of `path` without credentials: what errors and logs may say."""
-        return redact(self.full(path))
+    def redacted_url(self, path: str = "") -> str:
+        """Return the full URL of `path` without credentials, for errors and logs."""
+        return redact(self.full_url(path))
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of a file, or all of them; fewer bytes than asked for are an error."""
+        """Return the bytes [start, stop) of a file, or all; fewer bytes are an error."""
         return self._call(
             "read",
             path,
-            lambda fs, full: _whole(fs.cat_file(full, start=start, end=stop), start, stop),
+            lambda fs, full: _require_complete(
+                fs.cat_file(full, start=start, end=stop), start, stop
+            ),
         )
 
     def read_into(self, path: str, start: int, memory: memoryview) -> memoryview:
-        """Return as many bytes of a file as `memory` is long, from `start` on; from a local disk, in that memory."""
+        """Return as many bytes of a file, from `start` on, as `memory` holds.
+
+        Those of a local disk are in `memory`.
+        """
         stop = start + len(memory)
         if not is_local(self.url):
             return memoryview(self.read(path, start, stop))
         return self._call(
             "read",
             path,
-            lambda fs, full: _whole(local_files.read_into(full, start, memory), start, stop),
+            lambda fs, full: _require_complete(
+                local_files.read_into(full, start, memory), start, stop
+            ),
         )
 
     def write(self, path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
-        """Write a file, given in parts or not, whole or not at all; on a local disk it is on the platter then."""
+        """Write a file atomically, from bytes or parts of them; a local file is synced."""
         if is_local(self.url):
             return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
-        whole = bytes(content) if isinstance(content, bytes | memoryview) else b"".join(content)
-        return self._call("write", path, lambda fs, full: fs.pipe_file(full, whole))
+        data = bytes(content) if isinstance(content, bytes | memoryview) else b"".join(content)
+        return self._call("write", path, lambda fs, full: fs.pipe_file(full, data))
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write a file only if it does not exist; return whether it was this call that made it."""
+        """Write a file only if it does not exist; return whether this call created it."""
         try:
             if is_local(self.url):
                 self._call("write", path, lambda fs, full: local_files.create_file(full, content))
@@ -138,17 +176,20 @@ class Store:
             raise
         return True
 
-    def download(self, folder: str, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-        """Copy the files below this store whose paths are `wanted` into a local folder; return their paths.
+    def download(
+        self, folder: str, is_selected: Callable[[str], bool] = lambda path: True
+    ) -> list[str]:
+        """Copy the selected files below this store into a local folder; return their paths.
 
-        Raises StorageError for a path that leads out of the folder: object stores allow "../" in names.
+        Raises:
+            StorageError: also for a path that leaves the folder: stores allow "../" in names.
         """
-        names = [name for name in self.walk() if wanted(name)]
+        names = [name for name in self.walk() if is_selected(name)]
         for name in names:
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                 raise StorageError(
-                    f"{self.shown(name)}: the name leads out of the folder it would be copied to; plain "
-                    "relative names are allowed; remove that file"
+                    f"{self.redacted_url(name)}: the name leaves the folder that files are copied "
+                    "to. Allowed: plain relative names. Remove that file."
                 )
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -159,19 +200,19 @@ class Store:
         self._call("read", path, lambda fs, full: fs.get_file(full, local))
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """Return the length in bytes of every file below a folder, by its path relative to that folder; one listing."""
+        """Return {path relative to the folder: bytes} of all files below a folder; one listing."""
         return self._call("list", path, lambda fs, full: _sizes(fs, full))
 
-    def about(self, path: str = "") -> dict[str, dict[str, Any]]:
-        """Return {size, version} of every file below a folder, by its path relative to that folder; one listing."""
+    def file_infos(self, path: str = "") -> dict[str, FileInfo]:
+        """Return {path relative to the folder: info} of all files below a folder; one listing."""
         return self._call(
             "list",
             path,
-            lambda fs, full: {name: _about(info) for name, info in _below(fs, full).items()},
+            lambda fs, full: {name: _file_info(info) for name, info in _below(fs, full).items()},
         )
 
     def exists(self, path: str = "") -> bool:
-        """Tell whether a file or folder is there."""
+        """Whether a file or folder exists."""
         return bool(self._call("read", path, listing.exists))
 
     def walk(self, path: str = "") -> list[str]:
@@ -187,45 +228,48 @@ class Store:
         self._call("remove", path, _remove)
 
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
-        return _attempt(verb, self.full(path), action)
+        return _attempt(verb, self.full_url(path), action)
 
 
-def _whole(content: Any, start: int | None, stop: int | None) -> Any:
-    """Return `content`, all of the bytes [start, stop) of a file; OSError if some are missing."""
-    if stop is not None and len(content) != stop - (start or 0):
-        raise OSError(
-            f"{len(content)} bytes came, {stop - (start or 0)} were asked for from {start or 0}"
-        )
+def _require_complete(content: Any, start: int | None, stop: int | None) -> Any:
+    """Return `content`; raise OSError if it is shorter than the bytes [start, stop) of a file."""
+    if stop is None:
+        return content
+    start = start or 0
+    if len(content) != stop - start:
+        raise OSError(f"got {len(content)} of {stop - start} bytes from offset {start}")
     return content
 
 
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
-    """Return `action(filesystem, path)` of `url`, tried again while that can help; raises StorageError."""
+    """Return `action(filesystem, path)` of `url`, with retries; raises StorageError."""
     try:
         return with_retries(url, lambda: action(*filesystem(url)), can_hang=not is_local(url))
     except Exception as error:
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        what += f"; S3 says {s3_code(error)}" if s3_code(error) else ""
-        raise StorageError(
-            redact(f"{url}: can not {verb} it ({what}); {explain(error, max_attempts())}")
-        ) from error
+        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if s3_code(error):
+            cause += f"; S3 code {s3_code(error)}"
+        advice = explain(error, max_attempts())
+        raise StorageError(redact(f"{url}: cannot {verb} it ({cause}). {advice}")) from error
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> FilesystemPath:
     """Return the fsspec filesystem of `url` and the path within it. Listings are not cached.
 
-    All threads share one for a bucket or host: fsspec makes one a thread, and each begins with a session of its own.
+    All threads share one filesystem per bucket or host: fsspec creates one per thread, each with
+    its own session.
     """
     from fsspec.core import url_to_fs
 
     if is_local(url) or "::" in url:
-        return url_to_fs(local_path(url) if is_local(url) else url)
-    place = os.getpid(), "/".join(url.split("/")[:3])
+        return FilesystemPath(*url_to_fs(local_path(url) if is_local(url) else url))
+
+    key = os.getpid(), "/".join(url.split("/")[:3])
     with _lock:
-        fs = _filesystems.get(place)
+        fs = _filesystems.get(key)
         if fs is None:
-            fs = _filesystems[place] = _connect(url)
-    return fs, fs._strip_protocol(url)
+            fs = _filesystems[key] = _connect(url)
+    return FilesystemPath(fs, fs._strip_protocol(url))
 
 
 def _connect(url: str) -> Any:
@@ -233,61 +277,64 @@ def _connect(url: str) -> Any:
     from fsspec.core import url_to_fs
 
     protocol = url.split("://", 1)[0]
-    chosen = fsspec.config.conf.get(protocol, {})
+    configured = fsspec.config.conf.get(protocol, {})
     defaults = {
-        name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in chosen
+        name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in configured
     }
     fs, _ = url_to_fs(url, use_listings_cache=False, **defaults)
     if protocol in ("s3", "s3a"):
-        fs.retries = 1  # as for _DEFAULTS
+        fs.retries = 1  # see _DEFAULTS
     return fs
 
 
-def glob(url: str) -> dict[str, dict[str, Any]]:
-    """Return {URL: {size, version}} of the files that match `url` (a file, a glob, or a folder: all below), sorted.
+def glob(url: str) -> dict[str, FileInfo]:
+    """Return {URL: info}, sorted, of the files that match `url`.
 
-    What the listing tells is enough: no file is asked for by itself. `version` changes when a file's content may have.
+    Args:
+        url: of a file, a glob, or a folder (all files below).
+
+    Listings suffice: no request is made per file.
     """
 
-    def find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-        return {
-            name if is_local(url) else fs.unstrip_protocol(name): _about(info)
-            for name, info in listing.matching(fs, path).items()
-        }
+    def find(fs: Any, path: str) -> dict[str, FileInfo]:
+        infos: dict[str, FileInfo] = {}
+        for name, info in listing.matching(fs, path).items():
+            file_url = name if is_local(url) else fs.unstrip_protocol(name)
+            infos[file_url] = _file_info(info)
+        return infos
 
     return _attempt("list", url, find)
 
 
-def stat(url: str) -> dict[str, Any]:
-    """Return {size, version} of a file; see `glob`."""
-    return _attempt("read", url, lambda fs, path: _about(fs.info(path)))
+def stat(url: str) -> FileInfo:
+    """Return size and version of a file; see `glob`."""
+    return _attempt("read", url, lambda fs, path: _file_info(fs.info(path)))
 
 
-def _about(info: Mapping[str, Any]) -> dict[str, Any]:
-    version = next((info[key] for key in _VERSIONS if info.get(key)), None)
-    told = str(
-        version.timestamp() if isinstance(version, datetime) else version
-    )  # listings tell it as a number
-    return {"size": int(info["size"] or 0), "version": told}
+def _file_info(info: Mapping[str, Any]) -> FileInfo:
+    version = next((info[field] for field in _VERSION_FIELDS if info.get(field)), None)
+    if isinstance(version, datetime):
+        version = version.timestamp()  # some listings give it as a number
+    return {"size": int(info["size"] or 0), "version": str(version)}
 
 
-def arrow_filesystem(url: str) -> tuple[Any, str]:
-    """Return a pyarrow filesystem over the same fsspec one (for Ray Train and Parquet), and the path within it."""
+def arrow_filesystem(url: str) -> FilesystemPath:
+    """Return a pyarrow filesystem over the fsspec one (for Ray Train and Parquet), and the path."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     fs, path = filesystem(url)
     if not is_local(url):
-        fs = _connect(
-            url
-        )  # Ray compares filesystems, and fsspec's are the same within one thread only
-    return PyFileSystem(FSSpecHandler(fs)), path
+        # Ray compares filesystems, and fsspec's are equal within one thread only.
+        fs = _connect(url)
+    return FilesystemPath(PyFileSystem(FSSpecHandler(fs)), path)
 
 
 def _sizes(fs: Any, path: str) -> dict[str, int]:
     return {name: int(info["size"] or 0) for name, info in _below(fs, path).items()}
 
 
-def _below(fs: Any, path: str) -> dict[str, Any]:
+def _below(fs: Any, path: str) -> listing.Infos:
+    """Return the files below a folder, by path relative to it."""
     root = path.rstrip("/") + "/"
     return {
         name[len(root) :]: info

@@ -1,8 +1,9 @@
-"""Listings of an fsspec filesystem in which trouble is an error.
+"""Listings of an fsspec filesystem that raise an error when a folder cannot be listed.
 
-fsspec's own `glob` takes a folder that it can not list for an empty one: a store in trouble for a folder without data.
+fsspec's own `glob` takes such a folder for an empty one: data would be missing without an error.
 
-Guarantees: what is absent is empty, everything else that goes wrong is raised. Does not try again (`storage` does).
+Guarantees: an absent path is empty; every other failure is raised. Does not retry (`filesystem`
+does).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 
 from dist_ft.storage import local_files
 
-Found = dict[str, dict[str, Any]]
+Infos = dict[str, dict[str, Any]]
 """{path within the filesystem: fsspec's info}"""
 
 
 def exists(fs: Any, path: str) -> bool:
-    """Tell whether a file or folder is there."""
+    """Whether a file or folder exists."""
     try:
         fs.info(path)
     except FileNotFoundError:
@@ -32,93 +33,102 @@ def names(fs: Any, path: str) -> list[str]:
     return sorted(posixpath.basename(name) for name in _visible(_entries(fs, path)))
 
 
-def below(fs: Any, path: str) -> Found:
-    """Return all files below a folder, or the file itself: one flat listing where the store has such."""
+def below(fs: Any, path: str) -> Infos:
+    """Return all files below a folder, or the file itself, in one listing where possible."""
     try:
-        found = fs.find(path, detail=True) if _is_flat(fs) else _walked(fs, path, fs.info(path))
+        if _lists_recursively(fs):
+            infos = fs.find(path, detail=True)
+        else:
+            infos = _walk(fs, path, fs.info(path))
     except FileNotFoundError:
         return {}
-    return {name: found[name] for name in _visible(found)}
+    return {name: infos[name] for name in _visible(infos)}
 
 
-def _is_flat(fs: Any) -> bool:
-    """Tell whether the store lists all that is below by itself; fsspec's general way passes over folders in trouble."""
-    own = getattr(type(fs), "_find", None)
-    return own is not None and own.__module__ != "fsspec.asyn"
+def _lists_recursively(fs: Any) -> bool:
+    """Whether the store lists recursively by itself; fsspec's fallback skips folders that fail."""
+    method = getattr(type(fs), "_find", None)
+    return method is not None and method.__module__ != "fsspec.asyn"
 
 
-def _walked(fs: Any, path: str, info: dict[str, Any]) -> Found:
+def _walk(fs: Any, path: str, info: dict[str, Any]) -> Infos:
     if info["type"] != "directory":
         return {path: info}
-    return {
-        name: about
-        for entry, known in _entries(fs, path).items()
-        for name, about in _walked(fs, entry, known).items()
-    }
+    infos: Infos = {}
+    for entry, entry_info in _entries(fs, path).items():
+        infos |= _walk(fs, entry, entry_info)
+    return infos
 
 
-def matching(fs: Any, path: str) -> Found:
-    """Return the files that match a pattern, or those below the path where it is none or nothing matches."""
-    return (_files(_by_pattern(fs, path)) if is_pattern(path) else {}) or _files(below(fs, path))
+def matching(fs: Any, path: str) -> Infos:
+    """Return the files that match a pattern, or, without pattern or match, those below the path."""
+    matches: Infos = {}
+    if is_pattern(path):
+        matches = _files(_match_pattern(fs, path))
+    return matches or _files(below(fs, path))
 
 
 def is_pattern(path: str) -> bool:
-    """Tell whether `path` may stand for several files."""
+    """Whether `path` has wildcards."""
     return any(char in path for char in "*?[")
 
 
-def _by_pattern(fs: Any, path: str) -> Found:
-    """One listing for the folder before the first wildcard, then one for each folder that a further part leads into."""
-    parts = path.rstrip("/").split("/")
-    first = next(place for place, part in enumerate(parts) if is_pattern(part))
-    root, rest = "/".join(parts[:first]), parts[first:]
+def _match_pattern(fs: Any, path: str) -> Infos:
+    """Return what matches a pattern.
+
+    Lists the folder before the first wildcard, then each folder that a later component matches.
+    """
+    components = path.rstrip("/").split("/")
+    first = next(i for i, component in enumerate(components) if is_pattern(component))
+    root = "/".join(components[:first])
     if "**" in path:
         return {name: info for name, info in below(fs, root).items() if _matches(name, path)}
-    found: Found = {root: {"type": "directory"}}
-    for part in rest:
-        folders = [name for name, info in found.items() if info["type"] == "directory"]
-        found = {
-            name: info
-            for folder in folders
-            for name, info in _entries(fs, folder).items()
-            if fnmatchcase(posixpath.basename(name), part)
-        }
-    return found
+
+    infos: Infos = {root: {"type": "directory"}}
+    for component in components[first:]:
+        folders = [name for name, info in infos.items() if info["type"] == "directory"]
+        infos = {}
+        for folder in folders:
+            for name, info in _entries(fs, folder).items():
+                if fnmatchcase(posixpath.basename(name), component):
+                    infos[name] = info
+    return infos
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Tell whether a path matches a pattern in which `**` stands for any number of folders."""
-    return _parts_match(name.split("/"), pattern.split("/"))
+    """Whether a path matches a pattern in which `**` stands for any number of folders."""
+    return _components_match(name.split("/"), pattern.split("/"))
 
 
-def _parts_match(parts: list[str], patterns: list[str]) -> bool:
+def _components_match(components: list[str], patterns: list[str]) -> bool:
     if not patterns:
-        return not parts
+        return not components
     if patterns[0] == "**":
+        remaining = patterns[1:] or ["*"]
         return any(
-            _parts_match(parts[skipped:], patterns[1:] or ["*"]) for skipped in range(len(parts))
+            _components_match(components[skipped:], remaining) for skipped in range(len(components))
         )
-    return (
-        bool(parts) and fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
-    )
+    if not components or not fnmatchcase(components[0], patterns[0]):
+        return False
+    return _components_match(components[1:], patterns[1:])
 
 
-def _entries(fs: Any, folder: str) -> Found:
-    """Return what lies in a folder."""
+def _entries(fs: Any, folder: str) -> Infos:
+    """Return the entries of a folder, without those of its subfolders."""
     try:
-        listed = fs.ls(folder or "/", detail=True)
+        entries = fs.ls(folder or "/", detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    found = {info["name"].rstrip("/"): info for info in listed}
-    return {name: info for name, info in found.items() if name != folder.rstrip("/")}
+    infos = {info["name"].rstrip("/"): info for info in entries}
+    return {name: info for name, info in infos.items() if name != folder.rstrip("/")}
 
 
-def _files(found: Found) -> Found:
+def _files(infos: Infos) -> Infos:
     return {
-        name: found[name] for name in sorted(_visible(found)) if found[name]["type"] != "directory"
+        name: infos[name] for name in sorted(_visible(infos)) if infos[name]["type"] != "directory"
     }
 
 
 def _visible(paths: Iterable[str]) -> list[str]:
-    """Return `paths` without those of files that are still being written."""
+    """Return `paths` without files that are still being written."""
     return [path for path in paths if not posixpath.basename(path).startswith(local_files.HIDDEN)]

@@ -1,6 +1,7 @@
-"""Retries of calls that may fail for a while: with jitter, up to a number of attempts and a deadline.
+"""Retries of calls that may fail for a while: with jitter, up to a limit and a deadline.
 
-Within `retry_limit(..., timeout_s=...)` a host that does not answer in time is given up and not contacted again.
+Within `retry_limit(..., timeout_s=...)` a host that does not answer in time is given up and not
+contacted again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class _RetryLimit:
 
     Attributes:
         max_attempts: number of attempts, the first included.
-        timeout_s: a call without an answer for this long is given up; None: the client's own timeouts apply.
+        timeout_s: a call without an answer for this long is given up; None: the client's own
+            timeouts apply.
         silent_hosts: hosts that gave no answer in time; they are not contacted again.
     """
 
@@ -67,7 +69,8 @@ def _current_limit() -> _RetryLimit:
 def retry_limit(max_attempts: int, timeout_s: float | None = None) -> Iterator[None]:
     """Within: give up after `max_attempts`, and on a host that does not answer within `timeout_s`.
 
-    Use few attempts where a user waits, as in `dist-ft check`, and CRITICAL_ATTEMPTS for data that would be lost.
+    Use few attempts where a user waits, as in `dist-ft check`, and CRITICAL_ATTEMPTS for data that
+    would be lost.
     """
     token = _limit.set(_RetryLimit(max_attempts, timeout_s))
     try:
@@ -82,7 +85,9 @@ def max_attempts() -> int:
 
 
 def with_retries(url: str, call: Callable[[], T], can_hang: bool = True) -> T:
-    """Return `call()`, which accesses `url`, retried after transient errors; raises the last attempt's error.
+    """Return `call()`, which accesses `url`, with retries after transient errors.
+
+    Raises the error of the last attempt.
 
     `can_hang=False`: the call always returns soon (a local disk), so no timeout is needed.
     """

@@ -49,7 +49,7 @@ class Callback:
         """Run on all ranks after a checkpoint is complete on the workers' own nodes only."""
 
     def on_progress(self) -> None:
-        """Run on all ranks at each sign of progress: a step or save starts, a batch is evaluated."""
+        """Run on all ranks at each sign of progress: a step, a save, a batch of an evaluation."""
 
 
 class CallbackList(Callback):

@@ -96,7 +96,7 @@ class Saver:
             and self._auto[tier].due(self.trained_s)
             for tier in Tier
         )
-        return (*self._components.manager.progress_flags(), *map(float, wishes))
+        return (*self._components.manager.save_flags(), *map(float, wishes))
 
     def advance(self, num_written: float, num_ended: float, *wishes: float) -> None:
         """Go on with the save under way, and note what is wished for."""

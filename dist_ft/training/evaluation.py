@@ -1,24 +1,69 @@
-"""Loss on held-out data, each sample counted once at every world size."""
+"""Evaluation on held-out data; each sample counts once at every world size."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine, pad_to_equal_lanes
+from dist_ft.metrics.task_scores import LabelTable
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.error_examples import DESCRIBERS
-from dist_ft.training.held_out_generation import HeldOutTexts
-from dist_ft.training.prediction_collector import Scorer
+from dist_ft.training.error_examples import DESCRIBERS, ErrorExample
+from dist_ft.training.held_out_generation import Generation, HeldOutGenerator
+from dist_ft.training.prediction_collector import PredictionCollector
 
 FOLDER = "evaluations"
 CAUSAL_LM = TaskSection()
-TELLS_TOKENS = ("causal_lm", "masked_lm", "seq2seq")
+TOKEN_TASKS = ("causal_lm", "masked_lm", "seq2seq")
+"""Tasks that predict tokens, whose loss has a perplexity."""
+
+
+@dataclass(frozen=True)
+class EvaluationOutputs:
+    """What an evaluation computes besides the loss.
+
+    Attributes:
+        task: of the run; all tasks but causal_lm have metrics.
+        collector: collects the predictions, for a caller who needs them; default: a new one.
+        generator: generates text for held-out prompts; None: no text is generated.
+    """
+
+    task: TaskSection = CAUSAL_LM
+    collector: PredictionCollector | None = None
+    generator: HeldOutGenerator | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one evaluation.
+
+    Attributes:
+        metrics: loss, perplexity (of tasks that predict tokens), num_target_tokens, and the metrics
+            of the task and of generated text.
+        tables: of the task: metrics by label or tag, and the confusion matrix.
+        examples: the most confident errors; None if the task has none.
+        generations: the first generations; None if no text was generated.
+    """
+
+    metrics: dict[str, float]
+    tables: dict[str, LabelTable | list[list[int]]] = field(default_factory=dict)
+    examples: list[ErrorExample] | None = None
+    generations: list[Generation] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all results in one mapping, as it is stored and reported."""
+        document: dict[str, Any] = {**self.metrics, **self.tables}
+        if self.examples is not None:
+            document["examples"] = self.examples
+        if self.generations is not None:
+            document["generations"] = self.generations
+        return document
 
 
 def evaluate(
@@ -27,55 +72,80 @@ def evaluate(
     num_lanes: int,
     world: World,
     collectives: Collectives,
-    beat: Callable[[], None] = lambda: None,
-    task: TaskSection = CAUSAL_LM,
-    scorer: Scorer | None = None,
-    texts: HeldOutTexts | None = None,
-) -> dict[str, Any]:
-    """Return {loss, perplexity, num_target_tokens, metrics of the task} over one pass of `loader`; a collective call.
+    outputs: EvaluationOutputs = EvaluationOutputs(),  # noqa: B008  (frozen)
+    on_progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Return the results of one pass over `loader`; a collective call.
 
-    Perplexity is that of tasks that tell tokens. Tables of a metric by label are mappings among the values;
-    `examples` is what was most wrong (`examples.described`).
-
-    Lanes are dealt as in training; a worker without a lane runs an empty batch of weight zero. `beat` is called for
-    each. `scorer`: takes what is told, for a caller who wants more than metrics. With `texts`, some are made then, and
-    their metrics and the first of them are among the values.
+    Lanes are dealt to workers as in training; a worker without a lane runs an empty batch of weight
+    zero. `on_progress` is called for each batch.
     """
-    lanes = world.share(num_lanes)
+    task, generator = outputs.task, outputs.generator
+    collector = None
+    if task.name != "causal_lm":
+        collector = outputs.collector or PredictionCollector(task)
+
     loss_sum, num_targets = 0.0, 0
-    scorer = (scorer or Scorer(task)) if task.name != "causal_lm" else None
-    for batches in loader.iterate(0, loader.steps_per_epoch, lanes):
-        evened, _ = pad_to_equal_lanes(batches, [0] * len(batches), world.largest_share(num_lanes))
-        for batch in evened:
-            beat()
-            if scorer is None:
+    most_lanes = world.largest_share(num_lanes)
+    for batches in loader.iterate(0, loader.steps_per_epoch, world.share(num_lanes)):
+        padded, _ = pad_to_equal_lanes(batches, [0] * len(batches), most_lanes)
+        for batch in padded:
+            on_progress()
+            if collector is None:
                 loss_sum += engine.loss_sum(batch)
             else:
-                loss, told = engine.loss_and_outputs(batch)
+                loss, predictions = engine.loss_and_outputs(batch)
                 loss_sum += loss
-                scorer.add(batch, told)
+                collector.add(batch, predictions)
             num_targets += batch.num_target_tokens
-            if texts is not None:
-                texts.see(batch)
+            if generator is not None:
+                generator.collect(batch)
+
     total, count = collectives.sum([loss_sum, num_targets])
     loss = total / max(1.0, count)
-    values: dict[str, Any] = {"loss": loss}
-    if task.name in TELLS_TOKENS:
-        values["perplexity"] = math.exp(min(loss, 700.0))
-    values["num_target_tokens"] = count
-    if scorer is not None:
-        values |= scorer.scores(collectives)
+    metrics = {"loss": loss}
+    if task.name in TOKEN_TASKS:
+        metrics["perplexity"] = math.exp(min(loss, 700.0))  # a larger one would overflow
+    metrics["num_target_tokens"] = count
+
+    tables, examples, generations = {}, None, None
+    if collector is not None:
+        scores = collector.compute_scores(collectives)
+        metrics |= scores.values
+        tables = scores.tables
         if task.name in DESCRIBERS:
-            values["examples"] = scorer.examples(collectives, loader.store.encoder.tokenizer)
-    if texts is not None:
-        values |= texts.scores(engine, world, collectives, beat)
-    return values
+            tokenizer = loader.store.encoder.tokenizer
+            examples = collector.collect_error_examples(collectives, tokenizer)
+    if generator is not None:
+        generated = generator.generate(engine, world, collectives, on_progress)
+        metrics |= generated.metrics
+        generations = generated.generations
+    return Evaluation(metrics, tables, examples, generations)
 
 
-def keep_evaluation(store: Store, step: int, values: dict[str, Any]) -> None:
-    """Keep all of an evaluation with the run, tables by label too, if it has any."""
-    if any(not isinstance(value, float | int) for value in values.values()):
+def store_evaluation(store: Store, step: int, evaluation: Evaluation) -> None:
+    """Store an evaluation with the run if it has more than metrics, which metrics.jsonl holds."""
+    document = evaluation.to_json()
+    if document.keys() != evaluation.metrics.keys():
         store.write(
             f"{FOLDER}/step-{step:09d}.json",
-            json.dumps(values, indent=1, ensure_ascii=False).encode(),
+            json.dumps(document, indent=1, ensure_ascii=False).encode(),
         )
+
+
+def read_evaluation(store: Store, step: int) -> dict[str, Any]:
+    """Return what `store_evaluation` stored for `step`; empty if nothing is stored.
+
+    Keys of version 0.1.0 are renamed to those of today.
+    """
+    path = f"{FOLDER}/step-{step:09d}.json"
+    if not store.exists(path):
+        return {}
+    document: dict[str, Any] = json.loads(store.read(path))
+    if "texts" in document:
+        document["generations"] = document.pop("texts")
+    for example in document.get("examples", ()):
+        for old, new in (("wanted", "expected"), ("told", "predicted")):
+            if old in example:
+                example[new] = example.pop(old)
+    return document

@@ -1,19 +1,21 @@
-"""Texts made by all workers together, and those of held-out samples, scored.
+"""Generation by all workers together, and generations for held-out prompts with their scores.
 
-Each text is made once, whoever makes it, and is the same at every world size (`model.decoding`); batches are dealt in
-turn, those of like length to all workers at once. Where forward is a collective call (ZeRO-3) every worker makes the
-same number of calls of `generate`, of a text of no weight where it has none left, and no call ends before all can.
+Each text is generated once, by any worker, and is the same at every world size (see
+`model.generation`). Batches of requests of similar length are dealt to the workers in turn. Where a
+forward pass is a collective call (ZeRO-3), every worker makes the same number of calls of
+`generate`: with a request of no weight if it has none left, and no call ends before all can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.engine.base import Engine
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOutSample:
-    """A held-out sample: what stands before its first target, and its target.
+    """A held-out sample: the tokens before its first target, and its target.
 
     Attributes:
-        sample: its number.
+        sample: id.
         prompt: (T,) token ids.
         target: token ids; of a chat with several answers the first.
     """
@@ -38,132 +40,195 @@ class HeldOutSample:
     target: np.ndarray
 
 
+class Generation(TypedDict):
+    """Generated text as it is stored and reported (JSON).
+
+    Attributes:
+        sample: id.
+        prompt, reference: decoded.
+        text: the generated text, the first of several.
+        others: the further ones, if the strategy generates several.
+    """
+
+    sample: int
+    prompt: str
+    reference: str
+    text: str
+    others: NotRequired[list[str]]
+
+
+@dataclass(frozen=True)
+class ScoredGenerations:
+    """Generations for held-out prompts.
+
+    Attributes:
+        metrics: of all generations.
+        generations: the first evaluation.keep_generations of them.
+        num_tokens: generated, in all generations.
+    """
+
+    metrics: dict[str, float]
+    generations: list[Generation]
+    num_tokens: int
+
+
 def generate_distributed(
-    decoder: TextGenerator,
+    generator: TextGenerator,
     engine: Engine,
-    rows: Sequence[GenerationRequest],
+    requests: Sequence[GenerationRequest],
     world: World,
     collectives: Collectives,
-    beat: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[list[list[int]]]:
-    """Return the texts of `rows`, as `TextGenerator.generate_all`, on all workers; a collective call with the same rows on all.
+    """Return the token ids for `requests` as `TextGenerator.generate_all` does, on all workers.
 
-    `beat` is called for each token.
+    A collective call with the same requests on all workers. `on_progress` is called for each token.
     """
     from dist_ft.model.generation import GenerationRequest
 
-    batches = decoder.split_into_batches(rows)
-    mine = batches[world.rank :: world.num_ranks]
-    found: dict[int, list[list[int]]] = {}
+    batches = generator.split_into_batches(requests)
+    own_batches = batches[world.rank :: world.num_ranks]
+    own_texts: dict[int, list[list[int]]] = {}
     with engine.generation_mode() as (model, synced):
-        if rows:  # on all workers, as all must know
-            decoder.check_length(model, max(len(row.ids) for row in rows))
+        if requests:  # checked on all workers, so that all raise
+            generator.check_length(model, max(len(request.ids) for request in requests))
         for call in range(world.largest_share(len(batches))):
-            own = mine[call] if call < len(mine) else []
-            if own or synced:
-                texts = decoder.generate_batch(
+            batch = own_batches[call] if call < len(own_batches) else []
+            if batch or synced:
+                dummy = GenerationRequest(np.ones(1, np.int64))  # keeps the calls equal
+                texts = generator.generate_batch(
                     model,
-                    [rows[number] for number in own] or [GenerationRequest(np.ones(1, np.int64))],
+                    [requests[number] for number in batch] or [dummy],
                     synced,
-                    beat,
+                    on_progress,
                 )
-                found |= zip(own, texts, strict=False)
-    every = {
-        number: texts for part in collectives.all_gather(found) for number, texts in part.items()
-    }
-    return [every[number] for number in range(len(rows))]
+                own_texts |= zip(batch, texts, strict=False)
+
+    all_texts: dict[int, list[list[int]]] = {}
+    for part in collectives.all_gather(own_texts):
+        all_texts |= part
+    return [all_texts[number] for number in range(len(requests))]
 
 
 class HeldOutGenerator:
-    """Gathers held-out samples as they are evaluated, makes texts from their prompts and scores them."""
+    """Collects held-out samples as they are evaluated, then generates text for their prompts."""
 
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
         """Assign only."""
         self._section = config.evaluation
         self._tokenizer = tokenizer
-        self._both = config.task.name == "seq2seq"
-        self._seen: list[HeldOutSample] = []
+        self._is_encoder_decoder = config.task.name == "seq2seq"
+        self._samples: list[HeldOutSample] = []
 
     @classmethod
-    def of(cls, config: RunConfig, tokenizer: Any) -> HeldOutGenerator | None:
-        """Return one as the config says; None where no texts are made."""
+    def from_config(cls, config: RunConfig, tokenizer: Any) -> HeldOutGenerator | None:
+        """Return a generator as the config says; None if evaluations generate no text."""
         return cls(config, tokenizer) if config.evaluation.decoding.max_new_tokens else None
 
-    def see(self, batch: Batch) -> None:
-        """Take the samples of a batch that is evaluated."""
-        self._seen += iterate_samples(batch, self._both)
+    def collect(self, batch: Batch) -> None:
+        """Add the samples of a batch that is evaluated."""
+        self._samples += iterate_samples(batch, self._is_encoder_decoder)
 
-    def gather(self, collectives: Collectives) -> list[HeldOutSample]:
-        """Return what all workers saw since the last time, in order, the first so many; a collective call."""
-        most = self._section.generate_samples or None
-        seen, self._seen = sorted(self._seen, key=lambda one: one.sample)[:most], []
-        return sorted(
-            (one for part in collectives.all_gather(seen) for one in part),
-            key=lambda one: one.sample,
-        )[:most]
+    def take_samples(self, collectives: Collectives) -> list[HeldOutSample]:
+        """Return the samples that all workers collected since the last call; a collective call.
 
-    def scores(
-        self, engine: Engine, world: World, collectives: Collectives, beat: Callable[[], None]
-    ) -> dict[str, Any]:
-        """Return the metrics, and under `texts` the first of them with prompts and references; a collective call."""
-        return self.told(self.gather(collectives), engine, world, collectives, beat)[0]
+        Ordered by id, the first evaluation.generate_samples of them (0: all).
+        """
 
-    def told(
+        def first(samples: list[HeldOutSample]) -> list[HeldOutSample]:
+            most = self._section.generate_samples or None
+            return sorted(samples, key=lambda sample: sample.sample)[:most]
+
+        own, self._samples = first(self._samples), []
+        return first([sample for part in collectives.all_gather(own) for sample in part])
+
+    def generate(
+        self,
+        engine: Engine,
+        world: World,
+        collectives: Collectives,
+        on_progress: Callable[[], None],
+    ) -> ScoredGenerations:
+        """Generate text for the collected samples and score it; a collective call."""
+        samples = self.take_samples(collectives)
+        return self.generate_for(samples, engine, world, collectives, on_progress)
+
+    def generate_for(
         self,
         samples: Sequence[HeldOutSample],
         engine: Engine,
         world: World,
         collectives: Collectives,
-        beat: Callable[[], None] = lambda: None,
-        section: Any = None,
-    ) -> tuple[dict[str, Any], int]:
-        """Return what `scores` does for `samples`, and how many tokens were made; `section`: another strategy."""
+        on_progress: Callable[[], None] = lambda: None,
+        decoding: DecodingSection | None = None,
+    ) -> ScoredGenerations:
+        """Generate text for `samples` and score it; a collective call.
+
+        `decoding`: a strategy other than the config's.
+        """
         from dist_ft.model.generation import GenerationRequest, TextGenerator
 
-        decoder = TextGenerator(section or self._section.decoding, self._tokenizer, self._ends(samples))
-        asked = [GenerationRequest(one.prompt, one.sample) for one in samples]
-        made = generate_distributed(decoder, engine, asked, world, collectives, beat)
-        texts = [[decoder.decode_text(ids) for ids in each] for each in made]
-        references = [decoder.decode_text(one.target.tolist()) for one in samples]
-        found: dict[str, Any] = text_scores.compute_text_metrics(
+        generator = TextGenerator(
+            decoding or self._section.decoding, self._tokenizer, self._end_tokens(samples)
+        )
+        requests = [GenerationRequest(sample.prompt, sample.sample) for sample in samples]
+        token_ids = generate_distributed(
+            generator, engine, requests, world, collectives, on_progress
+        )
+        texts = [[generator.decode_text(ids) for ids in each] for each in token_ids]
+        references = [generator.decode_text(sample.target.tolist()) for sample in samples]
+        metrics = text_scores.compute_text_metrics(
             self._section.text_metrics,
             [each[0] for each in texts],
             references,
             self._section.text_tokenizer,
         )
-        kept = [
-            {
-                "sample": one.sample,
-                "prompt": decoder.decode_text(one.prompt.tolist()),
-                "reference": reference,
-                "text": each[0],
-                **({"others": each[1:]} if each[1:] else {}),
-            }
-            for one, reference, each in zip(samples, references, texts, strict=True)
-        ]
-        num_tokens = sum(len(ids) for each in made for ids in each)
-        return {**found, "texts": kept[: self._section.keep_generations]}, num_tokens
 
-    def _ends(self, samples: Sequence[HeldOutSample]) -> set[int]:
-        """Return the special token that ends every reference (such as a template's end of turn), if there is one."""
-        ends = {int(one.target[-1]) for one in samples if len(one.target)}
-        return ends if len(ends) == 1 and ends <= set(self._tokenizer.all_special_ids) else set()
+        generations = []
+        for sample, reference, each in zip(samples, references, texts, strict=True):
+            generation = Generation(
+                sample=sample.sample,
+                prompt=generator.decode_text(sample.prompt.tolist()),
+                reference=reference,
+                text=each[0],
+            )
+            if len(each) > 1:
+                generation["others"] = each[1:]
+            generations.append(generation)
+        num_tokens = sum(len(ids) for each in token_ids for ids in each)
+        return ScoredGenerations(metrics, generations[: self._section.keep_generations], num_tokens)
+
+    def _end_tokens(self, samples: Sequence[HeldOutSample]) -> set[int]:
+        """Return the special token that ends every reference, such as a template's end of turn.
+
+        Empty if they end differently.
+        """
+        ends = {int(sample.target[-1]) for sample in samples if len(sample.target)}
+        is_special = ends <= set(self._tokenizer.all_special_ids)
+        return ends if len(ends) == 1 and is_special else set()
 
 
-def iterate_samples(batch: Batch, both: bool) -> Iterator[HeldOutSample]:
-    """Yield the samples in a batch, however they are packed; a part of a sample that goes on with another is left out.
+def iterate_samples(batch: Batch, is_encoder_decoder: bool) -> Iterator[HeldOutSample]:
+    """Yield the samples in a batch, however they are packed.
 
-    With `both` (an encoder-decoder) labels are the target's own tokens, else the tokens that follow.
+    Only the first segment of a sample counts. The labels of an encoder-decoder are the target's own
+    tokens, else they are the tokens that follow.
     """
-    row, at = 0, 0
+    row, start = 0, 0  # where the next segment starts
     for sample, first, size, _ in batch.segments.tolist():
-        if at == batch.row_sources[row, 1]:
-            row, at = row + 1, 0
-        ids, labels = (array[row, at : at + size] for array in (batch.input_ids, batch.target_ids))
-        at += size
-        wanted = np.flatnonzero(labels != IGNORE_INDEX)
-        if first or not len(wanted):
+        if start == batch.row_sources[row, 1]:
+            row, start = row + 1, 0
+        ids = batch.input_ids[row, start : start + size]
+        labels = batch.target_ids[row, start : start + size]
+        start += size
+
+        targets = np.flatnonzero(labels != IGNORE_INDEX)
+        if first or not len(targets):
             continue
-        start = int(wanted[0])
-        stop = start + int((np.append(labels[start:], IGNORE_INDEX) == IGNORE_INDEX).argmax())
-        yield HeldOutSample(sample, ids[: start + (not both)].copy(), labels[start:stop].copy())
+        target_start = int(targets[0])
+        followed = np.append(labels[target_start:], IGNORE_INDEX)  # so that the target has an end
+        target_stop = target_start + int((followed == IGNORE_INDEX).argmax())
+        prompt_stop = target_start if is_encoder_decoder else target_start + 1
+        yield HeldOutSample(
+            sample, ids[:prompt_stop].copy(), labels[target_start:target_stop].copy()
+        )

@@ -130,6 +130,6 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
         return [line for line in lines if step is None or line["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"{store.shown(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
+            f"{store.redacted_url(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
             "allowed; move it away"
         ) from error

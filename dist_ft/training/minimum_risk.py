@@ -1,49 +1,57 @@
-"""What minimum risk training learns from in a step: texts drawn from the model as it is, beside the reference.
+"""The batches of minimum risk training: text sampled from the model, and references.
 
-Which texts are drawn follows from the weights and (seed, step, lane, row), whichever worker draws them, so a resumed
-step draws the same. Every worker makes the same number of calls of `generate`, one a lane (empty lanes too), for under
-ZeRO-3 each is a collective call. Between engines, whose weights differ by rounding, a draw that rounding decides may
-come out otherwise; then losses differ by more than rounding from there on.
+Which text is sampled follows from the weights and (seed, step, lane, row), on whichever worker, so
+that a resumed step samples the same. Every worker makes the same number of calls of `generate`, one
+for each lane (empty lanes too), for under ZeRO-3 each is a collective call. Between engines, whose
+weights differ by rounding, a sample that rounding decides may differ; from there on losses differ
+by more than rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.decoding import DecodingSection
-from dist_ft.core.seeds import (
-    derive_seed,
-)
+from dist_ft.core.seeds import derive_seed
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
-from dist_ft.training.held_out_generation import HeldOut, samples_of
+from dist_ft.training.held_out_generation import HeldOutSample, iterate_samples
 
 if TYPE_CHECKING:
     from dist_ft.model.generation import TextGenerator
 
-OF_A_HUNDRED = ("bleu", "chrf")
+METRICS_UP_TO_100 = ("bleu", "chrf")
+"""Metrics of 0 to 100; the others are 0 to 1."""
+
+
+class RiskBatches(NamedTuple):
+    """The batches of a worker's lanes, and the number of samples on all workers."""
+
+    batches: list[Batch]
+    num_samples: int
 
 
 class MinimumRisk:
-    """Turns the batches of a step into rows of drawn texts with their risks."""
+    """Turns the batches of a step into rows of sampled text with their risks."""
 
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
         """Assign only."""
-        self._section, self._seed = config.task.risk, config.run.seed
+        self._section = config.task.risk
+        self._seed = config.run.seed
         self._tokenizer = tokenizer
-        self._both = config.task.name == "seq2seq"
-        self._cut = config.evaluation.text_tokenizer
+        self._is_encoder_decoder = config.task.name == "seq2seq"
+        self._text_tokenizer = config.evaluation.text_tokenizer
 
     @classmethod
-    def of(cls, config: RunConfig, tokenizer: Any) -> MinimumRisk | None:
-        """Return one if the config minimises risk."""
+    def from_config(cls, config: RunConfig, tokenizer: Any) -> MinimumRisk | None:
+        """Return an instance if the config minimizes risk, else None."""
         return cls(config, tokenizer) if config.task.objective == "minimum_risk" else None
 
     def prepare(
@@ -52,82 +60,98 @@ class MinimumRisk:
         step: int,
         engine: Engine,
         collectives: Collectives,
-        beat: Callable[[], None],
-    ) -> tuple[list[Batch], int]:
-        """Return a batch of texts for each of `batches`, and the number of samples in all workers' ones.
+        on_progress: Callable[[], None],
+    ) -> RiskBatches:
+        """Return a batch of sampled text for each of `batches`.
 
-        A collective call, with as many batches on every worker.
+        A collective call, with the same number of batches on every worker.
         """
-        from dist_ft.model.generation import GenerationRequest, TextGenerator
+        samples = [list(iterate_samples(batch, self._is_encoder_decoder)) for batch in batches]
+        own_count = sum(len(lane) for lane in samples)
+        own_longest = max([len(one.prompt) for lane in samples for one in lane], default=1)
+        gathered = collectives.all_gather((own_count, own_longest))
+        longest = max(length for _, length in gathered)
 
         found: list[Batch] = []
-        section, every = self._section, [list(samples_of(batch, self._both)) for batch in batches]
-        told = collectives.all_gather(
-            (
-                sum(map(len, every)),
-                max([len(one.prompt) for own in every for one in own], default=1),
-            )
-        )
         with engine.generation_mode() as (model, synced):
-            for batch, samples in zip(batches, every, strict=True):
-                # what ends a text ends the references too; where they end otherwise, they were cut
-                ends = {int(one.target[-1]) for one in samples} & set(
-                    self._tokenizer.all_special_ids
+            for batch, lane in zip(batches, samples, strict=True):
+                generator = self._generator(lane)
+                generator.check_length(model, longest)  # of all workers, so that all raise
+                texts = self._sample_texts(
+                    generator, model, lane, (step, batch.lane), synced, on_progress
                 )
-                decoder = TextGenerator(
-                    DecodingSection(
-                        max_new_tokens=section.max_new_tokens,
-                        strategy="sample",
-                        temperature=section.temperature,
-                        num_samples=section.candidates,
-                        seed=self._seed,
-                    ),
-                    self._tokenizer,
-                    ends,
-                )
-                decoder.require_room(
-                    model, max(longest for _, longest in told)
-                )  # of all, as all must know
-                asked = [
-                    GenerationRequest(one.prompt, derive_seed(step, batch.lane, row)) for row, one in enumerate(samples)
-                ]
-                made: list[list[list[int]]] = []
-                if asked or synced:
-                    made = decoder.make(
-                        model, asked or [GenerationRequest(np.ones(1, np.int64))], synced, beat, with_end=True
-                    )
-                found.append(self._texts(batch, samples, made, decoder) if samples else batch)
-        return found, sum(count for count, _ in told)
+                found.append(self._risk_batch(batch, lane, texts, generator) if lane else batch)
+        return RiskBatches(found, sum(count for count, _ in gathered))
 
-    def _texts(
+    def _generator(self, samples: Sequence[HeldOutSample]) -> TextGenerator:
+        """Return what samples text for the prompts of a lane."""
+        from dist_ft.model.generation import TextGenerator
+
+        # Generations end with the special tokens that end references; a reference that ends with
+        # another token was truncated.
+        ends = {int(sample.target[-1]) for sample in samples}
+        decoding = DecodingSection(
+            max_new_tokens=self._section.max_new_tokens,
+            strategy="sample",
+            temperature=self._section.temperature,
+            num_samples=self._section.candidates,
+            seed=self._seed,
+        )
+        return TextGenerator(decoding, self._tokenizer, ends & set(self._tokenizer.all_special_ids))
+
+    def _sample_texts(
+        self,
+        generator: TextGenerator,
+        model: Any,
+        samples: Sequence[HeldOutSample],
+        seed: tuple[int, int],
+        synced: bool,
+        on_progress: Callable[[], None],
+    ) -> list[list[list[int]]]:
+        """Return several token lists for each sample of a lane; `seed`: (step, lane)."""
+        from dist_ft.model.generation import GenerationRequest
+
+        requests = [
+            GenerationRequest(sample.prompt, derive_seed(*seed, row))
+            for row, sample in enumerate(samples)
+        ]
+        if not requests and not synced:
+            return []
+        dummy = GenerationRequest(np.ones(1, np.int64))  # keeps the calls of all workers equal
+        return generator.generate_batch(
+            model, requests or [dummy], synced, on_progress, include_end=True
+        )
+
+    def _risk_batch(
         self,
         batch: Batch,
-        samples: Sequence[HeldOut],
-        made: Sequence[Sequence[Sequence[int]]],
-        decoder: TextGenerator,
+        samples: Sequence[HeldOutSample],
+        sampled: Sequence[Sequence[Sequence[int]]],
+        generator: TextGenerator,
     ) -> Batch:
-        """Return the rows of a lane: of each sample the reference, then the different texts drawn."""
+        """Return the rows of a lane: for each sample the reference, then the distinct texts."""
         from dist_ft.model.minimum_risk import RiskBatch
 
-        tokens, learned, risks, groups = [], [], [], []
-        for group, (sample, drawn) in enumerate(zip(samples, made, strict=True)):
+        tokens, labels, risks, groups = [], [], [], []
+        for group, (sample, texts) in enumerate(zip(samples, sampled, strict=True)):
             reference = tuple(sample.target.tolist())
-            wanted = decoder.text(reference)
-            for text in dict.fromkeys([reference, *(tuple(one) for one in drawn if one)]):
+            reference_text = generator.decode_text(reference)
+            for text in dict.fromkeys([reference, *(tuple(ids) for ids in texts if ids)]):
                 tokens.append(np.array([*sample.prompt.tolist(), *text], np.int32))
-                before = np.full(len(sample.prompt), IGNORE_INDEX if self._both else 0)
-                own = text if self._both else np.ones(len(text))
-                learned.append(
-                    np.concatenate([before, own]).astype(np.int32 if self._both else np.uint8)
-                )
-                risks.append(0.0 if text == reference else self.risk(decoder.text(text), wanted))
+                labels.append(self._labels(len(sample.prompt), text))
+                risk = 0.0
+                if text != reference:
+                    risk = self.compute_risk(generator.decode_text(text), reference_text)
+                risks.append(risk)
                 groups.append(group)
+
         sizes = [len(row) for row in tokens]
         segments = np.zeros((len(sizes), 4), np.int64)
-        segments[:, 0], segments[:, 2] = [samples[group].sample for group in groups], sizes
+        segments[:, 0] = [samples[group].sample for group in groups]
+        segments[:, 2] = sizes
         rows = assemble_batch(
             np.concatenate(tokens),
-            np.concatenate(learned),
+            np.concatenate(labels),
             segments,
             np.arange(len(sizes)),
             batch.lane,
@@ -142,12 +166,16 @@ class MinimumRisk:
             groups=np.array(groups, np.int64),
         )
 
-    def risk(self, text: str, reference: str) -> float:
-        """Return the risk of a text: 1 - its metric (of 0 to 1), or its token error rate."""
+    def _labels(self, prompt_length: int, text: Sequence[int]) -> np.ndarray:
+        """Return the labels of a row (T,): target ids of an encoder-decoder, else a mask."""
+        if self._is_encoder_decoder:
+            return np.concatenate([np.full(prompt_length, IGNORE_INDEX), text]).astype(np.int32)
+        return np.concatenate([np.zeros(prompt_length), np.ones(len(text))]).astype(np.uint8)
+
+    def compute_risk(self, text: str, reference: str) -> float:
+        """Return the risk of a text: 1 - its metric (scaled to 0..1), or its token error rate."""
         metric = self._section.metric
-        value = text_scores.score(metric, text, reference, self._cut)
-        return (
-            value
-            if metric == "token_error_rate"
-            else 1 - value / (100 if metric in OF_A_HUNDRED else 1)
-        )
+        value = text_scores.compute_text_metric(metric, text, reference, self._text_tokenizer)
+        if metric == "token_error_rate":
+            return value
+        return 1 - value / (100 if metric in METRICS_UP_TO_100 else 1)

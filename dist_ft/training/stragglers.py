@@ -37,7 +37,7 @@ class Pace:
     probe_s: float
 
 
-class Stragglers:
+class StragglerDetector:
     """One worker's part."""
 
     def __init__(

@@ -37,7 +37,7 @@ PATIENCE_S = 5.0
 MOST_MARKS = 64
 
 
-class Clock:
+class TimeLedger:
     """What this process spends its time on; it begins at once, in phase "start"."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def _rounded(seconds: dict[Phase, float]) -> dict[str, float]:
 
 
 @contextmanager
-def kept(clock: Clock, store: Store, attempt: int, world: World) -> Iterator[None]:
+def kept(clock: TimeLedger, store: Store, attempt: int, world: World) -> Iterator[None]:
     """Within, keep the account of `attempt` up to date in the run's storage (rank 0's does it, beside training)."""
     if world.rank != 0:
         yield
@@ -130,7 +130,7 @@ def kept(clock: Clock, store: Store, attempt: int, world: World) -> Iterator[Non
 
 
 class _Keeper:
-    def __init__(self, clock: Clock, store: Store, attempt: int) -> None:
+    def __init__(self, clock: TimeLedger, store: Store, attempt: int) -> None:
         self.ended = threading.Event()
         self._clock = clock
         self._store = store

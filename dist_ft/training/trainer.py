@@ -34,7 +34,7 @@ from dist_ft.training import anomaly
 from dist_ft.training.checkpointing import Saver
 from dist_ft.training.components import Components
 from dist_ft.training.console import format_evaluation, format_progress
-from dist_ft.training.evaluation import evaluate, store_evaluation
+from dist_ft.training.evaluation import EvaluationOutputs, evaluate, store_evaluation
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
 from dist_ft.training.stragglers import StragglerDetector, gpu_memory
@@ -220,7 +220,7 @@ class Trainer:
                 step + 1,
                 reason,
                 len(samples),
-                components.store.shown(f"{anomaly.FOLDER}/step-{step:09d}.json"),
+                components.store.redacted_url(f"{anomaly.FOLDER}/step-{step:09d}.json"),
             )
         components.anomaly_detector.skipped_steps.update(range(first, step + 1))
         if section.action == "rollback":
@@ -283,22 +283,23 @@ class Trainer:
         averaged = self._config.evaluation.weights == "ema"
         if averaged:
             components.engine.swap_average()
-        values = evaluate(
+        evaluation = evaluate(
             components.engine,
             components.evaluation,
             self._config.num_lanes,
             components.world,
             components.collectives,
+            EvaluationOutputs(self._task, generator=components.held_out_generator),
             self._context.callbacks.on_progress,
-            self._task,
-            held_out_generator=components.held_out_generator,
         )
         if averaged:
             components.engine.swap_average()
-        numbers = {name: value for name, value in values.items() if isinstance(value, float | int)}
+        numbers = evaluation.metrics
         self._note(numbers, label)
         on_rank0(
-            components.world, components.collectives, lambda: store_evaluation(components.store, self._step, values)
+            components.world,
+            components.collectives,
+            lambda: store_evaluation(components.store, self._step, evaluation),
         )
         if components.metrics is not None:
             self._log_metrics("evaluation", numbers)

@@ -116,7 +116,7 @@ def test_absent_files_and_buckets_are_told_at_once(store):
         with pytest.raises(
             StorageError,
             match=rf"^{url.url}/absent: cannot read it \(FileNotFoundError: .*\)\. This "
-            "such file or bucket; check the URL$",
+            r"file or bucket does not exist\. Check the URL\.$",
         ):
             url.read("absent")
         assert time.monotonic() - begun < 5

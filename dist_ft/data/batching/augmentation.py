@@ -1,10 +1,15 @@
-"""Training texts with some words replaced, exchanged or left out (EDA, Wei and Zou, arXiv:1901.11196).
+"""Augmentation: training texts with words replaced, swapped or deleted.
 
-Done to tokens when batches are made: what a sample becomes is a pure function of seed, epoch and sample, so the same
-in every world and after a restart. Words are what the tokenizer's own marks say (for tags: those that have one);
-its special tokens, and words with a tag other than O, stay. A tag goes with its word, a label of the whole text stays
-with the text. Where more tokens would come out than a sequence takes, the sample stays as it is. Held-out data never
-come here. Does not know the ledger, which tells of samples as they were read.
+The method is EDA (Wei and Zou, arXiv:1901.11196), applied to tokens when batches are built. What a
+sample becomes is a pure function of seed, epoch and sample, so it is the same in every world size
+and after a restart.
+
+Word boundaries come from the marks in the tokenizer's tokens (for tags: from the tags). Special
+tokens, and words with a tag other than O, stay. A tag moves with its word; the label of a whole
+text stays with the text. A sample that would exceed a sequence stays unchanged. Held-out data are
+never augmented, and the ledger records samples as they were read.
+
+N is the number of segments of a batch, L the sum of their tokens, V the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,22 +25,50 @@ from dist_ft.config.sections.data import AugmentSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError, ModelError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.core.seeds import (
-    derive_seed,
-    random_uint64,
-)
+from dist_ft.core.seeds import derive_seed, random_uint64, to_unit_interval
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
 from dist_ft.storage.filesystem import Store
 
 SALT = 0x617567
-"""Keeps these draws apart from the others of a sample."""
-OUTSIDE = "O"
+"""Separates these draws from other draws of the same sample."""
+OUTSIDE_TAG = "O"
 
-Word = tuple[np.ndarray, np.ndarray]
-"""Tokens and labels of a word, (n,) each."""
 Synonyms = Mapping[tuple[int, ...], Sequence[np.ndarray]]
-"""By the tokens of a word, those of the words that may stand for it."""
+"""By the tokens of a word: the tokens of each word that may replace it."""
+
+
+class Word(NamedTuple):
+    """Tokens and labels of a word (or of a whole text), (n,) each."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+
+
+class AugmentedTokens(NamedTuple):
+    """The tokens of a batch after augmentation.
+
+    Attributes:
+        tokens: (L,) token ids.
+        labels: int32 (L,).
+        lengths: int64 (N,) tokens of each segment.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+
+
+class WordMark(NamedTuple):
+    """How a tokenizer's tokens show word boundaries.
+
+    Attributes:
+        mark: the prefix of some tokens.
+        is_start: tokens with the mark start a word; else, tokens without it do.
+    """
+
+    mark: str
+    is_start: bool
 
 
 @dataclass(frozen=True)
@@ -43,207 +76,247 @@ class Augmentation:
     """How texts are changed.
 
     Attributes:
-        begins: (V,) bool: a token of this id begins a word.
-        fixed: (V,) bool: a special or added token, which stays where it is.
-        outside: token_classification: number of the tag of words that may be changed; None: labels are the text's.
-        length: tokens a sequence takes.
+        section: probabilities.
+        starts_word: bool (V,): a token with this id starts a word.
+        is_fixed: bool (V,): a special or added token, which stays in its place.
+        synonyms: words that may replace one another.
+        outside_label: token_classification: the label of words that may be changed (-1: none may);
+            None: labels belong to the whole text.
+        max_length: maximum tokens of a sequence.
         seed: of the run.
     """
 
     section: AugmentSection
-    begins: np.ndarray
-    fixed: np.ndarray
+    starts_word: np.ndarray
+    is_fixed: np.ndarray
     synonyms: Synonyms
-    outside: int | None
-    length: int
+    outside_label: int | None
+    max_length: int
     seed: int
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         tokenizer: Any,
         section: AugmentSection,
         task: TaskSection,
-        length: int,
+        max_length: int,
         seed: int,
         synonyms: str,
     ) -> Augmentation:
-        """Return the augmentation of a run; `synonyms` is the text of the file the section names."""
-        mark, begins_by_mark = word_mark(tokenizer)
+        """Return the augmentation of a run; `synonyms` is the text of `section.synonyms`."""
+        mark, is_start = find_word_mark(tokenizer)
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        begins = np.array([(name or "").startswith(mark) == begins_by_mark for name in names])
-        fixed = np.zeros(len(tokenizer), bool)
-        fixed[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = True
-        outside = None
+        starts_word = np.array([(name or "").startswith(mark) == is_start for name in names])
+        is_fixed = np.zeros(len(tokenizer), bool)
+        is_fixed[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = True
+
+        outside_label = None
         if task.name == "token_classification":
-            outside = task.labels.index(OUTSIDE) if OUTSIDE in task.labels else -1
+            outside_label = -1
+            if OUTSIDE_TAG in task.labels:
+                outside_label = task.labels.index(OUTSIDE_TAG)
         return cls(
-            section,
-            begins,
-            fixed,
-            read_synonyms(synonyms, tokenizer, str(section.synonyms)),
-            outside,
-            length,
-            seed,
+            section=section,
+            starts_word=starts_word,
+            is_fixed=is_fixed,
+            synonyms=parse_synonyms(synonyms, tokenizer, str(section.synonyms)),
+            outside_label=outside_label,
+            max_length=max_length,
+            seed=seed,
         )
 
     def apply(
         self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens and labels of a batch as they are learned from, and how many tokens each piece has now.
+    ) -> AugmentedTokens:
+        """Augment the tokens and labels of a batch.
 
         Args:
-            tokens: (sum,) of all pieces.
-            labels: (sum,) int32.
-            pieces: (n, 4) [sample id, first token, number of tokens, epoch].
+            tokens: (L,) of all segments.
+            labels: int32 (L,).
+            segments: (N, 4) [sample id, first token, number of tokens, epoch].
         """
-        found, start = [], 0
+        augmented: list[Word] = []
+        start = 0
         for sample, first, size, epoch in segments.tolist():
-            own = tokens[start : start + size], labels[start : start + size]
-            found.append(self._changed(*own, derive_seed(self.seed, SALT, epoch, sample, first)))
+            own = Word(tokens[start : start + size], labels[start : start + size])
+            seed = derive_seed(self.seed, SALT, epoch, sample, first)
+            augmented.append(self._augment(own, seed))
             start += size
-        sizes = np.array([len(own) for own, _ in found], dtype=np.int64)
-        return (
-            np.concatenate([own for own, _ in found]),
-            np.concatenate([own for _, own in found]),
-            sizes,
+
+        return AugmentedTokens(
+            tokens=np.concatenate([text.tokens for text in augmented]),
+            labels=np.concatenate([text.labels for text in augmented]),
+            lengths=np.array([len(text.tokens) for text in augmented], dtype=np.int64),
         )
 
-    def _changed(self, tokens: np.ndarray, labels: np.ndarray, seed: int) -> Word:
-        """Return a sample as this epoch sees it."""
-        starts = np.flatnonzero(self._starts(tokens, labels))
-        drawn = random_uint64(seed, 1 + 5 * len(starts))
-        chance = (drawn >> np.uint64(11)).astype(np.float64) / 2**53
-        if chance[0] >= self.section.probability or not len(starts):
-            return tokens, labels
-        whole = None if self.outside is not None else labels[labels != IGNORE_INDEX]
-        words = list(zip(np.split(tokens, starts[1:]), np.split(labels, starts[1:]), strict=True))
-        fixed = np.array([self.fixed[own[0]] for own, _ in words])
-        free = (
-            ~fixed
-            if whole is not None
-            else ~fixed & np.array([own[0] == self.outside for _, own in words])
-        )
-        self._edit(words, free, np.cumsum(fixed), chance[1:].reshape(5, -1))
-        kept = np.concatenate([own for own, _ in words]), np.concatenate([own for _, own in words])
-        if len(kept[0]) > self.length or (whole is not None and len(kept[0]) < len(whole)):
-            return tokens, labels
-        if whole is not None:  # carried by the first positions, whatever stands there
-            kept[1][:] = IGNORE_INDEX
-            kept[1][: len(whole)] = whole
-        return kept
+    def _augment(self, text: Word, seed: int) -> Word:
+        """Return a text as one epoch sees it."""
+        word_starts = np.flatnonzero(self._is_word_start(text))
+        # one draw for the text and five for each of its n words
+        chance = to_unit_interval(random_uint64(seed, 1 + 5 * len(word_starts)))
+        if chance[0] >= self.section.probability or not len(word_starts):
+            return text
 
-    def _starts(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Tell where words begin, (T,) bool; what stands before the first is one."""
-        fixed = self.fixed[tokens]
-        found = fixed | (labels != IGNORE_INDEX if self.outside is not None else self.begins[tokens])
-        found[1:] |= fixed[:-1]
-        found[:1] = True
-        return found
+        word_tokens = np.split(text.tokens, word_starts[1:])
+        word_labels = np.split(text.labels, word_starts[1:])
+        words = [Word(*both) for both in zip(word_tokens, word_labels, strict=True)]
+
+        is_fixed = np.array([self.is_fixed[word.tokens[0]] for word in words])
+        may_change = ~is_fixed
+        text_labels = None
+        if self.outside_label is None:
+            text_labels = text.labels[text.labels != IGNORE_INDEX]
+        else:
+            may_change &= np.array([word.labels[0] == self.outside_label for word in words])
+
+        # fixed tokens separate the texts of a pair
+        text_numbers = np.cumsum(is_fixed)
+        self._edit(words, may_change, text_numbers, chance[1:].reshape(5, -1))
+
+        tokens = np.concatenate([word.tokens for word in words])
+        labels = np.concatenate([word.labels for word in words])
+        if len(tokens) > self.max_length:
+            return text
+        if text_labels is not None:
+            if len(tokens) < len(text_labels):
+                return text
+            # the first positions carry the labels of the text, whatever their tokens
+            labels[:] = IGNORE_INDEX
+            labels[: len(text_labels)] = text_labels
+        return Word(tokens, labels)
+
+    def _is_word_start(self, text: Word) -> np.ndarray:
+        """Return where words start, bool (T,); tokens before the first start form a word."""
+        is_fixed = self.is_fixed[text.tokens]
+        if self.outside_label is None:
+            is_start = is_fixed | self.starts_word[text.tokens]
+        else:
+            is_start = is_fixed | (text.labels != IGNORE_INDEX)
+        is_start[1:] |= is_fixed[:-1]
+        is_start[:1] = True
+        return is_start
 
     def _edit(
-        self, words: list[Word], free: np.ndarray, texts: np.ndarray, chance: np.ndarray
+        self,
+        words: list[Word],
+        may_change: np.ndarray,
+        text_numbers: np.ndarray,
+        chance: np.ndarray,
     ) -> None:
-        """Change a sample's words in place: replace, exchange, leave out.
+        """Replace, swap and delete a sample's n words, in place.
 
         Args:
             words: of the sample.
-            free: (n,) bool: words that may be changed.
-            texts: (n,) the number of the text a word belongs to.
-            chance: (5, n) draws from [0, 1).
+            may_change: bool (n,).
+            text_numbers: (n,) the number of the text that a word belongs to.
+            chance: (5, n) draws from [0, 1): whether to replace, by which synonym; whether to swap,
+                with which word; whether to delete.
         """
-        section, places = self.section, np.flatnonzero(free)
-        for i in places[chance[0][places] < section.replace]:
-            known = self.synonyms.get(tuple(words[i][0].tolist()), ())
+        replace, synonym, swap, partner, delete = chance
+        places = np.flatnonzero(may_change)
+
+        for i in places[replace[places] < self.section.replace]:
+            known = self.synonyms.get(tuple(words[i].tokens.tolist()), ())
             if known:
-                words[i] = _labelled(known[int(chance[1][i] * len(known))], words[i])
-        for i in places[chance[2][places] < section.swap]:
-            others = places[texts[places] == texts[i]]
-            j = others[int(chance[3][i] * len(others))]
+                words[i] = _replace_tokens(words[i], known[int(synonym[i] * len(known))])
+
+        for i in places[swap[places] < self.section.swap]:
+            same_text = places[text_numbers[places] == text_numbers[i]]
+            j = same_text[int(partner[i] * len(same_text))]
             words[i], words[j] = words[j], words[i]
-        gone = places[chance[4][places] < section.delete]
-        if len(gone) == len(places) and len(gone):  # something of the text is left
-            gone = np.delete(gone, chance[4][gone].argmax())
-        for i in gone[::-1]:
+
+        deleted = places[delete[places] < self.section.delete]
+        if len(deleted) == len(places) and len(deleted):
+            # keep the word with the largest draw, so that some text is left
+            deleted = np.delete(deleted, delete[deleted].argmax())
+        for i in deleted[::-1]:
             del words[i]
 
 
-def _labelled(tokens: np.ndarray, word: Word) -> Word:
-    """Return other tokens with the label of `word` on the first of them."""
+def _replace_tokens(word: Word, tokens: np.ndarray) -> Word:
+    """Return `tokens` with the label of `word` on the first of them."""
     labels = np.full(len(tokens), IGNORE_INDEX, np.int32)
-    labels[0] = word[1][0]
-    return tokens.astype(word[0].dtype), labels
+    labels[0] = word.labels[0]
+    return Word(tokens.astype(word.tokens.dtype), labels)
 
 
-def word_mark(tokenizer: Any) -> tuple[str, bool]:
-    """Return the mark by which a tokenizer's tokens tell words, and whether it stands where one begins.
+def find_word_mark(tokenizer: Any) -> WordMark:
+    """Return how a tokenizer's tokens show word boundaries.
 
     Raises:
-        ModelError: a tokenizer that marks nothing.
+        ModelError: they do not.
     """
     backend = json.loads(exact_backend(tokenizer).to_str())
     if backend["model"].get("type") == "WordPiece":
-        return backend["model"]["continuing_subword_prefix"], False
-    kinds = json.dumps([backend.get("pre_tokenizer"), backend.get("normalizer")])
-    for kind, mark in (("ByteLevel", "Ġ"), ("Metaspace", "▁"), ("▁", "▁")):
-        if kind in kinds or json.dumps(kind)[1:-1] in kinds:
-            return mark, True
+        return WordMark(backend["model"]["continuing_subword_prefix"], is_start=False)
+
+    settings = json.dumps([backend.get("pre_tokenizer"), backend.get("normalizer")])
+    for name, mark in (("ByteLevel", "Ġ"), ("Metaspace", "▁"), ("▁", "▁")):
+        escaped_name = json.dumps(name)[1:-1]
+        if name in settings or escaped_name in settings:
+            return WordMark(mark, is_start=True)
     raise ModelError(
-        f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not tell where words begin; "
-        "WordPiece, byte-level and SentencePiece tokenizers are allowed; remove data.augment"
+        f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not mark where "
+        "words start. WordPiece, byte-level and SentencePiece tokenizers are supported. Remove "
+        "data.augment."
     )
 
 
-def read_synonyms(text: str, tokenizer: Any, path: str) -> dict[tuple[int, ...], list[np.ndarray]]:
-    """Return the synonyms in lines `word<TAB>synonym,synonym` as tokens, at the start of a text and within one.
+def parse_synonyms(text: str, tokenizer: Any, path: str) -> Synonyms:
+    """Return the synonyms in lines `word<TAB>synonym,synonym` as tokens.
+
+    Words are tokenized as at the start of a text and, where that differs, as within one.
 
     Raises:
-        DataError: a line of another kind.
+        DataError: a line has another form.
     """
-    backend, (_, begins) = exact_backend(tokenizer), word_mark(tokenizer)
-    found: dict[tuple[int, ...], list[np.ndarray]] = {}
+    backend = exact_backend(tokenizer)
+    prefixes = ("", " ") if find_word_mark(tokenizer).is_start else ("",)
+    synonyms: dict[tuple[int, ...], list[np.ndarray]] = {}
+
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         word, tab, others = line.partition("\t")
-        synonyms = [other.strip() for other in others.split(",") if other.strip()]
-        if not (word.strip() and tab and synonyms):
+        replacements = [other.strip() for other in others.split(",") if other.strip()]
+        if not (word.strip() and tab and replacements):
             raise DataError(
-                f"{path} line {number}: is not a word, a tab, and synonyms with commas between; repair it"
+                f"{path} line {number}: is not a word, a tab, and synonyms separated by commas. "
+                "Correct the line."
             )
-        for before in ("", " ") if begins else ("",):
-            own, *rest = [
-                encoding.ids
-                for encoding in backend.encode_batch(
-                    [before + text for text in (word.strip(), *synonyms)], add_special_tokens=False
-                )
-            ]
-            found.setdefault(tuple(own), []).extend(
-                np.array(other, np.int32)
-                for other in rest
-                if other and tokenizer.unk_token_id not in other
-            )
-    return found
+
+        for prefix in prefixes:
+            texts = [prefix + text for text in (word.strip(), *replacements)]
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            word_ids, *replacement_ids = [encoding.ids for encoding in encodings]
+            own = synonyms.setdefault(tuple(word_ids), [])
+            for ids in replacement_ids:
+                if ids and tokenizer.unk_token_id not in ids:
+                    own.append(np.array(ids, np.int32))
+    return synonyms
 
 
 def read_synonym_file(path: str) -> str:
-    """Return the text of a file of synonyms.
+    """Return the text of a synonym file.
 
     Raises:
-        DataError: it is not there, or not UTF-8.
+        DataError: it does not exist, or is not UTF-8.
     """
     folder, slash, name = path.rpartition("/")
+    store = Store((folder or slash) if slash else ".")
     try:
-        return Store((folder or slash) if slash else ".").read(name).decode("utf-8-sig")
-    except (FileNotFoundError, StorageError, UnicodeDecodeError) as error:
-        why = (
-            "is not UTF-8"
-            if isinstance(error, UnicodeDecodeError)
-            else f"can not be read ({error})"
+        return store.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _synonym_file_error(path, "is not UTF-8") from error
+    except (FileNotFoundError, StorageError) as error:
+        raise _synonym_file_error(path, f"cannot be read ({error})") from error
+
+
+def _synonym_file_error(path: str, problem: str) -> DataError:
+    return DataError(
+        redact(
+            f"data.augment.synonyms={path}: {problem}. A file of lines `word<TAB>synonym,synonym` "
+            "is needed. Correct the path."
         )
-        raise DataError(
-            redact(
-                f"data.augment.synonyms={path}: {why}; a file of lines `word<TAB>synonym,synonym` is "
-                "needed; correct the path"
-            )
-        ) from error
+    )

@@ -1,8 +1,12 @@
-"""From the plan to batches: tokens of the lanes this worker runs, padded and shifted.
+"""From the batch plan to batches: the tokens of this worker's lanes, padded and shifted.
 
-Guarantees: a lane's batch is the same bytes in every world; a target is predicted from tokens of its own sample only;
-errors of the prefetching thread are raised where batches are consumed, and the thread ends with its iterator, or, where
-it waits for a block that is being made, once the store is closed. Knows no ranks: the caller says which lanes.
+Guarantees: a lane's batch has the same bytes in every world size; a target is predicted from tokens
+of its own sample only; errors of the prefetching thread are raised where batches are consumed. The
+thread ends with its iterator or, while it waits for a block to be tokenized, when the store is
+closed. Knows no ranks: the caller passes the lanes.
+
+Dimensions: B sequences (rows) of T tokens; N segments with L tokens in all; P segments and G
+sequences of a block.
 """
 
 from __future__ import annotations
@@ -11,24 +15,27 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
 
 from dist_ft.core.errors import DataError
-from dist_ft.data.batch import IGNORED, Batch, empty_batch
-from dist_ft.data.batching.augmentation import Augmenting
+from dist_ft.core.seeds import derive_seed
+from dist_ft.data.batch import IGNORE_INDEX, Batch, empty_batch
+from dist_ft.data.batching.augmentation import Augmentation
 from dist_ft.data.batching.masking import Masking
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.index import Index
-from dist_ft.data.blocks.segments import pieces_of
-from dist_ft.data.blocks.token_cache import most_open
-from dist_ft.data.sampling.batch_plan import Plan, Slot
-from dist_ft.data.sampling.packing import sequences_of
-from dist_ft.data.sampling.shuffle import mix
+from dist_ft.data.blocks.segments import split_into_segments
+from dist_ft.data.blocks.token_cache import max_open_blocks
+from dist_ft.data.sampling.batch_plan import BatchPlan, SequenceRef
+from dist_ft.data.sampling.packing import SequenceMembers, group_into_sequences
 
 BLOCKS_AHEAD = 4
+"""Blocks that are tokenized ahead of those in use, for each source."""
 CLOSE_S = 1.0
+"""How long the end of an iteration waits for the prefetching thread."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +43,17 @@ class PackedBlock:
     """A block as an epoch sees it.
 
     Attributes:
-        pieces: (P, 3) int64 [row, first token, number of tokens].
-        members: (P,) piece numbers, sequence after sequence.
-        offsets: (G + 1,): sequence g is members[offsets[g]:offsets[g + 1]].
+        segments: int64 (P, 3) [row, first token, number of tokens].
+        sequences: the segments of each of its G sequences.
     """
 
-    pieces: np.ndarray
-    members: np.ndarray
-    offsets: np.ndarray
+    segments: np.ndarray
+    sequences: SequenceMembers
 
     def sequence(self, number: int) -> np.ndarray:
-        """Return the pieces (n, 3) of a sequence."""
-        return self.pieces[self.members[self.offsets[number] : self.offsets[number + 1]]]
+        """Return the segments of a sequence, (n, 3)."""
+        members, offsets = self.sequences
+        return self.segments[members[offsets[number] : offsets[number + 1]]]
 
 
 class Loader:
@@ -55,57 +61,70 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         index: Index,
         store: BlockStore,
         prefetch_steps: int = 2,
         masking: Masking | None = None,
-        augmenting: Augmenting | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
-        """Assign only; the process's soft limit of open files is raised (`cache.most_open`)."""
+        """Store the settings; raise the process's soft limit of open files (`max_open_blocks`).
+
+        Args:
+            plan: which sequences each lane reads.
+            index: of the data set.
+            store: its tokenized blocks.
+            prefetch_steps: steps whose batches are built in the background.
+            masking: of a masked language model; None: none.
+            augmentation: of training texts; None: none.
+        """
         self.plan = plan
         self.index = index
         self.store = store
         self._prefetch_steps = prefetch_steps
         self._masking = masking
-        self._augmenting = augmenting
+        self._augmentation = augmentation
         self._first_samples = index.first_samples
-        self._limit = index.recipe.get("max_samples") or None
+        self._max_samples = index.recipe.get("max_samples") or None
         self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
-        self._hold(plan.num_lanes)
+        self._set_max_open_blocks(plan.num_lanes)
         self._lock = Lock()
 
     @property
-    def steps_of_a_pass(self) -> int:
-        """Steps in which every sequence comes once; the last may be partial."""
-        return self.plan.steps_of(1)
+    def steps_per_epoch(self) -> int:
+        """Steps in which each sequence occurs once; the last may be partial."""
+        return self.plan.num_steps_in_epochs(1)
 
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
-        """Return one batch for each of `lanes` at `step` (from 0); a lane with no sequence gives an empty batch."""
-        slots = [self.plan.slots(step, lane) for lane in lanes]
-        found = [self._lane(own, lane) for own, lane in zip(slots, lanes, strict=True)]
-        for own in slots:
-            self._ask_ahead(own)
-        return found
+        """Return one batch for each of `lanes` at `step`, from 0; a lane may be empty."""
+        refs_by_lane = [self.plan.sequence_refs(step, lane) for lane in lanes]
+        batches = [self._batch(refs, lane) for refs, lane in zip(refs_by_lane, lanes, strict=True)]
+        for refs in refs_by_lane:
+            self._request_ahead(refs)
+        return batches
 
     def iterate(
         self, start: int, stop: int, lanes: Sequence[int]
     ) -> Generator[list[Batch], None, None]:
-        """Yield `batches(step, lanes)` of steps start .. stop - 1, the next ones being made in a background thread."""
-        self._hold(len(lanes))
+        """Yield `batches(step, lanes)` of steps start .. stop - 1.
+
+        The next steps are built in a background thread.
+        """
+        self._set_max_open_blocks(len(lanes))
         pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
-        ahead: deque[Future[list[Batch]]] = deque()
+        pending: deque[Future[list[Batch]]] = deque()
         try:
             for step in range(start, stop):
-                ahead.append(pool.submit(self.batches, step, lanes))
-                if len(ahead) > self._prefetch_steps:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                pending.append(pool.submit(self.batches, step, lanes))
+                if len(pending) > self._prefetch_steps:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            busy = wait([one for one in ahead if not one.cancelled()], CLOSE_S).not_done
-            pool.shutdown(wait=not busy)
+            running = [future for future in pending if not future.cancelled()]
+            is_busy = bool(wait(running, CLOSE_S).not_done)
+            pool.shutdown(wait=not is_busy)
 
     def packed(self, epoch: int, number: int) -> PackedBlock:
         """Return a block as packed in an epoch of its source. Safe over threads."""
@@ -113,120 +132,158 @@ class Loader:
             if (epoch, number) in self._packed:
                 self._packed.move_to_end((epoch, number))
                 return self._packed[epoch, number]
-        found = self._pack(epoch, number)
-        with self._lock:
-            self._packed[epoch, number] = found
-            if len(self._packed) > self.store.most_open:
-                self._packed.popitem(last=False)
-        return found
 
-    def _hold(self, num_lanes: int) -> None:
-        """Keep as many blocks open as so many lanes read from at a time, and as many again, if files may be."""
-        self.store.most_open = most_open(
-            2 * len(self.plan.data.train) * (num_lanes + self.plan.data.shuffle_blocks)
-        )
+        packed = self._pack(epoch, number)
+        with self._lock:
+            self._packed[epoch, number] = packed
+            if len(self._packed) > self.store.max_open_blocks:
+                self._packed.popitem(last=False)
+        return packed
+
+    def _set_max_open_blocks(self, num_lanes: int) -> None:
+        """Hold twice as many blocks open as the lanes read from at a time, if files allow it."""
+        data = self.plan.data
+        num_blocks = 2 * len(data.train) * (num_lanes + data.shuffle_blocks)
+        self.store.max_open_blocks = max_open_blocks(num_blocks)
 
     def _pack(self, epoch: int, number: int) -> PackedBlock:
-        data, length = self.plan.data, self.plan.batch.sequence_length
-        block = self.store.block(number)
-        rows = (
-            None if self._limit is None else max(0, self._limit - int(self._first_samples[number]))
+        """Return a block's segments and how an epoch groups them into sequences.
+
+        Raises:
+            DataError: the number of sequences differs from the index.
+        """
+        data, batch = self.plan.data, self.plan.batch
+        max_rows = None
+        if self._max_samples is not None:
+            max_rows = max(0, self._max_samples - int(self._first_samples[number]))
+        segments, _ = split_into_segments(
+            self.store.block(number), batch.sequence_length, data.overlong, max_rows
         )
-        pieces, _ = pieces_of(block, length, data.overlong, rows)
-        seed = mix(self.plan.seed, epoch, number) if data.shuffle else None
-        members, offsets = sequences_of(
-            pieces[:, 2], length, data.pack, seed, (data.bucket or 0) * self.plan.batch.micro_batch
+
+        seed = derive_seed(self.plan.seed, epoch, number) if data.shuffle else None
+        sequences = group_into_sequences(
+            segments[:, 2],
+            batch.sequence_length,
+            data.pack,
+            seed,
+            sort_pool=(data.bucket or 0) * batch.micro_batch,
         )
-        if len(offsets) - 1 != self.index.measures[number].num_sequences:
+
+        num_sequences = len(sequences.offsets) - 1
+        num_indexed = self.index.block_stats[number].num_sequences
+        if num_sequences != num_indexed:
             raise DataError(
-                f"data: block {number} makes {len(offsets) - 1} sequences, the run's index says "
-                f"{self.index.measures[number].num_sequences}; the index was made by another version; "
-                "go on with that one, or start a run with another run.name"
+                f"data: block {number} has {num_sequences} sequences, but {num_indexed} in the "
+                "run's index. Another version built the index. Resume with that version, or start "
+                "a run with another run.name."
             )
-        return PackedBlock(pieces, members, offsets)
+        return PackedBlock(segments, sequences)
 
-    def _lane(self, slots: Sequence[Slot], lane: int) -> Batch:
-        if not slots:
+    def _batch(self, refs: Sequence[SequenceRef], lane: int) -> Batch:
+        """Return the batch of a lane: its sequences, one a row."""
+        if not refs:
             return empty_batch(lane=lane)
-        rows, tokens, learned = [], [], []
-        for slot in slots:
-            pieces = self.packed(slot.epoch, slot.block).sequence(slot.sequence)
-            block = self.store.block(slot.block)
-            starts = block.offsets[pieces[:, 0]] + pieces[:, 1]
-            for start, stop in zip(starts.tolist(), (starts + pieces[:, 2]).tolist(), strict=True):
-                tokens.append(block.tokens[start:stop])
-                learned.append(block.targets[start:stop])
-            rows.append(
-                np.column_stack(
-                    [
-                        pieces[:, 0] + self._first_samples[slot.block],
-                        pieces[:, 1:],
-                        np.full(len(pieces), slot.epoch),
-                    ]
-                )
-            )
-        numbers = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        sources = np.array(
-            [(slot.source, row[:, 2].sum()) for slot, row in zip(slots, rows, strict=True)]
-        )
-        flat, wanted, pieces = np.concatenate(tokens), np.concatenate(learned), np.concatenate(rows)
-        if self._masking is not None:
-            flat, wanted = self._masking.apply(flat, wanted, pieces)
-        sizes = None
-        if self._augmenting is not None:
-            flat, wanted, sizes = self._augmenting.apply(flat, wanted, pieces)
-        return replace(assemble(flat, wanted, pieces, numbers, lane, sizes), sources=sources)
 
-    def _ask_ahead(self, slots: Sequence[Slot]) -> None:
-        """Let blocks be made that come next, so that no step waits for one."""
-        for slot in {(slot.source, slot.epoch): slot for slot in slots}.values():
-            for number in self.plan.blocks_after(slot, BLOCKS_AHEAD):
+        token_parts: list[np.ndarray] = []
+        target_parts: list[np.ndarray] = []
+        segments_by_row: list[np.ndarray] = []
+        for ref in refs:
+            bounds = self.packed(ref.epoch, ref.block).sequence(ref.sequence)  # (n, 3)
+            row, first, size = bounds.T
+            block = self.store.block(ref.block)
+            starts = block.offsets[row] + first
+            for start, stop in zip(starts.tolist(), (starts + size).tolist(), strict=True):
+                token_parts.append(block.tokens[start:stop])
+                target_parts.append(block.targets[start:stop])
+            sample_ids = row + self._first_samples[ref.block]
+            epochs = np.full(len(bounds), ref.epoch)
+            segments_by_row.append(np.column_stack([sample_ids, first, size, epochs]))
+
+        tokens = np.concatenate(token_parts)  # (L,)
+        targets = np.concatenate(target_parts)  # (L,)
+        segments = np.concatenate(segments_by_row)  # (N, 4)
+        segments_per_row = [len(own) for own in segments_by_row]
+        rows = np.repeat(np.arange(len(refs)), segments_per_row)  # (N,)
+        row_sources = np.array(
+            [(ref.source, own[:, 2].sum()) for ref, own in zip(refs, segments_by_row, strict=True)]
+        )
+
+        if self._masking is not None:
+            tokens, targets = self._masking.apply(tokens, targets, segments)
+        lengths = None
+        if self._augmentation is not None:
+            tokens, targets, lengths = self._augmentation.apply(tokens, targets, segments)
+
+        batch = assemble_batch(tokens, targets, segments, rows, lane, lengths)
+        return replace(batch, row_sources=row_sources)
+
+    def _request_ahead(self, refs: Sequence[SequenceRef]) -> None:
+        """Let the blocks that come next be tokenized, so that no step waits for one."""
+        last_by_epoch = {(ref.source, ref.epoch): ref for ref in refs}
+        for ref in last_by_epoch.values():
+            for number in self.plan.blocks_after(ref, BLOCKS_AHEAD):
                 self.store.request(number)
 
 
-def assemble(
+def assemble_batch(
     tokens: np.ndarray,
-    learned: np.ndarray,
-    pieces: np.ndarray,
+    targets: np.ndarray,
+    segments: np.ndarray,
     rows: np.ndarray,
     lane: int,
-    changed: np.ndarray | None = None,
+    changed_lengths: np.ndarray | None = None,
 ) -> Batch:
-    """Return the batch of pieces laid one after the other, row by row.
+    """Return the batch of consecutive segments, row by row.
 
     Args:
-        tokens: (sum,) token ids of all pieces.
-        learned: (sum,) uint8: 1 where a token is a target; or int32: labels, which stay where they are.
-        pieces: (n, 4) [sample id, first token, number of tokens, epoch].
-        rows: (n,) the row of each piece, ascending from 0.
-        lane: recorded in the batch.
-        changed: (n,) tokens of each piece, if not as `pieces` say.
+        tokens: (L,) token ids of all segments.
+        targets: (L,) uint8: 1 where a token is a next-token target; or int32: labels, which keep
+            their positions.
+        segments: (N, 4) [sample id, first token, number of tokens, epoch].
+        rows: (N,) the row of each segment, ascending from 0.
+        lane: stored in the batch.
+        changed_lengths: (N,) tokens of each segment, if they differ from `segments`.
     """
-    sizes = pieces[:, 2] if changed is None else changed
-    ends = np.cumsum(sizes)
-    targets = learned if learned.dtype == np.int32 else _shifted(tokens, learned, ends)
-    positions = np.arange(len(tokens)) - np.repeat(ends - sizes, sizes)
+    lengths = segments[:, 2] if changed_lengths is None else changed_lengths
+    ends = np.cumsum(lengths)
+    is_labeled = targets.dtype == np.int32
+    flat_targets = targets if is_labeled else _next_token_targets(tokens, targets, ends)
+    flat_positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
 
-    stops = ends[np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)].tolist()
-    starts = [0, *stops[:-1]]
-    shape = (len(stops), max(stop - start for start, stop in zip(starts, stops, strict=True)))
-    input_ids = np.zeros(shape, dtype=np.int64)
-    target_ids = np.full(shape, IGNORED, dtype=np.int64)
-    position_ids = np.empty(shape, dtype=np.int64)
-    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        fill = stop - start
-        input_ids[row, :fill] = tokens[start:stop]
-        target_ids[row, :fill] = targets[start:stop]
-        position_ids[row, :fill] = positions[start:stop]
-        position_ids[row, fill:] = np.arange(shape[1] - fill)
-    return Batch(input_ids, target_ids, position_ids, pieces, lane, sizes=changed)
+    # a row ends with its last segment
+    last_segments = np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)
+    row_edges = [0, *ends[last_segments].tolist()]
+    num_rows = len(row_edges) - 1
+    num_tokens = max(stop - start for start, stop in pairwise(row_edges))
+
+    input_ids = np.zeros((num_rows, num_tokens), dtype=np.int64)
+    target_ids = np.full((num_rows, num_tokens), IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.empty((num_rows, num_tokens), dtype=np.int64)
+    for row, (start, stop) in enumerate(pairwise(row_edges)):
+        length = stop - start
+        input_ids[row, :length] = tokens[start:stop]
+        target_ids[row, :length] = flat_targets[start:stop]
+        position_ids[row, :length] = flat_positions[start:stop]
+        position_ids[row, length:] = np.arange(num_tokens - length)
+    return Batch(
+        input_ids, target_ids, position_ids, segments, lane, changed_lengths=changed_lengths
+    )
 
 
-def _shifted(tokens: np.ndarray, learned: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return, (sum,), at each token the one that follows within its piece if that is a target, else IGNORED."""
-    follows = np.zeros(len(tokens), dtype=bool)
-    follows[:-1] = learned[1:]
-    follows[ends - 1] = False
-    targets = np.full(len(tokens), IGNORED, dtype=tokens.dtype)
-    np.copyto(targets[:-1], tokens[1:], where=follows[:-1])
+def _next_token_targets(tokens: np.ndarray, is_target: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the next token of the same segment where it is a target, else `IGNORE_INDEX`.
+
+    Args:
+        tokens: (L,) token ids.
+        is_target: (L,) 1 where a token is a target.
+        ends: (N,) the position after each segment.
+
+    Returns:
+        (L,), of the type of `tokens`.
+    """
+    next_is_target = np.zeros(len(tokens), dtype=bool)
+    next_is_target[:-1] = is_target[1:]
+    next_is_target[ends - 1] = False  # the next token belongs to another segment
+    targets = np.full(len(tokens), IGNORE_INDEX, dtype=tokens.dtype)
+    np.copyto(targets[:-1], tokens[1:], where=next_is_target[:-1])
     return targets

@@ -1,23 +1,39 @@
-"""Which tokens a masked language model must tell: drawn by seed, epoch and sample, so the same in every world.
+"""Masking: which tokens a masked language model must predict.
 
-Of the tokens chosen 80 % become the mask, 10 % another token, 10 % stay (BERT, arXiv:1810.04805); at least one is.
+Drawn by seed, epoch and sample, so the same in every world size. Of the selected tokens, 80 %
+become the mask token, 10 % another token, and 10 % stay as they are (BERT, arXiv:1810.04805). At
+least one token of each segment is selected.
+
+N is the number of segments of a batch, L the sum of their tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_ft.config.schema import TaskSection
-from dist_ft.core.seeds import (
-    derive_seed,
-    random_uint64,
-)
+from dist_ft.core.seeds import derive_seed, random_uint64, to_unit_interval
 from dist_ft.data.batch import IGNORE_INDEX
 
-MASKED, REPLACED = 0.8, 0.9
+MASKED_BELOW = 0.8
+"""Selected tokens whose draw lies below this become the mask token,"""
+REPLACED_BELOW = 0.9
+"""the others below this another token, and the rest stay."""
+
+
+class MaskedTokens(NamedTuple):
+    """The tokens of a batch with masks.
+
+    Attributes:
+        tokens: (L,) token ids.
+        labels: int32 (L,): the original token where one was selected, else `IGNORE_INDEX`.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -25,49 +41,54 @@ class Masking:
     """How masks are drawn.
 
     Attributes:
-        mask: id of the mask token.
-        vocabulary: number of ids.
-        share: of the tokens that are to be told.
+        mask_id: id of the mask token.
+        vocab_size: number of token ids.
+        probability: of a token to be selected.
         seed: of the run.
     """
 
-    mask: int
-    vocabulary: int
-    share: float
+    mask_id: int
+    vocab_size: int
+    probability: float
     seed: int
 
     @classmethod
-    def of(cls, tokenizer: Any, task: TaskSection, seed: int) -> Masking:
+    def from_task(cls, tokenizer: Any, task: TaskSection, seed: int) -> Masking:
         """Return the masking of a task."""
-        return cls(tokenizer.mask_token_id, len(tokenizer), task.mask_probability, seed)
+        return cls(tokenizer.mask_token_id, len(tokenizer), task.masked_share, seed)
 
-    def apply(
-        self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and labels of a batch with what is masked.
+    def apply(self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray) -> MaskedTokens:
+        """Mask the tokens of a batch.
 
         Args:
-            tokens: (sum,) of all pieces.
-            labels: (sum,) int32: the token itself where it may be masked, else IGNORED.
-            pieces: (n, 4) [sample id, first token, number of tokens, epoch].
+            tokens: (L,) of all segments.
+            labels: int32 (L,): the token itself where it may be masked, else `IGNORE_INDEX`.
+            segments: (N, 4) [sample id, first token, number of tokens, epoch].
         """
-        drawn = np.concatenate(
+        draws = np.concatenate(
             [
                 random_uint64(derive_seed(self.seed, epoch, sample, first), size)
                 for sample, first, size, epoch in segments.tolist()
             ]
         )
-        chance = (drawn >> np.uint64(11)).astype(np.float64) / 2**53
-        chance[labels == IGNORE_INDEX] = 2.0
-        starts = np.cumsum(segments[:, 2]) - segments[:, 2]
-        least = np.repeat(np.minimum.reduceat(chance, starts), segments[:, 2])
-        chosen = (chance < self.share) | ((chance == least) & (least < 2))
-        how = np.where(
-            chance < self.share, chance / self.share, 0.0
-        )  # one that had to be chosen is masked
-        found = np.where(chosen & (how < MASKED), self.mask, tokens)
-        others = (drawn % np.uint64(self.vocabulary)).astype(np.int64)
-        found = np.where(chosen & (how >= MASKED) & (how < REPLACED), others, found)
-        return found.astype(tokens.dtype), np.where(chosen, labels, np.int32(IGNORE_INDEX)).astype(
-            np.int32
-        )
+        chance = to_unit_interval(draws)
+        chance[labels == IGNORE_INDEX] = 2.0  # never selected
+
+        # select by probability, and the token with the smallest draw of each segment
+        lengths = segments[:, 2]
+        starts = np.cumsum(lengths) - lengths
+        smallest = np.repeat(np.minimum.reduceat(chance, starts), lengths)
+        by_chance = chance < self.probability
+        selected = by_chance | ((chance == smallest) & (smallest < 2))
+
+        # The draw also decides what a selected token becomes. One that is selected only because it
+        # has the smallest draw becomes the mask.
+        kind = np.where(by_chance, chance / self.probability, 0.0)
+        is_masked = selected & (kind < MASKED_BELOW)
+        is_replaced = selected & (kind >= MASKED_BELOW) & (kind < REPLACED_BELOW)
+        random_tokens = (draws % np.uint64(self.vocab_size)).astype(np.int64)
+
+        masked = np.where(is_masked, self.mask_id, tokens)
+        masked = np.where(is_replaced, random_tokens, masked)
+        new_labels = np.where(selected, labels, np.int32(IGNORE_INDEX))
+        return MaskedTokens(masked.astype(tokens.dtype), new_labels.astype(np.int32))

@@ -18,7 +18,7 @@ COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
 """A line about a sentence, before its words, in files of the CoNLL-U kind."""
 
 
-def conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
+def read_conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
     """Yield {tokens, tags} of files with a word and its tag a line (first, last column), blanks between sentences."""
     for path in paths:
         words: list[str] = []
@@ -43,7 +43,7 @@ def conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
                 tags.append(columns[-1].strip())
 
 
-def squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
+def read_squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
     """Yield {id, title, question, context, answers: {text, answer_start}} of files in SQuAD's format, 1.1 or 2.0."""
     for path in paths:
         try:
@@ -71,7 +71,7 @@ def squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
             ) from error
 
 
-def labelled(
+def read_labeled(
     paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
 ) -> Iterator[Row]:
     """Yield {text, label} of files with a text a line, each given as PATH=LABEL."""
@@ -88,7 +88,7 @@ def labelled(
                 yield {"text": line.strip(), "label": label}
 
 
-def parallel(
+def read_parallel(
     paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
 ) -> Iterator[Row]:
     """Yield {source, target} of two files whose lines belong together."""
@@ -108,7 +108,7 @@ def parallel(
         yield {"source": first.strip(), "target": second.strip()}
 
 
-def pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
+def read_pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
     """Yield {text, label} of JSON files with a list of [text, label], or several such lists by name (`part`)."""
     for path in paths:
         try:
@@ -128,11 +128,11 @@ def pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
 
 
 IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
-    "conll": conll,
-    "squad": squad,
-    "labelled": labelled,
-    "parallel": parallel,
-    "pairs": pairs,
+    "conll": read_conll,
+    "squad": read_squad,
+    "labelled": read_labeled,
+    "parallel": read_parallel,
+    "pairs": read_pairs,
 }
 """Formats by name."""
 

@@ -19,12 +19,12 @@ import numpy as np
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import Row, resolve
+from dist_ft.data.sources.discovery import Row, discover_shards
 
 BLOCK_BYTES = 16 * 2**20
-MOST_HASHES = 5_000_000
+MAX_HASHES = 5_000_000
 """Duplicates are looked for among so many first rows: a hash each."""
-MOST_EXAMPLES = 5
+MAX_EXAMPLES = 5
 LONG_CHARACTERS = 100_000
 
 
@@ -56,21 +56,21 @@ class Inspection:
         """Count something odd and remember where it was seen first."""
         self.suspicious[what] += 1
         places = self.examples.setdefault(what, [])
-        if len(places) < MOST_EXAMPLES:
+        if len(places) < MAX_EXAMPLES:
             places.append(where)
 
 
-def inspect(paths: Sequence[str]) -> Inspection:
+def inspect_paths(paths: Sequence[str]) -> Inspection:
     """Return what lies at paths, URLs, globs or hub names. Raises DataError where they name nothing."""
     import xxhash
 
     found, seen = Inspection(), set[int]()
-    for shards in resolve([Source(path=path) for path in paths], "PATH"):
+    for shards in discover_shards([Source(path=path) for path in paths], "PATH"):
         for shard in shards:
             found.num_shards += 1
             found.num_bytes += shard.size if shard.kind != "hub" else 0
             found.kinds[shard.kind + (f" ({shard.codec})" if shard.codec else "")] += 1
-            for number, row in enumerate(readers.rows_of(shard, BLOCK_BYTES), 1):
+            for number, row in enumerate(readers.iter_rows(shard, BLOCK_BYTES), 1):
                 found.num_rows += 1
                 where = f"{shard.url} row {number}"
                 if isinstance(row, DataError):
@@ -80,7 +80,7 @@ def inspect(paths: Sequence[str]) -> Inspection:
                     f"{name}: {type(value).__name__}" for name, value in row.items()
                 )
                 _judge(found, row, where)
-                if len(seen) < MOST_HASHES:
+                if len(seen) < MAX_HASHES:
                     digest = xxhash.xxh3_64_intdigest(
                         json.dumps(row, sort_keys=True, default=str).encode()
                     )
@@ -129,7 +129,7 @@ def _holds_numbers(row: Row) -> bool:
     )
 
 
-def describe(found: Inspection) -> str:
+def format_inspection(found: Inspection) -> str:
     """Return the lines that tell a person about it."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items()))
     low, median, p95, high = (
@@ -140,7 +140,7 @@ def describe(found: Inspection) -> str:
         f"rows        {found.num_rows:,}",
         f"characters  min {low:,}, median {median:,}, 95% {p95:,}, max {high:,} a row",
         f"duplicates  {found.num_duplicates:,}"
-        + (f" (among the first {MOST_HASHES:,} rows)" if found.num_rows > MOST_HASHES else ""),
+        + (f" (among the first {MAX_HASHES:,} rows)" if found.num_rows > MAX_HASHES else ""),
         "columns",
     ]
     lines += [

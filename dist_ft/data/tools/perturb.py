@@ -12,14 +12,16 @@ from typing import Any
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError
-from dist_ft.data.sampling.shuffle import mix
+from dist_ft.core.seeds import (
+    derive_seed,
+)
 from dist_ft.data.sources.discovery import Row
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
-def columns_of(task: TaskSection) -> tuple[str, ...]:
+def perturbed_columns(task: TaskSection) -> tuple[str, ...]:
     """Return the columns whose texts may be made otherwise; in a question's context the answer must stay a part."""
     names = task.columns
     if task.name == "token_classification":
@@ -29,7 +31,7 @@ def columns_of(task: TaskSection) -> tuple[str, ...]:
     return (names.text,) if names.pair is None else (names.text, names.pair)
 
 
-def altered(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
+def perturb_row(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
     """Return a row with `change` made to its texts; a list of words stays as long."""
 
     def made(value: Any) -> Any:
@@ -37,18 +39,18 @@ def altered(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
             return [change(word) if isinstance(word, str) else word for word in value]
         return change(value) if isinstance(value, str) else value
 
-    return {**row, **{name: made(row[name]) for name in columns_of(task) if name in row}}
+    return {**row, **{name: made(row[name]) for name in perturbed_columns(task) if name in row}}
 
 
-def typos(rate: float, seed: int, number: int) -> Callable[[str], str]:
+def make_typo_function(rate: float, seed: int, number: int) -> Callable[[str], str]:
     """Return what gives a share `rate` of the words of row `number` one typo each."""
-    rng = random.Random(mix(seed, number))
+    rng = random.Random(derive_seed(seed, number))
     return lambda text: _WORD.sub(
-        lambda found: typo(found[0], rng) if rng.random() < rate else found[0], text
+        lambda found: add_typo(found[0], rng) if rng.random() < rate else found[0], text
     )
 
 
-def typo(word: str, rng: random.Random) -> str:
+def add_typo(word: str, rng: random.Random) -> str:
     """Return a word of at least two letters with two of them swapped, one left out, or one hit beside its key."""
     kind, at = rng.choice(("swap", "drop", "beside")), rng.randrange(len(word))
     if kind == "swap":
@@ -56,14 +58,14 @@ def typo(word: str, rng: random.Random) -> str:
         return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     if kind == "drop":
         return word[:at] + word[at + 1 :]
-    near = beside(word[at].lower())
+    near = neighboring_keys(word[at].lower())
     if not near:  # a letter of another alphabet
         return word[:at] + word[at + 1 :]
     hit = rng.choice(near)
     return word[:at] + (hit.upper() if word[at].isupper() else hit) + word[at + 1 :]
 
 
-def beside(letter: str) -> str:
+def neighboring_keys(letter: str) -> str:
     """Return the letters whose keys touch that of `letter`; none for one that has no key."""
     for number, row in enumerate(KEYBOARD):
         at = row.find(letter)
@@ -76,7 +78,7 @@ def beside(letter: str) -> str:
     return ""
 
 
-def swaps(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
+def make_swap_function(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     """Return what puts the other one of each pair in place of every whole word or name, at once and both ways.
 
     Raises DataError if a term stands in two pairs: it would not be clear what it becomes.

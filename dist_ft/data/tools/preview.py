@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from dist_ft.data.batching.loader import Loader
-from dist_ft.data.blocks.segments import pieces_of
-from dist_ft.data.sampling.packing import sequences_of
+from dist_ft.data.blocks.segments import split_into_segments
+from dist_ft.data.sampling.packing import group_into_sequences
 
-MOST_BLOCKS = 32
+MAX_BLOCKS = 32
 """Lengths and padding are told from so many blocks at most."""
 
 
 @dataclass(frozen=True)
-class Statistics:
+class DataStatistics:
     """The numbers of a data set and of its first epoch.
 
     Attributes:
@@ -51,15 +51,15 @@ class Statistics:
     num_blocks: int
 
 
-def statistics(loader: Loader) -> Statistics:
+def compute_statistics(loader: Loader) -> DataStatistics:
     """Return the numbers of a loader's data and of its first epoch; lengths are those of the first blocks."""
     index, batch = loader.index, loader.plan.batch
-    blocks = [loader.store.block(number) for number in range(min(MOST_BLOCKS, len(index.blocks)))]
+    blocks = [loader.store.block(number) for number in range(min(MAX_BLOCKS, len(index.blocks)))]
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
     sizes = np.concatenate([_sequence_tokens(loader, number) for number in range(len(blocks))])
     low, median, p95, high = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
     tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
-    return Statistics(
+    return DataStatistics(
         num_samples=index.num_samples,
         num_left_out=index.total("num_left_out"),
         num_bad=index.total("num_bad"),
@@ -70,9 +70,9 @@ def statistics(loader: Loader) -> Statistics:
         learned_share=index.total("num_targets") / tokens,
         fill=tokens / (sequences * batch.sequence_length),
         padding_share=1
-        - float(sizes.sum()) / _positions(sizes, batch.global_batch, batch.micro_batch),
+        - float(sizes.sum()) / _num_positions(sizes, batch.global_batch, batch.micro_batch),
         num_sequences=sequences,
-        num_steps=loader.plan.steps_of(1),
+        num_steps=loader.plan.num_steps_in_epochs(1),
         num_blocks=len(index.blocks),
     )
 
@@ -80,11 +80,11 @@ def statistics(loader: Loader) -> Statistics:
 def _sequence_tokens(loader: Loader, number: int) -> np.ndarray:
     """Return the tokens of each sequence of a block in epoch 0, int64 (n,)."""
     found = loader.packed(0, number)
-    filled = np.concatenate([[0], np.cumsum(found.pieces[found.members, 2])])
-    return np.diff(filled[found.offsets])
+    filled = np.concatenate([[0], np.cumsum(found.segments[found.sequences.members, 2])])
+    return np.diff(filled[found.sequences.offsets])
 
 
-def _positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
+def _num_positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
     """Return the positions computed for sequences of `sizes` tokens: rows times the widest, over all lanes."""
     number = np.arange(len(sizes))
     lanes = (
@@ -95,7 +95,7 @@ def _positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
     return int((np.maximum.reduceat(sizes, starts) * np.diff(starts, append=len(sizes))).sum())
 
 
-def describe(numbers: Statistics, packed: bool) -> str:
+def format_statistics(numbers: DataStatistics, packed: bool) -> str:
     """Return the lines that tell a person about `numbers`."""
     left_out = f", {numbers.num_left_out} left out" if numbers.num_left_out else ""
     bad = f" ({numbers.num_bad} can not be used)" if numbers.num_bad else ""
@@ -122,16 +122,16 @@ def pack_stats(loader: Loader) -> str:
     overlong = "truncate" if data.overlong == "error" else data.overlong
     lines = [f"{'length':>8}{'cut':>8}{'sequences':>11}{'packed full':>13}{'unpacked full':>15}"]
     for length in (own // 2, own, own * 2):
-        sequences = tokens = pieces = cut = 0
-        for number in range(min(MOST_BLOCKS, len(loader.index.blocks))):
+        sequences = tokens = segments = cut = 0
+        for number in range(min(MAX_BLOCKS, len(loader.index.blocks))):
             block = loader.store.block(number)
-            sizes = pieces_of(block, length, overlong)[0][:, 2]
-            sequences += len(sequences_of(sizes, length, True, None)[1]) - 1
-            tokens, pieces = tokens + int(sizes.sum()), pieces + len(sizes)
+            sizes = split_into_segments(block, length, overlong)[0][:, 2]
+            sequences += len(group_into_sequences(sizes, length, True, None)[1]) - 1
+            tokens, segments = tokens + int(sizes.sum()), segments + len(sizes)
             cut += int((np.diff(block.offsets) > length).sum())
         lines.append(
             f"{length:>8}{cut:>8}{sequences:>11}{tokens / max(1, sequences * length):>13.1%}"
-            f"{tokens / max(1, pieces * length):>15.1%}"
+            f"{tokens / max(1, segments * length):>15.1%}"
         )
     return "\n".join(lines)
 
@@ -148,18 +148,18 @@ def preview(loader: Loader, num_samples: int = 3, rich: bool = False) -> str:
     for number, row, first, size in _first_pieces(loader, num_samples):
         tokenised = loader.store.block(number)
         start = int(tokenised.offsets[row]) + first
-        learned = tokenised.learned[start : start + size].copy()
-        learned[0] &= tokenised.is_labelled
+        learned = tokenised.is_target[start : start + size].copy()
+        learned[0] &= tokenised.is_labeled
         sample = int(loader.index.first_samples[number]) + row
-        shard, place = loader.index.place(sample)
-        told = loader.store.encoder.shown(tokenised.targets[start : start + size])
+        shard, place = loader.index.locate_sample(sample)
+        told = loader.store.encoder.describe_targets(tokenised.targets[start : start + size])
         head = f"sample {sample} ({shard.url} row {place + 1}): {size} tokens, {int(learned.sum())} learned"
         head += f" ({told})" if told else ""
-        text = mark(
+        text = mark_targets(
             loader.store.encoder.tokenizer, tokenised.tokens[start : start + size], learned, rich
         )
         blocks.append(f"{_escape(head) if rich else head}\n{text}")
-    return "\n\n".join([*blocks, describe(statistics(loader), loader.plan.data.pack)])
+    return "\n\n".join([*blocks, format_statistics(compute_statistics(loader), loader.plan.data.pack)])
 
 
 def _first_pieces(loader: Loader, count: int) -> list[tuple[int, int, int, int]]:
@@ -169,12 +169,12 @@ def _first_pieces(loader: Loader, count: int) -> list[tuple[int, int, int, int]]
         if len(found) >= count:
             break
         block = loader.store.block(number)
-        pieces, _ = pieces_of(block, loader.plan.batch.sequence_length, loader.plan.data.overlong)
-        found += [(number, *piece) for piece in pieces[: count - len(found)].tolist()]
+        segments, _ = split_into_segments(block, loader.plan.batch.sequence_length, loader.plan.data.overlong)
+        found += [(number, *piece) for piece in segments[: count - len(found)].tolist()]
     return found
 
 
-def mark(tokenizer: Any, tokens: np.ndarray, learned: np.ndarray, rich: bool = False) -> str:
+def mark_targets(tokenizer: Any, tokens: np.ndarray, learned: np.ndarray, rich: bool = False) -> str:
     """Return tokens (n,) as text, runs of learned (n,) bool ones marked."""
     wrap: Callable[[str], str] = (
         (lambda text: f"[bold green]{_escape(text)}[/bold green]") if rich else "[[{}]]".format

@@ -16,20 +16,20 @@ from typing import Any
 from dist_ft.core.errors import DataError
 from dist_ft.data.block import Block
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.token_cache import TokenisedBlock, key
+from dist_ft.data.blocks.token_cache import TokenizedBlock, cache_key
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard
-from dist_ft.data.tools.write import as_jsonl, as_parquet
+from dist_ft.data.tools.write import encode_jsonl, encode_parquet
 from dist_ft.storage.filesystem import Store
 
 SOURCE, COMPLETE = "_source.json", "_complete"
 
 
-def convert(
+def rewrite_blocks(
     blocks: BlockStore,
     out: Store,
     suffix: str,
-    tokenise: bool,
+    tokenize: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write the blocks as shards of `suffix` (parquet or jsonl) into `out`; return how many were written now.
@@ -40,9 +40,9 @@ def convert(
     about = json.dumps(
         {
             "suffix": suffix,
-            "tokenised": tokenise,
+            "tokenised": tokenize,
             "blocks": [
-                key(blocks.fingerprint if tokenise else "rows", block, blocks.shards)
+                cache_key(blocks.fingerprint if tokenize else "rows", block, blocks.shards)
                 for block in blocks.blocks
             ],
         }
@@ -50,15 +50,15 @@ def convert(
     there = set(out.list())
     if (SOURCE in there and out.read(SOURCE).decode() != about) or (SOURCE not in there and there):
         raise DataError(
-            f"--out={out.shown()}: holds shards that were written from other data or in another way; an "
+            f"--out={out.redacted_url()}: holds shards that were written from other data or in another way; an "
             "empty folder, or the same call again, is allowed; choose another folder"
         )
     total = len(blocks.blocks)
     names = [f"part-{number:05d}-of-{total:05d}.{suffix}" for number in range(total)]
     missing = [number for number, name in enumerate(names) if name not in there]
     made: Iterator[Any] = (
-        (as_table(block) for _, block in blocks.each(missing))
-        if tokenise
+        (block_to_table(block) for _, block in blocks.iter_blocks(missing))
+        if tokenize
         else _rows([blocks.blocks[number] for number in missing], blocks.shards)
     )
     out.write(SOURCE, about.encode())
@@ -70,7 +70,7 @@ def convert(
     return len(missing)
 
 
-def as_table(block: TokenisedBlock) -> Any:
+def block_to_table(block: TokenizedBlock) -> Any:
     """Return a block as an Arrow table of `input_ids` and `targets`; rows that were left out stay empty."""
     import pyarrow as pa
 
@@ -85,11 +85,11 @@ def as_table(block: TokenisedBlock) -> Any:
 
 def _rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
     """Yield the rows of each block; a shard that several have parts of is read in one pass."""
-    todo = [(number, part) for number, block in enumerate(blocks) for part in block.parts]
-    left, found = [len(block.parts) for block in blocks], list[Row]()
+    todo = [(number, part) for number, block in enumerate(blocks) for part in block.ranges]
+    left, found = [len(block.ranges) for block in blocks], list[Row]()
     for shard, group in groupby(todo, key=lambda item: item[1].shard):
         numbers, parts = zip(*group, strict=True)
-        for number, (_, rows) in zip(numbers, readers.read(shards[shard], parts), strict=True):
+        for number, (_, rows) in zip(numbers, readers.read_ranges(shards[shard], parts), strict=True):
             for row in rows if isinstance(rows, list) else rows.to_pylist():
                 if isinstance(row, DataError):
                     raise row
@@ -102,9 +102,9 @@ def _rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row
 
 def _encode(rows: Any, suffix: str) -> bytes:
     if suffix == "jsonl":
-        return as_jsonl(rows if isinstance(rows, list) else rows.to_pylist())
+        return encode_jsonl(rows if isinstance(rows, list) else rows.to_pylist())
     if isinstance(rows, list):
-        return as_parquet(rows)
+        return encode_parquet(rows)
     import pyarrow.parquet
 
     buffer = io.BytesIO()

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from dist_ft.core.errors import DataError
-from dist_ft.data.sampling.shuffle import hashes, mix
+from dist_ft.core.seeds import (
+    derive_seed,
+    random_uint64,
+)
 from dist_ft.data.sources.discovery import Row
 
 
-def split(
+def split_rows(
     rows: Sequence[Row],
     shares: Mapping[str, float],
     seed: int = 0,
@@ -36,15 +39,15 @@ def split(
     edges = np.cumsum(list(shares.values()))
     chosen = np.zeros(len(rows), dtype=np.int64)
     if group is not None:
-        whole = list(groups(rows, group, "--group").values())
-        order = np.argsort(hashes(mix(seed), len(whole)), kind="stable").tolist()
+        whole = list(group_rows(rows, group, "--group").values())
+        order = np.argsort(random_uint64(derive_seed(seed), len(whole)), kind="stable").tolist()
         begins = np.cumsum([0, *(len(whole[number]) for number in order)])[:-1] / max(1, len(rows))
         for number, at in zip(order, np.searchsorted(edges, begins, side="right"), strict=True):
             chosen[whole[number]] = min(int(at), len(edges) - 1)
-    for value, places in groups(rows, by).items() if group is None else ():
+    for value, places in group_rows(rows, by).items() if group is None else ():
         shuffled = _shuffled(places, seed, value)
         # positions in the middle of their slots, shifted by seed, so that small groups too come to their share in sum
-        shift = (mix(seed, *_numbers(value)) >> 11) / 2**52
+        shift = (derive_seed(seed, *_numbers(value)) >> 11) / 2**52
         at = (np.arange(len(shuffled)) + shift % 1) / max(1, len(shuffled))
         chosen[shuffled] = np.minimum(np.searchsorted(edges, at, side="right"), len(edges) - 1)
     return {
@@ -53,13 +56,13 @@ def split(
     }
 
 
-def few(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> list[Row]:
+def sample_per_label(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> list[Row]:
     """Return `count` rows of each value of the column `by`, drawn by seed, in the rows' own order.
 
     Those of a smaller count are among those of a larger one. Raises DataError for a value with fewer rows.
     """
     kept = []
-    for value, places in groups(rows, by).items():
+    for value, places in group_rows(rows, by).items():
         if len(places) < count:
             raise DataError(
                 f"--per-label={count}: there are {len(places)} rows of {by}={value}; at most as many are "
@@ -69,7 +72,7 @@ def few(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> li
     return [rows[place] for place in sorted(kept)]
 
 
-def groups(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[str, list[int]]:
+def group_rows(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[str, list[int]]:
     """Return the places of rows by the value of a column; all in one without."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
@@ -82,7 +85,7 @@ def groups(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[st
 
 
 def _shuffled(places: list[int], seed: int, value: Any) -> np.ndarray:
-    order = np.argsort(hashes(mix(seed, *_numbers(value)), len(places)), kind="stable")
+    order = np.argsort(random_uint64(derive_seed(seed, *_numbers(value)), len(places)), kind="stable")
     return np.array(places, dtype=np.int64)[order]
 
 

@@ -17,12 +17,12 @@ from dist_ft.storage.filesystem import Store
 
 def write_parquet(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
     """Write rows as .parquet shards of at most `rows_per_shard`; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "parquet", as_parquet)
+    return _write(rows, store, prefix, rows_per_shard, "parquet", encode_parquet)
 
 
 def write_jsonl(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
     """Write rows as .jsonl shards of at most `rows_per_shard`, UTF-8; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "jsonl", as_jsonl)
+    return _write(rows, store, prefix, rows_per_shard, "jsonl", encode_jsonl)
 
 
 def _write(
@@ -37,18 +37,18 @@ def _write(
         raise DataError(f"rows_per_shard={rows_per_shard}: is too small; at least 1; raise it")
     if not rows:
         raise DataError(
-            f"{store.full(prefix)}: there is no row to write; at least one is needed; check its source"
+            f"{store.full_url(prefix)}: there is no row to write; at least one is needed; check its source"
         )
     total = -(-len(rows) // rows_per_shard)
     urls = []
     for number in range(total):
         name = f"{prefix}-{number:05d}-of-{total:05d}.{suffix}"
         store.write(name, encode(rows[number * rows_per_shard : (number + 1) * rows_per_shard]))
-        urls.append(store.full(name))
+        urls.append(store.full_url(name))
     return urls
 
 
-def as_parquet(rows: Sequence[Row]) -> bytes:
+def encode_parquet(rows: Sequence[Row]) -> bytes:
     """Return rows as a Parquet file of all columns that any row has, its pages with checksums."""
     import pyarrow
     import pyarrow.parquet
@@ -60,6 +60,6 @@ def as_parquet(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def as_jsonl(rows: Sequence[Row]) -> bytes:
+def encode_jsonl(rows: Sequence[Row]) -> bytes:
     """Return rows as JSON lines in UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()

@@ -1,9 +1,10 @@
-"""A model's files on this node: a folder as it is; a bucket's or the hub's fetched once a node, for all its workers.
+"""A model's files on this node: a local folder as it is; a bucket's or the hub's downloaded once per node.
 
-Guarantees: one process of a node fetches while others wait on a file lock; what is here and sound is used without a
-word to the store, so a storm of restarts does not reach it; a file arrives with the length, and where the store tells
-one the checksum, it has there. What was changed or damaged here since is noticed and fetched anew. Weights are fetched
-only by who reads them: a look at a config, or a run that goes on from its own checkpoint, does not.
+Guarantees: one process of a node downloads while others wait on a file lock; files that are complete here
+are used without a request to the store, so that many restarts do not load it; a file arrives with the
+length, and where the store provides one the checksum, that it has there. Files that were changed or damaged
+here are detected and downloaded again. Weights are downloaded only by callers that read them: reading a
+config, or resuming a run from its own checkpoint, does not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.core.errors import ModelError
 from dist_ft.core.logs import redact
@@ -27,204 +28,241 @@ log = logging.getLogger("dist_ft.model")
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 WEIGHTS_PATTERN = "*.safetensors"
 MARKER = ".complete"
-"""File beside a model's: which files are whole here: {weights, files: {name: {num_bytes, mtime_ns, xxh3}}}."""
+"""File next to a model's files that lists the complete ones, see `_Marker`."""
 BRANCH_MAX_AGE_S = 600.0
-"""A branch or tag of the hub is asked for anew after so long: it may have moved; a commit never."""
+"""Age after which a branch or tag of the hub is requested again: it may have moved; a commit never does."""
 MAX_ATTEMPTS = 2
 _MD5 = re.compile(r'^"?([0-9a-f]{32})"?$')
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
+class _FileRecord(TypedDict):
+    """A file as it was downloaded: length, modification time, XXH3 checksum."""
+
+    num_bytes: int
+    mtime_ns: int
+    xxh3: str
+
+
+class _Marker(TypedDict, total=False):
+    """Content of a marker file.
+
+    Attributes:
+        weights: the files include weights.
+        files: the complete files, by path relative to the folder.
+        folder: of the hub's cache: where the files are.
+        at: of the hub: time of the download, seconds since the epoch.
+    """
+
+    weights: bool
+    files: dict[str, _FileRecord]
+    folder: str
+    at: float
+
+
 def cache_folder(configured: str | None) -> Path:
-    """Return the local folder for fetched models and tokenised shards."""
+    """Return the local folder for downloaded models and tokenized shards."""
     return Path(configured or "~/.cache/dist_ft").expanduser()
 
 
 def fetch_model(
     path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
 ) -> str:
-    """Return a local folder with the model at `path`, fetched once a node (others wait on a file lock).
+    """Return a local folder with the model at `path`, downloaded once per node.
 
-    weights: also its weights; without them config, tokenizer and templates are enough.
+    Args:
+        path: a folder, an fsspec URL of one, or a hub name.
+        revision: of the hub.
+        cache_dir: local folder for downloads; None: the default one.
+        weights: also its weights; without them only config, tokenizer and templates.
+
+    Raises:
+        ModelError: no model is there, or its files arrive damaged.
     """
-    if filesystem.is_local(path):
-        local = filesystem.local_path(path)
-        if os.path.isdir(local):
-            return local
-        if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
-            raise ModelError(
-                f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, "
-                "or a hub name such as org/name"
-            )
-        return _from_hub(path, revision, cache_folder(cache_dir) / "models", weights)
-    return _from_bucket(path, cache_folder(cache_dir) / "models", weights)
+    cache = cache_folder(cache_dir) / "models"
+    if not filesystem.is_local(path):
+        return _from_bucket(path, cache, weights)
+    local = filesystem.local_path(path)
+    if os.path.isdir(local):
+        return local
+    if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
+        raise ModelError(
+            f"model.path={path}: no such folder. Give a model folder, an fsspec URL of one, or a hub "
+            "name such as org/name."
+        )
+    return _from_hub(path, revision, cache, weights)
 
 
 def _from_bucket(url: str, cache: Path, weights: bool) -> str:
-    """Mirror the folder at `url` below `cache`."""
-    folder = cache / _name(url)
-    with _alone(folder):
-        kept = _marker(folder / MARKER)
-        sound = _sound(folder, kept.get("files", {}))
-        if sound and len(sound) == len(kept["files"]) and (kept["weights"] or not weights):
+    """Return a mirror of the folder at `url`, below `cache`."""
+    folder = cache / _hash(url)
+    with _locked(folder):
+        marker = _read_marker(folder / MARKER)
+        intact = _intact_files(folder, marker.get("files", {}))
+        has_weights = bool(marker.get("weights"))
+        if intact and len(intact) == len(marker["files"]) and (has_weights or not weights):
             return str(folder)
+
         store = filesystem.Store(url)
-        there = store.about()
-        if "config.json" not in there:
+        remote = store.file_infos()
+        if "config.json" not in remote:
             raise ModelError(
                 redact(
-                    f"model.path={url}: no config.json there; give the folder that save_pretrained "
-                    "wrote (config.json, *.safetensors, tokenizer files)"
+                    f"model.path={url}: it has no config.json. Give the folder that save_pretrained "
+                    "wrote (config.json, *.safetensors, tokenizer files)."
                 )
             )
-        weights = weights or bool(kept.get("weights"))
-        wanted = {name: about for name, about in there.items() if is_model_file(name, weights)}
-        absent = {
-            name
-            for name, about in wanted.items()
-            if name not in sound or sound[name]["num_bytes"] != about["size"]
-        }
-        found = {
-            name: about for name, about in sound.items() if name in wanted and name not in absent
-        }
-        found |= _download(store, folder, {name: wanted[name] for name in absent})
-        _write(folder / MARKER, {"weights": weights, "files": found})
+        weights = weights or has_weights
+        needed = {name: info for name, info in remote.items() if is_model_file(name, weights)}
+        files, missing = {}, {}
+        for name, info in needed.items():
+            if name in intact and intact[name]["num_bytes"] == info["size"]:
+                files[name] = intact[name]
+            else:
+                missing[name] = info
+        files |= _download(store, folder, missing)
+        _write_marker(folder / MARKER, {"weights": weights, "files": files})
     return str(folder)
 
 
 def is_model_file(name: str, weights: bool) -> bool:
-    """Tell whether a file of a model's folder is read: never a pickle."""
-    return any(Path(name).match(pattern) for pattern in (*CONFIG_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])))
+    """Whether a file of a model's folder is downloaded; pickles never are."""
+    patterns = (*CONFIG_PATTERNS, WEIGHTS_PATTERN) if weights else CONFIG_PATTERNS
+    return any(Path(name).match(pattern) for pattern in patterns)
 
 
 def _download(
-    store: filesystem.Store, folder: Path, wanted: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Copy files, hold them against what the store says of them, and return what is noted of each."""
-    found, left = {}, dict(wanted)
+    store: filesystem.Store, folder: Path, files: Mapping[str, filesystem.FileInfo]
+) -> dict[str, _FileRecord]:
+    """Copy files, compare them with the store's info, and return their records."""
+    records, pending = {}, dict(files)
     for _ in range(MAX_ATTEMPTS):
-        store.download(str(folder), left.__contains__)
-        for name, about in list(left.items()):
-            if _matches(folder / name, about):
-                found[name] = _noted(folder / name)
-                del left[name]
-        if not left:
-            return found
-    name = min(left)
+        store.download(str(folder), pending.__contains__)
+        for name, info in list(pending.items()):
+            if _matches(folder / name, info):
+                records[name] = _record(folder / name)
+                del pending[name]
+        if not pending:
+            return records
+
+    name = min(pending)
     raise ModelError(
-        f"{store.shown(name)}: what arrives is not what the store says it has ({left[name]['size']} "
-        f"bytes, checksum {left[name]['version']}); the file there is damaged, or was changed meanwhile; "
-        "try again, or write it anew"
+        f"{store.redacted_url(name)}: the downloaded file is not the one the store describes "
+        f"({pending[name]['size']} bytes, checksum {pending[name]['version']}). It is damaged there, or "
+        "was changed during the download. Try again, or write it again."
     )
 
 
-def _matches(path: Path, about: Mapping[str, Any]) -> bool:
-    """Tell whether a file has the length, and the MD5 where the version is one, that the store told."""
-    if not path.is_file() or path.stat().st_size != about["size"]:
+def _matches(path: Path, info: filesystem.FileInfo) -> bool:
+    """Whether a file has the store's length, and its MD5 if the store's version is one."""
+    if not path.is_file() or path.stat().st_size != info["size"]:
         return False
-    md5 = _MD5.match(
-        str(about["version"])
-    )  # S3: of an object uploaded in one part and not encrypted by KMS
+    # S3: of an object that was uploaded in one part and is not encrypted by KMS.
+    md5 = _MD5.match(str(info["version"]))
     return md5 is None or _digest(path, hashlib.md5(usedforsecurity=False)) == md5[1]
 
 
 def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> str:
-    """Return a hub repository's folder in the hub's own cache (HF_TOKEN from the environment opens gated ones)."""
+    """Return a hub repository's folder in the hub's own cache.
+
+    HF_TOKEN in the environment gives access to gated ones.
+    """
     from huggingface_hub import snapshot_download
 
-    beside = cache / f"hub-{_name(f'{name}@{revision}')}"
-    with _alone(beside):
-        kept = _marker(beside / MARKER)
-        files, folder = kept.get("files", {}), Path(kept.get("folder", ""))
-        sound = _sound(folder, files)
-        damaged = bool(files) and len(sound) < len(files)
-        lasting = bool(_COMMIT.match(revision or "")) or time.time() - kept.get("at", 0) < BRANCH_MAX_AGE_S
-        if files and not damaged and lasting and (kept["weights"] or not weights):
+    marker_folder = cache / f"hub-{_hash(f'{name}@{revision}')}"
+    with _locked(marker_folder):
+        marker = _read_marker(marker_folder / MARKER)
+        files, folder = marker.get("files", {}), Path(marker.get("folder", ""))
+        intact = _intact_files(folder, files)
+        is_damaged = bool(files) and len(intact) < len(files)
+        is_commit = bool(_COMMIT.match(revision or ""))
+        is_current = is_commit or time.time() - marker.get("at", 0) < BRANCH_MAX_AGE_S
+        has_weights = bool(marker.get("weights"))
+        if files and not is_damaged and is_current and (has_weights or not weights):
             return str(folder)
-        weights = weights or bool(kept.get("weights"))
+
+        weights = weights or has_weights
         try:
             folder = Path(
                 snapshot_download(
                     name,
                     revision=revision,
-                    force_download=damaged,
+                    force_download=is_damaged,
                     allow_patterns=[*CONFIG_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])],
                 )
             )
         except Exception as error:
             raise ModelError(
                 redact(
-                    f"model.path={name}: no folder of that name here, and the hub does not give it "
-                    f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give a local folder"
+                    f"model.path={name}: no such folder, and the hub does not provide it "
+                    f"({type(error).__name__}). Check the spelling, set HF_TOKEN for a gated model, or "
+                    "give a local folder."
                 )
             ) from error
-        names = (
-            path.relative_to(folder).as_posix()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        )
-        found = {
-            one: sound[one]
-            if one in sound and str(folder) == kept["folder"]
-            else _noted(folder / one)
-            for one in names
-        }
-        _write(
-            beside / MARKER,
-            {"weights": weights, "folder": str(folder), "at": time.time(), "files": found},
+
+        is_same_folder = str(folder) == marker.get("folder")
+        records: dict[str, _FileRecord] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                relative = path.relative_to(folder).as_posix()
+                is_known = relative in intact and is_same_folder
+                records[relative] = intact[relative] if is_known else _record(path)
+        _write_marker(
+            marker_folder / MARKER,
+            {"weights": weights, "folder": str(folder), "at": time.time(), "files": records},
         )
     return str(folder)
 
 
-def _sound(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return those of `files` that are what was noted: by length and time, by checksum where the time is another."""
-    found = {}
-    for name, about in files.items():
+def _intact_files(folder: Path, files: Mapping[str, _FileRecord]) -> dict[str, _FileRecord]:
+    """Return the `files` that are as recorded: by length and time, or by checksum if the time differs."""
+    intact: dict[str, _FileRecord] = {}
+    for name, record in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != about["num_bytes"]:
-            log.warning("%s: is not what was fetched; it is fetched anew", path)
-        elif (
-            path.stat().st_mtime_ns != about["mtime_ns"]
-            and (noted := _noted(path))["xxh3"] != about["xxh3"]
-        ):
-            log.warning(
-                "%s: is not what was fetched (checksum %s, %s then); it is fetched anew",
-                path,
-                noted["xxh3"],
-                about["xxh3"],
-            )
-        else:
-            found[name] = dict(about)
-    return found
+        if not path.is_file() or path.stat().st_size != record["num_bytes"]:
+            log.warning("%s: not the downloaded file; downloading it again", path)
+            continue
+        if path.stat().st_mtime_ns != record["mtime_ns"]:
+            checksum = _record(path)["xxh3"]
+            if checksum != record["xxh3"]:
+                log.warning(
+                    "%s: not the downloaded file (checksum %s, was %s); downloading it again",
+                    path,
+                    checksum,
+                    record["xxh3"],
+                )
+                continue
+        intact[name] = record
+    return intact
 
 
-def _noted(path: Path) -> dict[str, Any]:
+def _record(path: Path) -> _FileRecord:
     import xxhash
 
-    about = path.stat()
+    stat = path.stat()
     return {
-        "num_bytes": about.st_size,
-        "mtime_ns": about.st_mtime_ns,
+        "num_bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
         "xxh3": _digest(path, xxhash.xxh3_128()),
     }
 
 
-def _digest(path: Path, sum_of: Any) -> str:
+def _digest(path: Path, hasher: Any) -> str:
     with open(path, "rb") as file:
-        while part := file.read(2**22):
-            sum_of.update(part)
-    return str(sum_of.hexdigest())
+        while chunk := file.read(2**22):
+            hasher.update(chunk)
+    return str(hasher.hexdigest())
 
 
-def _name(text: str) -> str:
+def _hash(text: str) -> str:
     import xxhash
 
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make a folder of the cache and hold its lock."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Create a folder of the cache and hold its lock."""
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,16 +270,19 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _marker(path: Path) -> dict[str, Any]:
-    """Return what a marker says; nothing for none, a damaged one, or one of an older version."""
+def _read_marker(path: Path) -> _Marker:
+    """Return a marker's content; an empty one if it is absent, damaged, or of an older version."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-        return found if isinstance(found, dict) and {"weights", "files"} <= found.keys() else {}
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
+    if not isinstance(content, dict) or not {"weights", "files"} <= content.keys():
+        return {}
+    marker: _Marker = content  # type: ignore[assignment]
+    return marker
 
 
-def _write(path: Path, what: Mapping[str, Any]) -> None:
+def _write_marker(path: Path, marker: _Marker) -> None:
     from dist_ft.storage.local_files import write_file
 
-    write_file(str(path), json.dumps(what).encode())
+    write_file(str(path), json.dumps(marker).encode())

@@ -1,14 +1,14 @@
-"""From config to loaders: shards, tokenizer, blocks, index (made once, stored with the run), plan."""
+"""From a resolved run to its loaders: shards, encoder, blocks, index (built once, stored with the run), batch plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from dist_ft.config.schema import DataSection, RunConfig, Source
+from dist_ft.config.resolved_run import ResolvedRun
+from dist_ft.config.schema import DataSection, ModelSection, RunConfig, Source
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.data.batching.augmentation import Augmentation, read_file
+from dist_ft.data.batching.augmentation import Augmentation, read_synonym_file
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.masking import Masking
 from dist_ft.data.block import Block
@@ -19,196 +19,188 @@ from dist_ft.data.blocks.index import Index
 from dist_ft.data.blocks.index_checks import check_index
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
-from dist_ft.data.encoding.make_encoder import (
-    make_encoder,
-)
+from dist_ft.data.encoding.make_encoder import make_encoder
 from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.model.loading.download import cache_folder
 from dist_ft.model.loading.load import load_tokenizer
-from dist_ft.runtime.bootstrap.few_shot_examples import (
-    with_examples,
-)
-from dist_ft.runtime.bootstrap.labels import with_labels
 from dist_ft.storage.filesystem import Store
 
 FOLDER = "data"
+"""Folder of a run with its indexes and what was found in its data."""
+TRAINING_FIELD = "data.train"
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a run reads: its tokenizer, and a loader over training and held-out data (None without any).
+class Loaders:
+    """The loaders of a run over training data and held-out data (None without any)."""
 
-    Attributes:
-        config: the run's, with the labels of its task filled in.
-    """
-
-    config: RunConfig
-    tokenizer: Any
     training: Loader
     evaluation: Loader | None
 
     def close(self) -> None:
-        """End what reads ahead."""
+        """Stop reading ahead."""
         self.training.store.close()
         if self.evaluation is not None:
             self.evaluation.store.close()
 
 
-def open_data(config: RunConfig, store: Store, world: World, collectives: Collectives) -> Data:
-    """Return the loaders of a run; a collective call. Every rank ends with the same index or the same error."""
-    tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    config = with_examples(
-        with_labels(config, store, world, collectives), store, world, collectives
-    )
-    training = _loader(config, config.reading, "data.train", tokenizer, store, world, collectives)
-    evaluation = (
-        open_held_out(config, tokenizer, store, world, collectives)
-        if config.evaluation.data
-        else None
-    )
-    return Data(config, tokenizer, training, evaluation)
+@dataclass(frozen=True)
+class _Input:
+    """What one loader reads.
+
+    Attributes:
+        field: config field that lists the sources; names the stored index.
+        section: the sources, and how they are read.
+        max_samples: read the first N samples; 0: all.
+    """
+
+    field: str
+    section: DataSection
+    max_samples: int = 0
 
 
-def open_held_out(
-    config: RunConfig, tokenizer: Any, store: Store, world: World, collectives: Collectives
+def build_loaders(
+    run: ResolvedRun, store: Store, world: World, collectives: Collectives
+) -> Loaders:
+    """Return the loaders of a run; a collective call. Every rank gets the same index or the same error."""
+    training = build_training_loader(run, store, world, collectives)
+    evaluation = None
+    if run.config.evaluation.data:
+        evaluation = build_held_out_loader(
+            run, run.config.evaluation.data, store, world, collectives
+        )
+    return Loaders(training, evaluation)
+
+
+def build_training_loader(
+    run: ResolvedRun, store: Store, world: World, collectives: Collectives
 ) -> Loader:
-    """Return the loader of held-out data alone; labels and examples must be in the config. A collective call."""
-    plain = tuple(
-        Source(path=s.path, subset=s.subset, split=s.split) for s in config.evaluation.data
-    )
-    section = config.reading.model_copy(
-        update={"shuffle": False, "train": plain, "mixing": (), "temperature": None}
-    )
-    return _loader(
-        config,
-        section,
-        "evaluation.data",
-        tokenizer,
-        store,
-        world,
-        collectives,
-        config.evaluation.max_samples,
-    )
+    """Return the loader over the training data; a collective call."""
+    data = _Input(TRAINING_FIELD, run.config.reading)
+    return _build_loader(run, data, store, world, collectives)
 
 
-def open_anchor(
-    config: RunConfig, tokenizer: Any, store: Store, world: World, collectives: Collectives
+def build_held_out_loader(
+    run: ResolvedRun,
+    sources: Sequence[Source],
+    store: Store,
+    world: World,
+    collectives: Collectives,
 ) -> Loader:
-    """Return the loader of tuning.anchor.data; a collective call. Its store is to be closed."""
-    section = config.reading.model_copy(
-        update={
-            "shuffle": False,
-            "train": config.tuning.anchor.data,
-            "mixing": (),
-            "temperature": None,
-        }
+    """Return the loader over held-out `sources`, the first evaluation.max_samples samples; a collective call."""
+    plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in sources)
+    data = _Input(
+        "evaluation.data", _in_order(run.config, plain), run.config.evaluation.max_samples
     )
-    return _loader(
-        config,
-        section,
-        "tuning.anchor.data",
-        tokenizer,
-        store,
-        world,
-        collectives,
-        config.tuning.anchor.max_samples,
+    return _build_loader(run, data, store, world, collectives)
+
+
+def build_anchor_loader(
+    run: ResolvedRun, store: Store, world: World, collectives: Collectives
+) -> Loader:
+    """Return the loader over tuning.anchor.data; a collective call. The caller closes its store."""
+    anchor = run.config.tuning.anchor
+    data = _Input("tuning.anchor.data", _in_order(run.config, anchor.data), anchor.max_samples)
+    return _build_loader(run, data, store, world, collectives)
+
+
+def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) -> BlockStore:
+    """Return the training data in blocks of `block_mib` MiB, not read yet, for work on its rows.
+
+    Or on their tokens, if the task is causal_lm.
+    """
+    section = config.data.model_copy(update={"block_mib": block_mib})
+    tokenizer = load_tokenizer(model, section.cache_dir)
+    shards_by_source = discover_shards(section.train)
+    blocks = indices.split_into_blocks(shards_by_source, section, World(), Collectives())
+    shards = [shard for shards in shards_by_source for shard in shards]
+    return _block_store(config, section, Encoder(tokenizer, section), shards, blocks)
+
+
+def _in_order(config: RunConfig, sources: tuple[Source, ...]) -> DataSection:
+    """Return the data section for `sources`, read in their order and without a mixture."""
+    return config.reading.model_copy(
+        update={"shuffle": False, "train": sources, "mixing": (), "temperature": None}
     )
 
 
-def open_blocks(config: RunConfig) -> BlockStore:
-    """Return the training data's blocks, not read yet, for work on its rows (or their tokens, if it is causal_lm)."""
-    tokenizer = load_tokenizer(config.model, config.data.cache_dir)
-    shards = discover_shards(config.data.train)
-    blocks = indices.split_into_blocks(shards, config.data, World(), Collectives())
-    return _store(
-        config,
-        config.data,
-        Encoder(tokenizer, config.data),
-        [s for found in shards for s in found],
-        blocks,
-    )
-
-
-def _store(
+def _block_store(
     config: RunConfig,
     section: DataSection,
     encoder: Encoder,
     shards: Sequence[Shard],
     blocks: Sequence[Block],
 ) -> BlockStore:
-    limit, processes = section.cache_gib * 2**30, section.tokenizer_processes
-    pool = TokenizerPool(processes, encoder, limit, config.storage.options) if processes else None
-    return BlockStore(
-        cache_folder(config.data.cache_dir) / "tokens", encoder, shards, blocks, pool, limit
-    )
+    limit_bytes, processes = section.cache_gib * 2**30, section.tokenizer_processes
+    pool = None
+    if processes:
+        pool = TokenizerPool(processes, encoder, limit_bytes, config.storage.options)
+    folder = cache_folder(config.data.cache_dir) / "tokens"
+    return BlockStore(folder, encoder, shards, blocks, pool, limit_bytes)
 
 
-def _loader(
-    config: RunConfig,
-    section: DataSection,
-    field: str,
-    tokenizer: Any,
-    store: Store,
-    world: World,
-    collectives: Collectives,
-    max_samples: int = 0,
+def _build_loader(
+    run: ResolvedRun, data: _Input, store: Store, world: World, collectives: Collectives
 ) -> Loader:
-    """Return the loader over a section's sources, with the run's stored index if there is one."""
-    length, name = config.batch.sequence_length, f"{FOLDER}/{field}"
-    encoder = make_encoder(tokenizer, section, config.task, length, config.prompting)
-    shards = on_rank0(world, collectives, lambda: discover_shards(section.train, field))
-    flat = tuple(shard for source in shards for shard in source)
-    index = on_rank0(world, collectives, lambda: index_file.load(store, name))
-    if index is not None and (
-        field == "data.train" or _fits(index, flat, encoder, section, length, max_samples)
-    ):
-        index.verify_unchanged(flat, field)
-        blocks = _store(config, section, encoder, flat, index.blocks)
-        index.verify_recipe(indices.recipe(blocks.fingerprint, section, length, max_samples))
-    else:
-        cuts = indices.split_into_blocks(shards, section, world, collectives)
-        blocks = _store(config, section, encoder, flat, cuts)
-        index = indices.build(shards, blocks, section, length, world, collectives, max_samples)
-        check_index(index, section, length)
-        made = index
-        on_rank0(world, collectives, lambda: index_file.save(made, store, name))
-    blocks.checksums = [measure.checksum for measure in index.measures]
-    plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
-    masking = (
-        Masking.of(tokenizer, config.task, config.run.seed)
-        if config.task.name == "masked_lm"
-        else None
+    """Return the loader of `data`, with the run's stored index if it has one."""
+    config, section, length = run.config, data.section, run.config.batch.sequence_length
+    encoder = make_encoder(run.tokenizer, section, run.task, length, run.prompting)
+    shards_by_source = on_rank0(
+        world, collectives, lambda: discover_shards(section.train, data.field)
     )
-    augmenting = None
-    if field == "data.train" and section.augment != type(section.augment)():
-        synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
-        augmenting = Augmentation.of(
-            tokenizer, section.augment, config.task, length, config.run.seed, synonyms
+    shards = tuple(shard for shards in shards_by_source for shard in shards)
+
+    name = f"{FOLDER}/{data.field}"
+    index = on_rank0(world, collectives, lambda: index_file.load(store, name))
+    if index is not None and data.field != TRAINING_FIELD:
+        # held-out data may change over a run; training data may not, which is an error below
+        if not _is_current(index, shards, encoder, data, length):
+            index = None
+
+    if index is not None:
+        index.verify_unchanged(shards, data.field)
+        blocks = _block_store(config, section, encoder, shards, index.blocks)
+        index.verify_recipe(indices.index_recipe(blocks.fingerprint, section, length, data.max_samples))
+    else:
+        cuts = indices.split_into_blocks(shards_by_source, section, world, collectives)
+        blocks = _block_store(config, section, encoder, shards, cuts)
+        built = indices.build_index(
+            shards_by_source, blocks, section, length, world, collectives, data.max_samples
         )
-    return Loader(plan, index, blocks, section.prefetch_steps, masking, augmenting)
+        check_index(built, section, length)
+        on_rank0(world, collectives, lambda: index_file.save(built, store, name))
+        index = built
+
+    blocks.checksums = [measure.checksum for measure in index.block_stats]
+    plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
+    masking = None
+    if run.task.name == "masked_lm":
+        masking = Masking.from_task(run.tokenizer, run.task, config.run.seed)
+    augmentation = None
+    if data.field == TRAINING_FIELD and section.augment != type(section.augment)():
+        synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
+        augmentation = Augmentation.from_config(
+            run.tokenizer, section.augment, run.task, length, config.run.seed, synonyms
+        )
+    return Loader(plan, index, blocks, section.prefetch_steps, masking, augmentation)
 
 
 def _synonyms(section: DataSection, store: Store) -> str:
-    """Return the run's synonyms: as they were when it began (rank 0 only)."""
-    path, kept = section.augment.synonyms, f"{FOLDER}/synonyms.tsv"
+    """Return the text of the synonym file as it was when the run started (rank 0 only)."""
+    path, stored = section.augment.synonyms, f"{FOLDER}/synonyms.tsv"
     if path is None:
         return ""
-    if not store.exists(kept):
-        store.write(kept, read_file(path).encode())
-    return store.read(kept).decode()
+    if not store.exists(stored):
+        store.write(stored, read_synonym_file(path).encode())
+    return store.read(stored).decode()
 
 
-def _fits(
-    index: Index,
-    shards: tuple[Any, ...],
-    encoder: Encoder,
-    section: DataSection,
-    length: int,
-    max_samples: int,
+def _is_current(
+    index: Index, shards: tuple[Shard, ...], encoder: Encoder, data: _Input, length: int
 ) -> bool:
-    """Tell whether a stored index of held-out data (which may change over a run) is still the right one."""
-    from dist_ft.data.blocks.token_cache import fingerprint
+    """Return whether a stored index is of these shards, read in this way."""
+    from dist_ft.data.blocks.token_cache import compute_fingerprint
 
-    wanted = indices.recipe(fingerprint(encoder), section, length, max_samples)
-    return index.shards == shards and index.recipe == wanted
+    recipe = indices.index_recipe(compute_fingerprint(encoder), data.section, length, data.max_samples)
+    return index.shards == shards and index.recipe == recipe

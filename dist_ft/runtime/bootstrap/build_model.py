@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.checkpoint.export import MODEL
+from dist_ft.checkpoint.export import MODEL_FOLDER
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.config.resolved_run import ResolvedRun
@@ -219,7 +219,7 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
     import tempfile
     from pathlib import Path
 
-    if store.exists(f"{MODEL}/.complete"):
+    if store.exists(f"{MODEL_FOLDER}/.complete"):
         return
     with tempfile.TemporaryDirectory() as folder:
         module.model.config.architectures = [type(module.model).__name__]
@@ -229,8 +229,8 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
-                store.write(f"{MODEL}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    store.write(f"{MODEL}/.complete", json.dumps({}).encode())
+                store.write(f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    store.write(f"{MODEL_FOLDER}/.complete", json.dumps({}).encode())
 
 
 def tensor_infos(module: TrainableModel) -> dict[str, TensorInfo]:

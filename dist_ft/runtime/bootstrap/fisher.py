@@ -1,16 +1,16 @@
-"""Before the first step of a run with tuning.anchor.method=ewc: how much each weight matters for what is to be kept.
+"""The Fisher information of weights, before the first step of a run with tuning.anchor.method=ewc.
 
-That is the diagonal of the empirical Fisher information (Kirkpatrick et al., arXiv:1612.00796), by target token: the
-squared gradients of the micro-batches' summed losses over the number of their targets (exact where a micro-batch is one
-sample; of more, gradients of different samples count as independent). One micro-batch at a time over all workers, so it
-is the same in every world. It is state of the optimizer from then on, and a resumed run does not measure it again.
+It says how much each weight matters for the anchor data. This is the diagonal of the empirical Fisher information
+(Kirkpatrick et al., arXiv:1612.00796) per target token: the squared gradients of the micro-batches' summed losses,
+divided by the number of target tokens. That is exact where a micro-batch is one sample; with more, gradients of different
+samples count as independent. All workers compute one micro-batch at a time, so the result is the same in every world. It
+is part of the optimizer state from then on, and a resumed run does not measure it again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batch import empty_batch
@@ -18,30 +18,32 @@ from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine
 
 
-def measure(
-    config: RunConfig,
+def measure_fisher_information(
     engine: Engine,
     loader: Loader,
+    num_lanes: int,
     world: World,
     collectives: Collectives,
-    beat: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> None:
-    """Fill in the engine's Fisher information from one pass of `loader`; a collective call."""
+    """Set the engine's Fisher information from one pass of `loader`; a collective call.
+
+    Raises DataError if the data has no target token.
+    """
     num_targets = 0
     for step in range(loader.steps_per_epoch):
-        for lane in range(config.num_lanes):
-            beat()
-            batch = (
-                loader.batches(step, [lane])[0]
-                if lane % world.num_ranks == world.rank
-                else empty_batch()
-            )
+        for lane in range(num_lanes):
+            on_progress()
+            # every rank makes every call; ranks that do not own the lane compute an empty micro-batch
+            is_own = lane % world.num_ranks == world.rank
+            batch = loader.batches(step, [lane])[0] if is_own else empty_batch()
             engine.accumulate_fisher(batch)
             num_targets += batch.num_target_tokens
+
     (total,) = collectives.sum([num_targets])
     if not total:
         raise DataError(
-            "tuning.anchor.data: there is nothing to learn in it, so nothing tells what is to be kept; "
-            "rows with targets are needed; correct the data"
+            "tuning.anchor.data: has no target tokens, so the importance of weights cannot be measured. "
+            "Rows with target tokens are needed. Correct the data."
         )
     engine.scale_fisher(1 / total)

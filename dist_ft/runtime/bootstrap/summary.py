@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dist_ft.checkpoint.manifest import Progress
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
 from dist_ft.planning import memory
 from dist_ft.planning.batch import batch_arithmetic
-from dist_ft.runtime.bootstrap.build_data import Data
-from dist_ft.training.console import table
+from dist_ft.runtime.bootstrap.build_data import Loaders
+from dist_ft.training.console import format_table
 from dist_ft.training.result import Result
 
 if TYPE_CHECKING:
@@ -19,78 +20,67 @@ if TYPE_CHECKING:
 
 
 def at_start(
-    config: RunConfig,
-    module: TrainableModel,
-    data: Data,
-    world: World,
-    total_steps: int,
-    progress: Progress,
-    attempt: int,
+    run: ResolvedRun, module: TrainableModel, loaders: Loaders, world: World, start: str
 ) -> str:
-    """Return the table shown before the first step."""
+    """Return the table shown before the first step; `start`: the step and attempt it starts from."""
     from dist_ft.model.trainable_model import parameters_by_name
 
+    config, model = run.config, run.model
     parameters = parameters_by_name(module).values()
     counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
-    learned = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
-    index = data.training.index
-    sharded = config.max_workers > 0
-    engine = f"DeepSpeed ZeRO-{config.zero.stage}" if sharded else "plain PyTorch"
-    start = f"step {progress.step} of {total_steps}" + (
-        f" (attempt {attempt})" if attempt > 1 else ""
-    )
-    return table(
-        f"run {config.run.name}",
-        [
-            ("storage", redact(config.run_url)),
-            (
-                "model",
-                f"{config.model.path} ({module.model.config.model_type}), {sum(counts):,} parameters, "
-                f"{learned:,} learned" + _method(config),
-            ),
-            *_task(config),
-            ("engine", f"{engine}, {config.model.dtype}, attention {config.model.attention}"),
-            (
-                "world",
-                f"{world.num_ranks} worker{'s' if world.num_ranks > 1 else ''}, "
-                f"{world.largest_share(config.num_lanes)} lanes on the busiest",
-            ),
-            *batch_arithmetic(config),
-            (
-                "data",
-                f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
-                f"{data.training.plan.steps_of(1):,} steps an epoch",
-            ),
-            ("memory", memory_line(sum(counts), learned, world.num_ranks, config)),
-            ("start", start),
-        ],
-    )
+    num_parameters = sum(counts)
+    num_trainable = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
+    index, plan = loaders.training.index, loaders.training.plan
+    engine = f"DeepSpeed ZeRO-{config.zero.stage}" if config.max_workers > 0 else "plain PyTorch"
+    rows = [
+        ("storage", redact(config.run_url)),
+        (
+            "model",
+            f"{model.path} ({module.model.config.model_type}), {num_parameters:,} parameters, "
+            f"{num_trainable:,} trainable{_tuning_method(config)}",
+        ),
+        *_task_row(run.task),
+        ("engine", f"{engine}, {model.dtype}, attention {model.attention}"),
+        (
+            "world",
+            f"{world.num_ranks} worker{'s' if world.num_ranks > 1 else ''}, "
+            f"{world.largest_share(config.num_lanes)} lanes on the busiest",
+        ),
+        *batch_arithmetic(config),
+        (
+            "data",
+            f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
+            f"{plan.num_steps_in_epochs(1):,} steps an epoch",
+        ),
+        ("memory", memory_line(num_parameters, num_trainable, world.num_ranks, config)),
+        ("start", start),
+    ]
+    return format_table(f"run {config.run.name}", rows)
 
 
-def _task(config: RunConfig) -> list[tuple[str, str]]:
-    labels = config.task.labels
-    shown = (
-        f": {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''} ({len(labels)} labels)"
-        if labels
-        else ""
-    )
-    return (
-        [("task", config.task.name.replace("_", " ") + shown)]
-        if config.task.name != "causal_lm"
-        else []
-    )
+def _task_row(task: TaskSection) -> list[tuple[str, str]]:
+    """Return the row of the task and its first labels; none for causal_lm."""
+    if task.name == "causal_lm":
+        return []
+    text, labels = task.name.replace("_", " "), task.labels
+    if labels:
+        more = ", ..." if len(labels) > 6 else ""
+        text += f": {', '.join(labels[:6])}{more} ({len(labels)} labels)"
+    return [("task", text)]
 
 
-def _method(config: RunConfig) -> str:
-    lora = f" of rank {config.tuning.lora.rank}" if config.tuning.method == "lora" else ""
-    return f" ({config.tuning.method}{lora})" if config.tuning.method != "full" else ""
+def _tuning_method(config: RunConfig) -> str:
+    method = config.tuning.method
+    if method == "full":
+        return ""
+    return f" (lora of rank {config.tuning.lora.rank})" if method == "lora" else f" ({method})"
 
 
-def memory_line(num_parameters: int, num_learned: int, world_size: int, config: RunConfig) -> str:
-    """Return what weights, gradients and optimizer state take on one worker (activations come on top)."""
+def memory_line(num_parameters: int, num_trainable: int, num_ranks: int, config: RunConfig) -> str:
+    """Return what weights, gradients and optimizer state take on one worker, without activations."""
     stage = config.zero.stage if config.max_workers else 0
     state = memory.model_state_bytes(
-        num_parameters, world_size, stage, config.model.dtype, config.optimizer.name, num_learned
+        num_parameters, num_ranks, stage, config.model.dtype, config.optimizer.name, num_trainable
     )
     return f"{memory.summary(state)}; activations come on top"
 
@@ -109,10 +99,10 @@ def at_end(config: RunConfig, result: Result) -> str:
             )
         )
     if result.data_wait_share is not None:
-        rows.append(("waited for data", f"{result.data_wait_share:.1%} of the time of steps"))
+        rows.append(("waited for data", f"{result.data_wait_share:.1%} of the time of all steps"))
     if result.checkpoint:
         rows.append(("checkpoint", redact(result.checkpoint)))
-    if config.storage.options:  # without them the URL alone can not be read
+    if config.storage.options:  # the URL alone cannot be read without them
         rows.append(
             (
                 "next",
@@ -121,4 +111,4 @@ def at_end(config: RunConfig, result: Result) -> str:
         )
     else:
         rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
-    return table(f"run {config.run.name}: done", rows)
+    return format_table(f"run {config.run.name}: done", rows)

@@ -85,7 +85,7 @@ class Watchdog(Callback):
         try:
             with retry_limit(1, UPLOAD_S):
                 self._store.write(self._name, open(self._file.name, "rb").read())  # noqa: SIM115
-            where = f"at {self._store.shown(self._name)}"
+            where = f"at {self._store.redacted_url(self._name)}"
         except (StorageError, OSError):
             faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
         log.error(

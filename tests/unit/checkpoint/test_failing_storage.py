@@ -121,7 +121,7 @@ def test_fault_18_a_full_disk(small_disk, engine):
     with pytest.raises(
         StorageError,
         match=r"cannot write it \(OSError: .*No space left on device.*\)\. The disk is full\. "
-        r"free some space or keep fewer checkpoints \(checkpoint\.keep_last\)",
+        r"Free some space or keep fewer checkpoints \(checkpoint\.keep_last\)",
     ):
         save(one, engine, 2)
     assert store.list("checkpoints") == ["step-000000001-a0001"] and found(store) == 1

@@ -307,12 +307,12 @@ class OutOfMemoryError(RuntimeError):
     [
         (
             OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
-            "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.); a step needs less with a smaller "
-            "batch.micro_batch or",
+            "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.). Lower batch.micro_batch or "
+            "batch.sequence_length",
         ),
         (
             MemoryError(),
-            "out of memory (MemoryError); use a machine with more, fewer workers on it",
+            "out of memory (MemoryError). Use a machine with more memory, fewer workers on each",
         ),
         (
             RuntimeError(
@@ -324,7 +324,7 @@ class OutOfMemoryError(RuntimeError):
             RuntimeError(
                 "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41"
             ),
-            "another worker has ended ([gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41); its own log",
+            "another worker ended ([gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41). Look for the",
         ),
     ],
 )

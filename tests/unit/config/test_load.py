@@ -211,7 +211,7 @@ def test_a_config_behind_a_url():
     Store("memory://configs").write("run.yaml", resolved_yaml(load_config(BASE)).encode())
     assert load_config("memory://configs/run.yaml") == load_config(BASE)
     assert (
-        "memory://configs/none.yaml: can not read it" in problems("memory://configs/none.yaml")[0]
+        "memory://configs/none.yaml: cannot read it" in problems("memory://configs/none.yaml")[0]
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors travel between processes unchanged, and carry their exit code."""
+"""Errors pass between processes unchanged, with their exit code."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_survive_pickling(kind):
-    error = pickle.loads(pickle.dumps(kind("x=1: is wrong; y is allowed; do z")))
-    assert type(error) is kind and str(error) == "x=1: is wrong; y is allowed; do z"
+def test_errors_survive_pickling(kind):
+    error = pickle.loads(pickle.dumps(kind("x=1: wrong. Allowed: y. Do z.")))
+    assert type(error) is kind and str(error) == "x=1: wrong. Allowed: y. Do z."
     assert isinstance(error, errors.DistFtError)
 
 
@@ -32,7 +32,7 @@ def test_config_errors_keep_their_problems():
     assert str(errors.ConfigError(["a=1: no"])) == "config: 1 problem\n  - a=1: no"
 
 
-def test_exit_codes_and_what_starting_again_cures():
+def test_exit_codes_and_which_errors_are_retryable():
     codes = {kind.__name__: kind.exit_code for kind in [*PLAIN, errors.ConfigError]}
     assert codes == {
         "DataError": 2,

@@ -1,4 +1,4 @@
-"""No credential reaches a log line; rank 0 speaks, others only when it matters."""
+"""No credential reaches a log line; ranks other than 0 log only warnings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dist_ft.core.logs import redact
 
 
 @pytest.fixture(autouse=True)
-def _restored():
-    """Leave the process's loggers as they were."""
+def _restored_loggers():
+    """Restore the process's loggers."""
     logger = logging.getLogger("dist_ft")
     before = logger.handlers[:], logger.propagate, logger.level
     yield
@@ -34,19 +34,19 @@ def _restored():
         "SSH_PRIVATE_KEY",
     ],
 )
-def test_values_of_secret_variables(name, monkeypatch):
+def test_values_of_secret_variables_are_redacted(name, monkeypatch):
     monkeypatch.setenv(name, "s3cr3t/value+1")
     assert redact("it is s3cr3t/value+1.") == f"it is <{name}>."
     assert redact("url?x=s3cr3t%2Fvalue%2B1") == f"url?x=<{name}>"
 
 
-def test_a_secret_inside_another(monkeypatch):
+def test_a_secret_inside_another_is_redacted(monkeypatch):
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-and-more")
     assert redact("abcdefgh-and-more abcdefgh") == "<B_TOKEN> <A_TOKEN>"
 
 
-def test_what_is_no_secret_stays(monkeypatch):
+def test_other_text_is_not_redacted(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     for text in (
@@ -62,7 +62,7 @@ def test_what_is_no_secret_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("text", "expected"),
     [
         ("s3://user:pass@host/x", "s3://<redacted>@host/x"),
         ("redis://:pass@host/x", "redis://<redacted>@host/x"),
@@ -77,8 +77,8 @@ def test_what_is_no_secret_stays(monkeypatch):
         ("https://x/y?api_key=abc d", "https://x/y?api_key=<redacted> d"),
     ],
 )
-def test_credentials_in_urls(text, want):
-    assert redact(text) == want
+def test_credentials_in_urls_are_redacted(text, expected):
+    assert redact(text) == expected
 
 
 def test_log_lines_and_tracebacks_are_redacted(capsys, monkeypatch):
@@ -88,12 +88,12 @@ def test_log_lines_and_tracebacks_are_redacted(capsys, monkeypatch):
         raise ValueError("with hf_0123456789 inside")
     except ValueError:
         logging.getLogger("dist_ft.x").exception("failed at %s", "s3://u:p@h")
-    said = capsys.readouterr().err
-    assert said.startswith("ERROR failed at s3://<redacted>@h\nTraceback")
-    assert "ValueError: with <HF_TOKEN> inside" in said and "hf_0" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("ERROR failed at s3://<redacted>@h\nTraceback")
+    assert "ValueError: with <HF_TOKEN> inside" in output and "hf_0" not in output
 
 
-def test_rank_0_speaks_and_others_only_when_it_matters(capsys):
+def test_other_ranks_log_only_warnings(capsys):
     for rank in (0, 1):
         logs.setup_logging(rank, 2)
         logging.getLogger("dist_ft.x").info("news")
@@ -104,7 +104,7 @@ def test_rank_0_speaks_and_others_only_when_it_matters(capsys):
     )
 
 
-def test_level_and_single_handler(capsys):
+def test_setting_up_again_replaces_level_and_handler(capsys):
     logs.setup_logging(level="debug")
     logs.setup_logging(level="warning")
     logging.getLogger("dist_ft.x").info("news")
@@ -116,7 +116,7 @@ def test_third_parties_are_silenced_by_name_even_if_they_set_their_level_later(c
     logs.quiet_third_parties()
     with caplog.at_level(logging.DEBUG):
         logging.getLogger("httpx").setLevel(logging.INFO)
-        logging.getLogger("httpx").info("one line a request")
+        logging.getLogger("httpx").info("one line per request")
         logging.getLogger("httpx").error("it broke")
         logging.getLogger("somebody.else").info("heard")
     assert [record.message for record in caplog.records] == ["it broke", "heard"]

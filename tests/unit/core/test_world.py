@@ -1,4 +1,4 @@
-"""Who has which lanes, and that what one rank meets all ranks know."""
+"""Shares of ranks, and control messages: an error of one rank reaches all ranks."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ from dist_ft.core.world import World, collectives, on_rank0, raise_together
 dist.init_process_group("gloo")
 world = World.from_environment()
 comms = collectives(world, 60)
-said = {"sum": comms.sum([world.rank + 1, 2**53 - 1, world.rank == 1]), "all": comms.all_gather({"rank": world.rank}),
-        "gather": comms.gather(world.rank), "broadcast": comms.broadcast(f"from {world.rank}")}
+result = {
+    "sum": comms.sum([world.rank + 1, 2**53 - 1, world.rank == 1]),
+    "all": comms.all_gather({"rank": world.rank}),
+    "gather": comms.gather(world.rank),
+    "broadcast": comms.broadcast(f"from {world.rank}"),
+}
 comms.barrier()
 ran = []
 
@@ -47,29 +51,29 @@ def text(action):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-said["result"] = text(lambda: on_rank0(world, comms, lambda: act("made")))
-said["error"] = text(lambda: on_rank0(world, comms, lambda: act(ConfigError(["a=1: no"], "x"))))
-said["bug"] = text(lambda: on_rank0(world, comms, lambda: act(KeyError("b"))))
-said["ran"] = len(ran)
+result["result"] = text(lambda: on_rank0(world, comms, lambda: act("done")))
+result["error"] = text(lambda: on_rank0(world, comms, lambda: act(ConfigError(["a=1: no"], "x"))))
+result["bug"] = text(lambda: on_rank0(world, comms, lambda: act(KeyError("b"))))
+result["ran"] = len(ran)
 mine = DataError(f"row of rank {world.rank}: no") if world.rank == 1 else None
-said["together"] = text(lambda: raise_together(comms, mine))
-said["well"] = text(lambda: raise_together(comms, None))
+result["together"] = text(lambda: raise_together(comms, mine))
+result["no error"] = text(lambda: raise_together(comms, None))
 comms.close()
 dist.destroy_process_group()
 with open(sys.argv[1] + f"/{world.rank}.json", "w") as file:
-    json.dump(said, file)
+    json.dump(result, file)
 """
 
 
 @pytest.mark.parametrize("count", range(14))
-@pytest.mark.parametrize("size", range(1, 8))
-def test_shares_are_contiguous_cover_and_differ_by_at_most_one(count, size):
-    worlds = [World(rank, size) for rank in range(size)]
+@pytest.mark.parametrize("num_ranks", range(1, 8))
+def test_shares_are_contiguous_complete_and_differ_by_at_most_one(count, num_ranks):
+    worlds = [World(rank, num_ranks) for rank in range(num_ranks)]
     shares = [world.share(count) for world in worlds]
     assert [item for share in shares for item in share] == list(range(count))
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-    assert {world.largest_share(count) for world in worlds} == {max(sizes)}
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+    assert {world.largest_share(count) for world in worlds} == {max(lengths)}
 
 
 def test_world_from_the_environment(monkeypatch):
@@ -82,7 +86,7 @@ def test_world_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "reason"),
     [
         ("x 1 0 1", r"invalid literal for int\(\) with base 10: 'x'"),
         ("2 2 0 1", "rank 2 of 2, 0 of 1 on this node"),
@@ -91,18 +95,18 @@ def test_world_from_the_environment(monkeypatch):
         ("-1 2 0 1", "rank -1 of 2"),
     ],
 )
-def test_a_world_that_can_not_be(monkeypatch, values, said):
+def test_inconsistent_variables_are_an_error(monkeypatch, values, reason):
     for (name, _), value in zip(VARIABLES, values.split(), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError,
-        match=rf"inconsistent \(.*{said}.*\); allowed: the values that torchrun sets; unset "
-        "them to run alone",
+        match=rf"inconsistent \(.*{reason}.*\)\. Allowed: the values that torchrun sets\. "
+        r"Unset them to run alone\.",
     ):
         World.from_environment()
 
 
-def test_alone_every_result_is_ones_own():
+def test_a_single_rank_gets_its_own_values():
     alone = collectives(World())
     assert type(alone) is Collectives
     assert alone.sum([1, True, 2.5]) == [1.0, 1.0, 2.5]
@@ -117,8 +121,8 @@ def test_alone_every_result_is_ones_own():
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    """What two real gloo ranks said, by rank."""
+def results_of_two_ranks(tmp_path_factory) -> list[dict]:
+    """Results of two real gloo ranks, by rank."""
     folder: Path = tmp_path_factory.mktemp("two")
     port = ports.free()
     ranks = [
@@ -146,24 +150,28 @@ def two(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_two_ranks_exchange(two):
-    for rank, said in enumerate(two):
-        assert said["sum"] == [3.0, 2.0**54 - 2, 1.0]  # float64: token counts stay exact
-        assert said["all"] == [{"rank": 0}, {"rank": 1}]
-        assert said["gather"] == ([0, 1] if rank == 0 else None)
-        assert said["broadcast"] == "from 0"
+def test_two_ranks_exchange(results_of_two_ranks):
+    for rank, result in enumerate(results_of_two_ranks):
+        assert result["sum"] == [3.0, 2.0**54 - 2, 1.0]  # float64: token counts stay exact
+        assert result["all"] == [{"rank": 0}, {"rank": 1}]
+        assert result["gather"] == ([0, 1] if rank == 0 else None)
+        assert result["broadcast"] == "from 0"
 
 
-def test_only_rank_0_acts_and_all_know_what_came_of_it(two):
-    assert [said["ran"] for said in two] == [3, 0]
-    assert [said["result"] for said in two] == ["made", "made"]
-    assert [said["error"] for said in two] == ["ConfigError: x: 1 problem\n  - a=1: no"] * 2
-    assert [said["bug"] for said in two] == [
+def test_only_rank_0_runs_the_action_and_all_ranks_get_its_outcome(results_of_two_ranks):
+    assert [result["ran"] for result in results_of_two_ranks] == [3, 0]
+    assert [result["result"] for result in results_of_two_ranks] == ["done", "done"]
+    assert [result["error"] for result in results_of_two_ranks] == [
+        "ConfigError: x: 1 problem\n  - a=1: no"
+    ] * 2
+    assert [result["bug"] for result in results_of_two_ranks] == [
         "KeyError: 'b'",
-        "PeerError: rank 0 failed (KeyError: 'b'); see its own error",
+        "PeerError: rank 0 failed (KeyError: 'b'). See its own error.",
     ]
 
 
-def test_an_error_of_one_rank_is_raised_on_all(two):
-    assert [said["together"] for said in two] == ["DataError: row of rank 1: no"] * 2
-    assert [said["well"] for said in two] == [None, None]
+def test_an_error_of_one_rank_is_raised_on_all(results_of_two_ranks):
+    assert [result["together"] for result in results_of_two_ranks] == [
+        "DataError: row of rank 1: no"
+    ] * 2
+    assert [result["no error"] for result in results_of_two_ranks] == [None, None]

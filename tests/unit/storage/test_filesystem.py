@@ -1,4 +1,4 @@
-"""One door to storage: whole writes, exclusive creation, retries only where they help, and one clear error."""
+"""Storage: atomic writes, exclusive creation, retries only where they help, and clear errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_ft.storage.retry import retry_limit
 
 @pytest.fixture(params=["path", "file", "memory"])
 def store(request, tmp_path):
-    """A store on a folder, at a file:// URL, and in memory: the same behaviour is asked of each."""
+    """A store on a folder, at a file:// URL, and in memory: all behave alike."""
     url = {
         "path": str(tmp_path / "s"),
         "file": f"file://{tmp_path}/s",
@@ -33,7 +33,7 @@ def store(request, tmp_path):
 
 
 class Flaky(MemoryFileSystem):
-    """A filesystem that fails as often as a test says before it works."""
+    """A filesystem whose first reads raise the errors of the test."""
 
     protocol = "flaky"
     cachable = False
@@ -53,7 +53,7 @@ class Flaky(MemoryFileSystem):
 
 @pytest.fixture
 def flaky(monkeypatch):
-    """Return a function: the errors the next reads meet -> a store on a filesystem that raises them."""
+    """Return a function: errors of the next reads -> a store on a filesystem that raises them."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: lambda state: 0)
 
@@ -65,10 +65,10 @@ def flaky(monkeypatch):
     return prepare
 
 
-# What a store does
+# Files and folders
 
 
-def test_files_come_back_whole_and_in_ranges(store):
+def test_files_are_read_whole_and_in_ranges(store):
     store.write("deep/er/file", b"0123456789")
     assert store.read("deep/er/file") == b"0123456789"
     assert store.read("deep/er/file", 2, 5) == b"234"
@@ -76,7 +76,7 @@ def test_files_come_back_whole_and_in_ranges(store):
     memory = memoryview(bytearray(3))
     assert store.read_into("deep/er/file", 2, memory) == b"234"
     assert memory == (b"234" if filesystem.is_local(store.url) else bytes(3))
-    with pytest.raises(StorageError, match="1 bytes came, 3 were asked for from 9"), retry_limit(1):
+    with pytest.raises(StorageError, match="got 1 of 3 bytes from offset 9"), retry_limit(1):
         store.read_into("deep/er/file", 9, memory)
     assert store.sizes("deep") == {"er/file": 10} and store.sizes("none") == {}
     assert store.exists("deep/er/file") and store.exists("deep") and not store.exists("deep/else")
@@ -84,7 +84,7 @@ def test_files_come_back_whole_and_in_ranges(store):
     assert store.read("deep/er/file") == b"new"
 
 
-def test_folders_list_walk_and_vanish(store):
+def test_folders_are_listed_walked_and_removed(store):
     for name in ("b", "a/2", "a/1", "a/c/3"):
         store.write(name, b"x")
     assert store.list() == ["a", "b"]
@@ -93,7 +93,7 @@ def test_folders_list_walk_and_vanish(store):
     assert store.walk("a") == ["a/1", "a/2", "a/c/3"]
     assert store.child("a").walk() == ["1", "2", "c/3"]
     store.remove("a")
-    store.remove("never there")
+    store.remove("absent")
     assert store.walk() == ["b"]
 
 
@@ -101,58 +101,57 @@ def test_an_absent_folder_is_empty(store):
     assert store.list("nothing") == [] and store.walk("nothing") == [] and not store.exists()
 
 
-def test_create_makes_a_file_once(store):
+def test_create_writes_a_file_once(store):
     assert store.create("attempts/1", b"mine")
     assert not store.create("attempts/1", b"yours")
     assert store.read("attempts/1") == b"mine"
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
-def test_a_folder_without_hard_links_makes_a_file_once_too(tmp_path, monkeypatch, number):
+def test_create_without_hard_links_writes_a_file_once(tmp_path, monkeypatch, number):
     """FUSE and FAT answer a hard link with one of these."""
 
     def link(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", link)
-    test_of_many_threads_one_creates(tmp_path)
+    test_one_of_several_threads_creates_the_file(tmp_path)
     store = Store(str(tmp_path / "own"))
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(StorageError, match="the disk is full"):
+    with pytest.raises(StorageError, match="The disk is full"):
         store.create("1", b"mine")
     assert os.listdir(tmp_path / "own") == []
 
 
-def test_of_many_threads_one_creates(tmp_path):
+def test_one_of_several_threads_creates_the_file(tmp_path):
     store = Store(str(tmp_path))
     for number in range(10):
-        barrier, made = threading.Barrier(4), []
+        barrier, creators = threading.Barrier(4), []
 
-        def race(thread, number=number, barrier=barrier, made=made):
+        def race(thread, number=number, barrier=barrier, creators=creators):
             barrier.wait()
             if store.create(f"{number}", f"thread {thread}".encode()):
-                made.append(thread)
+                creators.append(thread)
 
         threads = [threading.Thread(target=race, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(made) == 1
-        assert store.read(f"{number}") == f"thread {made[0]}".encode()
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        str(number) for number in range(10)
-    )  # and nothing temporary
+        assert len(creators) == 1
+        assert store.read(f"{number}") == f"thread {creators[0]}".encode()
+    # No temporary file is left.
+    assert sorted(os.listdir(tmp_path)) == sorted(str(number) for number in range(10))
 
 
-def test_short_answers_are_errors(store, monkeypatch):
+def test_a_short_answer_is_an_error(store, monkeypatch):
     monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: lambda state: 0)
     store.write("file", b"0123")
-    with pytest.raises(StorageError, match=r"4 bytes came, 10 were asked for from 0"):
+    with pytest.raises(StorageError, match="got 4 of 10 bytes from offset 0"):
         store.read("file", 0, 10)
 
 
-def test_download_copies_what_is_wanted(store, tmp_path):
+def test_download_copies_selected_files(store, tmp_path):
     for name in ("config.json", "sub/a.json", "weights.bin"):
         store.write(name, name.encode())
     out = tmp_path / "out"
@@ -164,21 +163,21 @@ def test_download_copies_what_is_wanted(store, tmp_path):
     assert not (out / "weights.bin").exists()
 
 
-def test_download_refuses_names_that_lead_out(tmp_path):
+def test_download_refuses_names_that_leave_the_folder(tmp_path):
     hostile = f"memory://{uuid4().hex}"
     fs, path = filesystem.filesystem(hostile)
     fs.pipe_file(f"{path}/x", b"evil")
     MemoryFileSystem.store[f"{path}/a/../../evil.json"] = MemoryFileSystem.store.pop(f"{path}/x")
     with pytest.raises(
         StorageError,
-        match=r"evil\.json: the name leads out of the folder it would be copied to; "
-        r"plain relative names are allowed; remove that file",
+        match=r"evil\.json: the name leaves the folder that files are copied to\. "
+        r"Allowed: plain relative names\. Remove that file\.",
     ):
         Store(hostile).download(str(tmp_path / "in" / "side"))
     assert not list(tmp_path.rglob("evil.json"))
 
 
-# Whole or not at all
+# Atomic writes
 
 
 def test_a_reader_never_sees_part_of_a_file(tmp_path):
@@ -199,7 +198,7 @@ def test_a_reader_never_sees_part_of_a_file(tmp_path):
     assert seen <= set(contents)
 
 
-def test_a_write_that_dies_leaves_the_old_file(tmp_path):
+def test_a_killed_write_leaves_the_old_file(tmp_path):
     """The process is killed by a file-size limit in the middle of a write."""
     store = Store(str(tmp_path))
     store.write("file", b"old")
@@ -222,7 +221,7 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path):
     )
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
     (tmp_path / "file").mkdir()
     with pytest.raises(StorageError, match="IsADirectoryError"):
         Store(str(tmp_path)).write("file", b"x")
@@ -234,13 +233,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
 # Errors and retries
 
 
-def test_transient_trouble_is_tried_again(flaky):
+def test_transient_errors_are_retried(flaky):
     store = flaky(OSError("connection reset"), TimeoutError())
     assert store.read("file") == b"0123456789"
     assert Flaky.calls == 3
 
 
-def test_a_short_body_is_fetched_again(flaky, monkeypatch):
+def test_a_short_body_is_read_again(flaky, monkeypatch):
     store = flaky()
     whole, answers = MemoryFileSystem.cat_file, [b"01"]
     monkeypatch.setattr(
@@ -252,13 +251,13 @@ def test_a_short_body_is_fetched_again(flaky, monkeypatch):
     assert Flaky.calls == 2
 
 
-def test_lasting_trouble_is_one_error(flaky):
+def test_a_persistent_error_is_raised_once(flaky):
     store = flaky(*[OSError("503 SlowDown")] * 99)
     with pytest.raises(StorageError) as caught:
         store.read("file")
     assert str(caught.value) == (
-        "flaky://bucket/file: can not read it (OSError: 503 SlowDown); gave up after 8 tries; "
-        "check that the endpoint answers"
+        "flaky://bucket/file: cannot read it (OSError: 503 SlowDown). Gave up after 8 attempts. "
+        "Check that the endpoint answers."
     )
     assert Flaky.calls == retry.DEFAULT_ATTEMPTS == 8
     assert caught.value.retryable
@@ -267,34 +266,34 @@ def test_lasting_trouble_is_one_error(flaky):
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (FileNotFoundError("file"), "there is no such file or bucket; check the URL"),
+        (FileNotFoundError("file"), "This file or bucket does not exist. Check the URL."),
         (
             PermissionError("403"),
-            "access is refused; check credentials (in the environment) and permissions",
+            "Access is denied. Check credentials (in the environment) and permissions.",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)",
+            "The disk is full. Free some space or keep fewer checkpoints (checkpoint.keep_last).",
         ),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded"),
-            "the disk is full; free some space or keep fewer checkpoints (checkpoint.keep_last)",
+            "The disk is full. Free some space or keep fewer checkpoints (checkpoint.keep_last).",
         ),
         (
             OSError(errno.EROFS, "Read-only file system"),
-            "access is refused; check credentials (in the environment) and permissions",
+            "Access is denied. Check credentials (in the environment) and permissions.",
         ),
         (
             ValueError("bad option"),
-            "trying again would not help; check the URL and storage.options",
+            "A retry would not help. Check the URL and storage.options.",
         ),
         (
             RuntimeError("Unable to locate credentials"),
-            "no credentials were found; set them in the environment",
+            "No credentials were found. Set them in the environment.",
         ),
     ],
 )
-def test_what_trying_again_does_not_cure_is_said_at_once(flaky, error, advice):
+def test_other_errors_are_raised_without_a_retry(flaky, error, advice):
     store = flaky(error)
     with pytest.raises(StorageError, match=re.escape(advice)):
         store.read("file")
@@ -309,43 +308,45 @@ def test_errors_name_the_url_without_credentials(flaky, monkeypatch):
     with pytest.raises(StorageError) as caught:
         store.read("file")
     assert str(caught.value).startswith(
-        "flaky://<redacted>@bucket/file: can not read it (PermissionError: "
+        "flaky://<redacted>@bucket/file: cannot read it (PermissionError: "
         "<SOME_SECRET_TOKEN> is not allowed)"
     )
     assert (
-        "pa55word" not in repr(store) + store.shown("file")
-        and store.shown("f") == "flaky://<redacted>@bucket/f"
+        "pa55word" not in repr(store) + store.redacted_url("file")
+        and store.redacted_url("f") == "flaky://<redacted>@bucket/f"
     )
 
 
-def test_a_protocol_without_its_package_or_name():
+def test_an_unknown_protocol_is_an_error():
     with pytest.raises(
-        StorageError, match=r"nosuch://x/y: can not read it \(ValueError: Protocol not known"
+        StorageError, match=r"nosuch://x/y: cannot read it \(ValueError: Protocol not known"
     ):
         Store("nosuch://x").read("y")
 
 
-def test_a_folder_that_can_not_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match=r"file/run/x: can not write it \(NotADirectoryError"):
+    with pytest.raises(StorageError, match=r"file/run/x: cannot write it \(NotADirectoryError"):
         Store(str(tmp_path / "file" / "run")).write("x", b"")
 
 
-def test_a_place_that_does_not_answer_is_given_up_and_not_asked_again(monkeypatch):
-    """For who waits at a terminal: one bound for a call, and none at all for the next to the same place."""
-    asked, never = [], threading.Event()
-    monkeypatch.setattr(filesystem, "filesystem", lambda url: (asked.append(url), never.wait(30)))
-    begun = time.monotonic()
+def test_a_silent_host_is_given_up_and_not_contacted_again(monkeypatch):
+    """A user waits for one timeout, not for one per call."""
+    requests, never = [], threading.Event()
+    monkeypatch.setattr(
+        filesystem, "filesystem", lambda url: (requests.append(url), never.wait(30))
+    )
+    start = time.monotonic()
     with retry_limit(2, timeout_s=0.2):
-        for path, said in (
+        for path, reason in (
             ("a", "no answer within 0.2 s"),
             ("b", "s3://silent did not answer before"),
         ):
             with pytest.raises(
                 StorageError,
-                match=rf"s3://silent/{path}: can not read it \(NoAnswerError: {said}\); check the "
+                match=rf"s3://silent/{path}: cannot read it \(NoAnswerError: {reason}\)\. Check the "
                 r"endpoint \(storage.options, proxies, firewalls\), or try again later",
             ):
                 Store("s3://silent").read(path)
-    assert asked == ["s3://silent/a"] and time.monotonic() - begun < 5
+    assert requests == ["s3://silent/a"] and time.monotonic() - start < 5
     never.set()

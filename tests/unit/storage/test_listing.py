@@ -1,4 +1,4 @@
-"""Listings: what patterns mean, and that a folder which can not be listed is never taken for an empty one."""
+"""Listings: patterns, and folders that cannot be listed are an error, not empty."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ FILES = [
 ]
 
 
-class Unwell(MemoryFileSystem):
-    """A filesystem of its own whose listings of some folders fail."""
+class Broken(MemoryFileSystem):
+    """A filesystem whose listings of some folders fail."""
 
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     cachable = False
-    unwell: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
-        if path.rstrip("/") in self.unwell:
+        if path.rstrip("/") in self.broken:
             raise OSError("Internal Error")
         return super().ls(path, detail, **kwargs)
 
 
 @pytest.fixture
-def fs() -> Unwell:
-    found = Unwell()
+def fs() -> Broken:
+    found = Broken()
     found.store.clear()
     for name in FILES:
         found.pipe_file(name, b"x")
@@ -44,7 +44,7 @@ def fs() -> Unwell:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "wanted"),
+    ("pattern", "expected"),
     [
         ("/d/*.jsonl", ["/d/a.jsonl", "/d/b.jsonl"]),
         ("/d/[bc].*", ["/d/b.jsonl", "/d/c.txt"]),
@@ -73,12 +73,12 @@ def fs() -> Unwell:
         ("/none", []),
     ],
 )
-def test_what_matches(fs, pattern, wanted):
-    assert list(listing.matching(fs, pattern)) == wanted
+def test_matching_files_of_a_pattern(fs, pattern, expected):
+    assert list(listing.matching(fs, pattern)) == expected
 
 
 @pytest.mark.parametrize(
-    ("unwell", "pattern"),
+    ("broken", "pattern"),
     [
         ("/d", "/d/*.jsonl"),
         ("/d", "/d/*/a.jsonl"),
@@ -88,13 +88,13 @@ def test_what_matches(fs, pattern, wanted):
         ("/d/x/y", "/d/**"),
     ],
 )
-def test_a_folder_that_can_not_be_listed_is_not_taken_for_empty(fs, unwell, pattern):
-    fs.unwell = (unwell,)
+def test_a_folder_that_cannot_be_listed_is_an_error(fs, broken, pattern):
+    fs.broken = (broken,)
     with pytest.raises(OSError, match="Internal Error"):
         listing.matching(fs, pattern)
 
 
-def test_names_are_those_of_a_folder(fs):
+def test_names_of_a_folder(fs):
     assert listing.names(fs, "/d") == ["a.jsonl", "b.jsonl", "c.txt", "odd[1].txt", "x"]
     assert listing.names(fs, "/none") == listing.names(fs, "/d/a.jsonl") == []
     assert listing.exists(fs, "/d/x") and not listing.exists(fs, "/d/z")

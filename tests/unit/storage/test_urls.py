@@ -1,4 +1,4 @@
-"""What URLs name: files, globs and folders; and what is known of a file without reading it."""
+"""URLs of files, globs and folders; size and version of a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_local_urls(tmp_path, monkeypatch):
         == Store(f"file://{tmp_path}/runs/").url
         == str(tmp_path / "runs")
     )
-    assert Store("s3://bucket/runs/").full("a/b") == "s3://bucket/runs/a/b"
+    assert Store("s3://bucket/runs/").full_url("a/b") == "s3://bucket/runs/a/b"
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -42,7 +42,9 @@ def test_glob_finds_files_globs_and_folders(kind, tmp_path):
         store.write(name, b"x")
 
     def full(name):  # fsspec spells memory://x as memory:///x
-        return store.full(name) if kind == "local" else store.full(name).replace("//", "///")
+        return (
+            store.full_url(name) if kind == "local" else store.full_url(name).replace("//", "///")
+        )
 
     assert list(filesystem.glob(full("data/a.jsonl"))) == [full("data/a.jsonl")]
     assert list(filesystem.glob(full("data/*"))) == [full("data/a.jsonl"), full("data/b.jsonl")]
@@ -57,15 +59,15 @@ def test_glob_finds_files_globs_and_folders(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_stat_tells_when_content_changed(kind, tmp_path):
+def test_stat_changes_with_the_content(kind, tmp_path):
     store = Store(str(tmp_path) if kind == "local" else f"memory://{uuid4().hex}")
     store.write("shard", b"one")
-    before = filesystem.stat(store.full("shard"))
-    assert before["size"] == 3 and before == filesystem.stat(store.full("shard"))
+    before = filesystem.stat(store.full_url("shard"))
+    assert before["size"] == 3 and before == filesystem.stat(store.full_url("shard"))
     store.write("shard", b"two")
-    assert filesystem.stat(store.full("shard")) != before
-    with pytest.raises(StorageError, match="there is no such file"):
-        filesystem.stat(store.full("absent"))
+    assert filesystem.stat(store.full_url("shard")) != before
+    with pytest.raises(StorageError, match="This file or bucket does not exist"):
+        filesystem.stat(store.full_url("absent"))
 
 
 def test_configure_sets_options_of_a_protocol(monkeypatch):
@@ -76,8 +78,8 @@ def test_configure_sets_options_of_a_protocol(monkeypatch):
     assert isinstance(filesystem.filesystem("x")[0], LocalFileSystem)
 
 
-def test_pyarrow_reads_through_the_same_door():
+def test_pyarrow_reads_through_the_fsspec_filesystem():
     store = Store(f"memory://{uuid4().hex}")
     store.write("file", b"through arrow")
-    arrow_fs, path = filesystem.arrow_filesystem(store.full("file"))
+    arrow_fs, path = filesystem.arrow_filesystem(store.full_url("file"))
     assert arrow_fs.open_input_file(path).read() == b"through arrow"

@@ -104,7 +104,8 @@ def test_callback_that_raises_ends_the_run_and_is_named(base):
     with pytest.raises(CallbackError) as caught:
         dist_ft.train(load_config(document(base, "broken")), callbacks=[Broken()])
     assert str(caught.value) == (
-        f"callback {__name__}.{Broken.__qualname__}.on_step_end failed: KeyError: 'lost'; the run ended; checkpoints are "
+        f"callback {__name__}.{Broken.__qualname__}.on_step_end failed: KeyError: 'lost'; the run "
+        "ended; checkpoints are "
         "kept. Fix the callback and run the same command to resume."
     )
     assert isinstance(caught.value.__cause__, KeyError)
@@ -153,8 +154,10 @@ def test_callbacks_are_refused_where_the_workers_are_other_processes(monkeypatch
     with pytest.raises(ConfigError) as caught:
         dist_ft.train(config, callbacks=[Callback()])
     assert caught.value.problems == (
-        "callbacks: the 2 workers (cluster.workers) are other processes, which do not get Python objects of this one; "
-        "naming a callback by its import path is not supported yet. Use cluster.workers=0 or torchrun, or leave callbacks out.",
+        "callbacks: the 2 workers (cluster.workers) are other processes, which do not get Python "
+        "objects of this one; "
+        "naming a callback by its import path is not supported yet. Use cluster.workers=0 or "
+        "torchrun, or leave callbacks out.",
     )
 
 

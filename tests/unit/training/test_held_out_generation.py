@@ -21,7 +21,11 @@ from dist_ft.model.generation import GenerationRequest
 from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.held_out_generation import HeldOutGenerator, generate_distributed, iterate_samples
+from dist_ft.training.held_out_generation import (
+    HeldOutGenerator,
+    generate_distributed,
+    iterate_samples,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,8 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
         "some rows hold several samples"
     )
     found = sorted(
-        (one for batch in batches for one in iterate_samples(batch, False)), key=lambda one: one.sample
+        (one for batch in batches for one in iterate_samples(batch, False)),
+        key=lambda one: one.sample,
     )
     rows = [
         json.loads(line)
@@ -158,12 +163,12 @@ def test_the_first_samples_are_taken_once_whoever_saw_them(base):
         )
     )
     data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
-    texts = HeldOutGenerator.of(config, data.tokenizer)
+    texts = HeldOutGenerator.from_config(config, data.tokenizer)
     for _ in range(2):  # a second evaluation begins anew
         for batch in data.evaluation.batches(0, range(5)) + data.evaluation.batches(1, range(5)):
-            texts.see(batch)
-        assert [one.sample for one in texts.gather(Collectives())] == [0, 1, 2, 3, 4]
-    assert HeldOutGenerator.of(load_config(tiny.config(base, "x")), data.tokenizer) is None
+            texts.collect(batch)
+        assert [one.sample for one in texts.take_samples(Collectives())] == [0, 1, 2, 3, 4]
+    assert HeldOutGenerator.from_config(load_config(tiny.config(base, "x")), data.tokenizer) is None
     data.close()
 
 
@@ -190,7 +195,9 @@ def test_a_run_stops_early_by_a_metric_of_texts(base):
     assert result.step == 2
     store = Store(str(base / "runs" / "seq2seq-early"))
     kept = json.loads(store.read("evaluations/step-000000002.json"))
-    assert [set(one) for one in kept["texts"]] == [{"sample", "prompt", "reference", "text"}] * 2
+    assert [set(one) for one in kept["generations"]] == [
+        {"sample", "prompt", "reference", "text"}
+    ] * 2
     lines = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
     assert (
         kept["token_error_rate"]

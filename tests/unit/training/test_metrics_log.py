@@ -52,7 +52,7 @@ def test_a_run_that_starts_again_from_nothing_keeps_nothing(store):
     log.add(0, "evaluation", {"loss": 3.0})
     log.close()
     assert read_metrics(store, 0) == []
-    assert read_metrics(Store(store.full("elsewhere"))) == []
+    assert read_metrics(Store(store.full_url("elsewhere"))) == []
 
 
 def test_what_is_no_number_is_null(store):
@@ -109,7 +109,7 @@ def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
     log.add(2, "train", {"loss": 1.5})
     log.close()
     (name,) = store.list("tensorboard/attempt-0003")
-    events = EventAccumulator(store.full(f"tensorboard/attempt-0003/{name}")).Reload()
+    events = EventAccumulator(store.full_url(f"tensorboard/attempt-0003/{name}")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, 2.0),
         (2, 1.5),
@@ -124,7 +124,7 @@ def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog
     with caplog.at_level(logging.WARNING, "dist_ft"):
         log.flush().result()
     assert caplog.messages[0].startswith(
-        f"metrics were not written: {tmp_path}/run/metrics.jsonl: can not write it ("
+        f"metrics were not written: {tmp_path}/run/metrics.jsonl: cannot write it ("
     )
     os.remove(tmp_path / "run")
     log.close()

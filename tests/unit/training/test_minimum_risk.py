@@ -53,7 +53,10 @@ def test_what_a_lane_draws_knows_no_other_lane(base):
     config = load_config(document(base, "causal_lm", "x", 2))
     data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
     module, engine, _ = build_model.open_engine(config, World(), False, data.tokenizer)
-    risk, batches = MinimumRisk.of(config, data.tokenizer), data.training.batches(0, range(5))
+    risk, batches = (
+        MinimumRisk.from_config(config, data.tokenizer),
+        data.training.batches(0, range(5)),
+    )
 
     def drawn(lanes, step=0):
         found, count = risk.prepare(

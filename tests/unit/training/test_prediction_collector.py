@@ -1,4 +1,4 @@
-"""What was told of batches becomes what was told of samples, whoever saw them."""
+"""Model outputs for batches become predictions for samples, on whichever worker they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.encoding import answer_spans
-from dist_ft.training.prediction_collector import PredictionCollector, best_span
+from dist_ft.training.prediction_collector import PredictionCollector
+from dist_ft.training.predictions import best_span
 
 
 def task(name: str, *labels: str) -> TaskSection:
@@ -24,19 +25,21 @@ def batch(labels: list[list[int]], samples: list[int], sizes: list[int], first: 
     return Batch(np.zeros_like(targets), targets, np.zeros_like(targets), segments, 0)
 
 
-def wanted(last: int, begin: int = 1, tail: int = 0) -> int:
-    return answer_spans.pack(answer_spans.AnswerSpan(last, begin, tail))
+def packed(last: int, start: int = 1, tail: int = 0) -> int:
+    return answer_spans.pack(answer_spans.AnswerSpan(last, start, tail))
 
 
-def test_an_answer_lies_in_the_context():
-    """A model that points at the question, or at what ends the window, has said nothing of the context."""
-    scorer, told = PredictionCollector(task("question_answering")), np.full((1, 8, 2), -5.0)
-    told[0, 2] = 9  # in the question
-    told[0, 7] = 8  # the last separator
-    told[0, 4, 0], told[0, 5, 1] = 3, 3
-    scorer.add(batch([[IGNORE_INDEX] * 4 + [wanted(5, 4, 1)] + [IGNORE_INDEX] * 3], [0], [8]), told)
-    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
-    assert scorer._rows[0][3][:2] == (4, 5)
+def test_answer_lies_in_the_context():
+    """Spans in the question or in the special tokens at the end are not answers."""
+    collector, logits = PredictionCollector(task("question_answering")), np.full((1, 8, 2), -5.0)
+    logits[0, 2] = 9  # in the question
+    logits[0, 7] = 8  # the last separator
+    logits[0, 4, 0], logits[0, 5, 1] = 3, 3
+    collector.add(
+        batch([[IGNORE_INDEX] * 4 + [packed(5, 4, 1)] + [IGNORE_INDEX] * 3], [0], [8]), logits
+    )
+    assert collector.compute_scores(Collectives()).values == {"exact_match": 1.0, "f1": 1.0}
+    assert collector._rows[0][3][:2] == (4, 5)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +56,18 @@ def test_spans_are_packed_into_an_int32(span):
     assert answer_spans.last_tokens(np.array([number])).tolist() == [span.last]
 
 
-def test_padding_never_counts():
-    scorer = PredictionCollector(task("token_classification", "O", "B-x"))
-    told = np.zeros((2, 4, 2))
-    told[0, 1, 1] = 1
-    told[:, 3, 1] = 1  # in the padding of the first row
-    scorer.add(batch([[IGNORE_INDEX, 1, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX, 0, 0, 1]], [0, 1], [3, 4]), told)
-    assert scorer.scores(Collectives())["accuracy"] == 1
+def test_padding_is_not_scored():
+    collector = PredictionCollector(task("token_classification", "O", "B-x"))
+    logits = np.zeros((2, 4, 2))
+    logits[0, 1, 1] = 1
+    logits[:, 3, 1] = 1  # in the padding of the first row
+    collector.add(
+        batch(
+            [[IGNORE_INDEX, 1, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX, 0, 0, 1]], [0, 1], [3, 4]
+        ),
+        logits,
+    )
+    assert collector.compute_scores(Collectives()).values["accuracy"] == 1
 
 
 def test_samples_of_two_workers_are_scored_once_in_order():
@@ -73,7 +81,7 @@ def test_samples_of_two_workers_are_scored_once_in_order():
     mine.add(batch([[bits[2]]], [2], [1]), np.array([3.0]))
     theirs.add(batch([[bits[0]], [bits[1]]], [0, 1], [1, 1]), np.array([1.0, 3.0]))
     other = theirs._rows
-    assert mine.scores(Two())["mse"] == pytest.approx(1 / 3)
+    assert mine.compute_scores(Two()).values["mse"] == pytest.approx(1 / 3)
 
 
 def test_spans_are_ordered_and_bounded():
@@ -88,37 +96,43 @@ def test_spans_are_ordered_and_bounded():
     assert best_span(logits, 1, 100)[:2] == (0, 0), "no answer is likelier"
 
 
-def test_of_the_windows_of_a_question_the_best_counts():
-    scorer = PredictionCollector(task("question_answering"))
-    told = np.full((2, 4, 2), -5.0)
-    told[0, 1], told[1, 2] = 1, 4
-    scorer.add(
+def test_best_window_of_a_question_counts():
+    collector = PredictionCollector(task("question_answering"))
+    logits = np.full((2, 4, 2), -5.0)
+    logits[0, 1], logits[1, 2] = 1, 4
+    collector.add(
         batch(
-            [[wanted(0), IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX, IGNORE_INDEX, wanted(2), IGNORE_INDEX]],
+            [
+                [packed(0), IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX],
+                [IGNORE_INDEX, IGNORE_INDEX, packed(2), IGNORE_INDEX],
+            ],
             [7, 7],
             [4, 4],
         ),
-        told,
+        logits,
     )
-    scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
-    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
+    collector._rows[1] = collector._rows[1]._replace(window=4)
+    assert collector.compute_scores(Collectives()).values == {"exact_match": 1.0, "f1": 1.0}
 
 
-def test_nothing_to_score():
+def test_no_rows_give_no_metrics():
     assert PredictionCollector(task("masked_lm")).scores(Collectives()) == {}
 
 
-def test_an_answer_in_what_two_windows_share_is_right_in_either():
-    scorer = PredictionCollector(task("question_answering"))
-    told = np.full((2, 4, 2), -5.0)
-    told[0, 3], told[1, 1] = 2, 4
-    scorer.add(
+def test_answer_in_the_overlap_of_two_windows_is_correct_in_either():
+    collector = PredictionCollector(task("question_answering"))
+    logits = np.full((2, 4, 2), -5.0)
+    logits[0, 3], logits[1, 1] = 2, 4
+    collector.add(
         batch(
-            [[IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, wanted(3)], [IGNORE_INDEX, wanted(1), IGNORE_INDEX, IGNORE_INDEX]],
+            [
+                [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, packed(3)],
+                [IGNORE_INDEX, packed(1), IGNORE_INDEX, IGNORE_INDEX],
+            ],
             [7, 7],
             [4, 4],
         ),
-        told,
+        logits,
     )
-    scorer._rows[1] = (7, 4, *scorer._rows[1][2:])
-    assert scorer.scores(Collectives()) == {"exact_match": 1.0, "f1": 1.0}
+    collector._rows[1] = collector._rows[1]._replace(window=4)
+    assert collector.compute_scores(Collectives()).values == {"exact_match": 1.0, "f1": 1.0}

@@ -202,7 +202,7 @@ def test_metrics_follow_schedule_and_plan(base, straight):
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(run, straight, at):
     with pytest.raises(Interrupted) as caught:
         run.go(should_stop=clock(*[nothing] * (at - 1), stop))
-    where = run.store.full(f"checkpoints/step-{at:09d}-a0001")
+    where = run.store.full_url(f"checkpoints/step-{at:09d}-a0001")
     assert str(caught.value) == (
         f"stopped at step {at} of {STEPS} as asked; it is saved as {where}; the same command goes "
         "on from there"
@@ -252,7 +252,7 @@ def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
 
 def blocker(store: Store):
     """Return (block, free): while blocked, nothing can be written below checkpoints/."""
-    folder, aside = Path(store.full("checkpoints")), Path(store.full("aside"))
+    folder, aside = Path(store.full_url("checkpoints")), Path(store.full_url("aside"))
 
     def block() -> bool:
         if folder.exists():
@@ -303,7 +303,7 @@ def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run,
 def test_the_last_save_must_not_fail(run):
     block, _ = blocker(run.store)
     with pytest.raises(
-        StorageError, match=r"checkpoints/step-000000006-a0001/\S+: can not write it"
+        StorageError, match=r"checkpoints/step-000000006-a0001/\S+: cannot write it"
     ):
         run.go(should_stop=clock(*[nothing] * (STEPS - 1), block))
 

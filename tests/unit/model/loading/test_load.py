@@ -21,10 +21,10 @@ from dist_ft.core.errors import ModelError, StorageError
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.load import (
     build_uninitialized_model,
+    check_loading_report,
     load_causal_lm,
     load_tokenizer,
     read_config,
-    check_loading_report,
 )
 from dist_ft.storage.filesystem import Store
 
@@ -74,7 +74,10 @@ def test_number_format_attention_and_recomputation(folder):
 
 
 def test_an_empty_model_has_the_structure_only(folder):
-    empty, full = build_uninitialized_model(section(folder, attention="eager")), load_causal_lm(section(folder))
+    empty, full = (
+        build_uninitialized_model(section(folder, attention="eager")),
+        load_causal_lm(section(folder)),
+    )
     assert {n: p.shape for n, p in empty.named_parameters()} == {
         n: p.shape for n, p in full.named_parameters()
     }
@@ -219,8 +222,8 @@ def test_an_encoder_is_refused(tmp_path):
     }
     BertModel(BertConfig(**small)).save_pretrained(tmp_path)
     assert refused(read_config, tmp_path) == (
-        f"model.path={tmp_path}: a bert model can not continue text; causal language models are allowed; choose another "
-        "model"
+        f"model.path={tmp_path}: a bert model cannot continue text. Only causal language "
+        "models are allowed. Choose another model."
     )
     BertConfig(**small, is_decoder=True).save_pretrained(tmp_path)
     assert read_config(section(tmp_path)).is_decoder
@@ -229,13 +232,13 @@ def test_an_encoder_is_refused(tmp_path):
 def test_an_encoder_with_a_decoder_is_refused(shared):
     path = shared("models/bart-g2p-us")
     assert refused(read_config, path).startswith(
-        f"model.path={path}: a bart model can not continue text; "
+        f"model.path={path}: a bart model cannot continue text. "
     )
 
 
 def test_a_model_that_knows_only_images_is_refused(tmp_path):
     AutoConfig.for_model("vit").save_pretrained(tmp_path)
-    assert "a vit model can not continue text" in refused(read_config, tmp_path)
+    assert "a vit model cannot continue text" in refused(read_config, tmp_path)
 
 
 def test_attention_the_model_does_not_have(tmp_path):
@@ -284,7 +287,9 @@ def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
         )[1],
     )
     workers = [
-        threading.Thread(target=lambda: results.append(fetch_model(bucket.url, cache_dir=str(tmp_path))))
+        threading.Thread(
+            target=lambda: results.append(fetch_model(bucket.url, cache_dir=str(tmp_path)))
+        )
         for _ in range(4)
     ]
     for worker in workers:
@@ -313,7 +318,7 @@ def test_a_bucket_without_a_model(tmp_path):
 
 
 def test_a_bucket_that_is_not_there(tmp_path):
-    with pytest.raises(StorageError, match="nosuch://x: can not list it"):
+    with pytest.raises(StorageError, match="nosuch://x: cannot list it"):
         fetch_model("nosuch://x", cache_dir=str(tmp_path))
 
 

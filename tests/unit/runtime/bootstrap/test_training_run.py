@@ -133,7 +133,7 @@ def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
 def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
     go(document, checkpoint={"every_steps": 2})
     store = store_of(document)
-    losses, last = history.losses(store.url), store.full("checkpoints/step-000000004-a0001")
+    losses, last = history.losses(store.url), store.full_url("checkpoints/step-000000004-a0001")
     with open(f"{last}/rank-00000-0000.safetensors", "r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"\0\1\2")

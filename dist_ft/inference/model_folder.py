@@ -1,0 +1,207 @@
+"""A model folder as inference reads it: which task its model does, its weights, and what identifies them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from dist_ft.checkpoint import export, initial_weights
+from dist_ft.config.load import load_stored_section
+from dist_ft.config.schema import ModelSection, TaskSection
+from dist_ft.config.sections.decoding import DecodingSection, parse, short_form
+from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.core.errors import ModelError
+from dist_ft.model import heads
+from dist_ft.model.loading.download import fetch_model
+from dist_ft.model.loading.load import load_task_model, load_tokenizer
+
+log = logging.getLogger("dist_ft.predict")
+TASK_BY_CLASS_SUFFIX = {
+    "SequenceClassification": "sequence_classification",
+    "TokenClassification": "token_classification",
+    "QuestionAnswering": "question_answering",
+    "ConditionalGeneration": "seq2seq",
+    "CausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "MaskedLM": "masked_lm",
+}
+"""The task of a transformers class, by the end of its name."""
+TASK_BY_PROBLEM_TYPE = {"multi_label_classification": "multi_label", "regression": "regression"}
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """How a model is applied to rows.
+
+    Attributes:
+        batch_size: rows in a batch.
+        max_new_tokens: length limit of generated text, in tokens.
+        strategy: decoding strategy (`config.decoding.parse`); random draws follow from the number of the row.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 128
+    strategy: str = "greedy"
+
+    def decoding(self) -> DecodingSection:
+        """Return the decoding section; raises ConfigError if the strategy does not exist."""
+        section = DecodingSection(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        return parse(self.strategy, section)
+
+
+DEFAULTS = PredictionOptions()
+
+
+class FolderInfo(TypedDict, total=False):
+    """What an export writes next to a model (`export.INFO_FILE`); folders of other origin have none.
+
+    Attributes:
+        task, prompting: sections of the run's config, with labels and examples.
+        attention: implementation the model was trained with.
+        prompt_template: how a prompt was written without a chat template.
+        sequence_length: of the training, in tokens.
+    """
+
+    task: dict[str, Any]
+    prompting: dict[str, Any]
+    attention: str
+    prompt_template: str
+    sequence_length: int | None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, ready for inference.
+
+    Attributes:
+        task: what it does, with labels.
+        prompting: how it is prompted for labels, if it is.
+        info: what its export wrote.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: TaskSection
+    prompting: PromptingSection
+    info: FolderInfo
+
+
+def load_folder(path: str, device: str) -> LoadedModel:
+    """Load the model at `path` (folder, URL, hub name).
+
+    Raises ModelError if it does not exist, or if weights of its head are missing.
+    """
+    folder = _local_folder(path)
+    info_file = Path(folder) / export.INFO_FILE
+    info: FolderInfo = {}
+    if info_file.exists():
+        info = json.loads(info_file.read_text("utf-8"))
+    prompting = load_stored_section(
+        cast("dict[str, Any]", info), "prompting", PromptingSection, str(info_file)
+    )
+    task = _read_task(path, folder, info, prompting)
+    section = ModelSection.model_validate(
+        {
+            "path": folder,
+            "dtype": "bfloat16" if device == "cuda" else "float32",
+            "attention": _choose_attention(info.get("attention", "sdpa"), device),
+        }
+    )
+    tokenizer = load_tokenizer(section)
+    model = _load_model(of_model(task, prompting), section, tokenizer, path)
+    return LoadedModel(model.to(device), tokenizer, task, prompting, info)
+
+
+def model_version(path: str, options: PredictionOptions) -> str:
+    """Return a text that changes when the weights at `path`, or the options that affect predictions, do."""
+    decoding = options.decoding()
+    files = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in Path(_local_folder(path)).glob("*.safetensors")
+    )
+    return json.dumps(
+        [path, options.max_new_tokens, short_form(decoding), decoding.seed, *files]
+    )
+
+
+def detect_task(config: Any, path: str) -> TaskSection:
+    """Return the task of the model with this transformers `config`, with its labels."""
+    name = _task_of_architecture(config.architectures or ())
+    if name == "sequence_classification":
+        default = "regression" if config.num_labels == 1 else name
+        name = TASK_BY_PROBLEM_TYPE.get(config.problem_type or "", default)
+    if name == "masked_lm":
+        raise ModelError(
+            f"model.path={path}: is a masked language model, which has no answer to a text. Models with "
+            "a head, causal models and encoder-decoders are allowed. Train one."
+        )
+    labels = ()
+    if name in heads.LABELLED:
+        labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
+    return TaskSection.model_validate({"name": name, "labels": labels})
+
+
+def _task_of_architecture(architectures: Sequence[str]) -> str:
+    for architecture in architectures:
+        for suffix, task in TASK_BY_CLASS_SUFFIX.items():
+            if architecture.endswith(suffix):
+                return task
+    return "embedding"
+
+
+def _local_folder(path: str) -> str:
+    return fetch_model(initial_weights.resolve_model_section(ModelSection(path=path)).path)
+
+
+def _read_task(
+    path: str, folder: str, info: FolderInfo, prompting: PromptingSection
+) -> TaskSection:
+    """Return the task of the model in a folder, by its config.json and by what an export adds."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path={path}: is not a model folder ({str(error).splitlines()[0][:100]}). A folder "
+            "that `dist-ft export` writes is needed. Export the run first."
+        ) from error
+
+    stored = cast("dict[str, Any]", info)
+    if prompting.method == "likelihood":
+        return load_stored_section(stored, "task", TaskSection, path)
+    task = detect_task(config, path)
+    if "task" not in info:
+        return task
+    return load_stored_section(stored, "task", TaskSection, path).model_copy(
+        update={"labels": task.labels, "new_head": False, "grow_head": False}
+    )
+
+
+def _choose_attention(trained_with: str, device: str) -> str:
+    """Return the attention implementation to use: flash attention has kernels for GPUs only."""
+    if device == "cpu" and "flash" in trained_with:
+        log.warning(
+            "model.attention=%s: needs a GPU; using sdpa, which computes the same", trained_with
+        )
+        return "sdpa"
+    return trained_with
+
+
+def _load_model(task: TaskSection, section: ModelSection, tokenizer: Any, path: str) -> Any:
+    """Return the model in evaluation mode; raises ModelError if its head was never trained."""
+    model, new_weights = load_task_model(task, section)
+    if new_weights:
+        raise ModelError(
+            f"model.path={path}: {len(new_weights)} weights of its head are not in the files, such as "
+            f"{min(new_weights)}; its predictions would be random. A trained head is needed. Train it "
+            "first."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.eval()
