@@ -50,12 +50,12 @@ def short(base: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
     return tiny.config(base, name, **{"schedule": {"epochs": None, "steps": 2}, **changes})
 
 
-def test_no_such_model(base: Path, dist_ft: Train) -> None:
+def test_missing_model_is_an_error(base: Path, dist_ft: Train) -> None:
     code, said = dist_ft("train", short(base, "no-model", model={"path": str(base / "modell")}))
     assert code == 2 and f"model.path={base}/modell: there is no such folder" in said
 
 
-def test_an_empty_data_set(base: Path, dist_ft: Train) -> None:
+def test_empty_data_set_is_an_error(base: Path, dist_ft: Train) -> None:
     (base / "empty").mkdir()
     code, said = dist_ft(
         "train", short(base, "no-data", data={"train": str(base / "empty" / "*.jsonl")})
@@ -63,14 +63,14 @@ def test_an_empty_data_set(base: Path, dist_ft: Train) -> None:
     assert code == 2 and "data.train=" in said and "empty/*.jsonl" in said
 
 
-def test_a_sample_longer_than_the_sequence(base: Path, dist_ft: Train) -> None:
+def test_sample_longer_than_the_sequence_is_an_error(base: Path, dist_ft: Train) -> None:
     code, said = dist_ft(
         "train", short(base, "too-long", data={"overlong": "error"}), "batch.sequence_length=16"
     )
     assert code == 2 and "longer than batch.sequence_length=16" in said and "data.overlong=" in said
 
 
-def test_a_shard_that_vanished_or_changed_since_the_run_began(base: Path, dist_ft: Train) -> None:
+def test_shard_that_vanished_or_changed_is_an_error(base: Path, dist_ft: Train) -> None:
     data = base / "data-vanishing"
     glob = tiny.make_data(data, 24)
     document = short(base, "vanishing", data={"train": glob})
@@ -85,13 +85,13 @@ def test_a_shard_that_vanished_or_changed_since_the_run_began(base: Path, dist_f
     assert code == 2 and "shard-1.jsonl" in said and "changed" in said
 
 
-def test_storage_that_can_not_be_written(base: Path, dist_ft: Train) -> None:
+def test_read_only_storage_is_an_error(base: Path, dist_ft: Train) -> None:
     (base / "a-file").write_text("")
     code, said = dist_ft("train", short(base, "no-storage"), f"run.storage={base}/a-file/runs")
     assert code in (1, 2) and "a-file" in said
 
 
-def test_more_workers_than_there_are(
+def test_more_workers_than_ray_can_place_is_an_error(
     base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -106,12 +106,12 @@ def test_more_workers_than_there_are(
     assert code == 2 and f"cluster.workers={cores + 1}" in said
 
 
-def test_more_workers_than_lanes(base: Path, dist_ft: Train) -> None:
+def test_more_workers_than_lanes_is_an_error(base: Path, dist_ft: Train) -> None:
     code, said = dist_ft("check", short(base, "few-lanes", cluster={"workers": 6}))
     assert code == 2 and "cluster.workers=6" in said and "5 lanes" in said
 
 
-def test_a_second_run_of_the_same_name_with_another_config(base: Path, dist_ft: Train) -> None:
+def test_same_run_name_with_another_config_is_an_error(base: Path, dist_ft: Train) -> None:
     dist_ft("train", short(base, "twice"))
     before = sorted((base / "runs/twice/checkpoints").iterdir())
     code, said = dist_ft(
@@ -126,7 +126,7 @@ def test_a_second_run_of_the_same_name_with_another_config(base: Path, dist_ft: 
     assert sorted((base / "runs/twice/checkpoints").iterdir()) == before
 
 
-def test_two_runs_writing_one_folder(base: Path, dist_ft: Train) -> None:
+def test_two_runs_in_one_folder_do_not_mix(base: Path, dist_ft: Train) -> None:
     """The same command given twice: the later one goes on alone, the earlier one ends itself, nothing is lost or doubled."""
     document = tiny.config(
         base, "both", schedule={"epochs": None, "steps": 1500}, checkpoint={"every_steps": 10}
@@ -165,7 +165,7 @@ def test_two_runs_writing_one_folder(base: Path, dist_ft: Train) -> None:
     )
 
 
-def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft: Train) -> None:
+def test_changed_tokenizer_is_an_error(base: Path, dist_ft: Train) -> None:
     model = tiny.make_model(base / "model-retokenised")
     document = short(base, "retokenised", model={"path": str(model)})
     assert dist_ft("train", document)[0] == 0
@@ -182,7 +182,7 @@ def test_a_tokenizer_that_is_not_the_one_the_run_began_with(base: Path, dist_ft:
     assert sorted((base / "runs/retokenised/checkpoints").iterdir()) == before
 
 
-def test_a_checkpoint_of_a_newer_version(
+def test_checkpoint_of_a_newer_version_is_an_error(
     base: Path, dist_ft: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = short(base, "newer") | {
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_a_newer_version(
     assert sorted((base / "runs/newer/checkpoints").iterdir()) == before
 
 
-def test_a_sound_run_says_nothing_on_stderr_and_is_complete_when_asked_again(
+def test_successful_run_prints_nothing_on_stderr_and_is_complete_the_second_time(
     base: Path, dist_ft: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = short(base, "sound")

@@ -84,7 +84,7 @@ def segment_rows(batches: list) -> np.ndarray:
         pytest.param(1_000_000, 200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
-def test_promise_1_every_sample_once_through_stops_and_changed_worlds(
+def test_promise_1_every_sample_once_through_stops_and_resizes(
     tmp_path: Path, samples: int, shards: int
 ) -> None:
     tiny.make_model(tmp_path / "model")

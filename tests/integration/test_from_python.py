@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_ten_lines_of_the_readme_run(tmp_path: Path) -> None:
+def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
     lines = re.search(
         r"```python\n(from dist_ft import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
@@ -47,7 +47,7 @@ def test_the_ten_lines_of_the_readme_run(tmp_path: Path) -> None:
     assert "step-000000020" in ended.stdout, "the run went to the step the lines ask for"
 
 
-def test_the_notebook_runs_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_the_model_improves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="a notebook needs nbclient and ipykernel")
     import nbformat
 

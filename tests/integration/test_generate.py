@@ -142,7 +142,7 @@ def held_out(base: Path, task: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
-def test_every_engine_makes_the_texts_of_plain_transformers(base: Path, task: str) -> None:
+def test_every_engine_generates_the_same_as_plain_transformers(base: Path, task: str) -> None:
     documents = {}
     for strategy in STRATEGIES:
         documents[strategy, 0] = document_of(base, task, strategy, "plain")
@@ -184,7 +184,7 @@ def test_every_engine_makes_the_texts_of_plain_transformers(base: Path, task: st
             )
 
 
-def test_an_adapter_makes_texts_too(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_generates_text(base: Path, tmp_path: Path) -> None:
     """After it learned: what the folder with the adapter merged says."""
     document = document_of(
         base,

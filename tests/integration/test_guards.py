@@ -136,7 +136,7 @@ def plain(base: Path, guard: str) -> list[float]:
     return losses
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses(
+def test_promise_7_every_engine_matches_the_plain_losses(
     base: Path, guard: str, plain: list[float]
 ) -> None:
     documents = [
@@ -154,7 +154,7 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(
+def test_promise_2_a_killed_run_resumes_bit_exact(
     base: Path, guard: str, plain: list[float], stage: int
 ) -> None:
     unbroken = base / f"runs/{guard}-z{stage}"
@@ -172,7 +172,7 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
 
 
-def test_what_was_evaluated_is_what_is_exported(
+def test_the_evaluated_weights_are_exported(
     base: Path, guard: str, plain: list[float], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file

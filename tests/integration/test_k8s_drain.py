@@ -75,7 +75,7 @@ print("FOUND " + json.dumps(found))
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="needs root and unshare (process ids)",
 )
-def test_the_hook_announces_the_end_and_holds_the_pod_while_something_runs(tmp_path: Path) -> None:
+def test_the_prestop_hook_drains_the_node_and_holds_the_pod(tmp_path: Path) -> None:
     port, short = (
         ports.free(),
         tempfile.mkdtemp(prefix="df", dir="/tmp"),

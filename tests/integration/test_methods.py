@@ -106,7 +106,7 @@ def stages_of(method: str) -> tuple[int, ...]:
     return (0,) if method == "adalora" else (0, 2, 3)
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses(
+def test_promise_7_every_engine_matches_the_plain_losses(
     base: Path, method: str, plain: list[float]
 ) -> None:
     documents = [
@@ -131,7 +131,7 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(
+def test_promise_2_a_killed_run_resumes_bit_exact(
     base: Path, method: str, plain: list[float], stage: int
 ) -> None:
     if stage not in stages_of(method) or (stage == 0) != (method == "adalora"):
@@ -156,7 +156,7 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(
     )
 
 
-def test_what_comes_out_is_a_plain_model(
+def test_the_export_is_a_plain_model(
     base: Path, method: str, plain: list[float], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -196,7 +196,7 @@ def test_what_comes_out_is_a_plain_model(
     )
 
 
-def test_an_adapter_alone_is_what_peft_and_generate_load(
+def test_peft_and_generate_load_an_exported_adapter(
     base: Path, method: str, plain: list[float], tmp_path: Path
 ) -> None:
     """`export` itself has compared what peft reads."""
@@ -217,7 +217,7 @@ def test_an_adapter_alone_is_what_peft_and_generate_load(
         )
 
 
-def test_a_run_does_not_go_on_with_another_method(
+def test_a_run_does_not_resume_with_another_method(
     base: Path, method: str, plain: list[float]
 ) -> None:
     document = document_of(base, method, "plain")

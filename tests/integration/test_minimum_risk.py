@@ -59,7 +59,7 @@ def plain(base: Path, task: str) -> list[float]:
     return history.losses(base / "runs" / f"{task.replace('_', '-')}-plain")
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses(
+def test_promise_7_every_engine_matches_the_plain_losses(
     base: Path, task: str, plain: list[float]
 ) -> None:
     documents = [
@@ -74,7 +74,7 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(
+def test_promise_2_a_killed_run_resumes_bit_exact(
     base: Path, task: str, plain: list[float], stage: int
 ) -> None:
     document, folder = (
@@ -90,7 +90,7 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
 
 
-def test_held_out_texts_become_better(base: Path) -> None:
+def test_held_out_generations_improve(base: Path) -> None:
     """Rows all want one word of few: chrF of what is made rises, with the likelihood of references left out."""
     folder = base / "words"
     folder.mkdir()

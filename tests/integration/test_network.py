@@ -109,7 +109,7 @@ def test_a_node_with_a_slow_link_is_named(tmp_path: Path, marked: None) -> None:
     assert found["seconds"] < 60 and len(found["machines"]) == 3 and found["sums"][0]["mb_s"] > 0
 
 
-def test_a_wrong_sum_ends_the_run_on_all(tmp_path: Path) -> None:
+def test_a_wrong_sum_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
     done = check(tmp_path, [{"MASTER_ADDR": "127.0.0.1", "LINK": "lo"}] * 3, "wrong")
     assert all(
         code
@@ -120,7 +120,7 @@ def test_a_wrong_sum_ends_the_run_on_all(tmp_path: Path) -> None:
     assert not (tmp_path / "network.json").exists()
 
 
-def test_an_interface_a_node_does_not_have_is_one_line(tmp_path: Path) -> None:
+def test_missing_network_interface_is_one_line(tmp_path: Path) -> None:
     base = tiny.base(tmp_path, samples=20)
     document = tiny.config(base, "net", workers=2, cluster={"network_interface": "nope0"})
     program = (

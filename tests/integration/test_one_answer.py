@@ -36,7 +36,7 @@ def worst(losses: list[float], reference: list[float]) -> float:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_promise_7_every_stage_and_world_gives_the_plain_engines_losses(
+def test_promise_7_every_stage_and_world_matches_the_plain_engine(
     base: Path, plain: list[float], workers: int
 ) -> None:
     documents = [
@@ -63,7 +63,7 @@ def stopped(base: Path) -> Path:
 
 
 @pytest.mark.parametrize(("workers", "stage"), [(2, 3), (1, 1), (3, 2), (0, 0), (2, 0)])
-def test_promise_3_a_checkpoint_goes_on_in_any_world_under_any_stage(
+def test_promise_3_a_checkpoint_resumes_in_any_world_under_any_stage(
     base: Path, plain: list[float], stopped: Path, workers: int, stage: int
 ) -> None:
     name = f"from-stopped-w{workers}-z{stage}"
@@ -77,7 +77,7 @@ def test_promise_3_a_checkpoint_goes_on_in_any_world_under_any_stage(
     history.require_exactly_once(run, document)
 
 
-def test_promise_2_at_the_same_world_the_resumed_run_is_bit_exact(
+def test_promise_2_resuming_in_the_same_world_is_bit_exact(
     base: Path, plain: list[float]
 ) -> None:
     """Uses the runs the tests above left: the unbroken one of this shape and the killed and resumed one."""

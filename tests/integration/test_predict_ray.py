@@ -54,7 +54,7 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.list() if name.startswith("part-")}
 
 
-def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_with(
+def test_workers_write_the_same_as_one_process_and_a_killed_run_resumes(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_tasks.make_data(tmp_path / "in", "token_classification", 1500, seed=4)
@@ -93,7 +93,7 @@ def test_workers_write_what_one_process_writes_and_a_killed_start_is_gone_on_wit
     assert prediction_shards.ABOUT in os.listdir(tmp_path / "many")
 
 
-def test_a_bad_row_is_one_line_from_a_worker_too(model: str, tmp_path: Path) -> None:
+def test_bad_row_is_one_line_on_a_worker_too(model: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"tokens": ["tea"]}) + "\n" + json.dumps({"text": " "}) + "\n"
     )

@@ -104,7 +104,7 @@ def unbroken(base: Path) -> list[float]:
     return history.losses(base / "runs/unbroken")
 
 
-def test_a_run_on_ray_shows_its_tables_and_is_complete_when_asked_again(
+def test_a_run_on_ray_prints_its_tables_and_is_complete_the_second_time(
     base: Path, unbroken: list[float]
 ) -> None:
     code, output = finish(
@@ -153,7 +153,7 @@ def test_fault_2_a_worker_killed_mid_save_loses_only_that_save(
     history.require_exactly_once(base / "runs/save-died", document)
 
 
-def test_fault_9_the_driver_and_the_head_killed_mid_run_the_same_command_goes_on(
+def test_fault_9_driver_and_head_killed_the_same_command_resumes(
     base: Path, unbroken: list[float]
 ) -> None:
     document = tiny.config(base, "driver-died", workers=2)
@@ -169,7 +169,7 @@ def test_fault_9_the_driver_and_the_head_killed_mid_run_the_same_command_goes_on
     history.require_exactly_once(base / "runs/driver-died", document)
 
 
-def test_fault_7_sigterm_saves_leaves_and_the_same_command_goes_on(
+def test_fault_7_sigterm_saves_and_the_same_command_resumes(
     base: Path, unbroken: list[float]
 ) -> None:
     document = tiny.config(base, "stopped", workers=2, checkpoint={"every_steps": 0})
@@ -185,7 +185,7 @@ def test_fault_7_sigterm_saves_leaves_and_the_same_command_goes_on(
     assert history.losses(base / "runs/stopped") == pytest.approx(unbroken, abs=1e-5)
 
 
-def test_an_error_in_the_data_ends_the_run_in_one_line_without_restarts(base: Path) -> None:
+def test_data_error_ends_the_run_in_one_line_without_restarts(base: Path) -> None:
     bad = base / "bad"
     tiny.make_data(bad, 20)
     (bad / "shard-1.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "no end\n')
@@ -196,7 +196,7 @@ def test_an_error_in_the_data_ends_the_run_in_one_line_without_restarts(base: Pa
     assert output.count("shard-1.jsonl row 2") == 1
 
 
-def test_result_checkpoint_of_ray_is_the_commit_in_storage(base: Path) -> None:
+def test_result_of_ray_names_the_checkpoint_in_storage(base: Path) -> None:
     """From Python, on a cluster that is already there: Ray knows the checkpoint, an elastic range takes what there is."""
     script = base / "script.py"
     script.write_text(SCRIPT)
@@ -276,7 +276,7 @@ def test_fault_24_without_the_clusters_token_nothing_runs(base: Path) -> None:
     assert os.environ["RAY_AUTH_TOKEN"] not in output and "Traceback" not in output
 
 
-def test_a_run_on_ray_over_an_object_store_ends_in_its_first_attempt(base: Path) -> None:
+def test_a_run_on_ray_with_an_object_store_ends_in_its_first_attempt(base: Path) -> None:
     """Ray accepts a checkpoint only if it takes its filesystem for the run's; else it would restart a run that is done."""
     pytest.importorskip("moto.server", reason="needs moto[server] (the extra `dev`)")
     import s3
@@ -307,7 +307,7 @@ ray.shutdown()
 """
 
 
-def test_another_ray_of_this_machine_does_not_end_a_run(base: Path) -> None:
+def test_another_ray_on_this_machine_does_not_end_a_run(base: Path) -> None:
     """Ray Train's own watch asks whichever Ray it finds, which knows of no such run."""
     pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
     bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

@@ -130,7 +130,7 @@ def document(
         ),
     ],
 )
-def test_each_set_is_learned_from(
+def test_loss_falls_on_each_data_set(
     shared: Shared, tmp_path: Path, port: int, url: str, name: str, suffix: str
 ) -> None:
     fields = {"fields": {"prompt": "question", "response": "answer"}} if name == "gsm8k" else {}
@@ -140,7 +140,7 @@ def test_each_set_is_learned_from(
     assert result.step == 40 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
 
 
-def test_all_sets_mixed_for_a_few_hundred_steps(
+def test_all_data_sets_mixed_for_a_few_hundred_steps(
     shared: Shared, tmp_path: Path, port: int, url: str
 ) -> None:
     names = ["sgd_chat", "self_instruct", "wikitext2"]
@@ -166,7 +166,7 @@ def test_all_sets_mixed_for_a_few_hundred_steps(
     assert found.is_sound and {count.source for count in found.epochs} == set(names)
 
 
-def test_the_mask_of_a_dialogue_of_many_turns_is_golden(
+def test_target_mask_of_a_long_dialogue_is_golden(
     shared: Shared, tmp_path: Path, port: int, url: str
 ) -> None:
     """Of the first dialogue, the words of the assistant and what ends them are learned, and nothing else."""
@@ -189,7 +189,7 @@ def test_the_mask_of_a_dialogue_of_many_turns_is_golden(
     assert "[[What city do you want to dine in? Do you have a preferred restaurant?</s>]]" in body
 
 
-def test_promise_1_a_run_over_s3_killed_twice_and_gone_on_with_in_other_worlds(
+def test_promise_1_a_run_on_s3_killed_twice_resumes_in_other_worlds(
     tmp_path: Path, port: int, url: str
 ) -> None:
     """Two workers under ZeRO-3, three under ZeRO-1, one without DeepSpeed: data and run in the bucket, mixed, packed."""

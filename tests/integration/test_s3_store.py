@@ -68,7 +68,7 @@ def test_folders(store):
     assert store.walk() == ["b"]
 
 
-def test_what_others_write_is_seen_at_once(store):
+def test_writes_of_other_processes_are_visible_at_once(store):
     """Listings are not cached: another worker's attempt or commit must show."""
     assert store.list("attempts") == []
     Store(store.url).write("attempts/1", b"x")
@@ -110,7 +110,7 @@ def test_download(store, tmp_path):
     assert (tmp_path / "sub" / "x.json").read_bytes() == b"[]"
 
 
-def test_absent_files_and_buckets_are_told_at_once(store):
+def test_missing_files_and_buckets_are_reported_at_once(store):
     for url in (store, Store("s3://no-such-bucket-anywhere")):
         begun = time.monotonic()
         with pytest.raises(
@@ -134,7 +134,7 @@ def test_no_credentials(store, monkeypatch, tmp_path):
         store.read("x")
 
 
-def test_a_checkpoint_goes_out_and_in(store):
+def test_a_checkpoint_is_saved_and_restored(store):
     engine = make_engine()
     train(engine, range(2))
     manager = CheckpointManager(

@@ -13,7 +13,7 @@ from dist_ft.inference.evaluate import evaluate_models
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_two_workers_tell_what_one_process_tells(tmp_path: Path) -> None:
+def test_two_workers_predict_the_same_as_one_process(tmp_path: Path) -> None:
     base = tiny_tasks.base(tmp_path)
     told = []
     for workers in (0, 2):

@@ -40,7 +40,7 @@ def holding(folder: Path, words: dict[str, bytes]) -> Iterator[str]:
         )
 
 
-def test_planted_secrets_are_found_nowhere(tmp_path: Path) -> None:
+def test_planted_secrets_do_not_leak(tmp_path: Path) -> None:
     tiny.base(tmp_path)
     document = tiny.config(tmp_path, "quiet", workers=2, schedule={"epochs": None, "steps": 4})
     project = tmp_path / "project"

@@ -89,7 +89,7 @@ def post(url: str, rows: Any) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def test_what_is_answered_is_what_predict_says(served: tuple[str, str]) -> None:
+def test_answers_equal_predictions(served: tuple[str, str]) -> None:
     url, model = served
     rows = [
         {"text": "the quick tea tea"},
@@ -105,7 +105,7 @@ def test_what_is_answered_is_what_predict_says(served: tuple[str, str]) -> None:
         )
 
 
-def test_what_can_not_be_answered_is_told_in_one_line(served: tuple[str, str]) -> None:
+def test_a_bad_request_gets_one_line(served: tuple[str, str]) -> None:
     url, _ = served
     status, said = post(url, [{"words": "x"}])
     assert status == 400 and said["error"].startswith("a row has no text in 'text' (it has words)")

@@ -110,7 +110,7 @@ def matrix(storage: Path) -> dict[str, Any]:
     return json.loads((storage / "seq" / "matrix.json").read_text())
 
 
-def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(
+def test_a_stage_starts_from_the_weights_of_the_stage_before_and_adds_labels(
     base: Path, unbroken: Path
 ) -> None:
     second = json.loads((unbroken / "seq-two" / "model" / "config.json").read_text())
@@ -144,7 +144,7 @@ def test_a_stage_goes_on_with_the_last_ones_weights_and_gets_new_labels(
     )
 
 
-def test_killed_in_the_second_stage_it_goes_on_there_and_ends_the_same(
+def test_stages_killed_in_the_second_stage_resume_there_with_the_same_result(
     base: Path, unbroken: Path
 ) -> None:
     file = write(base, "killed")
@@ -167,7 +167,7 @@ def test_killed_in_the_second_stage_it_goes_on_there_and_ends_the_same(
     assert matrix(base / "killed")["matrix"] == matrix(unbroken)["matrix"]
 
 
-def test_a_stage_that_is_complete_can_not_become_another(base: Path, unbroken: Path) -> None:
+def test_a_completed_stage_cannot_change(base: Path, unbroken: Path) -> None:
     file = Path(write(base, "whole"))
     whole = yaml.safe_load(file.read_text())
     changed = yaml.safe_load(file.read_text())
@@ -190,7 +190,7 @@ def test_a_stage_that_is_complete_can_not_become_another(base: Path, unbroken: P
     ]
 
 
-def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbroken: Path) -> None:
+def test_a_run_starts_from_the_result_of_another_run(base: Path, unbroken: Path) -> None:
     """Its first evaluation is the other's last, to the last bit; and it goes on when the other is gone."""
     begun = document(
         base, "after", "whole", model={"path": str(unbroken / "seq-one")}, task={"name": KIND}
@@ -217,7 +217,7 @@ def test_a_run_begins_with_the_weights_of_another_runs_result(base: Path, unbrok
         (base / "hidden").rename(unbroken / "seq-one")
 
 
-def test_a_run_without_a_checkpoint_or_that_is_none_is_refused(base: Path, tmp_path: Path) -> None:
+def test_starting_from_a_folder_without_a_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.yaml").write_text("{}")
     config = load_config(document(base, "y", "whole", model={"path": str(tmp_path / "empty")}))
@@ -229,7 +229,7 @@ def test_a_run_without_a_checkpoint_or_that_is_none_is_refused(base: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_7_two_ranks_begin_and_grow_as_one_process_does(
+def test_promise_7_two_ranks_grow_a_head_as_one_process_does(
     base: Path, unbroken: Path, stage: int
 ) -> None:
     config = load_stages(write(base, "whole")).stages[1].config

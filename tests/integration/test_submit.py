@@ -45,7 +45,7 @@ def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[in
     return code, output
 
 
-def test_what_can_not_start_is_one_line_before_anything_does(there: Cluster, base: Path) -> None:
+def test_a_job_that_cannot_start_is_one_line_before_anything_starts(there: Cluster, base: Path) -> None:
     code, output = refused(there, base, RAY_AUTH_TOKEN="0" * 64)
     assert (
         code == 1
@@ -76,7 +76,7 @@ def test_what_can_not_start_is_one_line_before_anything_does(there: Cluster, bas
 
 
 @pytest.mark.slow
-def test_a_run_ends_well_through_submit_and_through_the_printed_line(
+def test_submit_and_the_printed_command_both_finish_the_run(
     there: Cluster, base: Path
 ) -> None:
     file, document = write(base, "well")
@@ -99,7 +99,7 @@ def test_a_run_ends_well_through_submit_and_through_the_printed_line(
 
 
 @pytest.mark.slow
-def test_a_failing_job_gives_its_own_code(there: Cluster, base: Path) -> None:
+def test_a_failed_job_returns_its_own_exit_code(there: Cluster, base: Path) -> None:
     file, _ = write(base, "fails", model={"path": str(base / "no-model")})
     code, output = there.run("submit", file, "--skip-check", cwd=base)
     assert code == 2 and "fails: FAILED, exit code 2" in output and "no-model" in output, output[
@@ -113,7 +113,7 @@ def test_a_failing_job_gives_its_own_code(there: Cluster, base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cut_stream_ctrl_c_stop_and_the_same_command_again(there: Cluster, base: Path) -> None:
+def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> None:
     file, _ = write(
         base, "long", checkpoint={"every_steps": 0}, schedule={"epochs": None, "steps": 5000}
     )

@@ -91,7 +91,7 @@ def plain(base: Path, task: str) -> Path:
     return run
 
 
-def test_promise_7_every_engine_gives_the_plain_ones_losses_and_metrics(
+def test_promise_7_every_engine_matches_the_plain_losses_and_metrics(
     base: Path, task: str, plain: Path
 ) -> None:
     documents = [
@@ -114,7 +114,7 @@ def test_promise_7_every_engine_gives_the_plain_ones_losses_and_metrics(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_promise_2_killed_and_resumed_it_is_bit_exact(
+def test_promise_2_a_killed_run_resumes_bit_exact(
     base: Path, task: str, plain: Path, stage: int
 ) -> None:
     document, folder = (
@@ -131,7 +131,7 @@ def test_promise_2_killed_and_resumed_it_is_bit_exact(
     assert history.losses(base / "runs" / document["run"]["name"]) == history.losses(unbroken)
 
 
-def test_what_comes_out_is_a_plain_model_with_its_labels(
+def test_the_export_is_a_plain_model_with_its_labels(
     base: Path, task: str, plain: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig
@@ -155,7 +155,7 @@ def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_new_head_of_another_size_begins_alike_in_every_engine(base: Path) -> None:
+def test_a_new_head_of_another_size_is_equal_in_every_engine(base: Path) -> None:
     """transformers passes over the old one by itself, but under ZeRO-3 raised on rank 0 alone."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

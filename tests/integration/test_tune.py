@@ -66,7 +66,7 @@ def grid(base: Path) -> dict[str, Any]:
     return report(base, "grid")
 
 
-def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(
+def test_each_trial_of_a_grid_equals_the_same_run_alone(
     base: Path, grid: dict[str, Any]
 ) -> None:
     assert [one["state"] for one in grid["trials"]] == ["done"] * 4
@@ -83,7 +83,7 @@ def test_each_trial_of_a_grid_is_the_run_it_would_be_alone(
     assert history.losses(base / "runs" / "grid-t1") == history.losses(base / "runs" / "alone")
 
 
-def test_killed_it_goes_on_with_trials_that_are_not_over(base: Path, grid: dict[str, Any]) -> None:
+def test_a_killed_search_resumes_unfinished_trials(base: Path, grid: dict[str, Any]) -> None:
     """The first trial is stopped dead in its second, with the search itself; nothing that is over runs again."""
     file = write(base, "killed", **{**GRID, "max_concurrent": 1})
     process = subprocess.Popen(
@@ -112,7 +112,7 @@ def test_killed_it_goes_on_with_trials_that_are_not_over(base: Path, grid: dict[
     ]
 
 
-def test_asha_stops_what_falls_behind(base: Path) -> None:
+def test_asha_stops_weak_trials(base: Path) -> None:
     file = write(
         base,
         "asha",
@@ -129,7 +129,7 @@ def test_asha_stops_what_falls_behind(base: Path) -> None:
     )
 
 
-def test_optuna_finds_values_and_a_broken_trial_is_told(base: Path) -> None:
+def test_optuna_suggests_values_and_a_failed_trial_is_reported(base: Path) -> None:
     file = write(
         base,
         "tpe",

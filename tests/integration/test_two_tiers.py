@@ -63,7 +63,7 @@ def killed(base: Path, config: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_a_kill_between_two_checkpoints_costs_only_what_the_nodes_have_not(
+def test_a_kill_loses_only_steps_after_the_local_checkpoint(
     base: Path, stage: int
 ) -> None:
     """A restart goes on from the nodes; where the files of rank 1 are gone, from storage."""
