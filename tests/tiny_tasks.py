@@ -1,4 +1,4 @@
-"""Tiny real encoders and encoder-decoders, and data each task can learn: what counts is which words a text holds."""
+"""Tiny real encoders and encoder-decoders, and data that each task can be trained on: labels follow from the words of a text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ do di ever fo ju la mo ne ow ol of over qu ru ri se th tea town unt wa whil ##ee
 brea brown count comes stones stars with wise betwee child dogs dista every fox jump lazy morni news owls old
 quic run rivers seven the towns until watc while bread counts between
 """
-"""Of a vocabulary: one trained once, for a trainer breaks ties by chance, and with it what a tiny model learns."""
+"""Word pieces of a vocabulary that was trained once: a tokenizer trainer breaks ties by chance."""
 PLAIN = [word for word in tiny.WORDS if word not in KINDS]
 
 

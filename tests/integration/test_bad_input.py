@@ -127,7 +127,7 @@ def test_same_run_name_with_another_config_is_an_error(base: Path, dist_ft: Trai
 
 
 def test_two_runs_in_one_folder_do_not_mix(base: Path, dist_ft: Train) -> None:
-    """The same command given twice: the later one goes on alone, the earlier one ends itself, nothing is lost or doubled."""
+    """The same command started twice: the later run continues, the earlier one stops itself, nothing is lost or repeated."""
     document = tiny.config(
         base, "both", schedule={"epochs": None, "steps": 1500}, checkpoint={"every_steps": 10}
     )
@@ -187,7 +187,7 @@ def test_checkpoint_of_a_newer_version_is_an_error(
 ) -> None:
     document = short(base, "newer") | {
         "tuning": {"frozen": "*wpe*"}
-    }  # only what needs it is written in the newest format
+    }  # the latest format is used only where it is needed
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "FORMAT_VERSION", manifest.FORMAT_VERSION + 1)
         assert dist_ft("train", document)[0] == 0

@@ -1,4 +1,4 @@
-"""Promise 1 on the loader alone: three sources mixed and packed, runs that stop anywhere and go on in any world.
+"""Promise 1 on the loader alone: three sources mixed and packed, runs that stop anywhere and resume in any world.
 
 Workers are played one after the other in this process, each with its own lanes; what they feed goes through the real
 ledger, and what was not committed is lost, as it is when a run dies.

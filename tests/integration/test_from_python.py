@@ -47,7 +47,9 @@ def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
     assert "step-000000020" in ended.stdout, "the run went to the step the lines ask for"
 
 
-def test_the_notebook_runs_and_the_model_improves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_the_model_improves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nbclient = pytest.importorskip("nbclient", reason="a notebook needs nbclient and ipykernel")
     import nbformat
 
@@ -60,9 +62,7 @@ def test_the_notebook_runs_and_the_model_improves(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MODEL", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), (
-        "kept without what it printed somewhere"
-    )
+    assert not any(cell.get("outputs") for cell in notebook.cells), "stored without its output"
     done = nbclient.NotebookClient(
         notebook,
         timeout=300,

@@ -20,7 +20,7 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     base = tiny.base(tmp_path, samples=70)
     document, folder = tiny.config(base, "killed", workers=2, stage=2), tmp_path / "ranks"
     run = Store(str(base / "runs/killed"))
-    begun = time.time()
+    started = time.time()
     for failpoint in ("train.step:11@1", "train.step:7@0"):
         codes = ranks.wait_for_death(
             ranks.start_ranks(2, [document], folder, {"DIST_FT_FAILPOINT": failpoint})
@@ -38,7 +38,7 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     )
     seconds = goodput.time_by_part(found)
     assert goodput.attributed_share(seconds) >= 0.99, seconds
-    assert sum(seconds.values()) <= ended - begun
+    assert sum(seconds.values()) <= ended - started
     assert seconds["restart"] >= PAUSE_S and found[2].begun_at - killed >= PAUSE_S
     assert seconds["lost"] > 0, "both kills came between two checkpoints"
     lines = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
@@ -49,6 +49,6 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
         steps_s,
         seconds,
     )
-    assert 0 < seconds["save"] < 5 and 0 < seconds["start"] < ended - begun - PAUSE_S
+    assert 0 < seconds["save"] < 5 and 0 < seconds["start"] < ended - started - PAUSE_S
     said = catalog.describe(run.url)
     assert "over 3 attempts" in said and "% attributed" in said and "restart" in said

@@ -126,7 +126,7 @@ def document_of(base: Path, guard: str, name: str, **fields: Any) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def plain(base: Path, guard: str) -> list[float]:
-    """The losses of the plain engine, which learned something."""
+    """The losses of the plain engine, which fall."""
     document = document_of(base, guard, "plain")
     local.run(load_config(document))
     losses = history.losses(base / f"runs/{guard}-plain")

@@ -47,11 +47,11 @@ found = {}
 worker = Worker.remote()
 ray.get(worker.ready.remote())
 me, gcs = ray.get_runtime_context().get_node_id(), GcsClient(address=address)
-begun, now = time.monotonic(), time.time()
+started, now = time.monotonic(), time.time()
 running = subprocess.Popen(hook, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-while not gcs.get_draining_nodes() and time.monotonic() < begun + 30:
+while not gcs.get_draining_nodes() and time.monotonic() < started + 30:
     time.sleep(0.2)
-found["announced_s"] = time.monotonic() - begun
+found["announced_s"] = time.monotonic() - started
 found["deadline_s"] = {node if isinstance(node, str) else node.hex(): at / 1000 - now
                        for node, at in gcs.get_draining_nodes().items()}.get(me)
 time.sleep(2)
@@ -62,9 +62,9 @@ while "ray::Worker" in titles() and running.poll() is None:  # on a busy machine
 gone, found["left"] = time.monotonic(), titles()
 found["said"] = running.communicate(timeout=60)[0]
 found["released_s"] = time.monotonic() - gone
-begun = time.monotonic()
+started = time.monotonic()
 subprocess.run(hook, timeout=60, check=False, capture_output=True)
-found["idle_s"] = time.monotonic() - begun
+found["idle_s"] = time.monotonic() - started
 print("FOUND " + json.dumps(found))
 '''
 
@@ -119,14 +119,12 @@ def test_the_prestop_hook_drains_the_node_and_holds_the_pod(tmp_path: Path) -> N
     )
     shutil.rmtree(short, ignore_errors=True)
     if "unshare failed" in done.stderr:
-        pytest.skip(
-            f"needs a namespace of process ids, which can not be made here ({done.stderr.strip()})"
-        )
+        pytest.skip(f"needs a PID namespace, which cannot be created here ({done.stderr.strip()})")
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'start.log').read_text()}"
     found = json.loads(line.removeprefix("FOUND "))
     print(found)
-    assert found["deadline_s"] is not None, f"Ray was not told: {found}"
+    assert found["deadline_s"] is not None, f"Ray was not notified: {found}"
     assert NOTICE_S - 5 < found["deadline_s"] < NOTICE_S + 30, (
         "the deadline Ray knows; the command takes seconds to start"
     )

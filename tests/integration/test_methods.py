@@ -1,4 +1,4 @@
-"""Each way to choose what learns, under each engine: one answer, exact resume, and what comes out of it."""
+"""Each tuning method under each engine: one answer, exact resume, and its export."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def plain(base: Path, method: str) -> list[float]:
-    """The losses of the plain engine, which learned something."""
+    """The losses of the plain engine, which fall."""
     document = document_of(base, method, "plain")
     local.run(load_config(document))
     losses = history.losses(base / f"runs/{method}-plain")

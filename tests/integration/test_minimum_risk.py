@@ -91,7 +91,7 @@ def test_promise_2_a_killed_run_resumes_bit_exact(
 
 
 def test_held_out_generations_improve(base: Path) -> None:
-    """Rows all want one word of few: chrF of what is made rises, with the likelihood of references left out."""
+    """Every target is one of a few words: chrF of generations rises without the likelihood of references."""
     folder = base / "words"
     folder.mkdir()
     rows = [{"source": word, "target": "the fox"} for word in tiny.WORDS]
@@ -110,8 +110,8 @@ def test_held_out_generations_improve(base: Path) -> None:
     }
     local.run(load_config(document))
     run = Store(str(base / "runs/seq2seq-better"))
-    told = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
-    chrf = [line["chrf"] for line in told if line["kind"] == "evaluation"]
-    losses = [line["loss"] for line in told if line["kind"] == "train"]
+    lines = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    chrf = [line["chrf"] for line in lines if line["kind"] == "evaluation"]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert chrf[-1] > chrf[0] + 20

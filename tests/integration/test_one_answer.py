@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(base: Path) -> list[float]:
-    """The losses of the plain engine, which defines what is right."""
+    """The losses of the plain engine, which is the reference."""
     document = tiny.config(base, "plain")
     local.run(load_config(document))
     history.require_exactly_once(base / "runs/plain", document)
@@ -54,7 +54,7 @@ def test_promise_7_every_stage_and_world_matches_the_plain_engine(
 
 @pytest.fixture(scope="module")
 def stopped(base: Path) -> Path:
-    """A run of ZeRO-3 on two workers, both killed (-9) in step 11; step 8 is its newest commit."""
+    """A run of ZeRO-3 on two workers, both killed (-9) in step 11; its latest checkpoint is step 8."""
     folder = base / "ranks-stopped"
     document = tiny.config(base, "stopped", workers=2)
     codes = ranks.run_ranks(2, [document], folder, env={"DIST_FT_FAILPOINT": "train.step:11"})
@@ -77,9 +77,7 @@ def test_promise_3_a_checkpoint_resumes_in_any_world_under_any_stage(
     history.require_exactly_once(run, document)
 
 
-def test_promise_2_resuming_in_the_same_world_is_bit_exact(
-    base: Path, plain: list[float]
-) -> None:
+def test_promise_2_resuming_in_the_same_world_is_bit_exact(base: Path, plain: list[float]) -> None:
     """Uses the runs the tests above left: the unbroken one of this shape and the killed and resumed one."""
     broken, unbroken = base / "runs/from-stopped-w2-z3", base / "runs/w2-z3"
     if not (broken.exists() and unbroken.exists()):

@@ -60,10 +60,12 @@ def test_workers_write_the_same_as_one_process_and_a_killed_run_resumes(
     source = tiny_tasks.make_data(tmp_path / "in", "token_classification", 1500, seed=4)
     alone = start(model, source, str(tmp_path / "alone"), "0")
     assert alone.wait(300) == 0, alone.communicate()[1]
-    wanted = shards(tmp_path / "alone")
-    assert len(wanted) > 40
+    expected = shards(tmp_path / "alone")
+    assert len(expected) > 40
     rows = [
-        json.loads(line)["tokens"] for name in sorted(wanted) for line in wanted[name].splitlines()
+        json.loads(line)["tokens"]
+        for name in sorted(expected)
+        for line in expected[name].splitlines()
     ]
     assert rows == [
         json.loads(line)["tokens"]
@@ -80,8 +82,10 @@ def test_workers_write_the_same_as_one_process_and_a_killed_run_resumes(
     killed.wait(60)
     time.sleep(5)  # what Ray started ends with its driver
     found = shards(tmp_path / "many")
-    assert 3 <= len(found) < len(wanted), "killed midway"
-    assert all(found[name] == wanted[name] for name in found), "shards are whole or not there"
+    assert 3 <= len(found) < len(expected), "killed midway"
+    assert all(found[name] == expected[name] for name in found), (
+        "a shard exists whole or not at all"
+    )
 
     again = start(model, source, str(tmp_path / "many"), "2")
     out, errors = again.communicate(timeout=300)
@@ -89,7 +93,7 @@ def test_workers_write_the_same_as_one_process_and_a_killed_run_resumes(
     assert int(out.strip().strip("()").split(", ")[1]) == 1500 - sum(
         one.count(b"\n") for one in found.values()
     )
-    assert shards(tmp_path / "many") == wanted
+    assert shards(tmp_path / "many") == expected
     assert prediction_shards.ABOUT in os.listdir(tmp_path / "many")
 
 

@@ -1,4 +1,4 @@
-"""Labels learned by prompts, under each engine: one answer, exact resume, each row scored once by any number of workers."""
+"""Training by prompts under each engine: one answer, exact resume, each row scored once in any world."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_a_run_on_ray_prints_its_tables_and_is_complete_the_second_time(
 ) -> None:
     code, output = finish(
         start(base, tiny.config(Path("."), "unbroken"))
-    )  # in one process: who asks does not matter
+    )  # in one process, which gives the same
     assert code == 0 and f"is complete: step {len(unbroken)} of {len(unbroken)}" in output, output[
         -3000:
     ]
@@ -164,7 +164,7 @@ def test_fault_9_driver_and_head_killed_the_same_command_resumes(
     code, output = finish(start(base, document))
     assert code == 0, output[-3000:]
     assert "(attempt 2)" in output
-    assert "[rank 0] INFO going on from step" in output, "what workers log is seen here"
+    assert "[rank 0] INFO going on from step" in output, "logs of workers are shown here"
     assert history.losses(base / "runs/driver-died") == unbroken
     history.require_exactly_once(base / "runs/driver-died", document)
 
@@ -180,7 +180,7 @@ def test_fault_7_sigterm_saves_and_the_same_command_resumes(
     assert code == 130 and "stopped at step" in output and "Traceback" not in output, output[-3000:]
     code, output = finish(
         start(base, tiny.config(base, "stopped"))
-    )  # goes on in one process, without Ray
+    )  # resumes in one process, without Ray
     assert code == 0, output[-3000:]
     assert history.losses(base / "runs/stopped") == pytest.approx(unbroken, abs=1e-5)
 
@@ -308,7 +308,7 @@ ray.shutdown()
 
 
 def test_another_ray_on_this_machine_does_not_end_a_run(base: Path) -> None:
-    """Ray Train's own watch asks whichever Ray it finds, which knows of no such run."""
+    """Ray Train's own watch queries any Ray on the machine, which may not know this run."""
     pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
     bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     other = subprocess.Popen(
@@ -322,12 +322,12 @@ def test_another_ray_on_this_machine_does_not_end_a_run(base: Path) -> None:
         wait_for_line(other, "up")
         document = tiny.config(
             base,
-            "beside",
+            "next-to-it",
             workers=2,
             schedule={"epochs": None, "steps": 150},
             checkpoint={"every_steps": 0},
         )
-        path = base / "beside.yaml"
+        path = base / "next-to-it.yaml"
         path.write_text(yaml.safe_dump(document))
         code, output = finish(
             subprocess.Popen(
@@ -343,4 +343,4 @@ def test_another_ray_on_this_machine_does_not_end_a_run(base: Path) -> None:
         assert other.stdin is not None
         other.stdin.close()
         other.wait(60)
-    assert code == 0 and "run beside: done" in output, output[-3000:]
+    assert code == 0 and "run next-to-it: done" in output, output[-3000:]

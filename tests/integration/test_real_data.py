@@ -52,7 +52,7 @@ def options(port: int) -> dict[str, Any]:
 
 
 def rows_of(shared: Shared, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a set as they are learned from."""
+    """Return the rows of a data set as they are trained on."""
     if name == "wikitext2":
         lines = shared("data/wikitext2/valid.txt").read_text().split("\n")
         return [{"text": line.strip()} for line in lines if len(line) > 40]
@@ -169,7 +169,7 @@ def test_all_data_sets_mixed_for_a_few_hundred_steps(
 def test_target_mask_of_a_long_dialogue_is_golden(
     shared: Shared, tmp_path: Path, port: int, url: str
 ) -> None:
-    """Of the first dialogue, the words of the assistant and what ends them are learned, and nothing else."""
+    """Targets of the first dialogue are the assistant's words and their end tokens, nothing else."""
     (first, *_) = rows_of(shared, "sgd_chat")
     first["messages"] = first["messages"][:8]
     Store(f"{url}/golden").write("a.jsonl", json.dumps(first).encode())

@@ -112,14 +112,14 @@ def test_download(store, tmp_path):
 
 def test_missing_files_and_buckets_are_reported_at_once(store):
     for url in (store, Store("s3://no-such-bucket-anywhere")):
-        begun = time.monotonic()
+        started = time.monotonic()
         with pytest.raises(
             StorageError,
             match=rf"^{url.url}/absent: cannot read it \(FileNotFoundError: .*\)\. This "
             r"file or bucket does not exist\. Check the URL\.$",
         ):
             url.read("absent")
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - started < 5
 
 
 def test_no_credentials(store, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""`evaluate` on two workers that share the weights under ZeRO-3 tells what one process tells."""
+"""`evaluate` on two workers with sharded weights (ZeRO-3) equals one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def test_two_workers_predict_the_same_as_one_process(tmp_path: Path) -> None:
     base = tiny_tasks.base(tmp_path)
-    told = []
+    results = []
     for workers in (0, 2):
         made = load_config(
             tiny_tasks.config(
@@ -27,12 +27,12 @@ def test_two_workers_predict_the_same_as_one_process(tmp_path: Path) -> None:
                 cluster={"workers": workers, "standby": False},
             )
         )
-        told.append(evaluate_models(made, [made.model.path], random_head=True)[made.model.path])
-    assert {name for name, value in told[0].items() if isinstance(value, float)} >= {
+        results.append(evaluate_models(made, [made.model.path], random_head=True)[made.model.path])
+    assert {name for name, value in results[0].items() if isinstance(value, float)} >= {
         "loss",
         "accuracy",
     }
-    for name, value in told[0].items():
+    for name, value in results[0].items():
         if isinstance(value, float):
-            assert told[1][name] == pytest.approx(value, abs=1e-5), name
-    assert told[0]["by_tag"] == told[1]["by_tag"]
+            assert results[1][name] == pytest.approx(value, abs=1e-5), name
+    assert results[0]["by_tag"] == results[1]["by_tag"]

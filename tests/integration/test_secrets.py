@@ -52,7 +52,7 @@ def test_planted_secrets_do_not_leak(tmp_path: Path) -> None:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(PLANTED[kind])
     (project / "quiet.yaml").write_text(yaml.safe_dump(document))
-    (project / "kept.txt").write_text("this-file-is-sent")
+    (project / "sent.txt").write_text("this-file-is-sent")
     outputs = []
     with cluster(MY_STORE_SECRET_KEY=PLANTED["environment"]) as there:
         secret = {"MY_STORE_SECRET_KEY": PLANTED["environment"]}
@@ -81,7 +81,7 @@ def test_planted_secrets_do_not_leak(tmp_path: Path) -> None:
         assert not list(holding(there.folder / "ray", words)), (
             "Ray's logs, and what was sent as it lies on the nodes"
         )
-        sent = list((there.folder / "ray").rglob("kept.txt"))
+        sent = list((there.folder / "ray").rglob("sent.txt"))
         assert sent, "the search saw what was sent"
         assert not [
             path
@@ -89,4 +89,4 @@ def test_planted_secrets_do_not_leak(tmp_path: Path) -> None:
             for path in one.parent.rglob("*")
             if path.name in (".env", ".git", "runs")
         ]
-        assert list(holding(tmp_path, words)), "and it finds what is there"
+        assert list(holding(tmp_path, words)), "and the search finds planted words"

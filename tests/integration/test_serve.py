@@ -49,12 +49,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     local.run(config)
     api.export(config, str(base / "out"))
     port = ports.free()
-    with open(base / "stderr", "w") as told:
+    with open(base / "stderr", "w") as stderr_file:
         process = subprocess.Popen(
             [sys.executable, "-c", START, str(port)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
-            stderr=told,
+            stderr=stderr_file,
             text=True,
             start_new_session=True,
             env={
@@ -96,9 +96,9 @@ def test_answers_equal_predictions(served: tuple[str, str]) -> None:
         {"text": "owls owls owls"},
         {"text": "rivers and rivers"},
     ]
-    begun = time.monotonic()
+    started = time.monotonic()
     status, said = post(url, rows)
-    assert status == 200 and time.monotonic() - begun < 60
+    assert status == 200 and time.monotonic() - started < 60
     for one, other in zip(said, Predictor(model).predict(rows), strict=True):
         assert one["label"] == other["label"] and one["score"] == pytest.approx(
             other["score"], abs=1e-5

@@ -1,4 +1,4 @@
-"""Stages for real: a model goes from one data set to the next, is killed on its way, and goes on."""
+"""Real stages: a model is trained on one data set after the other, killed in between, and resumed."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_stage_starts_from_the_weights_of_the_stage_before_and_adds_labels(
     found = matrix(unbroken)
     assert found["matrix"][0][1] is None, "the head of the first has not the label of the second"
     assert all(value is not None for value in found["matrix"][1])
-    assert found["matrix"][0][0] >= 0.7, "it learned: chance is a half"
+    assert found["matrix"][0][0] >= 0.7, "better than chance, which is 0.5"
     assert found["after"][1]["backward_transfer"] == pytest.approx(
         found["matrix"][1][0] - found["matrix"][0][0]
     )
@@ -151,7 +151,7 @@ def test_stages_killed_in_the_second_stage_resume_there_with_the_same_result(
     first_steps = len(history.losses(unbroken / "seq-one"))
     assert start(file, DIST_FT_FAILPOINT=f"train.step:{first_steps + 7}").returncode == -9
     assert start(file, DIST_FT_FAILPOINT="stages.trained").returncode == -9, (
-        "just before it is kept that it is done"
+        "just before the stage is recorded as complete"
     )
     again = start(file)
     assert again.returncode == 0, again.stderr
@@ -159,7 +159,7 @@ def test_stages_killed_in_the_second_stage_resume_there_with_the_same_result(
     attempts = [
         len(Store(str(base / "killed" / f"seq-{name}")).list("attempts")) for name in ("one", "two")
     ]
-    assert attempts == [1, 2], "what is complete was not run again"
+    assert attempts == [1, 2], "a completed stage is not run again"
     for name in ("one", "two"):
         assert history.losses(base / "killed" / f"seq-{name}") == history.losses(
             unbroken / f"seq-{name}"
@@ -191,16 +191,20 @@ def test_a_completed_stage_cannot_change(base: Path, unbroken: Path) -> None:
 
 
 def test_a_run_starts_from_the_result_of_another_run(base: Path, unbroken: Path) -> None:
-    """Its first evaluation is the other's last, to the last bit; and it goes on when the other is gone."""
-    begun = document(
+    """Its first evaluation is bit-equal to the other's last; it resumes when the other is gone."""
+    started_run = document(
         base, "after", "whole", model={"path": str(unbroken / "seq-one")}, task={"name": KIND}
     )
-    begun["optimizer"]["learning_rate"] = 1e-12
-    begun["schedule"] = {"name": "constant", "steps": 2}
-    local.run(load_config(begun))
+    started_run["optimizer"]["learning_rate"] = 1e-12
+    started_run["schedule"] = {"name": "constant", "steps": 2}
+    local.run(load_config(started_run))
     step = json.loads((unbroken / "after" / initial_weights.INITIAL_CHECKPOINT).read_text())["step"]
     source = load_file(
-        Path(initial_weights.export_to_cache(str(unbroken / "seq-one"), step, begun["data"]["cache_dir"]))
+        Path(
+            initial_weights.export_to_cache(
+                str(unbroken / "seq-one"), step, started_run["data"]["cache_dir"]
+            )
+        )
         / "model.safetensors"
     )
     api.export(str(unbroken / "after"), str(base / "after-out"))
@@ -210,9 +214,9 @@ def test_a_run_starts_from_the_result_of_another_run(base: Path, unbroken: Path)
     assert first["loss"] == pytest.approx(matrix(unbroken)["metrics"][0][0]["loss"], rel=1e-6)
     (unbroken / "seq-one").rename(base / "hidden")
     try:
-        begun["schedule"]["steps"] = 3
-        assert api.check(load_config(begun)) == []
-        assert local.run(load_config(begun)).step == 3
+        started_run["schedule"]["steps"] = 3
+        assert api.check(load_config(started_run)) == []
+        assert local.run(load_config(started_run)).step == 3
     finally:
         (base / "hidden").rename(unbroken / "seq-one")
 

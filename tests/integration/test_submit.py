@@ -45,7 +45,9 @@ def refused(there: Cluster, base: Path, *arguments: str, **env: str) -> tuple[in
     return code, output
 
 
-def test_a_job_that_cannot_start_is_one_line_before_anything_starts(there: Cluster, base: Path) -> None:
+def test_a_job_that_cannot_start_is_one_line_before_anything_starts(
+    there: Cluster, base: Path
+) -> None:
     code, output = refused(there, base, RAY_AUTH_TOKEN="0" * 64)
     assert (
         code == 1
@@ -76,9 +78,7 @@ def test_a_job_that_cannot_start_is_one_line_before_anything_starts(there: Clust
 
 
 @pytest.mark.slow
-def test_submit_and_the_printed_command_both_finish_the_run(
-    there: Cluster, base: Path
-) -> None:
+def test_submit_and_the_printed_command_both_finish_the_run(there: Cluster, base: Path) -> None:
     file, document = write(base, "well")
     code, output = there.run("submit", file, "--package", "--exclude", "cache", cwd=base)
     assert code == 0 and "run well: done" in output and "well: SUCCEEDED, exit code 0" in output, (
@@ -140,7 +140,9 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     watching.process.send_signal(signal.SIGINT)
     assert watching.process.wait(60) == 130
     assert "the log of job long broke off" in watching.noted and "asking again" in watching.noted
-    assert "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.noted
+    assert (
+        "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.noted
+    )
     assert "Traceback" not in watching.noted
     code, output = there.run("jobs", "status", "long", cwd=base)
     assert code == 0 and "long: RUNNING" in output

@@ -75,19 +75,21 @@ def evaluation(run: Path, which: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(base: Path, task: str) -> Path:
-    """The run of the plain engine, which learned something."""
+    """The run of the plain engine, whose loss falls."""
     document = document_of(base, task, "plain")
     local.run(load_config(document))
     run = base / "runs" / document["run"]["name"]
     losses = history.losses(run)
     assert sum(losses[-4:]) < sum(losses[:4])
     assert all(TASKS[task][0] in evaluation(run, which) for which in (0, -1))
-    told = {
+    metrics = {
         name
         for name in evaluation(run, -1)
         if name not in ("step", "kind", "time", "loss", "num_target_tokens")
     }
-    assert told == set(METRICS[document["task"]["name"]]), "what checkpoint.best_by may be"
+    assert metrics == set(METRICS[document["task"]["name"]]), (
+        "the allowed values of checkpoint.best_by"
+    )
     return run
 
 
@@ -107,9 +109,9 @@ def test_promise_7_every_engine_matches_the_plain_losses_and_metrics(
         ]["name"]
         history.require_exactly_once(run, document)
         for which in (0, -1):
-            wanted, found = evaluation(plain, which), evaluation(run, which)
+            expected, found = evaluation(plain, which), evaluation(run, which)
             assert {k: v for k, v in found.items() if k != "time"} == pytest.approx(
-                {k: v for k, v in wanted.items() if k != "time"}, abs=2e-2 if which else 1e-5
+                {k: v for k, v in expected.items() if k != "time"}, abs=2e-2 if which else 1e-5
             )
 
 

@@ -66,12 +66,10 @@ def grid(base: Path) -> dict[str, Any]:
     return report(base, "grid")
 
 
-def test_each_trial_of_a_grid_equals_the_same_run_alone(
-    base: Path, grid: dict[str, Any]
-) -> None:
+def test_each_trial_of_a_grid_equals_the_same_run_alone(base: Path, grid: dict[str, Any]) -> None:
     assert [one["state"] for one in grid["trials"]] == ["done"] * 4
     assert {one["trial"] for one in grid["trials"][:2]} == {0, 1}, (
-        "what learns is better than what does not"
+        "trials that train are better than the one that does not"
     )
     assert {"search.md", "search.png", "trials.json"} <= set(
         Store(str(base / "runs" / "grid")).list()

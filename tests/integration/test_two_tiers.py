@@ -1,4 +1,4 @@
-"""Checkpoints on the nodes, on two real ranks under ZeRO: a restart goes on from them, or, where one is lost, from storage."""
+"""Local checkpoints on two real ranks under ZeRO: a restart resumes from them, or from storage if one is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def document(base: Path, name: str, stage: int) -> dict[str, Any]:
 
 
 def steps(run: Path, folder: str) -> list[int]:
-    """Return the committed steps of one kind of checkpoint, newest first."""
+    """Return the committed steps of one tier, latest first."""
     return sorted(
         (int(path.parent.name.split("-")[1]) for path in run.glob(f"{folder}/*/manifest.json")),
         reverse=True,
@@ -63,10 +63,8 @@ def killed(base: Path, config: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_a_kill_loses_only_steps_after_the_local_checkpoint(
-    base: Path, stage: int
-) -> None:
-    """A restart goes on from the nodes; where the files of rank 1 are gone, from storage."""
+def test_a_kill_loses_only_steps_after_the_local_checkpoint(base: Path, stage: int) -> None:
+    """A restart resumes from local checkpoints; if the files of rank 1 are lost, from storage."""
     names = [f"{what}-{stage}" for what in ("whole", "kept", "lost")]
     whole, kept, lost = (document(base, name, stage) for name in names)
     folder = base / f"first-{stage}"
@@ -86,5 +84,5 @@ def test_a_kill_loses_only_steps_after_the_local_checkpoint(
         assert history.losses(run) == history.losses(base / "runs" / names[0])
         history.require_exactly_once(run, config)
     assert [path.name for path in (base / "node").glob("*/*")] == [], (
-        "what is in storage at the end is nowhere else"
+        "a checkpoint in storage is in no other tier"
     )
