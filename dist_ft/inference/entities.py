@@ -20,7 +20,7 @@ from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.inference.model_under_test import ModelScores
-from dist_ft.metrics.task_scores import SCORES
+from dist_ft.metrics.task_scores import METRICS_BY_TASK
 from dist_ft.model.heads import longest_input
 from dist_ft.runtime.bootstrap.few_shot_examples import draw_examples
 from dist_ft.runtime.bootstrap.labels import resolve_labels
@@ -93,7 +93,7 @@ class EntityWriter:
 
         metrics = {}
         if samples:
-            metrics = SCORES["token_classification"](self.run.task, expected, predicted)
+            metrics = METRICS_BY_TASK["token_classification"](self.run.task, expected, predicted)
         metrics["readable"] = num_readable / max(1, len(samples))
         return ModelScores(metrics, expected, predicted)
 

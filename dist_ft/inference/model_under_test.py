@@ -99,9 +99,8 @@ class ForwardModel:
                 "needed. Train it first, or use --random-head."
             )
 
-        if config.prompting.method != "none":
-            self.head = config.prompting.method
-        else:
+        self.head: str = config.prompting.method
+        if config.prompting.method == "none":
             self.head = "random" if new_weights else "trained"
         self.engine = self._build_engine()
         module = self.engine.module

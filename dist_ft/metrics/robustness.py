@@ -42,7 +42,7 @@ def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequen
 
 
 def _decode_row(task: str, output: Any) -> Any:
-    """Return the prediction of a row: a label number, a boolean per label, tags (T,) or the output."""
+    """Return the prediction of a row: a label, booleans per label, tags (T,) or the output."""
     if task == "sequence_classification":
         return np.asarray(output).argmax()
     if task == "token_classification":

@@ -81,7 +81,7 @@ def compute_text_metric(metric: str, text: str, reference: str, tokenizer: str =
     if metric == "token_error_rate":
         num_edits = edit_distance(split(text), split(reference))
         return num_edits / max(1, len(split(reference)))
-    # numeric match: the last number of the text is that of the reference
+    # number_match: the last number of the text is that of the reference
     number = last_number(reference)
     return float(number is not None and last_number(text) == number)
 

@@ -30,10 +30,7 @@ def test_nan_and_infinity_are_always_anomalies(value):
 def test_limit_is_a_multiple_of_the_median_of_a_full_window():
     detector = AnomalyDetector(AnomalySection(loss_factor=2, grad_norm_factor=10, window=4))
     for loss, norm in ((1.0, 0.1), (3.0, 0.1), (1.0, 5.0)):
-        assert (
-            detector.check_loss(0, 1e9) == ""
-            and detector.grad_norm_limit() == math.inf
-        )
+        assert detector.check_loss(0, 1e9) == "" and detector.grad_norm_limit() == math.inf
         detector.record(loss, norm)
     detector.record(1.0, 0.1)
     assert detector.grad_norm_limit() == pytest.approx(1.0)
@@ -53,14 +50,10 @@ def test_history_survives_a_restart():
     for loss in (1.0, 2.0, 3.0, 4.0, 5.0):
         detector.record(loss, 0.0)
     again = AnomalyDetector(section, detector.history)
-    assert (
-        again.history
-        == detector.history
-        == ((2.0, 0.0), (3.0, 0.0), (4.0, 0.0), (5.0, 0.0))
-    )
+    assert again.history == detector.history == ((2.0, 0.0), (3.0, 0.0), (4.0, 0.0), (5.0, 0.0))
     assert again.check_loss(0, 7.1) == detector.check_loss(0, 7.1) != ""
     assert AnomalyDetector(AnomalySection(), detector.history).history == (), (
-        "not kept where nothing is judged by it"
+        "not stored where no check uses it"
     )
 
 
@@ -76,7 +69,8 @@ def test_later_attempts_skip_the_recorded_steps(tmp_path):
     assert detector.check_loss(6, 1.0) == ""
     (tmp_path / "anomalies" / "step-x.json").write_text("{}")
     with pytest.raises(
-        StorageError, match=r"contains a file that is not the record of a skipped step .*Move the file away"
+        StorageError,
+        match=r"contains a file that is not the record of a skipped step .*Move the file away",
     ):
         read_skipped_steps(store)
 

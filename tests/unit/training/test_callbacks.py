@@ -153,12 +153,9 @@ def test_callbacks_are_refused_where_the_workers_are_other_processes(monkeypatch
     config = run_config("runs", cluster={"workers": 2})
     with pytest.raises(ConfigError) as caught:
         dist_ft.train(config, callbacks=[Callback()])
-    assert caught.value.problems == (
-        "callbacks: the 2 workers (cluster.workers) are other processes, which do not get Python "
-        "objects of this one; "
-        "naming a callback by its import path is not supported yet. Use cluster.workers=0 or "
-        "torchrun, or leave callbacks out.",
-    )
+    (problem,) = caught.value.problems
+    assert problem.startswith("callbacks: not supported with cluster.workers=2, ")
+    assert problem.endswith("Use cluster.workers=0 or torchrun, or leave callbacks out.")
 
 
 def test_callback_is_public():

@@ -116,7 +116,7 @@ def test_best_window_of_a_question_counts():
 
 
 def test_no_rows_give_no_metrics():
-    assert PredictionCollector(task("masked_lm")).scores(Collectives()) == {}
+    assert PredictionCollector(task("masked_lm")).compute_scores(Collectives()).values == {}
 
 
 def test_answer_in_the_overlap_of_two_windows_is_correct_in_either():

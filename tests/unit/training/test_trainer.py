@@ -471,7 +471,7 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     loader = open_data(config, run.store, World(), Collectives()).evaluation
     _, engine, _ = build_model.open_engine(config, World(), False, None)
     calls: list[int] = []
-    whole = evaluate(engine, loader, config.num_lanes, World(), Collectives())
+    whole = evaluate(engine, loader, config.num_lanes, World(), Collectives()).metrics
     loss_sum = engine.loss_sum
     monkeypatch.setattr(
         engine, "loss_sum", lambda batch: (calls.append(batch.lane), loss_sum(batch))[1]
@@ -479,7 +479,9 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     total, count, per_rank = 0.0, 0.0, []
     for rank in range(size):
         calls.clear()
-        values = evaluate(engine, loader, config.num_lanes, World(rank, size), Collectives())
+        values = evaluate(
+            engine, loader, config.num_lanes, World(rank, size), Collectives()
+        ).metrics
         total, count = (
             total + values["loss"] * values["num_target_tokens"],
             count + values["num_target_tokens"],
