@@ -36,7 +36,7 @@ def drill(
         typer.Option(help="Only this one: death, hang, preemption or storage. Repeatable."),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the drill's folder even if everything held.")
+        bool, typer.Option("--keep", help="Keep the drill's folder even if everything passed.")
     ] = False,
     json_out: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def drill(
     A small model is trained undisturbed, then again with a worker killed, a worker that hangs,
     SIGTERM, and storage that fails. Each run must end with bit-equal losses, every sample counted
     once, and every checkpoint intact. Takes minutes. Works in a new folder below run.storage, which
-    is removed if everything held. Exits 1 if something did not.
+    is removed if everything passed. Exits 1 if something did not.
 
     \b
     Examples:
@@ -77,7 +77,7 @@ def drill(
     typer.echo(drills.describe(report))
     if json_out is not None:
         Path(json_out).write_text(drills.as_json(report))
-    if not report.held:
+    if not report.passed:
         raise typer.Exit(1)
 
 
@@ -97,7 +97,7 @@ def selftest(
         typer.Option(help="Only this one: parity, collective, resume or throughput. Repeatable."),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the selftest's folder even if everything held.")
+        bool, typer.Option("--keep", help="Keep the selftest's folder even if everything passed.")
     ] = False,
     out: Annotated[str, typer.Option(help="Local folder for selftest.json and selftest.md.")] = ".",
 ) -> None:
@@ -106,7 +106,7 @@ def selftest(
     A small model is trained in one process and by ZeRO-1, 2 and 3 on all workers (same losses?),
     with a worker killed and on another number of workers (does it resume?). Collectives and pairs
     of nodes are verified and timed. A larger model measures training speed. Works in a new folder
-    below run.storage, removed if everything held. The report holds versions, devices, figures and
+    below run.storage, removed if everything passed. The report holds versions, devices, figures and
     verdicts, but no names of nodes. Exits 1 if something failed.
 
     \b
@@ -130,7 +130,7 @@ def selftest(
 
     if _is_override(config):
         given = [*([config] if config else []), *(overrides or ())]
-        run = selftests.detect(DEFAULT_CONFIG, given)
+        run = selftests.detect_config(DEFAULT_CONFIG, given)
     else:
         run = load_config(config or "", overrides or ())
     report = selftests.run(run, check or (), keep, typer.echo)
@@ -141,7 +141,7 @@ def selftest(
     (folder / "selftest.md").write_text(to_markdown(report), "utf-8")
     typer.echo(selftests.describe(report))
     typer.echo(f"wrote selftest.json and selftest.md in {out}; attach them to a bug report")
-    if not report.held:
+    if not report.passed:
         raise typer.Exit(1)
 
 

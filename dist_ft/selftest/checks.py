@@ -1,7 +1,8 @@
-"""What a selftest runs, and what it makes of it. Pure: no process, no storage.
+"""The runs of a self-test, and what each check concludes from them. Pure: no process, no storage.
 
-All runs learn the same small model from the same data. `plain` is one process without Ray and DeepSpeed; what every
-other run must equal. Held means: within 1e-5 of it in every loss, and to the last bit where workers were killed.
+All runs train the same small model on the same data. `plain` is one process without Ray and
+DeepSpeed; every other run must equal it: every loss within 1e-5, and to the last bit where a worker
+was killed.
 """
 
 from __future__ import annotations
@@ -14,82 +15,109 @@ from typing import Any, Literal
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.planning.gpus import peak_tflops
-from dist_ft.selftest.drill_scenarios import Evidence, Scenario, problems, scenarios
-from dist_ft.selftest.materials import Size
+from dist_ft.selftest.drill_scenarios import (
+    RunOutcome,
+    Scenario,
+    StepLoss,
+    find_problems,
+    scenarios,
+)
+from dist_ft.selftest.materials import ModelSize
 
 CHECKS = ("parity", "collective", "resume", "throughput")
 TOLERANCE = 1e-5
 """Of a loss, in float32 (promises 3 and 7 of the design)."""
-STAGES = (1, 2, 3)
-CPU_SIZE = Size(256, 4, 704, 4, 256)
-GPU_SIZES = (
-    Size(2048, 16, 5632, 16, 1024, dtype="bfloat16"),
-    Size(1024, 24, 2816, 16, 1024, dtype="bfloat16"),
-    Size(768, 12, 2048, 12, 1024, dtype="bfloat16"),
+ZERO_STAGES = (1, 2, 3)
+CPU_MODEL = ModelSize(256, 4, 704, 4, 256)
+GPU_MODELS = (
+    ModelSize(2048, 16, 5632, 16, 1024, dtype="bfloat16"),
+    ModelSize(1024, 24, 2816, 16, 1024, dtype="bfloat16"),
+    ModelSize(768, 12, 2048, 12, 1024, dtype="bfloat16"),
 )
-"""0.8, 0.3 and 0.08 billion weights; the first that fits is taken."""
-STATE_BYTES, ROOM_BYTES = 18, 6 * 2**30
-"""Bytes a weight of mixed-precision training with AdamW, over all workers; and for activations on each."""
-SPEED, MICRO_BATCH = "speed", 4
+"""0.8, 0.3 and 0.08 billion weights; the first that fits is used."""
+STATE_BYTES_PER_WEIGHT = 18
+"""Of mixed-precision training with AdamW, over all workers."""
+ACTIVATION_BYTES = 6 * 2**30
+"""Reserved for activations on each worker."""
+SPEED_RUN, MICRO_BATCH = "speed", 4
 
-Verdict = Literal["held", "FAILED", "not run"]
+Verdict = Literal["passed", "FAILED", "not run"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one check: `figures` are numbers by name (units in the names), `problems` lines for people."""
+    """The result of one check.
+
+    Attributes:
+        check: one of `CHECKS`.
+        name: the run or the part that was checked.
+        verdict: whether it passed.
+        result: what was observed.
+        figures: numbers by name, with the unit in the name.
+        problems: what went wrong, a line each.
+    """
 
     check: str
     name: str
     verdict: Verdict
-    seen: str = ""
+    result: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
-def plan(workers: int, checks: Sequence[str]) -> list[Scenario]:
-    """Return the runs that `checks` need, in order; the speed run is not among them (`speed`)."""
-    found = {"plain": _run("plain", "one process, plain PyTorch", workers=0)}
-    found |= {
-        f"zero-{stage}": _run(f"zero-{stage}", f"{workers} Ray workers, ZeRO-{stage}", stage)
-        for stage in STAGES
-    }
-    named = {one.name: one for one in scenarios(workers)}
-    found["killed"] = replace(named["death"], name="killed", changes=found["zero-3"].changes)
-    found["resized"] = replace(
-        named["preemption"],
+def plan_runs(num_workers: int, checks: Sequence[str]) -> list[Scenario]:
+    """Return the runs that `checks` need, in order, without the speed run (`speed_scenario`)."""
+    plain = _scenario("plain", "one process, plain PyTorch", stage=3, num_workers=0)
+    by_stage = [
+        _scenario(f"zero-{stage}", f"{num_workers} Ray workers, ZeRO-{stage}", stage)
+        for stage in ZERO_STAGES
+    ]
+    zero_3 = by_stage[-1]
+    drill = {scenario.name: scenario for scenario in scenarios(num_workers)}
+    killed = replace(drill["death"], name="killed", overrides=zero_3.overrides)
+    if num_workers > 1:
+        description = (
+            f"{num_workers} workers are stopped (SIGTERM), {resized_workers(num_workers)} resume"
+        )
+    else:
+        description = "1 worker is stopped (SIGTERM), one process without DeepSpeed resumes"
+    resized = replace(
+        drill["preemption"],
         name="resized",
-        changes=found["zero-3"].changes,
-        what=f"{workers} workers are stopped (SIGTERM), {other_number(workers)} go on"
-        if workers > 1
-        else "1 worker is stopped (SIGTERM), one process without DeepSpeed goes on",
+        overrides=zero_3.overrides,
+        description=description,
     )
-    needed = {
-        "parity": tuple(found)[:4],
-        "collective": ("zero-3",),
-        "resume": ("zero-3", "killed", "resized"),
-        "throughput": ("zero-3",),
+
+    runs_of_check = {
+        "parity": (plain, *by_stage),
+        "collective": (zero_3,),
+        "resume": (zero_3, killed, resized),
+        "throughput": (zero_3,),
     }
-    return [one for name, one in found.items() if any(name in needed[check] for check in checks)]
+    needed = {run.name for check in checks for run in runs_of_check[check]}
+    return [run for run in (plain, *by_stage, killed, resized) if run.name in needed]
 
 
-def other_number(workers: int) -> int:
-    """Return the number of workers that a run of `workers` goes on with: one fewer (0: one process)."""
-    return workers - 1
+def resized_workers(num_workers: int) -> int:
+    """Return the number of workers that resume a run: one fewer (0: one process)."""
+    return num_workers - 1
 
 
-def resized(scenario: Scenario, workers: int) -> Scenario:
-    """Return what the second command of the run `resized` is."""
-    cluster = {**scenario.changes.get("cluster", {}), "workers": other_number(workers)}
-    return replace(scenario, changes={**scenario.changes, "cluster": cluster})
+def resized_scenario(scenario: Scenario, num_workers: int) -> Scenario:
+    """Return the scenario of the second command of the run `resized`."""
+    cluster = {
+        **scenario.overrides.get("cluster", {}),
+        "workers": resized_workers(num_workers),
+    }
+    return replace(scenario, overrides={**scenario.overrides, "cluster": cluster})
 
 
-def _run(name: str, what: str, stage: int = 3, workers: int | None = None) -> Scenario:
-    cluster = {"network_check": "on"} if workers is None else {"workers": workers}
+def _scenario(name: str, description: str, stage: int, num_workers: int | None = None) -> Scenario:
+    cluster = {"network_check": "on"} if num_workers is None else {"workers": num_workers}
     return Scenario(
         name,
-        what,
-        changes={
+        description,
+        overrides={
             "model": {"dtype": "float32", "activation_checkpointing": False},
             "cluster": cluster,
             "zero": {
@@ -102,39 +130,42 @@ def _run(name: str, what: str, stage: int = 3, workers: int | None = None) -> Sc
     )
 
 
-def size_for(machines: Sequence[Mapping[str, Any]], workers: int) -> Size:
-    """Return the model whose speed is measured: on GPUs the largest that surely fits the smallest of them."""
+def choose_speed_model(machines: Sequence[Mapping[str, Any]], num_workers: int) -> ModelSize:
+    """Return the model whose speed is measured: on GPUs the largest that surely fits the
+    smallest one."""
     memory = [gpu["memory_gib"] * 2**30 for machine in machines for gpu in machine.get("gpus", ())]
     if not memory:
-        return CPU_SIZE
-    return next(
-        (
-            size
-            for size in GPU_SIZES
-            if STATE_BYTES * size.num_parameters / max(1, workers) + ROOM_BYTES < min(memory)
-        ),
-        GPU_SIZES[-1],
-    )
+        return CPU_MODEL
+    for size in GPU_MODELS:
+        state_bytes = STATE_BYTES_PER_WEIGHT * size.num_parameters / max(1, num_workers)
+        if state_bytes + ACTIVATION_BYTES < min(memory):
+            return size
+    return GPU_MODELS[-1]
 
 
-def speed(base: RunConfig, place: str, size: Size) -> Scenario:
-    """Return the run whose speed is measured: by the config's own zero section, without checkpoints."""
-    micro = MICRO_BATCH if size.dtype == "bfloat16" else 1
+def speed_scenario(base: RunConfig, folder_url: str, size: ModelSize) -> Scenario:
+    """Return the run whose speed is measured: with the config's own zero section, without
+    checkpoints."""
+    micro_batch = MICRO_BATCH if size.dtype == "bfloat16" else 1
     return Scenario(
-        SPEED,
+        SPEED_RUN,
         f"{size.num_parameters / 1e6:,.0f} million weights, {size.dtype}",
-        changes={
-            "model": {"path": f"{place}/{SPEED}-model", "dtype": size.dtype, "attention": "sdpa"},
+        overrides={
+            "model": {
+                "path": f"{folder_url}/{SPEED_RUN}-model",
+                "dtype": size.dtype,
+                "attention": "sdpa",
+            },
             "data": {
-                "train": f"{place}/texts/*.jsonl",
+                "train": f"{folder_url}/texts/*.jsonl",
                 "format": "text",
                 "overlong": "split",
                 "block_mib": 1,
             },
             "batch": {
-                "global_batch": 2 * base.min_workers * micro,
-                "micro_batch": micro,
-                "sequence_length": size.length,
+                "global_batch": 2 * base.min_workers * micro_batch,
+                "micro_batch": micro_batch,
+                "sequence_length": size.sequence_length,
             },
             "checkpoint": {"every_steps": 0, "at_end": False},
             "cluster": {"network_check": "off"},
@@ -142,137 +173,158 @@ def speed(base: RunConfig, place: str, size: Size) -> Scenario:
     )
 
 
-def judge(
-    name: str, workers: int, ran: Mapping[str, Evidence], planned: Sequence[Scenario]
+def check_losses(
+    name: str, outcomes: Mapping[str, RunOutcome], planned: Sequence[Scenario]
 ) -> Finding:
-    """Return what a run shows (`name`: of one of `planned` but plain and speed), held against the run it must equal."""
-    scenario = next(one for one in planned if one.name == name)
+    """Compare a run with the one it must equal.
+
+    Args:
+        name: of one of `planned`, but not plain.
+        outcomes: of the runs so far, by name.
+        planned: all runs.
+    """
+    scenario = next(scenario for scenario in planned if scenario.name == name)
     check = "resume" if name in ("killed", "resized") else "parity"
-    against = "zero-3" if check == "resume" else "plain"
-    if name not in ran or against not in ran:
-        return Finding(check, name, "not run", scenario.what)
-    found, wanted = ran[name].losses, ran[against].losses
-    wrong = problems(scenario, ran[name], wanted if name == "killed" else found)
-    most = difference(found, wanted)
-    if name != "killed" and not wrong and not most <= TOLERANCE:
-        wrong.append(
-            f"losses differ by up to {most:.2e} from those of {against}; at most {TOLERANCE:g} is right"
+    reference = "zero-3" if check == "resume" else "plain"
+    if name not in outcomes or reference not in outcomes:
+        return Finding(check, name, "not run", scenario.description)
+
+    losses, expected = outcomes[name].losses, outcomes[reference].losses
+    must_be_bit_equal = name == "killed"
+    problems = find_problems(scenario, outcomes[name], expected if must_be_bit_equal else losses)
+    largest = largest_difference(losses, expected)
+    if not must_be_bit_equal and not problems and not largest <= TOLERANCE:
+        problems.append(
+            f"losses differ by up to {largest:.2e} from those of {reference}; at most "
+            f"{TOLERANCE:g} is allowed"
         )
-    seen = f"losses {'equal to the last bit' if most == 0 else f'differ by at most {most:.1e}'} ({against})"
-    figures = {"largest_difference": most} if math.isfinite(most) else {}
+
+    comparison = f"differ by at most {largest:.1e}"
+    if largest == 0:
+        comparison = "equal to the last bit"
     return Finding(
         check,
         name,
-        "FAILED" if wrong else "held",
-        f"{scenario.what}: {seen}",
-        figures,
-        tuple(wrong),
+        "FAILED" if problems else "passed",
+        f"{scenario.description}: losses {comparison} ({reference})",
+        {"largest_difference": largest} if math.isfinite(largest) else {},
+        tuple(problems),
     )
 
 
-def difference(
-    found: Sequence[tuple[int, float | None]], wanted: Sequence[tuple[int, float | None]]
-) -> float:
-    """Return the largest difference of two runs' losses; infinity if their steps differ or one is no number."""
-    if [step for step, _ in found] != [step for step, _ in wanted] or not found:
+def largest_difference(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> float:
+    """Return the largest difference of two runs' losses; infinity if steps differ or a loss is
+    not finite."""
+    if not losses or [step for step, _ in losses] != [step for step, _ in expected]:
         return math.inf
-    pairs = [(one, other) for (_, one), (_, other) in zip(found, wanted, strict=True)]
-    return max(
-        math.inf if one is None or other is None else abs(one - other) for one, other in pairs
-    )
+    largest = 0.0
+    for (_, loss), (_, expected_loss) in zip(losses, expected, strict=True):
+        if loss is None or expected_loss is None:
+            return math.inf
+        largest = max(largest, abs(loss - expected_loss))
+    return largest
 
 
-def judge_network(network: Mapping[str, Any] | None) -> list[Finding]:
-    """Return what the network check of the run zero-3 found."""
+def check_network(network: Mapping[str, Any] | None) -> list[Finding]:
+    """Return the findings on collectives from network.json of the run zero-3; None: it has none."""
     if network is None:
-        return [
-            Finding(
-                "collective",
-                "all-reduce",
-                "FAILED",
-                problems=(
-                    "the run zero-3 kept no network.json: the check found wrong bytes, or did not end; see its log",
-                ),
-            )
-        ]
+        problem = (
+            "the run zero-3 wrote no network.json: its network check found wrong bytes or did not "
+            "end; see its log"
+        )
+        return [Finding("collective", "all-reduce", "FAILED", problems=(problem,))]
     if not network["sums"]:
         return [
-            Finding("collective", "all-reduce", "not run", "one worker has nobody to add up with")
+            Finding("collective", "all-reduce", "not run", "one worker has no other to reduce with")
         ]
-    figures = {
-        f"{one['num_bytes'] / 2**20:g}_mib_{what}": one[what]
-        for one in network["sums"]
-        for what in ("seconds", "mb_s")
-    }
+
+    figures = {}
+    for item in network["sums"]:
+        mib = f"{item['num_bytes'] / 2**20:g}_mib"
+        figures[f"{mib}_seconds"] = item["seconds"]
+        figures[f"{mib}_mb_s"] = item["mb_s"]
     large = network["sums"][-1]
-    findings = [
-        Finding(
-            "collective",
-            "all-reduce",
-            "held",
-            (
-                f"{network['backend']}: exact over {network['world_size']} workers; {large['num_bytes'] / 2**20:g} MiB in "
-                f"{1000 * large['seconds']:.1f} ms, {large['mb_s']:,.0f} MB/s a worker"
-            ),
-            figures,
-        )
-    ]
+    result = (
+        f"{network['backend']}: exact over {network['world_size']} workers; "
+        f"{large['num_bytes'] / 2**20:g} MiB in {1000 * large['seconds']:.1f} ms, "
+        f"{large['mb_s']:,.0f} MB/s per worker"
+    )
+    findings = [Finding("collective", "all-reduce", "passed", result, figures)]
+
     if network["links"]:
         speeds = [link["mb_s"] for link in network["links"]]
         findings.append(
             Finding(
                 "collective",
                 "pairs of nodes",
-                "FAILED" if network["slow"] else "held",
-                (f"{len(speeds)} pairs, {min(speeds):,.0f} to {max(speeds):,.0f} MB/s each way"),
-                {"least_mb_s": min(speeds), "most_mb_s": max(speeds)},
+                "FAILED" if network["slow"] else "passed",
+                f"{len(speeds)} pairs, {min(speeds):,.0f} to {max(speeds):,.0f} MB/s each way",
+                {"min_mb_s": min(speeds), "max_mb_s": max(speeds)},
                 tuple(network["slow"]),
             )
         )
     return findings
 
 
-def judge_speed(
+def check_speed(
     scenario: Scenario,
-    evidence: Evidence,
+    outcome: RunOutcome,
     lines: Sequence[Mapping[str, Any]],
-    size: Size,
+    size: ModelSize,
     machines: Sequence[Mapping[str, Any]],
-    workers: int,
+    num_workers: int,
 ) -> Finding:
-    """Return how fast the run `speed` was: medians of the second half of its steps.
+    """Return how fast the run `speed` was: medians over the second half of its steps.
 
-    It commits nothing, so there is no ledger to be held against; its `lines` of metrics say which steps it took.
+    It saves no checkpoint, so it has no ledger to check; its metrics `lines` prove which steps it
+    took.
     """
     steps = [line for line in lines if line.get("kind") == "train"]
-    losses, late = tuple((line["step"], line["loss"]) for line in steps), steps[len(steps) // 2 :]
-    wrong = problems(scenario, replace(evidence, losses=losses, ledger="", damaged=()), losses)
-    if not wrong and not (
-        steps[0]["loss"] and steps[-1]["loss"] and steps[-1]["loss"] < steps[0]["loss"]
-    ):
-        wrong.append(
-            f"the loss did not fall: {steps[0]['loss']} at step 1, {steps[-1]['loss']} at the last"
+    problems = _speed_problems(scenario, outcome, steps)
+    if problems:
+        return Finding(
+            "throughput", SPEED_RUN, "FAILED", scenario.description, problems=tuple(problems)
         )
-    if wrong:
-        return Finding("throughput", SPEED, "FAILED", scenario.what, problems=tuple(wrong))
-    tokens_per_s = median(line["tokens_per_s"] for line in late)
+
+    figures = _speed_figures(steps[len(steps) // 2 :], size, num_workers)
+    gpu_names = [gpu["name"] for machine in machines for gpu in machine.get("gpus", ())]
+    peak = peak_tflops(gpu_names[0]) if gpu_names else None
+    result = (
+        f"{scenario.description}: {figures['tokens_per_s']:,.0f} tokens/s, "
+        f"{figures['step_s']:.3f} s/step, {figures['tflops_per_worker']:.3g} TFLOP/s per worker"
+    )
+    if peak:
+        figures["mfu"] = figures["tflops_per_worker"] / peak
+        result += f", MFU {figures['mfu']:.1%}"
+    return Finding("throughput", SPEED_RUN, "passed", result, figures)
+
+
+def _speed_problems(
+    scenario: Scenario, outcome: RunOutcome, steps: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    losses = tuple(StepLoss(line["step"], line["loss"]) for line in steps)
+    outcome = replace(outcome, losses=losses, ledger_problem="", damaged_checkpoints=())
+    problems = find_problems(scenario, outcome, losses)
+    if not problems:
+        first, last = losses[0].loss, losses[-1].loss
+        if not (first and last and last < first):
+            problems.append(f"the loss did not fall: {first} at step 1, {last} at the last step")
+    return problems
+
+
+def _speed_figures(
+    steps: Sequence[Mapping[str, Any]], size: ModelSize, num_workers: int
+) -> dict[str, float]:
+    tokens_per_s = median(line["tokens_per_s"] for line in steps)
     figures = {
         "tokens_per_s": tokens_per_s,
-        "tokens_per_s_a_worker": tokens_per_s / workers,
-        "step_s": median(line["step_s"] for line in late),
-        "data_wait_s": median(line["data_wait_s"] for line in late),
-        "tflops_a_worker": tokens_per_s * size.flops_a_token / workers / 1e12,
+        "tokens_per_s_per_worker": tokens_per_s / num_workers,
+        "step_s": median(line["step_s"] for line in steps),
+        "data_wait_s": median(line["data_wait_s"] for line in steps),
+        "tflops_per_worker": tokens_per_s * size.flops_per_token / num_workers / 1e12,
         "num_parameters": float(size.num_parameters),
     }
-    memory = max((line.get("gpu_memory_gib") or 0.0 for line in late), default=0.0)
-    peak = next((peak_tflops(gpu["name"]) for one in machines for gpu in one.get("gpus", ())), None)
-    if memory:
-        figures["gpu_memory_gib"] = memory
-    if peak:
-        figures["mfu"] = figures["tflops_a_worker"] / peak
-    seen = (
-        f"{scenario.what}: {tokens_per_s:,.0f} tokens/s, {figures['step_s']:.3f} s a step, "
-        f"{figures['tflops_a_worker']:.3g} TFLOP/s a worker"
-        + (f", MFU {figures['mfu']:.1%}" if peak else "")
-    )
-    return Finding("throughput", SPEED, "held", seen, figures)
+    memory_gib = max((line.get("gpu_memory_gib") or 0.0 for line in steps), default=0.0)
+    if memory_gib:
+        figures["gpu_memory_gib"] = memory_gib
+    return figures

@@ -1,8 +1,8 @@
 """Scenarios of a drill: what is injected into a run, and when the run counts as recovered.
 
-Pure: no process, no storage. Each scenario is its own run of the same small config. It passes if it ends as expected and in
-time, every loss equals the undisturbed run's to the last bit, the ledger holds every sample once, and every checkpoint
-is intact.
+Pure: no process, no storage. Each scenario is its own run of the same small config. It passes if it
+ends as expected and in time, every loss equals the undisturbed run's to the last bit, the ledger
+holds every sample once, and every checkpoint is intact.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from dist_ft.runtime.bootstrap.watchdog import EXIT_CODE as HUNG
 NUM_STEPS = 24
 CHECKPOINT_INTERVAL = 4
 FAULT_STEP = 17
-"""The fault is injected when a process passes a step for this many times. After the latest checkpoint before it fewer
-steps are left, so that a process of the next attempt does not reach the fault."""
+"""The fault is injected when a process passes a step for this many times. After the latest
+checkpoint before it fewer steps are left, so that a process of the next attempt does not reach
+the fault."""
 SIGTERM_PAUSE_S = 5
-"""How long a worker pauses before the drill's SIGTERM takes effect: so small a run may be over before it arrives."""
+"""How long a worker pauses before the drill's SIGTERM takes effect: so small a run may be over
+before it arrives."""
 SPARE_PAUSE_S = 15
-"""How long a worker pauses before it is killed: the spare processes of a longer run would be ready by then."""
+"""How long a worker pauses before it is killed: the spare processes of a longer run would be
+ready by then."""
 HANG_TIMEOUT_S = 15.0
 """cluster.progress_timeout_s of the run in which a worker hangs."""
 DEFAULT_TIMEOUT_S = 600.0
@@ -42,9 +45,11 @@ class Scenario:
         description: what is done to the run, for people.
         failpoint: where the fault is injected; "": nowhere.
         overrides: fields of the config by section.
-        pause_s: seconds that a worker pauses at the failpoint before the fault; not counted in measured times.
+        pause_s: seconds that a worker pauses at the failpoint before the fault; not counted in
+            measured times.
         send_sigterm: send SIGTERM to the command once the failpoint is reached.
-        first_exit_code: expected exit code of the first command; if it is not 0, the command is run again.
+        first_exit_code: expected exit code of the first command; if it is not 0, the command is run
+            again.
         expects_restart: whether the run must have a second attempt.
         expected_output: pattern that a line of the output must match; "": none.
     """
@@ -100,11 +105,13 @@ class RunOutcome:
 
 
 def scenarios(num_workers: int) -> list[Scenario]:
-    """Return all scenarios for this number of workers (0: one process); the undisturbed run is the first."""
+    """Return all scenarios for this number of workers (0: one process); the undisturbed run is
+    the first."""
     last_rank, is_single = max(num_workers, 1) - 1, num_workers == 0
     victim = "the process" if is_single else "the process of the last worker"
 
-    # Nobody would notice that a single process is stopped from outside: there, a call does not return.
+    # Nobody would notice that a single process is stopped from outside: there, a call does not
+    # return.
     if num_workers <= 1:
         hang_action, hang_description = "sleep", "a call does not return"
     else:
@@ -149,9 +156,11 @@ def scenarios(num_workers: int) -> list[Scenario]:
 
 
 def scenario_config(base: RunConfig, folder_url: str, scenario: Scenario) -> RunConfig:
-    """Return a scenario's config: cluster, storage, zero and dtype of `base`; model and data in `folder_url`.
+    """Return a scenario's config: cluster, storage, zero and dtype of `base`; model and data in
+    `folder_url`.
 
-    Of an elastic range the smallest number of workers is used, because bit-equality is promised for a fixed number.
+    Of an elastic range the smallest number of workers is used, because bit-equality is promised for
+    a fixed number.
     """
     num_workers = base.min_workers
     document: dict[str, dict[str, Any]] = {
@@ -197,7 +206,8 @@ def num_lanes(num_workers: int) -> int:
 def find_problems(
     scenario: Scenario, outcome: RunOutcome, expected_losses: Sequence[StepLoss]
 ) -> list[str]:
-    """Return a line for everything that is wrong with a run; `expected_losses`: of the undisturbed run."""
+    """Return a line for everything that is wrong with a run; `expected_losses`: of the
+    undisturbed run."""
     problems = []
     expected_codes: tuple[int, ...] = (scenario.first_exit_code,)
     if scenario.first_exit_code != 0:
@@ -222,7 +232,8 @@ def find_problems(
 
 
 def find_expected_output(scenario: Scenario, lines: Sequence[TimedLine]) -> str:
-    """Return the text that matches the scenario's expected output; "" if nothing is expected or matches."""
+    """Return the text that matches the scenario's expected output; "" if nothing is expected or
+    matches."""
     if scenario.expected_output:
         for line in lines:
             match = re.search(scenario.expected_output, line.text)
@@ -232,12 +243,14 @@ def find_expected_output(scenario: Scenario, lines: Sequence[TimedLine]) -> str:
 
 
 def compare_losses(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> list[str]:
-    """Return a line for the first loss that differs, or if a step is missing or repeated; else nothing."""
+    """Return a line for the first loss that differs, or if a step is missing or repeated; else
+    nothing."""
     steps = [step for step, _ in losses]
     if steps != list(range(1, NUM_STEPS + 1)):
         last = steps[-1] if steps else "none"
         return [
-            f"the metrics hold {len(steps)} steps, the last is {last}; expected steps 1 to {NUM_STEPS}"
+            f"the metrics hold {len(steps)} steps, the last is {last}; "
+            f"expected steps 1 to {NUM_STEPS}"
         ]
 
     for (step, loss), (_, expected_loss) in zip(losses, expected, strict=True):
@@ -255,11 +268,13 @@ def fault_line_index(lines: Sequence[TimedLine]) -> int | None:
 
 
 def measure_times(scenario: Scenario, outcome: RunOutcome) -> dict[str, float]:
-    """Return the measured seconds, as a person at the terminal sees them; those that do not apply are left out.
+    """Return the measured seconds, as a person at the terminal sees them; those that do not apply
+    are left out.
 
     - `detected_s`: from the fault until a hang is reported.
     - `saved_s`: from the fault until a run that received a stop request has saved.
-    - `resumed_s`: from the fault (after SIGTERM: from the second command) to the first new step of the next attempt.
+    - `resumed_s`: from the fault (after SIGTERM: from the second command) to the first new step of
+      the next attempt.
     - `save_stall_s`: mean time that training stands still for a save.
     """
     times = {}

@@ -1,4 +1,5 @@
-"""Writes the models and the data of drills and self-tests: without network, the same bits every time."""
+"""Writes the models and the data of drills and self-tests: without network, the same bits every
+time."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from dist_ft.storage.filesystem import Store
 
 TEXT = (
     "the quick brown fox jumps over lazy dogs while seven wise owls watch rivers run between old "
-    "stones and every child counts stars until morning comes with bread and tea and news of distant "
-    "towns"
+    "stones and every child counts stars until morning comes with bread and tea and news of "
+    "distant towns"
 )
 WORDS = TEXT.split()
 ROWS_PER_LANE = 24
@@ -51,7 +52,7 @@ class ModelSize:
 
     @property
     def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward: 6 per weight, plus causal attention."""
+        """FLOPs of forward and backward: 6 per weight, plus causal attention."""
         attention = 6.0 * self.num_layers * self.hidden_size * self.sequence_length
         return 6.0 * self.num_parameters + attention
 
@@ -60,7 +61,8 @@ SMALL = ModelSize(128, 2, 256, 4, 64, dropout=0.1)
 
 
 def write_materials(store: Store, num_lanes: int) -> None:
-    """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs in shards) into `store`."""
+    """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs in shards) into
+    `store`."""
     rows = instruction_pairs(ROWS_PER_LANE * num_lanes)
     write_jsonl(rows, store, "data/pairs", -(-len(rows) // 3))
     write_model(store, "model", SMALL)

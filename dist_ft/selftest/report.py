@@ -9,7 +9,8 @@ from dist_ft.selftest.selftest import Report
 
 
 def to_markdown(report: Report) -> str:
-    """Return the report as Markdown: verdicts, figures, devices, versions, last lines of failed runs."""
+    """Return the report as Markdown: verdicts, figures, devices, versions, last lines of failed
+    runs."""
     return "\n".join(_lines(report)) + "\n"
 
 
@@ -42,9 +43,7 @@ def _findings(report: Report) -> Iterator[str]:
     for finding in report.findings:
         result = "; ".join(filter(None, (finding.result, *finding.problems)))
         rows.append((finding.check, finding.name, finding.verdict, result))
-        figures += [
-            (finding.name, name, f"{value:.6g}") for name, value in finding.figures.items()
-        ]
+        figures += [(finding.name, name, f"{value:.6g}") for name, value in finding.figures.items()]
 
     yield from _table(("check", "run", "verdict", "result"), rows)
     yield from ("", "## Figures", "")

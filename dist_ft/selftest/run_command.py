@@ -1,7 +1,7 @@
 """Runs `dist-ft train` as a person would start it, with or without a fault, until it ends.
 
-Drill and self-test share it. Each run is a process of its own; the command passes the failpoint on to its workers.
-Guarantee: no command outlives its time limit or the interruption of this process.
+Drill and self-test share it. Each run is a process of its own; the command passes the failpoint on
+to its workers. Guarantee: no command outlives its time limit or the interruption of this process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ STOP_S = 30.0
 def run_scenario(
     config: RunConfig, scenario: Scenario, store: Store, rerun_config: RunConfig | None = None
 ) -> RunOutcome:
-    """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in `store`.
+    """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in
+    `store`.
 
     Args:
         config: of the run.
@@ -146,7 +147,8 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 def _read_outcome(
     url: str, exit_codes: Sequence[int | None], lines: Sequence[TimedLine]
 ) -> RunOutcome:
-    """Return what is in the storage of a run that has ended; that it cannot be read is part of the outcome."""
+    """Return what is in the storage of a run that has ended; that it cannot be read is part of
+    the outcome."""
     store = Store(url)
     try:
         losses = tuple(
@@ -166,9 +168,7 @@ def _read_outcome(
         lines=tuple(lines),
         losses=losses,
         ledger_problem="" if audit.is_sound else ledger_audit.describe(audit),
-        damaged_checkpoints=tuple(
-            f"{name}: {problem}" for name, problem in checkpoints if problem
-        ),
+        damaged_checkpoints=tuple(f"{name}: {problem}" for name, problem in checkpoints if problem),
         num_checkpoints=len(checkpoints),
         num_attempts=len(catalog.attempts(store)),
         save_stall_s=time_accounting.mean_save_stall_s(attempt_times),

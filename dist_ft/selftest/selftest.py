@@ -1,7 +1,9 @@
-"""A selftest: is what dist_ft promises true on this machine, or this cluster? In minutes, with a report to send back.
+"""A self-test: does dist_ft keep its promises on this machine or cluster? In minutes, with a report
+for an issue.
 
-Runs are rehearsals (`rehearsal`): the command `dist-ft train` with real Ray workers, on GPUs with nccl, without with
-gloo. Everything lies in one new folder below `run.storage`, removed at the end if all held. Reports name no node.
+Each run is the command `dist-ft train` with real Ray workers, with nccl on GPUs and gloo without.
+Everything is stored in a new folder below `run.storage`, which is removed at the end if all checks
+passed. Reports contain no node names.
 """
 
 from __future__ import annotations
@@ -10,57 +12,85 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict
 
 from dist_ft.config.load import load_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, DistFtError, Interrupted
 from dist_ft.core.logs import redact
 from dist_ft.runtime import machine
-from dist_ft.runtime.bootstrap.network_check import FILE as NETWORK
+from dist_ft.runtime.bootstrap.network_check import FILE as NETWORK_FILE
 from dist_ft.runtime.preflight import check_run
-from dist_ft.selftest import checks, materials, run_command
-from dist_ft.selftest.checks import CHECKS, SPEED, Finding
-from dist_ft.selftest.drill_scenarios import Evidence, Scenario, config_of, lanes
+from dist_ft.selftest import checks, materials
+from dist_ft.selftest.checks import CHECKS, SPEED_RUN, Finding
+from dist_ft.selftest.drill_scenarios import (
+    RunOutcome,
+    Scenario,
+    num_lanes,
+    scenario_config,
+)
+from dist_ft.selftest.run_command import run_scenario
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
 from dist_ft.training.metrics_log import read_metrics
 
-TAIL = 30
-"""Lines of a run's output that the report has of a run that failed."""
+TAIL_LINES = 30
+"""Lines of a failed run's output in the report."""
+
+
+class Settings(TypedDict):
+    """The part of the config that matters to readers of a report: placement and sharding, no
+    address, no path."""
+
+    cluster: dict[str, Any]
+    zero: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a selftest went; `kept` is the URL of its folder, "" if that was removed."""
+    """The result of a self-test.
 
-    made_at: str
-    workers: int
+    Attributes:
+        created_at: UTC, ISO 8601.
+        num_workers: Ray workers.
+        device: device and collectives library, for people.
+        findings: results of the checks.
+        machines: what each node is (`machine.describe`).
+        network: network.json of the run zero-3, nodes by number; None without one.
+        settings: part of the config.
+        log_tails: last lines of the output of failed runs, by name.
+        duration_s: of the self-test.
+        folder_url: of its folder; "" if that was removed.
+    """
+
+    created_at: str
+    num_workers: int
     device: str
     findings: tuple[Finding, ...]
     machines: tuple[dict[str, Any], ...]
     network: dict[str, Any] | None
-    settings: dict[str, Any]
-    tails: dict[str, tuple[str, ...]]
-    seconds: float
-    kept: str
+    settings: Settings
+    log_tails: dict[str, tuple[str, ...]]
+    duration_s: float
+    folder_url: str
 
     @property
-    def held(self) -> bool:
-        """Whether everything that was run held."""
+    def passed(self) -> bool:
+        """Whether every check that ran passed."""
         return all(finding.verdict != "FAILED" for finding in self.findings)
 
 
-def detect(document: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """Return the config of a selftest of this machine: a worker a GPU; without GPUs two workers with gloo."""
+def detect_config(document: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Return the config for this machine: a worker per GPU, or two workers on the CPU."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    cluster = (
-        {"workers": gpus, "gpus_per_worker": 1} if gpus else {"workers": 2, "cpus_per_worker": 0.5}
-    )
+    num_gpus = torch.cuda.device_count()
+    if num_gpus:
+        cluster = {"workers": num_gpus, "gpus_per_worker": 1}
+    else:
+        cluster = {"workers": 2, "cpus_per_worker": 0.5}
     return load_config({**document, "cluster": cluster}, overrides)
 
 
@@ -68,184 +98,214 @@ def run(
     config: RunConfig,
     only: Sequence[str] = (),
     keep: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    report_line: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Run all checks, or `only` those named, on the cluster and storage of `config`.
+    """Run a self-test on the cluster and storage of `config`.
 
-    Raises ConfigError, as `dist-ft check` would, before anything is started.
+    Args:
+        config: a run's config; its cluster, storage and zero sections are used.
+        only: names of the checks to run; default: all.
+        keep: keep the folder even if all checks passed.
+        report_line: called with each line of progress.
+
+    Raises:
+        ConfigError: as from `dist-ft check`, before anything is started.
+        Interrupted: SIGINT.
     """
     if config.min_workers == 0:
         raise ConfigError(
             [
-                "cluster.workers=0: there is nothing to hold one process against; Ray workers are needed; "
-                "set cluster.workers to the number of GPUs"
+                "cluster.workers=0: a self-test compares Ray workers with one process, so it "
+                "needs Ray workers; set cluster.workers to the number of GPUs"
             ],
             "selftest",
         )
     filesystem.configure(config.storage.options)
-    parent, name = (
-        Store(config.run.storage),
-        f"selftest-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-    )
-    place, wanted = (
-        parent.child(name),
-        tuple(check for check in CHECKS if not only or check in only),
-    )
+    parent = Store(config.run.storage)
+    name = f"selftest-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    store = parent.child(name)
+    selected = tuple(check for check in CHECKS if not only or check in only)
     try:
-        materials.make(place, lanes(config.min_workers))
-        wrong = check_run.check(
-            config_of(config, place.url, checks.plan(config.min_workers, wanted)[-1])
-        )
-        if wrong:
-            raise ConfigError(wrong, "selftest")
-        report = _Selftest(config, place, wanted, tell).run()
+        materials.write_materials(store, num_lanes(config.min_workers))
+        last_run = checks.plan_runs(config.min_workers, selected)[-1]
+        problems = check_run.check(scenario_config(config, store.url, last_run))
+        if problems:
+            raise ConfigError(problems, "selftest")
+        report = _Selftest(config, store, selected, report_line).run()
     except BaseException as error:
         if not keep:
             parent.remove(name)
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                "the selftest was stopped; "
-                + ("its folder is kept" if keep else "its folder is removed")
-            ) from error
+            fate = "its folder is kept" if keep else "its folder was removed"
+            raise Interrupted(f"the self-test was stopped; {fate}") from error
         raise
-    if keep or not report.held:
-        return Report(**{**vars(report), "kept": place.redacted_url()})
+
+    if keep or not report.passed:
+        return replace(report, folder_url=store.shown())
     parent.remove(name)
     return report
 
 
 class _Selftest:
+    """One self-test: runs what the selected checks need, then checks the outcomes."""
+
     def __init__(
-        self, config: RunConfig, place: Store, wanted: Sequence[str], tell: Callable[[str], None]
+        self,
+        config: RunConfig,
+        store: Store,
+        selected: Sequence[str],
+        report_line: Callable[[str], None],
     ) -> None:
         self._config = config
-        self._place = place
-        self._wanted = wanted
-        self._tell = tell
-        self._workers = config.min_workers
-        self._ran: dict[str, Evidence] = {}
+        self._store = store
+        self._selected = selected
+        self._report_line = report_line
+        self._num_workers = config.min_workers
+        self._uses_gpus = config.cluster.gpus_per_worker > 0
+        self._outcomes: dict[str, RunOutcome] = {}
 
     def run(self) -> Report:
-        begun, planned = time.monotonic(), checks.plan(self._workers, self._wanted)
+        started_at = time.monotonic()
+        planned = checks.plan_runs(self._num_workers, self._selected)
         for scenario in planned:
-            if scenario.name in ("killed", "resized") and self._ran["zero-3"].codes != (0,):
-                continue  # nothing to compare with
-            self._play(
-                scenario,
-                checks.resized(scenario, self._workers) if scenario.name == "resized" else None,
-            )
-        network = self._network()
-        machines = tuple(network["machines"]) if network else (machine.describe(self._on_gpus),)
-        names = [one.name for one in planned if one.name != "plain"]
-        findings = [
-            checks.judge(name, self._workers, self._ran, planned)
-            for name in names
-            if not (name == "zero-3" and "parity" not in self._wanted)
-        ]
-        if "collective" in self._wanted:
-            findings += checks.judge_network(network)
-        if "throughput" in self._wanted:
-            findings.append(self._speed(machines))
-        findings.sort(key=lambda finding: CHECKS.index(finding.check))
-        failed = {
-            finding.name if finding.name in self._ran else "zero-3"
-            for finding in findings
-            if finding.verdict == "FAILED"
-        } | {name for name, found in self._ran.items() if found.codes[-1] != 0}
-        tails = {
-            name: tuple(redact(line.text) for line in self._ran[name].lines[-TAIL:])
-            for name in sorted(failed)
-            if name in self._ran
-        }
+            self._run_planned(scenario)
+
+        network = self._read_network()
+        machines = (machine.describe(self._uses_gpus),)
+        if network:
+            machines = tuple(network["machines"])
+        findings = self._check_all(planned, network, machines)
         return Report(
-            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            self._workers,
-            "GPU, nccl" if self._on_gpus else "CPU, gloo",
-            tuple(map(_redacted, findings)),
-            machines,
-            _nameless(network),
-            _settings(self._config),
-            tails,
-            round(time.monotonic() - begun, 1),
-            "",
+            created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            num_workers=self._num_workers,
+            device="GPU, nccl" if self._uses_gpus else "CPU, gloo",
+            findings=tuple(map(_redact_problems, findings)),
+            machines=machines,
+            network=_anonymize(network),
+            settings=_settings(self._config),
+            log_tails=self._log_tails(findings),
+            duration_s=round(time.monotonic() - started_at, 1),
+            folder_url="",
         )
 
-    @property
-    def _on_gpus(self) -> bool:
-        return self._config.cluster.gpus_per_worker > 0
+    def _run_planned(self, scenario: Scenario) -> None:
+        if scenario.name in ("killed", "resized") and self._outcomes["zero-3"].exit_codes != (0,):
+            return  # there is nothing to compare with
+        rerun = None
+        if scenario.name == "resized":
+            rerun = checks.resized_scenario(scenario, self._num_workers)
+        self._run(scenario, rerun)
 
-    def _play(self, scenario: Scenario, again: Scenario | None = None) -> Evidence:
-        self._tell(f"{scenario.name}: {scenario.what} ...")
-        begun, url = time.monotonic(), self._place.url
-        config = config_of(self._config, url, scenario)
-        found = run_command.play(
-            config, scenario, self._place, config_of(self._config, url, again) if again else None
-        )
-        self._ran[scenario.name] = found
-        codes = ", ".join("no end" if code is None else str(code) for code in found.codes)
-        self._tell(
-            f"  {len(found.losses)} steps, exit code {codes}, {time.monotonic() - begun:.0f} s"
-        )
-        return found
+    def _run(self, scenario: Scenario, rerun: Scenario | None = None) -> RunOutcome:
+        self._report_line(f"{scenario.name}: {scenario.description} ...")
+        started_at, url = time.monotonic(), self._store.url
+        config = scenario_config(self._config, url, scenario)
+        rerun_config = scenario_config(self._config, url, rerun) if rerun else None
+        outcome = run_scenario(config, scenario, self._store, rerun_config)
+        self._outcomes[scenario.name] = outcome
 
-    def _network(self) -> dict[str, Any] | None:
-        """Return what the network check of the run zero-3 kept, if it did."""
-        store = self._place.child("zero-3")
+        codes = ", ".join("killed" if code is None else str(code) for code in outcome.exit_codes)
+        seconds = time.monotonic() - started_at
+        self._report_line(f"  {len(outcome.losses)} steps, exit code {codes}, {seconds:.0f} s")
+        return outcome
+
+    def _read_network(self) -> dict[str, Any] | None:
+        """Return what the network check of the run zero-3 wrote, or None."""
+        store = self._store.child("zero-3")
         try:
-            found: dict[str, Any] | None = (
-                json.loads(store.read(NETWORK)) if store.exists(NETWORK) else None
-            )
+            if not store.exists(NETWORK_FILE):
+                return None
+            network: dict[str, Any] = json.loads(store.read(NETWORK_FILE))
         except (ValueError, DistFtError):
             return None
-        return found
+        return network
 
-    def _speed(self, machines: Sequence[Mapping[str, Any]]) -> Finding:
-        """Run the speed run and return what it shows."""
-        size = checks.size_for(machines, self._workers)
-        scenario = checks.speed(self._config, self._place.url, size)
-        materials.make_model(self._place, f"{SPEED}-model", size)
-        batch = scenario.changes["batch"]
-        materials.make_texts(self._place, 4 * batch["global_batch"] * batch["sequence_length"])
-        found = self._play(scenario)
+    def _check_all(
+        self,
+        planned: Sequence[Scenario],
+        network: dict[str, Any] | None,
+        machines: Sequence[Mapping[str, Any]],
+    ) -> list[Finding]:
+        findings = []
+        for scenario in planned:
+            is_reference_only = scenario.name == "zero-3" and "parity" not in self._selected
+            if scenario.name != "plain" and not is_reference_only:
+                findings.append(checks.check_losses(scenario.name, self._outcomes, planned))
+        if "collective" in self._selected:
+            findings += checks.check_network(network)
+        if "throughput" in self._selected:
+            findings.append(self._measure_speed(machines))
+        return sorted(findings, key=lambda finding: CHECKS.index(finding.check))
+
+    def _measure_speed(self, machines: Sequence[Mapping[str, Any]]) -> Finding:
+        size = checks.choose_speed_model(machines, self._num_workers)
+        scenario = checks.speed_scenario(self._config, self._store.url, size)
+        materials.write_model(self._store, f"{SPEED_RUN}-model", size)
+        batch = scenario.overrides["batch"]
+        num_tokens = 4 * batch["global_batch"] * batch["sequence_length"]
+        materials.write_texts(self._store, num_tokens)
+
+        outcome = self._run(scenario)
         try:
-            lines = read_metrics(self._place.child(SPEED))
+            lines = read_metrics(self._store.child(SPEED_RUN))
         except DistFtError:
             lines = []
-        return checks.judge_speed(scenario, found, lines, size, machines, self._workers)
+        return checks.check_speed(scenario, outcome, lines, size, machines, self._num_workers)
+
+    def _log_tails(self, findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
+        """Return the last lines of the runs that failed, or whose findings failed."""
+        failed = {name for name, run in self._outcomes.items() if run.exit_codes[-1] != 0}
+        for finding in findings:
+            if finding.verdict == "FAILED":
+                # Findings on the network come from the run zero-3.
+                failed.add(finding.name if finding.name in self._outcomes else "zero-3")
+
+        tails = {}
+        for name in sorted(failed & self._outcomes.keys()):
+            lines = self._outcomes[name].lines[-TAIL_LINES:]
+            tails[name] = tuple(redact(line.text) for line in lines)
+        return tails
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Return what of the config matters to who reads the report: how it was placed and sharded; no address, no path."""
+def _settings(config: RunConfig) -> Settings:
     cluster = config.cluster.model_dump(
         mode="json", exclude={"address", "network_interface"}, exclude_defaults=True
     )
     return {"cluster": cluster, "zero": config.zero.model_dump(mode="json", exclude={"nvme_path"})}
 
 
-def _redacted(finding: Finding) -> Finding:
-    return Finding(**{**vars(finding), "problems": tuple(map(redact, finding.problems))})
+def _redact_problems(finding: Finding) -> Finding:
+    return replace(finding, problems=tuple(map(redact, finding.problems)))
 
 
-def _nameless(network: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the network check found, nodes by number."""
+def _anonymize(network: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the network check found, with nodes by number."""
     if network is None:
         return None
     slow = list(network["slow"])
     for number, name in enumerate(network["nodes"]):
         slow = [line.replace(name, str(number)) for line in slow]
-    kept = {key: value for key, value in network.items() if key not in ("machines", "nodes")}
-    return {**kept, "num_nodes": len(network["nodes"]), "slow": slow}
+    rest = {key: value for key, value in network.items() if key not in ("machines", "nodes")}
+    return {**rest, "num_nodes": len(network["nodes"]), "slow": slow}
 
 
 def as_json(report: Report) -> str:
-    """Return a report as JSON."""
-    return json.dumps({"held": report.held, **asdict(report), "kept": None}, indent=1) + "\n"
+    """Return a report as JSON, without the URL of its folder."""
+    document = {"passed": report.passed, **asdict(report), "folder_url": None}
+    return json.dumps(document, indent=1) + "\n"
 
 
 def describe(report: Report) -> str:
-    """Return the table a person at the terminal reads."""
-    rows = [(one.name, one.verdict, one.seen or "; ".join(one.problems)) for one in report.findings]
-    title = f"selftest on {report.workers} Ray worker{'s' if report.workers > 1 else ''} ({report.device})"
-    said = [format_table(title, rows, ("check", "verdict", "what was seen"))]
-    said += [f"{one.name} FAILED: {line}" for one in report.findings for line in one.problems]
-    return "\n".join([*said, f"kept: {report.kept}"] if report.kept else said)
+    """Return the table for the terminal, and the problems of failed checks."""
+    rows = [
+        (finding.name, finding.verdict, finding.result or "; ".join(finding.problems))
+        for finding in report.findings
+    ]
+    plural = "s" if report.num_workers > 1 else ""
+    title = f"selftest on {report.num_workers} Ray worker{plural} ({report.device})"
+    lines = [format_table(title, rows, ("check", "verdict", "result"))]
+    for finding in report.findings:
+        lines += [f"{finding.name} FAILED: {problem}" for problem in finding.problems]
+    if report.folder_url:
+        lines.append(f"folder: {report.folder_url}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a drill calls held, what it measured, and what it asks of the config: pure parts; and a command that never ends."""
+"""When a scenario passes, what is measured, and the configs of a drill: the pure parts."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from dist_ft.cli.drill import ALONE
+from dist_ft.cli.selftest import DEFAULT_CONFIG
 from dist_ft.config.load import load_config
 from dist_ft.selftest.drill import Finding, Report, describe
 from dist_ft.selftest.drill_scenarios import (
-    AGAIN,
-    AT,
-    EVERY,
+    CHECKPOINT_INTERVAL,
+    FAULT_STEP,
     NAMES,
-    SPARES_S,
-    STEPS,
-    WINDOW_S,
-    Evidence,
-    Line,
-    config_of,
-    heard_of,
-    problems,
+    NUM_STEPS,
+    RERUN_LINE,
+    SIGTERM_PAUSE_S,
+    SPARE_PAUSE_S,
+    RunOutcome,
+    TimedLine,
+    find_expected_output,
+    find_problems,
+    measure_times,
+    scenario_config,
     scenarios,
-    times,
 )
 
-LOSSES = tuple((step, 6.0 / step) for step in range(1, STEPS + 1))
+LOSSES = tuple((step, 6.0 / step) for step in range(1, NUM_STEPS + 1))
 DOCUMENT = {
     "run": {"name": "mine", "storage": "s3://b/runs"},
     "model": {"path": "org/big", "dtype": "bfloat16"},
@@ -40,15 +40,15 @@ DOCUMENT = {
 }
 
 
-def lines(*said: tuple[float, str]) -> tuple[Line, ...]:
-    return tuple(Line(at, text) for at, text in said)
+def lines(*items: tuple[float, str]) -> tuple[TimedLine, ...]:
+    return tuple(TimedLine(at, text) for at, text in items)
 
 
 def scenario(name: str, workers: int = 2):
     return next(one for one in scenarios(workers) if one.name == name)
 
 
-DEATH = Evidence(
+DEATH = RunOutcome(
     (0,),
     lines(
         (1, "step 26/40 loss"),
@@ -63,114 +63,128 @@ DEATH = Evidence(
 )
 
 
-def test_what_is_as_it_should_be_held():
+def test_sound_runs_pass():
     assert (
-        problems(scenario("reference"), Evidence((0,), losses=LOSSES, num_attempts=1), LOSSES) == []
+        find_problems(
+            scenario("reference"), RunOutcome((0,), losses=LOSSES, num_attempts=1), LOSSES
+        )
+        == []
     )
-    assert problems(scenario("death"), DEATH, LOSSES) == []
-    alone = replace(DEATH, codes=(-9, 0))
-    assert problems(scenario("death", 0), alone, LOSSES) == []
+    assert find_problems(scenario("death"), DEATH, LOSSES) == []
+    alone = replace(DEATH, exit_codes=(-9, 0))
+    assert find_problems(scenario("death", 0), alone, LOSSES) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected_problem"),
     [
-        ({"codes": (None,)}, "it had not come to its end in time (its limit stands in its output)"),
-        ({"codes": (1,)}, "exit codes 1, 0 expected"),
-        ({"lines": ()}, "it was not disturbed: the place was not reached"),
+        ({"exit_codes": (None,)}, "it did not end in time (its output names the limit)"),
+        ({"exit_codes": (1,)}, "exit codes 1; expected 0"),
+        ({"lines": ()}, "the fault was not injected: its step was not reached"),
         ({"num_attempts": 1}, "there was no second attempt"),
         (
             {"losses": LOSSES[:-1]},
-            f"metrics hold {STEPS - 1} steps, the last {STEPS - 1}; 1 to {STEPS} are needed",
+            f"the metrics hold {NUM_STEPS - 1} steps, the last is {NUM_STEPS - 1}; "
+            f"expected steps 1 to {NUM_STEPS}",
         ),
-        ({"losses": ()}, f"metrics hold 0 steps, the last none; 1 to {STEPS} are needed"),
+        (
+            {"losses": ()},
+            f"the metrics hold 0 steps, the last is none; expected steps 1 to {NUM_STEPS}",
+        ),
         (
             {"losses": (*LOSSES[:20], *LOSSES[19:])},
-            f"metrics hold {STEPS + 1} steps, the last {STEPS}; 1 to {STEPS} are needed",
+            f"the metrics hold {NUM_STEPS + 1} steps, the last is {NUM_STEPS}; "
+            f"expected steps 1 to {NUM_STEPS}",
         ),
         (
             {"losses": (*LOSSES[:19], (20, 0.3 + 2e-16), *LOSSES[20:])},
-            "step 20: loss 0.3000000000000002, 0.3 in the undisturbed run",
+            "step 20: loss 0.3000000000000002, but 0.3 in the undisturbed run",
         ),
-        ({"ledger": "2 lost"}, "ledger: 2 lost"),
-        ({"damaged": ("step-5: altered",)}, "checkpoint step-5: altered"),
+        ({"ledger_problem": "2 lost"}, "ledger: 2 lost"),
+        ({"damaged_checkpoints": ("step-5: altered",)}, "checkpoint step-5: altered"),
     ],
 )
-def test_everything_else_did_not(changes, said):
-    assert problems(scenario("death"), replace(DEATH, **changes), LOSSES) == [said]
+def test_problem_is_found(changes, expected_problem):
+    assert find_problems(scenario("death"), replace(DEATH, **changes), LOSSES) == [expected_problem]
 
 
-def test_a_scenario_must_be_heard_of():
+def test_expected_output_is_required():
     quiet = replace(DEATH, num_attempts=1)
-    assert problems(scenario("storage"), quiet, LOSSES) == [
-        r"it did not say 'no checkpoint at step \\d+, training goes on'"
+    assert find_problems(scenario("storage"), quiet, LOSSES) == [
+        r"no line of its output matches 'no checkpoint at step \\d+[,;] training (goes on|continues)'"
     ]
     loud = replace(
         quiet,
-        lines=(*quiet.lines, Line(11, "WARNING no checkpoint at step 10, training goes on: x")),
+        lines=(
+            *quiet.lines,
+            TimedLine(11, "WARNING no checkpoint at step 10, training goes on: x"),
+        ),
     )
-    assert problems(scenario("storage"), loud, LOSSES) == []
+    assert find_problems(scenario("storage"), loud, LOSSES) == []
 
 
-def test_times_are_those_of_the_next_attempt():
-    assert times(scenario("death", 0), DEATH) == {"back_s": 3.5}
+def test_times_are_measured_to_the_next_attempt():
+    assert measure_times(scenario("death", 0), DEATH) == {"resumed_s": 3.5}
     rested = replace(
         DEATH,
         lines=tuple(
-            Line(line.at_s + SPARES_S * (i > 2), line.text) for i, line in enumerate(DEATH.lines)
+            TimedLine(line.at_s + SPARE_PAUSE_S * (i > 2), line.text)
+            for i, line in enumerate(DEATH.lines)
         ),
     )
-    assert times(scenario("death"), rested) == {"back_s": 3.5}
-    assert times(scenario("death"), replace(DEATH, lines=DEATH.lines[:3])) == {}
-    assert times(scenario("reference"), replace(DEATH, lines=(), stall_s=0.01)) == {"stall_s": 0.01}
-    assert heard_of(
+    assert measure_times(scenario("death"), rested) == {"resumed_s": 3.5}
+    assert measure_times(scenario("death"), replace(DEATH, lines=DEATH.lines[:3])) == {}
+    assert measure_times(scenario("reference"), replace(DEATH, lines=(), save_stall_s=0.01)) == {
+        "save_stall_s": 0.01
+    }
+    assert find_expected_output(
         scenario("hang"), lines((1, "x"), (2, "rank 0 made no progress for 15 s (c"))
     ) == ("made no progress for 15 s")
     hang = replace(
         DEATH,
         lines=(
             *DEATH.lines[:3],
-            Line(25, "ERROR rank 0 made no progress for 15 s"),
+            TimedLine(25, "ERROR rank 0 made no progress for 15 s"),
             *DEATH.lines[3:],
         ),
     )
-    assert times(scenario("hang"), hang) == {"noticed_s": 15.0, "back_s": 3.5}
+    assert measure_times(scenario("hang"), hang) == {"detected_s": 15.0, "resumed_s": 3.5}
     stop = lines(
         (10, "WARNING failpoint train.step: sleep5"),
         (16, "dist-ft: stopped at step 27 of 40"),
-        (20, AGAIN),
+        (20, RERUN_LINE),
         (27, "start (attempt 2)"),
         (28, "step 28/40"),
     )
-    assert times(scenario("preemption"), replace(DEATH, lines=stop)) == {
-        "left_s": 6 - WINDOW_S,
-        "back_s": 8.0,
+    assert measure_times(scenario("preemption"), replace(DEATH, lines=stop)) == {
+        "saved_s": 6 - SIGTERM_PAUSE_S,
+        "resumed_s": 8.0,
     }
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 16])
-def test_scenarios_fit_the_workers(workers):
+def test_scenarios_fit_the_number_of_workers(workers):
     every = scenarios(workers)
     assert [one.name for one in every] == list(NAMES)
     victims = {one.failpoint.split("@")[1].split("!")[0] for one in every[1:3]}
     assert victims == {str(max(0, workers - 1))}
     assert ("!stop" in every[2].failpoint) == (workers > 1), (
-        "a process alone can not notice that it is stopped"
+        "a process alone cannot notice that it is stopped"
     )
-    assert [one.first_code for one in every] == (
+    assert [one.first_exit_code for one in every] == (
         [0, -9, 75, 130, 0] if workers == 0 else [0, 0, 0, 130, 0]
     )
 
 
 def test_a_place_is_not_reached_twice():
-    """From the oldest checkpoint that can be the newest sound one at step AT, fewer than AT steps are left."""
-    oldest = (AT - 1) // EVERY * EVERY - EVERY
-    assert STEPS - oldest < AT <= STEPS
+    """From the oldest checkpoint that can be the newest sound one at step FAULT_STEP, fewer than FAULT_STEP steps are left."""
+    oldest = (FAULT_STEP - 1) // CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL - CHECKPOINT_INTERVAL
+    assert NUM_STEPS - oldest < FAULT_STEP <= NUM_STEPS
 
 
 def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data():
     for one in scenarios(3):
-        found = config_of(load_config(DOCUMENT), "s3://b/runs/drill-1", one)
+        found = scenario_config(load_config(DOCUMENT), "s3://b/runs/drill-1", one)
         assert (
             found.cluster.workers == 3 and found.cluster.address == "auto" and found.zero.stage == 2
         )
@@ -183,27 +197,29 @@ def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data()
 
 
 @pytest.mark.parametrize("workers", ["0", "2", "1024", "4..64"])
-def test_without_a_config_any_number_of_workers_fits(workers):
-    found = config_of(
-        load_config(ALONE, [f"cluster.workers={workers}"]), "/runs/drill-1", scenario("reference")
+def test_default_config_fits_any_number_of_workers(workers):
+    found = scenario_config(
+        load_config(DEFAULT_CONFIG, [f"cluster.workers={workers}"]),
+        "/runs/drill-1",
+        scenario("reference"),
     )
     assert found.cluster.workers == int(workers.split("..")[0]) and found.model.dtype == "float32"
 
 
-def test_the_table_tells_details_only_of_what_did_not_hold():
-    good = Finding("death", "killed", (), {"back_s": 3.44}, "40 steps")
-    said = describe(Report(2, (good,), ""))
+def test_table_has_details_of_failed_scenarios_only():
+    good = Finding("death", "killed", (), {"resumed_s": 3.44}, "40 steps")
+    text = describe(Report(2, (good,), ""))
     assert (
-        "drill on 2 Ray workers" in said
-        and "first new step after 3.4 s" in said
-        and "see below" not in said
+        "drill on 2 Ray workers" in text
+        and "first new step after 3.4 s" in text
+        and "see below" not in text
     )
     bad = Finding("hang", "stopped", ("there was no second attempt",), {}, "")
     report = Report(0, (good, bad), "/runs/drill-1")
-    assert not report.held
+    assert not report.passed
     assert describe(report).splitlines()[-4:] == [
-        "hang (stopped) did not hold:",
+        "hang (stopped) failed:",
         "  - there was no second attempt",
         "  its output: /runs/drill-1/hang.log; its run: /runs/drill-1/hang",
-        "kept: /runs/drill-1",
+        "folder: /runs/drill-1",
     ]

@@ -1,4 +1,4 @@
-"""A command is followed to its end, told to stop, and never outlives its time."""
+"""A command runs to its end, is stopped by a signal, and never outlives its time limit."""
 
 from __future__ import annotations
 
@@ -6,47 +6,52 @@ import os
 import sys
 import time
 
-from dist_ft.selftest import run_command
-from dist_ft.selftest.drill_scenarios import Line
-from dist_ft.selftest.run_command import follow
+from dist_ft.selftest import run_command as module
+from dist_ft.selftest.drill_scenarios import TimedLine
+from dist_ft.selftest.run_command import run_command
 
 
-def test_a_command_is_followed_and_failpoints_of_this_process_are_not_passed_on(monkeypatch):
+def test_output_is_collected_and_own_failpoints_are_not_passed_on(monkeypatch):
     monkeypatch.setenv("DIST_FT_FAILPOINT", "mine")
-    said: list[Line] = []
+    lines: list[TimedLine] = []
     program = "import os; print(os.environ.get('DIST_FT_FAILPOINT'), os.environ['OWN']); raise SystemExit(3)"
-    assert follow([sys.executable, "-c", program], {"OWN": "x"}, 60, time.monotonic(), said) == 3
-    assert [line.text for line in said] == ["None x"] and 0 < said[0].at_s < 60
+    assert (
+        run_command([sys.executable, "-c", program], {"OWN": "x"}, 60, time.monotonic(), lines) == 3
+    )
+    assert [line.text for line in lines] == ["None x"] and 0 < lines[0].at_s < 60
 
 
-def test_a_command_is_told_to_stop_when_it_tells_of_the_failpoint():
+def test_command_gets_sigterm_when_it_reports_the_failpoint():
     program = (
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
         "print('WARNING failpoint train.step: sleep5', flush=True)\ntime.sleep(60)"
     )
     assert (
-        follow([sys.executable, "-c", program], {}, 60, time.monotonic(), [], terminate=True) == 130
+        run_command(
+            [sys.executable, "-c", program], {}, 60, time.monotonic(), [], send_sigterm=True
+        )
+        == 130
     )
 
 
-def test_a_command_that_does_not_end_is_ended_with_all_it_started(monkeypatch):
-    monkeypatch.setattr(run_command, "LEAVE_S", 0.5)
+def test_command_beyond_its_limit_is_killed_with_all_it_started(monkeypatch):
+    monkeypatch.setattr(module, "STOP_S", 0.5)
     program = (
         "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
         "time.sleep(600)"
     )
-    said: list[Line] = []
-    assert follow([sys.executable, "-c", program], {}, 2, time.monotonic(), said) is None
-    assert said[-1].text == "no end within 2 s; it is ended"
+    lines: list[TimedLine] = []
+    assert run_command([sys.executable, "-c", program], {}, 2, time.monotonic(), lines) is None
+    assert lines[-1].text == "the command did not end within 2 s and is killed"
     until = time.monotonic() + 10
     while (
-        os.path.exists(f"/proc/{said[0].text}")
+        os.path.exists(f"/proc/{lines[0].text}")
         and time.monotonic() < until
-        and not _is_zombie(said[0].text)
+        and not _is_zombie(lines[0].text)
     ):
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{said[0].text}") or _is_zombie(said[0].text)
+    assert not os.path.exists(f"/proc/{lines[0].text}") or _is_zombie(lines[0].text)
 
 
 def _is_zombie(pid: str) -> bool:
