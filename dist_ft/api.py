@@ -273,7 +273,7 @@ def predict(
         batch: rows in a batch.
         max_new_tokens: maximum length of generated text, in tokens.
         strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
-            (`config.sections.decoding.parse`).
+            (`config.sections.decoding.parse_strategy`).
 
     Raises:
         ConfigError, DataError, ModelError: with one clear line.
@@ -281,6 +281,7 @@ def predict(
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
     from dist_ft.data.sources.discovery import discover_shards
+    from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
     from dist_ft.inference.predict_folder import predict_folder
     from dist_ft.inference.prediction_file import predict_file
@@ -305,20 +306,11 @@ def predict(
         for found in discover_shards([Source(path=path) for path in names], "PATH")
         for shard in found
     ]
+    options = PredictionOptions(batch, max_new_tokens, strategy)
     if out.endswith(".jsonl"):
         rows = (row for shard in shards for row in readers.iter_rows(shard))
-        predictor = Predictor(model, batch, max_new_tokens, strategy)
-        return WrittenPredictions(1, predict_file(predictor, rows, out))
-    return predict_folder(
-        model,
-        shards,
-        out,
-        suffix=form,
-        workers=workers,
-        batch=batch,
-        max_new_tokens=max_new_tokens,
-        strategy=strategy,
-    )
+        return WrittenPredictions(1, predict_file(Predictor(model, options), rows, out))
+    return predict_folder(model, shards, out, options, suffix=form, workers=workers)
 
 
 def evaluate(
@@ -381,18 +373,18 @@ def generate(
         system: system prompt.
         max_new_tokens: maximum length of the answer, in tokens.
         strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
-            (`config.sections.decoding.parse`).
+            (`config.sections.decoding.parse_strategy`).
     """
     import numpy as np
     import torch
     from transformers.utils import logging as transformers_logging
 
     from dist_ft.checkpoint import initial_weights
-    from dist_ft.config.sections.decoding import DecodingSection, parse
+    from dist_ft.config.sections.decoding import DecodingSection, parse_strategy
     from dist_ft.model.generation import GenerationRequest, TextGenerator
     from dist_ft.model.loading.load import load_causal_lm, load_tokenizer
 
-    section = parse(strategy, DecodingSection(max_new_tokens=max_new_tokens))
+    section = parse_strategy(strategy, DecodingSection(max_new_tokens=max_new_tokens))
     transformers_logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     files = initial_weights.resolve_model_section(

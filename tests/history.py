@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from resolved import loaders
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.config.load import load_config
-from dist_ft.core.world import Collectives, World
-from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage.filesystem import Store
 
 
@@ -41,7 +40,7 @@ def require_same(run: Path, other: Path) -> None:
 def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
     """Fail unless the ledger holds, step by step, just the plan's pieces, and each epoch every piece once."""
     config = load_config(document)
-    data = open_data(config, Store(str(run)), World(), Collectives())
+    data = loaders(config, Store(str(run)))
     try:
         loader, rows = data.training, ledger(run)
         total = loader.plan.total_steps(config.schedule)

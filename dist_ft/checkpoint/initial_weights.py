@@ -1,10 +1,12 @@
-"""The model a run begins with, where model.path is the folder of another run: that run's newest or best checkpoint.
+"""Resolves the initial model of a run whose model.path is the folder of another run.
 
-It is exported once a node into the cache, under a name that follows from the checkpoint's manifest,
-and is a model folder like any other from there on. Which checkpoint it was is kept with the run
-that begins: a later start takes the same one, though the other run went on meanwhile. A run with
-checkpoints of its own needs no weights from elsewhere; it has its model's config and tokenizer
-itself. Does not read weights to look at a config.
+The latest or best checkpoint of that run is exported once per node into the cache, under a name
+derived from the checkpoint's manifest. From there on it is a model folder like any other. The run
+records which checkpoint it started from, so that later starts use the same one even if the other
+run has continued meanwhile.
+
+A run with checkpoints of its own needs no weights from elsewhere, and has its model's config and
+tokenizer itself. To inspect a config, no weights are read.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from pathlib import Path
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.export import MODEL_FOLDER, export_run, find_best_step
+from dist_ft.checkpoint.export import ExportOptions, export_run
+from dist_ft.checkpoint.trained_model import MODEL_FOLDER, find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
@@ -26,115 +30,130 @@ from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.run")
 INITIAL_CHECKPOINT = "began.json"
-"""File of a run: the checkpoint of another run it began with."""
+"""File of a run that records the checkpoint of another run it started from."""
 
 
 def is_run(path: str) -> bool:
-    """Tell whether `path` is the folder of a run (hub names and model folders are not)."""
+    """Whether `path` is the folder of a run, not a hub name or a model folder."""
     return Store(path).exists(STORED)
 
 
 def resolve_initial_model(
     config: RunConfig, store: Store, world: World, collectives: Collectives
 ) -> ModelSection:
-    """Return the model section with a local folder as its path, where model.path names a run; a collective call.
+    """Return the model section with a model folder as its path, if model.path is a run.
+
+    A collective call.
 
     Raises:
-        CheckpointError: that run has no sound checkpoint, or no longer the one this run began with.
+        CheckpointError: the other run has no undamaged checkpoint, or the one that this run started
+            from was removed.
     """
-    cache = config.data.cache_dir
-    if on_rank0(world, collectives, lambda: _is_under_way(config, store)):
-        return _at(config.model, download_description(store.url, cache))
-    if not on_rank0(
-        world, collectives, lambda: is_run(config.model.path)
-    ):  # else all would ask the store
+    cache_dir = config.data.cache_dir
+    if on_rank0(world, collectives, lambda: _has_own_model(config, store)):
+        return _with_path(config.model, download_description(store.url, cache_dir))
+
+    # on rank 0 only, so that not all ranks send a request to the storage
+    if not on_rank0(world, collectives, lambda: is_run(config.model.path)):
         return config.model
-    step = on_rank0(world, collectives, lambda: _chosen(config.model, store))
+
+    step = on_rank0(world, collectives, lambda: _choose_step(config.model, store))
     if world.rank == 0:
-        log.info("begins with step %d of %s", step, redact(config.model.path))
-    return _at(config.model, export_to_cache(config.model.path, step, cache))
+        log.info("starting from step %d of %s", step, redact(config.model.path))
+    return _with_path(config.model, export_to_cache(config.model.path, step, cache_dir))
 
 
 def resolve_for_inspection(config: RunConfig) -> ModelSection:
-    """Return the model section with a local folder of config and tokenizer, where model.path names a run."""
+    """Return the model section with a local folder as its path, if model.path is a run.
+
+    The folder has the config and tokenizer, but no weights.
+    """
     store = Store(config.run_url)
     with contextlib.suppress(
         StorageError
-    ):  # of the run's own storage `preflight` says what is wrong
-        if _is_under_way(config, store):
-            return _at(config.model, download_description(store.url, config.data.cache_dir))
+    ):  # the preflight checks report errors of the run's storage
+        if _has_own_model(config, store):
+            folder = download_description(store.url, config.data.cache_dir)
+            return _with_path(config.model, folder)
+
     if is_run(config.model.path):
-        latest_step(config.model.path, config.model.checkpoint)
+        latest_step(config.model.path, config.model.checkpoint)  # raises if there is no checkpoint
     return resolve_model_section(config.model, config.data.cache_dir, weights=False)
 
 
-def _is_under_way(config: RunConfig, store: Store) -> bool:
-    """Tell whether a run that began with another's model, or with a head to grow, has a checkpoint of its own."""
-    return (config.task.grow_head or store.exists(INITIAL_CHECKPOINT)) and bool(
-        discovery.list_committed(store)
-    )
+def _has_own_model(config: RunConfig, store: Store) -> bool:
+    """Whether a run that changed its initial model (from a run, or a grown head) has a checkpoint."""
+    changed_model = config.task.grow_head or store.exists(INITIAL_CHECKPOINT)
+    return changed_model and bool(discovery.list_committed(store))
 
 
 def resolve_model_section(
     section: ModelSection, cache_dir: str | None = None, weights: bool = True
 ) -> ModelSection:
-    """Return the section with path a model folder, where it names a run's; without `weights` config and tokenizer."""
+    """Return the section with a model folder as its path, if the path is a run.
+
+    Args:
+        section: names a model or a run.
+        cache_dir: where model folders are stored.
+        weights: provide the weights, not only config and tokenizer.
+    """
     if not is_run(section.path):
         return section
-    step = latest_step(section.path, section.checkpoint) if weights else 0
-    return _at(
-        section,
-        export_to_cache(section.path, step, cache_dir)
-        if weights
-        else download_description(section.path, cache_dir),
-    )
+    if not weights:
+        return _with_path(section, download_description(section.path, cache_dir))
+    step = latest_step(section.path, section.checkpoint)
+    return _with_path(section, export_to_cache(section.path, step, cache_dir))
 
 
 def latest_step(url: str, which: str = "latest") -> int:
-    """Return the step of the newest (or "best") checkpoint of the run at `url`."""
+    """Return the step of the latest (or "best") checkpoint of the run at `url`."""
     store = Store(url)
     if not discovery.list_committed(store):
         raise ModelError(
-            f"model.path={redact(url)}: is a run without a checkpoint yet; a run with one is needed; let "
-            "it reach one"
+            f"model.path={redact(url)}: is a run without a checkpoint yet; a run with a checkpoint "
+            "is required; wait until it has one"
         )
     if which == "best":
         return find_best_step(store)
-    found = discovery.find_latest(store, World(), Collectives())
-    assert found is not None  # one is committed; were none sound, `newest` had said so
-    return found.progress.step
+    latest = discovery.find_latest(store, World(), Collectives())
+    assert latest is not None  # a checkpoint is committed; `find_latest` raises if all are damaged
+    return latest.progress.step
 
 
 def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
-    """Return the local folder with the model of a run's checkpoint, exported once a node (others wait)."""
+    """Return the local folder with the model of a run's checkpoint.
+
+    The first process of a node exports it; the others wait.
+    """
     import xxhash
     from filelock import FileLock
 
     store = Store(url)
-    name = next(
-        (
-            one
-            for one in discovery.list_committed(store)
-            if (manifests.parse_folder(one) or (-1,))[0] == step
-        ),
-        None,
-    )
+    name = _find_checkpoint(store, step)
     if name is None:
         raise CheckpointError(
-            f"model.path={redact(url)}: its checkpoint of step {step}, which this run began with, is "
-            "gone; keep it (checkpoint.keep_every_steps), or begin a run of another run.name"
+            f"model.path={redact(url)}: its checkpoint of step {step}, from which this run "
+            "started, was removed; retain it (checkpoint.keep_every_steps), or start a run of "
+            "another run.name"
         )
-    content = store.read(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
-    folder = (
-        cache_folder(cache_dir)
-        / "models"
-        / f"run-{xxhash.xxh3_128_hexdigest(store.url.encode() + content)}"
-    )
+
+    manifest = store.read(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
+    digest = xxhash.xxh3_128_hexdigest(store.url.encode() + manifest)
+    folder = _models_folder(cache_dir) / f"run-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            export_run(url, str(folder), step=step)
+            export_run(url, str(folder), ExportOptions(step=step))
     return str(folder)
+
+
+def _find_checkpoint(store: Store, step: int) -> str | None:
+    """Return the name of the latest checkpoint of `step`, None if there is none."""
+    for name in discovery.list_committed(store):
+        parsed = manifests.parse_folder(name)
+        if parsed is not None and parsed.step == step:
+            return name
+    return None
 
 
 def download_description(url: str, cache_dir: str | None = None) -> str:
@@ -145,29 +164,34 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
     store = Store(url).child(MODEL_FOLDER)
     if not store.exists("config.json"):
         raise ModelError(
-            f"model.path={redact(url)}: is a run that has not begun to train; a run with a checkpoint is "
-            "needed; let it reach one"
+            f"model.path={redact(url)}: is a run that has not started to train; a run with a "
+            "checkpoint is required; wait until it has one"
         )
-    key = store.url.encode() + store.read("config.json")
-    folder = cache_folder(cache_dir) / "models" / f"described-{xxhash.xxh3_128_hexdigest(key)}"
+
+    digest = xxhash.xxh3_128_hexdigest(store.url.encode() + store.read("config.json"))
+    folder = _models_folder(cache_dir) / f"described-{digest}"
+    is_complete = folder / ".described"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / ".described").exists():
+        if not is_complete.exists():
             store.download(str(folder))
-            (folder / ".described").touch()
+            is_complete.touch()
     return str(folder)
 
 
-def _chosen(section: ModelSection, store: Store) -> int:
-    """Return the step this run begins with, kept from its first start on (rank 0 only)."""
+def _models_folder(cache_dir: str | None) -> Path:
+    return cache_folder(cache_dir) / "models"
+
+
+def _choose_step(section: ModelSection, store: Store) -> int:
+    """Return the step that this run starts from, as recorded at its first start (rank 0 only)."""
     if store.exists(INITIAL_CHECKPOINT):
         return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
     step = latest_step(section.path, section.checkpoint)
-    store.write(
-        INITIAL_CHECKPOINT, json.dumps({"run": redact(section.path), "step": step}).encode()
-    )
+    record = {"run": redact(section.path), "step": step}
+    store.write(INITIAL_CHECKPOINT, json.dumps(record).encode())
     return step
 
 
-def _at(section: ModelSection, folder: str) -> ModelSection:
+def _with_path(section: ModelSection, folder: str) -> ModelSection:
     return section.model_copy(update={"path": folder, "revision": None})

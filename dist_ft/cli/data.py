@@ -187,15 +187,17 @@ def pseudo(
     """
     from dist_ft.core.errors import DataError
     from dist_ft.core.logs import quiet_third_parties
+    from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
     from dist_ft.inference.pseudo_labels import describe, pseudo_label
 
     quiet_third_parties()
-    result = pseudo_label(Predictor(model, batch), _read_rows(paths), confidence, max_per_label)
+    predictor = Predictor(model, PredictionOptions(batch_size=batch))
+    result = pseudo_label(predictor, _read_rows(paths), confidence, max_per_label)
     if not result.rows:
         raise DataError(
             f"--confidence={confidence}: the model is not that confident about any of "
-            f"{result.num_unsure:,} rows ({result.num_labelled:,} more had a label). "
+            f"{result.num_unsure:,} rows ({result.num_labeled:,} more had a label). "
             "Lower it, or train the model longer."
         )
     _write_rows(result.rows, out)

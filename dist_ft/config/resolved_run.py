@@ -1,7 +1,8 @@
 """A run with everything its config leaves open: the model folder, the labels, the few-shot examples.
 
-`RunConfig` is what the user wrote and what a run stores. Whatever is found out when the run starts is a field of
-`ResolvedRun`, so `config` always means the same. `runtime.bootstrap.resolve_run` builds it, step by step.
+`RunConfig` is what the user wrote and what a run stores. Whatever is found out when the run starts
+is a field of `ResolvedRun`, so `config` always means the same. `runtime.bootstrap.resolve_run`
+builds it, step by step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_ft.config.schema import ModelSection, RunConfig
-from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.config.sections.prompting import PromptingSection, get_model_task
 from dist_ft.config.sections.task import TaskSection
 
 
@@ -20,11 +21,12 @@ class ResolvedRun:
 
     Attributes:
         config: as the user gave it.
-        model: `config.model`, its path replaced by a local folder where model.path names another run or where
-            task.grow_head added rows to the head.
-        labels: of the task, in the order of the head's outputs; empty for tasks without labels, and until they are
-            resolved.
-        templates: prompt templates with the few-shot examples written in; None: those of the config.
+        model: `config.model`, its path replaced by a local folder where model.path names another
+            run or where task.grow_head added rows to the head.
+        labels: of the task, in the order of the head's outputs; empty for tasks without labels, and
+            until they are resolved.
+        templates: prompt templates with the few-shot examples written in; None: those of the
+            config.
         tokenizer: of the model; None until it is loaded.
     """
 
@@ -41,9 +43,7 @@ class ResolvedRun:
 
     def with_model_folder(self, folder: str) -> ResolvedRun:
         """Return the run with its model in a local folder."""
-        return replace(
-            self, model=self.model.model_copy(update={"path": folder, "revision": None})
-        )
+        return replace(self, model=self.model.model_copy(update={"path": folder, "revision": None}))
 
     @property
     def task(self) -> TaskSection:
@@ -60,4 +60,4 @@ class ResolvedRun:
     @property
     def model_task(self) -> TaskSection:
         """The task the model itself is loaded for: a model that is prompted for labels continues text."""
-        return of_model(self.task, self.prompting)
+        return get_model_task(self.task, self.prompting)

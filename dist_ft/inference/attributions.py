@@ -1,9 +1,9 @@
 """Which tokens led to a wrong prediction: integrated gradients (Sundararajan et al., arXiv:1703.01365) by captum.
 
-The model of a checkpoint is run again on the examples that an evaluation stored. The weight of a token is its share of
-the predicted score (the logit of the label, of the wrong tags, of the ends of the answer), compared with a text of
-padding; tokens with positive weights raised the score. The weights of a text sum up to about the difference between the
-two scores. Float32 on the CPU.
+The model of a checkpoint is run again on the examples that an evaluation stored. The weight of a
+token is its share of the predicted score (the logit of the label, of the wrong tags, of the ends of
+the answer), compared with a text of padding; tokens with positive weights raised the score. The
+weights of a text sum up to about the difference between the two scores. Float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
-from dist_ft.checkpoint import discovery, export
+from dist_ft.checkpoint import discovery, trained_model
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ConfigError
@@ -51,15 +51,17 @@ def attribute(
         from captum.attr import LayerIntegratedGradients
     except ImportError as error:
         raise ConfigError(
-            ["--attributions: needs captum, which is not installed. pip install 'dist-ft[explain]'."],
+            [
+                "--attributions: needs captum, which is not installed. pip install 'dist-ft[explain]'."
+            ],
             "runs report",
         ) from error
 
     names = discovery.list_committed(store)
     committed = [(manifests.parse_folder(name) or (0, 0))[0] for name in names]
-    manifest = export.find_manifest(store, step if step in committed else None)
-    model, tokenizer = export.load_trained_model(store, manifest, "float32")
-    task = export.load_task(store)
+    manifest = trained_model.find_manifest(store, step if step in committed else None)
+    model, tokenizer = trained_model.load_trained_model(store, manifest, "float32")
+    task = trained_model.load_task(store)
     special_tokens = SpecialTokens.from_tokenizer(tokenizer, model.config)
     task_model = TaskModel(model, task, special_tokens).eval()
     special_ids = set(tokenizer.all_special_ids)

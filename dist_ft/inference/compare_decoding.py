@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.decoding import parse, short_form
+from dist_ft.config.sections.decoding import parse_strategy, format_strategy
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World
 from dist_ft.inference.evaluation_run import derive_evaluation_run
@@ -24,10 +24,11 @@ def compare(
     Args:
         config: its evaluation section sets the prompts, the length of generations, and the metrics.
         paths: of models.
-        strategies: as `config.decoding.parse` reads them; default: that of evaluation.decoding.
+        strategies: as `config.decoding.parse_strategy` reads them; default: that of evaluation.decoding.
 
     Returns:
-        Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and `texts`, the first generations.
+        Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and `texts`, the
+        first generations.
 
     Raises:
         ConfigError: the config generates nothing, or a strategy does not exist.
@@ -42,7 +43,7 @@ def compare(
             ],
             "decode",
         )
-    sections = [parse(text, own) for text in strategies] or [own]
+    sections = [parse_strategy(text, own) for text in strategies] or [own]
     filesystem.configure(config.storage.options)
     rows = []
     for path in paths:
@@ -63,7 +64,7 @@ def compare(
             rows.append(
                 {
                     "model": path,
-                    "strategy": short_form(section),
+                    "strategy": format_strategy(section),
                     "samples": len(samples),
                     **generated.metrics,
                     "seconds": seconds,

@@ -1,8 +1,9 @@
 """A model scored by the workers of a cluster, its weights sharded over them, for models one process cannot hold.
 
-It is an ordinary run of zero steps (`schedule.steps=0`): its metrics are those of the evaluation before the first step.
-Its folder is removed once they are read. Guarantees: a head that was never trained is refused before workers are
-requested, or reported as random. Prototypes, entities a model writes and robustness scores need one process.
+It is an ordinary run of zero steps (`schedule.steps=0`): its metrics are those of the evaluation
+before the first step. Its folder is removed once they are read. Guarantees: a head that was never
+trained is refused before workers are requested, or reported as random. Prototypes, entities a model
+writes and robustness scores need one process.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def _head(run: ResolvedRun) -> str:
 def _derive_zero_step_config(run: ResolvedRun, cluster: ClusterSection) -> RunConfig:
     """Return the config of a run that evaluates and nothing else.
 
-    It holds what is resolved already, because such a run has no training data to find labels and examples in.
+    It holds what is resolved already, because such a run has no training data to find labels and
+    examples in.
     """
     config, held_out = run.config, run.config.evaluation.data
     name = f"{config.run.name[:NAME_LENGTH].rstrip('-')}-{uuid4().hex[:12]}"

@@ -1,6 +1,7 @@
 """Entities without training: a causal model sees examples and writes the entities it finds, greedily.
 
-In this process. `data.encoding.entity_text` parses what it writes; the scores are those of a trained tagger.
+In this process. `data.encoding.entity_text` parses what it writes; the scores are those of a
+trained tagger.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class EntityWriter:
         self._template = template
 
     def score(self, sources: Sequence[Source]) -> ModelScores:
-        """Return the scores on the rows of `sources`; `readable` is the share of answers that could be parsed."""
+        """Return the scores on the rows of `sources`.
+
+        `readable` is the share of answers that could be parsed.
+        """
         samples = self._samples(sources)
         expected, predicted, num_readable = [], [], 0
         outside, batch_rows = self._label_ids["O"], self.run.config.batch.micro_batch
@@ -91,9 +95,10 @@ class EntityWriter:
                 expected.append(_as_array(sample.label))
                 predicted.append(_as_array([self._label_ids.get(tag, outside) for tag in tags]))
 
-        metrics = {}
+        metrics: dict[str, Any] = {}
         if samples:
-            metrics = METRICS_BY_TASK["token_classification"](self.run.task, expected, predicted)
+            scores = METRICS_BY_TASK["token_classification"](self.run.task, expected, predicted)
+            metrics = {**scores.values, **scores.tables}
         metrics["readable"] = num_readable / max(1, len(samples))
         return ModelScores(metrics, expected, predicted)
 
@@ -158,7 +163,9 @@ class EntityWriter:
                 if isinstance(row, DataError):
                     raise row
                 samples.append(
-                    task_rows.read_token_classification(row, task, self._label_ids, RowLocation(url, number))
+                    task_rows.read_token_classification(
+                        row, task, self._label_ids, RowLocation(url, number)
+                    )
                 )
             except DataError:
                 if config.data.bad_rows == "error":

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.task import METRICS
+from dist_ft.config.sections.task import TASK_METRICS
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference import distributed_scoring
 from dist_ft.inference.entities import EntityWriter
@@ -26,15 +26,19 @@ def evaluate_models(
 ) -> dict[str, dict[str, Any]]:
     """Return {path: metrics on evaluation.data} of the model at each of `paths`, as it is.
 
-    Metrics are numbers by name, and tables by label; `head` is what answered (`ModelUnderTest.head`).
+    Metrics are numbers by name, and tables by label; `head` is what answered
+    (`ModelUnderTest.head`).
 
-    In this process, or, with cluster.workers, on workers that share its weights (`distributed_scoring`).
+    In this process, or, with cluster.workers, on workers that share its weights
+    (`distributed_scoring`).
 
-    A model with a head for the task answers by it; any other one as `prompting` says. With several templates the
-    metrics are the means, `<metric>_best` and `<metric>_worst` are added, and all of them are in `by_template`.
+    A model with a head for the task answers by it; any other one as `prompting` says. With several
+    templates the metrics are the means, `<metric>_best` and `<metric>_worst` are added, and all of
+    them are in `by_template`.
 
     Args:
-        config: task, data and batch; its model is replaced by each of `paths`, except for the tokenizer it names.
+        config: task, data and batch; its model is replaced by each of `paths`, except for the
+            tokenizer it names.
         paths: folders, URLs, hub names.
         random_head: also score a head that was never trained; otherwise that is an error.
         on_result: called with each model's path and metrics.
@@ -80,16 +84,18 @@ def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
     return {**metrics, "head": model.head}
 
 
-def aggregate_templates(task: str, metrics_by_template: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def aggregate_templates(
+    task: str, metrics_by_template: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Return the mean, best and worst of each metric over several templates, and all of them as `by_template`."""
     every = list(metrics_by_template.values())
     metrics: dict[str, Any] = {}
     for name, value in every[0].items():
         if isinstance(value, float | int):
             metrics[name] = sum(one[name] for one in every) / len(every)
-    for name in METRICS[task]:
+    for name in TASK_METRICS[task]:
         values = [one[name] for one in every if name in one]
-        values.sort(key=lambda value: best.rank(name, value))
+        values.sort(key=lambda value: best.sort_key(name, value))
         if values:
             metrics[f"{name}_best"], metrics[f"{name}_worst"] = values[0], values[-1]
     return {**metrics, "by_template": metrics_by_template}

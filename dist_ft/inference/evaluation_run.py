@@ -10,7 +10,7 @@ from dist_ft.checkpoint import initial_weights
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import PromptingSection
-from dist_ft.config.sections.task import LABELLED
+from dist_ft.config.sections.task import LABELED_TASKS
 from dist_ft.core.errors import ModelError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
@@ -21,7 +21,8 @@ from dist_ft.storage.filesystem import Store
 def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
     """Return the run that evaluates the model at `path` in one process, all of its weights as they are in the files.
 
-    A model whose files hold a head for the task answers by it, without prompting. The labels are not resolved yet.
+    A model whose files hold a head for the task answers by it, without prompting. The labels are
+    not resolved yet.
     """
     model = config.model
     if path != model.path:
@@ -43,13 +44,15 @@ def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
 
 
 def resolve_answers(run: ResolvedRun, world: World, collectives: Collectives) -> ResolvedRun:
-    """Return the run with labels (the model's own, if it has a head for some) and prompt templates; a collective call.
+    """Return the run with labels (the model's own, if it has a head for some) and prompt templates.
+
+    A collective call.
 
     A prompted model is never offered the label of rows that are out of scope.
     """
     config = run.config
     is_prompted = config.prompting.method != "none"
-    if config.task.name in LABELLED and not is_prompted and not run.labels:
+    if config.task.name in LABELED_TASKS and not is_prompted and not run.labels:
         own = tuple(label for _, label in sorted((_model_config(run).id2label or {}).items()))
         if has_own_head(run) and len(own) > 1:
             run = replace(run, labels=own)

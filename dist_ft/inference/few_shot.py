@@ -36,19 +36,22 @@ class PromptedClassifier:
         self._encoder = PromptEncoder(tokenizer, data, task, prompting, max_prompt_tokens)
         special = SpecialTokens.from_tokenizer(tokenizer, model.config)
         self._model = LabelPromptModel(
-            model, task, special, self._encoder.words(), max_prompt_tokens
+            model, task, special, self._encoder.label_words(), max_prompt_tokens
         )
         self._model.eval()
 
     def scores(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
-        """Return the score of each label (B, K) for texts; `pairs`: second texts, if rows have them."""
+        """Return the score of each label (B, K) for texts.
+
+        `pairs`: second texts, if rows have them.
+        """
         import torch
 
         if pairs is None:
             samples = [Sample(text) for text in texts]
         else:
             samples = [Sample(text, pair) for text, pair in zip(texts, pairs, strict=True)]
-        prompts = self._encoder.prompts(samples)
+        prompts = self._encoder.encode_prompts(samples)
         if None in prompts:
             raise DataError(
                 "prompting.templates: leave no tokens for a text in the model's sequence length. Shorter "

@@ -12,8 +12,8 @@ from typing import Any, TypedDict, cast
 from dist_ft.checkpoint import export, initial_weights
 from dist_ft.config.load import load_stored_section
 from dist_ft.config.schema import ModelSection, TaskSection
-from dist_ft.config.sections.decoding import DecodingSection, parse, short_form
-from dist_ft.config.sections.prompting import PromptingSection, of_model
+from dist_ft.config.sections.decoding import DecodingSection, parse_strategy, format_strategy
+from dist_ft.config.sections.prompting import PromptingSection, get_model_task
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.model.loading.download import fetch_model
@@ -40,7 +40,8 @@ class PredictionOptions:
     Attributes:
         batch_size: rows in a batch.
         max_new_tokens: length limit of generated text, in tokens.
-        strategy: decoding strategy (`config.decoding.parse`); random draws follow from the number of the row.
+        strategy: decoding strategy (`config.decoding.parse_strategy`); random draws follow from the number
+            of the row.
     """
 
     batch_size: int = 32
@@ -50,14 +51,16 @@ class PredictionOptions:
     def decoding(self) -> DecodingSection:
         """Return the decoding section; raises ConfigError if the strategy does not exist."""
         section = DecodingSection(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        return parse(self.strategy, section)
+        return parse_strategy(self.strategy, section)
 
 
 DEFAULTS = PredictionOptions()
 
 
 class FolderInfo(TypedDict, total=False):
-    """What an export writes next to a model (`export.INFO_FILE`); folders of other origin have none.
+    """What an export writes next to a model (`export.INFO_FILE`).
+
+    Folders of other origin have none.
 
     Attributes:
         task, prompting: sections of the run's config, with labels and examples.
@@ -112,7 +115,7 @@ def load_folder(path: str, device: str) -> LoadedModel:
         }
     )
     tokenizer = load_tokenizer(section)
-    model = _load_model(of_model(task, prompting), section, tokenizer, path)
+    model = _load_model(get_model_task(task, prompting), section, tokenizer, path)
     return LoadedModel(model.to(device), tokenizer, task, prompting, info)
 
 
@@ -123,9 +126,7 @@ def model_version(path: str, options: PredictionOptions) -> str:
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in Path(_local_folder(path)).glob("*.safetensors")
     )
-    return json.dumps(
-        [path, options.max_new_tokens, short_form(decoding), decoding.seed, *files]
-    )
+    return json.dumps([path, options.max_new_tokens, format_strategy(decoding), decoding.seed, *files])
 
 
 def detect_task(config: Any, path: str) -> TaskSection:
@@ -140,7 +141,7 @@ def detect_task(config: Any, path: str) -> TaskSection:
             "a head, causal models and encoder-decoders are allowed. Train one."
         )
     labels = ()
-    if name in heads.LABELLED:
+    if name in heads.LABELED_TASKS:
         labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
     return TaskSection.model_validate({"name": name, "labels": labels})
 

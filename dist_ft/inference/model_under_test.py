@@ -1,7 +1,8 @@
 """A model that is ready to be scored: by its head, by prompts, by prototypes, or by what it writes.
 
-In this process, without an optimizer; of the data only what is needed is read. Guarantees: a head that was never trained
-is refused, or reported as random; all ways give the same metrics on the same rows.
+In this process, without an optimizer; of the data only what is needed is read. Guarantees: a head
+that was never trained is refused, or reported as random; all ways give the same metrics on the same
+rows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class ModelUnderTest(Protocol):
 
     Attributes:
         run: with labels and templates.
-        head: what answers: trained, random (a head that was never trained), or the prompting method.
+        head: what answers: trained, random (a head that was never trained), or the prompting
+            method.
     """
 
     run: ResolvedRun
@@ -84,9 +86,7 @@ class ForwardModel:
         run = resolve_answers(run, self._world, self._comms)
         tokenizer = load_tokenizer(run.model, config.data.cache_dir)
         self.run = run = replace(run, tokenizer=tokenizer)
-        self._model, new_weights = load_task_model(
-            run.model_task, run.model, config.data.cache_dir
-        )
+        self._model, new_weights = load_task_model(run.model_task, run.model, config.data.cache_dir)
         error = heads.length_error(
             self._model.config, config.batch.sequence_length, config.model.path
         )

@@ -1,7 +1,8 @@
 """A model folder applied to rows: labels, tags, answers, numbers, vectors or generated text, in the order of the rows.
 
-One process and plain transformers; the folder itself says which task it does. Rows of similar length share a batch, and
-the order is restored. Guarantee: a head that was never trained is refused.
+One process and plain transformers; the folder itself says which task it does. Rows of similar
+length share a batch, and the order is restored. Guarantee: a head that was never trained is
+refused.
 
 Shapes: B rows of a batch, T tokens, K labels, H hidden size.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_ft.config.sections.decoding import MAKERS
+from dist_ft.config.sections.decoding import GENERATIVE_TASKS
 from dist_ft.core.errors import DataError
 from dist_ft.data.encoding.answer_spans import find_context
 from dist_ft.data.encoding.task_encoder import add_leading_spaces
@@ -69,13 +70,16 @@ class Predictor:
             )
 
     def predict(self, rows: Sequence[Row], start: int = 0) -> list[dict[str, Any]]:
-        """Return the prediction for each row, in their order, as JSON values; `start`: number of the first row.
+        """Return the prediction for each row, in their order, as JSON values.
 
-        The keys depend on the task: label and score, tokens and tags, answer and score, embedding, text, or response.
+        `start`: number of the first row.
+
+        The keys depend on the task: label and score, tokens and tags, answer and score, embedding,
+            text, or response.
         """
         import torch
 
-        if self.task.name in MAKERS:
+        if self.task.name in GENERATIVE_TASKS:
             return self._generate(rows, start)
 
         predict_batch = getattr(self, f"_{self.task.name}")

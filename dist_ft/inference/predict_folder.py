@@ -75,7 +75,10 @@ def predict_folder(
 
 
 def _absolute(model: str) -> str:
-    """Return the absolute path of a local folder, for workers with another working directory; else the name as it is."""
+    """Return the absolute path of a local folder, for workers with another working directory.
+
+    Else the name as it is.
+    """
     folder = os.path.abspath(local_path(model)) if is_local(model) else ""
     return folder if os.path.isdir(folder) else model
 

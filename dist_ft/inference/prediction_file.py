@@ -1,4 +1,7 @@
-"""Predictions of many rows as one local file of JSON lines, in their order. The same command resumes a partial file."""
+"""Predictions of many rows as one local file of JSON lines, in their order.
+
+The same command resumes a partial file.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,12 @@ def predict_file(
     out: str,
     on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> int:
-    """Write each row with its `prediction` to the local file `out`, as JSON lines; return the number of rows.
+    """Write each row with its `prediction` to the local file `out`, as JSON lines.
 
-    A file that exists is resumed: as many rows as it has whole lines are skipped. Raises DataError if it is of another
-    model.
+    Return the number of rows.
+
+    A file that exists is resumed: as many rows as it has whole lines are skipped. Raises DataError
+    if it is of another model.
     """
     path = Path(out).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Predictions of many rows as a folder of shards: split by the input alone, so any number of workers writes the same.
 
-Guarantees: shard i holds the rows of part i of the input, in their order; it is written whole or not at all, and a shard
-that exists is not written again, so the same command resumes. A folder of another model, other rows or another format is
-refused. One process writes the shards here; `ray_data` has many do it.
+Guarantees: shard i holds the rows of part i of the input, in their order; it is written whole or
+not at all, and a shard that exists is not written again, so the same command resumes. A folder of
+another model, other rows or another format is refused. One process writes the shards here;
+`ray_data` has many do it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def split_input(
 
 
 def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> list[ShardTask]:
-    """Return the tasks whose shards do not exist yet; the first start notes the model and rows of the folder.
+    """Return the tasks whose shards do not exist yet.
+
+    The first start notes the model and rows of the folder.
 
     Raises DataError if the folder is of another model or other rows.
     """
@@ -115,8 +118,7 @@ def write_shard(predictor: Predictor, store: Store, task: ShardTask) -> int:
     predictions = predictor.predict(rows, task.number * MAX_PART_ROWS) if rows else []
     encode = ENCODERS[task.suffix]
     content = [
-        {**row, "prediction": prediction}
-        for row, prediction in zip(rows, predictions, strict=True)
+        {**row, "prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)
     ]
     store.write(task.name, encode(content))
     return len(rows)

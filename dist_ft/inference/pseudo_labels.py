@@ -1,7 +1,8 @@
 """Labels that a trained classifier gives to rows without one, where it is confident: pseudo-labels (Lee 2013).
 
-The result is training data like any other, to be a further source of data.train. Guarantees: rows keep their order;
-every row that is left out is counted by its reason; with a limit the most confident rows of a label are kept. One process.
+The result is training data like any other, to be a further source of data.train. Guarantees: rows
+keep their order; every row that is left out is counted by its reason; with a limit the most
+confident rows of a label are kept. One process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class PseudoLabeledRows:
     """Rows with their new labels, and what became of all rows.
 
     Attributes:
-        rows: in their order; each has the column of the label and `confidence` in addition to its own.
+        rows: in their order; each has the column of the label and `confidence` in addition to its
+            own.
         num_kept: rows that are kept, by label; all labels of the model are listed.
         num_unsure: rows left out because the model was not confident.
         num_over: rows left out because their label has enough rows.

@@ -1,8 +1,9 @@
 """Predictions by many workers, with Ray Data: the only module that imports `ray.data`.
 
-The driver streams the tasks through a pool of actors. Each actor loads the model once, and reads its parts and writes its
-shards itself, so rows pass through no other machine. What is done is in storage, never in Ray's memory: Ray replaces a
-lost worker, and the same command resumes after a killed driver. How the input is split is not decided here.
+The driver streams the tasks through a pool of actors. Each actor loads the model once, and reads
+its parts and writes its shards itself, so rows pass through no other machine. What is done is in
+storage, never in Ray's memory: Ray replaces a lost worker, and the same command resumes after a
+killed driver. How the input is split is not decided here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class TaskResults(TypedDict):
 
     Attributes:
         rows: rows of the shard; 0 after an error.
-        error: "" or [type name, message] of the error as JSON. Errors travel as values, for Ray would wrap them.
+        error: "" or [type name, message] of the error as JSON. Errors travel as values, for Ray
+            would wrap them.
     """
 
     rows: list[int]

@@ -1,4 +1,6 @@
-"""Robustness scores of a model: on rows out of scope, with typos, with names swapped; next to its metrics.
+"""Robustness scores of a model: on rows out of scope, with typos, with names swapped.
+
+Next to its metrics.
 
 Changed rows are written into a temporary folder and scored like all others.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Source
-from dist_ft.config.sections.task import METRICS
+from dist_ft.config.sections.task import TASK_METRICS
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, discover_shards
@@ -32,7 +34,8 @@ def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
     if not has_out_of_scope and not section.typo_rate and section.swaps is None:
         return dict(model.score(config.evaluation.data).metrics)
 
-    in_scope, out_of_scope = [], []
+    in_scope: list[Row] = []
+    out_of_scope: list[Row] = []
     for row in _rows(config, config.evaluation.data):
         is_outside = label is not None and str(row.get(task.columns.label)) == label
         (out_of_scope if is_outside else in_scope).append(row)
@@ -89,7 +92,7 @@ def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
         add_typos = perturb.make_typo_function(section.typo_rate, section.seed, number)
         noisy.append(perturb.perturb_row(row, task, add_typos))
     metrics = model.score(_write_source(folder, "typos", noisy)).metrics
-    return {f"{name}_typos": metrics[name] for name in METRICS[task.name] if name in metrics}
+    return {f"{name}_typos": metrics[name] for name in TASK_METRICS[task.name] if name in metrics}
 
 
 def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
@@ -107,7 +110,7 @@ def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
 
     before = model.score(_write_source(folder, "before", original))
     after = model.score(_write_source(folder, "after", swapped))
-    metric = METRICS[task.name][0]
+    metric = TASK_METRICS[task.name][0]
     return {
         "counterfactual_rows": len(original),
         "counterfactual_changed": share_of_changed_predictions(

@@ -37,7 +37,7 @@ from dist_ft.training.console import format_evaluation, format_progress
 from dist_ft.training.evaluation import EvaluationOutputs, evaluate, store_evaluation
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
-from dist_ft.training.stragglers import StragglerDetector, gpu_memory
+from dist_ft.training.stragglers import StragglerDetector, gpu_memory_metrics
 
 log = logging.getLogger("dist_ft.train")
 
@@ -83,7 +83,7 @@ class Trainer:
         lanes = components.world.share(cfg.num_lanes)
         if self._step == 0 and cfg.evaluation.at_start:
             self._evaluate("before")
-        components.time_ledger.to("start")
+        components.time_ledger.enter("start")
         self._saver.prepare(self._step)
         watch = StragglerDetector(
             components.world, components.collectives, components.engine.device, cfg.log.straggler_steps
@@ -93,12 +93,12 @@ class Trainer:
             closing(components.loader.iterate(self._step, self._total_steps, lanes)) as stream,
         ):
             begun = time.perf_counter()
-            components.time_ledger.to("data")
+            components.time_ledger.enter("data")
             for batches in stream:
                 waited = time.perf_counter() - begun
-                components.time_ledger.to("compute")
+                components.time_ledger.enter("compute")
                 stop, asked = self._train_step(batches, begun, waited)
-                components.time_ledger.to("other")
+                components.time_ledger.enter("other")
                 found = pace.after_step(self._step, waited)
                 if found:
                     self._log_metrics("pace", found)
@@ -125,8 +125,8 @@ class Trainer:
                 if stop and not last:
                     raise self._interrupted(saved)
                 begun = time.perf_counter()
-                components.time_ledger.to("data")
-        components.time_ledger.to("save")
+                components.time_ledger.enter("data")
+        components.time_ledger.enter("save")
         self._saver.settle()
         return self._result()
 
@@ -236,7 +236,7 @@ class Trainer:
         waited: float,
     ) -> None:
         """Show the step."""
-        self._components.time_ledger.to("other")
+        self._components.time_ledger.enter("other")
         seconds = time.perf_counter() - begun
         assert self._loss is not None
         values = {
@@ -247,7 +247,7 @@ class Trainer:
             "data_wait_s": waited,
             "tokens_per_s": num_tokens / seconds,
             "num_target_tokens": num_targets,
-            **gpu_memory(self._components.engine.device),
+            **gpu_memory_metrics(self._components.engine.device),
         }
         if self._components.metrics is not None:
             self._log_metrics("train", values | self._source_metrics())
@@ -279,7 +279,7 @@ class Trainer:
         components = self._components
         if components.evaluation is None:
             return
-        components.time_ledger.to("evaluation")
+        components.time_ledger.enter("evaluation")
         averaged = self._config.evaluation.weights == "ema"
         if averaged:
             components.engine.swap_average()

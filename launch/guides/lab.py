@@ -1,6 +1,6 @@
-"""What the guides share: where data and models lie, one engine's runs, and tables that two engines must agree on.
+"""Shared by the guides: the runs of one engine, and tables that two engines must agree on.
 
-Everything is done by the commands anyone would type; this module types them, reads what the runs kept, and prints.
+All work is done by dist-ft commands. This module prints and runs them, and reads what the runs stored.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ ENGINES = {
 }
 """Overrides of a config by engine."""
 TOLERANCE = 2e-2
-"""Two engines' metrics differ at most by so much: after hundreds of steps of float32 a few samples of the held-out data
-lie so near the boundary that rounding decides."""
+"""Largest allowed difference between the metrics of two engines. After hundreds of float32 steps, rounding
+decides a few held-out samples near the decision boundary."""
 COSTS = ("seconds", "MB", "tokens/s", "ms")
-"""Ends of column heads that tell costs, which are not compared."""
+"""Last words of column titles with costs, which are not compared."""
 
 
 @dataclass
@@ -39,10 +39,10 @@ class Table:
     heads: list[str]
     rows: list[list[Any]]
 
-    def shown(self) -> str:
-        """Return it as Markdown."""
+    def to_markdown(self) -> str:
+        """Return the table as Markdown."""
         lines = [f"| {' | '.join(self.heads)} |", f"| --- |{' ---: |' * (len(self.heads) - 1)}"]
-        lines += [f"| {' | '.join(shown(value) for value in row)} |" for row in self.rows]
+        lines += [f"| {' | '.join(format_cell(value) for value in row)} |" for row in self.rows]
         return "\n".join([f"### {self.title}", "", *lines, ""])
 
 
@@ -55,10 +55,10 @@ class Lab:
     data: Path
     out: Path
     tables: list[Table] = field(default_factory=list)
-    took: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    costs: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
     def train(self, run: str, config: str, *overrides: str) -> dict[str, Any]:
-        """Train configs/recipes/`config` as run `run`; return its report, with `seconds` and `MB` of the process."""
+        """Train configs/recipes/`config` as run `run`; return its report and the `seconds` and `MB` it used."""
         arguments = [
             f"configs/recipes/{config}",
             f"run.name={run}",
@@ -69,21 +69,21 @@ class Lab:
             *ENGINES[self.engine],
         ]
         url = f"{self.out / 'runs'}/{run}"
-        begun = time.monotonic()
+        started = time.monotonic()
         peak = command("train", *arguments, quiet=self.out / f"{run}.log")
-        seconds = time.monotonic() - begun
-        if run not in self.took:
-            self.took[run] = seconds, peak if self.engine == "plain" else None
-        learned = re.search(
-            r"([\d,]+)\s+learned", (self.out / f"{run}.log").read_text(errors="replace")
+        seconds = time.monotonic() - started
+        if run not in self.costs:
+            self.costs[run] = seconds, peak if self.engine == "plain" else None
+        trainable = re.search(
+            r"([\d,]+)\s+trainable", (self.out / f"{run}.log").read_text(errors="replace")
         )
         report = gather(url)
         return {
             **report,
             "url": url,
-            "seconds": self.took[run][0],
-            "MB": self.took[run][1],
-            "learned": int(learned[1].replace(",", "")) if learned else None,
+            "seconds": self.costs[run][0],
+            "MB": self.costs[run][1],
+            "trainable": int(trainable[1].replace(",", "")) if trainable else None,
         }
 
     def export(self, url: str, *options: str) -> Path:
@@ -93,29 +93,32 @@ class Lab:
         command("export", url, "--out", str(folder), *options)
         return folder
 
-    def evaluate(self, config: str, *arguments: str, here: bool = False) -> dict[str, Any]:
-        """Return what `dist-ft evaluate` tells of one model, and its `seconds`; `here`: in one process in any case."""
-        begun = time.monotonic()
+    def evaluate(self, config: str, *arguments: str, in_process: bool = False) -> dict[str, Any]:
+        """Return the metrics of one model by `dist-ft evaluate`, and its `seconds`.
+
+        `in_process`: use one process in any engine.
+        """
+        started = time.monotonic()
         done = dist_ft(
             "evaluate",
             f"configs/recipes/{config}",
             f"run.storage={self.out / 'runs'}",
             f"data.cache_dir={self.out / 'cache'}",
             *arguments,
-            *ENGINES["plain" if here else self.engine],
+            *ENGINES["plain" if in_process else self.engine],
             "--json",
         )
-        return {**next(iter(json.loads(done).values())), "seconds": time.monotonic() - begun}
+        return {**next(iter(json.loads(done).values())), "seconds": time.monotonic() - started}
 
     def table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Keep and print a table; columns of costs (seconds, MB) are not compared between engines."""
+        """Record and print a table. Columns of costs (seconds, MB) are not compared between engines."""
         self.tables.append(
             Table(f"{title} ({self.engine})", list(heads), [list(row) for row in rows])
         )
-        print(f"\n{self.tables[-1].shown()}", flush=True)
+        print(f"\n{self.tables[-1].to_markdown()}", flush=True)
 
     def rows(self, path: str, rows: Iterable[dict[str, Any]]) -> Path:
-        """Write rows as JSON lines into the guide's folder of data; return the file."""
+        """Write rows as JSON Lines into the guide's data folder; return the file."""
         file = self.out / "data" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(
@@ -124,7 +127,7 @@ class Lab:
         return file
 
     def imported(self, kind: str, name: str, *arguments: str) -> Path:
-        """Return what `dist-ft data import` makes of files."""
+        """Convert files by `dist-ft data import`; return the result."""
         file = self.out / "data" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         dist_ft("data", "import", kind, *arguments, "--out", str(file))
@@ -145,25 +148,25 @@ def compare(labs: Sequence[Lab]) -> float:
 
 
 def command(*arguments: str, quiet: Path | None = None) -> float:
-    """Run a dist-ft command, shown as one would type it; return the MB its process held at most."""
+    """Print and run a dist-ft command; return the peak memory of its process in MB."""
     say(f"dist-ft {' '.join(arguments)}")
     with open(quiet, "w") if quiet else nullcontext() as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "dist_ft.cli", *arguments], cwd=ROOT, stdout=out, stderr=out
         )
-        peak = 0.0  # not by wait4: a child begins with the peak of the process it was forked from
+        peak = 0.0  # not by wait4: a child inherits the peak of its parent
         while process.poll() is None:
             peak = max(peak, _peak(process.pid))
             time.sleep(0.1)
     if process.returncode != 0:
         raise SystemExit(
-            f"error: it ended with {process.returncode}" + (f":\n{tail(quiet)}" if quiet else "")
+            f"error: exit code {process.returncode}" + (f":\n{tail(quiet)}" if quiet else "")
         )
     return peak
 
 
 def _peak(pid: int) -> float:
-    """Return the MB that a process has held at most so far (0: it is gone, or this is not Linux)."""
+    """Return the peak memory of a process so far in MB (0: it has ended, or this is not Linux)."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -172,7 +175,7 @@ def _peak(pid: int) -> float:
 
 
 def dist_ft(*arguments: str) -> str:
-    """Run a dist-ft command and return what it says."""
+    """Print and run a dist-ft command; return its output."""
     say(f"dist-ft {' '.join(arguments)}")
     done = subprocess.run(
         [sys.executable, "-m", "dist_ft.cli", *arguments],
@@ -182,7 +185,7 @@ def dist_ft(*arguments: str) -> str:
     )
     if done.returncode != 0:
         raise SystemExit(
-            f"error: it ended with {done.returncode}:\n{(done.stderr + done.stdout)[-3000:]}"
+            f"error: exit code {done.returncode}:\n{(done.stderr + done.stdout)[-3000:]}"
         )
     return done.stdout
 
@@ -199,7 +202,7 @@ def tail(path: Path | None) -> str:
     return path.read_text(errors="replace")[-3000:] if path else ""
 
 
-def shown(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """Return a cell's text."""
     if value is None:
         return ""
@@ -213,5 +216,5 @@ def shown(value: Any) -> str:
 
 
 def say(*lines: str) -> None:
-    """Print lines under a mark that sets them apart."""
+    """Print lines under a heading mark."""
     print("\n== " + "\n   ".join(lines), flush=True)

@@ -165,10 +165,11 @@ def be_rank(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from dist_ft.config.resolved_run import ResolvedRun
     from dist_ft.core.world import World
     from dist_ft.engine import deepspeed_config
     from dist_ft.engine import deepspeed_engine as sharded
-    from dist_ft.runtime.bootstrap.build_model import open_engine
+    from dist_ft.runtime.bootstrap.build_model import build_engine
 
     dist.init_process_group("gloo")
     sharded.attach_to_process_group(False)
@@ -181,7 +182,8 @@ def be_rank(args: argparse.Namespace) -> None:
     before = memory("VmRSS")
     spans = Spans()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        module, engine, _ = open_engine(config, world, False, None)
+        built = build_engine(ResolvedRun.from_config(config), world, resumed=False)
+        module, engine = built.module, built.engine
         module.register_forward_pre_hook(lambda *_: spans.begin())
         for step in range(STEPS):
             if step == STEPS - COUNTED:

@@ -138,7 +138,8 @@ def read_ours(url: str, where: str, what: str) -> None:
 
     from dist_ft.config.load import load_config
     from dist_ft.core.world import Collectives, World
-    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.runtime.bootstrap.build_data import build_training_loader
+    from dist_ft.runtime.bootstrap.resolve_run import resolve_run
     from dist_ft.storage import filesystem
     from dist_ft.storage.filesystem import Store
 
@@ -163,7 +164,9 @@ def read_ours(url: str, where: str, what: str) -> None:
         )
     )
     filesystem.configure(config.storage.options)
-    loader = open_data(config, Store(config.run_url), World(), Collectives()).training
+    store, world, comms = Store(config.run_url), World(), Collectives()
+    run = resolve_run(config, store, world, comms)
+    loader = build_training_loader(run, store, world, comms)
     if what == "index":
         return
     begun, total = time.perf_counter(), 0

@@ -131,12 +131,15 @@ def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
 def opened(config: Any) -> Any:
     """Return the loader of a run."""
     from dist_ft.core.world import Collectives, World
-    from dist_ft.runtime.bootstrap.build_data import open_data
+    from dist_ft.runtime.bootstrap.build_data import build_training_loader
+    from dist_ft.runtime.bootstrap.resolve_run import resolve_run
     from dist_ft.storage import filesystem
     from dist_ft.storage.filesystem import Store
 
     filesystem.configure(config.storage.options)
-    return open_data(config, Store(config.run_url), World(), Collectives()).training
+    store, world, comms = Store(config.run_url), World(), Collectives()
+    run = resolve_run(config, store, world, comms)
+    return build_training_loader(run, store, world, comms)
 
 
 def build(folder: Path, port: int, count: int) -> float:

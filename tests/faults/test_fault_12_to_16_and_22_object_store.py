@@ -14,6 +14,7 @@ import pytest
 import s3
 import tiny
 from proxy import Fault, FaultyProxy, at_first, sometimes
+from resolved import loaders
 
 from dist_ft import api
 from dist_ft.checkpoint import discovery
@@ -22,7 +23,6 @@ from dist_ft.core.errors import DataError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.tools.write import encode_parquet
-from dist_ft.runtime.bootstrap.build_data import open_data
 from dist_ft.storage import retry
 from dist_ft.storage.filesystem import Store
 
@@ -111,7 +111,7 @@ def config(base: Path, faulty: FaultyProxy, tmp_path: Path) -> Callable[..., Any
 
 
 def loaded(config: Any, tmp_path: Path, name: str = "run") -> Loader:
-    return open_data(config, Store(str(tmp_path / name)), World(), Collectives()).training
+    return loaders(config, Store(str(tmp_path / name))).training
 
 
 def tokens(loader: Loader) -> list[np.ndarray]:

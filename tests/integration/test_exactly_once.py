@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tiny
+from resolved import loaders
 from unit.checkpoint.test_manifest import make
 
 from dist_ft.checkpoint.ledger import LedgerBuffer, read_ledger, write_segment
 from dist_ft.checkpoint.manifest import Progress
 from dist_ft.config.load import load_config
-from dist_ft.core.world import Collectives, World
-from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
 
 WORLDS = (4, 3, 8, 1, 5)
@@ -90,7 +90,7 @@ def test_promise_1_every_sample_once_through_stops_and_resizes(
     tiny.make_model(tmp_path / "model")
     config = load_config(document(tmp_path, samples, shards))
     store = Store(str(tmp_path / "run"))
-    unbroken = open_data(config, store, World(), Collectives()).training
+    unbroken = loaders(config, store).training
     total = unbroken.plan.total_steps(config.schedule)
     expected = [segment_rows(batches) for batches in unbroken.iterate(0, total, range(LANES))]
     assert sum(map(len, expected)) == 2 * unbroken.index.total("num_segments")
@@ -101,10 +101,10 @@ def test_promise_1_every_sample_once_through_stops_and_resizes(
     while committed < total:
         world = WORLDS[attempt % len(WORLDS)]
         dies_at = stops[attempt] if attempt < len(stops) else total
-        loaders = [open_data(config, store, World(), Collectives()).training for _ in range(world)]
+        per_rank = [loaders(config, store).training for _ in range(world)]
         streams = [
             loader.iterate(committed, total, World(rank, world).share(LANES))
-            for rank, loader in enumerate(loaders)
+            for rank, loader in enumerate(per_rank)
         ]
         buffers = [LedgerBuffer() for _ in range(world)]
         commit_at = dies_at if attempt >= len(stops) else drawn.randint(committed, dies_at)

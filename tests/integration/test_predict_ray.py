@@ -21,7 +21,7 @@ from dist_ft.storage.filesystem import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 SMALL = (
-    "import dist_ft.inference.prediction_shards as p; p.cut.__defaults__ = (2000,); "
+    "import dist_ft.inference.prediction_shards as p; p.split_input.__defaults__ = (2000,); "
     "from dist_ft import predict; import sys; "
     "print(predict(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4])))"
 )
@@ -94,7 +94,7 @@ def test_workers_write_the_same_as_one_process_and_a_killed_run_resumes(
         one.count(b"\n") for one in found.values()
     )
     assert shards(tmp_path / "many") == expected
-    assert prediction_shards.ABOUT in os.listdir(tmp_path / "many")
+    assert prediction_shards.INFO_FILE in os.listdir(tmp_path / "many")
 
 
 def test_bad_row_is_one_line_on_a_worker_too(model: str, tmp_path: Path) -> None:

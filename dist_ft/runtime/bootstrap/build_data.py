@@ -63,7 +63,10 @@ class _Input:
 def build_loaders(
     run: ResolvedRun, store: Store, world: World, collectives: Collectives
 ) -> Loaders:
-    """Return the loaders of a run; a collective call. Every rank gets the same index or the same error."""
+    """Return the loaders of a run; a collective call.
+
+    Every rank gets the same index or the same error.
+    """
     training = build_training_loader(run, store, world, collectives)
     evaluation = None
     if run.config.evaluation.data:
@@ -88,7 +91,10 @@ def build_held_out_loader(
     world: World,
     collectives: Collectives,
 ) -> Loader:
-    """Return the loader over held-out `sources`, the first evaluation.max_samples samples; a collective call."""
+    """Return the loader over held-out `sources`, the first evaluation.max_samples samples.
+
+    A collective call.
+    """
     plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in sources)
     data = _Input(
         "evaluation.data", _in_order(run.config, plain), run.config.evaluation.max_samples
@@ -161,7 +167,9 @@ def _build_loader(
     if index is not None:
         index.verify_unchanged(shards, data.field)
         blocks = _block_store(config, section, encoder, shards, index.blocks)
-        index.verify_recipe(indices.index_recipe(blocks.fingerprint, section, length, data.max_samples))
+        index.verify_recipe(
+            indices.index_recipe(blocks.fingerprint, section, length, data.max_samples)
+        )
     else:
         cuts = indices.split_into_blocks(shards_by_source, section, world, collectives)
         blocks = _block_store(config, section, encoder, shards, cuts)
@@ -202,5 +210,7 @@ def _is_current(
     """Return whether a stored index is of these shards, read in this way."""
     from dist_ft.data.blocks.token_cache import compute_fingerprint
 
-    recipe = indices.index_recipe(compute_fingerprint(encoder), data.section, length, data.max_samples)
+    recipe = indices.index_recipe(
+        compute_fingerprint(encoder), data.section, length, data.max_samples
+    )
     return index.shards == shards and index.recipe == recipe

@@ -7,9 +7,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.checkpoint.export import MODEL_FOLDER
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.checkpoint.trained_model import MODEL_FOLDER
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.world import World
@@ -40,7 +40,10 @@ class BuiltModel:
 
 
 def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
-    """Return the model inside the engine of the config; its weights are pre-trained, or empty if `resumed`."""
+    """Return the model inside the engine of the config.
+
+    Its weights are pre-trained, or empty if `resumed`.
+    """
     import torch
 
     from dist_ft.engine import schedule
@@ -85,7 +88,10 @@ def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
 
 
 def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
-    """Return what perturbs the embeddings of `module` in training, if anything; built before an engine adds its hooks."""
+    """Return what perturbs the embeddings of `module` in training, if anything.
+
+    Built before an engine adds its hooks.
+    """
     from dist_ft.model.adversarial import Adversary
 
     section = config.tuning.adversarial
@@ -159,7 +165,9 @@ def build_prompt_encoder(run: ResolvedRun) -> PromptEncoder:
 def load_weights(
     run: ResolvedRun, built: BuiltModel, manager: CheckpointManager, manifest: Manifest | None
 ) -> Manifest | None:
-    """Load the checkpoint, or verify that the pre-trained weights arrived; then check that packing works.
+    """Load the checkpoint, or verify that the pre-trained weights arrived.
+
+    Then check that packing works.
 
     Returns the checkpoint that was loaded: an older one if that of `manifest` is damaged.
     """
@@ -206,7 +214,10 @@ def _start_from_files(run: ResolvedRun, built: BuiltModel) -> None:
 
 
 def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> None:
-    """Raise ModelError if samples are packed and the model does not keep them apart; a collective call."""
+    """Raise ModelError if samples are packed and the model does not keep them apart.
+
+    A collective call.
+    """
     from dist_ft.engine.packing_check import require_packing
 
     if run.config.reading.pack:
@@ -229,7 +240,9 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
-                store.write(f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+                store.write(
+                    f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}", path.read_bytes()
+                )
     store.write(f"{MODEL_FOLDER}/.complete", json.dumps({}).encode())
 
 

@@ -25,7 +25,8 @@ def resolve_templates(
 ) -> ResolvedRun:
     """Return the run with its examples written into its templates; a collective call.
 
-    Its labels must be resolved. Raises DataError for a training row that cannot be used (under data.bad_rows=error).
+    Its labels must be resolved. Raises DataError for a training row that cannot be used (under
+    data.bad_rows=error).
     """
     section = run.config.prompting
     if section.method != "likelihood" or not section.shots:
@@ -35,7 +36,10 @@ def resolve_templates(
 
 
 def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
-    """Return the templates the run started with; on its first start, write and store them (rank 0 only)."""
+    """Return the templates the run started with.
+
+    On its first start, write and store them (rank 0 only).
+    """
     if store.exists(TEMPLATES_FILE):
         return tuple(json.loads(store.read(TEMPLATES_FILE)))
 
@@ -80,7 +84,10 @@ def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
 
 def _training_rows(config: RunConfig) -> Iterator[tuple[RowLocation, Row]]:
     """Yield (location, row) of the training data that can be decoded and is in scope."""
-    out_of_scope, column = config.evaluation.robustness.out_of_scope_label, config.task.columns.label
+    out_of_scope, column = (
+        config.evaluation.robustness.out_of_scope_label,
+        config.task.columns.label,
+    )
     for shard in (shard for source in discover_shards(config.data.train) for shard in source):
         for number, row in enumerate(readers.iter_rows(shard), 1):
             if isinstance(row, DataError):

@@ -1,10 +1,11 @@
 """The Fisher information of weights, before the first step of a run with tuning.anchor.method=ewc.
 
-It says how much each weight matters for the anchor data. This is the diagonal of the empirical Fisher information
-(Kirkpatrick et al., arXiv:1612.00796) per target token: the squared gradients of the micro-batches' summed losses,
-divided by the number of target tokens. That is exact where a micro-batch is one sample; with more, gradients of different
-samples count as independent. All workers compute one micro-batch at a time, so the result is the same in every world. It
-is part of the optimizer state from then on, and a resumed run does not measure it again.
+It says how much each weight matters for the anchor data. This is the diagonal of the empirical
+Fisher information (Kirkpatrick et al., arXiv:1612.00796) per target token: the squared gradients of
+the micro-batches' summed losses, divided by the number of target tokens. That is exact where a
+micro-batch is one sample; with more, gradients of different samples count as independent. All
+workers compute one micro-batch at a time, so the result is the same in every world. It is part of
+the optimizer state from then on, and a resumed run does not measure it again.
 """
 
 from __future__ import annotations

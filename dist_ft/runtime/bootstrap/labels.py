@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
-from dist_ft.config.sections.task import LABELLED
+from dist_ft.config.sections.task import LABELED_TASKS
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
@@ -33,11 +33,12 @@ def resolve_labels(
     """Return the run with the labels of its task; a collective call.
 
     Raises:
-        DataError: a row without a label (under data.bad_rows=error), or data with fewer than two labels.
+        DataError: a row without a label (under data.bad_rows=error), or data with fewer than two
+            labels.
         ConfigError: task.class_weights has another number of labels.
     """
     config, task = run.config, run.config.task
-    if task.name not in LABELLED:
+    if task.name not in LABELED_TASKS:
         return run
 
     labels = run.labels
@@ -65,7 +66,10 @@ def resolve_labels(
 
 
 def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
-    """Return the labels the run started with; on its first start, find and store them (rank 0 only)."""
+    """Return the labels the run started with.
+
+    On its first start, find and store them (rank 0 only).
+    """
     if store.exists(LABELS_FILE):
         return tuple(json.loads(store.read(LABELS_FILE)))
     labels = _training_labels(config, minimum=1 if config.task.grow_head else 2)
@@ -74,7 +78,10 @@ def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
 
 
 def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
-    """Return the labels of the training data in the order of a head's outputs; reads every row once."""
+    """Return the labels of the training data in the order of a head's outputs.
+
+    Reads every row once.
+    """
     labels = collect_labels(config, config.data.train)
     if len(labels) < minimum:
         shown = f" ({min(labels)})" if labels else ""
@@ -94,7 +101,9 @@ def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
             try:
                 if isinstance(row, DataError):
                     raise row
-                labels.update(task_rows.read_label_names(row, config.task, RowLocation(shard.url, number)))
+                labels.update(
+                    task_rows.read_label_names(row, config.task, RowLocation(shard.url, number))
+                )
             except DataError:
                 if config.data.bad_rows == "error":
                     raise

@@ -1,9 +1,10 @@
 """What joins the workers, tried before step 1: is a sum over all right, how fast is it, and each pair of nodes?
 
-Sums hold small whole numbers, so that a right one is exact. Pairs of nodes exchange in rounds in which no node has two
-partners (a round-robin tournament), so that no pair disturbs another. A slow pair, or a node slow to most others, is
-named; wrong bytes end the run. What was found is kept with the run (`network.json`). Guarantees: every worker makes
-the same calls. Does not measure links within a node.
+Sums hold small whole numbers, so that a right one is exact. Pairs of nodes exchange in rounds in
+which no node has two partners (a round-robin tournament), so that no pair disturbs another. A slow
+pair, or a node slow to most others, is named; wrong bytes end the run. What was found is kept with
+the run (`network.json`). Guarantees: every worker makes the same calls. Does not measure links
+within a node.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ FILE = "network.json"
 NODE = "DIST_FT_NODE"
 """Variable by which a supervisor tells its process the node's name."""
 MOST_ROUNDS = 31
-"""So all pairs of up to 32 nodes are tried; of more, each node with 31 others, which is enough to find a slow node."""
+"""So all pairs of up to 32 nodes are tried.
+
+Of more, each node with 31 others, which is enough to find a slow node.
+"""
 TIMES_SLOWER = 2.0
 """A pair this many times slower than what the faster quarter reaches is slow."""
 TRIES = 3
@@ -57,7 +61,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """What was found. `nodes`: names; `machines`: what each of them is (`machine.describe`); `slow`: for people."""
+    """What was found. `nodes`: names; `machines`: what each of them is (`machine.describe`).
+
+    `slow`: for people.
+    """
 
     world_size: int
     nodes: tuple[str, ...]
@@ -104,14 +111,16 @@ def check(
 ) -> None:
     """Try the network if the config asks for it, keep and log what was found; a collective call.
 
-    After a failure (`after`) the nodes of the start before are not tried again: that start needs the time.
-    Raises WorkerError where a sum or what a node received is wrong.
+    After a failure (`after`) the nodes of the start before are not tried again: that start needs
+    the time. Raises WorkerError where a sum or what a node received is wrong.
     """
     wish = config.cluster.network_check
     if wish == "off" or (world.num_ranks == 1 and wish == "auto"):
         return
     names = comms.all_gather(node_name())
-    leaders = [rank for rank, local in enumerate(comms.all_gather(world.rank_of_node)) if local == 0]
+    leaders = [
+        rank for rank, local in enumerate(comms.all_gather(world.rank_of_node)) if local == 0
+    ]
     nodes = tuple(names[rank] for rank in leaders)
     if wish == "auto" and len(leaders) == 1:
         return
@@ -189,7 +198,11 @@ def _sums(
             wrong |= not torch.equal(mine, expected)
         seconds = min(max(each) for each in zip(*comms.all_gather(times), strict=True))
         found.append(
-            Sum(num_bytes, seconds, 2 * (world.num_ranks - 1) / world.num_ranks * num_bytes / seconds / 1e6)
+            Sum(
+                num_bytes,
+                seconds,
+                2 * (world.num_ranks - 1) / world.num_ranks * num_bytes / seconds / 1e6,
+            )
         )
     return tuple(found), any(comms.all_gather(wrong))
 
@@ -218,7 +231,10 @@ def _links(
 
 
 def _exchange(own: int, other: int, device: Any, num_bytes: int) -> tuple[float, bool]:
-    """Send to and receive from another rank at once; return the best time, and whether what came is right."""
+    """Send to and receive from another rank at once.
+
+    Return the best time, and whether what came is right.
+    """
     import torch
     import torch.distributed as dist
 
@@ -256,7 +272,10 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 def judge(links: Sequence[Link], nodes: Sequence[str], least_mb_s: float = 0.0) -> list[str]:
-    """Return a line for each node that is slow to most others, and for each further slow pair. Pure."""
+    """Return a line for each node that is slow to most others, and for each further slow pair.
+
+    Pure.
+    """
     if not links:
         return []
     usual = sorted((link.mb_s for link in links), reverse=True)[len(links) // 4]
@@ -280,7 +299,10 @@ def judge(links: Sequence[Link], nodes: Sequence[str], least_mb_s: float = 0.0) 
 
 
 def kept_nodes(store: Store) -> tuple[str, ...] | None:
-    """Return the nodes of the last start that was tried; None if none was, or it can not be read."""
+    """Return the nodes of the last start that was tried.
+
+    None if none was, or it can not be read.
+    """
     try:
         found = json.loads(store.read(FILE)) if store.exists(FILE) else None
         return tuple(found["nodes"]) if found else None

@@ -1,7 +1,7 @@
 """From a config to a `ResolvedRun`: the only place that fills in what a config leaves open.
 
-Each step needs the ones before it. What is found on the first start is stored with the run, so that every later start
-and every rank finds the same.
+Each step needs the ones before it. What is found on the first start is stored with the run, so that
+every later start and every rank finds the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def resolve_run(
 def resolve_data(
     config: RunConfig, model: ModelSection, store: Store, world: World, collectives: Collectives
 ) -> ResolvedRun:
-    """Return the run with a known model folder, and tokenizer, labels and templates; a collective call."""
+    """Return the run with a known model folder, and tokenizer, labels and templates.
+
+    A collective call.
+    """
     run = ResolvedRun(
         config,
         model,
@@ -49,7 +52,8 @@ def resolve_data(
 def resolve_grown_head(run: ResolvedRun) -> ResolvedRun:
     """Return the run with a model whose head has a row for each label, where task.grow_head adds some.
 
-    Not part of `resolve_run`: it downloads the weights, and errors in the data are cheaper to find before that.
+    Not part of `resolve_run`: it downloads the weights, and errors in the data are cheaper to find
+    before that.
     """
     config = run.config
     if not config.task.grow_head:

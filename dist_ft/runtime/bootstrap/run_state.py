@@ -21,7 +21,10 @@ log = logging.getLogger("dist_ft.run")
 
 
 def require_same_run(store: Store, config: RunConfig) -> None:
-    """Raise ConfigError if the run exists with another identity; log other changes (rank 0 only)."""
+    """Raise ConfigError if the run exists with another identity.
+
+    Log other changes (rank 0 only).
+    """
     if not store.exists(STORED):
         return
     for change in check_resume(read_stored_config(store), config):
@@ -33,8 +36,9 @@ def require_same_run(store: Store, config: RunConfig) -> None:
 def start_attempt(store: Store, config: RunConfig, world: World, previous_end: str = "") -> int:
     """Take an attempt number (rank 0 only): from now on no earlier attempt can commit.
 
-    Called as late as possible, but before the latest checkpoint is looked up: a second start by mistake that fails
-    early must not cost the first one its work, and the checkpoint this attempt resumes from must stay the latest.
+    Called as late as possible, but before the latest checkpoint is looked up: a second start by
+    mistake that fails early must not cost the first one its work, and the checkpoint this attempt
+    resumes from must stay the latest.
 
     Args:
         store: of the run.
@@ -50,7 +54,10 @@ def start_attempt(store: Store, config: RunConfig, world: World, previous_end: s
 def build_local_tier(
     config: RunConfig, store: Store, world: World, collectives: Collectives
 ) -> LocalTier | None:
-    """Return where this worker's node stores checkpoints of the run; None if the config has no such folder."""
+    """Return where this worker's node stores checkpoints of the run.
+
+    None if the config has no such folder.
+    """
     if not config.checkpoint.local_folder:
         return None
     # the hash separates runs of one name in two buckets
@@ -64,7 +71,9 @@ def build_local_tier(
 def find_final_checkpoint(
     config: RunConfig, store: Store, world: World, collectives: Collectives, total_steps: int
 ) -> Manifest | None:
-    """Return the checkpoint of the last step if it is committed and sound, else None; a collective call.
+    """Return the checkpoint of the last step if it is committed and sound, else None.
+
+    A collective call.
 
     The last step may be one at which the run ended early. Takes no attempt number.
     """

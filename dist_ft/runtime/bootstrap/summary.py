@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def at_start(
     run: ResolvedRun, module: TrainableModel, loaders: Loaders, world: World, start: str
 ) -> str:
-    """Return the table shown before the first step; `start`: the step and attempt it starts from."""
+    """Return the table shown before the first step.
+
+    `start`: the step and attempt it starts from.
+    """
     from dist_ft.model.trainable_model import parameters_by_name
 
     config, model = run.config, run.model

@@ -1,8 +1,8 @@
 """The only place that wires things: config and world in, trained run out.
 
-In order: the run is the same as before, resolved run, data (errors in it are cheapest here), attempt number, latest
-checkpoint, model, engine, weights checked, trainer. Every worker of every attempt goes through `run`; where the run
-stands is read from its storage.
+In order: the run is the same as before, resolved run, data (errors in it are cheapest here),
+attempt number, latest checkpoint, model, engine, weights checked, trainer. Every worker of every
+attempt goes through `run`; where the run stands is read from its storage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, Progress
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.prompting import untrainable
+from dist_ft.config.sections.prompting import untrainable_problems
 from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World, collectives, on_rank0
@@ -57,7 +57,7 @@ from dist_ft.training.metrics_log import MetricsLog, read_metrics
 from dist_ft.training.minimum_risk import MinimumRisk
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
-from dist_ft.training.time_ledger import TimeLedger, kept
+from dist_ft.training.time_ledger import TimeLedger, write_periodically
 from dist_ft.training.trackers import Trackers
 from dist_ft.training.trainer import Trainer
 
@@ -113,7 +113,7 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
         )
         local_tier = build_local_tier(config, store, world, comms)
         manager = CheckpointManager(store, config.checkpoint, world, comms, attempt, local_tier)
-        with kept(time_ledger, store, attempt, world), closing(manager):
+        with write_periodically(time_ledger, store, attempt, world), closing(manager):
             manifest = manager.find_latest()
             return _train(
                 _Attempt(
@@ -151,7 +151,7 @@ def _require_possible(config: RunConfig, world: World) -> None:
                 f"(WORLD_SIZE). Set cluster.workers={world.num_ranks}, or start one process."
             ]
         )
-    for line in untrainable(config.prompting):
+    for line in untrainable_problems(config.prompting):
         raise ConfigError([line])
 
 
@@ -161,7 +161,7 @@ def _train(attempt: _Attempt, manifest: Manifest | None) -> Result:
     try:
         manifest = _load_state(attempt, built, manifest)
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
-        attempt.time_ledger.resume(progress.step)
+        attempt.time_ledger.record_resume(progress.step)
         components = _build_components(attempt, built, progress)
         try:
             if attempt.world.rank == 0:
@@ -178,10 +178,11 @@ def _train(attempt: _Attempt, manifest: Manifest | None) -> Result:
         built.engine.close()
 
 
-def _load_state(
-    attempt: _Attempt, built: BuiltModel, manifest: Manifest | None
-) -> Manifest | None:
-    """Load weights and, on the first start, what is measured before step 1; return the checkpoint that was loaded."""
+def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None) -> Manifest | None:
+    """Load weights and, on the first start, what is measured before step 1.
+
+    Return the checkpoint that was loaded.
+    """
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
     manifest = load_weights(run, built, attempt.manager, manifest)
     if manifest is None and run.config.tuning.anchor.method == "ewc":
@@ -230,7 +231,10 @@ def _build_components(attempt: _Attempt, built: BuiltModel, progress: Progress) 
 
 
 def _open_metrics_log(attempt: _Attempt, lines: list[dict[str, Any]]) -> MetricsLog | None:
-    """Return rank 0's record of the run, and None elsewhere; if a tracker refuses, all ranks raise."""
+    """Return rank 0's record of the run, and None elsewhere.
+
+    If a tracker refuses, all ranks raise.
+    """
     config, store = attempt.run.config, attempt.store
     opened: list[MetricsLog] = []
 
@@ -270,9 +274,12 @@ def train_with_rollback(
     total_steps: int,
     manifest: Manifest | None,
 ) -> Result:
-    """Train to the end; on an anomaly under anomaly.action=rollback, reload the latest checkpoint and continue.
+    """Train to the end.
 
-    Raises AnomalyError if there is no checkpoint, or after anomaly.max_consecutive rollbacks to the same one.
+    On an anomaly under anomaly.action=rollback, reload the latest checkpoint and continue.
+
+    Raises AnomalyError if there is no checkpoint, or after anomaly.max_consecutive rollbacks to the
+    same one.
     """
     anomaly = run.config.anomaly
     rollbacks: Counter[int] = Counter()  # by the step rolled back to
@@ -282,7 +289,7 @@ def train_with_rollback(
         try:
             return trainer.run()
         except RollbackRequested:
-            components.time_ledger.to("start")
+            components.time_ledger.enter("start")
             manifest = components.manager.find_latest()
             if manifest is None:
                 raise AnomalyError(
@@ -305,7 +312,10 @@ def train_with_rollback(
 
 
 def _rewound(components: Components, run: ResolvedRun, progress: Progress) -> Components:
-    """Return the components as they were at the checkpoint; the anomalies found since then stay known."""
+    """Return the components as they were at the checkpoint.
+
+    The anomalies found since then stay known.
+    """
     before = components.anomaly_detector
     detector = AnomalyDetector(
         run.config.anomaly, progress.history, before.skipped_steps, before.num_consecutive

@@ -1,9 +1,9 @@
 """Ends a worker that makes no progress, from outside the training thread, and keeps the stacks of its threads.
 
-A collective whose peer is gone, a driver call that never returns, a stopped process: without this, all ranks wait.
-Two clocks: a thread that says what happened, puts the stacks beside the run and ends the process; and, some seconds
-behind it, the interpreter's own C thread (`faulthandler`), which needs no interpreter lock. Restarting is for the
-launcher: Ray, torchrun, or a person.
+A collective whose peer is gone, a driver call that never returns, a stopped process: without this,
+all ranks wait. Two clocks: a thread that says what happened, puts the stacks beside the run and
+ends the process; and, some seconds behind it, the interpreter's own C thread (`faulthandler`),
+which needs no interpreter lock. Restarting is for the launcher: Ray, torchrun, or a person.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ UPLOAD_S = 10.0
 
 
 class Watchdog(Callback):
-    """Watches one worker of one attempt; `on_progress` reports progress. `timeout_s` 0 watches nothing."""
+    """Watches one worker of one attempt; `on_progress` reports progress.
+
+    `timeout_s` 0 watches nothing.
+    """
 
     def __init__(self, store: Store, attempt: int, world: World, timeout_s: float) -> None:
         self._store = store

@@ -1,7 +1,7 @@
 """All that can be known before a GPU is taken, beyond the config itself: model, data, storage, an older run, the machine.
 
-Each check is independent and yields a line for each problem; none stops another. Guarantees: nothing is left behind in
-storage, and no weights are read.
+Each check is independent and yields a line for each problem; none stops another. Guarantees:
+nothing is left behind in storage, and no weights are read.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) 
 
     Args:
         config: the run.
-        write_storage: also write (and remove) a small file in the run's storage and look for an older run there.
-        whole: False if `config` may lack fields (`inspect_config`); checks that read those are skipped.
+        write_storage: also write (and remove) a small file in the run's storage and look for an
+            older run there.
+        whole: False if `config` may lack fields (`inspect_config`); checks that read those are
+            skipped.
     """
     with contextlib.ExitStack() as stack:
         if not whole:
@@ -106,7 +108,10 @@ def _check_synonyms(config: RunConfig) -> Iterator[str]:
 
 
 def _check_sources(sources: tuple[Source, ...], field: str) -> Iterator[str]:
-    """List each source alone, so that all problems are reported; then, if there are none, all together."""
+    """List each source alone, so that all problems are reported.
+
+    Then, if there are none, all together.
+    """
     from dist_ft.data.sources.discovery import discover_shards
 
     has_problem = False

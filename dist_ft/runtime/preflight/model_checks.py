@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import ModelSection, RunConfig
-from dist_ft.config.sections.prompting import untrainable
-from dist_ft.config.sections.task import LABELLED, TaskSection
-from dist_ft.config.sections.tuning import PROMPTS
+from dist_ft.config.sections.prompting import untrainable_problems
+from dist_ft.config.sections.task import LABELED_TASKS, TaskSection
+from dist_ft.config.sections.tuning import PROMPT_METHODS
 from dist_ft.core.errors import ModelError
 
 
 def task_with_any_labels(config: RunConfig) -> TaskSection:
     """Return the model's task with labels, without reading the data: if none are named, two that fit any model."""
     task = config.model_task
-    if task.name not in LABELLED or (task.labels and not task.grow_head):
+    if task.name not in LABELED_TASKS or (task.labels and not task.grow_head):
         return task
     return task.model_copy(update={"labels": ("0", "1"), "new_head": True, "grow_head": False})
 
@@ -32,7 +32,7 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
             f"model.path={model.path}: has int8 weights, which cannot be fine-tuned. A model with "
             "float weights is needed. Export the run without --int8."
         )
-    num_virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPTS else 0
+    num_virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPT_METHODS else 0
     error = length_error(model_config, config.batch.sequence_length, model.path, num_virtual)
     if error:
         yield error
@@ -62,8 +62,11 @@ def check_tuning(config: RunConfig, model: ModelSection) -> Iterator[str]:
 
 
 def check_prompting(config: RunConfig) -> Iterator[str]:
-    """Yield a line if the prompting method cannot be trained; raise if two labels have the same words."""
-    yield from untrainable(config.prompting)
+    """Yield a line if the prompting method cannot be trained.
+
+    Raise if two labels have the same words.
+    """
+    yield from untrainable_problems(config.prompting)
     labels = config.task.labels or tuple(config.prompting.verbalizers)
     if config.prompting.method != "likelihood" or not labels:
         return

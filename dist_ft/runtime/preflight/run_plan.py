@@ -1,7 +1,8 @@
 """What a run will need before any of it exists: batch, memory by kind, bytes on the wire, checkpoints, GPUs.
 
-From the config and the model's config.json: the model's own code is rehearsed on the meta device (`model.rehearsal`),
-the rest is arithmetic (`plan`). No weights are read, no GPU is needed, nothing is written.
+From the config and the model's config.json: the model's own code is rehearsed on the meta device
+(`model.rehearsal`), the rest is arithmetic (`plan`). No weights are read, no GPU is needed, nothing
+is written.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import fnmatch
 import os
 from typing import TYPE_CHECKING, Any
 
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.tuning import PROMPTS
+from dist_ft.config.sections.tuning import PROMPT_METHODS
 from dist_ft.core.errors import ConfigError
 from dist_ft.engine import deepspeed_config
 from dist_ft.planning import gpus, traffic, worker_memory
 from dist_ft.planning.batch import batch_arithmetic
 from dist_ft.planning.memory import activation_bytes
-from dist_ft.planning.model_shape import Held, Lane, ModelShape, Weight
-from dist_ft.runtime.preflight.check_run import known_task
+from dist_ft.planning.model_shape import LanePeaks, ModelShape, PeakBytes, WeightShape
+from dist_ft.runtime.preflight.model_checks import task_with_any_labels
 
 if TYPE_CHECKING:
-    from dist_ft.model.trainable_model import Learner
+    from dist_ft.model.trainable_model import TrainableModel
 
 
 def plan(
@@ -41,22 +43,22 @@ def plan(
 
     Raises ConfigError or ModelError, one clear line, for what can not be planned.
     """
-    chosen = [gpus.named(gpu)] if gpu is not None else list(gpus.GPUS)
+    chosen = [gpus.canonical_name(gpu)] if gpu is not None else list(gpus.GPUS)
     config = _with_workers(config, num_gpus)
     shape = shape_of(config, model_config)
     zero = {
         "reduce_bucket_size": deepspeed_config.BUCKET_ELEMENTS,
-        **deepspeed_config.build(config)["zero_optimization"],
+        **deepspeed_config.build_deepspeed_config(config)["zero_optimization"],
     }
     world = max(1, config.max_workers)
-    now = worker_memory.setup_of(config, zero, world)
+    now = worker_memory.worker_setup(config, zero, world)
     return {
         "run": config.run.name,
         "model": {
             "path": config.model.path,
             "kind": shape.kind,
             "parameters": shape.num_parameters,
-            "learned": shape.num_learned,
+            "learned": shape.num_trainable,
             "rehearsed": shape.rehearsed,
         },
         "batch": dict(batch_arithmetic(config)),
@@ -65,8 +67,8 @@ def plan(
         "stage": now.stage,
         "dtype": config.model.dtype,
         "memory": [_row(shape, setup, setup == now) for setup in _setups(config, zero, world)],
-        "on_fewest_workers": worker_memory.of_worker(
-            shape, worker_memory.setup_of(config, zero, max(1, config.min_workers))
+        "on_fewest_workers": worker_memory.peak_memory(
+            shape, worker_memory.worker_setup(config, zero, max(1, config.min_workers))
         ).total,
         "checkpoint_copy": config.checkpoint.background
         and traffic.checkpoint_bytes(shape, now)["a worker's part"],
@@ -99,19 +101,19 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     from dist_ft.engine import optimizers
     from dist_ft.model import memory_trace
     from dist_ft.model.loading import meta_model
-    from dist_ft.model.trainable_model import canonical_names
+    from dist_ft.model.trainable_model import parameters_by_name
 
     quiet_third_parties()
-    model = meta_model.build(config, known_task(config), model_config)
+    model = meta_model.build_meta_model(config, task_with_any_labels(config), model_config)
     module = _learner(model, config)
-    parameters = canonical_names(module)
+    parameters = parameters_by_name(module)
     exempt = config.optimizer.decay_exempt
     weights = tuple(
-        Weight(
+        WeightShape(
             name,
             p.numel(),
             p.requires_grad,
-            optimizers.decays(p.shape)
+            optimizers.has_weight_decay(p.shape)
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt),
         )
         for name, p in parameters.items()
@@ -119,15 +121,16 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
     places = {name: place for place, name in enumerate(parameters)}
     on_cpu = config.cluster.gpus_per_worker == 0 and config.max_workers > 0
     try:
-        inputs = module.train().inputs(_batch(config), "meta")
+        inputs = module.train().prepare_inputs(_batch(config), "meta")
         order = tuple(
-            tuple(places[name] for name in names) for names in memory_trace.order_of(module, inputs)
+            tuple(places[name] for name in names)
+            for names in memory_trace.trace_module_order(module, inputs)
         )
         added, passed = (
-            Lane(
+            LanePeaks(
                 *(
-                    Held(peak.activations, peak.logits)
-                    for peak in memory_trace.peaks_of(
+                    PeakBytes(peak.activations, peak.logits)
+                    for peak in memory_trace.trace_peaks(
                         module, inputs, keep_gradients=keep, on_cpu=on_cpu
                     )
                 )
@@ -138,23 +141,25 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
         from logging import getLogger
 
         getLogger("dist_ft.plan").debug("not rehearsed", exc_info=error)
-        held = Held(_estimated(model, config), 0)
+        held = PeakBytes(_estimated(model, config), 0)
         return ModelShape(
             model.config.model_type,
             weights,
             tuple((place,) for place in range(len(weights))),
-            Lane(held, held),
-            Lane(held, held),
+            LanePeaks(held, held),
+            LanePeaks(held, held),
             rehearsed=False,
         )
     return ModelShape(model.config.model_type, weights, order, added, passed)
 
 
 def count_parameters(config: RunConfig, model_config: str | None = None) -> int | None:
-    """Return how many parameters the run's model has, counted from a config.json; None where none is at hand.
+    """Return how many parameters the run's model has, counted from a config.json.
 
-    At hand are a file that is given and a folder here: neither a hub nor a bucket is asked. Raises ModelError for one
-    that can not be understood.
+    None where none is at hand.
+
+    At hand are a file that is given and a folder here: neither a hub nor a bucket is asked. Raises
+    ModelError for one that can not be understood.
     """
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.model.loading import meta_model
@@ -167,17 +172,23 @@ def count_parameters(config: RunConfig, model_config: str | None = None) -> int 
         return None
     quiet_third_parties()
     return sum(
-        p.numel() for p in meta_model.build(config, known_task(config), model_config).parameters()
+        p.numel()
+        for p in meta_model.build_meta_model(
+            config, task_with_any_labels(config), model_config
+        ).parameters()
     )
 
 
-def _learner(model: Any, config: RunConfig) -> Learner:
-    """Return the model with the run's loss around it; where that needs a tokenizer, its outputs alone."""
-    from dist_ft.model.loading.meta_model import Bare
-    from dist_ft.runtime.bootstrap.build_model import wrapped
+def _learner(model: Any, config: RunConfig) -> TrainableModel:
+    """Return the model with the run's loss around it.
+
+    Where that needs a tokenizer, its outputs alone.
+    """
+    from dist_ft.model.loading.meta_model import BareModel
+    from dist_ft.runtime.bootstrap.build_model import add_loss
 
     plain = config.task.name == "causal_lm" and config.task.objective != "minimum_risk"
-    return wrapped(model, config, None) if plain else Bare(model)
+    return add_loss(model, ResolvedRun.from_config(config)) if plain else BareModel(model)
 
 
 def _batch(config: RunConfig) -> Any:
@@ -186,7 +197,7 @@ def _batch(config: RunConfig) -> Any:
 
     from dist_ft.data.batch import Batch
 
-    virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPTS else 0
+    virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPT_METHODS else 0
     rows, tokens = config.batch.micro_batch, config.batch.sequence_length - virtual
     ids = np.ones((rows, tokens), dtype=np.int64)
     places = np.tile(np.arange(tokens, dtype=np.int64), (rows, 1))
@@ -210,17 +221,17 @@ def _estimated(model: Any, config: RunConfig) -> int:
     )
 
 
-def _setups(config: RunConfig, zero: dict[str, Any], world: int) -> list[worker_memory.Setup]:
+def _setups(config: RunConfig, zero: dict[str, Any], world: int) -> list[worker_memory.WorkerSetup]:
     """Return the run as it is and at every other stage; with offload, also as it is without."""
-    now = worker_memory.setup_of(config, zero, world)
-    stages = [worker_memory.setup_of(config, zero, world, stage) for stage in range(4)]
+    now = worker_memory.worker_setup(config, zero, world)
+    stages = [worker_memory.worker_setup(config, zero, world, stage) for stage in range(4)]
     stages[now.stage] = now
-    without = worker_memory.setup_of(config, zero, world, offload=False)
+    without = worker_memory.worker_setup(config, zero, world, offload=False)
     return stages + ([without] if without != now else [])
 
 
-def _row(shape: ModelShape, setup: worker_memory.Setup, chosen: bool) -> dict[str, Any]:
-    memory, moved = worker_memory.of_worker(shape, setup), traffic.of_step(shape, setup)
+def _row(shape: ModelShape, setup: worker_memory.WorkerSetup, chosen: bool) -> dict[str, Any]:
+    memory, moved = worker_memory.peak_memory(shape, setup), traffic.step_traffic(shape, setup)
     offload = {
         name: value
         for name, value in (
@@ -245,20 +256,26 @@ def _row(shape: ModelShape, setup: worker_memory.Setup, chosen: bool) -> dict[st
 
 
 def _gpu(
-    name: str, shape: ModelShape, config: RunConfig, zero: dict[str, Any], now: worker_memory.Setup
+    name: str,
+    shape: ModelShape,
+    config: RunConfig,
+    zero: dict[str, Any],
+    now: worker_memory.WorkerSetup,
 ) -> dict[str, Any]:
     """Return whether the run fits on such GPUs, and the fewest it takes: as it is, and at the best stage."""
-    room = gpus.room(name)
+    usable_bytes = gpus.usable_bytes(name)
 
     def need(stage: int | None) -> Any:
         return lambda world: (
-            worker_memory.of_worker(shape, worker_memory.setup_of(config, zero, world, stage)).total
+            worker_memory.peak_memory(
+                shape, worker_memory.worker_setup(config, zero, world, stage)
+            ).total
         )
 
     most = config.num_lanes if config.max_workers else 1
-    used = worker_memory.of_worker(shape, now).total
+    used = worker_memory.peak_memory(shape, now).total
     found = {
-        stage: gpus.fewest(need(stage), config.num_lanes, room)
+        stage: gpus.fewest_workers(need(stage), config.num_lanes, usable_bytes)
         for stage in (0, 1, 2, 3)
         if stage or config.model.dtype == "float32"
     }
@@ -268,11 +285,11 @@ def _gpu(
     return {
         "name": name,
         "gb": gpus.GPUS[name],
-        "room": room,
-        "fits": used <= room,
+        "room": usable_bytes,
+        "fits": used <= usable_bytes,
         "used": used / (gpus.GPUS[name] * 1e9),
-        "fewest": gpus.fewest(need(None), most, room),
-        "least": {"gpus": least[0], "stage": least[1], "nodes": -(-least[0] // gpus.A_NODE)}
+        "fewest": gpus.fewest_workers(need(None), most, usable_bytes),
+        "least": {"gpus": least[0], "stage": least[1], "nodes": -(-least[0] // gpus.GPUS_PER_NODE)}
         if least
         else None,
     }

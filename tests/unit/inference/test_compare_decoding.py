@@ -35,9 +35,9 @@ def test_each_strategy_has_its_row_and_each_model(document):
     found = compare(config, [config.model.path] * 2, ["greedy", "beam:3", "sample:0.7,seed=2"])
     assert [one["strategy"] for one in found] == ["greedy", "beam:3", "sample:0.7"] * 2
     assert found[0]["generations"] == found[3]["generations"] and len(found[0]["generations"]) == 3
-    assert {one["text"] for one in found[0]["generations"]} <= set(config.evaluation.decoding.choices), (
-        "what the config says else"
-    )
+    assert {one["text"] for one in found[0]["generations"]} <= set(
+        config.evaluation.decoding.choices
+    ), "what the config says else"
     assert all(
         one["samples"] == 6 and one["seconds"] > 0 and one["tokens_per_s"] > 0 for one in found
     )

@@ -8,6 +8,7 @@ import pytest
 import tiny_tasks
 
 from dist_ft.config.load import load_config
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.inference import distributed_scoring
 from dist_ft.inference.evaluate import evaluate_models
@@ -29,19 +30,20 @@ def config(base, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (["prompting.method=prototypes"], "prompting.method=prototypes: one process is asked"),
-        (["evaluation.robustness.typo_rate=0.1"], "evaluation.robustness: one process is asked"),
+        (["prompting.method=prototypes"], "prompting.method=prototypes: needs one process"),
+        (["evaluation.robustness.typo_rate=0.1"], "evaluation.robustness: needs one process"),
         (
             ["prompting.method=likelihood", "prompting.templates=['a {text}', 'b {text}']"],
-            "prompting.templates: 2 are given",
+            "prompting.templates: 2 templates are given",
         ),
     ],
 )
-def test_what_one_process_alone_is_asked(base, overrides, said):
-    with pytest.raises(ConfigError, match=said):
-        distributed_scoring.score(config(base, *overrides))
+def test_scores_that_need_one_process_are_refused(base, overrides, message):
+    made = config(base, *overrides)
+    with pytest.raises(ConfigError, match=message):
+        distributed_scoring.score(ResolvedRun.from_config(made), made.cluster)
 
 
 def test_a_head_that_was_never_trained_is_refused_before_workers_are_asked_for(base):

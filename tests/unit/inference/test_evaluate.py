@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_ft import api
 from dist_ft.config.load import load_config, to_mapping
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.errors import ConfigError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.inference.evaluate import evaluate_models, over_templates
+from dist_ft.inference.evaluate import aggregate_templates, evaluate_models
+from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
-from dist_ft.runtime.bootstrap.few_shot_examples import (
-    examples,
-)
+from dist_ft.runtime.bootstrap.few_shot_examples import draw_examples
 from dist_ft.runtime.preflight import check_run
 
 TEMPLATES = ["say {text} :", "the child counts {text} with"]
@@ -111,9 +112,7 @@ def test_few_shot_shows_what_was_drawn(base):
         data={"overlong": "error", "train": str(base / "shown.jsonl")},
         evaluation={"data": str(base / "short.jsonl")},
     )
-    shown = examples(
-        made.model_copy(update={"task": made.task.model_copy(update={"labels": tuple(WORDS)})}), 1
-    )
+    shown = draw_examples(replace(ResolvedRun.from_config(made), labels=tuple(WORDS)), 1)
     assert len(shown) == 4 and sorted(sample.label for sample in shown) == [0, 1, 2, 3]
     assert {sample.first for sample in shown} <= {row["text"] for row in short[::2]}
     before = "".join(f"say {one.first} :{list(WORDS.values())[one.label]} and " for one in shown)
@@ -139,7 +138,7 @@ def test_several_templates_are_compared(base):
 
 
 def test_best_and_worst_know_which_metrics_are_better_low():
-    found = over_templates(
+    found = aggregate_templates(
         "sequence_classification",
         {
             name: {"accuracy": a, "calibration_error": c}
@@ -209,7 +208,9 @@ def test_a_trained_head_stands_beside_a_prompted_model(base):
 def test_no_optimizer_is_made(base, monkeypatch):
     from dist_ft.engine import optimizers
 
-    monkeypatch.setattr(optimizers, "build_optimizer", lambda *_: pytest.fail("an optimizer was made"))
+    monkeypatch.setattr(
+        optimizers, "build_optimizer", lambda *_: pytest.fail("an optimizer was made")
+    )
     made = config(base)
     evaluate_models(made, [made.model.path])
 
@@ -239,7 +240,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
     AutoModelForCausalLM.from_pretrained(base / "learned")
     assert "dist-ft predict" in api.next_step(str(base / "learned"))
     rows = held_out(made)
-    said = Predictor(str(base / "learned"), batch=7).predict(
+    said = Predictor(str(base / "learned"), PredictionOptions(batch_size=7)).predict(
         [{"text": row["text"]} for row in rows]
     )
     right = [one["label"] == row["label"] for one, row in zip(said, rows, strict=True)]

@@ -15,6 +15,7 @@ from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference import prediction_file
 from dist_ft.inference.evaluate import evaluate_models
+from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
 from dist_ft.inference.prediction_file import predict_file
 from dist_ft.runtime import local
@@ -57,7 +58,7 @@ def rows(task: str, count: int, seed: int = 1):
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
 def test_what_is_predicted_is_what_was_scored(base, trained, task):
     config, out = trained(task)
-    found = Predictor(out, batch=7).predict(rows(task, 23))
+    found = Predictor(out, PredictionOptions(7)).predict(rows(task, 23))
     scored = evaluate_models(config, [out])[out]
     assert scored["head"] == "trained"
     if task == "sequence_classification":
@@ -85,15 +86,15 @@ def test_what_is_predicted_is_what_was_scored(base, trained, task):
 def test_answers_are_parts_of_their_contexts(base, trained):
     _, out = trained("question_answering")
     asked = rows("question_answering", 9)
-    for said, row in zip(Predictor(out, batch=4).predict(asked), asked, strict=True):
+    for said, row in zip(Predictor(out, PredictionOptions(4)).predict(asked), asked, strict=True):
         assert said["answer"] in row["context"]
 
 
 def test_texts_are_made(base, trained):
     _, out = trained("seq2seq")
-    found = Predictor(out, batch=4, max_new_tokens=5).predict(rows("seq2seq", 5))
+    found = Predictor(out, PredictionOptions(4, 5)).predict(rows("seq2seq", 5))
     assert len(found) == 5 and all(isinstance(said["text"], str) for said in found)
-    alone = Predictor(out, batch=1, max_new_tokens=5).predict(rows("seq2seq", 5))
+    alone = Predictor(out, PredictionOptions(1, 5)).predict(rows("seq2seq", 5))
     assert alone == found, "whatever shares a batch"
 
 
@@ -102,19 +103,23 @@ def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(
     base, trained, strategy, tmp_path, monkeypatch
 ):
     _, out = trained("seq2seq")
-    whole = Predictor(out, 4, 6, strategy).predict(rows("seq2seq", 5))
+    whole = Predictor(out, PredictionOptions(4, 6, strategy)).predict(rows("seq2seq", 5))
     assert all(len(said["others"]) == 1 for said in whole)
     assert strategy.startswith("beam") or all(said["text"] != said["others"][0] for said in whole)
-    assert whole != Predictor(out, 4, 6).predict(rows("seq2seq", 5))
+    assert whole != Predictor(out, PredictionOptions(4, 6)).predict(rows("seq2seq", 5))
     monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 2)
     file = tmp_path / "said.jsonl"
-    predict_file(Predictor(out, 4, 6, strategy), iter(rows("seq2seq", 5)), str(file))
+    predict_file(
+        Predictor(out, PredictionOptions(4, 6, strategy)), iter(rows("seq2seq", 5)), str(file)
+    )
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]))
-    predict_file(Predictor(out, 4, 6, strategy), iter(rows("seq2seq", 5)), str(file))
+    predict_file(
+        Predictor(out, PredictionOptions(4, 6, strategy)), iter(rows("seq2seq", 5)), str(file)
+    )
     assert [json.loads(line)["prediction"] for line in file.read_text().splitlines()] == whole
     with pytest.raises(DataError, match="holds what another model said of 5 rows"):
-        predict_file(Predictor(out, 4, 6), iter(rows("seq2seq", 5)), str(file))
+        predict_file(Predictor(out, PredictionOptions(4, 6)), iter(rows("seq2seq", 5)), str(file))
 
 
 def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
@@ -211,7 +216,8 @@ def test_a_runs_folder_answers_as_what_is_exported_from_it(base, trained, tmp_pa
     asked = rows("sequence_classification", 5)
     assert Predictor(config.run_url).predict(asked) == Predictor(out).predict(asked)
     with pytest.raises(
-        ModelError, match=r"is no model folder \(.*\); what `dist-ft export` writes is needed"
+        ModelError,
+        match=r"is not a model folder \(.*\)\. A folder that `dist-ft export` writes is needed",
     ):
         Predictor(str(tmp_path))
 

@@ -18,6 +18,7 @@ from dist_ft.core.errors import ConfigError, DataError, ModelError, WorkerError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference import predict_folder, prediction_shards, ray_data
+from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
 from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
@@ -36,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(prediction_shards.cut, "__defaults__", (600,))
+    monkeypatch.setattr(prediction_shards.split_input, "__defaults__", (600,))
 
 
 def make_rows(folder, count=40):
@@ -75,10 +76,10 @@ def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
         predict_folder,
-        "make",
-        lambda predictor, store, task, make=prediction_shards.make: (
-            made.append(task["name"]),
-            make(predictor, store, task),
+        "write_shard",
+        lambda predictor, store, task, write=prediction_shards.write_shard: (
+            made.append(task.name),
+            write(predictor, store, task),
         )[1],
     )
     _, rows = api.predict(model, source, str(tmp_path / "said"))
@@ -124,20 +125,22 @@ def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp
     """What Ray Data calls, without Ray: errors travel as values, for Ray would wrap them beyond recognition."""
     source = make_rows(tmp_path / "in")
     shards = [shard for found in discover_shards([Source(path=source)]) for shard in found]
-    tasks = prediction_shards.cut(shards, "jsonl")
-    asked = ray_data.Asked(model, str(tmp_path / "said"), 32, 128, "greedy")
-    told = asked({"task": np.array([json.dumps(task) for task in tasks[:2]])})
-    assert told["wrong"] == ["", ""]
+    tasks = prediction_shards.split_input(shards, "jsonl")
+    actor = ray_data.PredictionActor(model, str(tmp_path / "said"), PredictionOptions())
+    results = actor({"task": np.array([task.to_json() for task in tasks[:2]])})
+    assert results["error"] == ["", ""]
     whole = {
         name: Store(str(tmp_path / "said")).read(name).count(b"\n")
         for name in Store(str(tmp_path / "said")).list()
     }
-    assert whole == {task["name"]: rows for task, rows in zip(tasks[:2], told["rows"], strict=True)}
-    nobody = ray_data.Asked(str(tmp_path / "none"), str(tmp_path / "other"), 32, 128, "greedy")
-    (wrong,) = nobody({"task": np.array([json.dumps(tasks[0])])})["wrong"]
-    error = ray_data._named(*json.loads(wrong))
-    assert type(error) is ModelError and "there is no such folder" in str(error)
-    assert type(ray_data._named("KeyError", "x")) is WorkerError
+    assert whole == {task.name: rows for task, rows in zip(tasks[:2], results["rows"], strict=True)}
+    no_model = ray_data.PredictionActor(
+        str(tmp_path / "none"), str(tmp_path / "other"), PredictionOptions()
+    )
+    (text,) = no_model({"task": np.array([tasks[0].to_json()])})["error"]
+    error = ray_data._restore_error(*json.loads(text))
+    assert type(error) is ModelError and "the folder does not exist" in str(error)
+    assert type(ray_data._restore_error("KeyError", "x")) is WorkerError
     assert not (tmp_path / "other").exists()
 
 
@@ -162,5 +165,5 @@ def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, m
         said = Predictor(str(tmp_path / "flash")).predict(rows)
     assert said == Predictor(model).predict(rows)
     assert {line for line in caplog.messages if "flash" in line} == {
-        "model.attention=flash_attention_2: needs a GPU; sdpa is used here, which computes the same"
+        "model.attention=flash_attention_2: needs a GPU; using sdpa, which computes the same"
     }

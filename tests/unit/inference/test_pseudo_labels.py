@@ -53,15 +53,15 @@ def test_rows_the_model_is_sure_of_are_kept_in_order_and_others_counted(trained,
     ]
     assert 0 < len(wanted) < 60
     assert found.rows == wanted
-    assert (found.num_unsure, found.num_over, found.num_labelled) == (60 - len(wanted), 0, 0)
-    assert {label: count for label, count in found.kept.items() if count} == Counter(
+    assert (found.num_unsure, found.num_over, found.num_labeled) == (60 - len(wanted), 0, 0)
+    assert {label: count for label, count in found.num_kept.items() if count} == Counter(
         row["label"] for row in wanted
     )
 
 
 def test_with_a_cap_the_surest_of_each_label_stay(trained, said):
     rows, answers = said
-    found = pseudo_label(Predictor(trained[1]), iter(rows), 0.0, most=3)
+    found = pseudo_label(Predictor(trained[1]), iter(rows), 0.0, max_per_label=3)
     assert [row["id"] for row in found.rows] == sorted(row["id"] for row in found.rows)
     for label in tiny_tasks.LABELS:
         scores = sorted((a["score"] for a in answers if a["label"] == label), reverse=True)
@@ -77,7 +77,7 @@ def test_rows_that_have_a_label_keep_out(trained):
     rows[1]["label"], rows[2]["label"] = "drink", None
     found = pseudo_label(Predictor(trained[1]), iter(rows), 0.0)
     assert [row["id"] for row in found.rows] == [0, 2, 3]
-    assert found.num_labelled == 1
+    assert found.num_labeled == 1
 
 
 def test_a_model_without_one_label_a_text_is_refused(trained):

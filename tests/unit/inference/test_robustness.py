@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,15 +16,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from dist_ft import api
 from dist_ft.config.load import load_config
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.errors import ConfigError, DataError, ModelError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.data.tools import perturb
 from dist_ft.inference.evaluate import evaluate_models
 from dist_ft.runtime import local
-from dist_ft.runtime.bootstrap.few_shot_examples import (
-    examples,
-)
+from dist_ft.runtime.bootstrap.few_shot_examples import draw_examples
 
 LABELS = tiny_tasks.LABELS
 
@@ -119,7 +119,9 @@ def test_out_of_scope_is_told_by_how_sure_the_model_is(base):
 def test_typos_stand_beside_clean_texts(base):
     made = config(base, evaluation={"robustness": {"typo_rate": 0.5, "seed": 4}})
     rows, found = rows_of(made), found_of(made, base)
-    noisy = [perturb.make_typo_function(0.5, 4, number)(row["text"]) for number, row in enumerate(rows)]
+    noisy = [
+        perturb.make_typo_function(0.5, 4, number)(row["text"]) for number, row in enumerate(rows)
+    ]
     wanted = [LABELS.index(row["label"]) for row in rows]
     assert (
         found["accuracy_typos"]
@@ -181,11 +183,9 @@ def test_prototypes_are_mean_vectors_of_examples(base, shots):
             )
         return mean / np.linalg.norm(mean)
 
-    labelled = made.model_copy(
-        update={"task": made.task.model_copy(update={"labels": tuple(LABELS)})}
-    )
+    run = replace(ResolvedRun.from_config(made), labels=tuple(LABELS))
     drawn = (
-        [(one.first, one.label) for one in examples(labelled, shots)]
+        [(one.first, one.label) for one in draw_examples(run, shots)]
         if shots
         else [(row["text"], LABELS.index(row["label"])) for row in rows_of(made, made.data.train)]
     )
@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_one_line(base):
         evaluate_models(made, [made.model.path])
     made = config(base, batch={"sequence_length": 65})
     with pytest.raises(
-        ModelError, match=r"batch\.sequence_length=65: longer than the model can take; at most 64"
+        ModelError, match=r"batch\.sequence_length=65: longer than the model accepts. At most 64"
     ):
         evaluate_models(made, [str(base / "out")])
 

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import tiny_tasks
+from resolved import resolve
 from unit.model.test_generation import decoder
 from unit.small import make_model
 
 from dist_ft.config.load import load_config
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.world import Collectives, World
 from dist_ft.model.generation import GenerationRequest
 from dist_ft.runtime import local
-from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.runtime.bootstrap.build_data import Loaders, build_loaders
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.held_out_generation import (
     HeldOutGenerator,
@@ -37,12 +39,18 @@ def held_out(base: Path, **changes):
     config = load_config(
         tiny.config(base, "x", evaluation={"data": str(base / "data" / "*.jsonl")}, **changes)
     )
-    return open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
+    return resolved(config)
+
+
+def resolved(config) -> tuple[ResolvedRun, Loaders]:
+    store = Store(f"memory://{uuid4().hex}")
+    run = resolve(config, store)
+    return run, build_loaders(run, store, World(), Collectives())
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
-    data = held_out(base, data={"pack": pack}, batch={"micro_batch": 5})
+    run, data = held_out(base, data={"pack": pack}, batch={"micro_batch": 5})
     loader = data.evaluation
     batches = [
         batch for step in range(loader.steps_per_epoch) for batch in loader.batches(step, range(1))
@@ -59,7 +67,7 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
         for file in sorted((base / "data").glob("*.jsonl"))
         for line in file.read_text().splitlines()
     ]
-    tokenizer = data.tokenizer
+    tokenizer = run.tokenizer
     assert [tokenizer.decode(one.prompt) for one in found] == [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
@@ -83,10 +91,10 @@ def test_of_a_chat_the_first_answer_is_asked_for(base, tmp_path):
         )
     ]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    data = held_out(base, data={"train": str(tmp_path / "chat.jsonl"), "format": "auto"})
+    run, data = held_out(base, data={"train": str(tmp_path / "chat.jsonl"), "format": "auto"})
     (one,) = iterate_samples(data.training.batches(0, range(1))[0], False)
-    assert data.tokenizer.decode(one.prompt) == "<|user|>the fox<|end|><|assistant|>"
-    assert data.tokenizer.decode(one.target) == "jumps<|end|>"
+    assert run.tokenizer.decode(one.prompt) == "<|user|>the fox<|end|><|assistant|>"
+    assert run.tokenizer.decode(one.target) == "jumps<|end|>"
     data.close()
 
 
@@ -162,13 +170,13 @@ def test_the_first_samples_are_taken_once_whoever_saw_them(base):
             },
         )
     )
-    data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
-    texts = HeldOutGenerator.from_config(config, data.tokenizer)
+    run, data = resolved(config)
+    texts = HeldOutGenerator.from_config(config, run.tokenizer)
     for _ in range(2):  # a second evaluation begins anew
         for batch in data.evaluation.batches(0, range(5)) + data.evaluation.batches(1, range(5)):
             texts.collect(batch)
         assert [one.sample for one in texts.take_samples(Collectives())] == [0, 1, 2, 3, 4]
-    assert HeldOutGenerator.from_config(load_config(tiny.config(base, "x")), data.tokenizer) is None
+    assert HeldOutGenerator.from_config(load_config(tiny.config(base, "x")), run.tokenizer) is None
     data.close()
 
 

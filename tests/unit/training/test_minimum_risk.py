@@ -8,13 +8,14 @@ import history
 import pytest
 import tiny
 import tiny_tasks
+from resolved import resolve
 
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap import build_model
-from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.runtime.bootstrap.build_data import build_loaders
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.minimum_risk import MinimumRisk
 
@@ -51,10 +52,13 @@ def test_a_run_gone_on_with_has_the_losses_of_one_that_never_stopped(base, task)
 
 def test_what_a_lane_draws_knows_no_other_lane(base):
     config = load_config(document(base, "causal_lm", "x", 2))
-    data = open_data(config, Store(f"memory://{uuid4().hex}"), World(), Collectives())
-    module, engine, _ = build_model.open_engine(config, World(), False, data.tokenizer)
+    store = Store(f"memory://{uuid4().hex}")
+    run = resolve(config, store)
+    data = build_loaders(run, store, World(), Collectives())
+    built = build_model.build_engine(run, World(), resumed=False)
+    module, engine = built.module, built.engine
     risk, batches = (
-        MinimumRisk.from_config(config, data.tokenizer),
+        MinimumRisk.from_config(config, run.tokenizer),
         data.training.batches(0, range(5)),
     )
 

@@ -14,6 +14,7 @@ import history
 import numpy as np
 import pytest
 import tiny
+from resolved import resolve
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
@@ -28,8 +29,9 @@ from dist_ft.core.seeds import (
 from dist_ft.core.world import Collectives, World
 from dist_ft.engine import schedule
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.runtime.bootstrap import build_model, training_run
-from dist_ft.runtime.bootstrap.build_data import open_data
+from dist_ft.runtime.bootstrap import build_model
+from dist_ft.runtime.bootstrap.build_data import build_loaders
+from dist_ft.runtime.bootstrap.run_state import build_local_tier
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.anomaly import AnomalyDetector
 from dist_ft.training.callbacks import Callback, CallbackList
@@ -76,21 +78,21 @@ class Run:
         """Train from the newest checkpoint on; return the result and what the console showed."""
         config, stream = load_config(self.document()), io.StringIO()
         attempt = discovery.start_attempt(self.store, 1)
-        data = open_data(config, self.store, World(), Collectives())
+        resolved = resolve(config, self.store)
+        data = build_loaders(resolved, self.store, World(), Collectives())
         manager = CheckpointManager(
             self.store,
             config.checkpoint,
             World(),
             Collectives(),
             attempt,
-            training_run.node_tier(config, self.store, World(), Collectives()),
+            build_local_tier(config, self.store, World(), Collectives()),
         )
         manifest = manager.find_latest()
-        module, engine, _ = build_model.open_engine(
-            config, World(), manifest is not None, data.tokenizer
-        )
+        built = build_model.build_engine(resolved, World(), manifest is not None)
+        module, engine = built.module, built.engine
         if manifest:
-            manifest = manager.load(manifest, engine, build_model.tensors(module))
+            manifest = manager.load(manifest, engine, build_model.tensor_infos(module))
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         metrics = MetricsLog(self.store, read_metrics(self.store, progress.step), attempt, False)
         components = Components(
@@ -101,13 +103,13 @@ class Run:
             metrics,
             World(),
             Collectives(),
-            build_model.tensors(module),
-            build_model.aliases(module),
+            build_model.tensor_infos(module),
+            build_model.tied_weights(module),
             AnomalyDetector(config.anomaly),
             self.store,
         )
         trainer = Trainer(
-            config,
+            resolved,
             components,
             RunContext(console=Console(stream), callbacks=CallbackList(callbacks), **requests),
             progress,
@@ -468,8 +470,9 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     """Ranks are asked one by one, each giving its own share; together they are the whole, in equally many calls."""
     run = Run(base, "straight")
     config = load_config(run.document())
-    loader = open_data(config, run.store, World(), Collectives()).evaluation
-    _, engine, _ = build_model.open_engine(config, World(), False, None)
+    resolved = resolve(config, run.store)
+    loader = build_loaders(resolved, run.store, World(), Collectives()).evaluation
+    engine = build_model.build_engine(resolved, World(), resumed=False).engine
     calls: list[int] = []
     whole = evaluate(engine, loader, config.num_lanes, World(), Collectives()).metrics
     loss_sum = engine.loss_sum

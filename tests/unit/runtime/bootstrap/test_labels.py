@@ -7,9 +7,10 @@ import json
 import pytest
 
 from dist_ft.config.load import load_config
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.core.world import Collectives, World
-from dist_ft.runtime.bootstrap.labels import KEPT, with_labels
+from dist_ft.runtime.bootstrap.labels import LABELS_FILE, resolve_labels
 from dist_ft.storage.filesystem import Store
 
 
@@ -30,7 +31,7 @@ def labels(tmp_path):
                 "task": {"name": "sequence_classification", **task},
             }
         )
-        return with_labels(config, store, World(), Collectives()).task.labels
+        return resolve_labels(ResolvedRun.from_config(config), store, World(), Collectives()).labels
 
     return find, store
 
@@ -42,13 +43,15 @@ def rows(*values):
 def test_they_are_found_ordered_and_kept(labels):
     find, store = labels
     assert find(rows("no", "yes", "no", "maybe")) == ("maybe", "no", "yes")
-    assert json.loads(store.read(KEPT)) == ["maybe", "no", "yes"]
+    assert json.loads(store.read(LABELS_FILE)) == ["maybe", "no", "yes"]
     assert find(rows("other", "data")) == ("maybe", "no", "yes"), "a run keeps those it began with"
 
 
 def test_named_ones_stay_as_they_are(labels):
     find, store = labels
-    assert find(rows("no", "yes"), labels=["yes", "no"]) == ("yes", "no") and not store.exists(KEPT)
+    assert find(rows("no", "yes"), labels=["yes", "no"]) == ("yes", "no") and not store.exists(
+        LABELS_FILE
+    )
 
 
 def test_tags_and_sets(labels):
@@ -73,7 +76,7 @@ def test_too_few_are_refused(labels):
     find, store = labels
     with pytest.raises(DataError, match=r"its rows have 1 label \(yes\); at least two are needed"):
         find(rows("yes", "yes"))
-    assert not store.exists(KEPT)
+    assert not store.exists(LABELS_FILE)
 
 
 def test_a_row_without_is_refused_or_passed_over(labels):

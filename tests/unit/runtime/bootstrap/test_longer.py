@@ -30,4 +30,4 @@ def test_promise_1_holds_when_a_finished_run_is_made_longer(tmp_path, first, the
         api.train(load_config(document), skip_check=True)
     found = audit(load_config(document).run_url)
     assert found.is_sound, [count for count in found.epochs if not count.is_sound]
-    assert any(count.num_seen == count.num_pieces for count in found.epochs if count.epoch == 1)
+    assert any(count.num_seen == count.num_segments for count in found.epochs if count.epoch == 1)

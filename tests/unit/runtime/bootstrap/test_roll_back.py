@@ -8,9 +8,10 @@ import pytest
 from unit.small import run_config
 
 from dist_ft.checkpoint.manifest import Progress
+from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap import training_run
-from dist_ft.training.anomaly import AnomalyError, AnomalyDetector, RollbackRequested
+from dist_ft.training.anomaly import AnomalyDetector, AnomalyError, RollbackRequested
 from dist_ft.training.components import Components
 from dist_ft.training.run_context import RunContext
 
@@ -53,9 +54,16 @@ def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
     )
     manifest = MagicMock(progress=progress, evaluation={})
     with pytest.raises(
-        AnomalyError, match=r"gone back to step 8 more than 3 times \(anomaly.max_consecutive\)"
+        AnomalyError, match=r"rolled back to step 8 more than 3 times \(anomaly.max_consecutive\)"
     ):
-        training_run._train_on(config, parts(config, manifest), RunContext(), progress, 20, manifest)
+        training_run.train_with_rollback(
+            ResolvedRun.from_config(config),
+            parts(config, manifest),
+            RunContext(),
+            progress,
+            20,
+            manifest,
+        )
     assert Diverging.starts == 4
 
 
@@ -64,8 +72,13 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
     config = run_config("runs", anomaly={"action": "rollback"})
     with pytest.raises(
         AnomalyError,
-        match="there is no checkpoint yet to go back to; the same command begins again",
+        match="the run has no checkpoint yet to roll back to. The same command starts again",
     ):
-        training_run._train_on(
-            config, parts(config, None), RunContext(), Progress(step=0, optimizer_step=0), 20, None
+        training_run.train_with_rollback(
+            ResolvedRun.from_config(config),
+            parts(config, None),
+            RunContext(),
+            Progress(step=0, optimizer_step=0),
+            20,
+            None,
         )

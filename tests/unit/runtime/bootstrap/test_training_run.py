@@ -99,7 +99,7 @@ def test_a_complete_run_is_not_trained_again(document):
     first, _ = go(document)
     again, shown = go(document)
     assert shown == (
-        f"run {document['run']['name']} is complete: step 4 of 4 is committed; raise schedule.steps to go on, "
+        f"run {document['run']['name']} is complete: step 4 of 4 is committed; raise schedule.steps to continue, "
         "or export it\n"
     )
     assert again == replace(first, loss=None)
@@ -122,7 +122,7 @@ def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             training_run,
-            "open_data",
+            "build_loaders",
             lambda *_: (_ for _ in ()).throw(DataError("no such file here")),
         )
         with pytest.raises(DataError, match="no such file here"):
@@ -147,8 +147,8 @@ def test_more_workers_than_lanes(document):
     config = load_config(document)
     with pytest.raises(
         ConfigError,
-        match=r"cluster\.workers=6: more than the 5 lanes \(global_batch / micro_batch\); use "
-        r"fewer workers or a larger batch\.global_batch",
+        match=r"cluster\.workers=6: more workers than the 5 lanes \(global_batch / micro_batch\)\. Use "
+        r"at most 5 workers or raise batch\.global_batch",
     ):
         training_run.run(config, World(0, 6), RunContext())
 
@@ -156,7 +156,7 @@ def test_more_workers_than_lanes(document):
 def test_one_of_many_processes_can_not_be_alone(document):
     with pytest.raises(
         ConfigError,
-        match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\); set "
+        match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\)\. Set "
         r"cluster\.workers=2, or start one process",
     ):
         training_run.run(load_config(document), World(0, 2), RunContext())

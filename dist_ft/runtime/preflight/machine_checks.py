@@ -1,0 +1,59 @@
+"""Checks of this machine's CPUs and GPUs before a run.
+
+Skipped where the run goes to another cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from dist_ft.config.schema import RunConfig
+from dist_ft.core.world import World
+
+
+def check_cpus(config: RunConfig) -> Iterator[str]:
+    """Yield a line if this machine has too few CPUs."""
+    if not _runs_here(config):
+        return
+    num_cpus, workers = os.cpu_count() or 1, _workers_here(config)
+    if workers * config.cluster.cpus_per_worker > num_cpus:
+        yield (
+            f"cluster.workers={config.min_workers}: needs {workers} × "
+            f"{config.cluster.cpus_per_worker:g} CPUs (cluster.cpus_per_worker), and this machine has "
+            f"{num_cpus}. Use fewer workers or fewer CPUs per worker, or set cluster.address to a larger "
+            "Ray cluster."
+        )
+
+
+def check_gpus(config: RunConfig) -> Iterator[str]:
+    """Yield a line if this machine has too few GPUs."""
+    if not config.cluster.gpus_per_worker or not _runs_here(config):
+        return
+    import torch
+
+    num_gpus, needed = torch.cuda.device_count(), max(1, _workers_here(config))
+    if num_gpus < needed:
+        yield (
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and "
+            f"torch can use {num_gpus} on this machine. Set it to 0 to run on CPUs, or set "
+            "cluster.address to a Ray cluster with GPUs."
+        )
+
+
+def _runs_here(config: RunConfig) -> bool:
+    """Return whether the run uses this machine: one process, torchrun's ranks, or a local Ray of its own."""
+    own_ray = config.cluster.address is None and not os.environ.get("RAY_ADDRESS")
+    return _is_torchrun_rank() or config.max_workers == 0 or own_ray
+
+
+def _workers_here(config: RunConfig) -> int:
+    """Return how many workers this machine must hold, if the run uses it."""
+    if _is_torchrun_rank():
+        return World.from_environment().ranks_per_node
+    return config.min_workers
+
+
+def _is_torchrun_rank() -> bool:
+    """Return whether torchrun (or the like) started this process as one of its ranks."""
+    return "RANK" in os.environ
