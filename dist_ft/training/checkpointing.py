@@ -138,7 +138,7 @@ class Saver:
         `values` are announced with the commit, `evaluation` is kept with it.
         """
         components = self._components
-        components.time_ledger.saving(progress.step)
+        components.time_ledger.start_save(progress.step)
         self._context.callbacks.on_progress()
         background, begun = self._section.background and not now, time.perf_counter()
         if components.manager.save_in_progress is not None:

@@ -1,9 +1,10 @@
-"""Names the worker all others wait for.
+"""Names the worker that all others wait for.
 
-In a synchronous step every worker takes as long as the slowest, so step times tell nothing. Three things a worker knows
-of itself do: how long it stood still (stopped, starved of CPU: a thread that sleeps in short naps and looks how long
-each was), how long it waited for data, and how long a small matrix product takes on its device. Compared over all
-workers every `log.straggler_steps` steps. A slow one is named, not killed.
+In a synchronous step every worker takes as long as the slowest, so step times do not show which one
+is slow. A worker's own measurements do: how long it was stalled (stopped, or without a CPU: a
+thread sleeps for short times and checks how long each sleep took), how long it waited for data, and
+how long a small matrix product takes on its device. They are compared over all workers every
+`log.straggler_steps` steps. A slow worker is named, not ended.
 """
 
 from __future__ import annotations
@@ -20,146 +21,156 @@ import torch
 from dist_ft.core.world import Collectives, World
 
 log = logging.getLogger("dist_ft.train")
-NAP_S, LATE_S = 0.05, 0.05
-"""A nap that took this much longer than asked for was no ordinary scheduling."""
-STOOD_SHARE, TIMES_SLOWER = 0.2, 1.5
-MOST_LISTED = 16
+SLEEP_S = 0.05
+LATE_S = 0.05
+"""A sleep that took this much longer than `SLEEP_S` counts as a stall, not as normal scheduling."""
+SHARE_MARGIN = 0.2
+"""A share this much above the typical one is slow."""
+SLOWDOWN = 1.5
+"""A matrix product that takes this many times the typical one is slow."""
+MAX_WORKERS_LOGGED = 16
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a worker tells of itself: shares of the time since the last look, and seconds of one probe."""
+    """The measurements of a worker since the last comparison.
+
+    Attributes:
+        rank, node: of the worker.
+        stalled_share, data_share: shares of the time, 0..1.
+        probe_s: seconds of one small matrix product.
+    """
 
     rank: int
     node: str
-    stood_share: float
+    stalled_share: float
     data_share: float
     probe_s: float
 
 
 class StragglerDetector:
-    """One worker's part."""
+    """Measures the pace of this worker and compares it with the others."""
 
     def __init__(
         self, world: World, collectives: Collectives, device: torch.device, every_steps: int
     ) -> None:
-        """Begin to watch if `every_steps` is not 0 and there is someone to compare with."""
+        """Start measuring, unless `every_steps` is 0 or there is one worker."""
         self._world = world
         self._collectives = collectives
         self._device = device
         self._every_steps = every_steps if world.num_ranks > 1 else 0
         self._node = socket.gethostname()
-        self._stood_s = self._data_s = 0.0
-        self._since = time.monotonic()
-        self._ended = threading.Event()
-        self._named: set[int] = set()
+        self._stalled_s = self._data_s = 0.0
+        self._since_s = time.monotonic()
+        self._stopped = threading.Event()
+        self._slow_ranks: set[int] = set()
         if self._every_steps:
-            threading.Thread(target=self._nap, name="stragglers", daemon=True).start()
+            threading.Thread(target=self._measure_stalls, name="stragglers", daemon=True).start()
 
     def after_step(self, step: int, waited_s: float) -> dict[str, float]:
-        """Note a step and how long it waited for data; now and then compare (a collective call) and return metrics."""
+        """Record a step and the time it waited for data; return metrics on rank 0 if any are due.
+
+        Every `every_steps` steps this is a collective call.
+        """
         self._data_s += waited_s
         if not self._every_steps or step % self._every_steps:
             return {}
-        now = time.monotonic()
-        passed_s = max(now - self._since, 1e-9)
+
+        elapsed_s = max(time.monotonic() - self._since_s, 1e-9)
         own = Pace(
             self._world.rank,
             self._node,
-            self._stood_s / passed_s,
-            self._data_s / passed_s,
-            probe(self._device),
+            self._stalled_s / elapsed_s,
+            self._data_s / elapsed_s,
+            time_matrix_product(self._device),
         )
-        self._stood_s = self._data_s = 0.0
-        self._since = time.monotonic()
+        self._stalled_s = self._data_s = 0.0
+        self._since_s = time.monotonic()
         paces = self._collectives.gather(own)
-        return self._tell(step, paces) if paces is not None else {}
+        return self._log_changes(step, paces) if paces is not None else {}
 
     def close(self) -> None:
-        """Stop watching."""
-        self._ended.set()
+        """Stop measuring."""
+        self._stopped.set()
 
-    def _nap(self) -> None:
+    def _measure_stalls(self) -> None:
         before = time.monotonic()
-        while not self._ended.wait(NAP_S):
+        while not self._stopped.wait(SLEEP_S):
             now = time.monotonic()
-            late_s = now - before - NAP_S
+            late_s = now - before - SLEEP_S
             if late_s > LATE_S:
-                self._stood_s += late_s
+                self._stalled_s += late_s
             before = now
 
-    def _tell(self, step: int, paces: list[Pace]) -> dict[str, float]:
-        """Log who has become slow, or no longer is, and return the metrics."""
-        slow = judge(paces)
-        for rank in sorted(slow.keys() - self._named):
+    def _log_changes(self, step: int, paces: list[Pace]) -> dict[str, float]:
+        """Log which workers became slow, or are no longer; return the metrics."""
+        reasons = find_slow_workers(paces)
+        for rank in sorted(reasons.keys() - self._slow_ranks):
             log.warning(
                 "step %d: worker %d on node %s is slow: %s; all others wait for it",
                 step,
                 rank,
                 paces[rank].node,
-                slow[rank],
+                reasons[rank],
             )
-        for rank in sorted(self._named - slow.keys()):
+        for rank in sorted(self._slow_ranks - reasons.keys()):
             log.warning(
                 "step %d: worker %d on node %s is no longer slow", step, rank, paces[rank].node
             )
-        self._named = set(slow)
-        paces = sorted(
+        self._slow_ranks = set(reasons)
+
+        slowest_first = sorted(
             paces,
-            key=lambda pace: (pace.rank in slow, pace.stood_share, pace.probe_s),
+            key=lambda pace: (pace.rank in reasons, pace.stalled_share, pace.probe_s),
             reverse=True,
         )
-        return {
-            f"{name}/{pace.node}/rank-{pace.rank:05d}": value
-            for pace in paces[:MOST_LISTED]
-            for name, value in (
-                ("stood_share", pace.stood_share),
-                ("data_share", pace.data_share),
-                ("probe_s", pace.probe_s),
-            )
-        }
+        metrics = {}
+        for pace in slowest_first[:MAX_WORKERS_LOGGED]:
+            worker = f"{pace.node}/rank-{pace.rank:05d}"
+            metrics[f"stalled_share/{worker}"] = pace.stalled_share
+            metrics[f"data_share/{worker}"] = pace.data_share
+            metrics[f"probe_s/{worker}"] = pace.probe_s
+        return metrics
 
 
-def judge(paces: list[Pace]) -> dict[int, str]:
-    """Return what is slow about each slow worker, by rank. Pure."""
-    usual = {
-        name: median(getattr(pace, name) for pace in paces)
-        for name in ("stood_share", "data_share", "probe_s")
-    }
-    if len(paces) == 2:  # of two, the median would be half the slow one's
-        usual = {name: min(getattr(pace, name) for pace in paces) for name in usual}
-    found = {}
+def find_slow_workers(paces: list[Pace]) -> dict[int, str]:
+    """Return {rank: what is slow} of the slow workers. Pure."""
+    # Of two workers, the median would be half the slow one's.
+    typical = min if len(paces) == 2 else median
+    typical_stalled = typical([pace.stalled_share for pace in paces])
+    typical_data = typical([pace.data_share for pace in paces])
+    typical_probe_s = typical([pace.probe_s for pace in paces])
+
+    reasons = {}
     for pace in paces:
-        said = [
-            f"it {what} {getattr(pace, name):.0%} of the time (usual here: {usual[name]:.0%})"
-            for name, what in (
-                ("stood_share", "stood still (stopped, or without a CPU)"),
-                ("data_share", "waited for data"),
-            )
-            if getattr(pace, name) > usual[name] + STOOD_SHARE
-        ]
-        if pace.probe_s > TIMES_SLOWER * usual["probe_s"] and not said:
-            said = [
-                f"a matrix product takes it {pace.probe_s / usual['probe_s']:.1f} times as long as usual here"
-            ]
-        if said:
-            found[pace.rank] = "; ".join(said)
-    return found
+        found = []
+        for share, typical_share, what in (
+            (pace.stalled_share, typical_stalled, "was stalled (stopped, or without a CPU)"),
+            (pace.data_share, typical_data, "waited for data"),
+        ):
+            if share > typical_share + SHARE_MARGIN:
+                found.append(f"it {what} {share:.0%} of the time (typical: {typical_share:.0%})")
+        if not found and pace.probe_s > SLOWDOWN * typical_probe_s:
+            times = pace.probe_s / typical_probe_s
+            found.append(f"a matrix product takes it {times:.1f} times as long as is typical")
+        if found:
+            reasons[pace.rank] = "; ".join(found)
+    return reasons
 
 
-def probe(device: torch.device, size: int = 256) -> float:
-    """Return the seconds of a small matrix product on `device`: the best of five."""
+def time_matrix_product(device: torch.device, size: int = 256) -> float:
+    """Return the seconds of a small matrix product on `device`: the fastest of five."""
     values = torch.ones(size, size, device=device)
     times = []
     for _ in range(5):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         float((values @ values)[0, 0])  # waits for the device
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
-def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Return {gpu_memory_gib: the most this process has held on its GPU so far}; nothing without one."""
+def gpu_memory_metrics(device: torch.device) -> dict[str, float]:
+    """Return {gpu_memory_gib: the peak of this process on its GPU so far}; empty without a GPU."""
     if device.type != "cuda":
         return {}
     return {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}

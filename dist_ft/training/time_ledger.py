@@ -1,10 +1,11 @@
-"""Where the wall time of an attempt goes, kept with the run as `time/000001.json` for `dist-ft runs show`.
+"""How the wall time of an attempt is spent, stored with the run as `time/000001.json`.
 
-The training thread says what it is doing (`Clock.to`); a thread of rank 0 writes the account when the attempt has its
-number, at every save, at the end, and every few seconds between, so that a killed attempt leaves one too. Within an
-attempt time is measured by a steady clock; the machine's own clock says only when it began. Guarantees: every second
-between begin and last writing is in exactly one phase; failing storage is a warning; a worker of an older attempt
-writes nothing.
+`dist-ft runs show` reads it. The training thread reports what it does (`TimeLedger.enter`). A
+thread of rank 0 writes the record once the attempt has its number, at every save, at the end, and
+every few seconds in between, so that a killed attempt leaves a record too. Time within an attempt
+is measured by a monotonic clock; the wall clock is used only for its start. Guarantees: every
+second between the start and the last write belongs to exactly one phase; failing storage is a
+warning; a worker of an older attempt writes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from dist_ft.checkpoint import discovery
 from dist_ft.core.errors import Interrupted, StorageError
@@ -29,135 +30,168 @@ log = logging.getLogger("dist_ft.metrics")
 FOLDER = "time"
 Phase = Literal["start", "compute", "evaluation", "data", "save", "other", "lost"]
 PHASES: tuple[Phase, ...] = ("start", "compute", "evaluation", "data", "save", "other", "lost")
-WORK: tuple[Phase, ...] = ("compute", "evaluation", "data", "other")
-"""What has to be done again if the steps it was spent on are."""
-LOCAL_S, REMOTE_S = 2.0, 30.0
-"""Seconds between writings, besides those at saves: to a disk, and to an object store."""
-PATIENCE_S = 5.0
-MOST_MARKS = 64
+WORK_PHASES: tuple[Phase, ...] = ("compute", "evaluation", "data", "other")
+"""Phases whose time is lost if the steps they belong to are repeated."""
+LOCAL_WRITE_S, REMOTE_WRITE_S = 2.0, 30.0
+"""Seconds between writes, apart from those at saves: to a disk, and to an object store."""
+WRITE_TIMEOUT_S = 5.0
+MAX_MARKS = 64
+
+
+class TimeRecord(TypedDict):
+    """The file of an attempt (JSON), without the attempt's number.
+
+    Attributes:
+        ended: why the attempt ended, "done" or a message; absent while it runs or if it failed.
+        begun_at: start, ISO 8601 in UTC.
+        resumed_at: number of steps that were done when the attempt started training.
+        seconds: {phase: seconds}.
+        marks: [step, seconds at that time] of the latest saves.
+    """
+
+    ended: NotRequired[str]
+    begun_at: str
+    resumed_at: int | None
+    seconds: dict[Phase, float]
+    marks: list[list[Any]]
 
 
 class TimeLedger:
-    """What this process spends its time on; it begins at once, in phase "start"."""
+    """How this process spends its time. It starts at once, in the phase "start".
+
+    Attributes:
+        changed: set when the record should be written soon.
+        end_reason: why the attempt ended; "" while it runs.
+    """
 
     def __init__(self) -> None:
-        self.news = threading.Event()
-        """Set when an account should be written soon."""
-        self._begun_at = datetime.now(timezone.utc)
+        """Start in the phase "start"."""
+        self.changed = threading.Event()
+        self.end_reason = ""
+        self._started_at = datetime.now(timezone.utc)
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._phase: Phase = "start"
-        self.ended = ""
-        self._since = time.monotonic()
+        self._since_s = time.monotonic()
         self._resumed_at: int | None = None
         self._marks: dict[int, dict[Phase, float]] = {}
         self._lock = threading.Lock()
 
-    def to(self, phase: Phase) -> None:
+    def enter(self, phase: Phase) -> None:
         """Count time as `phase` from now on."""
         with self._lock:
-            self._settle()
+            self._count_elapsed()
             self._phase = phase
 
-    def resume(self, step: int) -> None:
-        """Note after how many steps this attempt goes on: what earlier ones did beyond them is done again."""
+    def record_resume(self, step: int) -> None:
+        """Record after how many steps this attempt continues.
+
+        The work of earlier attempts beyond that step is repeated.
+        """
         with self._lock:
             self._resumed_at = step
-        self.news.set()
+        self.changed.set()
 
-    def saving(self, step: int) -> None:
-        """A checkpoint of `step` steps begins: note how much time they took, and count as "save" from now on."""
+    def start_save(self, step: int) -> None:
+        """Record the time spent up to a checkpoint of `step` steps, then enter the phase "save"."""
         with self._lock:
-            self._settle()
-            self._marks.pop(step, None)
+            self._count_elapsed()
+            self._marks.pop(step, None)  # so that the new mark is the last
             self._marks[step] = dict(self._seconds)
             self._phase = "save"
-            for old in list(self._marks)[:-MOST_MARKS]:
+            for old in list(self._marks)[:-MAX_MARKS]:
                 del self._marks[old]
-        self.news.set()
+        self.changed.set()
 
     def rewind(self, step: int) -> None:
-        """This attempt itself goes back to `step`: the work since then counts as lost."""
+        """Count the work since `step` as lost: this attempt returns to that checkpoint."""
         with self._lock:
-            self._settle()
-            self._marks = {done: spent for done, spent in self._marks.items() if done <= step}
-            kept = self._marks.get(max(self._marks, default=-1), {})
-            for phase in WORK:
-                redone = self._seconds[phase] - kept.get(phase, 0.0)
-                self._seconds[phase] -= redone
-                self._seconds["lost"] += redone
+            self._count_elapsed()
+            self._marks = {marked: spent for marked, spent in self._marks.items() if marked <= step}
+            spent_before = self._marks.get(max(self._marks, default=-1), {})
+            for phase in WORK_PHASES:
+                lost_s = self._seconds[phase] - spent_before.get(phase, 0.0)
+                self._seconds[phase] -= lost_s
+                self._seconds["lost"] += lost_s
 
-    def account(self) -> dict[str, Any]:
-        """Return all that is known up to now, as JSON takes it."""
+    def to_json(self) -> TimeRecord:
+        """Return the record up to now."""
         with self._lock:
-            self._settle()
-            return {
-                **({"ended": self.ended} if self.ended else {}),
-                "begun_at": self._begun_at.isoformat(),
-                "resumed_at": self._resumed_at,
-                "seconds": _rounded(self._seconds),
-                "marks": [[step, _rounded(spent)] for step, spent in self._marks.items()],
-            }
+            self._count_elapsed()
+            record = TimeRecord(
+                begun_at=self._started_at.isoformat(),
+                resumed_at=self._resumed_at,
+                seconds=_rounded(self._seconds),
+                marks=[[step, _rounded(spent)] for step, spent in self._marks.items()],
+            )
+            if self.end_reason:
+                record["ended"] = self.end_reason
+            return record
 
-    def _settle(self) -> None:
+    def _count_elapsed(self) -> None:
         now = time.monotonic()
-        self._seconds[self._phase] += now - self._since
-        self._since = now
+        self._seconds[self._phase] += now - self._since_s
+        self._since_s = now
 
 
-def _rounded(seconds: dict[Phase, float]) -> dict[str, float]:
+def _rounded(seconds: dict[Phase, float]) -> dict[Phase, float]:
     return {phase: round(value, 3) for phase, value in seconds.items()}
 
 
 @contextmanager
-def kept(clock: TimeLedger, store: Store, attempt: int, world: World) -> Iterator[None]:
-    """Within, keep the account of `attempt` up to date in the run's storage (rank 0's does it, beside training)."""
+def write_periodically(
+    ledger: TimeLedger, store: Store, attempt: int, world: World
+) -> Iterator[None]:
+    """Within this context, keep the record of `attempt` in the run's storage up to date.
+
+    A thread of rank 0 writes it; the other ranks do nothing.
+    """
     if world.rank != 0:
         yield
         return
-    keeper = _Keeper(clock, store, attempt)
-    thread = threading.Thread(target=keeper.run, name="account", daemon=True)
+    writer = _Writer(ledger, store, attempt)
+    thread = threading.Thread(target=writer.run, name="time-ledger", daemon=True)
     thread.start()
     try:
         yield
-        clock.ended = "done"
-    except Interrupted as error:  # what else goes wrong may be followed by a further attempt
-        clock.ended = redact(str(error))
+        ledger.end_reason = "done"
+    except Interrupted as error:  # after other errors another attempt may follow
+        ledger.end_reason = redact(str(error))
         raise
     finally:
-        keeper.ended.set()
-        clock.news.set()
-        thread.join(2 * PATIENCE_S)
+        writer.stopped.set()
+        ledger.changed.set()
+        thread.join(2 * WRITE_TIMEOUT_S)
 
 
-class _Keeper:
-    def __init__(self, clock: TimeLedger, store: Store, attempt: int) -> None:
-        self.ended = threading.Event()
-        self._clock = clock
+class _Writer:
+    def __init__(self, ledger: TimeLedger, store: Store, attempt: int) -> None:
+        self.stopped = threading.Event()
+        self._ledger = ledger
         self._store = store
         self._attempt = attempt
-        self._every_s = LOCAL_S if is_local(store.url) else REMOTE_S
-        self._told = False
+        self._every_s = LOCAL_WRITE_S if is_local(store.url) else REMOTE_WRITE_S
+        self._warned = False
 
     def run(self) -> None:
         """Write until the attempt has ended, and once more then."""
-        last = False
-        while not last:
-            last = self.ended.is_set()
-            self._clock.news.clear()
+        is_last = False
+        while not is_last:
+            is_last = self.stopped.is_set()
+            self._ledger.changed.clear()
             self._write()
-            if not last:
-                self._clock.news.wait(self._every_s)
+            if not is_last:
+                self._ledger.changed.wait(self._every_s)
 
     def _write(self) -> None:
         try:
-            with retry_limit(1, PATIENCE_S):
+            with retry_limit(1, WRITE_TIMEOUT_S):
                 if discovery.latest_attempt(self._store) <= self._attempt:
-                    account = {"attempt": self._attempt, **self._clock.account()}
+                    record = {"attempt": self._attempt, **self._ledger.to_json()}
                     self._store.write(
-                        f"{FOLDER}/{self._attempt:06d}.json", json.dumps(account).encode()
+                        f"{FOLDER}/{self._attempt:06d}.json", json.dumps(record).encode()
                     )
-            self._told = False
+            self._warned = False
         except StorageError as error:
-            if not self._told:
-                log.warning("the account of this attempt's time was not written: %s", error)
-            self._told = True
+            if not self._warned:
+                log.warning("the time record of this attempt was not written: %s", error)
+            self._warned = True

@@ -37,13 +37,13 @@ def test_fault_6_a_rank_stopped_half_of_the_time_is_named_and_not_killed(tmp_pat
     assert [process.wait(60) for process in processes] == [0, 0]
     log = (base / "ranks/rank-0.log").read_text()
     node = socket.gethostname()
-    assert f"worker 1 on node {node} is slow: it stood still (stopped, or without a CPU)" in log, (
+    assert f"worker 1 on node {node} is slow: it was stalled (stopped, or without a CPU)" in log, (
         log[-3000:]
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["kind"] == "pace"]
     assert [line["step"] for line in found] == [10, 20, 30, 40, 50, 60]
     stopped, other = (
-        [line[f"stood_share/{node}/rank-0000{rank}"] for line in found] for rank in (1, 0)
+        [line[f"stalled_share/{node}/rank-0000{rank}"] for line in found] for rank in (1, 0)
     )
     assert max(stopped) > 0.3 and max(stopped) > max(other)
