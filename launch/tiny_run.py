@@ -1,8 +1,8 @@
-"""A run to try a cluster with, made of nothing that must be fetched: python launch/tiny_run.py
+"""Create a tiny run for trying a cluster, without any download: python launch/tiny_run.py
 
-Writes `runs/tiny.yaml` and, in `runs/tiny-material`, a Llama of a million parameters with new weights, a tokenizer
-trained on the spot, and what the functions of this Python do, in the words of their docstrings. It learns in a minute
-or two on two CPUs; it is not meant to know anything afterwards.
+Writes `runs/tiny.yaml` and, in `runs/tiny-material`, a Llama of a million parameters with random
+weights, a tokenizer trained on the spot, and docstrings of this Python as data. It trains for a
+minute or two on two CPUs and is of no use afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-RUN = """# Made by launch/tiny_run.py.
+RUN = """# Written by launch/tiny_run.py.
 run: {name: tiny, storage: ./runs}
 model: {path: ./runs/tiny-material/model, dtype: float32}
 data: {train: ./runs/tiny-material/train.jsonl, format: instruction, overlong: truncate}

@@ -1,8 +1,9 @@
-"""Decoding: how a text is made from what a model has learned.
+"""Decoding strategies before and after fine-tuning.
 
-SmolLM2 with LoRA on English to French news, greedy and beam search before and after, BLEU, chrF and time; then a
-sequence-level stage (minimum risk training) from there. A BART of 0.75 M parameters on spelling to pronunciation, with
-its phoneme error rate. The size of the models bounds the quality: the tables tell what decoding and training change.
+SmolLM2 with LoRA on English to French news, greedy and beam search before and after, BLEU, chrF and
+time; then a sequence-level stage (minimum risk training) from there. A BART of 0.75 M parameters on
+spelling to pronunciation, with its phoneme error rate. The size of the models bounds the quality:
+the tables tell what decoding and training change.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def guide(here: lab.Lab) -> list[str]:
     words = pronunciations()
     if words is None:
         lab.say(
-            "pronunciation is left out: the package misaki, whose word list it reads, is not installed "
+            "pronunciation is skipped: the package misaki with its word list is not installed "
             "(pip install --no-deps misaki)"
         )
         return missed
@@ -91,7 +92,7 @@ def translation(here: lab.Lab) -> list[str]:
     }
     arguments = [word for path in models.values() for word in ("--model", path)]
     arguments += [word for strategy in STRATEGIES for word in ("--strategy", strategy)]
-    told = json.loads(
+    results = json.loads(
         lab.dist_ft(
             "decode",
             "configs/recipes/translation.yaml",
@@ -115,7 +116,7 @@ def translation(here: lab.Lab) -> list[str]:
                 one["seconds"],
                 one["tokens_per_s"],
             ]
-            for one in told
+            for one in results
         ],
     )
     here.table(
@@ -133,12 +134,12 @@ def translation(here: lab.Lab) -> list[str]:
             for name, found in (("likelihood", run), ("minimum risk", risk))
         ],
     )
-    greedy = {one["model"]: one["chrf"] for one in told if one["strategy"] == "greedy"}
+    greedy = {one["model"]: one["chrf"] for one in results if one["strategy"] == "greedy"}
     return [] if greedy[str(model)] > greedy[base] else ["chrF did not rise with training"]
 
 
 def pronunciations() -> list[tuple[str, str]] | None:
-    """Return words and their phonemes from the word list of the package misaki; None where it is not installed."""
+    """Return words and phonemes of the package misaki; None if it is not installed."""
     found = importlib.util.find_spec("misaki")
     if found is None or found.origin is None:
         return None
@@ -151,7 +152,7 @@ def pronunciations() -> list[tuple[str, str]] | None:
 
 
 def pronunciation(here: lab.Lab, words: list[tuple[str, str]]) -> list[str]:
-    """Fine-tune the small BART on words and their phonemes; it has seen such words before, so little is to be won."""
+    """Fine-tune the small BART on words and phonemes; it knows such words, so the gain is small."""
     model = small_models.speller(here.data / "models" / "bart-g2p-us", here.out / "models" / "bart")
     random.Random(0).shuffle(words)
     rows: list[dict[str, Any]] = [

@@ -1,7 +1,8 @@
 """Further recipes on real data, each for a few steps: the loss falls.
 
-A row each: relations between marked words, answers in texts (split by article), summaries and arithmetic by a small
-causal model with LoRA, instructions, conversations, continued pre-training, rare entities.
+A row each: relations between marked words, answers in texts (split by article), summaries and
+arithmetic by a small causal model with LoRA, instructions, conversations, continued pre-training,
+rare entities.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SMALL = (
     "evaluation.max_samples=16",
     "data.overlong=truncate",
 )
-"""A language model of 135 M parameters on a machine without a GPU: adapters, few and short sequences."""
+"""A model of 135 M parameters without a GPU: adapters, few and short sequences."""
 ENCODER = ("schedule.steps=60", "schedule.epochs=null", "evaluation.max_samples=400")
 
 
@@ -42,7 +43,7 @@ def guide(here: lab.Lab) -> list[str]:
         part = max(1, len(losses) // 4)
         first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
         before, after = run["evaluations"][0], run["evaluations"][-1]
-        told = next(
+        metric = next(
             (key for key in ("f1", "f1_macro", "exact_match", "number_match") if key in after), None
         )
         rows.append(
@@ -54,15 +55,15 @@ def guide(here: lab.Lab) -> list[str]:
                 last,
                 before["loss"],
                 after["loss"],
-                told or "",
-                before.get(told),
-                after.get(told),
+                metric or "",
+                before.get(metric),
+                after.get(metric),
                 run["seconds"],
             ]
         )
         if (
             after["loss"] >= before["loss"]
-        ):  # of the same samples: those of the first and the last steps differ
+        ):  # on the same samples, unlike the training loss of the first and last steps
             missed.append(f"{name}: the held-out loss did not fall")
     here.table(
         "Further recipes, a few steps each",

@@ -1,8 +1,8 @@
-"""Three kinds of fine-tuning, on 8, 32 and 128 examples a class: all weights, the last two layers, a prompt.
+"""Three kinds of fine-tuning with 8, 32 and 128 examples a class.
 
-Six fields of requests to an assistant (intents of CLINC150, grouped). MiniLM with a new head, all weights and the last
-two layers; SmolLM2 asked by a prompt for the field's name, only its output matrix learns. Score, parameters that learn,
-memory and time of each.
+Six fields of requests to an assistant (intents of CLINC150, grouped). MiniLM with a new head, all
+weights and the last two layers; SmolLM2 prompted for the name of the field, with only its output
+matrix trained. Score, trainable parameters, memory and time of each.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import lab
 import small_models
 
 FIELDS = {
-    "bank": "transfer transactions balance freeze_account pay_bill bill_balance interest_rate routing pin_change",
-    "travel": "plug_type travel_notification flight_status timezone exchange_rate lost_luggage book_flight book_hotel "
-    "carry_on",
-    "food": "recipe calories nutrition_info restaurant_suggestion ingredients_list cook_time food_last meal_suggestion "
-    "restaurant_reservation",
-    "home": "shopping_list next_song play_music update_playlist todo_list calendar reminder smart_home order",
+    "bank": "transfer transactions balance freeze_account pay_bill bill_balance interest_rate "
+    "routing pin_change",
+    "travel": "plug_type travel_notification flight_status timezone exchange_rate lost_luggage "
+    "book_flight book_hotel carry_on",
+    "food": "recipe calories nutrition_info restaurant_suggestion ingredients_list cook_time "
+    "food_last meal_suggestion restaurant_reservation",
+    "home": "shopping_list next_song play_music update_playlist todo_list calendar reminder "
+    "smart_home order",
     "car": "traffic directions gas gas_type distance mpg oil_change_when jump_start tire_pressure",
-    "work": "pto_request pto_used payday taxes insurance income rollover_401k meeting_schedule direct_deposit",
+    "work": "pto_request pto_used payday taxes insurance income rollover_401k "
+    "meeting_schedule direct_deposit",
 }
 """Names of fields, and some of the intents that belong to each."""
 SIZES = (8, 32, 128)
@@ -31,16 +34,16 @@ ENCODER_STEPS, PROMPT_STEPS = 60, 24
 
 
 def guide(here: lab.Lab) -> list[str]:
-    """Run the guide in one engine; return what it missed: nothing is promised but the table."""
+    """Run the guide in one engine; return what it missed: it promises only the table."""
     encoder, causal = small_models.minilm(), small_models.smollm2(lab.say)
     training, held_out = rows(here, "train"), rows(here, "test")
-    kept = [
+    held_out_rows = [
         row
         for field in FIELDS
         for row in [one for one in held_out if one["label"] == field][:HELD_OUT]
     ]
     given = [
-        f"evaluation.data={here.rows('held-out.jsonl', kept)}",
+        f"evaluation.data={here.rows('held-out.jsonl', held_out_rows)}",
         "evaluation.every_steps=0",
         "checkpoint.every_steps=0",
         "schedule.epochs=null",
@@ -85,7 +88,7 @@ def guide(here: lab.Lab) -> list[str]:
                 [
                     name,
                     str(size),
-                    run["learned"],
+                    run["trainable"],
                     before["accuracy"],
                     after["accuracy"],
                     after["f1_macro"],
@@ -98,7 +101,7 @@ def guide(here: lab.Lab) -> list[str]:
         [
             "",
             "examples a class",
-            "parameters learned",
+            "trainable parameters",
             "accuracy before",
             "accuracy after",
             "macro F1",

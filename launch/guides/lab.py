@@ -1,6 +1,7 @@
 """Shared by the guides: the runs of one engine, and tables that two engines must agree on.
 
-All work is done by dist-ft commands. This module prints and runs them, and reads what the runs stored.
+All work is done by dist-ft commands. This module prints and runs them, and reads what the runs
+stored.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ ENGINES = {
 }
 """Overrides of a config by engine."""
 TOLERANCE = 2e-2
-"""Largest allowed difference between the metrics of two engines. After hundreds of float32 steps, rounding
-decides a few held-out samples near the decision boundary."""
+"""Largest allowed difference between the metrics of two engines. After hundreds of float32 steps,
+rounding decides a few held-out samples near the decision boundary."""
 COSTS = ("seconds", "MB", "tokens/s", "ms")
 """Last words of column titles with costs, which are not compared."""
 
@@ -58,7 +59,7 @@ class Lab:
     costs: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
     def train(self, run: str, config: str, *overrides: str) -> dict[str, Any]:
-        """Train configs/recipes/`config` as run `run`; return its report and the `seconds` and `MB` it used."""
+        """Train a recipe as run `run`; return its report and the `seconds` and `MB` it used."""
         arguments = [
             f"configs/recipes/{config}",
             f"run.name={run}",
@@ -111,7 +112,7 @@ class Lab:
         return {**next(iter(json.loads(done).values())), "seconds": time.monotonic() - started}
 
     def table(self, title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Record and print a table. Columns of costs (seconds, MB) are not compared between engines."""
+        """Record and print a table. Columns of costs are not compared between engines."""
         self.tables.append(
             Table(f"{title} ({self.engine})", list(heads), [list(row) for row in rows])
         )

@@ -1,9 +1,9 @@
-"""No training: what models know already, asked in three ways, beside a head that was never trained.
+"""No training: three ways to use what models already know, next to a head that was never trained.
 
-SmolLM2 by the likelihood of words after a prompt (sentiment: three templates, then with examples) and by what it writes
-(entities in tweets, after examples); MiniLM by the nearest mean vector of a few examples (77 banking intents); and
-MiniLM with a random head as control. A model of 135 M parameters writes few entities: the table says so.
-Prototypes and written entities are asked for in one process, in both parts of the guide.
+SmolLM2 by the likelihood of words after a prompt (sentiment: three templates, then with examples)
+and by generation (entities in tweets, after examples); MiniLM by the nearest mean vector of a few
+examples (77 banking intents); MiniLM with a random head as control. A model of 135 M parameters
+finds few entities. Prototypes and generated entities run in one process in both engines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS, TWEETS, INTENT_ROWS = 120, 24, 600
 
 
 def guide(here: lab.Lab) -> list[str]:
-    """Run the guide in one engine; return what it missed: a random head must be told as one."""
+    """Run the guide in one engine; return what it missed: a random head must be marked as one."""
     causal, encoder = (
         f"model.path={small_models.smollm2(lab.say)}",
         f"model.path={small_models.minilm()}",
@@ -53,7 +53,7 @@ def guide(here: lab.Lab) -> list[str]:
     control = here.evaluate("reviews.yaml", encoder, *given, "--random-head")
     found.append([f"MiniLM, {control['head']} head (control)", *cells(control)])
     here.table(
-        "Sentiment without training", ["", "accuracy", "macro F1", "asked by", "seconds"], found
+        "Sentiment without training", ["", "accuracy", "macro F1", "method", "seconds"], found
     )
     intents = [
         here.rows(f"intents-{part}.jsonl", banking(here, part)) for part in ("train", "test")
@@ -65,18 +65,18 @@ def guide(here: lab.Lab) -> list[str]:
         f"evaluation.data={intents[1]}",
         f"evaluation.max_samples={INTENT_ROWS}",
         "task.columns.label=label",
-        here=True,
+        in_process=True,
     )
     here.table(
         "77 intents by the nearest of their means, 10 examples each",
-        ["", "accuracy", "macro F1", "asked by", "seconds"],
+        ["", "accuracy", "macro F1", "method", "seconds"],
         [["MiniLM", *cells(near)]],
     )
     tweets = [
         here.imported("conll", f"btc-{part}.jsonl", str(here.data / f"data/btc/btc.{part}"))
         for part in ("train", "dev")
     ]
-    written = here.evaluate(
+    generated = here.evaluate(
         "few-shot-entities.yaml",
         causal,
         f"data.train={tweets[0]}",
@@ -85,19 +85,19 @@ def guide(here: lab.Lab) -> list[str]:
         "data.bad_rows=skip",
         "prompting.shots=4",
         "prompting.verbalizers={PER: person, LOC: place, ORG: organisation}",
-        here=True,
+        in_process=True,
     )
     here.table(
-        "Entities a model writes, after four examples",
-        ["", "F1", "readable answers", "asked by", "seconds"],
-        [["SmolLM2", written["f1"], written["readable"], written["head"], written["seconds"]]],
+        "Generated entities, after four examples",
+        ["", "F1", "readable answers", "method", "seconds"],
+        [["SmolLM2", *(generated[key] for key in ("f1", "readable", "head", "seconds"))]],
     )
-    return [] if control["head"] == "random" else ["the control's head is not told as random"]
+    return [] if control["head"] == "random" else ["the control's head is not marked as random"]
 
 
-def cells(told: dict) -> list:
+def cells(scores: dict) -> list:
     """Return the cells of a row."""
-    return [told["accuracy"], told["f1_macro"], told["head"], told["seconds"]]
+    return [scores["accuracy"], scores["f1_macro"], scores["head"], scores["seconds"]]
 
 
 def sentiment_data(here: lab.Lab) -> list[str]:
@@ -120,7 +120,7 @@ def sentiment_data(here: lab.Lab) -> list[str]:
 
 
 def banking(here: lab.Lab, part: str) -> list[dict[str, str]]:
-    """Return the rows of a part of banking77, of the test data every fifth: all intents are among them."""
+    """Return the rows of a part of banking77, every fifth of the test data (with all intents)."""
     with open(
         here.data / "data" / "banking77" / f"{part}.csv", newline="", encoding="utf-8"
     ) as file:

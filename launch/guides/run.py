@@ -1,7 +1,7 @@
-"""Run one guide: in the plain engine, again on two DeepSpeed workers, and compare what both tell.
+"""Run one guide with the plain engine, again on two DeepSpeed workers, and compare the results.
 
-Writes tables.json and guide.md into --out. Ends with an error if a figure the guide promises was missed, or if the two
-engines' tables differ by more than a hundredth or two (`lab.TOLERANCE`).
+Writes tables.json and guide.md into --out. Exits 1 if a figure the guide promises was missed, or if
+the tables of the engines differ by more than `lab.TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import lab  # noqa: E402
 
 GUIDES = {
     "additive": "a new head on an encoder: names of persons, places and organisations in tweets",
-    "large_model": "what a large model is good for: sentiment, full against LoRA; intents that come in stages",
-    "kinds": "three kinds of fine-tuning: all weights, the last two layers, a prompt; 8, 32, 128 examples a class",
-    "no_training": "no training: zero- and few-shot prompts, prototypes, and a random head as control",
+    "large_model": "a pre-trained model: sentiment, full against LoRA; intents in stages",
+    "kinds": "three kinds of fine-tuning: all weights, two layers, a prompt; 8 to 128 examples",
+    "no_training": "no training: zero- and few-shot prompts, prototypes, a random head as control",
     "decoding": "decoding: translation by greedy and beam search, before and after; pronunciation",
     "further": "further recipes on real data, a few steps each: the loss falls",
 }
 
 
 def main() -> int:
-    """Run the guide that was named; return the exit code."""
+    """Run the requested guide; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,27 +49,27 @@ def main() -> int:
         help="folder that holds data/ and models/",
     )
     parser.add_argument(
-        "--out", help="folder for runs, models and tables; what is there is removed"
+        "--out", help="folder for runs, models and tables; existing content is removed"
     )
     given = parser.parse_args()
     data = Path(given.data).absolute()
     if not (data / "data").is_dir():
         parser.error(
-            f"--data={data}: there is no folder data in it; the guides read real data sets from there"
+            f"--data={data}: has no folder `data`. The guides read real data sets from it."
         )
     out = Path(given.out or lab.ROOT / "runs" / "guides" / given.guide).absolute()
     shutil.rmtree(out, ignore_errors=True)
     guide = importlib.import_module(given.guide)
-    labs, missed, begun = [], [], time.monotonic()
+    labs, missed, started = [], [], time.monotonic()
     for engine in ("plain", "zero2") if given.engine == "both" else (given.engine,):
         os.environ["OMP_NUM_THREADS"] = (
-            "1"  # a worker has one core; the plain engine rounds as it does with one
+            "1"  # one core per worker; the plain engine then rounds the same way
         )
         here = lab.Lab(given.guide, engine, data, out / engine)
         here.out.mkdir(parents=True)
         missed += [f"{line} ({engine})" for line in guide.guide(here)]
         labs.append(here)
-    lines = [f"{given.guide}: {GUIDES[given.guide]}", f"took {time.monotonic() - begun:.0f} s"]
+    lines = [f"{given.guide}: {GUIDES[given.guide]}", f"took {time.monotonic() - started:.0f} s"]
     if len(labs) == 2:
         worst = lab.compare(labs)
         lines.append(f"the two engines' tables differ by at most {worst:.2g}")
@@ -97,7 +97,7 @@ def main() -> int:
                 *lines[1:],
                 *missed,
                 "",
-                *(table.shown() for one in labs for table in one.tables),
+                *(table.to_markdown() for one in labs for table in one.tables),
             ]
         )
     )
