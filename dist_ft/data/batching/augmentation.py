@@ -257,8 +257,8 @@ def find_word_mark(tokenizer: Any) -> WordMark:
         if name in settings or escaped_name in settings:
             return WordMark(mark, is_start=True)
     raise ModelError(
-        f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not mark where "
-        "words start. WordPiece, byte-level and SentencePiece tokenizers are supported. Remove "
+        f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not mark where"
+        " words start. WordPiece, byte-level and SentencePiece tokenizers are supported. Remove "
         "data.augment."
     )
 

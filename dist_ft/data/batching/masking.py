@@ -55,7 +55,7 @@ class Masking:
     @classmethod
     def from_task(cls, tokenizer: Any, task: TaskSection, seed: int) -> Masking:
         """Return the masking of a task."""
-        return cls(tokenizer.mask_token_id, len(tokenizer), task.masked_share, seed)
+        return cls(tokenizer.mask_token_id, len(tokenizer), task.mask_probability, seed)
 
     def apply(self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray) -> MaskedTokens:
         """Mask the tokens of a batch.

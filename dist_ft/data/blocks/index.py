@@ -54,7 +54,7 @@ class IndexRecipe(TypedDict):
     max_samples: int
 
 
-class RowLocation(NamedTuple):
+class SampleLocation(NamedTuple):
     """A row of a shard; `row` counts from 0."""
 
     shard: Shard
@@ -107,7 +107,7 @@ class Index:
         """Return what was wrong with the first row that could not be used; empty: none."""
         return next((stats.first_bad for stats in self.block_stats if stats.first_bad), "")
 
-    def locate_sample(self, sample: int) -> RowLocation:
+    def locate_sample(self, sample: int) -> SampleLocation:
         """Return the shard and row of a sample."""
         first = self.first_samples
         number = int(np.searchsorted(first, sample, side="right")) - 1
@@ -119,7 +119,7 @@ class Index:
         ):
             if row < num_rows:
                 shard_row = row + self._num_rows_before(shard_range)
-                return RowLocation(self.shards[shard_range.shard], shard_row)
+                return SampleLocation(self.shards[shard_range.shard], shard_row)
             row -= num_rows
         raise ValueError(f"sample={sample}: there are {self.num_samples}")
 

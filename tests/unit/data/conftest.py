@@ -1,4 +1,4 @@
-"""A small real tokenizer with a ChatML template, built here so that most tests need no shared files."""
+"""A small real tokenizer with a ChatML template, so that most tests need no shared files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dist_ft.config.schema import Source
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import build, cut_into_blocks
+from dist_ft.data.blocks.index import build_index, split_into_blocks
 from dist_ft.data.encoding.chat import Encoder
-from dist_ft.data.sampling.batch_plan import Plan
-from dist_ft.data.sources.discovery import resolve
+from dist_ft.data.sampling.batch_plan import BatchPlan
+from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.data.tools.write import write_jsonl
 from dist_ft.storage.filesystem import Store
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = [
@@ -54,11 +55,11 @@ def tokenizer(_base_tokenizer):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_base_tokenizer), eos_token="<|im_end|>"
     )
-    made.chat_template = CHATML
-    return made
+    fast_tokenizer.chat_template = CHATML
+    return fast_tokenizer
 
 
 @pytest.fixture
@@ -69,31 +70,33 @@ def plain_tokenizer(tokenizer):
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Return a function: rows -> (shards of each source, blocks), the rows lying in shards of `rows_per_shard`."""
+    """Return a function that stores rows in shards of `rows_per_shard` rows.
+
+    It returns the shards of each source and the block store over them.
+    """
 
     def make(rows, rows_per_shard=7, tok=None, cache="cache", **values):
         data = data_section(**{"block_mib": 0.0005, **values})
         store = Store(str(tmp_path / "shards"))
         write_jsonl(rows, store, "train", rows_per_shard)
-        shards = resolve([Source(path=store.url)])
-        blocks = cut_into_blocks(shards, data, World(), Collectives())
-        return shards, BlockStore(
-            tmp_path / cache, Encoder(tok or tokenizer, data), shards[0], blocks
-        )
+        shards = discover_shards([Source(path=store.url)])
+        blocks = split_into_blocks(shards, data, World(), Collectives())
+        encoder = Encoder(tok or tokenizer, data)
+        return shards, BlockStore(tmp_path / cache, encoder, shards[0], blocks)
 
     return make
 
 
 @pytest.fixture
 def make_loader(make):
-    """Return a function: rows -> a loader over them."""
+    """Return a function that stores rows and returns a loader over them."""
 
     def make_loader(rows, batch=None, seed=0, **values):
         shards, blocks = make(rows, **values)
         batch = batch or batch_section(sequence_length=128)
         data = blocks.encoder.data
-        index = build(shards, blocks, data, batch.sequence_length, World(), Collectives())
-        plan = Plan(index.counts, index.sources, data, batch, seed)
+        index = build_index(shards, blocks, data, batch.sequence_length, World(), Collectives())
+        plan = BatchPlan(index.counts, index.sources, data, batch, seed)
         return Loader(plan, index, blocks)
 
     return make_loader

@@ -1,4 +1,4 @@
-"""Helpers of the data tests: small sections, rows, shared tokenizers, and ranks as threads."""
+"""Helpers for data tests: small sections, rows, shared tokenizers, and ranks as threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch_section(**values) -> BatchSection:
 
 
 def chat(*turns: str, system: str | None = None) -> dict:
-    """Return a chat row: user and assistant by turns."""
+    """Return a chat row whose turns alternate between user and assistant."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [
         {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)

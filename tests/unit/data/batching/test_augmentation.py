@@ -1,4 +1,4 @@
-"""Which words are changed follows from seed, epoch and sample; labels stay with what they are of."""
+"""Augmentation: a function of seed, epoch and sample; labels stay with their words or texts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def byte_level(tmp_path_factory):
     return AutoTokenizer.from_pretrained(tiny.make_model(tmp_path_factory.mktemp("model")))
 
 
-def make(tokenizer, task=None, length=64, seed=1, **section):
+def make_augmentation(tokenizer, task=None, length=64, seed=1, **section):
     section = {"synonyms": "s.tsv", **section} if "replace" in section else section
-    return Augmentation.of(
+    return Augmentation.from_config(
         tokenizer,
         AugmentSection(**section),
         task or TaskSection(name="sequence_classification"),
@@ -47,18 +47,18 @@ def make(tokenizer, task=None, length=64, seed=1, **section):
 
 
 def sample(tokenizer, text, label=1, epoch=0, number=0):
-    """Return tokens, labels and pieces of one text with its class on the first position."""
+    """Return tokens, labels and segments of one text with its class on the first position."""
     ids = np.array(tokenizer(text)["input_ids"], np.int32)
     labels = np.full(len(ids), IGNORE_INDEX, np.int32)
     labels[0] = label
     return ids, labels, np.array([[number, 0, len(ids), epoch]])
 
 
-def texts(made, tokenizer, text, count=400):
-    """Return what becomes of a text in `count` epochs."""
+def texts(augmentation, tokenizer, text, count=400):
+    """Return a text as each of `count` epochs sees it."""
     return [
         tokenizer.decode(
-            made.apply(*sample(tokenizer, text, epoch=epoch))[0], skip_special_tokens=True
+            augmentation.apply(*sample(tokenizer, text, epoch=epoch))[0], skip_special_tokens=True
         )
         for epoch in range(count)
     ]
@@ -67,8 +67,8 @@ def texts(made, tokenizer, text, count=400):
 TEXT = "the quick brown fox jumps over stones and every child counts stars"
 
 
-def test_words_with_synonyms_become_one_of_them(wordpiece):
-    found = texts(make(wordpiece, replace=0.5), wordpiece, TEXT)
+def test_words_are_replaced_by_their_synonyms(wordpiece):
+    found = texts(make_augmentation(wordpiece, replace=0.5), wordpiece, TEXT)
     words = TEXT.split()
     kept = " ".join(words[1:6]), " ".join(words[7:])
     assert {text.split()[0] for text in found} == {"the", "a"}
@@ -80,12 +80,12 @@ def test_words_with_synonyms_become_one_of_them(wordpiece):
     assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.08)
 
 
-def test_byte_level_words_are_found_with_their_blank(byte_level):
+def test_byte_level_words_are_found_with_their_space(byte_level):
     tokens = np.array(
         byte_level("watch the stones", add_special_tokens=False)["input_ids"], np.int32
     )
     labels = np.where(np.arange(len(tokens)) == 0, 1, IGNORE_INDEX).astype(np.int32)
-    found, _, sizes = make(byte_level, replace=1.0).apply(
+    found, _, sizes = make_augmentation(byte_level, replace=1.0).apply(
         tokens, labels, np.array([[0, 0, len(tokens), 0]])
     )
     assert byte_level.decode(found) in (
@@ -94,25 +94,28 @@ def test_byte_level_words_are_found_with_their_blank(byte_level):
     ) and sizes.tolist() == [len(found)]
 
 
-def test_words_are_left_out_in_their_share_and_never_all(wordpiece):
-    found = texts(make(wordpiece, delete=0.3), wordpiece, TEXT)
+def test_words_are_deleted_by_probability_but_never_all(wordpiece):
+    found = texts(make_augmentation(wordpiece, delete=0.3), wordpiece, TEXT)
     left = [len(text.split()) for text in found]
     assert np.mean(left) == pytest.approx(0.7 * 12, abs=0.3)
     order = TEXT.split()
     assert all(sorted(text.split(), key=order.index) == text.split() for text in found)
     assert all(
         len(text.split()) == 1
-        for text in texts(make(wordpiece, delete=0.99), wordpiece, "the fox", 50)
+        for text in texts(make_augmentation(wordpiece, delete=0.99), wordpiece, "the fox", 50)
     )
 
 
-def test_exchanged_words_stay_in_their_text(wordpiece):
-    made, pair = make(wordpiece, swap=0.5), ("the quick fox jumps", "seven wise owls watch rivers")
+def test_swapped_words_stay_in_their_text(wordpiece):
+    augmentation, pair = (
+        make_augmentation(wordpiece, swap=0.5),
+        ("the quick fox jumps", "seven wise owls watch rivers"),
+    )
     seen = set()
     for epoch in range(50):
         ids = np.array(wordpiece(*pair)["input_ids"], np.int32)
         labels = np.where(np.arange(len(ids)) == 0, 1, IGNORE_INDEX).astype(np.int32)
-        found, _, _ = made.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
+        found, _, _ = augmentation.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
         halves = " ".join(wordpiece.convert_ids_to_tokens(found.tolist())).split("[SEP]")
         assert halves[0].startswith("[CLS]")
         plain = [
@@ -128,24 +131,26 @@ def test_exchanged_words_stay_in_their_text(wordpiece):
     assert len(seen) > 5
 
 
-def test_the_share_of_texts_that_are_changed(wordpiece):
-    found = texts(make(wordpiece, probability=0.25, replace=1.0), wordpiece, TEXT)
+def test_texts_are_augmented_by_probability(wordpiece):
+    found = texts(make_augmentation(wordpiece, probability=0.25, replace=1.0), wordpiece, TEXT)
     assert np.mean([text != TEXT for text in found]) == pytest.approx(0.25, abs=0.07)
 
 
-def test_a_sample_is_changed_alike_wherever_it_stands_and_anew_each_epoch_and_seed(wordpiece):
-    made = make(wordpiece, replace=0.5, swap=0.3, delete=0.2)
+def test_augmentation_depends_on_sample_epoch_and_seed_only(wordpiece):
+    augmentation = make_augmentation(wordpiece, replace=0.5, swap=0.3, delete=0.2)
     one, other = (
         sample(wordpiece, TEXT, number=3),
         sample(wordpiece, "seven wise owls watch the stones", number=4),
     )
-    together = made.apply(*(np.concatenate(parts) for parts in zip(one, other, strict=True)))
-    alone = [made.apply(*one), made.apply(*other)]
+    together = augmentation.apply(
+        *(np.concatenate(parts) for parts in zip(one, other, strict=True))
+    )
+    alone = [augmentation.apply(*one), augmentation.apply(*other)]
     for index in range(3):
         assert np.array_equal(together[index], np.concatenate([part[index] for part in alone]))
     assert together[0].dtype == np.int32 and together[1].dtype == np.int32
     different = {
-        make(wordpiece, replace=0.5, swap=0.3, delete=0.2, seed=seed)
+        make_augmentation(wordpiece, replace=0.5, swap=0.3, delete=0.2, seed=seed)
         .apply(*sample(wordpiece, TEXT, epoch=epoch))[0]
         .tobytes()
         for seed in (1, 2)
@@ -154,21 +159,21 @@ def test_a_sample_is_changed_alike_wherever_it_stands_and_anew_each_epoch_and_se
     assert len(different) == 4
 
 
-def test_the_label_of_a_text_stays_on_its_first_position(wordpiece, byte_level):
+def test_label_of_a_text_stays_on_its_first_position(wordpiece, byte_level):
     for tokenizer in (
         wordpiece,
         byte_level,
-    ):  # of the second the first token is a word, which may go
+    ):  # the first token of the second is a word, which may be deleted
         for epoch in range(20):
-            _, labels, sizes = make(tokenizer, delete=0.6, swap=0.5).apply(
+            _, labels, sizes = make_augmentation(tokenizer, delete=0.6, swap=0.5).apply(
                 *sample(tokenizer, TEXT, label=7, epoch=epoch)
             )
             assert labels[0] == 7 and (labels[1:] == IGNORE_INDEX).all() and len(labels) == sizes[0]
 
 
-def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
+def test_tags_move_with_their_words_and_tagged_words_stay(wordpiece):
     words, tags = ["the", "quick", "rivers", "stones", "and", "towns"], [0, 0, 1, 0, 0, 1]
-    made = make(wordpiece, TAGS, replace=0.5, swap=0.5, delete=0.3)
+    augmentation = make_augmentation(wordpiece, TAGS, replace=0.5, swap=0.5, delete=0.3)
     encoding = wordpiece([words], is_split_into_words=True)
     ids = np.array(encoding["input_ids"][0], np.int32)
     labels, last = np.full(len(ids), IGNORE_INDEX, np.int32), None
@@ -178,11 +183,11 @@ def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
         last = word
     results = set()
     for epoch in range(100):
-        found, wanted, _ = made.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
-        starts = np.flatnonzero(wanted != IGNORE_INDEX)
+        found, new_labels, _ = augmentation.apply(ids, labels, np.array([[0, 0, len(ids), epoch]]))
+        starts = np.flatnonzero(new_labels != IGNORE_INDEX)
         ends = [*starts[1:], len(found) - 1]
         got = [
-            (wordpiece.decode(found[a:b]), int(wanted[a]))
+            (wordpiece.decode(found[a:b]), int(new_labels[a]))
             for a, b in zip(starts, ends, strict=True)
         ]
         assert [word for word, tag in got if tag == 1] == ["rivers", "towns"]
@@ -200,37 +205,41 @@ def test_tags_go_with_their_words_and_tagged_words_stay(wordpiece):
     assert len(results) > 30 and any(len(got) < 6 for got in results)
 
 
-def test_what_would_become_too_long_or_hold_its_labels_no_more_stays_as_it_is(wordpiece):
+def test_text_that_would_not_fit_stays_unchanged(wordpiece):
     ids, labels, segments = sample(wordpiece, "stones stones stones")
     for length, changed in ((len(ids), False), (64, True)):
         found = [
-            make(wordpiece, length=length, replace=1.0, seed=seed).apply(ids, labels, segments)[0]
+            make_augmentation(wordpiece, length=length, replace=1.0, seed=seed).apply(
+                ids, labels, segments
+            )[0]
             for seed in range(20)
         ]
         assert all(len(one) <= length for one in found)
         assert any(len(one) > len(ids) for one in found) == changed
     many = labels.copy()
     many[:] = 0  # as many labels as positions
-    found, wanted, _ = make(wordpiece, delete=0.9).apply(ids, many, segments)
-    assert np.array_equal(found, ids) and np.array_equal(wanted, many)
+    found, new_labels, _ = make_augmentation(wordpiece, delete=0.9).apply(ids, many, segments)
+    assert np.array_equal(found, ids) and np.array_equal(new_labels, many)
 
 
-def test_bad_files_are_refused_by_line_and_path(wordpiece, tmp_path):
+def test_bad_synonym_files_are_refused_by_line_and_path(wordpiece, tmp_path):
     section = AugmentSection(synonyms="s.tsv", replace=0.1)
     with pytest.raises(DataError, match=r"s.tsv line 2: is not a word, a tab, and synonyms"):
-        Augmentation.of(wordpiece, section, TAGS, 64, 0, "a\tb\nc d\n")
-    with pytest.raises(DataError, match=r"data.augment.synonyms=.*none.tsv: can not be read "):
+        Augmentation.from_config(wordpiece, section, TAGS, 64, 0, "a\tb\nc d\n")
+    with pytest.raises(DataError, match=r"data.augment.synonyms=.*none.tsv: cannot be read "):
         read_synonym_file(str(tmp_path / "none.tsv"))
     (tmp_path / "latin.tsv").write_bytes(b"caf\xe9\tbar\n")
-    with pytest.raises(DataError, match=r"latin.tsv: is not UTF-8; "):
+    with pytest.raises(DataError, match=r"latin.tsv: is not UTF-8. "):
         read_synonym_file(str(tmp_path / "latin.tsv"))
 
 
-def test_a_tokenizer_without_marks_is_refused():
+def test_tokenizer_without_word_marks_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     plain = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
-    with pytest.raises(ModelError, match="do not tell where words begin"):
-        make(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]"), swap=0.1)
+    with pytest.raises(ModelError, match="do not mark where words start"):
+        make_augmentation(
+            PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]"), swap=0.1
+        )
