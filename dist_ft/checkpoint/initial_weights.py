@@ -77,12 +77,13 @@ def resolve_for_inspection(config: RunConfig) -> ModelSection:
             return _with_path(config.model, folder)
 
     if is_run(config.model.path):
-        latest_step(config.model.path, config.model.checkpoint)  # raises if there is no checkpoint
+        # raises if there is no checkpoint
+        latest_step(config.model.path, config.model.checkpoint)
     return resolve_model_section(config.model, config.data.cache_dir, weights=False)
 
 
 def _has_own_model(config: RunConfig, store: Store) -> bool:
-    """Whether a run that changed its initial model (from a run, or a grown head) has a checkpoint."""
+    """Whether a run that started from another run, or grew its head, has a checkpoint."""
     changed_model = config.task.grow_head or store.exists(INITIAL_CHECKPOINT)
     return changed_model and bool(discovery.list_committed(store))
 

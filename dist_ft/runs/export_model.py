@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_ft.checkpoint import export
+from dist_ft.checkpoint import export, trained_model
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
@@ -71,16 +71,17 @@ def export_model(
             card = model_card.render(store, manifest, folder, changes)
             (folder / "README.md").write_text(card, "utf-8")
 
-    export.export_run(
-        url, out, step=step, dtype=dtype, adapter=adapter, best=best, finish=finish, average=average
+    options = export.ExportOptions(
+        step=step, best=best, dtype=dtype, adapter=adapter, average=average
     )
+    export.export_run(url, out, options, finish)
     return changes
 
 
 def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
     """Replace the model in `folder` by itself with int8 weights; return what changed."""
     quantized = folder.with_name("int8")
-    int8.quantize_int8(folder, quantized, export.load_task(store))
+    int8.quantize_int8(folder, quantized, trained_model.load_task(store))
     changes = compare(folder, quantized, _config_with_data(store))
 
     about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))

@@ -14,7 +14,7 @@ import tiny_tasks
 import torch
 
 from dist_ft import api
-from dist_ft.checkpoint import discovery, export
+from dist_ft.checkpoint import discovery, trained_model
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import CheckpointError
 from dist_ft.runtime import local
@@ -180,14 +180,14 @@ def test_the_evaluated_weights_are_exported(
     run = str(base / f"runs/{guard}-plain")
     if "ema_decay" not in GUARDS[guard][1].get("tuning", {}):
         with pytest.raises(
-            CheckpointError, match=r"--ema: the run at .* kept no average of its weights"
+            CheckpointError, match=r"--ema: the run at .* has no average of its weights"
         ):
             api.export(run, str(tmp_path / "none"), average=True)
         return
     api.export(run, str(tmp_path / "out"))
     api.export(run, str(tmp_path / "last"), average=False)
     store = Store(run)
-    reader = discovery.open_reader(store, export.find_manifest(store, None))
+    reader = discovery.open_reader(store, trained_model.find_manifest(store, None))
     for folder, key in (("out", "ema"), ("last", "param")):
         for name, tensor in load_file(tmp_path / folder / "model.safetensors").items():
             assert np.array_equal(

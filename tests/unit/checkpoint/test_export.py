@@ -12,7 +12,7 @@ import torch
 import unit.small as small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft.checkpoint.export import export_run
+from dist_ft.checkpoint.export import ExportOptions, export_run
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.config.load import STORED
 from dist_ft.config.sections.tuning import TuningSection
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True)]
 )
-def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
+def test_the_exported_model_gives_the_trained_logits(family, tied, tmp_path):
     engine = small.make_engine(model=small.make_model(family, tie_word_embeddings=tied))
     assert bool(tied_weight_aliases(engine.module)) == tied
     make_run(str(tmp_path / "r"), engine)
@@ -83,53 +83,53 @@ def test_the_exported_folder_gives_the_trained_logits(family, tied, tmp_path):
     assert not [name for name in os.listdir(out) if name.endswith((".bin", ".pt"))]
 
 
-def test_a_step_of_ones_choice_and_a_number_format(run, tmp_path):
+def test_export_of_a_step_and_of_a_dtype(run, tmp_path):
     folder, engine = run
     older, newer = (
         AutoModelForCausalLM.from_pretrained(
-            export_run(folder, str(tmp_path / str(step)), step=step)
+            export_run(folder, str(tmp_path / str(step)), ExportOptions(step=step))
         )
         for step in (1, 2)
     )
     assert not torch.equal(logits(older), logits(newer))
     assert torch.equal(logits(newer), logits(engine.module.model))
     half = AutoModelForCausalLM.from_pretrained(
-        export_run(folder, str(tmp_path / "half"), dtype="bfloat16")
+        export_run(folder, str(tmp_path / "half"), ExportOptions(dtype="bfloat16"))
     )
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight, newer.lm_head.weight.to(torch.bfloat16))
 
 
-def refused(run, out, **options) -> str:
+def rejection(run, out, **options) -> str:
     with pytest.raises(CheckpointError) as caught:
-        export_run(str(run), str(out), **options)
+        export_run(str(run), str(out), ExportOptions(**options))
     return str(caught.value)
 
 
-def test_a_folder_with_something_in_it_is_refused(run, tmp_path):
+def test_a_nonempty_folder_is_rejected(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert os.listdir(export_run(run[0], str(tmp_path / "empty")))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("dear")
-    assert refused(run[0], tmp_path / "full") == (
+    assert rejection(run[0], tmp_path / "full") == (
         f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; "
-        "give another"
+        "choose another"
     )
-    assert refused(run[0], tmp_path / "full" / "mine") == (
-        f"--out={tmp_path}/full/mine: a file is there; a new or an empty folder is allowed; give "
-        "another"
+    assert rejection(run[0], tmp_path / "full" / "mine") == (
+        f"--out={tmp_path}/full/mine: it is a file; a new or an empty folder is allowed; "
+        "choose another"
     )
     assert (tmp_path / "full" / "mine").read_text() == "dear"
 
 
-def test_a_step_that_is_not_there(run, tmp_path):
-    assert refused(run[0], tmp_path / "x", step=7) == (
-        f"--step=7: not among the checkpoints of {run[0]}; there are 1, 2; give one of them"
+def test_a_missing_step_is_rejected(run, tmp_path):
+    assert rejection(run[0], tmp_path / "x", step=7) == (
+        f"--step=7: no checkpoint of {run[0]} has this step; available are 1, 2; choose one of them"
     )
 
 
-def test_no_run_there(tmp_path):
-    assert refused(str(tmp_path / "r"), tmp_path / "x") == (
+def test_a_folder_without_a_run_is_rejected(tmp_path):
+    assert rejection(str(tmp_path / "r"), tmp_path / "x") == (
         f"{tmp_path}/r: no committed checkpoint; give the folder of a run (<storage>/<name>)"
     )
 
@@ -140,23 +140,23 @@ def copy(run, tmp_path):
     return shutil.copytree(run[0], tmp_path / "copy")
 
 
-def test_damage_falls_back_or_is_told(copy, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_or_reported(copy, tmp_path):
     for step in (2, 1):
         with open(
             copy / f"checkpoints/step-00000000{step}-a0001/rank-00000-0000.safetensors", "r+b"
         ) as file:
             file.truncate(1000)
         if step == 2:
-            assert "has 1000 bytes, but" in refused(copy, tmp_path / "two", step=2)
+            assert "has 1000 bytes, but" in rejection(copy, tmp_path / "two", step=2)
             assert os.listdir(export_run(str(copy), str(tmp_path / "one")))
-    assert refused(copy, tmp_path / "none").startswith(
+    assert rejection(copy, tmp_path / "none").startswith(
         f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the latest: "
     )
     assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing half-made
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"num_hidden_layers": 3},
@@ -169,25 +169,25 @@ def test_damage_falls_back_or_is_told(copy, tmp_path):
         ({"intermediate_size": 40}, r"is \[32, 48\] in the checkpoint and \[32, 40\] in the model"),
     ],
 )
-def test_another_models_config_is_refused(copy, tmp_path, changes, said):
+def test_a_config_of_another_model_is_rejected(copy, tmp_path, changes, message):
     small.make_model(**changes).config.save_pretrained(copy / "model")
-    text = refused(copy, tmp_path / "x")
+    text = rejection(copy, tmp_path / "x")
     assert re.search(
-        rf"^{copy}/checkpoints/step-000000002-a0001: .*{said}; both must be the same; check model\.path$",
+        rf"^{copy}/checkpoints/step-000000002-a0001: .*{message}; both must be the same; check model\.path$",
         text,
     )
     assert not (tmp_path / "x").exists()
 
 
-def test_a_run_without_its_models_config(copy, tmp_path):
+def test_a_run_without_the_model_config_is_rejected(copy, tmp_path):
     os.remove(copy / "model" / "config.json")
-    assert refused(copy, tmp_path / "x") == (
-        f"{copy}/model: no config.json there; every run keeps its model's config and tokenizer; "
+    assert rejection(copy, tmp_path / "x") == (
+        f"{copy}/model: config.json is missing; every run stores its model's config and tokenizer; "
         "give the folder of a run (<storage>/<name>)"
     )
 
 
-def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, monkeypatch):
+def test_weights_that_change_on_reading_are_not_exported(copy, tmp_path, monkeypatch):
     """A transformers that writes something else than it holds is caught by loading the folder again."""
     from transformers import LlamaForCausalLM
 
@@ -198,22 +198,22 @@ def test_weights_that_do_not_come_back_equal_are_not_exported(copy, tmp_path, mo
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoil)
     assert re.search(
-        r"loaded again it does not give the same logits \(largest difference [\d.e-]+, missing \[\]\); nothing "
+        r"the exported model does not give the same logits when loaded again \(largest difference [\d.e-]+, missing \[\]\); nothing "
         "was exported$",
-        refused(copy, tmp_path / "x"),
+        rejection(copy, tmp_path / "x"),
     )
     assert not (tmp_path / "x").exists()
 
 
-def test_no_credentials_in_errors(tmp_path):
-    assert refused("memory://me:secret@nowhere", tmp_path / "x").startswith(
+def test_errors_contain_no_credentials(tmp_path):
+    assert rejection("memory://me:secret@nowhere", tmp_path / "x").startswith(
         "memory://<redacted>@nowhere: no committed"
     )
 
 
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])
-@pytest.mark.parametrize("wanted", [None, "float32", "bfloat16"])
-def test_an_adapter_is_merged_in_float32_whatever_the_format(trained, wanted, tmp_path):
+@pytest.mark.parametrize("expected", [None, "float32", "bfloat16"])
+def test_an_adapter_is_merged_in_float32_for_every_dtype(trained, expected, tmp_path):
     """Of a model with rotary embeddings, whose frequencies must not be rounded with the weights."""
     section = TuningSection(method="lora", trainable="model.norm.*")
     model = small.make_model().to(getattr(torch, trained))
@@ -226,16 +226,16 @@ def test_an_adapter_is_merged_in_float32_whatever_the_format(trained, wanted, tm
         json.dumps({"model": {"path": "x"}, "tuning": section.model_dump(mode="json")}).encode(),
     )
     out = AutoModelForCausalLM.from_pretrained(
-        export_run(str(tmp_path / "r"), str(tmp_path / "out"), dtype=wanted)
+        export_run(str(tmp_path / "r"), str(tmp_path / "out"), ExportOptions(dtype=expected))
     )
-    assert out.dtype == getattr(torch, wanted or trained)
-    if (trained, wanted) != ("bfloat16", "float32"):
+    assert out.dtype == getattr(torch, expected or trained)
+    if (trained, expected) != ("bfloat16", "float32"):
         assert torch.allclose(
             logits(out).float(),
             logits(model).float(),
             atol=1e-4 if out.dtype == torch.float32 else 0.3,
         )
     assert set(dict(out.named_parameters())) == set(dict(small.make_model().named_parameters()))
-    export_run(str(tmp_path / "r"), str(tmp_path / "adapter"), adapter=True)
+    export_run(str(tmp_path / "r"), str(tmp_path / "adapter"), ExportOptions(adapter=True))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["model.norm"] and config["base_model_name_or_path"] == "x"

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import tiny_tasks
 
-from dist_ft.checkpoint import export
+from dist_ft.checkpoint import trained_model
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import DataError
 from dist_ft.inference import attributions
@@ -77,8 +77,8 @@ def test_tokens_of_errors_get_attributions(found, url):
         :3
     ]  # of an untrained head
     assert attributions.attribute(Store(url), examples, 0)["step"] == 20
-    manifest = export.find_manifest(Store(url), 20)
-    model, tokenizer = export.load_trained(Store(url), manifest, "float32")
+    manifest = trained_model.find_manifest(Store(url), 20)
+    model, tokenizer = trained_model.load_trained_model(Store(url), manifest, "float32")
     for one in examples:
         ids = torch.tensor([one["ids"]])
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))

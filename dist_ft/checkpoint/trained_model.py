@@ -1,0 +1,291 @@
+"""Loads a checkpoint of a run as a transformers model, in one process.
+
+DeepSpeed, Ray and the original model are not needed: a run stores its model's config and tokenizer.
+Fragments are read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
+from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.config.load import STORED, load_stored_section, read_stored_config
+from dist_ft.config.sections.prompting import PromptingSection, get_model_task
+from dist_ft.config.sections.section import Section
+from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.sections.tuning import ADAPTER_METHODS, MERGEABLE_METHODS, TuningSection
+from dist_ft.core.errors import CheckpointError
+from dist_ft.core.world import Collectives, World
+from dist_ft.metrics import best as bests
+from dist_ft.model.adapters import tuning
+from dist_ft.model.loading.load import model_from_config, probe_outputs
+from dist_ft.storage.filesystem import Store
+
+if TYPE_CHECKING:
+    import torch
+
+S = TypeVar("S", bound=Section)
+
+MAX_MERGE_DIFFERENCE = 1e-3
+"""Largest change of the logits, relative to the largest logit, by merging an adapter in float32."""
+MODEL_FOLDER = "model"
+"""Folder of a run with the model's config, tokenizer and chat template."""
+
+
+class TrainedModel(NamedTuple):
+    """A transformers model with the weights of a checkpoint, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+class CheckpointModel(NamedTuple):
+    """A model with the weights of a checkpoint, adapters not merged.
+
+    Attributes:
+        peft_model: the peft model around it; None without one.
+        dtype: the type to export the weights in.
+    """
+
+    model: Any
+    peft_model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+
+
+class TaskSettings(NamedTuple):
+    """The task of a run and how its model is prompted, with labels and examples filled in."""
+
+    task: TaskSection
+    prompting: PromptingSection
+
+
+def find_manifest(store: Store, step: int | None) -> Manifest:
+    """Return the manifest of the checkpoint at `step` (default: the latest), its files verified."""
+    latest = discovery.find_latest(store, World(), Collectives()) if step is None else None
+    if latest is not None:
+        return latest
+
+    names = discovery.list_committed(store)
+    if not names:
+        raise CheckpointError(
+            f"{store.redacted_url()}: no committed checkpoint; give the folder of a run "
+            "(<storage>/<name>)"
+        )
+
+    # reversed: of two checkpoints of one step, that of the latest attempt is used
+    names_by_step = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)}
+    if step not in names_by_step:
+        available = ", ".join(str(found) for found in sorted(names_by_step))
+        raise CheckpointError(
+            f"--step={step}: no checkpoint of {store.redacted_url()} has this step; available are "
+            f"{available}; choose one of them"
+        )
+
+    manifest = discovery.load_manifest(store, names_by_step[step])
+    discovery.verify_checksums(store, manifest, World())
+    return manifest
+
+
+def find_best_step(store: Store) -> int:
+    """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
+    metric = str((read_stored_config(store).get("checkpoint") or {}).get("best_by", "loss"))
+    history = []
+    for name in discovery.list_committed(store):
+        manifest = discovery.load_manifest(store, name)
+        if metric in manifest.evaluation:
+            history.append((manifest.progress.step, manifest.evaluation[metric]))
+
+    if not history:
+        raise CheckpointError(
+            f"--best: no checkpoint of {store.redacted_url()} was evaluated by {metric}; it needs "
+            "evaluation.every_steps and checkpoint.keep_best; export the latest checkpoint"
+        )
+    return bests.find_best(metric, history).step
+
+
+def load_trained_model(
+    store: Store, manifest: Manifest, dtype: str | None = None, average: bool | None = None
+) -> TrainedModel:
+    """Return the model with the weights of a checkpoint, on the CPU, with adapters merged.
+
+    Args:
+        store: the run's folder.
+        manifest: the checkpoint.
+        dtype: "float32" or "bfloat16". Default: as in the model's config.
+        average: load the moving average of the weights (tuning.ema_decay). Default: if the average
+            was evaluated.
+    """
+    import torch
+
+    method = load_tuning(store).method
+    if method in ADAPTER_METHODS and method not in MERGEABLE_METHODS:
+        raise CheckpointError(
+            f"{store.redacted_url()}: {method} cannot be merged into the model's weights; only the "
+            "adapter can be exported; use --adapter"
+        )
+
+    model, _, tokenizer, torch_dtype = load_checkpoint_model(store, manifest, dtype, average)
+    if method not in ADAPTER_METHODS:
+        return TrainedModel(model.eval(), tokenizer)
+
+    with torch.no_grad():
+        before = probe_outputs(model.eval())
+        tuning.merge_adapters(model)
+        difference = (probe_outputs(model) - before).abs().max().item() / before.abs().max().item()
+    if difference > MAX_MERGE_DIFFERENCE:
+        raise CheckpointError(
+            f"{store.redacted_url()}: merging the adapter changes the logits (relative difference "
+            f"{difference:.1e}); nothing was exported; use --adapter"
+        )
+    return TrainedModel(_convert_dtype(model, load_task(store), torch_dtype), tokenizer)
+
+
+def _convert_dtype(model: Any, task: TaskSection, dtype: torch.dtype) -> Any:
+    """Return the model with weights of type `dtype`.
+
+    What is not saved, such as rotary frequencies, is created again as when the model is loaded,
+    instead of rounded.
+    """
+    import torch
+
+    converted = model_from_config(model.config, task, dtype)
+    buffers = dict(converted.named_buffers())
+    targets = dict(converted.named_parameters()) | {
+        name: converted.get_buffer(name) for name in converted.state_dict() if name in buffers
+    }
+    values = model.state_dict()
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])
+    return converted.eval()
+
+
+def _load_section(store: Store, name: str, model: type[S]) -> S:
+    return load_stored_section(read_stored_config(store), name, model, store.redacted_url(STORED))
+
+
+def load_tuning(store: Store) -> TuningSection:
+    """Return the tuning settings of the run at `store`."""
+    return _load_section(store, "tuning", TuningSection)
+
+
+def load_task(store: Store) -> TaskSection:
+    """Return the task of the run's model itself: a model prompted for labels generates text."""
+    return get_model_task(*load_task_settings(store))
+
+
+def load_task_settings(store: Store) -> TaskSettings:
+    """Return the task of the run at `store` and how its model is prompted."""
+    task = _load_section(store, "task", TaskSection)
+    prompting = _load_section(store, "prompting", PromptingSection)
+    if prompting.method == "none":
+        return TaskSettings(task, prompting)
+
+    labels = (
+        task.labels
+        or tuple(prompting.verbalizers)
+        or tuple(json.loads(store.read("data/labels.json")))
+    )
+    if prompting.shots:
+        templates = tuple(json.loads(store.read("data/examples.json")))
+        prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
+    return TaskSettings(task.model_copy(update={"labels": labels}), prompting)
+
+
+def load_checkpoint_model(
+    store: Store, manifest: Manifest, dtype: str | None, average: bool | None
+) -> CheckpointModel:
+    """Return the model with the weights of a checkpoint; arguments as of `load_trained_model`."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        if "config.json" not in store.child(MODEL_FOLDER).download(folder):
+            raise CheckpointError(
+                f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing; every run stores its "
+                "model's config and tokenizer; give the folder of a run (<storage>/<name>)"
+            )
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    torch_dtype = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+    section, task = load_tuning(store), load_task(store)
+    has_adapter = section.method in ADAPTER_METHODS
+    model = model_from_config(config, task, torch.float32 if has_adapter else torch_dtype)
+    peft_model = tuning.apply_tuning(model, section, 0, task)
+
+    parameters = dict(model.named_parameters())
+    shapes = {
+        name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
+    }
+    where = discovery.checkpoint_store(store, manifest).redacted_url()
+    manifests.require_same_tensors(manifest.tensors, shapes, where)
+
+    targets = parameters | dict(model.named_buffers())
+    reader = discovery.open_reader(store, manifest)
+    trained_key = _key_of_trained_weights(store, average)
+    with torch.no_grad():
+        for name, values in read_tensors(reader, manifest, targets, trained_key):
+            targets[name].copy_(values)
+    return CheckpointModel(model.eval(), peft_model, tokenizer, torch_dtype)
+
+
+def _key_of_trained_weights(store: Store, average: bool | None) -> str:
+    """Return the key of the trained weights to export: "param", or "ema" for their average."""
+    if average and not load_tuning(store).ema_decay:
+        raise CheckpointError(
+            f"--ema: the run at {store.redacted_url()} has no average of its weights; --ema is "
+            "allowed for runs with tuning.ema_decay; export it without --ema"
+        )
+    if average is None:
+        evaluation = read_stored_config(store).get("evaluation") or {}
+        average = evaluation.get("weights") == "ema"
+    return "ema" if average else "param"
+
+
+def read_tensors(
+    reader: FragmentReader,
+    manifest: Manifest,
+    targets: dict[str, torch.Tensor],
+    trained_key: str = "param",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of each tensor of the model that is in the checkpoint.
+
+    Args:
+        reader: reads the checkpoint.
+        manifest: of the checkpoint.
+        targets: the model's tensors, by name.
+        trained_key: the state of trained weights to read, "param" or "ema".
+
+    Raises:
+        CheckpointError: a weight is missing.
+    """
+    import torch
+
+    keys = {
+        name: key for name, key in sorted(reader.keys()) if key in (trained_key, "frozen", "buffer")
+    }
+    missing = sorted(set(manifest.tensors) - set(keys))
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]}: listed in the manifest of step {manifest.progress.step} but missing in "
+            "the files of that checkpoint; export another step"
+        )
+
+    names = [name for name in keys if name in targets]
+    requests = [
+        FragmentRequest(i, name, keys[name], 0, targets[name].numel())
+        for i, name in enumerate(names)
+    ]
+    for index, values in reader.read_many(requests):
+        name = names[index]
+        yield name, torch.from_numpy(values).view(targets[name].shape)
