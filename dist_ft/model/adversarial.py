@@ -1,10 +1,13 @@
-"""Adversarial training: besides the batch as it is, one whose input embeddings were moved to where the loss is larger.
+"""Adversarial training: in addition to each batch, train on one with perturbed input embeddings.
 
-FGM (Miyato et al., arXiv:1605.07725) takes one step along the gradient; PGD (Madry et al., arXiv:1706.06083) several,
-each time back into the ball around the embeddings; it begins at their middle, not at a random place. Lengths are L2 and
-per sample, so what is packed or padded beside a sample, lanes and workers do not matter; padding has no gradient and
-is not moved. All passes of a lane draw the same dropout and noise, so the gradient is that of the network just asked.
-Every lane makes the same number of passes, one without targets too. Does not know engines.
+The embeddings move in the direction that increases the loss. FGM (Miyato et al., arXiv:1605.07725) takes
+one step along the gradient; PGD (Madry et al., arXiv:1706.06083) takes several, each projected back into
+the ball around the embeddings, starting from its center, not from a random point. Norms are L2 and per
+sample, so packing, padding, lanes and workers make no difference; padding has no gradient and does not
+move. All passes of a lane draw the same dropout and noise, so each gradient is that of the same network.
+Every lane makes the same number of passes, also one without targets. Independent of engines.
+
+Dimensions: B rows of a batch, T tokens of a row, H hidden size, N samples of a batch.
 """
 
 from __future__ import annotations
@@ -21,134 +24,151 @@ if TYPE_CHECKING:
     from dist_ft.model.trainable_model import TrainableModel
 
 MIN_NORM = 1e-30
-"""What a norm is at least: a gradient of zero gives no perturbation."""
+"""Lower bound of norms that are divided by: a gradient of zero gives no perturbation."""
+
+Forward = Callable[[], torch.Tensor]
+"""Returns the loss () of a lane."""
+Backward = Callable[[torch.Tensor, float, bool], None]
+"""Takes the loss, its weight, and whether it is the last one of the lane; adds to the gradient."""
 
 
 class Adversary:
-    """Moves the input embeddings of a `Learner` during the passes of one lane."""
+    """Perturbs the input embeddings of a `TrainableModel` during the passes of one lane."""
 
-    def __init__(self, section: AdversarialSection, learner: TrainableModel) -> None:
-        """Stand behind the embedding layer of `learner` (of an encoder-decoder, the encoder's)."""
+    def __init__(self, section: AdversarialSection, module: TrainableModel) -> None:
+        """Hook the embedding layer of `module` (of an encoder-decoder, the encoder's)."""
         self._section = section
-        self._learner = learner
-        self._active = False
-        self._moves: list[torch.Tensor] = []
+        self._module = module
+        self._is_active = False
+        self._perturbations: list[torch.Tensor] = []
+        # Of the current pass, one entry for each call of the embedding layer:
+        self._embeddings: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor | None] = []
-        self._seen: list[torch.Tensor] = []
-        self._sizes: list[torch.Tensor] = []
-        self._embedding(learner.model).register_forward_hook(self._watch)
+        self._lengths: list[torch.Tensor] = []
+        self._embedding_layer(module.model).register_forward_hook(self._perturb)
 
     @staticmethod
-    def _embedding(model: Any) -> torch.nn.Module:
-        return (
-            model.get_encoder() if model.config.is_encoder_decoder else model
-        ).get_input_embeddings()
+    def _embedding_layer(model: Any) -> torch.nn.Module:
+        part = model.get_encoder() if model.config.is_encoder_decoder else model
+        return part.get_input_embeddings()  # type: ignore[no-any-return]
 
-    def learn(
-        self,
-        forward: Callable[[], torch.Tensor],
-        backward: Callable[[torch.Tensor, float, bool], None],
-        ask: Callable[[], torch.Tensor],
+    def run_lane(
+        self, forward: Forward, backward: Backward, forward_for_gradient: Forward
     ) -> torch.Tensor:
-        """Do all passes of a lane; return the loss () of the batch as it is.
+        """Run all passes of a lane; return the loss () of the unperturbed batch.
 
         Args:
-            forward: returns the loss; the same whenever it is called, but for the embeddings.
-            backward: takes the loss, its weight, and whether it is the last of this lane; adds to the gradient.
-            ask: as `forward`, for a pass after which only the gradient at the embeddings is asked for.
+            forward: the same at every call, except for the embeddings.
+            backward: see `Backward`.
+            forward_for_gradient: as `forward`, for a pass that needs the gradient of the embeddings only.
         """
         section = self._section
-        steps, size = (
-            (1, section.epsilon) if section.method == "fgm" else (section.steps, section.step_size)
-        )
-        self._active, self._moves = True, []
+        num_steps, step_size = section.steps, section.step_size
+        if section.method == "fgm":
+            num_steps, step_size = 1, section.epsilon
+        self._is_active, self._perturbations = True, []
         try:
-            self._begin()
+            self._start_pass()
             loss = forward()
             backward(loss, 1.0, False)
-            self._move(size)
-            for _ in range(steps - 1):
-                self._begin()
-                asked = ask()
-                self._gradients = list(torch.autograd.grad(asked, self._seen))
-                self._move(size)
-            self._begin()
+            self._step(step_size)
+
+            for _ in range(num_steps - 1):
+                self._start_pass()
+                perturbed_loss = forward_for_gradient()
+                self._gradients = list(torch.autograd.grad(perturbed_loss, self._embeddings))
+                self._step(step_size)
+
+            self._start_pass()
             backward(forward(), section.weight, True)
             return loss
         finally:
-            self._active, self._moves, self._gradients, self._seen = False, [], [], []
+            self._is_active = False
+            self._perturbations, self._gradients, self._embeddings = [], [], []
 
-    def _begin(self) -> None:
-        self._gradients, self._seen, self._sizes = [], [], []
+    def _start_pass(self) -> None:
+        self._gradients, self._embeddings, self._lengths = [], [], []
 
-    def _watch(
+    def _perturb(
         self, _embedding: torch.nn.Module, _args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Move embeddings (B, T, H) as found so far, and take note of the gradient there; a forward hook."""
-        if not self._active:
+        """Add the current perturbation to embeddings (B, T, H) and record their gradient; a forward hook."""
+        if not self._is_active:
             return None
-        number = len(self._seen)
-        moved = output + self._moves[number].to(output.dtype) if self._moves else output
-        if not moved.requires_grad:  # the embeddings do not learn
-            moved = moved.detach().requires_grad_()
-        self._seen.append(moved)
-        self._gradients.append(None)
-        self._sizes.append(self._learner.sample_lengths(output.shape).to(output.device))
-        moved.register_hook(lambda gradient: self._gradients.__setitem__(number, gradient.detach()))
-        return moved
+        number = len(self._embeddings)
+        perturbed = output
+        if self._perturbations:
+            perturbed = output + self._perturbations[number].to(output.dtype)
+        if not perturbed.requires_grad:  # the embeddings are frozen
+            perturbed = perturbed.detach().requires_grad_()
 
-    def _move(self, step_size: float) -> None:
-        """Go `step_size` along the gradient of each sample, and back to within epsilon of where it was."""
+        self._embeddings.append(perturbed)
+        self._gradients.append(None)
+        self._lengths.append(self._module.sample_lengths(output.shape).to(output.device))
+        perturbed.register_hook(
+            lambda gradient: self._gradients.__setitem__(number, gradient.detach())
+        )
+        return perturbed
+
+    def _step(self, step_size: float) -> None:
+        """Move each sample by `step_size` along its gradient, and back into the ball of radius epsilon."""
         if not self._gradients or any(gradient is None for gradient in self._gradients):
             raise ModelError(
                 f"tuning.adversarial.method={self._section.method}: the loss of this model has no "
-                "gradient at its input embeddings; models that embed tokens by get_input_embeddings() "
-                "are allowed; use method none, or another model"
+                "gradient at its input embeddings. Only models that embed tokens by "
+                "get_input_embeddings() are allowed. Use method none, or another model."
             )
         steps = [
-            step_along_gradient(gradient.float(), sizes, step_size)
-            for gradient, sizes in zip(self._gradients, self._sizes, strict=True)
+            step_along_gradient(gradient.float(), lengths, step_size)
+            for gradient, lengths in zip(self._gradients, self._lengths, strict=True)
             if gradient is not None
         ]
-        ends = (
-            [move + step for move, step in zip(self._moves, steps, strict=True)]
-            if self._moves
-            else steps
-        )
-        self._moves = [
-            clip_to_epsilon(end, sizes, self._section.epsilon)
-            for end, sizes in zip(ends, self._sizes, strict=True)
+        if self._perturbations:
+            steps = [old + step for old, step in zip(self._perturbations, steps, strict=True)]
+        self._perturbations = [
+            clip_to_epsilon(perturbation, lengths, self._section.epsilon)
+            for perturbation, lengths in zip(steps, self._lengths, strict=True)
         ]
 
 
-def sample_norms(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return at each place of `values` (B, T, H) the L2 norm of its sample, (B, T, 1); `sizes` (N,) tile B*T."""
-    squares = values.square().sum(-1).reshape(-1)
-    of_samples = torch.segment_reduce(
-        squares, "sum", lengths=sizes
-    ).sqrt()  # in order: the same to the last bit
-    return torch.repeat_interleave(of_samples, sizes).reshape(*values.shape[:2], 1)
+def sample_norms(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return for each position of `values` (B, T, H) the L2 norm of its sample, (B, T, 1).
+
+    `lengths` (N,) of the samples sum to B*T.
+    """
+    squares = values.square().sum(-1).reshape(-1)  # (B*T,)
+    # A sum in order, so that it is bit-identical in every world.
+    norms = torch.segment_reduce(squares, "sum", lengths=lengths).sqrt()  # (N,)
+    return torch.repeat_interleave(norms, lengths).reshape(*values.shape[:2], 1)
 
 
-def step_along_gradient(gradient: torch.Tensor, sizes: torch.Tensor, length: float) -> torch.Tensor:
-    """Return, (B, T, H), a step of `length` along each sample's gradient."""
-    return gradient * (length / sample_norms(gradient, sizes).clamp(min=MIN_NORM))
+def step_along_gradient(
+    gradient: torch.Tensor, lengths: torch.Tensor, step_size: float
+) -> torch.Tensor:
+    """Return a step (B, T, H) of norm `step_size` along each sample's gradient."""
+    return gradient * (step_size / sample_norms(gradient, lengths).clamp(min=MIN_NORM))
 
 
-def clip_to_epsilon(move: torch.Tensor, sizes: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return `move` (B, T, H), that of samples longer than `epsilon` shortened to it."""
-    return move * (epsilon / sample_norms(move, sizes).clamp(min=MIN_NORM)).clamp(max=1.0)
+def clip_to_epsilon(
+    perturbation: torch.Tensor, lengths: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """Return `perturbation` (B, T, H), scaled down to norm `epsilon` in samples where it is larger."""
+    scale = (epsilon / sample_norms(perturbation, lengths).clamp(min=MIN_NORM)).clamp(max=1.0)
+    return perturbation * scale
 
 
 def train_lane(
     adversary: Adversary | None,
-    forward: Callable[[], torch.Tensor],
-    backward: Callable[[torch.Tensor, float, bool], None],
-    ask: Callable[[], torch.Tensor],
+    forward: Forward,
+    backward: Backward,
+    forward_for_gradient: Forward,
 ) -> torch.Tensor:
-    """Learn from a lane, with an adversary or without; return its loss (), detached. See `Adversary.learn`."""
+    """Run the passes of a lane, with or without an adversary; return its loss (), detached.
+
+    Arguments as for `Adversary.run_lane`.
+    """
     if adversary is not None:
-        return adversary.learn(forward, backward, ask).detach()
+        return adversary.run_lane(forward, backward, forward_for_gradient).detach()
     loss = forward()
     backward(loss, 1.0, True)
     return loss.detach()

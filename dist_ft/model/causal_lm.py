@@ -1,10 +1,14 @@
-"""What is minimised: next-token cross-entropy, summed over the target tokens.
+"""Causal language modeling: next-token cross-entropy, summed over the target tokens.
 
-The sum (not the mean) leaves the module, so that the trainer can divide by the target tokens of the whole global
-batch: accumulation, packing and the number of workers then leave the gradient unchanged. Logits are computed only at
-positions with a target: prompts and padding cost no vocabulary-wide product. Where the output layer is a plain matrix,
-loss and logits are made together, chunk by chunk (`head_loss`); models that change their logits afterwards (scaling,
-soft caps) are noticed in the first forward, by what they do to a 1.0, and take the way over whole logits.
+The module returns the sum (not the mean), so that the trainer can divide by the target tokens of the
+whole global batch: accumulation, packing and the number of workers then leave the gradient unchanged.
+Logits are computed only at positions with a target, so prompts and padding cost no vocabulary-wide
+product. If the output layer is a plain matrix, loss and logits are computed together, chunk by chunk
+(`head_loss`). Models that change their logits afterwards (scaling, soft caps) are detected in the first
+forward, because they change a marker value of 1.0; their loss is computed from whole logits instead.
+
+Dimensions: B rows of a batch, T tokens of a row, H hidden size, V vocabulary size, N target tokens of
+a batch.
 """
 
 from __future__ import annotations
@@ -30,23 +34,24 @@ if TYPE_CHECKING:
 
 
 def batch_to_inputs(batch: Batch, device: torch.device | str) -> Inputs:
-    """Return what `CausalLM.forward` takes, tensors on `device`; what it must know is found on the host, unsynced."""
-    targets = torch.from_numpy(batch.target_ids).reshape(-1)
-    keep = torch.nonzero(targets != IGNORE_INDEX).reshape(-1)
-    if len(keep) == 0:
-        keep = torch.zeros(
-            1, dtype=torch.long
-        )  # one ignored position: weight zero, and every rank has a backward
+    """Return the arguments of `CausalLM.forward`, tensors on `device`.
+
+    Shapes that depend on the data are computed on the host, so that no device has to synchronize.
+    """
+    targets = torch.from_numpy(batch.target_ids).reshape(-1)  # (B*T,)
+    target_positions = torch.nonzero(targets != IGNORE_INDEX).reshape(-1)  # (N,)
+    if len(target_positions) == 0:
+        # One ignored position: its weight is zero, and every rank has a backward pass.
+        target_positions = torch.zeros(1, dtype=torch.long)
+
     tensors = {
         "input_ids": torch.from_numpy(batch.input_ids),
         "position_ids": torch.from_numpy(batch.position_ids),
-        "positions": keep,
-        "targets": targets[keep],
+        "target_positions": target_positions,
+        "targets": targets[target_positions],
     }
-    return {
-        **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
-        "lengths": sample_lengths(batch.position_ids),
-    }
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {**on_device, "lengths": sample_lengths(batch.position_ids)}
 
 
 class CausalLM(TrainableModel):
@@ -55,59 +60,66 @@ class CausalLM(TrainableModel):
     def __init__(
         self, model: PreTrainedModel, label_smoothing: float = 0.0, neftune_alpha: float = 0.0
     ) -> None:
-        """Wrap `model`; smoothing and noise (see `TuningSection`) are for training, `eval` leaves them out."""
+        """Wrap `model`; smoothing and noise (see `TuningSection`) apply in training only.
+
+        Raises:
+            ModelError: the model has no output layer.
+        """
         super().__init__(model, neftune_alpha)
         self._smoothing = label_smoothing
         self._lengths: Sequence[Sequence[int]] | None = None
-        self._positions: torch.Tensor | None = None
+        self._target_positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
-        self._samples = enable_packed_attention(model)
-        self._flatten = str(model.config._attn_implementation).startswith("flash")
+        self._packed_samples = enable_packed_attention(model)
+        self._flatten_rows = str(model.config._attn_implementation).startswith("flash")
+
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(
                 f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
-                "with; causal language models are allowed; choose another model"
+                "with. Only causal language models are allowed. Choose another model."
             )
-        head.register_forward_pre_hook(self._select)
-        self._chunked = type(head) is nn.Linear and head.bias is None
-        self._checked = False
-        if self._chunked:
-            self._plain_head = head.forward
-            head.forward = functools.partial(self._head, head)
+        head.register_forward_pre_hook(self._select_target_positions)
+        self._use_chunked_loss = type(head) is nn.Linear and head.bias is None
+        self._is_chunked_loss_checked = False
+        if self._use_chunked_loss:
+            self._head_forward = head.forward
+            head.forward = functools.partial(self._loss_or_logits, head)
 
-    def _select(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        """Hand the head only the hidden states (1, N, H) at the chosen positions of (B, T, H)."""
-        if self._positions is None:
+    def _select_target_positions(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        """Pass to the head only the hidden states (1, N, H) at the target positions of (B, T, H)."""
+        if self._target_positions is None:
             return None
         hidden = args[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *args[1:])
+        selected = hidden.reshape(1, -1, hidden.shape[-1])[:, self._target_positions]
+        return (selected, *args[1:])
 
     @override
-    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        ids = self.virtual.ids if self.virtual is not None else ()
-        return batch_to_inputs(soft_prompts.insert_virtual_tokens(batch, ids) if ids else batch, device)
+    def prepare_inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        if self.virtual is not None and self.virtual.ids:
+            batch = soft_prompts.insert_virtual_tokens(batch, self.virtual.ids)
+        return batch_to_inputs(batch, device)
 
     @override
     def sample_length_at_positions(self, shape: torch.Size) -> torch.Tensor | None:
         if self._lengths is None:
             return None
-        sizes = torch.tensor(
-            [size for row in self._lengths for size in row], device=self.model.device
+        lengths = torch.tensor(
+            [length for row in self._lengths for length in row], device=self.model.device
         )
-        return torch.repeat_interleave(sizes, sizes).reshape(shape[:2])
+        return torch.repeat_interleave(lengths, lengths).reshape(shape[:2])
 
     @override
     def sample_lengths(self, shape: torch.Size) -> torch.Tensor:
         if self._lengths is None:
             return super().sample_lengths(shape)
-        return torch.tensor([size for row in self._lengths for size in row])
+        return torch.tensor([length for row in self._lengths for length in row])
 
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        positions: torch.Tensor,
+        target_positions: torch.Tensor,
         targets: torch.Tensor,
         lengths: Sequence[Sequence[int]],
     ) -> torch.Tensor:
@@ -115,18 +127,20 @@ class CausalLM(TrainableModel):
 
         Args:
             input_ids: (B, T) token ids.
-            position_ids: (B, T); a restart at 0 begins another sample, which attention keeps apart
-                (`use_cache=False` is what makes transformers see it).
-            positions: (N,) indices into B*T of the positions to learn.
-            targets: (N,) token ids to predict there, or IGNORED.
-            lengths: by row, of the samples in it, as position_ids say.
+            position_ids: (B, T); a restart at 0 starts another sample, which attention keeps separate
+                (transformers detects it only with `use_cache=False`).
+            target_positions: (N,) indices into B*T of the positions with a target.
+            targets: (N,) token ids to predict there, or `IGNORE_INDEX`.
+            lengths: for each row, the lengths of its samples, consistent with `position_ids`.
         """
         self._lengths = lengths
+        packing = (
+            nullcontext() if self._packed_samples is None else self._packed_samples.use(lengths)
+        )
         try:
-            with self._samples.told(lengths) if self._samples is not None else nullcontext():
-                return self.add_penalty(
-                    self._loss(input_ids, position_ids, positions, targets), targets
-                )
+            with packing:
+                loss = self._loss(input_ids, position_ids, target_positions, targets)
+                return self.add_penalty(loss, targets)
         finally:
             self._lengths = None
 
@@ -134,18 +148,24 @@ class CausalLM(TrainableModel):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        positions: torch.Tensor,
+        target_positions: torch.Tensor,
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        if self._flatten:  # flash attention finds packed samples in one flat row only
+        """Return the cross-entropy summed over targets, float32 (); arguments as `forward`."""
+        if self._flatten_rows:  # flash attention separates packed samples in one flat row only
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        if self._chunked:
-            loss, one = self._run(input_ids, position_ids, positions, targets).reshape(2)
-            if not self._checked:  # the same answer on every rank: it depends on the model only
-                self._chunked, self._checked = one.item() == 1.0, True
-            if self._chunked:
+
+        if self._use_chunked_loss:
+            output = self._run_model(input_ids, position_ids, target_positions, targets)
+            loss, marker = output.reshape(2)
+            if not self._is_chunked_loss_checked:
+                # The result is the same on every rank: it depends on the model only.
+                self._use_chunked_loss = marker.item() == 1.0
+                self._is_chunked_loss_checked = True
+            if self._use_chunked_loss:
                 return loss
-        logits = self._run(input_ids, position_ids, positions, None)
+
+        logits = self._run_model(input_ids, position_ids, target_positions, None)  # (1, N, V)
         return nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
             targets,
@@ -154,29 +174,29 @@ class CausalLM(TrainableModel):
             label_smoothing=self._smoothing if self.training else 0.0,
         )
 
-    def _run(
+    def _run_model(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        positions: torch.Tensor,
+        target_positions: torch.Tensor,
         targets: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return what the model calls logits: logits, or with `targets` loss and 1.0, (1, 1, 2), in their place."""
-        self._positions, self._targets = positions, targets
+        """Return the logits (1, N, V), or with `targets` the loss and the marker 1.0, (1, 1, 2)."""
+        self._target_positions, self._targets = target_positions, targets
         try:
             return self.model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False
             ).logits
         finally:
-            self._positions = self._targets = None
+            self._target_positions = self._targets = None
 
-    def _head(self, head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        """Be the output layer's forward: the loss while `forward` runs, logits for everybody else.
+    def _loss_or_logits(self, head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        """Replace the output layer's forward: return the loss inside `forward`, logits otherwise.
 
-        Inside the layer's own call, so that ZeRO-3 has its weight at hand.
+        It runs inside the layer's own call, so that ZeRO-3 has gathered the layer's weight.
         """
         if self._targets is None:
-            return self._plain_head(hidden)
+            return self._head_forward(hidden)
         loss = head_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             head.weight,

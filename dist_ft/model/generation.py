@@ -1,16 +1,19 @@
-"""Texts made by a model: transformers' `generate` over batches, row by row what it would be alone.
+"""Text generation: transformers' `generate` over batches; each row's result is the one it would have alone.
 
-Rows of like length share a batch (causal models: padded on the left), and order is restored. What is drawn at random
-follows from (seed, sample, which of its texts), never from what shares a batch: a token is the argmax of its logits
-plus Gumbel noise (Gumbel 1954; the same distribution as a draw by softmax) of a generator of the row's own, and noise
-does not turn on rounding as a draw from cumulated shares does. Knows no workers and no references.
+Rows of similar length share a batch (causal models: padded on the left), and the order is restored. Random
+draws follow from (seed, sample, draw), never from the other rows of a batch: a token is the argmax of its
+logits plus Gumbel noise (Gumbel 1954; the same distribution as a draw from the softmax) from a generator of
+its row. Unlike a draw from cumulated probabilities, noise is not sensitive to rounding. Independent of
+workers and of references.
+
+Dimensions: B rows of a batch, T tokens of a prompt, V vocabulary size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +21,7 @@ from transformers import LogitsProcessor
 
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.errors import ConfigError
-from dist_ft.core.seeds import (
-    derive_seed,
-)
+from dist_ft.core.seeds import derive_seed
 from dist_ft.model.adapters import soft_prompts
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a text is made from.
+    """The input of one generation.
 
     Attributes:
         ids: (T,) tokens of the prompt, or (encoder-decoder) of the source; at least one.
         sample: number that random draws follow from.
-        draw: which of the texts of this sample.
+        draw: number of the generation among those of its sample.
     """
 
     ids: np.ndarray
@@ -43,143 +44,161 @@ class GenerationRequest:
 
 
 class TextGenerator:
-    """Makes texts as a section says."""
+    """Generates texts with the options of a section decoding."""
 
     def __init__(self, section: DecodingSection, tokenizer: Any, stops: Iterable[int] = ()) -> None:
-        """Assign only; `stops` are tokens that end a text besides those the model and its tokenizer name."""
+        """Set options; `stops` are end tokens in addition to those of the model and its tokenizer."""
         self.section = section
         self._tokenizer = tokenizer
         self._stops = frozenset(stops)
 
-    def batches(self, rows: Sequence[GenerationRequest]) -> list[list[int]]:
-        """Return the numbers of `rows` by batch, those of like length together, longest first."""
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
-        return [
-            order[start : start + self.section.batch_size]
-            for start in range(0, len(order), self.section.batch_size)
-        ]
+    def split_into_batches(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """Return the numbers of `requests` by batch, similar lengths together, longest first."""
+        order = sorted(range(len(requests)), key=lambda number: -len(requests[number].ids))
+        size = self.section.batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def generate_all(self, model: PreTrainedModel, rows: Sequence[GenerationRequest]) -> list[list[list[int]]]:
-        """Return, by row and in their order, `num_samples` texts as token ids, without what ended them."""
-        found: dict[int, list[list[int]]] = {}
-        for batch in self.batches(rows):
-            found |= zip(batch, self.make(model, [rows[number] for number in batch]), strict=True)
-        return [found[number] for number in range(len(rows))]
+    def generate_all(
+        self, model: PreTrainedModel, requests: Sequence[GenerationRequest]
+    ) -> list[list[list[int]]]:
+        """Return for each request its `num_samples` generations as token ids, without end tokens."""
+        generations: dict[int, list[list[int]]] = {}
+        for batch in self.split_into_batches(requests):
+            results = self.generate_batch(model, [requests[number] for number in batch])
+            generations |= zip(batch, results, strict=True)
+        return [generations[number] for number in range(len(requests))]
 
     @torch.no_grad()
-    def make(
+    def generate_batch(
         self,
         model: PreTrainedModel,
-        rows: Sequence[GenerationRequest],
+        requests: Sequence[GenerationRequest],
         synced: bool = False,
-        beat: Callable[[], None] = lambda: None,
-        with_end: bool = False,
+        on_token: Callable[[], None] = lambda: None,
+        include_end: bool = False,
     ) -> list[list[list[int]]]:
-        """Return the texts of one batch, as `make_all`.
+        """Return the generations of one batch, as `generate_all` does.
 
         Args:
             model: in evaluation mode.
-            rows: what is asked, all at once.
-            synced: every forward is a collective call, so all workers call this as often and go on until all are done.
-            beat: called for each token.
-            with_end: leave what ended a text at its end.
+            requests: all rows of the batch.
+            synced: every forward is a collective call, so all workers make the same number of them and
+                continue until all are done.
+            on_token: called for each token.
+            include_end: keep the end token of a generation.
 
         Raises:
-            ConfigError: the longest prompt and text have more tokens than the model has places.
+            ConfigError: the longest prompt and generation have more tokens than the model has positions,
+                or a repetition penalty meets virtual tokens.
         """
-        section, both = self.section, model.config.is_encoder_decoder
-        copies = section.num_samples if section.strategy == "sample" else 1
-        rows = (
-            [replace(row, draw=draw) for row in rows for draw in range(copies)]
-            if copies > 1
-            else list(rows)
-        )
-        config = self._config(model)
+        section, is_encoder_decoder = self.section, model.config.is_encoder_decoder
+        rows = self._repeat_for_draws(requests)
+        config = self._generation_config(model)
         virtual = soft_prompts.find_virtual_tokens(model)
-        self.require_room(
-            model, max(len(row.ids) for row in rows) + (virtual.count if virtual else 0)
-        )
+        num_virtual = virtual.count if virtual else 0
+        self.check_length(model, max(len(row.ids) for row in rows) + num_virtual)
         if virtual is not None and virtual.ids:
-            if section.repetition_penalty != 1 and not both:
-                raise ConfigError(
-                    [
-                        f"decoding.repetition_penalty={section.repetition_penalty}: virtual tokens (tuning."
-                        "prompt) are no words; 1 is allowed; remove it"
-                    ],
-                    "decoding",
-                )
-            rows = [
-                replace(row, ids=np.concatenate([virtual.ids, row.ids]).astype(np.int64))
-                for row in rows
-            ]
-        ids, mask = pad_rows([row.ids for row in rows], int(config.pad_token_id), left=not both)  # type: ignore
-        start = 1 if both else ids.shape[1]
-        made = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            self._check_repetition_penalty(is_encoder_decoder)
+            rows = [_prepend_ids(row, virtual.ids) for row in rows]
+
+        pad_id: Any = config.pad_token_id
+        padded = pad_rows([row.ids for row in rows], int(pad_id), left=not is_encoder_decoder)
+        first_position = 1 if is_encoder_decoder else padded.ids.shape[1]  # of generated tokens
+        stops: set[int] = set(config.eos_token_id or ())  # type: ignore[arg-type]
+        processors: Any = self._logits_processors(
+            rows, first_position, stops, is_encoder_decoder, on_token
+        )
+        output = model.generate(  # type: ignore[operator]
+            input_ids=padded.ids.to(model.device),
+            attention_mask=padded.mask.to(model.device),
             generation_config=config,
-            logits_processor=self._processors(
-                rows, start, set(config.eos_token_id or ()), both, beat
-            ),  # type: ignore
+            logits_processor=processors,
             synced_gpus=synced,
         )
-        stops, texts = set(config.eos_token_id or ()), []  # type: ignore[arg-type]
-        for row in made[:, start:].tolist():
-            texts.append(
-                row[
-                    : next(
-                        (at + with_end for at, token in enumerate(row) if token in stops), len(row)
-                    )
-                ]
-            )
-        each = section.num_samples
-        return [texts[first : first + each] for first in range(0, len(texts), each)]
 
-    def require_room(self, model: PreTrainedModel, longest: int) -> None:
-        """Raise ConfigError if a prompt of `longest` tokens and its text do not fit into the places of `model`."""
-        config, length = (
-            model.config.get_text_config(decoder=True),
-            self._config(model).max_new_tokens or 0,
-        )
-        places = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "n_positions", None
-        )
-        longest = 0 if model.config.is_encoder_decoder else longest
-        if isinstance(places, int) and longest + length > places:
+        generations = [
+            _cut_at_stop(tokens, stops, include_end)
+            for tokens in output[:, first_position:].tolist()
+        ]
+        per_request = section.num_samples
+        return [
+            generations[first : first + per_request]
+            for first in range(0, len(generations), per_request)
+        ]
+
+    def _repeat_for_draws(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """Return one row for each random draw of each request."""
+        copies = self.section.num_samples if self.section.strategy == "sample" else 1
+        if copies == 1:
+            return list(requests)
+        return [replace(request, draw=draw) for request in requests for draw in range(copies)]
+
+    def _check_repetition_penalty(self, is_encoder_decoder: bool) -> None:
+        """Raise ConfigError if a repetition penalty would apply to virtual tokens."""
+        penalty = self.section.repetition_penalty
+        if penalty != 1 and not is_encoder_decoder:
             raise ConfigError(
                 [
-                    f"decoding.max_new_tokens={length}: the model has {places} places and the longest "
-                    f"prompt {longest} tokens; at most {max(0, places - longest)} are allowed; lower it, or "
-                    "shorten the prompts"
+                    f"decoding.repetition_penalty={penalty}: virtual tokens (tuning.prompt) have no entry in "
+                    "the vocabulary. Only 1 is allowed. Remove the option."
                 ],
                 "decoding",
             )
 
-    def text(self, ids: Sequence[int]) -> str:
+    def check_length(self, model: PreTrainedModel, longest: int) -> None:
+        """Raise ConfigError if a prompt of `longest` tokens and its generation exceed the model's positions."""
+        config = model.config.get_text_config(decoder=True)
+        max_new_tokens = self._generation_config(model).max_new_tokens or 0
+        num_positions = getattr(config, "max_position_embeddings", None) or getattr(
+            config, "n_positions", None
+        )
+        if model.config.is_encoder_decoder:
+            longest = 0  # the decoder holds the generation only
+        if isinstance(num_positions, int) and longest + max_new_tokens > num_positions:
+            raise ConfigError(
+                [
+                    f"decoding.max_new_tokens={max_new_tokens}: the model has {num_positions} positions and "
+                    f"the longest prompt {longest} tokens. At most {max(0, num_positions - longest)} are "
+                    "allowed. Lower it, or shorten the prompts."
+                ],
+                "decoding",
+            )
+
+    def decode_text(self, ids: Sequence[int]) -> str:
         """Return tokens as text, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _config(self, model: PreTrainedModel) -> GenerationConfig:
-        """Return transformers' config of this section: all it decides is set, as the model's own fills the rest."""
+    def _stop_tokens(self, model: PreTrainedModel) -> set[int]:
+        """Return all end tokens: of the caller, of the model, of the tokenizer."""
+        own = model.generation_config
+        own_stops = own.eos_token_id if own is not None else None  # type: ignore[union-attr]
+        if isinstance(own_stops, int):
+            own_stops = [own_stops]
+        stops = {*self._stops, *(own_stops or ())}
+        return stops | ({self._tokenizer.eos_token_id} - {None})
+
+    def _generation_config(self, model: PreTrainedModel) -> GenerationConfig:
+        """Return transformers' config of this section.
+
+        Every option that changes the result is set, because the model's own config fills the rest.
+        """
         from transformers import GenerationConfig
 
-        section, own = self.section, model.generation_config
-        known = own.eos_token_id if own is not None else None  # type: ignore[union-attr]
-        stops = {*self._stops, *([known] if isinstance(known, int) else known or ())}
-        stops |= {self._tokenizer.eos_token_id} - {None}
-        pads = (self._tokenizer.pad_token_id, getattr(own, "pad_token_id", None), *sorted(stops), 0)
-        both = model.config.is_encoder_decoder
-        length = section.max_new_tokens
+        section, stops = self.section, self._stop_tokens(model)
+        own_pad = getattr(model.generation_config, "pad_token_id", None)
+        pads = (self._tokenizer.pad_token_id, own_pad, *sorted(stops), 0)
+        max_new_tokens = section.max_new_tokens
         if section.choices:
-            length = max(map(len, self._choices(stops, both)))
-        beams = section.strategy == "beam"
+            choices = self._encode_choices(stops, model.config.is_encoder_decoder)
+            max_new_tokens = max(map(len, choices))
+        is_beam = section.strategy == "beam"
         return GenerationConfig(
-            max_new_tokens=length,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=section.num_beams if beams else 1,
+            num_beams=section.num_beams if is_beam else 1,
             length_penalty=section.length_penalty,
             early_stopping=section.early_stopping,
-            num_return_sequences=section.num_samples if beams else 1,
+            num_return_sequences=section.num_samples if is_beam else 1,
             repetition_penalty=section.repetition_penalty,
             no_repeat_ngram_size=0,
             encoder_no_repeat_ngram_size=0,
@@ -194,32 +213,33 @@ class TextGenerator:
             pad_token_id=next(pad for pad in pads if pad is not None),
         )
 
-    def _choices(self, stops: set[int], both: bool) -> list[list[int]]:
-        """Return the choices as tokens, each with its end."""
+    def _encode_choices(self, stops: set[int], is_encoder_decoder: bool) -> list[list[int]]:
+        """Return the choices as tokens, each with its end token."""
         if not stops:
             raise ConfigError(
                 [
-                    "decoding.choices: neither the model nor its tokenizer names a token that ends a text; "
-                    "one is needed; set eos_token in tokenizer_config.json, or remove choices"
+                    "decoding.choices: neither the model nor its tokenizer has an end token, and one is "
+                    "needed. Set eos_token in tokenizer_config.json, or remove choices."
                 ],
                 "decoding",
             )
-        encoded = [
-            list(self._tokenizer(choice, add_special_tokens=both)["input_ids"])
-            for choice in self.section.choices
-        ]
         end = self._tokenizer.eos_token_id if self._tokenizer.eos_token_id in stops else min(stops)
-        return [ids if ids[-1] in stops else [*ids, end] for ids in encoded]
+        choices = []
+        for choice in self.section.choices:
+            encoded = self._tokenizer(choice, add_special_tokens=is_encoder_decoder)
+            ids = list(encoded["input_ids"])
+            choices.append(ids if ids[-1] in stops else [*ids, end])
+        return choices
 
-    def _processors(
+    def _logits_processors(
         self,
         rows: Sequence[GenerationRequest],
-        start: int,
+        first_position: int,
         stops: set[int],
-        both: bool,
-        beat: Callable[[], None],
+        is_encoder_decoder: bool,
+        on_token: Callable[[], None],
     ) -> list[Any]:
-        """Return what acts on logits after transformers' own processors, in order."""
+        """Return the processors that follow transformers' own, in order."""
         from transformers import (
             LogitsProcessorList,
             MinPLogitsWarper,
@@ -228,28 +248,30 @@ class TextGenerator:
             TopPLogitsWarper,
         )
 
-        section, found = self.section, LogitsProcessorList([_Beat(beat)])
+        section, processors = self.section, LogitsProcessorList([_TokenCallback(on_token)])
         if section.choices:
-            found.append(_OneOf(self._choices(stops, both), start))
+            choices = self._encode_choices(stops, is_encoder_decoder)
+            processors.append(_ChoiceConstraint(choices, first_position))
         if section.strategy != "sample":
-            return found
+            return processors
+
         if section.temperature != 1:
-            found.append(TemperatureLogitsWarper(section.temperature))
+            processors.append(TemperatureLogitsWarper(section.temperature))
         if section.top_k:
-            found.append(TopKLogitsWarper(section.top_k))
+            processors.append(TopKLogitsWarper(section.top_k))
         if section.top_p < 1:
-            found.append(TopPLogitsWarper(section.top_p))
+            processors.append(TopPLogitsWarper(section.top_p))
         if section.min_p:
-            found.append(MinPLogitsWarper(section.min_p))
-        found.append(Gumbel([derive_seed(section.seed, row.sample, row.draw) for row in rows]))
-        return found
+            processors.append(MinPLogitsWarper(section.min_p))
+        processors.append(Gumbel([derive_seed(section.seed, row.sample, row.draw) for row in rows]))
+        return processors
 
 
 class Gumbel(LogitsProcessor):
-    """Adds noise to logits (B, V), of one generator a row, so that their argmax is a draw by probability."""
+    """Adds noise to logits (B, V), from one generator a row, so that their argmax is a random draw."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        """Begin a generator for each row."""
+        """Start a generator for each row."""
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -257,45 +279,53 @@ class Gumbel(LogitsProcessor):
         noise = torch.empty(scores.shape, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
+        # The negative log of exponential noise is Gumbel noise.
         return scores - noise.clamp(min=torch.finfo(torch.float32).tiny).log().to(scores.device)
 
 
-class _OneOf(LogitsProcessor):
-    """Allows only tokens that go on with one of some texts."""
+class _ChoiceConstraint(LogitsProcessor):
+    """Allows only tokens that continue one of a list of choices."""
 
-    def __init__(self, texts: Sequence[Sequence[int]], start: int) -> None:
-        """Take whole texts, each with its end; `start` is the first place that is made."""
-        self._start = start
-        self._ends = sorted({text[-1] for text in texts})
-        self._next: dict[tuple[int, ...], set[int]] = {}
-        for text in texts:
-            for at, token in enumerate(text):
-                self._next.setdefault(tuple(text[:at]), set()).add(token)
+    def __init__(self, choices: Sequence[Sequence[int]], first_position: int) -> None:
+        """Take choices with their end tokens; `first_position` is that of the first generated token."""
+        self._first_position = first_position
+        self._ends = sorted({choice[-1] for choice in choices})
+        self._next_tokens: dict[tuple[int, ...], set[int]] = {}
+        for choice in choices:
+            for index, token in enumerate(choice):
+                self._next_tokens.setdefault(tuple(choice[:index]), set()).add(token)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return logits of -inf for all other tokens (transformers' interface)."""
-        allowed = torch.full_like(scores, -torch.inf)
-        for row, made in enumerate(input_ids[:, self._start :].tolist()):
-            allowed[row, sorted(self._next.get(tuple(made), self._ends))] = (
-                0  # behind its end a row goes on for others
-            )
-        return scores + allowed
+        mask = torch.full_like(scores, -torch.inf)
+        for row, generated in enumerate(input_ids[:, self._first_position :].tolist()):
+            # A finished row continues with end tokens while other rows of the batch are unfinished.
+            allowed = self._next_tokens.get(tuple(generated), self._ends)
+            mask[row, sorted(allowed)] = 0
+        return scores + mask
 
 
-class _Beat(LogitsProcessor):
-    """Says that there is progress."""
+class _TokenCallback(LogitsProcessor):
+    """Calls a function for each token."""
 
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self._beat = beat
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Change nothing (transformers' interface)."""
-        self._beat()
+        """Return the logits unchanged (transformers' interface)."""
+        self._on_token()
         return scores
 
 
-def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of ids as one tensor (B, T), padded on one side, and its mask."""
+class PaddedRows(NamedTuple):
+    """Token ids (B, T) int64, padded on one side, and their mask (B, T) int64."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> PaddedRows:
+    """Return rows of ids as one tensor, padded on the left or right, and its mask."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -303,4 +333,17 @@ def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[torch.Te
         place = slice(longest - len(row), longest) if left else slice(0, len(row))
         ids[number, place] = torch.from_numpy(np.asarray(row, dtype=np.int64))
         mask[number, place] = 1
-    return ids, mask
+    return PaddedRows(ids, mask)
+
+
+def _prepend_ids(request: GenerationRequest, ids: Sequence[int]) -> GenerationRequest:
+    """Return a request with `ids` before its prompt."""
+    return replace(request, ids=np.concatenate([ids, request.ids]).astype(np.int64))
+
+
+def _cut_at_stop(tokens: list[int], stops: set[int], include_end: bool) -> list[int]:
+    """Return tokens up to the first end token, with it if `include_end`."""
+    for index, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: index + include_end]
+    return tokens

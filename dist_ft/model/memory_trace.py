@@ -1,10 +1,13 @@
-"""A forward and a backward of the real code without numbers: on the meta device, to see what memory they would hold.
+"""Trace the memory of a forward and a backward of the real code, without numbers, on the meta device.
 
-Every storage that is made is noted when it appears and when it goes, so activations, the loss head, recomputation under
-checkpointing and gradients are those of the code itself, for any architecture, at any size: 405 billion parameters take
-no memory here. Attention is played by one that keeps what flash kernels keep (queries, keys, values, output and a
-float32 per row), which is also what torch's own kernels on CPUs keep. Not seen: what kernels use inside (workspaces of
-matrix products), fragmentation of the allocator. Does not know of engines or workers.
+Every storage is counted from its creation to its release, so activations, the loss head, recomputation
+under activation checkpointing and gradients are those of the code itself, for any architecture, at any
+size: 405 billion parameters take no memory here. Attention is replaced by a stand-in that stores what flash
+kernels store (queries, keys, values, output and a float32 per row), which is also what torch's own kernels
+on CPUs store. Not included: memory inside kernels (workspaces of matrix products), fragmentation of the
+allocator. Independent of engines and workers.
+
+Dimensions: B rows of a batch, T tokens of a row, D width of a head.
 """
 
 from __future__ import annotations
@@ -14,25 +17,26 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_ft.model.trainable_model import TrainableModel
+from dist_ft.model.trainable_model import WRAPPER_PREFIX, TrainableModel
 
 HEAD, LAYERS = "logits", "activations"
+"""Kinds of storages: created inside the output layer, or elsewhere."""
 
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """Bytes alive at the moment most are, beyond weights and the gradients that stay.
+    """Bytes alive at the moment of most, beyond weights and the gradients that remain.
 
     Attributes:
-        logits: of what the output layer made (chunks of logits, its own gradients under way).
-        activations: all else.
+        activations: all other storages.
+        logits: storages created by the output layer (chunks of logits, its current gradients).
     """
 
     activations: int
@@ -44,80 +48,92 @@ class MemoryPeak:
         return self.activations + self.logits
 
 
+class PassPeaks(NamedTuple):
+    """The peaks of a forward and of its backward."""
+
+    forward: MemoryPeak
+    backward: MemoryPeak
+
+
 def trace_peaks(
     module: TrainableModel, inputs: dict[str, Any], *, keep_gradients: bool, on_cpu: bool = False
-) -> tuple[MemoryPeak, MemoryPeak]:
-    """Return the peaks of a forward and of its backward of `module`, on the meta device, as of a later lane of a step.
+) -> PassPeaks:
+    """Return the peaks of a forward and a backward of `module`, as in a later lane of a step.
 
     Args:
-        module: its parameters are left without gradients.
-        inputs: what its forward takes, tensors on the meta device.
-        keep_gradients: gradients of earlier lanes lie in `.grad` (they are not counted) and new ones are added to them;
-            else each is handed on as soon as it is there, as ZeRO-2 and 3 do.
-        on_cpu: of a run on CPUs, where `head_loss` makes its softmax in place.
+        module: on the meta device; its parameters end without gradients.
+        inputs: arguments of its forward, tensors on the meta device.
+        keep_gradients: gradients of earlier lanes are in `.grad` (they are not counted) and new ones are
+            added to them; else each is released as soon as it exists, as under ZeRO-2 and 3.
+        on_cpu: of a run on CPUs, where `head_loss` computes its softmax in place.
     """
-    hooks = (
-        []
-        if keep_gradients
-        else [
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            for p in module.parameters()
-            if p.requires_grad
-        ]
-    )
-    given = [value for value in inputs.values() if torch.is_tensor(value)]
-    ledger = _Ledger([*module.parameters(), *module.buffers(), *given], on_cpu)
+    hooks = []
+    if not keep_gradients:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                hooks.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
+
+    input_tensors = [value for value in inputs.values() if torch.is_tensor(value)]
+    tracer = _Tracer([*module.parameters(), *module.buffers(), *input_tensors], on_cpu)
     try:
-        with ledger, _kernels(on_cpu), _marked(module, ledger):
+        with tracer, _stand_in_kernels(on_cpu), _marked_head(module, tracer):
             for lane in range(2 if keep_gradients else 1):
                 if lane:
-                    ledger.forget(p.grad for p in module.parameters() if p.grad is not None)
+                    gradients = (p.grad for p in module.parameters() if p.grad is not None)
+                    tracer.stop_counting(gradients)
                 loss = module(**inputs)
-                forward = MemoryPeak(ledger.most[LAYERS], ledger.most[HEAD])
-                ledger.anew()
+                forward_peak = tracer.peak()
+                tracer.reset_peak()
                 loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         module.zero_grad(set_to_none=True)
-    return forward, MemoryPeak(ledger.most[LAYERS], ledger.most[HEAD])
+    return PassPeaks(forward_peak, tracer.peak())
 
 
-def trace_module_order(module: TrainableModel, inputs: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the weights of each module that has some, in the order modules run forward."""
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def trace_module_order(
+    module: TrainableModel, inputs: dict[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the weights of each module that has some, in the order of their forwards."""
     names = {
-        id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()
+        id(parameter): name.removeprefix(WRAPPER_PREFIX)
+        for name, parameter in module.named_parameters()
     }
-    found: list[tuple[str, ...]] = []
+    order: list[tuple[str, ...]] = []
 
-    def note(inner: nn.Module, *_: Any) -> None:
-        found.append(tuple(names[id(parameter)] for parameter in inner.parameters(recurse=False)))
+    def record(inner: nn.Module, *_: Any) -> None:
+        order.append(tuple(names[id(parameter)] for parameter in inner.parameters(recurse=False)))
 
     handles = [
-        inner.register_forward_pre_hook(note)
+        inner.register_forward_pre_hook(record)
         for inner in module.modules()
         if next(inner.parameters(recurse=False), None) is not None
     ]
     try:
-        ledger = _Ledger((), False)
-        with torch.no_grad(), ledger, _kernels(True), _marked(module, ledger):
+        tracer = _Tracer((), False)
+        with torch.no_grad(), tracer, _stand_in_kernels(True), _marked_head(module, tracer):
             module(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(found)
+    return tuple(order)
 
 
 @contextlib.contextmanager
-def _marked(module: TrainableModel, ledger: _Ledger) -> Iterator[None]:
-    """Let the ledger know what is made inside the output layer."""
+def _marked_head(module: TrainableModel, tracer: _Tracer) -> Iterator[None]:
+    """Let the tracer distinguish storages that are created inside the output layer."""
     head = module.model.get_output_embeddings()
     if head is None:
         yield
         return
     handles = [
-        head.register_forward_pre_hook(lambda *_: ledger.to(HEAD), prepend=True),
-        head.register_forward_hook(lambda *_: ledger.to(LAYERS), always_call=True),
+        head.register_forward_pre_hook(lambda *_: tracer.set_kind(HEAD), prepend=True),
+        head.register_forward_hook(lambda *_: tracer.set_kind(LAYERS), always_call=True),
     ]
     try:
         yield
@@ -126,112 +142,132 @@ def _marked(module: TrainableModel, ledger: _Ledger) -> Iterator[None]:
             handle.remove()
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of storages that were made while it is on and are still alive; `there` is not counted."""
+class _Storage(NamedTuple):
+    """A known storage: its kind, and the bytes it counts."""
 
-    def __init__(self, there: Iterable[torch.Tensor], on_cpu: bool) -> None:
+    kind: str
+    num_bytes: int
+
+
+class _Tracer(TorchDispatchMode):
+    """Counts the bytes of storages that are created while it is active and still alive.
+
+    Storages of the tensors `existing` are not counted.
+    """
+
+    def __init__(self, existing: Iterable[torch.Tensor], on_cpu: bool) -> None:
         super().__init__()
         self._on_cpu = on_cpu
         self._kind = LAYERS
         self._live = {LAYERS: 0, HEAD: 0}
-        self.most = dict(self._live)
-        self._known = {tensor.untyped_storage()._cdata: (LAYERS, 0) for tensor in there}
+        self._most = dict(self._live)
+        self._known = {tensor.untyped_storage()._cdata: _Storage(LAYERS, 0) for tensor in existing}
 
-    def to(self, kind: str) -> None:
-        """Count what is made from now on as `kind`."""
+    def peak(self) -> MemoryPeak:
+        """Return the peak since the last `reset_peak`."""
+        return MemoryPeak(self._most[LAYERS], self._most[HEAD])
+
+    def set_kind(self, kind: str) -> None:
+        """Count storages that are created from now on as `kind`."""
         self._kind = kind
-        self._note()
+        self._update_peak()
 
-    def forget(self, tensors: Any) -> None:
-        """Count these no more."""
+    def stop_counting(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count these no longer."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
-            kind, size = self._known[key]
-            self._live[kind] -= size
-            self._known[key] = kind, 0
-        self.anew()
+            storage = self._known[key]
+            self._live[storage.kind] -= storage.num_bytes
+            self._known[key] = _Storage(storage.kind, 0)
+        self.reset_peak()
 
-    def anew(self) -> None:
-        """Begin anew with the peak."""
-        self.most = dict(self._live)
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive."""
+        self._most = dict(self._live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self._number(args[0])
-        if self._on_cpu and self._kind == HEAD and func is torch.ops.aten._softmax.default:
+            return self._scalar(args[0])
+        is_softmax = func is torch.ops.aten._softmax.default
+        if self._on_cpu and self._kind == HEAD and is_softmax:
             return args[0]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._seen(leaf)
-        self._note()
+                self._count(leaf)
+        self._update_peak()
         return result
 
-    def _number(self, tensor: torch.Tensor) -> Any:
-        """Answer what code asks of values: yes, and one; but of what came after the output layer, not a number.
+    def _scalar(self, tensor: torch.Tensor) -> Any:
+        """Return the value of a scalar that code reads: true, or one; after the output layer, NaN.
 
-        So `CausalLM`, which asks whether a 1.0 of its output layer comes out as such, finds models that change logits.
+        So `CausalLM`, which checks that a 1.0 leaves its output layer unchanged, detects models that
+        change logits.
         """
         if not tensor.is_floating_point():
             return tensor.dtype == torch.bool or 1
-        kind, _ = self._known.get(tensor.untyped_storage()._cdata, (HEAD, 0))
-        return 1.0 if kind == HEAD else math.nan
+        storage = self._known.get(tensor.untyped_storage()._cdata)
+        is_from_head = storage is None or storage.kind == HEAD
+        return 1.0 if is_from_head else math.nan
 
-    def _seen(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known and tensor.device.type == "meta":
-            self._known[key] = self._kind, storage.nbytes()
+            self._known[key] = _Storage(self._kind, storage.nbytes())
             self._live[self._kind] += storage.nbytes()
-            weakref.finalize(storage, self._gone, key).atexit = False
+            weakref.finalize(storage, self._release, key).atexit = False
 
-    def _gone(self, key: int) -> None:
-        kind, size = self._known.pop(key, (LAYERS, 0))
-        self._live[kind] -= size
+    def _release(self, key: int) -> None:
+        storage = self._known.pop(key, _Storage(LAYERS, 0))
+        self._live[storage.kind] -= storage.num_bytes
 
-    def _note(self) -> None:
-        if sum(self._live.values()) > sum(self.most.values()):
-            self.most = dict(self._live)
+    def _update_peak(self) -> None:
+        if sum(self._live.values()) > sum(self._most.values()):
+            self._most = dict(self._live)
 
 
 @contextlib.contextmanager
-def _kernels(on_cpu: bool) -> Iterator[None]:
-    """Let kernels be played by their names (modes are off in recomputation): what one is kept of differs by device.
+def _stand_in_kernels(on_cpu: bool) -> Iterator[None]:
+    """Replace kernels by name, because modes are off in recomputation and stored tensors differ by device.
 
-    Attention keeps no (T, T) matrix. Dropout on GPUs keeps a mask of one byte an element; on CPUs, as on the meta
-    device, factors in the type of its input.
+    Attention stores no (T, T) matrix. Dropout on GPUs stores a mask of one byte per element; on CPUs, as on
+    the meta device, factors in the dtype of its input.
     """
     functional: Any = nn.functional
-    plain = functional.scaled_dot_product_attention, functional.dropout
+    original_attention = functional.scaled_dot_product_attention
+    original_dropout = functional.dropout
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(query, key, value)
 
     def dropout(
         input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
         return torch.native_dropout(input, p, True)[0] if training and p else input
 
-    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(
-        query, key, value
-    )
+    functional.scaled_dot_product_attention = attention
     if not on_cpu:
         functional.dropout = dropout
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention, functional.dropout = plain
+        functional.scaled_dot_product_attention = original_attention
+        functional.dropout = original_dropout
 
 
 class _Attention(torch.autograd.Function):
-    """Output and log-sum-exp forward; three gradients backward."""
+    """Allocates output and log-sum-exp in forward, three gradients in backward."""
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        # the kernels write (B, T, heads, D) in memory, whatever shape they tell
+        # The kernels write (B, T, heads, D) in memory, whatever shape they return.
         batch, heads, tokens, width = *query.shape[:3], value.shape[-1]
         out = query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-        rows = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, rows)
+        log_sums = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
         return out
 
     @staticmethod

@@ -1,8 +1,11 @@
-"""Models that learn from the expected risk of given texts (Shen et al. 2016, arXiv:1512.02433).
+"""Minimum risk training: minimize the expected risk of candidate texts (Shen et al. 2016, arXiv:1512.02433).
 
-Each row of a `RiskBatch` is a prompt and a text; rows of one sample make a group. Log-probabilities of whole texts come
-from one forward; their shares within the group, sharpened by alpha, weigh the risks. The sum over groups leaves the
-module, as with cross-entropy, which is still what plain batches (held-out ones, empty ones) get. Makes no texts.
+Each row of a `RiskBatch` is a prompt and a candidate text; the rows of one sample form a group.
+Log-probabilities of whole texts come from one forward; their shares within the group, sharpened by
+alpha, weight the risks. The module returns the sum over groups, as with cross-entropy. Plain batches
+(held-out ones, empty ones) still get cross-entropy. Does not generate texts.
+
+Dimensions: R rows, N tokens of the texts, G groups.
 """
 
 from __future__ import annotations
@@ -17,17 +20,17 @@ from typing_extensions import override
 from dist_ft.config.sections.minimum_risk import RiskSection
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.task_models import TaskModel
+from dist_ft.model.task_models import LossAndOutputs, TaskInputs, TaskModel
 from dist_ft.model.trainable_model import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class RiskBatch(Batch):
-    """Rows of a prompt and a text each.
+    """A batch whose rows are a prompt and a candidate text each.
 
     Attributes:
-        risks: (R,) float32, of each row's text.
-        groups: (R,) int64, from 0: the sample a row belongs to, whose first row is the reference.
+        risks: (R,) float32, risk of each row's text.
+        groups: (R,) int64, from 0, ascending: the sample of a row. Its first row is the reference.
     """
 
     risks: np.ndarray
@@ -35,30 +38,38 @@ class RiskBatch(Batch):
 
 
 class RiskGroups:
-    """Risks and groups of the rows of the forward under way, and what is made of them."""
+    """Risks and groups of the rows of the current forward, and the loss computed from them.
+
+    Attributes:
+        risks: (R,) float32.
+        groups: (R,) int64.
+        num_groups: G.
+        references: (G,) int64, the first row of each group.
+    """
 
     def __init__(self, batch: RiskBatch, device: torch.device | str) -> None:
-        """Copy what is needed to `device`."""
+        """Copy risks and groups to `device`."""
         self.risks = torch.from_numpy(batch.risks).to(device)
         self.groups = torch.from_numpy(batch.groups).to(device)
         self.num_groups = int(batch.groups[-1]) + 1
-        first = np.flatnonzero(np.diff(batch.groups, prepend=-1))
-        self.references = torch.from_numpy(first).to(device)
+        first_rows = np.flatnonzero(np.diff(batch.groups, prepend=-1))
+        self.references = torch.from_numpy(first_rows).to(device)
 
     def loss(self, losses: torch.Tensor, rows: torch.Tensor, section: RiskSection) -> torch.Tensor:
         """Return the expected risk summed over groups, float32 ().
 
         Args:
             losses: (N,) cross-entropy of each token of the texts.
-            rows: (N,) the row of each.
+            rows: (N,) the row of each token.
             section: alpha and the weight of the likelihood.
         """
-        totals = torch.zeros_like(self.risks).index_add(0, rows, losses)
-        found = expected_risk(-totals, self.risks, self.groups, self.num_groups, section.alpha)
+        row_losses = torch.zeros_like(self.risks).index_add(0, rows, losses)  # (R,)
+        loss = expected_risk(-row_losses, self.risks, self.groups, self.num_groups, section.alpha)
         if section.likelihood_weight:
-            sizes = torch.bincount(rows, minlength=len(totals)).clamp(min=1)
-            found = found + section.likelihood_weight * (totals / sizes)[self.references].sum()
-        return found
+            num_tokens = torch.bincount(rows, minlength=len(row_losses)).clamp(min=1)  # (R,)
+            reference_losses = (row_losses / num_tokens)[self.references]
+            loss = loss + section.likelihood_weight * reference_losses.sum()
+        return loss
 
 
 def expected_risk(
@@ -68,44 +79,48 @@ def expected_risk(
     num_groups: int,
     alpha: float,
 ) -> torch.Tensor:
-    """Return the sum over groups of sum(share x risk), shares being softmax(alpha x log-probability) within a group.
+    """Return the sum over groups of sum(share x risk), float32 ().
+
+    Shares are softmax(alpha x log-probability) within a group.
 
     Args:
         log_probabilities: (R,) of whole texts.
         risks: (R,).
         groups: (R,) int64 below `num_groups`.
-        num_groups: how many there are.
+        num_groups: the number of groups, G.
         alpha: sharpness.
     """
     scaled = alpha * log_probabilities
-    most = torch.full((num_groups,), -torch.inf, device=scaled.device)
-    most = most.scatter_reduce(0, groups, scaled.detach(), "amax")
-    powers = torch.exp(scaled - most[groups])
-    sums = torch.zeros_like(most).index_add(0, groups, powers)
+    largest = torch.full((num_groups,), -torch.inf, device=scaled.device)
+    largest = largest.scatter_reduce(0, groups, scaled.detach(), "amax")  # (G,)
+    powers = torch.exp(scaled - largest[groups])  # (R,)
+    sums = torch.zeros_like(largest).index_add(0, groups, powers)  # (G,)
     return (powers / sums[groups] * risks).sum()
 
 
-class _TakesTexts:
-    """What both models share: a batch may bring texts, which the loss is then of."""
+class _RiskMixin:
+    """Accept a `RiskBatch`: its groups define the loss of the forward."""
 
-    _texts: RiskGroups | None = None
+    _risk_groups: RiskGroups | None = None
 
-    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        """As the model's own; of a batch that brings texts, those too."""
-        found = super().inputs(batch, device)  # type: ignore[misc]
-        return {**found, "texts": RiskGroups(batch, device)} if isinstance(batch, RiskBatch) else found
+    def prepare_inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        """Return the arguments of `forward`; for a `RiskBatch` also its groups."""
+        inputs: Inputs = super().prepare_inputs(batch, device)  # type: ignore[misc]
+        if isinstance(batch, RiskBatch):
+            inputs = {**inputs, "risk_groups": RiskGroups(batch, device)}
+        return inputs
 
-    def forward(self, texts: RiskGroups | None = None, **given: Any) -> Any:
-        """As the model's own; with `texts` the expected risk of the rows."""
-        self._texts = texts
+    def forward(self, risk_groups: RiskGroups | None = None, **inputs: Any) -> Any:
+        """Return what the model's own forward returns; with `risk_groups` the expected risk."""
+        self._risk_groups = risk_groups
         try:
-            return super().forward(**given)  # type: ignore[misc]
+            return super().forward(**inputs)  # type: ignore[misc]
         finally:
-            self._texts = None
+            self._risk_groups = None
 
 
-class RiskCausalLM(_TakesTexts, CausalLM):  # type: ignore[misc]
-    """A causal model that learns from expected risk where a batch brings texts."""
+class RiskCausalLM(_RiskMixin, CausalLM):  # type: ignore[misc]
+    """A causal model that minimizes expected risk on `RiskBatch`es."""
 
     def __init__(self, model: Any, section: RiskSection, neftune_alpha: float = 0.0) -> None:
         """Wrap `model`."""
@@ -117,23 +132,23 @@ class RiskCausalLM(_TakesTexts, CausalLM):  # type: ignore[misc]
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        positions: torch.Tensor,
+        target_positions: torch.Tensor,
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        if self._texts is None:
-            return super()._loss(input_ids, position_ids, positions, targets)
-        rows = positions // input_ids.shape[1]
-        if self._flatten:
+        if self._risk_groups is None:
+            return super()._loss(input_ids, position_ids, target_positions, targets)
+        rows = target_positions // input_ids.shape[1]  # (N,)
+        if self._flatten_rows:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        logits = self._run(input_ids, position_ids, positions, None)
+        logits = self._run_model(input_ids, position_ids, target_positions, None)
         losses = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none"
         )
-        return self._texts.loss(losses, rows, self._section)
+        return self._risk_groups.loss(losses, rows, self._section)
 
 
-class RiskSeq2Seq(_TakesTexts, TaskModel):  # type: ignore[misc]
-    """An encoder-decoder that learns from expected risk where a batch brings texts."""
+class RiskSeq2Seq(_RiskMixin, TaskModel):  # type: ignore[misc]
+    """An encoder-decoder that minimizes expected risk on `RiskBatch`es."""
 
     def __init__(self, model: Any, task: Any, special: Any, section: RiskSection) -> None:
         """Wrap `model`."""
@@ -141,17 +156,19 @@ class RiskSeq2Seq(_TakesTexts, TaskModel):  # type: ignore[misc]
         self._section = section
 
     @override
-    def _seq2seq(
-        self, ids: Any, mask: Any, labels: Any, second: Any, second_mask: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._texts is None:
-            return super()._seq2seq(ids, mask, labels, second, second_mask)
-        logits = self._seq2seq_logits(ids, mask, second, second_mask)
+    def _seq2seq_loss(self, inputs: TaskInputs) -> LossAndOutputs:
+        if self._risk_groups is None:
+            return super()._seq2seq_loss(inputs)
+        labels = inputs.labels  # (R, T2)
+        logits = self._seq2seq_logits(inputs)
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+            logits.flatten(0, 1).float(),
+            labels.flatten(),
+            reduction="none",
+            ignore_index=IGNORE_INDEX,
         )
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-        counted = labels != IGNORE_INDEX
-        return self._texts.loss(
-            losses[counted.flatten()], rows[counted], self._section
-        ), logits.argmax(-1)
+        is_target = labels != IGNORE_INDEX
+        target_losses = losses[is_target.flatten()]
+        loss = self._risk_groups.loss(target_losses, rows[is_target], self._section)
+        return LossAndOutputs(loss, logits.argmax(-1))

@@ -1,11 +1,14 @@
-"""Attention over packed rows that computes nothing between samples, with torch's own kernels (model.attention=sdpa).
+"""Attention over packed rows without products between samples, with torch's own kernels.
 
-By itself transformers gives such rows a mask (B, 1, T, T), and the kernel computes all of it to throw most away. Here
-each sample is one causal call. Where a model wants more than plain causal attention (a window shorter than a sample,
-masks of its own), or outside a training forward, all is as transformers does it. Flash attention has its own way.
+Used with model.attention=sdpa. By itself transformers gives packed rows a mask (B, 1, T, T), and the
+kernel computes all of it to discard most. Here each sample is one causal call. Where a model needs more
+than plain causal attention (a window shorter than a sample, masks of its own), and outside a training
+forward, everything runs as in transformers. Flash attention has its own way.
 
-Of all models of a process one at a time may run such a forward and its backward: two in threads would see each other's
-samples.
+Only one model of a process at a time may run such a forward and its backward: two models in threads
+would use each other's sample lengths.
+
+Dimensions: B rows of a batch, T tokens of a row, D width of a head.
 """
 
 from __future__ import annotations
@@ -20,24 +23,27 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "sdpa_by_sample"
+ATTENTION_NAME = "sdpa_by_sample"
 
 
 class PackedSamples:
-    """Which samples lie in the rows of the training forward under way, or of the last: its backward may ask again."""
+    """The sample lengths of the current training forward, or of the last one.
+
+    The last one matters because its backward may recompute attention (activation checkpointing).
+    """
 
     def __init__(self) -> None:
         self._lengths: Sequence[Sequence[int]] | None = None
-        self._under_way = False
+        self._is_active = False
 
     @contextmanager
-    def told(self, lengths: Sequence[Sequence[int]]) -> Iterator[None]:
+    def use(self, lengths: Sequence[Sequence[int]]) -> Iterator[None]:
         """Within, rows hold samples of these lengths in tokens (by row, padding counted as one)."""
-        self._lengths, self._under_way = lengths, True
+        self._lengths, self._is_active = lengths, True
         try:
             yield
         finally:
-            self._under_way = False
+            self._is_active = False
 
     def mask(
         self,
@@ -49,29 +55,30 @@ class PackedSamples:
         use_vmap: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """Make the mask transformers asks for, or none where `attend` does without (transformers' mask interface)."""
+        """Return the mask for transformers, or None where `attend` needs none.
+
+        Implements transformers' mask interface.
+        """
         from transformers.masking_utils import sdpa_mask
 
-        lengths = self._lengths = self._lengths if self._under_way else None
-        plain = (
+        lengths = self._lengths = self._lengths if self._is_active else None
+        is_plain_causal = (
             lengths is not None
             and attention_mask is None
             and not use_vmap
             and q_length == kv_length
             and (local_size is None or max(map(max, lengths)) <= local_size)
         )
-        return (
-            None
-            if plain
-            else sdpa_mask(
-                batch_size=batch_size,
-                q_length=q_length,
-                kv_length=kv_length,
-                local_size=local_size,
-                attention_mask=attention_mask,
-                use_vmap=use_vmap,
-                **kwargs,
-            )
+        if is_plain_causal:
+            return None
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            local_size=local_size,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **kwargs,
         )
 
     def attend(
@@ -83,50 +90,60 @@ class PackedSamples:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Return attention (B, T, heads, D) of query (B, heads, T, D) (transformers' attention interface)."""
+        """Return attention (B, T, heads, D) of query, key and value (B, heads, T, D).
+
+        Implements transformers' attention interface, which also returns attention weights: None here.
+        """
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
-        lengths = self._lengths if attention_mask is None and causal else None
-        if lengths is None or (len(lengths), sum(lengths[0])) != (query.shape[0], query.shape[2]):
+        is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+        lengths = self._lengths if attention_mask is None and is_causal else None
+        num_rows, num_tokens = query.shape[0], query.shape[2]
+        if lengths is None or (len(lengths), sum(lengths[0])) != (num_rows, num_tokens):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
         rows = []
-        for row, sizes in enumerate(lengths):
-            parts = (
-                torch.split(tensor[row : row + 1], list(sizes), dim=2)
+        for row, row_lengths in enumerate(lengths):
+            # (1, heads, length, D) for each sample of the row
+            queries, keys, values = (
+                torch.split(tensor[row : row + 1], list(row_lengths), dim=2)
                 for tensor in (query, key, value)
             )
-            rows.append(
-                torch.cat(
-                    [
-                        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-                        for q, k, v in zip(*parts, strict=True)
-                    ],
-                    dim=1,
-                )
-            )
+            outputs = [
+                sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+                for q, k, v in zip(queries, keys, values, strict=True)
+            ]
+            rows.append(torch.cat(outputs, dim=1))  # (1, T, heads, D)
         return torch.cat(rows), None
 
 
-_SAMPLES = PackedSamples()  # transformers finds attention by name, for all models of a process
+_PACKED_SAMPLES = PackedSamples()  # transformers looks attention up by name, for all models
 
 
 def enable_packed_attention(model: PreTrainedModel) -> PackedSamples | None:
-    """Let `model` attend sample by sample; return what must be told of each forward, None if it attends otherwise."""
+    """Make `model` attend sample by sample; return the object that takes the lengths of each forward.
+
+    Returns None if the model's attention is not sdpa.
+    """
     if model.config._attn_implementation != "sdpa":
         return None
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _SAMPLES.attend)
-    AttentionMaskInterface.register(NAME, _SAMPLES.mask)
-    model.set_attn_implementation(NAME)
-    return _SAMPLES if model.config._attn_implementation == NAME else None  # type: ignore[comparison-overlap]
+    AttentionInterface.register(ATTENTION_NAME, _PACKED_SAMPLES.attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, _PACKED_SAMPLES.mask)
+    model.set_attn_implementation(ATTENTION_NAME)
+    is_enabled = model.config._attn_implementation == ATTENTION_NAME  # type: ignore[comparison-overlap]
+    return _PACKED_SAMPLES if is_enabled else None
 
 
 def sample_lengths(position_ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Return, by row of (B, T), the lengths of the samples in it: one begins where positions do not go on."""
+    """Return for each row of (B, T) the lengths of its samples.
+
+    A sample starts where positions do not continue those before.
+    """
     found = []
     for row in position_ids:
-        begins = np.flatnonzero(np.diff(row) != 1) + 1
-        found.append(tuple(np.diff(np.concatenate([[0], begins, [len(row)]])).tolist()))
+        starts = np.flatnonzero(np.diff(row) != 1) + 1
+        boundaries = np.concatenate([[0], starts, [len(row)]])
+        found.append(tuple(np.diff(boundaries).tolist()))
     return tuple(found)

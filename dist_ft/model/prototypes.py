@@ -1,46 +1,52 @@
-"""Classes by examples: a text is what the nearest mean vector of examples says, by cosine; nothing is learned.
+"""Classification by prototypes: a text gets the label with the nearest mean vector of examples, by cosine.
 
-Prototypical classification (Snell et al., arXiv:1703.05175) with the vectors of an encoder as they are.
+Nothing is trained. Prototypical classification (Snell et al., arXiv:1703.05175) with the vectors of an
+encoder as they are.
+
+Dimensions: B rows of a batch, T tokens of a row, H hidden size, K labels, N examples.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn import functional
 from typing_extensions import override
 
 from dist_ft.model.losses import loss_sums
-from dist_ft.model.task_models import TaskModel, pool_hidden_states
+from dist_ft.model.task_models import LossAndOutputs, TaskInputs, TaskModel, pool_hidden_states
 
 COSINE_SCALE = 20.0
-"""Cosines are multiplied by it to be told as logits, as sentence encoders are trained with."""
+"""Factor from cosines to logits, as in the training of sentence encoders."""
 
 
 class PrototypeModel(TaskModel):
     """A transformers model without a head, and a vector for each label.
 
     Attributes:
-        prototypes: (K, H), of length 1; none before `learn_from`.
+        prototypes: (K, H), of length 1; None before `fit_prototypes`.
     """
 
     prototypes: torch.Tensor | None = None
 
     def fit_prototypes(self, vectors: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
-        """Take the mean of vectors (N, H) of each label, (N,), as its prototype; every label must have one."""
+        """Set each prototype to the mean direction of its label's examples.
+
+        Args:
+            vectors: (N, H) of examples.
+            labels: (N,) int64; every label must occur.
+            num_labels: K.
+        """
         sums = torch.zeros(num_labels, vectors.shape[1]).index_add_(0, labels, vectors)
         self.prototypes = functional.normalize(sums, dim=1)
 
-    def vectors(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors (B, H), float32 and of length 1, of texts (B, T)."""
-        hidden = self._run(ids, mask).last_hidden_state.float()
+        hidden = self.run_model(ids, mask).last_hidden_state.float()
         return functional.normalize(pool_hidden_states(hidden, mask, self._task.pooling), dim=1)
 
     @override
-    def _sequence_classification(
-        self, ids: Any, mask: Any, labels: Any, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sequence_classification_loss(self, inputs: TaskInputs) -> LossAndOutputs:
         assert self.prototypes is not None
-        logits = COSINE_SCALE * self.vectors(ids, mask) @ self.prototypes.to(ids.device).T
-        return loss_sums.cross_entropy(logits, labels[:, 0]), logits
+        prototypes = self.prototypes.to(inputs.ids.device)
+        logits = COSINE_SCALE * self.embed(inputs.ids, inputs.mask) @ prototypes.T  # (B, K)
+        return LossAndOutputs(loss_sums.cross_entropy(logits, inputs.labels[:, 0]), logits)

@@ -1,4 +1,9 @@
-"""What every model that learns has in common: batches become inputs, inputs a summed loss; names; noise."""
+"""The base class of all trained models: a batch becomes inputs, inputs become a summed loss.
+
+Also adds NEFTune noise to input embeddings, and lists parameters by the names that checkpoints use.
+
+Dimensions: B rows of a batch, T tokens of a row, H hidden size, N samples of a batch.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Inputs = dict[str, Any]
+"""Keyword arguments of a model's `forward`."""
+WRAPPER_PREFIX = "model."
+"""Prefix of parameter names inside `TrainableModel`; checkpoints leave it out."""
 
 
 class TrainableModel(nn.Module, ABC):
-    """A transformers model whose forward returns the summed loss of a batch, float32 ()."""
+    """A transformers model whose forward returns the summed loss of a batch, float32 ().
+
+    Attributes:
+        model: the transformers model.
+        virtual: the model's virtual tokens, if any. Checkpoints list the parameters below this name
+            as aliases, so it must not change.
+        rank_schedule: the model's AdaLoRA schedule, if any.
+    """
 
     def __init__(self, model: PreTrainedModel, neftune_alpha: float = 0.0) -> None:
         """Wrap `model`; `neftune_alpha`: see `TuningSection`."""
@@ -26,57 +41,70 @@ class TrainableModel(nn.Module, ABC):
         self.model = model
         self.virtual = soft_prompts.find_virtual_tokens(model)
         self.rank_schedule = adalora.find_rank_schedule(model)
-        self._alpha = neftune_alpha
+        self._neftune_alpha = neftune_alpha
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     @abstractmethod
-    def inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
-        """Return what `forward` takes, tensors on `device`."""
+    def prepare_inputs(self, batch: Batch, device: torch.device | str) -> Inputs:
+        """Return the arguments of `forward` for `batch`, tensors on `device`."""
 
     def sample_length_at_positions(self, shape: torch.Size) -> torch.Tensor | None:
-        """Return tokens of the sample at each place of the batch under way, (B, T) or (B, 1); None: none is."""
+        """Return the length of the sample at each position of the current batch, (B, T) or (B, 1).
+
+        None if no forward is running, or if its sample lengths are not defined.
+        """
         return None
 
+    def sample_lengths(self, shape: torch.Size) -> torch.Tensor:
+        """Return the lengths (N,) of the samples of the current batch in order; they sum to B*T.
+
+        Padding belongs to the sample of its row, or counts as a sample of its own.
+        """
+        num_rows, num_tokens = shape[0], shape[1]
+        return torch.full((num_rows,), num_tokens, dtype=torch.long)
+
     def add_penalty(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss with, in training, the model's penalty for each label: over a global batch, once."""
+        """Return the summed loss; in training plus the AdaLoRA penalty times the number of labels.
+
+        The trainer divides by the labels of the global batch, so the penalty counts once a step.
+        """
         if self.rank_schedule is None or not self.training:
             return loss
         return loss + self.rank_schedule.penalty() * (labels != IGNORE_INDEX).sum()
 
-    def sample_lengths(self, shape: torch.Size) -> torch.Tensor:
-        """Return the lengths (N,) of the samples of the batch under way, one after the other: they fill B*T places.
-
-        Padding belongs to the sample of its row, or is one of its own.
-        """
-        return torch.full((shape[0],), shape[1], dtype=torch.long)
-
     def _add_noise(
         self, _embedding: nn.Module, _args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Add NEFTune's noise to embeddings (B, T, H); each sample's own length bounds it."""
-        sizes = self.sample_length_at_positions(output.shape) if self.training else None
-        if sizes is None:
+        """Add NEFTune noise (arXiv:2310.05914) to embeddings (B, T, H), scaled by sample length."""
+        lengths = self.sample_length_at_positions(output.shape) if self.training else None
+        if lengths is None:
             return None
-        noise = (
-            torch.rand(output.shape, device=output.device) * 2 - 1
-        )  # lanes are seeded: the same in every world
-        return output + (noise * self._alpha / (sizes[..., None] * output.shape[-1]).sqrt()).to(
-            output.dtype
-        )
+
+        # Lanes are seeded, so the draw is the same in every world.
+        noise = torch.rand(output.shape, device=output.device) * 2 - 1  # (B, T, H), uniform
+        scale = (lengths[..., None] * output.shape[-1]).sqrt()  # (B, T, 1) or (B, 1, 1)
+        return output + (noise * self._neftune_alpha / scale).to(output.dtype)
 
 
 def parameters_by_name(module: TrainableModel) -> dict[str, nn.Parameter]:
-    """Return the parameters by the name transformers gives them; tied weights appear once, under the first name."""
-    return {name.removeprefix("model."): parameter for name, parameter in module.named_parameters()}
+    """Return the parameters by the names transformers gives them.
+
+    Tied weights appear once, under their first name.
+    """
+    return {
+        name.removeprefix(WRAPPER_PREFIX): parameter
+        for name, parameter in module.named_parameters()
+    }
 
 
 def tied_weight_aliases(module: TrainableModel) -> dict[str, str]:
     """Return {other name: first name} of tied weights."""
-    first = {id(parameter): name for name, parameter in parameters_by_name(module).items()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {
-        name.removeprefix("model."): first[id(parameter)]
-        for name, parameter in every
-        if first[id(parameter)] != name.removeprefix("model.")
-    }
+    first_names = {id(parameter): name for name, parameter in parameters_by_name(module).items()}
+
+    aliases = {}
+    for full_name, parameter in module.named_parameters(remove_duplicate=False):
+        name, first_name = full_name.removeprefix(WRAPPER_PREFIX), first_names[id(parameter)]
+        if name != first_name:
+            aliases[name] = first_name
+    return aliases

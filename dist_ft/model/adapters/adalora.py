@@ -1,8 +1,9 @@
-"""AdaLoRA's dealing of ranks (Zhang et al., arXiv:2303.10512): what each rank is worth, and when which are set to zero.
+"""AdaLoRA's rank schedule (Zhang et al., arXiv:2303.10512): the importance of each rank, and which are zeroed when.
 
-`peft` does the arithmetic. Here what it remembers between steps (how much each weight mattered, which ranks are left)
-becomes buffers of the model, so a checkpoint holds it and a resumed run deals as the one that never stopped. The budget
-follows from the run's step alone. Wants whole weights and gradients: one process, or ZeRO-0.
+`peft` does the arithmetic. Here its memory between steps (the importance of each weight, the remaining
+ranks) becomes buffers of the model, so a checkpoint stores it and a resumed run continues exactly like an
+uninterrupted one. The budget follows from the run's step alone. Needs whole weights and gradients: one
+process, or ZeRO-0.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "rank_schedule"
-"""What the module is called in a model."""
+"""Name of the module in a model."""
 
 
 class RankSchedule(nn.Module):
-    """What has been seen of the added weights, and who is told after each update."""
+    """Zeroes ranks of AdaLoRA adapters after updates; its buffers hold the importance of their weights.
+
+    For adapter weight i the buffers are `sensitivity_i` and `uncertainty_i`, averages of its shape, and
+    `kept_i`, 1 for each remaining rank.
+    """
 
     def __init__(self, tuner: Any) -> None:
-        """Watch the adapters of peft's AdaLoRA `tuner`."""
+        """Schedule the adapters of peft's AdaLoRA `tuner`."""
         super().__init__()
-        self._tuner = (tuner,)  # in a tuple, as it is no part of this module
+        self._tuner = (tuner,)  # in a tuple, because it is not a submodule
         self._names = [name for name, _ in tuner.model.named_parameters() if ".lora_" in name]
         for index, parameter in enumerate(self._weights().values()):
             for kind in ("sensitivity", "uncertainty"):
@@ -33,59 +38,66 @@ class RankSchedule(nn.Module):
             self.register_buffer(f"kept_{index}", torch.ones_like(parameter[..., 0]))
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        own = dict(self._tuner[0].model.named_parameters())
-        return {name: own[name] for name in self._names}
+        parameters = dict(self._tuner[0].model.named_parameters())
+        return {name: parameters[name] for name in self._names}
 
     def after_update(self, step: int) -> None:
-        """Weigh the weights by the gradient of `step` (1: the first), and set to zero the ranks the budget is short of.
+        """Update the importance of weights from their gradients, and zero the ranks beyond the budget.
 
-        The gradients must still be there, and be the same on all workers.
+        The gradients of `step` (1: the first) must still exist, and be the same on all workers.
         """
         (tuner,) = self._tuner
         allocator, config = tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
-        weights, end = self._weights(), config.total_step - config.tfinal
-        for index, (name, parameter) in enumerate(weights.items()):
+        last_step = config.total_step - config.tfinal
+        self._write_to_peft(allocator, config)
+        if step == last_step:
+            # peft ignores the last gradient here, and has dropped its averages.
+            allocator.update_ipt(tuner.model)
+            config.rank_pattern = allocator.mask_to_budget(tuner.model, allocator.target_bgt)
+        else:
+            tuner.update_and_allocate(step)
+        self._read_from_peft(allocator, config, read_importance=step <= last_step)
+
+    def _write_to_peft(self, allocator: Any, config: Any) -> None:
+        """Copy the buffers into peft's allocator and config."""
+        rank_pattern = {}
+        for index, (name, parameter) in enumerate(self._weights().items()):
             allocator.ipt[name] = torch.zeros_like(parameter)
             allocator.exp_avg_ipt[name] = self.get_buffer(f"sensitivity_{index}")
             allocator.exp_avg_unc[name] = self.get_buffer(f"uncertainty_{index}")
-        config.rank_pattern = {
-            name: self.get_buffer(f"kept_{index}").bool().tolist()
-            for index, name in enumerate(weights)
-            if ".lora_E." in name
-        }
-        if step == end:
-            allocator.update_ipt(
-                tuner.model
-            )  # peft leaves the last gradient out, and forgets what it knew
-            pattern = allocator.mask_to_budget(tuner.model, allocator.target_bgt)
-            config.rank_pattern = pattern
-        else:
-            tuner.update_and_allocate(step)
-        for index, name in enumerate(weights):
-            if step <= end:
+            if ".lora_E." in name:
+                rank_pattern[name] = self.get_buffer(f"kept_{index}").bool().tolist()
+        config.rank_pattern = rank_pattern
+
+    def _read_from_peft(self, allocator: Any, config: Any, read_importance: bool) -> None:
+        """Copy the state of peft's allocator and config into the buffers."""
+        for index, name in enumerate(self._names):
+            if read_importance:
                 self.get_buffer(f"sensitivity_{index}").copy_(allocator.exp_avg_ipt[name])
                 self.get_buffer(f"uncertainty_{index}").copy_(allocator.exp_avg_unc[name])
             if name in config.rank_pattern:
                 self.get_buffer(f"kept_{index}").copy_(torch.tensor(config.rank_pattern[name]))
 
     def penalty(self) -> torch.Tensor:
-        """Return how far the added matrices are from orthogonal ones, times its weight, float32 ()."""
+        """Return the mean distance of the adapter matrices from orthogonal ones, times its weight, float32 ()."""
         (tuner,) = self._tuner
-        found = []
+        distances = []
         for name, parameter in self._weights().items():
-            if ".lora_E." not in name:
-                square = parameter @ parameter.T if ".lora_A." in name else parameter.T @ parameter
-                found.append(torch.norm(square - torch.eye(len(square), device=square.device)))
+            if ".lora_E." in name:
+                continue
+            gram = parameter @ parameter.T if ".lora_A." in name else parameter.T @ parameter
+            identity = torch.eye(len(gram), device=gram.device)
+            distances.append(torch.norm(gram - identity))
         weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
-        return torch.stack(found).mean() * weight
+        return torch.stack(distances).mean() * weight
 
 
 def add_rank_schedule(model: PreTrainedModel, tuner: Any) -> None:
-    """Give `model` the schedule of its AdaLoRA matrices, peft's `tuner`."""
+    """Add to `model` the schedule of the AdaLoRA adapters of peft's `tuner`."""
     model.add_module(NAME, RankSchedule(tuner))
 
 
 def find_rank_schedule(model: PreTrainedModel) -> RankSchedule | None:
     """Return a model's schedule, if it has one."""
-    found = getattr(model, NAME, None)
-    return found if isinstance(found, RankSchedule) else None
+    module = getattr(model, NAME, None)
+    return module if isinstance(module, RankSchedule) else None

@@ -1,21 +1,21 @@
-"""What a run added to a model, and learned besides, as a folder of its own: written for `peft`, and read back.
+"""Adapter folders: the weights that a run added or trained in addition, written for `peft` and read back.
 
-Weights of the model itself that learned (a new head, norms) are peft's `modules_to_save`. Bottleneck adapters, which
-peft does not know, lie under their own names and are read by dist_ft only. Guarantees: a folder is left only if what is
-read from it gives the logits of what was written. Does not hold the model beside which the adapter stands.
+Trained weights of the model itself (a new head, norms) are peft's `modules_to_save`. Bottleneck adapters,
+which peft does not support, are stored under their own names and are read by dist_ft only. Guarantees: a
+folder remains only if the adapter read from it gives the logits of the one that was written. The folder
+does not hold the base model.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from dist_ft.config.load import load_stored_section
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.config.sections.tuning import PROMPTS, TuningSection
+from dist_ft.config.sections.tuning import PROMPT_METHODS, TuningSection
 from dist_ft.core.errors import CheckpointError, ModelError
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
 
@@ -23,41 +23,66 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INFO_FILE = "dist_ft.json"
-"""File of an exported folder: task, attention, prompt template and sequence length of the run; of an adapter, more."""
+"""File of an exported folder with the run's task, attention, prompt template and sequence length.
+
+Of an adapter it also holds `AdapterInfo`.
+"""
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RELATIVE_DIFFERENCE = 1e-4
-"""How far logits of what was read may be from those of what was written, relative to the largest."""
+"""Allowed difference between written and read logits, relative to the largest."""
+VIRTUAL_TOKEN_KEY = "prompt_embeddings"
+"""peft's key of the vectors of virtual tokens."""
 
 
-def read_adapter_info(folder: str) -> dict[str, Any] | None:
-    """Return what an adapter's folder says of itself, None if the folder holds no adapter."""
+class AdapterInfo(TypedDict, total=False):
+    """Content of an adapter's `INFO_FILE` that loading needs.
+
+    Attributes:
+        tuning: the run's section tuning.
+        base: `path` and `revision` of the model the adapter belongs to.
+    """
+
+    tuning: dict[str, Any]
+    base: dict[str, Any]
+
+
+def read_adapter_info(folder: str) -> AdapterInfo | None:
+    """Return the info of an adapter's folder, None if the folder holds no adapter."""
     path = Path(folder) / INFO_FILE
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return found if "tuning" in found else None
+    if not path.exists():
+        return None
+    info: AdapterInfo = json.loads(path.read_text("utf-8"))
+    return info if "tuning" in info else None
 
 
 def save_adapter(
     model: PreTrainedModel,
-    around: Any,
+    peft_model: Any,
     section: TuningSection,
     base: tuple[str, str | None],
     folder: Path,
 ) -> None:
-    """Write what learned in `model` to `folder`; `around`: peft's model around it, or None; `base`: path, revision.
+    """Write the trained weights of `model` to `folder`.
 
-    Raises CheckpointError for weights peft has no way to keep beside an adapter.
+    Args:
+        model: with the adapter.
+        peft_model: peft's model around it, or None.
+        section: the tuning method.
+        base: path and revision of the base model.
+        folder: created if absent.
+
+    Raises:
+        CheckpointError: peft cannot store one of the weights with an adapter.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    besides = _besides(model, section)
-    state = {name: parameter.detach() for name, parameter in besides.items()}
+    own_weights = _trained_model_weights(model, section)
+    state = {name: parameter.detach() for name, parameter in own_weights.items()}
     if section.method == "bottleneck":
-        state |= {
-            name: found.detach()
-            for name, found in model.named_parameters()
-            if added_layers.is_added(name)
-        }
+        for name, parameter in model.named_parameters():
+            if added_layers.is_added(name):
+                state[name] = parameter.detach()
     else:
         from peft.utils import get_peft_model_state_dict
 
@@ -65,110 +90,129 @@ def save_adapter(
         prefix = "base_model." if virtual is not None else "base_model.model."
         state = {f"{prefix}{name}": values for name, values in state.items()}
         if virtual is not None:
-            config, state["prompt_embeddings"] = virtual.config, virtual().detach()
+            config, state[VIRTUAL_TOKEN_KEY] = virtual.config, virtual().detach()
         else:
-            config = around.peft_config["default"]
-            state |= get_peft_model_state_dict(
-                around, save_embedding_layers=False
-            )  # to find out, it would ask the hub
-        config.modules_to_save = sorted({name.rpartition(".")[0] for name in besides}) or None
+            config = peft_model.peft_config["default"]
+            # Explicit, because peft's default would query the hub.
+            state |= get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        config.modules_to_save = sorted({name.rpartition(".")[0] for name in own_weights}) or None
         config.base_model_name_or_path, config.revision = base
         config.inference_mode = True
         config.save_pretrained(folder)
+
     model.config.save_pretrained(folder)
-    save_file(
-        {name: values.contiguous().clone() for name, values in state.items()}, folder / WEIGHTS_FILE
-    )
+    tensors = {name: values.contiguous().clone() for name, values in state.items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
 
 
-def _besides(model: PreTrainedModel, section: TuningSection) -> dict[str, torch.nn.Parameter]:
-    """Return the model's own weights that learned, with the rest of the modules they belong to."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+def _trained_model_weights(
+    model: PreTrainedModel, section: TuningSection
+) -> dict[str, torch.nn.Parameter]:
+    """Return the model's own trained weights, and the other weights of the modules they belong to."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = {
         name.rpartition(".")[0]
-        for name, found in named.items()
-        if found.requires_grad and not added_layers.is_added(name)
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and not added_layers.is_added(name)
     }
-    found = {
-        name: parameter for name, parameter in named.items() if name.rpartition(".")[0] in modules
+    trained = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name.rpartition(".")[0] in modules
     }
-    for name, parameter in found.items():
-        shared = [other for other, there in named.items() if there is parameter and other != name]
-        if (
-            ".base_layer." in name
-            or shared
-            or (section.method != "bottleneck" and _holds_added(model, name))
-        ):
-            why = f"it is one matrix with {shared[0]}" if shared else "it has an adapter itself"
+
+    for name, parameter in trained.items():
+        tied = [
+            other for other, shared in parameters.items() if shared is parameter and other != name
+        ]
+        has_adapter = ".base_layer." in name or (
+            section.method != "bottleneck" and _holds_added(model, name)
+        )
+        if tied or has_adapter:
+            reason = f"it is one matrix with {tied[0]}" if tied else "it has an adapter itself"
             raise CheckpointError(
-                f"--adapter: {tuning.name_in_model_files(name)} learned too (tuning.trainable), and peft "
-                f"can not keep it beside an adapter, as {why}; allowed for weights that stand alone; "
-                "export it without --adapter"
+                f"--adapter: {tuning.name_in_model_files(name)} was trained too (tuning.trainable), and "
+                f"peft cannot store it with an adapter: {reason}. Only weights that stand alone are "
+                "allowed. Export without --adapter."
             )
-    return found
+    return trained
 
 
 def _holds_added(model: PreTrainedModel, name: str) -> bool:
+    """Whether the module of the weight `name` contains added weights."""
     module = model.get_submodule(name.rpartition(".")[0])
     return any(added_layers.is_added(inner) for inner, _ in module.named_parameters())
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str, said: dict[str, Any], task: TaskSection
+    model: PreTrainedModel, folder: str, info: AdapterInfo, task: TaskSection
 ) -> frozenset[str]:
-    """Put the adapter in `folder` into the `model` it belongs to, merged where it can be; return what it filled.
+    """Add the adapter in `folder` to its base model, merged where possible.
 
     Args:
-        model: as it was before.
+        model: the base model, changed in place.
         folder: of the adapter.
-        said: what the folder says of itself (`about`).
-        task: which the adapter does.
+        info: content of the folder's `INFO_FILE`.
+        task: the adapter's task.
+
+    Returns:
+        Names of the model's own weights that were loaded.
+
+    Raises:
+        ModelError: the model has no place for one of the weights.
     """
     from peft.utils import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    section = load_stored_section(said, "tuning", TuningSection, folder)
-    if section.method in PROMPTS:  # the vectors were kept, and not the network that made them
-        kind = "prefix_tuning" if section.method == "prefix_tuning" else "prompt_tuning"
-        section = TuningSection.model_validate(
-            {
-                "method": kind,
-                "prompt": {
-                    "tokens": section.prompt.tokens,
-                    **({} if kind == "prefix_tuning" else {"init": "random"}),
-                },
-            }
-        )
-    section = section.model_copy(update={"trainable": (), "frozen": ()})
-    around = tuning.apply_tuning(model, section, 0, task)
+    section = _section_to_load(info)
+    peft_model = tuning.apply_tuning(model, section, 0, task)
     state = load_file(Path(folder) / WEIGHTS_FILE)
-    named = dict(model.named_parameters())
-    own = {
-        name: state.pop(key) for key in list(state) if (name := _own_name(key, named)) is not None
-    }
+
+    parameters = dict(model.named_parameters())
+    own_weights = {}
+    for key in list(state):
+        name = _model_weight_name(key, parameters)
+        if name is not None:
+            own_weights[name] = state.pop(key)
+
     with torch.no_grad():
-        for name, values in own.items():
-            named[name].copy_(values)
+        for name, values in own_weights.items():
+            parameters[name].copy_(values)
         virtual = soft_prompts.find_virtual_tokens(model)
         if virtual is not None:
-            virtual.encoder.embedding.weight.copy_(state.pop("prompt_embeddings"))  # type: ignore[union-attr, operator]
-        elif around is not None:
-            loaded: Any = set_peft_model_state_dict(around, state)
-            left = loaded.unexpected_keys
-            state = {name: state[name] for name in state if name in left}
+            weight: Any = virtual.encoder.embedding.weight  # type: ignore[union-attr]
+            weight.copy_(state.pop(VIRTUAL_TOKEN_KEY))
+        elif peft_model is not None:
+            result: Any = set_peft_model_state_dict(peft_model, state)
+            unexpected = result.unexpected_keys
+            state = {name: state[name] for name in state if name in unexpected}
             tuning.merge_adapters(model)
     if state:
         raise ModelError(
-            f"model.path={folder}: {min(state)} has no place in the model the adapter belongs to; the "
-            "model it was trained with is needed; see base_model_name_or_path in adapter_config.json"
+            f"model.path={folder}: {min(state)} has no place in the adapter's base model. The model it was "
+            "trained with is needed. See base_model_name_or_path in adapter_config.json."
         )
-    return frozenset(own)
+    return frozenset(own_weights)
 
 
-def _own_name(key: str, named: dict[str, Any]) -> str | None:
-    """Return the name of a weight of the model itself by its key in an adapter's file, None for an adapter's."""
+def _section_to_load(info: AdapterInfo) -> TuningSection:
+    """Return the section that adds the modules the adapter's files hold weights for."""
+    section = TuningSection.model_validate(info["tuning"])
+    if section.method in PROMPT_METHODS:
+        # The files hold the vectors, not the network that computed them.
+        is_prefix = section.method == "prefix_tuning"
+        prompt: dict[str, Any] = {"tokens": section.prompt.tokens}
+        if not is_prefix:
+            prompt["init"] = "random"
+        method = "prefix_tuning" if is_prefix else "prompt_tuning"
+        section = TuningSection.model_validate({"method": method, "prompt": prompt})
+    return section.model_copy(update={"trainable": (), "frozen": ()})
+
+
+def _model_weight_name(key: str, parameters: dict[str, Any]) -> str | None:
+    """Return the model's own weight that `key` of an adapter's file names, None for an added weight."""
     for prefix in ("base_model.model.", "base_model.", ""):
-        if key.startswith(prefix) and key.removeprefix(prefix) in named:
+        if key.startswith(prefix) and key.removeprefix(prefix) in parameters:
             return key.removeprefix(prefix)
     return None
 
@@ -180,54 +224,73 @@ def check_round_trip(
     task: TaskSection,
     folder: Path,
 ) -> None:
-    """Raise CheckpointError unless the adapter read from `folder` gives the logits of `model`.
+    """Check that the adapter read from `folder` gives the logits of `model`.
 
-    `empty` is a model of the same shape with arbitrary weights; those that did not learn are taken from `model`. What
-    learned comes from the folder, by `peft` where it knows the method.
+    Trained weights come from the folder, read by `peft` where it supports the method.
+
+    Args:
+        model: the model that was written.
+        empty: a model of the same shape with arbitrary weights; those that were not trained are copied
+            from `model`.
+        section: the tuning method.
+        task: the adapter's task.
+        folder: of the adapter.
+
+    Raises:
+        CheckpointError: the logits differ.
     """
-    learned = {tuning.name_in_model_files(name) for name in _besides(model, section)}
+    trained = {tuning.name_in_model_files(name) for name in _trained_model_weights(model, section)}
     values = {
-        tuning.name_in_model_files(name): found
-        for name, found in model.state_dict().items()
+        tuning.name_in_model_files(name): tensor
+        for name, tensor in model.state_dict().items()
         if not added_layers.is_added(name)
     }
     with torch.no_grad():
         for name, parameter in empty.named_parameters():
-            parameter.zero_() if name in learned else parameter.copy_(values[name])
+            if name in trained:
+                parameter.zero_()
+            else:
+                parameter.copy_(values[name])
         for name, buffer in empty.named_buffers():
             if name in values:
                 buffer.copy_(values[name])
+
+        loaded: Any
         if section.method == "bottleneck":
             load_adapter(empty, str(folder), {"tuning": section.model_dump(mode="json")}, task)
-            twin: Any = empty
+            loaded = empty
         else:
             from peft import PeftModel
 
-            twin = PeftModel.from_pretrained(empty, str(folder))
-        want, got = _told(model, task, soft_prompts.find_virtual_tokens(model)), _told(twin.eval(), task, None)
-    worst = (
-        (want - got).abs().max().item() / want.abs().max().item()
-        if want.shape == got.shape
-        else float("inf")
-    )
-    if not worst <= MAX_RELATIVE_DIFFERENCE:
+            loaded = PeftModel.from_pretrained(empty, str(folder))
+        expected = probe_outputs(model, task, soft_prompts.find_virtual_tokens(model))
+        outputs = probe_outputs(loaded.eval(), task, None)
+
+    difference = float("inf")
+    if expected.shape == outputs.shape:
+        largest = expected.abs().max().item()
+        difference = (expected - outputs).abs().max().item() / largest
+    if not difference <= MAX_RELATIVE_DIFFERENCE:
         raise CheckpointError(
-            f"{folder}: read again the adapter does not give the same logits (relative difference "
-            f"{worst:.1e}); nothing was exported"
+            f"{folder}: the adapter read back does not give the same logits (relative difference "
+            f"{difference:.1e}). Nothing was exported."
         )
 
 
-def _told(
+def probe_outputs(
     model: Any, task: TaskSection, virtual: soft_prompts.VirtualTokens | None
 ) -> torch.Tensor:
-    """Return, flat, what a model tells of 12 token ids; peft's puts virtual tokens before them itself."""
+    """Return, flat, the model's outputs for 12 token ids.
+
+    `virtual` is None for peft's models, which prepend virtual tokens themselves.
+    """
     tokens = (torch.arange(12) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
     ids, mask = tokens, torch.ones_like(tokens)
     if virtual is not None:
-        ids, mask = virtual.before(ids, mask)
-    given = {"decoder_input_ids": tokens} if task.name == "seq2seq" else {}
-    told = model(input_ids=ids, attention_mask=mask, **given)
+        ids, mask = virtual.prepend(ids, mask)
+    kwargs = {"decoder_input_ids": tokens} if task.name == "seq2seq" else {}
+    outputs = model(input_ids=ids, attention_mask=mask, **kwargs)
     for name in ("logits", "start_logits", "last_hidden_state"):
-        if name in told:
-            return told[name].float().flatten()  # type: ignore[no-any-return]
+        if name in outputs:
+            return outputs[name].float().flatten()  # type: ignore[no-any-return]
     raise AssertionError("a model without logits")

@@ -8,20 +8,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADDED_PARTS = ("ranknum", "virtual_tokens", "bottleneck")
-"""Parts of names of added weights, besides those that begin with lora_ or ia3_."""
+ADDED_PREFIXES = ("lora_", "ia3_")
+"""Parts of the dotted name of an added weight: these names, or names that start with these prefixes."""
 
 
 def is_added(name: str) -> bool:
-    """Tell whether a weight of this name is an adapter's, of which a model's own files know nothing."""
-    return any(part.startswith(("lora_", "ia3_")) or part in ADDED_PARTS for part in name.split("."))
+    """Whether a weight of this name belongs to an adapter and is not in the model's own files."""
+    return any(part in ADDED_PARTS or part.startswith(ADDED_PREFIXES) for part in name.split("."))
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return what linear layers are called, each name once."""
-    return sorted(
-        {
-            name.removesuffix(".base_layer").rpartition(".")[2]
-            for name, module in model.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)
-        }
-    )
+    """Return the last part of the name of each linear layer, sorted, each once."""
+    names = {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)
+    }
+    return sorted(names)

@@ -1,8 +1,9 @@
 """Bottleneck adapters (Houlsby et al., arXiv:1902.00751): a small network behind each sub-layer of a frozen model.
 
-Down-projection, non-linearity, up-projection, and what came in added to it; the up-projection begins as zero, so the
-model begins as it was. A network is a child of the linear layer it stands behind, so the model's own names stay. It can
-not be merged into weights. The library of the field, `adapters` 1.3, wants transformers 4.57, hence these lines.
+Down-projection, non-linearity, up-projection, added to the input. The up-projection starts as zero, so
+the model starts unchanged. A network is a child of the linear layer it follows, so the model's own
+parameter names stay. It cannot be merged into weights. The library of the field, `adapters` 1.3, requires
+transformers 4.57; hence this implementation.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from torch import nn
 
 from dist_ft.config.sections.tuning import BottleneckSection
 from dist_ft.core.errors import ModelError
-from dist_ft.model.adapters.added_layers import (
-    linear_layers,
-)
+from dist_ft.model.adapters.added_layers import linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "bottleneck"
+"""Name of an adapter in the layer it follows."""
 OUTPUT_LAYERS = (
     "o_proj",
     "out_proj",
@@ -40,8 +40,9 @@ OUTPUT_LAYERS = (
     "lin2",
     "wo",
 )
-"""What models call the last linear layer of an attention or feed-forward block."""
+"""Names, in various models, of the last linear layer of an attention or feed-forward block."""
 INIT_STD = 0.02
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 class Bottleneck(nn.Module):
@@ -51,48 +52,49 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.down = nn.Linear(width, section.size, dtype=dtype)
         self.up = nn.Linear(section.size, width, dtype=dtype)
-        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}[
-            section.activation
-        ]()
+        self.activation = ACTIVATIONS[section.activation]()
         self.dropout = nn.Dropout(section.dropout)
         nn.init.normal_(self.down.weight, std=INIT_STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what comes out for `x` (..., H)."""
+        """Return the adapter's output (..., H) for `x` (..., H)."""
         return x + self.up(self.dropout(self.activation(self.down(x))))
 
 
 def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: int) -> None:
-    """Put a network behind each layer of `model` that `section` names, drawn by `seed`.
+    """Add a network behind each layer of `model` that `section` targets, initialized by `seed`.
 
-    Raises ModelError if there is no such layer.
+    Raises:
+        ModelError: no such layer exists.
     """
     layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    wanted = OUTPUT_LAYERS if section.targets == ("auto",) else section.targets
-    found = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in wanted}
-    absent = (
-        []
-        if section.targets == ("auto",) and any(found.values())
-        else [end for end in wanted if not found[end]]
-    )
-    if absent:
+    is_auto = section.targets == ("auto",)
+    targets = OUTPUT_LAYERS if is_auto else section.targets
+    matches = {
+        target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets
+    }
+    unmatched = [target for target in targets if not matches[target]]
+    if is_auto and any(matches.values()):  # no model has them all
+        unmatched = []
+    if unmatched:
+        missing = "with a known name" if is_auto else f"named {unmatched[0]}"
         raise ModelError(
-            f"tuning.bottleneck.targets={list(section.targets)}: no linear layer is called "
-            f"{'by a name it knows' if absent == list(OUTPUT_LAYERS) else absent[0]}; there are "
-            f"{', '.join(linear_layers(model))}; name some of them"
+            f"tuning.bottleneck.targets={list(section.targets)}: the model has no linear layer {missing}. "
+            f"It has {', '.join(linear_layers(model))}. Name some of them."
         )
-    chosen = {name for names in found.values() for name in names}
+
+    chosen = {name for names in matches.values() for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in layers.items():
             if name in chosen:
-                layer.add_module(NAME, Bottleneck(_width(layer), section, model.dtype))
-                layer.register_forward_hook(_behind)
+                layer.add_module(NAME, Bottleneck(_output_width(layer), section, model.dtype))
+                layer.register_forward_hook(_run_bottleneck)
 
 
-def _behind(layer: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+def _run_bottleneck(layer: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
     return layer.get_submodule(NAME)(output)  # type: ignore[no-any-return]
 
 
@@ -100,6 +102,5 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D")
 
 
-def _width(layer: Any) -> int:
-    """Return the width of what a layer puts out."""
+def _output_width(layer: Any) -> int:
     return int(layer.nf if hasattr(layer, "nf") else layer.out_features)

@@ -1,9 +1,12 @@
-"""Virtual tokens before each sample: prompt tuning, P-tuning and prefix tuning, put into the model itself.
+"""Virtual tokens before each sample: prompt tuning, P-tuning and prefix tuning, built into the model.
 
-What makes their vectors is `peft`'s. Prompt and P-tuning (arXiv:2104.08691, arXiv:2103.10385): ids below zero stand for
-virtual tokens, -1 for the first; the input embedding looks them up here. So whatever handles ids (packed rows,
-masks, positions, `generate`) handles them too. Prefix tuning (arXiv:2101.00190): every layer finds keys and values
-of the virtual tokens in its cache. Does not pack a prefix: all samples of a row would share one.
+`peft` provides the modules that compute their vectors. Prompt tuning and P-tuning (arXiv:2104.08691,
+arXiv:2103.10385): ids below zero stand for virtual tokens, -1 for the first; the input embedding looks
+them up here. So code that handles ids (packed rows, masks, positions, `generate`) handles them too.
+Prefix tuning (arXiv:2101.00190): every layer finds keys and values of the virtual tokens in its cache.
+A prefix cannot be used with packing: all samples of a row would share one.
+
+Dimensions: B rows of a batch, T tokens of a row, P virtual tokens, H hidden size, D width of a head.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "virtual_tokens"
-"""What the module is called in a model."""
+"""Name of the module in a model."""
 PEFT_TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -37,14 +40,29 @@ PEFT_TASK_TYPES = {
     "question_answering": "QUESTION_ANS",
     "embedding": "FEATURE_EXTRACTION",
 }
-"""What peft calls the tasks it knows virtual tokens for."""
+"""peft's names of the tasks for which it supports virtual tokens."""
+
+
+class IdsAndMask(NamedTuple):
+    """Token ids and attention mask, (B, T) each."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
 
 
 class VirtualTokens(nn.Module):
-    """`count` learned vectors, or a learned cache, that a model finds before each of its samples."""
+    """`count` trained vectors, or a trained cache, before each sample of a model.
+
+    Attributes:
+        encoder: peft's module that computes the vectors.
+        count: the number of virtual tokens, P.
+        config: peft's config of `encoder`.
+        is_prefix: the tokens are keys and values of every layer, not input vectors.
+        numbers: (P,) 0 to P - 1.
+    """
 
     def __init__(self, encoder: nn.Module, count: int, config: Any) -> None:
-        """Wrap peft's `encoder` of `count` tokens, made by peft's `config`."""
+        """Wrap peft's `encoder` of `count` tokens, built from peft's `config`."""
         super().__init__()
         self.encoder = encoder
         self.count = count
@@ -54,66 +72,66 @@ class VirtualTokens(nn.Module):
         self.register_buffer("numbers", torch.arange(count), persistent=False)
 
     def forward(self) -> torch.Tensor:
-        """Return the vectors (count, H), of a prefix (count, layers x 2 x H of keys)."""
+        """Return the vectors (P, H); of a prefix (P, layers x 2 x H of keys)."""
         return self.encoder(self.numbers[None])[0]
 
     @property
     def ids(self) -> range:
-        """The ids that stand for virtual tokens, in their order; of a prefix there are none."""
+        """The ids of the virtual tokens in order; empty for a prefix."""
         return range(0) if self.is_prefix else range(-1, -1 - self.count, -1)
 
-    def before(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask (B, T) with the virtual tokens in front, (B, count + T); of a prefix as they are."""
-        virtual = torch.tensor(self.ids, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-        return torch.cat([virtual, ids], 1), torch.cat(
-            [torch.ones_like(virtual, dtype=mask.dtype), mask], 1
-        )
+    def prepend(self, ids: torch.Tensor, mask: torch.Tensor) -> IdsAndMask:
+        """Return ids and mask (B, T) with the virtual tokens in front, (B, P + T).
+
+        A prefix does not change them.
+        """
+        virtual_ids = torch.tensor(self.ids, dtype=ids.dtype, device=ids.device)
+        virtual_ids = virtual_ids.expand(len(ids), -1)  # (B, P)
+        virtual_mask = torch.ones_like(virtual_ids, dtype=mask.dtype)
+        return IdsAndMask(torch.cat([virtual_ids, ids], 1), torch.cat([virtual_mask, mask], 1))
 
     def embed(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Return `vectors` (B, T, H) with those of virtual tokens where `ids` (B, T) are below zero."""
-        own = self()[(-1 - ids).clamp(min=0)].to(vectors.dtype)
-        return torch.where((ids < 0)[..., None], own, vectors)
+        virtual_vectors = self()[(-1 - ids).clamp(min=0)].to(vectors.dtype)
+        return torch.where((ids < 0)[..., None], virtual_vectors, vectors)
 
-    def cache(self, model: PreTrainedModel, batch_size: int) -> Any:
-        """Return the cache that holds the prefix for `batch_size` rows."""
+    def prefix_cache(self, model: PreTrainedModel, batch_size: int) -> Any:
+        """Return a transformers cache that holds the prefix for `batch_size` rows."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         config = self.config
-        heads = config.num_attention_heads
-        vectors = (
-            self()
-            .to(model.dtype)
-            .view(self.count, 2 * config.num_layers, heads, config.token_dim // heads)
-        )
-        states = vectors.permute(1, 2, 0, 3)[:, None].expand(
-            -1, batch_size, -1, -1, -1
-        )  # (2 layers, B, heads, V, D)
-        two = model.config.is_encoder_decoder
-        firsts = [
-            (4 if two else 2) * layer % len(states) for layer in range(config.num_layers)
-        ]  # so peft deals them
-        made = DynamicCache([(states[first], states[first + 1]) for first in firsts])
-        return EncoderDecoderCache(made, DynamicCache()) if two else made
+        num_heads, num_layers = config.num_attention_heads, config.num_layers
+        head_width = config.token_dim // num_heads
+        vectors = self().to(model.dtype)
+        vectors = vectors.view(self.count, 2 * num_layers, num_heads, head_width)
+        states = vectors.permute(1, 2, 0, 3)[:, None]  # (2 layers, 1, heads, P, D)
+        states = states.expand(-1, batch_size, -1, -1, -1)  # (2 layers, B, heads, P, D)
+
+        # The order in which peft assigns states to layers.
+        is_encoder_decoder = model.config.is_encoder_decoder
+        stride = 4 if is_encoder_decoder else 2
+        key_indices = [stride * layer % len(states) for layer in range(num_layers)]
+        cache = DynamicCache([(states[index], states[index + 1]) for index in key_indices])
+        return EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder else cache
 
 
 def find_virtual_tokens(model: PreTrainedModel) -> VirtualTokens | None:
     """Return a model's virtual tokens, if it has any."""
-    found = getattr(model, NAME, None)
-    return found if isinstance(found, VirtualTokens) else None
+    module = getattr(model, NAME, None)
+    return module if isinstance(module, VirtualTokens) else None
 
 
-def prepend_virtual_tokens(virtual: VirtualTokens | None, given: dict[str, Any]) -> dict[str, Any]:
+def prepend_virtual_tokens(virtual: VirtualTokens | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a model's inputs (B, T), padded on the right, with its virtual tokens, if any, in front."""
     if virtual is None or not virtual.ids:
-        return given
-    ids, mask = virtual.before(given["input_ids"], given["attention_mask"])
-    made = given | {"input_ids": ids, "attention_mask": mask}
-    if "token_type_ids" in given:
-        types = given["token_type_ids"]
-        made["token_type_ids"] = torch.cat(
-            [torch.zeros_like(types[:, :1]).expand(-1, virtual.count), types], 1
-        )
-    return made
+        return inputs
+    ids, mask = virtual.prepend(inputs["input_ids"], inputs["attention_mask"])
+    result = inputs | {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in inputs:
+        types = inputs["token_type_ids"]
+        virtual_types = torch.zeros_like(types[:, :1]).expand(-1, virtual.count)
+        result["token_type_ids"] = torch.cat([virtual_types, types], 1)
+    return result
 
 
 def add_virtual_tokens(
@@ -123,60 +141,64 @@ def add_virtual_tokens(
     task: TaskSection,
     text_ids: Sequence[int] = (),
 ) -> None:
-    """Give `model` the virtual tokens of `section`, drawn by `seed` or begun as the tokens `text_ids`.
+    """Add the virtual tokens of `section` to `model`, initialized by `seed` or from the tokens `text_ids`.
 
-    Raises ModelError for a model whose embeddings or layers can not be given any.
+    Raises:
+        ModelError: peft does not support virtual tokens for this model.
     """
     from peft.tuners.p_tuning.model import PromptEncoder
     from peft.tuners.prefix_tuning.model import PrefixEncoder
     from peft.tuners.prompt_tuning.model import PromptEmbedding
 
-    words = _embeddings(model)
+    embedding = _input_embedding(model)
     try:
         config = peft_config(model, section, task)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"tuning.method={section.method}: peft does not know such a {model.config.model_type} model "
-            f"({str(error).splitlines()[0][:150]}); use tuning.method=lora"
+            f"tuning.method={section.method}: peft does not support this {model.config.model_type} model "
+            f"({str(error).splitlines()[0][:150]}). Use tuning.method=lora."
         ) from error
+
+    encoder: nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if section.method == "prefix_tuning":
-            encoder: nn.Module = PrefixEncoder(config)
+            encoder = PrefixEncoder(config)
+        elif section.method == "p_tuning":
+            encoder = PromptEncoder(config)
         else:
-            encoder = (
-                PromptEncoder(config)
-                if section.method == "p_tuning"
-                else PromptEmbedding(config, words)
-            )
-        made = VirtualTokens(encoder, section.prompt.tokens, config).to(model.dtype)
+            encoder = PromptEmbedding(config, embedding)
+        virtual = VirtualTokens(encoder, section.prompt.tokens, config).to(model.dtype)
         if section.method == "prompt_tuning":
-            _begin(encoder.embedding.weight, model, words, section, text_ids)  # type: ignore[union-attr, arg-type]
-    attach_virtual_tokens(model, made)
+            weight: Any = encoder.embedding.weight  # type: ignore[union-attr]
+            _initialize_prompt(weight, model, embedding, section, text_ids)
+    attach_virtual_tokens(model, virtual)
 
 
-def attach_virtual_tokens(model: PreTrainedModel, made: VirtualTokens) -> None:
-    """Let `model` find its virtual tokens."""
-    model.add_module(NAME, made)
-    if made.is_prefix:
+def attach_virtual_tokens(model: PreTrainedModel, virtual: VirtualTokens) -> None:
+    """Register `virtual` as a module of `model`, and the hooks that use it in each forward."""
+    model.add_module(NAME, virtual)
+    if virtual.is_prefix:
         names = list(inspect.signature(model.base_model.forward).parameters)
-        model.base_model.register_forward_pre_hook(
-            lambda _, args, given: (
-                (),
-                _with_prefix(model, made, dict(zip(names, args, strict=False)) | given),
-            ),
-            with_kwargs=True,
-        )
-        return
-    under_way: list[torch.Tensor] = []
 
-    def keep(_words: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        under_way[:] = [args[0]]
+        def add_prefix(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            inputs = dict(zip(names, args, strict=False)) | kwargs
+            return (), _with_prefix(model, virtual, inputs)
+
+        model.base_model.register_forward_pre_hook(add_prefix, with_kwargs=True)
+        return
+
+    current_ids: list[torch.Tensor] = []  # of the embedding's current call
+
+    def hide_virtual_ids(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        current_ids[:] = [args[0]]
         return (args[0].clamp(min=0), *args[1:])
 
-    words = _embeddings(model)
-    words.register_forward_pre_hook(keep)
-    words.register_forward_hook(lambda _words, _args, vectors: made.embed(under_way.pop(), vectors))
+    embedding = _input_embedding(model)
+    embedding.register_forward_pre_hook(hide_virtual_ids)
+    embedding.register_forward_hook(
+        lambda _layer, _args, vectors: virtual.embed(current_ids.pop(), vectors)
+    )
 
 
 def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSection) -> Any:
@@ -185,82 +207,110 @@ def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSectio
     from peft.utils.other import _prepare_prompt_learning_config
 
     prompt = section.prompt
-    given: dict[str, Any] = {"task_type": PEFT_TASK_TYPES[task.name], "num_virtual_tokens": prompt.tokens}
-    hidden: dict[str, Any] = {"encoder_hidden_size": prompt.hidden_size or None}
+    common: dict[str, Any] = {
+        "task_type": PEFT_TASK_TYPES[task.name],
+        "num_virtual_tokens": prompt.tokens,
+    }
+    hidden_size: dict[str, Any] = {"encoder_hidden_size": prompt.hidden_size or None}
+    config: Any
     if section.method == "prefix_tuning":
-        made: Any = PrefixTuningConfig(
-            **given, **hidden, **_decoder(model.config), prefix_projection=prompt.projection
+        shape: dict[str, Any] = {**_prefix_shape(model.config)}
+        config = PrefixTuningConfig(
+            **common, **hidden_size, **shape, prefix_projection=prompt.projection
         )
     elif section.method == "p_tuning":
-        made = PromptEncoderConfig(**given, **hidden, num_transformer_submodules=1)
+        config = PromptEncoderConfig(**common, **hidden_size, num_transformer_submodules=1)
     else:
-        made = PromptTuningConfig(**given, num_transformer_submodules=1)
-    return _prepare_prompt_learning_config(made, model.config)
+        config = PromptTuningConfig(**common, num_transformer_submodules=1)
+    return _prepare_prompt_learning_config(config, model.config)
 
 
-def _decoder(config: Any) -> dict[str, Any]:
-    """Return the shape of what a prefix stands in: of an encoder-decoder the decoder, which peft does not ask for."""
+def _prefix_shape(config: Any) -> dict[str, int]:
+    """Return peft's arguments for the model part that gets the prefix.
+
+    Of an encoder-decoder that is the decoder, whose shape peft does not read itself.
+    """
     if not config.is_encoder_decoder:
         return {"num_transformer_submodules": 1}
-    found = {
-        "num_transformer_submodules": 2,
-        "num_layers": config.num_hidden_layers,
-    }  # peft keeps one for both parts
+    num_layers = config.num_hidden_layers
     for name in ("decoder_layers", "num_decoder_layers"):
-        found["num_layers"] = getattr(config, name, None) or found["num_layers"]
-    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
-    width = heads * config.d_kv if hasattr(config, "d_kv") else config.hidden_size
-    return found | {"num_attention_heads": heads, "token_dim": width}
+        num_layers = getattr(config, name, None) or num_layers
+    num_heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    width = num_heads * config.d_kv if hasattr(config, "d_kv") else config.hidden_size
+    return {
+        "num_transformer_submodules": 2,  # peft stores one value for encoder and decoder
+        "num_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "token_dim": width,
+    }
 
 
-def insert_virtual_tokens(batch: Batch, ids: Sequence[int]) -> Batch:
-    """Return `batch` with virtual tokens `ids` before each sample that has targets; rows are padded to the longest."""
+def insert_virtual_tokens(batch: Batch, virtual_ids: Sequence[int]) -> Batch:
+    """Return `batch` with `virtual_ids` before each sample that has targets, padded to the longest row."""
     rows = [
-        _row(*row, ids=np.array(ids))
-        for row in zip(batch.input_ids, batch.target_ids, batch.position_ids, strict=True)
+        _insert_into_row(tokens, targets, positions, np.array(virtual_ids))
+        for tokens, targets, positions in zip(
+            batch.input_ids, batch.target_ids, batch.position_ids, strict=True
+        )
     ]
-    length = max(len(row[0]) for row in rows)
-    fills: tuple[Any, ...] = (
-        lambda size: np.zeros(size, np.int64),
-        lambda size: np.full(size, IGNORE_INDEX, np.int64),
-        np.arange,
+    length = max(len(row.tokens) for row in rows)
+
+    input_ids, target_ids, position_ids = [], [], []
+    for row in rows:
+        num_padding = length - len(row.tokens)
+        zeros = np.zeros(num_padding, np.int64)
+        ignored = np.full(num_padding, IGNORE_INDEX, np.int64)
+        input_ids.append(np.concatenate([row.tokens, zeros]))
+        target_ids.append(np.concatenate([row.targets, ignored]))
+        position_ids.append(np.concatenate([row.positions, np.arange(num_padding)]))
+    return replace(
+        batch,
+        input_ids=np.stack(input_ids),
+        target_ids=np.stack(target_ids),
+        position_ids=np.stack(position_ids),
     )
-    padded = [
-        np.stack([np.concatenate([row[i], fill(length - len(row[i]))]) for row in rows])
-        for i, fill in enumerate(fills)
-    ]
-    return replace(batch, input_ids=padded[0], target_ids=padded[1], position_ids=padded[2])
 
 
-def _row(
-    tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, ids: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Return one row of a batch, each (T,), with virtual tokens before each sample that has targets."""
-    begins = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
-    learned = np.add.reduceat(targets != IGNORE_INDEX, begins) > 0
-    places = np.repeat(begins[learned], len(ids))
-    further = np.repeat(learned, np.diff(np.concatenate([begins, [len(tokens)]]))) * len(ids)
-    return (
-        np.insert(tokens, places, np.tile(ids, learned.sum())),
+class _Row(NamedTuple):
+    """One row of a batch: token ids, targets and positions, (T,) each."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+
+
+def _insert_into_row(
+    tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, virtual_ids: np.ndarray
+) -> _Row:
+    """Return a row (T,) with virtual tokens before each sample that has targets."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
+    lengths = np.diff(np.concatenate([starts, [len(tokens)]]))
+    has_targets = np.add.reduceat(targets != IGNORE_INDEX, starts) > 0  # by sample
+    num_samples, num_virtual = has_targets.sum(), len(virtual_ids)
+
+    places = np.repeat(starts[has_targets], num_virtual)
+    shifts = np.repeat(has_targets, lengths) * num_virtual  # (T,) of each token's position
+    return _Row(
+        np.insert(tokens, places, np.tile(virtual_ids, num_samples)),
         np.insert(targets, places, IGNORE_INDEX),
-        np.insert(positions + further, places, np.tile(np.arange(len(ids)), learned.sum())),
+        np.insert(positions + shifts, places, np.tile(np.arange(num_virtual), num_samples)),
     )
 
 
-def _embeddings(model: PreTrainedModel) -> nn.Module:
-    """Return the module that looks up what a model is given (of an encoder-decoder, the encoder's)."""
+def _input_embedding(model: PreTrainedModel) -> nn.Module:
+    """Return the input embedding (of an encoder-decoder, the encoder's)."""
     part: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     return part.get_input_embeddings()
 
 
-def _begin(
+def _initialize_prompt(
     weight: torch.Tensor,
     model: PreTrainedModel,
-    words: Any,
+    embedding: Any,
     section: TuningSection,
     text_ids: Sequence[int],
 ) -> None:
-    """Write the first values of a prompt: rows of the embeddings, or random ones of their width."""
+    """Write the initial vectors of a prompt: rows of the embedding, or random ones of their width."""
     from peft.utils.integrations import gather_params_ctx
 
     config = model.config.get_text_config()
@@ -269,35 +319,35 @@ def _begin(
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape) * std)
         return
+
     count = len(weight)
-    drawn = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
-    chosen = (
-        (list(text_ids) * count)[:count] if section.prompt.init == "text" and text_ids else drawn
-    )
-    with gather_params_ctx(list(words.parameters())), torch.no_grad():
-        weight.copy_(words.weight[torch.tensor(chosen, device=words.weight.device)])
+    token_ids = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
+    if section.prompt.init == "text" and text_ids:
+        token_ids = (list(text_ids) * count)[:count]  # repeated to the length of the prompt
+    with gather_params_ctx(list(embedding.parameters())), torch.no_grad():
+        weight.copy_(embedding.weight[torch.tensor(token_ids, device=embedding.weight.device)])
 
 
 def _with_prefix(
-    model: PreTrainedModel, made: VirtualTokens, given: dict[str, Any]
+    model: PreTrainedModel, virtual: VirtualTokens, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what a forward is given, with the prefix in its cache, and mask and positions that know of it."""
-    two = model.config.is_encoder_decoder
-    ids, name = given.get("input_ids"), "decoder_attention_mask" if two else "attention_mask"
-    rows = len(
-        next(
-            found
-            for found in (ids, given.get("inputs_embeds"), given.get("decoder_input_ids"))
-            if found is not None
-        )
-    )
-    cache = given.get("past_key_values")
+    """Return a forward's inputs with the prefix in the cache, and mask and positions that include it."""
+    ids = inputs.get("input_ids")
+    candidates = (ids, inputs.get("inputs_embeds"), inputs.get("decoder_input_ids"))
+    batch_size = len(next(value for value in candidates if value is not None))
+
+    cache = inputs.get("past_key_values")
     if cache is None or not cache.get_seq_length():
-        cache = made.cache(model, rows)
+        cache = virtual.prefix_cache(model, batch_size)
     changes: dict[str, Any] = {"past_key_values": cache}
-    mask = given.get(name)
+
+    mask_name = "attention_mask"
+    if model.config.is_encoder_decoder:
+        mask_name = "decoder_attention_mask"
+    mask = inputs.get(mask_name)
     if mask is not None:
-        changes[name] = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, made.count), mask], 1)
-    if given.get("position_ids") is not None:
-        changes["position_ids"] = given["position_ids"] + made.count
-    return given | changes
+        prefix_mask = torch.ones_like(mask[:, :1]).expand(-1, virtual.count)
+        changes[mask_name] = torch.cat([prefix_mask, mask], 1)
+    if inputs.get("position_ids") is not None:
+        changes["position_ids"] = inputs["position_ids"] + virtual.count
+    return inputs | changes

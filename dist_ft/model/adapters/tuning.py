@@ -1,9 +1,9 @@
-"""Which weights of a model learn, and which are added to it.
+"""Which weights of a model are trained, and which are added to it.
 
-What is added is put into the model itself: its names, its forward and its loss stay what they were. Low-rank matrices
-and scales are those of `peft`, here; virtual tokens (`prompts`) and networks behind layers (`bottleneck`) have modules
-of their own. Every engine, world and resumed run builds the same: all is drawn from the run's seed. Does not load
-weights.
+Added weights become part of the model itself: its names, its forward and its loss stay the same. Low-rank
+matrices and scales are those of `peft`, here; virtual tokens (`soft_prompts`) and networks behind layers
+(`bottleneck`) have modules of their own. Every engine, world and resumed run builds the same model: all
+draws follow from the run's seed. Does not load weights.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.config.sections.tuning import MERGED, PROMPTS, TuningSection
+from dist_ft.config.sections.tuning import MERGEABLE_METHODS, PROMPT_METHODS, TuningSection
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.model.adapters.added_layers import linear_layers
@@ -38,21 +38,66 @@ def apply_tuning(
     task: TaskSection = CAUSAL_LM,
     text_ids: Sequence[int] = (),
 ) -> Any:
-    """Freeze what does not learn and add what is new, in place; return peft's model around it, None where none is.
+    """Freeze the weights that are not trained and add new ones, in place.
 
-    `text_ids` are the tokens of tuning.prompt.text. A head of the task's own learns with every method, unless `frozen`
-    names it. Raises ModelError if the model has no such layers, or a pattern names none of its weights.
+    A head of the task is trained with every method, unless `frozen` names it.
+
+    Args:
+        model: changed in place.
+        section: the tuning method and its options.
+        seed: of the initial values of added weights.
+        task: the model's task.
+        text_ids: tokens of tuning.prompt.text.
+
+    Returns:
+        peft's model around it, None if the method needs none.
+
+    Raises:
+        ModelError: the model has no such layers, a pattern names none of its weights, or no weight would
+            be trained.
     """
-    own = set(_by_name(model))
-    head = (
-        {name for name in own if heads.is_head(name, model)} if task.name in heads.TASKS_WITH_HEAD else set()
-    )
-    around = _add(model, section, seed, task, head) if section.method in MERGED else None
+    own = set(_parameters(model))
+    head: set[str] = set()
+    if task.name in heads.TASKS_WITH_HEAD:
+        head = {name for name in own if heads.is_head(name, model)}
+    peft_model = _add_layers(model, section, seed, task, head, text_ids)
+    if section.method == "full" and not section.frozen:
+        return peft_model
+
+    trained = own if section.method == "full" else _added_weights(model, own)
+    trained |= head
+    if section.last_layers:
+        trained |= _last_layers(model, section.last_layers)
+    for pattern in section.trainable:
+        trained |= _matching(model, pattern, "trainable")
+    for pattern in section.frozen:
+        trained -= _matching(model, pattern, "frozen")
+    if not trained:
+        raise ModelError(
+            "tuning: no weight is trainable. tuning.frozen excludes all of them. Give fewer patterns."
+        )
+    for name, parameter in _parameters(model).items():
+        parameter.requires_grad_(name in trained)
+    return peft_model
+
+
+def _add_layers(
+    model: PreTrainedModel,
+    section: TuningSection,
+    seed: int,
+    task: TaskSection,
+    head: set[str],
+    text_ids: Sequence[int],
+) -> Any:
+    """Add the weights of the tuning method; return peft's model, None if it needs none."""
+    peft_model: Any = None
+    if section.method in MERGEABLE_METHODS:
+        peft_model = _add_peft_layers(model, section, seed, task, head)
     if section.method == "adalora":
         from dist_ft.model.adapters import adalora
 
-        adalora.add_rank_schedule(model, around.base_model)  # type: ignore[union-attr]
-    if section.method in PROMPTS:
+        adalora.add_rank_schedule(model, peft_model.base_model)
+    if section.method in PROMPT_METHODS:
         from dist_ft.model.adapters import soft_prompts
 
         soft_prompts.add_virtual_tokens(model, section, seed, task, text_ids)
@@ -60,39 +105,28 @@ def apply_tuning(
         from dist_ft.model.adapters import bottleneck
 
         bottleneck.add_bottlenecks(model, section.bottleneck, seed)
-    if section.method == "full" and not section.frozen:
-        return around
-    parameters = _by_name(model)
-    learns = (
-        own
-        if section.method == "full"
-        else {
-            name
-            for name, found in parameters.items()
-            if name_in_model_files(name) not in own and found.requires_grad
-        }
-    )
-    learns |= head
-    if section.last_layers:
-        learns |= _last_layers(model, section.last_layers)
-    for field in ("trainable", "frozen"):
-        for pattern in getattr(section, field):
-            found = _matching(model, pattern, field)
-            learns = learns | found if field == "trainable" else learns - found
-    if not learns:
-        raise ModelError("tuning: no weight learns; tuning.frozen leaves none; give fewer patterns")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in learns)
-    return around
+    return peft_model
+
+
+def _added_weights(model: PreTrainedModel, own: set[str]) -> set[str]:
+    """Return the trainable weights that are not among the model's own."""
+    return {
+        name
+        for name, parameter in _parameters(model).items()
+        if name_in_model_files(name) not in own and parameter.requires_grad
+    }
 
 
 def name_in_model_files(name: str) -> str:
-    """Return what the model's own files call a weight (a layer that got an adapter has moved one level down)."""
+    """Return the name of a weight in the model's own files.
+
+    A layer with an adapter has moved one level down.
+    """
     return name.replace(".base_layer.", ".")
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add adapters into the weights they stand beside, and take them out of the model, in place."""
+    """Add adapters into the weights they belong to, and remove them from the model, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(model.named_modules()):
@@ -102,76 +136,78 @@ def merge_adapters(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def _add(
+def _add_peft_layers(
     model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection, head: set[str]
 ) -> Any:
+    """Add peft's layers to `model`; return peft's model around it."""
     import torch
     from peft import get_peft_model
 
-    with _explained(model, section), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that a layer is transposed (peft sees to it), or tied (below)
+    fork_rng, catch_warnings = torch.random.fork_rng(devices=[]), warnings.catch_warnings()
+    with _peft_errors(model, section), fork_rng, catch_warnings:
+        # Of transposed layers, which peft handles, and of tied ones, which are checked below.
+        warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
-        around = get_peft_model(
-            model, peft_config(section, task, head), autocast_adapter_dtype=False
-        )
-    _require_sound(model, section)
-    return around
+        config = peft_config(section, task, head)
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    _check_adapted_layers(model, section)
+    return peft_model
 
 
-def _require_sound(model: PreTrainedModel, section: TuningSection) -> None:
-    """Raise ModelError for a target nothing has the name of, and for an adapter on a matrix used in two places."""
-    every = [
-        (name_in_model_files(name), name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    ]
-    adapted = {name: parameter for name, now, parameter in every if now != name}
+def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> None:
+    """Raise ModelError for a target that no layer has, and for an adapter on a tied matrix."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    adapted = {
+        name_in_model_files(name): parameter
+        for name, parameter in parameters
+        if name_in_model_files(name) != name
+    }
     layers = [name.rpartition(".")[0] for name in adapted]
     for target in target_layers(section):
-        if target != "all-linear" and not any(
-            f".{layer}".endswith(f".{target}") for layer in layers
-        ):
+        has_layer = any(f".{layer}".endswith(f".{target}") for layer in layers)
+        if target != "all-linear" and not has_layer:
             raise ModelError(
-                f"tuning.{section.method}.targets={list(target_layers(section))}: no layer is called {target}; "
-                f"there are {', '.join(linear_layers(model))}; correct it"
+                f"tuning.{section.method}.targets={list(target_layers(section))}: no layer is named "
+                f"{target}. The model has {', '.join(linear_layers(model))}. Correct the name."
             )
+
     for name, parameter in adapted.items():
-        other = next(
-            (other for other, _, shared in every if shared is parameter and other != name), None
-        )
-        if other is not None:
-            raise ModelError(
-                f"tuning.{section.method}: {name} is one matrix with {other}, and what is learned beside "
-                "one of them can not be added to both; give other targets"
-            )
+        for full_name, other in parameters:
+            other_name = name_in_model_files(full_name)
+            if other is parameter and other_name != name:
+                raise ModelError(
+                    f"tuning.{section.method}: {name} is one matrix with {other_name}, and an adapter on "
+                    "one of them cannot be added to both. Give other targets."
+                )
 
 
 def target_layers(section: TuningSection) -> tuple[str, ...]:
-    """Return which layers `section` gives matrices to."""
-    return {"lora": section.lora.targets, "adalora": section.adalora.targets}.get(
-        section.method, ()
-    )
+    """Return the names of the layers that `section` gives low-rank matrices."""
+    targets = {"lora": section.lora.targets, "adalora": section.adalora.targets}
+    return targets.get(section.method, ())
 
 
 def peft_config(
     section: TuningSection, task: TaskSection = CAUSAL_LM, head: Iterable[str] = ()
 ) -> Any:
-    """Return what peft calls the method of `section`; the weights of a `head` get no adapter, they learn themselves."""
+    """Return peft's config for the method of `section`.
+
+    The weights of a `head` get no adapter, because they are trained themselves.
+    """
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
-    kind = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task.name)
-    apart = sorted({name.rpartition(".")[0] for name in head}) or None
-    given: dict[str, Any] = {"task_type": kind, "exclude_modules": apart}
+    task_type = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task.name)
+    excluded = sorted({name.rpartition(".")[0] for name in head}) or None
+    common: dict[str, Any] = {"task_type": task_type, "exclude_modules": excluded}
     if section.method == "ia3":
-        return IA3Config(**given)
-    given["target_modules"] = (
-        "all-linear" if target_layers(section) == ("all-linear",) else list(target_layers(section))
-    )
+        return IA3Config(**common)
+
+    targets = target_layers(section)
+    common["target_modules"] = "all-linear" if targets == ("all-linear",) else list(targets)
     if section.method == "adalora":
         ada = section.adalora
         return AdaLoraConfig(
-            **given,
+            **common,
             lora_alpha=ada.alpha,  # type: ignore[arg-type]
             init_r=ada.initial_rank,
             target_r=ada.rank,
@@ -184,7 +220,7 @@ def peft_config(
         )
     lora = section.lora
     return LoraConfig(
-        **given,
+        **common,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
@@ -194,99 +230,120 @@ def peft_config(
 
 
 @contextlib.contextmanager
-def _explained(model: PreTrainedModel, section: TuningSection) -> Iterator[None]:
-    """Turn what peft raises for a model it can not change into one line."""
+def _peft_errors(model: PreTrainedModel, section: TuningSection) -> Iterator[None]:
+    """Turn peft's errors for a model it cannot change into a ModelError of one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        first = str(error).strip().split("\n")[0][:200]
-        field, remedy = "tuning.method=ia3", "use tuning.method=lora"
+        first_line = str(error).strip().split("\n")[0][:200]
+        field, remedy = "tuning.method=ia3", "Use tuning.method=lora."
         if section.method != "ia3":
             field = f"tuning.{section.method}.targets={list(target_layers(section))}"
-            remedy = f"name linear layers it has: {', '.join(linear_layers(model))}"
+            remedy = f"Name linear layers it has: {', '.join(linear_layers(model))}."
         raise ModelError(
-            f"{field}: this model can not get such adapters ({first}); {remedy}"
+            f"{field}: this model cannot get such adapters ({first_line}). {remedy}"
         ) from error
 
 
-def _by_name(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return dict(model.named_parameters())
 
 
 def _matching(model: PreTrainedModel, pattern: str, field: str) -> set[str]:
-    """Return the weights `pattern` names, those that are tied under the first of their names."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    """Return the weights that match `pattern`, tied ones under the first of their names.
+
+    Raises:
+        ModelError: no weight matches the pattern of tuning.`field`.
+    """
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {
-        name: first[id(parameter)]
+        name: first_names[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if fnmatchcase(name_in_model_files(name), pattern)
     }
     if not found:
         raise ModelError(
-            f"tuning.{field}={pattern}: no weight has such a name; there are "
-            f"{', '.join(_examples(first.values()))}; give a pattern such as *.layers.0.*"
+            f"tuning.{field}={pattern}: no weight has such a name. The model has "
+            f"{', '.join(_examples(first_names.values()))}. Give a pattern such as *.layers.0.*."
         )
-    for name, shared in found.items():
-        if name != shared:
+    for name, first_name in found.items():
+        if name != first_name:
             log.info(
-                "tuning.%s=%s: %s is one matrix with %s; it learns, or does not, in both places",
+                "tuning.%s=%s: %s is one matrix with %s; it is trained, or frozen, in both places",
                 field,
                 pattern,
                 name,
-                shared,
+                first_name,
             )
     return set(found.values())
 
 
 def _examples(names: Iterable[str]) -> list[str]:
-    found = [name_in_model_files(name) for name in names]
-    return [*found[:NUM_EXAMPLES], "...", *found[-NUM_EXAMPLES:]] if len(found) > 2 * NUM_EXAMPLES else found
+    """Return the first and last names of a model's weights."""
+    names = [name_in_model_files(name) for name in names]
+    if len(names) <= 2 * NUM_EXAMPLES:
+        return names
+    return [*names[:NUM_EXAMPLES], "...", *names[-NUM_EXAMPLES:]]
 
 
 def _last_layers(model: PreTrainedModel, count: int) -> set[str]:
-    """Return the weights of the last `count` layers and of what comes after all layers."""
-    prefix, layers = _layers(model)
+    """Return the weights of the last `count` layers, of the final norm and of an untied output layer."""
+    prefix, layers = _find_layers(model)
     if count > len(layers):
         raise ModelError(
-            f"tuning.last_layers={count}: the model has {len(layers)} layers; give at most as many"
+            f"tuning.last_layers={count}: the model has {len(layers)} layers. Give at most as many."
         )
-    chosen = tuple(f"{prefix}.{index}." for index in range(len(layers) - count, len(layers)))
-    beside = model.get_submodule(prefix.rpartition(".")[0])
+    first = len(layers) - count
+    chosen = tuple(f"{prefix}.{index}." for index in range(first, len(layers)))
+
+    after_layers = {id(parameter) for parameter in _final_norm(model, prefix).parameters()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        # A tied output layer is also the input embedding, which stays frozen.
+        after_layers |= {id(parameter) for parameter in head.parameters()}
+    return {
+        name
+        for name, parameter in _parameters(model).items()
+        if name.startswith(chosen) or id(parameter) in after_layers
+    }
+
+
+def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
+    """Return the norm next to the layers `layers_name`; an empty module if there is none."""
+    from torch import nn
+
+    parent = model.get_submodule(layers_name.rpartition(".")[0])
     norms = {
-        name: norm
-        for name, norm in beside.named_children()
-        if "norm" in type(norm).__name__.lower()
+        name: module
+        for name, module in parent.named_children()
+        if "norm" in type(module).__name__.lower()
     }
     if len(norms) > 1:
         norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
         if len(norms) != 1:
             raise ModelError(
-                f"tuning.last_layers: which norm of a {model.config.model_type} model is its last is not "
-                "known; use tuning.trainable with patterns of names"
+                f"tuning.last_layers: the final norm of a {model.config.model_type} model is not known. "
+                "Use tuning.trainable with patterns of names."
             )
-    parameters = _by_name(model)
-    after = {id(parameter) for norm in norms.values() for parameter in norm.parameters()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if (
-        head is not None and head.weight is not embedding.weight
-    ):  # a tied one is the input's too: it stays
-        after |= {id(parameter) for parameter in head.parameters()}
-    return {
-        name
-        for name, parameter in parameters.items()
-        if name.startswith(chosen) or id(parameter) in after
-    }
+    return next(iter(norms.values()), nn.Module())
 
 
-def _layers(model: PreTrainedModel) -> tuple[str, Any]:
-    """Return name and list of the model's layers."""
+class _Layers(NamedTuple):
+    """The list of a model's layers, and its dotted name."""
+
+    name: str
+    layers: Any
+
+
+def _find_layers(model: PreTrainedModel) -> _Layers:
     from torch import nn
 
     config = model.config.get_text_config()
-    for name, module in model.named_modules() if not config.is_encoder_decoder else ():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return name, module
+    if not config.is_encoder_decoder:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return _Layers(name, module)
     raise ModelError(
-        f"tuning.last_layers: where a {model.config.model_type} model keeps its layers is not known; use "
-        "tuning.trainable with patterns of names"
+        f"tuning.last_layers: the layers of a {model.config.model_type} model cannot be located. Use "
+        "tuning.trainable with patterns of names."
     )

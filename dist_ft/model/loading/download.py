@@ -87,7 +87,7 @@ def fetch_model(
         return local
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
-            f"model.path={path}: no such folder. Give a model folder, an fsspec URL of one, or a hub "
+            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, or a hub "
             "name such as org/name."
         )
     return _from_hub(path, revision, cache, weights)
@@ -194,7 +194,7 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
         except Exception as error:
             raise ModelError(
                 redact(
-                    f"model.path={name}: no such folder, and the hub does not provide it "
+                    f"model.path={name}: the folder does not exist here, and the hub does not provide it "
                     f"({type(error).__name__}). Check the spelling, set HF_TOKEN for a gated model, or "
                     "give a local folder."
                 )

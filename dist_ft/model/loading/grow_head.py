@@ -1,7 +1,10 @@
-"""A head that gets more labels: rows it has stay as they are, rows of new labels are drawn by seed and label name.
+"""Add labels to a head: existing rows stay, rows of new labels are drawn by seed and label name.
 
-Works on model folders, before anything is loaded: what comes out is a folder whose head fits, in the cache, so that
-every engine and world begins with the same. Guarantees: no label the head has is lost or moves. Copies the files.
+Works on model folders, before anything is loaded: the result is a folder in the cache whose head fits, so
+that every engine and world starts with the same weights. Guarantees: no label of the head is lost or
+moved. Copies the files.
+
+Dimensions: L rows of a weight, one for each label.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def own_labels(folder: str, task: TaskSection) -> tuple[str, ...]:
-    """Return the labels of the head a model folder has for `task`, in their order; none without such a head."""
+    """Return the labels of the head that a model folder has for `task`, in order; empty without one."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -31,28 +34,39 @@ def own_labels(folder: str, task: TaskSection) -> tuple[str, ...]:
     return tuple(label for _, label in sorted((config.id2label or {}).items()))
 
 
-def grown_labels(own: Sequence[str], wanted: Sequence[str], named: bool) -> tuple[str, ...]:
-    """Return the labels of the grown head: its own, then those of `wanted` it has not.
+def grown_labels(own: Sequence[str], labels: Sequence[str], named: bool) -> tuple[str, ...]:
+    """Return the labels of the grown head: its own, then the new ones among `labels`.
 
-    Raises ModelError if `wanted` is what the config names (`named`) and lacks a label of the head, or moves one.
+    Args:
+        own: labels of the head.
+        labels: labels of the run.
+        named: `labels` are those that the config names, not those found in the data.
+
+    Raises:
+        ModelError: `labels` are named, and lack one of the head's.
     """
-    lost = [label for label in own if label not in wanted]
+    lost = [label for label in own if label not in labels]
     if named and lost:
         raise ModelError(
-            f"task.labels: {lost[0]} is not among them, and the head of model.path has it; a head that "
-            "grows keeps all its labels (task.grow_head); add it, or leave task.labels empty"
+            f"task.labels: {lost[0]} is missing, but the head of model.path has it. A head that grows "
+            "keeps all its labels (task.grow_head). Add the label, or leave task.labels empty."
         )
-    return (*own, *(label for label in wanted if label not in own))
+    return (*own, *(label for label in labels if label not in own))
 
 
 def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
-    """Return a model folder like `folder` whose head has the labels of `task`: `folder` itself if it has them.
+    """Return a model folder like `folder` whose head has the labels of `task`.
+
+    `folder` itself if its head has them.
 
     Args:
         folder: local model folder.
-        task: its labels begin with those of the head there is (`grown_labels`).
+        task: its labels start with those of the existing head (`grown_labels`).
         seed: the run's.
-        cache: local folder for what is made.
+        cache: local folder for the result.
+
+    Raises:
+        ModelError: the head has no row for each label, or its weights are not in the files.
     """
     import xxhash
     from filelock import FileLock
@@ -60,6 +74,7 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     own = own_labels(folder, task)
     if not own or own == task.labels:
         return folder
+
     files = sorted(
         (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).iterdir()
     )
@@ -69,78 +84,87 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     with FileLock(f"{target}.lock"):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache, prefix=".grown-") as temporary:
-                made = Path(temporary) / "model"
-                shutil.copytree(folder, made)
-                _grow(made, task, own, seed)
-                made.rename(target)
+                copy = Path(temporary) / "model"
+                shutil.copytree(folder, copy)
+                _grow_in_place(copy, task, own, seed)
+                copy.rename(target)
     return str(target)
 
 
-def _grow(folder: Path, task: TaskSection, own: Sequence[str], seed: int) -> None:
-    """Add rows to the head in `folder`, in place."""
+def _grow_in_place(folder: Path, task: TaskSection, own: Sequence[str], seed: int) -> None:
+    """Add rows to the head in `folder`."""
     from safetensors import safe_open
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    names = _rows_by_label(config, task, own)
+    missing = _weights_with_row_per_label(config, task, own)
     heads.set_labels(config, task.model_copy(update={"new_head": True}), str(folder))
-    std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
+    std = heads.init_std(config)
+    new_labels = task.labels[len(own) :]
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found, about = set(file.keys()) & names, file.metadata()
-            held = {name: file.get_tensor(name) for name in file.keys()} if found else {}  # noqa: SIM118
-        names -= found
-        for name in found:
-            held[name] = _with_rows(name, held[name], task.labels[len(own) :], std, seed)
-        if found:
-            save_file(held, path, metadata=about)
-    if names:
+            names, metadata = set(file.keys()) & missing, file.metadata()
+            if not names:
+                continue
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        missing -= names
+        for name in names:
+            tensors[name] = _with_new_rows(name, tensors[name], new_labels, std, seed)
+        save_file(tensors, path, metadata=metadata)
+    if missing:
         raise ModelError(
-            f"task.grow_head: {min(names)} of the model's head is not in the files of {folder.name}; the "
-            "weights of a head are needed to keep it; set task.new_head=true in place of it"
+            f"task.grow_head: {min(missing)} of the model's head is not in the files of {folder.name}. The "
+            "weights of a head are needed to keep it. Set task.new_head=true instead."
         )
     config.save_pretrained(folder)
 
 
-def _rows_by_label(config: Any, task: TaskSection, own: Sequence[str]) -> set[str]:
-    """Return the names of the weights that have one row a label: those that a model with one label more has larger."""
-    import copy
+def _weights_with_row_per_label(config: Any, task: TaskSection, own: Sequence[str]) -> set[str]:
+    """Return the names of the weights with a row for each label.
 
-    import torch
-
-    shapes = []
-    for more in (0, 1):
-        other = copy.deepcopy(config)
-        labels = (*own, *(f" {number}" for number in range(more)))
-        heads.set_labels(other, task.model_copy(update={"labels": labels, "new_head": True}), "")
-        with torch.device("meta"):
-            model = heads.auto_class(task).from_config(other)
-        shapes.append({name: tuple(value.shape) for name, value in model.named_parameters()})
-    changed = {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
+    They are the ones that are larger in a model with one more label.
+    """
+    shapes = _weight_shapes(config, task, own)
+    larger_shapes = _weight_shapes(config, task, (*own, " 0"))
+    changed = {name for name, shape in shapes.items() if larger_shapes[name] != shape}
     odd = [
-        name
-        for name in changed
-        if shapes[1][name] != (shapes[0][name][0] + 1, *shapes[0][name][1:])
+        name for name in changed if larger_shapes[name] != (shapes[name][0] + 1, *shapes[name][1:])
     ]
     if odd or not changed:
+        which = f" ({odd[0]})" if odd else ""
         raise ModelError(
             f"task.grow_head: the head of a {config.model_type} model does not have a row for each label"
-            f"{f' ({odd[0]})' if odd else ''}; heads that do can grow; use task.new_head=true"
+            f"{which}. Only heads that do can grow. Use task.new_head=true."
         )
     return changed
 
 
-def _with_rows(
-    name: str, rows: torch.Tensor, labels: Sequence[str], std: float, seed: int
-) -> torch.Tensor:
-    """Return the rows (L, ...) of a weight with one more for each of `labels`, in the same number format."""
+def _weight_shapes(
+    config: Any, task: TaskSection, labels: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a model with a new head for `labels`."""
+    import copy
+
     import torch
 
-    drawn = [
-        heads.initial_values(
-            f"{name} {label}" if rows.dim() > 1 else name, (1, *rows.shape[1:]), std, seed
-        )
-        for label in labels
-    ]
-    return torch.cat([rows, *(row.to(rows.dtype) for row in drawn)]).contiguous()
+    labeled_config = copy.deepcopy(config)
+    labeled_task = task.model_copy(update={"labels": tuple(labels), "new_head": True})
+    heads.set_labels(labeled_config, labeled_task, "")
+    with torch.device("meta"):
+        model = heads.auto_class(task).from_config(labeled_config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _with_new_rows(
+    name: str, rows: torch.Tensor, labels: Sequence[str], std: float, seed: int
+) -> torch.Tensor:
+    """Return the rows (L, ...) of a weight with one more for each of `labels`, in the same dtype."""
+    import torch
+
+    new_rows = []
+    for label in labels:
+        key = f"{name} {label}" if rows.dim() > 1 else name
+        row = heads.initial_values(key, (1, *rows.shape[1:]), std, seed)
+        new_rows.append(row.to(rows.dtype))
+    return torch.cat([rows, *new_rows]).contiguous()

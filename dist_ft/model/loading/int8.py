@@ -1,8 +1,9 @@
-"""Weights of linear layers as 8-bit integers, by torchao (weight only, one scale a row), in a folder of its own.
+"""Quantize the weights of linear layers to 8-bit integers, by torchao, in a new model folder.
 
-Guarantees: what is written is safetensors, `from_pretrained` of plain transformers loads it (torchao is needed), and
-loaded again it gives the logits of the model that was written. Embeddings and the output layer stay as they
-are, as does what is computed: products are of the weights' own number format.
+Weight only, with one scale per row. Guarantees: the files are safetensors; `from_pretrained` of plain
+transformers loads them (torchao is needed); loaded again they give the logits of the model that was
+written. Embeddings and the output layer stay unchanged, and so does the computation: products use the
+weights' own dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dist_ft.model import heads
 from dist_ft.model.loading.load import extra_model_kwargs, probe_outputs
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
-"""Logits may differ by this much of the largest: where a mapped file lies in memory decides the last bits."""
+"""Allowed difference of logits, relative to the largest: the memory address of a mapped file affects the last bits."""
 
 
 def require_torchao() -> None:
@@ -27,14 +28,17 @@ def require_torchao() -> None:
 
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            ["--int8: needs torchao, which is not installed; pip install 'dist-ft[int8]'"], "export"
+            ["--int8: needs torchao, which is not installed. Run pip install 'dist-ft[int8]'."],
+            "export",
         )
 
 
 def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
-    """Write the model of the folder `source` with int8 weights, and all else that lies there, as `target`.
+    """Write the model of the folder `source` with int8 weights, and its other files, to `target`.
 
-    Raises ModelError if what was written is not what is loaded again.
+    Raises:
+        ConfigError: torchao is not installed.
+        ModelError: the written model gives other logits when it is loaded again.
     """
     import torch
     from transformers import AutoConfig, TorchAoConfig
@@ -44,23 +48,22 @@ def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
     config = AutoConfig.from_pretrained(source)
-    kind, given = heads.auto_class(task), extra_model_kwargs(config, task)
+    model_class, kwargs = heads.auto_class(task), extra_model_kwargs(config, task)
     dtype = config.dtype or torch.float32
-    model: Any = kind.from_pretrained(
-        source, dtype=dtype, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), **given
+    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    model: Any = model_class.from_pretrained(
+        source, dtype=dtype, quantization_config=quantization, **kwargs
     ).eval()
     model.save_pretrained(target)
     for item in source.iterdir():
-        if (
-            item.is_file()
-            and not (target / item.name).exists()
-            and not item.name.startswith("model")
-        ):
+        is_weights = item.name.startswith("model")
+        if item.is_file() and not is_weights and not (target / item.name).exists():
             shutil.copy2(item, target)
-    again: Any = kind.from_pretrained(target, dtype=dtype, **given).eval()
-    written, read = probe_outputs(model), probe_outputs(again)
-    if (written - read).abs().max() > MAX_RELATIVE_DIFFERENCE * written.abs().max():
+
+    loaded: Any = model_class.from_pretrained(target, dtype=dtype, **kwargs).eval()
+    expected, outputs = probe_outputs(model), probe_outputs(loaded)
+    if (expected - outputs).abs().max() > MAX_RELATIVE_DIFFERENCE * expected.abs().max():
         raise ModelError(
-            f"{target}: loaded again with int8 weights it does not give the same logits; nothing was "
-            "exported; leave --int8 out"
+            f"{target}: loaded again with int8 weights, the model does not give the same logits. Nothing "
+            "was exported. Export without --int8."
         )

@@ -1,15 +1,17 @@
-"""Finding and loading models and tokenizers: a folder, a bucket or the hub, once a node.
+"""Load models and tokenizers from a folder, a bucket or the hub, downloaded once per node.
 
-Guarantees: only safetensors are read (no pickles), code that comes with a model does not run unless the config says
-so, and a weight that is missing, of another shape or freshly initialised is an error. Does not move anything to a GPU.
+Guarantees: only safetensors are read (no pickles); code that comes with a model does not run unless the
+config allows it; a weight that is missing, of another shape or freshly initialized is an error. Does not
+move anything to a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.core.errors import DistFtError, ModelError
@@ -17,44 +19,51 @@ from dist_ft.core.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
-from dist_ft.model.loading.download import cache_folder, fetch_model
+from dist_ft.model.loading.download import fetch_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
-__all__ = [
-    "cache_folder",
-    "empty_model",
-    "fetch",
-    "load_for",
-    "load_model",
-    "load_tokenizer",
-    "read_config",
-]
+
+
+class LoadedModel(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: the transformers model.
+        new_weights: names of the weights that the files do not hold; their values are arbitrary.
+    """
+
+    model: PreTrainedModel
+    new_weights: frozenset[str]
 
 
 @contextlib.contextmanager
-def _explained(section: ModelSection, what: str) -> Any:
-    """Turn whatever transformers raises into one line."""
+def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
+    """Turn any error of transformers into a ModelError of one line."""
     try:
         yield
     except DistFtError:
         raise
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        hint = "check that the folder holds what save_pretrained writes"
-        if "trust_remote_code" in str(error):
-            hint = "it wants to run code of its own: read that code, then set model.trust_remote_code=true"
-        elif "flash" in str(error).lower():
-            hint = "set model.attention=sdpa"
-        elif "attn_implementation" in str(error):
-            hint = "set model.attention=eager"
+        message = str(error)
+        first_line = message.strip().split("\n")[0]
+        hint = "Check that the folder holds what save_pretrained writes."
+        if "trust_remote_code" in message:
+            hint = (
+                "It needs to run code of its own: read that code, then set "
+                "model.trust_remote_code=true."
+            )
+        elif "flash" in message.lower():
+            hint = "Set model.attention=sdpa."
+        elif "attn_implementation" in message:
+            hint = "Set model.attention=eager."
         raise ModelError(
             redact(
-                f"model.path={section.path}: can not load the {what} "
-                f"({type(error).__name__}: {first}); {hint}"
+                f"model.path={section.path}: cannot load the {what} "
+                f"({type(error).__name__}: {first_line}). {hint}"
             )
         ) from error
 
@@ -64,20 +73,22 @@ def read_config(
 ) -> PretrainedConfig:
     """Return the model's config, with the labels of `task`.
 
-    Raises ModelError for a model that is absent, can not do the task, or has a head for other labels.
+    Raises:
+        ModelError: the model is absent, cannot do the task, or has a head for other labels.
     """
     from transformers import AutoConfig
 
     folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
-    with _explained(section, "config"):
+    with _loading_errors(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    if not heads.supports_task(config, task) and not (
-        section.trust_remote_code and hasattr(config, "auto_map")
-    ):
-        raise ModelError(f"model.path={section.path}: {heads.unsupported_task_error(config, task)}")
+
+    has_own_code = section.trust_remote_code and hasattr(config, "auto_map")
+    if not heads.supports_task(config, task) and not has_own_code:
+        message = heads.unsupported_task_error(config, task)
+        raise ModelError(f"model.path={section.path}: {message}")
     heads.set_labels(config, task, section.path)
     if section.dropout is not None:
-        with _explained(section, f"config with model.dropout={section.dropout}"):
+        with _loading_errors(section, f"config with model.dropout={section.dropout}"):
             set_dropout(config, section.dropout)
     return config
 
@@ -85,21 +96,26 @@ def read_config(
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Set every dropout of a config and of the configs in it."""
     for name, value in list(vars(config).items()):
-        if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(value, int | float):
-            exact = type(value)(
-                probability
-            )  # transformers refuses 0.0 where it declares a whole number
-            setattr(config, name, exact if exact == probability else probability)
+        is_dropout = name.endswith(("dropout", "_pdrop", "dropout_prob"))
+        if is_dropout and isinstance(value, int | float):
+            # transformers refuses 0.0 where it declares an int.
+            converted = type(value)(probability)
+            setattr(config, name, converted if converted == probability else probability)
         elif hasattr(value, "to_diff_dict"):
             set_dropout(value, probability)
 
 
 def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with the chat template the config names."""
+    """Return the tokenizer, with the chat template the config names.
+
+    Raises:
+        ModelError: the tokenizer or the template cannot be read, or the tokenizer has no fast version.
+    """
     from transformers import AutoTokenizer
 
-    folder = fetch_model(section.tokenizer or section.path, section.revision, cache_dir, weights=False)
-    with _explained(section, "tokenizer"):
+    path = section.tokenizer or section.path
+    folder = fetch_model(path, section.revision, cache_dir, weights=False)
+    with _loading_errors(section, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=section.trust_remote_code
         )
@@ -108,41 +124,45 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
             tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
         except OSError as error:
             raise ModelError(
-                f"model.chat_template={section.chat_template}: can not read it ({error.strerror}); "
-                "give a file with a Jinja template"
+                f"model.chat_template={section.chat_template}: cannot read it ({error.strerror}). "
+                "Give a file with a Jinja template."
             ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which the "
-            "masks need; convert it with transformers first"
+            f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which loss "
+            "masks need. Convert it with transformers first."
         )
     return tokenizer
 
 
 def load_causal_lm(section: ModelSection, cache_dir: str | None = None) -> PreTrainedModel:
-    """Return the causal language model in `model.dtype` (see `load_for`)."""
-    return load_task_model(CAUSAL_LM, section, cache_dir)[0]
+    """Return the causal language model in `model.dtype` (see `load_task_model`)."""
+    return load_task_model(CAUSAL_LM, section, cache_dir).model
 
 
 def load_task_model(
     task: TaskSection, section: ModelSection, cache_dir: str | None = None
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Return the model for `task` and the names of its new weights, whose values mean nothing yet.
+) -> LoadedModel:
+    """Return the model for `task` in `model.dtype`.
 
-    In `model.dtype`, on the CPU or wherever the surrounding context (zero.Init) puts weights.
+    Its weights are on the CPU, or where the surrounding context (zero.Init) puts them.
+
+    Raises:
+        ModelError: the model cannot be loaded, or a weight that is not a new head's is missing.
     """
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its report of the weights becomes ours, in one line
+    transformers_logging.set_verbosity_error()  # we report the weights ourselves, in one line
     folder = fetch_model(section.path, section.revision, cache_dir)
-    said = adapter_files.read_adapter_info(folder)
-    if said is not None:
-        return _load_adapted(task, section, cache_dir, said, folder)
+    info = adapter_files.read_adapter_info(folder)
+    if info is not None:
+        return _load_with_adapter(task, section, cache_dir, info, folder)
+
     config = read_config(section, cache_dir, task)
-    with _explained(section, "weights"):
-        loaded: Any = heads.auto_class(task).from_pretrained(
+    with _loading_errors(section, "weights"):
+        result: Any = heads.auto_class(task).from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, section.dtype),
@@ -154,91 +174,98 @@ def load_task_model(
             key_mapping=replace_head.replaced_head_key_mapping(section, folder, config, task),
             **extra_model_kwargs(config, task),
         )
-    model, info = loaded
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {
-        name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+    model, report = result
+
+    first_names = _first_names(model)
+    new_weights = _new_weights(model, task, report, first_names)
+    unexplained = {
+        kind: [
+            item
+            for item in report.get(kind) or ()
+            if first_names.get(_name(item)) not in new_weights
+        ]
+        for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")
     }
-    new = _new_weights(model, task, info, names)
-    check_loading_report(
-        section.path,
-        {
-            kind: [found for found in info.get(kind) or () if names.get(_name(found)) not in new]
-            for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")
-        },
-    )
-    if new:
-        log.info("new weights, drawn by run.seed: %s", ", ".join(sorted(new)))
-    return _finish(model, section), new
+    check_loading_report(section.path, unexplained)
+    if new_weights:
+        log.info("new weights, initialized by run.seed: %s", ", ".join(sorted(new_weights)))
+    return LoadedModel(_finish(model, section), new_weights)
 
 
-def _load_adapted(
+def _load_with_adapter(
     task: TaskSection,
     section: ModelSection,
     cache_dir: str | None,
-    said: dict[str, Any],
+    info: adapter_files.AdapterInfo,
     folder: str,
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Return the model an adapter's folder belongs to, with the adapter in it, and which weights are still new."""
-    base = section.model_copy(update=said["base"])
-    model, new = load_task_model(
-        task.model_copy(update={"new_head": task.name in heads.LABELLED}), base, cache_dir
-    )
-    return model, new - adapter_files.load_adapter(model, folder, said, task)
+) -> LoadedModel:
+    """Return the base model of an adapter's folder, with the adapter in it."""
+    base = section.model_copy(update=info["base"])
+    base_task = task.model_copy(update={"new_head": task.name in heads.LABELED_TASKS})
+    model, new_weights = load_task_model(base_task, base, cache_dir)
+    loaded = adapter_files.load_adapter(model, folder, info, task)
+    return LoadedModel(model, new_weights - loaded)
+
+
+def _first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return for every name of a weight the first one, by which tied weights are known."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _new_weights(
-    model: PreTrainedModel, task: TaskSection, info: dict[str, Any], names: dict[str, str]
+    model: PreTrainedModel, task: TaskSection, report: dict[str, Any], first_names: dict[str, str]
 ) -> frozenset[str]:
-    """Return the weights of a head that the files do not hold, or that a new head replaces.
-
-    `names` maps every name of a weight to its first one, which tied weights are known by.
-    """
+    """Return the head's weights that the files do not hold, or that a new head replaces."""
     absent = {
-        _name(found)
+        _name(item)
         for kind in ("missing_keys", "mismatched_keys")
-        for found in info.get(kind) or ()
+        for item in report.get(kind) or ()
     }
-    replaced = (
-        {name for name in names.values() if heads.is_outside_base_model(name, model)}
-        if task.new_head
-        else set()
-    )
-    return frozenset(
-        names[name]
-        for name in (absent | replaced) & names.keys()
-        if heads.may_be_new(name, model, task) and heads.may_be_new(names[name], model, task)
-    )
+    replaced: set[str] = set()
+    if task.new_head:
+        replaced = {
+            name for name in first_names.values() if heads.is_outside_base_model(name, model)
+        }
+
+    new_weights = set()
+    for name in (absent | replaced) & first_names.keys():
+        first_name = first_names[name]
+        if heads.may_be_new(name, model, task) and heads.may_be_new(first_name, model, task):
+            new_weights.add(first_name)
+    return frozenset(new_weights)
 
 
-def _name(found: Any) -> str:
-    return str(found[0] if isinstance(found, tuple) else found)
+def _name(item: Any) -> str:
+    """Return the weight's name in an item of transformers' report."""
+    return str(item[0] if isinstance(item, tuple) else item)
 
 
 def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
-    """Return what the class must be told besides: a pooler that nothing would use would not learn."""
+    """Return further arguments of the model class: no pooler for embeddings, which would not be trained."""
     import inspect
 
     if task.name != "embedding" or type(config) not in heads.auto_class(task)._model_mapping:
         return {}
-    kind: Any = heads.auto_class(task)._model_mapping[type(config)]
-    kind = kind[0] if isinstance(kind, tuple | list) else kind
-    return (
-        {"add_pooling_layer": False}
-        if "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-        else {}
-    )
+    model_class: Any = heads.auto_class(task)._model_mapping[type(config)]
+    if isinstance(model_class, tuple | list):
+        model_class = model_class[0]
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
 
 
 def build_uninitialized_model(
     section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
 ) -> PreTrainedModel:
-    """Return the model with arbitrary weights, for a resumed run whose checkpoint fills all of them."""
+    """Return the model with arbitrary weights, for a resumed run whose checkpoint holds all of them."""
     import torch
 
     config = read_config(section, cache_dir, task)
-    with _explained(section, "structure"):
+    with _loading_errors(section, "structure"):
         model = model_from_config(
             config,
             task,
@@ -249,37 +276,35 @@ def build_uninitialized_model(
     if model.can_generate():
         from transformers import GenerationConfig
 
-        with contextlib.suppress(
-            OSError
-        ):  # as from_pretrained: what ends a text may stand in a file of its own
-            model.generation_config = GenerationConfig.from_pretrained(
-                fetch_model(section.path, section.revision, cache_dir, weights=False)
-            )
+        # As from_pretrained does: end tokens may be in a file of their own.
+        with contextlib.suppress(OSError):
+            folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return _finish(model, section)
 
 
 def model_from_config(
-    config: PretrainedConfig, task: TaskSection, dtype: Any, **given: Any
+    config: PretrainedConfig, task: TaskSection, dtype: Any, **kwargs: Any
 ) -> PreTrainedModel:
     """Return a model for `task` with arbitrary weights."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
         model = heads.auto_class(task).from_config(
-            config, dtype=dtype, **given, **extra_model_kwargs(config, task)
+            config, dtype=dtype, **kwargs, **extra_model_kwargs(config, task)
         )
     model.tie_weights()
     return model
 
 
 def probe_outputs(model: Any) -> Any:
-    """Return, flat, all numbers a model tells of 24 token ids."""
+    """Return, flat, all floating-point outputs of a model for 24 token ids."""
     import torch
 
     tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
-    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    kwargs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        outputs = model(input_ids=tokens, **given)
+        outputs = model(input_ids=tokens, **kwargs)
     return torch.cat(
         [
             value.float().flatten()
@@ -290,31 +315,31 @@ def probe_outputs(model: Any) -> Any:
 
 
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+    """Freeze quantized weights, and enable activation checkpointing if configured."""
     if getattr(model, "hf_quantizer", None) is not None:
         for parameter in model.parameters():
-            parameter.requires_grad_(
-                not hasattr(parameter, "qdata")
-            )  # whole numbers have no gradient
+            is_integer = hasattr(parameter, "qdata")  # integers have no gradient
+            parameter.requires_grad_(not is_integer)
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def check_loading_report(path: str, info: dict[str, Any]) -> None:
+def check_loading_report(path: str, report: dict[str, Any]) -> None:
     """Raise ModelError if transformers reports weights it did not find or could not use."""
-    kinds = {
+    problems = {
         "missing_keys": "missing in the files",
         "mismatched_keys": "of another shape in the files",
         "error_msgs": "not readable",
     }
-    for kind, what in kinds.items():
-        names = sorted(_told(found) for found in info.get(kind) or ())
+    for kind, problem in problems.items():
+        names = sorted(_describe(item) for item in report.get(kind) or ())
         if names:
             raise ModelError(
-                f"model.path={path}: {len(names)} weights are {what}, such as {names[0]}; they would "
-                "start from random values; check that config.json belongs to the *.safetensors"
+                f"model.path={path}: {len(names)} weights are {problem}, such as {names[0]}. They would "
+                "start from random values. Check that config.json belongs to the *.safetensors."
             )
-    unused = sorted(info.get("unexpected_keys") or ())
+    unused = sorted(report.get("unexpected_keys") or ())
     if unused:
         log.warning(
             "model.path=%s: %d tensors of the files have no place in the model, such as %s",
@@ -324,8 +349,11 @@ def check_loading_report(path: str, info: dict[str, Any]) -> None:
         )
 
 
-def _told(found: Any) -> str:
-    """Return the name in an item of transformers' report, which for a mismatch is (name, shape found, shape wanted)."""
-    if isinstance(found, tuple):
-        return f"{found[0]} ({list(found[1])}, the model has {list(found[2])})"
-    return str(found)
+def _describe(item: Any) -> str:
+    """Return the text for an item of transformers' report.
+
+    For a mismatch the item is (name, shape in the files, shape in the model).
+    """
+    if isinstance(item, tuple):
+        return f"{item[0]} ({list(item[1])}, the model has {list(item[2])})"
+    return str(item)

@@ -1,7 +1,7 @@
 """The model of a run without its weights: its structure on the meta device, from its config.json alone.
 
-Guarantees: no weights are read or fetched, whether the model lies in a folder, a bucket or a hub. Does not run code
-that comes with a model unless the config says so.
+Guarantees: no weights are read or downloaded, whether the model is in a folder, a bucket or the hub. Does
+not run code that comes with a model unless the config allows it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,26 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 
-def build_meta_model(config: RunConfig, task: TaskSection, file: str | None = None) -> PreTrainedModel:
-    """Return the model on the meta device, what does not learn frozen and what is added there.
+def build_meta_model(
+    config: RunConfig, task: TaskSection, file: str | None = None
+) -> PreTrainedModel:
+    """Return the model on the meta device, frozen and extended as the tuning method requires.
 
     Args:
         config: the run.
-        task: what the model is loaded for, with its labels.
-        file: a config.json (or the folder of one) in place of model.path.
+        task: the model's task, with its labels.
+        file: a config.json (or its folder) to use instead of model.path.
 
-    Raises ModelError if there is no such config, or it can not be understood.
+    Raises:
+        ModelError: no such config exists, or it is not valid.
     """
     import torch
 
-    with warnings.catch_warnings(), with_local_config(config.model, file) as section, torch.device("meta"):
+    with (
+        warnings.catch_warnings(),
+        with_local_config(config.model, file) as section,
+        torch.device("meta"),
+    ):
         warnings.simplefilter("ignore")
         model = build_uninitialized_model(section, None, task)
         text_ids = range(config.tuning.prompt.tokens) if config.tuning.prompt.text else ()
@@ -53,50 +60,55 @@ def build_meta_model(config: RunConfig, task: TaskSection, file: str | None = No
 
 @contextlib.contextmanager
 def with_local_config(section: ModelSection, file: str | None = None) -> Iterator[ModelSection]:
-    """Within, the section's path is a local folder with config.json, and its attention one that needs no package."""
+    """Yield the section with a local folder that holds config.json as its path.
+
+    Its attention is one that needs no package. Errors name the original path.
+    """
     with tempfile.TemporaryDirectory(prefix="dist_ft-outline-") as folder:
-        found = _of_file(file) if file is not None else _of_path(section, folder)
-        _require_json(found, section.path if file is None else file)
+        found = _find_config(section, folder) if file is None else _config_in(file)
+        shown_path = section.path if file is None else file
+        _check_json(found, shown_path)
         if not os.path.samefile(os.path.dirname(found) or ".", folder):
             shutil.copy(found, os.path.join(folder, CONFIG))
+
         changes: dict[str, Any] = {"path": folder, "revision": None}
         if section.attention.startswith("flash"):
             changes["attention"] = "sdpa"
         try:
             yield section.model_copy(update=changes)
         except ModelError as error:
-            said = str(error).replace(folder, section.path if file is None else file)
-            raise ModelError(said) from error
+            raise ModelError(str(error).replace(folder, shown_path)) from error
 
 
-def _of_file(path: str) -> str:
-    found = os.path.join(path, CONFIG) if os.path.isdir(path) else path
-    if not os.path.isfile(found):
+def _config_in(path: str) -> str:
+    """Return the config.json that --model-config names, itself or by its folder."""
+    file = os.path.join(path, CONFIG) if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise ModelError(
-            f"--model-config={path}: there is no such file; give a model's config.json, or a folder that "
-            "holds one"
+            f"--model-config={path}: the file does not exist. Give a model's config.json, or a folder that "
+            "holds one."
         )
-    return found
+    return file
 
 
-def _of_path(section: ModelSection, folder: str) -> str:
-    """Return a local file with the config of the model at `section.path`; one from a bucket is put into `folder`."""
+def _find_config(section: ModelSection, folder: str) -> str:
+    """Return a local file with the config of the model at `section.path`; a bucket's is put into `folder`."""
     path = section.path
     if not filesystem.is_local(path):
         return _from_bucket(path, folder)
     local = filesystem.local_path(path)
     if os.path.isdir(local):
-        found = os.path.join(local, CONFIG)
-        if not os.path.isfile(found):
+        file = os.path.join(local, CONFIG)
+        if not os.path.isfile(file):
             raise ModelError(
-                f"model.path={path}: no config.json there; a plan needs a model's config.json (no "
-                "weights); give its folder, or --model-config FILE"
+                f"model.path={path}: it has no config.json. A plan needs a model's config.json (no "
+                "weights). Give its folder, or --model-config FILE."
             )
-        return found
+        return file
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
-            f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a "
-            "hub name such as org/name, or --model-config FILE"
+            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, a "
+            "hub name such as org/name, or --model-config FILE."
         )
     return _from_hub(path, section.revision)
 
@@ -107,66 +119,69 @@ def _from_bucket(url: str, folder: str) -> str:
     except StorageError as error:
         raise ModelError(
             redact(
-                f"model.path={url}: its config.json can not be read from here ({error}); a plan needs "
-                "no more than that; give --model-config FILE"
+                f"model.path={url}: cannot read its config.json from here ({error}). A plan needs no more "
+                "than that file. Give --model-config FILE."
             )
         ) from error
-    found = os.path.join(folder, CONFIG)
-    with open(found, "wb") as file:
+    path = os.path.join(folder, CONFIG)
+    with open(path, "wb") as file:
         file.write(content)
-    return found
+    return path
 
 
 def _from_hub(name: str, revision: str | None) -> str:
-    """Fetch config.json alone (HF_TOKEN from the environment opens gated models)."""
+    """Download config.json alone; HF_TOKEN in the environment gives access to gated models."""
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # each of its tries would be a line
+    # Otherwise each of its attempts would log a line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return hf_hub_download(name, CONFIG, revision=revision)
     except Exception as error:
         raise ModelError(
             redact(
-                f"model.path={name}: no folder of that name here, and the hub does not give its config.json "
-                f"({type(error).__name__}); check the spelling, set HF_TOKEN for a gated model, or give "
-                "--model-config FILE"
+                f"model.path={name}: the folder does not exist here, and the hub does not provide its "
+                f"config.json ({type(error).__name__}). Check the spelling, set HF_TOKEN for a gated model, "
+                "or give --model-config FILE."
             )
         ) from error
 
 
-def _require_json(file: str, told: str) -> None:
+def _check_json(file: str, shown_path: str) -> None:
+    """Raise ModelError unless `file` is the config of a model."""
     try:
         with open(file, encoding="utf-8") as lines:
             content = json.load(lines)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{told}: its config.json can not be read ({str(error)[:100]}); it must be JSON; fetch it "
-            "anew"
+            f"{shown_path}: cannot read its config.json ({str(error)[:100]}). It must be JSON. Download it "
+            "again."
         ) from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ModelError(
-            f"{told}: its config.json names no model_type, so what it describes is not known; "
-            "transformers writes one; fetch it anew"
+            f"{shown_path}: its config.json has no model_type, so the model is unknown. transformers "
+            "writes one. Download it again."
         )
 
 
 class BareModel(TrainableModel):
-    """A transformers model whose outputs are summed: what a task's loss adds to memory is small beside them."""
+    """A transformers model whose loss is the sum of its outputs.
 
-    def inputs(self, batch: Any, device: torch.device | str) -> dict[str, Any]:
+    The memory of a task's own loss is small next to theirs.
+    """
+
+    def prepare_inputs(self, batch: Any, device: torch.device | str) -> dict[str, Any]:
         """Return the token ids of `batch`, for both sides of an encoder-decoder."""
         import torch
 
         ids = torch.from_numpy(batch.input_ids).to(device)
-        return {
-            "input_ids": ids,
-            **({"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}),
-        }
+        inputs = {"input_ids": ids}
+        if self.model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+        return inputs
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Return a number made of all outputs."""
+        """Return one number computed from all outputs."""
         import torch
 
         outputs = self.model(**inputs)

@@ -1,7 +1,7 @@
-"""Heads in a model's files that a new one replaces: hidden from transformers, on every rank alike.
+"""Heads in a model's files that a new head replaces: hidden from transformers, on every rank alike.
 
-transformers passes over a tensor of another shape by itself, but not under ZeRO-3: there rank 0 alone raises, and the
-others wait for it. Reads names and shapes only.
+transformers skips a tensor of another shape by itself, but not under ZeRO-3: there only rank 0 raises an
+error, and the others wait for it. Reads names and shapes only.
 """
 
 from __future__ import annotations
@@ -20,34 +20,42 @@ if TYPE_CHECKING:
 def replaced_head_key_mapping(
     section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection
 ) -> dict[str, str] | None:
-    """Return other names for tensors of the files in `folder` that a new head replaces, so that nothing loads them."""
+    """Return {pattern: other name} of the tensors in `folder` that a new head replaces.
+
+    Under the other names transformers does not load them. None: nothing is replaced.
+    """
     from transformers import AutoConfig
 
-    if task.name not in heads.TASKS_WITH_HEAD or type(config) not in heads.auto_class(task)._model_mapping:
+    model_classes = heads.auto_class(task)._model_mapping
+    if task.name not in heads.TASKS_WITH_HEAD or type(config) not in model_classes:
         return None
-    kind: Any = heads.auto_class(task)._model_mapping[type(config)]
-    prefix = f"{(kind[0] if isinstance(kind, tuple | list) else kind).base_model_prefix}."
+    model_class: Any = model_classes[type(config)]
+    if isinstance(model_class, tuple | list):
+        model_class = model_class[0]
+    prefix = f"{model_class.base_model_prefix}."
     shapes = tensor_shapes(folder)
     if not any(name.startswith(prefix) for name in shapes):
-        return None  # of a bare model: no head
-    stored = AutoConfig.from_pretrained(
-        folder, trust_remote_code=section.trust_remote_code
-    ).num_labels
-    other = {
-        name
-        for name, shape in shapes.items()
-        if not name.startswith(prefix)
-        and (task.new_head or (stored != config.num_labels and shape[:1] == [stored]))
-    }
-    return {f"^{re.escape(name)}$": f"replaced.{name}" for name in other} or None
+        return None  # the files of a base model have no head
+
+    stored_config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    num_stored = stored_config.num_labels
+    mapping = {}
+    for name, shape in shapes.items():
+        if name.startswith(prefix):
+            continue
+        has_row_per_label = num_stored != config.num_labels and shape[:1] == [num_stored]
+        if task.new_head or has_row_per_label:
+            mapping[f"^{re.escape(name)}$"] = f"replaced.{name}"
+    return mapping or None
 
 
 def tensor_shapes(folder: str) -> dict[str, list[int]]:
     """Return the shape of each tensor in the safetensors of a model's folder."""
     from safetensors import safe_open
 
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found.update({name: list(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
-    return found
+    shapes = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shapes[name] = list(file.get_slice(name).get_shape())
+    return shapes

@@ -1,8 +1,11 @@
-"""The output layer and its cross-entropy in one, chunk by chunk: the logits of a whole batch never exist.
+"""The output layer and its cross-entropy in one function, chunk by chunk.
 
-For each chunk of positions the logits, the loss and the gradients of both operands are made at once, so backward only
-scales what is there: three matrix products in all, as without chunks, and memory for a chunk in place of several times
-the batch's logits. (The idea of computing gradients in forward: Liger Kernel, arXiv:2410.10989.)
+The logits of a whole batch never exist. For each chunk of positions the logits, the loss and the
+gradients of both operands are computed at once, so backward only scales the stored gradients: three
+matrix products in all, as without chunks, and memory for one chunk instead of several times the batch's
+logits. (The idea of computing gradients in forward: Liger Kernel, arXiv:2410.10989.)
+
+Dimensions: N positions, H hidden size, V vocabulary size, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from dist_ft.data.batch import IGNORE_INDEX
 
 CHUNK_BYTES = 2**27
-"""Of float32 logits at once: large enough for full-speed matrix products, small beside a model."""
+"""Bytes of float32 logits at once: enough for full-speed matrix products, small next to a model."""
 
 
 def head_loss(
@@ -25,14 +28,14 @@ def head_loss(
     Args:
         hidden: (N, H).
         weight: (V, H), of the same dtype.
-        targets: (N,) ids below V, or IGNORED.
+        targets: (N,) ids below V, or `IGNORE_INDEX`.
         smoothing: share of a target's probability that is spread evenly over all V.
     """
     return _HeadLoss.apply(hidden, weight, targets, smoothing)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are those of the sum; backward multiplies them by what comes from above."""
+    """Forward computes the gradients of the sum; backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -42,38 +45,49 @@ class _HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
     ) -> torch.Tensor:
-        want_hidden, want_weight, *_ = ctx.needs_input_grad
-        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-        keep = targets != IGNORE_INDEX
-        safe = torch.where(keep, targets, 0)[:, None]
+        needs_hidden_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        chunk_size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        is_target = targets != IGNORE_INDEX
+        valid_targets = torch.where(is_target, targets, 0)[:, None]  # (N, 1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
         grad_weight: torch.Tensor | None = None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = (hidden[part] @ weight.t()).float()
-            chosen, largest = logits.gather(1, safe[part])[:, 0], logits.amax(1)
+
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = (hidden[chunk] @ weight.t()).float()  # (C, V)
+            target_logits, largest = logits.gather(1, valid_targets[chunk])[:, 0], logits.amax(1)
             if smoothing:
-                chosen = torch.lerp(chosen, logits.mean(1), smoothing)
-            # in place: fresh memory costs more than the softmax; every element is read before it is written
-            shares = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
-            del logits
-            # of the largest logit the share is 1 / sum(exp(logit - largest)), which never underflows
-            losses = largest - shares.amax(1).log() - chosen
-            loss += torch.where(keep[part], losses, 0.0).sum()
-            if not (want_hidden or want_weight):
+                target_logits = torch.lerp(target_logits, logits.mean(1), smoothing)
+
+            # In place on CPUs: fresh memory costs more than the softmax, and every element is read
+            # before it is written.
+            out = logits if logits.device.type == "cpu" else None
+            probabilities = torch.softmax(logits, 1, out=out)
+            del logits, out
+
+            # The largest logit has probability 1 / sum(exp(logit - largest)), which never underflows.
+            losses = largest - probabilities.amax(1).log() - target_logits
+            loss += torch.where(is_target[chunk], losses, 0.0).sum()
+            if not (needs_hidden_grad or needs_weight_grad):
                 continue
-            shares.scatter_add_(1, safe[part], torch.full_like(shares[:, :1], smoothing - 1.0))
+
+            # The gradient of the logits, (C, V), in the memory of the probabilities.
+            probabilities.scatter_add_(
+                1, valid_targets[chunk], torch.full_like(probabilities[:, :1], smoothing - 1.0)
+            )
             if smoothing:
-                shares -= smoothing / len(weight)
-            slope, mask = shares.to(weight.dtype), keep[part, None]
+                probabilities -= smoothing / len(weight)
+            grad_logits, mask = probabilities.to(weight.dtype), is_target[chunk, None]
+
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
-                grad_hidden[part].mul_(mask)
-            if want_weight:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                grad_hidden[chunk].mul_(mask)
+            if needs_weight_grad:
                 grad_weight = _add_product(
-                    grad_weight, slope, hidden[part] * mask, rows < len(hidden)
+                    grad_weight, grad_logits, hidden[chunk] * mask, chunk_size < len(hidden)
                 )
+
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )
@@ -85,21 +99,23 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (
-            None if grad_hidden is None else grad_hidden.mul_(scale.to(grad_hidden.dtype)),
-            None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype)),
-            None,
-            None,
-        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None
 
 
 def _add_product(
-    total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor, more: bool
+    total: torch.Tensor | None,
+    grad_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    has_more_chunks: bool,
 ) -> torch.Tensor:
-    """Return total + slope.T @ hidden; of several products the sum is kept in float32."""
+    """Return total + grad_logits.T @ hidden, (V, H); the sum of several products is in float32."""
     if total is None:
-        product = slope.t() @ hidden
-        return product.float() if more else product
-    if slope.dtype == torch.float32:
-        return total.addmm_(slope.t(), hidden)
-    return total.add_(slope.t() @ hidden)
+        product = grad_logits.t() @ hidden
+        return product.float() if has_more_chunks else product
+    if grad_logits.dtype == torch.float32:
+        return total.addmm_(grad_logits.t(), hidden)
+    return total.add_(grad_logits.t() @ hidden)

@@ -1,6 +1,9 @@
-"""Losses as sums: over samples or tokens of a micro-batch, which the trainer divides by those of the global batch.
+"""Losses as sums over the samples or tokens of a micro-batch, float32.
 
-Positions labelled `IGNORED` count nothing, and give every weight a gradient of zero. All float32.
+The trainer divides by the samples or tokens of the global batch. Positions labeled `IGNORE_INDEX` add
+nothing, and give every weight a gradient of zero.
+
+Dimensions: N samples or tokens, K labels or vocabulary size, H width of a vector.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from torch.nn import functional
 from dist_ft.data.batch import IGNORE_INDEX
 
 MIN_FOCAL_BASE = 1e-6
-"""Of what a focal loss is scaled by: below it the slope of its power has no number."""
+"""Minimum of 1 - probability in a focal loss; below it the derivative of its power is not finite."""
 
 
 def cross_entropy(
@@ -25,58 +28,72 @@ def cross_entropy(
 
     Args:
         logits: (N, K).
-        targets: (N,) int64, or IGNORED.
-        weights: (K,) what a sample of each label counts; none: 1.
+        targets: (N,) int64, or `IGNORE_INDEX`.
+        weights: (K,) weight of a sample of each label; None: 1.
         gamma: power of the focal loss (arXiv:1708.02002); 0: plain.
         smoothing: share of a target's probability that is spread evenly (arXiv:1512.00567).
     """
     losses = functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+        logits.float(),
+        targets,
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
+        label_smoothing=smoothing,
     )
-    safe = targets.clamp(min=0)
+    valid_targets = targets.clamp(min=0)
     if gamma:
-        shares = torch.softmax(logits.float(), -1).gather(-1, safe[:, None])[:, 0]
-        losses = losses * (1 - shares).clamp(min=MIN_FOCAL_BASE) ** gamma
+        probabilities = torch.softmax(logits.float(), -1)
+        target_probabilities = probabilities.gather(-1, valid_targets[:, None])[:, 0]
+        losses = losses * (1 - target_probabilities).clamp(min=MIN_FOCAL_BASE) ** gamma
     if weights is not None:
-        losses = losses * weights[safe]
+        losses = losses * weights[valid_targets]
     return losses.sum()
 
 
 def binary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, gamma: float = 0.0
+    logits: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor, gamma: float = 0.0
 ) -> torch.Tensor:
-    """Return, summed over rows, the mean over labels of the binary cross-entropy of logits (N, K) to 0 or 1 (N, K).
+    """Return the binary cross-entropy, mean over labels and summed over rows.
 
-    `counted` (N,) is 0 for rows that count nothing; `gamma` as in `cross_entropy`.
+    Args:
+        logits: (N, K).
+        targets: (N, K), 0 or 1.
+        row_weights: (N,), 0 for rows that are ignored.
+        gamma: as in `cross_entropy`.
     """
     losses = functional.binary_cross_entropy_with_logits(
         logits.float(), targets.float(), reduction="none"
     )
     if gamma:
-        losses = (
-            losses * (-torch.expm1(-losses)).clamp(min=MIN_FOCAL_BASE) ** gamma
-        )  # exp(-loss): how probable what is so
-    return (losses.mean(-1) * counted).sum()
+        # exp(-loss) is the probability of the target.
+        losses = losses * (-torch.expm1(-losses)).clamp(min=MIN_FOCAL_BASE) ** gamma
+    return (losses.mean(-1) * row_weights).sum()
 
 
 def squared_error(
-    values: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+    values: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Return the squared error of values (N,) to targets (N,), summed over rows with `counted` (N,) 1."""
-    return ((values.float() - targets.float()) ** 2 * counted).sum()
+    """Return the squared error of values (N,) to targets (N,), each times `row_weights` (N,), summed."""
+    return ((values.float() - targets.float()) ** 2 * row_weights).sum()
 
 
 def contrastive(
-    first: torch.Tensor, second: torch.Tensor, counted: torch.Tensor, temperature: float
+    first: torch.Tensor, second: torch.Tensor, is_counted: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Return InfoNCE (arXiv:1807.03748), both ways, of vectors (N, H): rows i belong together; summed over rows.
+    """Return InfoNCE (arXiv:1807.03748) in both directions, summed over rows.
 
-    Every row is told from all others; rows with `counted` (N,) 0 themselves count nothing.
+    Every row is a negative example for all others, ignored rows included.
+
+    Args:
+        first, second: (N, H) vectors; rows i form a positive pair.
+        is_counted: (N,), 0 for rows whose own loss is ignored.
+        temperature: divides the cosines.
     """
     cosines = (
         functional.normalize(first.float(), dim=-1)
         @ functional.normalize(second.float(), dim=-1).T
         / temperature
-    )
-    targets = torch.where(counted.bool(), torch.arange(len(first), device=first.device), IGNORE_INDEX)
+    )  # (N, N)
+    own_rows = torch.arange(len(first), device=first.device)
+    targets = torch.where(is_counted.bool(), own_rows, IGNORE_INDEX)
     return (cross_entropy(cosines, targets) + cross_entropy(cosines.T, targets)) / 2

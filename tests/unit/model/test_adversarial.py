@@ -10,7 +10,7 @@ from dist_ft.config.schema import OptimizerSection
 from dist_ft.config.sections.tuning import AdversarialSection
 from dist_ft.data.batch import empty_batch
 from dist_ft.engine.torch_engine import TorchEngine
-from dist_ft.model.adversarial import Adversary, step_along_gradient, clip_to_epsilon
+from dist_ft.model.adversarial import Adversary, clip_to_epsilon, step_along_gradient
 from dist_ft.model.causal_lm import batch_to_inputs
 
 FGM = {"method": "fgm", "epsilon": 0.7}

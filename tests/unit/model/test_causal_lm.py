@@ -13,13 +13,13 @@ from unit.small import (
     make_model,
     make_module,
     only_targets,
-    samples_of,
+    split_into_samples,
 )
 
 from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORE_INDEX, empty_batch
 from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
-from dist_ft.model.trainable_model import tied_weight_aliases, parameters_by_name
+from dist_ft.model.trainable_model import parameters_by_name, tied_weight_aliases
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 
@@ -51,7 +51,7 @@ def test_loss_is_cross_entropy_on_full_logits(family):
 )
 def test_packed_samples_have_the_losses_they_have_alone(family, attention, training):
     module = make_module(family, attention).train(training)
-    alone = samples_of(PACKED)
+    alone = split_into_samples(PACKED)
     assert [sample.input_ids.shape[1] for sample in alone] == [9, 13, 5, 11, 6]
     for index, sample in enumerate(alone):
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_packed_samples_have_the_losses_they_have_alone(family, attention, train
 def test_packed_gradients_are_those_of_samples_alone(family):
     together, apart = make_module(family), make_module(family)
     loss(together, PACKED).backward()
-    for sample in samples_of(PACKED):
+    for sample in split_into_samples(PACKED):
         loss(apart, sample).backward()
     for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5), name
@@ -93,7 +93,9 @@ def test_nothing_to_learn_is_zero_loss_and_zero_gradients():
 def test_a_failed_forward_leaves_no_positions_behind():
     module = make_module()
     with pytest.raises(IndexError):
-        module(**{**batch_to_inputs(PACKED, "cpu"), "input_ids": torch.full((2, 27), VOCABULARY + 5)})
+        module(
+            **{**batch_to_inputs(PACKED, "cpu"), "input_ids": torch.full((2, 27), VOCABULARY + 5)}
+        )
     with torch.no_grad():
         assert module.model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.shape == (
             1,
@@ -115,7 +117,9 @@ def test_names_are_those_of_transformers():
 def test_tied_weights_appear_once(family, first):
     module = CausalLM(make_model(family, tie_word_embeddings=True))
     assert tied_weight_aliases(module) == {"lm_head.weight": first}
-    assert first in parameters_by_name(module) and "lm_head.weight" not in parameters_by_name(module)
+    assert first in parameters_by_name(module) and "lm_head.weight" not in parameters_by_name(
+        module
+    )
     values = list(parameters_by_name(module).values())
     assert len({id(value) for value in values}) == len(values)
 
@@ -124,7 +128,7 @@ def test_a_model_without_a_head_is_refused():
     bare = AutoModel.from_config(make_model().config)
     with pytest.raises(
         ModelError,
-        match="model of type llama: it has no output embeddings to compute logits with; causal "
-        "language models are allowed; choose another model",
+        match="model of type llama: it has no output embeddings to compute logits with. Only "
+        "causal language models are allowed. Choose another model.",
     ):
         CausalLM(bare)

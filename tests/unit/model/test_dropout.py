@@ -57,9 +57,9 @@ def test_dropout_sets_every_dropout(tmp_path, family, changes):
         make_model(family).save_pretrained(tmp_path)
     kernel = {"attention": "eager"} if family == "bloom" else {}
     for probability in (0.0, 0.25):
-        assert dropouts(load_causal_lm(section(tmp_path, dropout=probability, **kernel)).train()) == {
-            probability
-        }
+        assert dropouts(
+            load_causal_lm(section(tmp_path, dropout=probability, **kernel)).train()
+        ) == {probability}
 
 
 def test_dropout_of_configs_inside_a_config(tmp_path):
@@ -69,5 +69,5 @@ def test_dropout_of_configs_inside_a_config(tmp_path):
     config = read_config(section(tmp_path, dropout=0.0))
     assert (config.resid_pdrop, config.emb_pdrop, config.attn_config.attn_pdrop) == (0, 0, 0)
     assert refused(read_config, tmp_path, dropout=0.5).startswith(
-        f"model.path={tmp_path}: can not load the config with model.dropout=0.5 ("
+        f"model.path={tmp_path}: cannot load the config with model.dropout=0.5 ("
     )

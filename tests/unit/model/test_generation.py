@@ -220,8 +220,8 @@ def test_prompts_that_leave_no_room_are_refused():
     long = [GenerationRequest(np.full(120, 5))]
     with pytest.raises(
         ConfigError,
-        match=r"max_new_tokens=12: the model has 128 places and the longest prompt 120 tokens; "
-        r"at most 8 are allowed",
+        match=r"max_new_tokens=12: the model has 128 positions and the longest prompt 120 tokens. "
+        r"At most 8 are allowed",
     ):
         decoder().generate_all(make_model("gpt2").eval(), long)
 
@@ -237,7 +237,7 @@ def test_a_real_tokenizers_special_tokens_frame_the_choices_of_an_encoder_decode
     section = DecodingSection(max_new_tokens=1, choices=("the quick fox", "bread"))
     made = TextGenerator(section, tokenizer)
     texts = {
-        made.text(each[0])
+        made.decode_text(each[0])
         for each in made.generate_all(
             model, [GenerationRequest(np.array([2, word, 3]), 0) for word in range(5, 40)]
         )

@@ -29,7 +29,9 @@ def task(name="sequence_classification", *labels, **values) -> TaskSection:
 
 
 def test_a_head_that_is_not_in_the_files_is_new(folder):
-    model, new = load_task_model(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    model, new = load_task_model(
+        task("sequence_classification", "a", "b", "c"), section(folder / "bert")
+    )
     assert new == {
         "classifier.weight",
         "classifier.bias",
@@ -71,7 +73,7 @@ def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
     same, new = load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
     assert not new and torch.equal(same.classifier.weight, model.classifier.weight)
     for labels in (("b", "a"), ("a", "b", "c")):
-        with pytest.raises(ModelError, match="has a head for a, b, and the labels are"):
+        with pytest.raises(ModelError, match="has a head for a, b, but the labels are"):
             load_task_model(task("sequence_classification", *labels), section(tmp_path))
         _, new = load_task_model(
             task("sequence_classification", *labels, new_head=True), section(tmp_path)
@@ -85,19 +87,20 @@ def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
         (
             "causal_lm",
             "bert",
-            "a bert model can not continue text; causal language models are allowed; choose another model",
+            "a bert model cannot continue text. Only causal language models are allowed. Choose "
+            "another model.",
         ),
         (
             "seq2seq",
             "bert",
-            "a bert model can not make a text from a text; encoder-decoders are allowed",
+            "a bert model cannot generate a text from a text. Only encoder-decoders are allowed",
         ),
         (
             "masked_lm",
             "bart",
-            "a bart model can not tell masked tokens; encoders such as BERT are allowed",
+            "a bart model cannot predict masked tokens. Only encoders such as BERT are allowed",
         ),
-        ("token_classification", "bart", "a bart model can not tag words; "),
+        ("token_classification", "bart", "a bart model cannot tag words. "),
     ],
 )
 def test_a_model_that_can_not_do_the_task_is_refused(folder, name, model, text):
@@ -151,7 +154,9 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
 
 
 def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
-    model, _ = load_task_model(task("sequence_classification", "a", "b", "c"), section(folder / "bert"))
+    model, _ = load_task_model(
+        task("sequence_classification", "a", "b", "c"), section(folder / "bert")
+    )
     model.save_pretrained(tmp_path)
     model, new = load_task_model(task("question_answering"), section(tmp_path))
     assert model.qa_outputs.out_features == 2 and new == {"qa_outputs.weight", "qa_outputs.bias"}

@@ -47,7 +47,10 @@ def peak(keep_gradients=True, on_cpu=True, **given):
     module = learner(**given)
     return most(
         memory_trace.trace_peaks(
-            module, module.inputs(batch(), "meta"), keep_gradients=keep_gradients, on_cpu=on_cpu
+            module,
+            module.prepare_inputs(batch(), "meta"),
+            keep_gradients=keep_gradients,
+            on_cpu=on_cpu,
         )
     )
 
@@ -55,7 +58,7 @@ def peak(keep_gradients=True, on_cpu=True, **given):
 def measured(**given):
     """Return the bytes torch's allocator gave out at most in the second of two lanes, beyond what it began with."""
     module = learner("cpu", **given)
-    inputs = module.inputs(batch(), "cpu")
+    inputs = module.prepare_inputs(batch(), "cpu")
     module(**inputs).backward()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         module(**inputs).backward()
@@ -111,7 +114,9 @@ def test_a_layer_of_gpt2_is_megatrons_formula():
         one = Batch(ids, ids, np.tile(np.arange(512), (2, 1)), np.zeros((0, 4), dtype=np.int64), 0)
         held.append(
             most(
-                memory_trace.trace_peaks(module, module.inputs(one, "meta"), keep_gradients=False)
+                memory_trace.trace_peaks(
+                    module, module.prepare_inputs(one, "meta"), keep_gradients=False
+                )
             ).total
         )
     s, b, h, a = 512, 2, 256, 8
@@ -142,7 +147,7 @@ def test_gradients_that_are_handed_on_do_not_stay():
 
 def test_weights_by_module_in_their_order():
     module = learner(num_hidden_layers=1)
-    order = memory_trace.trace_module_order(module, module.inputs(batch(), "meta"))
+    order = memory_trace.trace_module_order(module, module.prepare_inputs(batch(), "meta"))
     assert order[0] == ("model.embed_tokens.weight",)
     assert order[-1] == ("lm_head.weight",)
     assert sum(order, ()) and set(sum(order, ())) == {

@@ -17,7 +17,7 @@ from dist_ft.data.batch import empty_batch
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.minimum_risk import RiskBatch, RiskCausalLM, RiskSeq2Seq, expected_risk
 from dist_ft.model.task_models import SpecialTokens, TaskModel
-from dist_ft.training.held_out_generation import HeldOut
+from dist_ft.training.held_out_generation import HeldOutSample
 from dist_ft.training.minimum_risk import MinimumRisk
 
 PROMPTS = ([5, 9, 30], [7], [50, 51, 52, 53, 54])
@@ -45,10 +45,10 @@ def risk_batch(both: bool, metric: str = "token_f1") -> RiskBatch:
         evaluation=SimpleNamespace(text_tokenizer="13a"),
     )
     samples = [
-        HeldOut(number, np.array(prompt), np.array(target))
+        HeldOutSample(number, np.array(prompt), np.array(target))
         for number, (prompt, target) in enumerate(zip(PROMPTS, REFERENCES, strict=True))
     ]
-    return MinimumRisk(config, Words())._texts(empty_batch(lane=4), samples, DRAWN, decoder())
+    return MinimumRisk(config, Words())._risk_batch(empty_batch(lane=4), samples, DRAWN, decoder())
 
 
 def test_equal_texts_count_once_and_the_reference_has_no_risk():
@@ -93,7 +93,10 @@ def test_a_batch_of_texts_has_the_risk_and_gradient_of_its_rows_alone(both, weig
         if both
         else RiskCausalLM(model, section)
     )
-    loss, wanted = module(**module.inputs(risk_batch(both), "cpu")), by_rows(plain, section, both)
+    loss, wanted = (
+        module(**module.prepare_inputs(risk_batch(both), "cpu")),
+        by_rows(plain, section, both),
+    )
     loss = loss[0] if isinstance(loss, tuple) else loss
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-6) and wanted.item() > 0.3
     loss.backward()
@@ -114,9 +117,9 @@ def test_plain_batches_keep_their_cross_entropy(both):
     else:
         ours, plain = RiskCausalLM(make_model(), section), CausalLM(make_model())
     for given in (batch((9,), (7,)), empty_batch()):
-        ours(**ours.inputs(risk_batch(both), "cpu"))
-        assert ours(**ours.inputs(given, "cpu")).item() == pytest.approx(
-            plain(**plain.inputs(given, "cpu")).item()
+        ours(**ours.prepare_inputs(risk_batch(both), "cpu"))
+        assert ours(**ours.prepare_inputs(given, "cpu")).item() == pytest.approx(
+            plain(**plain.prepare_inputs(given, "cpu")).item()
         )
 
 
@@ -126,7 +129,7 @@ def test_steps_along_the_gradient_make_good_texts_likelier():
     optimizer = torch.optim.SGD(module.parameters(), 0.05)
     losses = []
     for _ in range(20):
-        loss = module(**module.inputs(risk_batch(False), "cpu"))
+        loss = module(**module.prepare_inputs(risk_batch(False), "cpu"))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from unit.small import FAMILIES, VOCABULARY, batch, make_module
 
 from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
-from dist_ft.model.packed_attention import NAME, sample_lengths
+from dist_ft.model.packed_attention import ATTENTION_NAME, sample_lengths
 
 PACKED = batch((9, 13, 5), (11, 6), seed=3)
 SDPA = [family for family in FAMILIES if family != "gemma2"]
@@ -26,7 +26,7 @@ def grads(module: CausalLM, packed=PACKED) -> dict[str, torch.Tensor]:
 
 def with_masks(module: CausalLM) -> CausalLM:
     module.model.set_attn_implementation("sdpa")
-    module._samples = None
+    module._packed_samples = None
     return module
 
 
@@ -40,7 +40,7 @@ def test_lengths():
 def test_the_same_as_with_masks(family, checkpointing):
     ours, plain = make_module(family), with_masks(make_module(family))
     assert (
-        ours.model.config._attn_implementation == NAME
+        ours.model.config._attn_implementation == ATTENTION_NAME
         and plain.model.config._attn_implementation == "sdpa"
     )
     if checkpointing:
@@ -95,7 +95,7 @@ def test_beside_training_forwards_the_model_attends_as_ever():
 def test_the_name_does_not_leave_this_process(tmp_path):
     module = make_module()
     module.model.config.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
+    assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()
 
 
 def test_eager_stays_eager():

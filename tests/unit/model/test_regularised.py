@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unit.small import batch, make_model, make_module, samples_of
+from unit.small import batch, make_model, make_module, split_into_samples
 
 from dist_ft.model.causal_lm import CausalLM, batch_to_inputs
 
@@ -24,7 +24,7 @@ def test_smoothing_is_cross_entropys_own_and_left_out_of_evaluation(family):
         logits = model(
             input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
         ).logits
-    chosen = logits.reshape(-1, logits.shape[-1])[inputs["positions"]]
+    chosen = logits.reshape(-1, logits.shape[-1])[inputs["target_positions"]]
     want = torch.nn.functional.cross_entropy(
         chosen, inputs["targets"], reduction="sum", label_smoothing=0.2
     ).item()
@@ -64,4 +64,4 @@ def test_noise_follows_from_the_lanes_seed_and_is_left_out_of_evaluation():
     module, rows = CausalLM(make_model(), neftune_alpha=5.0).train(), batch((7, 5), (9,))
     assert loss(module, rows) == loss(module, rows) != loss(module.eval(), rows)
     assert loss(module.eval(), rows) == pytest.approx(loss(make_module().eval(), rows), rel=1e-6)
-    assert len(samples_of(rows)) == 3
+    assert len(split_into_samples(rows)) == 3

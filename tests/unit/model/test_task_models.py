@@ -91,7 +91,7 @@ def made(request, folder):
         parameter.data.add_(
             torch.randn_like(parameter) * 0.05
         )  # no weight means nothing, heads neither
-    module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config)).eval()
+    module = TaskModel(model, task, SpecialTokens.from_tokenizer(TOKENIZER, model.config)).eval()
     rows = ROWS[request.param]
     return request.param, module, batch(task, rows), [batch(task, [row]) for row in rows]
 
@@ -104,12 +104,14 @@ def batch(task: TaskSection, rows) -> Batch:
     segments = np.stack(
         [np.arange(len(rows)), np.zeros(len(rows), int), sizes, np.zeros(len(rows), int)], 1
     )
-    return assemble_batch(found.tokens, found.targets, segments, np.repeat(np.arange(len(rows)), 1), 0)
+    return assemble_batch(
+        found.tokens, found.targets, segments, np.repeat(np.arange(len(rows)), 1), 0
+    )
 
 
 def told(module: TaskModel, one: Batch):
     with torch.no_grad():
-        return module(**module.inputs(one, "cpu"), return_outputs=True)
+        return module(**module.prepare_inputs(one, "cpu"), return_outputs=True)
 
 
 def test_padding_is_not_seen(made):
@@ -130,7 +132,7 @@ def test_padding_is_not_seen(made):
 def test_an_empty_batch_gives_a_gradient_of_zero_everywhere(made):
     _, module, _, _ = made
     module.zero_grad()
-    loss = module(**module.inputs(empty_batch(), "cpu"))
+    loss = module(**module.prepare_inputs(empty_batch(), "cpu"))
     loss.backward()
     assert loss.item() == 0
     for name, parameter in parameters_by_name(module).items():
@@ -140,7 +142,7 @@ def test_an_empty_batch_gives_a_gradient_of_zero_everywhere(made):
 def test_every_weight_learns(made):
     _, module, whole, _ = made
     module.zero_grad()
-    module(**module.inputs(whole, "cpu")).backward()
+    module(**module.prepare_inputs(whole, "cpu")).backward()
     assert [
         name for name, parameter in parameters_by_name(module).items() if parameter.grad is None
     ] == []
@@ -150,7 +152,7 @@ def test_the_loss_is_that_of_transformers(made):
     name, module, whole, alone = made
     if name == "question_answering":
         whole = alone[0]  # transformers lets answers lie in the padding
-    given = module.inputs(whole, "cpu")
+    given = module.prepare_inputs(whole, "cpu")
     loss, _ = told(module, whole)
     if name in ("multi_label", "regression", "embedding"):
         return  # below
@@ -210,7 +212,7 @@ def test_pairs_have_token_types(folder):
         {"name": "sequence_classification", "labels": ["a", "b"], "columns": {"pair": "pair"}}
     )
     model, _ = load_task_model(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
-    module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config)).eval()
+    module = TaskModel(model, task, SpecialTokens.from_tokenizer(TOKENIZER, model.config)).eval()
     rows = [
         {"text": "the fox", "pair": "old owls", "label": "a"},
         {"text": "tea", "pair": "bread and tea", "label": "b"},
@@ -233,7 +235,9 @@ def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
     )
     model, _ = load_task_model(task, ModelSection(path=str(folder / "bert"), dtype="float32"))
     seen = {}
-    module = TaskModel(model, task, SpecialTokens.of(TOKENIZER, model.config), neftune_alpha=5.0)
+    module = TaskModel(
+        model, task, SpecialTokens.from_tokenizer(TOKENIZER, model.config), neftune_alpha=5.0
+    )
     model.get_input_embeddings().register_forward_hook(
         lambda _m, _a, out: seen.update(out=out.detach())
     )
@@ -241,7 +245,7 @@ def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
     told(module.eval(), one)
     plain = seen["out"]
     told(module.train(), one)
-    sizes = module.inputs(one, "cpu")["mask"].sum(1)
+    sizes = module.prepare_inputs(one, "cpu")["mask"].sum(1)
     noise = (seen["out"] - plain).abs().amax((1, 2))
     assert (noise <= 5.0 / (sizes * 32) ** 0.5 + 1e-6).all() and (
         noise > 2.0 / (sizes * 32) ** 0.5

@@ -72,7 +72,7 @@ def test_the_penalty_is_pefts_and_counts_in_training_only():
         0.7 * sum(torch.norm(s - torch.eye(4)).item() for s in squares) / len(squares), rel=1e-5
     )
     batch = small.batch((7, 5), (9,))
-    inputs = engine.module.inputs(batch, "cpu")
+    inputs = engine.module.prepare_inputs(batch, "cpu")
     with torch.no_grad():
         plain, trained = engine.module.eval()(**inputs), engine.module.train()(**inputs)
     assert (trained - plain).item() == pytest.approx(own * batch.num_target_tokens, rel=1e-4)

@@ -14,12 +14,12 @@ from unit import small
 from dist_ft.config.schema import ModelSection
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.config.sections.tuning import ADDED, PROMPTS, TuningSection
+from dist_ft.config.sections.tuning import ADAPTER_METHODS, PROMPT_METHODS, TuningSection
 from dist_ft.core.errors import CheckpointError
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files, soft_prompts, tuning
 from dist_ft.model.generation import GenerationRequest, TextGenerator
-from dist_ft.model.loading.load import model_from_config, load_task_model
+from dist_ft.model.loading.load import load_task_model, model_from_config
 
 SMALL = {"prompt": {"tokens": 3}, "adalora": {"end_step": 5}, "bottleneck": {"size": 4}}
 
@@ -33,7 +33,7 @@ def base(tmp_path_factory) -> Path:
 
 def trained(base: Path, name: str, method: str, **fields):
     """Return a tuned model whose added weights, and head, are no longer what they began as."""
-    task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELLED else ())
+    task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELED_TASKS else ())
     section = TuningSection(method=method, **SMALL, **fields)
     folder = base / {"causal_lm": "llama", "seq2seq": "bart"}.get(name, "bert")
     model, new = load_task_model(task, ModelSection(path=str(folder), dtype="float32"))
@@ -50,7 +50,7 @@ def trained(base: Path, name: str, method: str, **fields):
     return model.eval(), around, section, task, str(folder)
 
 
-@pytest.mark.parametrize("method", ADDED)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 @pytest.mark.parametrize(
     "name", ["causal_lm", "sequence_classification", "token_classification", "seq2seq"]
 )
@@ -66,11 +66,11 @@ def test_peft_and_dist_ft_read_it_back(base, name, method, tmp_path):
     assert not new
     with torch.no_grad():
         want, got = (
-            adapter_files._told(found.eval(), task, soft_prompts.find_virtual_tokens(found))
+            adapter_files.probe_outputs(found.eval(), task, soft_prompts.find_virtual_tokens(found))
             for found in (model, again)
         )
     assert torch.allclose(got, want, atol=1e-4)
-    assert (soft_prompts.find_virtual_tokens(again) is None) == (method not in PROMPTS)
+    assert (soft_prompts.find_virtual_tokens(again) is None) == (method not in PROMPT_METHODS)
 
 
 def test_a_folder_with_other_values_is_noticed(base, tmp_path):
@@ -83,7 +83,11 @@ def test_a_folder_with_other_values_is_noticed(base, tmp_path):
     save_file(state | {head: state[head] + 1}, tmp_path / adapter_files.WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match="does not give the same logits"):
         adapter_files.check_round_trip(
-            model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
+            model,
+            model_from_config(model.config, task, torch.float32).eval(),
+            section,
+            task,
+            tmp_path,
         )
 
 
@@ -100,12 +104,12 @@ def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_no
     )
     with pytest.raises(
         CheckpointError,
-        match=r"--adapter: .*q_proj.weight learned too \(tuning.trainable\), and peft can not",
+        match=r"--adapter: .*q_proj.weight was trained too \(tuning.trainable\), and peft cannot",
     ):
         adapter_files.save_adapter(model, around, section, (folder, None), tmp_path / "other")
 
 
-@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("method", PROMPT_METHODS)
 def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_the_batch(
     base, method
 ):
@@ -124,7 +128,8 @@ def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
         torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
     )
     made = soft_prompts.prepend_virtual_tokens(
-        soft_prompts.find_virtual_tokens(model), {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+        soft_prompts.find_virtual_tokens(model),
+        {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask},
     )
     assert made["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]

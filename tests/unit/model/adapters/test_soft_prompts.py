@@ -11,7 +11,7 @@ import torch
 from unit import small
 
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.config.sections.tuning import PROMPTS, TuningSection
+from dist_ft.config.sections.tuning import PROMPT_METHODS, TuningSection
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.model import heads
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
@@ -53,7 +53,7 @@ def base(tmp_path_factory) -> Path:
 def of_task(base: Path, task: TaskSection):
     folder = base / ("bart" if task.name == "seq2seq" else "bert")
     torch.manual_seed(1)
-    labels = {"num_labels": 3} if task.name in heads.LABELLED else {}
+    labels = {"num_labels": 3} if task.name in heads.LABELED_TASKS else {}
     return heads.auto_class(task).from_pretrained(folder, **labels).eval()
 
 
@@ -67,14 +67,14 @@ def peft_twin(model, untouched):
     return twin.eval()
 
 
-@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("method", PROMPT_METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_a_causal_model_gives_the_logits_peft_gives(family, method):
     model = tuned(small.make_model(family), method)
     twin = peft_twin(model, small.make_model(family))
     tokens = torch.arange(3, 20)[None]
     virtual = soft_prompts.find_virtual_tokens(model)
-    ids, mask = virtual.before(tokens, torch.ones_like(tokens))
+    ids, mask = virtual.prepend(tokens, torch.ones_like(tokens))
     with torch.no_grad():
         own = model.eval()(ids, attention_mask=mask).logits
         assert torch.allclose(
@@ -83,7 +83,7 @@ def test_a_causal_model_gives_the_logits_peft_gives(family, method):
     assert own.shape[1] == 17 + len(virtual.ids) == (17 if method == "prefix_tuning" else 20)
 
 
-@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("method", PROMPT_METHODS)
 @pytest.mark.parametrize("name", TASKS)
 def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
     task = TaskSection(name=name)
@@ -101,7 +101,7 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
                 "decoder_attention_mask": mask,
             }
             want, shift = twin(**given).logits, 0
-            before = module.virtual.before(ids, mask)
+            before = module.virtual.prepend(ids, mask)
             got = model(**given | {"input_ids": before[0], "attention_mask": before[1]}).logits
         else:
             told, shift = twin(input_ids=ids, attention_mask=mask), len(module.virtual.ids)
@@ -112,7 +112,7 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
                 if "logits" in told
                 else told.start_logits
             )
-            run = module._run(ids, mask)
+            run = module.run_model(ids, mask)
             got = (
                 run.last_hidden_state
                 if name == "embedding"
@@ -121,7 +121,7 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
                 else run.start_logits
             )
             if name != "sequence_classification":
-                got, want = module._own(got), want[:, shift:]
+                got, want = module.drop_virtual_tokens(got), want[:, shift:]
                 assert got.shape[:2] == ids.shape
     assert torch.allclose(got, want, atol=1e-5)
 
@@ -132,11 +132,13 @@ def test_packed_samples_each_have_the_prompt_and_do_not_see_each_other(method, a
     module = CausalLM(tuned(small.make_model(attention=attention), method)).eval()
     packed = small.batch((7, 5, 4), (9, 7))
     with torch.no_grad():
-        whole = module(**module.inputs(packed, "cpu"))
-        alone = sum(module(**module.inputs(one, "cpu")) for one in small.samples_of(packed))
+        whole = module(**module.prepare_inputs(packed, "cpu"))
+        alone = sum(
+            module(**module.prepare_inputs(one, "cpu")) for one in small.split_into_samples(packed)
+        )
         plain = small.make_module(attention=attention).eval()
         assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
-        assert abs(whole.item() - plain(**plain.inputs(packed, "cpu")).item()) > 1
+        assert abs(whole.item() - plain(**plain.prepare_inputs(packed, "cpu")).item()) > 1
 
 
 def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
@@ -160,7 +162,7 @@ def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
     from dist_ft.data.batch import empty_batch
 
     module = CausalLM(tuned(small.make_model(), "p_tuning"))
-    module(**module.inputs(empty_batch(), "cpu")).backward()
+    module(**module.prepare_inputs(empty_batch(), "cpu")).backward()
     assert all(
         p.grad is not None and not p.grad.any() for p in module.parameters() if p.requires_grad
     )
@@ -171,9 +173,12 @@ def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
     words = model.get_input_embeddings().weight.detach()
     section = {"method": "prompt_tuning", "prompt": {"tokens": 5, "init": "text", "text": "x"}}
     tuning.apply_tuning(model, TuningSection(**section), 1, text_ids=[7, 9])
-    assert torch.equal(soft_prompts.find_virtual_tokens(model).encoder.embedding.weight, words[[7, 9, 7, 9, 7]])
+    assert torch.equal(
+        soft_prompts.find_virtual_tokens(model).encoder.embedding.weight, words[[7, 9, 7, 9, 7]]
+    )
     drawn = [
-        soft_prompts.find_virtual_tokens(tuned_bare(seed)).encoder.embedding.weight.detach() for seed in (1, 1, 2)
+        soft_prompts.find_virtual_tokens(tuned_bare(seed)).encoder.embedding.weight.detach()
+        for seed in (1, 1, 2)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert all((words == row).all(1).any() for row in drawn[0])
@@ -183,7 +188,9 @@ def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
 
 def tuned_bare(seed: int, **prompt):
     model = small.make_model()
-    tuning.apply_tuning(model, TuningSection(method="prompt_tuning", prompt={"tokens": 5, **prompt}), seed)
+    tuning.apply_tuning(
+        model, TuningSection(method="prompt_tuning", prompt={"tokens": 5, **prompt}), seed
+    )
     return model
 
 
@@ -192,7 +199,7 @@ def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
     model = tuned(small.make_model(), method).eval()
     virtual = soft_prompts.find_virtual_tokens(model)
     tokens = torch.tensor([[5, 6, 7, 8]])
-    ids, mask = virtual.before(tokens, torch.ones_like(tokens))
+    ids, mask = virtual.prepend(tokens, torch.ones_like(tokens))
     made = model.generate(
         ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
     )
@@ -210,8 +217,8 @@ def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
 def test_noise_knows_the_virtual_tokens():
     module = CausalLM(tuned(small.make_model(), "prompt_tuning"), neftune_alpha=5)
     packed = small.batch((7, 5), (9,))
-    loss = module(**module.inputs(packed, "cpu"))
+    loss = module(**module.prepare_inputs(packed, "cpu"))
     assert (
         np.isfinite(loss.item())
-        and loss.item() != module.eval()(**module.inputs(packed, "cpu")).item()
+        and loss.item() != module.eval()(**module.prepare_inputs(packed, "cpu")).item()
     )

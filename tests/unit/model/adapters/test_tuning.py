@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit.small import FAMILIES, make_model
 
-from dist_ft.config.sections.tuning import MERGED, LoraSection, TuningSection
+from dist_ft.config.sections.tuning import MERGEABLE_METHODS, LoraSection, TuningSection
 from dist_ft.core.errors import ModelError
 from dist_ft.model.adapters import added_layers, tuning
 
@@ -85,7 +85,9 @@ def test_lora_changes_nothing_at_first_and_learns_alone(family, lora):
         assert torch.allclose(model(tokens).logits, before, atol=1e-5)
     assert learned(model) and all(added_layers.is_added(name) for name in learned(model))
     assert not any("lm_head" in name for name in learned(model))
-    own = {tuning.name_in_model_files(name) for name in names(model) if not added_layers.is_added(name)}
+    own = {
+        tuning.name_in_model_files(name) for name in names(model) if not added_layers.is_added(name)
+    }
     assert own == names(make_model(family))
 
 
@@ -113,7 +115,7 @@ def test_what_is_added_follows_from_the_seed_and_nothing_else():
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-@pytest.mark.parametrize("method", MERGED)
+@pytest.mark.parametrize("method", MERGEABLE_METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, family):
     model, tokens = (
@@ -137,21 +139,21 @@ def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, fami
     [
         (
             {"method": "partial", "last_layers": 3},
-            "tuning.last_layers=3: the model has 2 layers; give at most as many",
+            "tuning.last_layers=3: the model has 2 layers. Give at most as many.",
         ),
         (
             {"method": "partial", "trainable": "lmhead.*"},
-            "tuning.trainable=lmhead.*: no weight has such a name; there are model",
+            "tuning.trainable=lmhead.*: no weight has such a name. The model has model",
         ),
-        ({"method": "full", "frozen": "*"}, "tuning: no weight learns"),
+        ({"method": "full", "frozen": "*"}, "tuning: no weight is trainable"),
         (
             {"method": "lora", "lora": {"targets": ["q_prj"]}},
-            "tuning.lora.targets=['q_prj']: this model can not get such",
+            "tuning.lora.targets=['q_prj']: this model cannot get such",
         ),
         (
             {"method": "lora", "lora": {"targets": ["q_proj", "v_prj"]}},
-            "tuning.lora.targets=['q_proj', 'v_prj']: no layer is called v_prj; there are down_proj, gate_proj, k_proj, lm_head, "
-            "o_proj, q_proj, up_proj, v_proj; correct it",
+            "tuning.lora.targets=['q_proj', 'v_prj']: no layer is named v_prj. The model has down_proj, gate_proj, k_proj, lm_head, "
+            "o_proj, q_proj, up_proj, v_proj. Correct the name.",
         ),
     ],
 )

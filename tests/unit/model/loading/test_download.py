@@ -142,7 +142,7 @@ def test_what_arrives_must_be_what_the_store_says(log, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "_get", damaged)
     with pytest.raises(
         ModelError,
-        match=r"model-00002.safetensors: what arrives is not what the store says it has \(50000 bytes",
+        match=r"model-00002.safetensors: the downloaded file is not the one the store describes \(50000 bytes",
     ):
         fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from dist_ft.config.schema import ModelSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
 from dist_ft.model.loading.grow_head import grow_head, grown_labels, own_labels
-from dist_ft.model.loading.load import model_from_config, load_task_model, read_config
+from dist_ft.model.loading.load import load_task_model, model_from_config, read_config
 
 OLD, NEW = ("drink", "food"), ("drink", "food", "animal", "place")
 
@@ -81,5 +81,5 @@ def test_a_head_that_fits_and_a_model_without_one_stay_as_they_are(headed, tmp_p
 def test_labels_that_vanish_are_refused_and_found_ones_come_behind():
     assert grown_labels(("b", "a"), ("c", "a"), named=False) == ("b", "a", "c")
     assert grown_labels((), ("c", "a"), named=True) == ("c", "a")
-    with pytest.raises(ModelError, match=r"^task.labels: b is not among them"):
+    with pytest.raises(ModelError, match=r"^task.labels: b is missing"):
         grown_labels(("b", "a"), ("c", "a"), named=True)

@@ -102,8 +102,8 @@ def test_fault_23_pickles_are_not_read(folder, tmp_path):
     os.remove(folder / "model.safetensors")
     text = refused(load_causal_lm, folder)
     assert re.match(
-        rf"model\.path={folder}: can not load the weights \(OSError: .*model\.safetensors.*\); check that the "
-        r"folder holds what save_pretrained writes$",
+        rf"model\.path={folder}: cannot load the weights \(OSError: .*model\.safetensors.*\)\. Check that the "
+        r"folder holds what save_pretrained writes.$",
         text,
     )
     assert not (tmp_path / "pwned").exists()
@@ -112,8 +112,8 @@ def test_fault_23_pickles_are_not_read(folder, tmp_path):
 def test_a_missing_weight(folder, weights):
     weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     assert refused(load_causal_lm, folder) == (
-        f"model.path={folder}: 1 weights are missing in the files, such as model.layers.1.mlp.up_proj.weight; they would "
-        "start from random values; check that config.json belongs to the *.safetensors"
+        f"model.path={folder}: 1 weights are missing in the files, such as model.layers.1.mlp.up_proj.weight. They would "
+        "start from random values. Check that config.json belongs to the *.safetensors."
     )
 
 
@@ -121,7 +121,7 @@ def test_a_weight_of_another_shape(folder, weights):
     weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
     assert refused(load_causal_lm, folder) == (
         f"model.path={folder}: 1 weights are of another shape in the files, such as model.norm.weight ([31], the model has "
-        "[32]); they would start from random values; check that config.json belongs to the *.safetensors"
+        "[32]). They would start from random values. Check that config.json belongs to the *.safetensors."
     )
 
 
@@ -139,7 +139,7 @@ def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, ca
 def test_a_truncated_file(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(5000)
-    assert f"model.path={folder}: can not load the weights (" in refused(load_causal_lm, folder)
+    assert f"model.path={folder}: cannot load the weights (" in refused(load_causal_lm, folder)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_truncated_file(folder):
 def test_what_transformers_reports_is_an_error(kind, said):
     with pytest.raises(
         ModelError,
-        match=rf"model\.path=p: 2 weights are {said}, such as a\.w; they would start from",
+        match=rf"model\.path=p: 2 weights are {said}, such as a\.w\. They would start from",
     ):
         check_loading_report("p", {kind: {"b.w", "a.w"}})
     check_loading_report("p", {"unexpected_keys": {"rotary.inv_freq"}})
@@ -169,7 +169,7 @@ def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, action):
     )
     text = refused(action, folder)
     assert (
-        "it wants to run code of its own: read that code, then set model.trust_remote_code=true"
+        "It needs to run code of its own: read that code, then set model.trust_remote_code=true"
         in text
     )
     assert not marker.exists()
@@ -191,8 +191,8 @@ def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
 )
 def test_no_such_folder(path):
     assert refused(load_causal_lm, path) == (
-        f"model.path={path}: there is no such folder; give a model folder, an fsspec URL of one, or a hub name such as "
-        "org/name"
+        f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, or a hub name "
+        "such as org/name."
     )
 
 
@@ -200,16 +200,16 @@ def test_no_such_hub_name(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert re.match(
-        r"model\.path=nobody/nothing-at-all: no folder of that name here, and the hub does not give it \(\w+\); "
-        "check the spelling, set HF_TOKEN for a gated model, or give a local folder$",
+        r"model\.path=nobody/nothing-at-all: the folder does not exist here, and the hub does not provide it \(\w+\)\. "
+        "Check the spelling, set HF_TOKEN for a gated model, or give a local folder.$",
         refused(load_causal_lm, "nobody/nothing-at-all"),
     )
 
 
 def test_a_folder_without_a_model(tmp_path):
-    assert f"model.path={tmp_path}: can not load the config (" in refused(read_config, tmp_path)
+    assert f"model.path={tmp_path}: cannot load the config (" in refused(read_config, tmp_path)
     (tmp_path / "config.json").write_text("{broken")
-    assert f"model.path={tmp_path}: can not load the config (" in refused(read_config, tmp_path)
+    assert f"model.path={tmp_path}: cannot load the config (" in refused(read_config, tmp_path)
 
 
 def test_an_encoder_is_refused(tmp_path):
@@ -245,7 +245,7 @@ def test_attention_the_model_does_not_have(tmp_path):
     make_model("gemma2").save_pretrained(tmp_path)
     text = refused(load_causal_lm, tmp_path)
     assert "Gemma2ForCausalLM does not support" in text and text.endswith(
-        "; set model.attention=eager"
+        ". Set model.attention=eager."
     )
 
 
@@ -312,8 +312,8 @@ def test_a_bucket_without_a_model(tmp_path):
     with pytest.raises(ModelError) as caught:
         fetch_model(url, cache_dir=str(tmp_path))
     assert str(caught.value) == (
-        f"model.path=memory://<redacted>@{url.split('@')[1]}: no config.json there; give the folder "
-        "that save_pretrained wrote (config.json, *.safetensors, tokenizer files)"
+        f"model.path=memory://<redacted>@{url.split('@')[1]}: it has no config.json. Give the folder "
+        "that save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
     )
 
 
@@ -328,13 +328,13 @@ def test_a_bucket_that_is_not_there(tmp_path):
 def test_a_tokenizer_without_a_fast_version(folder):
     ByT5Tokenizer().save_pretrained(folder)
     assert refused(load_tokenizer, folder) == (
-        f"model.path={folder}: its tokenizer has no fast version (tokenizer.json), which the masks need; convert it with "
-        "transformers first"
+        f"model.path={folder}: its tokenizer has no fast version (tokenizer.json), which loss masks need. Convert it with "
+        "transformers first."
     )
 
 
 def test_no_tokenizer(folder):
-    assert f"model.path={folder}: can not load the tokenizer (" in refused(load_tokenizer, folder)
+    assert f"model.path={folder}: cannot load the tokenizer (" in refused(load_tokenizer, folder)
 
 
 def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
@@ -346,8 +346,8 @@ def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     )
     assert refused(load_tokenizer, path, chat_template=str(tmp_path / "absent")) == (
-        f"model.chat_template={tmp_path}/absent: can not read it (No such file or directory); give a file with a Jinja "
-        "template"
+        f"model.chat_template={tmp_path}/absent: cannot read it (No such file or directory). Give a file with a Jinja "
+        "template."
     )
 
 

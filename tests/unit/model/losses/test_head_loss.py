@@ -103,7 +103,7 @@ def test_models_that_change_their_logits_are_noticed(kind, chunked):
     ours = CausalLM(model)
     got = ours(ids, torch.arange(10).expand(2, 10), torch.arange(20), targets, ((10,), (10,)))
     got.backward()
-    assert ours._chunked is chunked
+    assert ours._use_chunked_loss is chunked
     torch.testing.assert_close(got, want)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
