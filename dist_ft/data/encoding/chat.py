@@ -17,10 +17,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError, ModelError
 from dist_ft.core.logs import redact
-
 from dist_ft.data.encoding import pretokenized
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name

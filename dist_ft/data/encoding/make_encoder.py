@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
-
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.prompt_encoder import PromptEncoder
 from dist_ft.data.encoding.task_encoder import TaskEncoder

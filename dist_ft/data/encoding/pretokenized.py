@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
-
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.sources.discovery import RowLocation
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
+
 from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.data.batch import IGNORE_INDEX
-from typing_extensions import override
-
 from dist_ft.data.encoding.fast_tokenizer import exact_backend
 from dist_ft.data.encoding.prompt_templates import (
     CONTENT_FREE_TEXTS,

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from dist_ft.config.schema import PromptingSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.seeds import derive_seed
-
 from dist_ft.data.encoding.task_rows import Sample
 
 ALL_EXAMPLES = 2**31

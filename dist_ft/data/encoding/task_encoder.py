@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, TaskSection
 from dist_ft.core.errors import DataError, ModelError
 from dist_ft.data.batch import IGNORE_INDEX
-
 from dist_ft.data.encoding import answer_spans, task_rows
 from dist_ft.data.encoding.chat import CHUNK_ROWS, Encoder
 from dist_ft.data.encoding.encoded import EncodedRows

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from dist_ft.config.schema import TaskSection
 
+from dist_ft.config.schema import TaskSection
 from dist_ft.data.sources.discovery import Row, RowLocation
 from dist_ft.data.sources.row_formats import get_column, require_text
 

@@ -17,9 +17,8 @@ from typing import Any, Literal, NamedTuple
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.storage import filesystem
-
 from dist_ft.data.sources import hub
+from dist_ft.storage import filesystem
 
 Row = dict[str, Any]
 ShardKind = Literal["jsonl", "parquet", "arrow", "csv", "text", "hub"]

@@ -15,7 +15,6 @@ from typing import Any
 from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
-
 from dist_ft.data.sources import ranged_reads
 from dist_ft.data.sources.discovery import Row, RowLocation, Shard
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.data.block import END_OF_SHARD, ShardRange
-
 from dist_ft.data.sources import hub, lines, tables
 from dist_ft.data.sources.discovery import Row, Shard, vanished_error
 

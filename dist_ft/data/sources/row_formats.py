@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
-
 from dist_ft.data.sources.discovery import Row, RowLocation
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
-
 from dist_ft.data.sources import ranged_reads
 from dist_ft.data.sources.discovery import Shard
 

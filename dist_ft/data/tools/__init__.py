@@ -1,1 +1,1 @@
-"""Tools for data sets: inspect, preview, split, import, rewrite."""
+"""Tools for datasets: inspect, preview, split, import, rewrite."""

@@ -1,6 +1,6 @@
-"""Well-known file formats to rows, so that they can be trained on: tagged words, SQuAD, labelled files, parallel files.
+"""Import well-known formats as rows: tagged words, SQuAD, labeled or parallel files, pairs.
 
-Reads whole files behind any fsspec URL; every refusal names file and line. Writes nothing.
+Reads whole files behind any fsspec URL. Every error names file and line. Nothing is written.
 """
 
 from __future__ import annotations
@@ -15,58 +15,73 @@ from dist_ft.data.sources.discovery import Row
 from dist_ft.storage import filesystem
 
 COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
-"""A line about a sentence, before its words, in files of the CoNLL-U kind."""
+"""A line about a sentence, before its words, in CoNLL-U files."""
+MAX_LINE_SHOWN = 40
+"""Characters of a line in an error message."""
 
 
-def read_conll(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
-    """Yield {tokens, tags} of files with a word and its tag a line (first, last column), blanks between sentences."""
+def read_conll(
+    paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
+) -> Iterator[Row]:
+    """Yield {tokens, tags} of files with one word per line and blank lines between sentences.
+
+    The word is in the first column and its tag in the last.
+    """
     for path in paths:
         words: list[str] = []
         tags: list[str] = []
-        for number, line in enumerate([*_lines(path, encoding), ""], 1):
-            columns = line.split("\t") if "\t" in line else line.split()
+        for number, line in enumerate([*_read_lines(path, encoding), ""], 1):
             if not line.strip():
                 if words:
                     yield {"tokens": words, "tags": tags}
                 words, tags = [], []
-            elif line.startswith("-DOCSTART-") or (not words and COMMENT.match(line)):
                 continue
-            elif len(columns) < 2:
-                raise _error(
+
+            is_comment = not words and COMMENT.match(line)
+            if line.startswith("-DOCSTART-") or is_comment:
+                continue
+
+            columns = line.split("\t") if "\t" in line else line.split()
+            if len(columns) < 2:
+                raise _line_error(
                     path,
                     number,
-                    f"has one column ({line.strip()[:40]}); a word and its tag are needed; "
-                    "repair it",
+                    f"has one column ({line.strip()[:MAX_LINE_SHOWN]}). A word and its tag are "
+                    "needed. Repair the line.",
                 )
-            else:
-                words.append(columns[0])
-                tags.append(columns[-1].strip())
+            words.append(columns[0])
+            tags.append(columns[-1].strip())
 
 
-def read_squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
-    """Yield {id, title, question, context, answers: {text, answer_start}} of files in SQuAD's format, 1.1 or 2.0."""
+def read_squad(
+    paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
+) -> Iterator[Row]:
+    """Yield {id, title, question, context, answers: {text, answer_start}} of SQuAD files.
+
+    Reads the formats 1.1 and 2.0.
+    """
     for path in paths:
         try:
-            articles = json.loads("\n".join(_lines(path, encoding)))["data"]
+            articles = json.loads("\n".join(_read_lines(path, encoding)))["data"]
             for number, article in enumerate(articles):
                 for paragraph in article["paragraphs"]:
-                    for asked in paragraph["qas"]:
-                        answers = asked.get("answers") or []
+                    for question in paragraph["qas"]:
+                        answers = question.get("answers") or []
                         yield {
-                            "id": asked.get("id"),
+                            "id": question.get("id"),
                             "title": article.get("title") or f"article-{number}",
-                            "question": asked["question"],
+                            "question": question["question"],
                             "context": paragraph["context"],
                             "answers": {
-                                "text": [found["text"] for found in answers],
-                                "answer_start": [found["answer_start"] for found in answers],
+                                "text": [answer["text"] for answer in answers],
+                                "answer_start": [answer["answer_start"] for answer in answers],
                             },
                         }
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(
                 redact(
-                    f"{path}: is not in SQuAD's format ({type(error).__name__}: {error}); {{data: "
-                    "[{paragraphs: [{context, qas}]}]}} is needed; repair it"
+                    f"{path}: is not in SQuAD's format ({type(error).__name__}: {error}). It must "
+                    "be {data: [{paragraphs: [{context, qas}]}]}. Repair the file."
                 )
             ) from error
 
@@ -74,16 +89,17 @@ def read_squad(paths: Sequence[str], encoding: str = "utf-8", part: str | None =
 def read_labeled(
     paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
 ) -> Iterator[Row]:
-    """Yield {text, label} of files with a text a line, each given as PATH=LABEL."""
-    for given in paths:
-        path, equals, label = given.rpartition("=")
+    """Yield {text, label} of files with one text per line, each given as PATH=LABEL."""
+    for argument in paths:
+        path, equals, label = argument.rpartition("=")
         if not equals or not path or not label:
             raise DataError(
                 redact(
-                    f"{given}: has no label; PATH=LABEL is needed (reviews.pos=positive); name it"
+                    f"{argument}: has no label. It must be PATH=LABEL (reviews.pos=positive). Add "
+                    "the label."
                 )
             )
-        for line in _lines(path, encoding):
+        for line in _read_lines(path, encoding):
             if line.strip():
                 yield {"text": line.strip(), "label": label}
 
@@ -94,37 +110,44 @@ def read_parallel(
     """Yield {source, target} of two files whose lines belong together."""
     if len(paths) != 2:
         raise DataError(
-            f"parallel: {len(paths)} files; two are needed, of sources and of targets; name both"
+            f"parallel: {len(paths)} files. Two are needed, of sources and of targets. Name both."
         )
-    source, target = (_lines(path, encoding) for path in paths)
-    if len(source) != len(target):
+    sources, targets = (_read_lines(path, encoding) for path in paths)
+    if len(sources) != len(targets):
         raise DataError(
             redact(
-                f"{paths[0]} has {len(source)} lines and {paths[1]} {len(target)}; as many are needed; "
-                "repair them"
+                f"{paths[0]} has {len(sources)} lines but {paths[1]} has {len(targets)}. The "
+                "number must be the same. Repair the files."
             )
         )
-    for first, second in zip(source, target, strict=True):
-        yield {"source": first.strip(), "target": second.strip()}
+    for source, target in zip(sources, targets, strict=True):
+        yield {"source": source.strip(), "target": target.strip()}
 
 
-def read_pairs(paths: Sequence[str], encoding: str = "utf-8", part: str | None = None) -> Iterator[Row]:
-    """Yield {text, label} of JSON files with a list of [text, label], or several such lists by name (`part`)."""
+def read_pairs(
+    paths: Sequence[str], encoding: str = "utf-8", part: str | None = None
+) -> Iterator[Row]:
+    """Yield {text, label} of JSON files with a list of [text, label].
+
+    A file may hold several such lists by name; `part` is the name of one.
+    """
     for path in paths:
         try:
-            found = json.loads("\n".join(_lines(path, encoding)))
+            pairs = json.loads("\n".join(_read_lines(path, encoding)))
         except json.JSONDecodeError as error:
-            raise DataError(redact(f"{path}: is no JSON ({error}); repair it")) from error
-        if isinstance(found, dict):
-            if part not in found:
+            raise DataError(redact(f"{path}: is not JSON ({error}). Repair the file.")) from error
+        if isinstance(pairs, dict):
+            if part not in pairs:
                 raise DataError(
-                    redact(f"{path}: --part={part}: there are {', '.join(found)}; name one")
+                    redact(
+                        f"{path}: --part={part}: unknown part. Choose one of {', '.join(pairs)}."
+                    )
                 )
-            found = found[part]
-        for number, item in enumerate(found, 1):
-            if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
-                raise _error(path, number, "is no [text, label]; repair it")
-            yield {"text": item[0], "label": item[1]}
+            pairs = pairs[part]
+        for number, pair in enumerate(pairs, 1):
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise _line_error(path, number, "is not [text, label]. Repair it.")
+            yield {"text": pair[0], "label": pair[1]}
 
 
 IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
@@ -134,22 +157,23 @@ IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
     "parallel": read_parallel,
     "pairs": read_pairs,
 }
-"""Formats by name."""
+"""The reader of each format."""
 
 
-def _lines(path: str, encoding: str) -> list[str]:
+def _read_lines(path: str, encoding: str) -> list[str]:
+    """Return the lines of a file."""
     folder, _, name = path.rpartition("/")
     try:
         text = filesystem.Store(folder or ".").read(name).decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(
             redact(
-                f"{path}: --encoding={encoding} can not read it ({error}); name the file's own, such as "
-                "latin-1"
+                f"{path}: --encoding={encoding} cannot decode it ({error}). Set the encoding of "
+                "the file, such as latin-1."
             )
         ) from error
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
-def _error(path: str, number: int, problem: str) -> DataError:
+def _line_error(path: str, number: int, problem: str) -> DataError:
     return DataError(redact(f"{path} line {number}: {problem}"))

@@ -1,12 +1,13 @@
-"""What lies in a data set before anything is trained on it: columns, counts, lengths, duplicates, suspicious rows.
+"""Inspect a dataset before training: columns, counts, lengths, duplicates, suspicious rows.
 
-Reads every row once, a block at a time; nothing is written. Lengths are in characters: tokens need a tokenizer, which
-`preview` and `pack-stats` have.
+Reads every row once, a block at a time; writes nothing. Lengths are in characters: tokens need a
+tokenizer, which `preview` and `pack-stats` have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,27 +20,30 @@ import numpy as np
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
 from dist_ft.data.sources import readers
-from dist_ft.data.sources.discovery import Row, discover_shards
+from dist_ft.data.sources.discovery import Row, Shard, discover_shards
 
 BLOCK_BYTES = 16 * 2**20
 MAX_HASHES = 5_000_000
-"""Duplicates are looked for among so many first rows: a hash each."""
+"""Duplicates are searched among this many first rows; each needs a hash in memory."""
 MAX_EXAMPLES = 5
+"""Example rows listed for each problem."""
 LONG_CHARACTERS = 100_000
 
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        num_shards, num_rows, num_bytes: how much there is; bytes as they lie.
-        kinds: shards of each kind.
+        num_shards: number of shards.
+        num_rows: number of rows.
+        num_bytes: bytes of all files as stored.
+        kinds: number of shards of each kind.
         columns: "name: type" -> rows that have it.
         lengths: characters of each row (all text in it).
-        num_duplicates: rows that came before, letter for letter.
-        suspicious: what is wrong or odd -> how many rows.
-        examples: the first rows of each, as shard and row.
+        num_duplicates: rows equal to an earlier row, letter for letter.
+        suspicious: a problem or oddity -> number of rows that have it.
+        examples: the first rows of each problem, as shard and row.
     """
 
     num_shards: int = 0
@@ -52,102 +56,128 @@ class Inspection:
     suspicious: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def note(self, what: str, where: str) -> None:
-        """Count something odd and remember where it was seen first."""
-        self.suspicious[what] += 1
-        places = self.examples.setdefault(what, [])
-        if len(places) < MAX_EXAMPLES:
-            places.append(where)
+    def add_problem(self, problem: str, location: str) -> None:
+        """Count a problem and remember the first rows that have it."""
+        self.suspicious[problem] += 1
+        examples = self.examples.setdefault(problem, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(location)
 
 
 def inspect_paths(paths: Sequence[str]) -> Inspection:
-    """Return what lies at paths, URLs, globs or hub names. Raises DataError where they name nothing."""
-    import xxhash
+    """Inspect the rows at paths, URLs, globs or hub names.
 
-    found, seen = Inspection(), set[int]()
+    Raises:
+        DataError: a path matches nothing.
+    """
+    result, hashes = Inspection(), set[int]()
     for shards in discover_shards([Source(path=path) for path in paths], "PATH"):
         for shard in shards:
-            found.num_shards += 1
-            found.num_bytes += shard.size if shard.kind != "hub" else 0
-            found.kinds[shard.kind + (f" ({shard.codec})" if shard.codec else "")] += 1
-            for number, row in enumerate(readers.iter_rows(shard, BLOCK_BYTES), 1):
-                found.num_rows += 1
-                where = f"{shard.url} row {number}"
-                if isinstance(row, DataError):
-                    found.note(str(row).split(": ", 1)[-1].split(" (")[0].split(";")[0], where)
-                    continue
-                found.columns.update(
-                    f"{name}: {type(value).__name__}" for name, value in row.items()
-                )
-                _judge(found, row, where)
-                if len(seen) < MAX_HASHES:
-                    digest = xxhash.xxh3_64_intdigest(
-                        json.dumps(row, sort_keys=True, default=str).encode()
-                    )
-                    found.num_duplicates += digest in seen
-                    seen.add(digest)
-    return found
+            _inspect_shard(result, shard, hashes)
+    return result
 
 
-def _judge(found: Inspection, row: Row, where: str) -> None:
-    """Note the length of a row, and what is odd about it."""
-    texts = list(_texts(row))
-    size = sum(map(len, texts))
-    found.lengths.append(size)
-    if not row or (not any(text.strip() for text in texts) and not _holds_numbers(row)):
-        found.note("empty: no text in any column", where)
-    if size > LONG_CHARACTERS:
-        found.note(f"longer than {LONG_CHARACTERS:,} characters", where)
+def _inspect_shard(result: Inspection, shard: Shard, hashes: set[int]) -> None:
+    """Add a shard and its rows to the result; `hashes` are those of the rows so far."""
+    result.num_shards += 1
+    if shard.kind != "hub":
+        result.num_bytes += shard.size
+    result.kinds[f"{shard.kind} ({shard.codec})" if shard.codec else shard.kind] += 1
+
+    for number, row in enumerate(readers.iter_rows(shard, BLOCK_BYTES), 1):
+        result.num_rows += 1
+        location = f"{shard.url} row {number}"
+        if isinstance(row, DataError):
+            result.add_problem(_short_problem(row), location)
+            continue
+
+        for name, value in row.items():
+            result.columns[f"{name}: {type(value).__name__}"] += 1
+        _check_row(result, row, location)
+        if len(hashes) < MAX_HASHES:
+            row_hash = _hash_row(row)
+            result.num_duplicates += row_hash in hashes
+            hashes.add(row_hash)
+
+
+def _short_problem(error: DataError) -> str:
+    """Return the problem of a row's error, without its location, details and advice."""
+    problem = str(error).split(": ", 1)[-1]
+    return re.split(r" \(|;|\.( |$)", problem)[0]
+
+
+def _hash_row(row: Row) -> int:
+    """Return a hash of all values of a row."""
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=str).encode())
+
+
+def _check_row(result: Inspection, row: Row, location: str) -> None:
+    """Add the length of a row, and its problems."""
+    texts = list(_iter_texts(row))
+    num_characters = sum(map(len, texts))
+    result.lengths.append(num_characters)
+    if not row or (not any(text.strip() for text in texts) and not _has_numbers(row)):
+        result.add_problem("empty: no text in any column", location)
+    if num_characters > LONG_CHARACTERS:
+        result.add_problem(f"longer than {LONG_CHARACTERS:,} characters", location)
     if any("\ufffd" in text for text in texts):
-        found.note("has U+FFFD: decoded with a wrong encoding before", where)
+        result.add_problem("has U+FFFD: was decoded with a wrong encoding", location)
     if any("\x00" in text for text in texts):
-        found.note("has NUL characters", where)
+        result.add_problem("has NUL characters", location)
+
     messages = row.get("messages")
     if isinstance(messages, list):
-        roles = [item.get("role") if isinstance(item, dict) else None for item in messages]
+        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         if "assistant" not in roles:
-            found.note("messages without an assistant turn", where)
+            result.add_problem("messages without an assistant turn", location)
         turns = [role for role in roles if role not in ("system", "tool")]
-        if any(a == b for a, b in pairwise(turns)):
-            found.note("messages in which a role speaks twice in a row", where)
+        if any(role == next_role for role, next_role in pairwise(turns)):
+            result.add_problem("messages with two turns of the same role in a row", location)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iter_texts(value: Any) -> Iterator[str]:
+    """Yield all text in a value, nested values included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _texts(item)
+            yield from _iter_texts(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from _iter_texts(item)
 
 
-def _holds_numbers(row: Row) -> bool:
+def _has_numbers(row: Row) -> bool:
+    """Return whether a column holds a list of integers (tokens)."""
     return any(
         isinstance(value, list) and value and isinstance(value[0], int) for value in row.values()
     )
 
 
-def format_inspection(found: Inspection) -> str:
-    """Return the lines that tell a person about it."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.kinds.items()))
-    low, median, p95, high = (
-        int(v) for v in np.quantile(np.array(found.lengths or [0]), [0, 0.5, 0.95, 1])
-    )
+def format_inspection(result: Inspection) -> str:
+    """Return an inspection as lines for people."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
+    lengths = np.array(result.lengths or [0])
+    low, median, p95, high = (int(value) for value in np.quantile(lengths, [0, 0.5, 0.95, 1]))
+    duplicates = f"{result.num_duplicates:,}"
+    if result.num_rows > MAX_HASHES:
+        duplicates += f" (among the first {MAX_HASHES:,} rows)"
+
     lines = [
-        f"shards      {found.num_shards} ({kinds}), {found.num_bytes:,} bytes",
-        f"rows        {found.num_rows:,}",
-        f"characters  min {low:,}, median {median:,}, 95% {p95:,}, max {high:,} a row",
-        f"duplicates  {found.num_duplicates:,}"
-        + (f" (among the first {MAX_HASHES:,} rows)" if found.num_rows > MAX_HASHES else ""),
+        f"shards      {result.num_shards} ({kinds}), {result.num_bytes:,} bytes",
+        f"rows        {result.num_rows:,}",
+        f"characters  min {low:,}, median {median:,}, 95th percentile {p95:,}, max {high:,} per "
+        "row",
+        f"duplicates  {duplicates}",
         "columns",
     ]
-    lines += [
-        f"  {name}  {'in all rows' if count == found.num_rows else f'in {count:,} rows'}"
-        for name, count in sorted(found.columns.items())
-    ]
-    lines.append("suspicious  none" if not found.suspicious else "suspicious")
-    for what, count in found.suspicious.most_common():
-        lines.append(f"  {count:,} × {what}, such as {', '.join(found.examples[what])}")
+    for name, count in sorted(result.columns.items()):
+        share = "in all rows" if count == result.num_rows else f"in {count:,} rows"
+        lines.append(f"  {name}  {share}")
+
+    lines.append("suspicious" if result.suspicious else "suspicious  none")
+    for problem, count in result.suspicious.most_common():
+        lines.append(f"  {count:,} × {problem}, for example {', '.join(result.examples[problem])}")
     return "\n".join(lines)

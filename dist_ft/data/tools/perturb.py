@@ -1,6 +1,7 @@
-"""Held-out rows made otherwise: with typos, or with names swapped. Pure, and a function of seed and row.
+"""Perturb held-out rows: add typos, or swap names.
 
-Labels stay: what a row says must not change for a person, only for a model that reads letters or names.
+Pure functions of seed and row. Labels stay the same: the meaning of a row must not change for a
+person, only its letters or names for a model.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from typing import Any
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError
-from dist_ft.core.seeds import (
-    derive_seed,
-)
+from dist_ft.core.seeds import derive_seed
 from dist_ft.data.sources.discovery import Row
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -22,78 +21,99 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def perturbed_columns(task: TaskSection) -> tuple[str, ...]:
-    """Return the columns whose texts may be made otherwise; in a question's context the answer must stay a part."""
-    names = task.columns
+    """Return the columns whose texts may change.
+
+    The context of a question may not: it must still contain the answer.
+    """
+    columns = task.columns
     if task.name == "token_classification":
-        return (names.tokens,)
+        return (columns.tokens,)
     if task.name == "question_answering":
-        return (names.question,)
-    return (names.text,) if names.pair is None else (names.text, names.pair)
+        return (columns.question,)
+    return (columns.text,) if columns.pair is None else (columns.text, columns.pair)
 
 
 def perturb_row(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
-    """Return a row with `change` made to its texts; a list of words stays as long."""
+    """Return a row with `change` applied to its texts; a list of words keeps its length."""
+    changed = {}
+    for name in perturbed_columns(task):
+        if name in row:
+            changed[name] = _change_value(row[name], change)
+    return {**row, **changed}
 
-    def made(value: Any) -> Any:
-        if isinstance(value, list):
-            return [change(word) if isinstance(word, str) else word for word in value]
-        return change(value) if isinstance(value, str) else value
 
-    return {**row, **{name: made(row[name]) for name in perturbed_columns(task) if name in row}}
+def _change_value(value: Any, change: Callable[[str], str]) -> Any:
+    """Apply `change` to a text, or to each word of a list."""
+    if isinstance(value, list):
+        return [change(word) if isinstance(word, str) else word for word in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def make_typo_function(rate: float, seed: int, number: int) -> Callable[[str], str]:
-    """Return what gives a share `rate` of the words of row `number` one typo each."""
+    """Return a function that adds one typo to a share `rate` of the words of row `number`."""
     rng = random.Random(derive_seed(seed, number))
-    return lambda text: _WORD.sub(
-        lambda found: add_typo(found[0], rng) if rng.random() < rate else found[0], text
-    )
+
+    def change_word(match: re.Match[str]) -> str:
+        return add_typo(match[0], rng) if rng.random() < rate else match[0]
+
+    return lambda text: _WORD.sub(change_word, text)
 
 
 def add_typo(word: str, rng: random.Random) -> str:
-    """Return a word of at least two letters with two of them swapped, one left out, or one hit beside its key."""
-    kind, at = rng.choice(("swap", "drop", "beside")), rng.randrange(len(word))
+    """Return a word of at least two letters with one typo.
+
+    Two letters are swapped, one is dropped, or one is replaced by that of a neighboring key.
+    """
+    kind, position = rng.choice(("swap", "drop", "neighbor")), rng.randrange(len(word))
     if kind == "swap":
-        at = min(at, len(word) - 2)
-        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    if kind == "drop":
-        return word[:at] + word[at + 1 :]
-    near = neighboring_keys(word[at].lower())
-    if not near:  # a letter of another alphabet
-        return word[:at] + word[at + 1 :]
-    hit = rng.choice(near)
-    return word[:at] + (hit.upper() if word[at].isupper() else hit) + word[at + 1 :]
+        position = min(position, len(word) - 2)
+        return word[:position] + word[position + 1] + word[position] + word[position + 2 :]
+
+    neighbors = neighboring_keys(word[position].lower())
+    if kind == "drop" or not neighbors:  # a letter of another alphabet has no neighbors
+        return word[:position] + word[position + 1 :]
+
+    letter = rng.choice(neighbors)
+    if word[position].isupper():
+        letter = letter.upper()
+    return word[:position] + letter + word[position + 1 :]
 
 
 def neighboring_keys(letter: str) -> str:
-    """Return the letters whose keys touch that of `letter`; none for one that has no key."""
+    """Return the letters whose keys touch the key of `letter`; empty for a letter without a key."""
     for number, row in enumerate(KEYBOARD):
-        at = row.find(letter)
-        if at >= 0:
-            above = KEYBOARD[number - 1][at : at + 2] if number else ""
-            below = (
-                KEYBOARD[number + 1][max(0, at - 1) : at + 1] if number + 1 < len(KEYBOARD) else ""
-            )
-            return row[max(0, at - 1) : at] + row[at + 1 : at + 2] + above + below
+        column = row.find(letter)
+        if column < 0:
+            continue
+        left = max(0, column - 1)
+        above = KEYBOARD[number - 1][column : column + 2] if number else ""
+        below = KEYBOARD[number + 1][left : column + 1] if number + 1 < len(KEYBOARD) else ""
+        return row[left:column] + row[column + 1 : column + 2] + above + below
     return ""
 
 
 def make_swap_function(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """Return what puts the other one of each pair in place of every whole word or name, at once and both ways.
+    """Return a function that swaps the words or names of each pair, as whole words.
 
-    Raises DataError if a term stands in two pairs: it would not be clear what it becomes.
+    All pairs are replaced at once and both ways.
+
+    Raises:
+        DataError: a term is in two pairs, so that its replacement is ambiguous; or there is no
+            pair.
     """
-    other: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for first, second in pairs:
-        for one, two in ((first, second), (second, first)):
-            if other.setdefault(one, two) != two:
+        for term, other in ((first, second), (second, first)):
+            if replacements.setdefault(term, other) != other:
                 raise DataError(
-                    f"evaluation.robustness.swaps: {one} stands in two pairs; once is allowed; remove one"
+                    f"evaluation.robustness.swaps: {term} is in two pairs. Once is allowed. "
+                    "Remove one."
                 )
-    if not other:
+    if not replacements:
         raise DataError(
-            "evaluation.robustness.swaps: names no pair; at least one is needed; add it"
+            "evaluation.robustness.swaps: has no pair. At least one is needed. Add one."
         )
-    longest_first = sorted(other, key=len, reverse=True)
+
+    longest_first = sorted(replacements, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)")
-    return lambda text: pattern.sub(lambda found: other[found[0]], text)
+    return lambda text: pattern.sub(lambda match: replacements[match[0]], text)

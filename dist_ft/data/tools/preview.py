@@ -1,13 +1,12 @@
-"""What training will see, as text: samples with what is learned marked, and the numbers of an epoch.
+"""Preview the training data: samples with their target tokens marked, and statistics.
 
-What is marked is what the loss counts, after cutting and shifting, not what a template promises.
+The marks show what the loss counts, after truncation and shifting, not what a template promises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,24 +15,25 @@ from dist_ft.data.blocks.segments import split_into_segments
 from dist_ft.data.sampling.packing import group_into_sequences
 
 MAX_BLOCKS = 32
-"""Lengths and padding are told from so many blocks at most."""
+"""Lengths and padding are measured on at most this many blocks."""
 
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """The numbers of a data set and of its first epoch.
+    """The statistics of a dataset and of its first epoch.
 
     Attributes:
         num_samples: rows of all shards.
-        num_left_out: rows of which nothing is trained on.
-        num_bad: of these, rows that can not be used (data.bad_rows=skip).
-        min_tokens, median_tokens, p95_tokens, max_tokens: lengths of samples, uncut, in tokens.
-        learned_share: targets / tokens of what is trained on, 0..1.
+        num_left_out: rows without any token to train on.
+        num_bad: of these, rows that cannot be used (data.bad_rows=skip).
+        min_tokens, median_tokens, p95_tokens, max_tokens: tokens of a sample before truncation.
+        target_share: target tokens / tokens trained on, 0..1.
         fill: tokens / (sequences * sequence length), 0..1.
-        padding_share: padding / positions computed, 0..1 (each micro-batch is as wide as its longest sequence).
+        padding_share: padding / positions computed, 0..1 (each micro-batch is as wide as its
+            longest sequence).
         num_sequences: sequences of epoch 0.
         num_steps: optimizer steps of epoch 0.
-        num_blocks: blocks the data set falls into.
+        num_blocks: blocks of the dataset.
     """
 
     num_samples: int
@@ -43,7 +43,7 @@ class DataStatistics:
     median_tokens: int
     p95_tokens: int
     max_tokens: int
-    learned_share: float
+    target_share: float
     fill: float
     padding_share: float
     num_sequences: int
@@ -51,14 +51,36 @@ class DataStatistics:
     num_blocks: int
 
 
+class _SegmentRef(NamedTuple):
+    """A segment of a sample: consecutive tokens of one row of a block.
+
+    Attributes:
+        block: number of the block.
+        row: number of the row in the block.
+        start: first token in the row.
+        num_tokens: tokens of the segment.
+    """
+
+    block: int
+    row: int
+    start: int
+    num_tokens: int
+
+
 def compute_statistics(loader: Loader) -> DataStatistics:
-    """Return the numbers of a loader's data and of its first epoch; lengths are those of the first blocks."""
+    """Return the statistics of a loader's data and of its first epoch.
+
+    Lengths and padding are those of the first `MAX_BLOCKS` blocks.
+    """
     index, batch = loader.index, loader.plan.batch
-    blocks = [loader.store.block(number) for number in range(min(MAX_BLOCKS, len(index.blocks)))]
-    lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
-    sizes = np.concatenate([_sequence_tokens(loader, number) for number in range(len(blocks))])
-    low, median, p95, high = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest").tolist()
-    tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
+    numbers = range(min(MAX_BLOCKS, len(index.blocks)))
+    row_lengths = np.concatenate([np.diff(loader.store.block(n).offsets) for n in numbers])
+    quantiles = np.quantile(row_lengths, [0, 0.5, 0.95, 1], method="nearest")
+    low, median, p95, high = quantiles.tolist()
+
+    sequence_lengths = np.concatenate([_sequence_lengths(loader, n) for n in numbers])
+    num_positions = _num_positions(sequence_lengths, batch.global_batch, batch.micro_batch)
+    num_tokens, num_sequences = index.total("num_tokens"), index.total("num_sequences")
     return DataStatistics(
         num_samples=index.num_samples,
         num_left_out=index.total("num_left_out"),
@@ -67,133 +89,165 @@ def compute_statistics(loader: Loader) -> DataStatistics:
         median_tokens=int(median),
         p95_tokens=int(p95),
         max_tokens=int(high),
-        learned_share=index.total("num_targets") / tokens,
-        fill=tokens / (sequences * batch.sequence_length),
-        padding_share=1
-        - float(sizes.sum()) / _num_positions(sizes, batch.global_batch, batch.micro_batch),
-        num_sequences=sequences,
+        target_share=index.total("num_targets") / num_tokens,
+        fill=num_tokens / (num_sequences * batch.sequence_length),
+        padding_share=1 - float(sequence_lengths.sum()) / num_positions,
+        num_sequences=num_sequences,
         num_steps=loader.plan.num_steps_in_epochs(1),
         num_blocks=len(index.blocks),
     )
 
 
-def _sequence_tokens(loader: Loader, number: int) -> np.ndarray:
+def _sequence_lengths(loader: Loader, number: int) -> np.ndarray:
     """Return the tokens of each sequence of a block in epoch 0, int64 (n,)."""
-    found = loader.packed(0, number)
-    filled = np.concatenate([[0], np.cumsum(found.segments[found.sequences.members, 2])])
-    return np.diff(filled[found.sequences.offsets])
+    packed = loader.packed(0, number)
+    segment_lengths = packed.segments[packed.sequences.members, 2]
+    tokens_before = np.concatenate([[0], np.cumsum(segment_lengths)])
+    return np.diff(tokens_before[packed.sequences.offsets])
 
 
-def _num_positions(sizes: np.ndarray, global_batch: int, micro_batch: int) -> int:
-    """Return the positions computed for sequences of `sizes` tokens: rows times the widest, over all lanes."""
-    number = np.arange(len(sizes))
-    lanes = (
-        number // global_batch * -(-global_batch // micro_batch)
-        + number % global_batch // micro_batch
-    )
-    starts = np.flatnonzero(np.diff(lanes, prepend=-1))
-    return int((np.maximum.reduceat(sizes, starts) * np.diff(starts, append=len(sizes))).sum())
+def _num_positions(lengths: np.ndarray, global_batch: int, micro_batch: int) -> int:
+    """Return the positions computed for sequences of `lengths` tokens.
+
+    Each lane computes its number of sequences times its longest sequence.
+    """
+    number = np.arange(len(lengths))
+    lanes_per_step = -(-global_batch // micro_batch)
+    lanes = number // global_batch * lanes_per_step + number % global_batch // micro_batch
+    lane_starts = np.flatnonzero(np.diff(lanes, prepend=-1))
+    widths = np.maximum.reduceat(lengths, lane_starts)
+    num_sequences = np.diff(lane_starts, append=len(lengths))
+    return int((widths * num_sequences).sum())
 
 
-def format_statistics(numbers: DataStatistics, packed: bool) -> str:
-    """Return the lines that tell a person about `numbers`."""
-    left_out = f", {numbers.num_left_out} left out" if numbers.num_left_out else ""
-    bad = f" ({numbers.num_bad} can not be used)" if numbers.num_bad else ""
-    use = (
-        f"packed, {numbers.fill:.1%} full"
-        if packed
-        else f"not packed, {numbers.padding_share:.1%} of the positions are padding"
-    )
+def format_statistics(statistics: DataStatistics, packed: bool) -> str:
+    """Return statistics as lines for people."""
+    samples = f"{statistics.num_samples}"
+    if statistics.num_left_out:
+        samples += f", of which {statistics.num_left_out} are not trained on"
+    if statistics.num_bad:
+        samples += f" ({statistics.num_bad} bad rows)"
+
+    if packed:
+        use = f"packed, {statistics.fill:.1%} full"
+    else:
+        use = f"not packed, {statistics.padding_share:.1%} of the positions are padding"
     return "\n".join(
         [
-            f"samples    {numbers.num_samples}{left_out}{bad}",
-            f"tokens     min {numbers.min_tokens}, median {numbers.median_tokens}, 95% {numbers.p95_tokens}, "
-            f"max {numbers.max_tokens}",
-            f"learned    {numbers.learned_share:.1%} of the tokens",
-            f"sequences  {numbers.num_sequences} ({use})",
-            f"steps      {numbers.num_steps} an epoch",
+            f"samples        {samples}",
+            f"tokens         min {statistics.min_tokens}, median {statistics.median_tokens}, 95th "
+            f"percentile {statistics.p95_tokens}, max {statistics.max_tokens} per sample",
+            f"target tokens  {statistics.target_share:.1%} of the tokens",
+            f"sequences      {statistics.num_sequences} ({use})",
+            f"steps          {statistics.num_steps} per epoch",
         ]
     )
 
 
 def pack_stats(loader: Loader) -> str:
-    """Return a table: sequences, fill and padding for the run's sequence length, its half and its double."""
-    data, own = loader.plan.data, loader.plan.batch.sequence_length
+    """Return a table of how full sequences are, at half, once and twice the sequence length."""
+    data, sequence_length = loader.plan.data, loader.plan.batch.sequence_length
     overlong = "truncate" if data.overlong == "error" else data.overlong
-    lines = [f"{'length':>8}{'cut':>8}{'sequences':>11}{'packed full':>13}{'unpacked full':>15}"]
-    for length in (own // 2, own, own * 2):
-        sequences = tokens = segments = cut = 0
+    lines = [
+        f"{'length':>8}{'too long':>10}{'sequences':>11}{'packed full':>13}{'unpacked full':>15}"
+    ]
+    for length in (sequence_length // 2, sequence_length, sequence_length * 2):
+        num_sequences = num_tokens = num_segments = num_too_long = 0
         for number in range(min(MAX_BLOCKS, len(loader.index.blocks))):
             block = loader.store.block(number)
-            sizes = split_into_segments(block, length, overlong)[0][:, 2]
-            sequences += len(group_into_sequences(sizes, length, True, None)[1]) - 1
-            tokens, segments = tokens + int(sizes.sum()), segments + len(sizes)
-            cut += int((np.diff(block.offsets) > length).sum())
+            sizes = split_into_segments(block, length, overlong).bounds[:, 2]
+            sequences = group_into_sequences(sizes, length, True, None)
+            num_sequences += len(sequences.offsets) - 1
+            num_tokens += int(sizes.sum())
+            num_segments += len(sizes)
+            num_too_long += int((np.diff(block.offsets) > length).sum())
+
+        packed_fill = num_tokens / max(1, num_sequences * length)
+        unpacked_fill = num_tokens / max(1, num_segments * length)
         lines.append(
-            f"{length:>8}{cut:>8}{sequences:>11}{tokens / max(1, sequences * length):>13.1%}"
-            f"{tokens / max(1, segments * length):>15.1%}"
+            f"{length:>8}{num_too_long:>10}{num_sequences:>11}{packed_fill:>13.1%}{unpacked_fill:>15.1%}"
         )
     return "\n".join(lines)
 
 
-def preview(loader: Loader, num_samples: int = 3, rich: bool = False) -> str:
-    """Return the first samples as text, learned parts in [[ ]] (or in rich's markup), then the numbers.
+def preview(loader: Loader, num_samples: int = 3, markup: bool = False) -> str:
+    """Return the first samples as text with the target tokens in [[ ]], then the statistics.
 
     Args:
         loader: the data.
-        num_samples: how many samples are shown, in the order they lie.
-        rich: mark with rich's markup, other brackets escaped, in place of [[ ]].
+        num_samples: number of samples to show, in storage order.
+        markup: mark the targets in rich's markup instead of [[ ]], and escape other brackets.
     """
-    blocks = []
-    for number, row, first, size in _first_pieces(loader, num_samples):
-        tokenised = loader.store.block(number)
-        start = int(tokenised.offsets[row]) + first
-        learned = tokenised.is_target[start : start + size].copy()
-        learned[0] &= tokenised.is_labeled
-        sample = int(loader.index.first_samples[number]) + row
-        shard, place = loader.index.locate_sample(sample)
-        told = loader.store.encoder.describe_targets(tokenised.targets[start : start + size])
-        head = f"sample {sample} ({shard.url} row {place + 1}): {size} tokens, {int(learned.sum())} learned"
-        head += f" ({told})" if told else ""
-        text = mark_targets(
-            loader.store.encoder.tokenizer, tokenised.tokens[start : start + size], learned, rich
-        )
-        blocks.append(f"{_escape(head) if rich else head}\n{text}")
-    return "\n\n".join([*blocks, format_statistics(compute_statistics(loader), loader.plan.data.pack)])
+    sections = [
+        _format_segment(loader, segment, markup) for segment in _first_segments(loader, num_samples)
+    ]
+    statistics = format_statistics(compute_statistics(loader), loader.plan.data.pack)
+    return "\n\n".join([*sections, statistics])
 
 
-def _first_pieces(loader: Loader, count: int) -> list[tuple[int, int, int, int]]:
-    """Return (block, row, first token, number of tokens) of the first pieces."""
-    found: list[tuple[int, int, int, int]] = []
+def _format_segment(loader: Loader, segment: _SegmentRef, markup: bool) -> str:
+    """Return a segment's location and number of tokens, and its text with the targets marked."""
+    block, encoder = loader.store.block(segment.block), loader.store.encoder
+    start = int(block.offsets[segment.row]) + segment.start
+    stop = start + segment.num_tokens
+    is_target = block.is_target[start:stop].copy()
+    # The first token cannot be a next-token target; a task's label may be on it.
+    is_target[0] &= block.is_labeled
+
+    sample = int(loader.index.first_samples[segment.block]) + segment.row
+    location = loader.index.locate_sample(sample)
+    head = (
+        f"sample {sample} ({location.shard.url} row {location.row + 1}): {segment.num_tokens} "
+        f"tokens, {int(is_target.sum())} of them targets"
+    )
+    labels = encoder.describe_targets(block.targets[start:stop])
+    if labels:
+        head += f" (label: {labels})"
+    text = mark_targets(encoder.tokenizer, block.tokens[start:stop], is_target, markup)
+    return f"{_escape(head) if markup else head}\n{text}"
+
+
+def _first_segments(loader: Loader, count: int) -> list[_SegmentRef]:
+    """Return the first `count` segments in storage order."""
+    sequence_length, overlong = loader.plan.batch.sequence_length, loader.plan.data.overlong
+    found: list[_SegmentRef] = []
     for number in range(len(loader.index.blocks)):
         if len(found) >= count:
             break
-        block = loader.store.block(number)
-        segments, _ = split_into_segments(block, loader.plan.batch.sequence_length, loader.plan.data.overlong)
-        found += [(number, *piece) for piece in segments[: count - len(found)].tolist()]
+        segments = split_into_segments(loader.store.block(number), sequence_length, overlong)
+        for row, start, num_tokens in segments.bounds[: count - len(found)].tolist():
+            found.append(_SegmentRef(number, row, start, num_tokens))
     return found
 
 
-def mark_targets(tokenizer: Any, tokens: np.ndarray, learned: np.ndarray, rich: bool = False) -> str:
-    """Return tokens (n,) as text, runs of learned (n,) bool ones marked."""
-    wrap: Callable[[str], str] = (
-        (lambda text: f"[bold green]{_escape(text)}[/bold green]") if rich else "[[{}]]".format
-    )
-    plain: Callable[[str], str] = _escape if rich else str
-    ends = [*(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
-    shown, marked = "", []
-    for end in (
-        ends
-    ):  # decoded from the start each time: a run alone would lose the blank before its first word
-        whole = tokenizer.decode(
-            tokens[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+def mark_targets(
+    tokenizer: Any, tokens: np.ndarray, is_target: np.ndarray, markup: bool = False
+) -> str:
+    """Return tokens (n,) as text, with runs of targets (n,) bool marked."""
+    run_stops = [*(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(tokens)]
+    previous_text = ""
+    marked = []
+    for stop in run_stops:
+        # Decode from the start each time: a run alone would lose the blank before its first word.
+        text = tokenizer.decode(
+            tokens[:stop].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        marked.append((wrap if learned[end - 1] else plain)(whole[len(shown) :]))
-        shown = whole
+        run = text[len(previous_text) :]
+        marked.append(_mark_run(run, bool(is_target[stop - 1]), markup))
+        previous_text = text
     return "".join(marked)
 
 
+def _mark_run(text: str, is_target: bool, markup: bool) -> str:
+    """Return the text of a run, marked if it is a target."""
+    if markup:
+        escaped = _escape(text)
+        return f"[bold green]{escaped}[/bold green]" if is_target else escaped
+    return f"[[{text}]]" if is_target else text
+
+
 def _escape(text: str) -> str:
+    """Escape rich's markup."""
     from rich.markup import escape
 
     return escape(text)

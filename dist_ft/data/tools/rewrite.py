@@ -1,8 +1,8 @@
-"""Writes a run's training data again as it would be read: other shards, another format, or tokens made ahead.
+"""Write a run's training data again: as other shards, in another format, or as tokens.
 
-One shard a block, named by number, so that a writing that was cut off goes on where it stopped; `_source.json`, written
-first, says what they are made of, so that shards of other data are never mixed in, and `_complete`, written last, that
-all are there. Rows, their order and their number stay.
+There is one shard per block, named by number, so that an interrupted rewrite continues where it
+stopped. `_source.json` is written first and identifies the data, so that shards of other data are
+never mixed in. `_complete` is written last. Rows, their order and their number stay the same.
 """
 
 from __future__ import annotations
@@ -32,46 +32,55 @@ def rewrite_blocks(
     tokenize: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the blocks as shards of `suffix` (parquet or jsonl) into `out`; return how many were written now.
+    """Write the blocks as shards into `out`; return the number of shards written by this call.
+
+    Args:
+        blocks: the data.
+        out: the folder to write into.
+        suffix: parquet or jsonl.
+        tokenize: write tokens and targets instead of rows.
+        progress: called with (shards done, all shards).
 
     Raises:
-        DataError: `out` holds the shards of other data, or of another cut.
+        DataError: `out` holds the shards of other data, or other files.
     """
-    about = json.dumps(
-        {
-            "suffix": suffix,
-            "tokenised": tokenize,
-            "blocks": [
-                cache_key(blocks.fingerprint if tokenize else "rows", block, blocks.shards)
-                for block in blocks.blocks
-            ],
-        }
-    )
-    there = set(out.list())
-    if (SOURCE in there and out.read(SOURCE).decode() != about) or (SOURCE not in there and there):
+    source = _describe_source(blocks, suffix, tokenize)
+    existing = set(out.list())
+    is_same_source = SOURCE in existing and out.read(SOURCE).decode() == source
+    if existing and not is_same_source:
         raise DataError(
-            f"--out={out.redacted_url()}: holds shards that were written from other data or in another way; an "
-            "empty folder, or the same call again, is allowed; choose another folder"
+            f"--out={out.redacted_url()}: holds shards that were written from other data or in "
+            "another way. It must be an empty folder, or that of an interrupted call with the "
+            "same arguments. Choose another folder."
         )
+
     total = len(blocks.blocks)
     names = [f"part-{number:05d}-of-{total:05d}.{suffix}" for number in range(total)]
-    missing = [number for number, name in enumerate(names) if name not in there]
-    made: Iterator[Any] = (
-        (block_to_table(block) for _, block in blocks.iter_blocks(missing))
-        if tokenize
-        else _rows([blocks.blocks[number] for number in missing], blocks.shards)
-    )
-    out.write(SOURCE, about.encode())
+    missing = [number for number, name in enumerate(names) if name not in existing]
+    contents: Iterator[Any]
+    if tokenize:
+        contents = (block_to_table(block) for _, block in blocks.iter_blocks(missing))
+    else:
+        contents = _iter_block_rows([blocks.blocks[number] for number in missing], blocks.shards)
+
+    out.write(SOURCE, source.encode())
     for number, name in enumerate(names):
-        if name not in there:
-            out.write(name, _encode(next(made), suffix))
+        if name not in existing:
+            out.write(name, _encode(next(contents), suffix))
         progress(number + 1, total)
     out.write(COMPLETE, b"")
     return len(missing)
 
 
+def _describe_source(blocks: BlockStore, suffix: str, tokenize: bool) -> str:
+    """Return what the shards are written from, as JSON; the keys are those of earlier versions."""
+    fingerprint = blocks.fingerprint if tokenize else "rows"
+    keys = [cache_key(fingerprint, block, blocks.shards) for block in blocks.blocks]
+    return json.dumps({"suffix": suffix, "tokenised": tokenize, "blocks": keys})
+
+
 def block_to_table(block: TokenizedBlock) -> Any:
-    """Return a block as an Arrow table of `input_ids` and `targets`; rows that were left out stay empty."""
+    """Return a block as an Arrow table of `input_ids` and `targets`; skipped rows are empty."""
     import pyarrow as pa
 
     offsets = pa.array(block.offsets, pa.int64())
@@ -83,24 +92,33 @@ def block_to_table(block: TokenizedBlock) -> Any:
     )
 
 
-def _rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
-    """Yield the rows of each block; a shard that several have parts of is read in one pass."""
+def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
+    """Yield the rows of each block; a shard shared by several blocks is read in one pass."""
+    ranges_left = [len(block.ranges) for block in blocks]
+    rows: list[Row] = []
+    for number, found in _read_in_passes(blocks, shards):
+        for row in found if isinstance(found, list) else found.to_pylist():
+            if isinstance(row, DataError):
+                raise row
+            rows.append(row)
+        ranges_left[number] -= 1
+        if not ranges_left[number]:
+            yield rows
+            rows = []
+
+
+def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[tuple[int, Any]]:
+    """Yield (block, rows of a range) in order; consecutive ranges of a shard are one pass."""
     todo = [(number, part) for number, block in enumerate(blocks) for part in block.ranges]
-    left, found = [len(block.ranges) for block in blocks], list[Row]()
     for shard, group in groupby(todo, key=lambda item: item[1].shard):
-        numbers, parts = zip(*group, strict=True)
-        for number, (_, rows) in zip(numbers, readers.read_ranges(shards[shard], parts), strict=True):
-            for row in rows if isinstance(rows, list) else rows.to_pylist():
-                if isinstance(row, DataError):
-                    raise row
-                found.append(row)
-            left[number] -= 1
-            if not left[number]:
-                yield found
-                found = []
+        numbers, ranges = zip(*group, strict=True)
+        passes = readers.read_ranges(shards[shard], ranges)
+        for number, (_, rows) in zip(numbers, passes, strict=True):
+            yield number, rows
 
 
 def _encode(rows: Any, suffix: str) -> bytes:
+    """Return a list of rows, or an Arrow table, as the content of a file."""
     if suffix == "jsonl":
         return encode_jsonl(rows if isinstance(rows, list) else rows.to_pylist())
     if isinstance(rows, list):

@@ -1,17 +1,13 @@
-"""Rows to named splits, and to few examples a label: by seed, and, where there are labels, each in its share."""
+"""Split rows into named sets, or draw a few examples per label, by seed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from dist_ft.core.errors import DataError
-from dist_ft.core.seeds import (
-    derive_seed,
-    random_uint64,
-)
+from dist_ft.core.seeds import derive_seed, random_uint64
 from dist_ft.data.sources.discovery import Row
 
 
@@ -22,72 +18,117 @@ def split_rows(
     by: str | None = None,
     group: str | None = None,
 ) -> dict[str, list[Row]]:
-    """Return rows in splits of `shares` (which sum to 1), each in the rows' own order.
+    """Return rows in splits of `shares` (which sum to 1), each in the original order of the rows.
 
     Args:
-        rows: all of them.
+        rows: all rows.
         shares: {name: share}.
-        seed: which rows go where.
-        by: column whose values every split has in the same shares (stratified), or None.
-        group: column of which rows of one value stay together (articles, users), or None; not with `by`.
+        seed: decides which rows are in which split.
+        by: column whose values have the same shares in every split (stratified), or None.
+        group: column whose rows of one value stay together (articles, users), or None; not with
+            `by`.
+
+    Raises:
+        DataError: shares that are not above 0 or do not sum to 1, or a missing column.
     """
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
+        values = ", ".join(f"{name}={share:g}" for name, share in shares.items())
         raise DataError(
-            f"shares: {', '.join(f'{name}={share:g}' for name, share in shares.items())} sum to "
-            f"{sum(shares.values()):g}; above 0 and 1 together is allowed; correct them"
+            f"shares: {values} sum to {sum(shares.values()):g}. Each must be above 0 and their "
+            "sum 1. Correct them."
         )
     edges = np.cumsum(list(shares.values()))
-    chosen = np.zeros(len(rows), dtype=np.int64)
     if group is not None:
-        whole = list(group_rows(rows, group, "--group").values())
-        order = np.argsort(random_uint64(derive_seed(seed), len(whole)), kind="stable").tolist()
-        begins = np.cumsum([0, *(len(whole[number]) for number in order)])[:-1] / max(1, len(rows))
-        for number, at in zip(order, np.searchsorted(edges, begins, side="right"), strict=True):
-            chosen[whole[number]] = min(int(at), len(edges) - 1)
-    for value, places in group_rows(rows, by).items() if group is None else ():
-        shuffled = _shuffled(places, seed, value)
-        # positions in the middle of their slots, shifted by seed, so that small groups too come to their share in sum
-        shift = (derive_seed(seed, *_numbers(value)) >> 11) / 2**52
-        at = (np.arange(len(shuffled)) + shift % 1) / max(1, len(shuffled))
-        chosen[shuffled] = np.minimum(np.searchsorted(edges, at, side="right"), len(edges) - 1)
-    return {
-        name: [row for row, own in zip(rows, chosen.tolist(), strict=True) if own == number]
-        for number, name in enumerate(shares)
-    }
+        split_numbers = _assign_groups(rows, edges, seed, group)
+    else:
+        split_numbers = _assign_stratified(rows, edges, seed, by)
+
+    splits: dict[str, list[Row]] = {name: [] for name in shares}
+    members = list(splits.values())
+    for row, number in zip(rows, split_numbers.tolist(), strict=True):
+        members[number].append(row)
+    return splits
 
 
-def sample_per_label(rows: Sequence[Row], count: int, seed: int = 0, by: str = "label") -> list[Row]:
-    """Return `count` rows of each value of the column `by`, drawn by seed, in the rows' own order.
+def _assign_groups(rows: Sequence[Row], edges: np.ndarray, seed: int, group: str) -> np.ndarray:
+    """Return the split number of each row; groups are shuffled and stay whole.
 
-    Those of a smaller count are among those of a larger one. Raises DataError for a value with fewer rows.
+    A group is in the split in which its first row would be.
     """
-    kept = []
-    for value, places in group_rows(rows, by).items():
-        if len(places) < count:
+    groups = list(group_rows(rows, group, "--group").values())
+    order = np.argsort(random_uint64(derive_seed(seed), len(groups)), kind="stable").tolist()
+    sizes = [len(groups[number]) for number in order]
+    starts = np.cumsum([0, *sizes])[:-1] / max(1, len(rows))
+
+    split_numbers = np.zeros(len(rows), dtype=np.int64)
+    for number, split in zip(order, np.searchsorted(edges, starts, side="right"), strict=True):
+        split_numbers[groups[number]] = min(int(split), len(edges) - 1)
+    return split_numbers
+
+
+def _assign_stratified(
+    rows: Sequence[Row], edges: np.ndarray, seed: int, by: str | None
+) -> np.ndarray:
+    """Return the split number of each row; each value of the column `by` is split by itself."""
+    split_numbers = np.zeros(len(rows), dtype=np.int64)
+    for value, indices in group_rows(rows, by).items():
+        shuffled = _shuffle(indices, seed, value)
+        # A row's position is in the middle of its slot in [0, 1), shifted by seed: small groups get
+        # their shares in sum.
+        shift = (derive_seed(seed, *_to_numbers(value)) >> 11) / 2**52
+        positions = (np.arange(len(shuffled)) + shift % 1) / max(1, len(shuffled))
+        splits = np.searchsorted(edges, positions, side="right")
+        split_numbers[shuffled] = np.minimum(splits, len(edges) - 1)
+    return split_numbers
+
+
+def sample_per_label(
+    rows: Sequence[Row], count: int, seed: int = 0, by: str = "label"
+) -> list[Row]:
+    """Return `count` rows of each value of the column `by`, drawn by seed, in their original order.
+
+    The rows of a smaller count are among those of a larger one.
+
+    Raises:
+        DataError: a value has fewer rows.
+    """
+    drawn: list[int] = []
+    for value, indices in group_rows(rows, by).items():
+        if len(indices) < count:
             raise DataError(
-                f"--per-label={count}: there are {len(places)} rows of {by}={value}; at most as many are "
-                "allowed; lower it"
+                f"--per-label={count}: {by}={value} has only {len(indices)} rows. Set at most "
+                "that number."
             )
-        kept += _shuffled(places, seed, value)[:count].tolist()
-    return [rows[place] for place in sorted(kept)]
+        drawn += _shuffle(indices, seed, value)[:count].tolist()
+    return [rows[index] for index in sorted(drawn)]
 
 
 def group_rows(rows: Sequence[Row], by: str | None, option: str = "--by") -> dict[str, list[int]]:
-    """Return the places of rows by the value of a column; all in one without."""
-    found: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
+    """Return the indices of rows by the value of a column; all in one group without a column.
+
+    Args:
+        rows: all rows.
+        by: the column, or None.
+        option: the command-line option of the column; errors name it.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
         if by is not None and by not in row:
             raise DataError(
-                f"{option}={by}: row {place + 1} has no such column; there are {', '.join(row)}; name one"
+                f"{option}={by}: row {index + 1} has no such column. Choose one of "
+                f"{', '.join(row)}."
             )
-        found.setdefault(str(row[by]) if by is not None else "", []).append(place)
-    return found
+        value = str(row[by]) if by is not None else ""
+        groups.setdefault(value, []).append(index)
+    return groups
 
 
-def _shuffled(places: list[int], seed: int, value: Any) -> np.ndarray:
-    order = np.argsort(random_uint64(derive_seed(seed, *_numbers(value)), len(places)), kind="stable")
-    return np.array(places, dtype=np.int64)[order]
+def _shuffle(indices: list[int], seed: int, value: str) -> np.ndarray:
+    """Return the indices of the rows of one value, shuffled by seed and value."""
+    hashes = random_uint64(derive_seed(seed, *_to_numbers(value)), len(indices))
+    return np.array(indices, dtype=np.int64)[np.argsort(hashes, kind="stable")]
 
 
-def _numbers(value: Any) -> list[int]:
-    return list(str(value).encode())
+def _to_numbers(value: str) -> list[int]:
+    """Return a text as integers, for `derive_seed`."""
+    return list(value.encode())

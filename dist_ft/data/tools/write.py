@@ -1,7 +1,7 @@
-"""Writes rows as shards: Parquet or JSON lines, behind any fsspec URL.
+"""Write rows as shards: Parquet or JSON Lines, behind any fsspec URL.
 
-Guarantees: names say how many shards there are (`train-00000-of-00004.parquet`) and sort in row order; each shard is
-written whole or not at all. Does not remove shards of an earlier writing.
+Guarantees: names contain the number of shards (`train-00000-of-00004.parquet`) and sort in row
+order; each shard is written whole or not at all. Shards that were written earlier are not removed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dist_ft.storage.filesystem import Store
 
 def write_parquet(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
     """Write rows as .parquet shards of at most `rows_per_shard`; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "parquet", encode_parquet)
+    return _write_shards(rows, store, prefix, rows_per_shard, "parquet", encode_parquet)
 
 
 def write_jsonl(rows: Sequence[Row], store: Store, prefix: str, rows_per_shard: int) -> list[str]:
-    """Write rows as .jsonl shards of at most `rows_per_shard`, UTF-8; return their URLs in row order."""
-    return _write(rows, store, prefix, rows_per_shard, "jsonl", encode_jsonl)
+    """Write rows as UTF-8 .jsonl shards of at most `rows_per_shard`; return their URLs in order."""
+    return _write_shards(rows, store, prefix, rows_per_shard, "jsonl", encode_jsonl)
 
 
-def _write(
+def _write_shards(
     rows: Sequence[Row],
     store: Store,
     prefix: str,
@@ -33,11 +33,12 @@ def _write(
     suffix: str,
     encode: Callable[[Sequence[Row]], bytes],
 ) -> list[str]:
+    """Write rows as shards named `prefix` with the content of `encode`."""
     if rows_per_shard < 1:
-        raise DataError(f"rows_per_shard={rows_per_shard}: is too small; at least 1; raise it")
+        raise DataError(f"rows_per_shard={rows_per_shard}: is too small. Use at least 1.")
     if not rows:
         raise DataError(
-            f"{store.full_url(prefix)}: there is no row to write; at least one is needed; check its source"
+            f"{store.full_url(prefix)}: no rows to write. At least one is needed. Check the source."
         )
     total = -(-len(rows) // rows_per_shard)
     urls = []
@@ -49,7 +50,7 @@ def _write(
 
 
 def encode_parquet(rows: Sequence[Row]) -> bytes:
-    """Return rows as a Parquet file of all columns that any row has, its pages with checksums."""
+    """Return rows as a Parquet file with the columns of all rows and checksums of its pages."""
     import pyarrow
     import pyarrow.parquet
 
@@ -61,5 +62,6 @@ def encode_parquet(rows: Sequence[Row]) -> bytes:
 
 
 def encode_jsonl(rows: Sequence[Row]) -> bytes:
-    """Return rows as JSON lines in UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    """Return rows as JSON Lines in UTF-8."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    return "".join(lines).encode()

@@ -1,4 +1,4 @@
-"""Rows made otherwise: typos by seed and rate, names swapped both ways at once."""
+"""Perturbed rows: typos by seed and rate, names swapped both ways at once."""
 
 from __future__ import annotations
 
@@ -13,29 +13,40 @@ from dist_ft.data.tools import perturb
 TEXT = "Seven wise owls watch the rivers run between old stones, and 12 children count it. " * 20
 
 
-def test_typos_follow_from_seed_and_row_alone():
-    assert perturb.typos(0.5, 3, 7)(TEXT) == perturb.typos(0.5, 3, 7)(TEXT) != TEXT
+def test_typos_depend_only_on_seed_and_row():
     assert (
-        len({perturb.typos(0.5, seed, number)(TEXT) for seed in (3, 4) for number in (7, 8)}) == 4
+        perturb.make_typo_function(0.5, 3, 7)(TEXT)
+        == perturb.make_typo_function(0.5, 3, 7)(TEXT)
+        != TEXT
+    )
+    assert (
+        len(
+            {
+                perturb.make_typo_function(0.5, seed, number)(TEXT)
+                for seed in (3, 4)
+                for number in (7, 8)
+            }
+        )
+        == 4
     )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_so_many_words_have_one(rate):
-    words, noisy = TEXT.split(), perturb.typos(rate, 1, 1)(TEXT).split()
+def test_share_of_words_with_a_typo_is_the_rate(rate):
+    words, noisy = TEXT.split(), perturb.make_typo_function(rate, 1, 1)(TEXT).split()
     assert len(words) == len(noisy)
     letters = [(a, b) for a, b in zip(words, noisy, strict=True) if sum(map(str.isalpha, a)) > 1]
     same_pair = sum(
         1 for a, b in letters if a != b
-    )  # two equal letters that are swapped make no difference
+    )  # swapping two equal letters makes no difference
     assert same_pair / len(letters) == pytest.approx(rate, abs=0.06)
     assert all(a == b for a, b in zip(words, noisy, strict=True) if a == "12")
 
 
-def test_a_typo_is_a_swap_a_gap_or_a_key_beside():
+def test_typo_is_a_swap_a_drop_or_a_neighboring_key():
     rng, seen = random.Random(0), set()
     for _ in range(300):
-        found = perturb.typo("Word", rng)
+        found = perturb.add_typo("Word", rng)
         if len(found) == 3:
             assert found in {"ord", "Wrd", "Wod", "Wor"}
             seen.add("drop")
@@ -43,29 +54,32 @@ def test_a_typo_is_a_swap_a_gap_or_a_key_beside():
             assert found in {"oWrd", "Wrod", "Wodr"}
             seen.add("swap")
         else:
-            (at,) = [i for i in range(4) if found[i] != "Word"[i]]
-            assert found[at].lower() in perturb.beside("word"[at]) and found[at].isupper() == (
-                at == 0
-            )
-            seen.add("beside")
-    assert seen == {"drop", "swap", "beside"}
+            (position,) = [i for i in range(4) if found[i] != "Word"[i]]
+            assert found[position].lower() in perturb.neighboring_keys("word"[position]) and found[
+                position
+            ].isupper() == (position == 0)
+            seen.add("neighbor")
+    assert seen == {"drop", "swap", "neighbor"}
 
 
 @pytest.mark.parametrize(
     ("letter", "keys"), [("q", "wa"), ("g", "fhtyvb"), ("m", "njk"), ("p", "ol"), ("ü", "")]
 )
-def test_keys_beside(letter, keys):
-    assert set(perturb.beside(letter)) == set(keys)
+def test_neighboring_keys(letter, keys):
+    assert set(perturb.neighboring_keys(letter)) == set(keys)
 
 
-def test_keys_are_beside_each_other():
+def test_neighboring_keys_are_symmetric():
     for row in perturb.KEYBOARD:
         for letter in row:
-            assert all(letter in perturb.beside(other) for other in perturb.beside(letter)), letter
+            assert all(
+                letter in perturb.neighboring_keys(other)
+                for other in perturb.neighboring_keys(letter)
+            ), letter
 
 
 def test_names_are_swapped_both_ways_as_whole_words():
-    swap = perturb.swaps([("Emma", "Ahmed"), ("New York", "Lagos")])
+    swap = perturb.make_swap_function([("Emma", "Ahmed"), ("New York", "Lagos")])
     assert (
         swap("Emma met Ahmed in New York; Emmanuel stayed in Lagos")
         == "Ahmed met Emma in Lagos; Emmanuel stayed in New York"
@@ -74,11 +88,11 @@ def test_names_are_swapped_both_ways_as_whole_words():
     assert swap(swap(TEXT + " Emma")) == TEXT + " Emma"
 
 
-def test_a_term_in_two_pairs_is_refused():
-    with pytest.raises(DataError, match="Ahmed stands in two pairs"):
-        perturb.swaps([("Emma", "Ahmed"), ("Ahmed", "Li")])
-    with pytest.raises(DataError, match="names no pair"):
-        perturb.swaps([])
+def test_term_in_two_pairs_is_refused():
+    with pytest.raises(DataError, match="Ahmed is in two pairs"):
+        perturb.make_swap_function([("Emma", "Ahmed"), ("Ahmed", "Li")])
+    with pytest.raises(DataError, match="has no pair"):
+        perturb.make_swap_function([])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +115,6 @@ def test_a_term_in_two_pairs_is_refused():
         ),
     ],
 )
-def test_what_an_answer_needs_stays(task, row, changed):
-    made = perturb.altered(row, TaskSection.model_validate(task), str.upper)
-    assert {name for name in row if row[name] != made[name]} == changed
+def test_columns_that_hold_the_answer_do_not_change(task, row, changed):
+    changed_row = perturb.perturb_row(row, TaskSection.model_validate(task), str.upper)
+    assert {name for name in row if row[name] != changed_row[name]} == changed
