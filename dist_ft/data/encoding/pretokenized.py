@@ -1,7 +1,7 @@
 """Encode shards that hold tokens.
 
 They are Arrow tables with `input_ids`, and optionally `targets` (1 for a target token).
-`dist-ft data write --tokenise` writes such shards. They are not rendered or tokenized again. The
+`dist-ft data write --tokenize` writes such shards. They are not rendered or tokenized again. The
 writer chooses the tokenizer; the only check is that every id is in the model's vocabulary. Shards
 of tokens are used whole or not at all, whatever data.bad_rows says: a bad row here is a bug of the
 program that wrote the shard.

@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(tiny.make_model(tmp_path_factory.mktemp("prompts")))
 
 
-def encoder(tokenizer, template="say {text} :", length=40, task=TASK, data=None, **fields):
+def build_encoder(tokenizer, template="say {text} :", length=40, task=TASK, data=None, **fields):
     section = PromptingSection(method="likelihood", templates=(template,), **fields)
     return PromptEncoder(tokenizer, DataSection(train="x", **(data or {})), task, section, length)
 
@@ -37,7 +37,7 @@ def texts(tokenizer, encoded):
 
 
 def test_row_becomes_a_prompt_with_its_label_on_the_first_token(tokenizer):
-    encoded = encoder(tokenizer).encode(
+    encoded = build_encoder(tokenizer).encode(
         [{"text": "the fox", "label": "tea"}, {"text": "old {stones}", "label": "bread"}], "u"
     )
     assert texts(tokenizer, encoded) == ["say the fox :", "say old {stones} :"]
@@ -48,14 +48,14 @@ def test_row_becomes_a_prompt_with_its_label_on_the_first_token(tokenizer):
 
 def test_pair_is_filled_into_the_template(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
-    encoded = encoder(tokenizer, "{text} and {pair} :", task=task).encode(
+    encoded = build_encoder(tokenizer, "{text} and {pair} :", task=task).encode(
         [{"text": "tea", "other": "news", "label": "tea"}], "u"
     )
     assert texts(tokenizer, encoded) == ["tea and news :"]
 
 
 def test_label_words_have_the_tokens_they_have_after_the_prompt(tokenizer):
-    words = encoder(
+    words = build_encoder(
         tokenizer, verbalizers={"bread": " seven wise owls", "tea": " tea"}
     ).label_words()
     whole = tokenizer("say x : seven wise owls")["input_ids"]
@@ -81,23 +81,23 @@ def test_words_that_merge_with_the_prompt_are_refused(tokenizer, words):
 
 def test_labels_with_the_same_tokens_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="tea has the tokens of another label"):
-        encoder(tokenizer, verbalizers={"bread": " tea", "tea": " tea"}).label_words()
+        build_encoder(tokenizer, verbalizers={"bread": " tea", "tea": " tea"}).label_words()
 
 
 def test_long_text_is_truncated_and_the_prompt_stays(tokenizer):
-    made = encoder(tokenizer, length=16, data={"overlong": "truncate"})
-    (text,) = texts(tokenizer, made.encode([{"text": "old stones " * 30, "label": "tea"}], "u"))
+    encoder = build_encoder(tokenizer, length=16, data={"overlong": "truncate"})
+    (text,) = texts(tokenizer, encoder.encode([{"text": "old stones " * 30, "label": "tea"}], "u"))
     assert text.startswith("say old stones old") and text.endswith(" :")
-    room = 16 - made.label_words().longest
+    room = 16 - encoder.label_words().longest
     assert room - 2 <= len(tokenizer(text)["input_ids"]) <= room
 
 
 def test_longer_of_two_texts_is_truncated(tokenizer):
     task = TASK.model_copy(update={"columns": TASK.columns.model_copy(update={"pair": "other"})})
-    made = encoder(tokenizer, "{text} and {pair} :", 18, task, {"overlong": "truncate"})
+    encoder = build_encoder(tokenizer, "{text} and {pair} :", 18, task, {"overlong": "truncate"})
     (text,) = texts(
         tokenizer,
-        made.encode(
+        encoder.encode(
             [{"text": "seven wise owls", "other": "old stones " * 30, "label": "tea"}], "u"
         ),
     )
@@ -107,8 +107,8 @@ def test_longer_of_two_texts_is_truncated(tokenizer):
 def test_row_that_is_too_long_is_refused_or_dropped(tokenizer):
     row = {"text": "old stones " * 30, "label": "tea"}
     with pytest.raises(DataError, match=r"u row 1: its prompt has \d+ tokens. \d+ are allowed"):
-        encoder(tokenizer, length=16).encode([row], "u")
-    dropped = encoder(tokenizer, length=16, data={"overlong": "drop"}).encode(
+        build_encoder(tokenizer, length=16).encode([row], "u")
+    dropped = build_encoder(tokenizer, length=16, data={"overlong": "drop"}).encode(
         [row, {"text": "tea", "label": "tea"}], "u"
     )
     lengths = [b - a for a, b in itertools.pairwise(dropped.offsets.tolist())]
@@ -116,7 +116,7 @@ def test_row_that_is_too_long_is_refused_or_dropped(tokenizer):
         "the index drops rows longer than a sequence, and counts them"
     )
     with pytest.raises(DataError, match="too long even without any text"):
-        encoder(
+        build_encoder(
             tokenizer,
             "while seven wise owls watch rivers run {text} :",
             8,
