@@ -1,1 +1,1 @@
-"""Runs as Ray jobs and as Kubernetes resources."""
+"""Runs as Ray jobs and as Kubernetes manifests."""

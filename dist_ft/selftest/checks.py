@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.planning.gpus import peak_tflops
+from dist_ft.runtime.machine import NodeDescription
 from dist_ft.selftest.drill_scenarios import (
     RunOutcome,
     Scenario,
@@ -130,7 +131,7 @@ def _scenario(name: str, description: str, stage: int, num_workers: int | None =
     )
 
 
-def choose_speed_model(machines: Sequence[Mapping[str, Any]], num_workers: int) -> ModelSize:
+def choose_speed_model(machines: Sequence[NodeDescription], num_workers: int) -> ModelSize:
     """Return the model whose speed is measured: on GPUs the largest that surely fits the
     smallest one."""
     memory = [gpu["memory_gib"] * 2**30 for machine in machines for gpu in machine.get("gpus", ())]
@@ -271,7 +272,7 @@ def check_speed(
     outcome: RunOutcome,
     lines: Sequence[Mapping[str, Any]],
     size: ModelSize,
-    machines: Sequence[Mapping[str, Any]],
+    machines: Sequence[NodeDescription],
     num_workers: int,
 ) -> Finding:
     """Return how fast the run `speed` was: medians over the second half of its steps.

@@ -104,7 +104,7 @@ def run(
             raise Interrupted(f"the drill was stopped; {fate}") from error
         raise
 
-    report = Report(config.min_workers, tuple(findings), parent.child(name).shown())
+    report = Report(config.min_workers, tuple(findings), parent.child(name).redacted_url())
     if keep or not report.passed:
         return report
     parent.remove(name)

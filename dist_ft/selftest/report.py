@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from dist_ft.runtime.machine import NodeDescription
 from dist_ft.selftest.selftest import Report
 
 
@@ -28,7 +28,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _nodes(report)
 
     yield from ("", "## Settings", "")
-    for section, values in report.settings.items():
+    for section in ("cluster", "zero"):
+        values = report.settings[section]
         yield f"- {section}: {', '.join(f'{name}={value}' for name, value in values.items())}"
 
     for name, tail in report.log_tails.items():
@@ -69,7 +70,7 @@ def _nodes(report: Report) -> Iterator[str]:
         yield f"\n**Nodes {', '.join(others)} have other versions than node 0.**"
 
 
-def _describe_machine(machine: Mapping[str, Any]) -> str:
+def _describe_machine(machine: NodeDescription) -> str:
     gpus = machine.get("gpus") or ()
     devices = "no GPU used"
     if gpus:

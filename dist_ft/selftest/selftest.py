@@ -21,6 +21,7 @@ from dist_ft.core.errors import ConfigError, DistFtError, Interrupted
 from dist_ft.core.logs import redact
 from dist_ft.runtime import machine
 from dist_ft.runtime.bootstrap.network_check import FILE as NETWORK_FILE
+from dist_ft.runtime.machine import NodeDescription
 from dist_ft.runtime.preflight import check_run
 from dist_ft.selftest import checks, materials
 from dist_ft.selftest.checks import CHECKS, SPEED_RUN, Finding
@@ -69,7 +70,7 @@ class Report:
     num_workers: int
     device: str
     findings: tuple[Finding, ...]
-    machines: tuple[dict[str, Any], ...]
+    machines: tuple[NodeDescription, ...]
     network: dict[str, Any] | None
     settings: Settings
     log_tails: dict[str, tuple[str, ...]]
@@ -87,6 +88,7 @@ def detect_config(document: Mapping[str, Any], overrides: Sequence[str]) -> RunC
     import torch
 
     num_gpus = torch.cuda.device_count()
+    cluster: dict[str, float]
     if num_gpus:
         cluster = {"workers": num_gpus, "gpus_per_worker": 1}
     else:
@@ -141,7 +143,7 @@ def run(
         raise
 
     if keep or not report.passed:
-        return replace(report, folder_url=store.shown())
+        return replace(report, folder_url=store.redacted_url())
     parent.remove(name)
     return report
 
@@ -171,7 +173,7 @@ class _Selftest:
             self._run_planned(scenario)
 
         network = self._read_network()
-        machines = (machine.describe(self._uses_gpus),)
+        machines: tuple[NodeDescription, ...] = (machine.describe(self._uses_gpus),)
         if network:
             machines = tuple(network["machines"])
         findings = self._check_all(planned, network, machines)
@@ -224,7 +226,7 @@ class _Selftest:
         self,
         planned: Sequence[Scenario],
         network: dict[str, Any] | None,
-        machines: Sequence[Mapping[str, Any]],
+        machines: Sequence[NodeDescription],
     ) -> list[Finding]:
         findings = []
         for scenario in planned:
@@ -237,7 +239,7 @@ class _Selftest:
             findings.append(self._measure_speed(machines))
         return sorted(findings, key=lambda finding: CHECKS.index(finding.check))
 
-    def _measure_speed(self, machines: Sequence[Mapping[str, Any]]) -> Finding:
+    def _measure_speed(self, machines: Sequence[NodeDescription]) -> Finding:
         size = checks.choose_speed_model(machines, self._num_workers)
         scenario = checks.speed_scenario(self._config, self._store.url, size)
         materials.write_model(self._store, f"{SPEED_RUN}-model", size)

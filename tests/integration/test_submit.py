@@ -51,24 +51,27 @@ def test_a_job_that_cannot_start_is_one_line_before_anything_starts(
     code, output = refused(there, base, RAY_AUTH_TOKEN="0" * 64)
     assert (
         code == 1
-        and "its token was not accepted: it is another cluster's" in output
+        and "the token was rejected: it belongs to another cluster" in output
         and "0000" not in output
     )
     code, output = refused(there, base, RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="")
-    assert code == 1 and "it wants a token, and none was found; set RAY_AUTH_TOKEN_PATH" in output
+    assert (
+        code == 1 and "it requires a token, and none was found. Set RAY_AUTH_TOKEN_PATH" in output
+    )
     code, output = refused(there, base, "--address", "http://127.0.0.1:9")
     assert code == 1 and "no job server of Ray answers there (connection refused)" in output
     code, output = refused(there, base, "cluster.workers=5", "cluster.cpus_per_worker=1")
     assert (
         code == 2
-        and "5 workers with 1 CPU each are wanted, and the cluster (2 nodes, 4 CPU) has room for 4"
+        and "5 workers with 1 CPU each are needed, and the cluster (2 nodes, 4 CPU) has room for 4"
         in output
     )
     code, output = refused(there, base, "cluster.gpus_per_worker=1")
     assert code == 2 and "(2 nodes, 4 CPU, 0 GPU) has room for 0" in output
     code, output = refused(there, base, "--package", "run.storage=runs")
     assert (
-        code == 2 and "run.storage=runs: would lie in the job's own copy of the project" in output
+        code == 2
+        and "run.storage=runs: would be stored in the job's own copy of the project" in output
     )
     code, output = refused(there, base, "run.name=Not_For_Kubernetes")
     assert code == 2 and "run.name=Not_For_Kubernetes" in output
@@ -139,7 +142,10 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     watching.wait_for(f"step {20:4}/")
     watching.process.send_signal(signal.SIGINT)
     assert watching.process.wait(60) == 130
-    assert "the log of job long broke off" in watching.noted and "asking again" in watching.noted
+    assert (
+        "the log of job long was interrupted" in watching.noted
+        and "connecting again" in watching.noted
+    )
     assert (
         "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.noted
     )

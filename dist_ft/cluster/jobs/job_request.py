@@ -1,7 +1,9 @@
-"""What a run is as a job of Ray: command, runtime environment, metadata and name. Decides only; asks no cluster.
+"""A run as a Ray job: command, runtime environment, metadata and name. Pure, except that it looks
+at local paths.
 
-Guarantees: what was checked is what runs, because the command holds the whole config; a run's job is named after it, so
-that a second one of the same run is noticed; no credential is in any of it. Says which paths workers can't see.
+Guarantees: the config that was checked is the one that runs, because the command contains all of
+it; a run's job is named after the run, so that a second job of the same run is noticed; nothing of
+it contains a credential. It also finds the paths that workers cannot see.
 """
 
 from __future__ import annotations
@@ -13,31 +15,50 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from dist_ft.cluster.jobs.job_server import JobInfo
 from dist_ft.cluster.jobs.package import is_excluded
 from dist_ft.config.load import load_config, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.logs import SECRET_NAME
 from dist_ft.storage import filesystem
 
-Where = Literal["package", "here", "image"]
-"""The job finds the project in what was sent along; in this folder itself (a cluster of this machine); in its image."""
-RUN, NAME = "dist_ft_run", "dist_ft_name"
+ProjectLocation = Literal["package", "here", "image"]
+"""Where the job finds the project: uploaded with the job; in the folder itself (a cluster on
+this machine); in the image."""
+RUN_KEY, NAME_KEY = "dist_ft_run", "dist_ft_name"
+"""Keys of a job's metadata."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOPPED_CODE = 130
-"""The exit code of a run that was asked to stop, here and there."""
-_HUB = re.compile(r"^[\w.-]+/[\w.-]+$")
+"""Exit code of a stopped run, as a job and locally."""
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Project:
+    """The project that a job uses.
+
+    Attributes:
+        location: where the job finds it.
+        folder: the project's folder on this machine.
+        excludes: patterns of files that are not uploaded.
+    """
+
+    location: ProjectLocation
+    folder: Path
+    excludes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """A job to be.
+    """A job to submit.
 
     Attributes:
         name: submission id.
         command: argv of the entry point.
-        runtime_env, metadata: as Ray takes them.
+        runtime_env: as Ray takes it.
+        metadata: as Ray takes it.
     """
 
     name: str
@@ -50,34 +71,26 @@ class Request:
         """The shell command."""
         return shlex.join(self.command)
 
-    def line(self, url: str, with_token: bool) -> str:
-        """Return the `ray job submit` line that does the same."""
+    def submit_command(self, url: str, with_token: bool) -> str:
+        """Return the equivalent `ray job submit` command."""
         words = [
-            "ray",
-            "job",
-            "submit",
-            "--address",
-            url,
-            "--submission-id",
-            self.name,
-            "--runtime-env-json",
-            json.dumps(self.runtime_env),
-            "--metadata-json",
-            json.dumps(self.metadata),
+            *("ray", "job", "submit", "--address", url),
+            *("--submission-id", self.name),
+            *("--runtime-env-json", json.dumps(self.runtime_env)),
+            *("--metadata-json", json.dumps(self.metadata)),
             "--",
             *self.command,
         ]
-        return ("RAY_AUTH_MODE=token " if with_token else "") + shlex.join(words)
+        prefix = "RAY_AUTH_MODE=token " if with_token else ""
+        return prefix + shlex.join(words)
 
 
-def make(
+def create_request(
     config: RunConfig,
-    where: Where,
-    folder: Path,
+    project: Project,
     *,
     name: str,
     grace_s: int,
-    excludes: Sequence[str],
     variables: Mapping[str, str],
     skip_check: bool = False,
 ) -> Request:
@@ -85,37 +98,30 @@ def make(
 
     Args:
         config: the run.
-        where: the job finds the project.
-        folder: the project's.
+        project: where the job finds the project.
         name: submission id.
-        grace_s: seconds a stop may take before the job's processes are killed.
-        excludes: what is not packed.
+        grace_s: seconds that a stop may take before the job's processes are killed.
         variables: environment variables of the job and its workers.
-        skip_check: whether the job, too, begins without the probes of `check`.
+        skip_check: whether the job, too, starts without the probes of `check`.
     """
-    train = (
-        "python",
-        "-m",
-        "dist_ft.cli",
-        "train",
-        *(["--skip-check"] if skip_check else []),
-        inline(config),
-    )
-    command = (
-        ("sh", "-c", f"cd {shlex.quote(str(folder))} && exec {shlex.join(train)}")
-        if where == "here"
-        else train
-    )
+    options = ["--skip-check"] if skip_check else []
+    command = ("python", "-m", "dist_ft.cli", "train", *options, inline_config(config))
+    if project.location == "here":
+        folder = shlex.quote(str(project.folder))
+        command = ("sh", "-c", f"cd {folder} && exec {shlex.join(command)}")
+
     environment: dict[str, Any] = {
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **variables}
     }
-    if where == "package":
-        environment |= {"working_dir": str(folder), "excludes": list(excludes)}
-    return Request(name, command, environment, {RUN: place(config, folder), NAME: config.run.name})
+    if project.location == "package":
+        environment["working_dir"] = str(project.folder)
+        environment["excludes"] = list(project.excludes)
+    metadata = {RUN_KEY: run_location(config, project.folder), NAME_KEY: config.run.name}
+    return Request(name, command, environment, metadata)
 
 
-def inline(config: RunConfig) -> str:
-    """Return the config as a text that `load_config` takes, for the cluster around the job. Pure."""
+def inline_config(config: RunConfig) -> str:
+    """Return the config as JSON that `load_config` accepts, without the cluster's address."""
     document = config.model_dump(mode="json", exclude_defaults=True)  # short: people read it
     if load_config(document) != config:
         document = to_mapping(config)
@@ -123,128 +129,148 @@ def inline(config: RunConfig) -> str:
     return json.dumps(document, ensure_ascii=False)
 
 
-def place(config: RunConfig, folder: Path) -> str:
-    """Return the URL of the run's folder, a relative one counted from the project's. Pure."""
+def run_location(config: RunConfig, folder: Path) -> str:
+    """Return the URL of the run's folder; a relative one is relative to the project's `folder`."""
     url = config.run_url
     return str(folder / filesystem.local_path(url)) if filesystem.is_local(url) else url
 
 
-def name_for(run: str, jobs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the submission id of the next job of a run: its name, then name-2, name-3, ... Pure."""
-    taken = {job["submission_id"] for job in jobs}
-    return next(
-        name
-        for number in range(1, len(taken) + 2)
-        if (name := run if number == 1 else f"{run}-{number}") not in taken
-    )
+def next_job_name(run: str, jobs: Sequence[JobInfo]) -> str:
+    """Return the submission id of the run's next job: the run's name, then name-2, name-3, ..."""
+    used = {job["submission_id"] for job in jobs}
+    number, name = 1, run
+    while name in used:
+        number += 1
+        name = f"{run}-{number}"
+    return name
 
 
-def living(run: str, jobs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the job of the run at `run` (`place`) that has not ended, if there is one. Pure."""
-    return next(
-        (
-            job
-            for job in jobs
-            if (job.get("metadata") or {}).get(RUN) == run and job["status"] not in ENDED
-        ),
-        None,
-    )
+def find_running_job(run: str, jobs: Sequence[JobInfo]) -> JobInfo | None:
+    """Return the job of the run at `run` (`run_location`) that has not ended, or None."""
+    for job in jobs:
+        metadata = job.get("metadata") or {}
+        if metadata.get(RUN_KEY) == run and job["status"] not in ENDED:
+            return job
+    return None
 
 
-def exit_code(job: Mapping[str, Any]) -> int:
-    """Return the exit code that says how a job ended. Pure."""
+def exit_code(job: JobInfo) -> int:
+    """Return the exit code of a job that has ended."""
     if job["status"] == "STOPPED":
         return STOPPED_CODE
-    code = job.get("driver_exit_code")
     if job["status"] == "SUCCEEDED":
         return 0
-    return 1 if not code else code if code > 0 else 128 - code
+    code = job.get("driver_exit_code")
+    if not code:
+        return 1
+    return code if code > 0 else 128 - code
 
 
-def variable_problems(given: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each `--env` that is none, or is a credential: a cluster shows them to all its users. Pure."""
-    for text in given:
+def find_variable_problems(assignments: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each `--env` that is malformed, or a credential: a cluster shows them to
+    all its users."""
+    for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
-            yield f"--env: {name}: not of the form NAME=VALUE; write for instance --env NCCL_DEBUG=INFO"
+            yield (
+                f"--env: {name}: not of the form NAME=VALUE. "
+                "Write for example --env NCCL_DEBUG=INFO."
+            )
         elif SECRET_NAME.search(name) or ("://" in value and "@" in value):
             yield (
-                f"--env {name}: looks like a credential, and Ray shows a job's environment to all who use the "
-                "cluster; others are allowed; give it to the nodes (a service account, a Kubernetes secret)"
+                f"--env {name}: looks like a credential, and Ray shows a job's environment to all "
+                "users of the cluster. Give it to the nodes instead (a service account, a "
+                "Kubernetes secret)."
             )
 
 
-def path_problems(
-    config: RunConfig,
-    where: Where,
-    folder: Path,
-    shared: Sequence[str],
-    local: bool,
-    excludes: Sequence[str],
+def find_path_problems(
+    config: RunConfig, project: Project, shared: Sequence[str], is_local_cluster: bool
 ) -> Iterator[str]:
-    """Yield a line for each path of the run that its workers can't see.
+    """Yield a line for each path of the run that its workers cannot see.
 
     Args:
         config: the run.
-        where: the job finds the project.
-        folder: the project's; relative paths begin here.
+        project: where the job finds the project; relative paths start at its folder.
         shared: folders that all nodes see under the same path.
-        local: whether all nodes are this machine.
-        excludes: what is not packed.
+        is_local_cluster: whether all nodes are this machine.
     """
-    if where == "here":
+    if project.location == "here":
         return
-    for field, value, is_output in _paths(config):
-        if not filesystem.is_local(value):
-            continue
-        path = Path(filesystem.local_path(value)).expanduser()
-        if path.is_absolute():
-            if not local and not any(path.is_relative_to(seen) for seen in shared):
-                yield (
-                    f"{field}={value}: a path of this machine, which the cluster's workers do not see; a bucket "
-                    "(s3://...) or a folder all nodes share is needed; copy it there, or name the shared folder: "
-                    f"--shared {path.anchor}{'/'.join(path.parts[1:2])}"
+    for path in _config_paths(config):
+        if filesystem.is_local(path.value):
+            local_path = Path(filesystem.local_path(path.value)).expanduser()
+            if not local_path.is_absolute():
+                problem = _relative_path_problem(path, project)
+            elif is_local_cluster or any(local_path.is_relative_to(folder) for folder in shared):
+                problem = None
+            else:
+                problem = (
+                    "a path of this machine, which the cluster's workers do not see. Copy it to a "
+                    "bucket (s3://...) or a folder that all nodes share, or name the shared "
+                    f"folder: --shared {local_path.anchor}{'/'.join(local_path.parts[1:2])}"
                 )
-        elif is_output:
-            yield (
-                f"{field}={value}: would lie in the job's own copy of the project, which goes with the job; a "
-                "bucket (s3://...) or the absolute path of a folder all nodes share is needed"
-            )
-        elif where == "image" or is_excluded(value, excludes):
-            yield (
-                f"{field}={value}: a relative path, which is not sent along; a bucket or an absolute path that all "
-                "nodes see is needed"
-                + ("; or send the project: --package" if where == "image" else "")
-            )
-        elif not is_output and not _is_in(folder, value):
-            yield f"{field}={value}: not in the project's folder {folder}, which is sent along; check it"
+            if problem:
+                yield f"{path.field}={path.value}: {problem}"
 
 
-def _is_in(folder: Path, value: str) -> bool:
+class _ConfigPath(NamedTuple):
+    """A config value that may be a path; `is_output`: the run writes there."""
+
+    field: str
+    value: str
+    is_output: bool = False
+
+
+def _relative_path_problem(path: _ConfigPath, project: Project) -> str | None:
+    if path.is_output:
+        return (
+            "would be stored in the job's own copy of the project, which is deleted with the job. "
+            "Use a bucket (s3://...) or the absolute path of a folder that all nodes share."
+        )
+    if project.location == "image" or is_excluded(path.value, project.excludes):
+        remedy = " Or upload the project: --package" if project.location == "image" else ""
+        return (
+            "a relative path, which is not uploaded. Use a bucket or an absolute path that all "
+            f"nodes see.{remedy}"
+        )
+    if not _exists_in(project.folder, path.value):
+        return f"not in the project's folder {project.folder}, which is uploaded. Correct the path."
+    return None
+
+
+def _exists_in(folder: Path, value: str) -> bool:
     pattern = os.path.normpath(value)
     return not pattern.startswith("..") and any(True for _ in folder.glob(pattern))
 
 
-def _paths(config: RunConfig) -> Iterator[tuple[str, str, bool]]:
-    """Yield (field, value, whether the run writes there) of all that may be a path."""
-    yield "run.storage", config.run.storage, True
-    for field, value in (
+def _config_paths(config: RunConfig) -> Iterator[_ConfigPath]:
+    """Yield all values of the config that may be paths."""
+    yield _ConfigPath("run.storage", config.run.storage, is_output=True)
+
+    for field, name in (
         ("model.path", config.model.path),
         ("model.tokenizer", config.model.tokenizer),
     ):
-        if value is not None and not (_HUB.match(value) and not os.path.exists(value)):
-            yield field, value, False
+        if name is not None and not _is_hub_name(name):
+            yield _ConfigPath(field, name)
+
     for field, sources in (
         ("data.train", config.data.train),
         ("evaluation.data", config.evaluation.data),
         ("tuning.anchor.data", config.tuning.anchor.data),
     ):
         for source in sources or ():
-            if not _HUB.match(source.path) or os.path.exists(source.path):
-                yield field, source.path, False
+            if not _is_hub_name(source.path):
+                yield _ConfigPath(field, source.path)
+
     for field, value in (
         ("model.chat_template", config.model.chat_template),
         ("data.augment.synonyms", config.data.augment.synonyms),
     ):
         if value is not None:
-            yield field, value, False
+            yield _ConfigPath(field, value)
+
+
+def _is_hub_name(value: str) -> bool:
+    return bool(_HUB_NAME.match(value)) and not os.path.exists(value)

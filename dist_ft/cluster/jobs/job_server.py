@@ -1,7 +1,8 @@
-"""The job server of a Ray cluster (its dashboard) as asked over HTTP: who answers, its versions and nodes.
+"""The job server of a Ray cluster (its dashboard) over HTTP: its jobs, versions and nodes.
 
-Guarantees: every question has a time limit; what goes wrong is one line that names the address and the remedy; the
-token is read where Ray reads it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token), never shown. Imports no Ray.
+Guarantees: every request has a time limit; an error is one line that names the address and the
+remedy; the token is read where Ray reads it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
+~/.ray/auth_token) and never shown. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -14,79 +15,129 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 from urllib.parse import quote, urlsplit
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.core.logs import redact
-from dist_ft.runtime.ray_backend.placement import resources
+from dist_ft.runtime.ray_backend.placement import worker_resources
 
-DEFAULT = "http://127.0.0.1:8265"
-ANSWER_S = 30.0
+DEFAULT_URL = "http://127.0.0.1:8265"
+REQUEST_TIMEOUT_S = 30.0
 OLDEST_RAY = (2, 60)
-"""As pyproject.toml wants it."""
-HERE = ".".join(map(str, sys.version_info[:2]))
+"""As in pyproject.toml."""
+OWN_PYTHON = ".".join(map(str, sys.version_info[:2]))
 TOKEN_HELP = (
-    "set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for launch/cluster.sh: "
-    'eval "$(./launch/cluster.sh env)")'
+    "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for "
+    'launch/cluster.sh: eval "$(./launch/cluster.sh env)").'
 )
 
 
 class UnreachableError(WorkerError):
-    """Nobody answers at the address, perhaps for a moment."""
+    """No server answers at the address, perhaps for a moment."""
 
 
 class UnknownJobError(WorkerError):
     """The cluster has no job of this name."""
 
 
+class JobInfo(TypedDict, total=False):
+    """A job as the server describes it.
+
+    Attributes:
+        submission_id: the job's name.
+        status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+        driver_exit_code: exit code of its command (negative: signal); None while it runs.
+        message: why it did not start.
+        entrypoint: its shell command.
+        metadata: as submitted.
+        runtime_env: as submitted.
+        start_time: milliseconds since the epoch.
+    """
+
+    submission_id: str
+    status: str
+    driver_exit_code: int | None
+    message: str | None
+    entrypoint: str
+    metadata: dict[str, str] | None
+    runtime_env: dict[str, Any] | None
+    start_time: int | None
+
+
+class Versions(NamedTuple):
+    """Versions on a cluster; `python` is None if it is not known."""
+
+    ray: str
+    python: str | None
+
+
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive: its address, what it has (Ray's names: CPU, GPU, ...) and what of that is free."""
+    """A node that is alive: its address, its resources (Ray's names: CPU, GPU, ...), and how
+    much of them is free."""
 
     ip: str
     total: Mapping[str, float]
     free: Mapping[str, float]
 
 
-def resolve(address: str | None) -> str:
-    """Return the URL of the job server: `address`, or what the environment names, or the default of a local one."""
-    named = os.environ.get("RAY_ADDRESS", "")
-    url = (
-        address
-        or os.environ.get("RAY_API_SERVER_ADDRESS")
-        or (named if named.startswith("http") else DEFAULT)
-    ).rstrip("/")
+class CapacityCheck(NamedTuple):
+    """Whether a run's workers fit on a cluster.
+
+    Attributes:
+        problem: why they never do; None: they do.
+        wait_notice: why the run will wait for resources first; None: it will not.
+    """
+
+    problem: str | None = None
+    wait_notice: str | None = None
+
+
+def resolve_url(address: str | None) -> str:
+    """Return the URL of the job server: `address`, else as the environment says, else of this
+    machine.
+
+    Raises:
+        ConfigError: it is not the URL of a job server.
+    """
+    ray_address = os.environ.get("RAY_ADDRESS", "")
+    default = ray_address if ray_address.startswith("http") else DEFAULT_URL
+    url = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or default).rstrip("/")
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
     raise ConfigError(
         [
-            f"--address={redact(url)}: not the URL of a job server; http://HOST:8265 (or https://...) of "
-            "the cluster's head is wanted; Ray's own port (6379) and ray:// are not asked"
+            f"--address={redact(url)}: not the URL of a job server. Use http://HOST:8265 (or "
+            "https://...) of the cluster's head, not Ray's own port (6379) and not ray://."
         ],
         "submit",
     )
 
 
-def token() -> str | None:
-    """Return the token Ray would send, or None."""
-    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+def find_token() -> str | None:
+    """Return the token that Ray would send, or None.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if token or os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
+        return token or None
+
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if given or os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
-        return given or None
     try:
-        return (Path(path) if path else Path.home() / ".ray/auth_token").read_text(
-            "utf-8"
-        ).strip() or None
+        file = Path(path) if path else Path.home() / ".ray/auth_token"
+        return file.read_text("utf-8").strip() or None
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         if path:
             raise ConfigError(
                 [
-                    f"RAY_AUTH_TOKEN_PATH={path}: can not be read ({error}); a file with the cluster's "
-                    "token is wanted; correct it"
+                    f"RAY_AUTH_TOKEN_PATH={path}: cannot be read ({error}). It must name a file "
+                    "with the cluster's token."
                 ],
                 "submit",
             ) from error
@@ -94,159 +145,196 @@ def token() -> str | None:
 
 
 class Server:
-    """One job server."""
+    """A job server.
+
+    Attributes:
+        url: its URL.
+        display_url: the URL without credentials.
+        headers: HTTP headers with the token.
+    """
 
     def __init__(self, url: str) -> None:
-        """Take the URL that `resolve` gave; nothing is asked yet."""
+        """Use the URL from `resolve_url`; nothing is requested yet."""
         self.url = url
-        self.shown = redact(url)
-        found = token()
-        self.headers = {"Authorization": f"Bearer {found}"} if found else {}
+        self.display_url = redact(url)
+        token = find_token()
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def ask(self, path: str, method: str = "GET") -> Any:
-        """Return the JSON answer; raises UnreachableError, UnknownJobError, WorkerError."""
+    def request(self, path: str, method: str = "GET") -> Any:
+        """Return the JSON answer.
+
+        Raises:
+            UnreachableError: no server answers.
+            UnknownJobError: there is no such job.
+            WorkerError: the token is refused, or this is no job server.
+        """
         import requests
 
         try:
             answer = requests.request(
-                method, self.url + path, headers=self.headers, timeout=ANSWER_S
+                method, self.url + path, headers=self.headers, timeout=REQUEST_TIMEOUT_S
             )
         except (requests.RequestException, ValueError) as error:
             raise UnreachableError(
-                f"--address={self.shown}: no job server of Ray answers there ({_why(error)}); check "
-                "that the cluster runs, its port (8265) and a port-forward if there is one, or "
-                "start one here: ./launch/cluster.sh start"
+                f"--address={self.display_url}: no job server of Ray answers there "
+                f"({_connection_problem(error)}). Check that the cluster runs, its port (8265) and "
+                "a port-forward if you use one, or start a cluster here: ./launch/cluster.sh start"
             ) from error
-        if answer.status_code in (401, 403):
-            said = (
-                "its token was not accepted: it is another cluster's, or an old one"
-                if self.headers
-                else ("it wants a token, and none was found")
-            )
-            raise WorkerError(f"--address={self.shown}: {said}; {TOKEN_HELP}")
-        if answer.status_code in (502, 503, 504):
-            raise UnreachableError(
-                f"--address={self.shown}: what stands before the job server says "
-                f"{answer.status_code}; wait until the cluster is up"
-            )
+
+        self._require_access(answer.status_code)
         if answer.status_code == 404 and path.startswith("/api/jobs/"):
+            name = path.split("/")[3]
             raise UnknownJobError(
-                f"{path.split('/')[3]}: no such job at {self.shown}; see dist-ft jobs list"
+                f"{name}: no such job at {self.display_url}. See dist-ft jobs list."
             )
         try:
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:
             raise WorkerError(
-                f"--address={self.shown}: answers {answer.status_code} to {path}, not what a job server "
-                "of Ray does; check the address and that a Ray of 2.60 or newer runs there"
+                f"--address={self.display_url}: answers {answer.status_code} to {path}, as no job "
+                "server of Ray does. Check the address, and that Ray 2.60 or newer runs there."
             ) from error
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Return all submitted jobs the cluster knows."""
-        return [job for job in self.ask("/api/jobs/") if job.get("submission_id")]
+    def _require_access(self, status_code: int) -> None:
+        if status_code in (401, 403):
+            problem = "it requires a token, and none was found"
+            if self.headers:
+                problem = "the token was rejected: it belongs to another cluster or is outdated"
+            raise WorkerError(f"--address={self.display_url}: {problem}. {TOKEN_HELP}")
+        if status_code in (502, 503, 504):
+            raise UnreachableError(
+                f"--address={self.display_url}: the proxy in front of the job server answers "
+                f"{status_code}. Wait until the cluster is up."
+            )
 
-    def job(self, name: str) -> dict[str, Any]:
-        """Return what is known of one job."""
-        return self.ask(f"/api/jobs/{quote(name, safe='')}")
+    def jobs(self) -> list[JobInfo]:
+        """Return all submitted jobs that the cluster knows."""
+        return [job for job in self.request("/api/jobs/") if job.get("submission_id")]
+
+    def job(self, name: str) -> JobInfo:
+        """Return one job; raises UnknownJobError."""
+        job: JobInfo = self.request(f"/api/jobs/{quote(name, safe='')}")
+        return job
 
     def log(self, name: str) -> str:
-        """Return a job's whole log so far."""
-        return self.ask(f"/api/jobs/{quote(name, safe='')}/logs").get("logs") or ""
+        """Return a job's complete log so far."""
+        return self.request(f"/api/jobs/{quote(name, safe='')}/logs").get("logs") or ""
 
     def stop(self, name: str) -> None:
-        """Have the job's processes be asked to end."""
-        self.ask(f"/api/jobs/{quote(name, safe='')}/stop", "POST")
+        """Send a stop signal to the job's processes."""
+        self.request(f"/api/jobs/{quote(name, safe='')}/stop", "POST")
 
-    def versions(self) -> tuple[str, str | None]:
-        """Return the versions of Ray and of Python there (None: it does not say)."""
-        ray = str(self.ask("/api/version").get("ray_version", "0"))
-        if _pair(ray) < OLDEST_RAY:
-            return ray, None  # an old one has no more to say
-        return ray, self.ask("/api/v0/cluster_metadata")["data"].get("pythonVersion")
+    def versions(self) -> Versions:
+        """Return the versions of Ray and Python there."""
+        ray = str(self.request("/api/version").get("ray_version", "0"))
+        if _major_minor(ray) < OLDEST_RAY:
+            return Versions(ray, None)  # an old Ray does not report more
+        metadata = self.request("/api/v0/cluster_metadata")["data"]
+        return Versions(ray, metadata.get("pythonVersion"))
 
     def nodes(self) -> list[Node]:
         """Return the nodes that are alive."""
-        found = self.ask("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-        used: Any = {}
-        with contextlib.suppress(
-            WorkerError, KeyError, TypeError, AttributeError
-        ):  # only to tell that one will wait
-            used = (
-                self.ask("/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"][
-                    "usageByNode"
-                ]
-                or {}
-            )
-        return [
-            Node(
-                node["node_ip"],
-                total := node["resources_total"],
-                free_of(total, used.get(node["node_id"], {})),
-            )
-            for node in found
-            if node["state"] == "ALIVE"
-        ]
+        states = self.request("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        usage = self._usage_by_node()
+        nodes = []
+        for state in states:
+            if state["state"] == "ALIVE":
+                total = state["resources_total"]
+                free = free_resources(total, usage.get(state["node_id"], {}))
+                nodes.append(Node(state["node_ip"], total, free))
+        return nodes
+
+    def _usage_by_node(self) -> Any:
+        """Return {node id: {resource: [used, total]}}; {} if it is not known: it only serves a
+        notice."""
+        with contextlib.suppress(WorkerError, KeyError, TypeError, AttributeError):
+            status = self.request("/api/cluster_status")["data"]["clusterStatus"]
+            return status["loadMetricsReport"]["usageByNode"] or {}
+        return {}
 
 
-def free_of(total: Mapping[str, float], used: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Return what of `total` is free, `used` being [used, total] of some of it. Pure."""
-    return {name: count - (used[name][0] if name in used else 0.0) for name, count in total.items()}
+def free_resources(
+    total: Mapping[str, float], usage: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Return how much of `total` is free; `usage` is [used, total] of some of the resources."""
+    return {
+        name: count - (usage[name][0] if name in usage else 0.0) for name, count in total.items()
+    }
 
 
-def version_problem(theirs: tuple[str, str | None], ray: str, python: str = HERE) -> str | None:
-    """Return what is wrong with a cluster's (Ray, Python) for a client with `ray` and `python`. Pure."""
-    there, python_there = theirs
-    if _pair(there) < OLDEST_RAY:
+def find_version_problem(
+    cluster: Versions | tuple[str, str | None], ray: str, python: str = OWN_PYTHON
+) -> str | None:
+    """Return what is wrong with a cluster's versions for a client with these, or None."""
+    cluster_ray, cluster_python = cluster
+    if _major_minor(cluster_ray) < OLDEST_RAY:
         return (
-            f"Ray {there} runs there, which is too old; {OLDEST_RAY[0]}.{OLDEST_RAY[1]} or newer is needed, best "
-            f"{ray} as here; renew the cluster's image"
+            f"Ray {cluster_ray} runs there, which is too old. Ray {OLDEST_RAY[0]}.{OLDEST_RAY[1]} "
+            f"or newer is needed, best {ray} as here. Update the cluster's image."
         )
-    remedy = "use the same here and there, or say --any-version"
-    if _pair(there) != _pair(ray):
-        return f"Ray {there} runs there, and Ray {ray} here; {remedy}"
-    if python_there and _pair(python_there) != _pair(python):
-        return f"Python {python_there} runs there, and Python {python} here; {remedy}"
+    remedy = "Use the same version in both places, or pass --any-version."
+    if _major_minor(cluster_ray) != _major_minor(ray):
+        return f"Ray {cluster_ray} runs there, and Ray {ray} here. {remedy}"
+    if cluster_python and _major_minor(cluster_python) != _major_minor(python):
+        return f"Python {cluster_python} runs there, and Python {python} here. {remedy}"
     return None
 
 
-def room_problem(nodes: Sequence[Node], config: RunConfig) -> tuple[str | None, str | None]:
-    """Return why the workers never find room on `nodes`, and why they do not now; None where they do. Pure."""
-    each, need = resources(config), config.min_workers
-    share = ", ".join(f"{count:g} {name}" for name, count in each.items())
-    wanted = f"{need} worker{'s' * (need > 1)} with {share} each"
-    has = ", ".join(f"{sum(node.total.get(name, 0) for node in nodes):g} {name}" for name in each)
-    if (fit := places([node.total for node in nodes], each)) < need:
-        return (
-            f"cluster.workers={need}: {wanted} are wanted, and the cluster ({len(nodes)} nodes, {has}) has room "
-            f"for {fit}; lower cluster.workers, add nodes, or set cluster.wait_for_nodes=true if an autoscaler "
-            "will"
-        ), None
-    if (now := places([node.free for node in nodes], each)) < need:
-        return None, (
-            f"{wanted} are wanted, and there is room for {now} now: others use the cluster; the run waits "
-            f"for them up to cluster.start_timeout_s={config.cluster.start_timeout_s:g} s"
+def check_capacity(nodes: Sequence[Node], config: RunConfig) -> CapacityCheck:
+    """Return whether the run's workers fit on `nodes`, and whether they do now."""
+    per_worker, num_workers = worker_resources(config), config.min_workers
+    share = ", ".join(f"{count:g} {name}" for name, count in per_worker.items())
+    plural = "s" if num_workers > 1 else ""
+    needed = f"{num_workers} worker{plural} with {share} each"
+
+    num_fit = count_workers_that_fit([node.total for node in nodes], per_worker)
+    if num_fit < num_workers:
+        totals = ", ".join(
+            f"{sum(node.total.get(name, 0) for node in nodes):g} {name}" for name in per_worker
         )
-    return None, None
+        return CapacityCheck(
+            problem=(
+                f"cluster.workers={num_workers}: {needed} are needed, and the cluster "
+                f"({len(nodes)} nodes, {totals}) has room for {num_fit}. Lower cluster.workers, "
+                "add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them."
+            )
+        )
+
+    num_fit_now = count_workers_that_fit([node.free for node in nodes], per_worker)
+    if num_fit_now < num_workers:
+        timeout = f"cluster.start_timeout_s={config.cluster.start_timeout_s:g}"
+        return CapacityCheck(
+            wait_notice=(
+                f"{needed} are needed, and there is room for {num_fit_now} now, because others use "
+                f"the cluster; the run waits for them up to {timeout} s"
+            )
+        )
+    return CapacityCheck()
 
 
-def places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """Return how many workers that need `each` fit on nodes that have so much. Pure."""
+def count_workers_that_fit(
+    nodes: Sequence[Mapping[str, float]], per_worker: Mapping[str, float]
+) -> int:
+    """Return how many workers that reserve `per_worker` fit on nodes with these resources."""
     return sum(
-        min(math.floor(node.get(name, 0) / count + 1e-9) for name, count in each.items() if count)
+        min(
+            math.floor(node.get(name, 0) / count + 1e-9)
+            for name, count in per_worker.items()
+            if count
+        )
         for node in nodes
     )
 
 
-def are_here(nodes: Sequence[Node]) -> bool:
-    """Tell whether all nodes are this machine (a forwarded port of a cluster elsewhere is not)."""
-    return bool(nodes) and all(_is_own(node.ip) for node in nodes)
+def are_all_local(nodes: Sequence[Node]) -> bool:
+    """Return whether all nodes are this machine (those behind a forwarded port are not)."""
+    return bool(nodes) and all(_is_own_address(node.ip) for node in nodes)
 
 
-def _is_own(ip: str) -> bool:
-    with socket.socket(
-        socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM
-    ) as probe:
+def _is_own_address(ip: str) -> bool:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((ip, 0))
         except OSError:
@@ -254,21 +342,20 @@ def _is_own(ip: str) -> bool:
     return True
 
 
-def _pair(version: str) -> tuple[int, int]:
-    numbers = [
-        int("".join(filter(str.isdigit, part)) or 0) for part in f"{version}.0".split(".")[:2]
-    ]
+def _major_minor(version: str) -> tuple[int, int]:
+    numbers = []
+    for part in f"{version}.0".split(".")[:2]:
+        digits = "".join(filter(str.isdigit, part))
+        numbers.append(int(digits or 0))
     return numbers[0], numbers[1]
 
 
-def _why(error: Exception) -> str:
+def _connection_problem(error: Exception) -> str:
     text = str(error)
-    return (
-        "connection refused"
-        if "refused" in text
-        else "no answer in time"
-        if "timed out" in text.lower()
-        else "no such host"
-        if "resolve" in text or "Name or service" in text
-        else type(error).__name__
-    )
+    if "refused" in text:
+        return "connection refused"
+    if "timed out" in text.lower():
+        return "no answer in time"
+    if "resolve" in text or "Name or service" in text:
+        return "no such host"
+    return type(error).__name__

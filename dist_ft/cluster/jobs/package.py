@@ -1,8 +1,9 @@
-"""What of a project's folder goes along with a job, and whether a credential would.
+"""Selects the files of a project that are uploaded with a job, and refuses credentials among them.
 
-Ray packs the folder (`working_dir`), leaving out what .gitignore names and `EXCLUDES`. Guarantees: environment files,
-keys, repositories, runs and caches are never packed; a file that holds a credential of this environment, or a private
-key, is refused by name before anything is sent, as is a folder that Ray would not take for its size.
+Ray packs the folder (`working_dir`) without files that .gitignore or `EXCLUDES` match. Guarantees:
+environment files, keys, repositories, runs and caches are never uploaded; a file with a credential
+of this environment or a private key is refused by name before anything is uploaded, and so is a
+folder that is too large for Ray.
 """
 
 from __future__ import annotations
@@ -52,15 +53,16 @@ EXCLUDES = (
     "*.egg-info",
     "core.[0-9]*",
 )
-"""Patterns as in .gitignore; those with a slash in front count from the project's folder."""
-MOST_BYTES = 400 * 2**20
-"""Ray takes 500 MiB."""
+"""Patterns as in .gitignore; those that start with a slash are relative to the project's folder."""
+MAX_BYTES = 400 * 2**20
+"""Ray accepts 500 MiB."""
 SCANNED_BYTES = 4 * 2**20
+"""How much of each file is searched for credentials."""
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 
 def files(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
-    """Yield the paths, relative to `folder`, of what is packed."""
+    """Yield the paths of the uploaded files, relative to `folder`."""
     try:
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -72,15 +74,16 @@ def files(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
         names = [os.fsdecode(name) for name in listed.split(b"\0") if name]
     except (OSError, subprocess.SubprocessError):  # no git, no repository
         names = list(_walk(folder, "", excludes))
-    yield from (
-        name for name in names if not is_excluded(name, excludes) and (folder / name).is_file()
-    )
+
+    for name in names:
+        if not is_excluded(name, excludes) and (folder / name).is_file():
+            yield name
 
 
-def _walk(folder: Path, below: str, excludes: Sequence[str]) -> Iterator[str]:
-    """Yield files, never entering excluded folders, which may be large."""
-    for entry in sorted(os.scandir(folder / below), key=lambda entry: entry.name):
-        path = os.path.join(below, entry.name)
+def _walk(folder: Path, subfolder: str, excludes: Sequence[str]) -> Iterator[str]:
+    """Yield all files below a folder, without excluded folders, which may be large."""
+    for entry in sorted(os.scandir(folder / subfolder), key=lambda entry: entry.name):
+        path = os.path.join(subfolder, entry.name)
         if entry.is_dir(follow_symlinks=False):
             if not is_excluded(path, excludes):
                 yield from _walk(folder, path, excludes)
@@ -89,38 +92,57 @@ def _walk(folder: Path, below: str, excludes: Sequence[str]) -> Iterator[str]:
 
 
 def is_excluded(path: str, excludes: Sequence[str] = EXCLUDES) -> bool:
-    """Tell whether a relative path, or a folder above it, is left out. Pure."""
+    """Return whether a relative path, or a folder above it, is excluded."""
     parts = Path(path).parts
-    return any(
-        fnmatch.fnmatch("/".join(parts[: depth + 1]), pattern.strip("/"))
-        if "/" in pattern.rstrip("/")
-        else fnmatch.fnmatch(parts[depth], pattern.rstrip("/"))
-        for pattern in excludes
-        for depth in range(len(parts))
-    )
+    for pattern in excludes:
+        is_anchored = "/" in pattern.rstrip("/")
+        for depth, name in enumerate(parts):
+            if is_anchored:
+                matches = fnmatch.fnmatch("/".join(parts[: depth + 1]), pattern.strip("/"))
+            else:
+                matches = fnmatch.fnmatch(name, pattern.rstrip("/"))
+            if matches:
+                return True
+    return False
 
 
-def problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
-    """Yield a line for each reason not to send `folder`."""
-    secrets = {
-        value.encode(): name
-        for name, value in os.environ.items()
-        if len(value) >= 8 and SECRET_NAME.search(name) and not name.endswith(("_PATH", "_FILE"))
-    }
-    remedy = "leave it out (--exclude, .gitignore) or take it out; nothing was sent"
+def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
+    """Yield a line for each reason not to upload `folder`."""
+    secrets = _secrets_of_environment()
+    remedy = "Exclude it (--exclude, .gitignore) or remove it. Nothing was uploaded."
     sizes: dict[str, int] = {}
     for name in files(folder, excludes):
         sizes[name] = (folder / name).stat().st_size
         with open(folder / name, "rb") as file:
             content = file.read(SCANNED_BYTES)
-        found = next((variable for value, variable in secrets.items() if value in content), None)
-        if found is not None:
-            yield f"--project: {name} holds the value of {found}, and the project is sent to the cluster; {remedy}"
+
+        variables = [variable for value, variable in secrets.items() if value in content]
+        secret = None
+        if variables:
+            secret = f"the value of {variables[0]}"
         elif _PRIVATE_KEY.search(content) and not name.endswith(".py"):
-            yield f"--project: {name} holds a private key, and the project is sent to the cluster; {remedy}"
-    if (total := sum(sizes.values())) > MOST_BYTES:
+            secret = "a private key"
+        if secret:
+            yield (
+                f"--project: {name} contains {secret}, and the project is uploaded to the cluster. "
+                f"{remedy}"
+            )
+
+    total = sum(sizes.values())
+    if total > MAX_BYTES:
         largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
         yield (
-            f"--project={folder}: {total / 2**20:.0f} MiB would be sent, {MOST_BYTES / 2**20:.0f} at most are "
-            f"allowed; leave out what is large (--exclude; largest: {largest}), or --no-package and use the image's"
+            f"--project={folder}: {total / 2**20:.0f} MiB would be uploaded, at most "
+            f"{MAX_BYTES / 2**20:.0f} are allowed. Exclude large files (--exclude; largest: "
+            f"{largest}), or use the project in the image (--no-package)."
         )
+
+
+def _secrets_of_environment() -> dict[bytes, str]:
+    """Return {value: name} of the environment variables that look like credentials."""
+    secrets = {}
+    for name, value in os.environ.items():
+        is_path = name.endswith(("_PATH", "_FILE"))
+        if len(value) >= 8 and SECRET_NAME.search(name) and not is_path:
+            secrets[value.encode()] = name
+    return secrets

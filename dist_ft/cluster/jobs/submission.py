@@ -1,8 +1,10 @@
-"""Runs as jobs of a Ray cluster: submit, attach, watch, stop. The door to Ray's job submission.
+"""Runs as jobs of a Ray cluster: submit, attach, follow, stop. The only module that uses Ray's job
+submission.
 
-Guarantees: nothing starts before config, project, cluster and paths were looked at, and all that is wrong is said at
-once; a run that has a living job is attached to, not started twice; a log that breaks off goes on where it was, without
-losing or doubling a line; a job is only called lost after `LOST_S` without an answer.
+Guarantees: nothing starts before config, project, cluster and paths were checked, and all problems
+are reported at once; a run that already has a running job is attached to, not started twice; after
+an interruption a log continues where it stopped, without losing or repeating a line; a job counts
+as lost only after `LOST_S` without an answer.
 """
 
 from __future__ import annotations
@@ -12,31 +14,35 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_ft.cluster.jobs import job_request, package
-from dist_ft.cluster.jobs.job_request import ENDED, Request, Where
+from dist_ft.cluster.jobs.job_request import ENDED, Project, ProjectLocation, Request
 from dist_ft.cluster.jobs.job_server import (
+    JobInfo,
     Server,
     UnknownJobError,
     UnreachableError,
-    are_here,
-    resolve,
-    room_problem,
-    version_problem,
+    are_all_local,
+    check_capacity,
+    find_version_problem,
+    resolve_url,
 )
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.core.logs import redact
 
 SILENT_S = 60.0
-"""A stream that says nothing for so long is opened anew: it may be cut without either end knowing."""
-PAUSE_S = 1.0
+"""A log stream that is silent for this long is opened again: it may be cut without either end
+noticing."""
+POLL_S = 1.0
 LOST_S = 300.0
-Say = Callable[[str], None]
+DEFAULT_GRACE_S = "3"
+"""Ray's own, for jobs that were submitted without one."""
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,13 @@ class Options:
 
     Attributes:
         address: the job server's URL; None: as the environment says.
-        project: folder that is sent along.
-        packaged: whether it is; None: unless the cluster is this machine.
-        excludes: further patterns of what is not sent.
+        project: the project's folder.
+        packaged: whether it is uploaded; None: unless the cluster is this machine.
+        excludes: further patterns of files that are not uploaded.
         shared: folders that all nodes see.
         variables: NAME=VALUE of the job's environment.
-        grace_s: seconds a stop may take.
-        skip_check: leave out the probes of model and data.
+        grace_s: seconds that a stop may take.
+        skip_check: skip the probes of model and data.
         any_version: do not compare versions.
     """
 
@@ -66,83 +72,109 @@ class Options:
     any_version: bool = False
 
 
+class PreparedJob(NamedTuple):
+    """A checked job: its server, its request, and the run's job that already runs there, if any."""
+
+    server: Server
+    request: Request
+    running_job: JobInfo | None
+
+
 def server_at(address: str | None) -> Server:
-    """Return the job server at `address` or where the environment says."""
-    return Server(resolve(address))
+    """Return the job server at `address`, or where the environment says."""
+    return Server(resolve_url(address))
 
 
-def prepare(
-    config: RunConfig, options: Options, say: Say
-) -> tuple[Server, Request, Mapping[str, Any] | None]:
-    """Look at everything; return the server, the job to be and the run's living job, if there is one.
+def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> PreparedJob:
+    """Check config, project, cluster and paths; return the job that can be submitted.
 
-    Raises ConfigError with all that would keep the run from starting, WorkerError if the cluster can't be asked.
+    Args:
+        config: the run.
+        options: how to submit it.
+        print_line: called with notices for the user.
+
+    Raises:
+        ConfigError: with everything that would keep the run from starting.
+        WorkerError: the cluster does not answer, or its versions do not fit.
     """
-    server, folder = server_at(options.address), Path(options.project).expanduser().resolve()
-    problems = [] if options.skip_check else _checked(config)
+    server = server_at(options.address)
+    folder = Path(options.project).expanduser().resolve()
+    problems = [] if options.skip_check else _check_config(config)
     if config.max_workers == 0:
         problems.append(
-            "cluster.workers=0: trains in one process, and a job asks a cluster for workers; 1 or more are "
-            "allowed; set it"
+            "cluster.workers=0: trains in one process, but a job needs workers. Set it to 1 or "
+            "more."
         )
-    problems += job_request.variable_problems(options.variables)
+    problems += job_request.find_variable_problems(options.variables)
     if not folder.is_dir():
-        problems.append(f"--project={options.project}: no such folder; check it")
+        problems.append(f"--project={options.project}: no such folder. Correct the path.")
         folder = Path.cwd()
-    import ray
 
-    theirs = server.versions()
-    wrong = version_problem(theirs, ray.__version__)
-    if wrong and (theirs[1] is None or not options.any_version):
-        raise WorkerError(f"--address={server.shown}: {wrong}")
+    _require_versions(server, options.any_version)
     nodes = server.nodes()
-    local = are_here(nodes)
-    where: Where = (
-        "package"
-        if options.packaged or (options.packaged is None and not local)
-        else ("here" if local else "image")
+    is_local_cluster = are_all_local(nodes)
+    project = Project(
+        _project_location(options.packaged, is_local_cluster),
+        folder,
+        [*package.EXCLUDES, *options.excludes],
     )
-    excludes = [*package.EXCLUDES, *options.excludes]
-    problems += job_request.path_problems(config, where, folder, options.shared, local, excludes)
-    if where == "package":
-        problems += package.problems(folder, excludes)
-    never, now = room_problem(nodes, config)
-    problems += [never] if never and not config.cluster.wait_for_nodes else []
+    problems += job_request.find_path_problems(config, project, options.shared, is_local_cluster)
+    if project.location == "package":
+        problems += package.find_problems(folder, project.excludes)
+    capacity = check_capacity(nodes, config)
+    if capacity.problem and not config.cluster.wait_for_nodes:
+        problems.append(capacity.problem)
     if problems:
         raise ConfigError([redact(problem) for problem in problems], f"submit {config.run.name}")
+
     jobs = server.jobs()
-    living = job_request.living(job_request.place(config, folder), jobs)
-    if now and living is None:
-        say(now)
-    variables = dict(text.split("=", 1) for text in options.variables)
-    return (
-        server,
-        job_request.make(
-            config,
-            where,
-            folder,
-            name=job_request.name_for(config.run.name, jobs),
-            grace_s=options.grace_s,
-            excludes=excludes,
-            variables=variables,
-            skip_check=options.skip_check,
-        ),
-        living,
+    running = job_request.find_running_job(job_request.run_location(config, folder), jobs)
+    if capacity.wait_notice and running is None:
+        print_line(capacity.wait_notice)
+    request = job_request.create_request(
+        config,
+        project,
+        name=job_request.next_job_name(config.run.name, jobs),
+        grace_s=options.grace_s,
+        variables=dict(text.split("=", 1) for text in options.variables),
+        skip_check=options.skip_check,
     )
+    return PreparedJob(server, request, running)
 
 
-def _checked(config: RunConfig) -> list[str]:
-    """Return what `dist-ft check` finds without the run's storage and this machine's CPUs and GPUs."""
+def _require_versions(server: Server, any_version: bool) -> None:
+    """Raise WorkerError if the cluster's Ray is too old, or its versions differ and that is not
+    allowed."""
+    import ray
+
+    versions = server.versions()
+    problem = find_version_problem(versions, ray.__version__)
+    is_too_old = versions.python is None
+    if problem and (is_too_old or not any_version):
+        raise WorkerError(f"--address={server.display_url}: {problem}")
+
+
+def _project_location(packaged: bool | None, is_local_cluster: bool) -> ProjectLocation:
+    if packaged or (packaged is None and not is_local_cluster):
+        return "package"
+    return "here" if is_local_cluster else "image"
+
+
+def _check_config(config: RunConfig) -> list[str]:
+    """Return the problems from `dist-ft check`, without the run's storage and this machine's
+    CPUs and GPUs."""
     from dist_ft.runtime.preflight import check_run
 
-    there = config.model_copy(
-        update={"cluster": config.cluster.model_copy(update={"address": "auto"})}
-    )
-    return check_run.check(there, write_storage=False)
+    cluster = config.cluster.model_copy(update={"address": "auto"})
+    return check_run.check(config.model_copy(update={"cluster": cluster}), write_storage=False)
 
 
 def submit(server: Server, request: Request) -> None:
-    """Hand the job to the cluster, with the project if it is to go along."""
+    """Submit the job to the cluster, and upload the project if the job needs it.
+
+    Raises:
+        WorkerError: the cluster rejects the job.
+    """
     try:
         _client(server).submit_job(
             entrypoint=request.entrypoint,
@@ -151,30 +183,31 @@ def submit(server: Server, request: Request) -> None:
             metadata=request.metadata,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        said = redact(" ".join(str(error).split()))[-300:]
+        reason = redact(" ".join(str(error).split()))[-300:]
         raise WorkerError(
-            f"job {request.name}: the cluster did not take it ({said}); nothing was started; try again, "
-            "or see dist-ft jobs list"
+            f"job {request.name}: the cluster rejected it ({reason}). Nothing was started. Try "
+            "again, or see dist-ft jobs list."
         ) from error
 
 
 def _client(server: Server) -> Any:
-    """Return Ray's client; it would follow the environment rather than what it is given."""
+    """Return Ray's client for `server`; without this variable it would use the environment's
+    address."""
     from ray.job_submission import JobSubmissionClient
 
-    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    previous = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = server.url
     try:
-        _quiet()
+        _silence_client()
         return JobSubmissionClient(server.url, headers=dict(server.headers))
     finally:
         os.environ.pop("RAY_API_SERVER_ADDRESS")
-        if before is not None:
-            os.environ["RAY_API_SERVER_ADDRESS"] = before
+        if previous is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = previous
 
 
-def _quiet() -> None:
-    """Have Ray's client not tell how it reads an address and packs; it sets its loggers' levels when it is imported."""
+def _silence_client() -> None:
+    """Silence the client's log of addresses and packing; importing it sets its loggers' levels."""
     for name in (
         "ray.dashboard.modules.dashboard_sdk",
         "ray.dashboard.modules.job.sdk",
@@ -185,90 +218,110 @@ def _quiet() -> None:
 
 
 class Follower:
-    """Writes a job's log as it grows, across broken connections."""
+    """Writes a job's log as it grows, across interrupted connections."""
 
-    def __init__(self, server: Server, name: str, write: Say, say: Say) -> None:
-        """Follow job `name`; `write` takes pieces of its log, `say` a line of our own."""
-        self._server, self._name, self._write, self._say = server, name, write, say
-        self._num_written = 0
-        self._heard_at = time.monotonic()
-        self._broken = False
+    def __init__(
+        self, server: Server, name: str, write: Callable[[str], None], print_line: PrintLine
+    ) -> None:
+        """Follow job `name`; `write` gets parts of its log, `print_line` our own notices."""
+        self._server = server
+        self._name = name
+        self._write = write
+        self._print_line = print_line
+        self._num_written = 0  # characters of the log
+        self._answered_at = time.monotonic()
+        self._is_interrupted = False
 
-    def follow(self) -> Mapping[str, Any]:
-        """Return what is known of the job once it has ended; raises WorkerError if the cluster stays away."""
+    def follow(self) -> JobInfo:
+        """Follow the log until the job has ended, and return the job.
+
+        Raises:
+            WorkerError: the cluster does not answer for `LOST_S`, or does not know the job any
+                more.
+        """
         while True:
             try:
-                asyncio.run(self._tail())
+                asyncio.run(self._stream())
             except (WorkerError, KeyboardInterrupt):
                 raise
-            except (
-                Exception
-            ) as error:  # of sockets, of HTTP, of Ray: whatever it was, the log is asked for again
-                self._note(error)
+            except Exception as error:  # of sockets, of HTTP, of Ray: the log is requested again
+                self._note_interruption(error)
+
             try:
                 job = self._server.job(self._name)
                 if job["status"] in ENDED:
-                    self._take(self._server.log(self._name), 0)
+                    self._write_new(self._server.log(self._name), 0)
                     return job
-                self._heard_at = time.monotonic()
+                self._answered_at = time.monotonic()
             except UnknownJobError as error:
                 raise WorkerError(
-                    f"{error}; if the cluster's head was started anew, the same command submits the run "
-                    "again, and it goes on from its newest checkpoint"
+                    f"{error} If the cluster's head was restarted, the same command submits the "
+                    "run again, and it resumes from its latest checkpoint."
                 ) from error
             except UnreachableError as error:
-                self._note(error)
-                if time.monotonic() - self._heard_at > LOST_S:
-                    raise WorkerError(
-                        f"job {self._name}: {self._server.shown} has not answered for {LOST_S:.0f} s; "
-                        "the job may go on there; the same command attaches to it again"
-                    ) from error
-            time.sleep(PAUSE_S)
+                self._note_interruption(error)
+                self._require_answer(error)
+            time.sleep(POLL_S)
 
-    def _note(self, error: Exception) -> None:
-        if not self._broken:
-            self._say(
-                f"the log of job {self._name} broke off ({type(error).__name__}); the job goes on; asking again"
+    def _require_answer(self, error: UnreachableError) -> None:
+        if time.monotonic() - self._answered_at > LOST_S:
+            raise WorkerError(
+                f"job {self._name}: {self._server.display_url} has not answered for {LOST_S:.0f} "
+                "s. The job may still run there. The same command attaches to it again."
+            ) from error
+
+    def _note_interruption(self, error: Exception) -> None:
+        if not self._is_interrupted:
+            self._print_line(
+                f"the log of job {self._name} was interrupted ({type(error).__name__}); the job "
+                "continues; connecting again"
             )
-        self._broken = True
+        self._is_interrupted = True
 
-    async def _tail(self) -> None:
-        """Write what is new until the stream ends; it begins at the log's beginning each time."""
-        seen, pieces = 0, _client(self._server).tail_job_logs(self._name)
+    async def _stream(self) -> None:
+        """Write new text until the stream ends; each stream starts at the beginning of the log."""
+        position = 0
+        stream = _client(self._server).tail_job_logs(self._name)
         try:
             while True:
-                piece = await asyncio.wait_for(anext(pieces), SILENT_S)
-                self._take(piece, seen)
-                seen += len(piece)
+                text = await asyncio.wait_for(anext(stream), SILENT_S)
+                self._write_new(text, position)
+                position += len(text)
         except (StopAsyncIteration, asyncio.TimeoutError):
             return
         finally:
-            await pieces.aclose()
+            await stream.aclose()
 
-    def _take(self, text: str, begins_at: int) -> None:
-        """Write the part of `text`, which begins at this place of the log, that was not written yet."""
-        new = text[max(0, self._num_written - begins_at) :]
-        if new:
-            self._num_written += len(new)
-            self._broken = False
-            self._heard_at = time.monotonic()
-            self._write(redact(new))
+    def _write_new(self, text: str, position: int) -> None:
+        """Write the part of `text`, which is at `position` of the log, that was not written yet."""
+        new_text = text[max(0, self._num_written - position) :]
+        if new_text:
+            self._num_written += len(new_text)
+            self._is_interrupted = False
+            self._answered_at = time.monotonic()
+            self._write(redact(new_text))
 
 
-def stop(server: Server, name: str, say: Say) -> Mapping[str, Any]:
-    """Ask a job to save and end, wait until it has, and return what is known of it."""
+def stop(server: Server, name: str, print_line: PrintLine) -> JobInfo:
+    """Make a job save and end, wait until it has ended, and return it.
+
+    Raises:
+        WorkerError: it did not end in time.
+    """
     job = server.job(name)
     if job["status"] in ENDED:
-        say(f"job {name} has ended already ({job['status']})")
+        print_line(f"job {name} has already ended ({job['status']})")
         return job
+
     server.stop(name)
-    grace = (job.get("runtime_env") or {}).get("env_vars", {}).get("RAY_JOB_STOP_WAIT_TIME_S", "3")
-    say(f"asked job {name} to stop; it saves first (killed after {grace} s)")
-    until = time.monotonic() + float(grace) + LOST_S
+    variables = (job.get("runtime_env") or {}).get("env_vars", {})
+    grace_s = variables.get("RAY_JOB_STOP_WAIT_TIME_S", DEFAULT_GRACE_S)
+    print_line(f"sent job {name} a stop request; it saves first (killed after {grace_s} s)")
+    until = time.monotonic() + float(grace_s) + LOST_S
     while job["status"] not in ENDED:
         if time.monotonic() > until:
-            raise WorkerError(f"job {name}: has not ended in time; see dist-ft jobs logs {name}")
-        time.sleep(PAUSE_S)
+            raise WorkerError(f"job {name}: did not end in time. See dist-ft jobs logs {name}.")
+        time.sleep(POLL_S)
         with contextlib.suppress(UnreachableError):
             job = server.job(name)
     return job

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from dist_ft.config.checks.cluster import NODE_ID
+from dist_ft.config.checks.cluster import NODE_ID_LABEL
 from dist_ft.config.schema import RunConfig
 from dist_ft.core import fault_injection
 from dist_ft.runtime.elastic.messages import LineKind
@@ -190,7 +190,7 @@ def _node_selectors(config: RunConfig, num_workers: int) -> list[dict[str, str]]
         }
         nodes = assign_nodes(capacities, num_workers, config.cluster.workers_per_node)
         if nodes is not None:
-            return [{**config.cluster.labels, NODE_ID: node} for node in nodes]
+            return [{**config.cluster.labels, NODE_ID_LABEL: node} for node in nodes]
         if time.monotonic() > until:
             raise WorkerGroupStartupTimeoutError(num_workers)
         time.sleep(POLL_S)

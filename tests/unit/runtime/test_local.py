@@ -61,7 +61,7 @@ def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
     pipe = Pipe()
     console = Console(io.TextIOWrapper(io.BufferedWriter(pipe)))
     with stop_on_signal(console) as asked:
-        console.say("step 1")
+        console.print("step 1")
         assert asked()
     assert pipe.seen.decode().splitlines() == [
         "step 1",
@@ -104,20 +104,20 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
     )
     before = signal.getsignal(signal.SIGTERM)
 
-    def at_second_step(text, real=Console.progress):
+    def at_second_step(text, real=Console.show_progress):
         real(console, text)
         if text.startswith("step 2/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     console = Console()
-    console.progress = at_second_step
+    console.show_progress = at_second_step
     context = RunContext(console=console) if own_context else None
     if context is None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 Console,
-                "progress",
-                lambda self, text, real=Console.progress: (
+                "show_progress",
+                lambda self, text, real=Console.show_progress: (
                     real(self, text),
                     text.startswith("step 2/") and os.kill(os.getpid(), signal.SIGTERM),
                 )[0],
@@ -147,8 +147,8 @@ from dist_ft.runtime import local
 atexit.register(lambda: print("taken down"))
 print("said", end="")
 if sys.argv[1] == "group":
-    local.in_group.set()
-local.leave(3)
+    local.joined_process_group.set()
+local.exit_process(3)
 """
 
 

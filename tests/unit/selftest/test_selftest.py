@@ -114,7 +114,7 @@ def test_report_as_markdown_and_json():
         findings,
         (machine,),
         None,
-        {"zero": {"stage": 3}},
+        {"cluster": {}, "zero": {"stage": 3}},
         {"killed": ("a | b",)},
         9.0,
         "/k",

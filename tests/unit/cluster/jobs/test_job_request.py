@@ -1,4 +1,4 @@
-"""What a run is as a job: the command, its name, what the workers can't see; no cluster is asked."""
+"""A run as a job: its command, its name, the paths that workers cannot see. No cluster is used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from dist_ft.cluster.jobs import job_request
+from dist_ft.cluster.jobs.job_request import Project
 from dist_ft.config.load import load_config
 
 BASE = {
@@ -20,16 +21,15 @@ BASE = {
 }
 
 
-def make(config, where="package", **changes):
-    return job_request.make(
+def make(config, location="package", *, folder, **changes):
+    return job_request.create_request(
         config,
-        where,
-        changes.pop("folder"),
-        **{"name": "mine", "grace_s": 60, "excludes": [".env"], "variables": {}, **changes},
+        Project(location, folder, [".env"]),
+        **{"name": "mine", "grace_s": 60, "variables": {}, **changes},
     )
 
 
-def test_the_command_holds_the_whole_config_for_the_cluster_around_the_job(tmp_path):
+def test_command_contains_the_whole_config(tmp_path):
     config = load_config(
         BASE,
         ["cluster.address=10.0.0.1:6379", "optimizer.learning_rate=1e-5", "model.path=org/it's"],
@@ -48,9 +48,9 @@ def test_the_command_holds_the_whole_config_for_the_cluster_around_the_job(tmp_p
     assert request.metadata == {"dist_ft_run": "s3://b/runs/mine", "dist_ft_name": "mine"}
 
 
-def test_the_printed_line_says_the_same_to_a_shell(tmp_path):
+def test_printed_command_is_equivalent(tmp_path):
     request = make(load_config(BASE), folder=tmp_path, variables={"A": "b c"})
-    words = shlex.split(request.line("http://h:8265", with_token=True))
+    words = shlex.split(request.submit_command("http://h:8265", with_token=True))
     assert words[:6] == [
         "RAY_AUTH_MODE=token",
         "ray",
@@ -61,10 +61,10 @@ def test_the_printed_line_says_the_same_to_a_shell(tmp_path):
     ]
     assert json.loads(words[words.index("--runtime-env-json") + 1]) == request.runtime_env
     assert tuple(words[words.index("--") + 1 :]) == request.command
-    assert not request.line("http://h:8265", with_token=False).startswith("RAY_AUTH_MODE")
+    assert not request.submit_command("http://h:8265", with_token=False).startswith("RAY_AUTH_MODE")
 
 
-def test_on_this_machine_it_runs_in_the_folder_itself_which_names_the_run(tmp_path):
+def test_job_on_this_machine_runs_in_the_folder_itself(tmp_path):
     folder = tmp_path / "a b"
     request = make(load_config(BASE, ["run.storage=./runs"]), "here", folder=folder)
     assert (
@@ -76,7 +76,7 @@ def test_on_this_machine_it_runs_in_the_folder_itself_which_names_the_run(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("taken", "name"),
+    ("used_names", "name"),
     [
         ([], "mine"),
         (["other"], "mine"),
@@ -84,11 +84,11 @@ def test_on_this_machine_it_runs_in_the_folder_itself_which_names_the_run(tmp_pa
         (["mine", "mine-2", "mine-4"], "mine-3"),
     ],
 )
-def test_each_further_job_of_a_run_has_a_name_of_its_own(taken, name):
-    assert job_request.name_for("mine", [{"submission_id": one} for one in taken]) == name
+def test_each_job_of_a_run_gets_its_own_name(used_names, name):
+    assert job_request.next_job_name("mine", [{"submission_id": one} for one in used_names]) == name
 
 
-def test_only_a_living_job_of_the_same_run_is_attached_to():
+def test_running_job_of_the_same_run_is_found():
     def job(status, run):
         return {"submission_id": "x", "status": status, "metadata": {"dist_ft_run": run}}
 
@@ -97,15 +97,17 @@ def test_only_a_living_job_of_the_same_run_is_attached_to():
         job("RUNNING", "s3://other/mine"),
         {"submission_id": "y", "status": "RUNNING", "metadata": None},
     ]
-    assert job_request.living("s3://b/mine", jobs) is None
+    assert job_request.find_running_job("s3://b/mine", jobs) is None
     assert (
-        job_request.living("s3://b/mine", [*jobs, job("PENDING", "s3://b/mine")])["status"]
+        job_request.find_running_job("s3://b/mine", [*jobs, job("PENDING", "s3://b/mine")])[
+            "status"
+        ]
         == "PENDING"
     )
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "expected"),
     [
         ("SUCCEEDED", 0, 0),
         ("FAILED", 2, 2),
@@ -114,53 +116,56 @@ def test_only_a_living_job_of_the_same_run_is_attached_to():
         ("STOPPED", None, 130),
     ],
 )
-def test_exit_codes(status, code, said):
-    assert job_request.exit_code({"status": status, "driver_exit_code": code}) == said
+def test_exit_codes(status, code, expected):
+    assert job_request.exit_code({"status": status, "driver_exit_code": code}) == expected
 
 
-def seen(config, where="package", local=False, shared=(), folder=None, excludes=("/runs",)):
-    return [
-        line.split(":")[0]
-        for line in job_request.path_problems(config, where, folder, shared, local, excludes)
-    ]
+def unseen_paths(
+    config, location="package", local=False, shared=(), folder=None, excludes=("/runs",)
+):
+    project = Project(location, folder, excludes)
+    problems = job_request.find_path_problems(config, project, shared, local)
+    return [line.split(":")[0] for line in problems]
 
 
-def test_paths_that_workers_do_not_see_are_all_named(tmp_path):
+def test_paths_that_workers_do_not_see_are_named(tmp_path):
     config = load_config(
         BASE, ["run.storage=./runs", "model.path=/models/m", "data.train=/data/x/*.jsonl"]
     )
-    assert seen(config, folder=tmp_path) == [
+    assert unseen_paths(config, folder=tmp_path) == [
         "run.storage=./runs",
         "model.path=/models/m",
         "data.train=/data/x/*.jsonl",
     ]
-    assert seen(config, folder=tmp_path, shared=["/models", "/data"]) == ["run.storage=./runs"]
-    assert seen(config, folder=tmp_path, shared=["/dat"]) != [], (
-        "a folder, not the beginning of a name"
+    assert unseen_paths(config, folder=tmp_path, shared=["/models", "/data"]) == [
+        "run.storage=./runs"
+    ]
+    assert unseen_paths(config, folder=tmp_path, shared=["/dat"]) != [], (
+        "a folder, not the start of a name"
     )
-    assert seen(config, folder=tmp_path, local=True) == ["run.storage=./runs"], (
-        "it would go with the job"
+    assert unseen_paths(config, folder=tmp_path, local=True) == ["run.storage=./runs"], (
+        "it would be deleted with the job"
     )
-    assert seen(config, "here", local=True, folder=tmp_path) == []
-    assert seen(load_config(BASE), folder=tmp_path) == [], (
-        "buckets and the hub are seen from everywhere"
+    assert unseen_paths(config, "here", local=True, folder=tmp_path) == []
+    assert unseen_paths(load_config(BASE), folder=tmp_path) == [], (
+        "buckets and the hub are visible from everywhere"
     )
 
 
-def test_relative_paths_are_seen_if_they_are_sent_along(tmp_path):
+def test_relative_paths_are_visible_if_they_are_uploaded(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows/a.jsonl").write_text("{}")
     config = load_config(BASE, ["data.train=rows/*.jsonl"])
-    assert seen(config, folder=tmp_path) == []
-    assert seen(config, "image", folder=tmp_path) == ["data.train=rows/*.jsonl"]
-    assert seen(config, folder=tmp_path, excludes=["rows"]) == ["data.train=rows/*.jsonl"]
-    assert seen(load_config(BASE, ["data.train=../rows/*.jsonl"]), folder=tmp_path / "rows") == [
-        "data.train=../rows/*.jsonl"
-    ]
+    assert unseen_paths(config, folder=tmp_path) == []
+    assert unseen_paths(config, "image", folder=tmp_path) == ["data.train=rows/*.jsonl"]
+    assert unseen_paths(config, folder=tmp_path, excludes=["rows"]) == ["data.train=rows/*.jsonl"]
+    assert unseen_paths(
+        load_config(BASE, ["data.train=../rows/*.jsonl"]), folder=tmp_path / "rows"
+    ) == ["data.train=../rows/*.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("assignment", "expected_text"),
     [
         ("A", "not of the form"),
         ("=b", "not of the form"),
@@ -168,6 +173,6 @@ def test_relative_paths_are_seen_if_they_are_sent_along(tmp_path):
         ("PROXY=http://u:p@h", "looks like a credential"),
     ],
 )
-def test_variables_that_are_none_or_secret_are_refused_without_their_value(given, said):
-    [line] = job_request.variable_problems(["NCCL_DEBUG=INFO", given])
-    assert said in line and "u:p" not in line and "=x" not in line
+def test_malformed_or_secret_variables_are_refused_without_their_value(assignment, expected_text):
+    [line] = job_request.find_variable_problems(["NCCL_DEBUG=INFO", assignment])
+    assert expected_text in line and "u:p" not in line and "=x" not in line

@@ -1,4 +1,4 @@
-"""What a job server says, read: versions, room, addresses, the token; a small real HTTP server answers."""
+"""Answers of a job server: versions, capacity, addresses, the token. A small HTTP server answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dist_ft.cluster.jobs import job_server
-from dist_ft.cluster.jobs.job_server import Node, Server, resolve, room_problem, version_problem
+from dist_ft.cluster.jobs.job_server import (
+    Node,
+    Server,
+    check_capacity,
+    find_version_problem,
+    resolve_url,
+)
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError, WorkerError
 
@@ -69,21 +75,21 @@ def answering():
         server.server_close()
 
 
-def test_an_old_ray_a_missing_and_a_wrong_token_are_one_line(answering, monkeypatch):
+def test_old_ray_missing_token_and_wrong_token_are_one_line(answering, monkeypatch):
     url = answering({"/api/version": {"ray_version": "2.9.3"}})
     with pytest.raises(
-        WorkerError, match="wants a token, and none was found; set RAY_AUTH_TOKEN_PATH"
+        WorkerError, match=r"it requires a token, and none was found\. Set RAY_AUTH_TOKEN_PATH"
     ):
         Server(url).versions()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong-wrong")
-    with pytest.raises(WorkerError, match="its token was not accepted") as caught:
+    with pytest.raises(WorkerError, match="the token was rejected") as caught:
         Server(url).versions()
     assert "wrong-wrong" not in str(caught.value)
     monkeypatch.setenv("RAY_AUTH_TOKEN", f"{TOKEN}\n")
     assert Server(url).versions() == ("2.9.3", None)
 
 
-def test_what_is_no_job_server_is_told(answering, monkeypatch):
+def test_server_that_is_no_job_server_is_reported(answering, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     with pytest.raises(
         job_server.UnreachableError,
@@ -91,64 +97,67 @@ def test_what_is_no_job_server_is_told(answering, monkeypatch):
     ):
         Server("http://127.0.0.1:9").versions()
     with pytest.raises(
-        WorkerError, match="answers 404 to /api/version, not what a job server of Ray does"
+        WorkerError, match="answers 404 to /api/version, as no job server of Ray does"
     ):
         Server(answering({})).versions()
-    with pytest.raises(job_server.UnreachableError, match="says 503"):
+    with pytest.raises(job_server.UnreachableError, match="answers 503"):
         Server(answering({"/api/version": 1}, status=503)).versions()
     with pytest.raises(job_server.UnknownJobError, match="mine: no such job at"):
         Server(answering({})).job("mine")
 
 
-def test_the_token_is_read_where_ray_reads_it(monkeypatch, tmp_path):
-    assert job_server.token() is None
+def test_token_is_read_where_ray_reads_it(monkeypatch, tmp_path):
+    assert job_server.find_token() is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("of-home\n")
-    assert job_server.token() == "of-home"
+    assert job_server.find_token() == "of-home"
     (tmp_path / "file").write_text("of-file")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file"))
-    assert job_server.token() == "of-file"
+    assert job_server.find_token() == "of-file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-    assert job_server.token() == "given"
+    assert job_server.find_token() == "given"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH=.*can not be read"):
-        job_server.token()
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH=.*cannot be read"):
+        job_server.find_token()
 
 
 @pytest.mark.parametrize(
     "address", ["ray://h:10001", "10.0.0.1:6379", "http://", "http://h:x", "auto"]
 )
-def test_addresses_that_are_no_job_servers(address):
+def test_addresses_of_other_kinds_are_refused(address):
     with pytest.raises(ConfigError, match="not the URL of a job server"):
-        resolve(address)
+        resolve_url(address)
 
 
-def test_where_the_job_server_is(monkeypatch):
-    assert resolve(None) == "http://127.0.0.1:8265"
+def test_address_of_the_job_server(monkeypatch):
+    assert resolve_url(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert resolve(None) == "http://127.0.0.1:8265", "that is Ray's own"
+    assert resolve_url(None) == "http://127.0.0.1:8265", "that is Ray's own"
     monkeypatch.setenv("RAY_ADDRESS", "http://a:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://b:2/")
-    assert (resolve(None), resolve("https://c")) == ("http://b:2", "https://c")
+    assert (resolve_url(None), resolve_url("https://c")) == ("http://b:2", "https://c")
 
 
 @pytest.mark.parametrize(
-    ("theirs", "said"),
+    ("cluster", "expected"),
     [
         (("2.60.0", "3.11.7"), None),
         (("2.60.3", "3.11.1"), None),
         (("2.60.0", None), None),
-        (("2.9.3", None), "Ray 2.9.3 runs there, which is too old; 2.60 or newer is needed"),
+        (("2.9.3", None), "Ray 2.9.3 runs there, which is too old. Ray 2.60 or newer is needed"),
         (("2.61.0", "3.11.7"), "Ray 2.61.0 runs there, and Ray 2.60.0 here"),
         (("2.60.0", "3.10.2"), "Python 3.10.2 runs there, and Python 3.11 here"),
         (("3.0.0rc1", "3.11.7"), "Ray 3.0.0rc1 runs there"),
         (("what", None), "too old"),
     ],
 )
-def test_versions(theirs, said):
-    told = version_problem(theirs, "2.60.0", "3.11")
-    assert told is None if said is None else told is not None and said in told
+def test_version_problems(cluster, expected):
+    problem = find_version_problem(cluster, "2.60.0", "3.11")
+    if expected is None:
+        assert problem is None
+    else:
+        assert problem is not None and expected in problem
 
 
 def config(*overrides):
@@ -166,30 +175,34 @@ def config(*overrides):
 
 def node(cpus, gpus=0.0, used=0.0):
     total = {"CPU": float(cpus), **({"GPU": gpus} if gpus else {})}
-    return Node("10.0.0.1", total, job_server.free_of(total, {"CPU": [used, cpus]}))
+    return Node("10.0.0.1", total, job_server.free_resources(total, {"CPU": [used, cpus]}))
 
 
-def test_too_little_ever_and_too_little_now():
+def test_capacity_ever_and_now():
     gpus = config("cluster.gpus_per_worker=1")
-    assert room_problem([node(8, 1.0), node(8, 1.0)], gpus) == (None, None)
-    never, now = room_problem([node(8, 1.0), node(8)], gpus)
+    assert check_capacity([node(8, 1.0), node(8, 1.0)], gpus) == (None, None)
+    problem, notice = check_capacity([node(8, 1.0), node(8)], gpus)
     assert (
-        now is None
-        and "2 workers with 1 CPU, 1 GPU each are wanted, and the cluster (2 nodes, 16 CPU, 1 GPU) has room for 1"
-        in never
+        notice is None
+        and "2 workers with 1 CPU, 1 GPU each are needed, and the cluster (2 nodes, 16 CPU, 1 GPU) has room for 1"
+        in problem
     )
-    never, now = room_problem([node(8, 2.0, used=7.5)], gpus)
-    assert never is None and "there is room for 0 now" in now and "cluster.start_timeout_s=" in now
+    problem, notice = check_capacity([node(8, 2.0, used=7.5)], gpus)
+    assert (
+        problem is None
+        and "there is room for 0 now" in notice
+        and "cluster.start_timeout_s=" in notice
+    )
 
 
-def test_a_worker_must_fit_on_one_node():
-    never, _ = room_problem(
+def test_worker_must_fit_on_one_node():
+    problem, _ = check_capacity(
         [node(3), node(3)], config("cluster.cpus_per_worker=4", "cluster.workers=1")
     )
-    assert "has room for 0" in never, "six CPUs, but no four together"
+    assert "has room for 0" in problem, "six CPUs, but no four together"
 
 
-def test_this_machine_and_others():
-    assert job_server.are_here([Node("127.0.0.1", {}, {})])
-    assert not job_server.are_here([Node("127.0.0.1", {}, {}), Node("203.0.113.7", {}, {})])
-    assert not job_server.are_here([])
+def test_local_nodes_are_recognized():
+    assert job_server.are_all_local([Node("127.0.0.1", {}, {})])
+    assert not job_server.are_all_local([Node("127.0.0.1", {}, {}), Node("203.0.113.7", {}, {})])
+    assert not job_server.are_all_local([])

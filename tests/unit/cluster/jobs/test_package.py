@@ -1,4 +1,4 @@
-"""What goes along with a job: neither keys nor repositories nor runs, and no file with a credential in it."""
+"""The files that are uploaded with a job: no keys, repositories, runs, or files with credentials."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from dist_ft.cluster.jobs import package
 
-LEFT_OUT = [
+EXCLUDED = [
     ".git/config",
     ".env",
     ".env.local",
@@ -30,19 +30,19 @@ PACKED = ["a.py", "configs/x.yaml", "pkg/credentials.py", "pkg/runs/x.py", "envi
 
 @pytest.fixture
 def project(tmp_path):
-    for name in [*LEFT_OUT, *PACKED]:
+    for name in [*EXCLUDED, *PACKED]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text\n")
     return tmp_path
 
 
-def test_what_is_packed(project):
+def test_uploaded_files(project):
     assert sorted(package.files(project)) == sorted(PACKED)
     assert "a.py" not in set(package.files(project, [*package.EXCLUDES, "*.py"]))
 
 
-def test_gitignore_counts_in_a_repository(project):
+def test_gitignore_is_respected_in_a_repository(project):
     subprocess.run(["rm", "-r", str(project / ".git")], check=True)
     if subprocess.run(["git", "init", "-q", str(project)], capture_output=True).returncode:
         pytest.skip("needs git")
@@ -50,22 +50,22 @@ def test_gitignore_counts_in_a_repository(project):
     assert sorted(package.files(project)) == sorted({*PACKED, ".gitignore"} - {"configs/x.yaml"})
 
 
-def test_a_file_with_a_credential_is_named_without_it(project, monkeypatch):
+def test_file_with_a_credential_is_named_without_the_credential(project, monkeypatch):
     monkeypatch.setenv("MY_STORE_SECRET", "hush-hush-hush")
     (project / "notes.txt").write_text("the key is hush-hush-hush\n")
     (project / ".env").write_text("MY_STORE_SECRET=hush-hush-hush\n")
     (project / "key.txt").write_text("-----BEGIN RSA PRIVATE " + "KEY-----\nx\n")
-    lines = list(package.problems(project))
-    assert [line.split(",")[0] for line in lines] == [
-        "--project: key.txt holds a private key",
-        "--project: notes.txt holds the value of MY_STORE_SECRET",
+    lines = list(package.find_problems(project))
+    assert [line.split(", and")[0] for line in lines] == [
+        "--project: key.txt contains a private key",
+        "--project: notes.txt contains the value of MY_STORE_SECRET",
     ]
     assert "hush" not in " ".join(lines)
-    assert list(package.problems(project, [*package.EXCLUDES, "notes.txt", "key.txt"])) == []
+    assert list(package.find_problems(project, [*package.EXCLUDES, "notes.txt", "key.txt"])) == []
 
 
-def test_too_large_a_project_names_what_is_large(project, monkeypatch):
-    monkeypatch.setattr(package, "MOST_BYTES", 1000)
+def test_error_for_a_large_project_names_large_files(project, monkeypatch):
+    monkeypatch.setattr(package, "MAX_BYTES", 1000)
     (project / "big.bin").write_bytes(b"x" * 2000)
-    [line] = package.problems(project)
+    [line] = package.find_problems(project)
     assert "largest: big.bin" in line

@@ -1,4 +1,4 @@
-"""A job's log, followed: whatever breaks, no line is lost or doubled; the job server is a stand-in that breaks as told."""
+"""Following a job's log across interruptions: no line is lost or repeated. The server is a fake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG = "".join(f"line {number} äö\n" for number in range(200))
 
 
 class Client:
-    """Streams the log from its beginning, in pieces, and breaks off after `breaks` of them."""
+    """Streams the log from its start, in parts, and interrupts the stream `breaks` times."""
 
     def __init__(self, breaks, seed):
         self.breaks, self.random = breaks, random.Random(seed)
@@ -31,7 +31,7 @@ class Client:
 
 
 class Server:
-    shown = "http://h"
+    display_url = "http://h"
 
     def __init__(self, answers):
         self.answers = answers
@@ -48,25 +48,25 @@ class Server:
 
 @pytest.fixture
 def follow(monkeypatch):
-    monkeypatch.setattr(submission, "PAUSE_S", 0.0)
+    monkeypatch.setattr(submission, "POLL_S", 0.0)
 
     def run(client, server):
-        written, said = [], []
+        written, printed = [], []
         monkeypatch.setattr(submission, "_client", lambda server: client)
-        job = submission.Follower(server, "x", written.append, said.append).follow()
-        return job, "".join(written), said
+        job = submission.Follower(server, "x", written.append, printed.append).follow()
+        return job, "".join(written), printed
 
     return run
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_log_that_breaks_off_again_and_again_is_written_once(follow, seed):
-    job, written, said = follow(Client(5, seed), Server(["RUNNING"] * 5 + ["SUCCEEDED"]))
+def test_interrupted_log_is_written_once(follow, seed):
+    job, written, printed = follow(Client(5, seed), Server(["RUNNING"] * 5 + ["SUCCEEDED"]))
     assert written == LOG and job["status"] == "SUCCEEDED"
-    assert all("the job goes on; asking again" in line for line in said)
+    assert all("the job continues; connecting again" in line for line in printed)
 
 
-def test_what_the_stream_did_not_bring_is_asked_for_at_the_end(follow):
+def test_rest_of_the_log_is_requested_at_the_end(follow):
     class Silent:
         async def tail_job_logs(self, name):
             yield LOG[:17]
@@ -74,21 +74,21 @@ def test_what_the_stream_did_not_bring_is_asked_for_at_the_end(follow):
     assert follow(Silent(), Server(["STOPPED"]))[1] == LOG
 
 
-def test_a_cluster_that_stays_away_is_given_up(follow, monkeypatch):
+def test_unreachable_cluster_is_given_up(follow, monkeypatch):
     monkeypatch.setattr(submission, "LOST_S", 0.0)
     with pytest.raises(
         WorkerError,
-        match="has not answered for 0 s; the job may go on there; the same command attaches",
+        match=r"has not answered for 0 s\. The job may still run there\. The same command attaches",
     ):
         follow(Client(99, 1), Server([UnreachableError("gone")]))
 
 
-def test_a_head_that_was_started_anew_knows_nothing_of_it(follow):
+def test_restarted_head_does_not_know_the_job(follow):
     with pytest.raises(WorkerError, match=r"no such job.*the same command submits the run again"):
         follow(Client(99, 1), Server([UnknownJobError("x: no such job at http://h")]))
 
 
-def test_stop_of_a_job_that_has_ended_asks_nothing():
-    said: list[str] = []
-    assert submission.stop(Server(["FAILED"]), "x", said.append)["status"] == "FAILED"
-    assert said == ["job x has ended already (FAILED)"]
+def test_stop_of_an_ended_job_does_nothing():
+    printed: list[str] = []
+    assert submission.stop(Server(["FAILED"]), "x", printed.append)["status"] == "FAILED"
+    assert printed == ["job x has already ended (FAILED)"]

@@ -76,7 +76,7 @@ def test_it_ends_stays_ended_and_goes_on(base):
     again, shown = go(made)
     assert (
         again.step == result.step
-        and "where it ended early; raise evaluation.patience to go on" in shown
+        and "where the run ended early; raise evaluation.patience to continue" in shown
     )
     if best:
         assert any(

@@ -9,13 +9,14 @@ from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime import machine
 from dist_ft.runtime.bootstrap import network_check
-from dist_ft.runtime.bootstrap.network_check import Link, judge, rounds
+from dist_ft.runtime.bootstrap.network_check import find_slow_links
+from dist_ft.runtime.bootstrap.network_measurement import Link, tournament_rounds
 from dist_ft.storage.filesystem import Store
 
 
 @pytest.mark.parametrize("count", range(2, 12))
 def test_all_pairs_meet_once_and_nobody_twice_in_a_round(count):
-    found = rounds(count)
+    found = tournament_rounds(count)
     pairs = [pair for each in found for pair in each]
     assert sorted(pairs) == [
         (one, other) for one in range(count) for other in range(one + 1, count)
@@ -30,25 +31,25 @@ def links(**speeds):
 
 
 def test_a_slow_node_is_named_rather_than_its_pairs():
-    assert judge(links(p0_1=10, p0_2=1000, p1_2=12), "abc") == [
+    assert find_slow_links(links(p0_1=10, p0_2=1000, p1_2=12), "abc") == [
         "node b is slow to 2 of 2 other nodes: 10 MB/s (usual here: 1,000)"
     ]
 
 
 def test_a_slow_pair_is_named_where_both_are_well_with_others():
     even = {f"p{one}_{other}": 1000.0 for one in range(4) for other in range(one + 1, 4)}
-    assert judge(links(**even), "abcd") == []
-    assert judge(links(**{**even, "p1_3": 499.0}), "abcd") == [
+    assert find_slow_links(links(**even), "abcd") == []
+    assert find_slow_links(links(**{**even, "p1_3": 499.0}), "abcd") == [
         "nodes b and d: 499 MB/s each way (usual here: 1,000)"
     ]
 
 
 def test_two_nodes_are_held_against_what_was_asked_for():
-    assert judge(links(p0_1=100), "ab") == []
-    assert judge(links(p0_1=100), "ab", 1000) == [
-        "nodes a and b: 100 MB/s each way (usual here: 100, asked for: 1,000)"
+    assert find_slow_links(links(p0_1=100), "ab") == []
+    assert find_slow_links(links(p0_1=100), "ab", 1000) == [
+        "nodes a and b: 100 MB/s each way (usual here: 100, required: 1,000)"
     ]
-    assert judge([], "a") == []
+    assert find_slow_links([], "a") == []
 
 
 class Answers(Collectives):
@@ -76,16 +77,16 @@ def test_after_a_failure_the_same_nodes_are_not_tried_again(tmp_path, monkeypatc
     store, config = Store(str(tmp_path)), run_config("runs", cluster={"workers": 2})
     store.write(network_check.FILE, b'{"nodes": ["n", "n"]}')
     network_check.check(
-        config, World(0, 2, 0, 1), Answers(), store, after="worker 1 was lost"
+        config, World(0, 2, 0, 1), Answers(), store, previous_end="worker 1 was lost"
     )  # else it would want a group
     store.write(network_check.FILE, b"torn")
-    assert network_check.kept_nodes(store) is None
+    assert network_check.stored_nodes(store) is None
 
 
 def test_variables_are_set_before_the_group_is_made(monkeypatch):
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG"):
         monkeypatch.setenv(name, "before")
-    network_check.prepare(
+    network_check.configure_interfaces(
         run_config(
             "runs",
             cluster={
@@ -101,9 +102,9 @@ def test_variables_are_set_before_the_group_is_made(monkeypatch):
         os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG")
     ] == ["=lo", "lo", "INFO"]
     with pytest.raises(
-        ConfigError, match=r"has no eth99; it has .*lo.*; name one that all nodes have"
+        ConfigError, match=r"has no interface eth99\. It has .*lo.*\. Name one that all nodes have"
     ):
-        network_check.prepare(
+        network_check.configure_interfaces(
             run_config("runs", cluster={"workers": 2, "network_interface": "eth99"})
         )
 

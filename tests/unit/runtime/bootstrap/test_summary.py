@@ -15,7 +15,7 @@ def test_the_end_of_a_run():
         config,
         Result(config.run_url, 6, 6, 1.23456, 2.0, 1.5, config.run_url + "/checkpoints/x", 0.0123),
     )
-    assert "1.2% of the time of steps" in text
+    assert "1.2% of the time of all steps" in text
     assert "run r: done" in text and "6 of 6" in text and "1.2346" in text
     assert "2.0000 before, 1.5000 after (-25.0 %)" in text
     assert "dist-ft export s3://<redacted>@bucket/runs/r --out DIR" in text

@@ -44,8 +44,8 @@ def test_folders_that_were_there_stay(base, tmp_path):
 
 def test_no_such_model_is_said_once(base):
     assert lines(base, "model.path=/no/model") == [
-        "model.path=/no/model: there is no such folder; give a model folder, an fsspec URL of one, or a hub name such as "
-        "org/name"
+        "model.path=/no/model: the folder does not exist. Give a model folder, an fsspec URL of one, or a "
+        "hub name such as org/name."
     ]
 
 
@@ -128,8 +128,8 @@ def test_an_older_run_of_that_name(base, tmp_path):
 def test_more_cpus_than_this_machine_has(base, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert lines(base, "cluster.workers=3") == [
-        "cluster.workers=3: needs 3 × 1 CPUs (cluster.cpus_per_worker), and this machine has 2; use fewer workers or "
-        "CPUs a worker, or set cluster.address to a larger Ray cluster"
+        "cluster.workers=3: needs 3 × 1 CPUs (cluster.cpus_per_worker), and this machine has 2. Use fewer "
+        "workers or fewer CPUs per worker, or set cluster.address to a larger Ray cluster."
     ]
     assert lines(base, "cluster.workers=3", "cluster.cpus_per_worker=0.5") == []
     assert lines(base, "cluster.workers=2..3", "checkpoint.every_steps=2") == [], (
@@ -144,8 +144,8 @@ def test_gpus_that_are_not_there(base, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert lines(base, "cluster.gpus_per_worker=1") == []
     assert lines(base, "cluster.gpus_per_worker=1", "cluster.workers=2") == [
-        "cluster.gpus_per_worker=1: 2 GPUs are needed, and this machine has 1 that torch can use; set it to 0 to run on "
-        "CPUs, or set cluster.address to a Ray cluster with GPUs"
+        "cluster.gpus_per_worker=1: 2 GPUs are needed, and this machine has 1 that torch can use. "
+        "Set it to 0 to run on CPUs, or set cluster.address to a Ray cluster with GPUs."
     ]
 
 
@@ -175,7 +175,7 @@ def test_storage_that_makes_a_file_twice(base, monkeypatch):
         Store, "create", lambda self, path, content: (self.write(path, content), True)[1]
     )
     (found,) = lines(base)
-    assert "storage with conditional writes (If-None-Match) is needed" in found
+    assert "storage with conditional writes (If-None-Match) is allowed" in found
     assert not os.path.exists(base["run"]["storage"]), "nothing left behind"
 
 

@@ -62,7 +62,7 @@ def test_published_numbers_of_parameters(name, count):
     from dist_ft.model.loading import meta_model
 
     attention = "eager" if name.startswith("bloom") else "sdpa"
-    model = meta_model.build(
+    model = meta_model.build_meta_model(
         run("none/none", model={"attention": attention}),
         TaskSection(),
         str(ROOT / f"configs/architectures/{name}.json"),
@@ -80,7 +80,7 @@ def test_parameters_are_counted_without_asking_anyone(folder):
         is run_plan.count_parameters(run("s3://none/none"))
         is None
     )
-    with pytest.raises(ModelError, match="--model-config=nowhere: there is no such file"):
+    with pytest.raises(ModelError, match="--model-config=nowhere: the file does not exist"):
         run_plan.count_parameters(run(folder), "nowhere")
 
 
@@ -97,8 +97,8 @@ def test_sizes_of_a_published_run():
         gpu="A100-80GB",
         model_config=str(ROOT / "configs/architectures/bloom-176b.json"),
     )
-    assert found["checkpoint"]["exported model"] / 2**30 == pytest.approx(329, abs=1)
-    both = found["checkpoint"]["checkpoint"] + found["checkpoint"]["exported model"]
+    assert found["checkpoint"]["exported_model"] / 2**30 == pytest.approx(329, abs=1)
+    both = found["checkpoint"]["checkpoint"] + found["checkpoint"]["exported_model"]
     assert both / 2**40 == pytest.approx(2.3, abs=0.06)
     assert found["gpus"][0]["fits"]
 
@@ -123,7 +123,7 @@ def test_an_adapter_alone_has_gradients_and_state(folder):
     assert learned < whole["model"]["learned"] / 2
     assert adapted["model"]["parameters"] == whole["model"]["parameters"] + learned
     assert adapted["memory"][0]["gpu"]["gradients"] == 2 * learned
-    assert adapted["checkpoint"]["frozen, once a run"] == 2 * whole["model"]["parameters"]
+    assert adapted["checkpoint"]["frozen"] == 2 * whole["model"]["parameters"]
 
 
 def test_guards_cost_a_float32_copy_each(folder):
@@ -222,14 +222,14 @@ def test_text_names_all_there_is(folder):
 @pytest.mark.parametrize(
     ("change", "given", "said"),
     [
-        ("remove", {}, "no config.json there; a plan needs a model's config.json"),
-        ("{", {}, "can not be read .*; it must be JSON; fetch it anew"),
-        ("{}", {}, "names no model_type"),
-        ('{"model_type": "no-such"}', {}, "can not load the config"),
+        ("remove", {}, "it has no config.json. A plan needs a model's config.json"),
+        ("{", {}, "cannot read its config.json .*. It must be JSON. Download it again"),
+        ("{}", {}, "has no model_type"),
+        ('{"model_type": "no-such"}', {}, "cannot load the config"),
         (
             None,
             {"model_config": "/no/such.json"},
-            "--model-config=/no/such.json: there is no such file",
+            "--model-config=/no/such.json: the file does not exist",
         ),
         (None, {"gpu": "H1000"}, "--gpu=H1000: no such GPU"),
         (None, {"num_gpus": 9}, "--gpus=9: from 1 to the 8 lanes"),
@@ -249,7 +249,7 @@ def test_what_can_not_be_planned_is_one_line(folder, change, given, said):
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none"])
 def test_no_such_folder(path):
-    with pytest.raises(ModelError, match=f"model.path={path}: there is no such folder"):
+    with pytest.raises(ModelError, match=f"model.path={path}: the folder does not exist"):
         run_plan.plan(run(path))
 
 
@@ -262,7 +262,7 @@ def test_a_hub_that_can_not_be_reached(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(
         ModelError,
-        match=r"model.path=org/name: .*does not give its config.json.*--model-config FILE",
+        match=r"model.path=org/name: .*does not provide its config.json.*--model-config FILE",
     ):
         run_plan.plan(run("org/name"))
 
@@ -274,6 +274,6 @@ def test_a_model_in_a_bucket(folder):
     found = run_plan.plan(run("memory://plan-model"))
     assert found["model"]["rehearsed"]
     with pytest.raises(
-        ModelError, match=r"model.path=memory://nothing: its config.json can not be read"
+        ModelError, match=r"model.path=memory://nothing: cannot read its config.json"
     ):
         run_plan.plan(run("memory://nothing"))
