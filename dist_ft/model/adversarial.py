@@ -1,11 +1,12 @@
 """Adversarial training: in addition to each batch, train on one with perturbed input embeddings.
 
-The embeddings move in the direction that increases the loss. FGM (Miyato et al., arXiv:1605.07725) takes
-one step along the gradient; PGD (Madry et al., arXiv:1706.06083) takes several, each projected back into
-the ball around the embeddings, starting from its center, not from a random point. Norms are L2 and per
-sample, so packing, padding, lanes and workers make no difference; padding has no gradient and does not
-move. All passes of a lane draw the same dropout and noise, so each gradient is that of the same network.
-Every lane makes the same number of passes, also one without targets. Independent of engines.
+The embeddings move in the direction that increases the loss. FGM (Miyato et al., arXiv:1605.07725)
+takes one step along the gradient; PGD (Madry et al., arXiv:1706.06083) takes several, each
+projected back into the ball around the embeddings, starting from its center, not from a random
+point. Norms are L2 and per sample, so packing, padding, lanes and workers make no difference;
+padding has no gradient and does not move. All passes of a lane draw the same dropout and noise, so
+each gradient is that of the same network. Every lane makes the same number of passes, also one
+without targets. Independent of engines.
 
 Dimensions: B rows of a batch, T tokens of a row, H hidden size, N samples of a batch.
 """
@@ -60,7 +61,8 @@ class Adversary:
         Args:
             forward: the same at every call, except for the embeddings.
             backward: see `Backward`.
-            forward_for_gradient: as `forward`, for a pass that needs the gradient of the embeddings only.
+            forward_for_gradient: as `forward`, for a pass that needs the gradient of the embeddings
+                only.
         """
         section = self._section
         num_steps, step_size = section.steps, section.step_size
@@ -92,7 +94,7 @@ class Adversary:
     def _perturb(
         self, _embedding: torch.nn.Module, _args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Add the current perturbation to embeddings (B, T, H) and record their gradient; a forward hook."""
+        """Perturb embeddings (B, T, H) and record their gradient; a forward hook."""
         if not self._is_active:
             return None
         number = len(self._embeddings)
@@ -111,7 +113,7 @@ class Adversary:
         return perturbed
 
     def _step(self, step_size: float) -> None:
-        """Move each sample by `step_size` along its gradient, and back into the ball of radius epsilon."""
+        """Move each sample by `step_size` along its gradient, and back into the epsilon ball."""
         if not self._gradients or any(gradient is None for gradient in self._gradients):
             raise ModelError(
                 f"tuning.adversarial.method={self._section.method}: the loss of this model has no "
@@ -152,7 +154,7 @@ def step_along_gradient(
 def clip_to_epsilon(
     perturbation: torch.Tensor, lengths: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """Return `perturbation` (B, T, H), scaled down to norm `epsilon` in samples where it is larger."""
+    """Return `perturbation` (B, T, H), scaled down to norm `epsilon` where it is larger."""
     scale = (epsilon / sample_norms(perturbation, lengths).clamp(min=MIN_NORM)).clamp(max=1.0)
     return perturbation * scale
 

@@ -1,14 +1,15 @@
 """Causal language modeling: next-token cross-entropy, summed over the target tokens.
 
-The module returns the sum (not the mean), so that the trainer can divide by the target tokens of the
-whole global batch: accumulation, packing and the number of workers then leave the gradient unchanged.
-Logits are computed only at positions with a target, so prompts and padding cost no vocabulary-wide
-product. If the output layer is a plain matrix, loss and logits are computed together, chunk by chunk
-(`head_loss`). Models that change their logits afterwards (scaling, soft caps) are detected in the first
-forward, because they change a marker value of 1.0; their loss is computed from whole logits instead.
+The module returns the sum (not the mean), so that the trainer can divide by the target tokens of
+the whole global batch: accumulation, packing and the number of workers then leave the gradient
+unchanged. Logits are computed only at positions with a target, so prompts and padding cost no
+vocabulary-wide product. If the output layer is a plain matrix, loss and logits are computed
+together, chunk by chunk (`head_loss`). Models that change their logits afterwards (scaling, soft
+caps) are detected in the first forward, because they change a marker value of 1.0; their loss is
+computed from whole logits instead.
 
-Dimensions: B rows of a batch, T tokens of a row, H hidden size, V vocabulary size, N target tokens of
-a batch.
+Dimensions: B rows of a batch, T tokens of a row, H hidden size, V vocabulary size, N target tokens
+of a batch.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class CausalLM(TrainableModel):
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(
-                f"model of type {model.config.model_type}: it has no output embeddings to compute logits "
-                "with. Only causal language models are allowed. Choose another model."
+                f"model of type {model.config.model_type}: it has no output embeddings to compute "
+                "logits with. Only causal language models are allowed. Choose another model."
             )
         head.register_forward_pre_hook(self._select_target_positions)
         self._use_chunked_loss = type(head) is nn.Linear and head.bias is None
@@ -87,7 +88,7 @@ class CausalLM(TrainableModel):
             head.forward = functools.partial(self._loss_or_logits, head)
 
     def _select_target_positions(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        """Pass to the head only the hidden states (1, N, H) at the target positions of (B, T, H)."""
+        """Pass to the head only the hidden states (1, N, H) at target positions of (B, T, H)."""
         if self._target_positions is None:
             return None
         hidden = args[0]
@@ -127,8 +128,8 @@ class CausalLM(TrainableModel):
 
         Args:
             input_ids: (B, T) token ids.
-            position_ids: (B, T); a restart at 0 starts another sample, which attention keeps separate
-                (transformers detects it only with `use_cache=False`).
+            position_ids: (B, T); a restart at 0 starts another sample, which attention keeps
+                separate (transformers detects it only with `use_cache=False`).
             target_positions: (N,) indices into B*T of the positions with a target.
             targets: (N,) token ids to predict there, or `IGNORE_INDEX`.
             lengths: for each row, the lengths of its samples, consistent with `position_ids`.

@@ -1,10 +1,11 @@
-"""Text generation: transformers' `generate` over batches; each row's result is the one it would have alone.
+"""Text generation: transformers' `generate` over batches.
 
-Rows of similar length share a batch (causal models: padded on the left), and the order is restored. Random
-draws follow from (seed, sample, draw), never from the other rows of a batch: a token is the argmax of its
-logits plus Gumbel noise (Gumbel 1954; the same distribution as a draw from the softmax) from a generator of
-its row. Unlike a draw from cumulated probabilities, noise is not sensitive to rounding. Independent of
-workers and of references.
+Each row's result is the one it would have alone. Rows of similar length share a batch (causal
+models: padded on the left), and the order is restored. Random draws follow from (seed, sample,
+draw), never from the other rows of a batch: a token is the argmax of its logits plus Gumbel noise
+(Gumbel 1954; the same distribution as a draw from the softmax) from a generator of its row. Unlike
+a draw from cumulated probabilities, noise is not sensitive to rounding. Independent of workers and
+of references.
 
 Dimensions: B rows of a batch, T tokens of a prompt, V vocabulary size.
 """
@@ -47,7 +48,7 @@ class TextGenerator:
     """Generates texts with the options of a section decoding."""
 
     def __init__(self, section: DecodingSection, tokenizer: Any, stops: Iterable[int] = ()) -> None:
-        """Set options; `stops` are end tokens in addition to those of the model and its tokenizer."""
+        """Set options; `stops` are further end tokens (next to the model's own)."""
         self.section = section
         self._tokenizer = tokenizer
         self._stops = frozenset(stops)
@@ -61,7 +62,7 @@ class TextGenerator:
     def generate_all(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest]
     ) -> list[list[list[int]]]:
-        """Return for each request its `num_samples` generations as token ids, without end tokens."""
+        """Return for each request its `num_samples` generations, token ids without end tokens."""
         generations: dict[int, list[list[int]]] = {}
         for batch in self.split_into_batches(requests):
             results = self.generate_batch(model, [requests[number] for number in batch])
@@ -82,14 +83,14 @@ class TextGenerator:
         Args:
             model: in evaluation mode.
             requests: all rows of the batch.
-            synced: every forward is a collective call, so all workers make the same number of them and
-                continue until all are done.
+            synced: every forward is a collective call, so all workers make the same number of them
+                and continue until all are done.
             on_token: called for each token.
             include_end: keep the end token of a generation.
 
         Raises:
-            ConfigError: the longest prompt and generation have more tokens than the model has positions,
-                or a repetition penalty meets virtual tokens.
+            ConfigError: the longest prompt and generation have more tokens than the model has
+                positions, or a repetition penalty meets virtual tokens.
         """
         section, is_encoder_decoder = self.section, model.config.is_encoder_decoder
         rows = self._repeat_for_draws(requests)
@@ -139,14 +140,18 @@ class TextGenerator:
         if penalty != 1 and not is_encoder_decoder:
             raise ConfigError(
                 [
-                    f"decoding.repetition_penalty={penalty}: virtual tokens (tuning.prompt) have no entry in "
-                    "the vocabulary. Only 1 is allowed. Remove the option."
+                    f"decoding.repetition_penalty={penalty}: virtual tokens (tuning.prompt) have "
+                    "no entry in the vocabulary. Only 1 is allowed. Remove the option."
                 ],
                 "decoding",
             )
 
     def check_length(self, model: PreTrainedModel, longest: int) -> None:
-        """Raise ConfigError if a prompt of `longest` tokens and its generation exceed the model's positions."""
+        """Check that a prompt of `longest` tokens and its generation fit the model's positions.
+
+        Raises:
+            ConfigError: they do not.
+        """
         config = model.config.get_text_config(decoder=True)
         max_new_tokens = self._generation_config(model).max_new_tokens or 0
         num_positions = getattr(config, "max_position_embeddings", None) or getattr(
@@ -157,9 +162,10 @@ class TextGenerator:
         if isinstance(num_positions, int) and longest + max_new_tokens > num_positions:
             raise ConfigError(
                 [
-                    f"decoding.max_new_tokens={max_new_tokens}: the model has {num_positions} positions and "
-                    f"the longest prompt {longest} tokens. At most {max(0, num_positions - longest)} are "
-                    "allowed. Lower it, or shorten the prompts."
+                    f"decoding.max_new_tokens={max_new_tokens}: the model has {num_positions} "
+                    f"positions and the longest prompt {longest} tokens. At most "
+                    f"{max(0, num_positions - longest)} are allowed. Lower it, or shorten the "
+                    "prompts."
                 ],
                 "decoding",
             )
@@ -218,8 +224,8 @@ class TextGenerator:
         if not stops:
             raise ConfigError(
                 [
-                    "decoding.choices: neither the model nor its tokenizer has an end token, and one is "
-                    "needed. Set eos_token in tokenizer_config.json, or remove choices."
+                    "decoding.choices: neither the model nor its tokenizer has an end token, and "
+                    "one is needed. Set eos_token in tokenizer_config.json, or remove choices."
                 ],
                 "decoding",
             )
@@ -268,7 +274,7 @@ class TextGenerator:
 
 
 class Gumbel(LogitsProcessor):
-    """Adds noise to logits (B, V), from one generator a row, so that their argmax is a random draw."""
+    """Adds noise to logits (B, V), one generator a row: their argmax is a random draw."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         """Start a generator for each row."""
@@ -287,7 +293,7 @@ class _ChoiceConstraint(LogitsProcessor):
     """Allows only tokens that continue one of a list of choices."""
 
     def __init__(self, choices: Sequence[Sequence[int]], first_position: int) -> None:
-        """Take choices with their end tokens; `first_position` is that of the first generated token."""
+        """Take choices with end tokens; `first_position` is that of the first generated token."""
         self._first_position = first_position
         self._ends = sorted({choice[-1] for choice in choices})
         self._next_tokens: dict[tuple[int, ...], set[int]] = {}

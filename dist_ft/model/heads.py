@@ -1,7 +1,7 @@
-"""Task heads: the transformers class of each task, what belongs to its head, and how a new head is initialized.
+"""Task heads: the transformers class of a task, the weights of its head, their initial values.
 
-A head is everything outside the base model. A new head is drawn by the run's seed and the weight's own
-name, so every engine and world starts with the same values.
+A head is everything outside the base model. A new head is drawn by the run's seed and the weight's
+own name, so every engine and world starts with the same values.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def supports_task(config: PretrainedConfig, task: TaskSection) -> bool:
 def longest_input(config: PretrainedConfig) -> int | None:
     """Return the most tokens a model of this config accepts; None: it has no limit.
 
-    RoBERTa and similar models count positions from the pad token's id on, so 514 positions hold 512 tokens.
+    RoBERTa and similar models count positions from the pad token's id on, so 514 positions hold 512
+    tokens.
     """
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(inner, "max_position_embeddings", None)
@@ -124,8 +125,8 @@ def length_error(
         with_virtual = f" with the {num_virtual} virtual tokens of tuning.prompt.tokens before it"
     return (
         f"batch.sequence_length={length}: longer{with_virtual} than the model accepts. At most "
-        f"{longest - num_virtual} tokens are allowed (max_position_embeddings of {path}). Lower it, or choose "
-        "another model."
+        f"{longest - num_virtual} tokens are allowed (max_position_embeddings of {path}). Lower "
+        "it, or choose another model."
     )
 
 
@@ -144,7 +145,8 @@ def unsupported_task_error(config: PretrainedConfig, task: TaskSection) -> str:
 def _is_encoder(config: PretrainedConfig) -> bool:
     """Whether attention sees the tokens it should predict.
 
-    transformers lists BERT and similar models as causal too; they are, if their config sets `is_decoder`.
+    transformers lists BERT and similar models as causal too; they are, if their config sets
+    `is_decoder`.
     """
     from transformers import AutoModelForMaskedLM
 
@@ -169,9 +171,9 @@ def set_labels(config: PretrainedConfig, task: TaskSection, path: str) -> None:
         if own != list(labels):
             kind = AUTO_CLASSES[task.name].removeprefix("AutoModel")
             raise ModelError(
-                f"task.labels: the model in model.path={path} has a head for {_shorten(own)}, but the "
-                f"labels are {_shorten(labels)}. The same labels in the same order are allowed. Set "
-                f"task.labels so, or task.new_head=true to start a new {kind} head."
+                f"task.labels: the model in model.path={path} has a head for {_shorten(own)}, but "
+                f"the labels are {_shorten(labels)}. The same labels in the same order are "
+                f"allowed. Set task.labels so, or task.new_head=true to start a new {kind} head."
             )
 
     config.id2label = dict(enumerate(labels))
@@ -195,12 +197,12 @@ def is_outside_base_model(name: str, model: PreTrainedModel) -> bool:
 
 
 def is_head(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight belongs to a head, or to the pooler, which only feeds one and is often new with it."""
+    """Whether a weight belongs to a head, or to the pooler, which only feeds one."""
     return is_outside_base_model(name, model) or ".pooler." in f".{name}"
 
 
 def may_be_new(name: str, model: PreTrainedModel, task: TaskSection) -> bool:
-    """Whether a weight may be absent from a model's files, because it belongs to a new head."""
+    """Whether a weight may be absent from a model's files: it belongs to a new head."""
     return task.name not in ("causal_lm", "seq2seq") and is_head(name, model)
 
 
@@ -216,7 +218,7 @@ def initialize_new_weights(
     config: PretrainedConfig,
     seed: int,
 ) -> None:
-    """Write the initial values of the weights `new` into an engine: each rank the elements it holds.
+    """Write the initial values of the weights `new` into an engine, on each rank those it holds.
 
     Heads have no adapters, so the values go to the weights themselves.
 
@@ -238,7 +240,7 @@ def initialize_new_weights(
 
 
 def initial_values(name: str, shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    """Return the initial values of a new weight, float32: matrices normal, biases 0, norm scales 1."""
+    """Return the initial values of a weight, float32: matrices normal, biases 0, scales 1."""
     import torch
 
     if len(shape) < 2:

@@ -1,12 +1,14 @@
 """Classification by a causal model: the probability of each label's words after a prompt.
 
-In training the words of a row's own label are the only target tokens: the loss of a row is minus the
-score of its label. Outside training all labels are scored. The prompt is computed once; only labels of
-more than one token run again, from the prompt's cache. Guarantees: the calls of the model follow from
-the labels alone, so every rank makes the same ones; scores do not depend on the other rows of a batch.
+In training the words of a row's own label are the only target tokens: the loss of a row is minus
+the score of its label. Outside training all labels are scored. The prompt is computed once; only
+labels of more than one token run again, from the prompt's cache. Guarantees: the calls of the model
+follow from the labels alone, so every rank makes the same ones; scores do not depend on the other
+rows of a batch.
 
-Dimensions: B rows of a batch, T tokens of a prompt, K labels, W tokens of the longest label, L labels of
-more than one token, C prompts without content, V vocabulary size, N positions with logits.
+Dimensions: B rows of a batch, T tokens of a prompt, K labels, W tokens of the longest label, L
+labels of more than one token, C prompts without content, V vocabulary size, N positions with
+logits.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class LabelPromptModel(TaskModel):
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(
-                f"model of type {model.config.model_type}: it has no output embeddings to score words "
-                "with. Only causal language models are allowed. Choose another model."
+                f"model of type {model.config.model_type}: it has no output embeddings to score "
+                "words with. Only causal language models are allowed. Choose another model."
             )
         if message := length_error(model.config, sequence_length, str(model.name_or_path)):
             raise ModelError(message)
@@ -97,7 +99,8 @@ class LabelPromptModel(TaskModel):
             scores, content_free_scores = all_scores[: len(ids)], all_scores[len(ids) :]
             target_scores = scores.gather(1, label_numbers[:, None])[:, 0]
             if self._content_free_prompts:
-                # Calibrate: subtract the log of each label's mean share after prompts without content.
+                # Calibrate: subtract the log of each label's mean share after prompts without
+                # content.
                 shares = torch.log_softmax(content_free_scores, 1)
                 scores = scores - shares.logsumexp(0)
         else:
@@ -112,7 +115,7 @@ class LabelPromptModel(TaskModel):
     def _score_targets(
         self, ids: torch.Tensor, mask: torch.Tensor, label_numbers: torch.Tensor
     ) -> torch.Tensor:
-        """Return the score (B,) of each prompt's own label, `label_numbers` (B,), in one forward."""
+        """Return the score (B,) of each prompt's label, `label_numbers` (B,), in one forward."""
         num_rows, device = len(ids), ids.device
         lengths = mask.sum(1)  # (B,)
         words, counts = self._word_ids[label_numbers], self._word_counts[label_numbers]
@@ -133,7 +136,7 @@ class LabelPromptModel(TaskModel):
         return self._sum_over_words(log_probabilities.reshape(words.shape), counts)
 
     def _score_labels(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the score (B + C, K) of each label after the prompts (B, T) and the content-free ones."""
+        """Return the score of each label after prompts (B, T) and content-free ones, (B + C, K)."""
         lengths = mask.sum(1).tolist()
         prompts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
         prompts += self._content_free_prompts
@@ -161,7 +164,7 @@ class LabelPromptModel(TaskModel):
     def _score_further_words(
         self, output: Any, ids: torch.Tensor, mask: torch.Tensor, long_labels: torch.Tensor
     ) -> torch.Tensor:
-        """Return the log-probabilities (B, L, W - 1) of the second and further words of `long_labels`.
+        """Return the log-probabilities (B, L, W - 1) of the words after the first.
 
         Args:
             output: the model's output for the prompts, with its cache if it has one.
@@ -198,7 +201,7 @@ class LabelPromptModel(TaskModel):
         positions: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        """Return the model's output for ids (B, T), with logits at `positions` (N,) only; None: at all.
+        """Return the model's output for ids (B, T), logits at `positions` (N,); None: at all.
 
         `mask` (B, P + T) covers the P cached tokens and then `ids`.
         """
@@ -216,7 +219,7 @@ class LabelPromptModel(TaskModel):
     def _logits_at(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Return the logits (N, V) at `positions` (N,) of prompts padded on the right, with NEFTune."""
+        """Return the logits (N, V) at `positions` (N,) of right-padded prompts, with NEFTune."""
         self._row_lengths = mask.sum(1, keepdim=True)
         try:
             output = self._run_at(ids, mask, positions)
@@ -237,7 +240,7 @@ class LabelPromptModel(TaskModel):
     def _sum_over_words(
         self, log_probabilities: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Return scores (...) from log-probabilities (..., W), of which the first `counts` (...) count."""
+        """Return scores (...) from log-probabilities (..., W) of the first `counts` (...) words."""
         width = log_probabilities.shape[-1]
         is_word = torch.arange(width, device=log_probabilities.device) < counts[..., None]
         sums = torch.where(is_word, log_probabilities, 0.0).sum(-1)
@@ -245,7 +248,7 @@ class LabelPromptModel(TaskModel):
 
 
 class _WordTable(NamedTuple):
-    """Words of all labels: token ids (K, W), padded with 0, and the number of tokens of each (K,)."""
+    """Words of all labels: token ids (K, W), padded with 0, and their numbers of tokens (K,)."""
 
     ids: torch.Tensor
     counts: torch.Tensor

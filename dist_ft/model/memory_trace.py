@@ -1,11 +1,11 @@
-"""Trace the memory of a forward and a backward of the real code, without numbers, on the meta device.
+"""Trace the memory of a forward and a backward of the real code on the meta device.
 
-Every storage is counted from its creation to its release, so activations, the loss head, recomputation
-under activation checkpointing and gradients are those of the code itself, for any architecture, at any
-size: 405 billion parameters take no memory here. Attention is replaced by a stand-in that stores what flash
-kernels store (queries, keys, values, output and a float32 per row), which is also what torch's own kernels
-on CPUs store. Not included: memory inside kernels (workspaces of matrix products), fragmentation of the
-allocator. Independent of engines and workers.
+Every storage is counted from its creation to its release, so activations, the loss head,
+recomputation under activation checkpointing and gradients are those of the code itself, for any
+architecture, at any size: 405 billion parameters take no memory here. Attention is replaced by a
+stand-in that stores what flash kernels store (queries, keys, values, output and a float32 per row),
+which is also what torch's own kernels on CPUs store. Not included: memory inside kernels
+(workspaces of matrix products), fragmentation of the allocator. Independent of engines and workers.
 
 Dimensions: B rows of a batch, T tokens of a row, D width of a head.
 """
@@ -63,8 +63,9 @@ def trace_peaks(
     Args:
         module: on the meta device; its parameters end without gradients.
         inputs: arguments of its forward, tensors on the meta device.
-        keep_gradients: gradients of earlier lanes are in `.grad` (they are not counted) and new ones are
-            added to them; else each is released as soon as it exists, as under ZeRO-2 and 3.
+        keep_gradients: gradients of earlier lanes are in `.grad` (they are not counted) and new
+            ones are added to them; else each is released as soon as it exists, as under ZeRO-2 and
+            3.
         on_cpu: of a run on CPUs, where `head_loss` computes its softmax in place.
     """
     hooks = []
@@ -99,7 +100,10 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 def trace_module_order(
     module: TrainableModel, inputs: dict[str, Any]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the weights of each module that has some, in the order of their forwards."""
+    """Return the names of the weights of each module, in the order of their forwards.
+
+    Modules without weights are left out.
+    """
     names = {
         id(parameter): name.removeprefix(WRAPPER_PREFIX)
         for name, parameter in module.named_parameters()
@@ -201,8 +205,8 @@ class _Tracer(TorchDispatchMode):
     def _scalar(self, tensor: torch.Tensor) -> Any:
         """Return the value of a scalar that code reads: true, or one; after the output layer, NaN.
 
-        So `CausalLM`, which checks that a 1.0 leaves its output layer unchanged, detects models that
-        change logits.
+        So `CausalLM`, which checks that a 1.0 leaves its output layer unchanged, detects models
+        that change logits.
         """
         if not tensor.is_floating_point():
             return tensor.dtype == torch.bool or 1
@@ -229,10 +233,11 @@ class _Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _stand_in_kernels(on_cpu: bool) -> Iterator[None]:
-    """Replace kernels by name, because modes are off in recomputation and stored tensors differ by device.
+    """Replace attention and dropout kernels by stand-ins that store what the real ones do.
 
-    Attention stores no (T, T) matrix. Dropout on GPUs stores a mask of one byte per element; on CPUs, as on
-    the meta device, factors in the dtype of its input.
+    By name, because dispatch modes are off in recomputation.
+    Attention stores no (T, T) matrix. Dropout on GPUs stores a mask of one byte per element; on
+    CPUs, as on the meta device, factors in the dtype of its input.
     """
     functional: Any = nn.functional
     original_attention = functional.scaled_dot_product_attention

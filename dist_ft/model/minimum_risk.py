@@ -1,9 +1,10 @@
-"""Minimum risk training: minimize the expected risk of candidate texts (Shen et al. 2016, arXiv:1512.02433).
+"""Minimum risk training: minimize the expected risk of candidate texts.
 
-Each row of a `RiskBatch` is a prompt and a candidate text; the rows of one sample form a group.
-Log-probabilities of whole texts come from one forward; their shares within the group, sharpened by
-alpha, weight the risks. The module returns the sum over groups, as with cross-entropy. Plain batches
-(held-out ones, empty ones) still get cross-entropy. Does not generate texts.
+Method: Shen et al. 2016, arXiv:1512.02433. Each row of a `RiskBatch` is a prompt and a candidate
+text; the rows of one sample form a group. Log-probabilities of whole texts come from one forward;
+their shares within the group, sharpened by alpha, weight the risks. The module returns the sum over
+groups, as with cross-entropy. Plain batches (held-out ones, empty ones) still get cross-entropy.
+Does not generate texts.
 
 Dimensions: R rows, N tokens of the texts, G groups.
 """
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from dist_ft.config.sections.minimum_risk import RiskSection
+from dist_ft.config.sections.task import RiskSection
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.task_models import LossAndOutputs, TaskInputs, TaskModel

@@ -1,9 +1,9 @@
 """Attention over packed rows without products between samples, with torch's own kernels.
 
-Used with model.attention=sdpa. By itself transformers gives packed rows a mask (B, 1, T, T), and the
-kernel computes all of it to discard most. Here each sample is one causal call. Where a model needs more
-than plain causal attention (a window shorter than a sample, masks of its own), and outside a training
-forward, everything runs as in transformers. Flash attention has its own way.
+Used with model.attention=sdpa. By itself transformers gives packed rows a mask (B, 1, T, T), and
+the kernel computes all of it to discard most. Here each sample is one causal call. Where a model
+needs more than plain causal attention (a window shorter than a sample, masks of its own), and
+outside a training forward, everything runs as in transformers. Flash attention has its own way.
 
 Only one model of a process at a time may run such a forward and its backward: two models in threads
 would use each other's sample lengths.
@@ -92,7 +92,8 @@ class PackedSamples:
     ) -> tuple[torch.Tensor, None]:
         """Return attention (B, T, heads, D) of query, key and value (B, heads, T, D).
 
-        Implements transformers' attention interface, which also returns attention weights: None here.
+        Implements transformers' attention interface, which also returns attention weights: None
+        here.
         """
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -121,7 +122,7 @@ _PACKED_SAMPLES = PackedSamples()  # transformers looks attention up by name, fo
 
 
 def enable_packed_attention(model: PreTrainedModel) -> PackedSamples | None:
-    """Make `model` attend sample by sample; return the object that takes the lengths of each forward.
+    """Make `model` attend sample by sample; return what takes the lengths of each forward.
 
     Returns None if the model's attention is not sdpa.
     """

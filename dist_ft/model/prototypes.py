@@ -1,7 +1,7 @@
-"""Classification by prototypes: a text gets the label with the nearest mean vector of examples, by cosine.
+"""Classification by prototypes: a text gets the label whose examples' mean vector is nearest.
 
-Nothing is trained. Prototypical classification (Snell et al., arXiv:1703.05175) with the vectors of an
-encoder as they are.
+Distance is by cosine. Nothing is trained. Prototypical classification (Snell et al.,
+arXiv:1703.05175) with the vectors of an encoder as they are.
 
 Dimensions: B rows of a batch, T tokens of a row, H hidden size, K labels, N examples.
 """

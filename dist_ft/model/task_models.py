@@ -1,11 +1,11 @@
-"""Models with a task head: a padded batch in, the summed loss of the task and each row's outputs out.
+"""Models with a task head: a padded batch in, the summed loss and each row's outputs out.
 
-Guarantees: no output depends on padding; a batch without labels gives loss zero and a gradient of zero
-everywhere, so that every rank can make the same number of calls; the module returns the sum of the loss
-(not the mean), as `causal_lm` does.
+Guarantees: no output depends on padding; a batch without labels gives loss zero and a gradient of
+zero everywhere, so that every rank can make the same number of calls; the module returns the sum of
+the loss (not the mean), as `causal_lm` does.
 
-Dimensions: B rows of a batch, T tokens of a row (T1 and T2 of its first and second text), H hidden size,
-V vocabulary size, K labels, N masked positions of a batch.
+Dimensions: B rows of a batch, T tokens of a row (T1 and T2 of its first and second text), H hidden
+size, V vocabulary size, K labels, N masked positions of a batch.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class SpecialTokens:
 
     Attributes:
         pad: id of padding.
-        separator: id between the texts of a pair, after which token types are 1; None: the model takes
-            no token types.
+        separator: id between the texts of a pair, after which token types are 1; None: the model
+            takes no token types.
     """
 
     pad: int
@@ -48,7 +48,7 @@ class SpecialTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, config: PretrainedConfig) -> SpecialTokens:
-        """Return the ids of a model and its tokenizer; sets the config's pad token if it has none."""
+        """Return the ids of a model and tokenizer; sets the config's pad token if it has none."""
         inner = config.get_text_config()
         if inner.pad_token_id is None:
             candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -65,8 +65,10 @@ class TaskInputs(NamedTuple):
     Attributes:
         ids: (B, T) token ids, padded on the right; of two texts a row the first, (B, T1).
         mask: int64, shape of `ids`: 1 where a token is, 0 in the padding.
-        labels: (B, T) labels as the task encodes them, or `IGNORE_INDEX`; of two texts a row (B, T2).
-        second_ids: (B, T2) the second text of each row (seq2seq: the target; embedding: the other text).
+        labels: (B, T) labels as the task encodes them, or `IGNORE_INDEX`; of two texts a row (B,
+            T2).
+        second_ids: (B, T2) the second text of each row (seq2seq: the target; embedding: the other
+            text).
         second_mask: (B, T2) int64, as `mask`.
     """
 
@@ -114,8 +116,9 @@ class TaskModel(TrainableModel):
         self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
         if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
             raise ModelError(
-                f"model of type {model.config.model_type}: its config has no decoder_start_token_id, "
-                "the first token of every generated text. Set it in config.json."
+                f"model of type {model.config.model_type}: its config has no "
+                "decoder_start_token_id, the first token of every generated text. Set it in "
+                "config.json."
             )
 
         self._positions: torch.Tensor | None = None
@@ -126,7 +129,7 @@ class TaskModel(TrainableModel):
         )
 
     def _select_positions(self, _head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        """Pass to the output layer only the hidden states (1, N, H) at `_positions` of (B, T, H)."""
+        """Pass to the output layer only the hidden states at `_positions`, (1, N, H)."""
         if self._positions is None:
             return None
         hidden = args[0]
@@ -148,8 +151,8 @@ class TaskModel(TrainableModel):
             arrays = {"ids": ids, "mask": mask.astype(np.int64), "labels": labels}
 
         if self._task.name == "masked_lm":
-            # Computed on the host, so that the device need not synchronize. Without masked tokens, one
-            # position that is ignored.
+            # Computed on the host, so that the device need not synchronize. Without masked tokens,
+            # one position that is ignored.
             has_labels = (labels != IGNORE_INDEX).any()
             positions = np.flatnonzero(labels != IGNORE_INDEX) if has_labels else np.zeros(1, int)
             arrays["positions"] = positions
@@ -162,7 +165,7 @@ class TaskModel(TrainableModel):
     def _split_texts(
         self, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Return both texts of each row as (B, T1) and (B, T2); the second starts at the first label."""
+        """Return both texts of each row, (B, T1) and (B, T2); the second starts at a label."""
         is_labeled = labels != IGNORE_INDEX  # (B, T)
         has_labels = is_labeled.any(1)  # (B,)
         ends = mask.sum(1)
@@ -259,7 +262,7 @@ class TaskModel(TrainableModel):
         return LossAndOutputs(loss, logits)
 
     def _multi_label_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: logits (B, K). Labels are bits, `LABELS_PER_POSITION` in each labeled position."""
+        """Outputs: logits (B, K). Labels are bits, `LABELS_PER_POSITION` in a position."""
         logits = self.run_model(inputs.ids, inputs.mask).logits
         num_labels = logits.shape[1]
         label_numbers = torch.arange(num_labels, device=logits.device)

@@ -1,9 +1,11 @@
-"""AdaLoRA's rank schedule (Zhang et al., arXiv:2303.10512): the importance of each rank, and which are zeroed when.
+"""AdaLoRA's rank schedule: the importance of each rank, and which ranks are zeroed when.
 
-`peft` does the arithmetic. Here its memory between steps (the importance of each weight, the remaining
-ranks) becomes buffers of the model, so a checkpoint stores it and a resumed run continues exactly like an
-uninterrupted one. The budget follows from the run's step alone. Needs whole weights and gradients: one
-process, or ZeRO-0.
+Method: Zhang et al., arXiv:2303.10512.
+
+`peft` does the arithmetic. Here its memory between steps (the importance of each weight, the
+remaining ranks) becomes buffers of the model, so a checkpoint stores it and a resumed run continues
+exactly like an uninterrupted one. The budget follows from the run's step alone. Needs whole weights
+and gradients: one process, or ZeRO-0.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ NAME = "rank_schedule"
 
 
 class RankSchedule(nn.Module):
-    """Zeroes ranks of AdaLoRA adapters after updates; its buffers hold the importance of their weights.
+    """Zeroes ranks of AdaLoRA adapters after updates; buffers hold the weights' importance.
 
-    For adapter weight i the buffers are `sensitivity_i` and `uncertainty_i`, averages of its shape, and
-    `kept_i`, 1 for each remaining rank.
+    For adapter weight i the buffers are `sensitivity_i` and `uncertainty_i`, averages of its shape,
+    and `kept_i`, 1 for each remaining rank.
     """
 
     def __init__(self, tuner: Any) -> None:
@@ -42,7 +44,7 @@ class RankSchedule(nn.Module):
         return {name: parameters[name] for name in self._names}
 
     def after_update(self, step: int) -> None:
-        """Update the importance of weights from their gradients, and zero the ranks beyond the budget.
+        """Update the importance of weights from gradients, and zero the ranks beyond the budget.
 
         The gradients of `step` (1: the first) must still exist, and be the same on all workers.
         """
@@ -79,7 +81,10 @@ class RankSchedule(nn.Module):
                 self.get_buffer(f"kept_{index}").copy_(torch.tensor(config.rank_pattern[name]))
 
     def penalty(self) -> torch.Tensor:
-        """Return the mean distance of the adapter matrices from orthogonal ones, times its weight, float32 ()."""
+        """Return the orthogonality penalty, float32 ().
+
+        It is the mean distance of the adapter matrices from orthogonal ones, times its weight.
+        """
         (tuner,) = self._tuner
         distances = []
         for name, parameter in self._weights().items():

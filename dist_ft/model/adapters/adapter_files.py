@@ -1,9 +1,9 @@
-"""Adapter folders: the weights that a run added or trained in addition, written for `peft` and read back.
+"""Adapter folders: the weights that a run added or trained, written for `peft` and read back.
 
-Trained weights of the model itself (a new head, norms) are peft's `modules_to_save`. Bottleneck adapters,
-which peft does not support, are stored under their own names and are read by dist_ft only. Guarantees: a
-folder remains only if the adapter read from it gives the logits of the one that was written. The folder
-does not hold the base model.
+Trained weights of the model itself (a new head, norms) are peft's `modules_to_save`. Bottleneck
+adapters, which peft does not support, are stored under their own names and are read by dist_ft
+only. Guarantees: a folder remains only if the adapter read from it gives the logits of the one that
+was written. The folder does not hold the base model.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def save_adapter(
 def _trained_model_weights(
     model: PreTrainedModel, section: TuningSection
 ) -> dict[str, torch.nn.Parameter]:
-    """Return the model's own trained weights, and the other weights of the modules they belong to."""
+    """Return the model's own trained weights, with the other weights of their modules."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = {
         name.rpartition(".")[0]
@@ -131,9 +131,9 @@ def _trained_model_weights(
         if tied or has_adapter:
             reason = f"it is one matrix with {tied[0]}" if tied else "it has an adapter itself"
             raise CheckpointError(
-                f"--adapter: {tuning.name_in_model_files(name)} was trained too (tuning.trainable), and "
-                f"peft cannot store it with an adapter: {reason}. Only weights that stand alone are "
-                "allowed. Export without --adapter."
+                f"--adapter: {tuning.name_in_model_files(name)} was trained too "
+                f"(tuning.trainable), and peft cannot store it with an adapter: {reason}. Only "
+                "weights that stand alone are allowed. Export without --adapter."
             )
     return trained
 
@@ -189,8 +189,9 @@ def load_adapter(
             tuning.merge_adapters(model)
     if state:
         raise ModelError(
-            f"model.path={folder}: {min(state)} has no place in the adapter's base model. The model it was "
-            "trained with is needed. See base_model_name_or_path in adapter_config.json."
+            f"model.path={folder}: {min(state)} has no place in the adapter's base model. The "
+            "model it was trained with is needed. See base_model_name_or_path in "
+            "adapter_config.json."
         )
     return frozenset(own_weights)
 
@@ -210,7 +211,7 @@ def _section_to_load(info: AdapterInfo) -> TuningSection:
 
 
 def _model_weight_name(key: str, parameters: dict[str, Any]) -> str | None:
-    """Return the model's own weight that `key` of an adapter's file names, None for an added weight."""
+    """Return the model weight that `key` of an adapter's file names, None for an added one."""
     for prefix in ("base_model.model.", "base_model.", ""):
         if key.startswith(prefix) and key.removeprefix(prefix) in parameters:
             return key.removeprefix(prefix)
@@ -230,8 +231,8 @@ def check_round_trip(
 
     Args:
         model: the model that was written.
-        empty: a model of the same shape with arbitrary weights; those that were not trained are copied
-            from `model`.
+        empty: a model of the same shape with arbitrary weights; those that were not trained are
+            copied from `model`.
         section: the tuning method.
         task: the adapter's task.
         folder: of the adapter.

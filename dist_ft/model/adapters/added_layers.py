@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 ADDED_PARTS = ("ranknum", "virtual_tokens", "bottleneck")
 ADDED_PREFIXES = ("lora_", "ia3_")
-"""Parts of the dotted name of an added weight: these names, or names that start with these prefixes."""
+"""Added weights have a name part that is one of `ADDED_PARTS` or starts with one of these."""
 
 
 def is_added(name: str) -> bool:

@@ -1,9 +1,11 @@
-"""Bottleneck adapters (Houlsby et al., arXiv:1902.00751): a small network behind each sub-layer of a frozen model.
+"""Bottleneck adapters: a small network behind each sub-layer of a frozen model.
 
-Down-projection, non-linearity, up-projection, added to the input. The up-projection starts as zero, so
-the model starts unchanged. A network is a child of the linear layer it follows, so the model's own
-parameter names stay. It cannot be merged into weights. The library of the field, `adapters` 1.3, requires
-transformers 4.57; hence this implementation.
+Method: Houlsby et al., arXiv:1902.00751.
+
+Down-projection, non-linearity, up-projection, added to the input. The up-projection starts as zero,
+so the model starts unchanged. A network is a child of the linear layer it follows, so the model's
+own parameter names stay. It cannot be merged into weights. The library of the field, `adapters`
+1.3, requires transformers 4.57; hence this implementation.
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: in
     if unmatched:
         missing = "with a known name" if is_auto else f"named {unmatched[0]}"
         raise ModelError(
-            f"tuning.bottleneck.targets={list(section.targets)}: the model has no linear layer {missing}. "
-            f"It has {', '.join(linear_layers(model))}. Name some of them."
+            f"tuning.bottleneck.targets={list(section.targets)}: the model has no linear layer "
+            f"{missing}. It has {', '.join(linear_layers(model))}. Name some of them."
         )
 
     chosen = {name for names in matches.values() for name in names}

@@ -1,12 +1,14 @@
-"""Virtual tokens before each sample: prompt tuning, P-tuning and prefix tuning, built into the model.
+"""Virtual tokens before each sample: prompt tuning, P-tuning and prefix tuning.
 
-`peft` provides the modules that compute their vectors. Prompt tuning and P-tuning (arXiv:2104.08691,
-arXiv:2103.10385): ids below zero stand for virtual tokens, -1 for the first; the input embedding looks
-them up here. So code that handles ids (packed rows, masks, positions, `generate`) handles them too.
-Prefix tuning (arXiv:2101.00190): every layer finds keys and values of the virtual tokens in its cache.
-A prefix cannot be used with packing: all samples of a row would share one.
+`peft` provides the modules that compute their vectors. Prompt tuning and P-tuning
+(arXiv:2104.08691, arXiv:2103.10385): ids below zero stand for virtual tokens, -1 for the first; the
+input embedding looks them up here. So code that handles ids (packed rows, masks, positions,
+`generate`) handles them too. Prefix tuning (arXiv:2101.00190): every layer finds keys and values of
+the virtual tokens in its cache. A prefix cannot be used with packing: all samples of a row would
+share one.
 
-Dimensions: B rows of a batch, T tokens of a row, P virtual tokens, H hidden size, D width of a head.
+Dimensions: B rows of a batch, T tokens of a row, P virtual tokens, H hidden size, D width of a
+head.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class VirtualTokens(nn.Module):
         return IdsAndMask(torch.cat([virtual_ids, ids], 1), torch.cat([virtual_mask, mask], 1))
 
     def embed(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Return `vectors` (B, T, H) with those of virtual tokens where `ids` (B, T) are below zero."""
+        """Return `vectors` (B, T, H), replaced by virtual ones where `ids` (B, T) are negative."""
         virtual_vectors = self()[(-1 - ids).clamp(min=0)].to(vectors.dtype)
         return torch.where((ids < 0)[..., None], virtual_vectors, vectors)
 
@@ -122,7 +124,7 @@ def find_virtual_tokens(model: PreTrainedModel) -> VirtualTokens | None:
 
 
 def prepend_virtual_tokens(virtual: VirtualTokens | None, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's inputs (B, T), padded on the right, with its virtual tokens, if any, in front."""
+    """Return a model's inputs (B, T), padded on the right, with virtual tokens in front."""
     if virtual is None or not virtual.ids:
         return inputs
     ids, mask = virtual.prepend(inputs["input_ids"], inputs["attention_mask"])
@@ -141,7 +143,9 @@ def add_virtual_tokens(
     task: TaskSection,
     text_ids: Sequence[int] = (),
 ) -> None:
-    """Add the virtual tokens of `section` to `model`, initialized by `seed` or from the tokens `text_ids`.
+    """Add the virtual tokens of `section` to `model`.
+
+    They are initialized by `seed`, or from the tokens `text_ids`.
 
     Raises:
         ModelError: peft does not support virtual tokens for this model.
@@ -155,8 +159,8 @@ def add_virtual_tokens(
         config = peft_config(model, section, task)
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"tuning.method={section.method}: peft does not support this {model.config.model_type} model "
-            f"({str(error).splitlines()[0][:150]}). Use tuning.method=lora."
+            f"tuning.method={section.method}: peft does not support this {model.config.model_type} "
+            f"model ({str(error).splitlines()[0][:150]}). Use tuning.method=lora."
         ) from error
 
     encoder: nn.Module
@@ -246,7 +250,7 @@ def _prefix_shape(config: Any) -> dict[str, int]:
 
 
 def insert_virtual_tokens(batch: Batch, virtual_ids: Sequence[int]) -> Batch:
-    """Return `batch` with `virtual_ids` before each sample that has targets, padded to the longest row."""
+    """Return `batch` with `virtual_ids` before each sample that has targets, padded again."""
     rows = [
         _insert_into_row(tokens, targets, positions, np.array(virtual_ids))
         for tokens, targets, positions in zip(
@@ -310,7 +314,7 @@ def _initialize_prompt(
     section: TuningSection,
     text_ids: Sequence[int],
 ) -> None:
-    """Write the initial vectors of a prompt: rows of the embedding, or random ones of their width."""
+    """Write the initial vectors of a prompt: rows of the embedding, or random ones."""
     from peft.utils.integrations import gather_params_ctx
 
     config = model.config.get_text_config()
@@ -331,7 +335,7 @@ def _initialize_prompt(
 def _with_prefix(
     model: PreTrainedModel, virtual: VirtualTokens, inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a forward's inputs with the prefix in the cache, and mask and positions that include it."""
+    """Return a forward's inputs with the prefix in cache, mask and positions."""
     ids = inputs.get("input_ids")
     candidates = (ids, inputs.get("inputs_embeds"), inputs.get("decoder_input_ids"))
     batch_size = len(next(value for value in candidates if value is not None))

@@ -1,9 +1,9 @@
 """Which weights of a model are trained, and which are added to it.
 
-Added weights become part of the model itself: its names, its forward and its loss stay the same. Low-rank
-matrices and scales are those of `peft`, here; virtual tokens (`soft_prompts`) and networks behind layers
-(`bottleneck`) have modules of their own. Every engine, world and resumed run builds the same model: all
-draws follow from the run's seed. Does not load weights.
+Added weights become part of the model itself: its names, its forward and its loss stay the same.
+Low-rank matrices and scales are those of `peft`, here; virtual tokens (`soft_prompts`) and networks
+behind layers (`bottleneck`) have modules of their own. Every engine, world and resumed run builds
+the same model: all draws follow from the run's seed. Does not load weights.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def apply_tuning(
         peft's model around it, None if the method needs none.
 
     Raises:
-        ModelError: the model has no such layers, a pattern names none of its weights, or no weight would
-            be trained.
+        ModelError: the model has no such layers, a pattern names none of its weights, or no weight
+            would be trained.
     """
     own = set(_parameters(model))
     head: set[str] = set()
@@ -74,7 +74,8 @@ def apply_tuning(
         trained -= _matching(model, pattern, "frozen")
     if not trained:
         raise ModelError(
-            "tuning: no weight is trainable. tuning.frozen excludes all of them. Give fewer patterns."
+            "tuning: no weight is trainable. tuning.frozen excludes all of them. Give fewer "
+            "patterns."
         )
     for name, parameter in _parameters(model).items():
         parameter.requires_grad_(name in trained)
@@ -167,8 +168,9 @@ def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> Non
         has_layer = any(f".{layer}".endswith(f".{target}") for layer in layers)
         if target != "all-linear" and not has_layer:
             raise ModelError(
-                f"tuning.{section.method}.targets={list(target_layers(section))}: no layer is named "
-                f"{target}. The model has {', '.join(linear_layers(model))}. Correct the name."
+                f"tuning.{section.method}.targets={list(target_layers(section))}: no layer is "
+                f"named {target}. The model has {', '.join(linear_layers(model))}. Correct the "
+                "name."
             )
 
     for name, parameter in adapted.items():
@@ -176,8 +178,8 @@ def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> Non
             other_name = name_in_model_files(full_name)
             if other is parameter and other_name != name:
                 raise ModelError(
-                    f"tuning.{section.method}: {name} is one matrix with {other_name}, and an adapter on "
-                    "one of them cannot be added to both. Give other targets."
+                    f"tuning.{section.method}: {name} is one matrix with {other_name}, and an "
+                    "adapter on one of them cannot be added to both. Give other targets."
                 )
 
 
@@ -287,7 +289,7 @@ def _examples(names: Iterable[str]) -> list[str]:
 
 
 def _last_layers(model: PreTrainedModel, count: int) -> set[str]:
-    """Return the weights of the last `count` layers, of the final norm and of an untied output layer."""
+    """Return the weights of the last layers, the final norm and an untied output layer."""
     prefix, layers = _find_layers(model)
     if count > len(layers):
         raise ModelError(
@@ -322,8 +324,8 @@ def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
         norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
         if len(norms) != 1:
             raise ModelError(
-                f"tuning.last_layers: the final norm of a {model.config.model_type} model is not known. "
-                "Use tuning.trainable with patterns of names."
+                f"tuning.last_layers: the final norm of a {model.config.model_type} model is not "
+                "known. Use tuning.trainable with patterns of names."
             )
     return next(iter(norms.values()), nn.Module())
 
@@ -344,6 +346,6 @@ def _find_layers(model: PreTrainedModel) -> _Layers:
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
                 return _Layers(name, module)
     raise ModelError(
-        f"tuning.last_layers: the layers of a {model.config.model_type} model cannot be located. Use "
-        "tuning.trainable with patterns of names."
+        f"tuning.last_layers: the layers of a {model.config.model_type} model cannot be located. "
+        "Use tuning.trainable with patterns of names."
     )

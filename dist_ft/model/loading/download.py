@@ -1,10 +1,11 @@
-"""A model's files on this node: a local folder as it is; a bucket's or the hub's downloaded once per node.
+"""A model's files on this node: those of a bucket or the hub are downloaded once per node.
 
-Guarantees: one process of a node downloads while others wait on a file lock; files that are complete here
-are used without a request to the store, so that many restarts do not load it; a file arrives with the
-length, and where the store provides one the checksum, that it has there. Files that were changed or damaged
-here are detected and downloaded again. Weights are downloaded only by callers that read them: reading a
-config, or resuming a run from its own checkpoint, does not.
+A local folder is used as it is. Guarantees: one process of a node downloads while others wait on a
+file lock; files that are complete here are used without a request to the store, so that many
+restarts do not load it; a file arrives with the length, and where the store provides one the
+checksum, that it has there. Files that were changed or damaged here are detected and downloaded
+again. Weights are downloaded only by callers that read them: reading a config, or resuming a run
+from its own checkpoint, does not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WEIGHTS_PATTERN = "*.safetensors"
 MARKER = ".complete"
 """File next to a model's files that lists the complete ones, see `_Marker`."""
 BRANCH_MAX_AGE_S = 600.0
-"""Age after which a branch or tag of the hub is requested again: it may have moved; a commit never does."""
+"""Age after which a branch or tag of the hub is requested again; commits never are."""
 MAX_ATTEMPTS = 2
 _MD5 = re.compile(r'^"?([0-9a-f]{32})"?$')
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -87,8 +88,8 @@ def fetch_model(
         return local
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
-            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, or a hub "
-            "name such as org/name."
+            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of "
+            "one, or a hub name such as org/name."
         )
     return _from_hub(path, revision, cache, weights)
 
@@ -108,8 +109,8 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
         if "config.json" not in remote:
             raise ModelError(
                 redact(
-                    f"model.path={url}: it has no config.json. Give the folder that save_pretrained "
-                    "wrote (config.json, *.safetensors, tokenizer files)."
+                    f"model.path={url}: it has no config.json. Give the folder that "
+                    "save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
                 )
             )
         weights = weights or has_weights
@@ -148,8 +149,8 @@ def _download(
     name = min(pending)
     raise ModelError(
         f"{store.redacted_url(name)}: the downloaded file is not the one the store describes "
-        f"({pending[name]['size']} bytes, checksum {pending[name]['version']}). It is damaged there, or "
-        "was changed during the download. Try again, or write it again."
+        f"({pending[name]['size']} bytes, checksum {pending[name]['version']}). It is damaged "
+        "there, or was changed during the download. Try again, or write it again."
     )
 
 
@@ -194,9 +195,9 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
         except Exception as error:
             raise ModelError(
                 redact(
-                    f"model.path={name}: the folder does not exist here, and the hub does not provide it "
-                    f"({type(error).__name__}). Check the spelling, set HF_TOKEN for a gated model, or "
-                    "give a local folder."
+                    f"model.path={name}: the folder does not exist here, and the hub does not "
+                    f"provide it ({type(error).__name__}). Check the spelling, set HF_TOKEN for a "
+                    "gated model, or give a local folder."
                 )
             ) from error
 
@@ -215,7 +216,7 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
 
 
 def _intact_files(folder: Path, files: Mapping[str, _FileRecord]) -> dict[str, _FileRecord]:
-    """Return the `files` that are as recorded: by length and time, or by checksum if the time differs."""
+    """Return the `files` that are as recorded: same length, and same time or checksum."""
     intact: dict[str, _FileRecord] = {}
     for name, record in files.items():
         path = folder / name

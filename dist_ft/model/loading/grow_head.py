@@ -1,8 +1,8 @@
 """Add labels to a head: existing rows stay, rows of new labels are drawn by seed and label name.
 
-Works on model folders, before anything is loaded: the result is a folder in the cache whose head fits, so
-that every engine and world starts with the same weights. Guarantees: no label of the head is lost or
-moved. Copies the files.
+Works on model folders, before anything is loaded: the result is a folder in the cache whose head
+fits, so that every engine and world starts with the same weights. Guarantees: no label of the head
+is lost or moved. Copies the files.
 
 Dimensions: L rows of a weight, one for each label.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def own_labels(folder: str, task: TaskSection) -> tuple[str, ...]:
-    """Return the labels of the head that a model folder has for `task`, in order; empty without one."""
+    """Return the labels of a model folder's head for `task`, in order; empty without one."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -48,8 +48,9 @@ def grown_labels(own: Sequence[str], labels: Sequence[str], named: bool) -> tupl
     lost = [label for label in own if label not in labels]
     if named and lost:
         raise ModelError(
-            f"task.labels: {lost[0]} is missing, but the head of model.path has it. A head that grows "
-            "keeps all its labels (task.grow_head). Add the label, or leave task.labels empty."
+            f"task.labels: {lost[0]} is missing, but the head of model.path has it. A head that "
+            "grows keeps all its labels (task.grow_head). Add the label, or leave task.labels "
+            "empty."
         )
     return (*own, *(label for label in labels if label not in own))
 
@@ -114,8 +115,9 @@ def _grow_in_place(folder: Path, task: TaskSection, own: Sequence[str], seed: in
         save_file(tensors, path, metadata=metadata)
     if missing:
         raise ModelError(
-            f"task.grow_head: {min(missing)} of the model's head is not in the files of {folder.name}. The "
-            "weights of a head are needed to keep it. Set task.new_head=true instead."
+            f"task.grow_head: {min(missing)} of the model's head is not in the files of "
+            f"{folder.name}. The weights of a head are needed to keep it. Set task.new_head=true "
+            "instead."
         )
     config.save_pretrained(folder)
 
@@ -134,8 +136,8 @@ def _weights_with_row_per_label(config: Any, task: TaskSection, own: Sequence[st
     if odd or not changed:
         which = f" ({odd[0]})" if odd else ""
         raise ModelError(
-            f"task.grow_head: the head of a {config.model_type} model does not have a row for each label"
-            f"{which}. Only heads that do can grow. Use task.new_head=true."
+            f"task.grow_head: the head of a {config.model_type} model does not have a row for each "
+            f"label{which}. Only heads that do can grow. Use task.new_head=true."
         )
     return changed
 
@@ -159,7 +161,7 @@ def _weight_shapes(
 def _with_new_rows(
     name: str, rows: torch.Tensor, labels: Sequence[str], std: float, seed: int
 ) -> torch.Tensor:
-    """Return the rows (L, ...) of a weight with one more for each of `labels`, in the same dtype."""
+    """Return the rows (L, ...) of a weight with one more for each of `labels`, same dtype."""
     import torch
 
     new_rows = []

@@ -1,9 +1,9 @@
 """Quantize the weights of linear layers to 8-bit integers, by torchao, in a new model folder.
 
-Weight only, with one scale per row. Guarantees: the files are safetensors; `from_pretrained` of plain
-transformers loads them (torchao is needed); loaded again they give the logits of the model that was
-written. Embeddings and the output layer stay unchanged, and so does the computation: products use the
-weights' own dtype.
+Weight only, with one scale per row. Guarantees: the files are safetensors; `from_pretrained` of
+plain transformers loads them (torchao is needed); loaded again they give the logits of the model
+that was written. Embeddings and the output layer stay unchanged, and so does the computation:
+products use the weights' own dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from dist_ft.model import heads
 from dist_ft.model.loading.load import extra_model_kwargs, probe_outputs
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
-"""Allowed difference of logits, relative to the largest: the memory address of a mapped file affects the last bits."""
+"""Allowed difference of logits, relative to the largest.
+
+The memory address of a mapped file affects the last bits.
+"""
 
 
 def require_torchao() -> None:
@@ -64,6 +67,6 @@ def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
     expected, outputs = probe_outputs(model), probe_outputs(loaded)
     if (expected - outputs).abs().max() > MAX_RELATIVE_DIFFERENCE * expected.abs().max():
         raise ModelError(
-            f"{target}: loaded again with int8 weights, the model does not give the same logits. Nothing "
-            "was exported. Export without --int8."
+            f"{target}: loaded again with int8 weights, the model does not give the same logits. "
+            "Nothing was exported. Export without --int8."
         )

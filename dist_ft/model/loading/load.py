@@ -1,8 +1,8 @@
 """Load models and tokenizers from a folder, a bucket or the hub, downloaded once per node.
 
-Guarantees: only safetensors are read (no pickles); code that comes with a model does not run unless the
-config allows it; a weight that is missing, of another shape or freshly initialized is an error. Does not
-move anything to a GPU.
+Guarantees: only safetensors are read (no pickles); code that comes with a model does not run unless
+the config allows it; a weight that is missing, of another shape or freshly initialized is an error.
+Does not move anything to a GPU.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
     """Return the tokenizer, with the chat template the config names.
 
     Raises:
-        ModelError: the tokenizer or the template cannot be read, or the tokenizer has no fast version.
+        ModelError: the tokenizer or the template cannot be read, or the tokenizer has no fast
+            version.
     """
     from transformers import AutoTokenizer
 
@@ -129,8 +130,8 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
             ) from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which loss "
-            "masks need. Convert it with transformers first."
+            f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which "
+            "loss masks need. Convert it with transformers first."
         )
     return tokenizer
 
@@ -245,7 +246,10 @@ def _name(item: Any) -> str:
 
 
 def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
-    """Return further arguments of the model class: no pooler for embeddings, which would not be trained."""
+    """Return further arguments of the model class.
+
+    An embedding model gets no pooler, because nothing would use and train it.
+    """
     import inspect
 
     if task.name != "embedding" or type(config) not in heads.auto_class(task)._model_mapping:
@@ -261,7 +265,7 @@ def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str,
 def build_uninitialized_model(
     section: ModelSection, cache_dir: str | None = None, task: TaskSection = CAUSAL_LM
 ) -> PreTrainedModel:
-    """Return the model with arbitrary weights, for a resumed run whose checkpoint holds all of them."""
+    """Return the model with arbitrary weights, for a resumed run's checkpoint to fill."""
     import torch
 
     config = read_config(section, cache_dir, task)
@@ -336,8 +340,9 @@ def check_loading_report(path: str, report: dict[str, Any]) -> None:
         names = sorted(_describe(item) for item in report.get(kind) or ())
         if names:
             raise ModelError(
-                f"model.path={path}: {len(names)} weights are {problem}, such as {names[0]}. They would "
-                "start from random values. Check that config.json belongs to the *.safetensors."
+                f"model.path={path}: {len(names)} weights are {problem}, such as {names[0]}. They "
+                "would start from random values. Check that config.json belongs to the "
+                "*.safetensors."
             )
     unused = sorted(report.get("unexpected_keys") or ())
     if unused:

@@ -1,7 +1,8 @@
-"""The model of a run without its weights: its structure on the meta device, from its config.json alone.
+"""The model of a run without its weights, on the meta device.
 
-Guarantees: no weights are read or downloaded, whether the model is in a folder, a bucket or the hub. Does
-not run code that comes with a model unless the config allows it.
+Its structure follows from its config.json alone. Guarantees: no weights are read or downloaded,
+whether the model is in a folder, a bucket or the hub. Does not run code that comes with a model
+unless the config allows it.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def _config_in(path: str) -> str:
     file = os.path.join(path, CONFIG) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise ModelError(
-            f"--model-config={path}: the file does not exist. Give a model's config.json, or a folder that "
-            "holds one."
+            f"--model-config={path}: the file does not exist. Give a model's config.json, or a "
+            "folder that holds one."
         )
     return file
 
 
 def _find_config(section: ModelSection, folder: str) -> str:
-    """Return a local file with the config of the model at `section.path`; a bucket's is put into `folder`."""
+    """Return a local config.json of `section.path`; a bucket's is put into `folder`."""
     path = section.path
     if not filesystem.is_local(path):
         return _from_bucket(path, folder)
@@ -107,8 +108,8 @@ def _find_config(section: ModelSection, folder: str) -> str:
         return file
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
-            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, a "
-            "hub name such as org/name, or --model-config FILE."
+            f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of "
+            "one, a hub name such as org/name, or --model-config FILE."
         )
     return _from_hub(path, section.revision)
 
@@ -119,8 +120,8 @@ def _from_bucket(url: str, folder: str) -> str:
     except StorageError as error:
         raise ModelError(
             redact(
-                f"model.path={url}: cannot read its config.json from here ({error}). A plan needs no more "
-                "than that file. Give --model-config FILE."
+                f"model.path={url}: cannot read its config.json from here ({error}). A plan needs "
+                "no more than that file. Give --model-config FILE."
             )
         ) from error
     path = os.path.join(folder, CONFIG)
@@ -140,9 +141,9 @@ def _from_hub(name: str, revision: str | None) -> str:
     except Exception as error:
         raise ModelError(
             redact(
-                f"model.path={name}: the folder does not exist here, and the hub does not provide its "
-                f"config.json ({type(error).__name__}). Check the spelling, set HF_TOKEN for a gated model, "
-                "or give --model-config FILE."
+                f"model.path={name}: the folder does not exist here, and the hub does not provide "
+                f"its config.json ({type(error).__name__}). Check the spelling, set HF_TOKEN for a "
+                "gated model, or give --model-config FILE."
             )
         ) from error
 
@@ -154,13 +155,13 @@ def _check_json(file: str, shown_path: str) -> None:
             content = json.load(lines)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{shown_path}: cannot read its config.json ({str(error)[:100]}). It must be JSON. Download it "
-            "again."
+            f"{shown_path}: cannot read its config.json ({str(error)[:100]}). It must be JSON. "
+            "Download it again."
         ) from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ModelError(
-            f"{shown_path}: its config.json has no model_type, so the model is unknown. transformers "
-            "writes one. Download it again."
+            f"{shown_path}: its config.json has no model_type, so the model is unknown. "
+            "transformers writes one. Download it again."
         )
 
 

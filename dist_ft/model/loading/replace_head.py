@@ -1,7 +1,7 @@
 """Heads in a model's files that a new head replaces: hidden from transformers, on every rank alike.
 
-transformers skips a tensor of another shape by itself, but not under ZeRO-3: there only rank 0 raises an
-error, and the others wait for it. Reads names and shapes only.
+transformers skips a tensor of another shape by itself, but not under ZeRO-3: there only rank 0
+raises an error, and the others wait for it. Reads names and shapes only.
 """
 
 from __future__ import annotations

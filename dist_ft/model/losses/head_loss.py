@@ -2,8 +2,8 @@
 
 The logits of a whole batch never exist. For each chunk of positions the logits, the loss and the
 gradients of both operands are computed at once, so backward only scales the stored gradients: three
-matrix products in all, as without chunks, and memory for one chunk instead of several times the batch's
-logits. (The idea of computing gradients in forward: Liger Kernel, arXiv:2410.10989.)
+matrix products in all, as without chunks, and memory for one chunk instead of several times the
+batch's logits. (The idea of computing gradients in forward: Liger Kernel, arXiv:2410.10989.)
 
 Dimensions: N positions, H hidden size, V vocabulary size, C positions of a chunk.
 """
@@ -35,7 +35,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Forward computes the gradients of the sum; backward multiplies them by the incoming gradient."""
+    """Forward computes the gradients of the sum; backward scales them."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,8 @@ class _HeadLoss(torch.autograd.Function):
             probabilities = torch.softmax(logits, 1, out=out)
             del logits, out
 
-            # The largest logit has probability 1 / sum(exp(logit - largest)), which never underflows.
+            # The largest logit has probability 1 / sum(exp(logit - largest)), which never
+            # underflows.
             losses = largest - probabilities.amax(1).log() - target_logits
             loss += torch.where(is_target[chunk], losses, 0.0).sum()
             if not (needs_hidden_grad or needs_weight_grad):

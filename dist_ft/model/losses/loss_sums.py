@@ -1,7 +1,7 @@
 """Losses as sums over the samples or tokens of a micro-batch, float32.
 
-The trainer divides by the samples or tokens of the global batch. Positions labeled `IGNORE_INDEX` add
-nothing, and give every weight a gradient of zero.
+The trainer divides by the samples or tokens of the global batch. Positions labeled `IGNORE_INDEX`
+add nothing, and give every weight a gradient of zero.
 
 Dimensions: N samples or tokens, K labels or vocabulary size, H width of a vector.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 from dist_ft.data.batch import IGNORE_INDEX
 
 MIN_FOCAL_BASE = 1e-6
-"""Minimum of 1 - probability in a focal loss; below it the derivative of its power is not finite."""
+"""Minimum of 1 - probability in a focal loss; below it the derivative is not finite."""
 
 
 def cross_entropy(
@@ -73,7 +73,7 @@ def binary_cross_entropy(
 def squared_error(
     values: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Return the squared error of values (N,) to targets (N,), each times `row_weights` (N,), summed."""
+    """Return the squared errors of values (N,), times `row_weights` (N,), summed."""
     return ((values.float() - targets.float()) ** 2 * row_weights).sum()
 
 
