@@ -1,11 +1,11 @@
-"""An exported model answers over HTTP, by Ray Serve: rows in, what the model says of each out.
+"""Serve an exported model over HTTP with Ray Serve: rows in, one prediction for each out.
 
     pip install 'dist-ft[serve]'
     MODEL=out/ serve run docs.examples.serve:app
     curl localhost:8000 -d '[{"text": "a fine film"}]' -H 'content-type: application/json'
 
-Rows have the columns of `dist-ft predict`. Requests that arrive together share a batch. A row that can not be answered
-is told with status 400, for its own request only.
+Rows have the columns of `dist-ft predict`. Requests that arrive together share a batch. A bad row
+gets status 400, for its own request only.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Model:
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
     async def answer(self, requests: list[list[dict[str, Any]]]) -> list[Any]:
-        """Return what the model says of the rows of each request, or why it can not."""
+        """Return the predictions for each request, or the error of a bad one."""
         rows = [row for request in requests for row in request]
         try:
-            said = iter(self.predictor.predict(rows))
-            return [[next(said) for _ in request] for request in requests]
+            predictions = iter(self.predictor.predict(rows))
+            return [[next(predictions) for _ in request] for request in requests]
         except DistFtError:
-            return [self._alone(request) for request in requests]
+            return [self._predict_alone(request) for request in requests]
 
-    def _alone(self, rows: list[dict[str, Any]]) -> Any:
+    def _predict_alone(self, rows: list[dict[str, Any]]) -> Any:
         try:
             return self.predictor.predict(rows)
         except DistFtError as error:
@@ -53,13 +53,13 @@ class Model:
             rows = None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             return JSONResponse(
-                {"error": 'a JSON list of rows is needed, such as [{"text": "..."}]'}, 400
+                {"error": 'the body must be a JSON list of rows, such as [{"text": "..."}]'}, 400
             )
-        said = await self.answer(rows)
+        answers = await self.answer(rows)
         return (
-            JSONResponse({"error": str(said)}, 400)
-            if isinstance(said, DistFtError)
-            else JSONResponse(said)
+            JSONResponse({"error": str(answers)}, 400)
+            if isinstance(answers, DistFtError)
+            else JSONResponse(answers)
         )
 
 
