@@ -135,7 +135,7 @@ def submit(
     prepared = submission.prepare(load_config(config, overrides or ()), options, _print_status)
     server, request, running = prepared.server, prepared.request, prepared.running_job
     if print_only:
-        typer.echo(request.line(redact(server.url), bool(server.headers)))
+        typer.echo(request.submit_command(redact(server.url), bool(server.headers)))
         return
 
     if running is None:
@@ -179,7 +179,7 @@ def list_jobs(address: Address = None) -> None:
     jobs = [
         job
         for job in submission.server_at(address).jobs()
-        if job_request.RUN in (job.get("metadata") or {})
+        if job_request.RUN_KEY in (job.get("metadata") or {})
     ]
     for job in sorted(jobs, key=lambda job: job.get("start_time") or 0):
         typer.echo(_describe(job))
@@ -277,7 +277,7 @@ def _describe(job: Any) -> str:
     if never_started and message_lines:
         reason = f"; {message_lines[0][:200]}"
 
-    run = (job.get("metadata") or {}).get(job_request.RUN)
+    run = (job.get("metadata") or {}).get(job_request.RUN_KEY)
     return redact(f"{job['submission_id']}: {job['status']}{code}; run {run}{reason}")
 
 
