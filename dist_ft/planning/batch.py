@@ -1,4 +1,4 @@
-"""Batch arithmetic written out, for a person to check before hours are spent on it. Pure."""
+"""Batch arithmetic written out, for a person to check before a long run. Pure."""
 
 from __future__ import annotations
 
@@ -6,47 +6,52 @@ from dist_ft.config.schema import RunConfig
 
 
 def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
-    """Return (name, arithmetic) rows: how a step's sequences are made up and dealt, and how many tokens that is."""
+    """Return (name, arithmetic) rows: the sequences and tokens of a step, and the run's length."""
     batch = config.batch
-    tokens = batch.global_batch * batch.sequence_length
+    tokens_per_step = batch.global_batch * batch.sequence_length
+    global_batch = (
+        f"{batch.global_batch} sequences = {_count(config.num_lanes, 'lane')} × micro-batch "
+        f"{batch.micro_batch}"
+    )
+    tokens = (
+        f"{batch.global_batch:,} sequences × {batch.sequence_length:,} tokens = "
+        f"{tokens_per_step:,} at most"
+    )
     return [
-        (
-            "global batch",
-            f"{batch.global_batch} sequences = {_count(config.num_lanes, 'lane')} × micro-batch "
-            f"{batch.micro_batch}",
-        ),
-        ("lanes", _lanes(config)),
-        (
-            "tokens a step",
-            f"{batch.global_batch:,} sequences × {batch.sequence_length:,} tokens = {tokens:,} at most",
-        ),
-        ("length", _length(config, tokens)),
+        ("global batch", global_batch),
+        ("lanes", _describe_lanes(config)),
+        ("step tokens", tokens),
+        ("length", _describe_length(config, tokens_per_step)),
     ]
 
 
-def _lanes(config: RunConfig) -> str:
-    """Say how lanes are dealt at the most and, for an elastic run, at the fewest workers."""
+def _describe_lanes(config: RunConfig) -> str:
+    """Return how lanes are divided among the most and, in an elastic run, the fewest workers."""
     if config.max_workers == 0:
         return f"{_count(config.num_lanes, 'lane')} in this process, one after another"
-    worlds = dict.fromkeys([config.max_workers, config.min_workers])
-    return "; ".join(_dealt(config.num_lanes, world) for world in worlds)
+    num_workers = dict.fromkeys([config.max_workers, config.min_workers])
+    return "; ".join(_describe_division(config.num_lanes, number) for number in num_workers)
 
 
-def _dealt(num_lanes: int, world: int) -> str:
-    few, more = divmod(num_lanes, world)
-    if not more:
-        return f"{num_lanes} = {_count(world, 'worker')} × {_count(few, 'lane')}"
+def _describe_division(num_lanes: int, num_workers: int) -> str:
+    lanes_per_worker, num_with_one_more = divmod(num_lanes, num_workers)
+    if not num_with_one_more:
+        return f"{num_lanes} = {_count(num_workers, 'worker')} × {_count(lanes_per_worker, 'lane')}"
+    num_others = num_workers - num_with_one_more
     return (
-        f"{num_lanes} = {_count(more, 'worker')} × {_count(few + 1, 'lane')} + "
-        f"{_count(world - more, 'worker')} × {_count(few, 'lane')}"
+        f"{num_lanes} = {_count(num_with_one_more, 'worker')} × "
+        f"{_count(lanes_per_worker + 1, 'lane')} + "
+        f"{_count(num_others, 'worker')} × {_count(lanes_per_worker, 'lane')}"
     )
 
 
-def _length(config: RunConfig, tokens: int) -> str:
+def _describe_length(config: RunConfig, tokens_per_step: int) -> str:
     schedule = config.schedule
-    if schedule.steps is not None:
-        return f"{_count(schedule.steps, 'step')} × {tokens:,} tokens = {schedule.steps * tokens:,} at most"
-    return f"{_count(schedule.epochs or 0, 'epoch')}; the number of steps follows from the data's index"
+    if schedule.steps is None:
+        epochs = _count(schedule.epochs or 0, "epoch")
+        return f"{epochs}; the number of steps follows from the data's index"
+    total = schedule.steps * tokens_per_step
+    return f"{_count(schedule.steps, 'step')} × {tokens_per_step:,} tokens = {total:,} at most"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,9 +1,9 @@
-"""How many weights a ZeRO-3 worker has whole at once: DeepSpeed's fetching and releasing, played over the modules.
+"""How many weights a ZeRO-3 worker holds whole at once: a simulation of DeepSpeed's gathering.
 
-Source: the rules of DeepSpeed 0.19's parameter coordinator. A module's weights are gathered before it runs, further
-ones ahead of it up to `prefetch` elements while fewer than `max_live` are whole; after it they are let go, unless they
-are used again within the next `max_reuse` elements of the way (forward, then backward), or are small enough to stay
-(`persistent`). Pure.
+Source: the rules of DeepSpeed 0.19's parameter coordinator. A module's weights are gathered before
+it runs, and further ones are prefetched, up to `prefetch` elements and while fewer than `max_live`
+are whole. After the module, its weights are released, unless they are used again within the next
+`max_reuse` elements (forward, then backward) or are small enough to stay (`persistent`). Pure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from dist_ft.planning.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class Limits:
-    """DeepSpeed's, in elements; its defaults."""
+    """DeepSpeed's limits in elements, with its defaults.
+
+    Attributes:
+        prefetch: of weights that are gathered ahead.
+        persistent: size up to which a weight is never released.
+        max_live: of gathered weights.
+        max_reuse: distance to the next use within which a weight is not released.
+    """
 
     prefetch: int = 50_000_000
     persistent: int = 100_000
@@ -26,26 +33,31 @@ class Limits:
     max_reuse: int = 1_000_000_000
 
     @classmethod
-    def of(cls, zero: Mapping[str, Any]) -> Limits:
-        """Return those of the mapping `zero_optimization` of a DeepSpeed config."""
+    def from_config(cls, zero: Mapping[str, Any]) -> Limits:
+        """Return the limits in the mapping `zero_optimization` of a DeepSpeed config."""
         names = {
             "prefetch": "stage3_prefetch_bucket_size",
             "persistent": "stage3_param_persistence_threshold",
             "max_live": "stage3_max_live_parameters",
             "max_reuse": "stage3_max_reuse_distance",
         }
-        return cls(
-            **{
-                field: int(zero[name])
-                for field, name in names.items()
-                if isinstance(zero.get(name), int | float)
-            }
-        )
+        configured = {
+            field: int(zero[name])
+            for field, name in names.items()
+            if isinstance(zero.get(name), int | float)
+        }
+        return cls(**configured)
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """In elements: `persistent` at all times, `most` at the peak (those included), `at_once` of the largest gather."""
+class GatheredWeights:
+    """Elements that are whole at once.
+
+    Attributes:
+        persistent: at all times.
+        most: at the peak, including `persistent`.
+        at_once: of the largest single gather.
+    """
 
     persistent: int
     most: int
@@ -53,45 +65,56 @@ class Gathered:
 
 
 @lru_cache(maxsize=8)
-def play(shape: ModelShape, limits: Limits) -> Gathered:
-    """Return what a forward and backward have whole; see the module."""
+def simulate(shape: ModelShape, limits: Limits) -> GatheredWeights:
+    """Return the weights that a forward and backward pass hold whole; see the module."""
     numel = [weight.numel for weight in shape.weights]
     small = {index for index, size in enumerate(numel) if size <= limits.persistent}
-    steps = [*shape.order, *reversed(shape.order)]
-    uses: list[list[int]] = [[] for _ in numel]
+    steps = [*shape.order, *reversed(shape.order)]  # forward, then backward
+
+    uses: list[list[int]] = [[] for _ in numel]  # the steps that use each weight
     for step, module in enumerate(steps):
         for index in module:
             uses[index].append(step)
-    so_far = [0]
+    elements_before = [0]  # each step
     for module in steps:
-        so_far.append(so_far[-1] + sum(numel[index] for index in module))
-    whole, ahead = set(small), 0
-    held = most = sum(numel[index] for index in small)
-    persistent, at_once = held, 0
+        elements_before.append(elements_before[-1] + sum(numel[index] for index in module))
+
+    whole = set(small)
+    persistent = sum(numel[index] for index in small)
+    held = most = persistent
+    at_once = 0
+    next_prefetch = 0  # the first step that no prefetch has reached
     for step, module in enumerate(steps):
-        fetched = [index for index in module if index not in whole]
-        ahead = max(ahead, step + 1)
-        live = held - persistent + sum(numel[index] for index in fetched)
-        early: list[int] = []
+        needed = [index for index in module if index not in whole]
+
+        # prefetch whole modules while there is room
+        next_prefetch = max(next_prefetch, step + 1)
+        live = held - persistent + sum(numel[index] for index in needed)
         room = min(limits.max_live - live, limits.prefetch)
-        while ahead < len(steps) and sum(numel[index] for index in early) < room:
-            early += [
+        prefetched: list[int] = []
+        while next_prefetch < len(steps) and sum(numel[index] for index in prefetched) < room:
+            prefetched += [
                 index
-                for index in steps[ahead]
-                if index not in whole and index not in early and index not in fetched
+                for index in steps[next_prefetch]
+                if index not in whole and index not in prefetched and index not in needed
             ]
-            ahead += 1
-        for group in (fetched, early):
-            whole.update(group)
-            size = sum(numel[index] for index in group)
-            held, at_once = held + size, max(at_once, size)
+            next_prefetch += 1
+
+        for gathered in (needed, prefetched):
+            size = sum(numel[index] for index in gathered)
+            whole.update(gathered)
+            held += size
+            at_once = max(at_once, size)
         most = max(most, held)
+
+        # release what is not used again soon
         for index in module:
-            later = next((use for use in uses[index] if use > step), None)
-            near = later is not None and (
-                so_far[later] - so_far[step + 1] < limits.max_reuse or later < ahead
+            next_use = next((use for use in uses[index] if use > step), None)
+            is_used_soon = next_use is not None and (
+                elements_before[next_use] - elements_before[step + 1] < limits.max_reuse
+                or next_use < next_prefetch
             )
-            if index in whole and index not in small and not near:
+            if index in whole and index not in small and not is_used_soon:
                 whole.remove(index)
                 held -= numel[index]
-    return Gathered(persistent, most, at_once)
+    return GatheredWeights(persistent, most, at_once)

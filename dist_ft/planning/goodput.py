@@ -1,8 +1,9 @@
-"""Where the wall time of a run went, over all its attempts, out of the accounts they kept. Pure.
+"""Where the wall time of a run was spent, over all its attempts. Pure.
 
-A run's wall time goes from the begin of its first attempt to the last sign of life of its last one. Durations within an
-attempt come from one steady clock; only the time between two attempts is the difference of two machines' clocks, and
-counts as nothing where these contradict each other.
+The wall time of a run extends from the start of its first attempt to the last sign of life of its
+last one. Durations within an attempt come from one monotonic clock. Only the time between two
+attempts is a difference of two machines' clocks, and counts as zero where these contradict each
+other.
 """
 
 from __future__ import annotations
@@ -11,80 +12,85 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WORK = ("compute", "evaluation", "data", "other")
-"""Parts that are lost where the steps they were spent on are done again."""
+"""Parts that are lost when the steps that they were spent on are repeated."""
 PARTS = {
     "compute": "steps that count",
-    "evaluation": "loss on held-out data",
+    "evaluation": "evaluation on held-out data",
     "data": "waiting for data",
-    "save": "training stood still for a save",
+    "save": "training paused for a save",
     "start": "opening the data, loading model and checkpoint",
-    "restart": "between attempts: to notice and start again, pauses",
-    "lost": "work that a later attempt had to do again",
+    "restart": "between attempts: detection, restart, pauses",
+    "lost": "work that a later attempt had to repeat",
     "other": "not attributed",
 }
+"""What the time of a run is divided into, and what each part means."""
 
 
 @dataclass(frozen=True)
-class Account:
-    """What one attempt knows of its time.
+class AttemptTime:
+    """What one attempt recorded about its time.
 
     Attributes:
         attempt: its number.
-        begun_at: when it began, seconds of its machine's clock.
-        resumed_at: steps that were done before it; None: it did not get so far.
-        seconds: spent on each part, since `begun_at`.
-        marks: (steps done, seconds then) at each save, in order of time.
+        started_at: when it started, seconds of its machine's clock.
+        resumed_at: steps that were done before it; None: it ended before it looked for them.
+        seconds: spent on each part since `started_at`.
+        marks: (steps done, seconds at that time) at each save, in order of time.
     """
 
     attempt: int
-    begun_at: float
+    started_at: float
     resumed_at: int | None
     seconds: Mapping[str, float]
     marks: Sequence[tuple[int, Mapping[str, float]]] = ()
 
     @property
     def wall_s(self) -> float:
-        """Seconds from its begin to its last sign of life."""
+        """Seconds from its start to its last sign of life."""
         return sum(self.seconds.values())
 
 
-def spent(accounts: Sequence[Account]) -> dict[str, float]:
-    """Return the seconds a run spent on each of PARTS; their sum is its wall time."""
-    accounts = sorted(accounts, key=lambda account: account.attempt)
+def time_by_part(attempts: Sequence[AttemptTime]) -> dict[str, float]:
+    """Return the seconds that a run spent on each of `PARTS`; their sum is its wall time."""
+    attempts = sorted(attempts, key=lambda attempt: attempt.attempt)
     total = dict.fromkeys(PARTS, 0.0)
-    for account, later in zip(
-        accounts, [accounts[i + 1 :] for i in range(len(accounts))], strict=True
-    ):
-        for part, seconds in settled(account, kept_steps(later)).items():
+    for number, attempt in enumerate(attempts):
+        later = attempts[number + 1 :]
+        for part, seconds in attempt_time_by_part(attempt, num_kept_steps(later)).items():
             total[part] += seconds
         if later:
-            total["restart"] += max(0.0, later[0].begun_at - account.begun_at - account.wall_s)
+            pause_s = later[0].started_at - attempt.started_at - attempt.wall_s
+            total["restart"] += max(0.0, pause_s)
     return total
 
 
-def kept_steps(later: Sequence[Account]) -> int | None:
-    """Return how many steps are left of what was done before the attempts `later`; None: all."""
-    return min(
-        (account.resumed_at for account in later if account.resumed_at is not None), default=None
-    )
+def num_kept_steps(later: Sequence[AttemptTime]) -> int | None:
+    """Return how many steps done before the attempts `later` were not repeated; None: all."""
+    resumed_at = [attempt.resumed_at for attempt in later if attempt.resumed_at is not None]
+    return min(resumed_at, default=None)
 
 
-def settled(account: Account, kept: int | None) -> dict[str, float]:
-    """Return the seconds of an attempt by part, where only its first `kept` steps count (None: all)."""
-    seconds = {part: max(0.0, account.seconds.get(part, 0.0)) for part in PARTS}
-    if kept is not None:
-        before: Mapping[str, float] = {}
-        for step, then in account.marks:
-            if step <= kept:
-                before = then
-        for part in WORK:
-            redone = max(0.0, seconds[part] - before.get(part, 0.0))
-            seconds[part] -= redone
-            seconds["lost"] += redone
+def attempt_time_by_part(attempt: AttemptTime, num_kept: int | None) -> dict[str, float]:
+    """Return the seconds of an attempt by part; only its steps before `num_kept` count (None: all).
+
+    Work after the last save within these steps is lost.
+    """
+    seconds = {part: max(0.0, attempt.seconds.get(part, 0.0)) for part in PARTS}
+    if num_kept is None:
+        return seconds
+
+    kept: Mapping[str, float] = {}
+    for step, seconds_then in attempt.marks:
+        if step <= num_kept:
+            kept = seconds_then
+    for part in WORK:
+        lost_s = max(0.0, seconds[part] - kept.get(part, 0.0))
+        seconds[part] -= lost_s
+        seconds["lost"] += lost_s
     return seconds
 
 
-def attributed(seconds: Mapping[str, float]) -> float:
-    """Return the share of the wall time that is known to be something, 0..1."""
+def attributed_share(seconds: Mapping[str, float]) -> float:
+    """Return the share of the wall time that is attributed to a part, 0..1."""
     wall_s = sum(seconds.values())
     return 1 - seconds["other"] / wall_s if wall_s else 1.0

@@ -1,6 +1,6 @@
-"""Which GPUs there are, how fast they are, what fits on them, and how many it takes. Pure.
+"""Known GPUs: their memory and speed, what fits on them, and how many a run needs. Pure.
 
-Sizes are what the makers' data sheets say, in 10^9 bytes; the driver shows somewhat less or more of it.
+Sizes are those of the makers' data sheets, in 10^9 bytes; drivers report slightly other values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GPUS = {
     "B200": 180,
     "MI300X": 192,
 }
-"""GB by name."""
+"""Memory in GB by name."""
 PEAK_TFLOPS = {
     "GB200": 2500,
     "B200": 2250,
@@ -49,64 +49,67 @@ PEAK_TFLOPS = {
     "MI300X": 1307,
     "MI250X": 383,
 }
-"""16-bit matrix products without sparsity, TFLOP/s, by a part of the name that a device gives itself."""
+"""Dense 16-bit matrix products in TFLOP/s, by a part of the name that a device reports."""
 HEADROOM = 0.1
-"""Share of a GPU left to what is not counted: CUDA context, NCCL, workspaces, the allocator's fragmentation."""
-A_NODE = 8
+"""Share of memory for what is not counted: CUDA context, NCCL, workspaces, fragmentation."""
+GPUS_PER_NODE = 8
 
 
-def named(name: str) -> str:
-    """Return the table's name of a GPU: case, spaces, and a maker's name do not count.
+def canonical_name(name: str) -> str:
+    """Return the name of a GPU in `GPUS`; case, spaces and the maker's name are ignored.
 
-    Raises ConfigError for one that is not in the table, or an A100 without its size.
+    Raises:
+        ConfigError: the GPU is unknown, or an A100 without its size.
     """
-
-    def plain(text: str) -> str:
-        return "".join(
-            c for c in text.lower().removeprefix("nvidia").removeprefix("amd") if c.isalnum()
+    given = _normalize(name.strip())
+    for known, gigabytes in GPUS.items():
+        plain = _normalize(known)
+        spellings = (
+            plain,
+            plain.removesuffix("gb"),
+            f"{plain}{gigabytes}gb",
+            f"{plain}{gigabytes}",
         )
-
-    wanted = plain(name.strip())
-    found = [
-        known
-        for known in GPUS
-        if wanted
-        in (
-            plain(known),
-            plain(known).removesuffix("gb"),
-            plain(known) + f"{GPUS[known]}gb",
-            plain(known) + f"{GPUS[known]}",
-        )
-    ]
-    if not found:
-        raise ConfigError(
-            [f"--gpu={name}: no such GPU is known; known are {', '.join(GPUS)}; give one of those"],
-            "plan",
-        )
-    return found[0]
+        if given in spellings:
+            return known
+    raise ConfigError(
+        [f"--gpu={name}: unknown GPU. Known GPUs: {', '.join(GPUS)}. Use one of these."], "plan"
+    )
 
 
-def room(name: str) -> int:
+def _normalize(name: str) -> str:
+    without_maker = name.lower().removeprefix("nvidia").removeprefix("amd")
+    return "".join(character for character in without_maker if character.isalnum())
+
+
+def usable_bytes(name: str) -> int:
     """Return the bytes of a GPU that a worker may plan with."""
     return int(GPUS[name] * 10**9 * (1 - HEADROOM))
 
 
-def fewest(need: Callable[[int], int], most: int, room_bytes: int) -> int | None:
-    """Return the fewest workers, at most `most`, whose `need(workers)` fits into the room; None: none does.
+def fewest_workers(
+    bytes_per_worker: Callable[[int], int], max_workers: int, available_bytes: int
+) -> int | None:
+    """Return the fewest workers for which `bytes_per_worker(workers)` fits; None: none does.
 
-    More workers do not need more (ZeRO-2 may, by a weight that lies across a border).
+    More workers do not need more each (ZeRO-2 may, by a weight that lies across a border).
     """
-    if need(most) > room_bytes:
+    if bytes_per_worker(max_workers) > available_bytes:
         return None
-    low, high = 1, most
+
+    low, high = 1, max_workers
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if need(middle) <= room_bytes else (middle + 1, high)
+        if bytes_per_worker(middle) <= available_bytes:
+            high = middle
+        else:
+            low = middle + 1
     return low
 
 
 def peak_tflops(name: str) -> float | None:
-    """Return the 16-bit peak of a device in TFLOP/s by its name; None: not known here."""
-    return next(
-        (float(peak) for part, peak in PEAK_TFLOPS.items() if part.lower() in name.lower()), None
-    )
+    """Return the 16-bit peak of a device in TFLOP/s by its name; None: unknown."""
+    for part, peak in PEAK_TFLOPS.items():
+        if part.lower() in name.lower():
+            return float(peak)
+    return None

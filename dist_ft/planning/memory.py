@@ -1,11 +1,14 @@
-"""How much memory a worker will need: model state after the ZeRO paper's table, activations of a Llama-like decoder.
+"""How much memory a worker needs: model state by the ZeRO paper, activations of a Llama-like model.
 
-Source of the former: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-arXiv:1910.02054, section 3.1 and figure 1. What a step holds besides (buffers, gathered weights) is `worker`'s; where
-the model's code can be rehearsed, its activations are measured there and not estimated. Pure.
+Source of the former: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
+Parameter Models", arXiv:1910.02054, section 3.1 and figure 1. `worker_memory` adds what else a step
+holds (buffers, gathered weights). Where the model's code can be traced, activations are measured by
+`model.memory_trace` rather than estimated here. Pure.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _MOMENT_BYTES = {"adamw": 8, "sgd": 4, "adafactor": 0}
@@ -18,14 +21,15 @@ def model_state_bytes(
     stage: int,
     dtype: str,
     optimizer: str = "adamw",
-    num_learned: int | None = None,
-    num_guards: int = 0,
+    num_trainable: int | None = None,
+    num_weight_copies: int = 0,
 ) -> dict[str, int]:
-    """Return bytes a worker holds of weights, gradients and optimizer state.
+    """Return the bytes of weights, gradients and optimizer state on a worker.
 
-    Per parameter: weights and gradients 4 + 4 in float32, 2 + 2 in bfloat16; two float32 moments of AdamW 8 (4 for
-    SGD's momentum, next to nothing for Adafactor); a float32 master 4. In bfloat16 that is the paper's K = 12. In
-    float32 at stage 0 the weights are their own masters; from stage 1 on DeepSpeed clones them all the same.
+    Per parameter: weights and gradients 4 + 4 in float32, 2 + 2 in bfloat16; two float32 moments of
+    AdamW 8 (4 for SGD's momentum, almost none for Adafactor); a float32 master 4. In bfloat16 that
+    is the paper's K = 12. In float32 at stage 0 the weights are their own masters; from stage 1 on,
+    DeepSpeed clones them all the same.
 
     Args:
         num_parameters: of the whole model.
@@ -33,59 +37,89 @@ def model_state_bytes(
         stage: ZeRO stage; 0 also for the plain engine.
         dtype: float32 or bfloat16.
         optimizer: adamw, sgd (with momentum) or adafactor.
-        num_learned: parameters that learn; none: all. The others have neither gradients nor optimizer state.
-        num_guards: float32 copies kept beside the optimizer's own state (anchor, Fisher information, average).
+        num_trainable: trainable parameters; None: all. Others have no gradients and no optimizer
+            state.
+        num_weight_copies: float32 copies next to the optimizer's own state (anchor, Fisher
+            information, average).
     """
-    num_learned = num_parameters if num_learned is None else num_learned
-    size = _BYTES[dtype]
+    if num_trainable is None:
+        num_trainable = num_parameters
+    weight_bytes = _BYTES[dtype]
     has_master = dtype != "float32" or stage > 0
-    state = _MOMENT_BYTES[optimizer] + (_MASTER_BYTES if has_master else 0) + 4 * num_guards
-    share, learned = -(-num_parameters // world), -(-num_learned // world)
+    master_bytes = _MASTER_BYTES if has_master else 0
+    optimizer_bytes = _MOMENT_BYTES[optimizer] + master_bytes + 4 * num_weight_copies
+
+    # a worker's share of what is partitioned
+    share = -(-num_parameters // world)
+    trainable_share = -(-num_trainable // world)
     return {
-        "weights": size * (share if stage >= 3 else num_parameters),
-        "gradients": size * (learned if stage >= 2 else num_learned),
-        "optimizer": state * (learned if stage >= 1 else num_learned),
+        "weights": weight_bytes * (share if stage >= 3 else num_parameters),
+        "gradients": weight_bytes * (trainable_share if stage >= 2 else num_trainable),
+        "optimizer": optimizer_bytes * (trainable_share if stage >= 1 else num_trainable),
     }
 
 
+@dataclass(frozen=True)
+class DecoderShape:
+    """A Llama-like decoder.
+
+    Attributes:
+        num_layers: number of layers.
+        hidden: width of the residual stream, H.
+        intermediate: width of the MLP.
+        vocab: size of the vocabulary, V.
+        kv_hidden: key heads × head size with grouped-query attention; None: `hidden`.
+    """
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    kv_hidden: int | None = None
+
+
 def activation_bytes(
-    *,
-    num_layers: int,
-    hidden: int,
-    intermediate: int,
-    vocab: int,
+    shape: DecoderShape,
     micro_batch: int,
     sequence_length: int,
     checkpointing: bool,
     dtype: str = "bfloat16",
-    kv_hidden: int | None = None,
 ) -> int:
-    """Estimate the bytes that one forward pass of a Llama-like decoder keeps for backward, at its peak.
+    """Estimate the peak bytes that a forward pass stores for the backward pass.
 
-    A layer keeps, per token: the input and output of two norms (4 × hidden), rotated queries and the attention's
-    output (2 × hidden), keys and values (2 × kv_hidden), and four tensors of the gated MLP (4 × intermediate);
-    attention itself is SDPA or flash, which keep no (T, T) matrix. With checkpointing only the layers' inputs stay, and
-    one layer at a time is recomputed. Logits are counted in `dtype`, then in float32 with their gradient.
+    A layer stores, per token: the input and output of two norms (4 × hidden), rotated queries and
+    the attention's output (2 × hidden), keys and values (2 × kv_hidden), and four tensors of the
+    gated MLP (4 × intermediate). Attention is SDPA or flash, which store no (T, T) matrix. With
+    checkpointing, only the layers' inputs are stored and one layer at a time is recomputed. Logits
+    are counted in `dtype`, then in float32 with their gradient.
 
     Args:
-        num_layers, hidden, intermediate, vocab: of the model.
-        micro_batch: sequences a forward pass.
-        sequence_length: tokens a sequence.
+        shape: of the model.
+        micro_batch: sequences of a forward pass.
+        sequence_length: tokens of a sequence.
         checkpointing: `model.activation_checkpointing`.
         dtype: of activations.
-        kv_hidden: key heads × head size under grouped-query attention; none: as `hidden`.
     """
-    tokens, size = micro_batch * sequence_length, _BYTES[dtype]
-    per_token = 6 * hidden + 2 * (hidden if kv_hidden is None else kv_hidden) + 4 * intermediate
-    kept = num_layers * hidden + per_token if checkpointing else num_layers * per_token
-    return tokens * (kept * size + vocab * (size + 2 * 4))
+    kv_hidden = shape.hidden if shape.kv_hidden is None else shape.kv_hidden
+    layer_elements = 6 * shape.hidden + 2 * kv_hidden + 4 * shape.intermediate  # per token
+    if checkpointing:
+        stored_elements = shape.num_layers * shape.hidden + layer_elements
+    else:
+        stored_elements = shape.num_layers * layer_elements
+
+    num_tokens = micro_batch * sequence_length
+    size = _BYTES[dtype]
+    logit_bytes = shape.vocab * (size + 2 * 4)  # per token
+    return num_tokens * (stored_elements * size + logit_bytes)
 
 
-def summary(state: dict[str, int], activations: int = 0) -> str:
-    """Return one line: the total a worker and what it is made of, in GiB."""
-    parts = {**state, **({"activations about": activations} if activations else {})}
+def describe_memory(state: dict[str, int], activations: int = 0) -> str:
+    """Return one line in GiB: a worker's total and its parts."""
+    parts = dict(state)
+    if activations:
+        parts["activations about"] = activations
     listed = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-    return f"{_gib(sum(parts.values()))} GiB a worker = {listed}"
+    return f"{_gib(sum(parts.values()))} GiB per worker = {listed}"
 
 
 def _gib(size: int) -> str:

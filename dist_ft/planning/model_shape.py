@@ -1,4 +1,4 @@
-"""What arithmetic about a run must know of its model; `runtime.planning` finds it out. Pure."""
+"""What the arithmetic needs to know about a model; `runtime.preflight.run_plan` finds it. Pure."""
 
 from __future__ import annotations
 
@@ -6,34 +6,41 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One parameter: its name, its elements, whether it learns, and whether it decays (optimizers keep those apart)."""
+class WeightShape:
+    """One parameter.
+
+    Attributes:
+        name: of the parameter.
+        numel: number of its elements.
+        trainable: whether it is trained.
+        decays: whether it has weight decay; optimizers keep these two kinds apart.
+    """
 
     name: str
     numel: int
-    learned: bool = True
+    trainable: bool = True
     decays: bool = True
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes held at a peak, beyond weights and gradients (see `model.rehearsal.Peak`)."""
+class PeakBytes:
+    """Bytes at a peak, on top of weights and gradients (see `model.memory_trace`)."""
 
     activations: int
     logits: int
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Activations and logits."""
         return self.activations + self.logits
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What a lane holds at most while it goes forward, and backward."""
+class LanePeaks:
+    """The peaks of the forward and of the backward pass of a lane."""
 
-    forward: Held
-    backward: Held
+    forward: PeakBytes
+    backward: PeakBytes
 
 
 @dataclass(frozen=True)
@@ -42,26 +49,27 @@ class ModelShape:
 
     Attributes:
         kind: transformers' name of the architecture, such as llama.
-        weights: every parameter once, tied ones under their first name, in the order of the model.
-        order: of weights (places in `weights`) by module, in the order modules run.
-        added: held where gradients are added to those of earlier lanes (plain engine, ZeRO-0 and 1).
-        passed: held where each gradient is handed on once it is there (ZeRO-2 and 3).
-        rehearsed: these two are of the code itself, not estimated.
+        weights: each parameter once, tied ones under their first name, in the order of the model.
+        order: the numbers of the weights of each module, in the order in which modules run.
+        added: peaks where gradients are added to those of earlier lanes (plain engine, ZeRO-0
+            and 1).
+        passed: peaks where each gradient is passed on as soon as it exists (ZeRO-2 and 3).
+        traced: whether the peaks are traced from the model's code rather than estimated.
     """
 
     kind: str
-    weights: tuple[Weight, ...]
+    weights: tuple[WeightShape, ...]
     order: tuple[tuple[int, ...], ...]
-    added: Lane
-    passed: Lane
-    rehearsed: bool = True
+    added: LanePeaks
+    passed: LanePeaks
+    traced: bool = True
 
     @property
     def num_parameters(self) -> int:
-        """Of all weights."""
+        """The number of parameters."""
         return sum(weight.numel for weight in self.weights)
 
     @property
-    def num_learned(self) -> int:
-        """Of weights that learn."""
-        return sum(weight.numel for weight in self.weights if weight.learned)
+    def num_trainable(self) -> int:
+        """The number of trainable parameters."""
+        return sum(weight.numel for weight in self.weights if weight.trainable)

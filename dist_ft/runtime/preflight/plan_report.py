@@ -139,18 +139,18 @@ def _traffic(plan: dict[str, Any]) -> list[str]:
 def _checkpoint(plan: dict[str, Any]) -> str:
     sizes = plan["checkpoint"]
     frozen = (
-        f", {_gb(sizes['frozen, once a run'])} GB frozen once a run"
-        if sizes["frozen, once a run"]
+        f", {_gb(sizes['frozen'])} GB frozen once a run"
+        if sizes['frozen']
         else ""
     )
     return (
         f"{_gb(sizes['checkpoint'])} GB each ({_gb(sizes[_PART])} GB a worker){frozen}, "
         f"{_gb(plan['kept'] * sizes['checkpoint'])} GB for the newest {plan['kept']}; exported model "
-        f"{_gb(sizes['exported model'])} GB"
+        f"{_gb(sizes['exported_model'])} GB"
     )
 
 
-_PART = "a worker's part"
+_PART = "per_worker"
 
 
 def _gpus(plan: dict[str, Any]) -> list[str]:

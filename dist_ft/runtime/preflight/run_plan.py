@@ -18,7 +18,7 @@ from dist_ft.core.errors import ConfigError
 from dist_ft.engine import deepspeed_config
 from dist_ft.planning import gpus, traffic, worker_memory
 from dist_ft.planning.batch import batch_arithmetic
-from dist_ft.planning.memory import activation_bytes
+from dist_ft.planning.memory import DecoderShape, activation_bytes
 from dist_ft.planning.model_shape import LanePeaks, ModelShape, PeakBytes, WeightShape
 from dist_ft.runtime.preflight.model_checks import task_with_any_labels
 
@@ -59,7 +59,7 @@ def plan(
             "kind": shape.kind,
             "parameters": shape.num_parameters,
             "learned": shape.num_trainable,
-            "rehearsed": shape.rehearsed,
+            "rehearsed": shape.traced,
         },
         "batch": dict(batch_arithmetic(config)),
         "workers": world,
@@ -71,7 +71,7 @@ def plan(
             shape, worker_memory.worker_setup(config, zero, max(1, config.min_workers))
         ).total,
         "checkpoint_copy": config.checkpoint.background
-        and traffic.checkpoint_bytes(shape, now)["a worker's part"],
+        and traffic.checkpoint_bytes(shape, now)["per_worker"],
         "checkpoint": traffic.checkpoint_bytes(shape, now),
         "kept": config.checkpoint.keep_last,
         "gpus": [_gpu(name, shape, config, zero, now) for name in chosen],
@@ -148,7 +148,7 @@ def shape_of(config: RunConfig, model_config: str | None = None) -> ModelShape:
             tuple((place,) for place in range(len(weights))),
             LanePeaks(held, held),
             LanePeaks(held, held),
-            rehearsed=False,
+            traced=False,
         )
     return ModelShape(model.config.model_type, weights, order, added, passed)
 
@@ -209,11 +209,14 @@ def _estimated(model: Any, config: RunConfig) -> int:
     hidden = inner.hidden_size
     wide = getattr(inner, "intermediate_size", None) or 4 * hidden
     experts = getattr(inner, "num_experts_per_tok", None) or 1
-    return activation_bytes(
+    shape = DecoderShape(
         num_layers=inner.num_hidden_layers,
         hidden=hidden,
         intermediate=wide * experts,
         vocab=inner.vocab_size,
+    )
+    return activation_bytes(
+        shape,
         micro_batch=config.batch.micro_batch,
         sequence_length=config.batch.sequence_length,
         checkpointing=config.model.activation_checkpointing,

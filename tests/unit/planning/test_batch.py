@@ -17,11 +17,11 @@ def rows(*overrides):
     return dict(batch_arithmetic(load_config(BASE, overrides)))
 
 
-def test_written_out_in_one_process():
+def test_arithmetic_of_one_process():
     assert rows() == {
         "global batch": "10 sequences = 5 lanes × micro-batch 2",
         "lanes": "5 lanes in this process, one after another",
-        "tokens a step": "10 sequences × 1,024 tokens = 10,240 at most",
+        "step tokens": "10 sequences × 1,024 tokens = 10,240 at most",
         "length": "3 steps × 10,240 tokens = 30,720 at most",
     }
 
@@ -35,11 +35,11 @@ def test_written_out_in_one_process():
         ("1..4", "5 = 1 worker × 2 lanes + 3 workers × 1 lane; 5 = 1 worker × 5 lanes"),
     ],
 )
-def test_lanes_over_workers(workers, lanes):
+def test_lanes_are_divided_among_workers(workers, lanes):
     assert rows(f"cluster.workers={workers}")["lanes"] == lanes
 
 
-def test_length_by_epochs():
+def test_length_in_epochs():
     assert rows("schedule.steps=null", "schedule.epochs=2")["length"] == (
         "2 epochs; the number of steps follows from the data's index"
     )

@@ -5,7 +5,7 @@ from dist_ft.planning import gpus
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("given", "expected"),
     [
         ("H100", "H100"),
         ("h100", "H100"),
@@ -17,23 +17,23 @@ from dist_ft.planning import gpus
         ("L40S", "L40S"),
     ],
 )
-def test_names_in_any_spelling(said, meant):
-    assert gpus.named(said) == meant
+def test_gpu_names_in_any_spelling(given, expected):
+    assert gpus.canonical_name(given) == expected
 
 
 @pytest.mark.parametrize("name", ["H1000", "A100", "", "TPU"])
-def test_an_unknown_name_is_one_line(name):
+def test_unknown_gpu_is_refused(name):
     with pytest.raises(
-        ConfigError, match=rf"--gpu={name}: no such GPU is known; known are .*A100-80GB.*; give one"
+        ConfigError, match=rf"--gpu={name}: unknown GPU. Known GPUs: .*A100-80GB.* Use one of these"
     ):
-        gpus.named(name)
+        gpus.canonical_name(name)
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"), [(1000, 1), (999, 2), (101, 10), (100, 10), (99, None)]
+    ("available_bytes", "expected"), [(1000, 1), (999, 2), (101, 10), (100, 10), (99, None)]
 )
-def test_the_fewest_workers_that_fit(room, expected):
-    assert gpus.fewest(lambda world: 1000 // world, 10, room) == expected
+def test_fewest_workers_that_fit(available_bytes, expected):
+    assert gpus.fewest_workers(lambda world: 1000 // world, 10, available_bytes) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_the_fewest_workers_that_fit(room, expected):
         ("toy", None),
     ],
 )
-def test_the_peak_of_a_device_by_the_name_it_gives_itself(device, peak):
+def test_peak_of_a_device_by_its_name(device, peak):
     assert gpus.peak_tflops(device) == peak

@@ -231,7 +231,7 @@ def test_text_names_all_there_is(folder):
             {"model_config": "/no/such.json"},
             "--model-config=/no/such.json: the file does not exist",
         ),
-        (None, {"gpu": "H1000"}, "--gpu=H1000: no such GPU"),
+        (None, {"gpu": "H1000"}, "--gpu=H1000: unknown GPU"),
         (None, {"num_gpus": 9}, "--gpus=9: from 1 to the 8 lanes"),
         (None, {"num_gpus": 0}, "--gpus=0: from 1 to the 8 lanes"),
     ],
