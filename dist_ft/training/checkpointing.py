@@ -1,7 +1,8 @@
-"""When the run is saved, where to, and what is told of it.
+"""When checkpoints are saved, and where.
 
-Two kinds of checkpoints: in storage, and (if the config names a folder) on the workers' own nodes. Each is due every so
-many steps, or `auto`: then rank 0 weighs what it measured, and its wish travels with the sum that each step makes.
+There are two tiers: storage, and (if the config names a folder) the workers' own nodes. Each saves
+every N steps, or `auto`: then rank 0 decides by what it measured, and its decision is part of the
+sum over ranks that each step makes.
 """
 
 from __future__ import annotations
@@ -22,43 +23,53 @@ from dist_ft.training.components import Components
 from dist_ft.training.run_context import RunContext
 
 log = logging.getLogger("dist_ft.train")
-FIRST_S = 60.0
-"""`auto` saves for the first time after so many seconds: then it knows what it costs."""
+FIRST_SAVE_S = 60.0
+"""`auto` saves first after this much training: then the cost of a save is known."""
 
 
-class Auto:
-    """One kind of checkpoint whose interval is `auto`."""
+class AutoInterval:
+    """Decides when to save to a tier whose interval is `auto`.
+
+    Attributes:
+        cost: measured cost of a save.
+    """
 
     def __init__(self, section: CheckpointSection, trained_s: float, num_failures: int) -> None:
+        """Start as if a save had just been made; `trained_s`: training time of the run so far."""
         self._expected_s = section.failure_interval_s
         self._num_failures = num_failures
-        self._saved_s = trained_s
+        self._last_save_s = trained_s
         self.cost = SaveCost()
 
-    def due(self, trained_s: float) -> bool:
-        """Tell whether to save now."""
+    def is_due(self, trained_s: float) -> bool:
+        """Return whether to save now."""
         failures_s = mean_time_between_failures_s(self._expected_s, trained_s, self._num_failures)
-        best_s = self.cost.optimal_interval_s(failures_s)
-        return trained_s - self._saved_s >= (
-            min(FIRST_S, failures_s / 20) if best_s is None else best_s
-        )
+        interval_s = self.cost.optimal_interval_s(failures_s)
+        if interval_s is None:
+            interval_s = min(FIRST_SAVE_S, failures_s / 20)
+        return trained_s - self._last_save_s >= interval_s
 
-    def begun(self, trained_s: float, stalled_s: float) -> None:
-        """Note that a save was begun."""
-        self._saved_s = trained_s
-        self.cost.record_start(stalled_s)
+    def record_start(self, trained_s: float, blocked_s: float) -> None:
+        """Record that a save has started, which blocked training for `blocked_s` seconds."""
+        self._last_save_s = trained_s
+        self.cost.record_start(blocked_s)
 
 
 class Saver:
-    """The saves of one attempt; all its calls are the same on all ranks.
+    """The saves of one attempt; all calls are the same on all ranks.
 
     Attributes:
-        url: the newest commit in storage; None before the first.
-        trained_s: seconds all steps of the run took so far.
+        url: the latest checkpoint in storage; None before the first.
+        trained_s: seconds that all steps of the run took so far.
     """
 
     def __init__(
-        self, config: RunConfig, components: Components, context: RunContext, total_steps: int, trained_s: float
+        self,
+        config: RunConfig,
+        components: Components,
+        context: RunContext,
+        total_steps: int,
+        trained_s: float,
     ) -> None:
         self._section = section = config.checkpoint
         self._name = config.run.name
@@ -66,95 +77,124 @@ class Saver:
         self._context = context
         self._total_steps = total_steps
         self._ledger = LedgerBuffer()
-        self._told: dict[str, float] = {}  # what the commit of the save under way is announced with
-        self._every = {
-            Tier.STORAGE: section.every_steps,
-            **({Tier.LOCAL: section.local_every_steps} if section.local_folder else {}),
-        }
+        self._metrics: dict[str, float] = {}  # passed to callbacks when the current save commits
+        self._intervals = {Tier.STORAGE: section.every_steps}
+        if section.local_folder:
+            self._intervals[Tier.LOCAL] = section.local_every_steps
         self._auto = {
-            tier: Auto(section, trained_s, components.num_failures)
-            for tier, every in self._every.items()
-            if every == "auto"
+            tier: AutoInterval(section, trained_s, components.num_failures)
+            for tier, interval in self._intervals.items()
+            if interval == "auto"
         }
-        self._wished = dict.fromkeys(Tier, False)
+        self._auto_due = dict.fromkeys(Tier, False)
         self.trained_s = trained_s
         self.url: str | None = None
 
     def prepare(self, step: int) -> None:
-        """Make the memory for saves in the background, if there will be any."""
-        left = self._total_steps - step
-        if self._section.background and any(
-            every == "auto" or 0 < every < left for every in self._every.values()
-        ):
+        """Allocate the memory for saves in the background, if there will be any."""
+        steps_left = self._total_steps - step
+        has_saves = any(
+            interval == "auto" or 0 < interval < steps_left for interval in self._intervals.values()
+        )
+        if self._section.background and has_saves:
             self._components.manager.prepare(self._components.engine)
 
     def flags(self) -> tuple[float, ...]:
-        """Return what this rank adds to the sums `advance` takes."""
-        wishes = (
+        """Return this rank's contribution to the sums that `advance` takes."""
+        auto_due = [
             self._components.world.rank == 0
             and tier in self._auto
-            and self._auto[tier].due(self.trained_s)
+            and self._auto[tier].is_due(self.trained_s)
             for tier in Tier
-        )
-        return (*self._components.manager.save_flags(), *map(float, wishes))
+        ]
+        return (*self._components.manager.save_flags(), *map(float, auto_due))
 
-    def advance(self, num_written: float, num_ended: float, *wishes: float) -> None:
-        """Go on with the save under way, and note what is wished for."""
-        self._wished = {tier: wish > 0 for tier, wish in zip(Tier, wishes, strict=True)}
-        self._ended(self._components.manager.advance(num_written, num_ended))
+    def advance(self, num_written: float, num_ended: float, *auto_due: float) -> None:
+        """Advance the save in progress, and record where rank 0 decided to save.
+
+        Args:
+            num_written: ranks whose files of the current save are written.
+            num_ended: 1 if the commit on rank 0 has ended.
+            auto_due: for each tier, 1 if its automatic interval has passed.
+        """
+        self._auto_due = {tier: due > 0 for tier, due in zip(Tier, auto_due, strict=True)}
+        self._handle_outcome(self._components.manager.advance(num_written, num_ended))
 
     def after_step(self, step: int, batches: Sequence[Batch], seconds: float) -> None:
-        """Note a step (from 0) that was done."""
+        """Record that `step` (from 0) is done."""
         self._ledger.add(step, batches)
         self.trained_s += seconds
-        draft = self._components.manager.save_in_progress
+        current = self._components.manager.save_in_progress
         for tier, auto in self._auto.items():
-            if draft is None or draft.tier == tier:
-                auto.cost.record_step(seconds, draft is not None)
+            if current is None or current.tier == tier:
+                auto.cost.record_step(seconds, current is not None)
 
-    def due(self, step: int, last: bool) -> Tier | None:
+    def due(self, step: int, is_last: bool) -> Tier | None:
         """Return where a checkpoint is due after `step` steps; None if none is due."""
-        if last and self._section.at_end:
+        if is_last and self._section.at_end:
             return Tier.STORAGE
-        return next(
-            (
-                tier
-                for tier, every in self._every.items()
-                if (self._wished[tier] if every == "auto" else every and step % every == 0)
-            ),
-            None,
-        )
+        for tier, interval in self._intervals.items():
+            if interval == "auto":
+                is_due = self._auto_due[tier]
+            else:
+                is_due = interval > 0 and step % interval == 0
+            if is_due:
+                return tier
+        return None
 
     def save(
         self,
         tier: Tier,
         progress: Progress,
-        values: dict[str, float],
+        metrics: dict[str, float],
         evaluation: dict[str, float],
-        now: bool,
+        wait: bool,
     ) -> bool:
-        """Save, in the background unless `now`; return whether this step is committed in storage by now.
+        """Save; return whether this step is committed in storage now.
 
-        `values` are announced with the commit, `evaluation` is kept with it.
+        Args:
+            tier: where to.
+            progress: of the run at this step.
+            metrics: passed to `Callback.on_checkpoint_committed`.
+            evaluation: stored with the checkpoint.
+            wait: wait for the save, else it may run in the background.
         """
         components = self._components
         components.time_ledger.start_save(progress.step)
         self._context.callbacks.on_progress()
-        background, begun = self._section.background and not now, time.perf_counter()
-        if components.manager.save_in_progress is not None:
-            if background and self._passes(tier, components.manager.save_in_progress, progress.step):
+        in_background = self._section.background and not wait
+        start_s = time.perf_counter()
+        current = components.manager.save_in_progress
+        if current is not None:
+            if in_background and self._is_left_out(tier, current, progress.step):
                 return False
             self.settle()
-            if background and components.world.rank == 0:
+            if in_background and components.world.rank == 0:
                 log.warning(
-                    "the save at step %d waited %.1f s for the one before; %s is shorter than a save takes",
+                    "the save at step %d waited %.1f s for the previous one; %s is shorter than a "
+                    "save takes",
                     progress.step,
-                    time.perf_counter() - begun,
-                    self._interval(tier),
+                    time.perf_counter() - start_s,
+                    self._interval_setting(tier),
                 )
+
+        request = self._request(tier, progress, evaluation)
+        self._metrics = {"step": float(progress.step), **metrics}
+        if in_background:
+            components.manager.start_save(components.engine, request)
+            self._record_start(tier, start_s)
+            return False
+        with retry_limit(CRITICAL_ATTEMPTS):
+            outcome = components.manager.save(components.engine, request)
+        self._record_start(tier, start_s)
+        return self._handle_outcome(outcome)
+
+    def _request(self, tier: Tier, progress: Progress, evaluation: dict[str, float]) -> SaveRequest:
+        components = self._components
         rows = self._ledger.rows() if tier is Tier.LOCAL else self._ledger.take()
-        lines = components.metrics.flush() if components.metrics is not None else None
-        draft = SaveRequest(
+        # An attempt that resumes from the checkpoint needs the metrics of all steps before it.
+        metrics_written = components.metrics.flush() if components.metrics is not None else None
+        return SaveRequest(
             self._name,
             type(components.engine).__name__,
             progress,
@@ -163,61 +203,58 @@ class Saver:
             components.aliases,
             dict(evaluation),
             tier,
-            lines,
-        )  # who goes on from it must find the lines of all steps before
-        self._told = {"step": float(progress.step), **values}
-        if background:
-            components.manager.start_save(components.engine, draft)
-            self._begun(tier, begun)
-            return False
-        with retry_limit(CRITICAL_ATTEMPTS):
-            outcome = components.manager.save(components.engine, draft)
-        self._begun(tier, begun)
-        return self._ended(outcome)
+            metrics_written,
+        )
 
-    def _begun(self, tier: Tier, begun: float) -> None:
+    def _record_start(self, tier: Tier, start_s: float) -> None:
         if tier in self._auto:
-            self._auto[tier].begun(self.trained_s, time.perf_counter() - begun)
+            self._auto[tier].record_start(self.trained_s, time.perf_counter() - start_s)
 
-    def _passes(self, tier: Tier, other: SaveRequest, step: int) -> bool:
-        """Tell whether a save that is due is left out, because another one is still being written."""
-        if tier is Tier.LOCAL and other.tier is Tier.STORAGE:
-            return True  # what is on its way to storage serves as well
-        if tier is other.tier and self._section.when_busy == "skip":
+    def _is_left_out(self, tier: Tier, current: SaveRequest, step: int) -> bool:
+        """Return whether a save is left out because `current` is still being written."""
+        if tier is Tier.LOCAL and current.tier is Tier.STORAGE:
+            return True  # the one on its way to storage is as good
+        if tier is current.tier and self._section.when_busy == "skip":
             log.warning(
-                "no checkpoint at step %d: the one before is still being written; %s is shorter than a save "
-                "takes",
+                "no checkpoint at step %d: the previous one is still being written; %s is shorter "
+                "than a save takes",
                 step,
-                self._interval(tier),
+                self._interval_setting(tier),
             )
             return True
         return False
 
-    def _interval(self, tier: Tier) -> str:
-        prefix = "node_" if tier is Tier.LOCAL else ""
-        return f"checkpoint.{prefix}every_steps={self._every.get(tier)}"
+    def _interval_setting(self, tier: Tier) -> str:
+        """Return the config field of the interval and its value."""
+        prefix = "local_" if tier is Tier.LOCAL else ""
+        return f"checkpoint.{prefix}every_steps={self._intervals.get(tier)}"
 
     def settle(self) -> None:
-        """Wait for the end of the save under way."""
-        self._ended(self._components.manager.finish_save())
+        """Wait for the end of the save in progress."""
+        self._handle_outcome(self._components.manager.finish_save())
 
-    def _ended(self, outcome: SaveOutcome | None) -> bool:
-        """Tell the surroundings of a commit; where storage failed, training goes on (not at the end)."""
+    def _handle_outcome(self, outcome: SaveOutcome | None) -> bool:
+        """Call the callbacks; return whether a checkpoint was committed in storage.
+
+        Where storage failed, training continues, except after the last step.
+        """
         if outcome is None:
             return False
-        draft, step = outcome.request, outcome.request.progress.step
-        if draft.tier in self._auto:
-            self._auto[draft.tier].cost.record_end()
+        request, step = outcome.request, outcome.request.progress.step
+        if request.tier in self._auto:
+            self._auto[request.tier].cost.record_end()
+
         if outcome.problem is not None:  # the same on all ranks
-            if step == self._total_steps and draft.tier is Tier.STORAGE:
-                raise outcome.problem
-            if draft.tier is Tier.STORAGE:
-                self._ledger.restore(draft.rows)
-            log.warning("no checkpoint at step %d, training goes on: %s", step, outcome.problem)
+            if request.tier is Tier.STORAGE:
+                if step == self._total_steps:
+                    raise outcome.problem
+                self._ledger.restore(request.rows)
+            log.warning("no checkpoint at step %d, training continues: %s", step, outcome.problem)
             return False
-        if draft.tier is Tier.LOCAL:
+
+        if request.tier is Tier.LOCAL:
             self._context.callbacks.on_local_checkpoint_committed(step)
             return False
         self.url = outcome.url
-        self._context.callbacks.on_checkpoint_committed(outcome.url, self._told)
+        self._context.callbacks.on_checkpoint_committed(outcome.url, self._metrics)
         return True

@@ -1,4 +1,4 @@
-"""What `runtime.build` wires together for the loop."""
+"""What `runtime.bootstrap.training_run` builds for the training loop."""
 
 from __future__ import annotations
 
@@ -19,14 +19,25 @@ from dist_ft.training.time_ledger import TimeLedger
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a run in this worker.
+    """The components of a run in this worker.
 
     Attributes:
-        num_failures: of the run's attempts so far.
-        clock: what this process spends its time on.
-        evaluated: (step, value) of checkpoint.best_by at every evaluation of the run so far; grows.
-        texts: what makes texts at evaluations; None: none are made.
-        risk: what draws the texts of minimum risk training; None: the likelihood is learned.
+        engine: the model and its optimizer.
+        loader: of the training data.
+        evaluation: loader of the held-out data; None without any.
+        manager: loads and saves checkpoints.
+        metrics: the metrics log; None on ranks other than 0.
+        world: this rank and the number of ranks.
+        collectives: communication between ranks.
+        tensors: {name: shape} of the model's tensors.
+        aliases: names of tied weights, to the names they are saved under.
+        anomaly_detector: checks losses and gradient norms.
+        store: the run's folder.
+        num_failures: attempts of the run so far that failed.
+        time_ledger: how this process spends its time.
+        evaluations: (step, value) of checkpoint.best_by at each evaluation so far; the loop appends.
+        held_out_generator: generates text at evaluations; None: no text is generated.
+        minimum_risk: samples the text of minimum risk training; None: the likelihood is maximized.
     """
 
     engine: Engine

@@ -39,6 +39,9 @@ class EvaluationOutputs:
     generator: HeldOutGenerator | None = None
 
 
+LOSS_ONLY = EvaluationOutputs()
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The results of one evaluation.
@@ -72,7 +75,7 @@ def evaluate(
     num_lanes: int,
     world: World,
     collectives: Collectives,
-    outputs: EvaluationOutputs = EvaluationOutputs(),  # noqa: B008  (frozen)
+    outputs: EvaluationOutputs = LOSS_ONLY,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Return the results of one pass over `loader`; a collective call.

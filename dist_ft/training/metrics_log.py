@@ -1,8 +1,8 @@
 """metrics.jsonl and TensorBoard events in the run's storage, written by rank 0.
 
-Object stores can not append: lines are kept here and the file is written whole at each checkpoint, at the end, and at
-most every `FLUSH_S` seconds between, by a thread beside training. On
-resume, lines of steps after the checkpoint are dropped: the file always tells
+Object stores cannot append: lines are held in memory and the file is written as a whole at each
+checkpoint, at the end, and at most every `FLUSH_S` seconds in between, by a thread next to
+training. On resume, lines of steps after the checkpoint are dropped, so that the file always holds
 one history.
 """
 
@@ -21,17 +21,20 @@ from typing import Any
 from dist_ft.checkpoint import discovery
 from dist_ft.core.errors import StorageError
 from dist_ft.storage.filesystem import Store
+from dist_ft.training.callbacks import Callback
 from dist_ft.training.trackers import Trackers
 
 log = logging.getLogger("dist_ft.metrics")
 FILE = "metrics.jsonl"
 FLUSH_S = 30.0
-BETWEEN = 20
-"""Flushes take at most so small a part of the time, but for those at saves."""
+FLUSH_PAUSE = 20
+"""After a flush, the next one waits this many times as long as it took, except at saves."""
+OLD_PACE_NAMES = {"stood_share": "stalled_share"}
+"""Names of version 0.1.0 in lines of the kind "pace", to those of today."""
 
 
 class MetricsLog:
-    """Rank 0's record of the run at `store`, going on after `lines` (of `read_metrics`)."""
+    """Rank 0's metrics of the run at `store`, continued after `lines` (of `read_metrics`)."""
 
     def __init__(
         self,
@@ -44,49 +47,56 @@ class MetricsLog:
         self._store = store
         self._attempt = attempt
         self._trackers = trackers or Trackers([])
-        self._lines = [(line["step"], _encoded(line)) for line in lines]
-        self._next_s = time.monotonic() + FLUSH_S
+        self._lines = [(line["step"], _encode(line)) for line in lines]
+        self._next_flush_s = time.monotonic() + FLUSH_S
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
-        self._flushes: Future[None] | None = None
+        self._last_flush: Future[None] | None = None  # the latest
         self._tensorboard = tensorboard
         self._target = f"tensorboard/attempt-{attempt:04d}"
         self._folder: str | None = None
         self._writer: Any = None
 
     def add(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Note the values of one step ("train" or "evaluation"); in the file, what is no number is null (JSON)."""
+        """Add the values of one step; `kind`: train, evaluation or pace.
+
+        NaN and infinity become null in the file (JSON).
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.append((step, _encoded({"step": step, "kind": kind, **finite})))
+        self._lines.append((step, _encode({"step": step, "kind": kind, **finite})))
         self._trackers.add(step, kind, values)
         if self._tensorboard:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-")
-                self._writer = SummaryWriter(self._folder)
+            writer = self._summary_writer()
             for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
-        if time.monotonic() > self._next_s:
+                writer.add_scalar(f"{kind}/{name}", value, step)
+        if time.monotonic() > self._next_flush_s:
             self.flush()
 
+    def _summary_writer(self) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-")
+            self._writer = SummaryWriter(self._folder)
+        return self._writer
+
     def rewind(self, step: int) -> None:
-        """Forget the lines of steps after `step`."""
+        """Drop the lines of steps after `step`."""
         self._lines = [line for line in self._lines if line[0] <= step]
 
     def flush(self) -> Future[None]:
-        """Begin to bring the run's storage up to date; the future is done when all lines up to now are there.
+        """Start to write all lines up to now; the future is done when they are in storage.
 
-        Failing storage is logged, training goes on. What a newer attempt has written since it took over the run is left
-        alone.
+        Storage errors are logged and training continues. What a newer attempt has written since it
+        took over the run is left alone.
         """
-        self._next_s = time.monotonic() + FLUSH_S
-        waiting = self._flushes
-        if waiting is None or waiting.running() or waiting.done():
-            waiting = self._flushes = self._thread.submit(self._write)
-        return waiting
+        self._next_flush_s = time.monotonic() + FLUSH_S
+        flush = self._last_flush
+        if flush is None or flush.running() or flush.done():
+            flush = self._last_flush = self._thread.submit(self._write)
+        return flush  # one that has not started yet will write these lines too
 
     def _write(self) -> None:
-        begun = time.monotonic()
+        start_s = time.monotonic()
         try:
             if discovery.latest_attempt(self._store) > self._attempt:
                 return
@@ -98,13 +108,13 @@ class MetricsLog:
                         self._store.write(f"{self._target}/{name}", file.read())
         except StorageError as error:
             log.warning("metrics were not written: %s", error)
-        now = time.monotonic()
-        self._next_s = max(
-            self._next_s, now + BETWEEN * (now - begun)
-        )  # the files grow with the run
+        # the files grow with the run, so the pauses do
+        now_s = time.monotonic()
+        pause_s = FLUSH_PAUSE * (now_s - start_s)
+        self._next_flush_s = max(self._next_flush_s, now_s + pause_s)
 
     def close(self) -> None:
-        """Write what is left and remove temporary files."""
+        """Write all lines and remove temporary files."""
         self.flush().result()
         self._thread.shutdown()
         self._trackers.close()
@@ -114,22 +124,47 @@ class MetricsLog:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
+def log_metrics(
+    metrics_log: MetricsLog | None,
+    callbacks: Callback,
+    step: int,
+    kind: str,
+    values: dict[str, float],
+) -> None:
+    """Add a line of metrics and call the callbacks; does nothing on ranks without a log."""
+    if metrics_log is not None:
+        metrics_log.add(step, kind, values)
+        callbacks.on_metrics(step, kind, values)
+
+
+def _encode(line: dict[str, Any]) -> bytes:
     return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
 def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, those of steps after `step` left out; an absent file has none.
+    """Return the lines of a run's metrics.jsonl up to `step`; empty if there is no file.
 
-    Raises StorageError for a file that is not what this module writes: it would be overwritten.
+    Raises:
+        StorageError: the file is not a metrics file; writing metrics would overwrite it.
     """
     if step == 0 or not store.exists(FILE):
         return []
     try:
         lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
-        return [line for line in lines if step is None or line["step"] <= step]
+        return [_with_new_names(line) for line in lines if step is None or line["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"{store.redacted_url(FILE)}: not a file of metrics ({error}); lines of JSON with a step are "
-            "allowed; move it away"
+            f"{store.redacted_url(FILE)}: not a file of metrics ({error}). Allowed: lines of JSON "
+            "with a step. Move the file away."
         ) from error
+
+
+def _with_new_names(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line with the metric names of today."""
+    if line.get("kind") != "pace":
+        return line
+    renamed = {}
+    for name, value in line.items():
+        metric, slash, worker = name.partition("/")
+        renamed[OLD_PACE_NAMES.get(metric, metric) + slash + worker] = value
+    return renamed

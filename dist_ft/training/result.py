@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Result:
-    """How a run stands when its process is done with it.
+    """The state of a run when a process has finished its part.
 
     Attributes:
-        evaluation_before, evaluation_after: held-out loss before step 1 and after the last; None where not asked for.
-        checkpoint: URL of the newest commit; None without one.
-        data_wait_share: share of the steps' time rank 0 waited for data, 0..1; None without a step.
+        run_url: the run's folder.
+        step, total_steps: steps done, and all steps.
+        loss: of the last step; None if this process trained no step.
+        evaluation_before, evaluation_after: held-out loss before step 1 and after the last step;
+            None where the config does not evaluate then.
+        checkpoint: URL of the latest checkpoint; None without one.
+        data_wait_share: share of the steps' time that rank 0 waited for data, 0..1; None without a
+            step.
     """
 
     run_url: str

@@ -1,7 +1,8 @@
-"""Metrics to where people watch them: Weights & Biases, MLflow, where asked for and installed. Rank 0's.
+"""Sends metrics to experiment trackers: Weights & Biases and MLflow, where configured. Rank 0 only.
 
-Guarantees: what is missing or refused is one line before training; a tracker that fails later is logged once and left
-alone, and training goes on; a run that goes on writes into the same tracked run. Credentials are never in the config.
+Guarantees: a tracker that is not installed or refuses is one line before training; a tracker that
+fails later is logged once and not used again, and training continues; a resumed run writes into the
+same tracked run. Credentials are never in the config.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_ft.config.schema import RunConfig
@@ -18,91 +20,114 @@ from dist_ft.core.errors import ConfigError
 from dist_ft.core.logs import redact
 
 log = logging.getLogger("dist_ft.metrics")
-Listener = Callable[[int, str, Mapping[str, float]], None]
-"""Is told (step, kind, values) of every line of metrics."""
-TAG = "dist_ft.run"
+MLFLOW_TAG = "dist_ft.run"
 
 
-def problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for each tracker that is asked for and not installed."""
-    for name, field, asked in (
+@dataclass(frozen=True)
+class Tracker:
+    """One tracked run.
+
+    Attributes:
+        name: of the tracker.
+        add: takes (step, kind, values) of a line of metrics.
+        close: sends what is left.
+    """
+
+    name: str
+    add: Callable[[int, str, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+def missing_trackers(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each tracker that is configured but not installed."""
+    for name, field, value in (
         ("wandb", "project", config.log.wandb.project),
         ("mlflow", "experiment", config.log.mlflow.experiment),
     ):
-        if asked and importlib.util.find_spec(name) is None:
+        if value and importlib.util.find_spec(name) is None:
             yield (
-                f"log.{name}.{field}={asked}: {name} is not installed here; it comes with an extra; "
-                f"pip install 'dist-ft[{name}]', or leave log.{name} out"
+                f"log.{name}.{field}={value}: {name} is not installed. It comes with an extra. Run "
+                f"pip install 'dist-ft[{name}]', or leave log.{name} out."
             )
 
 
 class Trackers:
-    """The trackers of a run; each is a listener and a way to close it."""
+    """The trackers of a run."""
 
-    def __init__(self, listeners: list[tuple[str, Listener, Callable[[], None]]]) -> None:
-        self._listeners = listeners
+    def __init__(self, trackers: list[Tracker]) -> None:
+        """Assign only."""
+        self._trackers = trackers
 
     @classmethod
     def open(cls, config: RunConfig, url: str, cache: Path) -> Trackers:
-        """Start or resume the tracked runs.
+        """Start the tracked runs, or resume them.
 
-        Raises ConfigError with a line for what is missing or refused.
+        Args:
+            config: of the run.
+            url: of the run's folder; identifies it in the trackers.
+            cache: folder for the files of trackers.
+
+        Raises:
+            ConfigError: with a line for each tracker that is not installed or refuses.
         """
-        missing = list(problems(config))
+        missing = list(missing_trackers(config))
         if missing:
             raise ConfigError(missing, "trackers")
-        found: list[tuple[str, Listener, Callable[[], None]]] = []
-        for name, asked, begin in (
-            ("wandb", config.log.wandb.project, _wandb),
-            ("mlflow", config.log.mlflow.experiment, _mlflow),
+
+        opened: list[Tracker] = []
+        for name, is_configured, start in (
+            ("wandb", config.log.wandb.project, _start_wandb),
+            ("mlflow", config.log.mlflow.experiment, _start_mlflow),
         ):
-            if not asked:
+            if not is_configured:
                 continue
             try:
-                found.append((name, *begin(config, url, cache)))
+                opened.append(start(config, url, cache))
             except Exception as error:
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ConfigError(
                     [
                         redact(
-                            f"log.{name}: it can not begin ({said}); check its address and that its "
-                            f"credentials are in the environment, or leave log.{name} out"
+                            f"log.{name}: cannot start ({reason}). Check its address and that its "
+                            f"credentials are in the environment, or leave log.{name} out."
                         )
                     ],
                     "trackers",
                 ) from error
-        return cls(found)
+        return cls(opened)
 
     def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Tell all of one line of metrics; one that fails is left alone from then on."""
+        """Send the finite values of a line of metrics; a tracker that fails is not used again."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        for one in list(self._listeners):
+        for tracker in list(self._trackers):
             try:
-                one[1](step, kind, finite)
+                tracker.add(step, kind, finite)
             except Exception as error:
                 log.warning(
-                    "%s takes no more metrics (%s); training goes on",
-                    one[0],
+                    "%s gets no more metrics (%s); training continues",
+                    tracker.name,
                     redact(str(error).split("\n")[0]),
                 )
-                self._listeners.remove(one)
+                self._trackers.remove(tracker)
 
     def close(self) -> None:
-        """Hand over what is left."""
-        for name, _, end in self._listeners:
+        """Close all trackers."""
+        for tracker in self._trackers:
             try:
-                end()
+                tracker.close()
             except Exception as error:
-                log.warning("%s did not end well (%s)", name, redact(str(error).split("\n")[0]))
+                log.warning(
+                    "%s was not closed (%s)", tracker.name, redact(str(error).split("\n")[0])
+                )
 
 
-def _id(url: str) -> str:
+def _run_id(url: str) -> str:
     import xxhash
 
     return xxhash.xxh3_64_hexdigest(url.encode())
 
 
-def _wandb(config: RunConfig, url: str, cache: Path) -> tuple[Listener, Callable[[], None]]:
+def _start_wandb(config: RunConfig, url: str, cache: Path) -> Tracker:
     import wandb
 
     section = config.log.wandb
@@ -113,41 +138,47 @@ def _wandb(config: RunConfig, url: str, cache: Path) -> tuple[Listener, Callable
         entity=section.entity,
         mode=section.mode,
         dir=str(folder),
-        id=_id(url),
+        id=_run_id(url),
         name=config.run.name,
         resume="allow",
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
+    # Steps may repeat after a restart, which W&B's own step does not allow.
     run.define_metric("step")
-    run.define_metric("*", step_metric="step")  # a step done again after a restart is no step back
+    run.define_metric("*", step_metric="step")
 
     def add(step: int, kind: str, values: Mapping[str, float]) -> None:
         run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
-    return add, run.finish
+    return Tracker("wandb", add, run.finish)
 
 
-def _mlflow(config: RunConfig, url: str, _cache: Path) -> tuple[Listener, Callable[[], None]]:
+def _start_mlflow(config: RunConfig, url: str, _cache: Path) -> Tracker:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    section, key = config.log.mlflow, _id(url)
+    section, key = config.log.mlflow, _run_id(url)
     client = MlflowClient(tracking_uri=section.tracking_uri)
-    known = client.get_experiment_by_name(section.experiment)
-    experiment = known.experiment_id if known else client.create_experiment(section.experiment)
-    runs = client.search_runs([experiment], f"tags.`{TAG}` = '{key}'", max_results=1)
-    run_id = (
-        runs[0]
-        if runs
-        else client.create_run(experiment, tags={TAG: key}, run_name=config.run.name)
-    ).info.run_id
+    experiment = client.get_experiment_by_name(section.experiment)
+    if experiment is not None:
+        experiment_id = experiment.experiment_id
+    else:
+        experiment_id = client.create_experiment(section.experiment)
+
+    runs = client.search_runs([experiment_id], f"tags.`{MLFLOW_TAG}` = '{key}'", max_results=1)
+    if runs:
+        run = runs[0]
+    else:
+        run = client.create_run(experiment_id, tags={MLFLOW_TAG: key}, run_name=config.run.name)
+    run_id = run.info.run_id
     client.update_run(run_id, status="RUNNING")
 
     def add(step: int, kind: str, values: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
+        now_ms = int(time.time() * 1000)
         client.log_batch(
-            run_id, [Metric(f"{kind}/{name}", value, now, step) for name, value in values.items()]
+            run_id,
+            [Metric(f"{kind}/{name}", value, now_ms, step) for name, value in values.items()],
         )
 
-    return add, lambda: client.set_terminated(run_id)
+    return Tracker("mlflow", add, lambda: client.set_terminated(run_id))

@@ -191,7 +191,7 @@ def test_fault_13_a_save_that_fails_is_told_and_training_goes_on(config, faulty,
     assert result.step == 6 and faulty.num_faults > 0
     said = capfd.readouterr().err
     assert (
-        "no checkpoint at step 2, training goes on: s3://bucket/runs/faults/checkpoints/step-000000002"
+        "no checkpoint at step 2, training continues: s3://bucket/runs/faults/checkpoints/step-000000002"
         in said
     )
     assert "SlowDown" in said
@@ -391,7 +391,7 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
         api.train(run, skip_check=True)
     assert time.monotonic() - begun < 60
     told = capfd.readouterr().err
-    assert told.count("no checkpoint at step 4, training goes on: ") == 1 and said in told
+    assert told.count("no checkpoint at step 4, training continues: ") == 1 and said in told
     assert discovery.find_latest(Store(run.run_url), World(), Collectives()).progress.step == 2
     faulty.choose = lambda method, path: None
     assert api.train(run, skip_check=True).step == 6

@@ -61,7 +61,7 @@ def test_fault_21_a_step_of_nan_changes_nothing_and_the_same_again_after_a_crash
     codes, log = go(base, config, f"1:{sample}:nan")
     assert codes == [0, 0], log[-3000:]
     run = base / f"runs/nan-{stage}"
-    assert f"step {BAD + 1} changes nothing: its loss is nan; its " in log
+    assert f"step {BAD + 1}: the update was skipped: its loss is nan; its " in log
     note = json.loads((run / f"anomalies/step-{BAD:09d}.json").read_text())
     rows = history.ledger(run)
     assert (
@@ -87,7 +87,7 @@ def test_fault_21_a_step_of_nan_changes_nothing_and_the_same_again_after_a_crash
             base, again, "1:-1:1"
         )  # this time nothing is wrong with the numbers: a bit that flipped once
         assert codes == [0, 0], log[-3000:]
-        assert f"step {BAD + 1} changes nothing: it was bad in an earlier attempt" in log
+        assert f"step {BAD + 1}: the update was skipped: an earlier attempt skipped it" in log
         after = [loss for loss, _ in lines(base / "runs/nan-again")]
         assert after[BAD + 1 :] == [loss for loss, _ in found[BAD + 1 :]], (
             "the history is the same, to the last bit"
@@ -98,7 +98,7 @@ def test_fault_21_a_leap_is_seen_by_its_norm_and_its_loss(base: Path, sample: in
     window = {"window": 6, "action": "skip"}
     by_norm = document(base, "leap-norm", anomaly={**window, "grad_norm_factor": 20.0})
     codes, log = go(base, by_norm, f"1:{sample}:1000")
-    assert codes == [0, 0] and f"step {BAD + 1} changes nothing: its gradient norm is " in log, log[
+    assert codes == [0, 0] and f"step {BAD + 1}: the update was skipped: its gradient norm is " in log, log[
         -3000:
     ]
     by_loss = document(base, "leap-loss", anomaly={**window, "loss_factor": 5.0})
@@ -130,7 +130,7 @@ def test_fault_21_stop_ends_on_all_ranks_and_names_the_samples(base: Path, sampl
     codes, log = go(base, document(base, "stop", anomaly={"action": "stop"}), f"1:{sample}:inf")
     assert codes[0] != 0 and codes[1] != 0
     assert (
-        f"anomaly.action=stop: step {BAD + 1} went bad: its loss is " in log
+        f"anomaly.action=stop: step {BAD + 1} has an anomaly: its loss is " in log
         and "samples begin with" in log
     ), log[-2000:]
     kept = sorted(path.name for path in (base / "runs/stop/checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""All that can be known before a GPU is taken, beyond the config itself: model, data, storage, an older run, the machine.
+"""Checks before a run takes a GPU: model, data, storage, an older run, the machine.
 
 Each check is independent and yields a line for each problem; none stops another. Guarantees:
 nothing is left behind in storage, and no weights are read.
@@ -68,7 +68,7 @@ def _checks(
     if write_storage:
         yield lambda: _check_writable(config)
         yield lambda: _check_older_run(config)
-    yield lambda: trackers.problems(config)
+    yield lambda: trackers.missing_trackers(config)
 
 
 def _lines(check_one: Callable[[], Iterator[str]], whole: bool) -> list[str]:
@@ -129,16 +129,16 @@ def _check_sources(sources: tuple[Source, ...], field: str) -> Iterator[str]:
 
 
 def _check_writable(config: RunConfig) -> Iterator[str]:
-    """Yield a line if the run's storage cannot be written, or overwrites a file that a second start creates."""
+    """Yield a line if the run's storage cannot be written, or lets two starts create one file."""
     store = filesystem.Store(config.run_url)
     probe, new_folders = f".probe-{uuid4().hex[:8]}", _absent_folders(store.url)
     try:
         store.create(probe, b"probe")
         if store.create(probe, b"again"):
             yield (
-                f"run.storage={config.run.storage}: a file that exists could be created again, so two "
-                "starts of a run could not be distinguished. Only storage with conditional writes "
-                "(If-None-Match) is allowed. Use another endpoint or file system."
+                f"run.storage={config.run.storage}: a file that exists could be created again, so "
+                "two starts of a run could not be distinguished. Only storage with conditional "
+                "writes (If-None-Match) is allowed. Use another endpoint or file system."
             )
         store.remove(probe)
     except DistFtError as error:

@@ -123,11 +123,11 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
                 )[0],
             )
             with pytest.raises(
-                Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "
+                Interrupted, match="stopped at step 3 of 5 as requested; saved as "
             ):
                 local.run(load_config(document))
     else:
-        with pytest.raises(Interrupted, match="stopped at step 3 of 5 as asked; it is saved as "):
+        with pytest.raises(Interrupted, match="stopped at step 3 of 5 as requested; saved as "):
             local.run(load_config(document), context)
     assert "SIGTERM: saving after this step" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
@@ -135,7 +135,7 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
 
 def test_the_callers_wish_to_stop_counts(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
-    with pytest.raises(Interrupted, match="stopped at step 1 of 5 as asked"):
+    with pytest.raises(Interrupted, match="stopped at step 1 of 5 as requested"):
         local.run(
             load_config(document), RunContext(console=Console(io.StringIO()), should_stop=lambda: True)
         )

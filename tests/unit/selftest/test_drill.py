@@ -117,7 +117,7 @@ def test_expected_output_is_required():
         quiet,
         lines=(
             *quiet.lines,
-            TimedLine(11, "WARNING no checkpoint at step 10, training goes on: x"),
+            TimedLine(11, "WARNING no checkpoint at step 10, training continues: x"),
         ),
     )
     assert find_problems(scenario("storage"), loud, LOSSES) == []

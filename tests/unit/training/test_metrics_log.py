@@ -1,4 +1,4 @@
-"""metrics.jsonl always tells one history, in JSON that every reader takes."""
+"""metrics.jsonl always holds one history, as strict JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def steps(store: Store) -> list[tuple[int, str]]:
     return [(line["step"], line["kind"]) for line in read_metrics(store)]
 
 
-def test_on_resume_lines_after_the_checkpoint_are_dropped(store):
+def test_lines_after_the_checkpoint_are_dropped_on_resume(store):
     first = MetricsLog(store, [], 1, False)
     first.add(0, "evaluation", {"loss": 3.0})
     for step in range(1, 6):
@@ -47,7 +47,7 @@ def test_on_resume_lines_after_the_checkpoint_are_dropped(store):
     assert read_metrics(store)[-1] == {"step": 4, "kind": "train", "loss": 9.0}
 
 
-def test_a_run_that_starts_again_from_nothing_keeps_nothing(store):
+def test_run_that_starts_over_has_no_lines(store):
     log = MetricsLog(store, [], 1, False)
     log.add(0, "evaluation", {"loss": 3.0})
     log.close()
@@ -55,7 +55,7 @@ def test_a_run_that_starts_again_from_nothing_keeps_nothing(store):
     assert read_metrics(Store(store.full_url("elsewhere"))) == []
 
 
-def test_what_is_no_number_is_null(store):
+def test_nan_and_infinity_are_null(store):
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "step_s": 1.0})
     log.close()
@@ -69,7 +69,7 @@ def test_what_is_no_number_is_null(store):
     }
 
 
-def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
+def test_lines_are_written_by_a_flush_or_after_some_time(store, monkeypatch):
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": 1.0})
     assert not store.exists("metrics.jsonl")
@@ -77,9 +77,9 @@ def test_lines_wait_for_a_flush_and_not_for_ever(store, monkeypatch):
     assert steps(store) == [(1, "train")]
     monkeypatch.setattr(module, "FLUSH_S", 0.0)
     log.flush().result()
-    log._next_s = 0.0
+    log._next_flush_s = 0.0
     log.add(2, "train", {"loss": 1.0})
-    log._flushes.result()
+    log._last_flush.result()
     assert steps(store) == [(1, "train"), (2, "train")]
 
 
@@ -117,7 +117,7 @@ def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
     assert os.listdir(tmp_path) == ["run"]  # nothing temporary is left
 
 
-def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog):
+def test_failing_storage_is_logged_and_written_later(store, tmp_path, caplog):
     (tmp_path / "run").write_text("a file where the folder should be")
     log = MetricsLog(store, [], 1, False)
     log.add(1, "train", {"loss": 1.0})
@@ -132,11 +132,24 @@ def test_failing_storage_is_logged_and_later_made_up_for(store, tmp_path, caplog
 
 
 @pytest.mark.parametrize("content", [b"{broken\n", b'{"loss": 1}\n', b"[1]\n", b"\xff\n"])
-def test_a_file_that_is_not_ours_is_not_overwritten(store, content):
+def test_file_that_is_not_a_metrics_file_is_not_overwritten(store, content):
     store.write("metrics.jsonl", content)
     with pytest.raises(
         StorageError,
-        match=r"metrics\.jsonl: not a file of metrics \(.*\); lines of JSON with a step are "
-        "allowed; move it away",
+        match=r"metrics\.jsonl: not a file of metrics \(.*\)\. Allowed: lines of JSON with a step\. "
+        r"Move the file away\.",
     ):
         read_metrics(store, 3)
+
+
+def test_metric_names_of_version_0_1_0_are_renamed(store):
+    old = {"step": 1, "kind": "pace", "stood_share/n/rank-00000": 0.5, "probe_s/n/rank-00000": 1.0}
+    store.write("metrics.jsonl", json.dumps(old).encode() + b"\n")
+    assert read_metrics(store) == [
+        {
+            "step": 1,
+            "kind": "pace",
+            "stalled_share/n/rank-00000": 0.5,
+            "probe_s/n/rank-00000": 1.0,
+        }
+    ]

@@ -9,10 +9,10 @@ from unit.small import run_config
 
 from dist_ft.core.errors import ConfigError
 from dist_ft.training import trackers
-from dist_ft.training.trackers import Trackers
+from dist_ft.training.trackers import Tracker, Trackers
 
 
-def test_mlflow_in_a_folder_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_mlflow_in_a_folder_resumes_its_run(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv(
         "MLFLOW_ALLOW_FILE_STORE", "true"
@@ -34,7 +34,7 @@ def test_mlflow_in_a_folder_goes_on_where_it_was(tmp_path, monkeypatch):
     assert run.info.status == "FINISHED" and "train/bad" not in run.data.metrics
 
 
-def test_wandb_offline_keeps_its_files(tmp_path, monkeypatch):
+def test_wandb_offline_stores_its_files(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = run_config(
@@ -46,37 +46,38 @@ def test_wandb_offline_keeps_its_files(tmp_path, monkeypatch):
     assert list((tmp_path / "w").rglob("run-*.wandb")), "what `wandb sync` takes"
 
 
-def test_what_is_not_installed_is_one_line(tmp_path, monkeypatch):
+def test_trackers_that_are_not_installed_are_one_line_each(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = run_config("runs", log={"wandb": {"project": "p"}, "mlflow": {"experiment": "e"}})
     with pytest.raises(ConfigError) as caught:
         Trackers.open(config, "runs/r", tmp_path)
     assert (
         list(caught.value.problems)
-        == list(trackers.problems(config))
+        == list(trackers.missing_trackers(config))
         == [
-            "log.wandb.project=p: wandb is not installed here; it comes with an extra; pip install 'dist-ft[wandb]', or leave log.wandb out",
-            "log.mlflow.experiment=e: mlflow is not installed here; it comes with an extra; pip install 'dist-ft[mlflow]', or leave "
-            "log.mlflow out",
+            "log.wandb.project=p: wandb is not installed. It comes with an extra. Run pip install "
+            "'dist-ft[wandb]', or leave log.wandb out.",
+            "log.mlflow.experiment=e: mlflow is not installed. It comes with an extra. Run pip install "
+            "'dist-ft[mlflow]', or leave log.mlflow out.",
         ]
     )
-    assert not list(trackers.problems(run_config("runs")))
+    assert not list(trackers.missing_trackers(run_config("runs")))
 
 
-def test_one_that_fails_is_left_alone(caplog):
-    told: list[int] = []
+def test_tracker_that_fails_is_not_used_again(caplog):
+    steps: list[int] = []
 
     def fail(step, kind, values):
         raise OSError("gone")
 
     both = Trackers(
         [
-            ("bad", fail, lambda: None),
-            ("good", lambda step, kind, values: told.append(step), lambda: None),
+            Tracker("bad", fail, lambda: None),
+            Tracker("good", lambda step, kind, values: steps.append(step), lambda: None),
         ]
     )
     for step in (1, 2):
         both.add(step, "train", {"loss": 1.0})
-    assert told == [1, 2] and [record.getMessage() for record in caplog.records] == [
-        "bad takes no more metrics (gone); training goes on"
+    assert steps == [1, 2] and [record.getMessage() for record in caplog.records] == [
+        "bad gets no more metrics (gone); training continues"
     ]

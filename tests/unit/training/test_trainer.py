@@ -206,8 +206,8 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(run, straight, at)
         run.go(should_stop=clock(*[nothing] * (at - 1), stop))
     where = run.store.full_url(f"checkpoints/step-{at:09d}-a0001")
     assert str(caught.value) == (
-        f"stopped at step {at} of {STEPS} as asked; it is saved as {where}; the same command goes "
-        "on from there"
+        f"stopped at step {at} of {STEPS} as requested; saved as {where}; the same command resumes "
+        "from there"
     )
     result, _ = run.go()
     losses, ledger, unbroken, _ = straight
@@ -248,7 +248,7 @@ def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
     assert (
         result.step == STEPS
         and answered == [True]
-        and "no checkpoint at step 2, training goes on" in caplog.text
+        and "no checkpoint at step 2, training continues" in caplog.text
     )
 
 
@@ -282,7 +282,7 @@ def test_a_save_that_fails_mid_run_keeps_its_rows_for_the_next(run, straight, ca
     said = [text.split(":")[0] for text in caplog.messages]
     assert said == [
         "checkpoint step-000000002-a0001 was not removed",
-        "no checkpoint at step 2, training goes on",
+        "no checkpoint at step 2, training continues",
     ]
     assert f"{run.store.url}/checkpoints/step-000000002-a0001/" in caplog.text
     assert told == [4.0, 6.0]
@@ -295,8 +295,8 @@ def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run,
     with pytest.raises(Interrupted) as caught:
         run.go(should_stop=clock(nothing, nothing, lambda: block() or True))
     assert str(caught.value) == (
-        "stopped at step 3 of 6 as asked; storage failed and nothing is saved at this step (the log says why); the same "
-        "command goes on from the checkpoint before"
+        "stopped at step 3 of 6 as requested; storage failed, so this step is not saved (the log says "
+        "why); the same command resumes from the checkpoint before"
     )
     free()
     assert discovery.find_latest(run.store, World(), Collectives()).progress.step == 2
@@ -328,12 +328,12 @@ def test_what_is_told_of_commits(run, straight):
     [
         (
             "wait",
-            r"the save at step {} waited \d+\.\d s for the one before; checkpoint.every_steps=1 is shorter than a save takes",
+            r"the save at step {} waited \d+\.\d s for the previous one; checkpoint.every_steps=1 is shorter than a save takes",
             range(1, 7),
         ),
         (
             "skip",
-            "no checkpoint at step {}: the one before is still being written; checkpoint.every_steps=1 is shorter than a "
+            "no checkpoint at step {}: the previous one is still being written; checkpoint.every_steps=1 is shorter than a "
             "save takes",
             (1, 6),
         ),
@@ -382,7 +382,7 @@ def test_a_background_save_that_fails_keeps_its_rows_for_the_next(
     run.changes["checkpoint"] = {"background": True}
     with caplog.at_level(logging.WARNING, "dist_ft"):
         run.go()
-    assert "no checkpoint at step 2, training goes on: no room" in caplog.messages
+    assert "no checkpoint at step 2, training continues: no room" in caplog.messages
     assert (
         np.array_equal(run.ledger(), straight[1]) and history.losses(run.store.url) == straight[0]
     )

@@ -69,7 +69,7 @@ def test_it_ends_stays_ended_and_goes_on(base):
     assert (
         result.step < 40
         and list(told)[-1] == result.step
-        and f"ends early at step {result.step}: loss is no better" in shown
+        and f"early stopping at step {result.step}: loss has not improved on" in shown
     )
     assert list(told).index(result.step) - list(told).index(best) == 2
     assert result.evaluation_after == told[result.step]
