@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_ft.config.schema import ModelSection, RunConfig
+from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -375,31 +375,8 @@ def generate(
         strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
             (`config.sections.decoding.parse_strategy`).
     """
-    import numpy as np
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from dist_ft.checkpoint import initial_weights
     from dist_ft.config.sections.decoding import DecodingSection, parse_strategy
-    from dist_ft.model.generation import GenerationRequest, TextGenerator
-    from dist_ft.model.loading.load import load_causal_lm, load_tokenizer
+    from dist_ft.inference.generate import answer
 
-    section = parse_strategy(strategy, DecodingSection(max_new_tokens=max_new_tokens))
-    transformers_logging.disable_progress_bar()
-    on_gpu = torch.cuda.is_available()
-    files = initial_weights.resolve_model_section(
-        ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
-    )
-    tokenizer, network = load_tokenizer(files), load_causal_lm(files).eval()
-    if on_gpu:
-        network.cuda()
-    if tokenizer.chat_template:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
-        text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"]
-    decoder = TextGenerator(section, tokenizer)
-    (texts,) = decoder.generate_all(network, [GenerationRequest(np.array(ids))])
-    return "\n---\n".join(decoder.decode_text(made) for made in texts)
+    decoding = parse_strategy(strategy, DecodingSection(max_new_tokens=max_new_tokens))
+    return "\n---\n".join(answer(model, prompt, system, decoding))

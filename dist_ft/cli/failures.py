@@ -28,7 +28,7 @@ def leave(code: int) -> None:
     A process that joined a torch process group ends through `runtime.local`, if that was imported.
     """
     local = sys.modules.get("dist_ft.runtime.local")
-    exit_process = local.leave if local else sys.exit
+    exit_process = local.exit_process if local else sys.exit
     exit_process(code)
 
 

@@ -96,8 +96,8 @@ def render(
     Next: dist-ft k8s check DIR --crd FILE
     """
     from dist_ft.cluster.k8s import render as rendering
-    from dist_ft.cluster.k8s.options import parse
-    from dist_ft.cluster.k8s.sizing import described, sizing
+    from dist_ft.cluster.k8s.options import parse_options
+    from dist_ft.cluster.k8s.sizing import compute_sizing, describe_sizing
     from dist_ft.config.load import load_config
     from dist_ft.core.errors import ConfigError
     from dist_ft.runtime.preflight.run_plan import count_parameters
@@ -117,27 +117,27 @@ def render(
         "parameters": parameters,
         "node_selector": tuple(node_selector) if node_selector else None,
     }
-    options = parse(given, more or ())
+    options = parse_options(given, more or ())
     run = load_config(config, overrides or ())
     if not options.parameters:
         counted = count_parameters(run, model_config) or 0
         options = options.model_copy(update={"parameters": counted})
 
     if kustomize:
-        texts = rendering.tree(run, options)
+        texts = rendering.render_tree(run, options)
     else:
-        files = rendering.rendered(run, options, overlay, component or ())
-        texts = rendering.folder(files)
+        files = rendering.render_objects(run, options, overlay, component or ())
+        texts = rendering.render_folder(files)
 
     folder = kustomize or out
-    for name, arithmetic in described(sizing(run, options)):
+    for name, arithmetic in describe_sizing(compute_sizing(run, options)):
         typer.echo(f"{name:<12}{arithmetic}", err=not folder)
     if not folder:
         documents = [document for file in files.values() for document in file]
-        typer.echo(rendering.as_yaml(documents), nl=False)
+        typer.echo(rendering.to_yaml(documents), nl=False)
         return
 
-    rendering.write(texts, folder)
+    rendering.write_files(texts, folder)
     overlay_folder = "/overlays/production" if kustomize else ""
     typer.echo(
         f"wrote {len(texts)} files below {folder}; next: dist-ft k8s check {folder}{overlay_folder}"

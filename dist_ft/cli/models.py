@@ -76,7 +76,7 @@ def evaluate(
     """
     from dist_ft.cli import tables
     from dist_ft.config.load import load_config
-    from dist_ft.config.sections.task import METRICS
+    from dist_ft.config.sections.task import TASK_METRICS
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.inference.evaluate import evaluate_models
     from dist_ft.training.console import format_table
@@ -103,7 +103,7 @@ def evaluate(
 
     for path, metrics in results.items():
         if "by_template" in metrics:
-            task_metrics = METRICS[run.task.name]
+            task_metrics = TASK_METRICS[run.task.name]
             typer.echo(tables.by_template(path, metrics["by_template"], task_metrics))
 
 

@@ -106,10 +106,11 @@ def report(
     import json
     from pathlib import Path
 
-    from dist_ft.runs import report as reports
+    from dist_ft.runs import render_report
+    from dist_ft.runs.report import gather
 
     url = run_url(run, overrides)
-    content = reports.gather(url)
+    content = gather(url)
     if attributions and content["examples"]:
         from dist_ft.core.logs import quiet_third_parties
         from dist_ft.inference.attributions import attribute
@@ -122,8 +123,8 @@ def report(
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "html": reports.to_html(content),
-        "md": reports.to_markdown(content),
+        "html": render_report.to_html(content),
+        "md": render_report.to_markdown(content),
         "json": json.dumps(content, indent=1, ensure_ascii=False),
     }
     for suffix, text in texts.items():

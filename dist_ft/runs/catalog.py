@@ -149,7 +149,9 @@ def describe_all(url: str) -> str:
             )
         )
     if not rows:
-        raise DataError(f"{store.redacted_url()}: holds no runs. Give the folder that run.storage names.")
+        raise DataError(
+            f"{store.redacted_url()}: holds no runs. Give the folder that run.storage names."
+        )
     return format_table(f"runs in {store.redacted_url()}", rows)
 
 
@@ -245,7 +247,8 @@ def _manifest_of(store: Store, step: int) -> Manifest:
     if step not in names_by_step:
         existing = ", ".join(str(number) for number in sorted(names_by_step)) or "none"
         raise CheckpointError(
-            f"step {step}: {store.redacted_url()} has no checkpoint of it. Existing steps: {existing}."
+            f"step {step}: {store.redacted_url()} has no checkpoint of it. "
+            f"Existing steps: {existing}."
         )
     return discovery.load_manifest(store, names_by_step[step])
 

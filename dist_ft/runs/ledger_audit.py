@@ -88,12 +88,12 @@ def audit(url: str) -> Audit:
     latest = discovery.find_latest(store, World(), Collectives())
     if index is None or latest is None:
         raise DataError(
-            f"{store.redacted_url()}: no checkpoint yet, so there is nothing to verify. Let the run reach "
-            "its first checkpoint."
+            f"{store.redacted_url()}: no checkpoint yet, so there is nothing to verify. "
+            "Let the run reach its first checkpoint."
         )
 
     rows = read_ledger(store, latest)
-    plan = BatchPlan(index.counts, index.sources, config.reading, config.batch, config.run.seed)
+    plan = BatchPlan(index.counts, index.sources, config.effective_data, config.batch, config.run.seed)
     return Audit(
         latest.progress.step,
         len(set(store.list(discovery.ATTEMPTS))),
@@ -113,7 +113,9 @@ def verify_shards(url: str) -> int:
     filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
     if index is None:
-        raise DataError(f"{store.redacted_url()}: no index yet, so no data was read. Start the run first.")
+        raise DataError(
+            f"{store.redacted_url()}: no index yet, so no data was read. Start the run first."
+        )
 
     found = discover_shards(config.data.train)
     index.verify_unchanged([shard for shards in found for shard in shards])

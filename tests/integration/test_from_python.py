@@ -42,9 +42,9 @@ def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    said = json.loads((tmp_path / "said.jsonl").read_text())
-    assert said["prediction"]["label"] in tiny_tasks.LABELS
-    assert "step-000000020" in ended.stdout, "the run went to the step the lines ask for"
+    prediction = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert prediction["prediction"]["label"] in tiny_tasks.LABELS
+    assert "step-000000020" in ended.stdout, "the run reached the requested step"
 
 
 def test_the_notebook_runs_and_the_model_improves(
@@ -77,6 +77,6 @@ def test_the_notebook_runs_and_the_model_improves(
     ]
     losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     assert len(losses) == 4 and losses[-1] < losses[0] and (accuracy > 0.9 or not real)
-    (said,) = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    assert said["prediction"]["label"] in ("drink", "place", "animal")
+    (prediction,) = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert prediction["prediction"]["label"] in ("drink", "place", "animal")
     assert (tmp_path / "out" / "README.md").exists()

@@ -1,8 +1,10 @@
-"""The shape of the code: imports point one way, each third party has one door, and nothing outgrows a screen."""
+"""The shape of the code: imports point one way, each dependency has one door, modules stay small,
+the tests mirror the package, and words that are not used stay out."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -275,3 +277,81 @@ def test_nothing_is_unpickled(path):
                 "cloudpickle.load",
                 "cloudpickle.loads",
             ), f"{path}: line {node.lineno}: {called}"
+
+
+MOST_PARAMETERS = 7
+MANY_PARAMETERS = {
+    "api.py": {"export", "predict"},
+    "checkpoint/export.py": {"export_run"},
+    "cli/export.py": {"export"},
+    "cli/jobs.py": {"submit"},
+    "cli/k8s.py": {"render"},
+    "cli/models.py": {"predict"},
+    "runs/export_model.py": {"export_model"},
+}
+"""Functions with more parameters, and why: public keyword arguments and options of commands."""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_functions_have_few_parameters(path):
+    for function in functions(path):
+        arguments = function.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        names = [argument.arg for argument in every if argument.arg not in ("self", "cls")]
+        is_listed = function.name in MANY_PARAMETERS.get(path, ())
+        assert len(names) <= MOST_PARAMETERS or is_listed, (
+            f"{path}: {function.name} has {len(names)} parameters; group those that belong together"
+        )
+
+
+UNIT_TESTS = Path(__file__).resolve().parent
+ACROSS_MODULES = {
+    "checkpoint/test_background.py",
+    "checkpoint/test_failing_storage.py",
+    "checkpoint/test_frozen.py",
+    "checkpoint/test_protocol.py",
+    "checkpoint/test_together.py",
+    "config/test_recipes.py",
+    "model/test_dropout.py",
+    "model/test_regularised.py",
+    "runtime/bootstrap/test_early_stopping.py",
+    "runtime/bootstrap/test_longer.py",
+    "runtime/bootstrap/test_roll_back.py",
+    "storage/test_urls.py",
+    "test_layers.py",
+}
+"""Tests of several modules of their folder."""
+
+
+def test_unit_tests_mirror_the_package():
+    for file in sorted(UNIT_TESTS.rglob("test_*.py")):
+        path = str(file.relative_to(UNIT_TESTS))
+        module = f"{path.rpartition('test_')[0]}{file.name.removeprefix('test_')}"
+        assert module in PATHS or path in ACROSS_MODULES, (
+            f"tests/unit/{path}: there is no dist_ft/{module}; move it next to its module's tests"
+        )
+
+
+ROOT = PACKAGE.parent
+UNUSED_WORDS = re.compile(
+    r"\b(told|wanted|asked|tokenis\w+|normalis\w+|verbalis\w+|minimis\w+|maximis\w+|goes on|gone on|"
+    r"passed over|can not|made ahead|so many|as many again|beside)\b",
+    re.IGNORECASE,
+)
+"""Words that no text of this project uses; see CONTRIBUTING.md for what to write instead."""
+WRITTEN = ("dist_ft/**/*.py", "launch/**/*.py", "launch/**/*.sh", "docs/**/*.md", "tests/**/*.py")
+READ_BY_OLD_VERSIONS = {"dist_ft/config/renames.py", "dist_ft/runs/report.py"}
+"""Files that must name keys of version 0.1.0."""
+
+
+@pytest.mark.parametrize("pattern", [*WRITTEN, "README.md", "configs/**/*.yaml", "k8s/**/*.yaml"])
+def test_words_that_are_not_used(pattern):
+    found = []
+    for file in sorted(ROOT.glob(pattern)):
+        path = str(file.relative_to(ROOT))
+        if path in READ_BY_OLD_VERSIONS or file == Path(__file__).resolve():
+            continue
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if match := UNUSED_WORDS.search(line.replace("_", " ")):
+                found.append(f"{path}:{number}: {match[0]}")
+    assert not found, "\n".join(found[:40])

@@ -97,7 +97,7 @@ def test_int8_weights_reload_score_close_and_are_compared(trained, tmp_path):
         update={"model": config.model.model_copy(update={"path": str(tmp_path / "small")})}
     )
     assert any(
-        "has int8 weights, which can not be fine-tuned" in problem for problem in api.check(onward)
+        "has int8 weights, which cannot be fine-tuned" in problem for problem in api.check(onward)
     )
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "torchao"

@@ -14,7 +14,7 @@ from dist_ft.checkpoint import trained_model
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import DataError
 from dist_ft.inference import attributions
-from dist_ft.runs import report
+from dist_ft.runs import render_report, report
 from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
 
@@ -52,7 +52,7 @@ def test_report_holds_what_the_run_stored(found):
     )
     assert json.loads(json.dumps(found)) == found
     rows = {
-        name: (first, last) for name, first, last in report.metric_changes(found["evaluations"])
+        name: (first, last) for name, first, last in render_report.metric_changes(found["evaluations"])
     }
     assert rows["loss"][1] < rows["loss"][0]
     wrong = round((1 - found["evaluations"][-1]["accuracy"]) * 23)
@@ -94,7 +94,7 @@ def test_tokens_of_errors_get_attributions(found, url):
             expected, abs=0.05 * max(1, abs(expected))
         )
         assert "".join(text for text, _ in one["tokens"]).split() == one["text"].split()
-    page = report.to_html(
+    page = render_report.to_html(
         {**found, "examples": examples, "attributions": {"step": 20, "method": "m"}}
     )
     assert page.count('title="') >= len(examples[0]["tokens"]) and "rgba(230, 120, 20" in page
@@ -113,11 +113,11 @@ def test_texts_of_examples_are_escaped_in_html_and_markdown(found):
         "tokens": [[EVIL, 0.5], ["x", -0.25]],
     }
     content = {**found, "examples": [evil], "facts": {"base model": EVIL}}
-    assert EVIL not in report.to_html(content) and "<b>" not in report.to_html(content)
-    assert EVIL not in report.to_markdown(
+    assert EVIL not in render_report.to_html(content) and "<b>" not in report.to_html(content)
+    assert EVIL not in render_report.to_markdown(
         {**content, "config": ""}
-    ) and "\\| a" in report.to_markdown(content)
-    assert report.shade_tokens([["a", 2.0], ["b", -1.0]])[1][1] == "rgba(30, 110, 200, 0.38)"
+    ) and "\\| a" in render_report.to_markdown(content)
+    assert render_report.shade_tokens([["a", 2.0], ["b", -1.0]])[1][1] == "rgba(30, 110, 200, 0.38)"
 
 
 def test_the_page_is_well_formed_and_self_contained(found):
@@ -131,7 +131,7 @@ def test_the_page_is_well_formed_and_self_contained(found):
                 values.get("href", "")
             ).startswith("http"), values
 
-    text = report.to_html(found)
+    text = render_report.to_html(found)
     page = Page()
     page.feed(text)
     assert "script" not in page.tags and EVIL not in text and "&lt;script&gt;" in text
@@ -149,7 +149,7 @@ def test_the_page_is_well_formed_and_self_contained(found):
 
 
 def test_markdown_has_the_tables(found):
-    text = report.to_markdown(found)
+    text = render_report.to_markdown(found)
     assert (
         "| accuracy | " in text
         and "## By label" in text
@@ -159,7 +159,7 @@ def test_markdown_has_the_tables(found):
 
 
 def test_most_confused_pairs_come_first():
-    assert report.most_confused(["a", "b", "c"], [[3, 1, 0], [0, 2, 5], [0, 0, 1]]) == [
+    assert render_report.most_confused(["a", "b", "c"], [[3, 1, 0], [0, 2, 5], [0, 0, 1]]) == [
         ("b", "c", 5),
         ("a", "b", 1),
     ]
@@ -167,7 +167,7 @@ def test_most_confused_pairs_come_first():
 
 def test_long_curves_are_thinned():
     points = [(float(step), float(step % 2)) for step in range(1, 2401)]
-    thin = report._thin_out(points)
+    thin = render_report._thin_out(points)
     assert len(thin) == 600 and thin[-1][0] == 2400 and all(value == 0.5 for _, value in thin)
 
 
