@@ -95,6 +95,7 @@ class Encoder:
         rows = rows if isinstance(rows, list) else rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
 
+        # The first row decides the format of the shard's rows.
         first_decoded = next((row for row in rows if not isinstance(row, DataError)), None)
         format = ""
         if first_decoded is not None:
@@ -113,6 +114,7 @@ class Encoder:
                     np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64)
                 )
             ]
+
         tokens, targets, lengths = (
             np.concatenate(columns) for columns in zip(*chunks, strict=True)
         )
@@ -142,6 +144,7 @@ class Encoder:
                 if self.data.bad_rows == "error":
                     raise
                 bad_rows.append(str(error))
+                # an empty sample keeps the numbers of the later rows
                 samples.append(RenderedSample("", [(0, 0)]))
 
         has_template = self._template is not None
@@ -160,6 +163,7 @@ class Encoder:
             messages = row_formats.read_instruction_messages(row, self.data, location)
         else:
             messages = row_formats.read_messages(row, self.data, location)
+
         return self._render_chat(messages, location)
 
     @property
@@ -171,7 +175,11 @@ class Encoder:
         return template
 
     def _frame(self) -> _Frame:
-        """Return the ids around a sample without a template: bos if usual for it, and eos."""
+        """Return the ids around a sample without a chat template.
+
+        Before it are the special tokens that the tokenizer adds (bos), after it is eos.
+        """
+        # What precedes a text is seen only by tokenizing one with and without special tokens.
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
@@ -182,6 +190,7 @@ class Encoder:
                 "Text and instruction samples end with one. Set eos_token in its "
                 "tokenizer_config.json."
             )
+
         return _Frame(framed[:start], [eos])
 
     def _render_chat(self, messages: list[Row], location: RowLocation) -> RenderedSample:
@@ -193,6 +202,7 @@ class Encoder:
                 "tokenizer has no chat template. Chats need one. Name a Jinja file in "
                 "model.chat_template."
             )
+
         if self.data.targets == "all":
             whole = self._apply_template(messages, location)
             return RenderedSample(whole, [(0, len(whole))])
@@ -234,6 +244,7 @@ class Encoder:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise _template_error(messages, error, location) from error
+
         (text,), (marks,) = rendered
 
         # A mark around the words alone excludes the token that ends the turn: add it.
@@ -243,6 +254,7 @@ class Encoder:
             if text.startswith(end_token, stop):
                 stop += len(end_token)
             spans.append((start, stop))
+
         return RenderedSample(text, spans)
 
     def _render_by_prefixes(self, messages: list[Row], location: RowLocation) -> RenderedSample:
@@ -257,6 +269,9 @@ class Encoder:
                     "starts with an assistant turn. A system or user turn must come first. "
                     "Add one, remove the row, or set data.targets=all."
                 )
+
+            # The answer starts where `before` ends and ends with `through`. A line break that the
+            # template adds after a turn is not part of the answer.
             before = self._apply_template(messages[:turn], location, add_generation_prompt=True)
             through = whole
             if turn < len(messages) - 1:
@@ -268,7 +283,9 @@ class Encoder:
                     "prefixes of the whole, or in {% generation %} marks. Add these marks "
                     "(model.chat_template), or set data.targets=all."
                 )
+
             spans.append((len(before), len(through.rstrip())))
+
         return RenderedSample(whole, spans)
 
 

@@ -27,7 +27,9 @@ class ParsedEntities(NamedTuple):
 
 def entity_kinds(labels: Sequence[str]) -> tuple[str, ...]:
     """Return the kinds of entities among tags, in their order."""
-    return tuple(dict.fromkeys(label[2:] for label in labels if label[1:2] == "-"))
+    # a dict keeps the order of first occurrence
+    kinds = dict.fromkeys(label[2:] for label in labels if label[1:2] == "-")
+    return tuple(kinds)
 
 
 def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str]) -> str:
@@ -38,7 +40,10 @@ def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[st
             entities.append((tag[2:], [word]))
         elif tag.startswith("I-") and entities:
             entities[-1][1].append(word)
-    return "; ".join(f"{names[kind]}: {' '.join(own)}" for kind, own in entities) or NO_ENTITIES
+
+    if not entities:
+        return NO_ENTITIES
+    return "; ".join(f"{names[kind]}: {' '.join(entity)}" for kind, entity in entities)
 
 
 def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) -> ParsedEntities:
@@ -63,6 +68,7 @@ def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) 
         start = _find_untagged(entity, words, tags)
         if start is not None:
             tags[start : start + len(entity)] = [f"B-{kind}", *[f"I-{kind}"] * (len(entity) - 1)]
+
     return ParsedEntities(tags, is_readable)
 
 
@@ -74,4 +80,5 @@ def _find_untagged(entity: Sequence[str], words: Sequence[str], tags: Sequence[s
         stop = start + len(entity)
         if list(words[start:stop]) == list(entity) and set(tags[start:stop]) == {"O"}:
             return start
+
     return None

@@ -167,6 +167,7 @@ def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListC
         raise RowLocation(url, first_row + row).error(
             f"{name} has a null. Each token needs a number. {_REWRITE_HINT}"
         )
+
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.uint8())
     return _ListColumn(np.from_dlpack(values), offsets)

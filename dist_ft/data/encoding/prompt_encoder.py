@@ -76,6 +76,7 @@ class PromptEncoder(TaskEncoder):
             words = verbalize(label, self._prompting)
             label_ids = tokenize_label(backend, self._template_text, words)
             ids.append(label_ids)
+
         for number, label_ids in enumerate(ids):
             if label_ids in ids[:number]:
                 raise ConfigError(
@@ -123,11 +124,13 @@ class PromptEncoder(TaskEncoder):
                 problem = "its prompt is too long even without any text of the row"
             else:
                 problem = f"its prompt has {len(encoding)} tokens"
+
             raise location.error(
                 f"{problem}. {max_tokens} are allowed "
                 f"(batch.sequence_length={self.sequence_length} minus the longest label). Raise "
                 "the length, show fewer examples, or set data.overlong=truncate."
             )
+
         if not encoding:
             raise location.error("gives no token. Text is needed. Remove the row.")
 
@@ -160,6 +163,9 @@ class PromptEncoder(TaskEncoder):
             offsets = encodings[longer].offsets
             if not offsets:
                 return None
+
+            # Cut after the last token that stays; at least one character is cut, to make progress.
             num_kept = max(0, len(offsets) - excess)
             end = offsets[num_kept - 1][1] if num_kept else 0
-            texts[longer] = texts[longer][: min(end, len(texts[longer]) - 1)]
+            text = texts[longer]
+            texts[longer] = text[: min(end, len(text) - 1)]

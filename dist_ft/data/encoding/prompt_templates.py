@@ -131,4 +131,5 @@ def tokenize_label(backend: Any, template: str, words: str) -> tuple[int, ...]:
             ],
             "prompting",
         )
+
     return tuple(all_ids[len(end_ids) :])

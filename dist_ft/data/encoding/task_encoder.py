@@ -6,6 +6,8 @@ sample. The tokenizer adds its own special tokens around the sample. Guarantees:
 the head, tags that break BIO and answers that are not in their text are refused with shard and row;
 the sub-words of a word have one label; long contexts become windows, each of
 `batch.sequence_length` tokens but the last. Rows are tokenized in batched calls.
+
+T is the number of tokens of a sample.
 """
 
 from __future__ import annotations
@@ -108,10 +110,10 @@ class TaskEncoder(Encoder):
         if self.task.name == "regression":
             return f"{labels[:1].view(np.float32)[0]:g}"
         if self.task.name == "multi_label":
-            numbers = np.arange(len(names))
-            words = labels[numbers // LABELS_PER_POSITION]
-            is_set = (words >> (numbers % LABELS_PER_POSITION) & 1).astype(bool)
+            word_of_label, bit_of_label = np.divmod(np.arange(len(names)), LABELS_PER_POSITION)
+            is_set = (labels[word_of_label] >> bit_of_label & 1).astype(bool)
             return ", ".join(names[is_set]) or "no label"
+
         return " ".join(names[labels]) if len(names) else ""
 
     def _encode_rows(
@@ -125,6 +127,7 @@ class TaskEncoder(Encoder):
             except DataError as error:
                 self._raise_or_skip(error, bad_rows)
 
+        # One batched call for all rows that could be read.
         encodings = self._tokenize(list(samples.values()))
         encoded = [LabeledTokens([], np.zeros(0, np.int32))] * len(rows)
         for (index, sample), encoding in zip(samples.items(), encodings, strict=True):
@@ -132,6 +135,7 @@ class TaskEncoder(Encoder):
                 encoded[index] = self._label(encoding, sample, RowLocation(url, first + index))
             except DataError as error:
                 self._raise_or_skip(error, bad_rows)
+
         return encoded
 
     def _raise_or_skip(self, error: DataError, bad_rows: list[str]) -> None:
@@ -153,6 +157,7 @@ class TaskEncoder(Encoder):
                 f"{self.sequence_length} with task.stride={self.task.stride}. A shorter question "
                 "is needed. Raise the length, or remove the row."
             )
+
         tokens = LABELERS[self.task.name](encoding, sample, self)
         if not tokens.ids:
             raise location.error("gives no token. Text is needed. Remove the row.")
@@ -162,6 +167,7 @@ class TaskEncoder(Encoder):
                 f"has {len(tokens.ids)} tokens. {len(self._label_ids)} labels need {num_words}. "
                 "Remove the row."
             )
+
         return tokens
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[Any]:
@@ -176,10 +182,12 @@ class TaskEncoder(Encoder):
             texts = [text for sample in samples for text in (sample.first, sample.second)]
             encodings = self._backend.encode_batch(texts)
             return list(zip(encodings[::2], encodings[1::2], strict=True))
+
         if self.task.name == "token_classification":
             sentences = [sample.first for sample in samples]
             words = add_leading_spaces(sentences, self._backend.to_str())
             return list(self._backend.encode_batch(words, is_pretokenized=True))
+
         inputs = [
             sample.first if sample.second is None else (sample.first, sample.second)
             for sample in samples
@@ -209,11 +217,13 @@ class TaskEncoder(Encoder):
             backend.enable_truncation(length)
         elif task.name != "seq2seq" and self.data.overlong == "truncate":
             backend.enable_truncation(length, strategy="longest_first")
+
         if task.name == "masked_lm" and self.tokenizer.mask_token_id is None:
             raise ModelError(
                 "task.name=masked_lm: the tokenizer has no mask token. Encoders such as BERT "
                 "have one. Choose such a model, or task.name=causal_lm."
             )
+
         return backend
 
 
@@ -230,21 +240,27 @@ def _label_first_token(encoding: Any, sample: Sample, encoder: TaskEncoder) -> L
 
 def _label_with_bits(encoding: Any, sample: Sample, encoder: TaskEncoder) -> LabeledTokens:
     """Put a set of labels as bits on the first tokens, `LABELS_PER_POSITION` of them on each."""
-    labels = np.full(len(encoding.ids), IGNORE_INDEX, np.int32)
-    words = np.zeros(-(-len(encoder.task.labels) // LABELS_PER_POSITION), np.int32)
+    num_words = -(-len(encoder.task.labels) // LABELS_PER_POSITION)
+    words = np.zeros(num_words, np.int32)
     for label in sample.label:
-        words[label // LABELS_PER_POSITION] |= np.int32(1 << label % LABELS_PER_POSITION)
-    labels[: len(words)] = words[: len(labels)]
+        word, bit = divmod(label, LABELS_PER_POSITION)
+        words[word] |= np.int32(1 << bit)
+
+    labels = np.full(len(encoding.ids), IGNORE_INDEX, np.int32)
+    labels[:num_words] = words[: len(labels)]
     return LabeledTokens(encoding.ids, labels)
 
 
 def _label_words(encoding: Any, sample: Sample, encoder: TaskEncoder) -> LabeledTokens:
     """Put the tag of each word on its first token."""
+    # word_ids: (T,) the word of each token; special tokens belong to none
     word_ids = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
-    labels = np.full(len(word_ids), IGNORE_INDEX, np.int32)
     words, first_tokens = np.unique(word_ids, return_index=True)
-    is_word = words >= 0  # not a special token
-    labels[first_tokens[is_word]] = np.asarray(sample.label, np.int32)[words[is_word]]
+    is_word = words >= 0
+
+    tags = np.asarray(sample.label, np.int32)
+    labels = np.full(len(word_ids), IGNORE_INDEX, np.int32)
+    labels[first_tokens[is_word]] = tags[words[is_word]]
     return LabeledTokens(encoding.ids, labels)
 
 
@@ -268,6 +284,7 @@ def _label_windows(encoding: Any, sample: Sample, encoder: TaskEncoder) -> Label
         window_labels[first] = answer_spans.pack(span)
         ids += window.ids
         labels.append(window_labels)
+
     return LabeledTokens(ids, np.concatenate(labels))
 
 
@@ -279,6 +296,7 @@ def _label_all_tokens(encoding: Any, sample: Sample, encoder: TaskEncoder) -> La
         is_special = np.array(window.special_tokens_mask, bool)
         labels.append(np.where(is_special, np.int32(IGNORE_INDEX), np.array(window.ids, np.int32)))
         ids += window.ids
+
     return LabeledTokens(ids, np.concatenate(labels))
 
 
@@ -286,9 +304,13 @@ def _label_target(pair: tuple[Any, Any], sample: Sample, encoder: TaskEncoder) -
     """Put the source before the target; the labels are the tokens of the target."""
     source, target = pair[0].ids, pair[1].ids
     length = encoder.sequence_length
-    if encoder.data.overlong == "truncate" and len(source) + len(target) > length:
-        target = _truncate(target, max(length // 2, length - len(source)))
+    is_too_long = len(source) + len(target) > length
+    if is_too_long and encoder.data.overlong == "truncate":
+        # The source loses its end first: the target keeps at least half of the sequence.
+        target_room = max(length // 2, length - len(source))
+        target = _truncate(target, target_room)
         source = _truncate(source, length - len(target))
+
     labels = np.array([IGNORE_INDEX] * len(source) + target, np.int32)
     return LabeledTokens([*source, *target], labels)
 

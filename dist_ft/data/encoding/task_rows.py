@@ -80,10 +80,12 @@ def read_regression(
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
+
     if not math.isfinite(number) or isinstance(value, bool):
         raise location.error(
             f"{column} is {value!r}. It must be a finite number. Repair or remove the row."
         )
+
     bits = int(np.float32(number).view(np.int32))
     return Sample(*_read_texts(row, task, location), bits)
 
@@ -103,6 +105,7 @@ def read_token_classification(
         raise location.error(
             f"{columns.tokens} is empty. At least one word is needed. Remove the row."
         )
+
     if len(words) != len(values):
         raise location.error(
             f"has {len(words)} words in {columns.tokens} but {len(values)} tags in {columns.tags}. "
@@ -117,6 +120,7 @@ def read_token_classification(
                 f"tag {index + 1} of {columns.tags} is {tags[index]} after {before}. In BIO, I- "
                 "continues an entity that B- of the same kind started. Repair the row."
             )
+
     return Sample(
         [_require_not_blank(word, columns.tokens, location) for word in words],
         None,
@@ -163,6 +167,7 @@ def read_question_answering(
             f"{columns.answers} has {len(texts)} texts but {len(starts)} positions. Their number "
             "must be the same. Repair the row."
         )
+
     if not texts:
         return Sample(question, context, None)
 
@@ -172,6 +177,7 @@ def read_question_answering(
             f"the answer {text!r} is not at character {start} of {columns.context}. It must be "
             "a part of the context. Repair the row."
         )
+
     # blanks around the answer are not part of it
     start += len(text) - len(text.lstrip())
     return Sample(question, context, (start, start + len(text.strip())))
@@ -221,11 +227,13 @@ def read_label_names(row: Row, task: TaskSection, location: RowLocation) -> list
         column, field = task.columns.tags, "tags"
     else:
         column, field = task.columns.label, "label"
+
     value = _get(row, column, field, location)
     if task.name == "sequence_classification":
         values = [value]
     else:
         values = _require_list(value, column, "labels", location)
+
     return [str(item) for item in values if item is not None]
 
 
@@ -268,6 +276,7 @@ def _label_id(value: Any, label_ids: Mapping[str, int], column: str, location: R
             f"{column} is {value!r}. The labels are {known}. Repair the row, or name all labels in "
             "task.labels of a new run."
         )
+
     return label_ids[str(value)]
 
 
@@ -278,6 +287,7 @@ def _require_list(value: Any, column: str, items: str, location: RowLocation) ->
             f"{column} is a {type(value).__name__}. It must be a list of {items}. Convert it, "
             "or remove the row."
         )
+
     return list(value)
 
 

@@ -107,6 +107,7 @@ def discover_shards(
             shards = _hub_shards(source, field_value)
         else:
             shards = _file_shards(source.path, field_value)
+
         shards_of_sources.append(shards)
 
     _refuse_duplicates([shard for shards in shards_of_sources for shard in shards], field)
@@ -141,6 +142,7 @@ def require_unchanged(shard: Shard) -> None:
         if isinstance(error.__cause__, FileNotFoundError):
             raise vanished_error(shard) from error
         raise
+
     if current != {"size": shard.size, "version": shard.version}:
         raise DataError(
             redact(
@@ -175,6 +177,7 @@ def _kind_by_suffix(path: str) -> ShardKind | None:
             if is_compressed and kind not in _COMPRESSIBLE_KINDS:
                 return None
             return kind
+
     return None
 
 
@@ -213,7 +216,9 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
                 f"{field_value}: the shard {redact(url)} is empty. Each shard must hold at least "
                 "one row. Remove or fill it."
             )
+
         shards.append(Shard(url, kind, listing[url]["size"], listing[url]["version"]))
+
     return tuple(shards)
 
 
@@ -226,4 +231,5 @@ def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
                 f"{field}: the shard {shard.url} is listed twice. Each sample counts once per "
                 "epoch. Remove the source that overlaps."
             )
+
         urls.add(shard.url)

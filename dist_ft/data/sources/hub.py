@@ -53,6 +53,7 @@ def list_row_ranges(path: str, subset: str | None, split: str, field_value: str)
             {"subset": subset or "", "split": split, "start": f"{start:09d}", "stop": f"{stop:09d}"}
         )
         ranges.append(RowRange(f"hub://{path}?{query}", stop - start, version))
+
     return ranges
 
 
@@ -62,7 +63,8 @@ def read_rows(url: str) -> list[dict[str, Any]]:
     query = dict(parse_qsl(address.query, keep_blank_values=True))
     name = address.netloc + address.path
     dataset = _load_or_raise(name, query["subset"] or None, query["split"], url)
-    return dataset.rows.select(range(int(query["start"]), int(query["stop"]))).to_list()
+    selected = range(int(query["start"]), int(query["stop"]))
+    return dataset.rows.select(selected).to_list()
 
 
 def _load_or_raise(path: str, subset: str | None, split: str, field_value: str) -> _LoadedDataset:

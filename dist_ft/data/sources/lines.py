@@ -96,6 +96,7 @@ def _regroup_by_range(
             part_rows = list(rows)
         else:
             part_rows = list(itertools.islice(rows, part.stop - part.start))
+
         position = part.start + len(part_rows)
         yield part, part_rows
 
@@ -114,6 +115,7 @@ def _open(shard: Shard) -> Any:
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
         return io.BufferedReader(stream, 2**20)
+
     return raw
 
 
@@ -170,7 +172,9 @@ def _json_items(shard: Shard) -> Iterator[Any]:
                     "also allowed. Repair the file."
                 )
             ) from error
+
         return
+
     yield first_line
     yield from file
 
@@ -197,6 +201,7 @@ def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
 def _rest_of_line(shard: Shard, start: int) -> bytes:
     """Return the bytes from `start` up to the next line break, or to the end."""
     rest, width = bytearray(), ranged_reads.MIN_RANGE_BYTES
+    # Most lines end soon: start with small reads and double them.
     while start < shard.size:
         chunk = ranged_reads.read_range(shard.url, start, min(shard.size, start + width))
         line_break = chunk.find(b"\n")
@@ -205,6 +210,7 @@ def _rest_of_line(shard: Shard, start: int) -> bytes:
             break
         rest += chunk
         start, width = start + len(chunk), min(2 * width, ranged_reads.RANGE_BYTES)
+
     return bytes(rest)
 
 
@@ -245,6 +251,7 @@ def _json_rows(
             )
             yield _line_error(shard, number, first_byte, problem)
             continue
+
         yield row
 
 
@@ -278,4 +285,5 @@ def count_rows_before(shard: Shard, byte: int) -> int:
                 count += not is_blank
                 is_blank = True
             is_blank = is_blank and not line.strip()
+
     return count + (not is_blank)

@@ -46,9 +46,11 @@ def stream_range(url: str, start: int, stop: int) -> Iterator[bytes]:
             in_flight.append(_threads().submit(fetch_range, store, name, range_start, range_stop))
             if len(in_flight) == MAX_IN_FLIGHT:
                 yield in_flight.popleft().result()
+
         while in_flight:
             yield in_flight.popleft().result()
     finally:
+        # the caller may stop early
         for future in in_flight:
             future.cancel()
 
@@ -69,8 +71,10 @@ def fetch_range(store: Store, name: str, start: int, stop: int) -> bytes:
         with retry_limit(1):
             return store.read(name, start, stop)
     except StorageError as error:
+        # smaller requests cannot help against these
         if isinstance(error.__cause__, FileNotFoundError | PermissionError):
             raise
+
     middle = (start + stop) // 2
     return fetch_range(store, name, start, middle) + fetch_range(store, name, middle, stop)
 
@@ -129,6 +133,7 @@ class ReadAheadFile(RandomAccessFile):
             if not self._advance():
                 return 0
             offset = self._position - self._buffer_start
+
         count = min(len(buffer), len(self._buffered) - offset)
         memoryview(buffer)[:count] = self._buffered[offset : offset + count]
         self._position += count

@@ -38,6 +38,7 @@ def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[Shard
         if shard.kind == "parquet":
             return tables.split_parquet(shard, number, block_bytes)
 
+        # A small shard is one range, so that it need not be read to find where to split it.
         ratio = COMPRESSION_RATIO if shard.codec else 1
         if shard.kind == "text" or shard.size <= block_bytes // ratio:
             return [ShardRange(number, 0, END_OF_SHARD, shard.size * ratio)]
@@ -55,6 +56,7 @@ def _split_by_rows(shard: Shard, number: int, block_bytes: int) -> list[ShardRan
             start, range_bytes = row, 0
         row += num_rows
         range_bytes += num_bytes
+
     return [*ranges, ShardRange(number, start, END_OF_SHARD, range_bytes)]
 
 

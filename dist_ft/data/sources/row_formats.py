@@ -77,6 +77,7 @@ def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Ro
             f"{column} is a {type(messages).__name__}. It must be a list of {{role, content}}. "
             "Repair the row or set data.fields.messages."
         )
+
     if not messages:
         raise location.error(
             f"{column}=[]: no message. A user and an assistant turn are needed. Remove the row."
@@ -92,6 +93,7 @@ def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Ro
             f"{column} has no assistant turn, so nothing to train on. At least one is needed. "
             "Remove the row or set data.targets=all."
         )
+
     if data.system_prompt is not None and checked[0]["role"] != "system":
         checked.insert(0, {"role": "system", "content": data.system_prompt})
     return checked
@@ -120,6 +122,7 @@ def render_instruction(row: Row, data: DataSection, location: RowLocation) -> Re
             f"data.prompt_template={data.prompt_template!r}: has no {{system}} for the column of "
             f"data.fields.system={data.fields.system}. Add {{system}}, or unset data.fields.system."
         )
+
     try:
         prompt = data.prompt_template.format(prompt=texts.prompt, system=texts.system or "")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -128,6 +131,7 @@ def render_instruction(row: Row, data: DataSection, location: RowLocation) -> Re
             f"({type(error).__name__}: {error}). It may use {{prompt}} and {{system}}. Write other "
             "braces twice."
         ) from error
+
     text = prompt + texts.response
     target_start = 0 if data.targets == "all" else len(prompt)
     return RenderedSample(text, [(target_start, len(text))])
@@ -162,6 +166,7 @@ def _read_instruction(row: Row, data: DataSection, location: RowLocation) -> _In
         value = get_column(row, fields.system, "data.fields.system", location)
         if value is not None:
             system = require_text(value, fields.system, location)
+
     return _Instruction(system, prompt, response)
 
 
@@ -171,6 +176,7 @@ def _check_message(message: Any, where: str, location: RowLocation) -> Row:
         raise location.error(
             f"{where} has no role. It must be a {{role, content}} object. Repair the row."
         )
+
     tool_calls = message.get("tool_calls")
     value = message.get("content")
     if tool_calls and value is None:
@@ -180,6 +186,7 @@ def _check_message(message: Any, where: str, location: RowLocation) -> Row:
         raise location.error(
             f"{where}.content is empty. An assistant turn needs content. Remove the row."
         )
+
     fields = {key: value for key, value in message.items() if value is not None}
     return {**fields, "content": content}
 
@@ -206,6 +213,7 @@ def get_column(row: Row, column: str, field: str, location: RowLocation) -> Any:
             f"has no column '{column}'. Its columns: {', '.join(map(str, row)) or 'none'}. Set "
             f"{field} to the right one or repair the row."
         )
+
     return row[column]
 
 
@@ -215,4 +223,5 @@ def require_text(value: Any, where: str, location: RowLocation) -> str:
         raise location.error(
             f"{where} is a {type(value).__name__}. It must be text. Convert it or remove the row."
         )
+
     return value

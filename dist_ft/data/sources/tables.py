@@ -73,11 +73,14 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
         row += num_rows
         range_bytes += num_bytes
 
+        # One very large row group: split it by rows. Each part costs reading the whole group, so
+        # they have the same `group`: the block store reads them in one pass.
         if range_bytes > 2 * block_bytes:
             for part in split_range(number, row - start, range_bytes, block_bytes):
                 ranges.append(
                     ShardRange(number, start + part.start, start + part.stop, part.num_bytes, start)
                 )
+
             start, range_bytes = row, 0
 
     if row > start or not ranges:
@@ -180,6 +183,7 @@ def _open_arrow(shard: Shard) -> _ArrowReader:
     raw = io.BufferedReader(
         ranged_reads.ReadAheadFile(shard.url, shard.size), ranged_reads.RANGE_BYTES
     )
+    # The file format starts with a magic number, the stream format does not.
     magic = raw.peek(len(_ARROW_FILE_MAGIC))[: len(_ARROW_FILE_MAGIC)]
     if magic == _ARROW_FILE_MAGIC:
         return _ArrowReader(pyarrow.ipc.open_file(raw), is_file_format=True)

@@ -49,6 +49,7 @@ def read_conll(
                     f"has one column ({line.strip()[:MAX_LINE_SHOWN]}). A word and its tag are "
                     "needed. Repair the line.",
                 )
+
             words.append(columns[0])
             tags.append(columns[-1].strip())
 
@@ -99,6 +100,7 @@ def read_labeled(
                     "the label."
                 )
             )
+
         for line in _read_lines(path, encoding):
             if line.strip():
                 yield {"text": line.strip(), "label": label}
@@ -112,6 +114,7 @@ def read_parallel(
         raise DataError(
             f"parallel: {len(paths)} files. Two are needed, of sources and of targets. Name both."
         )
+
     sources, targets = (_read_lines(path, encoding) for path in paths)
     if len(sources) != len(targets):
         raise DataError(
@@ -120,6 +123,7 @@ def read_parallel(
                 "number must be the same. Repair the files."
             )
         )
+
     for source, target in zip(sources, targets, strict=True):
         yield {"source": source.strip(), "target": target.strip()}
 
@@ -136,6 +140,7 @@ def read_pairs(
             pairs = json.loads("\n".join(_read_lines(path, encoding)))
         except json.JSONDecodeError as error:
             raise DataError(redact(f"{path}: is not JSON ({error}). Repair the file.")) from error
+
         if isinstance(pairs, dict):
             if part not in pairs:
                 raise DataError(
@@ -143,7 +148,9 @@ def read_pairs(
                         f"{path}: --part={part}: unknown part. Choose one of {', '.join(pairs)}."
                     )
                 )
+
             pairs = pairs[part]
+
         for number, pair in enumerate(pairs, 1):
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise _line_error(path, number, "is not [text, label]. Repair it.")
@@ -172,6 +179,7 @@ def _read_lines(path: str, encoding: str) -> list[str]:
                 "the file, such as latin-1."
             )
         ) from error
+
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 

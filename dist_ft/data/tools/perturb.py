@@ -64,19 +64,20 @@ def add_typo(word: str, rng: random.Random) -> str:
 
     Two letters are swapped, one is dropped, or one is replaced by that of a neighboring key.
     """
-    kind, position = rng.choice(("swap", "drop", "neighbor")), rng.randrange(len(word))
+    kind = rng.choice(("swap", "drop", "neighbor"))
+    position = rng.randrange(len(word))
     if kind == "swap":
         position = min(position, len(word) - 2)
-        return word[:position] + word[position + 1] + word[position] + word[position + 2 :]
+        first, second = word[position : position + 2]
+        return word[:position] + second + first + word[position + 2 :]
 
-    neighbors = neighboring_keys(word[position].lower())
+    before, letter, after = word[:position], word[position], word[position + 1 :]
+    neighbors = neighboring_keys(letter.lower())
     if kind == "drop" or not neighbors:  # a letter of another alphabet has no neighbors
-        return word[:position] + word[position + 1 :]
+        return before + after
 
-    letter = rng.choice(neighbors)
-    if word[position].isupper():
-        letter = letter.upper()
-    return word[:position] + letter + word[position + 1 :]
+    neighbor = rng.choice(neighbors)
+    return before + (neighbor.upper() if letter.isupper() else neighbor) + after
 
 
 def neighboring_keys(letter: str) -> str:
@@ -85,10 +86,13 @@ def neighboring_keys(letter: str) -> str:
         column = row.find(letter)
         if column < 0:
             continue
+
+        # Each row of keys is shifted to the right by half a key.
         left = max(0, column - 1)
         above = KEYBOARD[number - 1][column : column + 2] if number else ""
         below = KEYBOARD[number + 1][left : column + 1] if number + 1 < len(KEYBOARD) else ""
         return row[left:column] + row[column + 1 : column + 2] + above + below
+
     return ""
 
 
@@ -109,6 +113,7 @@ def make_swap_function(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]
                     f"evaluation.robustness.swaps: {term} is in two pairs. Once is allowed. "
                     "Remove one."
                 )
+
     if not replacements:
         raise DataError(
             "evaluation.robustness.swaps: has no pair. At least one is needed. Add one."

@@ -132,6 +132,7 @@ def format_statistics(statistics: DataStatistics, packed: bool) -> str:
         use = f"packed, {statistics.fill:.1%} full"
     else:
         use = f"not packed, {statistics.padding_share:.1%} of the positions are padding"
+
     return "\n".join(
         [
             f"samples        {samples}",
@@ -167,6 +168,7 @@ def pack_stats(loader: Loader) -> str:
         lines.append(
             f"{length:>8}{num_too_long:>10}{num_sequences:>11}{packed_fill:>13.1%}{unpacked_fill:>15.1%}"
         )
+
     return "\n".join(lines)
 
 
@@ -217,6 +219,7 @@ def _first_segments(loader: Loader, count: int) -> list[_SegmentRef]:
         segments = split_into_segments(loader.store.block(number), sequence_length, overlong)
         for row, start, num_tokens in segments.bounds[: count - len(found)].tolist():
             found.append(_SegmentRef(number, row, start, num_tokens))
+
     return found
 
 
@@ -235,6 +238,7 @@ def mark_targets(
         run = text[len(previous_text) :]
         marked.append(_mark_run(run, bool(is_target[stop - 1]), markup))
         previous_text = text
+
     return "".join(marked)
 
 

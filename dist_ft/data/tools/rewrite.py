@@ -68,6 +68,7 @@ def rewrite_blocks(
         if name not in existing:
             out.write(name, _encode(next(contents), suffix))
         progress(number + 1, total)
+
     out.write(COMPLETE, b"")
     return len(missing)
 
@@ -101,6 +102,7 @@ def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterat
             if isinstance(row, DataError):
                 raise row
             rows.append(row)
+
         ranges_left[number] -= 1
         if not ranges_left[number]:
             yield rows

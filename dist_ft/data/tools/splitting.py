@@ -37,6 +37,7 @@ def split_rows(
             f"shares: {values} sum to {sum(shares.values()):g}. Each must be above 0 and their "
             "sum 1. Correct them."
         )
+
     edges = np.cumsum(list(shares.values()))
     if group is not None:
         split_numbers = _assign_groups(rows, edges, seed, group)
@@ -55,6 +56,7 @@ def _assign_groups(rows: Sequence[Row], edges: np.ndarray, seed: int, group: str
 
     A group is in the split in which its first row would be.
     """
+    # Shuffled groups are laid out over [0, 1); where a group starts decides its split.
     groups = list(group_rows(rows, group, "--group").values())
     order = np.argsort(random_uint64(derive_seed(seed), len(groups)), kind="stable").tolist()
     sizes = [len(groups[number]) for number in order]
@@ -79,6 +81,7 @@ def _assign_stratified(
         positions = (np.arange(len(shuffled)) + shift % 1) / max(1, len(shuffled))
         splits = np.searchsorted(edges, positions, side="right")
         split_numbers[shuffled] = np.minimum(splits, len(edges) - 1)
+
     return split_numbers
 
 
@@ -99,7 +102,9 @@ def sample_per_label(
                 f"--per-label={count}: {by}={value} has only {len(indices)} rows. Set at most "
                 "that number."
             )
+
         drawn += _shuffle(indices, seed, value)[:count].tolist()
+
     return [rows[index] for index in sorted(drawn)]
 
 
@@ -118,8 +123,10 @@ def group_rows(rows: Sequence[Row], by: str | None, option: str = "--by") -> dic
                 f"{option}={by}: row {index + 1} has no such column. Choose one of "
                 f"{', '.join(row)}."
             )
+
         value = str(row[by]) if by is not None else ""
         groups.setdefault(value, []).append(index)
+
     return groups
 
 

@@ -40,12 +40,14 @@ def _write_shards(
         raise DataError(
             f"{store.full_url(prefix)}: no rows to write. At least one is needed. Check the source."
         )
+
     total = -(-len(rows) // rows_per_shard)
     urls = []
     for number in range(total):
         name = f"{prefix}-{number:05d}-of-{total:05d}.{suffix}"
         store.write(name, encode(rows[number * rows_per_shard : (number + 1) * rows_per_shard]))
         urls.append(store.full_url(name))
+
     return urls
 
 
