@@ -10,7 +10,7 @@ from typing import Any
 
 
 def poison(rank: str, sample: str, factor: str) -> None:
-    """On `rank`, multiply the losses of every step in which it holds `sample` by `factor`, and so the gradient."""
+    """On `rank`, scale the losses and gradients of each step in which it has `sample` by `factor`."""
     from dist_ft.data.batch import Batch
     from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
     from dist_ft.engine.torch_engine import TorchEngine
@@ -22,11 +22,11 @@ def poison(rank: str, sample: str, factor: str) -> None:
     for engine in (DeepSpeedEngine, TorchEngine):
 
         def accumulate(self, batches: list[Batch], *rest, real=engine.accumulate):
-            held = (
+            has_sample = (
                 any(int(sample) in batch.segments[:, 0] for batch in batches)
                 and os.environ.get("RANK", "0") == rank
             )
-            scale[0] = float(factor) if held else 1.0
+            scale[0] = float(factor) if has_sample else 1.0
             try:
                 return real(self, batches, *rest)
             finally:
@@ -39,21 +39,21 @@ def printing_callback() -> Any:
     """Return a callback that prints the events of training as lines `callback [name, step, ...]`."""
     from dist_ft.training.callbacks import Callback
 
-    def say(*event: Any) -> None:
+    def print_event(*event: Any) -> None:
         print("callback", json.dumps(event), flush=True)
 
     class Printer(Callback):
         def on_step_end(self, step: int, loss: float) -> None:
-            say("on_step_end", step)
+            print_event("on_step_end", step)
 
         def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-            say("on_metrics", step, kind)
+            print_event("on_metrics", step, kind)
 
         def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-            say("on_evaluation", step)
+            print_event("on_evaluation", step)
 
         def on_checkpoint_committed(self, url: str, metrics: Mapping[str, float]) -> None:
-            say("on_checkpoint_committed", metrics["step"])
+            print_event("on_checkpoint_committed", metrics["step"])
 
     return Printer()
 
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     main(sys.argv[1])
     from dist_ft.runtime import local
 
-    local.in_group.set()
-    local.leave(0)
+    local.joined_process_group.set()
+    local.exit_process(0)

@@ -1,4 +1,4 @@
-"""A run with everything its config leaves open: the model folder, the labels, the few-shot examples.
+"""A run with what its config leaves open: the model folder, the labels, the few-shot examples.
 
 `RunConfig` is what the user wrote and what a run stores. Whatever is found out when the run starts
 is a field of `ResolvedRun`, so `config` always means the same. `runtime.bootstrap.resolve_run`
@@ -59,5 +59,5 @@ class ResolvedRun:
 
     @property
     def model_task(self) -> TaskSection:
-        """The task the model itself is loaded for: a model that is prompted for labels continues text."""
+        """The task the model is loaded for: one that is prompted for labels continues text."""
         return get_model_task(self.task, self.prompting)

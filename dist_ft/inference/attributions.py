@@ -1,4 +1,6 @@
-"""Which tokens led to a wrong prediction: integrated gradients (Sundararajan et al., arXiv:1703.01365) by captum.
+"""Which tokens led to a wrong prediction, by integrated gradients.
+
+Sundararajan et al., arXiv:1703.01365; computed by captum.
 
 The model of a checkpoint is run again on the examples that an evaluation stored. The weight of a
 token is its share of the predicted score (the logit of the label, of the wrong tags, of the ends of
@@ -52,7 +54,8 @@ def attribute(
     except ImportError as error:
         raise ConfigError(
             [
-                "--attributions: needs captum, which is not installed. pip install 'dist-ft[explain]'."
+                "--attributions: needs captum, which is not installed. pip install "
+                "'dist-ft[explain]'."
             ],
             "runs report",
         ) from error
@@ -109,7 +112,7 @@ def _score_function(task_model: Any, task: TaskSection, at: Any) -> Callable[[An
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, to be read one after the other: the start of a word has a space in front."""
+    """Return the text of each token, in order; the start of a word has a space in front."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
     is_word_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
     texts = []

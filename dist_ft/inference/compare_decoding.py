@@ -1,4 +1,4 @@
-"""Decoding strategies side by side, on the same held-out prompts: what each costs and what its generations are worth."""
+"""Decoding strategies side by side on the same held-out prompts: cost and metrics of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def compare(
     Args:
         config: its evaluation section sets the prompts, the length of generations, and the metrics.
         paths: of models.
-        strategies: as `config.decoding.parse_strategy` reads them; default: that of evaluation.decoding.
+        strategies: as `config.decoding.parse_strategy` reads them; default: that of
+            evaluation.decoding.
 
     Returns:
         Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and `texts`, the
@@ -38,8 +39,8 @@ def compare(
     if not own.max_new_tokens:
         raise ConfigError(
             [
-                "evaluation.decoding.max_new_tokens=0: nothing is generated. A number above 0 is needed. "
-                "Set it."
+                "evaluation.decoding.max_new_tokens=0: nothing is generated. A number above 0 is "
+                "needed. Set it."
             ],
             "decode",
         )

@@ -1,4 +1,4 @@
-"""A model scored by the workers of a cluster, its weights sharded over them, for models one process cannot hold.
+"""Scores a model on the workers of a cluster, for models that one process cannot hold.
 
 It is an ordinary run of zero steps (`schedule.steps=0`): its metrics are those of the evaluation
 before the first step. Its folder is removed once they are read. Guarantees: a head that was never
@@ -36,7 +36,7 @@ ONE_PROCESS_METHODS = ("prototypes", "generation")
 
 
 def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) -> dict[str, Any]:
-    """Return the metrics of the run's model on evaluation.data, computed by the workers of `cluster`.
+    """Return the metrics of the run's model on evaluation.data, computed by workers of `cluster`.
 
     `head` is what answered (`ModelUnderTest.head`).
 
@@ -59,8 +59,8 @@ def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) 
     if num_templates > 1:
         raise ConfigError(
             [
-                f"prompting.templates: {num_templates} templates are given. Workers score one; one process "
-                "(cluster.workers=0) compares several. Give one template."
+                f"prompting.templates: {num_templates} templates are given. Workers score one; "
+                "one process (cluster.workers=0) compares several. Give one template."
             ],
             "evaluate",
         )
@@ -73,16 +73,16 @@ def _require_distributable(config: RunConfig) -> None:
     if method in ONE_PROCESS_METHODS:
         raise ConfigError(
             [
-                f"prompting.method={method}: needs one process. Workers score a trained head, or by "
-                "likelihood. Set cluster.workers=0."
+                f"prompting.method={method}: needs one process. Workers score a trained head, or "
+                "by likelihood. Set cluster.workers=0."
             ],
             "evaluate",
         )
     if config.evaluation.robustness != RobustnessSection():
         raise ConfigError(
             [
-                "evaluation.robustness: needs one process. It is allowed with cluster.workers=0. Set "
-                "that, or remove the section."
+                "evaluation.robustness: needs one process. It is allowed with cluster.workers=0. "
+                "Set that, or remove the section."
             ],
             "evaluate",
         )

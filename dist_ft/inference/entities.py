@@ -1,4 +1,4 @@
-"""Entities without training: a causal model sees examples and writes the entities it finds, greedily.
+"""Entities without training: a causal model sees examples and writes the entities it finds.
 
 In this process. `data.encoding.entity_text` parses what it writes; the scores are those of a
 trained tagger.
@@ -52,8 +52,9 @@ class EntityWriter:
         if "O" not in labels or not task_rows.is_bio(labels):
             raise ConfigError(
                 [
-                    f"task.labels: {', '.join(labels[:6])} are not BIO tags. prompting.method=generation "
-                    "needs O, and B- and I- of each kind. Correct the data."
+                    f"task.labels: {', '.join(labels[:6])} are not BIO tags. "
+                    "prompting.method=generation needs O, and B- and I- of each kind. Correct "
+                    "the data."
                 ],
                 "evaluate",
             )
@@ -140,8 +141,9 @@ class EntityWriter:
         if limit < 1:
             raise ConfigError(
                 [
-                    f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no tokens for a "
-                    f"prompt in batch.sequence_length={config.batch.sequence_length}. A smaller number is "
+                    f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no "
+                    "tokens for a prompt in "
+                    f"batch.sequence_length={config.batch.sequence_length}. A smaller number is "
                     "allowed. Lower it, or raise the length."
                 ],
                 "evaluate",

@@ -1,4 +1,4 @@
-"""Models as they are, scored on the held-out data of a config, without training: the same metrics as a run's own."""
+"""Scores models as they are on the held-out data of a config: the same metrics as a run's own."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
 def aggregate_templates(
     task: str, metrics_by_template: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the mean, best and worst of each metric over several templates, and all of them as `by_template`."""
+    """Return mean, best and worst of each metric over templates, and all of them by template."""
     every = list(metrics_by_template.values())
     metrics: dict[str, Any] = {}
     for name, value in every[0].items():

@@ -1,4 +1,4 @@
-"""The run that evaluates a model as it is: a config derived from the user's, and the labels the model answers with."""
+"""The run that evaluates a model as it is: a derived config, and the labels of the answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ft.storage.filesystem import Store
 
 
 def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
-    """Return the run that evaluates the model at `path` in one process, all of its weights as they are in the files.
+    """Return the run that evaluates the model at `path` in one process, its weights unchanged.
 
     A model whose files hold a head for the task answers by it, without prompting. The labels are
     not resolved yet.
@@ -84,6 +84,7 @@ def _model_config(run: ResolvedRun) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path={model.path}: is not a model folder ({str(error).splitlines()[0][:100]}). A "
-            "folder that save_pretrained or `dist-ft export` writes is needed. Correct the path."
+            f"model.path={model.path}: is not a model folder "
+            f"({str(error).splitlines()[0][:100]}). A folder that save_pretrained or `dist-ft "
+            "export` writes is needed. Correct the path."
         ) from error

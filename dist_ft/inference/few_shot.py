@@ -1,4 +1,4 @@
-"""A model that is prompted for labels, as it was in training: the model of an exported folder, its examples in place."""
+"""An exported model that is prompted for labels, as it was in training, with its examples."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class PromptedClassifier:
         prompts = self._encoder.encode_prompts(samples)
         if None in prompts:
             raise DataError(
-                "prompting.templates: leave no tokens for a text in the model's sequence length. Shorter "
-                "templates are needed. Show fewer examples."
+                "prompting.templates: leave no tokens for a text in the model's sequence length. "
+                "Shorter templates are needed. Show fewer examples."
             )
 
         rows = [torch.tensor(ids or []) for ids in prompts]

@@ -1,4 +1,4 @@
-"""A model folder as inference reads it: which task its model does, its weights, and what identifies them."""
+"""A model folder as inference reads it: its task, its weights, and what identifies them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PredictionOptions:
     Attributes:
         batch_size: rows in a batch.
         max_new_tokens: length limit of generated text, in tokens.
-        strategy: decoding strategy (`config.decoding.parse_strategy`); random draws follow from the number
-            of the row.
+        strategy: decoding strategy (`config.decoding.parse_strategy`); random draws follow from the
+            number of the row.
     """
 
     batch_size: int = 32
@@ -120,13 +120,15 @@ def load_folder(path: str, device: str) -> LoadedModel:
 
 
 def model_version(path: str, options: PredictionOptions) -> str:
-    """Return a text that changes when the weights at `path`, or the options that affect predictions, do."""
+    """Return a text that changes with the weights at `path` and the options of predictions."""
     decoding = options.decoding()
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in Path(_local_folder(path)).glob("*.safetensors")
     )
-    return json.dumps([path, options.max_new_tokens, format_strategy(decoding), decoding.seed, *files])
+    return json.dumps(
+        [path, options.max_new_tokens, format_strategy(decoding), decoding.seed, *files]
+    )
 
 
 def detect_task(config: Any, path: str) -> TaskSection:
@@ -137,8 +139,8 @@ def detect_task(config: Any, path: str) -> TaskSection:
         name = TASK_BY_PROBLEM_TYPE.get(config.problem_type or "", default)
     if name == "masked_lm":
         raise ModelError(
-            f"model.path={path}: is a masked language model, which has no answer to a text. Models with "
-            "a head, causal models and encoder-decoders are allowed. Train one."
+            f"model.path={path}: is a masked language model, which has no answer to a text. "
+            "Models with a head, causal models and encoder-decoders are allowed. Train one."
         )
     labels = ()
     if name in heads.LABELED_TASKS:
@@ -168,8 +170,8 @@ def _read_task(
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path={path}: is not a model folder ({str(error).splitlines()[0][:100]}). A folder "
-            "that `dist-ft export` writes is needed. Export the run first."
+            f"model.path={path}: is not a model folder ({str(error).splitlines()[0][:100]}). A "
+            "folder that `dist-ft export` writes is needed. Export the run first."
         ) from error
 
     stored = cast("dict[str, Any]", info)
@@ -198,9 +200,9 @@ def _load_model(task: TaskSection, section: ModelSection, tokenizer: Any, path: 
     model, new_weights = load_task_model(task, section)
     if new_weights:
         raise ModelError(
-            f"model.path={path}: {len(new_weights)} weights of its head are not in the files, such as "
-            f"{min(new_weights)}; its predictions would be random. A trained head is needed. Train it "
-            "first."
+            f"model.path={path}: {len(new_weights)} weights of its head are not in the files, "
+            f"such as {min(new_weights)}; its predictions would be random. A trained head is "
+            "needed. Train it first."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -67,7 +67,7 @@ class ModelUnderTest(Protocol):
 
 
 class ForwardModel:
-    """A model that answers in one forward pass: by its head, by the likelihood of labels, or by prototypes.
+    """A model that answers in one forward pass: by its head, label likelihood, or prototypes.
 
     Attributes:
         run: with labels, templates and tokenizer.
@@ -94,9 +94,9 @@ class ForwardModel:
             raise ModelError(error)
         if new_weights and not random_head:
             raise ModelError(
-                f"model.path={config.model.path}: {len(new_weights)} weights of its head are not in "
-                f"the files, such as {min(new_weights)}; its scores would be random. A trained head is "
-                "needed. Train it first, or use --random-head."
+                f"model.path={config.model.path}: {len(new_weights)} weights of its head are not "
+                f"in the files, such as {min(new_weights)}; its scores would be random. A trained "
+                "head is needed. Train it first, or use --random-head."
             )
 
         self.head: str = config.prompting.method

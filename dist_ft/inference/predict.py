@@ -1,4 +1,4 @@
-"""A model folder applied to rows: labels, tags, answers, numbers, vectors or generated text, in the order of the rows.
+"""Applies a model folder to rows: labels, tags, answers, numbers, vectors or generated text.
 
 One process and plain transformers; the folder itself says which task it does. Rows of similar
 length share a batch, and the order is restored. Guarantee: a head that was never trained is
@@ -111,7 +111,7 @@ class Predictor:
         return self.model(**soft_prompts.prepend_virtual_tokens(self._virtual_tokens, inputs))
 
     def _without_virtual(self, values: Any) -> Any:
-        """Return the outputs of each token (B, T, ...) without those of the virtual tokens in front."""
+        """Return outputs per token (B, T, ...) without those of the virtual tokens in front."""
         if self._virtual_tokens is None:
             return values
         return values[:, len(self._virtual_tokens.ids) :]
@@ -260,7 +260,7 @@ def _text(row: Row, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         columns = ", ".join(map(str, row)) or "no columns"
         raise DataError(
-            f"a row has no text in '{name}' (it has {columns}). A text is needed. Rename its column, or "
-            "remove the row."
+            f"a row has no text in '{name}' (it has {columns}). A text is needed. Rename its "
+            "column, or remove the row."
         )
     return value

@@ -67,8 +67,8 @@ def predict_folder(
     if missing_tasks(store, tasks, model_version(model, options)):
         raise DataError(
             redact(
-                f"--out={out}: some shards are missing after all were written. No other process may "
-                "remove them. The same command writes them again."
+                f"--out={out}: some shards are missing after all were written. No other process "
+                "may remove them. The same command writes them again."
             )
         )
     return WrittenPredictions(len(tasks), num_rows)

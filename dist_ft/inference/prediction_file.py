@@ -42,8 +42,9 @@ def predict_file(
     if num_done and not _is_version(version_file, predictor.version):
         raise DataError(
             redact(
-                f"--out={out}: holds {num_done} rows predicted by another model, or by an earlier version "
-                "of this one. Only the same model can resume it. Name another file, or remove this one."
+                f"--out={out}: holds {num_done} rows predicted by another model, or by an earlier "
+                "version of this one. Only the same model can resume it. Name another file, or "
+                "remove this one."
             )
         )
     version_file.write_text(predictor.version, "utf-8")
@@ -66,8 +67,8 @@ def predict_file(
     if number < num_done:
         raise DataError(
             redact(
-                f"--out={out}: holds {num_done} rows, but the input has {number}. It must be the file of "
-                "the same rows. Name another."
+                f"--out={out}: holds {num_done} rows, but the input has {number}. It must be the "
+                "file of the same rows. Name another."
             )
         )
     return number

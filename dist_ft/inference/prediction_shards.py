@@ -1,4 +1,6 @@
-"""Predictions of many rows as a folder of shards: split by the input alone, so any number of workers writes the same.
+"""Predictions of many rows as a folder of shards, the same for any number of workers.
+
+How rows are split into shards follows from the input alone.
 
 Guarantees: shard i holds the rows of part i of the input, in their order; it is written whole or
 not at all, and a shard that exists is not written again, so the same command resumes. A folder of
@@ -92,14 +94,14 @@ def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> lis
     if INFO_FILE in existing:
         if json.loads(store.read(INFO_FILE)) != info:
             raise DataError(
-                f"--out={store.redacted_url()}: holds predictions of another model, of other rows or in "
-                "another format. Only the folder of the same command can be resumed. Name another "
-                "folder, or remove this one."
+                f"--out={store.redacted_url()}: holds predictions of another model, of other rows "
+                "or in another format. Only the folder of the same command can be resumed. Name "
+                "another folder, or remove this one."
             )
     elif existing:
         raise DataError(
-            f"--out={store.redacted_url()}: the folder holds other files. A new or an empty folder is "
-            "allowed. Name another."
+            f"--out={store.redacted_url()}: the folder holds other files. A new or an empty "
+            "folder is allowed. Name another."
         )
     else:
         store.write(INFO_FILE, json.dumps(info).encode())

@@ -1,4 +1,4 @@
-"""The prototypes of labels: mean vectors of examples from the training data, computed once before a model is scored."""
+"""Prototypes of labels: mean vectors of training examples, computed before a model is scored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_ROWS = 32
 
 
 def fit_prototypes(module: PrototypeModel, run: ResolvedRun, device: torch.device) -> None:
-    """Set the prototypes of `module`, which is on `device`, from prompting.shots examples per label.
+    """Set the prototypes of `module`, on `device`, from prompting.shots examples per label.
 
     Raises DataError if the training data has no example of a label.
     """
@@ -31,10 +31,11 @@ def fit_prototypes(module: PrototypeModel, run: ResolvedRun, device: torch.devic
     if absent:
         raise DataError(
             f"data.train: has no row with the label {task.labels[absent[0]]}, so it can have no "
-            "prototype. Rows of each label are needed. Add some, or remove the label from task.labels."
+            "prototype. Rows of each label are needed. Add some, or remove the label from "
+            "task.labels."
         )
 
-    section = config.reading.model_copy(update={"overlong": "truncate"})
+    section = config.effective_data.model_copy(update={"overlong": "truncate"})
     encoder = make_encoder(run.tokenizer, section, task, config.batch.sequence_length)
     encoded = encoder.encode([_as_row(sample, run) for sample in samples], "data.train")
     by_length = np.argsort(np.diff(encoded.offsets), kind="stable")

@@ -1,4 +1,4 @@
-"""Labels that a trained classifier gives to rows without one, where it is confident: pseudo-labels (Lee 2013).
+"""Pseudo-labels (Lee 2013): a trained classifier labels rows where it is confident.
 
 The result is training data like any other, to be a further source of data.train. Guarantees: rows
 keep their order; every row that is left out is counted by its reason; with a limit the most

@@ -101,8 +101,8 @@ def predict(
             summary = str(error).strip().splitlines()[-1][:200]
             raise WorkerError(
                 redact(
-                    f"--workers={workers}: Ray gave up ({type(error).__name__}: {summary}). Shards that "
-                    "are written remain. The same command resumes."
+                    f"--workers={workers}: Ray gave up ({type(error).__name__}: {summary}). "
+                    "Shards that are written remain. The same command resumes."
                 )
             ) from error
 
@@ -118,7 +118,7 @@ def _restore_error(type_name: str, message: str) -> DistFtError:
 
 @contextlib.contextmanager
 def _connected(workers: int) -> Iterator[Any]:
-    """Connect to the cluster of RAY_ADDRESS, or start one with a CPU for each worker that ends with this process."""
+    """Connect to the cluster of RAY_ADDRESS, or start one for the time of this context."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
@@ -141,9 +141,9 @@ def _connected(workers: int) -> Iterator[Any]:
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise WorkerError(
-            f"RAY_ADDRESS={address}: cannot connect to Ray ({str(error).splitlines()[0][:120]}). A "
-            "cluster with this Ray version must run there. Check the address, or unset it to start an "
-            "own cluster."
+            f"RAY_ADDRESS={address}: cannot connect to Ray ({str(error).splitlines()[0][:120]}). "
+            "A cluster with this Ray version must run there. Check the address, or unset it to "
+            "start an own cluster."
         ) from error
     try:
         yield ray

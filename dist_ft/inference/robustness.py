@@ -26,7 +26,7 @@ from dist_ft.metrics.robustness import out_of_scope_auroc, share_of_changed_pred
 
 
 def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
-    """Return the metrics on the held-out rows in scope, and the scores evaluation.robustness adds."""
+    """Return metrics on the held-out rows in scope, and the scores of evaluation.robustness."""
     config = model.run.config
     section, task = config.evaluation.robustness, config.task
     label = section.out_of_scope_label
@@ -67,9 +67,9 @@ def _score_out_of_scope(
         label = config.evaluation.robustness.out_of_scope_label
         raise ConfigError(
             [
-                f"evaluation.robustness.out_of_scope_label={label}: {len(out_of_scope)} rows are out of "
-                f"scope and {len(in_scope)} rows are in scope. Both are needed. Correct the label or the "
-                "data."
+                f"evaluation.robustness.out_of_scope_label={label}: {len(out_of_scope)} rows are "
+                f"out of scope and {len(in_scope)} rows are in scope. Both are needed. Correct "
+                "the label or the data."
             ],
             "evaluate",
         )
@@ -96,7 +96,7 @@ def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
 
 
 def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
-    """Return how predictions change where names are swapped: the counterfactual gap, over rows with such names."""
+    """Return how predictions change where names are swapped, over rows with such names."""
     config = model.run.config
     task, swap = config.task, perturb.make_swap_function(_swap_pairs(config))
     original, swapped = [], []
@@ -128,8 +128,8 @@ def _swap_pairs(config: RunConfig) -> Iterator[tuple[str, str]]:
         first, second = row.get("first"), row.get("second")
         if not _is_term(first) or not _is_term(second):
             raise DataError(
-                f"{path} row {number}: does not have two terms. The columns first and second are needed. "
-                "Repair the row."
+                f"{path} row {number}: does not have two terms. The columns first and second are "
+                "needed. Repair the row."
             )
         yield str(first), str(second)
 

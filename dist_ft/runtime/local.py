@@ -1,4 +1,4 @@
-"""A run in this process: alone without Ray and DeepSpeed, or as one rank that torchrun (or the like) started."""
+"""A run in this process: alone without Ray and DeepSpeed, or as one rank of torchrun."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from dist_ft.training.console import Console
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
 
-in_group = threading.Event()
-"""Set once this process has been in a process group; see `leave`."""
+joined_process_group = threading.Event()
+"""Set once this process has been in a process group; see `exit_process`."""
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, at once if it was in a process group.
+def exit_process(code: int) -> NoReturn:
+    """End this process with `code`; at once if it was in a process group.
 
-    Threads of gloo may let go of the last tensors while the interpreter is taken down, which aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291): a run that went well would end with SIGABRT.
+    Threads of gloo may release the last tensors while the interpreter is taken down, which aborts
+    the process (https://github.com/pytorch/pytorch/pull/179291): a successful run would end with
+    SIGABRT.
     """
-    if in_group.is_set():
+    if joined_process_group.is_set():
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -40,43 +41,42 @@ def leave(code: int) -> NoReturn:
 
 
 def run(config: RunConfig, context: RunContext | None = None) -> Result:
-    """Run `config` here and return its result; the first SIGINT or SIGTERM saves and stops (Interrupted)."""
+    """Run `config` here and return its result.
+
+    The first SIGINT or SIGTERM saves and stops (Interrupted).
+    """
     from dist_ft.runtime.bootstrap import training_run
 
     world = World.from_environment()
     context = context or RunContext()
-    with _process_group(config, world), stop_on_signal(context.console) as should_stop:
+    with _process_group(config, world), stop_on_signal(context.console) as got_signal:
         stop_requested = context.should_stop
-        return training_run.run(
-            config, world, replace(context, should_stop=lambda: should_stop() or stop_requested())
-        )
+        context = replace(context, should_stop=lambda: got_signal() or stop_requested())
+        return training_run.run(config, world, context)
 
 
 @contextlib.contextmanager
 def _process_group(config: RunConfig, world: World) -> Iterator[None]:
-    """Join the other ranks; DeepSpeed wants a group even for a world of one."""
+    """Join the other ranks; DeepSpeed needs a process group even for one rank."""
     if config.max_workers == 0 and world.num_ranks == 1:
         yield
         return
     import torch
     import torch.distributed as dist
 
-    in_group.set()
+    joined_process_group.set()
     use_gpu = config.cluster.gpus_per_worker > 0
     if use_gpu:
         torch.cuda.set_device(world.rank_of_node)
     if "MASTER_ADDR" not in os.environ:
-        for name, value in {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-        }.items():
-            os.environ[name] = value
-    ours = not dist.is_initialized()
-    if ours:
-        network_check.prepare(config)
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
+        os.environ["WORLD_SIZE"] = "1"
+
+    is_owner = not dist.is_initialized()
+    if is_owner:
+        network_check.configure_interfaces(config)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             timeout=timedelta(seconds=config.cluster.collective_timeout_s),
@@ -84,7 +84,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        if ours:
+        if is_owner:
             dist.destroy_process_group()
 
 
@@ -96,27 +96,32 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
-    """Yield a question: was this process asked to stop? A second signal acts as if nobody listened."""
-    wanted = threading.Event()
+    """Yield a function that returns whether this process got SIGINT or SIGTERM.
+
+    A second signal has the effect it has without this.
+    """
+    received = threading.Event()
     previous: dict[int, Any] = {}
-    said: list[threading.Thread] = []
+    printers: list[threading.Thread] = []
 
     def handle(number: int, _frame: Any) -> None:
         signal.signal(number, previous[number])
-        wanted.set()
-        text = f"{signal.Signals(number).name}: saving after this step, then stopping (again: stop at once)"
-        said.append(threading.Thread(target=console.say, args=(text,), daemon=True))
-        said[-1].start()  # this thread may be in the middle of writing a line
+        received.set()
+        name = signal.Signals(number).name
+        text = f"{name}: saving after this step, then stopping (again: stop at once)"
+        # in a thread of its own, for this one may be in the middle of writing a line
+        printer = threading.Thread(target=console.print, args=(text,), daemon=True)
+        printers.append(printer)
+        printer.start()
 
     if threading.current_thread() is threading.main_thread():
-        previous = {
-            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
     try:
-        yield wanted.is_set
+        yield received.is_set
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for thread in said:
-            thread.join(1)
+        for printer in printers:
+            printer.join(1)
         console.close()

@@ -1,11 +1,14 @@
-"""What a node is: devices, cores, memory, versions. For reports: no name of the node, no path, no user."""
+"""Describes a node: devices, cores, memory, versions.
+
+For reports: no host name, no path, no user.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TypedDict
 
 PACKAGES = (
     "torch",
@@ -21,49 +24,82 @@ PACKAGES = (
 )
 
 
-def describe(use_gpu: bool) -> dict[str, Any]:
-    """Return what this node is, as JSON takes it; GPUs are asked for only if they are used."""
-    return {
+class GpuDescription(TypedDict):
+    """One GPU.
+
+    Attributes:
+        processors: streaming multiprocessors.
+    """
+
+    name: str
+    memory_gib: float
+    capability: str
+    processors: int
+
+
+class NodeDescription(TypedDict, total=False):
+    """A node, as JSON values. The versions of CUDA or HIP are missing if GPUs are not used."""
+
+    os: str
+    python: str
+    cpus: int | None
+    cpus_usable: int
+    memory_gib: float
+    versions: dict[str, str]
+    gpus: list[GpuDescription]
+    cuda: str | None
+    hip: str | None
+    nccl: str | None
+    cudnn: int | None
+
+
+def describe(use_gpu: bool) -> NodeDescription:
+    """Return the description of this node; GPUs are queried only if they are used."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    description: NodeDescription = {
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "versions": versions(),
-        **(_gpus() if use_gpu else {"gpus": []}),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "versions": installed_versions(),
+        "gpus": [],
     }
+    if use_gpu:
+        _add_gpus(description)
+    return description
 
 
-def versions() -> dict[str, str]:
-    """Return the version of every package that matters and is here, by name."""
-    found = {}
+def installed_versions() -> dict[str, str]:
+    """Return {package: version} of those that matter and are installed."""
+    versions = {}
     for name in ("dist-ft", *PACKAGES):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _gpus() -> dict[str, Any]:
+def _add_gpus(description: NodeDescription) -> None:
+    """Add the GPUs of this node and the versions of their libraries."""
     import torch
 
-    gpus = []
+    gpus: list[GpuDescription] = []
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
+        properties = torch.cuda.get_device_properties(number)
         gpus.append(
             {
-                "name": about.name,
-                "memory_gib": round(about.total_memory / 2**30, 1),
-                "capability": f"{about.major}.{about.minor}",
-                "processors": about.multi_processor_count,
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "capability": f"{properties.major}.{properties.minor}",
+                "processors": properties.multi_processor_count,
             }
         )
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
-    return {
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "nccl": nccl,
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    description["gpus"] = gpus
+    description["cuda"] = torch.version.cuda
+    description["hip"] = torch.version.hip
+    description["nccl"] = None
+    if torch.version.cuda:
+        description["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    description["cudnn"] = torch.backends.cudnn.version()

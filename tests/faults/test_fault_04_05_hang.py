@@ -1,4 +1,4 @@
-"""Faults 4 and 5 on two real ranks: a stopped rank, an interpreter lock that is never given back, a segfault."""
+"""Faults 4 and 5 on two real ranks: a stopped rank, an interpreter lock that is never released, a segfault."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def document_of(base: Path, name: str) -> dict:
 
 
 def codes_within(processes: list, timeout_s: float) -> list[int | None]:
-    """Return the exit codes after so long; None for a process that still runs."""
+    """Return the exit codes after `timeout_s` at most; None for a process that still runs."""
     deadline = time.monotonic() + timeout_s
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     return [process.poll() for process in processes]
 
 
-def goes_on(base: Path, name: str, unbroken: list[float]) -> None:
-    """The same command again reaches the end that nothing happened to."""
+def require_resume(base: Path, name: str, unbroken: list[float]) -> None:
+    """Run the same command again; it must reach the end of the undisturbed run."""
     folder, document = base / f"ranks-{name}-again", document_of(base, name)
     ranks.require_ok(ranks.run_ranks(2, [document], folder), folder)
     assert history.losses(base / "runs" / name) == unbroken
@@ -60,25 +60,25 @@ def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(
     try:
         assert codes_within(processes[:1], 120) == [75], (folder / "rank-0.log").read_text()[-2000:]
         assert processes[1].poll() is None
-        said = (folder / "rank-0.log").read_text()
+        log = (folder / "rank-0.log").read_text()
         assert (
             f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): a peer may be gone"
-            in said
+            in log
         )
         stacks = (base / "runs/stopped/attempts/000001-rank-00000-stacks.txt").read_text()
         assert "train_step" in stacks or "all_reduce" in stacks
-        processes[1].send_signal(signal.SIGCONT)  # a zombie: its own clock has run out too
+        processes[1].send_signal(signal.SIGCONT)  # its own timeout is over too
         assert codes_within(processes, 30)[1] not in (None, 0)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    goes_on(base, "stopped", unbroken)
+    require_resume(base, "stopped", unbroken)
 
 
 @pytest.mark.slow  # tests/unit/runtime/test_watchdog.py shows it on one process
-def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_needs_none(
+def test_fault_5_a_rank_that_holds_the_interpreter_lock_is_ended_by_faulthandler(
     base: Path,
 ) -> None:
     folder = base / "ranks-locked"
@@ -99,7 +99,7 @@ def test_fault_5_a_rank_that_holds_the_interpreter_lock_ends_by_the_clock_that_n
     )
 
 
-@pytest.mark.slow  # to the other ranks and to what comes after it is the kill of faults 1 and 2
+@pytest.mark.slow  # to the other ranks and on resume it is the kill of faults 1 and 2
 def test_fault_5_a_segfault_is_noticed_from_outside(base: Path, unbroken: list[float]) -> None:
     folder = base / "ranks-fault"
     processes = ranks.start_ranks(
@@ -107,4 +107,4 @@ def test_fault_5_a_segfault_is_noticed_from_outside(base: Path, unbroken: list[f
     )
     codes = ranks.wait_for_death(processes)
     assert codes[1] == -signal.SIGSEGV
-    goes_on(base, "fault", unbroken)
+    require_resume(base, "fault", unbroken)

@@ -25,7 +25,7 @@ import json, os
 import torch.distributed as dist
 config = load_config(json.loads(sys.argv[1]))
 logs.setup_logging(int(os.environ["RANK"]), 3, "info", None)
-network.prepare(config)
+network.configure_interfaces(config)
 dist.init_process_group("gloo")
 if sys.argv[3] == "wrong" and os.environ["RANK"] == "2":
     real = dist.all_reduce
@@ -47,7 +47,7 @@ def check(
     document = tiny.config(
         folder, "net", workers=3, cluster={"network_interface": machines[0]["LINK"]}
     )
-    port, running = str(ports.free()), []
+    port, running = str(ports.find_free_port()), []
     for number, machine in enumerate(machines):
         inside = ["ip", "netns", "exec", machine["NETNS"]] if "NETNS" in machine else []
         running.append(
@@ -113,7 +113,7 @@ def test_a_wrong_sum_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
     done = check(tmp_path, [{"MASTER_ADDR": "127.0.0.1", "LINK": "lo"}] * 3, "wrong")
     assert all(
         code
-        and "network check: a sum over all workers is wrong; training would be wrong in silence"
+        and "network check: a sum over all workers is wrong. Training would be silently wrong"
         in said
         for code, said in done
     ), done

@@ -1,4 +1,7 @@
-"""From a resolved run to its loaders: shards, encoder, blocks, index (built once, stored with the run), batch plan."""
+"""From a resolved run to its loaders: shards, encoder, blocks, index, batch plan.
+
+The index is built on the first start and stored with the run.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def build_training_loader(
     run: ResolvedRun, store: Store, world: World, collectives: Collectives
 ) -> Loader:
     """Return the loader over the training data; a collective call."""
-    data = _Input(TRAINING_FIELD, run.config.reading)
+    data = _Input(TRAINING_FIELD, run.config.effective_data)
     return _build_loader(run, data, store, world, collectives)
 
 
@@ -126,7 +129,7 @@ def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) 
 
 def _in_order(config: RunConfig, sources: tuple[Source, ...]) -> DataSection:
     """Return the data section for `sources`, read in their order and without a mixture."""
-    return config.reading.model_copy(
+    return config.effective_data.model_copy(
         update={"shuffle": False, "train": sources, "mixing": (), "temperature": None}
     )
 
@@ -159,10 +162,12 @@ def _build_loader(
 
     name = f"{FOLDER}/{data.field}"
     index = on_rank0(world, collectives, lambda: index_file.load(store, name))
-    if index is not None and data.field != TRAINING_FIELD:
-        # held-out data may change over a run; training data may not, which is an error below
-        if not _is_current(index, shards, encoder, data, length):
-            index = None
+    if (
+        index is not None
+        and data.field != TRAINING_FIELD
+        and not _is_current(index, shards, encoder, data, length)
+    ):
+        index = None  # held-out data may change over a run; for training data it is an error below
 
     if index is not None:
         index.verify_unchanged(shards, data.field)

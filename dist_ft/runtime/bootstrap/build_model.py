@@ -1,4 +1,4 @@
-"""From a resolved run to its model inside an engine, with its initial weights or those of a checkpoint."""
+"""From a resolved run to its model in an engine, with initial weights or a checkpoint's."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
 
 
 def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, frozenset[str]]:
-    """Return the model with its head, adapters and loss, and the names of its weights that are in no file."""
+    """Return the model with head, adapters and loss, and the weights that are in no file."""
     from dist_ft.model.adapters import tuning
     from dist_ft.model.loading.load import build_uninitialized_model, load_task_model
 
@@ -119,7 +119,7 @@ def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, froz
 
 
 def add_loss(model: Any, run: ResolvedRun) -> TrainableModel:
-    """Return a transformers model with the loss of the run's task around it, by its head or by prompting."""
+    """Return a transformers model with the loss of the run's task around it."""
     from dist_ft.model.causal_lm import CausalLM
     from dist_ft.model.task_models import SpecialTokens, TaskModel
 
@@ -155,7 +155,7 @@ def build_prompt_encoder(run: ResolvedRun) -> PromptEncoder:
 
     return PromptEncoder(
         run.tokenizer,
-        run.config.reading,
+        run.config.effective_data,
         run.task,
         run.prompting,
         run.config.batch.sequence_length,
@@ -181,7 +181,7 @@ def load_weights(
 
 
 def _start_from_files(run: ResolvedRun, built: BuiltModel) -> None:
-    """Verify the weights that came from the model's files, and initialize those that are in no file."""
+    """Verify the weights from the model's files, and initialize those that are in no file."""
     import torch
 
     from dist_ft.engine import regularizers
@@ -220,7 +220,7 @@ def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> N
     """
     from dist_ft.engine.packing_check import require_packing
 
-    if run.config.reading.pack:
+    if run.config.effective_data.pack:
         tolerance = 1e-4 if run.model.dtype == "float32" else 5e-2
         require_packing(engine, module.model.config.vocab_size, tolerance)
 

@@ -1,4 +1,4 @@
-"""Examples in few-shot prompts: drawn from the training data once and stored with the run, so every rank shows the same."""
+"""Examples in few-shot prompts, drawn from the training data once and stored with the run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
 
 
 def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
-    """Return `count` samples of the training data, per label or in total, in an order drawn by prompting.seed."""
+    """Return `count` training samples, per label or in total, in an order by prompting.seed."""
     config, task = run.config, run.task
     label_ids = {label: number for number, label in enumerate(run.labels)}
     per_label = config.prompting.shots_by == "label" and task.name == "sequence_classification"
@@ -76,8 +76,8 @@ def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
     drawn = prompt_templates.draw_per_class(samples(), count, config.prompting.seed)
     if not drawn:
         raise DataError(
-            "data.train: has no row that prompting.shots could show. Rows with a label are needed. Set "
-            "data.train, or prompting.shots=0."
+            "data.train: has no row that prompting.shots could show. Rows with a label are "
+            "needed. Set data.train, or prompting.shots=0."
         )
     return drawn
 

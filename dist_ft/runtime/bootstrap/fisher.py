@@ -35,7 +35,7 @@ def measure_fisher_information(
     for step in range(loader.steps_per_epoch):
         for lane in range(num_lanes):
             on_progress()
-            # every rank makes every call; ranks that do not own the lane compute an empty micro-batch
+            # every rank makes every call; ranks without the lane compute an empty micro-batch
             is_own = lane % world.num_ranks == world.rank
             batch = loader.batches(step, [lane])[0] if is_own else empty_batch()
             engine.accumulate_fisher(batch)
@@ -44,7 +44,7 @@ def measure_fisher_information(
     (total,) = collectives.sum([num_targets])
     if not total:
         raise DataError(
-            "tuning.anchor.data: has no target tokens, so the importance of weights cannot be measured. "
-            "Rows with target tokens are needed. Correct the data."
+            "tuning.anchor.data: has no target tokens, so the importance of weights cannot be "
+            "measured. Rows with target tokens are needed. Correct the data."
         )
     engine.scale_fisher(1 / total)

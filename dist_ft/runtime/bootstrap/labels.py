@@ -1,4 +1,6 @@
-"""The labels of a run: those of the config, or those of the training data, found once and stored with the run.
+"""The labels of a run: those of the config, or those found once in the training data.
+
+Labels that are found are stored with the run.
 
 With task.grow_head, the labels of the model's own head come first and keep their order.
 """
@@ -86,9 +88,9 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
     if len(labels) < minimum:
         shown = f" ({min(labels)})" if labels else ""
         raise DataError(
-            f"data.train: its rows have {len(labels)} label{'s' if len(labels) != 1 else ''}{shown}. "
-            "At least two different labels are needed. Set task.columns, or name the labels in "
-            "task.labels."
+            f"data.train: its rows have {len(labels)} "
+            f"label{'s' if len(labels) != 1 else ''}{shown}. At least two different labels are "
+            "needed. Set task.columns, or name the labels in task.labels."
         )
     return tuple(task_rows.sort_labels(labels))
 
@@ -110,9 +112,9 @@ def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
         if len(labels) > MAX_LABELS:
             raise DataError(
                 redact(
-                    f"{shard.url}: {len(labels)} different labels so far. At most {MAX_LABELS} are "
-                    "allowed. Set task.columns.label to a column of labels, or task.name=regression "
-                    "for numbers."
+                    f"{shard.url}: {len(labels)} different labels so far. At most {MAX_LABELS} "
+                    "are allowed. Set task.columns.label to a column of labels, or "
+                    "task.name=regression for numbers."
                 )
             )
     return labels

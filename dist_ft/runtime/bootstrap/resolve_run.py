@@ -50,7 +50,7 @@ def resolve_data(
 
 
 def resolve_grown_head(run: ResolvedRun) -> ResolvedRun:
-    """Return the run with a model whose head has a row for each label, where task.grow_head adds some.
+    """Return the run with a model that has a row of the head per label, if task.grow_head adds any.
 
     Not part of `resolve_run`: it downloads the weights, and errors in the data are cheaper to find
     before that.

@@ -81,9 +81,9 @@ def find_final_checkpoint(
     if not names:
         return None
     step = (parse_folder(names[0]) or (0, 0))[0]
-    if step < total_steps:
-        if not on_rank0(world, collectives, lambda: _ended_early(config, store, step)):
-            return None
+    is_final = step >= total_steps
+    if not is_final and not on_rank0(world, collectives, lambda: _ended_early(config, store, step)):
+        return None
 
     manifest: Manifest | None = None
     try:
@@ -95,7 +95,7 @@ def find_final_checkpoint(
 
 
 def evaluation_history(config: RunConfig, lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (step, value) of checkpoint.best_by at every evaluation among the lines of metrics.jsonl."""
+    """Return (step, value) of checkpoint.best_by at every evaluation in metrics.jsonl."""
     metric = config.checkpoint.best_by
     values = {
         line["step"]: line[metric]

@@ -80,12 +80,12 @@ def _tuning_method(config: RunConfig) -> str:
 
 
 def memory_line(num_parameters: int, num_trainable: int, num_ranks: int, config: RunConfig) -> str:
-    """Return what weights, gradients and optimizer state take on one worker, without activations."""
+    """Return the memory of weights, gradients and optimizer state on one worker."""
     stage = config.zero.stage if config.max_workers else 0
     state = memory.model_state_bytes(
         num_parameters, num_ranks, stage, config.model.dtype, config.optimizer.name, num_trainable
     )
-    return f"{memory.summary(state)}; activations come on top"
+    return f"{memory.describe_memory(state)}; activations come on top"
 
 
 def at_end(config: RunConfig, result: Result) -> str:
@@ -109,7 +109,8 @@ def at_end(config: RunConfig, result: Result) -> str:
         rows.append(
             (
                 "next",
-                "dist-ft export CONFIG.yaml --out DIR  (the config of this run: its storage has options)",
+                "dist-ft export CONFIG.yaml --out DIR  (the config of this run: its storage has "
+                "options)",
             )
         )
     else:

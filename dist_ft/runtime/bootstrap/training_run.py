@@ -139,9 +139,9 @@ def _require_possible(config: RunConfig, world: World) -> None:
     if world.num_ranks > config.num_lanes:
         raise ConfigError(
             [
-                f"cluster.workers={world.num_ranks}: more workers than the {config.num_lanes} lanes "
-                f"(global_batch / micro_batch). Use at most {config.num_lanes} workers or raise "
-                "batch.global_batch."
+                f"cluster.workers={world.num_ranks}: more workers than the {config.num_lanes} "
+                f"lanes (global_batch / micro_batch). Use at most {config.num_lanes} workers or "
+                "raise batch.global_batch."
             ]
         )
     if world.num_ranks > 1 and config.max_workers == 0:
@@ -293,8 +293,9 @@ def train_with_rollback(
             manifest = components.manager.find_latest()
             if manifest is None:
                 raise AnomalyError(
-                    "anomaly.action=rollback: the run has no checkpoint yet to roll back to. The same "
-                    "command starts again and skips the bad steps. Set checkpoint.every_steps."
+                    "anomaly.action=rollback: the run has no checkpoint yet to roll back to. The "
+                    "same command starts again and skips the bad steps. Set "
+                    "checkpoint.every_steps."
                 ) from None
 
             manifest = components.manager.load(manifest, components.engine, components.tensors)

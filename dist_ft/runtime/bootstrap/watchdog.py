@@ -1,9 +1,9 @@
-"""Ends a worker that makes no progress, from outside the training thread, and keeps the stacks of its threads.
+"""Ends a worker that makes no progress, and stores the stacks of its threads.
 
 A collective whose peer is gone, a driver call that never returns, a stopped process: without this,
-all ranks wait. Two clocks: a thread that says what happened, puts the stacks beside the run and
-ends the process; and, some seconds behind it, the interpreter's own C thread (`faulthandler`),
-which needs no interpreter lock. Restarting is for the launcher: Ray, torchrun, or a person.
+all ranks wait. Two timers: a thread that logs what happened, stores the stacks with the run and
+ends the process; and, some seconds later, the C thread of `faulthandler`, which needs no
+interpreter lock. Restarting is for the launcher: Ray, torchrun, or a person.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dist_ft.training.callbacks import Callback
 
 log = logging.getLogger("dist_ft.watchdog")
 EXIT_CODE = 75
-BEHIND_S = 15.0
-"""How long the second clock leaves the first to tell what happened."""
+SECOND_TIMER_DELAY_S = 15.0
+"""How long the second timer waits for the first one to report."""
 UPLOAD_S = 10.0
 
 
@@ -43,7 +43,7 @@ class Watchdog(Callback):
         self._name = stacks_name(attempt, world.rank)
         self._rank = world.rank
         self._timeout_s = timeout_s
-        self._last = self._armed = 0.0
+        self._progress_s = self._armed_s = 0.0
         self._ended = threading.Event()
         self._file: IO[bytes] | None = None
 
@@ -66,22 +66,22 @@ class Watchdog(Callback):
             self._file.close()
 
     def on_progress(self) -> None:
-        """Say that the training thread made progress: a step, a batch of an evaluation, a save."""
-        self._last = time.monotonic()
-        if self._file is not None and self._last - self._armed > 1:
-            self._armed = self._last
+        """Note that the training thread made progress: a step, a batch of an evaluation, a save."""
+        self._progress_s = time.monotonic()
+        if self._file is not None and self._progress_s - self._armed_s > 1:
+            self._armed_s = self._progress_s
             faulthandler.dump_traceback_later(
-                self._timeout_s + BEHIND_S, file=sys.__stderr__ or self._file, exit=True
+                self._timeout_s + SECOND_TIMER_DELAY_S, file=sys.__stderr__ or self._file, exit=True
             )
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout_s / 10)):
-            silent_s = time.monotonic() - self._last
+            silent_s = time.monotonic() - self._progress_s
             if silent_s > self._timeout_s:
                 self._end(silent_s)
 
     def _end(self, silent_s: float) -> None:
-        """Keep the stacks, say what happened, end the process."""
+        """Store the stacks, log what happened, end the process."""
         assert self._file is not None
         faulthandler.dump_traceback(self._file, all_threads=True)
         where = "in its log"
@@ -92,9 +92,9 @@ class Watchdog(Callback):
         except (StorageError, OSError):
             faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
         log.error(
-            "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be gone or stopped, "
-            "or a call does not return; this worker ends, the run goes on from its newest checkpoint when "
-            "started again; stacks of all threads are %s",
+            "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be "
+            "gone or stopped, or a call does not return. This worker ends. Started again, the run "
+            "resumes from its latest checkpoint. Stacks of all threads are %s",
             self._rank,
             silent_s,
             self._timeout_s,
@@ -105,5 +105,5 @@ class Watchdog(Callback):
 
 
 def stacks_name(attempt: int, rank: int) -> str:
-    """Return where the stacks of a worker that hung lie in its run's storage."""
+    """Return the file in the run's storage with the stacks of a worker that hung."""
     return f"{discovery.ATTEMPTS}/{attempt:06d}-rank-{rank:05d}-stacks.txt"

@@ -20,9 +20,9 @@ def check_cpus(config: RunConfig) -> Iterator[str]:
     if workers * config.cluster.cpus_per_worker > num_cpus:
         yield (
             f"cluster.workers={config.min_workers}: needs {workers} × "
-            f"{config.cluster.cpus_per_worker:g} CPUs (cluster.cpus_per_worker), and this machine has "
-            f"{num_cpus}. Use fewer workers or fewer CPUs per worker, or set cluster.address to a larger "
-            "Ray cluster."
+            f"{config.cluster.cpus_per_worker:g} CPUs (cluster.cpus_per_worker), and this machine "
+            f"has {num_cpus}. Use fewer workers or fewer CPUs per worker, or set cluster.address "
+            "to a larger Ray cluster."
         )
 
 
@@ -35,14 +35,14 @@ def check_gpus(config: RunConfig) -> Iterator[str]:
     num_gpus, needed = torch.cuda.device_count(), max(1, _workers_here(config))
     if num_gpus < needed:
         yield (
-            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, and "
-            f"torch can use {num_gpus} on this machine. Set it to 0 to run on CPUs, or set "
-            "cluster.address to a Ray cluster with GPUs."
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, "
+            f"and this machine has {num_gpus} that torch can use. Set it to 0 to run on CPUs, or "
+            "set cluster.address to a Ray cluster with GPUs."
         )
 
 
 def _runs_here(config: RunConfig) -> bool:
-    """Return whether the run uses this machine: one process, torchrun's ranks, or a local Ray of its own."""
+    """Return whether the run uses this machine: one process, torchrun, or a local Ray."""
     own_ray = config.cluster.address is None and not os.environ.get("RAY_ADDRESS")
     return _is_torchrun_rank() or config.max_workers == 0 or own_ray
 

@@ -14,7 +14,7 @@ from dist_ft.core.errors import ModelError
 
 
 def task_with_any_labels(config: RunConfig) -> TaskSection:
-    """Return the model's task with labels, without reading the data: if none are named, two that fit any model."""
+    """Return the model's task with labels; if none are named, two that fit any model."""
     task = config.model_task
     if task.name not in LABELED_TASKS or (task.labels and not task.grow_head):
         return task
@@ -39,7 +39,7 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
 
 
 def check_tuning(config: RunConfig, model: ModelSection) -> Iterator[str]:
-    """Raise if `tuning` or `optimizer` names modules or weights that the model, built without weights, lacks."""
+    """Raise if `tuning` or `optimizer` names modules or weights that the model lacks."""
     if config.tuning == type(config.tuning)() and not config.optimizer.decay_exempt:
         return
     import torch
