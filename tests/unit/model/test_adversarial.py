@@ -1,4 +1,4 @@
-"""Perturbations are those of the papers, sample by sample, and what is learned there is added to what is learned here."""
+"""Adversarial perturbations equal a hand-written loop, and add to the gradient."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("fields", [FGM, PGD], ids=["fgm", "pgd"])
-def test_the_gradient_is_that_of_a_hand_written_loop(fields, dropout):
+def test_gradient_equals_a_hand_written_loop(fields, dropout):
     lane = batch((9, 4, 6), seed=1)
     _, found = gradients(fields, [lane], [5], dropout)
     assert_same(found, by_hand(fields, lane, 5, dropout))
@@ -80,12 +80,12 @@ def test_the_gradient_is_that_of_a_hand_written_loop(fields, dropout):
 
 
 @pytest.mark.parametrize("fields", [FGM, PGD], ids=["fgm", "pgd"])
-def test_what_is_packed_beside_and_which_lane_does_not_matter(fields):
-    together, apart = [batch((9, 4), (6,), seed=1)], [batch((9, 4), (6,), seed=1)]
-    one = apart[0]
+def test_gradient_does_not_depend_on_packing_and_lanes(fields):
+    together, separate = [batch((9, 4), (6,), seed=1)], [batch((9, 4), (6,), seed=1)]
+    one = separate[0]
     from dataclasses import replace
 
-    apart = [
+    separate = [
         replace(
             one,
             input_ids=one.input_ids[i : i + 1],
@@ -96,25 +96,25 @@ def test_what_is_packed_beside_and_which_lane_does_not_matter(fields):
     ]
     (loss, found), (other, split) = (
         gradients(fields, together, [0]),
-        gradients(fields, apart, [0, 0]),
+        gradients(fields, separate, [0, 0]),
     )
     assert loss == pytest.approx(other, rel=1e-6)
     assert_same(found, split)
 
 
-def test_the_loss_told_is_that_of_the_batch_as_it_is():
+def test_returned_loss_is_that_of_the_unperturbed_batch():
     lanes = [batch((9, 4), seed=1)]
     assert gradients(PGD, lanes, [0])[0] == gradients({}, lanes, [0])[0]
 
 
 @pytest.mark.parametrize("fields", [FGM, PGD], ids=["fgm", "pgd"])
-def test_a_lane_without_targets_changes_nothing(fields):
+def test_lane_without_targets_does_not_change_the_gradient(fields):
     _, alone = gradients(fields, [batch((9, 4), seed=1)], [0])
-    _, beside = gradients(fields, [batch((9, 4), seed=1), empty_batch()], [0, 0])
-    assert_same(alone, beside)
+    _, with_empty = gradients(fields, [batch((9, 4), seed=1), empty_batch()], [0, 0])
+    assert_same(alone, with_empty)
 
 
-def test_frozen_embeddings_are_moved_too():
+def test_frozen_embeddings_are_perturbed_too():
     def of(fields):
         module = make_module()
         module.model.get_input_embeddings().weight.requires_grad_(False)
@@ -130,7 +130,7 @@ def test_frozen_embeddings_are_moved_too():
     assert (of(FGM) - 2 * of({})).abs().max() > 1e-3
 
 
-def test_evaluation_is_left_alone():
+def test_evaluation_is_not_perturbed():
     module = make_module()
     engine = TorchEngine(
         module,
@@ -144,7 +144,7 @@ def test_evaluation_is_left_alone():
     ).loss_sum(rows)
 
 
-def test_steps_have_their_length_and_stay_in_the_ball():
+def test_steps_have_their_norm_and_stay_in_the_ball():
     torch.manual_seed(0)
     gradient, sizes = torch.randn(2, 6, 3), torch.tensor([4, 2, 6])
     gradient[0, 4:] = 0

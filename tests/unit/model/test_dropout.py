@@ -48,7 +48,7 @@ def dropouts(model) -> set[float]:
         ),
     ],
 )
-def test_dropout_sets_every_dropout(tmp_path, family, changes):
+def test_model_dropout_sets_every_dropout(tmp_path, family, changes):
     if changes:
         AutoModelForCausalLM.from_config(
             AutoConfig.for_model(family, vocab_size=97, **changes)
@@ -62,7 +62,7 @@ def test_dropout_sets_every_dropout(tmp_path, family, changes):
         ) == {probability}
 
 
-def test_dropout_of_configs_inside_a_config(tmp_path):
+def test_model_dropout_sets_nested_configs(tmp_path):
     config = AutoConfig.for_model("mpt", n_layers=1)
     config.attn_config.attn_pdrop = 1
     config.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Texts of a batch are those each row would have alone, by plain transformers; draws know neither batch nor place."""
+"""Batched generation equals plain transformers row by row; draws ignore the batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_ft.model.generation import GenerationRequest, Gumbel, TextGenerator
 
 STRATEGIES = {
     "greedy": {},
-    "penalised": {"repetition_penalty": 1.7},
+    "penalized": {"repetition_penalty": 1.7},
     "beam": {"strategy": "beam", "num_beams": 3, "length_penalty": 0.3},
     "beam_early": {
         "strategy": "beam",
@@ -57,12 +57,12 @@ def decoder(batch_rows: int = 3, **fields) -> TextGenerator:
 
 
 def alone(model, row: GenerationRequest, **fields) -> list[list[int]]:
-    """Return what plain transformers makes of one row."""
+    """Return what plain transformers generates for one row."""
     beam = fields.get("strategy") == "beam"
     given = {
         name: value for name, value in fields.items() if name not in ("strategy", "num_samples")
     }
-    made = model.generate(
+    generated = model.generate(
         torch.tensor(row.ids)[None],
         max_new_tokens=LENGTH,
         do_sample=False,
@@ -72,14 +72,14 @@ def alone(model, row: GenerationRequest, **fields) -> list[list[int]]:
         **(given if beam else {**given, "num_beams": 1}),
     )
     found = []
-    for text in made[:, 1 if model.config.is_encoder_decoder else len(row.ids) :].tolist():
+    for text in generated[:, 1 if model.config.is_encoder_decoder else len(row.ids) :].tolist():
         found.append(text[: text.index(2)] if 2 in text else text)
     return found
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_makes_what_each_row_makes_alone(family, strategy):
+def test_batch_gives_what_each_row_gives_alone(family, strategy):
     plain, module = make_model(family).eval(), make_module(family).train()
     module(
         **batch_to_inputs(batch((9, 13, 5), (11, 6)), "cpu")
@@ -118,7 +118,7 @@ def bart() -> tuple[torch.nn.Module, object]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_so_does_an_encoder_decoder(strategy):
+def test_encoder_decoder_batch_gives_what_each_row_gives_alone(strategy):
     found = decoder(**STRATEGIES[strategy]).generate_all(bart(), rows())
     assert found == [alone(bart(), row, **STRATEGIES[strategy]) for row in rows()]
     assert len({tuple(text) for each in found for text in each}) > 3
@@ -128,7 +128,7 @@ def test_so_does_an_encoder_decoder(strategy):
 @pytest.mark.parametrize(
     "strategy", [{}, {"strategy": "beam", "num_beams": 2}, {"strategy": "sample"}]
 )
-def test_of_choices_the_text_is_exactly_one(strategy, both):
+def test_generation_is_exactly_one_of_the_choices(strategy, both):
     choices = ("w5 w6", "w5 w6 w7", "w8", "w9 w10 w11 w12", "w90")
     model = bart() if both else make_model().eval()
     found = decoder(choices=choices, **strategy).generate_all(model, rows() + rows(1))
@@ -143,12 +143,14 @@ def test_of_choices_the_text_is_exactly_one(strategy, both):
     if not strategy:
         # by hand: the likeliest next token among those that go on with a choice
         row, tokens = rows()[0], [[*Words()(choice)["input_ids"], 2] for choice in choices]
-        made: list[int] = []
-        while 2 not in made and not both:
-            allowed = {text[len(made)] for text in tokens if text[: len(made)] == made}
-            logits = model(torch.tensor([[*row.ids, *made]])).logits[0, -1]
-            made.append(max(allowed, key=lambda token: logits[token].item()))
-        assert both or found[0] == [made[:-1]]
+        generated: list[int] = []
+        while 2 not in generated and not both:
+            allowed = {
+                text[len(generated)] for text in tokens if text[: len(generated)] == generated
+            }
+            logits = model(torch.tensor([[*row.ids, *generated]])).logits[0, -1]
+            generated.append(max(allowed, key=lambda token: logits[token].item()))
+        assert both or found[0] == [generated[:-1]]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_of_choices_the_text_is_exactly_one(strategy, both):
         {"min_p": 0.05, "repetition_penalty": 1.3},
     ],
 )
-def test_draws_know_neither_batch_nor_place(fields):
+def test_draws_do_not_depend_on_the_batch(fields):
     model = make_model().eval()
     sampling = {"strategy": "sample", "num_samples": 2, **fields}
     found = decoder(7, **sampling).generate_all(model, rows())
@@ -182,7 +184,7 @@ def test_gumbel_noise_draws_by_probability():
     ).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
 
 
-def test_what_a_truncated_distribution_leaves_out_is_never_drawn():
+def test_truncated_tokens_are_never_drawn():
     model = make_model().eval()
     greedy = decoder().generate_all(model, rows())
     assert decoder(strategy="sample", top_k=1).generate_all(model, rows()) == greedy
@@ -190,7 +192,7 @@ def test_what_a_truncated_distribution_leaves_out_is_never_drawn():
     assert decoder(strategy="sample", min_p=0.9999).generate_all(model, rows()) == greedy
 
 
-def test_a_models_own_strategy_counts_nothing():
+def test_the_models_own_strategy_is_ignored():
     model = make_model().eval()
     greedy = decoder().generate_all(model, rows())
     for name, value in {
@@ -206,7 +208,7 @@ def test_a_models_own_strategy_counts_nothing():
     assert decoder().generate_all(model, rows()) == greedy
 
 
-def test_a_further_token_ends_a_text():
+def test_further_stop_token_ends_a_generation():
     model = make_model().eval()
     (text,), *_ = decoder().generate_all(model, rows())
     assert len(text) > 2
@@ -226,7 +228,7 @@ def test_prompts_that_leave_no_room_are_refused():
         decoder().generate_all(make_model("gpt2").eval(), long)
 
 
-def test_a_real_tokenizers_special_tokens_frame_the_choices_of_an_encoder_decoder(tmp_path):
+def test_encoder_decoder_choices_have_special_tokens(tmp_path):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     folder = tiny_tasks.make_encoder_decoder(tmp_path)
@@ -235,10 +237,10 @@ def test_a_real_tokenizers_special_tokens_frame_the_choices_of_an_encoder_decode
         AutoModelForSeq2SeqLM.from_pretrained(folder).eval(),
     )
     section = DecodingSection(max_new_tokens=1, choices=("the quick fox", "bread"))
-    made = TextGenerator(section, tokenizer)
+    generator = TextGenerator(section, tokenizer)
     texts = {
-        made.decode_text(each[0])
-        for each in made.generate_all(
+        generator.decode_text(each[0])
+        for each in generator.generate_all(
             model, [GenerationRequest(np.array([2, word, 3]), 0) for word in range(5, 40)]
         )
     }

@@ -1,4 +1,4 @@
-"""Heads: which are new, how they begin, which labels they have, and which models can do a task."""
+"""Heads: which are new, their initial values and labels, and which models can do a task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def task(name="sequence_classification", *labels, **values) -> TaskSection:
     return TaskSection.model_validate({"name": name, "labels": labels, **values})
 
 
-def test_a_head_that_is_not_in_the_files_is_new(folder):
+def test_head_that_is_not_in_the_files_is_new(folder):
     model, new = load_task_model(
         task("sequence_classification", "a", "b", "c"), section(folder / "bert")
     )
@@ -48,12 +48,12 @@ def test_a_head_that_is_not_in_the_files_is_new(folder):
     assert new == {"qa_outputs.weight", "qa_outputs.bias"}
 
 
-def test_vectors_need_no_pooler(folder):
+def test_embedding_models_have_no_pooler(folder):
     model, new = load_task_model(task("embedding"), section(folder / "bert"))
     assert not new and not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
-def test_a_weight_of_the_model_itself_may_not_be_missing(folder, tmp_path):
+def test_missing_base_model_weight_is_refused(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     tiny_tasks.make_encoder(tmp_path)
@@ -67,7 +67,7 @@ def test_a_weight_of_the_model_itself_may_not_be_missing(folder, tmp_path):
         load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
 
 
-def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
+def test_head_for_other_labels_is_refused_or_replaced(folder, tmp_path):
     model, _ = load_task_model(task("sequence_classification", "a", "b"), section(folder / "bert"))
     model.save_pretrained(tmp_path)
     same, new = load_task_model(task("sequence_classification", "a", "b"), section(tmp_path))
@@ -103,7 +103,7 @@ def test_a_head_for_other_labels_is_refused_or_begun_anew(folder, tmp_path):
         ("token_classification", "bart", "a bart model cannot tag words. "),
     ],
 )
-def test_a_model_that_can_not_do_the_task_is_refused(folder, name, model, text):
+def test_model_that_cannot_do_the_task_is_refused(folder, name, model, text):
     with pytest.raises(ModelError) as caught:
         read_config(
             section(folder / model),
@@ -126,15 +126,15 @@ def test_new_weights_follow_from_seed_and_name():
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "partial"])
-def test_the_head_learns_with_every_method(folder, method):
+def test_head_is_trainable_with_every_method(folder, method):
     model, _ = load_task_model(task("sequence_classification", "a", "b"), section(folder / "bert"))
     values = {"last_layers": 1} if method == "partial" else {}
     tuning.apply_tuning(
         model, TuningSection(method=method, **values), 0, task("sequence_classification", "a", "b")
     )
-    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {"classifier.weight", "classifier.bias"} <= learns
-    assert not [name for name in learns if "embeddings" in name]
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"classifier.weight", "classifier.bias"} <= trainable
+    assert not [name for name in trainable if "embeddings" in name]
     assert not [
         name
         for name, _ in model.named_parameters()
@@ -142,7 +142,7 @@ def test_the_head_learns_with_every_method(folder, method):
     ]
 
 
-def test_causal_models_classify_by_their_last_token(tmp_path):
+def test_causal_models_get_a_classification_head(tmp_path):
     import tiny
 
     tiny.make_model(tmp_path)
@@ -153,7 +153,7 @@ def test_causal_models_classify_by_their_last_token(tmp_path):
     ]
 
 
-def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
+def test_question_answering_replaces_a_head_for_other_labels(folder, tmp_path):
     model, _ = load_task_model(
         task("sequence_classification", "a", "b", "c"), section(folder / "bert")
     )
@@ -162,14 +162,14 @@ def test_answers_have_two_ends_whatever_head_the_folder_had(folder, tmp_path):
     assert model.qa_outputs.out_features == 2 and new == {"qa_outputs.weight", "qa_outputs.bias"}
 
 
-def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
+def test_new_masked_lm_head_is_trainable_with_adapters(folder, tmp_path):
     bare, _ = load_task_model(task("embedding"), section(folder / "bert"))
     bare.save_pretrained(tmp_path)
     model, new = load_task_model(task("masked_lm"), section(tmp_path))
     assert "cls.predictions.transform.dense.weight" in new
     tuning.apply_tuning(model, TuningSection(method="lora"), 0, task("masked_lm"))
-    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert new <= learns
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert new <= trainable
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_new_masked_head_learns_with_adapters(folder, tmp_path):
         ("llama", 128, 128),
     ],
 )
-def test_places_kept_for_padding_take_no_token(kind, places, longest):
+def test_longest_input_excludes_padding_positions(kind, places, longest):
     """A model of that many places takes so many tokens, and not one more."""
     from transformers import AutoConfig, AutoModel
 

@@ -1,4 +1,4 @@
-"""A causal model asked for labels: scores are those computed by hand, row by row, whatever shares a batch."""
+"""Label prompting: scores equal those computed by hand and do not depend on other rows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LABELS = [1, 0, 2]
 
 def batch(rows=PROMPTS, labels=LABELS):
     width = max(map(len, rows))
-    ids, wanted = (
+    ids, targets = (
         np.zeros((len(rows), width), np.int64),
         np.full((len(rows), width), IGNORE_INDEX, np.int64),
     )
     for i, row in enumerate(rows):
-        ids[i, : len(row)], wanted[i, 0] = row, labels[i]
+        ids[i, : len(row)], targets[i, 0] = row, labels[i]
     segments = np.array([(i, 0, len(row), 0) for i, row in enumerate(rows)], np.int64)
-    return Batch(ids, wanted, np.zeros_like(ids), segments, 0)
+    return Batch(ids, targets, np.zeros_like(ids), segments, 0)
 
 
 def module(family="llama", words=WORDS, task=TASK, **options):
@@ -40,7 +40,7 @@ def module(family="llama", words=WORDS, task=TASK, **options):
 
 
 def by_hand(model, prompt, words):
-    """The log-probability of each token of `words` after `prompt`, in one plain forward without padding."""
+    """Return the log-probability of each token of `words` after `prompt`, by a plain forward."""
     with torch.no_grad():
         shares = torch.log_softmax(
             model(input_ids=torch.tensor([[*prompt, *words]]), use_cache=False).logits[0].float(),
@@ -51,39 +51,39 @@ def by_hand(model, prompt, words):
 
 @pytest.mark.parametrize("family", sorted(small.FAMILIES))
 @pytest.mark.parametrize("mean", [False, True])
-def test_scores_are_those_computed_by_hand_row_by_row(family, mean):
-    made = module(family, LabelWords(IDS, use_mean=mean)).eval()
+def test_scores_equal_those_computed_by_hand(family, mean):
+    scorer = module(family, LabelWords(IDS, use_mean=mean)).eval()
     with torch.no_grad():
-        loss, scores = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
-        plain = made(**made.prepare_inputs(batch(), "cpu"))
+        loss, scores = scorer(**scorer.prepare_inputs(batch(), "cpu"), return_outputs=True)
+        plain = scorer(**scorer.prepare_inputs(batch(), "cpu"))
     expected = [
-        [(np.mean if mean else np.sum)(by_hand(made.model, prompt, words)) for words in IDS]
+        [(np.mean if mean else np.sum)(by_hand(scorer.model, prompt, words)) for words in IDS]
         for prompt in PROMPTS
     ]
     assert scores.numpy() == pytest.approx(np.array(expected), abs=2e-5)
-    wanted = -sum(expected[i][label] for i, label in enumerate(LABELS))
-    assert loss.item() == pytest.approx(wanted, abs=5e-5)
-    assert plain.item() == pytest.approx(wanted, abs=5e-5), "what is learned is what is scored"
+    expected_loss = -sum(expected[i][label] for i, label in enumerate(LABELS))
+    assert loss.item() == pytest.approx(expected_loss, abs=5e-5)
+    assert plain.item() == pytest.approx(expected_loss, abs=5e-5), "training uses the same scores"
 
 
-def test_a_model_without_a_cache_gives_the_same():
-    made = module().eval()
-    told = made.prepare_inputs(batch(), "cpu")
+def test_model_without_a_cache_gives_the_same_scores():
+    scorer = module().eval()
+    inputs = scorer.prepare_inputs(batch(), "cpu")
     with torch.no_grad():
-        _, cached = made(**told, return_outputs=True)
-        made._takes_use_cache = False
-        _, whole = made(**told, return_outputs=True)
+        _, cached = scorer(**inputs, return_outputs=True)
+        scorer._takes_use_cache = False
+        _, whole = scorer(**inputs, return_outputs=True)
     assert torch.allclose(cached, whole, atol=1e-5)
 
 
-def test_calibration_divides_by_what_no_content_gives():
+def test_calibration_divides_by_content_free_shares():
     empty = ((41, 42), (43,), (44, 45, 46))
-    plain, made = module().eval(), module(words=LabelWords(IDS, empty)).eval()
+    plain, scorer = module().eval(), module(words=LabelWords(IDS, empty)).eval()
     with torch.no_grad():
         raw_loss, raw = plain(**plain.prepare_inputs(batch(), "cpu"), return_outputs=True)
-        loss, found = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
+        loss, found = scorer(**scorer.prepare_inputs(batch(), "cpu"), return_outputs=True)
     rows = torch.tensor(
-        [[sum(by_hand(made.model, prompt, words)) for words in IDS] for prompt in empty]
+        [[sum(by_hand(scorer.model, prompt, words)) for words in IDS] for prompt in empty]
     )
     expected = torch.softmax(raw, 1) / torch.softmax(rows, 1).mean(0)
     assert torch.allclose(
@@ -92,26 +92,26 @@ def test_calibration_divides_by_what_no_content_gives():
     assert loss.item() == pytest.approx(raw_loss.item(), abs=1e-5), "the loss is not calibrated"
 
 
-def test_rows_alone_and_together_get_the_same_scores():
-    made = module("gpt2").eval()
+def test_scores_do_not_depend_on_other_rows():
+    scorer = module("gpt2").eval()
     with torch.no_grad():
-        _, together = made(**made.prepare_inputs(batch(), "cpu"), return_outputs=True)
+        _, together = scorer(**scorer.prepare_inputs(batch(), "cpu"), return_outputs=True)
         alone = [
-            made(**made.prepare_inputs(batch([prompt], [0]), "cpu"), return_outputs=True)[1]
+            scorer(**scorer.prepare_inputs(batch([prompt], [0]), "cpu"), return_outputs=True)[1]
             for prompt in PROMPTS
         ]
     assert torch.allclose(together, torch.cat(alone), atol=2e-5)
 
 
-def test_an_empty_batch_weighs_nothing_and_has_a_backward():
-    made = module()
-    loss = made(**made.prepare_inputs(empty_batch(), "cpu"))
+def test_empty_batch_has_zero_loss_and_gradients():
+    scorer = module()
+    loss = scorer(**scorer.prepare_inputs(empty_batch(), "cpu"))
     loss.backward()
     assert loss.item() == 0
-    assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in scorer.parameters())
 
 
-def test_weights_of_labels_count():
+def test_class_weights_scale_the_loss():
     weighed = module(task=TASK.model_copy(update={"class_weights": (2.0, 3.0, 5.0)})).eval()
     plain = module().eval()
     with torch.no_grad():
@@ -119,11 +119,11 @@ def test_weights_of_labels_count():
             plain(**plain.prepare_inputs(batch([p], [label]), "cpu")).item()
             for p, label in zip(PROMPTS, LABELS, strict=True)
         ]
-        got = weighed(**weighed.prepare_inputs(batch(), "cpu")).item()
-    assert got == pytest.approx(3 * each[0] + 2 * each[1] + 5 * each[2], rel=1e-5)
+        actual = weighed(**weighed.prepare_inputs(batch(), "cpu")).item()
+    assert actual == pytest.approx(3 * each[0] + 2 * each[1] + 5 * each[2], rel=1e-5)
 
 
-def test_it_learns_to_choose():
+def test_training_learns_the_labels():
     engine = TorchEngine(module(), OptimizerSection(learning_rate=5e-3), torch.device("cpu"))
     for step in range(25):
         engine.train_step([batch()], [step], 3, 5e-3)
@@ -131,16 +131,16 @@ def test_it_learns_to_choose():
     assert scores.argmax(1).tolist() == LABELS
 
 
-def test_noise_and_smoothing_are_for_training_only():
+def test_noise_and_smoothing_apply_in_training_only():
     noisy, plain = module(neftune_alpha=5.0, label_smoothing=0.1), module()
-    told = plain.prepare_inputs(batch(), "cpu")
+    inputs = plain.prepare_inputs(batch(), "cpu")
     with torch.no_grad():
-        assert noisy(**told).item() != pytest.approx(plain(**told).item(), abs=1e-3)
+        assert noisy(**inputs).item() != pytest.approx(plain(**inputs).item(), abs=1e-3)
         noisy.eval(), plain.eval()
-        assert noisy(**told).item() == pytest.approx(plain(**told).item(), abs=1e-5)
+        assert noisy(**inputs).item() == pytest.approx(plain(**inputs).item(), abs=1e-5)
 
 
-def test_a_sequence_longer_than_the_model_is_refused():
+def test_sequence_longer_than_the_model_is_refused():
     with pytest.raises(
         ModelError, match=r"batch\.sequence_length=200: longer than the model accepts. At most 128"
     ):

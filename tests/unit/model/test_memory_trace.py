@@ -1,4 +1,4 @@
-"""What a rehearsal counts is what the published formulas say, and what the same code holds with values."""
+"""Traced memory equals published formulas, and the memory of the same code with values."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from dist_ft.model.causal_lm import CausalLM
 ROWS, TOKENS = 2, 128
 
 
-def learner(device="meta", checkpointing=False, kind="llama", attention="sdpa", **sizes):
+def make_module(device="meta", checkpointing=False, kind="llama", attention="sdpa", **sizes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = {
@@ -39,13 +39,13 @@ def batch():
     )
 
 
-def most(peaks):
+def largest(peaks):
     return max(peaks, key=lambda one: one.total)
 
 
 def peak(keep_gradients=True, on_cpu=True, **given):
-    module = learner(**given)
-    return most(
+    module = make_module(**given)
+    return largest(
         memory_trace.trace_peaks(
             module,
             module.prepare_inputs(batch(), "meta"),
@@ -56,8 +56,8 @@ def peak(keep_gradients=True, on_cpu=True, **given):
 
 
 def measured(**given):
-    """Return the bytes torch's allocator gave out at most in the second of two lanes, beyond what it began with."""
-    module = learner("cpu", **given)
+    """Return the peak of torch's allocator in the second of two lanes, beyond its start."""
+    module = make_module("cpu", **given)
     inputs = module.prepare_inputs(batch(), "cpu")
     module(**inputs).backward()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
@@ -82,14 +82,15 @@ def measured(**given):
     ],
     ids=["llama", "grouped", "checkpointing", "qwen2", "mistral", "opt"],
 )
-def test_a_rehearsal_is_what_the_allocator_gives_out(given):
+def test_peak_equals_memory_from_allocator(given):
     assert peak(**given).total == pytest.approx(measured(**given), rel=0.03)
 
 
-def test_a_layer_of_gpt2_is_megatrons_formula():
-    """s b h (34 + 5 a s / h) bytes a layer in 16 bits (Korthikanti et al., arXiv:2205.05198, equation 1).
+def test_gpt2_layer_matches_megatron_formula():
+    """s b h (34 + 5 a s / h) bytes a layer in 16 bits.
 
-    With dropout, and attention that keeps its (T, T) matrices, as there.
+    Korthikanti et al., arXiv:2205.05198, equation 1.
+    With dropout, and attention that stores its (T, T) matrices, as there.
     """
     from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -113,7 +114,7 @@ def test_a_layer_of_gpt2_is_megatrons_formula():
         ids = np.ones((2, 512), dtype=np.int64)
         one = Batch(ids, ids, np.tile(np.arange(512), (2, 1)), np.zeros((0, 4), dtype=np.int64), 0)
         held.append(
-            most(
+            largest(
                 memory_trace.trace_peaks(
                     module, module.prepare_inputs(one, "meta"), keep_gradients=False
                 )
@@ -123,13 +124,13 @@ def test_a_layer_of_gpt2_is_megatrons_formula():
     assert (held[1] - held[0]) / 4 == pytest.approx(s * b * h * (34 + 5 * a * s / h), rel=0.1)
 
 
-def test_checkpointing_keeps_a_layers_input():
+def test_checkpointing_stores_layer_inputs_only():
     """2 s b h bytes a layer in 16 bits, here 4 in float32 (the same paper, section 4.2)."""
-    few, many = (peak(checkpointing=True, num_hidden_layers=layers).total for layers in (4, 12))
-    assert (many - few) / 8 == pytest.approx(ROWS * TOKENS * 64 * 4, rel=0.02)
+    small, large = (peak(checkpointing=True, num_hidden_layers=layers).total for layers in (4, 12))
+    assert (large - small) / 8 == pytest.approx(ROWS * TOKENS * 64 * 4, rel=0.02)
 
 
-def test_logits_are_chunked_and_a_changed_output_is_not():
+def test_logits_are_chunked_unless_the_model_changes_them():
     """Granite divides its logits: the loss then needs all of them."""
     vocabulary = 2**19
     chunked = peak(vocab_size=vocabulary, on_cpu=False)
@@ -140,13 +141,13 @@ def test_logits_are_chunked_and_a_changed_output_is_not():
     assert whole.total > 2 * 4 * ROWS * TOKENS * vocabulary
 
 
-def test_gradients_that_are_handed_on_do_not_stay():
-    kept, passed = (peak(keep_gradients=keep) for keep in (True, False))
-    assert passed.total <= kept.total + 1024
+def test_released_gradients_do_not_add_to_the_peak():
+    retained, released = (peak(keep_gradients=keep) for keep in (True, False))
+    assert released.total <= retained.total + 1024
 
 
-def test_weights_by_module_in_their_order():
-    module = learner(num_hidden_layers=1)
+def test_module_order_lists_weights_in_forward_order():
+    module = make_module(num_hidden_layers=1)
     order = memory_trace.trace_module_order(module, module.prepare_inputs(batch(), "meta"))
     assert order[0] == ("model.embed_tokens.weight",)
     assert order[-1] == ("lm_head.weight",)

@@ -1,4 +1,4 @@
-"""The expected risk of texts: by hand, by rows alone, and what its gradient prefers."""
+"""Expected risk: by hand, by separate rows, and lowered by training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from unit.model.test_generation import Words, bart, decoder
 from unit.small import batch, make_model
 
-from dist_ft.config.sections.minimum_risk import RiskSection
-from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.sections.task import RiskSection, TaskSection
 from dist_ft.data.batch import empty_batch
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.minimum_risk import RiskBatch, RiskCausalLM, RiskSeq2Seq, expected_risk
@@ -25,7 +24,7 @@ REFERENCES = ([11, 12, 2], [13, 2], [14, 15, 16, 17, 2])
 DRAWN = ([[11, 40, 2], [11, 12, 2], [60] * 6], [[13, 2], [13, 2], [13, 2]], [[70, 2], [], [70, 2]])
 
 
-def test_expected_risk_by_hand():
+def test_expected_risk_equals_a_hand_computation():
     logs, risks = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([0.0, 0.8, 0.4])
     found = expected_risk(logs, risks, torch.tensor([0, 0, 1]), 2, 0.5)
     first, second = math.exp(-0.5), math.exp(-1.5)
@@ -85,7 +84,7 @@ def by_rows(model, section: RiskSection, both: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize("both", [False, True])
-def test_a_batch_of_texts_has_the_risk_and_gradient_of_its_rows_alone(both, weight):
+def test_risk_and_gradient_equal_those_of_separate_rows(both, weight):
     section = RiskSection(alpha=0.3, likelihood_weight=weight)
     model, plain = (bart(), bart()) if both else (make_model(), make_model())
     module = (
@@ -93,21 +92,21 @@ def test_a_batch_of_texts_has_the_risk_and_gradient_of_its_rows_alone(both, weig
         if both
         else RiskCausalLM(model, section)
     )
-    loss, wanted = (
+    loss, expected = (
         module(**module.prepare_inputs(risk_batch(both), "cpu")),
         by_rows(plain, section, both),
     )
     loss = loss[0] if isinstance(loss, tuple) else loss
-    assert loss.item() == pytest.approx(wanted.item(), abs=1e-6) and wanted.item() > 0.3
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and expected.item() > 0.3
     loss.backward()
-    wanted.backward()
+    expected.backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             assert torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_plain_batches_keep_their_cross_entropy(both):
+def test_plain_batches_get_cross_entropy(both):
     section, special = RiskSection(), SpecialTokens(0)
     if both:
         ours, plain = (
@@ -123,7 +122,7 @@ def test_plain_batches_keep_their_cross_entropy(both):
         )
 
 
-def test_steps_along_the_gradient_make_good_texts_likelier():
+def test_training_lowers_the_expected_risk():
     section = RiskSection(alpha=0.3)
     module = RiskCausalLM(make_model(), section)
     optimizer = torch.optim.SGD(module.parameters(), 0.05)

@@ -1,4 +1,4 @@
-"""Attention sample by sample gives what transformers' own masks give, in values and gradients, and gets out of the way."""
+"""Attention sample by sample equals transformers' masked attention in values and gradients."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def with_masks(module: CausalLM) -> CausalLM:
     return module
 
 
-def test_lengths():
+def test_sample_lengths_follow_positions():
     ids = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [4, 5, 0, 0, 0, 1]])
     assert sample_lengths(ids) == ((3, 2, 1), (6,), (2, 1, 1, 2))
 
 
 @pytest.mark.parametrize("family", SDPA)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_same_as_with_masks(family, checkpointing):
+def test_loss_and_gradients_equal_those_with_masks(family, checkpointing):
     ours, plain = make_module(family), with_masks(make_module(family))
     assert (
         ours.model.config._attn_implementation == ATTENTION_NAME
@@ -48,12 +48,12 @@ def test_the_same_as_with_masks(family, checkpointing):
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
         ours.train()
-    got, want = grads(ours), grads(plain)
-    for name in want:
-        assert torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-5), name
+    actual, expected = grads(ours), grads(plain)
+    for name in expected:
+        assert torch.allclose(actual[name], expected[name], rtol=1e-4, atol=1e-5), name
 
 
-def test_no_mask_is_made(monkeypatch):
+def test_no_mask_is_created(monkeypatch):
     from transformers import masking_utils
 
     module = make_module()
@@ -61,7 +61,7 @@ def test_no_mask_is_made(monkeypatch):
     grads(module)
 
 
-def test_a_window_shorter_than_a_sample_needs_the_mask():
+def test_window_shorter_than_a_sample_uses_the_mask():
     narrow = make_module("mistral", sliding_window=4)
     assert torch.allclose(
         grads(narrow)["loss"],
@@ -73,30 +73,30 @@ def test_a_window_shorter_than_a_sample_needs_the_mask():
     )
 
 
-def test_beside_training_forwards_the_model_attends_as_ever():
+def test_other_forwards_use_the_models_own_attention():
     module, fresh = make_module().eval(), with_masks(make_module()).eval()
     grads(module)
     ids = torch.arange(18).reshape(1, 18) % VOCABULARY
-    keep = torch.ones_like(ids)
-    keep[:, :3] = 0
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
     with torch.no_grad():
         for inputs in (
             {"input_ids": ids},
-            {"input_ids": ids, "attention_mask": keep},
+            {"input_ids": ids, "attention_mask": mask},
             {"input_ids": torch.from_numpy(PACKED.input_ids)},
         ):
             assert torch.allclose(
                 module.model(**inputs).logits[:, 3:], fresh.model(**inputs).logits[:, 3:], atol=1e-5
             )
-        told = module.model.generate(ids, max_new_tokens=4, do_sample=False)
-        assert torch.equal(told, fresh.model.generate(ids, max_new_tokens=4, do_sample=False))
+        generated = module.model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(generated, fresh.model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
-def test_the_name_does_not_leave_this_process(tmp_path):
+def test_attention_name_is_not_saved(tmp_path):
     module = make_module()
     module.model.config.save_pretrained(tmp_path)
     assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()
 
 
-def test_eager_stays_eager():
+def test_eager_attention_is_not_replaced():
     assert make_module("llama", "eager").model.config._attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""Models with heads: padding is not seen, what leaves is the task's loss as transformers defines it, summed."""
+"""Models with heads: outputs ignore padding; the loss is that of transformers, summed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=list(ROWS))
-def made(request, folder):
+def case(request, folder):
     """(name, module in evaluation, the batch of all rows, the batches of each)."""
     task = TaskSection.model_validate(
         {"name": request.param, "labels": LABELS.get(request.param, ()), "stride": 8}
@@ -90,7 +90,7 @@ def made(request, folder):
     for parameter in model.parameters():
         parameter.data.add_(
             torch.randn_like(parameter) * 0.05
-        )  # no weight means nothing, heads neither
+        )  # so that every weight has an effect, heads included
     module = TaskModel(model, task, SpecialTokens.from_tokenizer(TOKENIZER, model.config)).eval()
     rows = ROWS[request.param]
     return request.param, module, batch(task, rows), [batch(task, [row]) for row in rows]
@@ -109,15 +109,15 @@ def batch(task: TaskSection, rows) -> Batch:
     )
 
 
-def told(module: TaskModel, one: Batch):
+def run(module: TaskModel, one: Batch):
     with torch.no_grad():
         return module(**module.prepare_inputs(one, "cpu"), return_outputs=True)
 
 
-def test_padding_is_not_seen(made):
-    name, module, whole, alone = made
-    losses, outputs = zip(*(told(module, one) for one in alone), strict=True)
-    loss, output = told(module, whole)
+def test_outputs_do_not_depend_on_padding(case):
+    name, module, whole, alone = case
+    losses, outputs = zip(*(run(module, one) for one in alone), strict=True)
+    loss, output = run(module, whole)
     if name != "embedding":  # whose loss is of rows among each other
         assert torch.allclose(loss, sum(losses), atol=1e-5)
     for row, own in enumerate(outputs):
@@ -129,8 +129,8 @@ def test_padding_is_not_seen(made):
         assert torch.allclose(sized.float(), own[0].float(), atol=1e-5), row
 
 
-def test_an_empty_batch_gives_a_gradient_of_zero_everywhere(made):
-    _, module, _, _ = made
+def test_empty_batch_gives_zero_gradients(case):
+    _, module, _, _ = case
     module.zero_grad()
     loss = module(**module.prepare_inputs(empty_batch(), "cpu"))
     loss.backward()
@@ -139,8 +139,8 @@ def test_an_empty_batch_gives_a_gradient_of_zero_everywhere(made):
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_every_weight_learns(made):
-    _, module, whole, _ = made
+def test_every_weight_gets_a_gradient(case):
+    _, module, whole, _ = case
     module.zero_grad()
     module(**module.prepare_inputs(whole, "cpu")).backward()
     assert [
@@ -148,12 +148,12 @@ def test_every_weight_learns(made):
     ] == []
 
 
-def test_the_loss_is_that_of_transformers(made):
-    name, module, whole, alone = made
+def test_loss_equals_transformers(case):
+    name, module, whole, alone = case
     if name == "question_answering":
         whole = alone[0]  # transformers lets answers lie in the padding
     given = module.prepare_inputs(whole, "cpu")
-    loss, _ = told(module, whole)
+    loss, _ = run(module, whole)
     if name in ("multi_label", "regression", "embedding"):
         return  # below
     inputs = {"input_ids": given["ids"], "attention_mask": given["mask"]}
@@ -164,16 +164,16 @@ def test_the_loss_is_that_of_transformers(made):
         if name == "question_answering":
             marked = labels != IGNORE_INDEX
             start = marked.long().argmax(1)
-            want = module.model(
+            expected = module.model(
                 **inputs,
                 start_positions=start,
                 end_positions=last_tokens(labels.gather(1, start[:, None])[:, 0]),
             ).loss
         elif name == "sequence_classification":
-            want = module.model(**inputs, labels=labels[:, 0]).loss * 2
+            expected = module.model(**inputs, labels=labels[:, 0]).loss * 2
         else:
-            want = module.model(**inputs, labels=labels).loss * (labels != IGNORE_INDEX).sum()
-    assert torch.allclose(loss, want, atol=1e-4)
+            expected = module.model(**inputs, labels=labels).loss * (labels != IGNORE_INDEX).sum()
+    assert torch.allclose(loss, expected, atol=1e-4)
 
 
 def types(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -184,20 +184,20 @@ def types(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return found * mask
 
 
-def test_sets_of_labels_and_numbers(made):
-    name, module, whole, _ = made
-    loss, output = told(module, whole)
+def test_multi_label_and_regression_losses(case):
+    name, module, whole, _ = case
+    loss, output = run(module, whole)
     if name == "multi_label":
-        wanted = torch.zeros(2, 33)
-        wanted[0, [1, 32]] = 1
-        want = (
-            functional.binary_cross_entropy_with_logits(output, wanted, reduction="none")
+        bits = torch.zeros(2, 33)
+        bits[0, [1, 32]] = 1
+        expected = (
+            functional.binary_cross_entropy_with_logits(output, bits, reduction="none")
             .mean(-1)
             .sum()
             * 2
         )
-        assert torch.allclose(loss, want, atol=1e-5), (
-            "twice: with 33 labels a row has two labelled positions"
+        assert torch.allclose(loss, expected, atol=1e-5), (
+            "twice: with 33 labels a row has two labeled positions"
         )
         assert whole.num_target_tokens == 4
     if name == "regression":
@@ -224,12 +224,10 @@ def test_pairs_have_token_types(folder):
         return_tensors="pt",
     )
     with torch.no_grad():
-        assert torch.allclose(
-            told(module, batch(task, rows))[1], model(**encoded).logits, atol=1e-5
-        )
+        assert torch.allclose(run(module, batch(task, rows))[1], model(**encoded).logits, atol=1e-5)
 
 
-def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
+def test_noise_applies_in_training_and_is_bounded_by_row_length(folder):
     task = TaskSection.model_validate(
         {"name": "sequence_classification", "labels": ["a", "b", "c"]}
     )
@@ -242,9 +240,9 @@ def test_noise_is_for_training_and_bound_by_each_rows_length(folder):
         lambda _m, _a, out: seen.update(out=out.detach())
     )
     one = batch(task, ROWS["sequence_classification"])
-    told(module.eval(), one)
+    run(module.eval(), one)
     plain = seen["out"]
-    told(module.train(), one)
+    run(module.train(), one)
     sizes = module.prepare_inputs(one, "cpu")["mask"].sum(1)
     noise = (seen["out"] - plain).abs().amax((1, 2))
     assert (noise <= 5.0 / (sizes * 32) ** 0.5 + 1e-6).all() and (

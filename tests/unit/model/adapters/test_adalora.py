@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks fall to the budget by the step alone, and a run that was saved and loaded deals them as before."""
+"""AdaLoRA: ranks follow from the step alone, and a resumed schedule is bit-exact."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def train(engine: TorchEngine, steps: range) -> list[float]:
     return losses
 
 
-def rank_schedule(engine: TorchEngine) -> int:
+def num_ranks(engine: TorchEngine) -> int:
     found = [p for name, p in engine.module.named_parameters() if ".lora_E." in name]
     return int(sum((p != 0).sum() for p in found))
 
 
-def test_ranks_fall_to_the_budget_between_the_steps_and_stay():
+def test_ranks_fall_to_the_budget_and_stay():
     engine = make_engine()
     matrices = sum(".lora_E." in name for name, _ in engine.module.named_parameters())
     seen = []
     for step in range(11):
         train(engine, range(step, step + 1))
-        seen.append(rank_schedule(engine))
+        seen.append(num_ranks(engine))
     assert seen[:2] == [4 * matrices] * 2
-    assert 2 * matrices < seen[3] < 4 * matrices  # cubic: most go at first
+    assert 2 * matrices < seen[3] < 4 * matrices  # cubic: most are removed at first
     assert seen[7:] == [2 * matrices] * 4
 
 
-def test_loaded_into_another_engine_it_goes_on_to_the_last_bit():
+def test_resumed_schedule_is_bit_exact():
     unbroken = make_engine()
-    want = train(unbroken, range(12))
+    expected = train(unbroken, range(12))
     for broken in (3, 6, 8, 10):
         first, second = make_engine(), make_engine()
         train(first, range(broken))
@@ -56,10 +56,10 @@ def test_loaded_into_another_engine_it_goes_on_to_the_last_bit():
         for slot in second.state_slices():
             slot.write(held[slot.name, slot.key])
         second.finish_load(first.optimizer_step())
-        assert train(second, range(broken, 12)) == want[broken:]
+        assert train(second, range(broken, 12)) == expected[broken:]
 
 
-def test_the_penalty_is_pefts_and_counts_in_training_only():
+def test_penalty_equals_peft_and_applies_in_training_only():
     engine = make_engine(orthogonality=0.7)
     own = adalora.find_rank_schedule(engine.module.model).penalty().item()
     matrices = [

@@ -1,4 +1,4 @@
-"""An adapter's folder: what `peft` reads from it, what dist_ft reads from it, and what can not be kept in one."""
+"""Adapter folders: read back by `peft` and by dist_ft; weights that cannot be stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def trained(base: Path, name: str, method: str, **fields):
-    """Return a tuned model whose added weights, and head, are no longer what they began as."""
+    """Return a tuned model whose added weights, and head, have changed."""
     task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELED_TASKS else ())
     section = TuningSection(method=method, **SMALL, **fields)
     folder = base / {"causal_lm": "llama", "seq2seq": "bart"}.get(name, "bert")
@@ -54,26 +54,26 @@ def trained(base: Path, name: str, method: str, **fields):
 @pytest.mark.parametrize(
     "name", ["causal_lm", "sequence_classification", "token_classification", "seq2seq"]
 )
-def test_peft_and_dist_ft_read_it_back(base, name, method, tmp_path):
+def test_peft_and_dist_ft_read_adapters_back(base, name, method, tmp_path):
     model, around, section, task, folder = trained(base, name, method)
     adapter_files.save_adapter(model, around, section, (folder, None), tmp_path)
     adapter_files.check_round_trip(
         model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
     )
-    said = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
-    (tmp_path / adapter_files.INFO_FILE).write_text(json.dumps(said))
+    info = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
+    (tmp_path / adapter_files.INFO_FILE).write_text(json.dumps(info))
     again, new = load_task_model(task, ModelSection(path=str(tmp_path), dtype="float32"))
     assert not new
     with torch.no_grad():
-        want, got = (
+        expected, actual = (
             adapter_files.probe_outputs(found.eval(), task, soft_prompts.find_virtual_tokens(found))
             for found in (model, again)
         )
-    assert torch.allclose(got, want, atol=1e-4)
+    assert torch.allclose(actual, expected, atol=1e-4)
     assert (soft_prompts.find_virtual_tokens(again) is None) == (method not in PROMPT_METHODS)
 
 
-def test_a_folder_with_other_values_is_noticed(base, tmp_path):
+def test_changed_weights_fail_the_round_trip(base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model, around, section, task, folder = trained(base, "sequence_classification", "lora")
@@ -91,7 +91,7 @@ def test_a_folder_with_other_values_is_noticed(base, tmp_path):
         )
 
 
-def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_not(base, tmp_path):
+def test_trained_norms_are_saved_and_trained_adapted_matrices_are_refused(base, tmp_path):
     model, around, section, task, folder = trained(
         base, "causal_lm", "lora", trainable="*norm.weight"
     )
@@ -110,9 +110,7 @@ def test_norms_that_learned_besides_go_along_and_matrices_with_an_adapter_can_no
 
 
 @pytest.mark.parametrize("method", PROMPT_METHODS)
-def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_the_batch(
-    base, method
-):
+def test_generation_uses_virtual_tokens_and_does_not_depend_on_the_batch(base, method):
     model, tokenizer = trained(base, "causal_lm", method)[0], tiny_tasks.make_tokenizer()
     decoder = TextGenerator(DecodingSection(max_new_tokens=5), tokenizer)
     rows = [GenerationRequest(np.array([5, 6])), GenerationRequest(np.array([7, 8, 9, 4, 5]))]
@@ -121,16 +119,16 @@ def test_a_text_is_made_from_the_prompt_and_the_virtual_tokens_whatever_shares_t
     assert together != decoder.generate_all(small.make_model(), rows)
 
 
-def test_virtual_tokens_stand_before_rows_padded_on_the_right(base):
+def test_virtual_tokens_are_prepended_to_padded_rows(base):
     model = trained(base, "causal_lm", "prompt_tuning")[0]
     ids, mask = (
         torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4]]),
         torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
     )
-    made = soft_prompts.prepend_virtual_tokens(
+    inputs = soft_prompts.prepend_virtual_tokens(
         soft_prompts.find_virtual_tokens(model),
         {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask},
     )
-    assert made["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
-    assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
-    assert made["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert inputs["input_ids"].tolist() == [[-1, -2, -3, 5, 6, 0, 0], [-1, -2, -3, 7, 8, 9, 4]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]

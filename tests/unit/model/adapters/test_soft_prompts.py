@@ -1,4 +1,4 @@
-"""Virtual tokens: the same numbers as `peft`'s own model gives, before each sample of a packed row, for every task."""
+"""Virtual tokens: the outputs of `peft`, before each sample of a packed row, for every task."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def base(tmp_path_factory) -> Path:
     return tiny_tasks.base(tmp_path_factory.mktemp("models"))
 
 
-def of_task(base: Path, task: TaskSection):
+def load_base(base: Path, task: TaskSection):
     folder = base / ("bart" if task.name == "seq2seq" else "bert")
     torch.manual_seed(1)
     labels = {"num_labels": 3} if task.name in heads.LABELED_TASKS else {}
@@ -69,7 +69,7 @@ def peft_twin(model, untouched):
 
 @pytest.mark.parametrize("method", PROMPT_METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
-def test_a_causal_model_gives_the_logits_peft_gives(family, method):
+def test_causal_logits_equal_peft(family, method):
     model = tuned(small.make_model(family), method)
     twin = peft_twin(model, small.make_model(family))
     tokens = torch.arange(3, 20)[None]
@@ -85,9 +85,9 @@ def test_a_causal_model_gives_the_logits_peft_gives(family, method):
 
 @pytest.mark.parametrize("method", PROMPT_METHODS)
 @pytest.mark.parametrize("name", TASKS)
-def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
+def test_task_outputs_of_padded_rows_equal_peft(base, name, method):
     task = TaskSection(name=name)
-    model, untouched = tuned(of_task(base, task), method, task), of_task(base, task)
+    model, untouched = tuned(load_base(base, task), method, task), load_base(base, task)
     untouched.load_state_dict(model.state_dict(), strict=False)
     module, twin = TaskModel(model, task, SpecialTokens(0)).eval(), peft_twin(model, untouched)
     ids = torch.tensor([[2, 9, 8, 7, 3], [2, 5, 3, 0, 0]])
@@ -100,20 +100,20 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
                 "decoder_input_ids": ids,
                 "decoder_attention_mask": mask,
             }
-            want, shift = twin(**given).logits, 0
+            expected, shift = twin(**given).logits, 0
             before = module.virtual.prepend(ids, mask)
-            got = model(**given | {"input_ids": before[0], "attention_mask": before[1]}).logits
+            actual = model(**given | {"input_ids": before[0], "attention_mask": before[1]}).logits
         else:
-            told, shift = twin(input_ids=ids, attention_mask=mask), len(module.virtual.ids)
-            want = (
-                told[0]
+            output, shift = twin(input_ids=ids, attention_mask=mask), len(module.virtual.ids)
+            expected = (
+                output[0]
                 if name == "embedding"
-                else told.logits
-                if "logits" in told
-                else told.start_logits
+                else output.logits
+                if "logits" in output
+                else output.start_logits
             )
             run = module.run_model(ids, mask)
-            got = (
+            actual = (
                 run.last_hidden_state
                 if name == "embedding"
                 else run.logits
@@ -121,14 +121,14 @@ def test_padded_rows_of_a_task_give_what_peft_gives(base, name, method):
                 else run.start_logits
             )
             if name != "sequence_classification":
-                got, want = module.drop_virtual_tokens(got), want[:, shift:]
-                assert got.shape[:2] == ids.shape
-    assert torch.allclose(got, want, atol=1e-5)
+                actual, expected = module.drop_virtual_tokens(actual), expected[:, shift:]
+                assert actual.shape[:2] == ids.shape
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_samples_each_have_the_prompt_and_do_not_see_each_other(method, attention):
+def test_packed_samples_have_the_prompt_each_and_stay_separate(method, attention):
     module = CausalLM(tuned(small.make_model(attention=attention), method)).eval()
     packed = small.batch((7, 5, 4), (9, 7))
     with torch.no_grad():
@@ -141,23 +141,23 @@ def test_packed_samples_each_have_the_prompt_and_do_not_see_each_other(method, a
         assert abs(whole.item() - plain(**plain.prepare_inputs(packed, "cpu")).item()) > 1
 
 
-def test_virtual_tokens_stand_before_samples_that_teach_and_nowhere_else():
+def test_virtual_tokens_precede_samples_with_targets_only():
     packed = small.batch((3, 2), (4,), learned=1.0)
-    made = soft_prompts.insert_virtual_tokens(packed, range(-1, -3, -1))
+    batch = soft_prompts.insert_virtual_tokens(packed, range(-1, -3, -1))
     first, second = packed.input_ids[0], packed.input_ids[1]
-    assert made.input_ids.tolist() == [
+    assert batch.input_ids.tolist() == [
         [-1, -2, *first[:3], -1, -2, *first[3:5]],
-        [-1, -2, *second[:4], *made.input_ids[1, 6:]],
+        [-1, -2, *second[:4], *batch.input_ids[1, 6:]],
     ]
-    assert made.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert made.position_ids[1].tolist()[:7] == [0, 1, 2, 3, 4, 5, 0]
-    assert made.num_target_tokens == packed.num_target_tokens
-    assert (made.target_ids[made.input_ids < 0] == IGNORE_INDEX).all()
-    order = made.target_ids[made.target_ids != IGNORE_INDEX]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert batch.position_ids[1].tolist()[:7] == [0, 1, 2, 3, 4, 5, 0]
+    assert batch.num_target_tokens == packed.num_target_tokens
+    assert (batch.target_ids[batch.input_ids < 0] == IGNORE_INDEX).all()
+    order = batch.target_ids[batch.target_ids != IGNORE_INDEX]
     assert order.tolist() == packed.target_ids[packed.target_ids != IGNORE_INDEX].tolist()
 
 
-def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
+def test_empty_batch_gives_every_weight_a_zero_gradient():
     """ZeRO waits for the gradient of every weight, on every rank."""
     from dist_ft.data.batch import empty_batch
 
@@ -168,7 +168,7 @@ def test_an_empty_batch_still_gives_every_weight_a_gradient_of_zero():
     )
 
 
-def test_a_prompt_begins_as_rows_of_the_embeddings_or_as_a_text():
+def test_prompt_starts_from_embeddings_or_a_text():
     model = small.make_model()
     words = model.get_input_embeddings().weight.detach()
     section = {"method": "prompt_tuning", "prompt": {"tokens": 5, "init": "text", "text": "x"}}
@@ -195,12 +195,12 @@ def tuned_bare(seed: int, **prompt):
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
-def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
+def test_generate_equals_repeated_forwards(method):
     model = tuned(small.make_model(), method).eval()
     virtual = soft_prompts.find_virtual_tokens(model)
     tokens = torch.tensor([[5, 6, 7, 8]])
     ids, mask = virtual.prepend(tokens, torch.ones_like(tokens))
-    made = model.generate(
+    generated = model.generate(
         ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     with torch.no_grad():
@@ -211,10 +211,10 @@ def test_generate_goes_on_from_the_prompt_as_the_forward_says(method):
                 .argmax(-1, keepdim=True)
             )
             ids = torch.cat([ids, best], 1)
-    assert made.tolist() == ids.tolist()
+    assert generated.tolist() == ids.tolist()
 
 
-def test_noise_knows_the_virtual_tokens():
+def test_noise_covers_virtual_tokens():
     module = CausalLM(tuned(small.make_model(), "prompt_tuning"), neftune_alpha=5)
     packed = small.batch((7, 5), (9,))
     loss = module(**module.prepare_inputs(packed, "cpu"))

@@ -1,4 +1,4 @@
-"""Which weights learn, which are added, and that what is added can be taken out again."""
+"""Which weights are trained and added, and that adapters can be merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tuned(family: str = "llama", model=None, seed: int = 5, **fields):
     return model
 
 
-def learned(model) -> set[str]:
+def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -27,18 +27,18 @@ def names(model) -> set[str]:
     return {name for name, _ in model.named_parameters()}
 
 
-def test_full_is_all_of_it():
+def test_full_trains_all_weights():
     model = tuned(method="full")
-    assert learned(model) == names(model)
+    assert trainable(model) == names(model)
 
 
-def test_full_without_the_embeddings():
+def test_full_with_frozen_embeddings():
     model = tuned(method="full", frozen="model.embed_tokens.*")
-    assert names(model) - learned(model) == {"model.embed_tokens.weight"}
+    assert names(model) - trainable(model) == {"model.embed_tokens.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_layers_and_what_comes_after_them(family):
+def test_last_layers_include_final_norm_and_output_layer(family):
     model = tuned(family, method="partial", last_layers=1)
     prefix, after = (
         ("transformer.h", "transformer.ln_f.")
@@ -47,62 +47,62 @@ def test_the_last_layers_and_what_comes_after_them(family):
     )
     own_head = {"lm_head.weight"} & names(model)
     assert {
-        name for name in learned(model) if not name.startswith((f"{prefix}.1.", after))
+        name for name in trainable(model) if not name.startswith((f"{prefix}.1.", after))
     } == own_head
-    assert any(name.startswith(after) for name in learned(model))
-    assert all(name in learned(model) for name in names(model) if name.startswith(f"{prefix}.1."))
+    assert any(name.startswith(after) for name in trainable(model))
+    assert all(name in trainable(model) for name in names(model) if name.startswith(f"{prefix}.1."))
 
 
-def test_a_tied_output_layer_is_the_embeddings_and_stays():
+def test_tied_output_layer_stays_frozen():
     model = tuned(model=make_model(tie_word_embeddings=True), method="partial", last_layers=1)
-    assert "model.embed_tokens.weight" in names(model) - learned(model)
+    assert "model.embed_tokens.weight" in names(model) - trainable(model)
 
 
-def test_a_tied_output_layer_by_its_name_is_learned_in_both_places(caplog):
+def test_tied_output_layer_by_name_is_trained_in_both_places(caplog):
     with caplog.at_level("INFO", "dist_ft"):
         model = tuned(
             model=make_model(tie_word_embeddings=True), method="partial", trainable="lm_head.*"
         )
-    assert learned(model) == {"model.embed_tokens.weight"}
+    assert trainable(model) == {"model.embed_tokens.weight"}
     assert "lm_head.weight is one matrix with model.embed_tokens.weight" in caplog.text
 
 
-def test_an_output_layer_of_its_own_learns_alone():
+def test_untied_output_layer_is_trained_alone():
     model = tuned(
         model=make_model(tie_word_embeddings=False), method="partial", trainable="lm_head.*"
     )
-    assert learned(model) == {"lm_head.weight"}
+    assert trainable(model) == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [{}, {"rslora": True, "alpha": 4}, {"dora": True}])
-def test_lora_changes_nothing_at_first_and_learns_alone(family, lora):
+def test_lora_starts_unchanged_and_is_trained_alone(family, lora):
     model, tokens = make_model(family), torch.arange(24)[None] % 97
     with torch.no_grad():
         before = model(tokens).logits
     tuned(model=model, method="lora", lora=LoraSection(rank=4, **lora))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, before, atol=1e-5)
-    assert learned(model) and all(added_layers.is_added(name) for name in learned(model))
-    assert not any("lm_head" in name for name in learned(model))
+    assert trainable(model) and all(added_layers.is_added(name) for name in trainable(model))
+    assert not any("lm_head" in name for name in trainable(model))
     own = {
         tuning.name_in_model_files(name) for name in names(model) if not added_layers.is_added(name)
     }
     assert own == names(make_model(family))
 
 
-def test_lora_on_layers_by_name_with_norms_besides():
+def test_lora_on_named_layers_with_trainable_norms():
     model = tuned(method="lora", lora=LoraSection(targets="v_proj"), trainable="*norm.weight")
-    assert {name.split(".")[3] if "layers" in name else name for name in learned(model)} == {
+    assert {name.split(".")[3] if "layers" in name else name for name in trainable(model)} == {
         "self_attn",
         "input_layernorm",
         "post_attention_layernorm",
         "model.norm.weight",
     }
-    assert all("v_proj.lora_" in name for name in learned(model) if "self_attn" in name)
+    assert all("v_proj.lora_" in name for name in trainable(model) if "self_attn" in name)
 
 
-def test_what_is_added_follows_from_the_seed_and_nothing_else():
+def test_added_weights_follow_from_the_seed_alone():
     torch.manual_seed(0)
     first, state = dict(tuned(method="lora").named_parameters()), torch.get_rng_state()
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_what_is_added_follows_from_the_seed_and_nothing_else():
 
 @pytest.mark.parametrize("method", MERGEABLE_METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, family):
+def test_merged_model_gives_the_same_logits_under_its_own_names(method, family):
     model, tokens = (
         tuned(family, method=method, adalora={"end_step": 9}),
         torch.arange(24)[None] % 97,
@@ -128,14 +128,14 @@ def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, fami
                 parameter += 0.3 * torch.randn(
                     parameter.shape, generator=torch.Generator().manual_seed(1)
                 )
-        want = model.eval()(tokens).logits
+        expected = model.eval()(tokens).logits
         tuning.merge_adapters(model)
-        assert torch.allclose(model(tokens).logits, want, atol=1e-4)
+        assert torch.allclose(model(tokens).logits, expected, atol=1e-4)
     assert names(model) == names(make_model(family))
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (
             {"method": "partial", "last_layers": 3},
@@ -152,18 +152,19 @@ def test_merged_it_gives_the_same_logits_under_the_models_own_names(method, fami
         ),
         (
             {"method": "lora", "lora": {"targets": ["q_proj", "v_prj"]}},
-            "tuning.lora.targets=['q_proj', 'v_prj']: no layer is named v_prj. The model has down_proj, gate_proj, k_proj, lm_head, "
-            "o_proj, q_proj, up_proj, v_proj. Correct the name.",
+            "tuning.lora.targets=['q_proj', 'v_prj']: no layer is named v_prj. The model has "
+            "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj. Correct the "
+            "name.",
         ),
     ],
 )
-def test_what_is_not_there_is_told_in_a_line(fields, said):
-    with pytest.raises(ModelError, match=re.escape(said)) as found:
+def test_unmatched_options_raise_an_error_of_one_line(fields, message):
+    with pytest.raises(ModelError, match=re.escape(message)) as found:
         tuned(**fields)
     assert "\n" not in str(found.value)
 
 
-def test_an_adapter_on_a_tied_output_layer_is_refused():
+def test_adapter_on_a_tied_output_layer_is_refused():
     """Merged, it would change the input embeddings too."""
     with pytest.raises(
         ModelError,
@@ -174,7 +175,7 @@ def test_an_adapter_on_a_tied_output_layer_is_refused():
             method="lora",
             lora=LoraSection(targets=("v_proj", "lm_head")),
         )
-    assert learned(
+    assert trainable(
         tuned(
             model=make_model(tie_word_embeddings=False),
             method="lora",
@@ -183,7 +184,7 @@ def test_an_adapter_on_a_tied_output_layer_is_refused():
     )
 
 
-def test_the_last_norm_may_be_made_before_the_layers():
+def test_final_norm_may_be_created_before_the_layers():
     from transformers import OPTConfig, OPTForCausalLM
 
     model = OPTForCausalLM(
@@ -197,14 +198,14 @@ def test_the_last_norm_may_be_made_before_the_layers():
             max_position_embeddings=64,
         )
     )
-    found = learned(tuned(model=model, method="partial", last_layers=1))
+    found = trainable(tuned(model=model, method="partial", last_layers=1))
     assert {name for name in found if ".layers.2." not in name} == {
         "model.decoder.final_layer_norm.weight",
         "model.decoder.final_layer_norm.bias",
     }
 
 
-def test_weights_of_the_models_own_that_are_called_like_an_adapters_do_not_learn_by_themselves():
+def test_own_weights_named_like_adapters_stay_frozen():
     model = make_model()
     model.model.lora_scale = torch.nn.Parameter(torch.ones(3))
-    assert "model.lora_scale" not in learned(tuned(model=model, method="partial", last_layers=1))
+    assert "model.lora_scale" not in trainable(tuned(model=model, method="partial", last_layers=1))

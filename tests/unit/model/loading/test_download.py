@@ -1,4 +1,4 @@
-"""Weights once a node: counted at a real S3 server, damaged copies, a hub on loopback."""
+"""Downloads happen once per node: requests to an S3 server, damaged copies, a local hub."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ FILES = {
     "pytorch_model.bin": b"never",
 }
 PROGRAM = (
-    "import json, sys\nfrom dist_ft.storage import filesystem\nfrom dist_ft.model.loading.download import fetch_model\n"
-    "filesystem.configure(json.loads(sys.argv[1]))\nprint(fetch_model(sys.argv[2], cache_dir=sys.argv[3]))"
+    "import json, sys\nfrom dist_ft.storage import filesystem\nfrom dist_ft.model.loading.download "
+    "import "
+    "fetch_model\nfilesystem.configure(json.loads(sys.argv[1]))\nprint(fetch_model(sys.argv[2], "
+    "cache_dir=sys.argv[3]))"
 )
 
 
@@ -39,7 +41,7 @@ def log(tmp_path_factory):
     import boto3
     import ports
 
-    path, port = tmp_path_factory.mktemp("s3") / "log", ports.free()
+    path, port = tmp_path_factory.mktemp("s3") / "log", ports.find_free_port()
     before = {name: os.environ.get(name) for name in s3.CREDENTIALS}
     os.environ.update(s3.CREDENTIALS)
     with open(path, "w") as file:
@@ -74,7 +76,7 @@ def requests(path: Path, start: int) -> list[str]:
     return re.findall(r'"((?:GET|HEAD) /bucket\S*)', path.read_text()[start:])
 
 
-def test_four_processes_of_a_node_fetch_once_and_a_restart_not_at_all(log, tmp_path):
+def test_four_processes_of_a_node_download_once_and_a_restart_not_at_all(log, tmp_path):
     options, path = log
     command = [
         sys.executable,
@@ -84,24 +86,24 @@ def test_four_processes_of_a_node_fetch_once_and_a_restart_not_at_all(log, tmp_p
         f"s3://{s3.BUCKET}/m",
         str(tmp_path),
     ]
-    for wanted in (3 + 1, 0):  # config, two of weights, tokenizer
+    for num_expected in (3 + 1, 0):  # config, two of weights, tokenizer
         start = path.stat().st_size
         running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
         folders = {process.communicate(timeout=200)[0] for process in running}
         assert len(folders) == 1 and all(process.returncode == 0 for process in running)
-        made = requests(path, start)
-        print(made)
-        assert len([one for one in made if one.startswith("GET /bucket/m/")]) == wanted
-        assert wanted or not made, "a restart asks nothing of the store"
+        sent = requests(path, start)
+        print(sent)
+        assert len([one for one in sent if one.startswith("GET /bucket/m/")]) == num_expected
+        assert num_expected or not sent, "a restart sends no request to the store"
     folder = Path(folders.pop().strip())
     assert {each.name: each.read_bytes() for each in folder.iterdir() if each.name != MARKER} == {
         name: content for name, content in FILES.items() if not name.endswith(".bin")
     }
 
 
-def test_a_damaged_copy_is_fetched_anew_and_alone(log, tmp_path):
+def test_only_the_damaged_file_is_downloaded_again(log, tmp_path):
     options, path = log
-    s3.forget(options)
+    s3.reset_options(options)
     folder = Path(fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path)))
     for content in (b"w" * 99_999 + b"x", b"short"):
         (folder / "model-00001.safetensors").write_bytes(content)
@@ -117,9 +119,9 @@ def test_a_damaged_copy_is_fetched_anew_and_alone(log, tmp_path):
     assert requests(path, start) == []
 
 
-def test_weights_are_fetched_by_who_reads_them(log, tmp_path):
+def test_weights_are_downloaded_only_when_requested(log, tmp_path):
     options, path = log
-    s3.forget(options)
+    s3.reset_options(options)
     folder = Path(fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path), weights=False))
     assert sorted(os.listdir(folder)) == [MARKER, "config.json", "tokenizer.json"]
     start = path.stat().st_size
@@ -129,9 +131,9 @@ def test_weights_are_fetched_by_who_reads_them(log, tmp_path):
     ]
 
 
-def test_what_arrives_must_be_what_the_store_says(log, tmp_path, monkeypatch):
+def test_download_that_differs_from_the_store_raises(log, tmp_path, monkeypatch):
     options, _ = log
-    s3.forget(options)
+    s3.reset_options(options)
     real = Store._get
 
     def damaged(self, path, local):
@@ -142,7 +144,8 @@ def test_what_arrives_must_be_what_the_store_says(log, tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "_get", damaged)
     with pytest.raises(
         ModelError,
-        match=r"model-00002.safetensors: the downloaded file is not the one the store describes \(50000 bytes",
+        match=r"model-00002.safetensors: the downloaded file is not the one the store describes "
+        r"\(50000 bytes",
     ):
         fetch_model(f"s3://{s3.BUCKET}/m", cache_dir=str(tmp_path))
     monkeypatch.undo()
@@ -159,9 +162,9 @@ def teardown_module():
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as `snapshot_download` asks for."""
+    """The part of a hub that `snapshot_download` needs."""
 
-    commit, asked = "c" * 40, list[str]()
+    commit, received = "c" * 40, list[str]()
 
     def log_message(self, *_):
         pass
@@ -170,7 +173,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.asked.append(f"{self.command} {self.path}")
+        self.received.append(f"{self.command} {self.path}")
         name = self.path.split("?")[0].split("/")[-1]
         if "/tree/" in self.path:
             body = json.dumps(
@@ -201,7 +204,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def test_a_hub_is_asked_once_a_node_and_damage_is_mended(tmp_path):
+def test_hub_is_requested_once_per_node_and_damage_is_repaired(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
@@ -214,7 +217,7 @@ def test_a_hub_is_asked_once_a_node_and_damage_is_mended(tmp_path):
     command = [sys.executable, "-c", PROGRAM, "{}", "org/m", str(tmp_path / "cache")]
 
     def storm(count):
-        Hub.asked.clear()
+        Hub.received.clear()
         running = [
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
@@ -224,18 +227,18 @@ def test_a_hub_is_asked_once_a_node_and_damage_is_mended(tmp_path):
         folders = {process.communicate(timeout=200)[0].strip() for process in running}
         assert len(folders) == 1 and all(process.returncode == 0 for process in running)
         return Path(folders.pop()), [
-            one for one in Hub.asked if one.startswith("GET /org/m/resolve/")
+            one for one in Hub.received if one.startswith("GET /org/m/resolve/")
         ]
 
     try:
-        folder, got = storm(3)
-        assert len(got) == len(FILES) - 1 and not any(".bin" in one for one in got)
-        assert storm(3)[1] == [] and Hub.asked == [], "a restart asks nothing of the hub"
+        folder, downloads = storm(3)
+        assert len(downloads) == len(FILES) - 1 and not any(".bin" in one for one in downloads)
+        assert storm(3)[1] == [] and Hub.received == [], "a restart sends no request to the hub"
         blob = (folder / "model-00002.safetensors").resolve()
         blob.write_bytes(b"v" * 49_999 + b"x")
-        folder, got = storm(1)
+        folder, downloads = storm(1)
         assert (folder / "model-00002.safetensors").read_bytes() == FILES[
             "model-00002.safetensors"
-        ] and got
+        ] and downloads
     finally:
         server.shutdown()

@@ -1,4 +1,4 @@
-"""A head that gets more labels keeps its rows."""
+"""Growing a head: existing rows stay, new ones are added."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_rows_stay_and_new_ones_follow_from_seed_and_label(headed, tmp_path):
     folder, name = headed
-    made = grow_head(str(folder), task(NEW, name), 7, tmp_path)
-    before, after = weights(folder), weights(made)
+    grown = grow_head(str(folder), task(NEW, name), 7, tmp_path)
+    before, after = weights(folder), weights(grown)
     for key, value in before.items():
         if key.startswith("classifier."):
             assert after[key].shape[0] == 4
@@ -56,29 +56,29 @@ def test_rows_stay_and_new_ones_follow_from_seed_and_label(headed, tmp_path):
     other = weights(grow_head(str(folder), task(("drink", "food", "place"), name), 7, tmp_path))[
         "classifier.weight"
     ]
-    assert torch.equal(other[2], rows[3]), "a row is its label's, wherever it stands"
+    assert torch.equal(other[2], rows[3]), "a row follows from its label, not from its place"
     assert not torch.equal(rows[2], rows[3])
     reseeded = weights(grow_head(str(folder), task(NEW, name), 8, tmp_path))["classifier.weight"]
     assert not torch.equal(reseeded[2], rows[2])
 
 
-def test_what_is_grown_loads_as_a_model_of_its_labels_with_nothing_new(headed, tmp_path):
+def test_grown_head_loads_without_new_weights(headed, tmp_path):
     folder, name = headed
-    made = grow_head(str(folder), task(NEW, name), 7, tmp_path)
-    model, new = load_task_model(task(NEW, name), ModelSection(path=made, dtype="float32"))
+    grown = grow_head(str(folder), task(NEW, name), 7, tmp_path)
+    model, new = load_task_model(task(NEW, name), ModelSection(path=grown, dtype="float32"))
     assert not new
     assert list(model.config.id2label.values()) == list(NEW)
-    assert own_labels(made, task(NEW, name)) == NEW
+    assert own_labels(grown, task(NEW, name)) == NEW
 
 
-def test_a_head_that_fits_and_a_model_without_one_stay_as_they_are(headed, tmp_path):
+def test_fitting_head_and_missing_head_stay_unchanged(headed, tmp_path):
     folder, name = headed
     assert grow_head(str(folder), task(OLD, name), 7, tmp_path) == str(folder)
     bare = str(folder.parent / "bert")
     assert grow_head(bare, task(NEW, name), 7, tmp_path) == bare
 
 
-def test_labels_that_vanish_are_refused_and_found_ones_come_behind():
+def test_lost_labels_are_refused_and_new_ones_are_appended():
     assert grown_labels(("b", "a"), ("c", "a"), named=False) == ("b", "a", "c")
     assert grown_labels((), ("c", "a"), named=True) == ("c", "a")
     with pytest.raises(ModelError, match=r"^task.labels: b is missing"):

@@ -57,15 +57,15 @@ def weights(folder):
     return change
 
 
-def test_weights_are_those_of_the_files(folder):
+def test_weights_equal_the_files(folder):
     model = load_causal_lm(section(folder))
-    want = load_file(folder / "model.safetensors")
-    assert {name for name, _ in model.named_parameters()} == set(want)
-    assert all(torch.equal(value, want[name]) for name, value in model.named_parameters())
+    expected = load_file(folder / "model.safetensors")
+    assert {name for name, _ in model.named_parameters()} == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_number_format_attention_and_recomputation(folder):
+def test_dtype_attention_and_activation_checkpointing_are_applied(folder):
     model = load_causal_lm(
         section(folder, dtype="bfloat16", attention="eager", activation_checkpointing=True)
     )
@@ -73,7 +73,7 @@ def test_number_format_attention_and_recomputation(folder):
     assert model.config._attn_implementation == "eager" and model.is_gradient_checkpointing
 
 
-def test_an_empty_model_has_the_structure_only(folder):
+def test_uninitialized_model_has_the_structure_only(folder):
     empty, full = (
         build_uninitialized_model(section(folder, attention="eager")),
         load_causal_lm(section(folder)),
@@ -86,11 +86,11 @@ def test_an_empty_model_has_the_structure_only(folder):
     )
     empty.load_state_dict(full.state_dict())
     tokens = torch.arange(3, 20)[None]
-    with torch.no_grad():  # what is computed rather than saved (rotary frequencies) is there too
+    with torch.no_grad():  # buffers that are computed, not saved (rotary frequencies), are set too
         assert torch.allclose(empty.eval()(tokens).logits, full.eval()(tokens).logits, atol=1e-5)
 
 
-# What is not loaded
+# Refused models
 
 
 def test_fault_23_pickles_are_not_read(folder, tmp_path):
@@ -102,30 +102,32 @@ def test_fault_23_pickles_are_not_read(folder, tmp_path):
     os.remove(folder / "model.safetensors")
     text = refused(load_causal_lm, folder)
     assert re.match(
-        rf"model\.path={folder}: cannot load the weights \(OSError: .*model\.safetensors.*\)\. Check that the "
-        r"folder holds what save_pretrained writes.$",
+        rf"model\.path={folder}: cannot load the weights \(OSError: .*model\.safetensors.*\)\. "
+        r"Check that the folder holds what save_pretrained writes.$",
         text,
     )
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_missing_weight(folder, weights):
+def test_missing_weight_is_refused(folder, weights):
     weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     assert refused(load_causal_lm, folder) == (
-        f"model.path={folder}: 1 weights are missing in the files, such as model.layers.1.mlp.up_proj.weight. They would "
-        "start from random values. Check that config.json belongs to the *.safetensors."
+        f"model.path={folder}: 1 weights are missing in the files, such as "
+        "model.layers.1.mlp.up_proj.weight. They would start from random values. Check that "
+        "config.json belongs to the *.safetensors."
     )
 
 
-def test_a_weight_of_another_shape(folder, weights):
+def test_weight_of_another_shape_is_refused(folder, weights):
     weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
     assert refused(load_causal_lm, folder) == (
-        f"model.path={folder}: 1 weights are of another shape in the files, such as model.norm.weight ([31], the model has "
-        "[32]). They would start from random values. Check that config.json belongs to the *.safetensors."
+        f"model.path={folder}: 1 weights are of another shape in the files, such as "
+        "model.norm.weight ([31], the model has [32]). They would start from random values. Check "
+        "that config.json belongs to the *.safetensors."
     )
 
 
-def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, capfd):
+def test_unused_tensor_is_reported(folder, weights, caplog, capfd):
     weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
     with caplog.at_level("WARNING", "dist_ft"):
         load_causal_lm(section(folder))
@@ -136,19 +138,19 @@ def test_a_tensor_the_model_has_no_place_for_is_told(folder, weights, caplog, ca
     assert "REPORT" not in capfd.readouterr().err  # of transformers
 
 
-def test_a_truncated_file(folder):
+def test_truncated_file_is_refused(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(5000)
     assert f"model.path={folder}: cannot load the weights (" in refused(load_causal_lm, folder)
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("missing_keys", "missing in the files"), ("error_msgs", "not readable")]
+    ("kind", "problem"), [("missing_keys", "missing in the files"), ("error_msgs", "not readable")]
 )
-def test_what_transformers_reports_is_an_error(kind, said):
+def test_problems_in_the_loading_report_raise(kind, problem):
     with pytest.raises(
         ModelError,
-        match=rf"model\.path=p: 2 weights are {said}, such as a\.w\. They would start from",
+        match=rf"model\.path=p: 2 weights are {problem}, such as a\.w\. They would start from",
     ):
         check_loading_report("p", {kind: {"b.w", "a.w"}})
     check_loading_report("p", {"unexpected_keys": {"rotary.inv_freq"}})
@@ -156,13 +158,13 @@ def test_what_transformers_reports_is_an_error(kind, said):
 
 @pytest.mark.parametrize("action", [read_config, load_causal_lm, load_tokenizer])
 def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, action):
-    """Both a config and a tokenizer that name code of their own: refused, and the module is never imported."""
+    """Config and tokenizer that name code of their own are refused; it is never imported."""
     marker = tmp_path / "executed"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((folder / "config.json").read_text())
-    every = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
     (folder / "config.json").write_text(
-        json.dumps({**config, "model_type": "evil", "auto_map": every})
+        json.dumps({**config, "model_type": "evil", "auto_map": classes})
     )
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
@@ -175,7 +177,7 @@ def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, action):
     assert not marker.exists()
 
 
-def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
+def test_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
     marker = tmp_path / "executed"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -189,30 +191,31 @@ def test_a_known_model_with_code_of_its_own_runs_none_of_it(folder, tmp_path):
 @pytest.mark.parametrize(
     "path", ["/no/such/model", "./no-such", "a/b/c", "model", "file:///no/such", "~/no-such-model"]
 )
-def test_no_such_folder(path):
+def test_absent_folder_is_refused(path):
     assert refused(load_causal_lm, path) == (
-        f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, or a hub name "
-        "such as org/name."
+        f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of one, "
+        "or a hub name such as org/name."
     )
 
 
-def test_no_such_hub_name(monkeypatch, tmp_path):
+def test_unknown_hub_name_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert re.match(
-        r"model\.path=nobody/nothing-at-all: the folder does not exist here, and the hub does not provide it \(\w+\)\. "
-        "Check the spelling, set HF_TOKEN for a gated model, or give a local folder.$",
+        r"model\.path=nobody/nothing-at-all: the folder does not exist here, and the hub does not "
+        r"provide it \(\w+\)\. Check the spelling, set HF_TOKEN for a gated model, or give a "
+        r"local folder.$",
         refused(load_causal_lm, "nobody/nothing-at-all"),
     )
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_folder_without_a_model_is_refused(tmp_path):
     assert f"model.path={tmp_path}: cannot load the config (" in refused(read_config, tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     assert f"model.path={tmp_path}: cannot load the config (" in refused(read_config, tmp_path)
 
 
-def test_an_encoder_is_refused(tmp_path):
+def test_encoder_is_refused_for_causal_lm(tmp_path):
     small = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -229,19 +232,19 @@ def test_an_encoder_is_refused(tmp_path):
     assert read_config(section(tmp_path)).is_decoder
 
 
-def test_an_encoder_with_a_decoder_is_refused(shared):
+def test_encoder_decoder_is_refused_for_causal_lm(shared):
     path = shared("models/bart-g2p-us")
     assert refused(read_config, path).startswith(
         f"model.path={path}: a bart model cannot continue text. "
     )
 
 
-def test_a_model_that_knows_only_images_is_refused(tmp_path):
+def test_image_model_is_refused(tmp_path):
     AutoConfig.for_model("vit").save_pretrained(tmp_path)
     assert "a vit model cannot continue text" in refused(read_config, tmp_path)
 
 
-def test_attention_the_model_does_not_have(tmp_path):
+def test_unsupported_attention_is_refused(tmp_path):
     make_model("gemma2").save_pretrained(tmp_path)
     text = refused(load_causal_lm, tmp_path)
     assert "Gemma2ForCausalLM does not support" in text and text.endswith(
@@ -262,7 +265,7 @@ def bucket(folder):
     return store
 
 
-def test_a_model_in_a_bucket_is_fetched_once(bucket, tmp_path):
+def test_model_in_a_bucket_is_downloaded_once(bucket, tmp_path):
     folder = fetch_model(bucket.url, cache_dir=str(tmp_path / "cache"))
     assert folder.startswith(str(tmp_path / "cache" / "models"))
     assert sorted(os.listdir(folder)) == [
@@ -276,14 +279,14 @@ def test_a_model_in_a_bucket_is_fetched_once(bucket, tmp_path):
     assert load_causal_lm(section(bucket.url), str(tmp_path / "cache")).config.model_type == "llama"
 
 
-def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
+def test_one_of_many_workers_downloads(bucket, tmp_path, monkeypatch):
     fetched, results = [], []
     monkeypatch.setattr(
         Store,
         "download",
-        lambda self, folder, wanted, real=Store.download: (
+        lambda self, folder, is_selected, real=Store.download: (
             fetched.append(self.url),
-            real(self, folder, wanted),
+            real(self, folder, is_selected),
         )[1],
     )
     workers = [
@@ -299,7 +302,7 @@ def test_of_many_workers_one_fetches(bucket, tmp_path, monkeypatch):
     assert fetched == [bucket.url] and len(results) == 4 and len(set(results)) == 1
 
 
-def test_a_fetch_that_broke_off_is_done_again(bucket, tmp_path):
+def test_interrupted_download_is_repeated(bucket, tmp_path):
     folder = Path(fetch_model(bucket.url, cache_dir=str(tmp_path)))
     (folder / ".complete").unlink()
     (folder / "model.safetensors").write_bytes(b"torn")
@@ -307,17 +310,17 @@ def test_a_fetch_that_broke_off_is_done_again(bucket, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == bucket.read("model.safetensors")
 
 
-def test_a_bucket_without_a_model(tmp_path):
+def test_bucket_without_a_model_is_refused(tmp_path):
     url = f"memory://user:pass@{uuid4().hex}"
     with pytest.raises(ModelError) as caught:
         fetch_model(url, cache_dir=str(tmp_path))
     assert str(caught.value) == (
-        f"model.path=memory://<redacted>@{url.split('@')[1]}: it has no config.json. Give the folder "
-        "that save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
+        f"model.path=memory://<redacted>@{url.split('@')[1]}: it has no config.json. Give the "
+        "folder that save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
     )
 
 
-def test_a_bucket_that_is_not_there(tmp_path):
+def test_absent_bucket_is_refused(tmp_path):
     with pytest.raises(StorageError, match="nosuch://x: cannot list it"):
         fetch_model("nosuch://x", cache_dir=str(tmp_path))
 
@@ -325,19 +328,19 @@ def test_a_bucket_that_is_not_there(tmp_path):
 # Tokenizers
 
 
-def test_a_tokenizer_without_a_fast_version(folder):
+def test_tokenizer_without_a_fast_version_is_refused(folder):
     ByT5Tokenizer().save_pretrained(folder)
     assert refused(load_tokenizer, folder) == (
-        f"model.path={folder}: its tokenizer has no fast version (tokenizer.json), which loss masks need. Convert it with "
-        "transformers first."
+        f"model.path={folder}: its tokenizer has no fast version (tokenizer.json), which loss "
+        "masks need. Convert it with transformers first."
     )
 
 
-def test_no_tokenizer(folder):
+def test_missing_tokenizer_is_refused(folder):
     assert f"model.path={folder}: cannot load the tokenizer (" in refused(load_tokenizer, folder)
 
 
-def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
+def test_configured_tokenizer_and_template_are_used(shared, folder, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages[0]['content'] }}!")
     path = shared("models/stories260k")
@@ -346,20 +349,20 @@ def test_tokenizer_and_template_of_ones_choice(shared, folder, tmp_path):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     )
     assert refused(load_tokenizer, path, chat_template=str(tmp_path / "absent")) == (
-        f"model.chat_template={tmp_path}/absent: cannot read it (No such file or directory). Give a file with a Jinja "
-        "template."
+        f"model.chat_template={tmp_path}/absent: cannot read it (No such file or directory). Give "
+        "a file with a Jinja template."
     )
 
 
-def test_a_real_model_loads(shared):
+def test_real_model_loads(shared):
     model = load_causal_lm(section(shared("models/stories260k")))
     with torch.no_grad():
         logits = model(torch.tensor([[1, 403, 407, 261, 378]])).logits
     assert torch.isfinite(logits).all() and logits.std() > 1
 
 
-def test_an_empty_model_ends_texts_as_the_full_one_does(folder):
-    """A resumed run must not make other texts: end tokens may stand in generation_config.json only."""
+def test_uninitialized_model_has_the_same_end_tokens(folder):
+    """A resumed run generates the same: end tokens may be in generation_config.json only."""
     file = folder / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
     empty, full = build_uninitialized_model(section(folder)), load_causal_lm(section(folder))

@@ -1,4 +1,4 @@
-"""The chunked head loss against torch's cross-entropy, alone and inside models that do or do not touch their logits."""
+"""The chunked head loss equals torch's cross-entropy, alone and inside models."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def plain(
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("rows", [1, 5, 13, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_cross_entropy(
-    monkeypatch, rows, dtype, tolerance, smoothing
-):
+def test_loss_and_gradients_equal_cross_entropy(monkeypatch, rows, dtype, tolerance, smoothing):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * 29)
     results = []
     for way in (plain, head_loss):
@@ -48,17 +46,17 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
         loss = way(hidden, weight, targets, smoothing)
         (loss / 7).backward()
         results.append((loss.detach(), hidden.grad, weight.grad))
-    for want, got in zip(*results, strict=True):
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_target_of_vanishing_probability_has_a_finite_loss():
+def test_target_of_vanishing_probability_has_a_finite_loss():
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [500.0]])
     assert head_loss(hidden, weight, torch.tensor([0])).item() == 500.0
 
 
-def test_only_ignored_targets_give_zero_and_no_gradient():
+def test_ignored_targets_give_zero_loss_and_gradients():
     hidden, weight, _ = operands(count=2)
     loss = head_loss(hidden, weight, torch.full((2,), IGNORE_INDEX))
     loss.backward()
@@ -66,7 +64,7 @@ def test_only_ignored_targets_give_zero_and_no_gradient():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-def test_a_frozen_head_gets_no_gradient():
+def test_frozen_head_gets_no_gradient():
     hidden, weight, targets = operands()
     head_loss(hidden, weight.requires_grad_(False), targets).backward()
     assert weight.grad is None and hidden.grad.any()
@@ -91,20 +89,20 @@ def tiny(kind: str):
 
 
 @pytest.mark.parametrize(("kind", "chunked"), [("llama", True), ("tied", True), ("granite", False)])
-def test_models_that_change_their_logits_are_noticed(kind, chunked):
+def test_models_that_change_their_logits_are_detected(kind, chunked):
     model = tiny(kind)
     ids = torch.arange(20).reshape(2, 10)
     targets = torch.arange(1, 21)
     logits = model(ids, use_cache=False).logits.reshape(-1, 32)
-    want = cross_entropy(logits, targets, reduction="sum")
-    want.backward()
+    expected = cross_entropy(logits, targets, reduction="sum")
+    expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     ours = CausalLM(model)
-    got = ours(ids, torch.arange(10).expand(2, 10), torch.arange(20), targets, ((10,), (10,)))
-    got.backward()
+    actual = ours(ids, torch.arange(10).expand(2, 10), torch.arange(20), targets, ((10,), (10,)))
+    actual.backward()
     assert ours._use_chunked_loss is chunked
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(actual, expected)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Losses as sums: against torch's own, and against their definitions written out."""
+"""Loss sums equal torch's losses and their written definitions."""
 
 from __future__ import annotations
 
@@ -11,42 +11,46 @@ from dist_ft.model.losses import loss_sums
 
 LOGITS = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 3, IGNORE_INDEX, 1, 2, 2, IGNORE_INDEX])
-KEPT = TARGETS != IGNORE_INDEX
+LABELED = TARGETS != IGNORE_INDEX
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_cross_entropy_is_torchs_summed(smoothing):
-    want = functional.cross_entropy(
-        LOGITS[KEPT], TARGETS[KEPT], reduction="sum", label_smoothing=smoothing
+def test_cross_entropy_equals_torch_summed(smoothing):
+    expected = functional.cross_entropy(
+        LOGITS[LABELED], TARGETS[LABELED], reduction="sum", label_smoothing=smoothing
     )
-    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, smoothing=smoothing), want)
+    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, smoothing=smoothing), expected)
 
 
-def test_weights_are_what_a_sample_of_a_label_counts():
+def test_class_weights_scale_samples():
     weights = torch.tensor([1.0, 2.0, 0.5, 4.0])
-    want = functional.cross_entropy(LOGITS[KEPT], TARGETS[KEPT], weight=weights, reduction="sum")
-    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, weights), want)
+    expected = functional.cross_entropy(
+        LOGITS[LABELED], TARGETS[LABELED], weight=weights, reduction="sum"
+    )
+    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, weights), expected)
 
 
-def test_focal_loss_is_as_its_paper_says():
-    shares = torch.softmax(LOGITS[KEPT], -1)[torch.arange(5), TARGETS[KEPT]]
-    want = (-((1 - shares) ** 2) * shares.log()).sum()
-    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, gamma=2.0), want)
-    counted, bits = KEPT.float(), (torch.arange(28).reshape(7, 4) % 3 == 0).float()
+def test_focal_loss_equals_the_formula():
+    shares = torch.softmax(LOGITS[LABELED], -1)[torch.arange(5), TARGETS[LABELED]]
+    expected = (-((1 - shares) ** 2) * shares.log()).sum()
+    assert torch.allclose(loss_sums.cross_entropy(LOGITS, TARGETS, gamma=2.0), expected)
+    counted, bits = LABELED.float(), (torch.arange(28).reshape(7, 4) % 3 == 0).float()
     right = torch.where(bits > 0, LOGITS.sigmoid(), 1 - LOGITS.sigmoid())
-    want = ((-((1 - right) ** 2) * right.log()).mean(-1) * counted).sum()
+    expected = ((-((1 - right) ** 2) * right.log()).mean(-1) * counted).sum()
     assert torch.allclose(
-        loss_sums.binary_cross_entropy(LOGITS, bits, counted, 2.0), want, atol=1e-5
+        loss_sums.binary_cross_entropy(LOGITS, bits, counted, 2.0), expected, atol=1e-5
     )
     plain = (
-        functional.binary_cross_entropy_with_logits(LOGITS[KEPT], bits[KEPT], reduction="none")
+        functional.binary_cross_entropy_with_logits(
+            LOGITS[LABELED], bits[LABELED], reduction="none"
+        )
         .mean(-1)
         .sum()
     )
     assert torch.allclose(loss_sums.binary_cross_entropy(LOGITS, bits, counted), plain)
 
 
-def test_squared_error_counts_some_rows():
+def test_squared_error_ignores_rows_of_weight_zero():
     assert (
         loss_sums.squared_error(
             torch.tensor([1.0, 5.0]), torch.tensor([3.0, 0.0]), torch.tensor([1, 0])
@@ -55,14 +59,14 @@ def test_squared_error_counts_some_rows():
     )
 
 
-def test_contrastive_prefers_what_belongs_together():
+def test_contrastive_loss_is_lower_for_matching_pairs():
     first = torch.eye(4)
     near = loss_sums.contrastive(first, first, torch.ones(4), 0.1)
     far = loss_sums.contrastive(first, first.roll(1, 0), torch.ones(4), 0.1)
     assert near < 0.01 < far
     cosines = first @ first.T / 0.1
-    want = -(torch.log_softmax(cosines, 1).diagonal().sum())
-    assert torch.allclose(near, want)
+    expected = -(torch.log_softmax(cosines, 1).diagonal().sum())
+    assert torch.allclose(near, expected)
     some = loss_sums.contrastive(first, first, torch.tensor([1, 1, 0, 0]), 0.1)
     assert torch.allclose(some * 2, near)
 
@@ -76,7 +80,7 @@ def test_contrastive_prefers_what_belongs_together():
         lambda x: loss_sums.contrastive(x, x, torch.zeros(7), 0.1),
     ],
 )
-def test_without_labels_the_gradient_is_zero_and_there(loss):
+def test_gradient_exists_and_is_zero_without_labels(loss):
     logits = LOGITS.clone().requires_grad_()
     found = loss(logits)
     found.backward()

@@ -1,4 +1,4 @@
-"""Label smoothing and NEFTune: in training only, the same whatever is packed beside, and as their papers say."""
+"""Label smoothing and NEFTune: in training only, as in their papers, whatever is packed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def loss(module: CausalLM, rows) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # with and without the chunked head
-def test_smoothing_is_cross_entropys_own_and_left_out_of_evaluation(family):
+def test_label_smoothing_applies_in_training_only(family):
     rows, model = batch((12,)), make_model(family)
     plain, smooth = CausalLM(model).train(), CausalLM(model, label_smoothing=0.2).train()
     inputs = batch_to_inputs(rows, "cpu")
@@ -25,10 +25,10 @@ def test_smoothing_is_cross_entropys_own_and_left_out_of_evaluation(family):
             input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
         ).logits
     chosen = logits.reshape(-1, logits.shape[-1])[inputs["target_positions"]]
-    want = torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         chosen, inputs["targets"], reduction="sum", label_smoothing=0.2
     ).item()
-    assert loss(smooth, rows) == pytest.approx(want, rel=1e-5) and want != pytest.approx(
+    assert loss(smooth, rows) == pytest.approx(expected, rel=1e-5) and expected != pytest.approx(
         loss(plain, rows), rel=1e-3
     )
     assert loss(smooth.eval(), rows) == pytest.approx(loss(plain.eval(), rows), rel=1e-6)
@@ -46,7 +46,7 @@ def noise_of(module: CausalLM, rows) -> torch.Tensor:
     return seen[0]
 
 
-def test_noise_is_bounded_by_each_samples_own_length():
+def test_noise_is_bounded_by_the_sample_length():
     module, rows = CausalLM(make_model(), neftune_alpha=5.0).train(), batch((25, 4), (9, 20))
     noise = noise_of(module, rows)
     width = noise.shape[-1]
@@ -60,7 +60,7 @@ def test_noise_is_bounded_by_each_samples_own_length():
             start += size
 
 
-def test_noise_follows_from_the_lanes_seed_and_is_left_out_of_evaluation():
+def test_noise_follows_from_the_seed_and_applies_in_training_only():
     module, rows = CausalLM(make_model(), neftune_alpha=5.0).train(), batch((7, 5), (9,))
     assert loss(module, rows) == loss(module, rows) != loss(module.eval(), rows)
     assert loss(module.eval(), rows) == pytest.approx(loss(make_module().eval(), rows), rel=1e-6)
