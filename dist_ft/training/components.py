@@ -35,7 +35,8 @@ class Components:
         store: the run's folder.
         num_failures: attempts of the run so far that failed.
         time_ledger: how this process spends its time.
-        evaluations: (step, value) of checkpoint.best_by at each evaluation so far; the loop appends.
+        evaluations: (step, value) of checkpoint.best_by at each evaluation so far; the loop
+            appends.
         held_out_generator: generates text at evaluations; None: no text is generated.
         minimum_risk: samples the text of minimum risk training; None: the likelihood is maximized.
     """

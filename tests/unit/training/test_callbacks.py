@@ -132,7 +132,7 @@ def test_error_of_dist_ft_in_a_callback_is_raised_unchanged():
         def on_local_checkpoint_committed(self, step):
             raise Interrupted("enough")
 
-    with pytest.raises(Interrupted, match="^enough$"):
+    with pytest.raises(Interrupted, match=r"^enough$"):
         CallbackList([Stopper()]).on_local_checkpoint_committed(3)
 
 
@@ -144,7 +144,7 @@ def test_added_callback_runs_before_the_others():
 
 
 def test_class_instead_of_instance_is_refused():
-    with pytest.raises(ConfigError, match="not an instance of dist_ft.Callback"):
+    with pytest.raises(ConfigError, match=r"not an instance of dist_ft\.Callback"):
         CallbackList([Callback])  # type: ignore[list-item]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees, on a terminal and in a log file."""
+"""Console output, on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_in_a_file_every_line_stays():
+def test_file_has_every_line():
     stream = io.StringIO()
     console = Console(stream)
     for text in ("step 1", "step 2"):
@@ -27,7 +27,7 @@ def test_in_a_file_every_line_stays():
     assert stream.getvalue() == "step 1\nstep 2\ndone\n"
 
 
-def test_on_a_terminal_progress_replaces_itself():
+def test_terminal_shows_one_progress_line():
     stream = Terminal()
     console = Console(stream)
     for text in ("step 1", "step 2"):
@@ -40,15 +40,15 @@ def test_on_a_terminal_progress_replaces_itself():
     assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\ndone\nbye\n\r\x1b[2Kstep 3\n"
 
 
-def test_a_stream_that_can_not_say_everything_does_not_end_the_run():
+def test_characters_the_stream_cannot_encode_are_replaced():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Console(stream).print("2 × 3")
     assert raw.getvalue() == b"2 ? 3\n"
 
 
-def test_a_reader_that_left_does_not_end_the_run():
-    """`dist-ft train ... | head -2`: what is written in vain must neither raise nor change the exit code."""
+def test_reader_that_has_left_does_not_end_the_run():
+    """As in `dist-ft train | head`: lost output must not raise or change the exit code."""
     program = (
         "import sys, time\nfrom dist_ft.training.console import Console\nconsole = Console()\n"
         "console.print('first')\nsys.stdin.read()\n"
@@ -71,20 +71,20 @@ def test_a_reader_that_left_does_not_end_the_run():
     ran.stderr.close()
 
 
-def test_by_default_it_is_standard_output(capsys):
-    Console().print("here")
-    assert capsys.readouterr().out == "here\n"
+def test_default_stream_is_standard_output(capsys):
+    Console().print("text")
+    assert capsys.readouterr().out == "text\n"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "want"),
+    ("seconds", "expected"),
     [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (-5, "0:00:00"), (360000, "100:00:00")],
 )
-def test_duration(seconds, want):
-    assert format_duration(seconds) == want
+def test_durations_are_hours_minutes_seconds(seconds, expected):
+    assert format_duration(seconds) == expected
 
 
-def test_progress_line():
+def test_progress_line_shows_step_loss_and_speed():
     values = {
         "loss": 1.23456,
         "learning_rate": 2e-5,
@@ -98,7 +98,7 @@ def test_progress_line():
     assert "grad nan" in format_progress(7, 120, {**values, "grad_norm": float("nan")}, 0)
 
 
-def test_table():
+def test_table_wraps_long_cells():
     text = format_table("run x", [("model", "a/b"), ("long", "word " * 40)])
     lines = text.splitlines()
     assert lines[0].strip() == "run x" and any("model" in line and "a/b" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Held-out samples found in batches however packed, and texts made by several workers, each once."""
+"""Held-out samples in packed batches, and text that several workers generate, each once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
     data.close()
 
 
-def test_of_a_chat_the_first_answer_is_asked_for(base, tmp_path):
+def test_target_of_a_chat_is_its_first_answer(base, tmp_path):
     turns = [
         {"role": role, "content": word}
         for role, word in (
@@ -102,18 +102,18 @@ class Threads(Collectives):
     """Collectives of workers that are threads of this process."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.values, self.meet = size, {}, threading.Barrier(size, timeout=30)
+        self.size, self.values, self.barrier = size, {}, threading.Barrier(size, timeout=30)
 
     def all_gather(self, value):
         self.values[threading.current_thread().name] = value
-        self.meet.wait()
+        self.barrier.wait()
         found = [self.values[name] for name in sorted(self.values)]
-        self.meet.wait()
+        self.barrier.wait()
         return found
 
 
 class OneModel:
-    """An engine as far as texts need one; it counts the calls of `generate`."""
+    """An engine that can only generate; it counts the calls of `generate`."""
 
     def __init__(self, synced: bool) -> None:
         self.model, self.synced, self.calls = make_model("gpt2").eval(), synced, 0
@@ -133,14 +133,14 @@ class OneModel:
 
 @pytest.mark.parametrize("synced", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_each_text_is_made_once_and_calls_are_even_where_they_must_be(size, synced):
+def test_each_text_is_generated_once_and_calls_are_equal_where_required(size, synced):
     rng = np.random.default_rng(0)
     rows = [
         GenerationRequest(rng.integers(3, 90, length), number)
         for number, length in enumerate((4, 9, 1, 2, 7, 7, 3))
     ]
     sampling = {"strategy": "sample", "num_samples": 2}
-    wanted = decoder(7, **sampling).generate_all(make_model("gpt2").eval(), rows)
+    expected = decoder(7, **sampling).generate_all(make_model("gpt2").eval(), rows)
     found, engines, collectives = {}, [OneModel(synced) for _ in range(size)], Threads(size)
 
     def work(rank):
@@ -153,12 +153,12 @@ def test_each_text_is_made_once_and_calls_are_even_where_they_must_be(size, sync
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[rank] for rank in range(size)] == [wanted] * size
+    assert [found[rank] for rank in range(size)] == [expected] * size
     calls = [engine.calls for engine in engines]  # four batches of at most two rows
     assert calls == ([2, 2] if size == 2 else [2, 2, 2] if synced else [2, 1, 1])
 
 
-def test_the_first_samples_are_taken_once_whoever_saw_them(base):
+def test_first_samples_are_taken_once_whichever_worker_has_them(base):
     config = load_config(
         tiny.config(
             base,
@@ -171,17 +171,17 @@ def test_the_first_samples_are_taken_once_whoever_saw_them(base):
         )
     )
     run, data = resolved(config)
-    texts = HeldOutGenerator.from_config(config, run.tokenizer)
-    for _ in range(2):  # a second evaluation begins anew
+    generator = HeldOutGenerator.from_config(config, run.tokenizer)
+    for _ in range(2):  # a second evaluation starts over
         for batch in data.evaluation.batches(0, range(5)) + data.evaluation.batches(1, range(5)):
-            texts.collect(batch)
-        assert [one.sample for one in texts.take_samples(Collectives())] == [0, 1, 2, 3, 4]
+            generator.collect(batch)
+        assert [one.sample for one in generator.take_samples(Collectives())] == [0, 1, 2, 3, 4]
     assert HeldOutGenerator.from_config(load_config(tiny.config(base, "x")), run.tokenizer) is None
     data.close()
 
 
-def test_a_run_stops_early_by_a_metric_of_texts(base):
-    """At a learning rate that changes nothing no evaluation is better than the first."""
+def test_run_stops_early_by_a_metric_of_generated_text(base):
+    """The learning rate is so low that no evaluation is better than the first."""
     document = tiny_tasks.config(
         base,
         "seq2seq",
@@ -202,12 +202,12 @@ def test_a_run_stops_early_by_a_metric_of_texts(base):
     result = local.run(load_config(document))
     assert result.step == 2
     store = Store(str(base / "runs" / "seq2seq-early"))
-    kept = json.loads(store.read("evaluations/step-000000002.json"))
-    assert [set(one) for one in kept["generations"]] == [
+    stored = json.loads(store.read("evaluations/step-000000002.json"))
+    assert [set(one) for one in stored["generations"]] == [
         {"sample", "prompt", "reference", "text"}
     ] * 2
     lines = [json.loads(line) for line in store.read("metrics.jsonl").splitlines()]
     assert (
-        kept["token_error_rate"]
+        stored["token_error_rate"]
         == [line for line in lines if line["kind"] == "evaluation"][-1]["token_error_rate"]
     )

@@ -136,7 +136,8 @@ def test_file_that_is_not_a_metrics_file_is_not_overwritten(store, content):
     store.write("metrics.jsonl", content)
     with pytest.raises(
         StorageError,
-        match=r"metrics\.jsonl: not a file of metrics \(.*\)\. Allowed: lines of JSON with a step\. "
+        match=r"metrics\.jsonl: not a file of metrics \(.*\)\. "
+        r"Allowed: lines of JSON with a step\. "
         r"Move the file away\.",
     ):
         read_metrics(store, 3)

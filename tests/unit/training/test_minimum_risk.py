@@ -1,4 +1,4 @@
-"""What minimum risk training draws: by seed, step, lane and row only; a run gone on with equals one that never stopped."""
+"""Minimum risk training: samples depend on seed, step, lane and row only; resuming is exact."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def document(base, task: str, name: str, steps: int, **fields):
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
-def test_a_run_gone_on_with_has_the_losses_of_one_that_never_stopped(base, task):
+def test_resumed_run_has_the_losses_of_an_uninterrupted_one(base, task):
     made = document(base, task, "x", 6)
     for name, steps in (("whole", 6), ("cut", 4), ("cut", 6)):
         made["run"]["name"], made["schedule"]["steps"] = f"{task[:3]}-{name}", steps
@@ -50,7 +50,7 @@ def test_a_run_gone_on_with_has_the_losses_of_one_that_never_stopped(base, task)
     assert history.losses(runs[0]) == history.losses(runs[1]) and len(history.losses(runs[0])) == 6
 
 
-def test_what_a_lane_draws_knows_no_other_lane(base):
+def test_samples_of_a_lane_do_not_depend_on_other_lanes(base):
     config = load_config(document(base, "causal_lm", "x", 2))
     store = Store(f"memory://{uuid4().hex}")
     run = resolve(config, store)
@@ -77,11 +77,11 @@ def test_what_a_lane_draws_knows_no_other_lane(base):
     data.close()
 
 
-def test_a_prompt_without_room_is_refused_in_one_line(base):
+def test_prompt_that_leaves_no_room_is_refused_in_one_line(base):
     made = document(base, "causal_lm", "long", 2)
     made["task"] = {**RISK, "risk": {"max_new_tokens": 60}}
     with pytest.raises(
         ConfigError,
-        match=r"max_new_tokens=60: the model has 64 places and the longest prompt \d+ tokens; ",
+        match=r"max_new_tokens=60: the model has 64 positions and the longest prompt \d+ tokens\. ",
     ):
         local.run(load_config(made))

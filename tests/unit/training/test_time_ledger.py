@@ -1,4 +1,4 @@
-"""The time record of an attempt: every second in one phase, stored while the attempt runs, fenced."""
+"""The time record of an attempt: each second in one phase, stored while it runs, fenced."""
 
 from __future__ import annotations
 

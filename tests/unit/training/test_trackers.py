@@ -57,7 +57,8 @@ def test_trackers_that_are_not_installed_are_one_line_each(tmp_path, monkeypatch
         == [
             "log.wandb.project=p: wandb is not installed. It comes with an extra. Run pip install "
             "'dist-ft[wandb]', or leave log.wandb out.",
-            "log.mlflow.experiment=e: mlflow is not installed. It comes with an extra. Run pip install "
+            "log.mlflow.experiment=e: mlflow is not installed. It comes with an extra. Run pip "
+            "install "
             "'dist-ft[mlflow]', or leave log.mlflow out.",
         ]
     )

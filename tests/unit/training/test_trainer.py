@@ -1,4 +1,4 @@
-"""The loop over real parts: a small model, real data, checkpoints on disk; failures are real ones too."""
+"""The training loop with a small model, real data, checkpoints on disk and real failures."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def base(tmp_path_factory) -> Path:
 
 @dataclass
 class Run:
-    """One run, started as often as a test likes."""
+    """A run that a test can start several times."""
 
     base: Path
     name: str
     changes: dict = field(default_factory=dict)
 
     def document(self) -> dict:
-        held = {"data": str(self.base / "data" / "shard-0.jsonl"), "max_samples": 13}
+        held_out = {"data": str(self.base / "data" / "shard-0.jsonl"), "max_samples": 13}
         changes = {
             "schedule": {"epochs": None, "steps": STEPS},
             "checkpoint": {"every_steps": 2, "background": False},
-            "evaluation": held,
+            "evaluation": held_out,
         }
         for section, fields in self.changes.items():
             changes[section] = {**changes.get(section, {}), **fields}
@@ -74,8 +74,8 @@ class Run:
     def store(self) -> Store:
         return Store(str(self.base / "runs" / self.name))
 
-    def go(self, *callbacks: Callback, **requests) -> tuple[Result, str]:
-        """Train from the newest checkpoint on; return the result and what the console showed."""
+    def train(self, *callbacks: Callback, **requests) -> tuple[Result, str]:
+        """Train from the latest checkpoint; return the result and the console output."""
         config, stream = load_config(self.document()), io.StringIO()
         attempt = discovery.start_attempt(self.store, 1)
         resolved = resolve(config, self.store)
@@ -122,8 +122,8 @@ class Run:
             metrics.close()
 
     def ledger(self) -> np.ndarray:
-        newest = discovery.find_latest(self.store, World(), Collectives())
-        return read_ledger(self.store, newest)
+        latest = discovery.find_latest(self.store, World(), Collectives())
+        return read_ledger(self.store, latest)
 
 
 def on_commit(call) -> Callback:
@@ -142,15 +142,15 @@ def run(base):
 
 
 @pytest.fixture(scope="module")
-def straight(base) -> tuple[list[float], np.ndarray, Result, str]:
-    """Losses, ledger, result and console of a run that nothing happens to."""
+def uninterrupted(base) -> tuple[list[float], np.ndarray, Result, str]:
+    """Losses, ledger, result and console output of a run that is not interrupted."""
     whole = Run(base, "straight")
-    result, shown = whole.go()
-    return history.losses(whole.store.url), whole.ledger(), result, shown
+    result, output = whole.train()
+    return history.losses(whole.store.url), whole.ledger(), result, output
 
 
-def clock(*events):
-    """Return a should_stop that runs `events[i]` before step i (counted from 0) and stops where one returns True."""
+def at_steps(*events):
+    """Return a request that calls `events[i]` in step i (from 0) and returns its result."""
     step = iter(range(10**6))
     return lambda: bool((dict(enumerate(events)).get(next(step)) or (lambda: False))())
 
@@ -159,24 +159,25 @@ def stop() -> bool:
     return True
 
 
-def nothing() -> bool:
+def proceed() -> bool:
     return False
 
 
-def test_a_run_to_its_end(base, straight):
-    losses, ledger, result, shown = straight
+def test_run_trains_to_the_last_step(base, uninterrupted):
+    losses, ledger, result, output = uninterrupted
     assert (result.step, result.total_steps, len(losses)) == (STEPS, STEPS, STEPS)
     assert result.loss == losses[-1] < losses[0]
     assert result.checkpoint == str(
         base / "runs" / "straight" / "checkpoints" / "step-000000006-a0001"
     )
-    lines = shown.splitlines()
+    lines = output.splitlines()
     assert lines[0] == (
         f"held-out loss at step 0: {result.evaluation_before:.4f} "
         f"(perplexity {np.exp(result.evaluation_before):.2f})"
     )
     assert re.fullmatch(
-        r"step 1/6  loss \d\.\d{4}  lr \d\.\d\de-\d\d  grad \d+\.\d\d  [\d,]+ tok/s  \d+\.\d\d s/step  "
+        r"step 1/6  loss \d\.\d{4}  lr \d\.\d\de-\d\d  grad \d+\.\d\d  "
+        r"[\d,]+ tok/s  \d+\.\d\d s/step  "
         r"left \d:\d\d:\d\d",
         lines[1],
     )
@@ -184,7 +185,7 @@ def test_a_run_to_its_end(base, straight):
     assert sorted(set(ledger[:, 0])) == list(range(STEPS))
 
 
-def test_metrics_follow_schedule_and_plan(base, straight):
+def test_metrics_follow_schedule_and_plan(base, uninterrupted):
     config = load_config(Run(base, "straight").document())
     lines = [line for line in read_metrics(Run(base, "straight").store) if line["kind"] == "train"]
     rates = [
@@ -196,64 +197,64 @@ def test_metrics_follow_schedule_and_plan(base, straight):
     assert (
         sum(line["num_target_tokens"] for line in lines) == manifest.progress.num_target_tokens > 0
     )
-    assert manifest.progress.num_tokens == straight[1][:, 5].sum()
+    assert manifest.progress.num_tokens == uninterrupted[1][:, 5].sum()
     assert manifest.progress.optimizer_step == STEPS
 
 
 @pytest.mark.parametrize("at", range(1, STEPS))
-def test_a_request_to_stop_saves_and_the_same_command_goes_on(run, straight, at):
+def test_stop_request_saves_and_the_same_command_resumes(run, uninterrupted, at):
     with pytest.raises(Interrupted) as caught:
-        run.go(should_stop=clock(*[nothing] * (at - 1), stop))
+        run.train(should_stop=at_steps(*[proceed] * (at - 1), stop))
     where = run.store.full_url(f"checkpoints/step-{at:09d}-a0001")
     assert str(caught.value) == (
         f"stopped at step {at} of {STEPS} as requested; saved as {where}; the same command resumes "
         "from there"
     )
-    result, _ = run.go()
-    losses, ledger, unbroken, _ = straight
+    result, _ = run.train()
+    losses, ledger, whole_result, _ = uninterrupted
     assert history.losses(run.store.url) == losses  # to the last bit, dropout included
     assert np.array_equal(run.ledger(), ledger)
     assert replace(result, run_url="", checkpoint="") == replace(
-        unbroken, run_url="", checkpoint=""
+        whole_result, run_url="", checkpoint=""
     )
 
 
-def test_a_request_to_stop_at_the_last_step_changes_nothing(run):
-    assert run.go(should_stop=clock(*[nothing] * (STEPS - 1), stop))[0].step == STEPS
+def test_stop_request_at_the_last_step_has_no_effect(run):
+    assert run.train(should_stop=at_steps(*[proceed] * (STEPS - 1), stop))[0].step == STEPS
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_wish_to_save_commits_that_step_at_once_and_changes_nothing_else(
-    run, straight, background
+def test_save_request_commits_that_step_at_once_and_has_no_other_effect(
+    run, uninterrupted, background
 ):
     run.changes["checkpoint"] = {"every_steps": 4, "background": background, "keep_last": 9}
-    told, answered = [], []
-    run.go(
-        on_commit(lambda url, metrics: told.append(metrics["step"])),
-        should_save=clock(nothing, nothing, stop, nothing, stop),
-        on_requested_save_end=lambda: answered.append(told[-1]),
+    committed, ended = [], []
+    run.train(
+        on_commit(lambda url, metrics: committed.append(metrics["step"])),
+        should_save=at_steps(proceed, proceed, stop, proceed, stop),
+        on_requested_save_end=lambda: ended.append(committed[-1]),
     )
-    assert told == [3, 4, 5, 6] and answered == [3, 5], "answered when committed, not when begun"
-    assert history.losses(run.store.url) == straight[0]
-    assert np.array_equal(run.ledger(), straight[1])
+    assert committed == [3, 4, 5, 6] and ended == [3, 5], "ended when committed, not when started"
+    assert history.losses(run.store.url) == uninterrupted[0]
+    assert np.array_equal(run.ledger(), uninterrupted[1])
 
 
-def test_a_wish_to_save_is_answered_where_storage_fails_too(run, caplog):
+def test_save_request_ends_where_storage_fails_too(run, caplog):
     block, free = blocker(run.store)
-    answered = []
-    result, _ = run.go(
-        should_save=clock(block, lambda: True, free),
-        on_requested_save_end=lambda: answered.append(True),
+    ended = []
+    result, _ = run.train(
+        should_save=at_steps(block, lambda: True, free),
+        on_requested_save_end=lambda: ended.append(True),
     )
     assert (
         result.step == STEPS
-        and answered == [True]
+        and ended == [True]
         and "no checkpoint at step 2, training continues" in caplog.text
     )
 
 
 def blocker(store: Store):
-    """Return (block, free): while blocked, nothing can be written below checkpoints/."""
+    """Return (block, free): while blocked, writes below checkpoints/ fail."""
     folder, aside = Path(store.full_url("checkpoints")), Path(store.full_url("aside"))
 
     def block() -> bool:
@@ -271,80 +272,83 @@ def blocker(store: Store):
     return block, free
 
 
-def test_a_save_that_fails_mid_run_keeps_its_rows_for_the_next(run, straight, caplog):
+def test_failed_save_leaves_its_ledger_rows_for_the_next(run, uninterrupted, caplog):
     block, free = blocker(run.store)
-    told = []
+    committed = []
     with caplog.at_level(logging.WARNING, "dist_ft"):
-        run.go(
-            on_commit(lambda url, metrics: told.append(metrics["step"])),
-            should_stop=clock(block, nothing, free),
+        run.train(
+            on_commit(lambda url, metrics: committed.append(metrics["step"])),
+            should_stop=at_steps(block, proceed, free),
         )
-    said = [text.split(":")[0] for text in caplog.messages]
-    assert said == [
+    problems = [text.split(":")[0] for text in caplog.messages]
+    assert problems == [
         "checkpoint step-000000002-a0001 was not removed",
         "no checkpoint at step 2, training continues",
     ]
     assert f"{run.store.url}/checkpoints/step-000000002-a0001/" in caplog.text
-    assert told == [4.0, 6.0]
-    assert np.array_equal(run.ledger(), straight[1])
-    assert history.losses(run.store.url) == straight[0]
+    assert committed == [4.0, 6.0]
+    assert np.array_equal(run.ledger(), uninterrupted[1])
+    assert history.losses(run.store.url) == uninterrupted[0]
 
 
-def test_a_request_to_stop_while_storage_fails_does_not_claim_to_have_saved(run, caplog):
+def test_stop_request_while_storage_fails_reports_that_nothing_is_saved(run, caplog):
     block, free = blocker(run.store)
     with pytest.raises(Interrupted) as caught:
-        run.go(should_stop=clock(nothing, nothing, lambda: block() or True))
+        run.train(should_stop=at_steps(proceed, proceed, lambda: block() or True))
     assert str(caught.value) == (
-        "stopped at step 3 of 6 as requested; storage failed, so this step is not saved (the log says "
+        "stopped at step 3 of 6 as requested; storage failed, so this step is not saved (the log "
+        "says "
         "why); the same command resumes from the checkpoint before"
     )
     free()
     assert discovery.find_latest(run.store, World(), Collectives()).progress.step == 2
 
 
-def test_the_last_save_must_not_fail(run):
+def test_last_save_must_not_fail(run):
     block, _ = blocker(run.store)
     with pytest.raises(
         StorageError, match=r"checkpoints/step-000000006-a0001/\S+: cannot write it"
     ):
-        run.go(should_stop=clock(*[nothing] * (STEPS - 1), block))
+        run.train(should_stop=at_steps(*[proceed] * (STEPS - 1), block))
 
 
-def test_what_is_told_of_commits(run, straight):
-    told = []
-    run.go(on_commit(lambda url, metrics: told.append((url, metrics))))
-    assert [url.rsplit("/", 1)[1] for url, _ in told] == [
+def test_callback_gets_url_and_metrics_of_each_checkpoint(run, uninterrupted):
+    committed = []
+    run.train(on_commit(lambda url, metrics: committed.append((url, metrics))))
+    assert [url.rsplit("/", 1)[1] for url, _ in committed] == [
         f"step-{step:09d}-a0001" for step in (2, 4, 6)
     ]
-    assert [metrics["loss"] for _, metrics in told] == [
-        straight[0][1],
-        straight[0][3],
-        straight[0][5],
+    assert [metrics["loss"] for _, metrics in committed] == [
+        uninterrupted[0][1],
+        uninterrupted[0][3],
+        uninterrupted[0][5],
     ]
 
 
 @pytest.mark.parametrize(
-    ("busy", "said", "steps"),
+    ("busy", "warning", "steps"),
     [
         (
             "wait",
-            r"the save at step {} waited \d+\.\d s for the previous one; checkpoint.every_steps=1 is shorter than a save takes",
+            r"the save at step {} waited \d+\.\d s for the previous one; checkpoint.every_steps=1 "
+            "is shorter than a save takes",
             range(1, 7),
         ),
         (
             "skip",
-            "no checkpoint at step {}: the previous one is still being written; checkpoint.every_steps=1 is shorter than a "
+            "no checkpoint at step {}: the previous one is still being written; "
+            "checkpoint.every_steps=1 is shorter than a "
             "save takes",
             (1, 6),
         ),
     ],
 )
-def test_saves_in_the_background_never_pile_up(
-    base, straight, monkeypatch, caplog, busy, said, steps
+def test_background_saves_do_not_accumulate(
+    base, uninterrupted, monkeypatch, caplog, busy, warning, steps
 ):
     seconds = {"wait": 0.3, "skip": 3.0}[
         busy
-    ]  # six steps take longer than the one, not than the other
+    ]  # six steps take longer than the first, not than the second
     monkeypatch.setattr(
         Store,
         "write",
@@ -354,15 +358,17 @@ def test_saves_in_the_background_never_pile_up(
         )[1],
     )
     changes = {"every_steps": 1, "background": True, "when_busy": busy, "keep_last": 9}
-    run, told = Run(base, f"busy-{busy}", {"checkpoint": changes}), []
+    run, committed = Run(base, f"busy-{busy}", {"checkpoint": changes}), []
     with caplog.at_level(logging.WARNING, "dist_ft"):
-        run.go(on_commit(lambda url, metrics: told.append((metrics["step"], metrics["loss"]))))
-    assert history.losses(run.store.url) == straight[0]
-    assert np.array_equal(run.ledger(), straight[1])
-    assert told == [(float(step), straight[0][step - 1]) for step in steps]
+        run.train(
+            on_commit(lambda url, metrics: committed.append((metrics["step"], metrics["loss"])))
+        )
+    assert history.losses(run.store.url) == uninterrupted[0]
+    assert np.array_equal(run.ledger(), uninterrupted[1])
+    assert committed == [(float(step), uninterrupted[0][step - 1]) for step in steps]
     assert len(caplog.messages) == 4
     assert all(
-        re.fullmatch(said.format(step), text)
+        re.fullmatch(warning.format(step), text)
         for step, text in zip(range(2, 6), caplog.messages, strict=True)
     )
     assert [
@@ -370,8 +376,8 @@ def test_saves_in_the_background_never_pile_up(
     ] == list(reversed(steps))
 
 
-def test_a_background_save_that_fails_keeps_its_rows_for_the_next(
-    run, straight, caplog, monkeypatch
+def test_failed_background_save_leaves_its_ledger_rows_for_the_next(
+    run, uninterrupted, caplog, monkeypatch
 ):
     def write(self, path, content, real=Store.write):
         if "step-000000002" in self.url and path.endswith(".safetensors"):
@@ -381,15 +387,16 @@ def test_a_background_save_that_fails_keeps_its_rows_for_the_next(
     monkeypatch.setattr(Store, "write", write)
     run.changes["checkpoint"] = {"background": True}
     with caplog.at_level(logging.WARNING, "dist_ft"):
-        run.go()
+        run.train()
     assert "no checkpoint at step 2, training continues: no room" in caplog.messages
     assert (
-        np.array_equal(run.ledger(), straight[1]) and history.losses(run.store.url) == straight[0]
+        np.array_equal(run.ledger(), uninterrupted[1])
+        and history.losses(run.store.url) == uninterrupted[0]
     )
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straight, background):
+def test_local_checkpoints_between_those_in_storage(base, tmp_path, uninterrupted, background):
     run = Run(
         base,
         f"tiers-{background}".lower(),
@@ -410,13 +417,13 @@ def test_checkpoints_on_the_node_between_those_in_storage(base, tmp_path, straig
             local_steps.append(step)
 
     with pytest.raises(RuntimeError, match="killed"):
-        run.go(OnLocalCheckpoint(), should_stop=clock(nothing, nothing, killed))
+        run.train(OnLocalCheckpoint(), should_stop=at_steps(proceed, proceed, killed))
     assert discovery.list_committed(run.store) == [] and local_steps
     calls: list[int] = []
-    run.go(should_stop=lambda: bool(calls.append(1)))
-    assert len(calls) < STEPS, "it went on from the node"
-    assert history.losses(run.store.url) == straight[0] and np.array_equal(
-        run.ledger(), straight[1]
+    run.train(should_stop=lambda: bool(calls.append(1)))
+    assert len(calls) < STEPS, "it resumed from the local checkpoint"
+    assert history.losses(run.store.url) == uninterrupted[0] and np.array_equal(
+        run.ledger(), uninterrupted[1]
     )
     steps = [line["step"] for line in read_metrics(run.store) if line["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -426,25 +433,25 @@ def killed() -> bool:
     raise RuntimeError("killed")
 
 
-def test_auto_saves_as_often_as_it_pays(base, straight):
-    """An expected failure every 20 ms asks for a save after the first step; one every 3 hours for none in six steps."""
+def test_auto_interval_follows_the_failure_rate(base, uninterrupted):
+    """A failure every 20 ms requires a save after the first step, one every 3 hours does not."""
     often = Run(
         base,
         "often",
         {"checkpoint": {"every_steps": "auto", "failure_interval_s": 0.02, "keep_last": 9}},
     )
-    often.go()
+    often.train()
     rarely = Run(base, "rarely", {"checkpoint": {"every_steps": "auto", "keep_last": 9}})
-    rarely.go()
+    rarely.train()
     assert len(discovery.list_committed(often.store)) >= 2
     assert discovery.list_committed(rarely.store) == ["step-000000006-a0001"]
     for run in (often, rarely):
-        assert history.losses(run.store.url) == straight[0] and np.array_equal(
-            run.ledger(), straight[1]
+        assert history.losses(run.store.url) == uninterrupted[0] and np.array_equal(
+            run.ledger(), uninterrupted[1]
         )
 
 
-def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
+def test_saves_and_evaluations_happen_only_where_configured(base):
     quiet = Run(
         base,
         "quiet",
@@ -454,7 +461,7 @@ def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
             "evaluation": {"at_start": False, "at_end": False, "every_steps": 3},
         },
     )
-    result, _ = quiet.go()
+    result, _ = quiet.train()
     assert discovery.list_committed(quiet.store) == [] and result.checkpoint is None
     assert (result.evaluation_before, result.evaluation_after) == (None, None)
     assert [(line["step"], line["kind"]) for line in read_metrics(quiet.store)] == [
@@ -467,7 +474,7 @@ def test_nothing_is_saved_or_evaluated_that_was_not_asked_for(base):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monkeypatch):
-    """Ranks are asked one by one, each giving its own share; together they are the whole, in equally many calls."""
+    """Ranks run one by one, each over its own share, with the same number of calls."""
     run = Run(base, "straight")
     config = load_config(run.document())
     resolved = resolve(config, run.store)
@@ -499,7 +506,7 @@ def test_evaluation_counts_each_sample_once_at_every_world_size(base, size, monk
     assert whole["perplexity"] == pytest.approx(np.exp(whole["loss"]))
 
 
-def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
+def test_seeds_follow_from_run_seed_step_and_lane(base, monkeypatch):
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(
         TorchEngine,
@@ -509,7 +516,7 @@ def test_what_is_random_follows_from_seed_step_and_lane(base, monkeypatch):
             real(self, batches, seeds, *rest),
         )[1],
     )
-    Run(base, "seeds").go()
+    Run(base, "seeds").train()
     assert seen == [
         tuple(derive_seed(11, step, lane) for lane in range(5)) for step in range(STEPS)
     ]
