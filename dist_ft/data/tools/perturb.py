@@ -68,7 +68,7 @@ def add_typo(word: str, rng: random.Random) -> str:
     position = rng.randrange(len(word))
     if kind == "swap":
         position = min(position, len(word) - 2)
-        first, second = word[position : position + 2]
+        first, second = word[position], word[position + 1]
         return word[:position] + second + first + word[position + 2 :]
 
     before, letter, after = word[:position], word[position], word[position + 1 :]

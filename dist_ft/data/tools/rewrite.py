@@ -46,7 +46,7 @@ def rewrite_blocks(
     """
     source = _describe_source(blocks, suffix, tokenize)
     existing = set(out.list())
-    is_same_source = SOURCE in existing and out.read(SOURCE).decode() == source
+    is_same_source = SOURCE in existing and _is_same_source(out.read(SOURCE).decode(), source)
     if existing and not is_same_source:
         raise DataError(
             f"--out={out.redacted_url()}: holds shards that were written from other data or in "
@@ -74,10 +74,22 @@ def rewrite_blocks(
 
 
 def _describe_source(blocks: BlockStore, suffix: str, tokenize: bool) -> str:
-    """Return what the shards are written from, as JSON; the keys are those of earlier versions."""
+    """Return what the shards are written from, as JSON."""
     fingerprint = blocks.fingerprint if tokenize else "rows"
     keys = [cache_key(fingerprint, block, blocks.shards) for block in blocks.blocks]
-    return json.dumps({"suffix": suffix, "tokenised": tokenize, "blocks": keys})
+    return json.dumps({"suffix": suffix, "tokenized": tokenize, "blocks": keys})
+
+
+def _is_same_source(stored: str, source: str) -> bool:
+    """Return whether a stored description is that of `source`.
+
+    Only values are compared: version 0.1.0 spelled a key differently.
+    """
+    try:
+        values = list(json.loads(stored).values())
+    except (ValueError, AttributeError):
+        return False
+    return values == list(json.loads(source).values())
 
 
 def block_to_table(block: TokenizedBlock) -> Any:

@@ -1,5 +1,7 @@
 """Rewriting data: the same rows or the same tokens, in the same order, resumed if interrupted."""
 
+import json
+
 import numpy as np
 import pytest
 from unit.data.data_helpers import chat, data_section
@@ -12,7 +14,7 @@ from dist_ft.data.blocks.index import split_into_blocks
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.data.tools.rewrite import COMPLETE, rewrite_blocks
+from dist_ft.data.tools.rewrite import COMPLETE, SOURCE, rewrite_blocks
 from dist_ft.storage.filesystem import Store
 
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(40)]
@@ -70,6 +72,17 @@ def test_interrupted_rewrite_is_resumed(make, tmp_path):
     )
     assert out.list() == names and seen[-1] == (total, total)
     assert rewrite_blocks(store, out, "parquet", False) == 0
+
+
+def test_rewrite_of_an_earlier_version_is_resumed(make, tmp_path):
+    _, store = make(ROWS)
+    out = Store(str(tmp_path / "out"))
+    rewrite_blocks(store, out, "parquet", tokenize=False)
+    source = json.loads(out.read(SOURCE))
+    source = {"suffix": source["suffix"], "old": source["tokenized"], "blocks": source["blocks"]}
+    out.write(SOURCE, json.dumps(source).encode())
+    out.remove(COMPLETE)
+    assert rewrite_blocks(store, out, "parquet", tokenize=False) == 0
 
 
 def test_other_data_in_the_folder_is_refused(make, tmp_path):
