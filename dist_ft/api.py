@@ -283,7 +283,7 @@ def predict(
     from dist_ft.data.sources.discovery import discover_shards
     from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
-    from dist_ft.inference.predict_folder import predict_folder
+    from dist_ft.inference.predict_folder import WrittenPredictions, predict_folder
     from dist_ft.inference.prediction_file import predict_file
     from dist_ft.inference.prediction_shards import ENCODERS
 

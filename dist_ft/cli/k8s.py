@@ -100,7 +100,7 @@ def render(
     from dist_ft.cluster.k8s.sizing import compute_sizing, describe_sizing
     from dist_ft.config.load import load_config
     from dist_ft.core.errors import ConfigError
-    from dist_ft.runtime.preflight.run_plan import count_parameters
+    from dist_ft.runtime.preflight.model_trace import count_parameters
 
     if kustomize and (out or overlay or component):
         raise ConfigError(

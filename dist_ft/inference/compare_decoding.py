@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.decoding import parse_strategy, format_strategy
+from dist_ft.config.sections.decoding import format_strategy, parse_strategy
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World
 from dist_ft.inference.evaluation_run import derive_evaluation_run

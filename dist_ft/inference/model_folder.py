@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 from dist_ft.checkpoint import export, initial_weights
 from dist_ft.config.load import load_stored_section
 from dist_ft.config.schema import ModelSection, TaskSection
-from dist_ft.config.sections.decoding import DecodingSection, parse_strategy, format_strategy
+from dist_ft.config.sections.decoding import DecodingSection, format_strategy, parse_strategy
 from dist_ft.config.sections.prompting import PromptingSection, get_model_task
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads

@@ -1,10 +1,10 @@
-"""A plan as text: what `planning.plan` returns, for a person. Pure."""
+"""A plan (`run_plan.plan`) as text for a person. Pure."""
 
 from __future__ import annotations
 
-from typing import Any
+from dist_ft.runtime.preflight.run_plan import Plan, PlannedMemory, SmallestCluster
 
-KINDS = (
+MEMORY_KINDS = (
     "weights",
     "gradients",
     "optimizer",
@@ -15,158 +15,143 @@ KINDS = (
 )
 
 
-def as_text(plan: dict[str, Any]) -> str:
+def as_text(plan: Plan) -> str:
     """Return the whole report."""
     model = plan["model"]
-    counted = (
-        "activations rehearsed with the model's own code"
-        if model["rehearsed"]
-        else "activations estimated: this model's code can not be rehearsed without values"
-    )
+    source = "activations estimated: this model's code cannot be traced without values"
+    if model["traced"]:
+        source = "activations traced with the model's own code"
     chosen = next(row for row in plan["memory"] if row["chosen"])
-    blocks = [
-        [
-            f"plan of {plan['run']}: {_workers(plan['workers'])}, {_name(chosen)}, {plan['dtype']}; GB are 10^9 bytes"
-        ],
-        [
-            "",
-            *_lines(
-                [
-                    (
-                        "model",
-                        f"{model['path']} ({model['kind']}), {model['parameters']:,} parameters, "
-                        f"{model['learned']:,} learned",
-                    ),
-                    *plan["batch"].items(),
-                ]
-            ),
-        ],
-        ["", f"memory a worker at its peak, GB ({counted})", *_memory(plan)],
-        ["", *_lines(_besides(plan, chosen))],
-        ["", "on the wire a step (published volumes, as a ring sends them)", *_traffic(plan)],
-        ["", *_lines([("checkpoint", _checkpoint(plan))])],
-        ["", "GPUs (a tenth of each is left to CUDA, NCCL and fragmentation)", *_gpus(plan)],
+    model_line = (
+        f"{model['path']} ({model['kind']}), {model['parameters']:,} parameters, "
+        f"{model['trainable']:,} trainable"
+    )
+    lines = [
+        f"plan of {plan['run']}: {_count(plan['workers'], 'worker')}, {_name(chosen)}, "
+        f"{plan['dtype']}; GB are 10^9 bytes",
+        "",
+        *_pairs([("model", model_line), *plan["batch"].items()]),
+        "",
+        f"memory of a worker at its peak, GB ({source})",
+        *_memory_table(plan),
+        "",
+        *_pairs(_further_memory(plan, chosen)),
+        "",
+        "sent in a step (published volumes, as a ring sends them)",
+        *_traffic_table(plan),
+        "",
+        *_pairs([("checkpoint", _checkpoint_line(plan))]),
+        "",
+        "GPUs (a tenth of each is left to CUDA, NCCL and fragmentation)",
+        *_gpu_table(plan),
     ]
-    return "\n".join(line for block in blocks for line in block)
+    return "\n".join(lines)
 
 
-def _workers(count: int) -> str:
-    return f"{count} worker{'' if count == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _name(row: dict[str, Any]) -> str:
+def _name(row: PlannedMemory) -> str:
     if row["plain"]:
         return "plain PyTorch"
-    away = ", ".join(f"{what} on {where}" for what, where in row["offload"].items())
-    return f"ZeRO-{row['stage']}" + (f" ({away})" if away else "")
+    offload = ", ".join(f"{what} on {where}" for what, where in row["offload"].items())
+    return f"ZeRO-{row['stage']}" + (f" ({offload})" if offload else "")
+
+
+def _marked_name(row: PlannedMemory) -> str:
+    return ("> " if row["chosen"] else "  ") + _name(row)
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f}" if size < 1e11 else f"{size / 1e9:,.0f}"
 
 
-def _lines(rows: list[tuple[str, str]]) -> list[str]:
+def _pairs(rows: list[tuple[str, str]]) -> list[str]:
     return [f"{name:<16}{text}" for name, text in rows]
 
 
-def _grid(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines, the first column to the left, all others to the right."""
+def _table(rows: list[list[str]]) -> list[str]:
+    """Return rows as lines, the first column aligned left, all others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def _memory(plan: dict[str, Any]) -> list[str]:
-    rows = [["", *KINDS, "total", "peak at"]]
-    rows += [
-        [
-            ("> " if row["chosen"] else "  ") + _name(row),
-            *(_gb(row["gpu"][kind]) for kind in KINDS),
-            _gb(row["total"]),
-            row["when"],
-        ]
-        for row in plan["memory"]
-    ]
-    return _grid(rows)
+def _memory_table(plan: Plan) -> list[str]:
+    rows = [["", *MEMORY_KINDS, "total", "peak at"]]
+    for row in plan["memory"]:
+        sizes = [_gb(row["gpu"][kind]) for kind in MEMORY_KINDS]
+        rows.append([_marked_name(row), *sizes, _gb(row["total"]), row["when"]])
+    return _table(rows)
 
 
-def _besides(plan: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+def _further_memory(plan: Plan, chosen: PlannedMemory) -> list[tuple[str, str]]:
+    """Return the lines on the fewest workers and on host memory, as far as there are any."""
     rows = []
     if plan["fewest_workers"] != plan["workers"]:
-        rows.append(
-            (
-                "fewest workers",
-                f"{_gb(plan['on_fewest_workers'])} GB a worker on {plan['fewest_workers']}",
-            )
-        )
-    host = {
-        **chosen["host"],
-        **({"copy for checkpoints": plan["checkpoint_copy"]} if plan["checkpoint_copy"] else {}),
-    }
+        size = _gb(plan["on_fewest_workers"])
+        rows.append(("fewest workers", f"{size} GB a worker on {plan['fewest_workers']}"))
+    host = dict(chosen["host"])
+    if plan["checkpoint_copy"]:
+        host["copy for checkpoints"] = plan["checkpoint_copy"]
     if host:
-        rows.append(
-            (
-                "host memory",
-                f"{_gb(sum(host.values()))} GB a worker = "
-                + " + ".join(f"{kind} {_gb(size)}" for kind, size in host.items()),
-            )
-        )
+        terms = " + ".join(f"{kind} {_gb(size)}" for kind, size in host.items())
+        rows.append(("host memory", f"{_gb(sum(host.values()))} GB a worker = {terms}"))
     return rows
 
 
-def _traffic(plan: dict[str, Any]) -> list[str]:
+def _traffic_table(plan: Plan) -> list[str]:
     rows = [["", "elements", "of the model", "sent by a worker, GB", "as DeepSpeed does it, GB"]]
     for row in plan["memory"]:
-        if not row["plain"]:
-            moved = sum(row["elements"].values())
-            rows.append(
-                [
-                    ("> " if row["chosen"] else "  ") + _name(row),
-                    f"{moved:,}",
-                    f"{moved / plan['model']['parameters']:.3g} x",
-                    _gb(row["sent_bytes"]),
-                    _gb(row["sent_by_deepspeed_bytes"]),
-                ]
-            )
-    return _grid(rows)
+        if row["plain"]:
+            continue
+        num_elements = sum(row["elements"].values())
+        rows.append(
+            [
+                _marked_name(row),
+                f"{num_elements:,}",
+                f"{num_elements / plan['model']['parameters']:.3g} x",
+                _gb(row["sent_bytes"]),
+                _gb(row["sent_by_deepspeed_bytes"]),
+            ]
+        )
+    return _table(rows)
 
 
-def _checkpoint(plan: dict[str, Any]) -> str:
-    sizes = plan["checkpoint"]
-    frozen = (
-        f", {_gb(sizes['frozen'])} GB frozen once a run"
-        if sizes['frozen']
-        else ""
-    )
+def _checkpoint_line(plan: Plan) -> str:
+    sizes, keep_last = plan["checkpoint"], plan["keep_last"]
+    line = f"{_gb(sizes['checkpoint'])} GB each ({_gb(sizes['per_worker'])} GB a worker)"
+    if sizes["frozen"]:
+        line += f", {_gb(sizes['frozen'])} GB frozen once a run"
     return (
-        f"{_gb(sizes['checkpoint'])} GB each ({_gb(sizes[_PART])} GB a worker){frozen}, "
-        f"{_gb(plan['kept'] * sizes['checkpoint'])} GB for the newest {plan['kept']}; exported model "
-        f"{_gb(sizes['exported_model'])} GB"
+        f"{line}, {_gb(keep_last * sizes['checkpoint'])} GB for the latest {keep_last}; exported "
+        f"model {_gb(sizes['exported_model'])} GB"
     )
 
 
-_PART = "per_worker"
-
-
-def _gpus(plan: dict[str, Any]) -> list[str]:
-    rows = [["", "GB", f"this run on {plan['workers']}", "fewest as configured", "least cluster"]]
+def _gpu_table(plan: Plan) -> list[str]:
+    configured = f"this run on {plan['workers']}"
+    rows = [["", "GB", configured, "fewest as configured", "smallest cluster"]]
     for gpu in plan["gpus"]:
-        least = gpu["least"]
         rows.append(
             [
                 f"  {gpu['name']}",
                 str(gpu["gb"]),
                 f"{'fits' if gpu['fits'] else 'does not fit'}, {gpu['used']:.0%}",
                 "none" if gpu["fewest"] is None else str(gpu["fewest"]),
-                "none"
-                if least is None
-                else f"{least['gpus']} GPU{'' if least['gpus'] == 1 else 's'} "
-                f"({least['nodes']} node{'' if least['nodes'] == 1 else 's'}), ZeRO-{least['stage']}",
+                _cluster(gpu["least"]),
             ]
         )
-    return _grid(rows)
+    return _table(rows)
+
+
+def _cluster(cluster: SmallestCluster | None) -> str:
+    if cluster is None:
+        return "none"
+    size = f"{_count(cluster['gpus'], 'GPU')} ({_count(cluster['nodes'], 'node')})"
+    return f"{size}, ZeRO-{cluster['stage']}"

@@ -50,7 +50,7 @@ def test_each_strategy_has_its_row_and_each_model(document):
 def test_without_a_length_there_is_nothing_to_compare(document):
     config = load_config({**document, "evaluation": {"data": document["evaluation"]["data"]}})
     with pytest.raises(
-        ConfigError, match=r"evaluation\.decoding\.max_new_tokens=0: texts have no length; "
+        ConfigError, match=r"evaluation\.decoding\.max_new_tokens=0: nothing is generated\."
     ):
         compare(config, [config.model.path], ["greedy"])
 

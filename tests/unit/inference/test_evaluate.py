@@ -254,7 +254,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
     [
         (
             {"prompting": {"templates": []}},
-            "prompting.templates: none is given; likelihood needs what to ask",
+            "prompting.templates: not set. likelihood needs a prompt",
         ),
         (
             {"prompting": {"templates": ["no place"]}},
@@ -262,7 +262,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         ),
         (
             {"prompting": {"templates": ["{text} {what}"]}},
-            r"prompting\.templates\.0: is not a template \(KeyError: 'what'\)",
+            r"prompting\.templates\.0: not a template \(KeyError: 'what'\)",
         ),
         (
             {"prompting": {"templates": ["{text} {pair}"]}},
@@ -271,7 +271,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         ({"prompting": {"verbalizers": {"a": " x", "b": " x"}}}, "two labels have the same words"),
         (
             {"prompting": {"method": "generation"}},
-            "prompting.method=generation: task.name=sequence_classification does not use it",
+            "prompting.method=generation: not used by task.name=sequence_classification",
         ),
         (
             {"task": {"focal_gamma": 1.0}},
@@ -279,7 +279,7 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         ),
         (
             {"task": {"labels": ["animal", "drink"]}},
-            r"prompting\.verbalizers\.food: is no label of task\.labels",
+            r"prompting\.verbalizers\.food: not a label of task\.labels",
         ),
     ],
 )
@@ -295,7 +295,7 @@ def test_check_tries_the_words_of_labels(base):
         config(base, templates=["{text} t"], prompting={"verbalizers": {**WORDS, "food": "ea"}})
     )
     assert line.startswith(
-        "prompting.verbalizers='ea': after the template's end ' t' it is no token of its own; "
+        "prompting.verbalizers='ea': has no token of its own after the template's end ' t'. "
     )
 
 
@@ -344,6 +344,7 @@ def test_rows_of_another_label_are_named(base):
         }
     )
     with pytest.raises(
-        Exception, match=r"odd\.jsonl row 1: label is 'metal'; there are animal, drink, food, place"
+        Exception,
+        match=r"odd\.jsonl row 1: label is 'metal'\. The labels are animal, drink, food, place",
     ):
         evaluate_models(made, [made.model.path])

@@ -118,7 +118,7 @@ def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(
         Predictor(out, PredictionOptions(4, 6, strategy)), iter(rows("seq2seq", 5)), str(file)
     )
     assert [json.loads(line)["prediction"] for line in file.read_text().splitlines()] == whole
-    with pytest.raises(DataError, match="holds what another model said of 5 rows"):
+    with pytest.raises(DataError, match="holds 5 rows predicted by another model"):
         predict_file(Predictor(out, PredictionOptions(4, 6)), iter(rows("seq2seq", 5)), str(file))
 
 
@@ -142,7 +142,7 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
         and first["prediction"]["label"] in tiny_tasks.LABELS
     )
     (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="holds what another model said of"):
+    with pytest.raises(DataError, match="rows predicted by another model"):
         predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
     (tmp_path / "cut.jsonl.model").write_text(predictor.version)
     asked = []
@@ -172,7 +172,9 @@ def test_a_head_that_was_never_trained_says_nothing(base, trained):
     ):
         evaluate_models(config, [encoder])
     assert evaluate_models(config, [encoder], random_head=True)[encoder]["head"] == "random"
-    with pytest.raises(ModelError, match="is a masked language model, which has nothing to say"):
+    with pytest.raises(
+        ModelError, match="is a masked language model, which has no answer to a text"
+    ):
         Predictor(encoder)
 
 

@@ -145,7 +145,9 @@ def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp
 
 
 def test_files_and_folders_are_told_apart(model, tmp_path):
-    with pytest.raises(ConfigError, match=r"--out=x\.jsonl: is one file, which one process writes"):
+    with pytest.raises(
+        ConfigError, match=r"--out=x\.jsonl: a single file is written by one process"
+    ):
         api.predict(model, "a.jsonl", "x.jsonl", workers=2)
     with pytest.raises(ConfigError, match=r"--format=csv: no such choice; allowed: jsonl, parquet"):
         api.predict(model, "a.jsonl", "x", form="csv")

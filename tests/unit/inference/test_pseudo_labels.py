@@ -83,7 +83,7 @@ def test_rows_that_have_a_label_keep_out(trained):
 def test_a_model_without_one_label_a_text_is_refused(trained):
     predictor = Predictor(trained[1])
     predictor.task = predictor.task.model_copy(update={"name": "multi_label"})
-    with pytest.raises(ModelError, match="a model of task multi_label has no one label"):
+    with pytest.raises(ModelError, match="a model of task multi_label does not choose one label"):
         pseudo_label(predictor, iter(()), 0.5)
 
 

@@ -217,7 +217,7 @@ def test_a_label_without_an_example_is_named(base):
 
 def test_entities_are_written_and_scored(base, monkeypatch):
     from dist_ft.data.encoding import entity_text
-    from dist_ft.inference.entities import Written
+    from dist_ft.inference.entities import EntityWriter
 
     made = config(
         base,
@@ -243,12 +243,12 @@ def test_entities_are_written_and_scored(base, monkeypatch):
         prompts.extend(self._template.format(text=" ".join(one.first)) for one in samples)
         return [
             entity_text.format_entities(
-                one.first, [self.config.task.labels[tag] for tag in one.label], names
+                one.first, [self.run.labels[tag] for tag in one.label], names
             )
             for one in samples
         ]
 
-    monkeypatch.setattr(Written, "_answers", perfect)
+    monkeypatch.setattr(EntityWriter, "_answers", perfect)
     found = evaluate_models(made, [made.model.path])[made.model.path]
     assert found["f1"] == 1 == found["readable"]
     assert len(prompts) == 23 and all(prompt.count(" :") == 2 for prompt in prompts), (
@@ -258,7 +258,7 @@ def test_entities_are_written_and_scored(base, monkeypatch):
 
 def test_what_does_not_fit_is_one_line(base):
     with pytest.raises(
-        ConfigError, match=r"prompting\.max_new_tokens=64: leaves no room for a prompt"
+        ConfigError, match=r"prompting\.max_new_tokens=64: leaves no tokens for a prompt"
     ):
         made = config(
             base,
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_one_line(base):
 
 def test_robustness_needs_its_task(base):
     with pytest.raises(
-        ConfigError, match=r"evaluation\.robustness\.swaps=x: task\.name=regression does not use it"
+        ConfigError, match=r"evaluation\.robustness\.swaps=x: not used by task\.name=regression"
     ):
         config(base, "regression", evaluation={"robustness": {"swaps": "x"}})
     with pytest.raises(ConfigError, match=r"out_of_scope_label=tea: is one of task\.labels"):
@@ -289,7 +289,7 @@ def test_robustness_needs_its_task(base):
 
 def test_what_can_not_learn_is_not_trained(base):
     made = config(base, prompting={"method": "prototypes"}, run={"name": "never"})
-    with pytest.raises(ConfigError, match=r"prompting\.method=prototypes: nothing of it learns"):
+    with pytest.raises(ConfigError, match=r"prompting\.method=prototypes: it has nothing to train"):
         api.train(made)
-    with pytest.raises(ConfigError, match=r"prompting\.method=prototypes: nothing of it learns"):
+    with pytest.raises(ConfigError, match=r"prompting\.method=prototypes: it has nothing to train"):
         api.train(made, skip_check=True)

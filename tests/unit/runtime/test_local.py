@@ -122,9 +122,7 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
                     text.startswith("step 2/") and os.kill(os.getpid(), signal.SIGTERM),
                 )[0],
             )
-            with pytest.raises(
-                Interrupted, match="stopped at step 3 of 5 as requested; saved as "
-            ):
+            with pytest.raises(Interrupted, match="stopped at step 3 of 5 as requested; saved as "):
                 local.run(load_config(document))
     else:
         with pytest.raises(Interrupted, match="stopped at step 3 of 5 as requested; saved as "):
@@ -137,7 +135,8 @@ def test_the_callers_wish_to_stop_counts(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
     with pytest.raises(Interrupted, match="stopped at step 1 of 5 as requested"):
         local.run(
-            load_config(document), RunContext(console=Console(io.StringIO()), should_stop=lambda: True)
+            load_config(document),
+            RunContext(console=Console(io.StringIO()), should_stop=lambda: True),
         )
 
 

@@ -117,7 +117,7 @@ def test_a_metric_that_is_not_there_is_named(base):
     made["checkpoint"]["best_by"] = "f1"
     with pytest.raises(
         ConfigError,
-        match=r"checkpoint\.best_by=f1: evaluations of task\.name=causal_lm have no such metric; ",
+        match=r"checkpoint\.best_by=f1: not a metric of evaluations of task\.name=causal_lm\.",
     ):
         go(made)
 

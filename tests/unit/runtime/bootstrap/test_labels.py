@@ -74,7 +74,9 @@ def test_other_tasks_have_none(labels):
 
 def test_too_few_are_refused(labels):
     find, store = labels
-    with pytest.raises(DataError, match=r"its rows have 1 label \(yes\)\. At least two different labels are needed"):
+    with pytest.raises(
+        DataError, match=r"its rows have 1 label \(yes\)\. At least two different labels are needed"
+    ):
         find(rows("yes", "yes"))
     assert not store.exists(LABELS_FILE)
 

@@ -57,7 +57,7 @@ def test_storage_that_fails_does_not_keep_a_hung_worker_alive(tmp_path):
     done = play("hang", tmp_path)
     assert done.returncode == watchdog.EXIT_CODE
     assert (
-        "stacks of all threads are in its log" in done.stderr
+        "Stacks of all threads are in its log" in done.stderr
         and "line 18 in <module>" in done.stderr
     )
 

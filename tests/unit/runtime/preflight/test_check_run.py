@@ -119,8 +119,8 @@ def test_an_older_run_of_that_name(base, tmp_path):
     store.write(STORED, resolved_yaml(load_config(base)).encode())
     assert lines(base, "cluster.workers=2", "optimizer.learning_rate=1e-3") == []
     assert lines(base, "run.seed=3") == [
-        "run.seed=3: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, or "
-        "choose another run.name"
+        "run.seed=3: the stored run 'x' has 0, and this must not change when a run is resumed. Restore 0, or "
+        "use another run.name."
     ]
     assert store.list() == ["run.yaml"]
 

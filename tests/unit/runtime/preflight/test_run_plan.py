@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError, ModelError
-from dist_ft.runtime.preflight import plan_report, run_plan
+from dist_ft.runtime.preflight import model_trace, plan_report, run_plan
 
 ROOT = Path(__file__).resolve().parents[4]
 PUBLISHED = {  # parameters, as the models' cards and papers tell them
@@ -73,15 +73,15 @@ def test_published_numbers_of_parameters(name, count):
 
 def test_parameters_are_counted_without_asking_anyone(folder):
     counted = 2 * (256 * 64) + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
-    assert run_plan.count_parameters(run(folder)) == counted
-    assert run_plan.count_parameters(run("org/none"), str(folder)) == counted
+    assert model_trace.count_parameters(run(folder)) == counted
+    assert model_trace.count_parameters(run("org/none"), str(folder)) == counted
     assert (
-        run_plan.count_parameters(run("org/none"))
-        is run_plan.count_parameters(run("s3://none/none"))
+        model_trace.count_parameters(run("org/none"))
+        is model_trace.count_parameters(run("s3://none/none"))
         is None
     )
     with pytest.raises(ModelError, match="--model-config=nowhere: the file does not exist"):
-        run_plan.count_parameters(run(folder), "nowhere")
+        model_trace.count_parameters(run(folder), "nowhere")
 
 
 def test_sizes_of_a_published_run():
@@ -105,7 +105,7 @@ def test_sizes_of_a_published_run():
 
 def test_a_folder_with_a_config_alone_is_enough(folder):
     found = run_plan.plan(run(folder))
-    assert found["model"]["rehearsed"] and found["model"]["parameters"] == found["model"]["learned"]
+    assert found["model"]["traced"] and found["model"]["parameters"] == found["model"]["trainable"]
     rows = {row["stage"]: row for row in found["memory"]}
     psi = found["model"]["parameters"]
     assert [row["chosen"] for row in found["memory"]] == [False, False, False, True]
@@ -119,8 +119,8 @@ def test_a_folder_with_a_config_alone_is_enough(folder):
 def test_an_adapter_alone_has_gradients_and_state(folder):
     whole = run_plan.plan(run(folder))
     adapted = run_plan.plan(run(folder, tuning={"method": "lora", "lora": {"rank": 4}}))
-    learned = adapted["model"]["learned"]
-    assert learned < whole["model"]["learned"] / 2
+    learned = adapted["model"]["trainable"]
+    assert learned < whole["model"]["trainable"] / 2
     assert adapted["model"]["parameters"] == whole["model"]["parameters"] + learned
     assert adapted["memory"][0]["gpu"]["gradients"] == 2 * learned
     assert adapted["checkpoint"]["frozen"] == 2 * whole["model"]["parameters"]
@@ -171,7 +171,7 @@ def test_tasks_with_a_head(folder, task):
         )
     )
     found = run_plan.plan(run(folder, task=task))
-    assert found["model"]["rehearsed"] and found["memory"][3]["gpu"]["activations"] > 0
+    assert found["model"]["traced"] and found["memory"][3]["gpu"]["activations"] > 0
 
 
 def test_gpus_and_how_many(folder):
@@ -210,7 +210,7 @@ def test_text_names_all_there_is(folder):
         "> ZeRO-3",
         "gathered weights",
         "fewest workers",
-        "on the wire",
+        "sent in a step",
         "checkpoint",
         "H200",
         "peak at",
@@ -272,7 +272,7 @@ def test_a_model_in_a_bucket(folder):
 
     filesystem.Store("memory://plan-model").create("config.json", json.dumps(TINY).encode())
     found = run_plan.plan(run("memory://plan-model"))
-    assert found["model"]["rehearsed"]
+    assert found["model"]["traced"]
     with pytest.raises(
         ModelError, match=r"model.path=memory://nothing: cannot read its config.json"
     ):
