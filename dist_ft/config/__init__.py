@@ -1,1 +1,4 @@
-"""What a run is: sections with their checks, loading, error messages, identity. Imports nothing heavy."""
+"""What a run is: sections with their checks, loading, error messages, identity.
+
+Imports no heavy package.
+"""

@@ -1,7 +1,7 @@
-"""Credentials have no place in a config: it is stored with the run and shown to people.
+"""Detection of credentials in a config, which is stored with the run and shown to people.
 
-Guarantees: what is found is named by its field and never printed; in URLs it is what `logs.redact` removes. Finds what
-it can recognise by name or form, not every secret there may be. Pure.
+Guarantees: a credential is named by its field and never printed; in URLs it is what `logs.redact`
+removes. Detects credentials by name or form, so not every possible secret. Pure.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import QUERY_SECRET, USERINFO
 
 _NAME = re.compile(
-    r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key|connection_string|authorization).*)$"
+    r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key"
+    r"|connection_string|authorization).*)$"
 )
 _NOT_SECRET = frozenset({"requester_pays", "token_uri", "cache_token"})
-_VARIABLE = {
+_VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -32,26 +33,26 @@ def secret_problems(config: RunConfig) -> Iterator[str]:
         for path, _ in _leaves(options, f"storage.options.{protocol}"):
             name = path.rpartition(".")[2]
             if _NAME.match(name) and name not in _NOT_SECRET:
-                variable = _VARIABLE.get(protocol, f"FSSPEC_{protocol.upper()}_{name.upper()}")
+                variable = _VARIABLES.get(protocol, f"FSSPEC_{protocol.upper()}_{name.upper()}")
                 yield (
-                    f"{path}: looks like a credential, and a config is stored with the run; credentials come from "
-                    f"the environment; remove it and set {variable}"
+                    f"{path}: looks like a credential, and a config is stored with the run. "
+                    f"Credentials come from the environment. Remove it and set {variable}."
                 )
     for path, value in _leaves(config, ""):
         if isinstance(value, str) and USERINFO.search(value):
             yield (
-                f"{path}: the URL holds a user name, password or token before its host; URLs without are allowed; "
-                f"remove it and set the credentials in the environment"
+                f"{path}: the URL has a user name, password or token before its host. Allowed: "
+                "URLs without one. Remove it and set the credentials in the environment."
             )
         elif isinstance(value, str) and QUERY_SECRET.search(value):
             yield (
-                f"{path}: the URL holds a signature, token or key; URLs without one are allowed; "
-                f"remove it and set the credentials in the environment"
+                f"{path}: the URL has a signature, token or key. Allowed: URLs without one. Remove "
+                "it and set the credentials in the environment."
             )
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of all that is not a section, mapping or list."""
+    """Yield (dotted path, value) of all values that are no section, mapping or list."""
     if isinstance(value, Section):
         value = {
             name: vars(value)[name] for name in type(value).model_fields if name in vars(value)

@@ -1,7 +1,8 @@
-"""Reading what a user wrote: YAML text and `section.field=value` overrides, into one nested mapping.
+"""Reads YAML text and `section.field=value` overrides into one nested mapping.
 
-Guarantees: only data is constructed (safe loader), a key that stands twice is reported instead of winning in silence,
-`1e-5` is a number, and every mistake is a line in `problems` rather than an exception. Knows nothing of the schema.
+Guarantees: only data is constructed (safe loader), a duplicate key is reported instead of silently
+replacing the first, `1e-5` is a number, and every mistake is a line in `problems` rather than an
+exception. Does not depend on the schema.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,22 +21,25 @@ from dist_ft.storage.filesystem import Store, is_local, local_path
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
+_FORM = "A config has `section:` lines with indented `field: value` lines below."
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also notes keys that stand twice and reads `1e-5` as a number."""
+    """The safe loader; also records duplicate keys and reads `1e-5` as a number."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.problems: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping, noting keys that stand twice."""
+        """Construct a mapping and record duplicate keys."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
                 self.problems.append(
-                    f"line {line}: the key {name!r} stands twice (first in line {lines[name]}); "
-                    f"a key may stand once; remove one of them"
+                    f"line {line}: duplicate key {name!r} (first in line {lines[name]}). Each key "
+                    "is allowed once. Remove one."
                 )
             elif name != "<<":
                 lines[name] = line
@@ -45,19 +49,36 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def parse_yaml(text: str) -> tuple[Any, list[str]]:
-    """Return the value `text` holds and the keys that stand twice; raises `yaml.YAMLError`."""
+class ParsedYaml(NamedTuple):
+    """A YAML value, and a line for each duplicate key in it."""
+
+    value: Any
+    problems: list[str]
+
+
+class Document(NamedTuple):
+    """A nested mapping as a user wrote it, and a line for each problem."""
+
+    mapping: dict[str, Any]
+    problems: list[str]
+
+
+def parse_yaml(text: str) -> ParsedYaml:
+    """Return the value in `text`; raises `yaml.YAMLError`."""
     loader = _Loader(text)
     try:
-        return loader.get_single_data(), loader.problems
+        return ParsedYaml(loader.get_single_data(), loader.problems)
     finally:
         loader.dispose()
 
 
-def read_document(source: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the mapping in the YAML file (or URL) `source`, and its problems; one that can't be used is an error.
+def read_document(source: str) -> Document:
+    """Return the mapping in the YAML file (or URL) `source`.
 
-    A `source` that begins with a brace is the document itself: so a job of Ray takes its config along.
+    A `source` that starts with a brace is the document itself: a Ray job receives its config so.
+
+    Raises:
+        ConfigError: the source cannot be read, or is not a mapping.
     """
     name = name_of(source)
     text = source if is_document(source) else _read_text(source)
@@ -65,32 +86,26 @@ def read_document(source: str) -> tuple[dict[str, Any], list[str]]:
         value, problems = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
-            [
-                f"{where(error)}not valid YAML: {reason(error)}; a config is `section:` lines with indented "
-                f"`field: value` lines below; correct it"
-            ],
+            [f"{where(error)}not valid YAML: {reason(error)}. {_FORM} Correct it."],
             name,
         ) from error
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
         raise ConfigError(
-            [
-                f"holds {_kind(value)}, not a mapping; a config is `section:` lines with indented "
-                f"`field: value` lines below; see configs/ for complete ones"
-            ],
+            [f"is {_kind(value)}, not a mapping. {_FORM} See configs/ for complete ones."],
             name,
         )
-    return dict(value), problems
+    return Document(dict(value), problems)
 
 
 def is_document(source: str) -> bool:
-    """Tell whether `source` is a document rather than where one is. Pure."""
+    """Whether `source` is a document itself rather than its path. Pure."""
     return source.startswith("{")
 
 
 def name_of(source: str) -> str:
-    """Return what to call `source` in a message. Pure."""
+    """Return the name of `source` for messages. Pure."""
     return "config" if is_document(source) else redact(source)
 
 
@@ -104,15 +119,15 @@ def _read_text(source: str) -> str:
             return handle.read()
     except FileNotFoundError as error:
         raise ConfigError(
-            [f"no such file (looked in {os.getcwd()}); check the path"], name
+            [f"no such file (looked in {os.getcwd()}). Check the path."], name
         ) from error
     except IsADirectoryError as error:
-        raise ConfigError(["this is a folder; give the YAML file in it"], name) from error
+        raise ConfigError(["is a folder. Give the YAML file in it."], name) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(["not a text file (UTF-8); give a YAML file"], name) from error
+        raise ConfigError(["not a text file (UTF-8). Give a YAML file."], name) from error
     except OSError as error:
         raise ConfigError(
-            [f"can not be read ({error.strerror}); check its permissions"], name
+            [f"cannot be read ({error.strerror}). Check its permissions."], name
         ) from error
     except StorageError as error:
         raise ConfigError([str(error)], name) from error
@@ -120,10 +135,10 @@ def _read_text(source: str) -> str:
 
 def apply_overrides(
     mapping: Mapping[str, Any], overrides: Sequence[str], is_text: Callable[[str], bool]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return a copy of `mapping` with `path=value` overrides set, and the problems of those that can't be.
+) -> Document:
+    """Return a copy of `mapping` with `path=value` overrides set.
 
-    Values are YAML; those of fields that hold a text (`is_text(path)`) are taken as written unless they are quoted.
+    Values are YAML; those of text fields (`is_text(path)`) are taken literally unless quoted.
     """
     result = _copy(mapping)
     problems = []
@@ -132,21 +147,21 @@ def apply_overrides(
         path = path.strip()
         if not equals or not all(path.split(".")):
             problems.append(
-                f"override {redact(override)!r}: not of the form section.field=value; "
-                f"write for instance schedule.steps=100"
+                f"override {redact(override)!r}: not of the form section.field=value. Write, for "
+                "example, schedule.steps=100."
             )
             continue
         try:
             value = _override_value(text, is_text(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             problems.append(
-                f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}); "
-                f"correct it, or quote a text: '{path}=\"...\"'"
+                f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}). "
+                f"Correct it, or quote a text: '{path}=\"...\"'"
             )
             continue
         problem = _set(result, path, value)
         problems.extend([problem] if problem else [])
-    return result, problems
+    return Document(result, problems)
 
 
 def _override_value(text: str, is_text: bool) -> Any:
@@ -162,36 +177,35 @@ def _override_value(text: str, is_text: bool) -> Any:
 
 
 def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
-    """Set `path` in nested `mapping`; return what is in the way, if anything."""
+    """Set `path` in nested `mapping`; return the problem if a value is in the way."""
     *parents, last = path.split(".")
-    here = mapping
+    section = mapping
     for depth, key in enumerate(parents):
-        if here.get(key) is None:
-            here[key] = {}
-        if not isinstance(here[key], dict):
-            above = ".".join(parents[: depth + 1])
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
+            parent = ".".join(parents[: depth + 1])
             return (
-                f"override {path!r}: {above} holds {_kind(here[key])}, which has no parts; "
-                f"override {above} as a whole"
+                f"override {path!r}: {parent} is {_kind(section[key])}, which has no fields. "
+                f"Override {parent} as a whole."
             )
-        here = here[key]
-    here[last] = value
+        section = section[key]
+    section[last] = value
     return None
 
 
 def with_field(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """Return a nested mapping with the field at `path` set; what is in the way is replaced."""
+    """Return a nested mapping with the field at `path` set; values in the way are replaced."""
     if len(path) == 1:
         return {**mapping, path[0]: value}
-    held = mapping.get(path[0])
-    return {
-        **mapping,
-        path[0]: with_field(held if isinstance(held, Mapping) else {}, path[1:], value),
-    }
+    section = mapping.get(path[0])
+    if not isinstance(section, Mapping):
+        section = {}
+    return {**mapping, path[0]: with_field(section, path[1:], value)}
 
 
 def _copy(value: Any) -> Any:
-    """Copy nested mappings (keys as text); leave other values alone."""
+    """Copy nested mappings, with keys as text; other values are shared."""
     return (
         {str(key): _copy(item) for key, item in value.items()}
         if isinstance(value, Mapping)
@@ -210,7 +224,7 @@ def where(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the few words of a YAML error that help."""
+    """Return the relevant part of a YAML error's text."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     words = getattr(error, "problem", None) or str(error).splitlines()[0]

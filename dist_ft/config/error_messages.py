@@ -1,6 +1,7 @@
-"""Plain words about the schema: what a field allows, what is wrong with a value, which key was probably meant.
+"""Messages about the schema: allowed values, wrong values, and misspelled keys.
 
-Guarantees: a line never speaks pydantic's language, never prints a credential, and always says what to do. Pure.
+Guarantees: a message does not quote pydantic, never contains a credential, and always says what to
+do. Pure.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -18,17 +19,23 @@ from dist_ft.config import renames
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import redact
 
-# What is allowed, where the type alone does not say it well.
 _ALLOWED = {
-    "run.name": "lower-case letters, digits and '-', at most 47, with a letter or digit at both ends",
-    "cluster.workers": "a whole number, or a range such as 1..4 or [1, 4] with both ends at least 1",
+    "run.name": (
+        "lower-case letters, digits and '-', at most 47, with a letter or digit at both ends"
+    ),
+    "cluster.workers": (
+        "a whole number, or a range such as 1..4 or [1, 4] with both ends at least 1"
+    ),
     "cluster.gpus_per_worker": "0 or 1",
-    "cluster.network_interface": "names of network interfaces with commas between, such as eth0",
+    "cluster.network_interface": "names of network interfaces, separated by commas, such as eth0",
     "checkpoint.every_steps": "a whole number of at least 0, or auto",
     "checkpoint.local_every_steps": "a whole number of at least 1, or auto",
-    "data.train": "a path, or a list of paths or of mappings with path, subset and split; at least one",
+    "data.train": (
+        "a path, or a list of paths or of mappings with path, subset and split; at least one"
+    ),
     "evaluation.data": "a path, or a list of paths or of mappings with path, subset and split",
 }
+"""Allowed values of fields whose type is not clear enough."""
 _TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -36,10 +43,11 @@ _TYPES = {
     str: "a text",
     dict: "a mapping",
 }
+MAX_LENGTH = 80
+"""Characters of a value in a message."""
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
-# Names other tools use for the same thing.
-_ELSEWHERE = {
+_NAMES_OF_OTHER_TOOLS = {
     "lr": "optimizer.learning_rate",
     "max_lr": "optimizer.learning_rate",
     "max_steps": "schedule.steps",
@@ -74,14 +82,14 @@ _ELSEWHERE = {
 
 
 def section_of(info: FieldInfo) -> type[Section] | None:
-    """Return the section class a field holds, if it holds one."""
+    """Return the class of the section that a field holds; None if it holds none."""
     annotation = info.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 @cache
 def schema_paths() -> dict[str, FieldInfo]:
-    """Return every dotted path of the schema, sections included, in the order of the file."""
+    """Return all dotted paths of the schema, sections included, in the order of the file."""
 
     def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in model.model_fields.items():
@@ -94,13 +102,13 @@ def schema_paths() -> dict[str, FieldInfo]:
 
 
 def is_text(path: str) -> bool:
-    """Tell whether the field at `path` holds a text (or nothing)."""
+    """Whether the field at `path` is a text (or null)."""
     info = schema_paths().get(renames.RUN.fields.get(path, path))
     return info is not None and info.annotation in (str, str | None)
 
 
 def allowed(path: str, info: FieldInfo) -> str:
-    """Say in plain words what the field at `path` may be."""
+    """Return in words the allowed values of the field at `path`."""
     if path in _ALLOWED:
         return _ALLOWED[path]
     annotation, optional = info.annotation, ""
@@ -114,48 +122,37 @@ def allowed(path: str, info: FieldInfo) -> str:
 
 
 def _bounds(info: FieldInfo) -> str:
-    """Say the bounds of a number: ' from 0 to 1', ' of at least 1', ' above 0'."""
-    low = {
-        kind: getattr(bound, kind)
-        for bound in info.metadata
-        for kind in ("ge", "gt")
-        if hasattr(bound, kind)
-    }
-    high = {
-        kind: getattr(bound, kind)
-        for bound in info.metadata
-        for kind in ("le", "lt")
-        if hasattr(bound, kind)
-    }
-    words = (
-        [f"of at least {low['ge']}"]
-        if "ge" in low
-        else [f"above {low['gt']}"]
-        if "gt" in low
-        else []
-    )
-    words += (
-        [f"at most {high['le']}"]
-        if "le" in high
-        else [f"below {high['lt']}"]
-        if "lt" in high
-        else []
-    )
+    """Return the bounds of a number in words: ' of at least 1', ' above 0 and below 1', or ''."""
+    bounds: dict[str, Any] = {}
+    for bound in info.metadata:
+        for kind in ("ge", "gt", "le", "lt"):
+            if hasattr(bound, kind):
+                bounds[kind] = getattr(bound, kind)
+
+    words = []
+    if "ge" in bounds:
+        words.append(f"of at least {bounds['ge']}")
+    elif "gt" in bounds:
+        words.append(f"above {bounds['gt']}")
+    if "le" in bounds:
+        words.append(f"at most {bounds['le']}")
+    elif "lt" in bounds:
+        words.append(f"below {bounds['lt']}")
     return " " + " and ".join(words) if words else ""
 
 
-def shown(value: Any) -> str:
-    """Return `value` short, on one line and without credentials, as it would stand in the file."""
-    if isinstance(value, str) and value and value.isprintable() and not _looks_otherwise(value):
+def format_value(value: Any) -> str:
+    """Return `value` as in the file, but short, on one line and without credentials."""
+    if isinstance(value, str) and value and value.isprintable() and not _needs_quotes(value):
         text = value
     else:
         text = json.dumps(value, default=str, ensure_ascii=False)
     text = redact(text)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 3] + "..."
 
 
-def _looks_otherwise(value: str) -> bool:
-    """Tell whether a text would be read as another type if it stood bare."""
+def _needs_quotes(value: str) -> bool:
+    """Whether YAML would read a bare text as another type."""
     try:
         float(value)
     except ValueError:
@@ -167,70 +164,80 @@ def _looks_otherwise(value: str) -> bool:
 
 
 def wrong_value(path: str, info: FieldInfo, value: Any, kind: str = "") -> str:
-    """Return the line for a value the schema refuses; `kind` is pydantic's error type."""
-    may = allowed(path, info)
+    """Return the line for a value that the schema refuses; `kind` is pydantic's error type."""
+    may_be = allowed(path, info)
     if kind in _RANGE_ERRORS:
         what = "out of range"
     elif kind == "string_pattern_mismatch":
         what = "not of the allowed form"
     elif kind == "too_short":
         what = "empty"
-    elif may.startswith("one of "):
-        what = "no such choice"
+    elif may_be.startswith("one of "):
+        what = "not a valid choice"
     elif path in _ALLOWED:
-        what = "not of the allowed kind"
+        what = "not a valid value"
     else:
-        what = f"not {may.split(' of at ')[0].split(' above ')[0].split(',')[0]}"
-    return f"{path}={shown(value)}: {what}; allowed: {may}; {_remedy(info, value)}"
+        what = f"not {may_be.split(' of at ')[0].split(' above ')[0].split(',')[0]}"
+    return f"{path}={format_value(value)}: {what}. Allowed: {may_be}. {_remedy(info, value)}"
 
 
 def _remedy(info: FieldInfo, value: Any) -> str:
-    choices = [
-        str(choice)
-        for part in (info.annotation, *get_args(info.annotation))
-        if get_origin(part) is Literal
-        for choice in get_args(part)
-    ]
-    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.6)
-    if near and near[0] != str(value):
-        return f"did you mean {near[0]}?"
+    """Return what to do about a wrong value."""
+    choices: list[str] = []
+    for part in (info.annotation, *get_args(info.annotation)):
+        if get_origin(part) is Literal:
+            choices += [str(choice) for choice in get_args(part)]
+    similar = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.6)
+    if similar and similar[0] != str(value):
+        return f"Did you mean {similar[0]}?"
     if info.annotation in (str, str | None) and isinstance(value, int | float):
-        return "put it in quotes"
+        return "Put it in quotes."
     if info.is_required() or info.default_factory is not None:
-        return "correct it"
-    return f"correct it, or leave it out for the default ({shown(info.default)})"
+        return "Correct it."
+    return f"Correct it, or remove it for the default ({format_value(info.default)})."
 
 
 def missing_field(path: str, info: FieldInfo) -> str:
-    """Return the line for a required field that is not there."""
+    """Return the line for a required field that is missing."""
     meaning = (info.description or "").split(". ")[0].split(": ")[0].split(" (")[0].rstrip(".")
     hint = f", or pass {path}=..." if path in schema_paths() else ""
-    return f"{path}: missing; needed: {allowed(path, info)} ({meaning}); add it{hint}"
+    return f"{path}: missing. Needed: {allowed(path, info)} ({meaning}). Add it{hint}."
 
 
-def unknown_key(path: str, value: Any) -> tuple[str, str | None]:
-    """Return the line for a key the schema does not have, and the path that was probably meant."""
+class UnknownKey(NamedTuple):
+    """The line for a key that the schema does not have, and the path that was probably meant."""
+
+    line: str
+    meant: str | None
+
+
+def unknown_key(path: str, value: Any) -> UnknownKey:
+    """Return what to say about a key with this `value`, and the path that was probably meant."""
     paths = schema_paths()
     near = nearest(path)
     parent = path.rpartition(".")[0]
     section = section_of(paths[near]) if near else not parent and isinstance(value, Mapping)
     what = "no such section" if section else "no such field"
     if path in paths:
-        return (
-            f"{path}: a dotted key in the file; sections nest; write it indented below {parent}:",
+        return UnknownKey(
+            f"{path}: a dotted key in the file. Sections nest. Write it indented below {parent}:",
             path,
         )
     if near:
-        return f"{path}: {what}; did you mean {near}?", near
+        return UnknownKey(f"{path}: {what}. Did you mean {near}?", near)
     siblings = [name.rpartition(".")[2] for name in paths if name.rpartition(".")[0] == parent]
-    return (
-        f"{path}: {what}; allowed{' in ' + parent if parent else ''}: {', '.join(siblings)}; remove it",
+    where = f" in {parent}" if parent else ""
+    return UnknownKey(
+        f"{path}: {what}. Allowed{where}: {', '.join(siblings)}. Remove it.",
         None,
     )
 
 
 def nearest(path: str) -> str | None:
-    """Return the valid path that `path` was probably meant to be: a sibling, the same key elsewhere, another name."""
+    """Return the valid path that was probably meant by `path`; None if there is none.
+
+    Tries similar keys of the section, the same key in others, names of other tools, similar paths.
+    """
     paths = schema_paths()
     parent, _, leaf = path.rpartition(".")
     siblings = [name for name in paths if name.rpartition(".")[0] == parent]
@@ -244,8 +251,8 @@ def nearest(path: str) -> str | None:
         return f"{parent}.{close[0]}" if parent else close[0]
     if leaf in leaves:
         return leaves[leaf]
-    if leaf in _ELSEWHERE:
-        return _ELSEWHERE[leaf]
+    if leaf in _NAMES_OF_OTHER_TOOLS:
+        return _NAMES_OF_OTHER_TOOLS[leaf]
     whole = difflib.get_close_matches(path, list(paths), n=1, cutoff=0.75)
     if whole:
         return whole[0]

@@ -1,7 +1,7 @@
-"""What may change when a run is resumed, and what may not.
+"""Which config fields may change when a run is resumed.
 
-Identity fields (marked in the schema) decide which samples and which model a run is about; a resume must not change
-them. All others are operational: they may change, and the change is returned so that it can be recorded. Pure.
+Identity fields (marked in the schema) decide which samples and which model a run is about; they
+must not change. All others are operational: they may change, and changes are returned. Pure.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from pydantic.fields import FieldInfo
 
 from dist_ft.config.assemble import assemble_stored
-from dist_ft.config.error_messages import shown
+from dist_ft.config.error_messages import format_value
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.errors import ConfigError
 
 
 class Change(NamedTuple):
-    """One field that differs: its dotted path, the old value and the new one (None: not there)."""
+    """A field that differs: its dotted path, the old value and the new one (None: absent)."""
 
     path: str
     old: Any
@@ -26,42 +26,54 @@ class Change(NamedTuple):
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the value of every identity field by dotted path; elements of lists by index (data.train.0.path)."""
-    return {path: value for path, value, is_identity in _fields(config) if is_identity}
+    """Return the values of all identity fields by dotted path; with indices (data.train.0.path)."""
+    return {field.path: field.value for field in _fields(config) if field.is_identity}
 
 
-def changes(old: RunConfig, new: RunConfig) -> tuple[list[Change], list[Change]]:
-    """Return what differs from `old` to `new`: identity fields first, then operational ones."""
-    before = {path: (value, is_identity) for path, value, is_identity in _fields(old)}
-    after = {path: (value, is_identity) for path, value, is_identity in _fields(new)}
-    found: tuple[list[Change], list[Change]] = ([], [])
+class Changes(NamedTuple):
+    """Differences of two configs, in the order of the schema."""
+
+    identity: list[Change]
+    operational: list[Change]
+
+
+def changes(old: RunConfig, new: RunConfig) -> Changes:
+    """Return what differs from `old` to `new`."""
+    before = {field.path: field for field in _fields(old)}
+    after = {field.path: field for field in _fields(new)}
+    found = Changes([], [])
     for path in dict.fromkeys([*before, *after]):
-        was, is_identity = before.get(path, (None, after.get(path, (None, False))[1]))
-        now = after.get(path, (None, False))[0]
-        if was != now:
-            found[0 if is_identity else 1].append(Change(path, was, now))
+        old_value = before[path].value if path in before else None
+        new_value = after[path].value if path in after else None
+        if old_value == new_value:
+            continue
+        is_identity = (before.get(path) or after[path]).is_identity
+        of_kind = found.identity if is_identity else found.operational
+        of_kind.append(Change(path, old_value, new_value))
     return found
 
 
 def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[Change]:
     """Return the operational changes from a stored run's config to `new_config`.
 
-    Fields that the stored mapping lacks (an older version wrote it) have their defaults; renamed ones are migrated.
+    Fields that the stored mapping lacks (an older version wrote it) have their defaults; renamed
+    ones are migrated.
 
     Raises:
-        ConfigError: names every identity field that changed, and every stored field that this version does not know.
+        ConfigError: names every identity field that changed, or every stored field that this
+            version does not know.
     """
     name = new_config.run.name
-    old, problems = assemble_stored(old_mapping)
-    if problems:
+    stored = assemble_stored(old_mapping)
+    if stored.problems:
         raise ConfigError(
             [
-                f"{problem} (choose another run.name than {name!r} if this run can't be repaired)"
-                for problem in problems
+                f"{problem} (Use another run.name than {name!r} if the run cannot be repaired.)"
+                for problem in stored.problems
             ],
             f"stored config of run {name!r}",
         )
-    identity_changes, operational_changes = changes(old, new_config)
+    identity_changes, operational_changes = changes(stored.section, new_config)
     if identity_changes:
         raise ConfigError(
             [_refusal(change, name) for change in identity_changes], f"resume of run {name!r}"
@@ -71,13 +83,22 @@ def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[
 
 def _refusal(change: Change, name: str) -> str:
     return (
-        f"{change.path}={shown(change.new)}: the stored run {name!r} was made with {shown(change.old)}, and this "
-        f"must not change when a run is resumed; restore {shown(change.old)}, or choose another run.name"
+        f"{change.path}={format_value(change.new)}: the stored run {name!r} has "
+        f"{format_value(change.old)}, and this must not change when a run is resumed. Restore "
+        f"{format_value(change.old)}, or use another run.name."
     )
 
 
-def _fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (dotted path, plain value, whether it is identity) of all fields below `section`."""
+class _FieldValue(NamedTuple):
+    """A field by dotted path, its plain value, and whether it is an identity field."""
+
+    path: str
+    value: Any
+    is_identity: bool
+
+
+def _fields(section: Section, prefix: str = "") -> Iterator[_FieldValue]:
+    """Yield all fields below `section`; lists of identity sections by item."""
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         path, is_identity = prefix + name, _is_identity(info)
@@ -87,7 +108,8 @@ def _fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, bool
             for index, item in enumerate(value):
                 yield from _fields(item, f"{path}.{index}.")
         else:
-            yield path, section.model_dump(mode="json", include={name})[name], is_identity
+            plain = section.model_dump(mode="json", include={name})[name]
+            yield _FieldValue(path, plain, is_identity)
 
 
 def _is_identity(info: FieldInfo) -> bool:

@@ -1,14 +1,15 @@
-"""The door to a run's config: one YAML file (or a mapping) plus `section.field=value` overrides -> `RunConfig`.
+"""Loads a run's config: one YAML file (or a mapping) and `section.field=value` overrides.
 
-Guarantees: whatever is wrong is said all at once, in one `ConfigError` whose lines name the field, what is allowed and
-what to do. What is written back (`to_mapping`, `resolved_yaml`) loads to an equal config.
+Guarantees: all problems are reported at once, in one `ConfigError` whose lines name the field, what
+is allowed and what to do. What is written back (`to_mapping`, `resolved_yaml`) loads to an equal
+config.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dist_ft.config import renames
 from dist_ft.config.assemble import assemble, assemble_stored, assemble_stored_section
@@ -23,7 +24,7 @@ from dist_ft.storage.filesystem import Store
 S = TypeVar("S", bound=Section)
 
 STORED = "run.yaml"
-"""Where a run keeps its resolved config, in its own folder."""
+"""File in a run's folder with its resolved config."""
 
 __all__ = [
     "STORED",
@@ -45,10 +46,11 @@ __all__ = [
 def load_config(
     path_or_mapping: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """Return the config in a YAML file (path or fsspec URL) or a nested mapping, with `overrides` applied.
+    """Return the config in a YAML file (path or fsspec URL) or a mapping, with `overrides`.
 
-    Raises `ConfigError` with every problem there is: unknown keys (and what was probably meant), values of a wrong
-    kind, missing fields, contradictions between fields.
+    Raises:
+        ConfigError: lists all problems: unknown keys (and what was probably meant), wrong values,
+            missing fields, contradictions between fields.
     """
     config, problems, source = inspect_config(path_or_mapping, overrides)
     if problems:
@@ -56,27 +58,45 @@ def load_config(
     return config
 
 
+class InspectedConfig(NamedTuple):
+    """A config that may have problems.
+
+    Attributes:
+        config: without its broken fields: reading one raises AttributeError.
+        problems: one line each.
+        source: name of the file, for messages.
+    """
+
+    config: RunConfig
+    problems: list[str]
+    source: str
+
+
 def inspect_config(
     path_or_mapping: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> tuple[RunConfig, list[str], str]:
-    """As `load_config`, but return (what could be understood, all problems, the source's name) for further probing.
+) -> InspectedConfig:
+    """As `load_config`, but return the problems instead of raising them.
 
-    Where there are problems, broken fields are absent from the config: reading one raises AttributeError. A file that
-    can't be read at all still raises `ConfigError`.
+    Raises:
+        ConfigError: the file cannot be read at all.
     """
-    twice: list[str] = []
+    duplicates: list[str] = []
     if isinstance(path_or_mapping, Mapping):
         source, document = "config", dict(path_or_mapping)
     else:
         source = os.fspath(path_or_mapping)
-        document, twice = read_document(source)
-    mapping, broken = apply_overrides(document, overrides, is_text)
-    config, wrong = assemble(mapping)
-    return config, [redact(problem) for problem in (*twice, *broken, *wrong)], name_of(source)
+        document, duplicates = read_document(source)
+    mapping, invalid_overrides = apply_overrides(document, overrides, is_text)
+    assembled = assemble(mapping)
+    return InspectedConfig(
+        assembled.section,
+        [redact(problem) for problem in (*duplicates, *invalid_overrides, *assembled.problems)],
+        name_of(source),
+    )
 
 
 def read_stored_config(store: Store) -> dict[str, Any]:
-    """Return the stored config of the run at `store` as a mapping with the names of this version; {} without one."""
+    """Return a run's stored config as a mapping with the names of this version; {} without one."""
     if not store.exists(STORED):
         return {}
     stored, _ = parse_yaml(store.read(STORED).decode())
@@ -93,34 +113,32 @@ def load_stored_config(store: Store) -> RunConfig:
 
 
 def load_stored_mapping(mapping: Mapping[str, Any], source: str) -> RunConfig:
-    """Return the config in a mapping that an earlier start stored in `source`; see `load_stored_config`."""
-    config, problems = assemble_stored(mapping)
-    if problems:
-        raise ConfigError(problems, source)
-    return config
+    """Return the config in a mapping that was stored in `source`; see `load_stored_config`."""
+    assembled = assemble_stored(mapping)
+    if assembled.problems:
+        raise ConfigError(assembled.problems, source)
+    return assembled.section
 
 
-def load_stored_section(
-    document: Mapping[str, Any], name: str, model: type[S], source: str
-) -> S:
-    """Return the section `name` of a document stored in `source`; its defaults if the document lacks it.
+def load_stored_section(document: Mapping[str, Any], name: str, model: type[S], source: str) -> S:
+    """Return the section `name` of a document stored in `source`; defaults if it is absent.
 
     Raises:
         ConfigError: a field is broken, or unknown to this version.
     """
-    section, problems = assemble_stored_section(model, document.get(name) or {}, name)
-    if problems:
-        raise ConfigError(problems, source)
-    return section
+    assembled = assemble_stored_section(model, document.get(name) or {}, name)
+    if assembled.problems:
+        raise ConfigError(assembled.problems, source)
+    return assembled.section
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
-    """Return `config` as nested plain values, every field spelt out; `load_config` takes it back."""
+    """Return `config` as nested plain values, defaults included; `load_config` reads it."""
     return config.model_dump(mode="json")
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML, every field spelt out, in the order of the schema."""
+    """Return `config` as YAML, defaults included, in the order of the schema."""
     import yaml
 
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=110)

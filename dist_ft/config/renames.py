@@ -1,7 +1,7 @@
-"""Config fields and values whose names changed since version 0.1.0; no other module knows the old names.
+"""Config fields and values that were renamed since version 0.1.0, with their old names.
 
-A user's file that has an old name gets one line that gives the new one. Configs that a run, a search or an exported
-model stored are migrated, and what was hashed under old names is still hashed under them. Pure.
+An old name in a user's file is an error that gives the new name. Configs that a run, a search or an
+exported model stored are migrated, and hashes of fields still use their old names. Pure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Renames:
         return _renamed(document, section, self.fields, self.values)
 
     def restore(self, document: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-        """Return a document, or the one `section` of it, with the names of 0.1.0: for hashes that runs stored."""
+        """Return a document, or the one `section` of it, with the names of 0.1.0, for hashes."""
         fields = {new: old for old, new in self.fields.items()}
         values = {
             fields.get(path, path): {new: old for old, new in renamed.items()}
@@ -57,7 +57,7 @@ class Renames:
         return self.values.get(path, {}).get(value, value) if isinstance(value, str) else value
 
     def value_problem(self, path: str, value: Any) -> str | None:
-        """Return the line for a user's `value` of the field at `path`; None if that is no old name."""
+        """Return the line for a user's `value` of the field at `path`; None if not renamed."""
         new = self.new_value(path, value)
         if new == value:
             return None

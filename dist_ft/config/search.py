@@ -1,7 +1,7 @@
-"""What the file of `dist-ft tune` holds: which fields of a config are tried with which values, and how.
+"""The file of `dist-ft tune`: the config fields to tune, their values, and the algorithm.
 
-Points of a grid and random points are pure functions of the file (and of seed and number), so that a search that was
-cut off goes on with the same ones. Does not run anything.
+Points of a grid and random points are pure functions of the file (of seed and number), so an
+interrupted search resumes with the same ones. Does not run anything.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dist_ft.config import renames
-from dist_ft.config.document import read_document, with_field
-from dist_ft.config.load import inspect_config
+from dist_ft.config.document import apply_overrides, read_document, with_field
+from dist_ft.config.error_messages import is_text
+from dist_ft.config.load import InspectedConfig, inspect_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.section import Section
 from dist_ft.core.errors import ConfigError
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
+DEFAULT_TRIALS = 10
 
 
 class Range(Section):
-    """Values of one field: some to choose among, or a range of numbers."""
+    """Values of one field: a list of choices, or a range of numbers."""
 
-    values: tuple[Any, ...] = Field(
-        (), description="Values to choose among, in place of low and high."
-    )
+    values: tuple[Any, ...] = Field((), description="List of choices, in place of low and high.")
     low: int | float | None = Field(
-        None, description="Least value; a whole number where low and high are."
+        None, description="Lowest value; values are whole numbers if low and high are."
     )
-    high: int | float | None = Field(None, description="Greatest value.")
-    log: bool = Field(False, description="Draw evenly by order of magnitude.")
+    high: int | float | None = Field(None, description="Highest value.")
+    log: bool = Field(False, description="Sample uniformly on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _is_one(self) -> Range:
@@ -52,18 +52,19 @@ class Range(Section):
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def draw(self, rng: random.Random) -> Any:
-        """Return one of the values."""
+        """Return a random value."""
         if self.values:
             return self.values[rng.randrange(len(self.values))]
+
         low, high = float(self.low or 0), float(self.high or 0)
         if self.is_whole:
+            # Rounding makes both ends as likely as other values.
             low, high = low - 0.5 + 1e-9, high + 0.5 - 1e-9
-        found = (
-            math.exp(rng.uniform(math.log(low), math.log(high)))
-            if self.log
-            else rng.uniform(low, high)
-        )
-        return round(found) if self.is_whole else found
+        if self.log:
+            value = math.exp(rng.uniform(math.log(low), math.log(high)))
+        else:
+            value = rng.uniform(low, high)
+        return round(value) if self.is_whole else value
 
 
 def _as_range(value: Any) -> Any:
@@ -81,7 +82,8 @@ class AshaSection(Section):
         3,
         ge=2,
         description=(
-            "At each rung, which lie so many times further apart, one in so many trials goes on."
+            "Factor between the steps of two rungs; at each rung one trial of this number "
+            "continues."
         ),
     )
 
@@ -95,36 +97,42 @@ class SearchSection(Section):
     search: Literal["random", "grid", "optuna"] = Field(
         "random",
         description=(
-            "grid: every combination of values; random: drawn by seed; optuna: by what trials before gave (TPE)."
+            "grid: all combinations of values; random: sampled by seed; optuna: by the results of "
+            "previous trials (TPE)."
         ),
     )
-    trials: int | None = Field(None, ge=1, description="How many trials; none: 10 (grid: all).")
-    max_concurrent: int = Field(
-        1, ge=1, description="Trials at a time, each a process of its own, as far as CPUs reach."
+    trials: int | None = Field(
+        None, ge=1, description="Number of trials; default: 10 (grid: all combinations)."
     )
-    seed: int = Field(0, ge=0, description="Seed of what is drawn; the runs have run.seed.")
+    max_concurrent: int = Field(
+        1,
+        ge=1,
+        description="Trials that run at the same time, each in a process, as CPUs allow.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the search; the runs use run.seed.")
     space: dict[str, Annotated[Range, BeforeValidator(_as_range)]] = Field(
-        min_length=1, description=("section.field: a list of values, or {low, high, log}.")
+        min_length=1, description="section.field: a list of values, or {low, high, log}."
     )
     asha: AshaSection | None = Field(
-        None, description="Early stopping of trials; none: all go to their end."
+        None, description="Early stopping of trials; default: all trials complete."
     )
 
     @property
     def num_trials(self) -> int:
-        """Trials of the search, all in all."""
+        """Total number of trials."""
         if self.search == "grid":
-            every = math.prod(len(one.values) for one in self.space.values())
-            return min(self.trials or every, every)
-        return self.trials or 10
+            num_combinations = math.prod(len(choice.values) for choice in self.space.values())
+            return min(self.trials or num_combinations, num_combinations)
+        return self.trials or DEFAULT_TRIALS
 
     def point(self, number: int) -> dict[str, Any]:
-        """Return the values of trial `number`, by field; not of optuna, which decides as it goes."""
+        """Return {field: value} of trial `number`; not of optuna, which uses previous results."""
         if self.search == "grid":
-            every = itertools.product(*(one.values for one in self.space.values()))
-            return dict(zip(self.space, next(itertools.islice(every, number, None)), strict=True))
+            combinations = itertools.product(*(choice.values for choice in self.space.values()))
+            combination = next(itertools.islice(combinations, number, None))
+            return dict(zip(self.space, combination, strict=True))
         rng = random.Random(f"{self.seed} {number}")
-        return {field: one.draw(rng) for field, one in self.space.items()}
+        return {field: choice.draw(rng) for field, choice in self.space.items()}
 
 
 class Search:
@@ -138,66 +146,73 @@ class Search:
         self._overrides = overrides
 
     def config(self, values: Mapping[str, Any], number: int = 0) -> RunConfig:
-        """Return the run of a trial; raises ConfigError if its fields do not go together."""
-        config, problems = self._inspect(values, number)
-        if problems:
-            raise ConfigError(problems, f"trial {number}")
-        return config
+        """Return the run of a trial; raises ConfigError if its fields contradict each other."""
+        inspected = self._inspect(values, number)
+        if inspected.problems:
+            raise ConfigError(inspected.problems, f"trial {number}")
+        return inspected.config
 
-    def _inspect(self, values: Mapping[str, Any], number: int) -> tuple[RunConfig, list[str]]:
-        from dist_ft.config.document import apply_overrides
-        from dist_ft.config.error_messages import is_text
-
-        mapping, broken = apply_overrides(self._document, self._overrides, is_text)
+    def _inspect(self, values: Mapping[str, Any], number: int) -> InspectedConfig:
+        mapping, invalid_overrides = apply_overrides(self._document, self._overrides, is_text)
         for field, value in {**values, "run.name": f"{self.section.name}-t{number}"}.items():
             mapping = with_field(mapping, field.split("."), value)
-        config, problems, _ = inspect_config(mapping)
-        return config, [*broken, *problems]
+        inspected = inspect_config(mapping)
+        return inspected._replace(problems=[*invalid_overrides, *inspected.problems])
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the trials' configs: all of a grid or random points, else the ends of ranges."""
-        section = self.section
-        if section.search == "optuna":
-            first = {field: (one.values or (one.low,))[0] for field, one in section.space.items()}
-            points = [
-                first,
-                *(
-                    {**first, field: value}
-                    for field, one in section.space.items()
-                    for value in one.values or (one.low, one.high)
-                ),
-            ]
-        else:
-            points = [section.point(number) for number in range(section.num_trials)]
+        """Return the distinct problems of the trials' configs.
+
+        All points of a grid or random search are checked, and the ends of optuna's ranges.
+        """
         found: dict[str, None] = {}
-        for point in points:
-            config, wrong = self._inspect(point, 0)
-            found |= dict.fromkeys(wrong or _unfit(config, section))
+        for point in self._points_to_check():
+            inspected = self._inspect(point, 0)
+            lines = inspected.problems or _trial_problems(inspected.config, self.section)
+            found |= dict.fromkeys(lines)
         return list(found)
+
+    def _points_to_check(self) -> list[dict[str, Any]]:
+        section = self.section
+        if section.search != "optuna":
+            return [section.point(number) for number in range(section.num_trials)]
+        first = {
+            field: (choice.values or (choice.low,))[0] for field, choice in section.space.items()
+        }
+        points = [first]
+        for field, choice in section.space.items():
+            for value in choice.values or (choice.low, choice.high):
+                points.append({**first, field: value})
+        return points
 
 
 def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search:
-    """Return the search in the YAML file `path` over the config file `config`, `overrides` set in all trials.
+    """Return the search in the YAML file `path` over the config file `config`.
 
-    Raises ConfigError with every problem of the file or of the trials' configs.
+    Args:
+        config: file of the base config.
+        path: file of the search.
+        overrides: section.field=value, set in all trials.
+
+    Raises:
+        ConfigError: lists the problems of the file, or of the trials' configs.
     """
     document, problems = read_document(path)
     problems += renames.SEARCH.problems(document)
     try:
         section = SearchSection.model_validate(renames.SEARCH.migrate(document))
     except ValidationError as error:
-        raise ConfigError(
-            [*problems, *(_line(one) for one in error.errors(include_url=False))], path
-        ) from error
-    base, twice = read_document(config)
-    problems += twice
+        lines = [_line(details) for details in error.errors(include_url=False)]
+        raise ConfigError([*problems, *lines], path) from error
+
+    base, duplicates = read_document(config)
+    problems += duplicates
     if section.search == "grid":
-        problems += [
-            f"space.{field}: is a range, and a grid needs values; allowed: a list; name some, or use "
-            "search=random"
-            for field, one in section.space.items()
-            if not one.values
-        ]
+        for field, choice in section.space.items():
+            if not choice.values:
+                problems.append(
+                    f"space.{field}: is a range, and a grid needs values. Allowed: a list. List "
+                    "some, or use search=random."
+                )
     search = Search(section, base, overrides)
     problems = problems or search.problems()
     if problems:
@@ -207,32 +222,30 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
 
 def _line(error: Any) -> str:
     """Return the line for one of pydantic's errors."""
-    where, fields = error["loc"], SearchSection.model_fields
-    info = fields.get(str(where[0])) if where else None
+    location, fields = error["loc"], SearchSection.model_fields
+    info = fields.get(str(location[0])) if location else None
     allowed = str(info.description).rstrip(".") if info else ", ".join(fields)
-    return (
-        f"{'.'.join(map(str, where))}: {error['msg'].removeprefix('Value error, ').lower()}; allowed: {allowed}; "
-        "correct it"
-    )
+    message = error["msg"].removeprefix("Value error, ").lower()
+    return f"{'.'.join(map(str, location))}: {message}. Allowed: {allowed}. Correct it."
 
 
-def _unfit(config: RunConfig, section: SearchSection) -> list[str]:
-    """Return what keeps a run from being a trial."""
-    found = []
-    again = config.evaluation.every_steps or config.evaluation.every_epochs
+def _trial_problems(config: RunConfig, section: SearchSection) -> list[str]:
+    """Return why a run cannot be a trial."""
+    problems = []
+    evaluation = config.evaluation
     if config.max_workers:
-        found.append(
-            f"cluster.workers={config.max_workers}: a trial is one process, and several may run at once; "
-            "allowed in a search: 0; set it"
+        problems.append(
+            f"cluster.workers={config.max_workers}: a trial is one process, and several may run at "
+            "the same time. Allowed in a search: 0. Set it."
         )
-    if not config.evaluation.data or not (again or config.evaluation.at_end):
-        found.append(
-            "evaluation.data: trials are compared by checkpoint.best_by of their evaluations; needs held-out "
-            "data, and evaluation.every_steps or at_end; set them"
+    if not evaluation.data or not (evaluation.is_repeated or evaluation.at_end):
+        problems.append(
+            "evaluation.data: trials are compared by checkpoint.best_by of their evaluations. "
+            "Needs held-out data, and evaluation.every_steps or at_end. Set them."
         )
-    if section.asha and not again:
-        found.append(
-            "asha: a trial can be stopped where it is evaluated; needs evaluation.every_steps or "
-            "every_epochs; set one"
+    if section.asha and not evaluation.is_repeated:
+        problems.append(
+            "asha: a trial can only be stopped after an evaluation. Needs evaluation.every_steps "
+            "or every_epochs. Set one."
         )
-    return found
+    return problems

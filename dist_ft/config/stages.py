@@ -1,27 +1,27 @@
-"""A sequence of runs that one model goes through: what the file of `dist-ft stages` holds, and the run of each stage.
+"""The file of `dist-ft stages`: a sequence of runs that train one model, and the config of each.
 
-Each stage is an ordinary run that begins with the result of the stage before. Of the stages before it may replay a
-share. Guarantees: every mistake in the file and in any stage's config is said at once, before anything is trained.
-Pure, but for reading the files.
+Each stage is an ordinary run that starts from the result of the previous stage. A fraction of its
+data may be a replay of previous stages. Guarantees: all mistakes in the file and in the configs of
+all stages are reported at once, before any training. Pure, except for reading the files.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from dist_ft.config import renames
-from dist_ft.config.document import read_document, with_field
+from dist_ft.config.document import Document, read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.sections.section import Section
-from dist_ft.config.sections.task import LABELLED, METRICS
+from dist_ft.config.sections.task import LABELED_TASKS, TASK_METRICS
 from dist_ft.core.errors import ConfigError
 from dist_ft.storage.filesystem import is_local
 
@@ -32,40 +32,45 @@ class StageSection(Section):
     """One stage."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the stage; its run is named <name of the whole>-<this>."
+        pattern=NAME,
+        description="Name of the stage; its run is named <name of the file>-<name of the stage>.",
     )
     replay: float = Field(
         0.0,
         ge=0,
         lt=1,
         description=(
-            "Share of the stage's sequences that comes from the training data of all stages before, in equal parts."
+            "Fraction of the stage's sequences that comes from the training data of all previous "
+            "stages, in equal parts."
         ),
     )
     overrides: dict[str, Any] = Field(
         default_factory=dict,
-        description=("Fields of this stage: section.field: value, such as data.train: more.jsonl."),
+        description="Fields of this stage: section.field: value, such as data.train: more.jsonl.",
     )
 
 
 class StagesSection(Section):
     """The whole file."""
 
-    name: str = Field(pattern=NAME, description="Name of the whole, in the storage of its runs.")
+    name: str = Field(
+        pattern=NAME, description="Name of the sequence of stages, in the storage of its runs."
+    )
     config: str = Field(
-        description="Config all stages share: a YAML file, relative to this one, or a URL."
+        description="Config that all stages share: a YAML file, relative to this one, or a URL."
     )
     checkpoint: Literal["latest", "best"] = Field(
         "latest",
         description=(
-            "Checkpoint of a stage that is evaluated and that the next stage starts from: the latest, or the best by "
-            "checkpoint.best_by."
+            "Checkpoint of a stage that is evaluated and that the next stage starts from: the "
+            "latest, or the best by checkpoint.best_by."
         ),
     )
     metric: str | None = Field(
         None,
         description=(
-            "Metric of the matrix; none: checkpoint.best_by, or, where that is the loss, the first of the task's."
+            "Metric of the matrix; default: checkpoint.best_by, or, if that is the loss, the first "
+            "metric of the task."
         ),
     )
     stages: tuple[StageSection, ...] = Field(min_length=1, description="The stages, in order.")
@@ -73,7 +78,7 @@ class StagesSection(Section):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as it is run."""
+    """A stage and the config of its run."""
 
     name: str
     config: RunConfig
@@ -81,12 +86,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a file, their runs in one storage.
+    """The stages of a file, whose runs share a storage.
 
     Attributes:
-        url: folder that holds what is kept about the whole: <run.storage>/<name>.
+        name: of the sequence.
+        url: folder of the sequence's own files: <run.storage>/<name>.
         metric: of the matrix.
-        checkpoint: "latest" or "best": the checkpoint of each stage that is evaluated and continued from.
+        checkpoint: "latest" or "best": the checkpoint of each stage that is evaluated and that the
+            next stage starts from.
+        stages: in order.
     """
 
     name: str
@@ -96,215 +104,233 @@ class Stages:
     stages: tuple[Stage, ...]
 
 
-def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
-    """Return the stages in the YAML file `path`, `overrides` (section.field=value) set in every stage's config.
+class StageSources(NamedTuple):
+    """The training data of a previous stage, without its own replay."""
 
-    Raises ConfigError with every problem of the file, or of the configs.
+    name: str
+    sources: tuple[Source, ...]
+
+
+def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
+    """Return the stages in the YAML file `path`.
+
+    Args:
+        path: of the file.
+        overrides: section.field=value, set in the config of every stage.
+
+    Raises:
+        ConfigError: lists all problems of the file, or of the configs.
     """
     document, problems = read_document(path)
     problems += renames.STAGES.problems(document)
-    file = _parsed(renames.STAGES.migrate(document), path, problems)
-    base, twice = read_document(_beside(path, file.config))
-    problems, in_stages = twice, Counter[str]()
+    file = _parse(renames.STAGES.migrate(document), path, problems)
+    base, problems = read_document(_resolve(path, file.config))
+
+    counts = Counter[str]()
     stages: list[Stage] = []
-    trained: list[tuple[str, tuple[Source, ...]]] = []
+    previous: list[StageSources] = []
     for stage in file.stages:
-        mapping, wrong = _merged(base, stage.overrides)
+        mapping, stage_problems = _merge(base, stage.overrides)
         mapping = with_field(mapping, ("run", "name"), f"{file.name}-{stage.name}")
-        config, found, _ = inspect_config(mapping, overrides)
-        wrong = [*wrong, *found]
-        if not wrong:
+        inspected = inspect_config(mapping, overrides)
+        config = inspected.config
+        stage_problems += inspected.problems
+        if not stage_problems:
             own = config.data.train
-            wrong = list(_replay_problems(config, stage, trained))
-            stages.append(Stage(stage.name, _staged(config, file, stage, stages, trained)))
-            trained.append((stage.name, own))
-        problems += [f"stage {stage.name}: {line}" for line in wrong if not in_stages[line]]
-        in_stages.update(
-            wrong
-        )  # what the config itself has wrong is said with the first stage only
-    problems += _apart(file, stages)
+            stage_problems = list(_replay_problems(config, stage, previous))
+            stages.append(Stage(stage.name, _stage_config(config, file, stage, stages, previous)))
+            previous.append(StageSources(stage.name, own))
+        # Problems of the shared config are reported with the first stage only.
+        problems += [f"stage {stage.name}: {line}" for line in stage_problems if not counts[line]]
+        counts.update(stage_problems)
+
+    problems += _sequence_problems(file, stages)
     if problems:
         raise ConfigError(problems, path)
+
     checked = tuple(Stage(stage.name, _checked(stage)) for stage in stages)
-    first = checked[0].config
-    return Stages(
-        file.name,
-        f"{first.run.storage.rstrip('/')}/{file.name}",
-        _metric(file, first),
-        file.checkpoint,
-        checked,
-    )
+    config = checked[0].config
+    url = f"{config.run.storage.rstrip('/')}/{file.name}"
+    return Stages(file.name, url, _metric(file, config), file.checkpoint, checked)
 
 
-def _parsed(document: Mapping[str, Any], path: str, problems: list[str]) -> StagesSection:
+def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> StagesSection:
+    """Return the file's section; raise ConfigError for its problems and those in `problems`."""
     try:
-        found = StagesSection.model_validate(document)
+        file = StagesSection.model_validate(document)
     except ValidationError as error:
-        found_wrong = error.errors(include_url=False)
-        inner = {one["loc"][0] for one in found_wrong if len(one["loc"]) > 1}  # said once, there
-        problems = [
-            *problems,
-            *(
-                f"{'.'.join(str(part) for part in one['loc'])}: {one['msg'].lower()}; allowed: {_fields(one['loc'])}; "
-                "correct it"
-                for one in found_wrong
-                if len(one["loc"]) > 1 or one["loc"][0] not in inner
-            ),
-        ]
-        raise ConfigError(problems, path) from error
+        errors = error.errors(include_url=False)
+        # A problem inside a stage is reported once, at its own place.
+        nested = {details["loc"][0] for details in errors if len(details["loc"]) > 1}
+        lines = []
+        for details in errors:
+            location = details["loc"]
+            if len(location) > 1 or location[0] not in nested:
+                lines.append(
+                    f"{'.'.join(str(part) for part in location)}: {details['msg'].lower()}. "
+                    f"Allowed: {_allowed(location)}. Correct it."
+                )
+        raise ConfigError([*problems, *lines], path) from error
     if problems:
         raise ConfigError(problems, path)
-    return found
+    return file
 
 
-def _fields(where: tuple[Any, ...]) -> str:
-    """Return the fields allowed where an error lies, with what a wrong one may be."""
-    section = StageSection if len(where) > 1 and where[0] == "stages" else StagesSection
-    info = section.model_fields.get(str(where[-1]))
+def _allowed(location: tuple[Any, ...]) -> str:
+    """Return the allowed value of the field at an error's location, or the allowed fields."""
+    section = StageSection if len(location) > 1 and location[0] == "stages" else StagesSection
+    info = section.model_fields.get(str(location[-1]))
     return str(info.description).rstrip(".") if info else ", ".join(section.model_fields)
 
 
-def _beside(path: str, config: str) -> str:
-    """Return the config's path: relative to the file that names it."""
+def _resolve(path: str, config: str) -> str:
+    """Return the path of `config`, which may be relative to the file at `path`."""
     if not is_local(config) or Path(config).expanduser().is_absolute():
         return config
-    return (
-        str(Path(path).parent / config) if is_local(path) else f"{path.rpartition('/')[0]}/{config}"
-    )
+    if is_local(path):
+        return str(Path(path).parent / config)
+    return f"{path.rpartition('/')[0]}/{config}"
 
 
-def _merged(
-    base: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the base with a stage's fields set (dotted, or below their sections), and problems."""
-    result, problems = dict(base), []
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Document:
+    """Return the base with a stage's fields (dotted, or nested in their sections)."""
+    result: dict[str, Any] = dict(base)
+    problems: list[str] = []
     for key, value in overrides.items():
         path = str(key).split(".")
-        inside = value if isinstance(value, Mapping) else None
-        if len(path) == 1 and inside is None:
-            problems.append(
-                f"overrides.{key}: not a field; allowed: section.field: value; name its section"
-            )
-        elif len(path) == 1 and inside is not None:
-            result[path[0]] = {**_section(result, path[0]), **inside}
-        else:
+        if len(path) > 1:
             result = with_field(result, path, value)
-    return result, problems
+        elif isinstance(value, Mapping):
+            section = result.get(path[0])
+            result[path[0]] = {**(section if isinstance(section, Mapping) else {}), **value}
+        else:
+            problems.append(
+                f"overrides.{key}: not a field. Allowed: section.field: value. Add its section."
+            )
+    return Document(result, problems)
 
 
-def _section(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
-    held = mapping.get(name)
-    return dict(held) if isinstance(held, Mapping) else {}
-
-
-def _staged(
+def _stage_config(
     config: RunConfig,
     file: StagesSection,
     stage: StageSection,
     before: Sequence[Stage],
-    trained: Sequence[tuple[str, tuple[Source, ...]]],
+    previous: Sequence[StageSources],
 ) -> RunConfig:
-    """Return a stage's run: it begins with the one before, replays its share, and keeps the head it finds."""
+    """Return the config of a stage: it starts from the previous one, with its head and a replay."""
     changes: dict[str, Any] = {}
     if before:
         changes["model"] = config.model.model_copy(
-            update={"path": before[-1].config.run_url, "checkpoint": file.checkpoint, "revision": None}
+            update={
+                "path": before[-1].config.run_url,
+                "checkpoint": file.checkpoint,
+                "revision": None,
+            }
         )
-        if config.task.name in LABELLED:
+        if config.task.name in LABELED_TASKS:
             changes["task"] = config.task.model_copy(update={"grow_head": True, "new_head": False})
-    if stage.replay and trained:
-        changes["data"] = config.data.model_copy(
-            update={"train": with_replay(config.data.train, stage.replay, trained)}
-        )
+    if stage.replay and previous:
+        train = with_replay(config.data.train, stage.replay, previous)
+        changes["data"] = config.data.model_copy(update={"train": train})
     return config.model_copy(update=changes)
 
 
 def with_replay(
-    own: Sequence[Source], share: float, trained: Sequence[tuple[str, tuple[Source, ...]]]
+    own: Sequence[Source], share: float, previous: Sequence[StageSources]
 ) -> tuple[Source, ...]:
-    """Return a stage's sources with those of the stages before, which together have `share` of the sequences.
+    """Return a stage's sources and those of previous stages, which get `share` of the sequences.
 
-    Each earlier stage has the same part of it, each of its sources the same part of that. Where the stage's own
-    sources have weights, all have: theirs are scaled to what the replay leaves.
+    Each previous stage gets an equal part of it, and each source an equal part of its stage's. If
+    the stage's own sources have weights, all do: their own are scaled to what the replay leaves.
     """
-    parts = [
-        (f"{name}-{number}", source, share / len(trained) / len(sources))
-        for name, sources in trained
-        for number, source in enumerate(sources)
-    ]
-    weighted = any(source.weight is not None for source in own)
-    total = sum(source.weight or 0.0 for source in own)
-    scaled = [
-        source.model_copy(update={"weight": (source.weight or 0.0) / total * (1 - share)})
-        if weighted
-        else source
-        for source in own
-    ]
-    given = "weight" if weighted else "share"
-    plain = {"weight": None, "repeat": None, "share": None}
-    return (
-        *scaled,
-        *(
-            source.model_copy(update={**plain, "name": f"replay-{name}", given: part})
-            for name, source, part in parts
-        ),
-    )
+    is_weighted = any(source.weight is not None for source in own)
+    total_weight = sum(source.weight or 0.0 for source in own)
+    sources: list[Source] = []
+    for source in own:
+        if is_weighted:
+            weight = (source.weight or 0.0) / total_weight * (1 - share)
+            source = source.model_copy(update={"weight": weight})
+        sources.append(source)
+
+    field = "weight" if is_weighted else "share"
+    for stage_name, stage_sources in previous:
+        part = share / len(previous) / len(stage_sources)
+        for number, source in enumerate(stage_sources):
+            update = {"name": f"replay-{stage_name}-{number}", field: part}
+            sources.append(source.without_mixing().model_copy(update=update))
+    return tuple(sources)
 
 
-def _replay_problems(config: RunConfig, stage: StageSection, trained: Sequence[Any]) -> list[str]:
-    found = []
-    if stage.replay and not trained:
-        found.append(
-            f"replay={stage.replay}: there is no stage before it; allowed from the second on; remove it"
+def _replay_problems(
+    config: RunConfig, stage: StageSection, previous: Sequence[StageSources]
+) -> Iterator[str]:
+    if stage.replay and not previous:
+        yield (
+            f"replay={stage.replay}: there is no previous stage. Allowed from the second stage on. "
+            "Remove it."
         )
     if stage.replay and (config.data.temperature is not None or config.data.mixing):
-        found.append(
-            f"replay={stage.replay}: data.temperature or data.mixing decides how often sources come; allowed "
-            "with weight or repeat of the sources; remove one of them"
+        yield (
+            f"replay={stage.replay}: data.temperature or data.mixing also decides how often "
+            "sources are used. Allowed with weight or repeat of the sources. Remove one of them."
         )
-    return found
 
 
-def _apart(file: StagesSection, stages: Sequence[Stage]) -> list[str]:
-    """Return what is wrong with the stages as a whole."""
-    names, found = [stage.name for stage in file.stages], []
+def _sequence_problems(file: StagesSection, stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield the problems of the stages as a whole."""
+    names = [stage.name for stage in file.stages]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        found.append(f"stages: two are named {twice}; their runs need different names; rename one")
-    for what, values in (
-        ("run.storage", {stage.config.run.storage for stage in stages}),
-        ("task.name", {stage.config.task.name for stage in stages}),
-    ):
-        if len(values) > 1:
-            found.append(
-                f"{what}: is {' and '.join(sorted(values))}; all stages share one; set it in the config only"
-            )
+        duplicate = next(name for name in names if names.count(name) > 1)
+        yield f"stages: two are named {duplicate}. Their runs need different names. Rename one."
+    yield from _shared_fields(stages)
     for before, after in pairwise(stages):
-        lost = [
-            label for label in before.config.task.labels if label not in after.config.task.labels
-        ]
-        if after.config.task.labels and lost:
-            found.append(
-                f"stage {after.name}: task.labels: {lost[0]} of stage {before.name} is not among them; a head "
-                "keeps all its labels; add it, or leave task.labels empty"
+        yield from _lost_labels(before, after)
+    yield from _metric_problems(file, stages)
+    for stage in stages:
+        if not stage.config.evaluation.data:
+            yield (
+                f"stage {stage.name}: evaluation.data: is empty. Each stage needs held-out data. "
+                "Set it."
             )
-    metric = file.metric
-    known = ("loss", *METRICS[stages[0].config.task.name]) if stages else ()
-    if metric is not None and stages and metric not in known:
-        found.append(
-            f"metric={metric}: evaluations of task.name={stages[0].config.task.name} have no such metric; "
-            f"allowed: {', '.join(known)}; name one of them"
+
+
+def _shared_fields(stages: Sequence[Stage]) -> Iterator[str]:
+    shared: dict[str, set[str]] = {
+        "run.storage": {stage.config.run.storage for stage in stages},
+        "task.name": {stage.config.task.name for stage in stages},
+    }
+    for field, values in shared.items():
+        if len(values) > 1:
+            yield (
+                f"{field}: is {' and '.join(sorted(values))}. All stages share one. Set it in the "
+                "config only."
+            )
+
+
+def _lost_labels(before: Stage, after: Stage) -> Iterator[str]:
+    labels = after.config.task.labels
+    lost = [label for label in before.config.task.labels if label not in labels]
+    if labels and lost:
+        yield (
+            f"stage {after.name}: task.labels: {lost[0]} of stage {before.name} is missing. A head "
+            "keeps all its labels. Add it, or leave task.labels empty."
         )
-    found += [
-        f"stage {stage.name}: evaluation.data: is empty; what each stage is scored on is needed; set it"
-        for stage in stages
-        if not stage.config.evaluation.data
-    ]
-    return found
+
+
+def _metric_problems(file: StagesSection, stages: Sequence[Stage]) -> Iterator[str]:
+    if file.metric is None or not stages:
+        return
+    task = stages[0].config.task.name
+    metrics = ("loss", *TASK_METRICS[task])
+    if file.metric not in metrics:
+        yield (
+            f"metric={file.metric}: not a metric of evaluations of task.name={task}. Allowed: "
+            f"{', '.join(metrics)}. Use one of them."
+        )
 
 
 def _checked(stage: Stage) -> RunConfig:
-    """Return the config, checked once more as a whole: replay and names came to it."""
+    """Return the stage's config after another check: replay and start checkpoint were added."""
     try:
         return load_config(stage.config.model_dump(mode="json"))
     except ConfigError as error:
@@ -314,30 +340,30 @@ def _checked(stage: Stage) -> RunConfig:
 def _metric(file: StagesSection, config: RunConfig) -> str:
     if file.metric is not None:
         return file.metric
-    best = config.checkpoint.best_by
-    return METRICS[config.task.name][0] if best == "loss" else best
+    best_by = config.checkpoint.best_by
+    return TASK_METRICS[config.task.name][0] if best_by == "loss" else best_by
 
 
-def scored(config: RunConfig, run: RunConfig, checkpoint: str, labels: Sequence[str]) -> RunConfig:
-    """Return what scores the result of `run` on the held-out data of `config`, with the labels of the run's head."""
-    plain = {"weight": None, "repeat": None, "share": None}
-    held_out = tuple(source.model_copy(update=plain) for source in config.evaluation.data)
+def with_scoring_data(
+    config: RunConfig, run: RunConfig, checkpoint: str, labels: Sequence[str]
+) -> RunConfig:
+    """Return the config that evaluates the result of `run` on the held-out data of `config`.
+
+    Args:
+        config: of the stage with the data.
+        run: whose model is evaluated.
+        checkpoint: "latest" or "best".
+        labels: of the head of `run`.
+    """
+    held_out = tuple(source.without_mixing() for source in config.evaluation.data)
+    model = {"path": run.run_url, "checkpoint": checkpoint, "revision": None}
+    task = {"labels": tuple(labels), "grow_head": False, "new_head": False, "class_weights": ()}
+    data = {"train": held_out, "mixing": (), "temperature": None}
     return config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"workers": 0}),
-            "model": config.model.model_copy(
-                update={"path": run.run_url, "checkpoint": checkpoint, "revision": None}
-            ),
-            "task": config.task.model_copy(
-                update={
-                    "labels": tuple(labels),
-                    "grow_head": False,
-                    "new_head": False,
-                    "class_weights": (),
-                }
-            ),
-            "data": config.data.model_copy(
-                update={"train": held_out, "mixing": (), "temperature": None}
-            ),
+            "model": config.model.model_copy(update=model),
+            "task": config.task.model_copy(update=task),
+            "data": config.data.model_copy(update=data),
         }
     )

@@ -17,8 +17,8 @@ from dist_ft.config import renames
 from dist_ft.config.identity import changes
 from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.task import LABELLED
-from dist_ft.config.stages import Stages, scored
+from dist_ft.config.sections.task import LABELED_TASKS
+from dist_ft.config.stages import Stages, with_scoring_data
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference.evaluate import evaluate_models
@@ -151,7 +151,7 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> dict[st
     run = stages.stages[trained].config
     config = stages.stages[held_out].config
     labels = _head_labels(run)
-    scored_config = scored(config, run, stages.checkpoint, labels)
+    scored_config = with_scoring_data(config, run, stages.checkpoint, labels)
 
     path = f"{SCORES}/{stages.stages[trained].name}.{stages.stages[held_out].name}.json"
     digest = _digest(scored_config)
@@ -180,7 +180,7 @@ def _digest(config: RunConfig) -> str:
 
 def _head_labels(run: RunConfig) -> list[str]:
     """Return the labels of a run's head, in order; [] if its task has none."""
-    if run.task.name not in LABELLED:
+    if run.task.name not in LABELED_TASKS:
         return []
     label_by_id = json.loads(Store(run.run_url).read("model/config.json"))["id2label"]
     return [label_by_id[number] for number in sorted(label_by_id, key=int)]

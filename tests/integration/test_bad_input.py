@@ -52,7 +52,7 @@ def short(base: Path, name: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 def test_missing_model_is_an_error(base: Path, dist_ft: Train) -> None:
     code, said = dist_ft("train", short(base, "no-model", model={"path": str(base / "modell")}))
-    assert code == 2 and f"model.path={base}/modell: there is no such folder" in said
+    assert code == 2 and f"model.path={base}/modell: the folder does not exist" in said
 
 
 def test_empty_data_set_is_an_error(base: Path, dist_ft: Train) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import ports
 import pytest
 
-from dist_ft.cluster.k8s.pods import drain
+from dist_ft.cluster.k8s.pods import drain_lifecycle
 
 NOTICE_S = 90
 INSIDE = '''
@@ -77,10 +77,10 @@ print("FOUND " + json.dumps(found))
 )
 def test_the_prestop_hook_drains_the_node_and_holds_the_pod(tmp_path: Path) -> None:
     port, short = (
-        ports.free(),
+        ports.find_free_port(),
         tempfile.mkdtemp(prefix="df", dir="/tmp"),
     )  # a path of Ray's sockets may have 107 characters
-    hook = drain(NOTICE_S)["preStop"]["exec"]["command"]
+    hook = drain_lifecycle(NOTICE_S)["preStop"]["exec"]["command"]
     script = tmp_path / "inside.py"
     script.write_text(INSIDE)
     start = (

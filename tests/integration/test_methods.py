@@ -15,7 +15,7 @@ import torch
 from dist_ft import api
 from dist_ft.checkpoint import discovery
 from dist_ft.config.load import load_config
-from dist_ft.config.sections.tuning import ADDED, MERGED
+from dist_ft.config.sections.tuning import ADAPTER_METHODS, MERGEABLE_METHODS
 from dist_ft.core.errors import CheckpointError, ConfigError
 from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
@@ -162,7 +162,7 @@ def test_the_export_is_a_plain_model(
     from transformers import AutoModelForCausalLM
 
     run = str(base / f"runs/{method}-plain")
-    if METHODS[method]["method"] in {*ADDED} - {*MERGED}:
+    if METHODS[method]["method"] in {*ADAPTER_METHODS} - {*MERGEABLE_METHODS}:
         with pytest.raises(
             CheckpointError, match=r"can not be added into the model's weights; .* use --adapter"
         ):
@@ -201,7 +201,7 @@ def test_peft_and_generate_load_an_exported_adapter(
 ) -> None:
     """`export` itself has compared what peft reads."""
     run, out = str(base / f"runs/{method}-plain"), str(tmp_path / "adapter")
-    if METHODS[method]["method"] not in ADDED:
+    if METHODS[method]["method"] not in ADAPTER_METHODS:
         with pytest.raises(CheckpointError, match="--adapter: the run "):
             api.export(run, out, adapter=True)
         return
@@ -210,7 +210,7 @@ def test_peft_and_generate_load_an_exported_adapter(
         base / "model"
     )
     answer = api.generate(out, "say the quick brown fox", max_new_tokens=8)
-    if METHODS[method]["method"] in MERGED:
+    if METHODS[method]["method"] in MERGEABLE_METHODS:
         api.export(run, str(tmp_path / "merged"))
         assert answer == api.generate(
             str(tmp_path / "merged"), "say the quick brown fox", max_new_tokens=8

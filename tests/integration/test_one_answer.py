@@ -72,7 +72,7 @@ def test_promise_3_a_checkpoint_resumes_in_any_world_under_any_stage(
     document = tiny.config(base, name, workers=workers, stage=stage)
     folder = base / f"ranks-{name}"
     ranks.require_ok(ranks.run_ranks(max(1, workers), [document], folder), folder)
-    assert "going on from step 8" in (folder / "rank-0.log").read_text()
+    assert "resuming from step 8" in (folder / "rank-0.log").read_text()
     assert worst(history.losses(run), plain) <= 1e-5
     history.require_exactly_once(run, document)
 

@@ -42,9 +42,9 @@ def url(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The bucket's URL, for this process."""
     for name, value in s3.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    s3.forget(options(port))
+    s3.reset_options(options(port))
     yield f"s3://{s3.BUCKET}"
-    s3.forget({})
+    s3.reset_options({})
 
 
 def options(port: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     )
     local.run(config)
     api.export(config, str(base / "out"))
-    port = ports.free()
+    port = ports.find_free_port()
     with open(base / "stderr", "w") as stderr_file:
         process = subprocess.Popen(
             [sys.executable, "-c", START, str(port)],

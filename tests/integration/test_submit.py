@@ -12,7 +12,7 @@ import history
 import pytest
 import tiny
 import yaml
-from job_cluster import Cluster, Cutter, cluster
+from job_cluster import Cluster, CuttableProxy, cluster
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytestmark = pytest.mark.ray
@@ -120,14 +120,14 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     file, _ = write(
         base, "long", checkpoint={"every_steps": 0}, schedule={"epochs": None, "steps": 5000}
     )
-    cutter = Cutter(int(there.url.rpartition(":")[2]))
+    proxy = CuttableProxy(int(there.url.rpartition(":")[2]))
     watching = there.start(
-        "submit", file, cwd=base, out=base / "first", RAY_API_SERVER_ADDRESS=cutter.url
+        "submit", file, cwd=base, out=base / "first", RAY_API_SERVER_ADDRESS=proxy.url
     )
     for count in (5, 10, 15):
         watching.wait_for(f"step {count:4}/")
-        cutter.cut()
-    assert cutter.num_cut >= 3
+        proxy.cut()
+    assert proxy.num_cut >= 3
     attached = there.start(
         "submit",
         file,
@@ -143,24 +143,24 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     watching.process.send_signal(signal.SIGINT)
     assert watching.process.wait(60) == 130
     assert (
-        "the log of job long was interrupted" in watching.noted
-        and "connecting again" in watching.noted
+        "the log of job long was interrupted" in watching.stderr
+        and "connecting again" in watching.stderr
     )
     assert (
-        "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.noted
+        "job long keeps running. Follow it with dist-ft jobs logs --follow long" in watching.stderr
     )
-    assert "Traceback" not in watching.noted
+    assert "Traceback" not in watching.stderr
     code, output = there.run("jobs", "status", "long", cwd=base)
     assert code == 0 and "long: RUNNING" in output
-    assert there.run("jobs", "logs", "long", cwd=base)[1].startswith(watching.said), (
+    assert there.run("jobs", "logs", "long", cwd=base)[1].startswith(watching.stdout), (
         "nothing is lost or doubled"
     )
     code, output = there.run("jobs", "stop", "long", cwd=base)
     assert code == 0 and "long: STOPPED" in output, output
-    assert attached.process.wait(60) == 130 and "stopped at step" in attached.said, attached.said[
+    assert attached.process.wait(60) == 130 and "stopped at step" in attached.stdout, attached.stdout[
         -2000:
     ]
-    assert attached.said == there.run("jobs", "logs", "long", cwd=base)[1], (
+    assert attached.stdout == there.run("jobs", "logs", "long", cwd=base)[1], (
         "the whole log, to its end"
     )
     assert list((base / "runs/long/checkpoints").glob("step-*/manifest.json")), "it has saved"
@@ -170,4 +170,4 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     code, output = there.run("jobs", "stop", "long-2", cwd=base)
     assert code == 0 and "long-2: STOPPED" in output, output
     assert again.process.wait(60) == 130
-    cutter.close()
+    proxy.close()

@@ -227,7 +227,7 @@ def test_fault_7_a_signal_to_one_process_does_not_end_the_run(
         "killed (a worker received a stop signal; all saved); all workers resume" in text
         for text in lines
     )
-    assert any("going on from step 11" in text for text in lines), "no step was lost"
+    assert any("resuming from step 11" in text for text in lines), "no step was lost"
 
 
 def test_fault_4_a_stopped_process_is_found_by_its_peers_and_killed(

@@ -162,7 +162,7 @@ def test_optuna_suggests_values_and_a_failed_trial_is_reported(base: Path) -> No
     for one in found["trials"]:
         broken = one["values"]["model.path"].endswith("nothing")
         assert one["state"] == ("failed" if broken else "done")
-        assert ("there is no such folder" in one["error"]) == broken
+        assert ("the folder does not exist" in one["error"]) == broken
     assert len({one["values"]["optimizer.learning_rate"] for one in found["trials"]}) == 4
     more = write(base, "tpe", **{**yaml.safe_load(Path(file).read_text()), "trials": 5})
     assert start(base, more).returncode == 0

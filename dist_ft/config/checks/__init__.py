@@ -1,1 +1,1 @@
-"""Contradictions between fields that no single field's bounds can express."""
+"""Contradictions between sections, and checks of a whole config."""

@@ -1,7 +1,7 @@
-"""Which keys of `zero.deepspeed` pass: all that DeepSpeed knows, save those dist_ft sets itself.
+"""Allowed keys of `zero.deepspeed`: all keys of DeepSpeed, except those that dist_ft sets itself.
 
-A test compares the lists with the installed DeepSpeed. A key that looks like a misspelt one is refused with the near
-name; a wholly unknown one passes (DeepSpeed may be newer than the list). Pure.
+A test compares the lists with the installed DeepSpeed. A misspelled key is refused with the similar
+name; other unknown keys are passed through (DeepSpeed may be newer than the list). Pure.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
 
-# DeepSpeed key -> what to set instead.
 OWNED = {
-    "train_batch_size": "set batch.global_batch",
-    "train_micro_batch_size_per_gpu": "set batch.micro_batch",
-    "gradient_accumulation_steps": "it follows from batch.global_batch, batch.micro_batch and the workers",
+    "train_batch_size": "Set batch.global_batch",
+    "train_micro_batch_size_per_gpu": "Set batch.micro_batch",
+    "gradient_accumulation_steps": "It follows from batch.global_batch and batch.micro_batch",
     "managed_gradient_accumulation": "dist_ft sets the boundary of each step itself",
-    "optimizer": "set optimizer.name and its fields",
-    "scheduler": "set schedule.name and its fields",
-    "bf16": "set model.dtype",
-    "bfloat16": "set model.dtype",
-    "fp16": "set model.dtype (float32 or bfloat16)",
-    "amp": "set model.dtype",
-    "torch_autocast": "set model.dtype",
-    "gradient_clipping": "set optimizer.max_grad_norm",
-    "activation_checkpointing": "set model.activation_checkpointing",
-    "elasticity": "set cluster.workers to a range, such as 1..4",
+    "optimizer": "Set optimizer.name and its fields",
+    "scheduler": "Set schedule.name and its fields",
+    "bf16": "Set model.dtype",
+    "bfloat16": "Set model.dtype",
+    "fp16": "Set model.dtype (float32 or bfloat16)",
+    "amp": "Set model.dtype",
+    "torch_autocast": "Set model.dtype",
+    "gradient_clipping": "Set optimizer.max_grad_norm",
+    "activation_checkpointing": "Set model.activation_checkpointing",
+    "elasticity": "Set cluster.workers to a range, such as 1..4",
     "data_efficiency": "dist_ft orders the data itself (section data)",
     "curriculum_learning": "dist_ft orders the data itself (section data)",
     "zero_allow_untested_optimizer": "dist_ft sets it",
     "zero_force_ds_cpu_optimizer": "dist_ft sets it",
     "checkpoint": "dist_ft writes its own checkpoints (section checkpoint)",
-    "tensorboard": "set log.tensorboard",
-    "zero_optimization.stage": "set zero.stage",
-    "zero_optimization.offload_optimizer.device": "set zero.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "set zero.nvme_path",
-    "zero_optimization.offload_param.device": "set zero.offload_param",
-    "zero_optimization.offload_param.nvme_path": "set zero.nvme_path",
-    "zero_optimization.cpu_offload": "set zero.offload_optimizer",
-    "zero_optimization.cpu_offload_param": "set zero.offload_param",
-    "zero_optimization.elastic_checkpoint": "dist_ft writes its own checkpoints, which any world size reads",
+    "tensorboard": "Set log.tensorboard",
+    "zero_optimization.stage": "Set zero.stage",
+    "zero_optimization.offload_optimizer.device": "Set zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "Set zero.nvme_path",
+    "zero_optimization.offload_param.device": "Set zero.offload_param",
+    "zero_optimization.offload_param.nvme_path": "Set zero.nvme_path",
+    "zero_optimization.cpu_offload": "Set zero.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "Set zero.offload_param",
+    "zero_optimization.elastic_checkpoint": "dist_ft writes its own checkpoints, for any size",
 }
+"""Keys that dist_ft sets, and what to do instead."""
 
 KNOWN = frozenset(
     {
@@ -134,32 +134,33 @@ KNOWN_ZERO = frozenset(
 
 
 def deepspeed_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for each key of `zero.deepspeed` that dist_ft sets itself or that looks misspelt."""
+    """Yield a line for each key of `zero.deepspeed` that dist_ft sets or that is misspelled."""
     extra = config.zero.deepspeed
     for path in _paths(extra):
         if path in OWNED:
             yield (
-                f"zero.deepspeed.{path}: dist_ft sets this itself; allowed: DeepSpeed keys it does not set; "
-                f"remove it; {OWNED[path]}"
+                f"zero.deepspeed.{path}: dist_ft sets this itself; allowed: DeepSpeed keys it does "
+                f"not set; remove it; {OWNED[path]}"
             )
-    yield from _misspelt(
+    yield from _misspelled(
         extra, "zero.deepspeed", KNOWN | {path for path in OWNED if "." not in path}
     )
     zero = extra.get("zero_optimization")
     if isinstance(zero, dict):
         owned = {path.split(".")[1] for path in OWNED if path.startswith("zero_optimization.")}
-        yield from _misspelt(zero, "zero.deepspeed.zero_optimization", KNOWN_ZERO | owned)
+        yield from _misspelled(zero, "zero.deepspeed.zero_optimization", KNOWN_ZERO | owned)
 
 
 def _paths(mapping: dict[str, object], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted paths of all keys, of nested mappings too."""
     for key, value in mapping.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _paths(value, f"{prefix}{key}.")
 
 
-def _misspelt(mapping: dict[str, object], where: str, known: frozenset[str]) -> Iterator[str]:
+def _misspelled(mapping: dict[str, object], path: str, known: frozenset[str]) -> Iterator[str]:
     for key in mapping:
-        near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.8)
-        if key not in known and near:
-            yield f"{where}.{key}: DeepSpeed has no such key; did you mean {near[0]}?"
+        similar = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.8)
+        if key not in known and similar:
+            yield f"{path}.{key}: no such key in DeepSpeed. Did you mean {similar[0]}?"

@@ -1,19 +1,27 @@
-"""The section `cluster`: where workers run, how they are placed, and what joins them. Types and bounds only."""
+"""The section `cluster`: Ray workers, their placement and their network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from dist_ft.config.sections.section import Section
 
+NETWORK_VARIABLE_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "RDMAV_")
+"""Prefixes of cluster.network_variables: such variables change no result and hold no secret."""
+INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+"""Variables that cluster.network_interface sets."""
+NODE_ID_LABEL = "ray.io/node-id"
+"""Label with Ray's name of a node."""
+
 
 class WorkerRange(Section):
-    """Fewest and most workers of an elastic run."""
+    """Number of workers of an elastic run."""
 
-    min: int = Field(ge=1, description="Below this the run waits.")
-    max: int = Field(ge=1, description="More are not used.")
+    min: int = Field(ge=1, description="With fewer workers the run waits.")
+    max: int = Field(ge=1, description="Further workers are not used.")
 
 
 def _as_workers(value: Any) -> Any:
@@ -26,27 +34,28 @@ def _as_workers(value: Any) -> Any:
 
 
 class ClusterSection(Section):
-    """Where workers run."""
+    """Ray workers, their placement and their network."""
 
     workers: Annotated[int | WorkerRange, BeforeValidator(_as_workers)] = Field(
         0,
         description=(
-            "Ray workers: a number, or a range [min, max] (also min..max) of an elastic run. "
-            "0: this process, plain PyTorch, no Ray and no DeepSpeed."
+            "Ray workers: a number, or a range [min, max] (also min..max) for an elastic run; 0: "
+            "this process, with plain PyTorch, without Ray and DeepSpeed."
         ),
     )
     address: str | None = Field(
         None,
         description=(
-            "Ray cluster to join (auto: the one around this process); none: RAY_ADDRESS if set, else an own local Ray."
+            "Ray cluster to join (auto: the one of this machine); default: RAY_ADDRESS if set, "
+            "else a new local Ray."
         ),
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved a worker.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved per worker.")
     gpus_per_worker: int = Field(
-        0, ge=0, le=1, description="GPUs a worker: 0 (CPU, gloo) or 1 (nccl)."
+        0, ge=0, le=1, description="GPUs per worker: 0 (CPU, gloo) or 1 (nccl)."
     )
     resources_per_worker: dict[str, float] = Field(
-        default_factory=dict, description="Further Ray resources a worker."
+        default_factory=dict, description="Further Ray resources per worker."
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="Ray placement strategy."
@@ -54,78 +63,85 @@ class ClusterSection(Section):
     labels: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            "Ray node labels that every worker's node must have, as Ray's selectors: {ray.io/accelerator-type: H100}, "
-            "{region: in(a, b)}, {disk: '!hdd'}."
+            "Ray node labels that the node of every worker must have, as Ray selectors: "
+            "{ray.io/accelerator-type: H100}, {region: in(a, b)}, {disk: '!hdd'}."
         ),
     )
     workers_per_node: int = Field(
         0,
         ge=0,
         description=(
-            "Workers on each node (its GPUs, for whole nodes); fewer only on the last, where the number of workers is no "
-            "multiple. 0: as placement says."
+            "Workers on each node (its number of GPUs, for whole nodes); the last node has fewer "
+            "if the number of workers is not a multiple; 0: by placement."
         ),
     )
     network_interface: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$",
         description=(
-            "Network interface (or several: eth0,eth1) of the workers' own traffic, for nccl and gloo; none: they choose."
+            "Network interface (or several: eth0,eth1) of the traffic between workers, for nccl "
+            "and gloo; default: they choose."
         ),
     )
     network_variables: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            "Further variables of nccl, gloo, UCX and libfabric, set in workers before they meet: {NCCL_IB_HCA: mlx5}."
+            "Further variables of nccl, gloo, UCX and libfabric, set in workers before they "
+            "connect: {NCCL_IB_HCA: mlx5}."
         ),
     )
     network_check: Literal["auto", "on", "off"] = Field(
         "auto",
         description=(
-            "Before step 1: is a sum over all workers right, how fast is it, and each pair of nodes? A slow pair is named. "
-            "auto: when there is more than one node; on: also on one."
+            "Before step 1, check that a sum over all workers is correct, and measure the "
+            "bandwidth of all workers and of each pair of nodes; slow pairs are named. auto: with "
+            "more than one node; on: also on one."
         ),
     )
     network_min_mb_s: float = Field(
         0,
         ge=0,
         description=(
-            "network_check: a pair of nodes with less than this many MB/s is named too; 0: only by comparison."
+            "network_check: also name pairs of nodes with less than this many MB/s; 0: only by "
+            "comparison."
         ),
     )
     max_failures: int = Field(
         3,
         ge=-1,
         description=(
-            "Restarts without a new checkpoint in between (each one refills them); -1: without limit."
+            "Restarts without a new checkpoint in between (a new checkpoint resets the count); -1: "
+            "no limit."
         ),
     )
     standby: bool = Field(
         True,
         description=(
-            "Keep a spare process a worker, everything imported, that takes over at once when one fails (about 0.5 GB of "
-            "host memory each)."
+            "Hold a spare process per worker, with all imports done, that takes over at once after "
+            "a failure (about 0.5 GB of host memory each)."
         ),
     )
     wait_for_nodes: bool = Field(
         False,
         description=(
-            "Wait without limit for nodes (an autoscaler's, or busy ones); off: too small a cluster is an error at once, a "
-            "busy one after start_timeout_s."
+            "Wait without limit for nodes (of an autoscaler, or busy ones); off: a cluster that is "
+            "too small is an error at once, a busy one after start_timeout_s."
         ),
     )
     start_timeout_s: float = Field(
         300,
         gt=0,
         description=(
-            "Seconds to wait for workers to start (busy cluster, slow images); once lost, for others twice that."
+            "Seconds to wait for workers to start (busy cluster, slow images); twice that for "
+            "replacements of lost workers."
         ),
     )
     resize_interval_s: float = Field(
         600,
         gt=0,
         description=(
-            "Elastic run: seconds between looks for more nodes. To take them the run saves, and its workers start anew."
+            "Elastic run: seconds between checks for more nodes. To use them the run saves, and "
+            "its workers restart."
         ),
     )
     collective_timeout_s: float = Field(
@@ -135,7 +151,68 @@ class ClusterSection(Section):
         1800,
         ge=0,
         description=(
-            "Seconds without a step, an evaluated batch or a save, after which a worker keeps its stacks and ends; "
-            "0: never."
+            "Seconds without a step, an evaluated batch or a save, after which a worker stores its "
+            "stack traces and ends; 0: never."
         ),
     )
+
+
+def format_workers(cluster: ClusterSection) -> str:
+    """Return cluster.workers as messages show it: 4, or [1, 4]."""
+    workers = cluster.workers
+    return str(workers) if isinstance(workers, int) else f"[{workers.min}, {workers.max}]"
+
+
+def _worker_range(cluster: ClusterSection) -> Iterator[str]:
+    workers = cluster.workers
+    if isinstance(workers, int):
+        if workers < 0:
+            yield (
+                f"cluster.workers={workers}: the number of workers is negative. 0 is this process "
+                "without Ray, 1 or more are Ray workers. Correct it."
+            )
+    elif workers.min > workers.max:
+        yield (
+            f"cluster.workers={format_workers(cluster)}: the minimum is above the maximum. A range "
+            f"is [min, max]. Write [{workers.max}, {workers.min}]."
+        )
+
+
+def _workers_per_node(cluster: ClusterSection) -> Iterator[str]:
+    field = f"cluster.workers_per_node={cluster.workers_per_node}"
+    if not cluster.workers_per_node:
+        return
+    if cluster.workers == 0:
+        yield (
+            f"{field}: cluster.workers=0 is a single process. Allowed with Ray workers. Set "
+            "cluster.workers, or remove it."
+        )
+    if cluster.placement != "PACK":
+        yield (
+            f"{field}: cluster.placement={cluster.placement} also decides how workers are spread. "
+            "Only one of them is allowed. Set cluster.placement=PACK, or workers_per_node=0."
+        )
+    if NODE_ID_LABEL in cluster.labels:
+        yield (
+            f"cluster.labels.{NODE_ID_LABEL}: dist_ft chooses the nodes if "
+            "cluster.workers_per_node is set. Allowed: other labels. Remove it."
+        )
+
+
+def _network_variables(cluster: ClusterSection) -> Iterator[str]:
+    for name in cluster.network_variables:
+        field = f"cluster.network_variables.{name}"
+        if name in INTERFACE_VARIABLES and cluster.network_interface is not None:
+            yield (
+                f"{field}: cluster.network_interface={cluster.network_interface} also sets it. "
+                "Only one of them is allowed. Remove the other."
+            )
+        elif not name.startswith(NETWORK_VARIABLE_PREFIXES):
+            yield (
+                f"{field}: not a variable of nccl, gloo, UCX or libfabric. Allowed: names that "
+                f"start with {', '.join(NETWORK_VARIABLE_PREFIXES)}. Set others in the environment "
+                "of the cluster."
+            )
+
+
+CHECKS = (_worker_range, _workers_per_node, _network_variables)

@@ -1,4 +1,4 @@
-"""How texts are made, at evaluations and by commands, and by which metrics they are compared with references."""
+"""Decoding settings: how text is generated, by evaluations and by commands."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from dist_ft.config.sections.section import Section
+from dist_ft.config import renames
+from dist_ft.config.sections.section import Section, as_tuple
 from dist_ft.core.errors import ConfigError
 
-MAKERS = ("causal_lm", "seq2seq")
-"""Tasks whose models make texts."""
+GENERATIVE_TASKS = ("causal_lm", "seq2seq")
+"""Tasks whose models generate text."""
 TEXT_METRICS = (
     "bleu",
     "chrf",
@@ -23,7 +24,7 @@ TEXT_METRICS = (
     "token_error_rate",
     "number_match",
 )
-"""What can be told of texts beside their references."""
+"""Metrics that compare generations with their references."""
 TextMetric = Literal[
     "bleu",
     "chrf",
@@ -44,50 +45,53 @@ USED_BY = {
     "top_p": "sample",
     "min_p": "sample",
 }
-"""Fields and the strategy that uses them."""
-FORMS = "greedy, beam:4 and sample:0.7 are, with more as in beam:4,length_penalty=0.8"
-
-
-def _as_tuple(value: object) -> object:
-    """Accept one text for a list of one."""
-    return (value,) if isinstance(value, str) else value
+"""Fields that only one strategy uses."""
+SHORT_FORMS = "greedy, beam:4 and sample:0.7, with further fields as in beam:4,length_penalty=0.8"
+"""Forms that `parse_strategy` reads."""
 
 
 class DecodingSection(Section):
-    """How a model makes a text. Whatever makes it, texts do not depend on batches, engines and the number of workers.
+    """How text is generated. Generations do not depend on batches, engines and number of workers.
 
-    What the model's own generation config says of strategy counts nothing; what it says of special tokens does.
+    The model's generation config is ignored, but for its special tokens.
     """
 
-    max_new_tokens: int = Field(0, ge=0, description="Longest text, in tokens; 0: none is made.")
+    max_new_tokens: int = Field(
+        0, ge=0, description="Maximum length of a generation, in tokens; 0: no generation."
+    )
     strategy: Literal["greedy", "beam", "sample"] = Field(
         "greedy",
         description=(
-            "greedy: the likeliest token each time; beam: the likeliest of the texts that num_beams at a time lead to; "
-            "sample: drawn by probability."
+            "greedy: the most probable token each time; beam: beam search with num_beams beams; "
+            "sample: sample by probability."
         ),
     )
-    num_beams: int = Field(4, ge=2, description="beam: texts that are followed at once.")
+    num_beams: int = Field(4, ge=2, description="beam: number of beams.")
     length_penalty: float = Field(
         1.0,
         description=(
-            "beam: log-probabilities are divided by the length in tokens to this power; above 0 longer texts gain."
+            "beam: log-probabilities are divided by the length in tokens to this power; above 0 "
+            "favors longer generations."
         ),
     )
     early_stopping: bool = Field(
         False,
         description=(
-            "beam: end once num_beams texts are complete; else once no better one is to be expected."
+            "beam: stop when num_beams generations are complete; off: when no better one can be "
+            "expected."
         ),
     )
     temperature: float = Field(1.0, gt=0, description="sample: logits are divided by it.")
-    top_k: int = Field(0, ge=0, description="sample: only among the k likeliest tokens; 0: all.")
+    top_k: int = Field(
+        0, ge=0, description="sample: only among the k most probable tokens; 0: all."
+    )
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
         description=(
-            "sample: only among the likeliest tokens that make up this share (arXiv:1904.09751); 1: all."
+            "sample: only among the most probable tokens with this total probability "
+            "(arXiv:1904.09751); 1: all."
         ),
     )
     min_p: float = Field(
@@ -95,27 +99,30 @@ class DecodingSection(Section):
         ge=0,
         lt=1,
         description=(
-            "sample: only tokens with this share of the likeliest one's probability (arXiv:2407.01082); 0: all."
+            "sample: only tokens with at least this fraction of the highest probability "
+            "(arXiv:2407.01082); 0: all."
         ),
     )
     repetition_penalty: float = Field(
         1.0,
         gt=0,
         description=(
-            "Logits of tokens that were there already, in the prompt too, are divided by it where positive, multiplied "
-            "where negative (arXiv:1909.05858); 1: none."
+            "Logits of previous tokens, those of the prompt included, are divided by it if "
+            "positive, multiplied if negative (arXiv:1909.05858); 1: no penalty."
         ),
     )
     num_samples: int = Field(
         1,
         ge=1,
-        description=("Texts of each prompt (beam: the best ones); metrics are of the first."),
+        description=(
+            "Generations per prompt (beam: the best ones); metrics are computed on the first."
+        ),
     )
-    choices: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+    choices: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
         (),
         description=(
-            "The text is exactly one of these, whatever the strategy; max_new_tokens then only says that texts are made. "
-            "Empty: any text."
+            "The generation is exactly one of these, with any strategy; max_new_tokens must then "
+            "only be above 0; empty: free text."
         ),
     )
     seed: int = Field(
@@ -123,130 +130,156 @@ class DecodingSection(Section):
         ge=0,
         lt=2**63,
         description=(
-            "sample: draws follow from it, the sample's number among the held-out ones, and which of num_samples it is."
+            "sample: random draws follow from it, from the index of the held-out sample, and from "
+            "that of the generation among num_samples."
         ),
     )
     batch_size: int = Field(16, ge=1, description="Generations per batch of a worker.")
 
 
-class TextsSection(Section):
-    """Texts made at evaluations, and what is told of them; a part of the section evaluation."""
+class GenerationSection(Section):
+    """Generations at evaluations, and their metrics; a part of the section `evaluation`."""
 
     decoding: DecodingSection = Field(
         default_factory=DecodingSection,
         description=(
-            "How texts are made from held-out prompts (causal_lm: the tokens before the first that is learned; seq2seq: "
-            "the source); with max_new_tokens=0 none are."
+            "How text is generated from held-out prompts (causal_lm: the tokens before the first "
+            "target; seq2seq: the source); with max_new_tokens=0 none is."
         ),
     )
     generate_samples: int = Field(
-        0, ge=0, description="Texts are made of the first so many held-out samples; 0: all."
+        0, ge=0, description="Number of held-out samples to generate for; 0: all."
     )
     keep_generations: int = Field(
         20,
         ge=0,
         description=(
-            "The first so many texts are kept in the run's evaluations/, with prompts and references."
+            "Number of generations to store in the run's evaluations/, with prompts and references."
         ),
     )
-    text_metrics: Annotated[tuple[TextMetric, ...], BeforeValidator(_as_tuple)] = Field(
+    text_metrics: Annotated[tuple[TextMetric, ...], BeforeValidator(as_tuple)] = Field(
         ("chrf", "exact_match"),
         description=(
-            "Metrics of texts: bleu and chrf (sacrebleu, 0 to 100), rouge1, rouge2, rougeL (F), exact_match, token_f1 "
-            "(tokens in common), token_error_rate (edits / tokens of the references: word or phoneme error rate), "
-            "number_match (the last numbers are equal)."
+            "Metrics of generations: bleu and chrf (sacrebleu, 0 to 100), rouge1, rouge2, rougeL "
+            "(F), exact_match, token_f1 (common tokens), token_error_rate (edits / tokens of the "
+            "references: word or phoneme error rate), number_match (the last numbers are equal)."
         ),
     )
     text_tokenizer: Literal["13a", "intl", "zh", "char", "none"] = Field(
         "13a",
         description=(
-            "Tokens of bleu, as sacrebleu names its tokenizers; with zh and char those of rouge and token_* too, which "
-            "else split at blanks (rouge: by its own rule, for Latin letters)."
+            "Tokenizer of bleu, by its name in sacrebleu; zh and char also apply to rouge and "
+            "token_*, which otherwise split at whitespace (rouge: by its own rule, for Latin "
+            "letters)."
         ),
     )
 
 
-def short_form(section: DecodingSection) -> str:
-    """Return a strategy in the short form `parse` reads."""
-    first = {
+_NOT_IN_SHORT_FORM = (
+    "strategy",
+    "max_new_tokens",
+    "choices",
+    "batch_size",
+    "seed",
+    "num_beams",
+    "temperature",
+)
+
+
+def format_strategy(section: DecodingSection) -> str:
+    """Return a strategy in the short form that `parse_strategy` reads."""
+    heads = {
         "greedy": "greedy",
         "beam": f"beam:{section.num_beams}",
         "sample": f"sample:{section.temperature:g}",
     }
-    left = {
-        name: getattr(section, name)
-        for name, field in type(section).model_fields.items()
-        if name
-        not in ("strategy", "max_new_tokens", "choices", "batch_size", "seed", "num_beams", "temperature")
-        and getattr(section, name) != field.default
-    }
-    return ",".join([first[section.strategy], *(f"{name}={value}" for name, value in left.items())])
+    parts = [heads[section.strategy]]
+    for field in type(section).model_fields:
+        if field not in _NOT_IN_SHORT_FORM and not section.is_default(field):
+            parts.append(f"{field}={getattr(section, field)}")
+    return ",".join(parts)
 
 
-def parse(
-    text: str, base: DecodingSection | None = None, where: str = "--strategy", **fields: Any
+def parse_strategy(
+    text: str, base: DecodingSection | None = None, source: str = "--strategy", **fields: Any
 ) -> DecodingSection:
-    """Return the strategy in `text`: greedy, beam:4 or sample:0.7, and further fields as in beam:4,length_penalty=0.8.
+    """Return the strategy in `text`.
 
-    What belongs to no strategy (length, choices, seed) is `base`'s, unless `fields` or the text say otherwise. Raises
-    ConfigError for anything else.
+    Args:
+        text: greedy, beam:4 or sample:0.7, and further fields as in beam:4,length_penalty=0.8.
+        base: gives the fields that belong to no strategy (length, choices, seed), unless `fields`
+            or the text have them.
+        source: name of `text` in errors.
+        fields: of the section.
+
+    Raises:
+        ConfigError: `text` is not a strategy.
     """
-    kept = (
-        {}
-        if base is None
-        else {
-            name: getattr(base, name)
-            for name in type(base).model_fields
-            if name not in USED_BY and name != "strategy"
-        }
-    )
-    first, *others = text.split(",")
-    name, _, number = first.partition(":")
-    found: dict[str, Any] = {**kept, **fields, "strategy": name}
+    values: dict[str, Any] = {}
+    if base is not None:
+        for field in type(base).model_fields:
+            if field not in USED_BY and field != "strategy":
+                values[field] = getattr(base, field)
+
+    head, *assignments = text.split(",")
+    name, _, number = head.partition(":")
+    values |= {**fields, "strategy": name}
     if number:
-        found[{"beam": "num_beams", "sample": "temperature"}.get(name, "greedy")] = number
-    for other in others:
-        field, equals, value = other.partition("=")
-        found[
-            field.strip() if equals and field.strip() not in ("strategy", "choices") else other
-        ] = value
+        # Any other strategy has no number: "greedy" is not a field, hence an error.
+        values[{"beam": "num_beams", "sample": "temperature"}.get(name, "greedy")] = number
+    for assignment in assignments:
+        field, equals, value = assignment.partition("=")
+        field = field.strip()
+        renamed = renames.RUN.field_problem(f"evaluation.decoding.{field}")
+        if renamed is not None:
+            raise ConfigError([f"{source}={text}: {renamed}"], source)
+        is_field = bool(equals) and field not in ("strategy", "choices")
+        values[field if is_field else assignment] = value
+
     try:
-        section = DecodingSection.model_validate(found)
+        section = DecodingSection.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-        raise ConfigError(
-            [f"{where}={text}: is no way to make texts ({what}); {FORMS}; correct it"], where
-        ) from error
-    problems = list(contradictions(section, where))
+        raise ConfigError([_invalid_strategy(text, source, error)], source) from error
+    problems = list(decoding_problems(section, source))
     if problems:
-        raise ConfigError(problems, where)
+        raise ConfigError(problems, source)
     return section
 
 
-def contradictions(section: DecodingSection, where: str) -> Iterator[str]:
-    """Yield a line for each contradiction among the fields of `section`, whose name is `where`."""
+def _invalid_strategy(text: str, source: str, error: ValidationError) -> str:
+    """Return the line for a text that is not a strategy."""
+    first = error.errors()[0]
+    field, message = ".".join(map(str, first["loc"])), first["msg"]
+    reason = f"{field}: {message[:1].lower()}{message[1:]}"
+    return (
+        f"{source}={text}: not a decoding strategy ({reason}). Allowed: {SHORT_FORMS}. Correct it."
+    )
+
+
+def decoding_problems(section: DecodingSection, path: str) -> Iterator[str]:
+    """Yield a line for each contradiction among the fields of the section at `path`."""
     for field, strategy in USED_BY.items():
-        value = getattr(section, field)
-        if section.strategy != strategy and value != type(section).model_fields[field].default:
+        if section.strategy != strategy and not section.is_default(field):
             yield (
-                f"{where}.{field}={value}: strategy={section.strategy} does not use it; only {strategy} does; "
-                f"remove it, or set strategy={strategy}"
+                f"{path}.{field}={getattr(section, field)}: not used by "
+                f"strategy={section.strategy}. Allowed with {strategy}. Remove it, or set "
+                f"strategy={strategy}."
             )
-    most = {"greedy": 1, "beam": section.num_beams}.get(section.strategy, section.num_samples)
+
+    limit = {"greedy": 1, "beam": section.num_beams}.get(section.strategy, section.num_samples)
     if section.choices and section.strategy == "beam":
-        most = min(most, len(section.choices))
-    if section.num_samples > most:
+        limit = min(limit, len(section.choices))
+    if section.num_samples > limit:
         yield (
-            f"{where}.num_samples={section.num_samples}: strategy={section.strategy} makes fewer texts of a prompt "
-            f"here; at most {most} {'is' if most == 1 else 'are'} allowed; lower it, or set strategy=sample"
+            f"{path}.num_samples={section.num_samples}: strategy={section.strategy} has fewer "
+            f"generations per prompt here. At most {limit} {'is' if limit == 1 else 'are'} "
+            "allowed. Lower it, or set strategy=sample."
         )
+
     if not all(section.choices) or len(set(section.choices)) < len(section.choices):
-        yield (
-            f"{where}.choices: one is empty or stands there twice; different texts are allowed; remove it"
-        )
+        yield (f"{path}.choices: one is empty or listed twice. Allowed: distinct texts. Remove it.")
     if section.choices and not section.max_new_tokens:
         yield (
-            f"{where}.choices: with max_new_tokens=0 no text is made; a number above 0 is needed; set it, or remove "
-            f"choices"
+            f"{path}.choices: max_new_tokens=0 generates nothing. Needed: a number above 0. Set "
+            "it, or remove choices."
         )

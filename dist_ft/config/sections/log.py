@@ -1,4 +1,4 @@
-"""The section `log`: what a person sees of a run, here and in the trackers they use. Types and bounds only."""
+"""The section `log`: progress lines, metrics and experiment trackers."""
 
 from __future__ import annotations
 
@@ -10,48 +10,62 @@ from dist_ft.config.sections.section import Section
 
 
 class WandbSection(Section):
-    """Weights & Biases, if a project is named. Its key comes from WANDB_API_KEY or the machine's netrc."""
+    """Weights & Biases, if a project is set.
+
+    Its key comes from WANDB_API_KEY or the machine's netrc.
+    """
 
     project: str = Field(
-        "", description="Project metrics go to; empty: not used. Needs the extra dist-ft[wandb]."
+        "",
+        description=(
+            "Project that receives the metrics; empty: not used. Needs the extra dist-ft[wandb]."
+        ),
     )
-    entity: str | None = Field(None, description="Team or user; none: the account's own.")
+    entity: str | None = Field(
+        None, description="Team or user; default: the default entity of the account."
+    )
     mode: Literal["online", "offline"] = Field(
         "online",
-        description=("offline: kept in `folder` of rank 0's node, for `wandb sync` later."),
+        description="offline: store in `folder` on rank 0's node, for `wandb sync` later.",
     )
     folder: str | None = Field(
-        None, description="Local folder for its files; none: wandb in data.cache_dir."
+        None, description="Local folder of its files; default: wandb in data.cache_dir."
     )
 
 
 class MlflowSection(Section):
-    """MLflow, if an experiment is named. Its credentials come from the environment (MLFLOW_TRACKING_TOKEN ...)."""
+    """MLflow, if an experiment is set.
+
+    Its credentials come from the environment (MLFLOW_TRACKING_TOKEN ...).
+    """
 
     experiment: str = Field(
         "",
-        description=("Experiment metrics go to; empty: not used. Needs the extra dist-ft[mlflow]."),
+        description=(
+            "Experiment that receives the metrics; empty: not used. Needs the extra "
+            "dist-ft[mlflow]."
+        ),
     )
     tracking_uri: str | None = Field(
         None,
-        description=("Server, database (sqlite:///file) or folder; none: MLFLOW_TRACKING_URI."),
+        description=("Server, database (sqlite:///file) or folder; default: MLFLOW_TRACKING_URI."),
     )
 
 
 class LogSection(Section):
-    """What a person sees."""
+    """Progress lines, metrics and experiment trackers."""
 
     every_steps: int = Field(1, ge=1, description="Steps between progress lines and metrics.")
     straggler_steps: int = Field(
         20,
         ge=0,
         description=(
-            "Steps between comparisons of the workers' pace; a slow one is named; 0: never."
+            "Steps between comparisons of the workers' speed; a slow worker is named; 0: never."
         ),
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events into the run's storage.")
     wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases.")
     mlflow: MlflowSection = Field(default_factory=MlflowSection, description="MLflow.")
     level: Literal["debug", "info", "warning"] = Field(
-        "info", description="Least severe log line shown."
+        "info", description="Lowest level of log lines to show."
     )

@@ -1,4 +1,4 @@
-"""The prompting section: how a model does a task by what it already knows, without a head of its own."""
+"""The section `prompting`: labels from a model without a head, by prompts or prototypes."""
 
 from __future__ import annotations
 
@@ -7,175 +7,126 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dist_ft.config.sections.section import Identity, Section
+from dist_ft.config.sections.section import Identity, Section, as_tuple
 from dist_ft.config.sections.task import TaskSection
-
-ALLOWED = {
-    "likelihood": ("sequence_classification", "causal language models"),
-    "generation": ("token_classification", "causal language models"),
-    "prototypes": ("sequence_classification", "encoders and causal language models"),
-}
-"""The task each method is for, and the models that can."""
-
-
-def _as_templates(value: object) -> object:
-    """Accept one template for a list of one."""
-    return (value,) if isinstance(value, str) else value
 
 
 def _as_words(value: Any) -> Any:
-    """Accept numbers for names of labels."""
-    return (
-        {str(label): words for label, words in value.items()} if isinstance(value, dict) else value
-    )
+    """Accept numbers as names of labels."""
+    if not isinstance(value, dict):
+        return value
+    return {str(label): words for label, words in value.items()}
 
 
 class PromptingSection(Section):
-    """How a model is asked for labels, in place of a head."""
+    """How a model predicts labels without a head."""
 
     method: Literal["none", "likelihood", "generation", "prototypes"] = Identity(
         "none",
         description=(
-            "none: the task's head; likelihood: sequence_classification by how probable a causal model finds each label's "
-            "words after a prompt (trainable too: those words are learned); generation: token_classification by entities a "
-            "causal model writes down; prototypes: sequence_classification by the nearest mean vector of some examples. "
-            "`evaluate` asks models that have a head for the task by that head."
+            "none: the task's head; likelihood: sequence_classification by the probability that a "
+            "causal model gives to each label's words after a prompt (can be trained: those words "
+            "are the targets); generation: token_classification by entities that a causal model "
+            "generates; prototypes: sequence_classification by the nearest mean vector of some "
+            "examples. `evaluate` uses the head of models that have one for the task."
         ),
     )
-    templates: Annotated[tuple[str, ...], BeforeValidator(_as_templates)] = Identity(
+    templates: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Identity(
         (),
         description=(
-            "What is asked, with {text} (and {pair}) where the row's texts stand, and other braces written twice; no blank "
-            "at the end. Several are compared by evaluate; the first is trained with. Empty: for generation one of its "
-            "own."
+            "Prompts, with {text} (and {pair}) for the row's texts, other braces doubled, and no "
+            "space at the end. `evaluate` compares several; training uses the first. Empty: a "
+            "built-in one for generation."
         ),
     )
     verbalizers: Annotated[dict[str, str], BeforeValidator(_as_words)] = Identity(
         {},
         description=(
-            "likelihood: label -> the words that stand for it, with the blank before them; generation: kind of entity -> "
-            "what prompts call it; empty: the label, '_' as blanks."
+            "likelihood: label -> the words that stand for it, with the space before them; "
+            "generation: type of entity -> its name in prompts; empty: the label, with spaces for "
+            "'_'."
         ),
     )
     shots: int = Identity(
         0,
         ge=0,
         description=(
-            "Answered examples before each prompt (few-shot), drawn from data.train; prototypes: examples a label that "
-            "make its vector, 0: all."
+            "Examples with answers before each prompt (few-shot), sampled from data.train; "
+            "prototypes: examples per label for its vector, 0: all."
         ),
     )
     shots_by: Literal["label", "all"] = Identity(
-        "label", description=("likelihood: so many shots of each label, or in all.")
+        "label", description="likelihood: shots is the number per label, or in total."
     )
     separator: str = Identity(
-        "\n\n", description="What stands between two examples, and before the row asked for."
+        "\n\n", description="Text between two examples, and before the row to predict."
     )
     seed: int = Identity(
-        0, ge=0, lt=2**63, description="Which examples are drawn, and their order."
+        0, ge=0, lt=2**63, description="Seed of the sampled examples and of their order."
     )
     normalize: Literal["sum", "mean"] = Identity(
         "sum",
         description=(
-            "likelihood: log-probabilities of a label's tokens are added, or their mean is taken (labels of unequal "
-            "length)."
+            "likelihood: sum of the log-probabilities of a label's tokens, or their mean (labels "
+            "of unequal length)."
         ),
     )
     calibrate: bool = Identity(
         False,
         description=(
-            "likelihood: divide a label's probability by that after prompts without content (contextual calibration, "
-            "arXiv:2102.09690)."
+            "likelihood: divide the probability of a label by its probability after content-free "
+            "prompts (contextual calibration, arXiv:2102.09690)."
         ),
     )
-    max_new_tokens: int = Field(64, ge=1, description="generation: longest answer, in tokens.")
+    max_new_tokens: int = Field(
+        64, ge=1, description="generation: maximum length of an answer, in tokens."
+    )
 
 
-def of_model(task: TaskSection, prompting: PromptingSection) -> TaskSection:
-    """Return the task the model itself is loaded for: a prompted one continues text."""
+def get_model_task(task: TaskSection, prompting: PromptingSection) -> TaskSection:
+    """Return the task that the model itself is loaded for: with a prompt it continues text."""
     if prompting.method in ("likelihood", "generation"):
         return TaskSection()
     return TaskSection(name="embedding") if prompting.method == "prototypes" else task
 
 
-def untrainable(prompting: PromptingSection) -> Iterator[str]:
-    """Yield a line if what the section asks for has nothing that learns."""
+def untrainable_problems(prompting: PromptingSection) -> Iterator[str]:
+    """Yield a line if the method cannot be trained."""
     if prompting.method in ("generation", "prototypes"):
         yield (
-            f"prompting.method={prompting.method}: nothing of it learns; `dist-ft evaluate` uses it, and training "
-            f"takes none or likelihood; evaluate, or set another method"
+            f"prompting.method={prompting.method}: it has nothing to train. `dist-ft evaluate` "
+            "allows it, training allows none or likelihood. Use evaluate, or set another method."
         )
 
 
-def problems(task: TaskSection, prompting: PromptingSection) -> Iterator[str]:
-    """Yield a line for each contradiction within the section, and with the task."""
-    method = prompting.method
-    if method == "none":
-        if prompting != PromptingSection():
-            yield (
-                "prompting.method=none: the other fields of prompting are set, and nothing uses them; likelihood, "
-                "generation and prototypes do; set one of them, or remove the section"
-            )
-        return
-    wanted, _ = ALLOWED[method]
-    if task.name != wanted:
+def _method(prompting: PromptingSection) -> Iterator[str]:
+    if prompting.method == "none" and prompting != PromptingSection():
         yield (
-            f"prompting.method={method}: task.name={task.name} does not use it; allowed with task.name={wanted}; "
-            f"set that, or remove it"
+            "prompting.method=none: other fields of prompting are set, but not used. Allowed with "
+            "likelihood, generation and prototypes. Set one of them, or remove the section."
         )
-    for field in ("focal_gamma", "new_head"):
-        if getattr(task, field) != TaskSection.model_fields[field].default:
-            yield f"task.{field}: with prompting.method={method} there is no head; allowed without; remove it"
-    if method == "likelihood" and not prompting.templates:
-        yield (
-            "prompting.templates: none is given; likelihood needs what to ask, such as "
-            "'Review: {text}\\nSentiment:'; write one"
-        )
-    if prompting.templates and method == "prototypes":
-        yield (
-            "prompting.templates: prompting.method=prototypes does not use them; allowed with likelihood and "
-            "generation; remove them"
-        )
-    for number, template in enumerate(prompting.templates):
-        yield from _template(
-            f"prompting.templates.{number}", template, task.columns.pair is not None
-        )
-    unknown = (
-        sorted(set(prompting.verbalizers) - set(task.labels))
-        if task.labels and method == "likelihood"
-        else []
-    )
-    missing = sorted(set(task.labels) - set(prompting.verbalizers)) if prompting.verbalizers else []
-    if unknown:
-        yield (
-            f"prompting.verbalizers.{unknown[0]}: is no label of task.labels; allowed: {', '.join(task.labels)}; "
-            f"correct one of them"
-        )
-    if missing and method == "likelihood":
-        yield (
-            f"prompting.verbalizers: {missing[0]} of task.labels has no words; one entry for each label, or none at "
-            f"all, is allowed; add it"
-        )
-    if len(set(prompting.verbalizers.values())) < len(prompting.verbalizers):
-        yield "prompting.verbalizers: two labels have the same words, which tells nothing apart; change one"
 
 
-def _template(path: str, template: str, pairs: bool) -> Iterator[str]:
-    """Yield what is wrong with one template."""
-    try:
-        told = [
-            template.format(text=text, pair=pair)
-            for text, pair in (("", ""), ("\0", ""), ("", "\0"))
-        ]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+def _templates(prompting: PromptingSection) -> Iterator[str]:
+    if prompting.method == "likelihood" and not prompting.templates:
         yield (
-            f"{path}: is not a template ({type(error).__name__}: {error}); {{text}} and {{pair}} are allowed; write "
-            f"other braces twice"
+            "prompting.templates: not set. likelihood needs a prompt, such as "
+            "'Review: {text}\\nSentiment:'. Write one."
         )
-        return
-    if told[0] == told[1]:
-        yield f"{path}: has no place for the row's text; {{text}} is needed; add it"
-    if pairs and told[0] == told[2]:
-        yield f"{path}: has no place for the second text (task.columns.pair); {{pair}} is needed; add it"
-    if not pairs and told[0] != told[2]:
-        yield f"{path}: has a place for a second text, and task.columns.pair names none; set it, or remove {{pair}}"
+    if prompting.method == "prototypes" and prompting.templates:
+        yield (
+            "prompting.templates: not used by prompting.method=prototypes. Allowed with likelihood "
+            "and generation. Remove them."
+        )
+
+
+def _distinct_words(prompting: PromptingSection) -> Iterator[str]:
+    words = list(prompting.verbalizers.values())
+    if prompting.method != "none" and len(set(words)) < len(words):
+        yield (
+            "prompting.verbalizers: two labels have the same words and cannot be distinguished. "
+            "Change one."
+        )
+
+
+CHECKS = (_method, _templates, _distinct_words)

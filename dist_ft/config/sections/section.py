@@ -1,4 +1,4 @@
-"""What all sections of a config share: frozen, no unknown keys, fields that make a run what it is marked."""
+"""Base of all sections: frozen, unknown keys refused, identity fields marked."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def is_default(self, field: str) -> bool:
+        """Whether `field` has the default of the schema."""
+        return bool(getattr(self, field) == type(self).model_fields[field].default)
+
+
+def as_tuple(value: object) -> object:
+    """Accept a single text in place of a list of one."""
+    return (value,) if isinstance(value, str) else value

@@ -113,7 +113,7 @@ def _trace(
 
 
 def _wrap_with_loss(model: Any, config: RunConfig) -> TrainableModel:
-    """Return the model with the run's loss, or only its outputs where the loss needs a tokenizer."""
+    """Return the model with the run's loss; without it if the loss needs a tokenizer."""
     from dist_ft.model.loading.meta_model import BareModel
     from dist_ft.runtime.bootstrap.build_model import add_loss
 

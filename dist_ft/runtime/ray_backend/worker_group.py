@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from dist_ft.config.checks.cluster import NODE_ID_LABEL
+from dist_ft.config.sections.cluster import NODE_ID_LABEL
 from dist_ft.config.schema import RunConfig
 from dist_ft.core import fault_injection
 from dist_ft.runtime.elastic.messages import LineKind

@@ -1,4 +1,4 @@
-"""The points of a search, and what its file may not say."""
+"""The points of a search, and errors in its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def problems(folder: Path, base: dict | None = None, **fields) -> str:
     return "\n".join(caught.value.problems)
 
 
-def test_a_grid_is_every_combination_once(tmp_path):
+def test_a_grid_has_each_combination_once(tmp_path):
     search = load(
         tmp_path,
         search="grid",
@@ -67,18 +67,18 @@ def test_random_points_follow_from_seed_and_number(tmp_path):
     rates = [point["optimizer.learning_rate"] for point in points]
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
     assert sum(rate < 1e-3 for rate in rates) == pytest.approx(100, abs=25), (
-        "evenly by order of magnitude"
+        "uniform on a logarithmic scale"
     )
     counts = {
         steps: sum(point["schedule.steps"] == steps for point in points) for steps in (2, 3, 4, 5)
     }
     assert sum(counts.values()) == 200 and min(counts.values()) > 25, (
-        "both ends are as likely as what lies between"
+        "both ends are as likely as the values between"
     )
     assert math.isclose(sum(point["optimizer.name"] == "sgd" for point in points), 100, abs_tol=30)
 
 
-def test_a_trial_is_a_run_of_its_own_with_the_values_over_everything(tmp_path):
+def test_the_values_of_a_trial_take_precedence(tmp_path):
     search = load(
         tmp_path,
         overrides=("optimizer.learning_rate=1e-3", "run.seed=5"),
@@ -89,7 +89,7 @@ def test_a_trial_is_a_run_of_its_own_with_the_values_over_everything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "expected"),
     [
         ({"space": {}}, "space: "),
         (
@@ -111,7 +111,7 @@ def test_a_trial_is_a_run_of_its_own_with_the_values_over_everything(tmp_path):
         ),
         (
             {"space": {"schedule.step": [1]}},
-            "schedule.step: no such field; did you mean schedule.steps?",
+            "schedule.step: no such field. Did you mean schedule.steps?",
         ),
         (
             {"space": {"batch.global_batch": [3]}, "search": "grid"},
@@ -123,12 +123,12 @@ def test_a_trial_is_a_run_of_its_own_with_the_values_over_everything(tmp_path):
         ),
     ],
 )
-def test_what_a_file_may_not_say(tmp_path, fields, said):
-    assert said in problems(tmp_path, **fields)
+def test_an_invalid_file_is_refused(tmp_path, fields, expected):
+    assert expected in problems(tmp_path, **fields)
 
 
 @pytest.mark.parametrize(
-    ("changes", "more", "said"),
+    ("changes", "more", "expected"),
     [
         (
             {"cluster": {"workers": 2}, "batch": {"global_batch": 4, "sequence_length": 8}},
@@ -139,11 +139,11 @@ def test_what_a_file_may_not_say(tmp_path, fields, said):
         (
             {"evaluation": {"data": "held.jsonl"}},
             {"asha": {"grace_steps": 2}},
-            "asha: a trial can be stopped where",
+            "asha: a trial can only be stopped after",
         ),
     ],
 )
-def test_runs_that_can_be_no_trials(tmp_path, changes, more, said):
-    assert said in problems(
+def test_a_run_that_cannot_be_a_trial_is_refused(tmp_path, changes, more, expected):
+    assert expected in problems(
         tmp_path, {**BASE, **changes}, space={"optimizer.learning_rate": [1e-3]}, **more
     )

@@ -1,4 +1,4 @@
-"""The runs of a file of stages: what each begins with, replays, and may not say."""
+"""The runs of a stages file: start checkpoint, replay, and errors in the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dist_ft.config.schema import Source
-from dist_ft.config.stages import load_stages, with_replay
+from dist_ft.config.stages import StageSources, load_stages, with_replay
 from dist_ft.core.errors import ConfigError
 
 BASE = {
@@ -44,7 +44,7 @@ def problems(path: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
+def test_each_stage_is_a_run_that_starts_from_the_previous_one(tmp_path):
     found = load_stages(
         write(tmp_path, [stage("a"), stage("b"), stage("c")], checkpoint="best"), ["schedule.epochs=5"]
     )
@@ -66,7 +66,7 @@ def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
     assert (found.url, found.metric, found.checkpoint) == ("runs/seq", "accuracy", "best")
 
 
-def test_replay_has_its_share_of_the_sequences_in_equal_parts(tmp_path):
+def test_replay_gets_its_share_in_equal_parts(tmp_path):
     found = load_stages(write(tmp_path, [stage("a"), stage("b"), stage("c", replay=0.3)]))
     sources = found.stages[2].config.data.train
     assert [(s.path, s.name, s.share) for s in sources] == [
@@ -77,16 +77,18 @@ def test_replay_has_its_share_of_the_sequences_in_equal_parts(tmp_path):
     assert len(found.stages[1].config.data.train) == 1
 
 
-def test_what_was_replayed_is_not_replayed_as_if_it_were_the_stages_own(tmp_path):
+def test_replayed_data_of_a_stage_is_not_replayed_again(tmp_path):
     found = load_stages(
         write(tmp_path, [stage("a"), stage("b", replay=0.2), stage("c", replay=0.2)])
     )
     assert [s.path for s in found.stages[2].config.data.train] == ["c.jsonl", "a.jsonl", "b.jsonl"]
 
 
-def test_where_sources_have_weights_replay_has_one_too():
+def test_replay_has_weights_if_the_sources_have():
     own = (Source(path="x", weight=3), Source(path="y", weight=1))
-    found = with_replay(own, 0.2, [("a", (Source(path="a", repeat=4), Source(path="b")))])
+    found = with_replay(
+        own, 0.2, [StageSources("a", (Source(path="a", repeat=4), Source(path="b")))]
+    )
     assert [(s.weight, s.repeat, s.share) for s in found] == [
         (pytest.approx(0.6), None, None),
         (pytest.approx(0.2), None, None),
@@ -95,20 +97,20 @@ def test_where_sources_have_weights_replay_has_one_too():
     ]
 
 
-def test_everything_wrong_is_said_at_once_and_with_its_stage(tmp_path):
+def test_all_problems_are_reported_at_once_with_their_stage(tmp_path):
     first = stage("a", replay=0.5)
     second = stage("a")
     second["overrides"]["optimizer.learning_rat"] = 1
     third = {"name": "c", "overrides": {"data.train": "c", "task.labels": ["x", "y"]}}
-    found = problems(write(tmp_path, [first, second, third], metric="mse"))
-    assert any(line.startswith("stage a: replay=0.5: there is no stage before") for line in found)
-    assert any("learning_rat" in line and line.startswith("stage a: ") for line in found)
-    assert "two are named a" in " ".join(found)
-    assert any(line.startswith("metric=mse: ") for line in found)
-    assert any(line.startswith("stage c: evaluation.data: is empty") for line in found)
+    lines = problems(write(tmp_path, [first, second, third], metric="mse"))
+    assert any(line.startswith("stage a: replay=0.5: there is no previous stage") for line in lines)
+    assert any("learning_rat" in line and line.startswith("stage a: ") for line in lines)
+    assert "two are named a" in " ".join(lines)
+    assert any(line.startswith("metric=mse: ") for line in lines)
+    assert any(line.startswith("stage c: evaluation.data: is empty") for line in lines)
 
 
-def test_what_the_config_has_wrong_is_said_once(tmp_path):
+def test_a_problem_of_the_shared_config_is_reported_once(tmp_path):
     base = {**BASE, "batch": {"global_batch": 3, "micro_batch": 2, "sequence_length": 8}}
     assert (
         sum(
@@ -119,15 +121,15 @@ def test_what_the_config_has_wrong_is_said_once(tmp_path):
     )
 
 
-def test_a_label_that_vanishes_is_refused(tmp_path):
+def test_a_missing_label_of_the_previous_stage_is_refused(tmp_path):
     a, b = stage("a"), stage("b")
     a["overrides"]["task.labels"], b["overrides"]["task.labels"] = ["x", "y"], ["y", "z"]
     (line,) = problems(write(tmp_path, [a, b]))
-    assert line.startswith("stage b: task.labels: x of stage a is not among them")
+    assert line.startswith("stage b: task.labels: x of stage a is missing")
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("stages", "start"),
     [
         ([], "stages: "),
         ([{"name": "A b"}], "stages.0.name: "),
@@ -135,11 +137,11 @@ def test_a_label_that_vanishes_is_refused(tmp_path):
         ([{"name": "a", "replays": 1}], "stages.0.replays: "),
     ],
 )
-def test_a_file_that_is_none_says_where(tmp_path, stages, said):
-    assert any(line.startswith(said) for line in problems(write(tmp_path, stages)))
+def test_an_invalid_file_names_the_field(tmp_path, stages, start):
+    assert any(line.startswith(start) for line in problems(write(tmp_path, stages)))
 
 
-def test_weights_that_move_leave_no_room_for_a_share(tmp_path):
+def test_replay_with_a_temperature_is_refused(tmp_path):
     b = stage("b", replay=0.1)
     b["overrides"]["data.temperature"] = 2
     assert (
@@ -148,8 +150,8 @@ def test_weights_that_move_leave_no_room_for_a_share(tmp_path):
     )
 
 
-def test_a_misspelt_field_of_a_stage_is_said_once(tmp_path):
+def test_a_misspelled_field_of_a_stage_is_reported_once(tmp_path):
     (found,) = problems(write(tmp_path, [stage("a", replai=0.1)]))
     assert found.startswith(
-        "stages.0.replai: extra inputs are not permitted; allowed: name, replay, overrides"
+        "stages.0.replai: extra inputs are not permitted. Allowed: name, replay, overrides"
     )

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from unit.cluster.k8s.test_sizing import OPTIONS, job, with_
 
-from dist_ft.cluster.k8s.manifests import as_stored, on_cluster
-from dist_ft.cluster.k8s.options import parse
-from dist_ft.cluster.k8s.render import rendered
+from dist_ft.cluster.k8s.manifests import config_to_yaml, config_in_cluster
+from dist_ft.cluster.k8s.options import parse_options
+from dist_ft.cluster.k8s.render import render_objects
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError
 
@@ -18,7 +18,7 @@ from dist_ft.core.errors import ConfigError
 def of(kind, config, options=OPTIONS):
     return [
         document
-        for documents in rendered(config, options).values()
+        for documents in render_objects(config, options).values()
         for document in documents
         if document["kind"] == kind
     ]
@@ -28,9 +28,9 @@ def of(kind, config, options=OPTIONS):
 def test_the_stored_config_is_the_run_as_pods_run_it(root, name):
     config = load_config(str(root / f"configs/{name}.yaml"))
     text = of("ConfigMap", config)[0]["data"]["run.yaml"]
-    assert load_config(yaml.safe_load(text)) == on_cluster(config)
+    assert load_config(yaml.safe_load(text)) == config_in_cluster(config)
     assert load_config(yaml.safe_load(text)).cluster.wait_for_nodes
-    assert as_stored(on_cluster(config)) == text
+    assert config_to_yaml(config_in_cluster(config)) == text
 
 
 def test_the_job_finds_its_config_and_resumes_under_a_fixed_name():
@@ -50,7 +50,7 @@ def test_the_cache_of_the_config_is_a_disk_of_the_pod():
     ]["spec"]
     assert {"name": "cache", "mountPath": "/mnt/disk"} in pod["containers"][0]["volumeMounts"]
     assert {"name": "HF_HOME", "value": "/mnt/disk/hf"} in pod["containers"][0]["env"]
-    assert on_cluster(with_()).data.cache_dir == "/var/cache/dist_ft"
+    assert config_in_cluster(with_()).data.cache_dir == "/var/cache/dist_ft"
 
 
 def test_ports_of_a_store_of_ones_own_are_opened():
@@ -97,7 +97,7 @@ def test_further_resources_of_workers_are_told_to_ray():
 
 
 def test_a_claim_lets_paths_below_its_mount_pass():
-    options = parse({}, ["claim=shared", "image=a:1"])
+    options = parse_options({}, ["claim=shared", "image=a:1"])
     config = with_(
         "run.storage=/mnt/dist_ft/runs",
         "data.train=/mnt/dist_ft/d/*.jsonl",
@@ -111,7 +111,7 @@ def test_a_claim_lets_paths_below_its_mount_pass():
     ]
     assert {"name": "claim", "mountPath": "/mnt/dist_ft"} in head["containers"][0]["volumeMounts"]
     with pytest.raises(ConfigError, match="3 problems"):
-        rendered(config, OPTIONS)
+        render_objects(config, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_a_claim_lets_paths_below_its_mount_pass():
 )
 def test_what_no_pod_can_do_is_one_clear_line(override, said):
     with pytest.raises(ConfigError) as caught:
-        rendered(with_(override), OPTIONS)
+        render_objects(with_(override), OPTIONS)
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(said)
 
 
 def test_hub_names_are_no_paths():
-    assert rendered(with_("data.train=org/set", "model.path=org/m-8B"), OPTIONS)
+    assert render_objects(with_("data.train=org/set", "model.path=org/m-8B"), OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_hub_names_are_no_paths():
 )
 def test_options_that_are_refused(given, more, said):
     with pytest.raises(ConfigError) as caught:
-        parse({"image": "a:1", **given}, more)
+        parse_options({"image": "a:1", **given}, more)
     assert caught.value.problems[0].startswith(said)
 
 
 def test_an_image_by_digest_or_with_a_port():
     assert (
-        parse({"image": f"host:5000/a@sha256:{'0' * 64}"}).image
-        and parse({"image": "host:5000/a/b:1.2"}).image
+        parse_options({"image": f"host:5000/a@sha256:{'0' * 64}"}).image
+        and parse_options({"image": "host:5000/a/b:1.2"}).image
     )
-    assert parse({"image": "a:1"}, ["node_selector=gpu=h100,zone=a"]).node_selector == (
+    assert parse_options({"image": "a:1"}, ["node_selector=gpu=h100,zone=a"]).node_selector == (
         "gpu=h100",
         "zone=a",
     )

@@ -272,13 +272,13 @@ def test_what_is_allowed(sections):
 
 def test_tasks_with_padded_batches_do_not_pack():
     config = load_config({**DOCUMENT, "task": {"name": "question_answering", "stride": 8}})
-    assert (config.reading.pack, config.reading.bucket, config.reading.overlong) == (
+    assert (config.effective_data.pack, config.effective_data.bucket, config.effective_data.overlong) == (
         False,
         64,
         "split",
     )
     plain = load_config(DOCUMENT)
-    assert (plain.reading.pack, plain.reading.bucket) == (True, 0)
+    assert (plain.effective_data.pack, plain.effective_data.bucket) == (True, 0)
 
 
 def test_adversaries_and_augmentation_want_the_texts_of_the_data():

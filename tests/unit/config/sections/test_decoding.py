@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_ft.config.sections.decoding import DecodingSection, parse, short_form
+from dist_ft.config.sections.decoding import DecodingSection, parse_strategy, format_strategy
 from dist_ft.core.errors import ConfigError
 
 BASE = DecodingSection(
@@ -28,11 +28,11 @@ BASE = DecodingSection(
     ],
 )
 def test_what_is_told_is_what_is_read(text):
-    assert short_form(parse(text)) == text
+    assert format_strategy(parse_strategy(text)) == text
 
 
 def test_what_belongs_to_no_strategy_is_kept():
-    found = parse("sample:0.5,seed=5", BASE)
+    found = parse_strategy("sample:0.5,seed=5", BASE)
     assert found == DecodingSection(
         max_new_tokens=9,
         strategy="sample",
@@ -41,7 +41,7 @@ def test_what_belongs_to_no_strategy_is_kept():
         seed=5,
         repetition_penalty=1.2,
     )
-    assert parse("greedy", BASE, max_new_tokens=3).max_new_tokens == 3
+    assert parse_strategy("greedy", BASE, max_new_tokens=3).max_new_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_what_belongs_to_no_strategy_is_kept():
 )
 def test_what_is_no_strategy_is_refused_in_one_line(text, said):
     with pytest.raises(ConfigError) as caught:
-        parse(text)
+        parse_strategy(text)
     assert said in str(caught.value) and str(caught.value).count("\n") == 1
