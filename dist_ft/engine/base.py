@@ -1,7 +1,8 @@
-"""One interface for all engines: a step of learning, a loss, and the named state behind them.
+"""The interface of all engines: train a step, compute a loss, and access the named state.
 
-State is exposed as `Slot`s: which part of which parameter this worker holds, readable and writable. Saving, loading,
-resharding and checking of weights all go through the same slots, so an engine describes its layout once.
+An engine exposes its state as `StateSlice`s: which elements of which parameter this worker holds,
+with functions to read and write them. Saving, loading, resharding and checking weights all use the
+same slices, so an engine describes its layout only once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ from dist_ft.model.adapters.adalora import RankSchedule
 
 @dataclass(frozen=True)
 class StateSlice:
-    """Elements [offset, offset + numel) of state `key` of parameter `name`, flattened, as held by this worker.
+    """Elements [offset, offset + numel) of a flattened state of a parameter, held by this worker.
 
     Attributes:
+        name: of the parameter.
         key: "param" (float32 master), "frozen", "buffer", or an optimizer state such as "exp_avg".
-        owned: whether this worker saves it (of replicated state only one worker does; all of them load it).
-        read: returns the values, 1-D, on any device.
-        write: takes the new values, 1-D float32 on the CPU.
+        owned: whether this worker saves it. Replicated state is saved by one worker and loaded by
+            all.
+        read: returns the values (numel,), on any device.
+        write: stores new values (numel,), given as float32 on the CPU.
     """
 
     name: str
@@ -42,7 +45,7 @@ class StateSlice:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step saw on this worker.
+    """The result of one training step on this worker.
 
     Attributes:
         loss_sum: summed loss of this worker's lanes.
@@ -53,15 +56,51 @@ class StepOutcome:
     grad_norm: float
 
 
+class LossAndOutputs(NamedTuple):
+    """The loss of a batch and the outputs of the model's head.
+
+    Attributes:
+        loss_sum: summed loss.
+        outputs: float32, the first dimension is the rows of the batch.
+    """
+
+    loss_sum: float
+    outputs: np.ndarray
+
+
+class GenerationModel(NamedTuple):
+    """A transformers model that is ready to generate.
+
+    Attributes:
+        is_collective: whether all workers must call the model's forward equally often (ZeRO-3); see
+            `synced_gpus` of `generate`.
+    """
+
+    model: Any
+    is_collective: bool
+
+
+class PaddedLanes(NamedTuple):
+    """One worker's lanes: a batch and a seed for each."""
+
+    batches: list[Batch]
+    seeds: list[int]
+
+
 class Engine(ABC):
-    """A model that learns, wherever its parts lie."""
+    """A trainable model, replicated or sharded over the workers."""
 
     device: torch.device
     step = 0
-    """The step under way, 1 the first; whoever trains tells it, for what follows from it (AdaLoRA's ranks)."""
+    """The current training step, from 1.
 
-    def _deal_ranks(self, rank_schedule: RankSchedule | None, optimizer: torch.optim.Optimizer) -> None:
-        """Let `ranks`, if the model has any to deal, know of each update `optimizer` makes."""
+    The training loop sets it; AdaLoRA's ranks depend on it.
+    """
+
+    def _update_ranks_after_steps(
+        self, rank_schedule: RankSchedule | None, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let the rank schedule of the model, if it has one, update after each optimizer step."""
         if rank_schedule is not None:
             optimizer.register_step_post_hook(lambda *_: rank_schedule.after_update(self.step))
 
@@ -69,12 +108,13 @@ class Engine(ABC):
     def accumulate(
         self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
     ) -> float:
-        """Do forward and backward for each batch and return the summed loss of this worker's lanes.
+        """Do forward and backward for each batch; return the summed loss of this worker's lanes.
 
         Args:
-            batches: this worker's lanes; the same number on every worker (`even_out`).
-            seeds: one seed a lane for what is random in the model.
-            num_target_tokens: of the whole global batch, which the summed loss is divided by.
+            batches: this worker's lanes; the same number on every worker (`pad_to_equal_lanes`).
+            seeds: one seed per lane, for randomness in the model.
+            num_target_tokens: target tokens of the whole global batch, by which the summed loss is
+                divided.
         """
 
     @abstractmethod
@@ -82,13 +122,19 @@ class Engine(ABC):
         self,
         learning_rate: float,
         grad_norm_limit: float = math.inf,
-        of_depth: Callable[[int], float] | None = None,
+        depth_scale: Callable[[int], float] | None = None,
     ) -> float:
-        """Do one optimizer step with the gradient accumulated, if its norm allows; return that norm before clipping.
+        """Do one optimizer step with the accumulated gradient; return the norm before clipping.
 
-        `of_depth` multiplies the rate of weights at a depth, if the engine was made `by_depth`. The norm is that of the
-        whole gradient, the same on all workers. Above `most_norm`, or where it is no finite number, nothing changes:
-        neither weights nor optimizer state; the gradient is dropped.
+        The norm is that of the whole gradient, the same on all workers. If it is not finite or
+        above the limit, the update is skipped: weights and optimizer state stay unchanged, and the
+        gradient is discarded.
+
+        Args:
+            learning_rate: of this step.
+            grad_norm_limit: largest norm before clipping at which the update is done.
+            depth_scale: multiplies the learning rate of weights at a depth; only for engines with
+                `group_by_depth`.
         """
 
     def train_step(
@@ -98,75 +144,82 @@ class Engine(ABC):
         num_target_tokens: int,
         learning_rate: float,
     ) -> StepOutcome:
-        """Do forward and backward for each batch and one optimizer step (see `accumulate` and `update`)."""
+        """Do forward and backward for each batch and one optimizer step.
+
+        Arguments as for `accumulate` and `update`.
+        """
         loss_sum = self.accumulate(batches, seeds, num_target_tokens)
         return StepOutcome(loss_sum, self.update(learning_rate))
 
     @abstractmethod
     def loss_sum(self, batch: Batch) -> float:
-        """Return the summed loss of `batch` without learning (dropout off); a collective call under ZeRO-3."""
+        """Return the summed loss of `batch` with dropout off. A collective call under ZeRO-3."""
 
     @abstractmethod
-    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
-        """Return the summed loss of `batch`, and what a model with a head tells of each row (float32, rows first).
+    def loss_and_outputs(self, batch: Batch) -> LossAndOutputs:
+        """Return the summed loss of `batch` and the outputs of a model with a head, dropout off.
 
-        Without learning, as `loss_sum`; a collective call under ZeRO-3.
+        A collective call under ZeRO-3.
         """
 
     @abstractmethod
-    def generation_mode(self) -> AbstractContextManager[tuple[Any, bool]]:
-        """Return a context with the transformers model itself, ready to make texts, and whether that is collective.
-
-        If it is (ZeRO-3), every worker must call its forward as often, which `synced_gpus` of `generate` sees to.
-        """
+    def generation_mode(self) -> AbstractContextManager[GenerationModel]:
+        """Return a context in which the transformers model is ready to generate."""
 
     @abstractmethod
     def accumulate_fisher(self, batch: Batch) -> None:
-        """Add the squared gradient of the summed loss of `batch`, over all workers, to the Fisher information.
+        """Add the squared gradient of the summed loss, over all workers, to the Fisher information.
 
-        Without dropout, clipping or learning; a collective call. All workers but one give a batch without targets.
+        Without dropout, clipping or an update. A collective call: all workers but one pass a batch
+        without targets.
         """
 
     @abstractmethod
     def scale_fisher(self, factor: float) -> None:
-        """Multiply the Fisher information, once all squares are added."""
+        """Multiply the Fisher information, after all squared gradients were added."""
 
     @abstractmethod
     def swap_average(self) -> None:
-        """Let the weights and their moving average change places; again, and all is as before; a collective call."""
+        """Swap the weights with their moving average.
+
+        A second call undoes it. A collective call.
+        """
 
     @abstractmethod
     def state_slices(self) -> Iterator[StateSlice]:
-        """Iterate over all state this worker holds; optimizer state exists from the start."""
+        """Iterate over all state of this worker; optimizer state exists from the start."""
 
     @abstractmethod
     def frozen_parameters(self) -> frozenset[str]:
-        """Return the names of the parameters that do not learn; the same on all workers."""
+        """Return the names of the parameters that are not trained; the same on all workers."""
 
     @abstractmethod
     def optimizer_step(self) -> int:
-        """Return how many updates the optimizer counts; 0 for one that does not count (SGD)."""
+        """Return the number of updates the optimizer has counted; 0 if it has no count (SGD)."""
 
     @abstractmethod
     def finish_load(self, optimizer_step: int) -> None:
-        """Bring working copies in line after slots were written; a collective call."""
+        """Update working copies after state slices were written. A collective call."""
 
-    def close(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Release what the engine holds."""
+    def close(self) -> None:  # noqa: B027 - most engines hold no resources
+        """Release the engine's resources."""
 
 
 def pad_to_equal_lanes(
-    batches: Sequence[Batch], seeds: Sequence[int], count: int
-) -> tuple[list[Batch], list[int]]:
-    """Add empty batches up to `count`, so that every worker makes the same number of forward and backward calls."""
-    missing = count - len(batches)
-    return [*batches, *(empty_batch() for _ in range(missing))], [*seeds, *([0] * missing)]
+    batches: Sequence[Batch], seeds: Sequence[int], num_lanes: int
+) -> PaddedLanes:
+    """Add empty batches up to `num_lanes`, so that all workers do the same number of passes."""
+    num_missing = num_lanes - len(batches)
+    return PaddedLanes(
+        [*batches, *(empty_batch() for _ in range(num_missing))], [*seeds, *([0] * num_missing)]
+    )
 
 
 def seed_random(seed: int, device: torch.device) -> None:
-    """Seed what is random on `device` and on the CPU, as `torch.manual_seed` does.
+    """Seed the random generators of `device` and the CPU, as `torch.manual_seed` does.
 
-    That one also formats a stack trace for each kind of accelerator that is absent: over a millisecond a call.
+    `torch.manual_seed` also formats a stack trace for each absent kind of accelerator, which takes
+    more than a millisecond per call.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

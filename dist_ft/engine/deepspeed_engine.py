@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO stages 0 to 3 behind the `Engine` interface: the only module that imports DeepSpeed.
+"""DeepSpeed ZeRO stages 0 to 3 behind the `Engine` interface. Only this module imports DeepSpeed.
 
-Guarantees: the same losses as the plain engine, whatever the stage and the number of workers, for element-wise
-optimizers. Every worker must make the same number of `train_step` batches and `loss_sum` calls. DeepSpeed's own
-checkpoints are not used: they are pickles bound to one world size.
+For element-wise optimizers the losses equal those of the plain engine, for every stage and number
+of workers. Every worker must call `train_step` with the same number of batches, and `loss_sum`
+equally often. DeepSpeed's own checkpoints are not used: they are pickles bound to one world size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from typing_extensions import override
@@ -24,29 +23,33 @@ from dist_ft.core.errors import ModelError
 from dist_ft.core.world import World
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, StateSlice, seed_random
+from dist_ft.engine.base import (
+    Engine,
+    GenerationModel,
+    LossAndOutputs,
+    StateSlice,
+    seed_random,
+)
 from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
 from dist_ft.engine.zero_state import flat_slice, stage12_slices
-from dist_ft.model.adapters.added_layers import (
-    is_added,
-)
+from dist_ft.model.adapters.added_layers import is_added
 from dist_ft.model.adversarial import Adversary, train_lane
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
 def import_deepspeed(use_gpu: bool) -> None:
-    """Import DeepSpeed, which takes seconds; nothing on a GPU is touched."""
+    """Import DeepSpeed, which takes seconds; no GPU is used."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     import deepspeed  # noqa: F401
 
 
 def attach_to_process_group(use_gpu: bool) -> None:
-    """Point DeepSpeed at the process group that is already there (Ray's or ours).
+    """Make DeepSpeed use the process group that exists already.
 
-    The shared-memory op is compiled on first use, and a process killed meanwhile leaves a lock that every later start
-    waits on without limit; it is switched off.
+    DeepSpeed's shared-memory operator is disabled. It is compiled on first use, and a process that
+    is killed meanwhile leaves a lock on which every later start waits forever.
     """
     import_deepspeed(use_gpu)
     import deepspeed
@@ -59,17 +62,17 @@ def attach_to_process_group(use_gpu: bool) -> None:
 
 @contextlib.contextmanager
 def zero_init(ds_config: dict[str, Any]) -> Iterator[None]:
-    """While open, models load straight into ZeRO-3 partitions (zero.Init); no effect for other stages."""
+    """Load models directly into ZeRO-3 partitions (zero.Init); no effect for other stages."""
     if ds_config["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(ds_config)  # from_pretrained sees it only while it is referenced
+    active = HfDeepSpeedConfig(ds_config)  # from_pretrained uses it only while it is referenced
     try:
         yield
     finally:
-        del alive
+        del active
 
 
 class DeepSpeedEngine(Engine):
@@ -81,31 +84,35 @@ class DeepSpeedEngine(Engine):
         section: OptimizerSection,
         ds_config: dict[str, Any],
         world: World,
-        by_depth: bool = False,
+        group_by_depth: bool = False,
         adversary: Adversary | None = None,
-        guards: Regularizers | None = None,
+        regularizers: Regularizers | None = None,
     ) -> None:
+        """Shard the model and create the optimizer with its state. A collective call.
+
+        Args:
+            module: the model; for ZeRO-3 loaded inside `zero_init`.
+            section: the optimizer settings.
+            ds_config: the DeepSpeed config.
+            world: this process among its peers.
+            group_by_depth: use one parameter group per depth, for `update`'s `depth_scale`.
+            adversary: perturbs embeddings in training.
+            regularizers: run after each optimizer step.
+        """
         import deepspeed
 
         self._adversary = adversary
-        self._guards = guards or Regularizers()
-        self._measuring = False
+        self._regularizers = regularizers or Regularizers()
+        self._is_measuring_fisher = False
         self._world = world
         self._section = section
         self._stage: int = ds_config["zero_optimization"]["stage"]
         self._parameters = parameters_by_name(module)
-        whole = [
-            name
-            for name, p in self._parameters.items()
-            if not hasattr(p, "ds_id") and not is_added(name)
-        ]
-        if self._stage == 3 and whole:
-            raise ModelError(
-                f"zero.stage=3: {len(whole)} weights, such as {whole[0]}, are whole on each worker, "
-                "not sharded (zero.Init did not take); load the model inside `loading`"
-            )
+        if self._stage == 3:
+            self._require_sharded()
+
         groups = optimizers.param_groups(
-            self._parameters, section.weight_decay, by_depth, section.decay_exempt
+            self._parameters, section.weight_decay, group_by_depth, section.decay_exempt
         )
         optimizer = optimizers.build_optimizer(groups, section)
         self._engine, *_ = deepspeed.initialize(
@@ -113,20 +120,36 @@ class DeepSpeedEngine(Engine):
         )
         self.device = self._engine.device
         self.module = module.train()
-        self._ensure_state()
-        self._deal_ranks(module.rank_schedule, self._inner)
-        self._norm, self._most_norm = math.nan, math.inf
-        self._step_inner, self._inner.step = self._inner.step, self._step_if_allowed  # type: ignore[method-assign]
+        self._create_state()
+        self._update_ranks_after_steps(module.rank_schedule, self._torch_optimizer)
+
+        self._norm, self._grad_norm_limit = math.nan, math.inf
+        self._step_optimizer = self._torch_optimizer.step
+        self._torch_optimizer.step = self._step_if_allowed  # type: ignore[method-assign]
+
+    def _require_sharded(self) -> None:
+        """Raise ModelError if a weight, except added ones, is not sharded by ZeRO-3."""
+        unsharded = [
+            name
+            for name, p in self._parameters.items()
+            if not hasattr(p, "ds_id") and not is_added(name)
+        ]
+        if unsharded:
+            raise ModelError(
+                f"zero.stage=3: {len(unsharded)} weights, such as {unsharded[0]}, are whole on "
+                "each worker, not sharded (zero.Init had no effect); load the model inside "
+                "`zero_init`"
+            )
 
     @property
-    def _zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer (at stage 0, the plain one)."""
+    def _zero_optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer; at stage 0, the torch optimizer."""
         return self._engine.optimizer
 
     @property
-    def _inner(self) -> torch.optim.Optimizer:
-        """The torch optimizer that makes the update."""
-        return self._zero.optimizer if self._stage else self._zero
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that computes the update."""
+        return self._zero_optimizer.optimizer if self._stage else self._zero_optimizer
 
     @override
     def accumulate(
@@ -138,23 +161,27 @@ class DeepSpeedEngine(Engine):
             inputs = self.module.prepare_inputs(batch, self.device)
 
             def forward(
-                inner: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed
+                model: nn.Module = self._engine, inputs: Inputs = inputs, seed: int = seed
             ) -> torch.Tensor:
                 seed_random(seed, self.device)
-                return inner(**inputs)
+                return model(**inputs)
 
             def backward(
-                loss: torch.Tensor, weight: float = 1.0, of_lane: bool = True, index: int = index
+                loss: torch.Tensor,
+                weight: float = 1.0,
+                is_last_of_lane: bool = True,
+                index: int = index,
             ) -> None:
-                self._engine.set_gradient_accumulation_boundary(index == last and of_lane)
-                self._engine.backward(
-                    loss * (weight * self._world.num_ranks / num_target_tokens), scale_wrt_gas=False
-                )
+                is_boundary = index == last and is_last_of_lane
+                self._engine.set_gradient_accumulation_boundary(is_boundary)
+                # DeepSpeed averages over ranks; the loss is a sum over all target tokens
+                scale = weight * self._world.num_ranks / num_target_tokens
+                self._engine.backward(loss * scale, scale_wrt_gas=False)
 
-            # only the module's own hooks, which gather weights, go along where no weight gets a gradient
-            loss_sum += train_lane(
-                self._adversary, forward, backward, functools.partial(forward, self.module)
-            )
+            # Without gradients of weights only the module's own hooks, which gather weights, may
+            # run.
+            forward_for_gradient = functools.partial(forward, self.module)
+            loss_sum += train_lane(self._adversary, forward, backward, forward_for_gradient)
         return loss_sum.item()
 
     @override
@@ -162,53 +189,61 @@ class DeepSpeedEngine(Engine):
         self,
         learning_rate: float,
         grad_norm_limit: float = math.inf,
-        of_depth: Callable[[int], float] | None = None,
+        depth_scale: Callable[[int], float] | None = None,
     ) -> float:
-        self._most_norm = grad_norm_limit
-        if self._stage == 0:  # DeepSpeed tells no norm; every worker holds the whole gradient
+        self._grad_norm_limit = grad_norm_limit
+        if self._stage == 0:
+            # DeepSpeed does not report the norm, but every worker holds the whole gradient.
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
-        optimizers.set_learning_rate(self._zero, learning_rate, of_depth)
+        optimizers.set_learning_rate(self._zero_optimizer, learning_rate, depth_scale)
         self._engine.step()
         return self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
 
     def _step_if_allowed(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the torch optimizer's step, which ZeRO calls once it knows the norm of the whole gradient."""
-        norm = self._norm if self._stage == 0 else float(self._zero._global_grad_norm)
-        if self._measuring:
-            return accumulate_fisher(self._inner)
-        if not (norm <= self._most_norm and math.isfinite(norm)):
+        """Replace the torch optimizer's step; ZeRO calls it once it knows the gradient's norm."""
+        norm = self._norm if self._stage == 0 else float(self._zero_optimizer._global_grad_norm)
+        if self._is_measuring_fisher:
+            return accumulate_fisher(self._torch_optimizer)
+        if not (norm <= self._grad_norm_limit and math.isfinite(norm)):
             return None
-        result = self._step_inner(*args, **kwargs)
-        self._guards.after_step(self._inner)
+        result = self._step_optimizer(*args, **kwargs)
+        self._regularizers.after_step(self._torch_optimizer)
         return result
 
     @override
     def accumulate_fisher(self, batch: Batch) -> None:
-        owner, field = (
-            (self._zero, "clip_grad")
-            if self._stage
-            else (self._engine._config, "gradient_clipping")
-        )
+        with self._without_clipping():
+            self.module.eval()
+            self._is_measuring_fisher = True
+            loss = self._engine(**self.module.prepare_inputs(batch, self.device))
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.backward(loss * self._world.num_ranks, scale_wrt_gas=False)
+            self._engine.step()
+            self._is_measuring_fisher = False
+            self.module.train()
+
+    @contextlib.contextmanager
+    def _without_clipping(self) -> Iterator[None]:
+        """Disable gradient clipping."""
+        if self._stage:
+            owner, field = self._zero_optimizer, "clip_grad"
+        else:
+            owner, field = self._engine._config, "gradient_clipping"
         limit = getattr(owner, field)
         setattr(owner, field, 0.0)
-        self.module.eval()
-        self._measuring = True
-        loss = self._engine(**self.module.prepare_inputs(batch, self.device))
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(loss * self._world.num_ranks, scale_wrt_gas=False)
-        self._engine.step()
-        self._measuring = False
-        self.module.train()
-        setattr(owner, field, limit)
+        try:
+            yield
+        finally:
+            setattr(owner, field, limit)
 
     @override
     def scale_fisher(self, factor: float) -> None:
-        scale_fisher(self._inner, factor)
+        scale_fisher(self._torch_optimizer, factor)
 
     @override
     def swap_average(self) -> None:
-        swap_average(self._inner)
+        swap_average(self._torch_optimizer)
         self.finish_load(self.optimizer_step())
 
     @torch.no_grad()
@@ -222,28 +257,30 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     @override
-    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
+    def loss_and_outputs(self, batch: Batch) -> LossAndOutputs:
         self._engine.eval()
         try:
-            loss, outputs = self._engine(**self.module.prepare_inputs(batch, self.device), return_outputs=True)
-            return loss.item(), outputs.float().cpu().numpy()
+            inputs = self.module.prepare_inputs(batch, self.device)
+            loss, outputs = self._engine(**inputs, return_outputs=True)
+            return LossAndOutputs(loss.item(), outputs.float().cpu().numpy())
         finally:
             self._engine.train()
 
     @contextlib.contextmanager
     @override
-    def generation_mode(self) -> Iterator[tuple[Any, bool]]:
+    def generation_mode(self) -> Iterator[GenerationModel]:
         self._engine.eval()
         hooks = []
-        if (
-            self._stage == 3
-        ):  # its record of the order of layers begins anew where the outermost module is called
-            begin = self._zero.parameter_offload.get_param_coordinator().reset_step
+        is_sharded = self._stage == 3
+        if is_sharded:
+            # ZeRO-3 records the order of layers; the record must restart with each call of the
+            # model.
+            restart = self._zero_optimizer.parameter_offload.get_param_coordinator().reset_step
             hooks.append(
-                self.module.model.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+                self.module.model.register_forward_pre_hook(lambda *_: restart(), prepend=True)
             )
         try:
-            yield self.module.model, self._stage == 3
+            yield GenerationModel(self.module.model, is_collective=is_sharded)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -252,24 +289,30 @@ class DeepSpeedEngine(Engine):
     @override
     def state_slices(self) -> Iterator[StateSlice]:
         for index, (name, parameter) in enumerate(self._parameters.items()):
-            mine = index % self._world.num_ranks == self._world.rank
+            owned = self._owns(index)
             if self._stage == 3:
-                yield from self._stage3_slots(name, parameter)
+                yield from self._stage3_slices(name, parameter)
             elif not parameter.requires_grad:
-                yield tensor_slice(name, "frozen", parameter, mine)
+                yield tensor_slice(name, "frozen", parameter, owned)
             elif self._stage == 0:
-                yield tensor_slice(name, "param", parameter, mine)
-                for key, value in self._inner.state[parameter].items():
+                yield tensor_slice(name, "param", parameter, owned)
+                for key, value in self._torch_optimizer.state[parameter].items():
                     if torch.is_tensor(value) and key != "step":
-                        yield tensor_slice(name, key, value, mine)
+                        yield tensor_slice(name, key, value, owned)
             else:
                 yield from stage12_slices(name, parameter)
-        yield from buffer_slices(
-            self.module, lambda index: index % self._world.num_ranks == self._world.rank
-        )
+        yield from buffer_slices(self.module, self._owns)
 
-    def _stage3_slots(self, name: str, parameter: nn.Parameter) -> Iterator[StateSlice]:
-        """Rank r holds flat elements from r * ds_tensor.ds_numel; the last ranks hold padding, which is left out."""
+    def _owns(self, index: int) -> bool:
+        """Whether this rank saves the replicated tensor of an index."""
+        return index % self._world.num_ranks == self._world.rank
+
+    def _stage3_slices(self, name: str, parameter: nn.Parameter) -> Iterator[StateSlice]:
+        """Iterate over the slices of a parameter.
+
+        Rank r holds the flat elements from r * ds_tensor.ds_numel. The last ranks also hold
+        padding, which is omitted.
+        """
         from deepspeed.utils import (
             safe_get_local_fp32_param,
             safe_get_local_optimizer_state,
@@ -277,38 +320,39 @@ class DeepSpeedEngine(Engine):
             safe_set_local_optimizer_state,
         )
 
-        held = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        offset = self._world.rank * held
-        numel = min(held, parameter.ds_numel - offset)  # type: ignore[attr-defined]
+        partition_numel = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        offset = self._world.rank * partition_numel
+        numel = min(partition_numel, parameter.ds_numel - offset)  # type: ignore[attr-defined]
         if numel <= 0:
             return
         if not parameter.requires_grad:
             yield flat_slice(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
             return
 
-        def slot(key: str, get: Any, put: Any) -> StateSlice:
+        def partition_slice(key: str, get: Any, put: Any) -> StateSlice:
             def write(values: torch.Tensor) -> None:
-                whole = get().detach().clone()
-                whole[:numel] = values
-                put(whole)
+                partition = get().detach().clone()
+                partition[:numel] = values
+                put(partition)
 
             return StateSlice(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
 
-        yield slot(
+        yield partition_slice(
             "param",
             lambda: safe_get_local_fp32_param(parameter),
             lambda values: safe_set_local_fp32_param(parameter, values),
         )
-        for key in self._state_keys():
-            yield slot(
+        for key in self._optimizer_state_keys():
+            yield partition_slice(
                 key,
                 lambda key=key: safe_get_local_optimizer_state(parameter, key),
                 lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key),
             )
 
-    def _state_keys(self) -> tuple[str, ...]:
-        plain = self._section.name == "sgd" and not self._section.momentum
-        return (*(() if plain else optimizers.STATE_KEYS[self._section.name]), *self._guards.keys)
+    def _optimizer_state_keys(self) -> tuple[str, ...]:
+        has_no_state = self._section.name == "sgd" and not self._section.momentum
+        keys = () if has_no_state else optimizers.STATE_KEYS[self._section.name]
+        return (*keys, *self._regularizers.keys)
 
     @override
     def frozen_parameters(self) -> frozenset[str]:
@@ -318,31 +362,36 @@ class DeepSpeedEngine(Engine):
 
     @override
     def optimizer_step(self) -> int:
-        steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
-        return steps[0] if steps else 0
+        return optimizers.get_step(self._torch_optimizer)
 
     @override
     def finish_load(self, optimizer_step: int) -> None:
-        optimizers.set_step(self._inner, optimizer_step)
+        optimizers.set_step(self._torch_optimizer, optimizer_step)
+        zero = self._zero_optimizer
         if self._stage in (1, 2):
-            self._zero.update_lp_params()
+            zero.update_lp_params()
         elif self._stage == 3:
-            self._zero._partition_all_parameters()  # a forward may have left some gathered, with other values
-            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            self._zero.checkpoint_event_epilogue()
+            # A forward pass may have left some parameters gathered, with the old values.
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.checkpoint_event_epilogue()
 
-    def _ensure_state(self) -> None:
-        """Make optimizer state exist, and ZeRO-1/2 know it, before the first step."""
-        flats = {
-            0: lambda: [p for p in self._parameters.values() if p.requires_grad],
-            3: lambda: self._zero.fp32_partitioned_groups_flat,
-        }
-        tensors = flats.get(self._stage, lambda: self._zero.single_partition_of_fp32_groups)()
-        optimizers.create_state(self._inner, self._section.name, self._section.momentum, tensors)
-        self._guards.ensure(self._inner, tensors)
+    def _create_state(self) -> None:
+        """Create the optimizer state before the first step, and register it in ZeRO-1 and 2."""
+        if self._stage == 0:
+            tensors = [p for p in self._parameters.values() if p.requires_grad]
+        elif self._stage == 3:
+            tensors = self._zero_optimizer.fp32_partitioned_groups_flat
+        else:
+            tensors = self._zero_optimizer.single_partition_of_fp32_groups
+
+        optimizers.create_state(
+            self._torch_optimizer, self._section.name, self._section.momentum, tensors
+        )
+        self._regularizers.create_state(self._torch_optimizer, tensors)
         if self._stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()
+            self._zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     @override
     def close(self) -> None:

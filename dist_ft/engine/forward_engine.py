@@ -1,4 +1,4 @@
-"""An engine that only looks: no gradients, no optimizer state, no masters. For models that are scored, not trained."""
+"""An engine without gradients, optimizer state and masters, for models that are only evaluated."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from dist_ft.model.trainable_model import TrainableModel, parameters_by_name
 
 
 class ForwardEngine(TorchEngine):
-    """The plain engine without learning: `loss_sum`, `told` and the weights' slots."""
+    """The plain engine without training: losses, outputs, generation and the state slices."""
 
     def __init__(self, module: TrainableModel, device: torch.device) -> None:
-        """Take `module` to `device`; its weights are taken for frozen."""
+        """Move `module` to `device` and freeze its weights."""
         self.device = device
         self.module = module.to(device).eval().requires_grad_(False)
         self._parameters = parameters_by_name(module)
-        self._learned, self._masters = {}, {}
+        self._trained, self._masters = {}, {}
 
     @override
     def accumulate(
         self, batches: Sequence[Batch], seeds: Sequence[int], num_target_tokens: int
     ) -> float:
-        raise AssertionError("an engine that only looks was asked to learn")
+        raise AssertionError("a ForwardEngine cannot train")
 
     @override
     def update(
         self,
         learning_rate: float,
         grad_norm_limit: float = math.inf,
-        of_depth: Callable[[int], float] | None = None,
+        depth_scale: Callable[[int], float] | None = None,
     ) -> float:
-        raise AssertionError("an engine that only looks was asked to learn")
+        raise AssertionError("a ForwardEngine cannot train")
 
     @override
     def optimizer_step(self) -> int:
@@ -44,4 +44,4 @@ class ForwardEngine(TorchEngine):
 
     @override
     def finish_load(self, optimizer_step: int) -> None:
-        """Nothing is kept beside the weights."""
+        """There are no copies of the weights to update."""

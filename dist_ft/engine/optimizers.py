@@ -1,7 +1,7 @@
-"""Optimizers for every engine: the same torch classes, so that all engines compute the same update.
+"""Optimizers for all engines: the same torch classes, so that all engines compute the same update.
 
-AdamW and SGD are element-wise and therefore exact on any flat partition of the parameters. Adafactor is not, and is
-used only where whole parameters are at hand.
+AdamW and SGD are element-wise, so they are exact on any flat partition of the parameters. Adafactor
+is not, and is used only if a worker holds whole parameters.
 """
 
 from __future__ import annotations
@@ -23,63 +23,89 @@ STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def has_weight_decay(shape: Iterable[int]) -> bool:
-    """Tell whether a parameter of this shape decays: matrices do, biases and norms (and IA3's scales) do not."""
+    """Whether a parameter of this shape decays: matrices do.
+
+    Biases, norms and IA3 scales do not.
+    """
     return sum(size > 1 for size in shape) > 1
 
 
 def param_groups(
     parameters: Mapping[str, nn.Parameter],
     weight_decay: float,
-    by_depth: bool = False,
+    group_by_depth: bool = False,
     exempt: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return groups with and without weight decay, in the order of `parameters`; empty groups are left out.
+    """Return the nonempty groups with and without weight decay, in the order of `parameters`.
 
-    Names that match a pattern of `exempt` do not decay; raises ModelError for one that none matches. With `by_depth`
-    each depth has its own (`depths`), for `set_learning_rate`. ZeRO-3 parameters are empty outside of a
-    gather; `ds_shape` is their shape.
+    Args:
+        parameters: by name. ZeRO-3 parameters are empty unless gathered; `ds_shape` is their shape.
+        weight_decay: of the groups with weight decay.
+        group_by_depth: separate groups for each depth (`layer_depths`), for `set_learning_rate`.
+        exempt: patterns of the names of parameters without weight decay.
+
+    Raises:
+        ModelError: a pattern matches no trainable parameter.
     """
-    learned = {name: p for name, p in parameters.items() if p.requires_grad}
-    for pattern in exempt:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in learned):
-            raise ModelError(
-                f"optimizer.decay_exempt={pattern}: no weight that learns has such a name; there are "
-                f"{', '.join(list(learned)[:3])}, ...; correct it"
-            )
-    places = layer_depths(parameters) if by_depth else dict.fromkeys(parameters, 0)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {
-        (depth, decaying): {
-            "params": [],
-            "weight_decay": weight_decay if decaying else 0.0,
-            "depth": depth,
-        }
-        for depth in sorted(set(places.values()))
-        for decaying in (True, False)
-    }
-    for name, parameter in learned.items():
-        named = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
-        decaying = has_weight_decay(getattr(parameter, "ds_shape", parameter.shape)) and not named
-        groups[places[name], decaying]["params"].append(parameter)
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    _require_matches(exempt, trainable)
+    depths = layer_depths(parameters) if group_by_depth else dict.fromkeys(parameters, 0)
+
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for depth in sorted(set(depths.values())):
+        for decaying in (True, False):
+            groups[depth, decaying] = {
+                "params": [],
+                "weight_decay": weight_decay if decaying else 0.0,
+                "depth": depth,
+            }
+
+    for name, parameter in trainable.items():
+        is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decaying = has_weight_decay(shape) and not is_exempt
+        groups[depths[name], decaying]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
+def _require_matches(patterns: Sequence[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                f"optimizer.decay_exempt={pattern}: matches no trainable weight; the weights are "
+                f"{', '.join(names[:3])}, ...; correct the pattern"
+            )
+
+
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
-    """Return how far each weight lies below the output: 0 what comes after the layers, then layers, then embeddings."""
-    found = {name: _LAYER.match(name) for name in names}
-    tops: dict[str, int] = {}
-    for match in filter(None, found.values()):
-        tops[match[1]] = max(tops.get(match[1], 0), int(match[2]))
-    deepest = max(tops.values(), default=0) + 2
-    return {
-        name: tops[match[1]] - int(match[2]) + 1
-        if match
-        else deepest * bool(_EMBEDDING.search(name))
-        for name, match in found.items()
-    }
+    """Return how far each weight is below the output.
+
+    Weights after the layers have depth 0, then come the layers from the last to the first, then the
+    embeddings.
+    """
+    matches = {name: _LAYER.match(name) for name in names}
+    last_layers: dict[str, int] = {}  # by the prefix of a stack of layers
+    for match in matches.values():
+        if match:
+            last_layers[match[1]] = max(last_layers.get(match[1], 0), int(match[2]))
+    embedding_depth = max(last_layers.values(), default=0) + 2
+
+    depths = {}
+    for name, match in matches.items():
+        if match:
+            depths[name] = last_layers[match[1]] - int(match[2]) + 1
+        elif _EMBEDDING.search(name):
+            depths[name] = embedding_depth
+        else:
+            depths[name] = 0
+    return depths
 
 
-def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    """Return the optimizer of `section` over `groups`; the learning rate is set anew each step."""
+def build_optimizer(
+    groups: list[dict[str, Any]], section: OptimizerSection
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `section` over `groups`; each step sets the learning rate."""
     if section.name == "adamw":
         return torch.optim.AdamW(
             groups,
@@ -96,46 +122,61 @@ def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> 
 def create_state(
     optimizer: torch.optim.Optimizer, name: str, momentum: float, tensors: Iterable[torch.Tensor]
 ) -> None:
-    """Create the state torch would create at the first step, so that it can be loaded and saved before it."""
+    """Create the state that torch would create in the first step, so that it can be loaded before.
+
+    Args:
+        optimizer: its state is created.
+        name: of the optimizer in the config.
+        momentum: from the config.
+        tensors: what the optimizer updates.
+    """
     if name == "adafactor":
-        return _step_of_size_zero(optimizer)
+        _do_step_of_size_zero(optimizer)
+        return
     for tensor in tensors:
         state = optimizer.state[tensor]
         if name == "adamw" and "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(tensor),
-                torch.zeros_like(tensor),
-            )
+            state["exp_avg"] = torch.zeros_like(tensor)
+            state["exp_avg_sq"] = torch.zeros_like(tensor)
         elif name == "sgd" and momentum and state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(tensor)
-    return None
 
 
-def _step_of_size_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer create its own state; the parameters, and what the first real step does, stay as they are."""
-    decay = [group["weight_decay"] for group in optimizer.param_groups]
+def _do_step_of_size_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer create its own state; parameters and the first real step are unaffected."""
+    weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, value in zip(optimizer.param_groups, decay, strict=True):
-        group["weight_decay"] = value
+
+    for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay
     set_step(optimizer, 0)
 
 
+def get_step(optimizer: torch.optim.Optimizer) -> int:
+    """Return the number of updates the optimizer has counted; 0 if it has no count."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set the update count the optimizer keeps for its bias correction."""
+    """Set the number of updates that the optimizer uses for its bias correction."""
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"].fill_(float(step))
 
 
 def set_learning_rate(
-    optimizer: Any, learning_rate: float, of_depth: Callable[[int], float] | None = None
+    optimizer: Any, learning_rate: float, depth_scale: Callable[[int], float] | None = None
 ) -> None:
-    """Set the learning rate of every group, times what `of_depth` says of its depth."""
+    """Set the learning rate of every group, multiplied by `depth_scale` of its depth."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * (1.0 if of_depth is None else of_depth(group["depth"]))
+        scale = 1.0 if depth_scale is None else depth_scale(group["depth"])
+        group["lr"] = learning_rate * scale

@@ -1,7 +1,10 @@
-"""Does this model keep packed samples apart? Asked of the engine itself before step 1.
+"""Checks before step 1 that the model keeps packed samples apart.
 
-transformers builds the mask from position ids for some models and attention kernels and silently ignores them for
-others; then packed samples see each other and training goes wrong without an error.
+For some models and attention kernels transformers builds the mask from position ids; for others it
+silently ignores them. Then packed samples attend to each other, and training goes wrong without an
+error.
+
+Dimensions: B = 1 row per batch, T tokens.
 """
 
 from __future__ import annotations
@@ -13,45 +16,61 @@ from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.engine.base import Engine
 
 LENGTHS = (11, 13, 9)
+"""Tokens of each packed sample."""
+MIDDLE = 1
 
 
-def _row(lengths: tuple[int, ...], tokens: np.ndarray, learned: int | None = None) -> Batch:
-    """Return one packed sequence of samples of `lengths`, with targets in all of them or in the one `learned`."""
-    positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    targets, samples = np.roll(tokens, -1), np.repeat(np.arange(len(lengths)), lengths)
+def _pack(lengths: tuple[int, ...], tokens: np.ndarray, target_sample: int | None = None) -> Batch:
+    """Return a batch of one sequence of packed samples.
+
+    Args:
+        lengths: of the samples.
+        tokens: (T,) of all samples.
+        target_sample: the only sample with targets. Default: all have targets.
+    """
+    position_ids = np.concatenate([np.arange(length) for length in lengths])  # (T,)
+    sample_ids = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
+    targets = np.roll(tokens, -1)  # (T,)
     targets[np.cumsum(lengths) - 1] = IGNORE_INDEX
-    if learned is not None:
-        targets[samples != learned] = IGNORE_INDEX
+    if target_sample is not None:
+        targets[sample_ids != target_sample] = IGNORE_INDEX
     segments = np.array([[i, 0, length] for i, length in enumerate(lengths)], dtype=np.int64)
-    return Batch(tokens[None], targets[None], positions, segments, lane=-1)
+    return Batch(tokens[None], targets[None], position_ids[None], segments, lane=-1)
 
 
 def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:
-    """Raise ModelError unless packed samples have the loss they have alone; a collective call under ZeRO-3.
+    """Raise ModelError unless packed samples have the loss they have alone.
 
-    Sums hide small leaks, above all in bfloat16; so the sample in the middle is asked a second time with other
-    neighbours, which may change nothing but the rounding.
+    A sum of losses hides small leaks, especially in bfloat16. So the loss of the middle sample is
+    also computed next to other neighbors, which may only change its rounding. A collective call
+    under ZeRO-3.
 
     Args:
-        engine: whose `loss_sum` is asked, six times.
+        engine: its `loss_sum` is called six times.
         vocabulary: number of token ids that may be used.
-        tolerance: largest relative difference, by number format; for other neighbours a hundredth of it.
+        tolerance: largest relative difference for the number format; for other neighbors, a
+            hundredth of it.
     """
-    tokens = (np.arange(sum(LENGTHS), dtype=np.int64) * 7919 + 11) % vocabulary
-    parts = np.split(tokens, np.cumsum(LENGTHS)[:-1])
-    first, last = ((part + vocabulary // 2) % vocabulary for part in (parts[0], parts[2]))
-    other = np.concatenate([first, parts[1], last])
-    packed = engine.loss_sum(_row(LENGTHS, tokens))
+    tokens = (np.arange(sum(LENGTHS), dtype=np.int64) * 7919 + 11) % vocabulary  # (T,)
+    samples = np.split(tokens, np.cumsum(LENGTHS)[:-1])
+    packed = engine.loss_sum(_pack(LENGTHS, tokens))
     alone = sum(
-        engine.loss_sum(_row((length,), part)) for length, part in zip(LENGTHS, parts, strict=True)
+        engine.loss_sum(_pack((length,), sample))
+        for length, sample in zip(LENGTHS, samples, strict=True)
     )
-    here, there = (engine.loss_sum(_row(LENGTHS, row, learned=1)) for row in (tokens, other))
-    if not (
-        abs(packed - alone) <= tolerance * abs(alone)
-        and abs(here - there) <= tolerance / 100 * abs(there)
-    ):
+
+    other_first = (samples[0] + vocabulary // 2) % vocabulary
+    other_last = (samples[2] + vocabulary // 2) % vocabulary
+    other_tokens = np.concatenate([other_first, samples[MIDDLE], other_last])  # (T,)
+    middle = engine.loss_sum(_pack(LENGTHS, tokens, target_sample=MIDDLE))
+    middle_by_others = engine.loss_sum(_pack(LENGTHS, other_tokens, target_sample=MIDDLE))
+
+    packed_as_alone = abs(packed - alone) <= tolerance * abs(alone)
+    unaffected = abs(middle - middle_by_others) <= tolerance / 100 * abs(middle_by_others)
+    if not (packed_as_alone and unaffected):
         raise ModelError(
-            f"data.pack=true: with this model and model.attention packed samples see each other (loss {packed:.4f} "
-            f"packed, {alone:.4f} alone; {here:.4f} and {there:.4f} beside other samples); set data.pack=false, or "
-            "another model.attention"
+            "data.pack=true: with this model and model.attention, packed samples attend to each "
+            f"other (loss {packed:.4f} packed, {alone:.4f} alone; {middle:.4f} and "
+            f"{middle_by_others:.4f} next to other samples); set data.pack=false, or another "
+            "model.attention"
         )

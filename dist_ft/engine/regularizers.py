@@ -1,13 +1,16 @@
-"""What an optimizer does besides following gradients: it pulls weights back to where they began, and averages them.
+"""Regularizers after each optimizer step: a pull towards the initial weights, and averaging.
 
-The pull is that of L2-SP (Li et al., arXiv:1802.01483) or, weighed by the Fisher information, of elastic weight
-consolidation (Kirkpatrick et al., arXiv:1612.00796). It is decoupled from the gradient, as weight decay is (RecAdam,
-Chen et al., arXiv:2004.12651): neither clipped nor scaled by the optimizer's moments. Each step it is the proximal one
-of strength / 2 * sum of fisher * (weight - anchor)^2, so that no strength is too large. The average is exponential.
+The pull is that of L2-SP (Li et al., arXiv:1802.01483) or, weighted by the Fisher information, of
+elastic weight consolidation (Kirkpatrick et al., arXiv:1612.00796). Like weight decay it is
+decoupled from the gradient (RecAdam, Chen et al., arXiv:2004.12651): it is neither clipped nor
+scaled by the optimizer's moments. Each step is the proximal step of
+strength / 2 * sum of fisher * (weight - anchor)^2, so that no strength is too large. The average is
+exponential.
 
-Where weights began, their Fisher information and their average are further state of the optimizer, element by element:
-they are sharded, saved and resharded with it. New weights (a head, an adapter) have no place to be pulled to: their
-anchor is NaN. A step that changes nothing does none of this.
+Initial weights ("anchor"), Fisher information and average are further element-wise state of the
+optimizer: they are sharded, saved and resharded with it. New weights (a head, an adapter) have no
+initial value to be pulled to; their anchor is NaN. If an update is skipped, so are the
+regularizers.
 """
 
 from __future__ import annotations
@@ -19,9 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dist_ft.config.sections.tuning import TuningSection
-from dist_ft.model.adapters.added_layers import (
-    is_added,
-)
+from dist_ft.model.adapters.added_layers import is_added
 
 if TYPE_CHECKING:
     from dist_ft.engine.base import StateSlice
@@ -31,12 +32,12 @@ ANCHOR, FISHER, AVERAGE = "anchor", "fisher", "ema"
 
 @dataclass(frozen=True)
 class Regularizers:
-    """What is done after each step of the optimizer.
+    """The regularizers of a run.
 
     Attributes:
-        strength: of the pull to where weights began, times the learning rate each step.
+        strength: of the pull to the initial weights; multiplied by the learning rate in each step.
         decay: of the average.
-        keys: the state this needs.
+        keys: optimizer state that is needed.
     """
 
     strength: float = 0.0
@@ -45,28 +46,34 @@ class Regularizers:
 
     @classmethod
     def from_config(cls, section: TuningSection) -> Regularizers:
-        """Return those of a run."""
-        anchor = {"none": (), "l2": (ANCHOR,), "ewc": (ANCHOR, FISHER)}[section.anchor.method]
-        return cls(
-            section.anchor.strength,
-            section.ema_decay,
-            (*anchor, *((AVERAGE,) if section.ema_decay else ())),
-        )
+        """Return the regularizers that the config enables."""
+        keys_by_method = {"none": (), "l2": (ANCHOR,), "ewc": (ANCHOR, FISHER)}
+        keys: tuple[str, ...] = keys_by_method[section.anchor.method]
+        if section.ema_decay:
+            keys = (*keys, AVERAGE)
+        return cls(section.anchor.strength, section.ema_decay, keys)
 
-    def ensure(self, optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor]) -> None:
-        """Make room for the state beside what the optimizer has of `tensors`."""
-        for tensor in tensors if self.keys else ():
+    def create_state(
+        self, optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor]
+    ) -> None:
+        """Add the regularizers' state to the optimizer's state of `tensors`."""
+        if not self.keys:
+            return
+        for tensor in tensors:
             for key in self.keys:
                 optimizer.state[tensor][key] = torch.zeros_like(tensor, requires_grad=False)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Pull and average the weights in the optimizer's groups."""
-        for group in optimizer.param_groups if self.keys else ():
+        """Pull the weights in the optimizer's groups to their anchors, and update their average."""
+        if not self.keys:
+            return
+        for group in optimizer.param_groups:
             for weight in group["params"]:
                 state = optimizer.state[weight]
                 if ANCHOR in state:
-                    pull_to_anchor(weight, state[ANCHOR], group["lr"] * self.strength, state.get(FISHER))
+                    rate = group["lr"] * self.strength
+                    pull_to_anchor(weight, state[ANCHOR], rate, state.get(FISHER))
                 if AVERAGE in state:
                     state[AVERAGE].lerp_(weight, 1 - self.decay)
 
@@ -74,26 +81,39 @@ class Regularizers:
 def pull_to_anchor(
     weight: torch.Tensor, anchor: torch.Tensor, rate: float, fisher: torch.Tensor | None = None
 ) -> None:
-    """Move `weight` to its `anchor`, in place, where that is a number: by rate * fisher / (1 + rate * fisher)."""
+    """Move `weight` towards its `anchor` in place, by rate * fisher / (1 + rate * fisher).
+
+    Elements whose anchor is NaN stay unchanged.
+    """
     share = rate / (1 + rate) if fisher is None else fisher * rate / (1 + fisher * rate)
     weight.add_((anchor - weight).nan_to_num_(nan=0.0) * share)
 
 
-def initialize_state(slots: Callable[[], Iterable[StateSlice]], new: Set[str]) -> None:
-    """Note the weights a run begins with as anchor and average; those `new`, or added to the model, have no anchor."""
-    held: dict[tuple[str, int], torch.Tensor] = {}
-    for slot in slots():
-        if slot.key == "param":
-            held[slot.name, slot.offset] = slot.read().float().cpu()
-        elif slot.key in (ANCHOR, AVERAGE):
-            values = held[slot.name, slot.offset]
-            free = slot.key == ANCHOR and (slot.name in new or is_added(slot.name))
-            slot.write(torch.full_like(values, torch.nan) if free else values.clone())
+def initialize_state(
+    state_slices: Callable[[], Iterable[StateSlice]], new_weights: Set[str]
+) -> None:
+    """Store the initial weights of a run as anchor and average.
+
+    Args:
+        state_slices: the engine's.
+        new_weights: names of weights without an anchor; neither have weights of an adapter.
+    """
+    weights: dict[tuple[str, int], torch.Tensor] = {}
+    for part in state_slices():
+        if part.key == "param":
+            weights[part.name, part.offset] = part.read().float().cpu()
+        elif part.key in (ANCHOR, AVERAGE):
+            values = weights[part.name, part.offset]
+            is_new = part.name in new_weights or is_added(part.name)
+            if part.key == ANCHOR and is_new:
+                part.write(torch.full_like(values, torch.nan))
+            else:
+                part.write(values.clone())
 
 
 @torch.no_grad()
 def accumulate_fisher(optimizer: torch.optim.Optimizer) -> None:
-    """Add the squared gradient of the weights in the optimizer's groups to their Fisher information."""
+    """Add the squared gradients of the weights in the optimizer's groups to their Fisher state."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.grad is not None:
@@ -101,16 +121,16 @@ def accumulate_fisher(optimizer: torch.optim.Optimizer) -> None:
 
 
 def scale_fisher(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply all Fisher information."""
+    """Multiply all Fisher state by `factor`."""
     for state in optimizer.state.values():
         state[FISHER].mul_(factor)
 
 
 @torch.no_grad()
 def swap_average(optimizer: torch.optim.Optimizer) -> None:
-    """Let all weights and their averages change places; done twice, all is as before, to the last bit."""
+    """Swap all weights with their averages; a second call undoes it to the last bit."""
     for weight, state in optimizer.state.items():
         if AVERAGE in state:
-            before = weight.detach().clone()
+            previous = weight.detach().clone()
             weight.copy_(state[AVERAGE])
-            state[AVERAGE].copy_(before)
+            state[AVERAGE].copy_(previous)

@@ -1,70 +1,88 @@
-"""The plain engine: one process, PyTorch alone. It defines what the sharded engines must equal."""
+"""The plain engine: one process, only PyTorch. It is the reference for the sharded engines."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from typing_extensions import override
 
 from dist_ft.config.schema import OptimizerSection
 from dist_ft.data.batch import Batch
 from dist_ft.engine import optimizers
-from dist_ft.engine.base import Engine, StateSlice, seed_random
+from dist_ft.engine.base import (
+    Engine,
+    GenerationModel,
+    LossAndOutputs,
+    StateSlice,
+    seed_random,
+)
 from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.model.adversarial import Adversary, train_lane
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
 def tensor_slice(name: str, key: str, tensor: torch.Tensor, owned: bool = True) -> StateSlice:
-    """Return the slot of a whole tensor that lies in this process."""
+    """Return the state slice of a tensor that is whole in this process."""
+
+    def read() -> torch.Tensor:
+        return tensor.detach().reshape(-1)
 
     def write(values: torch.Tensor) -> None:
         with torch.no_grad():
             tensor.copy_(values.view(tensor.shape))
 
-    return StateSlice(name, key, 0, tensor.numel(), owned, lambda: tensor.detach().reshape(-1), write)
+    return StateSlice(name, key, 0, tensor.numel(), owned, read, write)
 
 
 class TorchEngine(Engine):
-    """Forward, backward and update in this process, with float32 masters beside bfloat16 weights."""
+    """Trains in this process, with float32 master weights for bfloat16 weights."""
 
     def __init__(
         self,
         module: TrainableModel,
         section: OptimizerSection,
         device: torch.device,
-        by_depth: bool = False,
+        group_by_depth: bool = False,
         adversary: Adversary | None = None,
-        guards: Regularizers | None = None,
+        regularizers: Regularizers | None = None,
     ) -> None:
+        """Move the model to `device` and create the optimizer with its state.
+
+        Args:
+            module: the model.
+            section: the optimizer settings.
+            device: where to train.
+            group_by_depth: use one parameter group per depth, for `update`'s `depth_scale`.
+            adversary: perturbs embeddings in training.
+            regularizers: run after each optimizer step.
+        """
         self.device = device
         self._adversary = adversary
-        self._guards = guards or Regularizers()
+        self._regularizers = regularizers or Regularizers()
         self.module = module.to(device).train()
         self._section = section
         self._parameters = parameters_by_name(module)
-        self._learned = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._masters = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for name, p in self._learned.items()
+            for name, p in self._trained.items()
         }
+
         groups = optimizers.param_groups(
             self._masters,  # type: ignore[arg-type]
             section.weight_decay,
-            by_depth,
+            group_by_depth,
             section.decay_exempt,
         )
         self.optimizer = optimizers.build_optimizer(groups, section)
         optimizers.create_state(
             self.optimizer, section.name, section.momentum, self._masters.values()
         )
-        self._deal_ranks(module.rank_schedule, self.optimizer)
-        self._guards.ensure(self.optimizer, self._masters.values())
+        self._update_ranks_after_steps(module.rank_schedule, self.optimizer)
+        self._regularizers.create_state(self.optimizer, self._masters.values())
 
     @override
     def accumulate(
@@ -78,43 +96,44 @@ class TorchEngine(Engine):
                 seed_random(seed, self.device)
                 return self.module(**inputs)
 
-            def backward(loss: torch.Tensor, weight: float = 1.0, last: bool = True) -> None:
+            def backward(loss: torch.Tensor, weight: float = 1.0, is_last: bool = True) -> None:
                 (loss * weight / num_target_tokens).backward()
-                self._collect()
+                self._accumulate_in_masters()
 
             loss_sum += train_lane(self._adversary, forward, backward, forward)
         return loss_sum.item()
 
-    def _collect(self) -> None:
-        """Add 16-bit gradients to those of the float32 masters, so that lanes are summed without rounding."""
+    def _accumulate_in_masters(self) -> None:
+        """Add 16-bit gradients to those of the float32 masters, to sum lanes without rounding."""
         for name, master in self._masters.items():
-            parameter = self._learned[name]
-            if master is not parameter and parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad.float(), None
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter = self._trained[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient, parameter.grad = parameter.grad.float(), None
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @override
     def update(
         self,
         learning_rate: float,
         grad_norm_limit: float = math.inf,
-        of_depth: Callable[[int], float] | None = None,
+        depth_scale: Callable[[int], float] | None = None,
     ) -> float:
-        limit = self._section.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), limit).item()
+        clip_norm = self._section.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), clip_norm).item()
         if norm <= grad_norm_limit and math.isfinite(norm):
-            optimizers.set_learning_rate(self.optimizer, learning_rate, of_depth)
+            optimizers.set_learning_rate(self.optimizer, learning_rate, depth_scale)
             self.optimizer.step()
-            self._guards.after_step(self.optimizer)
-            self._copy_back()
+            self._regularizers.after_step(self.optimizer)
+            self._copy_from_masters()
         self.optimizer.zero_grad()
         return norm
 
-    def _copy_back(self) -> None:
+    def _copy_from_masters(self) -> None:
         with torch.no_grad():
             for name, master in self._masters.items():
-                if master is not self._learned[name]:
-                    self._learned[name].copy_(master)
+                if master is not self._trained[name]:
+                    self._trained[name].copy_(master)
 
     @torch.no_grad()
     @override
@@ -127,20 +146,21 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     @override
-    def loss_and_outputs(self, batch: Batch) -> tuple[float, np.ndarray]:
+    def loss_and_outputs(self, batch: Batch) -> LossAndOutputs:
         self.module.eval()
         try:
-            loss, outputs = self.module(**self.module.prepare_inputs(batch, self.device), return_outputs=True)
-            return loss.item(), outputs.float().cpu().numpy()
+            inputs = self.module.prepare_inputs(batch, self.device)
+            loss, outputs = self.module(**inputs, return_outputs=True)
+            return LossAndOutputs(loss.item(), outputs.float().cpu().numpy())
         finally:
             self.module.train()
 
     @contextmanager
     @override
-    def generation_mode(self) -> Iterator[tuple[Any, bool]]:
+    def generation_mode(self) -> Iterator[GenerationModel]:
         self.module.eval()
         try:
-            yield self.module.model, False
+            yield GenerationModel(self.module.model, is_collective=False)
         finally:
             self.module.train()
 
@@ -149,7 +169,7 @@ class TorchEngine(Engine):
         self.module.eval()
         try:
             self.module(**self.module.prepare_inputs(batch, self.device)).backward()
-            self._collect()
+            self._accumulate_in_masters()
             accumulate_fisher(self.optimizer)
         finally:
             self.module.train()
@@ -162,7 +182,7 @@ class TorchEngine(Engine):
     @override
     def swap_average(self) -> None:
         swap_average(self.optimizer)
-        self._copy_back()
+        self._copy_from_masters()
 
     @override
     def state_slices(self) -> Iterator[StateSlice]:
@@ -170,34 +190,38 @@ class TorchEngine(Engine):
             if name not in self._masters:
                 yield tensor_slice(name, "frozen", parameter)
                 continue
-            yield tensor_slice(name, "param", self._masters[name])
-            for key, value in self.optimizer.state[self._masters[name]].items():
+            master = self._masters[name]
+            yield tensor_slice(name, "param", master)
+            for key, value in self.optimizer.state[master].items():
                 if torch.is_tensor(value) and key != "step":
                     yield tensor_slice(name, key, value)
         yield from buffer_slices(self.module)
 
     @override
     def frozen_parameters(self) -> frozenset[str]:
-        return frozenset(self._parameters.keys() - self._learned.keys())
+        return frozenset(self._parameters.keys() - self._trained.keys())
 
     @override
     def optimizer_step(self) -> int:
-        steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
-        return steps[0] if steps else 0
+        return optimizers.get_step(self.optimizer)
 
     @override
     def finish_load(self, optimizer_step: int) -> None:
         optimizers.set_step(self.optimizer, optimizer_step)
-        self._copy_back()
+        self._copy_from_masters()
 
 
 def buffer_slices(
-    module: TrainableModel, owned: Callable[[int], bool] = lambda index: True
+    module: TrainableModel, is_owned: Callable[[int], bool] = lambda index: True
 ) -> Iterator[StateSlice]:
-    """Iterate over the buffers that belong to the model's saved state."""
-    persistent = set(module.state_dict().keys()) - {
-        name for name, _ in module.named_parameters(remove_duplicate=False)
-    }
+    """Iterate over the buffers that are part of the model's saved state.
+
+    Args:
+        module: the model.
+        is_owned: whether this worker saves the buffer of an index.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    persistent = set(module.state_dict().keys()) - parameters
     buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]
     for index, (name, tensor) in enumerate(buffers):
-        yield tensor_slice(name.removeprefix("model."), "buffer", tensor, owned(index))
+        yield tensor_slice(name.removeprefix("model."), "buffer", tensor, is_owned(index))

@@ -1,7 +1,8 @@
-"""Is what the engine holds what the files say? Asked before step 1, of every parameter, under every ZeRO stage.
+"""Compares the engine's weights with the model files before step 1, under every ZeRO stage.
 
-transformers can leave a weight re-initialised without saying so, and a wrong fragment address would corrupt every
-checkpoint; both show as a difference between a slot and the same elements in the safetensors files.
+transformers can leave a weight randomly initialized without a warning, and a wrong fragment address
+would corrupt every checkpoint. Both show as a difference between a state slice and the same
+elements in the safetensors files.
 """
 
 from __future__ import annotations
@@ -17,70 +18,94 @@ import torch
 from dist_ft.core.errors import ModelError
 from dist_ft.engine.base import StateSlice
 
-ELEMENTS = 256
-"""Compared at the start of each slot: enough to tell weights from noise, cheap at any model size."""
+MAX_COMPARED = 256
+"""Elements compared per slice: enough to distinguish weights from noise, and fast for any model."""
 
 
 def files_by_tensor(folder: str) -> dict[str, Path]:
-    """Return which safetensors file of a model folder holds which tensor."""
+    """Return the safetensors file of a model folder that contains each tensor."""
     from safetensors import safe_open
 
     index = Path(folder) / "model.safetensors.index.json"
     if index.exists():
         names = json.loads(index.read_text("utf-8"))["weight_map"]
         return {name: Path(folder) / file for name, file in names.items()}
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found.update(dict.fromkeys(opened.keys(), file))
-    return found
+
+    files: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    return files
 
 
 def verify_weights(
-    slots: Iterable[StateSlice],
+    state: Iterable[StateSlice],
     folder: str,
     dtype: torch.dtype,
     name_in_files: Callable[[str], str] = lambda name: name,
     prefix: str = "",
 ) -> int:
-    """Compare this worker's weights with the files in `folder`; return how many parameters were compared.
+    """Compare this worker's weights with the files in `folder`; return the number of slices.
 
-    `name_in_files` maps a slot's name to the tensor's; files of a model without its head leave out the `prefix` of its
-    body, and files of one with a head have it. Parameters that transformers renames or fuses on loading have
-    no tensor of their name and are left to its own report of missing keys. Raises ModelError for the first that
-    differs.
+    Parameters that transformers renames or fuses when it loads a model have no tensor of their
+    name; transformers itself reports missing keys of those.
+
+    Args:
+        state: the engine's state slices.
+        folder: the model folder.
+        dtype: the type the weights were loaded in.
+        name_in_files: maps a parameter's name to that of the tensor.
+        prefix: of the base model's tensors, which files of a model without a head do not have.
+
+    Raises:
+        ModelError: a weight differs.
     """
     from safetensors import safe_open
 
     files = files_by_tensor(folder)
-    compared = 0
-    for slot in slots:
-        mapped = name_in_files(slot.name)
-        name = next(
-            (one for one in (mapped, mapped.removeprefix(prefix), prefix + mapped) if one in files),
-            "",
-        )
-        if slot.key not in ("param", "frozen") or not name or not mapped or slot.numel == 0:
+    num_compared = 0
+    for part in state:
+        if part.key not in ("param", "frozen") or part.numel == 0:
             continue
-        with safe_open(files[name], framework="pt") as opened:
-            want = _elements(opened.get_slice(name), slot.offset, min(ELEMENTS, slot.numel))
-        got = slot.read()[: len(want)].float().cpu()
-        if not (
-            torch.equal(got, want.to(dtype).float()) or torch.equal(got, want.float())
-        ):  # some stay in float32
+        name = _find_tensor(files, name_in_files(part.name), prefix)
+        if not name:
+            continue
+
+        with safe_open(files[name], framework="pt") as file:
+            num_elements = min(MAX_COMPARED, part.numel)
+            expected = _read_elements(file.get_slice(name), part.offset, num_elements)
+        actual = part.read()[: len(expected)].float().cpu()
+        # some weights stay in float32 whatever the type of the model
+        is_equal = torch.equal(actual, expected.to(dtype).float()) or torch.equal(
+            actual, expected.float()
+        )
+        if not is_equal:
             raise ModelError(
-                f"{name}: the weights in memory (elements from {slot.offset}) are not those of "
-                f"{files[name]}; they were re-initialised or misplaced while loading; the run stops before step 1"
+                f"{name}: the weights in memory (elements from {part.offset}) differ from those in "
+                f"{files[name]}; they were initialized again or misplaced while loading; the run "
+                "stops before step 1"
             )
-        compared += 1
-    return compared
+        num_compared += 1
+    return num_compared
 
 
-def _elements(tensor: Any, offset: int, count: int) -> torch.Tensor:
-    """Return `count` flat elements from `offset` of a tensor in a file, reading just the rows they are in."""
+def _find_tensor(files: dict[str, Path], name: str, prefix: str) -> str:
+    """Return `name` as it is in the files, with or without `prefix`; "" if it is not."""
+    if not name:
+        return ""
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in files:
+            return candidate
+    return ""
+
+
+def _read_elements(tensor: Any, offset: int, count: int) -> torch.Tensor:
+    """Return `count` flat elements from `offset` of a tensor in a file; reads only their rows."""
     shape = tensor.get_shape()
     if not shape:
         return tensor[...].reshape(-1)
-    width = math.prod(shape[1:])
-    first, last = offset // width, (offset + count - 1) // width
-    return tensor[first : last + 1].reshape(-1)[offset - first * width :][:count]
+    row_size = math.prod(shape[1:])
+    first_row = offset // row_size
+    last_row = (offset + count - 1) // row_size
+    elements = tensor[first_row : last_row + 1].reshape(-1)
+    return elements[offset - first_row * row_size :][:count]

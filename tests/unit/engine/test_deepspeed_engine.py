@@ -34,18 +34,18 @@ from dist_ft.model.loading.load import load_causal_lm
 from dist_ft.core.world import World
 
 dist.init_process_group("gloo")
-sharded.start(False)
+sharded.attach_to_process_group(False)
 logging.disable(logging.WARNING)
 
 def build(stage, dtype, name, dropout, **changes):
     momentum = 0.9 if name == "sgd" else 0.0
     config = run_config("unused", zero={"stage": stage}, cluster={"workers": 1}, model={"dtype": dtype},
                         optimizer={"name": name, "momentum": momentum, "learning_rate": 1e-2})
-    settings = ds_config.build(config)
+    settings = ds_config.build_deepspeed_config(config)
     folder = sys.argv[2] + "-".join(["", *changes])
     if not os.path.exists(folder):
         make_model("gpt2", **changes).save_pretrained(folder)
-    with sharded.loading(settings):
+    with sharded.zero_init(settings):
         module = CausalLM(load_causal_lm(ModelSection(path=folder, dtype=dtype, dropout=dropout)))
     return sharded.DeepSpeedEngine(module, config.optimizer, settings, World())
 
@@ -53,13 +53,13 @@ found = {}
 for case in json.loads(sys.argv[1]):
     plain = train(build(*case, 0.0), range(3)) if case[1] == "float32" else []
     engine = build(*case, 0.1)
-    at_start = sorted({slot.key for slot in engine.slots()})
+    at_start = sorted({slot.key for slot in engine.state_slices()})
     train(engine, range(3))
-    saved = {(s.name, s.key): s.read().clone() for s in engine.slots()}
+    saved = {(s.name, s.key): s.read().clone() for s in engine.state_slices()}
     step, want = engine.optimizer_step(), train(engine, range(3, 5))
     other = build(*case, 0.1, initializer_range=0.5)
-    whole = {(s.name, s.key): s.numel for s in other.slots()} == {where: len(v) for where, v in saved.items()}
-    for slot in other.slots():
+    whole = {(s.name, s.key): s.numel for s in other.state_slices()} == {where: len(v) for where, v in saved.items()}
+    for slot in other.state_slices():
         slot.write(saved[slot.name, slot.key])
     other.finish_load(step)
     found["-".join(map(str, case))] = {
@@ -75,7 +75,7 @@ dist.destroy_process_group()
 def found(tmp_path_factory) -> dict[str, dict]:
     """What every case gave, from one process."""
     out = tmp_path_factory.mktemp("deepspeed") / "model"
-    port = ports.free()
+    port = ports.find_free_port()
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

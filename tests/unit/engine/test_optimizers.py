@@ -67,7 +67,7 @@ def test_weights_named_do_not_decay_either():
     assert groups[1]["params"][0] is held[first] and len(names) == 6
     with pytest.raises(
         ModelError,
-        match=r"optimizer.decay_exempt=nothing\.\*: no weight that learns has such a name; ",
+        match=r"optimizer.decay_exempt=nothing\.\*: matches no trainable weight; ",
     ):
         optimizers.param_groups(held, 0.1, exempt=["nothing.*"])
 
@@ -75,7 +75,9 @@ def test_weights_named_do_not_decay_either():
 def test_each_depth_has_its_rate():
     section = OptimizerSection(name="sgd", learning_rate=1.0)
     held = parameters()
-    optimizer = optimizers.build_optimizer(optimizers.param_groups(held, 0.0, by_depth=True), section)
+    optimizer = optimizers.build_optimizer(
+        optimizers.param_groups(held, 0.0, group_by_depth=True), section
+    )
     tuning = TuningSection(layer_decay=0.5, unfreeze_steps=10)
     for step, rates in (
         (0, [0, 0, 0, 0, 1, 1]),
@@ -91,4 +93,6 @@ def test_each_depth_has_its_rate():
             (old - new).flatten()[0].item() for old, new in zip(before, held.values(), strict=True)
         ]
         assert moved == rates, step
-    assert schedule.depth_scale(TuningSection(), 5) is None and not schedule.uses_depth_scale(TuningSection())
+    assert schedule.depth_scale(TuningSection(), 5) is None and not schedule.uses_depth_scale(
+        TuningSection()
+    )

@@ -1,4 +1,4 @@
-"""A model whose packed samples see each other is refused before step 1."""
+"""A model whose packed samples attend to each other is refused before step 1."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_a_model_that_does_not_see_position_ids_is_refused(family, half):
     model = leak(make_model(family, "eager"), position_ids=None)
     with pytest.raises(
         ModelError,
-        match=r"^data\.pack=true: with this model and model\.attention packed samples see each "
-        r"other \(loss \d+\.\d{4} packed, \d+\.\d{4} alone; \d+\.\d{4} and \d+\.\d{4} "
-        r"beside other samples\); set data\.pack=false, or another model\.attention$",
+        match=r"^data\.pack=true: with this model and model\.attention, packed samples attend "
+        r"to each other \(loss \d+\.\d{4} packed, \d+\.\d{4} alone; \d+\.\d{4} and \d+\.\d{4} "
+        r"next to other samples\); set data\.pack=false, or another model\.attention$",
     ):
         require_packing(engine_of(model, half), VOCABULARY, TOLERANCE[half])
 
@@ -52,7 +52,7 @@ def test_what_attends_sample_by_sample_needs_no_position_ids_for_it():
     require_packing(
         engine_of(leak(make_model("llama", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4
     )
-    with pytest.raises(ModelError, match="packed samples see each other"):
+    with pytest.raises(ModelError, match="packed samples attend to each other"):
         require_packing(
             engine_of(leak(make_model("gpt2", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4
         )
@@ -61,7 +61,7 @@ def test_what_attends_sample_by_sample_needs_no_position_ids_for_it():
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_the_default_cache_is_refused(half):
     """The known trap: with a cache transformers does not look for packed samples, though positions start again."""
-    with pytest.raises(ModelError, match="packed samples see each other"):
+    with pytest.raises(ModelError, match="packed samples attend to each other"):
         require_packing(
             engine_of(leak(make_model("llama", "eager"), use_cache=True), half),
             VOCABULARY,
@@ -77,7 +77,7 @@ def test_a_leak_too_small_for_the_sum_is_found():
             parameter.mul_(0.6)
     with pytest.raises(ModelError) as caught:
         require_packing(engine_of(model, True), VOCABULARY, 5e-2)
-    assert "packed samples see each other" in str(caught.value)
+    assert "packed samples attend to each other" in str(caught.value)
 
 
 def test_a_loss_that_is_no_number_is_refused():

@@ -25,7 +25,7 @@ def make(section, name="sgd", new=frozenset(), **fields):
         make_module(),
         OptimizerSection(name=name, **fields),
         torch.device("cpu"),
-        guards=Regularizers.from_config(TuningSection(**section)),
+        regularizers=Regularizers.from_config(TuningSection(**section)),
     )
     regularizers.initialize_state(engine.state_slices, new)
     return engine

@@ -38,7 +38,9 @@ def test_values(fields, want):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_after_the_end_it_stays_at_the_least(name):
     section = ScheduleSection(name=name, min_ratio=0.1)
-    assert [learning_rate_factor(section, step, 10) for step in (10, 11, 99)] == pytest.approx([0.1] * 3)
+    assert [learning_rate_factor(section, step, 10) for step in (10, 11, 99)] == pytest.approx(
+        [0.1] * 3
+    )
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])

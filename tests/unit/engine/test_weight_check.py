@@ -55,8 +55,8 @@ def test_one_weight_that_was_initialised_anew(folder, name, size):
     with pytest.raises(ModelError) as caught:
         verify_weights(parts(size, engine), folder, torch.float32)
     assert str(caught.value) == (
-        f"{name}: the weights in memory (elements from 0) are not those of {folder}/model.safetensors; they were "
-        "re-initialised or misplaced while loading; the run stops before step 1"
+        f"{name}: the weights in memory (elements from 0) differ from those in "
+        f"{folder}/model.safetensors; they were initialized again or misplaced while loading; the run stops before step 1"
     )
 
 
@@ -71,7 +71,7 @@ def test_a_shifted_offset(folder, shift):
     slots[index] = replace(slots[index], offset=200 + shift)
     with pytest.raises(
         ModelError,
-        match=rf"up_proj\.weight: the weights in memory \(elements from {200 + shift}\) are not",
+        match=rf"up_proj\.weight: the weights in memory \(elements from {200 + shift}\) differ",
     ):
         verify_weights(slots, folder, torch.float32)
 
@@ -101,9 +101,9 @@ def test_sharded_files_and_names_that_are_not_in_them(folder, tmp_path):
     make_model().save_pretrained(tmp_path / "many", max_shard_size="20KB")
     files = files_by_tensor(str(tmp_path / "many"))
     assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder))
-    assert verify_weights(make_engine().state_slices(), str(tmp_path / "many"), torch.float32) == len(
-        files
-    )
+    assert verify_weights(
+        make_engine().state_slices(), str(tmp_path / "many"), torch.float32
+    ) == len(files)
     renamed = [replace(slot, name="other." + slot.name) for slot in make_engine().state_slices()]
     assert verify_weights(renamed, folder, torch.float32) == 0
 
@@ -116,11 +116,14 @@ def test_files_without_the_head_or_with_it(folder):
     }
     save_file(body, f"{folder}/model.safetensors")
     assert verify_weights(make_engine().state_slices(), folder, torch.float32) < len(names)
-    assert verify_weights(make_engine().state_slices(), folder, torch.float32, prefix="model.") == len(
-        names
-    )
+    assert verify_weights(
+        make_engine().state_slices(), folder, torch.float32, prefix="model."
+    ) == len(names)
     save_file({f"model.{name}": one for name, one in body.items()}, f"{folder}/model.safetensors")
-    bare = [replace(slot, name=slot.name.removeprefix("model.")) for slot in make_engine().state_slices()]
+    bare = [
+        replace(slot, name=slot.name.removeprefix("model."))
+        for slot in make_engine().state_slices()
+    ]
     assert verify_weights(bare, folder, torch.float32, prefix="model.") == len(names)
     save_file({name: one + 1 for name, one in body.items()}, f"{folder}/model.safetensors")
     with pytest.raises(ModelError, match="the weights in memory"):
