@@ -1,4 +1,4 @@
-"""What a run's storage says happened, and whether it is what should have happened."""
+"""Reads what happened in a run from its storage, and checks it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_ft.storage.filesystem import Store
 
 
 def losses(run: str | Path) -> list[float]:
-    """Return the training losses, step by step; every step must be there once."""
+    """Return the training losses, step by step; every step must occur once."""
     lines = [json.loads(line) for line in Store(str(run)).read("metrics.jsonl").splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, len(train) + 1))
@@ -32,13 +32,15 @@ def ledger(run: str | Path) -> np.ndarray:
 
 
 def require_same(run: Path, other: Path) -> None:
-    """Fail unless two runs of any worlds saw the same samples at each step and place, with losses within 1e-5."""
+    """Fail unless two runs of any worlds used the same samples at each step, with losses within
+    1e-5."""
     assert losses(run) == pytest.approx(losses(other), abs=1e-5)
     assert sorted(map(tuple, ledger(run).tolist())) == sorted(map(tuple, ledger(other).tolist()))
 
 
 def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
-    """Fail unless the ledger holds, step by step, just the plan's pieces, and each epoch every piece once."""
+    """Fail unless the ledger holds the plan's segments of each step, and every segment once an
+    epoch."""
     config = load_config(document)
     data = loaders(config, Store(str(run)))
     try:
@@ -48,9 +50,9 @@ def require_exactly_once(run: str | Path, document: dict[str, Any]) -> None:
         for step in range(total):
             consumed = rows[rows[:, 0] == step][:, [2, 3, 4, 5, 1]]
             planned = [
-                (batch.lane, *piece)
+                (batch.lane, *segment)
                 for batch in loader.batches(step, range(config.num_lanes))
-                for piece in batch.segments.tolist()
+                for segment in batch.segments.tolist()
             ]
             assert sorted(map(tuple, consumed.tolist())) == sorted(planned), f"step {step}"
         for epoch in range(config.schedule.epochs or 0):

@@ -1,4 +1,5 @@
-"""A Ray cluster with token authentication, started by launch/cluster.sh, and a TCP proxy before it that cuts connections."""
+"""A Ray cluster with token authentication (launch/cluster.sh), and a TCP proxy that cuts
+connections to it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ import ports
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Watched:
-    """A command that runs: `said` is its stdout so far, `noted` its stderr."""
+class RunningCommand:
+    """A command that runs in the background."""
 
     def __init__(self, command: list[str], cwd: Path, out: Path, env: dict[str, str]) -> None:
         self._out, self._err = out, out.with_suffix(".err")
@@ -29,27 +30,36 @@ class Watched:
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
 
     @property
-    def said(self) -> str:
+    def stdout(self) -> str:
+        """Its standard output so far."""
         return self._out.read_text()
 
     @property
-    def noted(self) -> str:
+    def stderr(self) -> str:
+        """Its standard error so far."""
         return self._err.read_text()
 
     def wait_for(self, text: str, timeout_s: float = 200) -> None:
-        """Wait until it has said or noted `text`."""
+        """Wait until its output contains `text`."""
         until = time.monotonic() + timeout_s
-        while text not in self.said + self.noted:
-            over = self.process.poll() is not None or time.monotonic() > until
-            assert not over, (
-                f"{self.process.poll()}; not said: {text!r}\n{self.said[-3000:]}\n{self.noted[-2000:]}"
+        while text not in self.stdout + self.stderr:
+            has_failed = self.process.poll() is not None or time.monotonic() > until
+            assert not has_failed, (
+                f"{self.process.poll()}; not in its output: {text!r}\n"
+                f"{self.stdout[-3000:]}\n{self.stderr[-2000:]}"
             )
             time.sleep(0.1)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One that runs. `env`: what a shell that may ask it has; `folder`: its token and logs."""
+    """A running cluster.
+
+    Attributes:
+        url: of its job server.
+        folder: its token and logs.
+        env: environment variables of a shell that has access.
+    """
 
     url: str
     folder: Path
@@ -59,9 +69,9 @@ class Cluster:
     def token(self) -> str:
         return (self.folder / "token").read_text()
 
-    def start(self, *arguments: str, cwd: Path, out: Path, **env: str) -> Watched:
-        """Start `dist-ft` as a person would; what it says goes to files."""
-        return Watched(
+    def start(self, *arguments: str, cwd: Path, out: Path, **env: str) -> RunningCommand:
+        """Start `dist-ft` as a person would; its output goes to files."""
+        return RunningCommand(
             [sys.executable, "-m", "dist_ft.cli", *arguments], cwd, out, {**self.env, **env}
         )
 
@@ -81,14 +91,16 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(cpus: int = 4, **env: str) -> Iterator[Cluster]:
-    """Start one, whose nodes have `env` besides, and end it."""
-    folder = Path(tempfile.mkdtemp(prefix="dft-"))  # a short path: Ray's sockets lie in it
+    """Start a cluster whose nodes also have the variables `env`, and end it afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="dft-"))  # a short path, because Ray's sockets are in it
     port = next(
-        port for port in iter(ports.free, 0) if all(_is_free(port + more) for more in (1, 2))
+        port
+        for port in iter(ports.find_free_port, 0)
+        if all(_is_free(port + more) for more in (1, 2))
     )
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {
-        **kept,
+        **inherited,
         "DIST_FT_CLUSTER": str(folder),
         "DIST_FT_CLUSTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -129,8 +141,9 @@ def _is_free(port: int) -> bool:
     return True
 
 
-class Cutter:
-    """Passes TCP connections on to a port; `cut` breaks all there are, and new ones are accepted again."""
+class CuttableProxy:
+    """Forwards TCP connections to a port; `cut` breaks the open ones, and new ones are accepted
+    again."""
 
     def __init__(self, port: int) -> None:
         self._to, self._open, self.num_cut = port, set[socket.socket](), 0
@@ -141,13 +154,13 @@ class Cutter:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                here, _ = self._listening.accept()
-                there = socket.create_connection(("127.0.0.1", self._to))
-                self._open |= {here, there}
-                for source, sink in ((here, there), (there, here)):
-                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+                client, _ = self._listening.accept()
+                upstream = socket.create_connection(("127.0.0.1", self._to))
+                self._open |= {client, upstream}
+                for source, sink in ((client, upstream), (upstream, client)):
+                    threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
@@ -157,13 +170,13 @@ class Cutter:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """Break every connection there is."""
+        """Break every open connection."""
         for end in list(self._open):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
                 self.num_cut += 1
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop accepting connections, and break the open ones."""
         self._listening.close()
         self.cut()

@@ -1,6 +1,8 @@
-"""Machines of their own: network namespaces in which `ray start` runs, as on rented nodes, with token authentication.
+"""Machines in network namespaces that run `ray start` with token authentication, as on rented
+nodes.
 
-The first is the head and has no CPU to give. The test's own side is the laptop: it submits, watches, and holds the bucket.
+The first is the head and offers no CPU. The test's own side is the laptop: it submits runs, follows
+them, and holds the bucket.
 """
 
 from __future__ import annotations
@@ -18,24 +20,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import namespaces
-from job_cluster import ROOT, Cluster, Watched
+from job_cluster import ROOT, Cluster, RunningCommand
 
 GCS_PORT, JOB_PORT, AGENT_PORT = 6379, 8265, 52365
 
 
 class Machines:
-    """What a test does to them. Numbers: 0 is the head, 1 and more are nodes with one CPU. `env`: what each of them has."""
+    """Controls the machines: number 0 is the head, the others are nodes with one CPU.
+
+    Attributes:
+        env: environment variables of each machine.
+        head: address of the head.
+    """
 
     def __init__(self, places: list[tuple[str, str]], folder: Path) -> None:
         self._places, self._folder = places, folder
         (folder / "token").write_text(secrets.token_hex(32))
-        kept = {
+        inherited = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("RAY_", "GLOO_", "AWS_"))
         }
         self.env = {
-            **kept,
+            **inherited,
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": str(ROOT),
@@ -47,16 +54,15 @@ class Machines:
 
     @property
     def laptop(self) -> Cluster:
-        """The cluster as it is seen from the test's own side."""
+        """The cluster as the test's own side sees it."""
         url = f"http://{self.head}:{JOB_PORT}"
         return Cluster(url, self._folder, {**self.env, "RAY_API_SERVER_ADDRESS": url})
 
     def start(self, number: int, timeout_s: float = 120) -> None:
-        """Start Ray on a machine, and wait until the cluster has it."""
+        """Start Ray on a machine, and wait until it has joined the cluster."""
         address = self._places[number][1]
-        own = Path(
-            tempfile.mkdtemp(prefix=f"{number}-", dir=self._folder)
-        )  # as a machine's /tmp, empty after a start
+        # Like a machine's /tmp: empty after a start.
+        own = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=self._folder))
         head = [
             "--num-cpus=0",
             "--head",
@@ -65,7 +71,7 @@ class Machines:
             f"--dashboard-port={JOB_PORT}",
         ]
         join = ["--num-cpus=1", f"--address={self.head}:{GCS_PORT}"]
-        with open(own / "said", "w") as said:
+        with open(own / "output", "w") as output:
             process = subprocess.Popen(
                 [
                     *self._inside(number),
@@ -81,17 +87,17 @@ class Machines:
                 ],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
             )
         until = time.monotonic() + timeout_s
-        while "Ray runtime started" not in (told := (own / "said").read_text()):
-            assert process.poll() is None and time.monotonic() < until, told[-3000:]
+        while "Ray runtime started" not in (text := (own / "output").read_text()):
+            assert process.poll() is None and time.monotonic() < until, text[-3000:]
             time.sleep(0.2)
 
     def drain(self, number: int, seconds: float) -> None:
-        """Say on a machine that it will be taken away, as the hook of a pod does."""
-        own = subprocess.run(
+        """Announce on a machine that it will be taken away, as a pod's preStop hook does."""
+        node_id = subprocess.run(
             [
                 *self._inside(0),
                 sys.executable,
@@ -111,7 +117,7 @@ class Machines:
                 "ray",
                 "drain-node",
                 f"--address={self.head}:{GCS_PORT}",
-                f"--node-id={own.stdout.split()[-1]}",
+                f"--node-id={node_id.stdout.split()[-1]}",
                 "--reason=DRAIN_NODE_REASON_PREEMPTION",
                 "--reason-message=a test",
                 f"--deadline-remaining-seconds={seconds:.0f}",
@@ -125,7 +131,7 @@ class Machines:
         return ["ip", "netns", "exec", self._places[number][0]]
 
     def processes(self, number: int) -> list[int]:
-        """Return the processes of a machine."""
+        """Return the process ids of a machine."""
         found = subprocess.run(
             ["ip", "netns", "pids", self._places[number][0]],
             check=True,
@@ -134,31 +140,31 @@ class Machines:
         )
         return [int(pid) for pid in found.stdout.split()]
 
-    def running(self, number: int) -> str:
-        """Return what runs on a machine, for people."""
+    def describe_processes(self, number: int) -> str:
+        """Return the command lines of a machine's processes, for error messages."""
         found = (Path(f"/proc/{pid}/cmdline") for pid in self.processes(number))
         return "\n".join(
             path.read_text().replace("\0", " ")[:150] for path in found if path.exists()
         )
 
     def kill(self, number: int) -> None:
-        """Switch a machine off: every process there ends, with no good-bye."""
+        """Switch a machine off: kill every process on it."""
         while found := self.processes(number):
             for pid in found:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
 
-    def cut(self, number: int) -> None:
-        """Take its link away."""
-        namespaces.cut(self._places[number][0])
+    def cut_link(self, number: int) -> None:
+        """Take a machine's link down."""
+        namespaces.cut_link(self._places[number][0])
 
-    def join(self, number: int) -> None:
-        """Bring it back."""
-        namespaces.join(self._places[number][0])
+    def restore_link(self, number: int) -> None:
+        """Bring a machine's link up again."""
+        namespaces.restore_link(self._places[number][0])
 
-    def submit(self, config: Path, out: Path) -> Watched:
-        """Submit a run from the laptop and watch it."""
+    def submit(self, config: Path, out: Path) -> RunningCommand:
+        """Submit a run from the laptop and follow it."""
         return self.laptop.start(
             "submit", str(config), "--shared", str(config.parent), cwd=config.parent, out=out
         )
@@ -174,13 +180,13 @@ print(next(node.node_id.hex() for node in found.values() if node.node_manager_ad
 
 @contextlib.contextmanager
 def machines(size: int) -> Iterator[Machines]:
-    """Yield so many, with nothing running on them yet; switch off what runs there afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="dft-"))  # a short path: Ray's sockets lie below it
+    """Yield `size` machines on which nothing runs yet; switch them off afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="dft-"))  # a short path, because Ray's sockets are in it
     with namespaces.star(size) as places:
-        there = Machines(places, folder)
+        created = Machines(places, folder)
         try:
-            yield there
+            yield created
         finally:
             for number in range(size):
-                there.kill(number)
+                created.kill(number)
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Network namespaces of this machine, joined by links that a test cuts or slows. Nothing leaves them."""
+"""Network namespaces of this machine, joined by links that a test cuts or slows down."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 
@@ -22,9 +23,9 @@ MARKS = [
 LINK = "ve0"
 """The name of the link inside every namespace."""
 HOST = "10.213.8.1"
-OURS = re.compile(r"df(\d+)-\w+")
-"""Names carry the process that made them, so that another may clear away what one that was killed left."""
-INSIDE = "/var/run/netns/"
+OWN_NAME = re.compile(r"df(\d+)-\w+")
+"""Names contain the id of the process that created them, so that leftovers can be removed."""
+NETNS_FOLDER = "/var/run/netns/"
 CLONE_NEWNET = 0x40000000
 
 
@@ -32,48 +33,49 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def _own(name: str) -> str:
+def _own_name(name: str) -> str:
     return f"df{os.getpid()}-{name}"
 
 
 def _clear_stale() -> None:
-    """Remove the namespaces and bridges of test processes that are gone."""
+    """Remove the namespaces and bridges of test processes that have ended."""
     bridges = subprocess.run(
         ["ip", "-o", "link", "show", "type", "bridge"], capture_output=True, text=True
     ).stdout
-    places = os.listdir(INSIDE) if os.path.isdir(INSIDE) else []
-    for listing, command in ((" ".join(places), ["netns", "del"]), (bridges, ["link", "del"])):
-        for found in OURS.finditer(listing):
+    namespaces = os.listdir(NETNS_FOLDER) if os.path.isdir(NETNS_FOLDER) else []
+    for listing, command in ((" ".join(namespaces), ["netns", "del"]), (bridges, ["link", "del"])):
+        for found in OWN_NAME.finditer(listing):
             if not os.path.exists(f"/proc/{found[1]}"):
                 subprocess.run(["ip", *command, found[0]], capture_output=True)
 
 
 @contextmanager
-def _made(names: tuple[str, ...]) -> Iterator[None]:
-    """Make namespaces; skip the test where that is impossible."""
-    made = []
+def _namespaces(names: tuple[str, ...]) -> Iterator[None]:
+    """Create namespaces; skip the test where that is impossible."""
+    created = []
     try:
         try:
             _clear_stale()
             for name in names:
                 ip("netns", "add", name)
-                made.append(name)
+                created.append(name)
                 ip("-n", name, "link", "set", "lo", "up")
         except subprocess.CalledProcessError as error:
             pytest.skip(
-                f"needs network namespaces, which can not be made here ({error.stderr.decode().strip()})"
+                "needs network namespaces, which cannot be created here "
+                f"({error.stderr.decode().strip()})"
             )
         yield
     finally:
-        for name in made:
+        for name in created:
             ip("netns", "del", name)
 
 
 @contextmanager
 def pair() -> Iterator[list[dict[str, str]]]:
-    """Yield what each of two ranks needs to know (`ranks.start_ranks`, `each`); a link joins their namespaces."""
-    names = (_own("a"), _own("b"))
-    with _made(names):
+    """Yield the variables of each of two ranks (`ranks.start_ranks`, `each`), joined by a link."""
+    names = (_own_name("a"), _own_name("b"))
+    with _namespaces(names):
         ip(
             "-n",
             names[0],
@@ -99,44 +101,46 @@ def pair() -> Iterator[list[dict[str, str]]]:
 
 @contextmanager
 def star(size: int) -> Iterator[list[tuple[str, str]]]:
-    """Yield (namespace, address) of so many machines, each on a link of its own to a bridge; this one is `HOST`."""
-    names = tuple(_own(str(number)) for number in range(size))
-    found = [(name, f"10.213.8.{number + 2}") for number, name in enumerate(names)]
-    with _made(names):
-        bridge = _own("br")
+    """Yield (namespace, address) of `size` machines, each with a link to a bridge; this one is
+    `HOST`."""
+    names = tuple(_own_name(str(number)) for number in range(size))
+    places = [(name, f"10.213.8.{number + 2}") for number, name in enumerate(names)]
+    with _namespaces(names):
+        bridge = _own_name("br")
         ip("link", "add", bridge, "type", "bridge")
         try:
             ip("addr", "add", f"{HOST}/24", "dev", bridge)
             ip("link", "set", bridge, "up")
-            for name, address in found:
+            for name, address in places:
                 ip("link", "add", f"{name}u", "type", "veth", "peer", "name", LINK, "netns", name)
                 ip("link", "set", f"{name}u", "master", bridge, "up")
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
                 ip("-n", name, "link", "set", LINK, "up")
-            yield found
+            yield places
         finally:
             ip("link", "del", bridge)
 
 
 def enter(path: str) -> None:
-    """Move this thread, and what it starts, into the namespace at a path (`INSIDE` and its name)."""
+    """Move this thread, and what it starts, into the namespace at a path (`NETNS_FOLDER` and its
+    name)."""
     with open(path) as namespace:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"can not enter {path}")
+            raise OSError(ctypes.get_errno(), f"cannot enter {path}")
 
 
-def cut(name: str) -> None:
-    """Take the link of a namespace down: packets vanish, nobody is told."""
+def cut_link(name: str) -> None:
+    """Take the link of a namespace down: packets vanish without an error."""
     ip("-n", name, "link", "set", LINK, "down")
 
 
-def join(name: str) -> None:
-    """Take it up again."""
+def restore_link(name: str) -> None:
+    """Bring the link of a namespace up again."""
     ip("-n", name, "link", "set", LINK, "up")
 
 
 def throttle(name: str, rate: str, queue_bytes: int) -> None:
-    """Slow what leaves a namespace; what finds the queue full is lost, as in a switch."""
+    """Limit the rate of what leaves a namespace; a full queue drops packets, as in a switch."""
     subprocess.run(
         [
             "tc",
@@ -160,14 +164,21 @@ def throttle(name: str, rate: str, queue_bytes: int) -> None:
     )
 
 
-def packets(name: str) -> tuple[int, int]:
-    """Return how many packets a throttled link has sent, and how many it has lost."""
-    told = subprocess.run(
+class PacketCount(NamedTuple):
+    """Packets that a throttled link has sent, and that it dropped."""
+
+    sent: int
+    dropped: int
+
+
+def count_packets(name: str) -> PacketCount:
+    """Return the packets of a throttled link."""
+    done = subprocess.run(
         ["tc", "-n", name, "-s", "qdisc", "show", "dev", LINK],
         check=True,
         capture_output=True,
         text=True,
     )
-    found = re.search(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+)", told.stdout)
-    assert found is not None, told.stdout
-    return int(found[1]), int(found[2])
+    found = re.search(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return PacketCount(int(found[1]), int(found[2]))

@@ -1,4 +1,7 @@
-"""A Ray cluster of several nodes on this machine, whose nodes a test adds and kills; run as a program it is that cluster."""
+"""A Ray cluster of several nodes on this machine. A test adds and kills nodes.
+
+Run as a program, this module is the cluster.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import namespaces
 
 
 class Nodes:
-    """The test's side. Nodes are numbered as they are added; the head has no CPU to give."""
+    """The test's side. Nodes are numbered as they are added; the head offers no CPU."""
 
     def __init__(self, env: dict[str, str] | None = None, address: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -26,19 +29,20 @@ class Nodes:
             text=True,
             env={**environment, **(env or {})},
         )
-        self.address = self._answer()
+        self.address = self._read_answer()
 
     def add(self, cpus: float = 1, place: tuple[str, str] | None = None) -> int:
-        """Add a node, in a network namespace and with an address if `place` says so, and return its number."""
-        return int(self._ask(f"add {cpus} {' '.join(place or ())}"))
+        """Add a node and return its number; `place`: its (network namespace, address)."""
+        return int(self._send(f"add {cpus} {' '.join(place or ())}"))
 
     def kill(self, number: int) -> None:
-        """End a node's processes as a lost machine would: no good-bye."""
-        self._ask(f"kill {number}")
+        """Kill a node's processes, as if the machine was lost."""
+        self._send(f"kill {number}")
 
     def drain(self, number: int, seconds: float) -> None:
-        """Announce that a node will be taken away, as a cloud's agent or a preStop hook does; `kill` it yourself then."""
-        self._ask(f"drain {number} {seconds}")
+        """Announce the removal of a node, as a cloud's agent or a preStop hook does; it does not
+        `kill`."""
+        self._send(f"drain {number} {seconds}")
 
     def close(self) -> None:
         """End the cluster."""
@@ -46,13 +50,13 @@ class Nodes:
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _ask(self, line: str) -> str:
+    def _send(self, line: str) -> str:
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_answer()
 
-    def _answer(self) -> str:
+    def _read_answer(self) -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("= "):
@@ -60,7 +64,7 @@ class Nodes:
         raise AssertionError("the cluster has ended")
 
 
-def worlds(run: Path) -> list[int]:
+def world_sizes(run: Path) -> list[int]:
     """Return the world size of every attempt so far."""
     return [
         json.loads(path.read_text())["world_size"]
@@ -68,8 +72,8 @@ def worlds(run: Path) -> list[int]:
     ]
 
 
-def step(run: Path) -> int:
-    """Return the newest committed step."""
+def latest_step(run: Path) -> int:
+    """Return the step of the latest checkpoint."""
     found = [
         int(path.parent.name.split("-")[1])
         for path in (run / "checkpoints").glob("step-*/manifest.json")
@@ -78,11 +82,11 @@ def step(run: Path) -> int:
 
 
 def wait_for(
-    process: subprocess.Popen[str], what: Callable[[], bool], timeout_s: float = 240
+    process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 240
 ) -> None:
-    """Wait until `what()` while the run lives."""
+    """Wait until `condition()`, while the run is running."""
     until = time.monotonic() + timeout_s
-    while not what():
+    while not condition():
         assert process.poll() is None, f"the run ended with {process.returncode}"
         assert time.monotonic() < until, "it takes too long"
         time.sleep(0.3)
@@ -92,10 +96,10 @@ def drain(address: str, node: str, seconds: float) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-    accepted, why = GcsClient(address=address).drain_node(
+    accepted, reason = GcsClient(address=address).drain_node(
         node, DRAIN_NODE_REASON_PREEMPTION, "a test", int((time.time() + seconds) * 1000)
     )
-    assert accepted, why
+    assert accepted, reason
 
 
 def main() -> None:
@@ -109,14 +113,14 @@ def main() -> None:
             **({"node_ip_address": sys.argv[1]} if sys.argv[1:] else {}),
         },
     )
-    own = f"/proc/self/fd/{os.open('/proc/self/ns/net', os.O_RDONLY)}"
+    own_namespace = f"/proc/self/fd/{os.open('/proc/self/ns/net', os.O_RDONLY)}"
     nodes: list[Any] = []
     print(f"= {cluster.address}", flush=True)
     for line in sys.stdin:
-        what, value, *more = line.split()
-        if what == "add":
+        command, value, *more = line.split()
+        if command == "add":
             if more:
-                namespaces.enter(namespaces.INSIDE + more[0])
+                namespaces.enter(namespaces.NETNS_FOLDER + more[0])
             nodes.append(
                 cluster.add_node(
                     num_cpus=float(value),
@@ -124,9 +128,9 @@ def main() -> None:
                     **({"node_ip_address": more[1]} if more else {}),
                 )
             )
-            namespaces.enter(own)
+            namespaces.enter(own_namespace)
             print(f"= {len(nodes) - 1}", flush=True)
-        elif what == "drain":
+        elif command == "drain":
             drain(cluster.address, nodes[int(value)].node_id, float(more[0]))
             print("= draining", flush=True)
         else:

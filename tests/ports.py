@@ -1,4 +1,4 @@
-"""Ports of this machine that nothing takes by chance between being chosen and being used."""
+"""Free ports of this machine that nothing else takes by chance before they are used."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import itertools
 import os
 import socket
 
-FIRST, EACH = 20_000, 1_000
-"""Below what the kernel hands out to whoever asks for any port (from 32768) and above Ray's workers (to 19999)."""
-_next = itertools.count(os.getpid() % EACH)
+FIRST_PORT, RANGE_SIZE = 20_000, 1_000
+"""Below the ports that the kernel assigns (from 32768), and above those of Ray's workers (to
+19999)."""
+_next = itertools.count(os.getpid() % RANGE_SIZE)
 
 
-def free() -> int:
-    """Return a port that nobody listens on; each of several test processes has a range of its own."""
+def find_free_port() -> int:
+    """Return a port without a listener; each of several test processes has its own range."""
     worker = int("".join(filter(str.isdigit, os.environ.get("PYTEST_XDIST_WORKER", "0"))))
-    for _ in range(EACH):
-        port = FIRST + EACH * (worker % 12) + next(_next) % EACH
+    for _ in range(RANGE_SIZE):
+        port = FIRST_PORT + RANGE_SIZE * (worker % 12) + next(_next) % RANGE_SIZE
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -1,4 +1,5 @@
-"""A proxy before an HTTP object store that misbehaves as told: delays, resets, truncates, alters, and answers errors."""
+"""A proxy in front of an HTTP object store that injects faults: delays, resets, short or altered
+bodies, errors."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 ERRORS = {301: "PermanentRedirect", 403: "ExpiredToken", 500: "InternalError", 503: "SlowDown"}
 
@@ -21,13 +23,13 @@ class Fault:
     """What happens to one answer.
 
     Attributes:
-        status: answer this error in place of asking the store.
-        code: what S3 calls it; "": the usual one.
+        status: answer with this error, without a request to the store.
+        code: S3's name of the error; "": the usual one.
         delay_s: wait before answering.
-        reset_after: send so many bytes of the body, then reset the connection.
-        stall_after, stall_s: send so many bytes, then nothing for so long, then reset.
-        truncate: leave so many bytes off the end of the body, and say so in Content-Length: a whole, short answer.
-        flip: alter the byte at this place of the body.
+        reset_after: send this many bytes of the body, then reset the connection.
+        stall_after, stall_s: send this many bytes, then nothing for this time, then reset.
+        truncate: remove this many bytes from the end of the body, with a matching Content-Length.
+        flip: alter the byte at this offset of the body.
         error_inside: answer 200 with an S3 error document as the body.
     """
 
@@ -45,8 +47,16 @@ class Fault:
 Chooser = Callable[[str, str], "Fault | None"]
 
 
+class Answer(NamedTuple):
+    """An answer of the store."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+
 class FaultyProxy:
-    """Serves on loopback until closed; `choose(method, path)` says what goes wrong with each request."""
+    """Serves on loopback until closed; `choose(method, path)` returns the fault of each request."""
 
     def __init__(self, upstream_port: int, choose: Chooser = lambda method, path: None) -> None:
         self.choose = choose
@@ -75,7 +85,7 @@ class FaultyProxy:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
             def _serve(self) -> None:
                 proxy.serve(self)
@@ -96,7 +106,7 @@ class FaultyProxy:
             answer = error_document(fault.status, fault.code)
             self._send(request, fault.status, {"Content-Type": "application/xml"}, answer, Fault())
             return
-        status, headers, content = self._ask(request, body)
+        status, headers, content = self._forward(request, body)
         if fault.error_inside:
             content = error_document(500)
         content = content[: len(content) - fault.truncate]
@@ -106,9 +116,7 @@ class FaultyProxy:
             )
         self._send(request, status, headers, content, fault)
 
-    def _ask(
-        self, request: BaseHTTPRequestHandler, body: bytes
-    ) -> tuple[int, dict[str, str], bytes]:
+    def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> Answer:
         upstream = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=60)
         try:
             upstream.request(
@@ -116,12 +124,12 @@ class FaultyProxy:
             )
             answer = upstream.getresponse()
             content = answer.read()
-            keep = {
+            headers = {
                 key: value
                 for key, value in answer.getheaders()
                 if key.lower() not in ("transfer-encoding", "connection", "date", "server")
             }
-            return answer.status, keep, content
+            return Answer(answer.status, headers, content)
         finally:
             upstream.close()
 
@@ -157,29 +165,29 @@ class FaultyProxy:
             request.close_connection = True
 
     def _write(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
-        """Write a body; all bodies together go no faster than `bytes_per_s`."""
+        """Write a body; all bodies together are sent at most at `bytes_per_s`."""
         if self.bytes_per_s is None:
             request.wfile.write(content)
             return
         for start in range(0, len(content), 65536):
-            piece = content[start : start + 65536]
+            chunk = content[start : start + 65536]
             with self._lock:
-                self._free_at = max(self._free_at, time.monotonic()) + len(piece) / self.bytes_per_s
+                self._free_at = max(self._free_at, time.monotonic()) + len(chunk) / self.bytes_per_s
                 wait = self._free_at - time.monotonic()
             time.sleep(max(0.0, wait))
-            request.wfile.write(piece)
+            request.wfile.write(chunk)
 
 
 def reset(connection: socket.socket) -> None:
-    """Close a connection so that the other side sees a reset, not an end."""
+    """Close a connection so that the other side sees a reset, not a normal end."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def error_document(status: int, code: str = "") -> bytes:
-    """Return what S3 says with an error."""
+    """Return S3's body of an error."""
     return (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code or ERRORS.get(status, "Error")}</Code><Message>as told'
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code or ERRORS.get(status, "Error")}</Code><Message>injected'
         f"</Message></Error>"
     ).encode()
 
@@ -190,24 +198,24 @@ def sometimes(
     seed: int = 0,
     methods: tuple[str, ...] = ("GET", "PUT", "HEAD", "POST"),
 ) -> Chooser:
-    """Return a chooser that lets `share` of the requests fail, by a seed."""
-    drawn, lock = random.Random(seed), threading.Lock()
+    """Return a chooser that injects `fault` into a random `share` of the requests."""
+    rng, lock = random.Random(seed), threading.Lock()
 
     def choose(method: str, path: str) -> Fault | None:
         with lock:
-            return fault if method in methods and drawn.random() < share else None
+            return fault if method in methods and rng.random() < share else None
 
     return choose
 
 
 def at_first(times: int, fault: Fault) -> Chooser:
-    """Return a chooser that lets the first requests for each path fail, so often."""
-    asked: Counter[str] = Counter()
+    """Return a chooser that injects `fault` into the first `times` requests for each path."""
+    num_requests: Counter[str] = Counter()
     lock = threading.Lock()
 
     def choose(method: str, path: str) -> Fault | None:
         with lock:
-            asked[path] += 1
-            return fault if asked[path] <= times else None
+            num_requests[path] += 1
+            return fault if num_requests[path] <= times else None
 
     return choose

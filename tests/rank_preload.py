@@ -1,4 +1,4 @@
-"""What the server that ranks are forked from imports."""
+"""Imports of the server that ranks are forked from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,5 @@ for name in (
     "pyarrow.parquet",
     "fsspec",
 ):
-    with contextlib.suppress(
-        ImportError
-    ):  # another version has it elsewhere; a rank imports what it needs
+    with contextlib.suppress(ImportError):  # moved in another version; a rank imports what it needs
         importlib.import_module(name)

@@ -1,6 +1,7 @@
 """Starts real rank processes (gloo, one thread each) that run configs without Ray.
 
-They are forked from a server that has imported torch, DeepSpeed and transformers: the imports alone take seconds.
+They are forked from a server that has imported torch, DeepSpeed and transformers, which takes
+seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import rank_main
 
 
 class Rank:
-    """A forked rank, as `subprocess.Popen` would show it."""
+    """A forked rank, with the interface of `subprocess.Popen`."""
 
     def __init__(self, process: Any) -> None:
         self._process = process
@@ -50,7 +51,8 @@ class Rank:
 
 @cache
 def _server() -> Any:
-    """Return the context that forks from a server; it is started with what ranks have in common."""
+    """Return the context that forks from a server; the server has the variables common to all
+    ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_preload"])
     before = os.environ.copy()
@@ -59,14 +61,14 @@ def _server() -> Any:
         DS_ACCELERATOR="cpu",
         PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
     )
-    forkserver.ensure_running()  # it looks for what it imports in PYTHONPATH only
+    forkserver.ensure_running()  # it finds its imports through PYTHONPATH only
     os.environ.clear()
     os.environ.update(before)
     return context
 
 
 def _run(path: str, log: str, env: dict[str, str]) -> None:
-    """Be a rank."""
+    """Run as a rank."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -79,9 +81,9 @@ def _run(path: str, log: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     if "NETNS" in env:
-        import namespaces  # and pytest with it, which the others need not wait for
+        import namespaces  # imports pytest, which other ranks do not need
 
-        namespaces.enter(namespaces.INSIDE + env["NETNS"])
+        namespaces.enter(namespaces.NETNS_FOLDER + env["NETNS"])
     rank_main.main(path)
     sys.stdout.flush()
 
@@ -93,14 +95,15 @@ def start_ranks(
     env: dict[str, str] | None = None,
     each: Sequence[dict[str, str]] = (),
 ) -> list[Rank]:
-    """Start `size` processes that run `configs` in turn; each rank's output goes to folder/rank-N.log.
+    """Start `size` processes that run `configs` in turn; each rank's output goes to
+    folder/rank-N.log.
 
-    `each` holds further variables of each rank; NETNS names the network namespace it runs in, and one with LD_PRELOAD is
-    a program of its own.
+    `each` holds further variables of each rank: NETNS names its network namespace, and a rank with
+    LD_PRELOAD is its own program.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configs.json").write_text(json.dumps(configs))
-    port = ports.free()
+    port = ports.find_free_port()
     processes: list[Any] = []
     for rank in range(size):
         rank_env = {
@@ -116,7 +119,7 @@ def start_ranks(
             **(env or {}),
             **(each[rank] if each else {}),
         }
-        if "LD_PRELOAD" in rank_env:  # takes a program of its own
+        if "LD_PRELOAD" in rank_env:  # needs its own program
             with open(folder / f"rank-{rank}.log", "w") as log:
                 processes.append(
                     subprocess.Popen(
@@ -148,7 +151,7 @@ def run_ranks(
     try:
         return [process.wait(timeout_s) for process in processes]
     except subprocess.TimeoutExpired:
-        raise AssertionError(_of_hung(processes, folder, timeout_s)) from None
+        raise AssertionError(_describe_hung_ranks(processes, folder, timeout_s)) from None
     finally:
         for process in processes:
             if process.poll() is None:
@@ -156,20 +159,21 @@ def run_ranks(
                 process.wait()
 
 
-def _of_hung(processes: list[Rank], folder: Path, timeout_s: float) -> str:
-    """Return how each rank stands and the end of its log, with the stacks of those that go on (SIGABRT prints them)."""
-    said = []
+def _describe_hung_ranks(processes: list[Rank], folder: Path, timeout_s: float) -> str:
+    """Return the state of each rank and the end of its log, with the stacks of running ones (by
+    SIGABRT)."""
+    descriptions = []
     for rank, process in enumerate(processes):
         code = process.poll()
         if code is None:
             process.send_signal(signal.SIGABRT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-        said.append(
-            f"rank {rank}: {'still there' if code is None else f'ended with {code}'}\n"
+        descriptions.append(
+            f"rank {rank}: {'still running' if code is None else f'ended with {code}'}\n"
             + (folder / f"rank-{rank}.log").read_text(errors="replace")[-6000:]
         )
-    return f"not done after {timeout_s:g} s\n" + "\n".join(said)
+    return f"not done after {timeout_s:g} s\n" + "\n".join(descriptions)
 
 
 def require_ok(codes: list[int], folder: Path) -> None:
@@ -181,7 +185,8 @@ def require_ok(codes: list[int], folder: Path) -> None:
 
 
 def wait_for_death(processes: list[Rank], timeout_s: float = 180) -> list[int]:
-    """Wait until one rank has died, end the others as a scheduler would (their group is broken), return the codes."""
+    """Wait until one rank has died, kill the others as a scheduler would, and return the exit
+    codes."""
     deadline = time.monotonic() + timeout_s
     while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)

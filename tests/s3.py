@@ -23,8 +23,8 @@ CREDENTIALS = {
 
 @contextmanager
 def server(host: str = "127.0.0.1") -> Iterator[int]:
-    """Yield the port of an S3 server of our own, with `BUCKET` in it."""
-    port = ports.free()
+    """Yield the port of a new S3 server that has `BUCKET`."""
+    port = ports.find_free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -37,15 +37,15 @@ def server(host: str = "127.0.0.1") -> Iterator[int]:
                     break
             assert process.poll() is None, "the S3 server ended"
             time.sleep(0.1)
-        make_bucket(port, host=host)
+        create_bucket(port, host=host)
         yield port
     finally:
         process.kill()
         process.wait()
 
 
-def make_bucket(port: int, name: str = BUCKET, host: str = "127.0.0.1") -> None:
-    """Make a bucket."""
+def create_bucket(port: int, name: str = BUCKET, host: str = "127.0.0.1") -> None:
+    """Create a bucket."""
     import boto3
 
     boto3.client(
@@ -57,8 +57,8 @@ def make_bucket(port: int, name: str = BUCKET, host: str = "127.0.0.1") -> None:
     ).create_bucket(Bucket=name)
 
 
-def forget(options: dict[str, Any]) -> None:
-    """Configure fsspec anew for this process: options are kept with filesystem instances otherwise."""
+def reset_options(options: dict[str, Any]) -> None:
+    """Configure fsspec anew for this process: cached filesystem instances store their options."""
     import fsspec
     import s3fs
 

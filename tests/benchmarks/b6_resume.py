@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dist_ft-b6-") as name, s3.server() as port:
         folder, proxy = Path(name), FaultyProxy(port)
         tiny.make_model(folder / "model")
-        s3.forget(options(f"http://127.0.0.1:{port}"))
+        s3.reset_options(options(f"http://127.0.0.1:{port}"))
         for count in (SMALL, args.samples):
             upload(f"s3://{s3.BUCKET}/{count}", count)
         result: dict[str, Any] = {"first_ever_s": build(folder, port, args.samples)}
@@ -156,7 +156,7 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
 
     from dist_ft.core.world import World
 
-    s3.forget(options(proxy.url))
+    s3.reset_options(options(proxy.url))
     config = config_of(folder, proxy.url, args.samples, "empty")
     seconds: dict[str, list[float]] = {"1 %": [], "99 %": []}
     requests: dict[str, list[int]] = {"1 %": [], "99 %": []}
@@ -164,7 +164,7 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
         for world in WORLDS:
             for place in harness.turns(list(seconds), number):
                 shutil.rmtree(folder / "empty", ignore_errors=True)
-                s3.forget(options(proxy.url))
+                s3.reset_options(options(proxy.url))
                 proxy.requests.clear()
                 begun = time.perf_counter()
                 loader = opened(config)

@@ -1,4 +1,5 @@
-"""Faults 2 and 3: kill -9 at each failpoint of the writer, on two real ranks under ZeRO-2; then the same command again."""
+"""Faults 2 and 3: kill -9 at each failpoint of the writer, on two real ranks under ZeRO-2; then
+resume."""
 
 from __future__ import annotations
 
@@ -45,10 +46,10 @@ def test_faults_2_and_3_death_at_a_failpoint_of_the_writer(
     first = ranks.start_ranks(2, [document], folder, {"DIST_FT_FAILPOINT": failpoint})
     codes = ranks.wait_for_death(first)
     assert -9 in codes, (folder / "rank-0.log").read_text()[-2000:]
-    again = base / f"ranks-{name}-again"
-    ranks.require_ok(ranks.run_ranks(2, [document], again), again)
-    said = (again / "rank-0.log").read_text()
-    assert f"going on from step {FAILPOINTS[failpoint]}" in said
+    resumed = base / f"ranks-{name}-again"
+    ranks.require_ok(ranks.run_ranks(2, [document], resumed), resumed)
+    log = (resumed / "rank-0.log").read_text()
+    assert f"resuming from step {FAILPOINTS[failpoint]}" in log
     assert history.losses(base / "runs" / name) == unbroken
     history.require_exactly_once(base / "runs" / name, document)
     torn = [
@@ -59,19 +60,20 @@ def test_faults_2_and_3_death_at_a_failpoint_of_the_writer(
     assert torn == [], "torn checkpoints of dead attempts are collected"
 
 
-def test_fault_17_every_file_of_a_checkpoint_altered_falls_back_to_the_one_before(
+def test_fault_17_altered_file_of_a_checkpoint_falls_back_to_the_previous_one(
     base: Path, unbroken: list[float]
 ) -> None:
-    """Truncated, flipped and missing files in the newest checkpoint: the one before is chosen, and the log says why."""
+    """Truncated and altered files in the latest checkpoint: the previous one is used, and the
+    log says why."""
     source = base / "runs/unbroken"
-    newest = sorted((source / "checkpoints").iterdir())[-1].name
-    before = int(sorted((source / "checkpoints").iterdir())[-2].name.split("-")[1])
-    files = sorted(path.name for path in (source / "checkpoints" / newest).iterdir())
+    latest = sorted((source / "checkpoints").iterdir())[-1].name
+    previous_step = int(sorted((source / "checkpoints").iterdir())[-2].name.split("-")[1])
+    files = sorted(path.name for path in (source / "checkpoints" / latest).iterdir())
     assert len(files) == 3  # two ranks and the manifest
     for number, file in enumerate(files):
         name = f"altered-{number}"
         shutil.copytree(source, base / "runs" / name)
-        victim = base / "runs" / name / "checkpoints" / newest / file
+        victim = base / "runs" / name / "checkpoints" / latest / file
         content = bytearray(victim.read_bytes())
         if number == 0:
             content = content[:-7]
@@ -83,8 +85,8 @@ def test_fault_17_every_file_of_a_checkpoint_altered_falls_back_to_the_one_befor
     ]
     folder = base / "ranks-altered"
     ranks.require_ok(ranks.run_ranks(2, documents, folder), folder)
-    said = (folder / "rank-0.log").read_text()
-    assert said.count(f"checkpoint {newest} is skipped:") == len(files)
-    assert said.count(f"going on from step {before}") == len(files)
+    log = (folder / "rank-0.log").read_text()
+    assert log.count(f"checkpoint {latest} is skipped:") == len(files)
+    assert log.count(f"resuming from step {previous_step}") == len(files)
     for document in documents:
         assert history.losses(base / "runs" / document["run"]["name"]) == unbroken

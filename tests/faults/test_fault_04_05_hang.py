@@ -1,4 +1,5 @@
-"""Faults 4 and 5 on two real ranks: a stopped rank, an interpreter lock that is never released, a segfault."""
+"""Faults 4 and 5 on two real ranks: a stopped rank, an interpreter lock that is never released,
+a segfault."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def test_fault_4_a_stopped_rank_ends_the_attempt_with_stacks(
         assert processes[1].poll() is None
         log = (folder / "rank-0.log").read_text()
         assert (
-            f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): a peer may be gone"
-            in log
+            f"rank 0 made no progress for {TIMEOUT_S} s (cluster.progress_timeout_s={TIMEOUT_S}): "
+            "a peer may be gone" in log
         )
         stacks = (base / "runs/stopped/attempts/000001-rank-00000-stacks.txt").read_text()
         assert "train_step" in stacks or "all_reduce" in stacks

@@ -1,4 +1,5 @@
-"""Fault 6: a rank that is stopped and let go again and again. It is named with its node, in the log and the metrics."""
+"""Fault 6: a rank that is stopped and continued repeatedly is named with its node in log and
+metrics."""
 
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ def test_fault_6_a_rank_stopped_half_of_the_time_is_named_and_not_killed(tmp_pat
         log[-3000:]
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if line["kind"] == "pace"]
-    assert [line["step"] for line in found] == [10, 20, 30, 40, 50, 60]
+    pace = [line for line in lines if line["kind"] == "pace"]
+    assert [line["step"] for line in pace] == [10, 20, 30, 40, 50, 60]
     stopped, other = (
-        [line[f"stalled_share/{node}/rank-0000{rank}"] for line in found] for rank in (1, 0)
+        [line[f"stalled_share/{node}/rank-0000{rank}"] for line in pace] for rank in (1, 0)
     )
     assert max(stopped) > 0.3 and max(stopped) > max(other)

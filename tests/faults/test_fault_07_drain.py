@@ -1,4 +1,5 @@
-"""Fault 7: a node is to be taken away and Ray says so; then a new one comes. Nothing is saved but for these two events."""
+"""Fault 7: Ray announces the removal of a node; later a new one joins. Only these two events
+cause saves."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import pytest
 import ranks
 import tiny
 import yaml
-from nodes import step, wait_for, worlds
+from nodes import latest_step, wait_for, world_sizes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NEVER, NOTICE_S = 10**6, 20
@@ -35,8 +36,8 @@ def document(base: Path, name: str, steps: int, **cluster: Any) -> dict[str, Any
     )
 
 
-def shown(log: Path, until: str = "\0") -> list[int]:
-    """Return the steps the terminal has shown, in their order, before it said `until`."""
+def shown_steps(log: Path, until: str = "\0") -> list[int]:
+    """Return the steps shown on the terminal, in order, up to the text `until`."""
     return [
         int(found)
         for found in re.findall(
@@ -45,15 +46,15 @@ def shown(log: Path, until: str = "\0") -> list[int]:
     ]
 
 
-def going_on(log: Path) -> list[int]:
-    """Return the steps that attempts went on from."""
+def resumed_steps(log: Path) -> list[int]:
+    """Return the steps that attempts resumed from."""
     return [
         int(found)
-        for found in re.findall(r"going on from step (\d+)", log.read_text(errors="replace"))
+        for found in re.findall(r"resuming from step (\d+)", log.read_text(errors="replace"))
     ]
 
 
-def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice(
+def test_fault_7_drained_node_and_resize_cost_no_step_from_before_the_notice(
     tmp_path: Path,
 ) -> None:
     base = tiny.base(tmp_path)
@@ -65,7 +66,7 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
     (base / "drained.yaml").write_text(yaml.safe_dump(config))
     cluster = nodes.Nodes()
     try:
-        there = [cluster.add() for _ in range(3)]
+        node_ids = [cluster.add() for _ in range(3)]
         with open(log, "w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dist_ft.cli", "train", str(base / "drained.yaml")],
@@ -81,34 +82,37 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
                 },
             )
         try:
-            wait_for(process, lambda: len(shown(log)) > 20)
-            assert worlds(run) == [3] and step(run) == 0, "nothing is saved"
-            noticed, at = shown(log)[-1], time.monotonic()
-            cluster.drain(there[2], NOTICE_S)
-            wait_for(process, lambda: step(run) >= noticed, NOTICE_S)
+            wait_for(process, lambda: len(shown_steps(log)) > 20)
+            assert world_sizes(run) == [3] and latest_step(run) == 0, "nothing is saved"
+            notice_step, at = shown_steps(log)[-1], time.monotonic()
+            cluster.drain(node_ids[2], NOTICE_S)
+            wait_for(process, lambda: latest_step(run) >= notice_step, NOTICE_S)
             print(
-                f"notice at step {noticed}; step {step(run)} committed {time.monotonic() - at:.1f} s after"
+                f"notice at step {notice_step}; step {latest_step(run)} committed "
+                f"{time.monotonic() - at:.1f} s after"
             )
             assert (
-                "(worker" in log.read_text() and "saving now, training goes on" in log.read_text()
+                "(worker" in log.read_text() and "saving now; training continues" in log.read_text()
             )
             time.sleep(max(0.0, at + NOTICE_S - time.monotonic()))
-            last, kept = shown(log)[-1], step(run)
-            cluster.kill(there[2])
-            wait_for(process, lambda: worlds(run)[-1:] == [2] and len(going_on(log)) > 0)
+            last, saved = shown_steps(log)[-1], latest_step(run)
+            cluster.kill(node_ids[2])
+            wait_for(process, lambda: world_sizes(run)[-1:] == [2] and len(resumed_steps(log)) > 0)
             print(
-                f"gone at step {last}; with 2 workers from step {going_on(log)[-1]} after "
+                f"gone at step {last}; with 2 workers from step {resumed_steps(log)[-1]} after "
                 f"{time.monotonic() - at - NOTICE_S:.1f} s"
             )
-            assert going_on(log)[-1] == kept > noticed, "saved again as time ran out"
-            wait_for(process, lambda: shown(log)[-1] > last + 5)
+            assert resumed_steps(log)[-1] == saved > notice_step, "saved again as time ran out"
+            wait_for(process, lambda: shown_steps(log)[-1] > last + 5)
             cluster.add()
-            wait_for(process, lambda: worlds(run)[-1:] == [3] and going_on(log)[-1] > kept)
-            begun = going_on(log)[-1]
-            before = shown(log, "workers is about to change")[-1]
-            print(f"resize announced at step {before}, with 3 workers from step {begun}")
-            assert begun >= before > last, "what was done before the resize is not done again"
-            wait_for(process, lambda: shown(log)[-1] > begun + 5)
+            wait_for(
+                process, lambda: world_sizes(run)[-1:] == [3] and resumed_steps(log)[-1] > saved
+            )
+            start_step = resumed_steps(log)[-1]
+            before = shown_steps(log, "workers is about to change")[-1]
+            print(f"resize announced at step {before}, with 3 workers from step {start_step}")
+            assert start_step >= before > last, "no step before the resize is repeated"
+            wait_for(process, lambda: shown_steps(log)[-1] > start_step + 5)
             process.terminate()
             assert process.wait(120) == 130, log.read_text()[-3000:]
         finally:
@@ -116,7 +120,7 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
             process.wait()
     finally:
         cluster.close()
-    print("worlds:", worlds(run))
+    print("worlds:", world_sizes(run))
     causes = [
         json.loads(path.read_text()).get("after", "")
         for path in sorted((run / "attempts").glob("*.json"))
@@ -126,7 +130,7 @@ def test_fault_7_a_drained_node_and_a_resize_cost_no_step_from_before_the_notice
         and causes[-1] == "planned: more workers joined"
         and "was taken away, as announced" in causes[1]
     ), causes
-    end = step(run)
+    end = latest_step(run)
     fixed = document(base, "fixed", end)
     ranks.require_ok(ranks.run_ranks(2, [fixed], base / "ranks", timeout_s=300), base / "ranks")
     history.require_same(run, base / "runs/fixed")

@@ -1,7 +1,8 @@
-"""Faults 7 to 11 on three machines of their own (network namespaces): a head and two that train, joined by gloo.
+"""Faults 7 to 11 on three machines (network namespaces): a head, and two that train, joined by
+gloo.
 
-The run is submitted from a fourth place with a token and keeps everything in a bucket there, so a machine whose link is cut
-reaches neither its peer nor the bucket. Times are printed.
+The run is submitted from a fourth machine with a token and stores everything in a bucket there, so
+a machine whose link is cut reaches neither its peer nor the bucket. Times are printed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import ranks
 import s3
 import tiny
 import yaml
-from job_cluster import Watched
+from job_cluster import RunningCommand
 from machines import Machines, machines
 
 from dist_ft.checkpoint import manifest as manifests
@@ -36,25 +37,26 @@ SHARP = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
-"""How soon Ray takes a machine for lost, and how soon machines without a head end (by default after a minute)."""
+"""How soon Ray considers a machine lost, and how soon machines without a head end (default: a
+minute)."""
 NOTICE_S = 20
 
 
 class Run:
-    """A run in the bucket, as it can be seen from outside."""
+    """A run in the bucket, as seen from outside."""
 
-    def __init__(self, name: str, watched: Watched) -> None:
-        self.store, self.watched = Store(f"s3://{s3.BUCKET}/runs/{name}"), watched
+    def __init__(self, name: str, command: RunningCommand) -> None:
+        self.store, self.command = Store(f"s3://{s3.BUCKET}/runs/{name}"), command
 
-    def worlds(self) -> list[int]:
+    def world_sizes(self) -> list[int]:
         return [
             json.loads(self.store.read(f"attempts/{name}"))["world_size"]
             for name in self.store.list("attempts")
             if name.endswith(".json")
         ]
 
-    def commits(self) -> dict[int, int]:
-        """Return the attempt of every committed step."""
+    def checkpoint_attempts(self) -> dict[int, int]:
+        """Return {step: attempt} of all checkpoints."""
         names = [
             path.split("/")[1]
             for path in self.store.walk()
@@ -62,23 +64,31 @@ class Run:
         ]
         return dict(filter(None, map(manifests.parse_folder, names)))
 
-    def shown(self) -> int:
-        """Return the newest step the watcher was shown."""
-        return max(map(int, re.findall(r"step +(\d+)/", self.watched.said)), default=0)
+    def shown_step(self) -> int:
+        """Return the latest step shown on the terminal."""
+        return max(map(int, re.findall(r"step +(\d+)/", self.command.stdout)), default=0)
 
-    def step(self) -> int:
-        return max(self.commits(), default=0)
+    def latest_step(self) -> int:
+        return max(self.checkpoint_attempts(), default=0)
 
     def wait_for(
-        self, what: Callable[[], bool], timeout_s: float = 180, why: Callable[[], str] = str
+        self,
+        condition: Callable[[], bool],
+        timeout_s: float = 180,
+        details: Callable[[], str] = str,
     ) -> float:
-        """Wait while the job is watched; return the seconds it took. `why`: what is said where it takes too long."""
-        begun = time.monotonic()
-        while not what():
-            over = self.watched.process.poll() is not None or time.monotonic() - begun > timeout_s
-            assert not over, self.watched.said[-3000:] + self.watched.noted[-2000:] + why()
+        """Wait until `condition()`; return the seconds it took. `details`: added to the error
+        message."""
+        started_at = time.monotonic()
+        while not condition():
+            has_failed = (
+                self.command.process.poll() is not None or time.monotonic() - started_at > timeout_s
+            )
+            assert not has_failed, (
+                self.command.stdout[-3000:] + self.command.stderr[-2000:] + details()
+            )
             time.sleep(0.2)
-        return time.monotonic() - begun
+        return time.monotonic() - started_at
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +97,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
-    """Three machines that run, and the bucket beside them."""
-    with machines(3) as found, s3.server(namespaces.HOST) as port:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
+    """Three running machines, and a bucket outside them."""
+    with machines(3) as created, s3.server(namespaces.HOST) as port:
         bucket = {**s3.CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{namespaces.HOST}:{port}"}
         for name, value in bucket.items():
             monkeypatch.setenv(name, value)
-        s3.forget({})
-        found.env |= {**SHARP, **bucket}
+        s3.reset_options({})
+        created.env |= {**SHARP, **bucket}
         for number in range(3):
-            found.start(number)
-        yield found
-    s3.forget({})
+            created.start(number)
+        yield created
+    s3.reset_options({})
 
 
-def submit(there: Machines, base: Path, name: str, **checkpoint: Any) -> Run:
+def submit(cluster: Machines, base: Path, name: str, **checkpoint: Any) -> Run:
     document = config(
         base,
         name,
@@ -113,12 +123,12 @@ def submit(there: Machines, base: Path, name: str, **checkpoint: Any) -> Run:
     )
     document["run"]["storage"] = f"s3://{s3.BUCKET}/runs"
     (base / f"{name}.yaml").write_text(yaml.safe_dump(document))
-    return again(there, base, name)
+    return submit_again(cluster, base, name)
 
 
-def again(there: Machines, base: Path, name: str) -> Run:
+def submit_again(cluster: Machines, base: Path, name: str) -> Run:
     number = sum(1 for _ in base.glob(f"{name}-*.out"))
-    return Run(name, there.submit(base / f"{name}.yaml", base / f"{name}-{number}.out"))
+    return Run(name, cluster.submit(base / f"{name}.yaml", base / f"{name}-{number}.out"))
 
 
 def config(
@@ -135,13 +145,13 @@ def config(
     )
 
 
-def finish(there: Machines, base: Path, run: Run, job: str, every_steps: int = 10) -> None:
-    """Stop the run as a person would, and compare it with one that nothing happened to."""
-    code, output = there.laptop.run("jobs", "stop", job, cwd=base)
+def finish(cluster: Machines, base: Path, run: Run, job: str, every_steps: int = 10) -> None:
+    """Stop the run as a person would, and compare it with an undisturbed one."""
+    code, output = cluster.laptop.run("jobs", "stop", job, cwd=base)
     assert code == 0 and f"{job}: STOPPED" in output, output
-    assert run.watched.process.wait(90) == 130
+    assert run.command.process.wait(90) == 130
     name = run.store.url.rpartition("/")[2]
-    fixed = config(base, f"{name}-fixed", run.step(), every_steps)
+    fixed = config(base, f"{name}-fixed", run.latest_step(), every_steps)
     ranks.require_ok(
         ranks.run_ranks(2, [fixed], base / f"{name}-ranks", timeout_s=400), base / f"{name}-ranks"
     )
@@ -152,91 +162,100 @@ def finish(there: Machines, base: Path, run: Run, job: str, every_steps: int = 1
     )
 
 
-def test_fault_8_10_11_a_cut_link_the_cut_off_side_and_its_return(
-    there: Machines, base: Path
-) -> None:
-    run = submit(there, base, "cut")
-    print(f"\nsubmitted to 2 workers: {run.wait_for(lambda: run.worlds() == [2]):.1f} s")
-    run.wait_for(lambda: run.step() >= 20)
-    there.cut(2)
-    seen = run.commits()
+def test_fault_8_10_11_cut_link_and_its_return(cluster: Machines, base: Path) -> None:
+    run = submit(cluster, base, "cut")
+    print(f"\nsubmitted to 2 workers: {run.wait_for(lambda: run.world_sizes() == [2]):.1f} s")
+    run.wait_for(lambda: run.latest_step() >= 20)
+    cluster.cut_link(2)
+    seen = run.checkpoint_attempts()
     print(
-        f"link cut to an attempt with 1 worker: {run.wait_for(lambda: run.worlds()[-1:] == [1]):.1f} s"
+        "link cut to an attempt with 1 worker: "
+        f"{run.wait_for(lambda: run.world_sizes()[-1:] == [1]):.1f} s"
     )
     print(
-        f"... to its first commit: {run.wait_for(lambda: run.commits().get(run.step()) == 2):.1f} s more"
+        "... to its first checkpoint: "
+        f"{run.wait_for(lambda: run.checkpoint_attempts().get(run.latest_step()) == 2):.1f} s more"
     )
-    assert len(there.processes(2)) > 3, "the cut-off machine is alive and knows of nothing"
-    there.join(2)
-    took = run.wait_for(lambda: not there.processes(2), why=lambda: there.running(2))
-    print(f"link back to the end of every process that was cut off: {took:.1f} s")
-    late = {step for step, attempt in run.commits().items() if attempt == 1} - set(seen)
-    first = min(step for step, attempt in run.commits().items() if attempt == 2)
+    assert len(cluster.processes(2)) > 3, "the cut-off machine still runs"
+    cluster.restore_link(2)
+    seconds = run.wait_for(
+        lambda: not cluster.processes(2), details=lambda: cluster.describe_processes(2)
+    )
+    print(f"link back to the end of every process that was cut off: {seconds:.1f} s")
+    late = {step for step, attempt in run.checkpoint_attempts().items() if attempt == 1} - set(seen)
+    first = min(step for step, attempt in run.checkpoint_attempts().items() if attempt == 2)
     assert all(step < first for step in late), (
-        "nothing the cut-off side did counts after the newer attempt began"
+        "no checkpoint of the cut-off side counts after the newer attempt started"
     )
-    there.start(2)
+    cluster.start(2)
     print(
-        f"machine started again to an attempt with 2 workers: {run.wait_for(lambda: run.worlds()[-1:] == [2]):.1f} s"
+        "machine started again to an attempt with 2 workers: "
+        f"{run.wait_for(lambda: run.world_sizes()[-1:] == [2]):.1f} s"
     )
-    kept = run.step()
-    run.wait_for(lambda: run.step() >= kept + 20)
-    assert run.worlds() == [2, 1, 2]
-    finish(there, base, run, "cut")
+    saved = run.latest_step()
+    run.wait_for(lambda: run.latest_step() >= saved + 20)
+    assert run.world_sizes() == [2, 1, 2]
+    finish(cluster, base, run, "cut")
 
 
-def test_fault_7_a_machine_drained_with_a_deadline(there: Machines, base: Path) -> None:
+def test_fault_7_machine_is_drained_with_a_deadline(cluster: Machines, base: Path) -> None:
     never = 10**6
-    run = submit(there, base, "drained", every_steps=never)
-    run.wait_for(lambda: run.shown() >= 20)
-    assert run.worlds() == [2] and run.step() == 0, "nothing is saved"
-    noticed, at = run.shown(), time.monotonic()
-    there.drain(2, NOTICE_S)
+    run = submit(cluster, base, "drained", every_steps=never)
+    run.wait_for(lambda: run.shown_step() >= 20)
+    assert run.world_sizes() == [2] and run.latest_step() == 0, "nothing is saved"
+    notice_step, at = run.shown_step(), time.monotonic()
+    cluster.drain(2, NOTICE_S)
     print(
-        f"\nnotice at step {noticed} to a commit: {run.wait_for(lambda: run.step() >= noticed, NOTICE_S):.1f} s"
+        f"\nnotice at step {notice_step} to a checkpoint: "
+        f"{run.wait_for(lambda: run.latest_step() >= notice_step, NOTICE_S):.1f} s"
     )
     time.sleep(max(0.0, at + NOTICE_S - time.monotonic()))
-    kept = run.step()
-    there.kill(2)
+    saved = run.latest_step()
+    cluster.kill(2)
     print(
-        f"machine gone to an attempt with 1 worker: {run.wait_for(lambda: run.worlds()[-1:] == [1]):.1f} s"
+        "machine gone to an attempt with 1 worker: "
+        f"{run.wait_for(lambda: run.world_sizes()[-1:] == [1]):.1f} s"
     )
-    run.watched.wait_for(f"going on from step {kept}")
-    there.start(2)
+    run.command.wait_for(f"resuming from step {saved}")
+    cluster.start(2)
     print(
-        f"machine started again to an attempt with 2 workers: {run.wait_for(lambda: run.worlds()[-1:] == [2]):.1f} s"
+        "machine started again to an attempt with 2 workers: "
+        f"{run.wait_for(lambda: run.world_sizes()[-1:] == [2]):.1f} s"
     )
-    run.watched.wait_for("workers is about to change")
-    assert run.worlds() == [2, 1, 2] and run.step() > kept
-    finish(there, base, run, "drained", never)
+    run.command.wait_for("workers is about to change")
+    assert run.world_sizes() == [2, 1, 2] and run.latest_step() > saved
+    finish(cluster, base, run, "drained", never)
 
 
-def test_fault_9_the_head_killed_and_the_same_command(there: Machines, base: Path) -> None:
-    run = submit(there, base, "headless")
-    run.wait_for(lambda: run.step() >= 20)
-    there.kill(0)
-    at, old = time.monotonic(), run.commits()
-    while there.processes(1) or there.processes(2):
-        assert time.monotonic() - at < 120, there.running(1) + there.running(2)
+def test_fault_9_head_is_killed_and_the_same_command_resumes(cluster: Machines, base: Path) -> None:
+    run = submit(cluster, base, "headless")
+    run.wait_for(lambda: run.latest_step() >= 20)
+    cluster.kill(0)
+    at, old = time.monotonic(), run.checkpoint_attempts()
+    while cluster.processes(1) or cluster.processes(2):
+        assert time.monotonic() - at < 120, cluster.describe_processes(
+            1
+        ) + cluster.describe_processes(2)
         time.sleep(0.2)
     print(
         f"\nhead killed to the end of every process of the other two: {time.monotonic() - at:.1f} s"
     )
-    late, at = run.commits(), time.monotonic()
+    late, at = run.checkpoint_attempts(), time.monotonic()
     assert max(late) >= max(old)
     for number in range(3):
-        there.start(number)
+        cluster.start(number)
     started = time.monotonic()
-    assert run.watched.process.wait(120) == 1 and "Traceback" not in run.watched.noted
+    assert run.command.process.wait(120) == 1 and "Traceback" not in run.command.stderr
     assert (
-        "if the cluster's head was started anew, the same command submits the run again"
-        in run.watched.noted
+        "If the cluster's head was restarted, the same command submits the run again"
+        in run.command.stderr
     )
-    run = again(there, base, "headless")
-    run.watched.wait_for(f"going on from step {max(late)}")
-    run.wait_for(lambda: run.step() > max(late))
+    run = submit_again(cluster, base, "headless")
+    run.command.wait_for(f"resuming from step {max(late)}")
+    run.wait_for(lambda: run.latest_step() > max(late))
     print(
-        f"three machines started: {started - at:.1f} s; the same command to its first commit: {time.monotonic() - started:.1f} s"
+        f"three machines started: {started - at:.1f} s; the same command to its first checkpoint: "
+        f"{time.monotonic() - started:.1f} s"
     )
-    assert run.worlds() == [2, 2]
-    finish(there, base, run, "headless")
+    assert run.world_sizes() == [2, 2]
+    finish(cluster, base, run, "headless")

@@ -1,4 +1,4 @@
-"""Fault 8: nodes that go and come, on a Ray cluster of several nodes: 4 workers, 3, 2, and 4 again in one run."""
+"""Fault 8: nodes that are lost and added on a Ray cluster: 4 workers, 3, 2, and 4 again in one run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import yaml
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 260
 STEP_S = 0.25
-"""A step takes this and more on every machine: nodes that come must find a run that is still under way."""
+"""A step takes at least this long, so that the run is still running when new nodes join."""
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def document(base: Path, name: str, **cluster: Any) -> dict[str, Any]:
     )
 
 
-def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base: Path) -> None:
+def test_fault_8_four_three_two_and_four_workers_use_the_same_samples(base: Path) -> None:
     fixed = document(base, "fixed")
     ranks.require_ok(
         ranks.run_ranks(2, [fixed], base / "fixed-ranks", timeout_s=600), base / "fixed-ranks"
     )
     cluster = nodes.Nodes()
     try:
-        there = [cluster.add() for _ in range(4)]
+        node_ids = [cluster.add() for _ in range(4)]
         config, run = document(base, "elastic", workers=[2, 4]), base / "runs/elastic"
         path = base / "elastic.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -68,32 +68,38 @@ def test_fault_8_four_workers_three_two_and_four_again_see_the_same_samples(base
             )
         try:
             for size in (4, 3, 2):
-                nodes.wait_for(process, lambda size=size: nodes.worlds(run)[-1:] == [size])
-                begun = nodes.step(run)
-                nodes.wait_for(process, lambda begun=begun: nodes.step(run) >= begun + 20)
+                nodes.wait_for(process, lambda size=size: nodes.world_sizes(run)[-1:] == [size])
+                start_step = nodes.latest_step(run)
+                nodes.wait_for(
+                    process, lambda start_step=start_step: nodes.latest_step(run) >= start_step + 20
+                )
                 if size > 2:
                     lost = time.monotonic()
-                    cluster.kill(there[size - 1])
-                    nodes.wait_for(process, lambda size=size: nodes.worlds(run)[-1:] == [size - 1])
+                    cluster.kill(node_ids[size - 1])
+                    nodes.wait_for(
+                        process, lambda size=size: nodes.world_sizes(run)[-1:] == [size - 1]
+                    )
                     print(
-                        f"node lost to an attempt with {size - 1} workers: {time.monotonic() - lost:.1f} s"
+                        f"node lost to an attempt with {size - 1} workers: "
+                        f"{time.monotonic() - lost:.1f} s"
                     )
             for _ in range(2):
                 cluster.add()
-            nodes.wait_for(process, lambda: nodes.worlds(run)[-1:] == [4])
+            nodes.wait_for(process, lambda: nodes.world_sizes(run)[-1:] == [4])
             assert process.wait(600) == 0, (base / "elastic.log").read_text()[-3000:]
         finally:
             process.kill()
             process.wait()
     finally:
         cluster.close()
-    print("worlds:", nodes.worlds(run))
+    print("worlds:", nodes.world_sizes(run))
     sizes = [
         size
-        for size, before in zip(nodes.worlds(run), [0, *nodes.worlds(run)], strict=False)
+        for size, before in zip(nodes.world_sizes(run), [0, *nodes.world_sizes(run)], strict=False)
         if size != before
     ]
-    # the two nodes come one after the other: as a rule both are found together, on a busy machine 3 workers start first
+    # The two nodes join one after the other. Usually both are used at once; on a busy machine 3
+    # workers start first.
     assert sizes in ([4, 3, 2, 4], [4, 3, 2, 3, 4])
     history.require_same(run, base / "runs/fixed")
     history.require_exactly_once(run, config)
@@ -110,8 +116,9 @@ assert all(actors(coordinator._actor_id.hex())["Address"]["NodeID"] == here for 
 """
 
 
-def test_fault_8_what_joins_workers_and_driver_is_on_the_drivers_node() -> None:
-    """Ray puts an actor without CPUs anywhere, unless it must be here; with its node the run would be lost."""
+def test_fault_8_coordinator_is_on_the_drivers_node() -> None:
+    """Ray puts an actor without CPUs on any node, unless it is bound; with that node the run
+    would be lost."""
     cluster = nodes.Nodes()
     try:
         for _ in range(3):
@@ -127,8 +134,8 @@ def test_fault_8_what_joins_workers_and_driver_is_on_the_drivers_node() -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root (network namespaces)")
-def test_fault_8_a_node_whose_link_is_cut_is_done_without(base: Path) -> None:
-    """Nothing ends on the lost node, and nothing is heard of it: packets vanish."""
+def test_fault_8_node_with_a_cut_link_is_replaced(base: Path) -> None:
+    """Nothing ends on the lost node, and it does not answer: packets vanish."""
     sharp = {
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
@@ -162,13 +169,13 @@ def test_fault_8_a_node_whose_link_is_cut_is_done_without(base: Path) -> None:
                     },
                 )
             try:
-                nodes.wait_for(process, lambda: nodes.step(run) >= 20)
-                assert nodes.worlds(run) == [3]
-                namespaces.cut(places[1][0])
-                at, seen = time.monotonic(), nodes.step(run)
-                nodes.wait_for(process, lambda: nodes.worlds(run)[-1:] == [2])
+                nodes.wait_for(process, lambda: nodes.latest_step(run) >= 20)
+                assert nodes.world_sizes(run) == [3]
+                namespaces.cut_link(places[1][0])
+                at, seen = time.monotonic(), nodes.latest_step(run)
+                nodes.wait_for(process, lambda: nodes.world_sizes(run)[-1:] == [2])
                 print(f"link cut to an attempt with 2 workers: {time.monotonic() - at:.1f} s")
-                nodes.wait_for(process, lambda: nodes.step(run) >= seen + 40)
+                nodes.wait_for(process, lambda: nodes.latest_step(run) >= seen + 40)
                 process.terminate()
                 assert process.wait(120) == 130, log.read_text()[-3000:]
             finally:
@@ -176,7 +183,7 @@ def test_fault_8_a_node_whose_link_is_cut_is_done_without(base: Path) -> None:
                 process.wait()
         finally:
             cluster.close()
-    end = nodes.step(run)
+    end = nodes.latest_step(run)
     fixed = document(base, "cut-fixed")
     fixed["schedule"] |= {"steps": end, "name": "constant"}
     ranks.require_ok(

@@ -1,4 +1,4 @@
-"""Fault 10: the link between two ranks is cut, and comes back. The side that was cut off can not commit."""
+"""Fault 10: the link between two ranks is cut and restored. The cut-off side cannot commit."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ def link() -> Iterator[list[dict[str, str]]]:
         yield found
 
 
-def commits(run: Path) -> dict[int, int]:
-    """Return the attempt of every committed step."""
+def checkpoint_attempts(run: Path) -> dict[int, int]:
+    """Return {step: attempt} of all checkpoints."""
     found = [
         manifests.parse_folder(path.parent.name) for path in run.glob("checkpoints/*/manifest.json")
     ]
     return dict(filter(None, found))
 
 
-def test_fault_10_the_side_that_was_cut_off_can_not_commit(
-    tmp_path: Path, link: list[dict[str, str]]
-) -> None:
+def test_fault_10_cut_off_side_cannot_commit(tmp_path: Path, link: list[dict[str, str]]) -> None:
     base = tiny.base(tmp_path)
     document = tiny.config(
         base,
@@ -47,23 +45,26 @@ def test_fault_10_the_side_that_was_cut_off_can_not_commit(
     run = base / "runs/cut"
     before = ranks.start_ranks(2, [document], base / "before", each=link)
     until = time.monotonic() + 90
-    while len(commits(run)) < 3 and time.monotonic() < until:
+    while len(checkpoint_attempts(run)) < 3 and time.monotonic() < until:
         time.sleep(0.02)
-    namespaces.cut(link[0]["NETNS"])
-    seen = commits(run)
+    namespaces.cut_link(link[0]["NETNS"])
+    seen = checkpoint_attempts(run)
     assert seen and max(seen) < 400, (base / "before/rank-0.log").read_text()[-2000:]
     alone = tiny.config(base, "cut", checkpoint={"keep_last": 1000}, **LONG)
     after = ranks.start_ranks(1, [alone], base / "after")
-    while not any(attempt == 2 for attempt in commits(run).values()) and time.monotonic() < until:
+    while (
+        not any(attempt == 2 for attempt in checkpoint_attempts(run).values())
+        and time.monotonic() < until
+    ):
         time.sleep(0.02)
-    namespaces.join(link[0]["NETNS"])  # what was cut off may now go on with what it was doing
+    namespaces.restore_link(link[0]["NETNS"])  # the cut-off ranks may now continue
     ranks.require_ok([process.wait(120) for process in after], base / "after")
     assert all(process.wait(60) != 0 for process in before), "it ends itself"
-    found = commits(run)
+    found = checkpoint_attempts(run)
     first = min(step for step, attempt in found.items() if attempt == 2)
     late = {step for step, attempt in found.items() if attempt == 1} - set(seen)
     assert all(step < first for step in late), (
-        "what the cut-off side had begun may end, but nothing newer may come"
+        "a save that the cut-off side had started may end, but no later one may start"
     )
     assert found[400] == 2
     unbroken = tiny.config(base, "whole", **LONG)

@@ -1,4 +1,4 @@
-"""Faults 12 to 16 and 22: a real S3 server behind a proxy that misbehaves as the list of faults says."""
+"""Faults 12 to 16 and 22: a real S3 server behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
-    """A model, and data in the bucket: JSON lines in two shards of some 100 kB, and Parquet with page checksums."""
+    """A model, and data in the bucket: JSON lines in two shards of some 100 kB, and Parquet with
+    page checksums."""
     folder = tmp_path_factory.mktemp("faults")
     tiny.make_model(folder / "model")
     rows = tiny.rows(SAMPLES)
@@ -48,7 +49,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
         body = "".join(json.dumps(row) + "\n" for row in rows[shard::2]).encode()
         client.put_object(Bucket=s3.BUCKET, Key=f"lines/shard-{shard}.jsonl", Body=body)
         client.put_object(
-            Bucket=s3.BUCKET, Key=f"tables/shard-{shard}.parquet", Body=encode_parquet(rows[shard::2])
+            Bucket=s3.BUCKET,
+            Key=f"tables/shard-{shard}.parquet",
+            Body=encode_parquet(rows[shard::2]),
         )
     return folder
 
@@ -67,15 +70,15 @@ def client_of(port: int) -> Any:
 
 @pytest.fixture
 def faulty(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """A proxy before the server, which all S3 of this process goes through."""
+    """A proxy in front of the server; all S3 requests of this process use it."""
     for name, value in s3.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(retry, "ATTEMPTS", 5)
+    monkeypatch.setattr(retry, "DEFAULT_ATTEMPTS", 5)
     found = FaultyProxy(port)
-    s3.forget(options(found))
+    s3.reset_options(options(found))
     yield found
     found.close()
-    s3.forget({})
+    s3.reset_options({})
 
 
 def options(found: FaultyProxy) -> dict[str, Any]:
@@ -93,9 +96,9 @@ def options(found: FaultyProxy) -> dict[str, Any]:
 
 @pytest.fixture
 def config(base: Path, faulty: FaultyProxy, tmp_path: Path) -> Callable[..., Any]:
-    """Return a function that makes a run over the data in the bucket, with a cache of its own."""
+    """Return a function that creates a run on the data in the bucket, with its own cache."""
 
-    def make(where: str = "lines/*.jsonl", **changes: Any) -> Any:
+    def create(where: str = "lines/*.jsonl", **changes: Any) -> Any:
         document = tiny.config(
             base, "faults", **{"storage": {"options": options(faulty)}, **changes}
         )
@@ -107,7 +110,7 @@ def config(base: Path, faulty: FaultyProxy, tmp_path: Path) -> Callable[..., Any
         }
         return load_config(document)
 
-    return make
+    return create
 
 
 def loaded(config: Any, tmp_path: Path, name: str = "run") -> Loader:
@@ -122,7 +125,7 @@ def tokens(loader: Loader) -> list[np.ndarray]:
 def expected(
     config: Callable[..., Any], faulty: FaultyProxy, tmp_path: Path
 ) -> Callable[[str], list[np.ndarray]]:
-    """Return what is read where nothing goes wrong."""
+    """Return a function that reads the data without faults."""
 
     def read(data: str) -> list[np.ndarray]:
         choose, faulty.choose = faulty.choose, lambda method, path: None
@@ -145,7 +148,7 @@ DATA = ["lines/*.jsonl", "tables/*.parquet"]
 
 
 @pytest.mark.parametrize("data", DATA)
-def test_fault_12_a_slow_link_is_slower_and_correct(config, faulty, expected, tmp_path, data):
+def test_fault_12_slow_link_gives_correct_data(config, faulty, expected, tmp_path, data):
     sound = expected(data)
     faulty.bytes_per_s = 200_000
     assert same(tokens(loaded(config(data), tmp_path)), sound)
@@ -153,31 +156,27 @@ def test_fault_12_a_slow_link_is_slower_and_correct(config, faulty, expected, tm
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("status", [500, 503])
-def test_fault_13_errors_that_pass_are_tried_again(
-    config, faulty, expected, tmp_path, status, data
-):
+def test_fault_13_temporary_errors_are_retried(config, faulty, expected, tmp_path, status, data):
     sound = expected(data)
     faulty.choose = at_first(2, Fault(status=status))
     assert same(tokens(loaded(config(data), tmp_path)), sound)
     assert faulty.num_faults >= 6, "two for the listing and two for each shard"
 
 
-def test_fault_13_a_store_that_stays_away_is_one_error_naming_the_url_in_bounded_time(
-    config, faulty, tmp_path
-):
+def test_fault_13_unavailable_store_is_one_error_in_bounded_time(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: Fault(status=503)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(
         StorageError,
         match=rf"s3://{s3.BUCKET}/lines/.*: cannot list it .*\. Gave up after 5 attempts\. Check that "
         "the endpoint answers",
     ):
         loaded(run, tmp_path)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - started_at < 60
 
 
-def test_fault_13_a_save_that_fails_is_told_and_training_goes_on(config, faulty, capfd):
+def test_fault_13_failed_save_is_logged_and_training_continues(config, faulty, capfd):
     run = config(
         run={"storage": f"s3://{s3.BUCKET}/runs"},
         schedule={"epochs": None, "steps": 6},
@@ -189,20 +188,21 @@ def test_fault_13_a_save_that_fails_is_told_and_training_goes_on(config, faulty,
     )
     result = api.train(run, skip_check=True)
     assert result.step == 6 and faulty.num_faults > 0
-    said = capfd.readouterr().err
+    log = capfd.readouterr().err
     assert (
-        "no checkpoint at step 2, training continues: s3://bucket/runs/faults/checkpoints/step-000000002"
-        in said
+        "no checkpoint at step 2, training continues: "
+        "s3://bucket/runs/faults/checkpoints/step-000000002" in log
     )
-    assert "SlowDown" in said
+    assert "SlowDown" in log
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_fault_14_a_reset_mid_body_goes_on_with_what_has_not_come(
+def test_fault_14_reset_mid_body_continues_with_the_rest(
     config, faulty, expected, tmp_path, data, share
 ):
-    """Every body breaks after 66,000 bytes: whole ranges never come, and only smaller ones make progress."""
+    """Every body breaks after 66,000 bytes: whole ranges never arrive; only smaller ones make
+    progress."""
     sound = expected(data)
     faulty.choose = sometimes(share, Fault(reset_after=66_000), methods=("GET",))
     found = tokens(loaded(config(data, data={"block_mib": 0.5}), tmp_path))
@@ -213,7 +213,7 @@ def test_fault_14_a_reset_mid_body_goes_on_with_what_has_not_come(
     )
 
 
-def test_fault_14_a_stall_mid_body_ends_by_the_read_timeout(config, faulty, expected, tmp_path):
+def test_fault_14_stall_mid_body_ends_by_the_read_timeout(config, faulty, expected, tmp_path):
     sound = expected("lines/*.jsonl")
     stalls = iter([Fault(stall_after=1000, stall_s=4)] * 2)
     faulty.choose = lambda method, path: (
@@ -229,7 +229,7 @@ def test_fault_14_a_stall_mid_body_ends_by_the_read_timeout(config, faulty, expe
     [Fault(truncate=100), Fault(truncate=1), Fault(error_inside=True)],
     ids=["truncated", "one byte short", "an error inside a 200"],
 )
-def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(
+def test_fault_15_short_or_wrong_body_is_detected_and_read_again(
     config, faulty, expected, tmp_path, data, fault
 ):
     sound = expected(data)
@@ -239,7 +239,7 @@ def test_fault_15_a_short_or_wrong_body_is_noticed_and_read_again(
     assert faulty.num_faults > 0
 
 
-def test_fault_15_a_body_that_stays_short_is_one_error(config, faulty, tmp_path):
+def test_fault_15_body_that_stays_short_is_one_error(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: (
         Fault(truncate=5) if method == "GET" and "/shard-" in path else None
@@ -252,10 +252,11 @@ def test_fault_15_a_body_that_stays_short_is_one_error(config, faulty, tmp_path)
         loaded(run, tmp_path)
 
 
-def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(
+def test_fault_15_bytes_altered_in_transit_are_detected_by_the_index(
     config, faulty, expected, tmp_path
 ):
-    """JSON lines have no checksums of their own: the first reading gives them one, and later ones are held to it."""
+    """JSON lines have no checksums: the first read computes one, and later reads are compared
+    with it."""
     sound = expected("lines/*.jsonl")
     run = config()
     assert same(tokens(loaded(run, tmp_path)), sound)
@@ -273,7 +274,7 @@ def test_fault_15_bytes_altered_on_the_way_are_caught_by_what_the_index_knows(
         tokens(again)
 
 
-def test_fault_16_a_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_path, port):
+def test_fault_16_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_path, port):
     client = client_of(port)
     body = bytearray(
         client.get_object(Bucket=s3.BUCKET, Key="tables/shard-0.parquet")["Body"].read()
@@ -289,7 +290,10 @@ def test_fault_16_a_flipped_byte_in_parquet_names_the_shard(config, faulty, tmp_
 
 BAD = {
     "no JSON": (b'{"prompt": "a", "respon', r"row 301: is not JSON \(.* at column \d+\)"),
-    "a missing field": (b'{"prompt": "a"}', r"row 301: has no column 'response'. Its columns: prompt"),
+    "a missing field": (
+        b'{"prompt": "a"}',
+        r"row 301: has no column 'response'. Its columns: prompt",
+    ),
     "an empty answer": (
         b'{"prompt": "a", "response": ""}',
         "row 301: response is empty. An answer to train on is needed",
@@ -302,21 +306,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(
+def test_fault_16_bad_row_is_named_and_skipped_only_on_request(
     config, faulty, tmp_path, port, kind, caplog
 ):
-    line, said = BAD[kind]
+    line, expected_text = BAD[kind]
     rows = [json.dumps(row).encode() for row in tiny.rows(600)]
     client_of(port).put_object(
         Bucket=s3.BUCKET, Key="bad/a.jsonl", Body=b"\n".join([*rows[:300], line, *rows[300:]])
     )
-    with pytest.raises(DataError, match=f"^s3://bucket/bad/a.jsonl {said}"):
+    with pytest.raises(DataError, match=f"^s3://bucket/bad/a.jsonl {expected_text}"):
         loaded(config("bad/a.jsonl"), tmp_path)
     index = loaded(config("bad/a.jsonl", data={"bad_rows": "skip"}), tmp_path, "skipping").index
     assert (index.total("num_bad"), index.num_samples, index.total("num_segments")) == (1, 601, 600)
     assert (
-        "data.bad_rows=skip: 1 of 601 rows cannot be used and are skipped; the first: s3://bucket/bad/a.jsonl row 301"
-        in caplog.text
+        "data.bad_rows=skip: 1 of 601 rows cannot be used and are skipped; the first: "
+        "s3://bucket/bad/a.jsonl row 301" in caplog.text
     )
     with pytest.raises(
         DataError, match=r"data.max_bad_rows=0: 1 of 601 rows cannot be used; the first: "
@@ -326,34 +330,34 @@ def test_fault_16_a_bad_row_is_named_and_skipped_only_where_asked(
         )
 
 
-def test_fault_22_expired_credentials_are_told_at_once(config, faulty, tmp_path):
+def test_fault_22_expired_credentials_are_reported_at_once(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: Fault(status=403)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(
         DistFtError,
         match=r"s3://bucket/lines/.*: cannot list it \(PermissionError.*\. Access is denied\. Check "
         r"credentials \(in the environment\) and permissions",
     ):
         loaded(run, tmp_path)
-    assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
+    assert time.monotonic() - started_at < 10 and len(faulty.requests) < 8
 
 
-def test_fault_22_a_clock_that_is_off_is_named(config, faulty, tmp_path):
+def test_fault_22_wrong_clock_is_named(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: Fault(status=403, code="RequestTimeTooSkewed")
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(
         StorageError,
-        match=r"s3://bucket/lines/.*; the clock of this machine is too far from the server's for "
-        r"signed requests; set it \(NTP\)$",
+        match=r"s3://bucket/lines/.*\. The clock of this machine differs too much from the server's for "
+        r"signed requests\. Set it \(NTP\)\.$",
     ):
         loaded(run, tmp_path)
-    assert time.monotonic() - begun < 10 and len(faulty.requests) < 8
+    assert time.monotonic() - started_at < 10 and len(faulty.requests) < 8
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "expected_text"),
     [
         (
             Fault(status=403, code="AccessDenied"),
@@ -361,17 +365,17 @@ def test_fault_22_a_clock_that_is_off_is_named(config, faulty, tmp_path):
         ),
         (
             Fault(status=403, code="QuotaExceeded"),
-            "The store is full. Raise its quota or keep fewer checkpoints "
-            "(checkpoint.keep_last)",
+            "The store is full. Raise its quota or keep fewer checkpoints (checkpoint.keep_last)",
         ),
         (Fault(status=507, code="XMinioStorageFull"), "The store is full"),
     ],
     ids=["read-only", "quota", "full"],
 )
-def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
-    config, faulty, capfd, fault, said
+def test_bad_input_full_bucket_keeps_committed_checkpoints(
+    config, faulty, capfd, fault, expected_text
 ):
-    """Training goes on to its end; the last save is one error at once, and what was committed can be loaded."""
+    """Training continues to its end; the last save is one immediate error, and checkpoints can
+    be loaded."""
     run = config(
         run={"storage": f"s3://{s3.BUCKET}/runs", "name": f"refused-{fault.code.lower()}"},
         schedule={"epochs": None, "steps": 6},
@@ -383,51 +387,51 @@ def test_bad_input_a_bucket_that_takes_no_more_keeps_what_was_committed(
         if method in ("PUT", "POST") and ("step-000000004" in path or "step-000000006" in path)
         else None
     )
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(
         StorageError,
-        match=rf"step-000000006-a0001/.*: cannot write it .*S3 code {fault.code}\)\. {re.escape(said)}",
+        match=rf"step-000000006-a0001/.*: cannot write it .*S3 code {fault.code}\)\. {re.escape(expected_text)}",
     ):
         api.train(run, skip_check=True)
-    assert time.monotonic() - begun < 60
-    told = capfd.readouterr().err
-    assert told.count("no checkpoint at step 4, training continues: ") == 1 and said in told
+    assert time.monotonic() - started_at < 60
+    log = capfd.readouterr().err
+    assert log.count("no checkpoint at step 4, training continues: ") == 1 and expected_text in log
     assert discovery.find_latest(Store(run.run_url), World(), Collectives()).progress.step == 2
     faulty.choose = lambda method, path: None
     assert api.train(run, skip_check=True).step == 6
-    assert "going on from step 2" in capfd.readouterr().err
+    assert "resuming from step 2" in capfd.readouterr().err
 
 
-def test_bad_input_a_bucket_in_another_region_is_told_at_once(config, faulty, tmp_path):
+def test_bad_input_bucket_in_another_region_is_reported_at_once(config, faulty, tmp_path):
     run = config()
     faulty.choose = lambda method, path: (
         Fault(status=301) if method == "GET" else None
     )  # and no header says where
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(
         StorageError,
         match=r"s3://bucket/lines/.*\. The bucket is in another region\. Set AWS_DEFAULT_REGION, or "
         r"storage.options.s3.client_kwargs.region_name",
     ):
         loaded(run, tmp_path)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - started_at < 10
 
 
-def test_bad_input_no_credentials_are_told_at_once(config, faulty, tmp_path, monkeypatch):
+def test_bad_input_missing_credentials_are_reported_at_once(config, faulty, tmp_path, monkeypatch):
     run = config()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    s3.forget(options(faulty))
+    s3.reset_options(options(faulty))
     with pytest.raises(
-        StorageError, match=r"no credentials were found; set them in the environment"
+        StorageError, match=r"No credentials were found\. Set them in the environment"
     ):
         loaded(run, tmp_path)
 
 
-def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, tmp_path, port):
+def test_fault_22_shard_that_changed_during_the_run_is_refused(config, faulty, tmp_path, port):
     client = client_of(port)
     body = b"".join(json.dumps(row).encode() + b"\n" for row in tiny.rows(300))
     client.put_object(Bucket=s3.BUCKET, Key="changing/a.jsonl", Body=body)
@@ -446,6 +450,6 @@ def test_fault_22_a_shard_that_changed_under_the_run_is_refused(config, faulty, 
         tokens(loader)
 
 
-def test_the_proxy_itself_is_transparent(faulty, config, expected, tmp_path):
+def test_proxy_without_faults_is_transparent(faulty, config, expected, tmp_path):
     assert same(tokens(loaded(config(), tmp_path)), expected("lines/*.jsonl"))
     assert faulty.num_faults == 0 and len(faulty.requests) > 10

@@ -1,4 +1,4 @@
-"""Fault 22: machines whose clocks are days apart. Nothing is decided by what a clock says: losses, ledger, retention, fence."""
+"""Fault 22: clocks that are days apart change no losses, ledger, retention or fencing."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(target)
 
 
-def days_off(when: str) -> int:
-    return round((datetime.fromisoformat(when) - datetime.now(timezone.utc)) / timedelta(days=1))
+def clock_offset_days(time: str) -> int:
+    return round((datetime.fromisoformat(time) - datetime.now(timezone.utc)) / timedelta(days=1))
 
 
-def test_fault_22_ranks_whose_clocks_are_days_apart(tmp_path: Path, library: str) -> None:
-    """The first attempt's rank 0 lives two days ahead, the second's three behind: what is newer looks older."""
+def test_fault_22_clocks_that_are_days_apart(tmp_path: Path, library: str) -> None:
+    """Rank 0's clock is two days ahead in the first attempt, three behind in the second: newer
+    looks older."""
     base = tiny.base(tmp_path, samples=70)
     unbroken = tiny.config(base, "unbroken", workers=2, stage=2)
     ranks.require_ok(ranks.run_ranks(2, [unbroken], base / "unbroken"), base / "unbroken")
@@ -63,15 +64,17 @@ def test_fault_22_ranks_whose_clocks_are_days_apart(tmp_path: Path, library: str
     then = ranks.start_ranks(2, [document], base / "then", each=clocks(-3, 1))
     ranks.require_ok([process.wait(120) for process in then], base / "then")
     attempts = [json.loads(path.read_text()) for path in sorted((run / "attempts").glob("*.json"))]
-    assert [days_off(attempt["started_at"]) for attempt in attempts] == [2, -3], (
+    assert [clock_offset_days(attempt["started_at"]) for attempt in attempts] == [2, -3], (
         "the clocks were off"
     )
-    assert "going on from step 8" in (base / "then/rank-0.log").read_text()
+    assert "resuming from step 8" in (base / "then/rank-0.log").read_text()
     store, whole = Store(str(run)), Store(str(base / "runs/unbroken"))
-    kept = discovery.list_committed(store)
-    assert [name[:14] for name in kept] == [name[:14] for name in discovery.list_committed(whole)], (
-        "the last two"
-    )
-    assert {days_off(discovery.load_manifest(store, name).created_at) for name in kept} == {-3}
+    names = discovery.list_committed(store)
+    assert [name[:14] for name in names] == [
+        name[:14] for name in discovery.list_committed(whole)
+    ], "the last two"
+    assert {
+        clock_offset_days(discovery.load_manifest(store, name).created_at) for name in names
+    } == {-3}
     assert history.losses(run) == history.losses(whole.url)
     history.require_exactly_once(run, document)

@@ -1,4 +1,4 @@
-"""Faults 23, 24 and 25: checkpoints made to do harm, secrets, and locks that the dead have left."""
+"""Faults 23, 24 and 25: malicious checkpoints, secrets, and locks that dead processes left."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(base: Path) -> Path:
 
 
 class Bomb:
-    """What unpickling would run."""
+    """Code that unpickling would run."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker
@@ -53,8 +53,8 @@ class Bomb:
         return os.mkdir, (str(self._marker),)
 
 
-def seal_again(folder: Path, change: Any) -> None:
-    """Alter a manifest as one who knows its format can: checksums and all."""
+def change_and_seal(folder: Path, change: Any) -> None:
+    """Alter a manifest as an attacker who knows its format can, with valid checksums."""
     path = folder / manifests.NAME
     found = manifests.parse_manifest(path.read_bytes(), "it")
     raw = json.loads(found.model_dump_json())
@@ -69,23 +69,26 @@ def seal_again(folder: Path, change: Any) -> None:
     )
 
 
-def replaced(folder: Path, content: bytes) -> Any:
-    """Put `content` in place of a checkpoint's first file, and say so in the manifest."""
+def replace_content(folder: Path, content: bytes) -> Any:
+    """Return a change that replaces a checkpoint's first file by `content`, with a matching
+    manifest."""
 
     def change(raw: dict[str, Any]) -> None:
         first = raw["files"][0]
         (folder / first["path"]).write_bytes(content)
-        first.update(manifests.file_entry_in_blocks(first["path"], memoryview(content)).model_dump())
+        first.update(
+            manifests.file_entry_in_blocks(first["path"], memoryview(content)).model_dump()
+        )
 
     return change
 
 
-def renamed(path: str) -> Any:
+def rename_file(path: str) -> Any:
     return lambda raw: raw["files"][0].update(path=path)
 
 
 def files(base: Path) -> list[Path]:
-    """Return all there is but the notes of attempts and their time."""
+    """Return all files but the notes of attempts and their times."""
     return sorted(
         path.relative_to(base)
         for path in base.rglob("*")
@@ -101,36 +104,36 @@ def header(entry: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize(
     ("name", "attack"),
     [
-        ("pickle", lambda folder, marker: replaced(folder, pickle.dumps(Bomb(marker)))),
-        ("path", lambda folder, marker: renamed("../../../escaped")),
-        ("absolute", lambda folder, marker: renamed("/etc/passwd")),
+        ("pickle", lambda folder, marker: replace_content(folder, pickle.dumps(Bomb(marker)))),
+        ("path", lambda folder, marker: rename_file("../../../escaped")),
+        ("absolute", lambda folder, marker: rename_file("/etc/passwd")),
         (
             "huge-header",
-            lambda folder, marker: replaced(folder, (2**62).to_bytes(8, "little") + b"{}"),
+            lambda folder, marker: replace_content(folder, (2**62).to_bytes(8, "little") + b"{}"),
         ),
         (
             "huge-tensor",
-            lambda folder, marker: replaced(
+            lambda folder, marker: replace_content(
                 folder, header({"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]})
             ),
         ),
         (
             "dtype",
-            lambda folder, marker: replaced(
+            lambda folder, marker: replace_content(
                 folder, header({"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}) + bytes(8)
             ),
         ),
         ("huge-file", lambda folder, marker: lambda raw: raw["files"][0].update(num_bytes=2**60)),
     ],
 )
-def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(
+def test_fault_23_malicious_checkpoint_is_refused(
     base: Path, trained: Path, tmp_path: Path, name: str, attack: Any
 ) -> None:
     run, marker = base / "runs" / f"harm-{name}", tmp_path / "executed"
     shutil.copytree(trained, run)
     folder = next((run / "checkpoints").iterdir())
     change = attack(folder, marker)
-    seal_again(folder, change)
+    change_and_seal(folder, change)
     before = files(base)
     with pytest.raises(CheckpointError) as caught:
         local.run(load_config({**document(base, f"harm-{name}", 9)}))
@@ -141,10 +144,10 @@ def test_fault_23_a_checkpoint_made_to_do_harm_is_refused(
         and not (base / "escaped").exists()
         and not (base / "runs/escaped").exists()
     )
-    assert files(base) == before, "nothing was written but that an attempt was made, and its time"
+    assert files(base) == before, "only the attempt and its time were written"
 
 
-def test_fault_24_no_secret_reaches_anything_a_run_writes_or_says(
+def test_fault_24_no_secret_reaches_files_or_output(
     base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secrets = {
@@ -156,19 +159,20 @@ def test_fault_24_no_secret_reaches_anything_a_run_writes_or_says(
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     local.run(load_config(document(base, "secret")))
-    said = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     written = b"".join(
         path.read_bytes() for path in (base / "runs/secret").rglob("*") if path.is_file()
     )
     assert len(written) > 1000
     for value in secrets.values():
-        assert value not in said and value.encode() not in written
+        assert value not in output and value.encode() not in written
 
 
-def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(
+def test_fault_25_start_does_not_wait_for_the_lock_of_a_dead_build(
     base: Path, tmp_path: Path
 ) -> None:
-    """PyTorch's extension builder waits without end on the lock file of one that was killed; nothing is built here."""
+    """PyTorch's extension builder waits forever for a killed builder's lock file; nothing is
+    built here."""
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
@@ -184,8 +188,8 @@ def test_fault_25_a_start_does_not_wait_on_the_lock_of_a_build_that_died(
     assert len(history.losses(base / "runs/locked")) == 2
 
 
-def test_the_attacks_would_be_found_where_they_are(trained: Path) -> None:
-    """The copy that is not altered loads: the tests above refuse the attack, not the copy."""
+def test_unaltered_copy_loads(trained: Path) -> None:
+    """The tests above refuse the attack, not the copy."""
     store = Store(str(trained))
     for name in discovery.list_committed(store):
         assert discovery.load_manifest(store, name).progress.step == 6

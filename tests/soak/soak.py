@@ -1,12 +1,15 @@
-"""Kills a run again and again at random moments, and checks that nothing was lost: in parts, with a journal.
+"""Kills a run repeatedly at random moments and checks that nothing was lost; results go to a
+journal.
 
-    python tests/soak/soak.py --mode ranks --kills 160     # two ranks without Ray: kill -9, and deaths inside a save
-    python tests/soak/soak.py --mode ray --kills 40        # training processes, their keepers, Ray workers, the driver
-    python tests/soak/soak.py --report                     # what the journal says
+    python tests/soak/soak.py --mode ranks --kills 160     # two ranks without Ray: kill -9, and
+    deaths inside a save python tests/soak/soak.py --mode ray --kills 40        # training
+    processes, their keepers, Ray workers, the driver python tests/soak/soak.py --report
+    # the results in the journal
 
-Each run is a small model with dropout, packed, in the background saved every four steps. After every kill all committed
-checkpoints are read and held against their checksums; at the end of a run its losses must equal those of an unbroken
-one to the last bit, and the ledger must hold every sample once. A line of the journal is written after each.
+Each run trains a small model with dropout and packing, and saves in the background every four
+steps. After every kill all checkpoints are compared with their checksums. At the end of a run its
+losses must equal those of an undisturbed run to the last bit, and the ledger must hold every sample
+once. Each event is a line of the journal.
 """
 
 from __future__ import annotations
@@ -27,28 +30,30 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-PLACES = (
+FAILPOINTS = (
     "checkpoint.before_file",
     "checkpoint.after_file",
     "checkpoint.before_manifest",
     "checkpoint.after_manifest",
 )
 MARK = "DIST_FT_SOAK"
-"""In the environment of all that belongs to the run: keepers and what they keep are no children of the driver."""
-COMMIT_S = 120.0
+"""Marks all processes of the run: keepers and their processes are no children of the driver."""
+RUNTIME_MODULES = {"worker_process": "process", "process_keeper": "keeper"}
+"""Kind of victim by module."""
+CHECKPOINT_WAIT_S = 120.0
 STEPS = {"ranks": 240, "ray": 300}
 
 
 def main() -> None:
-    """Soak, or report."""
+    """Run the soak test, or print the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--mode", choices=["ranks", "ray"], default="ranks")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
-        "--seed", type=int, default=None, help="none: from the clock; it is in the journal"
+        "--seed", type=int, default=None, help="default: from the clock; the journal contains it"
     )
     parser.add_argument(
-        "--minutes", type=float, default=14, help="begin no further run after so long"
+        "--minutes", type=float, default=14, help="start no further run after this time"
     )
     parser.add_argument("--journal", default=str(HERE / "journal.jsonl"))
     parser.add_argument("--report", action="store_true")
@@ -66,19 +71,19 @@ def main() -> None:
 
 
 class Journal:
-    """What was done to which run, and what was found."""
+    """The kills and the results of all runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, **values: Any) -> None:
-        """Write a line."""
+        """Append a line."""
         line = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def report(self) -> None:
-        """Print the sums; exit 1 if anything was not as it must be."""
+        """Print the totals; exit 1 if any check failed."""
         lines = (
             [json.loads(line) for line in self.path.read_text().splitlines()]
             if self.path.exists()
@@ -91,8 +96,8 @@ class Journal:
             print(f"{mode}: {sum(counts.values())} kills: {dict(counts)}")
         bad = [line for line in lines if line["what"] == "failed" or not line.get("sound", True)]
         print(
-            f"runs that came to their end: {len(ends)}; equal to the unbroken one to the last bit, every sample once: "
-            f"{sum(line['equal'] and line['once'] for line in ends)}; checkpoints read: "
+            f"finished runs: {len(ends)}; bit-equal to the undisturbed run with every sample once: "
+            f"{sum(line['equal'] and line['once'] for line in ends)}; checkpoints verified: "
             f"{sum(line['checkpoints'] for line in kills)}; corrupt or failed: {len(bad)}"
         )
         if bad or not all(line["equal"] and line["once"] for line in ends):
@@ -100,23 +105,23 @@ class Journal:
 
 
 def soak(args: argparse.Namespace, journal: Journal) -> None:
-    """Kill until there were enough kills; the last run goes on to its end."""
+    """Kill processes until there were enough kills; the last run continues to its end."""
     import history
     import tiny
 
     seed = args.seed if args.seed is not None else time.time_ns() % 2**32
-    rng, begun, kills, number = random.Random(seed), time.monotonic(), 0, 0
+    rng, started_at, kills, number = random.Random(seed), time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory(prefix="dist_ft-soak-") as name:
         base = tiny.base(Path(name))
         document = config(base, "unbroken", args.mode)
-        unbroken_run(base, document)
-        wanted = history.losses(base / "runs/unbroken")
-        while kills < args.kills and time.monotonic() - begun < 60 * args.minutes:
+        run_undisturbed(base, document)
+        expected = history.losses(base / "runs/unbroken")
+        while kills < args.kills and time.monotonic() - started_at < 60 * args.minutes:
             number += 1
             document = config(base, f"soak-{number}", args.mode)
-            about = {"mode": args.mode, "seed": seed, "number": number}
-            done = (ranks_run if args.mode == "ranks" else ray_run)(
-                base, document, rng, args.kills - kills, about, journal
+            labels = {"mode": args.mode, "seed": seed, "number": number}
+            done = (run_with_ranks if args.mode == "ranks" else run_with_ray)(
+                base, document, rng, args.kills - kills, labels, journal
             )
             kills += done
             run = base / "runs" / document["run"]["name"]
@@ -126,7 +131,7 @@ def soak(args: argparse.Namespace, journal: Journal) -> None:
             except AssertionError:
                 once = False
             journal.add(
-                what="end", kills=done, equal=history.losses(run) == wanted, once=once, **about
+                what="end", kills=done, equal=history.losses(run) == expected, once=once, **labels
             )
             print(f"run {number}: {done} kills, {kills} of {args.kills}", flush=True)
 
@@ -145,15 +150,15 @@ def config(base: Path, name: str, mode: str) -> dict[str, Any]:
     )
 
 
-def unbroken_run(base: Path, document: dict[str, Any]) -> None:
-    """Run what all others are held against: two ranks, no kill."""
+def run_undisturbed(base: Path, document: dict[str, Any]) -> None:
+    """Run the reference for all others: two ranks, no kill."""
     import ranks
 
     ranks.require_ok(ranks.run_ranks(2, [document], base / "unbroken"), base / "unbroken")
 
 
-def check(run: Path, journal: Journal, **values: Any) -> None:
-    """Read all committed checkpoints and note the kill."""
+def verify_checkpoints(run: Path, journal: Journal, **values: Any) -> None:
+    """Verify all checkpoints, and add the kill to the journal."""
     from dist_ft.checkpoint import discovery
     from dist_ft.config.load import STORED
     from dist_ft.runs import catalog
@@ -162,48 +167,49 @@ def check(run: Path, journal: Journal, **values: Any) -> None:
     if not Store(str(run)).exists(STORED):
         return journal.add(what="kill", checkpoints=0, sound=True, step=0, **values)
     found = list(catalog.verify(str(run)))
-    there = discovery.list_committed(
-        Store(str(run))
-    )  # under Ray the run goes on, and removes old ones meanwhile
-    problems = [f"{name}: {problem}" for name, problem in found if problem and name in there]
-    newest = int(found[0][0].split("-")[1]) if found else 0
+    # Under Ray the run continues, and may have removed old checkpoints meanwhile.
+    existing = discovery.list_committed(Store(str(run)))
+    problems = [f"{name}: {problem}" for name, problem in found if problem and name in existing]
+    latest = int(found[0][0].split("-")[1]) if found else 0
     return journal.add(
         what="kill",
         checkpoints=len(found),
         sound=not problems,
-        step=newest,
+        step=latest,
         **values,
         **({"problems": problems} if problems else {}),
     )
 
 
-def ranks_run(
+def run_with_ranks(
     base: Path,
     document: dict[str, Any],
     rng: random.Random,
-    most: int,
-    about: dict[str, Any],
+    max_kills: int,
+    labels: dict[str, Any],
     journal: Journal,
 ) -> int:
-    """Run to the end over kills of two ranks; return how many there were."""
+    """Run to the end with kills of two ranks; return the number of kills."""
     import ranks
 
     run, folder = base / "runs" / document["run"]["name"], base / document["run"]["name"]
     for kills in range(10**6):
-        place = (
-            f"{rng.choice(PLACES)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}"
+        failpoint = (
+            f"{rng.choice(FAILPOINTS)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}"
             if rng.random() < 0.4
             else ""
         )
         processes = ranks.start_ranks(
-            2, [document], folder, {"DIST_FT_FAILPOINT": place} if place else {}
+            2, [document], folder, {"DIST_FT_FAILPOINT": failpoint} if failpoint else {}
         )
         victims = rng.choice([[0], [1], [0, 1]])
-        until = time.monotonic() + (rng.uniform(1.0, 7.0) if kills < most and not place else 120)
+        until = time.monotonic() + (
+            rng.uniform(1.0, 7.0) if kills < max_kills and not failpoint else 120
+        )
         while all(process.poll() is None for process in processes) and time.monotonic() < until:
             time.sleep(0.01)
         codes = [process.poll() for process in processes]
-        if codes == [None, None] and not place and kills < most:
+        if codes == [None, None] and not failpoint and kills < max_kills:
             for victim in victims:
                 processes[victim].kill()
         codes = ranks.wait_for_death(processes)
@@ -213,23 +219,25 @@ def ranks_run(
                     what="failed",
                     codes=codes,
                     log=(folder / "rank-0.log").read_text()[-2000:],
-                    **about,
+                    **labels,
                 )
                 raise SystemExit(f"ranks ended with {codes}")
             return kills
-        check(run, journal, victim=f"save:{place}" if place else f"rank:{victims}", **about)
+        verify_checkpoints(
+            run, journal, victim=f"save:{failpoint}" if failpoint else f"rank:{victims}", **labels
+        )
     raise AssertionError("unreachable")
 
 
-def ray_run(
+def run_with_ray(
     base: Path,
     document: dict[str, Any],
     rng: random.Random,
-    most: int,
-    about: dict[str, Any],
+    max_kills: int,
+    labels: dict[str, Any],
     journal: Journal,
 ) -> int:
-    """Run to the end under Ray over kills of what it is made of; return how many there were."""
+    """Run to the end under Ray with kills of its processes; return the number of kills."""
     import psutil
     import yaml
 
@@ -247,12 +255,12 @@ def ray_run(
                 env={**os.environ, MARK: base.name},
             )
         while driver.poll() is None:
-            if rng.random() < 0.85:  # else perhaps before it has recovered from the last kill
-                wait_for_a_commit(run, driver)
+            if rng.random() < 0.85:  # else the kill may come during recovery
+                wait_for_checkpoint(run, driver)
             until = time.monotonic() + rng.uniform(0.5, 10.0)
             while driver.poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
-            victims = living(driver, base.name) if kills < most else {}
+            victims = find_victims(driver, base.name) if kills < max_kills else {}
             if not victims or not (run / "attempts").exists():
                 continue
             kind = rng.choices(
@@ -265,23 +273,23 @@ def ray_run(
                 continue
             kills += 1
             time.sleep(0.5)
-            check(run, journal, victim=kind, **about)
+            verify_checkpoints(run, journal, victim=kind, **labels)
         if driver.returncode == 0:
             return kills
         if driver.returncode != -9:
             journal.add(
-                what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **about
+                what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **labels
             )
             raise SystemExit(f"the driver ended with {driver.returncode}")
 
 
-def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
-    """Wait until the run has committed a checkpoint more: a run that never trains is no test."""
+def wait_for_checkpoint(run: Path, driver: subprocess.Popen[bytes]) -> None:
+    """Wait for another checkpoint of the run: a run that never trains tests nothing."""
     from dist_ft.checkpoint import discovery
     from dist_ft.storage.filesystem import Store
 
     store = Store(str(run))
-    before, until = discovery.list_committed(store)[:1], time.monotonic() + COMMIT_S
+    before, until = discovery.list_committed(store)[:1], time.monotonic() + CHECKPOINT_WAIT_S
     while (
         driver.poll() is None
         and time.monotonic() < until
@@ -290,8 +298,12 @@ def wait_for_a_commit(run: Path, driver: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
-    """Return the processes of a run that trains: training processes (spares too), keepers, Ray workers, the driver."""
+def find_victims(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
+    """Return the processes of a run by kind: training processes with spares, keepers, Ray workers,
+    driver.
+
+    Returns {} unless there is one of each kind.
+    """
     import psutil
 
     found: dict[str, list[Any]] = {"process": [], "keeper": [], "worker": []}
@@ -303,7 +315,8 @@ def living(driver: subprocess.Popen[bytes], mark: str) -> dict[str, list[Any]]:
                 and words[2].startswith("dist_ft.runtime.")
                 and process.environ().get(MARK) == mark
             ):
-                found[words[2].rpartition(".")[2]].append(process)
+                module = words[2].rpartition(".")[2]
+                found[RUNTIME_MODULES[module]].append(process)
         except psutil.Error:
             continue
     with contextlib.suppress(psutil.Error):  # it may end meanwhile

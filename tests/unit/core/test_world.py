@@ -124,7 +124,7 @@ def test_a_single_rank_gets_its_own_values():
 def results_of_two_ranks(tmp_path_factory) -> list[dict]:
     """Results of two real gloo ranks, by rank."""
     folder: Path = tmp_path_factory.mktemp("two")
-    port = ports.free()
+    port = ports.find_free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_PROGRAM, str(folder)],

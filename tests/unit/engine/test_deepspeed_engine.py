@@ -108,7 +108,7 @@ def test_state_goes_out_and_in_whole(found, case):
     }[name]
     assert got["at_start"] == keys and got["whole"] and got["formats"] == ["torch.float32"]
     assert got["step"] == got["resumed"] == (0 if name == "sgd" else 3)
-    assert got["got"] == got["want"]
+    assert got["got"] == got["expected"]
 
 
 @pytest.mark.parametrize(
@@ -118,5 +118,5 @@ def test_state_goes_out_and_in_whole(found, case):
 )
 def test_the_losses_are_those_of_the_plain_engine(found, case):
     momentum = 0.9 if case[2] == "sgd" else 0.0
-    want = train(make_engine("gpt2", name=case[2], momentum=momentum), range(3))
-    assert found["-".join(map(str, case))]["plain"] == pytest.approx(want, rel=1e-5)
+    expected = train(make_engine("gpt2", name=case[2], momentum=momentum), range(3))
+    assert found["-".join(map(str, case))]["plain"] == pytest.approx(expected, rel=1e-5)
