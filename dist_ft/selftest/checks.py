@@ -132,8 +132,7 @@ def _scenario(name: str, description: str, stage: int, num_workers: int | None =
 
 
 def choose_speed_model(machines: Sequence[NodeDescription], num_workers: int) -> ModelSize:
-    """Return the model whose speed is measured: on GPUs the largest that surely fits the
-    smallest one."""
+    """Return the model to time: on GPUs the largest that surely fits the smallest one."""
     memory = [gpu["memory_gib"] * 2**30 for machine in machines for gpu in machine.get("gpus", ())]
     if not memory:
         return CPU_MODEL
@@ -145,8 +144,7 @@ def choose_speed_model(machines: Sequence[NodeDescription], num_workers: int) ->
 
 
 def speed_scenario(base: RunConfig, folder_url: str, size: ModelSize) -> Scenario:
-    """Return the run whose speed is measured: with the config's own zero section, without
-    checkpoints."""
+    """Return the run to time: with the config's own zero section, without checkpoints."""
     micro_batch = MICRO_BATCH if size.dtype == "bfloat16" else 1
     return Scenario(
         SPEED_RUN,
@@ -214,8 +212,7 @@ def check_losses(
 
 
 def largest_difference(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> float:
-    """Return the largest difference of two runs' losses; infinity if steps differ or a loss is
-    not finite."""
+    """Return the largest difference of losses; infinity if steps differ or one is not finite."""
     if not losses or [step for step, _ in losses] != [step for step, _ in expected]:
         return math.inf
     largest = 0.0

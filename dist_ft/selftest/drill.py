@@ -1,5 +1,4 @@
-"""A drill: short runs on the user's own cluster and storage, each with a fault, and a check that
-they recover.
+"""A drill: short runs with faults on the user's own cluster and storage.
 
 Each run is the command `dist-ft train`, as a person would start it. Everything is stored in a new
 folder below `run.storage`, which is removed at the end if all scenarios passed.

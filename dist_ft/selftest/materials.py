@@ -1,5 +1,4 @@
-"""Writes the models and the data of drills and self-tests: without network, the same bits every
-time."""
+"""Writes models and data of drills and self-tests, without network and bit-equal each time."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ SMALL = ModelSize(128, 2, 256, 4, 64, dropout=0.1)
 
 
 def write_materials(store: Store, num_lanes: int) -> None:
-    """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs in shards) into
-    `store`."""
+    """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs)."""
     rows = instruction_pairs(ROWS_PER_LANE * num_lanes)
     write_jsonl(rows, store, "data/pairs", -(-len(rows) // 3))
     write_model(store, "model", SMALL)

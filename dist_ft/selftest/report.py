@@ -9,8 +9,7 @@ from dist_ft.selftest.selftest import Report
 
 
 def to_markdown(report: Report) -> str:
-    """Return the report as Markdown: verdicts, figures, devices, versions, last lines of failed
-    runs."""
+    """Return verdicts, figures, devices, versions and the last lines of failed runs."""
     return "\n".join(_lines(report)) + "\n"
 
 

@@ -42,8 +42,9 @@ STOP_S = 30.0
 def run_scenario(
     config: RunConfig, scenario: Scenario, store: Store, rerun_config: RunConfig | None = None
 ) -> RunOutcome:
-    """Run a scenario to its end and return what it left behind; its output goes to `<name>.log` in
-    `store`.
+    """Run a scenario to its end and return what it left behind.
+
+    Its output is stored as `<name>.log` in `store`.
 
     Args:
         config: of the run.
@@ -147,8 +148,7 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 def _read_outcome(
     url: str, exit_codes: Sequence[int | None], lines: Sequence[TimedLine]
 ) -> RunOutcome:
-    """Return what is in the storage of a run that has ended; that it cannot be read is part of
-    the outcome."""
+    """Read the storage of a run that has ended; an unreadable file is part of the outcome."""
     store = Store(url)
     try:
         losses = tuple(

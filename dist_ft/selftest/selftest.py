@@ -1,5 +1,4 @@
-"""A self-test: does dist_ft keep its promises on this machine or cluster? In minutes, with a report
-for an issue.
+"""A self-test: does dist_ft keep its promises on this machine or cluster?
 
 Each run is the command `dist-ft train` with real Ray workers, with nccl on GPUs and gloo without.
 Everything is stored in a new folder below `run.storage`, which is removed at the end if all checks
@@ -42,8 +41,7 @@ TAIL_LINES = 30
 
 
 class Settings(TypedDict):
-    """The part of the config that matters to readers of a report: placement and sharding, no
-    address, no path."""
+    """The part of the config for a report: placement and sharding, no address, no path."""
 
     cluster: dict[str, Any]
     zero: dict[str, Any]

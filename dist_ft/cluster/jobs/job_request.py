@@ -1,9 +1,9 @@
-"""A run as a Ray job: command, runtime environment, metadata and name. Pure, except that it looks
-at local paths.
+"""A run as a Ray job: command, runtime environment, metadata and name.
 
-Guarantees: the config that was checked is the one that runs, because the command contains all of
-it; a run's job is named after the run, so that a second job of the same run is noticed; nothing of
-it contains a credential. It also finds the paths that workers cannot see.
+Decides only; does not contact a cluster. Guarantees: the config that was checked is the one that
+runs, because the command contains all of it; a run's job is named after the run, so that a second
+job of the same run is noticed; nothing of it contains a credential. It also finds the paths that
+workers cannot see.
 """
 
 from __future__ import annotations
@@ -167,8 +167,7 @@ def exit_code(job: JobInfo) -> int:
 
 
 def find_variable_problems(assignments: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each `--env` that is malformed, or a credential: a cluster shows them to
-    all its users."""
+    """Yield a line for each malformed or secret `--env`: a cluster shows them to all users."""
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):

@@ -75,8 +75,7 @@ class Versions(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive: its address, its resources (Ray's names: CPU, GPU, ...), and how
-    much of them is free."""
+    """A live node: its address, its resources (Ray's names: CPU, GPU, ...), the free ones."""
 
     ip: str
     total: Mapping[str, float]
@@ -96,8 +95,7 @@ class CapacityCheck(NamedTuple):
 
 
 def resolve_url(address: str | None) -> str:
-    """Return the URL of the job server: `address`, else as the environment says, else of this
-    machine.
+    """Return the job server's URL: `address`, else of the environment, else of this machine.
 
     Raises:
         ConfigError: it is not the URL of a job server.
@@ -246,8 +244,7 @@ class Server:
         return nodes
 
     def _usage_by_node(self) -> Any:
-        """Return {node id: {resource: [used, total]}}; {} if it is not known: it only serves a
-        notice."""
+        """Return {node id: {resource: [used, total]}}, or {} if that is not known."""
         with contextlib.suppress(WorkerError, KeyError, TypeError, AttributeError):
             status = self.request("/api/cluster_status")["data"]["clusterStatus"]
             return status["loadMetricsReport"]["usageByNode"] or {}

@@ -1,10 +1,10 @@
-"""Runs as jobs of a Ray cluster: submit, attach, follow, stop. The only module that uses Ray's job
-submission.
+"""Submits runs as jobs of a Ray cluster; attaches to them, follows and stops them.
 
-Guarantees: nothing starts before config, project, cluster and paths were checked, and all problems
-are reported at once; a run that already has a running job is attached to, not started twice; after
-an interruption a log continues where it stopped, without losing or repeating a line; a job counts
-as lost only after `LOST_S` without an answer.
+The only module that uses Ray's job submission. Guarantees: nothing starts before config, project,
+cluster and paths were checked, and all problems are reported at once; a run that already has a
+running job is attached to, not started twice; after an interruption a log continues where it
+stopped, without losing or repeating a line; a job counts as lost only after `LOST_S` without an
+answer.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.core.logs import redact
 
 SILENT_S = 60.0
-"""A log stream that is silent for this long is opened again: it may be cut without either end
-noticing."""
+"""A log stream that is silent for this long is opened again: it may be cut unnoticed."""
 POLL_S = 1.0
 LOST_S = 300.0
 DEFAULT_GRACE_S = "3"
@@ -143,8 +142,7 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
 
 
 def _require_versions(server: Server, any_version: bool) -> None:
-    """Raise WorkerError if the cluster's Ray is too old, or its versions differ and that is not
-    allowed."""
+    """Raise WorkerError if Ray is too old there, or versions differ without permission."""
     import ray
 
     versions = server.versions()
@@ -161,8 +159,7 @@ def _project_location(packaged: bool | None, is_local_cluster: bool) -> ProjectL
 
 
 def _check_config(config: RunConfig) -> list[str]:
-    """Return the problems from `dist-ft check`, without the run's storage and this machine's
-    CPUs and GPUs."""
+    """Return the problems from `dist-ft check`, without storage and this machine's devices."""
     from dist_ft.runtime.preflight import check_run
 
     cluster = config.cluster.model_copy(update={"address": "auto"})
@@ -191,8 +188,7 @@ def submit(server: Server, request: Request) -> None:
 
 
 def _client(server: Server) -> Any:
-    """Return Ray's client for `server`; without this variable it would use the environment's
-    address."""
+    """Return Ray's client; without the variable it would use the environment's address."""
     from ray.job_submission import JobSubmissionClient
 
     previous = os.environ.get("RAY_API_SERVER_ADDRESS")

@@ -1,1 +1,1 @@
-"""Supervised worker processes that restart and resize."""
+"""Supervised training processes that restart and resize."""

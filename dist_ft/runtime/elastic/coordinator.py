@@ -27,13 +27,13 @@ seconds, and a worker waits until its report is collected."""
 SILENT_S = 15.0
 """A rank 0 that has not called for this long will not save."""
 MAX_LINES = 2000
-"""Lines that are stored until the driver fetches them; older ones are dropped, and the driver
-gets their number."""
+"""Lines stored for the driver; older ones are dropped, and it learns their number."""
 
 
 class Coordinator:
-    """An actor: lines and outcomes travel from the supervisors to the driver, stop and save
-    requests the other way.
+    """An actor between the driver and the supervisors.
+
+    Lines and outcomes travel to the driver, stop and save requests to the supervisors.
 
     Reports of a group of workers that was replaced are ignored; `group` says who reports.
     """
@@ -83,8 +83,7 @@ class Coordinator:
     # For Ray Train's controller
 
     def request_save(self) -> int:
-        """Have the workers save now and continue training; return the number of this request,
-        for `is_save_done`."""
+        """Have the workers save and continue; return the request's number for `is_save_done`."""
         self._save_number += 1
         self._save_generation = self._group_state.generation
         return self._save_number
@@ -101,15 +100,13 @@ class Coordinator:
         )
 
     def announce_node_loss(self, description: str) -> None:
-        """Note that nodes will be taken away, so that the loss of their workers is not counted
-        as a failure."""
+        """Note that nodes will be taken away: losing their workers is then no failure."""
         self._group_state.announce_node_loss(description)
 
     # For the supervisors
 
     def join(self, member: Member, num_checkpoints: int) -> RunStatus:
-        """Note that a supervisor is ready for the next generation; the status has a `rendezvous`
-        once all are."""
+        """Note that a supervisor is ready; the status has a `rendezvous` once all are."""
         self._group_state.join(member, time.monotonic())
         return self.status(member, num_checkpoints)
 
@@ -149,8 +146,10 @@ class Coordinator:
         self._lines.append(OutputLine(kind, text))
 
     def end_run(self, outcome: Result | DistFtError, group: str = "") -> None:
-        """Note how the run ended: a result, or an error that a restart would not cure. The first
-        one counts."""
+        """Note how the run ended: a result, or an error that a restart would not cure.
+
+        The first one counts.
+        """
         if self._group_state.is_replaced(group):
             return
         self._publish_latest()
@@ -170,8 +169,7 @@ class Coordinator:
         return len(self._checkpoints)
 
     def report_checkpoint(self, url: str, metrics: dict[str, float], group: str = "") -> None:
-        """Note a checkpoint. When they come faster than Ray collects reports, some are not
-        published."""
+        """Note a checkpoint; if they arrive faster than Ray collects reports, some are skipped."""
         if self._group_state.is_replaced(group):
             return
         self._group_state.report_progress()

@@ -109,8 +109,7 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class FirstStepsDone:
-    """Training is under way, so that starting a spare does not delay it; `modules`: names of all
-    imported modules."""
+    """Training is under way, and starting a spare no longer delays it; names all imports."""
 
     modules: tuple[str, ...]
 

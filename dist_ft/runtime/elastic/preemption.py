@@ -38,8 +38,7 @@ class PreemptionInfo(Protocol):
 
 
 class PreemptionSaver:
-    """Requests the saves. `get_coordinator` returns the run's coordinator, whose calls wait for
-    their results."""
+    """Requests the saves of a run; `get_coordinator` returns its coordinator."""
 
     def __init__(self, get_coordinator: Callable[[], Any]) -> None:
         self._get_coordinator = get_coordinator
@@ -49,8 +48,7 @@ class PreemptionSaver:
         self._save_number = 0
 
     def on_preemption(self, info: PreemptionInfo, now_s: float) -> None:
-        """Save at once, and again as the deadline approaches: training continues until the nodes
-        are gone.
+        """Save at once, and again as the deadline approaches, because training continues.
 
         Called repeatedly until then; `now_s` is on the clock of the deadline (time.time).
         """
@@ -104,8 +102,7 @@ def _log_errors() -> Iterator[None]:
 
 
 def is_save_due(now_s: float, requested_at_s: float, deadline_s: float) -> bool:
-    """Return whether to save again: half of the time that was left at the last request is over,
-    and enough remains."""
+    """Return whether half of the time left at the last request is over, and enough remains."""
     return (requested_at_s + deadline_s) / 2 <= now_s <= deadline_s - MIN_SAVE_S
 
 

@@ -67,8 +67,7 @@ class KeptProcess:
         self.pipe = Connection(descriptors[0])
 
     def allow_claim(self) -> None:
-        """Let another worker claim it if this one is lost: it has received all it needs before
-        training."""
+        """Let another worker claim it, if this one is lost: its setup is complete."""
         self._send(CLAIMABLE)
 
     def bind_to_worker(self) -> None:
@@ -107,8 +106,9 @@ class KeptProcess:
 
 
 def start(command: Sequence[str], environment: dict[str, str], name: str) -> KeptProcess:
-    """Start `command`, with the descriptor of its pipe as last argument; `name` says who may claim
-    it later.
+    """Start `command`, with the descriptor of its pipe as last argument.
+
+    `name` says who may claim the process later.
 
     Raises:
         OSError: the system starts no process.
@@ -167,8 +167,7 @@ def _remove_stale_socket(folder: str, entry: str) -> None:
 
 
 def _socket_path_prefix(name: str) -> str:
-    """Return the start of the socket paths of processes of this name; hashed, because such paths
-    must be short.
+    """Return the start of the socket paths of processes of this name; hashed to be short.
 
     Returns "" if others may write to the folder: then no process can be claimed.
     """
@@ -234,8 +233,7 @@ def _close_at_end(process: subprocess.Popen[bytes], writer: socket.socket) -> No
 def _serve_worker(
     worker: socket.socket, pipe: Connection, process: subprocess.Popen[bytes], ended: socket.socket
 ) -> bool:
-    """Give the process to `worker` and wait until one of them ends; return whether another
-    worker may claim it."""
+    """Give the process to `worker` until one of them ends; return whether it is claimable."""
     is_claimable = False
     with contextlib.suppress(OSError):
         socket.send_fds(worker, [_NUMBER.pack(process.pid)], [pipe.fileno()])

@@ -1,7 +1,6 @@
-"""Decides what follows when workers fail or are replaced: wait, restart or give up. Pure: no clock,
-no side effects.
+"""Decides whether a run waits, restarts or gives up when workers fail or are replaced.
 
-`WorkerGroupState` carries the decisions out. The rules:
+Pure: no clock, no side effects. `WorkerGroupState` carries the decisions out. The rules:
 
 - Each failure costs one restart of the budget `cluster.max_failures`; a new checkpoint refills the
   budget.
@@ -28,8 +27,7 @@ SETTLE_S = 0.7
 """How long to wait for the cause after a worker only reported that a peer vanished."""
 MAX_BACKOFF_S = 60.0
 REPEATABLE_KINDS = ("error", "out of memory", "crash")
-"""Failures that a restart does not cure when they repeat: they come from the code, the data or
-the config."""
+"""A restart does not cure these if they repeat: code, data or config causes them."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ class RestartPolicy:
         history: RestartHistory,
         now_s: float,
     ) -> Wait | Restart | GiveUp:
-        """Return what follows from the failures that `generation` reported so far, oldest first,
-        at least one."""
+        """Decide on the failures that `generation` reported so far, oldest first, at least one."""
         decide_at_s = min(
             report.at_s + (SETTLE_S if report.failure.kind == "peer" else 0.0) for report in reports
         )
@@ -159,7 +156,7 @@ class RestartPolicy:
         history: RestartHistory,
         now_s: float,
     ) -> Restart | GiveUp:
-        """Return what follows when another group of workers took the place of the running one.
+        """Decide after another group of workers took the place of the running one.
 
         Args:
             replacement: the loss to count, unless the new group is larger.
@@ -230,8 +227,7 @@ def find_cause(reports: Sequence[FailureReport]) -> Failure:
 
 
 def backoff_s(num_failures: int) -> float:
-    """Return the seconds to wait before the next start after this number of failures without a
-    new checkpoint."""
+    """Return the seconds until the next start; `num_failures`: since the last checkpoint."""
     if num_failures <= 1:
         return 0.0
     return min(MAX_BACKOFF_S, 2.0 ** (num_failures - 2))

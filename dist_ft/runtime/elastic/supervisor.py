@@ -1,5 +1,4 @@
-"""Supervises one worker's training process: starts it together with its peers', notices how it
-ends, keeps a spare.
+"""Supervises one worker's training process: starts it, notices its end, keeps a spare.
 
 Runs in a Ray worker that never imports torch. Guarantees: whatever ends the process (exit, crash,
 kill, a hang that its own watchdog or a peer's noticed), all supervisors of the run join again and
@@ -45,8 +44,7 @@ from dist_ft.runtime.elastic.worker_process import TrainingProcess
 JOIN_POLL_S = 0.05
 STATUS_POLL_S = 0.5
 STATUS_CALLS_PER_S = 1000
-"""Of all supervisors together, as the coordinator is one process. A supervisor reports its own
-process at once."""
+"""Of all supervisors together, because the coordinator is one process."""
 LAST_REPORTS_S = 20.0
 LAST_LINES_S = 1.0
 OOM_EVENTS = "/sys/fs/cgroup/memory.events"
@@ -129,8 +127,7 @@ class Supervisor:
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports")
 
     def run(self) -> None:
-        """Supervise training processes until the run is over or this supervisor's group is
-        replaced."""
+        """Supervise training processes until the run is over or this group is replaced."""
         # The workers before these reported older checkpoints to Ray.
         self._num_checkpoints = self._coordinator.num_checkpoints()
         try:
@@ -190,8 +187,7 @@ class Supervisor:
             time.sleep(JOIN_POLL_S)
 
     def _supervise(self, process: TrainingProcess, member: Member, status: RunStatus) -> bool:
-        """Let `process` train until its generation ends; return whether the run is over for this
-        worker."""
+        """Let `process` train until its generation ends; return whether the run is over here."""
         generation, save_number = status.generation, status.save_number
         has_ended = has_sent_stop = False
         oom_kills_before = _count_oom_kills()
@@ -256,8 +252,7 @@ class Supervisor:
         return False
 
     def _ends_run(self, error: DistFtError) -> bool:
-        """Return whether a restart would not cure `error`; a stop that nobody requested is
-        followed by one."""
+        """Return whether a restart would not cure `error`; an unrequested stop gets one."""
         if isinstance(error, Interrupted):
             return self._is_stopping
         return not error.retryable
@@ -281,8 +276,7 @@ class Supervisor:
         return Failure(self._world.rank, self._context.node, kind, text)
 
     def _forward_last_lines(self, process: TrainingProcess) -> None:
-        """Forward the lines that the process still writes: another worker has reported the end
-        of the run."""
+        """Forward what the process still prints after another worker reported the end."""
         until = time.monotonic() + LAST_LINES_S
         while time.monotonic() < until:
             for message in process.receive(0.1):
@@ -366,8 +360,7 @@ def _kind_of(error: DistFtError) -> FailureKind:
 
 
 def _count_oom_kills() -> int:
-    """Return how many processes the kernel killed in this cgroup for lack of memory; 0 where
-    that is not known."""
+    """Return the kernel's kills in this cgroup for lack of memory; 0 if unknown."""
     try:
         with open(OOM_EVENTS) as file:
             for line in file:

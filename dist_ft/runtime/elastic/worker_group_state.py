@@ -66,8 +66,7 @@ class WorkerGroupState:
         self._reports: list[FailureReport] = []
 
     def join(self, member: Member, now_s: float) -> None:
-        """Add `member` to the coming generation; the first one of another group replaces the
-        group before."""
+        """Add `member` to the coming generation; a new group replaces the one before."""
         if self.is_replaced(member.group):
             return
         if self._group not in ("", member.group):
@@ -83,15 +82,13 @@ class WorkerGroupState:
         return group in self._replaced_groups
 
     def rendezvous(self, now_s: float) -> str | None:
-        """Return the address of the generation's rank 0 once all have joined and the backoff is
-        over, else None."""
+        """Return rank 0's address once all have joined and the backoff is over, else None."""
         if not self._is_complete() or now_s < self._history.start_at_s:
             return None
         return self._members[0].address
 
     def can_save(self, generation: int) -> bool:
-        """Return whether the processes of `generation` train: all workers have joined, and none
-        has failed."""
+        """Return whether `generation` trains: all workers have joined, and none has failed."""
         return generation == self.generation and self._is_complete() and not self._reports
 
     def announce_node_loss(self, description: str) -> None:
@@ -109,8 +106,10 @@ class WorkerGroupState:
         self._history = replace(self._history, failures=())
 
     def check(self, now_s: float) -> Failure | None:
-        """Start the next generation if this one has failed, and return the cause; sets `error`
-        on giving up."""
+        """Start the next generation if this one failed; return the cause.
+
+        Sets `error` if the policy gives up.
+        """
         if not self._reports:
             return None
         decision = self._policy.on_failure(self._reports, self.generation, self._history, now_s)

@@ -1,5 +1,4 @@
-"""A training process next to the Ray worker that supervises it. It imports in advance, then waits
-for a message to start.
+"""A training process next to its Ray worker: imports in advance, then waits to start.
 
 The Ray worker itself never imports torch: it notices hangs, crashes and kills from outside, and a
 spare process with all imports done takes over at once. In the process, a run is what it is under
@@ -97,8 +96,7 @@ class TrainingProcess:
 
     @classmethod
     def claim(cls, spare_name: str) -> TrainingProcess | None:
-        """Return a process that a lost worker with the same `spare_name` (run and node) and GPUs
-        left, or None."""
+        """Return a process that a lost worker with this `spare_name` and GPUs left, or None."""
         process = process_keeper.claim(_claim_name(spare_name))
         if process is None:
             return None
@@ -146,8 +144,7 @@ class TrainingProcess:
 
 
 def _claim_name(spare_name: str) -> str:
-    """Return a name that only workers with the same interpreter and GPUs share: imports do not
-    carry over to others."""
+    """Return a name that only workers with the same interpreter and GPUs share."""
     gpu_variables = sorted(item for item in os.environ.items() if "VISIBLE" in item[0])
     return repr((spare_name, sys.executable, gpu_variables))
 
@@ -215,8 +212,7 @@ class _PipeCallback(Callback):
         self._num_progress = 0
 
     def on_progress(self) -> None:
-        """Report once that the first step is done: a spare that starts from now on does not
-        delay it."""
+        """Report once that the first step is done, so that a spare may start."""
         self._num_progress += 1
         if self._num_progress == 2:
             self._parent.send(FirstStepsDone(tuple(sys.modules)))
@@ -241,8 +237,7 @@ class _PipeLog(logging.Handler):
         self._parent = parent
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send the formatted record (`logs.setup_logging` gives the format, which removes
-        credentials)."""
+        """Send the record; the format of `logs.setup_logging` removes credentials."""
         try:
             self._parent.send(OutputLine("log", self.format(record)))
         except Exception:
@@ -327,8 +322,7 @@ def _crashed(error: BaseException) -> TrainingCrashed:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process with its parent, even while it cannot receive messages
-    (Linux)."""
+    """Have the kernel kill this process with its parent, even a stopped one (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,1 +1,1 @@
-"""A run on Ray Train workers."""
+"""Runs on Ray Train workers."""

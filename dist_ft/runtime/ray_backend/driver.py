@@ -87,8 +87,7 @@ def run(config: RunConfig) -> Result:
 
 @contextlib.contextmanager
 def connected(config: RunConfig) -> Iterator[Any]:
-    """Connect to the cluster that the config or the environment names, or start one that ends
-    with this process."""
+    """Connect to the cluster of the config or the environment, or start a temporary one."""
     _set_ray_variables(config)
     import ray
 
@@ -189,7 +188,7 @@ def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
 def _fit(
     ray: Any, config: RunConfig, coordinator: ActorClient, trainer: Any
 ) -> BaseException | None:
-    """Run the trainer in a thread, forward lines and signals; return what the trainer raised.
+    """Run the trainer in a thread and forward lines and signals; return what it raised.
 
     Ray's own limit on failed starts cannot replace `reason_to_stop_waiting`: it counts over the
     whole run, and each lost node may cost one.

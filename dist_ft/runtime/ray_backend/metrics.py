@@ -1,5 +1,4 @@
-"""A run's metrics for Prometheus, through every Ray node's exporter: gauges `ray_dist_ft_*` with
-the tag `run`."""
+"""A run's metrics for Prometheus: gauges `ray_dist_ft_*` of Ray's exporters, tag `run`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Notices lost nodes, and makes Ray count its nodes anew. Gets Ray as an argument; does not
-import it."""
+"""Notices lost nodes, and makes Ray count its nodes again. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ from typing import Any
 
 log = logging.getLogger("dist_ft.ray")
 NODE_COUNTER = "AutoscalingCoordinator"
-"""Name and namespace of Ray's actor that tells Ray Train which nodes are free; no public part of
-Ray."""
+"""Name and namespace of Ray's actor that knows the free nodes; no public part of Ray."""
 RECOUNT_TIMEOUT_S = 5.0
 
 
@@ -31,8 +29,7 @@ class NodeWatch:
 
 
 def recount_nodes(ray: Any) -> None:
-    """Make Ray Train notice which nodes are left: by itself Ray offers a lost one for up to 20 s
-    more.
+    """Make Ray Train notice at once which nodes are left; by itself it takes up to 20 s.
 
     Call it when workers have failed, before new ones are requested. With a Ray that has no such
     actor the restart takes longer.

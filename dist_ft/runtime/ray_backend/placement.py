@@ -133,10 +133,10 @@ def num_workers_that_fit(free: Mapping[str, float], per_worker: Mapping[str, flo
 def assign_nodes(
     capacities: Mapping[str, int], num_workers: int, workers_per_node: int
 ) -> list[str] | None:
-    """Return the node of each worker: `workers_per_node` on each node, the rest on one more; None:
-    too few nodes.
+    """Assign `workers_per_node` workers to each node and the rest to one more, if possible.
 
-    `capacities`: how many workers fit on each node. The nodes with the least sufficient capacity
+    Returns the node of each worker; None: there are too few nodes. `capacities`: how many workers
+    fit on each node. The nodes with the least sufficient capacity
     are used.
     """
     assigned: list[str] = []

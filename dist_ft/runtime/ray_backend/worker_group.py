@@ -1,5 +1,4 @@
-"""Builds the Ray trainer of a run, the callback in its controller, and the client of the
-coordinator actor.
+"""Builds the Ray trainer of a run, its controller callback, and the coordinator's client.
 
 Together with `driver`, which runs the trainer, the only module that uses Ray Train. It decides
 nothing: `placement` and `preemption` do.
@@ -12,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from dist_ft.config.sections.cluster import NODE_ID_LABEL
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.sections.cluster import NODE_ID_LABEL
 from dist_ft.core import fault_injection
 from dist_ft.runtime.elastic.messages import LineKind
 from dist_ft.runtime.elastic.preemption import PreemptionSaver
@@ -173,8 +172,7 @@ def _controller_callback(coordinator_name: str, config: RunConfig) -> Any:
 
 
 def _node_selectors(config: RunConfig, num_workers: int) -> list[dict[str, str]]:
-    """Wait for nodes with room for cluster.workers_per_node; return the label selector of each
-    worker."""
+    """Wait for nodes with room for cluster.workers_per_node; return each worker's selector."""
     import ray
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
