@@ -68,8 +68,10 @@ class Adversary:
         num_steps, step_size = section.steps, section.step_size
         if section.method == "fgm":
             num_steps, step_size = 1, section.epsilon
+
         self._is_active, self._perturbations = True, []
         try:
+            # The batch as it is; its gradient gives the first step.
             self._start_pass()
             loss = forward()
             backward(loss, 1.0, False)
@@ -81,6 +83,7 @@ class Adversary:
                 self._gradients = list(torch.autograd.grad(perturbed_loss, self._embeddings))
                 self._step(step_size)
 
+            # The perturbed batch.
             self._start_pass()
             backward(forward(), section.weight, True)
             return loss

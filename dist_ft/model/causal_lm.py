@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,11 +68,13 @@ class CausalLM(TrainableModel):
         """
         super().__init__(model, neftune_alpha)
         self._smoothing = label_smoothing
+        self._packed_samples = enable_packed_attention(model)
+        self._flatten_rows = str(model.config._attn_implementation).startswith("flash")
+
+        # Arguments of the current forward, which hooks read.
         self._lengths: Sequence[Sequence[int]] | None = None
         self._target_positions: torch.Tensor | None = None
         self._targets: torch.Tensor | None = None
-        self._packed_samples = enable_packed_attention(model)
-        self._flatten_rows = str(model.config._attn_implementation).startswith("flash")
 
         head = model.get_output_embeddings()
         if head is None:
@@ -81,6 +83,8 @@ class CausalLM(TrainableModel):
                 "logits with. Only causal language models are allowed. Choose another model."
             )
         head.register_forward_pre_hook(self._select_target_positions)
+
+        # Chunked until the first forward shows that the model changes its logits.
         self._use_chunked_loss = type(head) is nn.Linear and head.bias is None
         self._is_chunked_loss_checked = False
         if self._use_chunked_loss:
@@ -135,9 +139,10 @@ class CausalLM(TrainableModel):
             lengths: for each row, the lengths of its samples, consistent with `position_ids`.
         """
         self._lengths = lengths
-        packing = (
-            nullcontext() if self._packed_samples is None else self._packed_samples.use(lengths)
-        )
+        packing: AbstractContextManager[None] = nullcontext()
+        if self._packed_samples is not None:
+            packing = self._packed_samples.use(lengths)
+
         try:
             with packing:
                 loss = self._loss(input_ids, position_ids, target_positions, targets)
@@ -198,10 +203,13 @@ class CausalLM(TrainableModel):
         """
         if self._targets is None:
             return self._head_forward(hidden)
+
         loss = head_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             head.weight,
             self._targets,
             self._smoothing if self.training else 0.0,
         )
-        return torch.stack([loss, torch.ones_like(loss)]).reshape(1, 1, 2)
+        # The marker shows whether the model changes what the output layer returns.
+        marker = torch.ones_like(loss)
+        return torch.stack([loss, marker]).reshape(1, 1, 2)

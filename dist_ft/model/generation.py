@@ -95,6 +95,7 @@ class TextGenerator:
         section, is_encoder_decoder = self.section, model.config.is_encoder_decoder
         rows = self._repeat_for_draws(requests)
         config = self._generation_config(model)
+
         virtual = soft_prompts.find_virtual_tokens(model)
         num_virtual = virtual.count if virtual else 0
         self.check_length(model, max(len(row.ids) for row in rows) + num_virtual)
@@ -102,6 +103,7 @@ class TextGenerator:
             self._check_repetition_penalty(is_encoder_decoder)
             rows = [_prepend_ids(row, virtual.ids) for row in rows]
 
+        # Causal models are padded on the left, so that every row continues at the same position.
         pad_id: Any = config.pad_token_id
         padded = pad_rows([row.ids for row in rows], int(pad_id), left=not is_encoder_decoder)
         first_position = 1 if is_encoder_decoder else padded.ids.shape[1]  # of generated tokens
@@ -109,6 +111,7 @@ class TextGenerator:
         processors: Any = self._logits_processors(
             rows, first_position, stops, is_encoder_decoder, on_token
         )
+
         output = model.generate(  # type: ignore[operator]
             input_ids=padded.ids.to(model.device),
             attention_mask=padded.mask.to(model.device),
@@ -154,9 +157,8 @@ class TextGenerator:
         """
         config = model.config.get_text_config(decoder=True)
         max_new_tokens = self._generation_config(model).max_new_tokens or 0
-        num_positions = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "n_positions", None
-        )
+        num_positions = getattr(config, "max_position_embeddings", None)
+        num_positions = num_positions or getattr(config, "n_positions", None)
         if model.config.is_encoder_decoder:
             longest = 0  # the decoder holds the generation only
         if isinstance(num_positions, int) and longest + max_new_tokens > num_positions:
@@ -176,12 +178,13 @@ class TextGenerator:
 
     def _stop_tokens(self, model: PreTrainedModel) -> set[int]:
         """Return all end tokens: of the caller, of the model, of the tokenizer."""
-        own = model.generation_config
-        own_stops = own.eos_token_id if own is not None else None  # type: ignore[union-attr]
+        own_stops = getattr(model.generation_config, "eos_token_id", None)
         if isinstance(own_stops, int):
             own_stops = [own_stops]
         stops = {*self._stops, *(own_stops or ())}
-        return stops | ({self._tokenizer.eos_token_id} - {None})
+        if self._tokenizer.eos_token_id is not None:
+            stops.add(self._tokenizer.eos_token_id)
+        return stops
 
     def _generation_config(self, model: PreTrainedModel) -> GenerationConfig:
         """Return transformers' config of this section.
@@ -193,10 +196,12 @@ class TextGenerator:
         section, stops = self.section, self._stop_tokens(model)
         own_pad = getattr(model.generation_config, "pad_token_id", None)
         pads = (self._tokenizer.pad_token_id, own_pad, *sorted(stops), 0)
+
         max_new_tokens = section.max_new_tokens
         if section.choices:
             choices = self._encode_choices(stops, model.config.is_encoder_decoder)
             max_new_tokens = max(map(len, choices))
+
         is_beam = section.strategy == "beam"
         return GenerationConfig(
             max_new_tokens=max_new_tokens,

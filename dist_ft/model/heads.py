@@ -98,10 +98,12 @@ def longest_input(config: PretrainedConfig) -> int | None:
     RoBERTa and similar models count positions from the pad token's id on, so 514 positions hold 512
     tokens.
     """
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = config
+    if hasattr(config, "get_text_config"):
+        inner = config.get_text_config()
     longest = getattr(inner, "max_position_embeddings", None)
     if longest and inner.model_type in OFFSET_POSITION_MODELS:
-        pad_id = int(inner.pad_token_id if inner.pad_token_id is not None else 1)
+        pad_id = 1 if inner.pad_token_id is None else int(inner.pad_token_id)
         return int(longest) - pad_id - 1
     return longest
 
@@ -120,6 +122,7 @@ def length_error(
     longest = longest_input(config)
     if longest is None or length + num_virtual <= longest:
         return None
+
     with_virtual = ""
     if num_virtual:
         with_virtual = f" with the {num_virtual} virtual tokens of tuning.prompt.tokens before it"
@@ -231,6 +234,7 @@ def initialize_new_weights(
     """
     if not new:
         return
+
     std = init_std(config)
     for state_slice in slices():
         if state_slice.name in new and state_slice.key in ("param", "frozen"):
@@ -245,6 +249,8 @@ def initial_values(name: str, shape: tuple[int, ...], std: float, seed: int) -> 
 
     if len(shape) < 2:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+
+    # The name is part of the seed, so that a weight's values do not depend on other weights.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randn(shape, generator=generator) * std

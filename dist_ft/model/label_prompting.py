@@ -66,6 +66,7 @@ class LabelPromptModel(TaskModel):
             )
         if message := length_error(model.config, sequence_length, str(model.name_or_path)):
             raise ModelError(message)
+
         self._use_mean = words.use_mean
         table = _word_table(words.ids)
         self._word_ids, self._word_counts = table.ids, table.counts
@@ -90,6 +91,7 @@ class LabelPromptModel(TaskModel):
         if self._word_ids.device != ids.device:
             self._word_ids = self._word_ids.to(ids.device)
             self._word_counts = self._word_counts.to(ids.device)
+
         targets = labels[:, 0]
         label_numbers = targets.clamp(min=0)
 

@@ -75,11 +75,13 @@ def trace_peaks(
                 hooks.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
 
     input_tensors = [value for value in inputs.values() if torch.is_tensor(value)]
-    tracer = _Tracer([*module.parameters(), *module.buffers(), *input_tensors], on_cpu)
+    existing = [*module.parameters(), *module.buffers(), *input_tensors]
+    tracer = _Tracer(existing, on_cpu)
     try:
         with tracer, _stand_in_kernels(on_cpu), _marked_head(module, tracer):
             for lane in range(2 if keep_gradients else 1):
                 if lane:
+                    # Gradients of the earlier lane remain, and are not part of the peak.
                     gradients = (p.grad for p in module.parameters() if p.grad is not None)
                     tracer.stop_counting(gradients)
                 loss = module(**inputs)
@@ -194,7 +196,8 @@ class _Tracer(TorchDispatchMode):
             return self._scalar(args[0])
         is_softmax = func is torch.ops.aten._softmax.default
         if self._on_cpu and self._kind == HEAD and is_softmax:
-            return args[0]
+            return args[0]  # on CPUs the loss head computes it in place
+
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

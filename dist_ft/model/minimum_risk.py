@@ -66,6 +66,7 @@ class RiskGroups:
         """
         row_losses = torch.zeros_like(self.risks).index_add(0, rows, losses)  # (R,)
         loss = expected_risk(-row_losses, self.risks, self.groups, self.num_groups, section.alpha)
+
         if section.likelihood_weight:
             num_tokens = torch.bincount(rows, minlength=len(row_losses)).clamp(min=1)  # (R,)
             reference_losses = (row_losses / num_tokens)[self.references]
@@ -92,6 +93,8 @@ def expected_risk(
         alpha: sharpness.
     """
     scaled = alpha * log_probabilities
+
+    # A softmax within each group, from the differences to the group's largest.
     largest = torch.full((num_groups,), -torch.inf, device=scaled.device)
     largest = largest.scatter_reduce(0, groups, scaled.detach(), "amax")  # (G,)
     powers = torch.exp(scaled - largest[groups])  # (R,)
@@ -138,6 +141,7 @@ class RiskCausalLM(_RiskMixin, CausalLM):  # type: ignore[misc]
     ) -> torch.Tensor:
         if self._risk_groups is None:
             return super()._loss(input_ids, position_ids, target_positions, targets)
+
         rows = target_positions // input_ids.shape[1]  # (N,)
         if self._flatten_rows:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)

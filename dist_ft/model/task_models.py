@@ -111,8 +111,11 @@ class TaskModel(TrainableModel):
         self._task = task
         self._special = special
         self._smoothing = label_smoothing
-        self._class_weights = torch.tensor(task.class_weights) if task.class_weights else None
+        self._class_weights: torch.Tensor | None = None
+        if task.class_weights:
+            self._class_weights = torch.tensor(task.class_weights)
         self._row_lengths: torch.Tensor | None = None  # (B, 1), of the current forward
+        self._positions: torch.Tensor | None = None  # (N,), of the current forward
         self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
         if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
             raise ModelError(
@@ -121,7 +124,6 @@ class TaskModel(TrainableModel):
                 "config.json."
             )
 
-        self._positions: torch.Tensor | None = None
         if task.name == "masked_lm":
             model.get_output_embeddings().register_forward_pre_hook(self._select_positions)
         self._takes_token_types = (
@@ -209,6 +211,7 @@ class TaskModel(TrainableModel):
         compute_loss = getattr(self, f"_{self._task.name}_loss")
         inputs = TaskInputs(ids, mask, labels, second_ids, second_mask)
         loss, outputs = compute_loss(inputs)
+
         loss = self.add_penalty(loss, labels)
         self._row_lengths = self._positions = None
         return LossAndOutputs(loss, outputs.detach()) if return_outputs else loss
@@ -221,6 +224,7 @@ class TaskModel(TrainableModel):
         """Return the model's output for `ids` (B, T), with the virtual tokens in front, if any."""
         if self.virtual is not None:
             ids, mask = self.virtual.prepend(ids, mask)
+        # NEFTune scales noise by these lengths.
         self._row_lengths = mask.sum(1, keepdim=True)
 
         kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -291,6 +295,7 @@ class TaskModel(TrainableModel):
         output = self.run_model(inputs.ids, inputs.mask)
         is_labeled = inputs.labels != IGNORE_INDEX
         has_answer = is_labeled.any(1)
+        # The label stands at the first token of the answer, and holds its last token.
         first_labeled = is_labeled.long().argmax(1)  # (B,)
         start = torch.where(has_answer, first_labeled, IGNORE_INDEX)
         last = last_tokens(inputs.labels.gather(1, first_labeled[:, None])[:, 0])
@@ -313,6 +318,8 @@ class TaskModel(TrainableModel):
             inputs.labels.flatten()[self._positions],
             smoothing=self._smoothing if self.training else 0.0,
         )
+
+        # Put the predictions of masked tokens back into rows.
         predicted = torch.full_like(inputs.ids.flatten(), IGNORE_INDEX)
         predicted = predicted.index_put((self._positions,), logits.argmax(-1))
         return LossAndOutputs(loss, predicted.view(inputs.ids.shape))
@@ -332,6 +339,8 @@ class TaskModel(TrainableModel):
         # No noise: source and target share the embedding, and their lengths differ.
         self._row_lengths = None
         targets, target_mask = inputs.second_ids, inputs.second_mask
+
+        # The decoder's inputs are the targets, shifted by one: (B, T2)
         start = self.model.config.decoder_start_token_id
         decoder_ids = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
         decoder_mask = torch.cat([target_mask[:, :1], target_mask[:, :-1]], 1)

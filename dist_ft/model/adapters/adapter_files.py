@@ -78,23 +78,17 @@ def save_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     own_weights = _trained_model_weights(model, section)
-    state = {name: parameter.detach() for name, parameter in own_weights.items()}
+    own_state = {name: parameter.detach() for name, parameter in own_weights.items()}
     if section.method == "bottleneck":
-        for name, parameter in model.named_parameters():
-            if added_layers.is_added(name):
-                state[name] = parameter.detach()
+        added = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if added_layers.is_added(name)
+        }
+        state = own_state | added
     else:
-        from peft.utils import get_peft_model_state_dict
-
-        virtual = soft_prompts.find_virtual_tokens(model)
-        prefix = "base_model." if virtual is not None else "base_model.model."
-        state = {f"{prefix}{name}": values for name, values in state.items()}
-        if virtual is not None:
-            config, state[VIRTUAL_TOKEN_KEY] = virtual.config, virtual().detach()
-        else:
-            config = peft_model.peft_config["default"]
-            # Explicit, because peft's default would query the hub.
-            state |= get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        state = _peft_state(model, peft_model, own_state)
+        config = _peft_config(model, peft_model)
         config.modules_to_save = sorted({name.rpartition(".")[0] for name in own_weights}) or None
         config.base_model_name_or_path, config.revision = base
         config.inference_mode = True
@@ -103,6 +97,28 @@ def save_adapter(
     model.config.save_pretrained(folder)
     tensors = {name: values.contiguous().clone() for name, values in state.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def _peft_config(model: PreTrainedModel, peft_model: Any) -> Any:
+    """Return peft's config of the adapter in `model`."""
+    virtual = soft_prompts.find_virtual_tokens(model)
+    return virtual.config if virtual is not None else peft_model.peft_config["default"]
+
+
+def _peft_state(
+    model: PreTrainedModel, peft_model: Any, own_state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the adapter's weights and `own_state` of the model, by peft's names."""
+    from peft.utils import get_peft_model_state_dict
+
+    virtual = soft_prompts.find_virtual_tokens(model)
+    if virtual is not None:
+        state = {f"base_model.{name}": values for name, values in own_state.items()}
+        state[VIRTUAL_TOKEN_KEY] = virtual().detach()
+        return state
+    state = {f"base_model.model.{name}": values for name, values in own_state.items()}
+    # Embeddings are excluded explicitly, because peft's default would query the hub.
+    return state | get_peft_model_state_dict(peft_model, save_embedding_layers=False)
 
 
 def _trained_model_weights(
@@ -178,6 +194,7 @@ def load_adapter(
     with torch.no_grad():
         for name, values in own_weights.items():
             parameters[name].copy_(values)
+
         virtual = soft_prompts.find_virtual_tokens(model)
         if virtual is not None:
             weight: Any = virtual.encoder.embedding.weight  # type: ignore[union-attr]
@@ -187,6 +204,8 @@ def load_adapter(
             unexpected = result.unexpected_keys
             state = {name: state[name] for name in state if name in unexpected}
             tuning.merge_adapters(model)
+
+    # Whatever is left has not been loaded.
     if state:
         raise ModelError(
             f"model.path={folder}: {min(state)} has no place in the adapter's base model. The "

@@ -77,6 +77,7 @@ def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: in
     matches = {
         target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets
     }
+
     unmatched = [target for target in targets if not matches[target]]
     if is_auto and any(matches.values()):  # no model has them all
         unmatched = []
@@ -88,6 +89,7 @@ def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: in
         )
 
     chosen = {name for names in matches.values() for name in names}
+    # In the order of the model, so that the draws do not depend on the order of targets.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in layers.items():

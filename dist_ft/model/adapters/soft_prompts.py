@@ -164,6 +164,7 @@ def add_virtual_tokens(
         ) from error
 
     encoder: nn.Module
+    # The caller's random state stays, and the draws follow from the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if section.method == "prefix_tuning":
@@ -236,6 +237,7 @@ def _prefix_shape(config: Any) -> dict[str, int]:
     """
     if not config.is_encoder_decoder:
         return {"num_transformer_submodules": 1}
+
     num_layers = config.num_hidden_layers
     for name in ("decoder_layers", "num_decoder_layers"):
         num_layers = getattr(config, name, None) or num_layers
@@ -325,9 +327,10 @@ def _initialize_prompt(
         return
 
     count = len(weight)
-    token_ids = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
     if section.prompt.init == "text" and text_ids:
         token_ids = (list(text_ids) * count)[:count]  # repeated to the length of the prompt
+    else:
+        token_ids = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
     with gather_params_ctx(list(embedding.parameters())), torch.no_grad():
         weight.copy_(embedding.weight[torch.tensor(token_ids, device=embedding.weight.device)])
 
@@ -340,12 +343,13 @@ def _with_prefix(
     candidates = (ids, inputs.get("inputs_embeds"), inputs.get("decoder_input_ids"))
     batch_size = len(next(value for value in candidates if value is not None))
 
+    # Later steps of a generation bring the cache of the first, which holds the prefix.
     cache = inputs.get("past_key_values")
     if cache is None or not cache.get_seq_length():
         cache = virtual.prefix_cache(model, batch_size)
     changes: dict[str, Any] = {"past_key_values": cache}
 
-    mask_name = "attention_mask"
+    mask_name = "attention_mask"  # of the part that has the prefix
     if model.config.is_encoder_decoder:
         mask_name = "decoder_attention_mask"
     mask = inputs.get(mask_name)

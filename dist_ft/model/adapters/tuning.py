@@ -60,6 +60,7 @@ def apply_tuning(
     head: set[str] = set()
     if task.name in heads.TASKS_WITH_HEAD:
         head = {name for name in own if heads.is_head(name, model)}
+
     peft_model = _add_layers(model, section, seed, task, head, text_ids)
     if section.method == "full" and not section.frozen:
         return peft_model
@@ -72,6 +73,7 @@ def apply_tuning(
         trained |= _matching(model, pattern, "trainable")
     for pattern in section.frozen:
         trained -= _matching(model, pattern, "frozen")
+
     if not trained:
         raise ModelError(
             "tuning: no weight is trainable. tuning.frozen excludes all of them. Give fewer "
@@ -163,6 +165,7 @@ def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> Non
         for name, parameter in parameters
         if name_in_model_files(name) != name
     }
+
     layers = [name.rpartition(".")[0] for name in adapted]
     for target in target_layers(section):
         has_layer = any(f".{layer}".endswith(f".{target}") for layer in layers)
@@ -173,6 +176,7 @@ def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> Non
                 "name."
             )
 
+    # Merged, an adapter on a tied matrix would change the other layer too.
     for name, parameter in adapted.items():
         for full_name, other in parameters:
             other_name = name_in_model_files(full_name)
@@ -320,7 +324,7 @@ def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
         for name, module in parent.named_children()
         if "norm" in type(module).__name__.lower()
     }
-    if len(norms) > 1:
+    if len(norms) > 1:  # such as norms of embeddings
         norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
         if len(norms) != 1:
             raise ModelError(

@@ -113,6 +113,7 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
                     "save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
                 )
             )
+        # What was downloaded before with weights stays complete.
         weights = weights or has_weights
         needed = {name: info for name, info in remote.items() if is_model_file(name, weights)}
         files, missing = {}, {}
@@ -121,6 +122,7 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
                 files[name] = intact[name]
             else:
                 missing[name] = info
+
         files |= _download(store, folder, missing)
         _write_marker(folder / MARKER, {"weights": weights, "files": files})
     return str(folder)
@@ -175,6 +177,7 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
         marker = _read_marker(marker_folder / MARKER)
         files, folder = marker.get("files", {}), Path(marker.get("folder", ""))
         intact = _intact_files(folder, files)
+
         is_damaged = bool(files) and len(intact) < len(files)
         is_commit = bool(_COMMIT.match(revision or ""))
         is_current = is_commit or time.time() - marker.get("at", 0) < BRANCH_MAX_AGE_S
@@ -224,6 +227,7 @@ def _intact_files(folder: Path, files: Mapping[str, _FileRecord]) -> dict[str, _
             log.warning("%s: not the downloaded file; downloading it again", path)
             continue
         if path.stat().st_mtime_ns != record["mtime_ns"]:
+            # It was touched; only its content decides.
             checksum = _record(path)["xxh3"]
             if checksum != record["xxh3"]:
                 log.warning(

@@ -79,11 +79,13 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     files = sorted(
         (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).iterdir()
     )
+    # The name of the result follows from everything it depends on.
     key = json.dumps([str(Path(folder).absolute()), files, task.name, task.labels, seed])
     target = cache / f"grown-{xxhash.xxh3_128_hexdigest(key.encode())}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
+            # Renamed when complete, so that a crash leaves no partial folder.
             with tempfile.TemporaryDirectory(dir=cache, prefix=".grown-") as temporary:
                 copy = Path(temporary) / "model"
                 shutil.copytree(folder, copy)
@@ -109,10 +111,12 @@ def _grow_in_place(folder: Path, task: TaskSection, own: Sequence[str], seed: in
             if not names:
                 continue
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
         missing -= names
         for name in names:
             tensors[name] = _with_new_rows(name, tensors[name], new_labels, std, seed)
         save_file(tensors, path, metadata=metadata)
+
     if missing:
         raise ModelError(
             f"task.grow_head: {min(missing)} of the model's head is not in the files of "

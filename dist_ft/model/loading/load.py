@@ -82,10 +82,12 @@ def read_config(
     with _loading_errors(section, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
 
+    # A model with code of its own may do a task that transformers does not list.
     has_own_code = section.trust_remote_code and hasattr(config, "auto_map")
     if not heads.supports_task(config, task) and not has_own_code:
         message = heads.unsupported_task_error(config, task)
         raise ModelError(f"model.path={section.path}: {message}")
+
     heads.set_labels(config, task, section.path)
     if section.dropout is not None:
         with _loading_errors(section, f"config with model.dropout={section.dropout}"):
@@ -120,6 +122,7 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=section.trust_remote_code
         )
+
     if section.chat_template is not None:
         try:
             tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
@@ -177,6 +180,7 @@ def load_task_model(
         )
     model, report = result
 
+    # Weights of a new head may be missing; all others are an error.
     first_names = _first_names(model)
     new_weights = _new_weights(model, task, report, first_names)
     unexplained = {
@@ -226,6 +230,7 @@ def _new_weights(
         for kind in ("missing_keys", "mismatched_keys")
         for item in report.get(kind) or ()
     }
+
     replaced: set[str] = set()
     if task.new_head:
         replaced = {
@@ -277,6 +282,7 @@ def build_uninitialized_model(
             attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code,
         )
+
     if model.can_generate():
         from transformers import GenerationConfig
 
@@ -309,6 +315,7 @@ def probe_outputs(model: Any) -> Any:
     kwargs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         outputs = model(input_ids=tokens, **kwargs)
+
     return torch.cat(
         [
             value.float().flatten()
@@ -344,6 +351,7 @@ def check_loading_report(path: str, report: dict[str, Any]) -> None:
                 "would start from random values. Check that config.json belongs to the "
                 "*.safetensors."
             )
+
     unused = sorted(report.get("unexpected_keys") or ())
     if unused:
         log.warning(

@@ -33,16 +33,19 @@ def replaced_head_key_mapping(
     if isinstance(model_class, tuple | list):
         model_class = model_class[0]
     prefix = f"{model_class.base_model_prefix}."
+
     shapes = tensor_shapes(folder)
     if not any(name.startswith(prefix) for name in shapes):
         return None  # the files of a base model have no head
 
     stored_config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     num_stored = stored_config.num_labels
+
     mapping = {}
     for name, shape in shapes.items():
         if name.startswith(prefix):
             continue
+        # A head for another number of labels does not fit.
         has_row_per_label = num_stored != config.num_labels and shape[:1] == [num_stored]
         if task.new_head or has_row_per_label:
             mapping[f"^{re.escape(name)}$"] = f"replaced.{name}"

@@ -142,7 +142,7 @@ def test_packed_samples_have_the_prompt_each_and_stay_separate(method, attention
 
 
 def test_virtual_tokens_precede_samples_with_targets_only():
-    packed = small.batch((3, 2), (4,), learned=1.0)
+    packed = small.batch((3, 2), (4,), target_share=1.0)
     batch = soft_prompts.insert_virtual_tokens(packed, range(-1, -3, -1))
     first, second = packed.input_ids[0], packed.input_ids[1]
     assert batch.input_ids.tolist() == [
