@@ -1,4 +1,4 @@
-"""Small real models of several families, and batches for them: what the tests of model, engine and checkpoint share."""
+"""Small real models of several families and batches, for tests of model, engine, checkpoint."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def kernels(family: str) -> list[str]:
-    """Return the attention kernels that run here for a family; transformers has no SDPA for Gemma 2."""
+    """Return the attention kernels that run here for a family.
+
+    Transformers has no SDPA for Gemma 2.
+    """
     return ["eager"] if family == "gemma2" else ["sdpa", "eager"]
 
 
 def make_model(
     family: str = "llama", attention: str | None = None, dropout: float = 0.0, **changes: Any
 ) -> Any:
-    """Return a transformers model of two layers, width 32, weights large enough for attention to matter."""
+    """Return a transformers model: two layers, width 32, weights large enough for attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -75,14 +78,14 @@ def make_model(
 def make_module(
     family: str = "llama", attention: str | None = None, dropout: float = 0.0, **changes: Any
 ) -> CausalLM:
-    """Return the same inside the module that the engines train."""
+    """Return the same model in the module that the engines train."""
     return CausalLM(make_model(family, attention, dropout, **changes))
 
 
 def batch(
-    *rows: tuple[int, ...], seed: int = 0, learned: float = 0.7, lane: int = 0, epoch: int = 0
+    *rows: tuple[int, ...], seed: int = 0, target_share: float = 0.7, lane: int = 0, epoch: int = 0
 ) -> Batch:
-    """Return a batch of rows, each of samples of the given lengths, about `learned` of the tokens being targets."""
+    """Return a batch of rows of samples of the given lengths; `target_share` are targets."""
     rng = np.random.default_rng(seed)
     lengths = [length for row in rows for length in row]
     segments = np.array(
@@ -91,7 +94,7 @@ def batch(
     tokens = rng.integers(3, VOCABULARY, sum(lengths))
     return assemble_batch(
         tokens,
-        (rng.random(len(tokens)) < learned).astype(np.int64),
+        (rng.random(len(tokens)) < target_share).astype(np.int64),
         segments,
         np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
         lane,
@@ -121,7 +124,7 @@ def split_into_samples(packed: Batch) -> list[Batch]:
 
 
 def only_targets(packed: Batch, sample: int) -> Batch:
-    """Return `packed` with the targets of one of its samples alone."""
+    """Return `packed` with the targets of one sample only."""
     targets, place = np.full_like(packed.target_ids, IGNORE_INDEX).reshape(-1), 0
     starts = np.flatnonzero((packed.position_ids == 0).reshape(-1))
     for index, piece in enumerate(packed.segments):
@@ -163,7 +166,8 @@ def train(engine: Any, steps: range, lanes: int = 2, rate: float = 1e-2) -> list
 def tensors_of(engine: TorchEngine) -> dict[str, TensorInfo]:
     """Return the shapes of the engine's model, as a manifest lists them."""
     return {
-        name: TensorInfo(shape=tuple(p.shape)) for name, p in parameters_by_name(engine.module).items()
+        name: TensorInfo(shape=tuple(p.shape))
+        for name, p in parameters_by_name(engine.module).items()
     }
 
 
@@ -179,7 +183,7 @@ def save(
 
 
 def draft(engine: Any, step: int, rows: np.ndarray, **evaluation: float) -> SaveRequest:
-    """Return what a checkpoint of `engine` at `step` says besides its files."""
+    """Return a request to save `engine` at `step`."""
     return SaveRequest(
         "r",
         type(engine).__name__,

@@ -1,4 +1,4 @@
-"""A run's folder, an engine that learned a little, and attempts at the run."""
+"""Fixtures: a run's folder, an engine trained for one step, and attempts at the run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def engine():
 
 @pytest.fixture
 def attempt(store):
-    """Return a function that begins an attempt and returns its manager."""
+    """Return a function that starts an attempt and returns its manager."""
 
-    def begin(**section):
+    def start(**section):
         number = start_attempt(store, 1)
-        made = CheckpointManager(
+        manager = CheckpointManager(
             store, checkpoints(**{"keep_last": 9, **section}), World(), Collectives(), number
         )
-        made.find_latest()
-        return made
+        manager.find_latest()
+        return manager
 
-    return begin
+    return start
 
 
 @pytest.fixture

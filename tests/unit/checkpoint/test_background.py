@@ -1,6 +1,6 @@
-"""Saves in the background: the state of the moment, no second copy, one outcome for all.
+"""Saves in the background: the state at their start, no second copy, one outcome for all ranks.
 
-What fails is told.
+Failures are reported.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dist_ft.storage.filesystem import Store
 ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
 
 
-def until_it_ends(manager: CheckpointManager):
-    """Go on as a training loop does, until the save has ended; return how."""
+def advance_until_done(manager: CheckpointManager):
+    """Advance the save as a training loop does until it has ended; return how it ended."""
     for _ in range(1000):
         outcome = manager.advance(*manager.save_flags())
         if outcome is not None:
@@ -34,7 +34,7 @@ def until_it_ends(manager: CheckpointManager):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Hold back all writes of fragment files until the event is set."""
+    """Block all writes of fragment files until the event is set."""
     gate = threading.Event()
 
     def write(self, path, content, real=Store.write):
@@ -46,14 +46,14 @@ def held(monkeypatch):
     gate.set()
 
 
-def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
-    want = {(slot.name, slot.key): slot.read().clone() for slot in engine.state_slices()}
+def test_a_background_save_writes_the_state_at_its_start(store, attempt, engine, held):
+    expected = {(part.name, part.key): part.read().clone() for part in engine.state_slices()}
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS, before=2.5))
     assert one.save_in_progress and one.save_flags() == (0.0, 0.0) and one.advance(0.0, 0.0) is None
     train(engine, range(2))
     held.set()
-    outcome = until_it_ends(one)
+    outcome = advance_until_done(one)
     assert (
         outcome.problem is None
         and one.save_in_progress is None
@@ -63,11 +63,13 @@ def test_what_is_saved_is_the_state_of_the_moment(store, attempt, engine, held):
     assert manifest.evaluation == {"before": 2.5}
     other = make_engine(model=make_model(initializer_range=1.0))
     one.load(manifest, other, tensors_of(other))
-    got = {(slot.name, slot.key): slot.read() for slot in other.state_slices()}
-    assert got.keys() == want.keys() and all(torch.equal(got[where], want[where]) for where in want)
+    got = {(part.name, part.key): part.read() for part in other.state_slices()}
+    assert got.keys() == expected.keys() and all(
+        torch.equal(got[where], expected[where]) for where in expected
+    )
 
 
-def test_the_files_are_those_of_a_save_that_training_waits_for(store, engine):
+def test_background_and_synchronous_saves_write_equal_files(store, engine):
     files = []
     for number in range(2):
         manager = CheckpointManager(
@@ -82,7 +84,7 @@ def test_the_files_are_those_of_a_save_that_training_waits_for(store, engine):
     assert files[0] == files[1]
 
 
-def test_buffers_are_made_once(attempt, engine):
+def test_snapshot_buffers_are_reused(attempt, engine):
     one = attempt()
     one.prepare(engine)
     places = [buffer.data_ptr() for buffer in one._writer._buffers]
@@ -93,7 +95,9 @@ def test_buffers_are_made_once(attempt, engine):
     assert places == [buffer.data_ptr() for buffer in one._writer._buffers] and len(places) > 0
 
 
-def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, engine, monkeypatch):
+def test_a_storage_failure_gives_one_outcome_and_leaves_no_files(
+    store, attempt, engine, monkeypatch
+):
     def write(self, path, content, real=Store.write):
         if path.endswith(".safetensors"):
             raise StorageError("no room")
@@ -103,15 +107,15 @@ def test_storage_that_fails_is_one_outcome_and_leaves_nothing(store, attempt, en
         patch.setattr(Store, "write", write)
         one = attempt()
         one.start_save(engine, draft(engine, 1, ROWS))
-        outcome = until_it_ends(one)
+        outcome = advance_until_done(one)
         assert str(outcome.problem) == "no room" and outcome.request.rows is ROWS
     assert list_committed(store) == [] and store.list("checkpoints") == []
     one.start_save(engine, draft(engine, 2, ROWS))
-    assert until_it_ends(one).problem is None
+    assert advance_until_done(one).problem is None
 
 
-def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monkeypatch):
-    """Files that wait behind the one that failed do not fill the room that was cleared."""
+def test_no_file_is_written_after_a_save_has_failed(store, attempt, engine, monkeypatch):
+    """Files queued behind the failed one must not fill the space that was freed."""
 
     def write(self, path, content, real=Store.write):
         if path.endswith("0000.safetensors"):
@@ -124,13 +128,13 @@ def test_nothing_is_written_after_a_save_has_failed(store, attempt, engine, monk
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS))
     assert len(one._writer._buffers) > 20
-    assert str(until_it_ends(one).problem) == "no room"
+    assert str(advance_until_done(one).problem) == "no room"
     for _ in range(10):
         assert store.list("checkpoints") == []
         threading.Event().wait(0.02)
 
 
-def test_a_manifest_that_can_not_be_written_is_one_outcome(store, attempt, engine, monkeypatch):
+def test_a_failed_manifest_write_gives_one_outcome(store, attempt, engine, monkeypatch):
     def write(self, path, content, real=Store.write):
         if path == "manifest.json":
             raise StorageError("no room")
@@ -139,13 +143,11 @@ def test_a_manifest_that_can_not_be_written_is_one_outcome(store, attempt, engin
     monkeypatch.setattr(Store, "write", write)
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS))
-    assert str(until_it_ends(one).problem) == "no room"
+    assert str(advance_until_done(one).problem) == "no room"
     assert store.list("checkpoints") == []
 
 
-def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
-    store, attempt, engine, held
-):
+def test_fault_11_an_older_attempt_does_not_commit_in_the_background(store, attempt, engine, held):
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS))
     start_attempt(store, 1)
@@ -153,21 +155,21 @@ def test_fault_11_an_older_attempt_does_not_commit_in_the_background_either(
     with pytest.raises(
         CheckpointError, match=r"attempt 1 must not commit, attempt 2 has taken over the run"
     ):
-        until_it_ends(one)
+        advance_until_done(one)
     assert list_committed(store) == []
 
 
-def test_a_bug_in_the_background_is_told(attempt, engine, monkeypatch):
+def test_a_bug_in_the_background_is_reported(attempt, engine, monkeypatch):
     monkeypatch.setattr(Store, "write", lambda *args: 1 / 0)
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS))
     with pytest.raises(
         CheckpointError, match=r"the save failed \(ZeroDivisionError: division by zero\)"
     ):
-        until_it_ends(one)
+        advance_until_done(one)
 
 
-def test_the_drain_is_throttled(attempt, engine, tmp_path):
+def test_background_writing_is_throttled(attempt, engine, tmp_path):
     import time
 
     from dist_ft.checkpoint import fragments
@@ -181,16 +183,16 @@ def test_the_drain_is_throttled(attempt, engine, tmp_path):
             Collectives(),
             1,
         )
-        begun = time.monotonic()
+        started = time.monotonic()
         manager.start_save(engine, draft(engine, 1, ROWS))
-        taken = time.monotonic() - begun
+        taken = time.monotonic() - started
         manager.finish_save()
         files = manager.find_latest().files
     least = sum(item.num_bytes for item in files[:-1]) / 0.4e6
-    assert len(files) > 3 and time.monotonic() - begun > least > taken
+    assert len(files) > 3 and time.monotonic() - started > least > taken
 
 
-def test_what_is_under_way_is_left_when_all_ends(store, attempt, engine, held):
+def test_closing_the_manager_abandons_a_save_in_progress(store, attempt, engine, held):
     one = attempt()
     one.start_save(engine, draft(engine, 1, ROWS))
     one.close()

@@ -1,4 +1,4 @@
-"""Ranges of files are widened to blocks, verified before they are returned, read ahead and in order."""
+"""Ranges of files are widened to blocks, verified, read ahead and returned in order."""
 
 from __future__ import annotations
 

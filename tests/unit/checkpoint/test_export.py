@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder that plain transformers loads, with the same logits, or an error and no folder."""
+"""An export loads in plain transformers with equal logits, or there is an error and no folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_tokenizer(folder: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(small.VOCABULARY)}
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
     )
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    made.save_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 def make_run(folder: str, engine: TorchEngine, steps: tuple[int, ...] = (1,)) -> Store:
-    """Make the folder of a run of `engine` with checkpoints at `steps`, one training step before each."""
+    """Create the folder of a run with checkpoints at `steps`, one training step before each."""
     store = Store(folder)
     manager = CheckpointManager(store, small.checkpoints(keep_last=9), World(), Collectives(), 1)
     for step in steps:
@@ -55,7 +55,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a llama with two checkpoints; its folder, its engine."""
+    """A run of a Llama with two checkpoints: its folder and its engine."""
     folder, engine = str(tmp_path_factory.mktemp("run") / "r"), small.make_engine()
     make_run(folder, engine, (1, 2))
     return folder, engine
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_skipped_or_reported(copy, tmp_path):
     assert rejection(copy, tmp_path / "none").startswith(
         f"{copy}/checkpoints: none of the 2 committed checkpoints can be loaded (the latest: "
     )
-    assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing half-made
+    assert sorted(os.listdir(tmp_path)) == ["copy", "one"]  # nothing incomplete
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_run_without_the_model_config_is_rejected(copy, tmp_path):
 
 
 def test_weights_that_change_on_reading_are_not_exported(copy, tmp_path, monkeypatch):
-    """A transformers that writes something else than it holds is caught by loading the folder again."""
+    """If transformers writes other weights than it holds, loading the folder again detects it."""
     from transformers import LlamaForCausalLM
 
     def spoil(self, folder, real=LlamaForCausalLM.save_pretrained, **options):
@@ -214,7 +214,7 @@ def test_errors_contain_no_credentials(tmp_path):
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])
 @pytest.mark.parametrize("expected", [None, "float32", "bfloat16"])
 def test_an_adapter_is_merged_in_float32_for_every_dtype(trained, expected, tmp_path):
-    """Of a model with rotary embeddings, whose frequencies must not be rounded with the weights."""
+    """The model has rotary embeddings, whose frequencies must not be rounded with the weights."""
     section = TuningSection(method="lora", trainable="model.norm.*")
     model = small.make_model().to(getattr(torch, trained))
     model.config.dtype = getattr(torch, trained)

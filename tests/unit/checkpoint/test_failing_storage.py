@@ -1,4 +1,4 @@
-"""Storage that does not answer, is full or read-only: one error, nothing half-made, and no step back."""
+"""Unreachable, full or read-only storage gives one error, no partial files and no fallback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_ft.storage.filesystem import Store
 
 
 class Unreachable(MemoryFileSystem):
-    """Storage whose fragment files can not be read or written while `broken` says so."""
+    """Storage whose fragment files cannot be read or written while `broken` is set."""
 
     protocol = "unreachable"
     cachable = False
@@ -51,7 +51,7 @@ def unreachable(quick):
     store.remove("")
 
 
-def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engine):
+def test_unreachable_storage_does_not_cause_a_fallback(unreachable, engine):
     one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
     save(one, engine, 1)
     save(one, engine, 2)
@@ -69,7 +69,7 @@ def test_storage_that_does_not_answer_is_no_reason_to_go_back(unreachable, engin
 
 
 @pytest.mark.parametrize("suffix", ["0000.safetensors", "-a0001.safetensors.zst", "manifest.json"])
-def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, suffix):
+def test_a_failed_save_raises_one_error_and_leaves_no_files(unreachable, engine, suffix):
     one = CheckpointManager(unreachable, checkpoints(), World(), Collectives(), 1)
     save(one, engine, 1)
     Unreachable.broken = suffix
@@ -84,7 +84,7 @@ def test_a_save_that_fails_is_one_error_and_leaves_nothing(unreachable, engine, 
     assert rows[:, 0].tolist() == [0, 1, 2]  # the steps of the failed save are in the next one
 
 
-def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, engine, monkeypatch):
+def test_lost_bytes_are_detected_before_the_commit(store, attempt, engine, monkeypatch):
     one = attempt()
     monkeypatch.setattr(
         Store, "sizes", lambda self, path="", real=Store.sizes: dict.fromkeys(real(self, path), 17)
@@ -100,7 +100,7 @@ def test_storage_that_loses_bytes_is_noticed_before_the_commit(store, attempt, e
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk with room for one checkpoint and a half; skips without the right to mount one."""
+    """A disk with space for one and a half checkpoints; skipped without the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -114,7 +114,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_fault_18_a_full_disk(small_disk, engine):
+def test_fault_18_a_full_disk_is_reported(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(keep_last=1), World(), Collectives(), 1)
     save(one, engine, 1)
@@ -128,7 +128,7 @@ def test_fault_18_a_full_disk(small_disk, engine):
     assert not list(small_disk.rglob(".tmp-*"))
 
 
-def test_fault_19_a_read_only_disk(small_disk, engine):
+def test_fault_19_a_read_only_disk_is_reported(small_disk, engine):
     store = Store(str(small_disk / "run"))
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -1,4 +1,4 @@
-"""Any partition is read as any other; holes, and headers that lie, are refused."""
+"""Any partition is read as any other partition; gaps and invalid headers are rejected."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def worlds(draw):
     st.sampled_from([7, 64, 2**20]),
     st.sampled_from([manifest.file_entry, manifest.file_entry_in_blocks]),
 )
-def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_bytes, entry):
+def test_any_partition_is_read_as_any_other_partition(
+    world, part_bytes, gap_bytes, block_bytes, entry
+):
     truth, writers, readers = world
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fragments, "MAX_FILE_BYTES", part_bytes)
@@ -133,9 +135,10 @@ def test_any_partition_is_read_as_any_other(world, part_bytes, gap_bytes, block_
         files = write(store, *writers, entry=entry)
         got = {where: np.full_like(values, np.nan) for where, values in truth.items()}
         for own in readers:
-            wanted = [FragmentRequest(i, *parts) for i, parts in enumerate(own)]
+            requests = [FragmentRequest(i, *parts) for i, parts in enumerate(own)]
             answers = [
-                (index, values.copy()) for index, values in FragmentReader(files).read_many(wanted)
+                (index, values.copy())
+                for index, values in FragmentReader(files).read_many(requests)
             ]
             assert sorted(index for index, _ in answers) == list(range(len(own)))
             for index, values in answers:
@@ -167,7 +170,7 @@ def test_overlapping_fragments_are_read_once():
         ([], (0, 1), 0),
     ],
 )
-def test_a_hole_is_an_error_that_names_the_parameter(held, ask, first):
+def test_missing_elements_raise_an_error_that_names_the_parameter(held, ask, first):
     values, store = np.arange(10, dtype=np.float32), memory()
     files = write(
         store, [Fragment("h.weight", "exp_avg", start, values[start:stop]) for start, stop in held]
@@ -180,29 +183,29 @@ def test_a_hole_is_an_error_that_names_the_parameter(held, ask, first):
     )
 
 
-def test_neighbouring_ranges_are_read_together():
+def test_neighboring_ranges_are_read_in_one_request():
     store, values = memory(), np.arange(1000, dtype=np.float32)
     files = write(store, [Fragment(f"w{i}", "param", 0, values) for i in range(50)])
     reader = FragmentReader(files)
     reader.keys()
     assert store.reads == 1
-    wanted = [FragmentRequest(i, f"w{i}", "param", 100, 10) for i in range(50)]
-    assert all(np.array_equal(got, values[100:110]) for _, got in reader.read_many(wanted))
+    requests = [FragmentRequest(i, f"w{i}", "param", 100, 10) for i in range(50)]
+    assert all(np.array_equal(got, values[100:110]) for _, got in reader.read_many(requests))
     assert store.reads == 2
 
 
-def test_far_ranges_are_read_apart(monkeypatch):
+def test_distant_ranges_are_read_separately(monkeypatch):
     monkeypatch.setattr(fragments, "MAX_GAP_BYTES", 100)
     monkeypatch.setattr(manifest, "BLOCK_BYTES", 200)
     store, values = memory(), np.arange(1000, dtype=np.float32)
     reader = FragmentReader(write(store, [Fragment("w", "param", 0, values)]))
     reader.keys()
-    wanted = [
+    requests = [
         FragmentRequest(0, "w", "param", 0, 5),
         FragmentRequest(1, "w", "param", 900, 5),
         FragmentRequest(2, "w", "param", 10, 5),
     ]
-    assert sorted((index, values[0]) for index, values in reader.read_many(wanted)) == [
+    assert sorted((index, values[0]) for index, values in reader.read_many(requests)) == [
         (0, 0),
         (1, 900),
         (2, 10),
@@ -211,7 +214,7 @@ def test_far_ranges_are_read_apart(monkeypatch):
 
 
 def test_files_and_requests_stay_small(monkeypatch):
-    """One large parameter is cut, so that neither writer nor reader needs it twice at once."""
+    """One large parameter is split, so that neither writer nor reader needs its memory twice."""
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 400)
     store, values = memory(), np.arange(1050, dtype=np.float32)
     files = write(store, [Fragment("w", "param", 7, values)])
@@ -236,7 +239,7 @@ def test_files_and_requests_stay_small(monkeypatch):
         "bool",
     ],
 )
-def test_every_number_format_comes_back(dtype):
+def test_every_dtype_survives_a_round_trip(dtype):
     values, store = np.array([0, 1, 1, 0, 1]).astype(dtype), memory()
     got = FragmentReader(write(store, [Fragment("b", "buffer", 0, values)])).read(
         "b", "buffer", 0, 5
@@ -245,7 +248,7 @@ def test_every_number_format_comes_back(dtype):
 
 
 def index_of(store: Store, content: bytes) -> fragments.FragmentIndex:
-    """Return what a file with this content, its checksums right, says lies in it."""
+    """Return the index of a file with this content and correct checksums."""
     store.write("f", content)
     return read_index(
         CheckedFiles(store, [manifest.file_entry_in_blocks("f", memoryview(content))]), ["f"]
@@ -263,7 +266,7 @@ def entry(label: str = "param:0:w", **changes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "header of 0 bytes in a file of 0"),
         (b"1234", "header of 0 bytes in a file of 4"),
@@ -291,12 +294,12 @@ def entry(label: str = "param:0:w", **changes) -> bytes:
         (b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", "header of"),
     ],
 )
-def test_fault_23_a_header_that_lies_is_refused(content, said):
+def test_fault_23_an_invalid_header_is_rejected(content, message):
     store = memory()
     with pytest.raises(CheckpointError) as caught:
         index_of(store, content)
     text = str(caught.value)
-    assert text.startswith(f"{store.url}/f: not a valid fragment file (") and said in text
+    assert text.startswith(f"{store.url}/f: not a valid fragment file (") and message in text
     assert text.endswith("); it will not be loaded")
 
 
@@ -308,7 +311,7 @@ def test_metadata_is_ignored():
     }
 
 
-def test_fault_23_numbers_no_file_can_hold_are_refused():
+def test_fault_23_a_dtype_that_cannot_be_stored_is_rejected():
     values = torch.zeros(3, dtype=torch.complex64)
     with pytest.raises(
         CheckpointError,
@@ -320,8 +323,8 @@ def test_fault_23_numbers_no_file_can_hold_are_refused():
         )
 
 
-def test_files_are_plain_safetensors_with_every_number_on_its_width(tmp_path):
-    """Mixed widths in one file: the library reads it, 16-bit brain floats come as float32."""
+def test_files_are_plain_safetensors_with_aligned_values(tmp_path):
+    """The library reads a file of mixed widths; bfloat16 is stored as float32."""
     from safetensors.torch import load
 
     held = {

@@ -1,4 +1,4 @@
-"""Weights that do not learn are written once a run, and shared by its checkpoints."""
+"""Frozen weights are written once per run and shared by its checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = np.array([[0, 0, 0, 1, 0, 5]], dtype=np.int64)
 
 
 def partial(num_frozen: int = 1, **changes: Any) -> Any:
-    """Return an engine whose first layers and embeddings do not learn."""
+    """Return an engine whose first layers and embeddings are frozen."""
     model = make_model(**changes)
     model.get_input_embeddings().weight.requires_grad_(False)
     for layer in model.model.layers[:num_frozen]:
@@ -50,7 +50,7 @@ def engine() -> Any:
     return partial()
 
 
-def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engine):
+def test_frozen_weights_are_written_once_and_named_by_all_checkpoints(store, attempt, engine):
     one = attempt(keep_last=3)
     frozen = engine.frozen_parameters()
     assert frozen and "model.embed_tokens.weight" in frozen
@@ -63,9 +63,9 @@ def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engin
     assert shared[0] == shared[1] == shared[2] != [] and manifests[0].frozen == tuple(
         sorted(frozen)
     )
-    learned = sum(parameter.numel() for parameter in engine._masters.values())
+    trained = sum(parameter.numel() for parameter in engine._masters.values())
     assert (
-        own_bytes(store, list_committed(store)[0]) < 1.3 * 4 * 3 * learned
+        own_bytes(store, list_committed(store)[0]) < 1.3 * 4 * 3 * trained
     )  # weights and two moments; headers
     assert sum(item.num_bytes for item in shared[0]) >= 4 * sum(
         engine._parameters[name].numel() for name in frozen
@@ -73,9 +73,9 @@ def test_they_are_in_the_first_checkpoint_and_named_by_all(store, attempt, engin
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_background):
+def test_a_resumed_run_is_bit_exact_and_writes_no_frozen_weights(store, attempt, in_background):
     straight = partial()
-    want = train(straight, range(5))
+    expected = train(straight, range(5))
     first, one = partial(), attempt()
     train(first, range(3))
     (save_in_background if in_background else save)(one, first, 3)
@@ -84,7 +84,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes_none_again(store, attempt, in_back
     two.load(two.find_latest(), second, tensors_of(second))
     for name, parameter in second._parameters.items():
         assert torch.equal(parameter, first._parameters[name]), name
-    assert train(second, range(3, 5)) == want[3:]
+    assert train(second, range(3, 5)) == expected[3:]
     save(two, second, 5)
     assert store.list(FROZEN) == ["step-000000003-a0001"]
     assert discovery.find_latest(store, World(), Collectives()).progress.step == 5
@@ -96,7 +96,7 @@ def save_in_background(manager: CheckpointManager, engine: Any, step: int) -> No
     assert outcome is not None and outcome.problem is None
 
 
-def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
+def test_weights_that_become_trainable_are_in_each_checkpoint(store, attempt):
     first, one = partial(2), attempt()
     save(one, first, 1)
     two = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
@@ -113,9 +113,7 @@ def test_what_learns_from_now_on_is_in_each_checkpoint(store, attempt):
         assert torch.equal(parameter, thawed._parameters[name]), name
 
 
-def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_their_last_checkpoint(
-    store, attempt
-):
+def test_newly_frozen_weights_are_written_and_unused_files_are_removed(store, attempt):
     one = attempt(keep_last=1)
     save(one, partial(1), 1)
     save(one, partial(2), 2)
@@ -125,7 +123,7 @@ def test_more_that_does_not_learn_is_written_anew_and_the_older_files_go_with_th
     )
 
 
-def test_files_of_a_newer_attempt_stay(store, attempt, engine):
+def test_shared_files_of_a_newer_attempt_are_not_removed(store, attempt, engine):
     save(attempt(), engine, 1)
     for name in ("step-000000007-a0009", "step-000000001-a0000"):
         store.write(f"{FROZEN}/{name}/rank-00000-0000.safetensors", b"x")
@@ -133,7 +131,7 @@ def test_files_of_a_newer_attempt_stay(store, attempt, engine):
     assert sorted(store.list(FROZEN)) == ["step-000000001-a0001", "step-000000007-a0009"]
 
 
-def test_a_damaged_one_is_found_and_nothing_is_loaded(store, attempt, engine):
+def test_a_damaged_shared_file_is_detected(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     (path,) = [path for path in store.child(FROZEN).sizes() if path.endswith("0000.safetensors")][
@@ -148,7 +146,7 @@ def test_a_damaged_one_is_found_and_nothing_is_loaded(store, attempt, engine):
         one.load(one.find_latest(), engine, tensors_of(engine))
 
 
-def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
+def test_a_lost_shared_file_fails_the_save_and_is_written_again(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     store.remove(f"{FROZEN}/step-000000001-a0001")
@@ -158,7 +156,7 @@ def test_a_lost_one_is_no_commit_and_is_written_anew(store, attempt, engine):
     assert discovery.find_latest(store, World(), Collectives()).progress.step == 3
 
 
-def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
+def test_a_failed_save_leaves_no_shared_files(store, attempt, engine, monkeypatch):
     real = Store.write
 
     def full(self: Store, path: str, content: Any) -> None:
@@ -172,7 +170,7 @@ def test_a_save_that_fails_leaves_none(store, attempt, engine, monkeypatch):
     assert store.list(FROZEN) == []
 
 
-def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, engine, monkeypatch):
+def test_a_failed_commit_does_not_write_shared_files_again(store, attempt, engine, monkeypatch):
     one = attempt()
     save(one, engine, 1)
     with monkeypatch.context() as patch:
@@ -187,9 +185,7 @@ def test_a_commit_that_fails_does_not_have_them_written_again(store, attempt, en
     assert store.list(FROZEN) == ["step-000000001-a0001"]
 
 
-def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
-    store, attempt, engine, monkeypatch
-):
+def test_shared_files_stay_if_their_manifest_cannot_be_removed(store, attempt, engine, monkeypatch):
     one, real = attempt(), Store.remove
 
     def refuses(self: Store, path: str) -> None:
@@ -214,7 +210,7 @@ def test_they_stay_where_the_manifest_that_names_them_can_not_be_removed(
     assert again.load(again.find_latest(), engine, tensors_of(engine)).progress.step == 1
 
 
-def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
+def test_manual_pruning_removes_unused_shared_files(store, attempt, engine):
     one = attempt()
     save(one, partial(1), 1)
     save(one, partial(2), 2)
@@ -228,10 +224,10 @@ def test_pruning_by_hand_takes_what_none_names(store, attempt, engine):
 
 
 @pytest.mark.parametrize("kind", ["list", "read"])
-def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
+def test_unreachable_storage_does_not_damage_local_checkpoints(
     store, tmp_path, engine, kind, monkeypatch
 ):
-    """Else the run would go back to an older one, and remove the newer."""
+    """Otherwise the run would fall back to an older one and remove the newer."""
     nodes = LocalTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
     one = CheckpointManager(
         store, checkpoints(), World(), Collectives(), start_attempt(store, 1), nodes
@@ -256,7 +252,7 @@ def test_storage_that_does_not_answer_is_no_damage_of_checkpoints_on_nodes(
     assert two.load(two.find_latest(), engine, tensors_of(engine)).layout == "plain"
 
 
-def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
+def test_local_checkpoints_use_the_shared_files(store, tmp_path, engine):
     attempt = start_attempt(store, 1)
     nodes = LocalTier(store, Store(str(tmp_path / "node")), "plain", World(), Collectives())
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), attempt, nodes)
@@ -273,7 +269,7 @@ def test_checkpoints_on_nodes_share_them_too(store, tmp_path, engine):
     )
 
 
-def test_a_run_in_which_all_learns_is_read_by_older_versions(store, attempt, engine):
+def test_a_run_without_frozen_weights_has_format_version_1(store, attempt, engine):
     save(attempt(), make_engine(), 1)
     assert load_manifest(store, list_committed(store)[0]).format_version == 1 and not store.list(
         FROZEN

@@ -1,4 +1,4 @@
-"""The ledger is one unbroken, unaltered history of what was fed to the model."""
+"""The ledger is a complete, unaltered history of the samples the model was trained on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store(tmp_path):
     return Store(str(tmp_path))
 
 
-def test_buffer_notes_pieces_of_batches():
+def test_the_buffer_records_segments_of_batches():
     buffer = LedgerBuffer()
     buffer.add(4, [batch((3, 4), seed=2, lane=1, epoch=1), empty_batch(lane=2)])
     assert len(COLUMNS) == 6
@@ -57,7 +57,7 @@ def test_buffer_notes_pieces_of_batches():
     assert buffer.take().shape == (0, 6)
 
 
-def test_rows_put_back_come_first():
+def test_restored_rows_come_first():
     buffer = LedgerBuffer()
     buffer.add(0, [batch((3,), seed=1)])
     first = buffer.take()
@@ -66,7 +66,7 @@ def test_rows_put_back_come_first():
     assert buffer.take()[:, 0].tolist() == [0, 1]
 
 
-def test_segments_chain_in_order_of_step_and_lane(store):
+def test_segments_are_read_in_order_of_step_and_lane(store):
     first = write_segment(store, 0, 2, 1, [rows(0)[:1], rows(1, 0)[[0, 1, 3]]])
     second = write_segment(store, 2, 3, 2, [rows(2), np.zeros((0, 6), dtype=np.int64)])
     assert first.file.path == "ledger/000000000-000000002-a0001.safetensors.zst"
@@ -75,7 +75,7 @@ def test_segments_chain_in_order_of_step_and_lane(store):
     assert read_ledger(store, manifest_of()).shape == (0, 6)
 
 
-def test_an_altered_segment_is_refused(store):
+def test_an_altered_segment_is_rejected(store):
     segment = write_segment(store, 0, 1, 1, [rows(0)])
     content = bytearray(store.read(segment.file.path))
     content[-1] ^= 1
@@ -88,7 +88,7 @@ def test_an_altered_segment_is_refused(store):
     )
 
 
-def test_a_hole_is_refused(store):
+def test_a_gap_is_rejected(store):
     first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
     with pytest.raises(
         CheckpointError, match="starts at step 2, expected 1; the history has a gap"
@@ -102,7 +102,7 @@ def test_a_hole_is_refused(store):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"no safetensors", "not a valid ledger segment"),
         (b"", "not a valid ledger segment"),
@@ -117,16 +117,16 @@ def test_a_hole_is_refused(store):
         ),
     ],
 )
-def test_fault_23_a_hostile_segment_is_refused(store, content, said):
+def test_fault_23_a_hostile_segment_is_rejected(store, content, message):
     store.write("ledger/x", content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_ledger(
             store, manifest_of(LedgerEntry(start=0, stop=1, file=file_entry("ledger/x", content)))
         )
 
 
-def test_it_is_compact():
-    """A hundred thousand steps' rows as a run writes them: a few bytes each."""
+def test_a_segment_is_compact():
+    """100,000 rows as a run writes them take a few bytes each."""
     drawn = np.random.default_rng(0)
     many = np.column_stack(
         [

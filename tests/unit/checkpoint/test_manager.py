@@ -1,4 +1,4 @@
-"""Commit, fall back, retain, refuse: what a checkpoint of a real small engine goes through."""
+"""Committing, falling back, retention and rejection of checkpoints of a small real engine."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def found(store: Store) -> int | None:
 
 
 @pytest.mark.parametrize("url", ["folder", "memory://run-of-manager-test"])
-def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
+def test_a_resumed_run_is_bit_exact(url, tmp_path):
     store = Store(url if "://" in url else str(tmp_path / url))
     straight = make_engine()
-    want = train(straight, range(5))
+    expected = train(straight, range(5))
     first = make_engine()
     train(first, range(3))
     one = CheckpointManager(store, checkpoints(), World(), Collectives(), start_attempt(store, 1))
@@ -62,7 +62,7 @@ def test_a_saved_run_goes_on_bit_for_bit(url, tmp_path):
     train(second, range(1))
     two.load(manifest, second, tensors_of(second))
     assert second.optimizer_step() == 3
-    assert train(second, range(3, 5)) == want[3:]
+    assert train(second, range(3, 5)) == expected[3:]
 
 
 def test_the_manifest_is_written_last(store, attempt, engine, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_manifest_is_written_last(store, attempt, engine, monkeypatch):
     assert written[-1] == manifests.NAME and written[-2].startswith("ledger/")
 
 
-def test_another_models_checkpoint_is_refused(store, attempt, engine):
+def test_a_checkpoint_of_another_model_is_rejected(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     manifest, where = one.find_latest(), store.full_url("checkpoints/step-000000001-a0001")
@@ -97,7 +97,7 @@ def test_another_models_checkpoint_is_refused(store, attempt, engine):
         one.load(manifest, deeper, tensors_of(deeper))
 
 
-def test_another_optimizers_state_is_missing(attempt, engine):
+def test_missing_optimizer_state_is_an_error(attempt, engine):
     one = attempt()
     save(one, engine, 1)
     other = make_engine(name="sgd", momentum=0.9)
@@ -114,7 +114,7 @@ def test_another_optimizers_state_is_missing(attempt, engine):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_falls_back_and_says_why(
+def test_damage_to_any_file_causes_a_fallback_and_is_logged(
     store, attempt, engine, monkeypatch, caplog, name, damage
 ):
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
@@ -135,17 +135,17 @@ def test_damage_to_any_file_falls_back_and_says_why(
     with caplog.at_level(logging.WARNING, "dist_ft"):
         assert found(store) == 1
     if (name, damage) == ("manifest.json", "remove"):
-        return  # never committed: nothing to say
+        return  # never committed, so nothing is logged
     assert len(caplog.records) == 1
-    said = caplog.records[0].getMessage()
-    assert said.startswith(f"checkpoint step-000000002-a0001 is skipped: {path}: ")
+    message = caplog.records[0].getMessage()
+    assert message.startswith(f"checkpoint step-000000002-a0001 is skipped: {path}: ")
     reason = {"flip": "its checksum differs", "remove": "the file is missing"}.get(
         damage,
         f"has {0 if damage == 'empty' else len(content) - 1} bytes, but {len(content)} according",
     )
     assert (
         reason if name != "manifest.json" else "truncated or altered since it was written"
-    ) in said
+    ) in message
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_damage_to_any_file_falls_back_and_says_why(
 def test_fault_17_a_flipped_bit_is_found_while_loading(
     store, attempt, monkeypatch, caplog, name, place, entry
 ):
-    """Lengths are right, so `newest` takes it.
+    """The lengths are right, so `find_latest` returns it.
 
-    `load` goes back to the one before, whole, and the history with it.
+    `load` falls back to the checkpoint before, and to the history that it ends.
     """
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
@@ -170,7 +170,7 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(
     engine, one = make_engine(), attempt()
     train(engine, range(1))
     save(one, engine, 1)
-    want = [slot.read().clone() for slot in engine.state_slices()]
+    expected = [part.read().clone() for part in engine.state_slices()]
     train(engine, range(1, 2))
     path = os.path.join(save(one, engine, 2), name)
     with open(path, "rb+") as file:
@@ -199,12 +199,12 @@ def test_fault_17_a_flipped_bit_is_found_while_loading(
         "manifest's"
     ]
     assert all(
-        np.array_equal(slot.read(), values)
-        for slot, values in zip(other.state_slices(), want, strict=True)
+        np.array_equal(part.read(), values)
+        for part, values in zip(other.state_slices(), expected, strict=True)
     )
 
 
-def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine):
+def test_loading_fails_if_all_checkpoints_are_damaged(store, attempt, engine):
     one = attempt()
     for step in (1, 2):
         with open(os.path.join(save(one, engine, step), FILES[1]), "rb+") as file:
@@ -218,7 +218,7 @@ def test_where_nothing_sound_can_be_loaded_the_run_stops(store, attempt, engine)
 
 
 def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
-    """But for the first block of each file, which holds the header."""
+    """Except the first block of each file, which holds the header."""
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**17)
     monkeypatch.setattr(manifests, "BLOCK_BYTES", 2**12)
     one, read = attempt(), []
@@ -238,7 +238,7 @@ def test_a_restore_reads_each_byte_once(store, attempt, engine, monkeypatch):
         assert parts[0] == (0, 2**12) and parts[1:] == [(0, item.num_bytes)]
 
 
-def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, attempt, engine):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(store, attempt, engine):
     assert found(store) is None
     one = attempt()
     for step in (1, 2):
@@ -253,22 +253,22 @@ def test_a_run_of_which_nothing_is_sound_does_not_begin_again_by_itself(store, a
     assert len(list_committed(store)) == 2
 
 
-def test_a_file_spoilt_on_the_way_is_read_again(store, attempt, engine, monkeypatch):
+def test_a_file_damaged_in_transit_is_read_again(store, attempt, engine, monkeypatch):
     save(attempt(), engine, 1)
-    spoilt = []
+    damaged = []
 
     def read_into(self, path, start, memory, real=Store.read_into):
         content = real(self, path, start, memory)
-        if not spoilt:
-            spoilt.append(path)
+        if not damaged:
+            damaged.append(path)
             content[-1] ^= 1
         return content
 
     monkeypatch.setattr(Store, "read_into", read_into)
-    assert found(store) == 1 and spoilt
+    assert found(store) == 1 and damaged
 
 
-def test_a_copied_checkpoint_is_passed_over(store, attempt, engine, caplog):
+def test_a_copied_checkpoint_is_skipped(store, attempt, engine, caplog):
     where = save(attempt(), engine, 1)
     shutil.copytree(where, where.replace("step-000000001", "step-000000009"))
     with caplog.at_level(logging.WARNING, "dist_ft"):
@@ -283,10 +283,10 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     one = attempt()
     save(one, engine, 1)
     save(one, engine, 2)
-    newest = load_manifest(store, list_committed(store)[0])
+    latest = load_manifest(store, list_committed(store)[0])
     store.write(
         f"checkpoints/{list_committed(store)[0]}/{manifests.NAME}",
-        manifests.serialize_manifest(newest.model_copy(update={"format_version": 3})),
+        manifests.serialize_manifest(latest.model_copy(update={"format_version": 3})),
     )
     with pytest.raises(
         NewerFormatError,
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "want"),
+    ("keep_last", "keep_every", "expected"),
     [
         (1, 0, [7]),
         (2, 0, [7, 6]),
@@ -308,24 +308,26 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
         (1, 5, [7, 5]),
     ],
 )
-def test_kept(keep_last, keep_every, want):
+def test_select_retained(keep_last, keep_every, expected):
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     section = checkpoints(keep_last=keep_last, keep_every_steps=keep_every)
-    assert [manifests.parse_folder(name)[0] for name in select_retained(names, section, {})] == want
+    assert [
+        manifests.parse_folder(name)[0] for name in select_retained(names, section, {})
+    ] == expected
 
 
 @pytest.mark.parametrize(
-    ("keep_best", "want"), [(0, [7]), (1, [7, 3]), (2, [7, 3, 2]), (3, [7, 5, 3, 2])]
+    ("keep_best", "expected"), [(0, [7]), (1, [7, 3]), (2, [7, 3, 2]), (3, [7, 5, 3, 2])]
 )
-def test_the_best_are_kept(keep_best, want):
-    """Of equal ones the newest; one without a loss is no candidate."""
+def test_the_best_checkpoints_are_retained(keep_best, expected):
+    """Of equally good ones the latest is retained; one without a loss is not a candidate."""
     names = [manifests.folder_name(step, 1) for step in range(7, 0, -1)]
     losses = dict(zip(names[1:], [3.0, 2.0, 2.5, 1.0, 1.5, 2.0], strict=True))
     found = select_retained(names, checkpoints(keep_last=1, keep_best=keep_best), losses)
-    assert [manifests.parse_folder(name)[0] for name in found] == want
+    assert [manifests.parse_folder(name)[0] for name in found] == expected
 
 
-def test_the_checkpoint_of_the_lowest_held_out_loss_stays(store, attempt, engine):
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_retained(store, attempt, engine):
     one = attempt(keep_last=1, keep_best=1)
     for step, loss in enumerate([5.0, 3.0, 4.0, 3.5], 1):
         save(one, engine, step, loss=loss)
@@ -335,7 +337,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_stays(store, attempt, engine
     assert [manifests.parse_folder(name)[0] for name in list_committed(store)] == [6, 5]
 
 
-def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):
+def test_old_checkpoints_are_removed_and_the_ledger_stays(store, attempt, engine):
     one = attempt(keep_last=2, keep_every_steps=3)
     for step in range(1, 8):
         save(one, engine, step)
@@ -343,7 +345,7 @@ def test_old_checkpoints_go_and_the_ledger_stays(store, attempt, engine):
     assert read_ledger(store, one.find_latest())[:, 0].tolist() == list(range(7))
 
 
-def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, engine):
+def test_incomplete_checkpoints_are_removed_except_of_newer_attempts(store, attempt, engine):
     one, two = attempt(), attempt()
     for name in ("step-000000001-a0001", "step-000000001-a0002", "step-000000001-a0003"):
         store.write(f"checkpoints/{name}/rank-00000-0000.safetensors", b"torn")
@@ -357,7 +359,7 @@ def test_torn_ones_are_collected_and_newer_attempts_left_alone(store, attempt, e
     assert one is not two
 
 
-def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(
+def test_fault_11_an_attempt_superseded_during_its_commit_is_undone(
     store, attempt, engine, monkeypatch
 ):
     one = attempt()
@@ -375,8 +377,8 @@ def test_fault_11_an_attempt_that_is_taken_over_while_it_commits(
     assert list_committed(store) == []
 
 
-def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine, monkeypatch):
-    """Should a zombie slip through all the same, it is not gone on from."""
+def test_fault_11_a_checkpoint_of_a_newer_attempt_is_later(store, attempt, engine, monkeypatch):
+    """If an old attempt still manages to commit, later attempts do not resume from it."""
     one = attempt()
     save(one, engine, 1)
     two = attempt()
@@ -388,8 +390,8 @@ def test_fault_11_what_a_newer_attempt_committed_is_newer(store, attempt, engine
     assert attempt().latest_step == 3
 
 
-def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine):
-    """The newest is altered, which loading finds; the one before is shorter than it was."""
+def test_fault_17_two_damaged_checkpoints_in_a_row_are_skipped(store, attempt, engine):
+    """The latest is altered, which loading detects; the one before is shorter than it was."""
     one = attempt()
     for step in (1, 2, 3):
         save(one, engine, step)
@@ -401,8 +403,8 @@ def test_fault_17_two_kinds_of_damage_one_after_the_other(store, attempt, engine
     assert two.load(two.find_latest(), engine, tensors_of(engine)).progress.step == 1
 
 
-def test_what_was_passed_over_takes_no_place(store, attempt, engine):
-    """keep_last counts checkpoints of the run's own history, never a damaged one that is newer."""
+def test_a_skipped_checkpoint_does_not_count_for_retention(store, attempt, engine):
+    """keep_last counts checkpoints of the run's own history, not a later damaged one."""
     one = attempt()
     for step in (1, 2, 5):
         save(one, engine, step)
@@ -413,7 +415,7 @@ def test_what_was_passed_over_takes_no_place(store, attempt, engine):
     assert list_committed(store) == ["step-000000003-a0002", "step-000000002-a0001"]
 
 
-def test_what_can_not_be_removed_is_logged(store, attempt, engine, monkeypatch, caplog, quick):
+def test_a_failed_removal_is_logged(store, attempt, engine, monkeypatch, caplog, quick):
     one = attempt(keep_last=1)
     save(one, engine, 1)
 
@@ -441,7 +443,7 @@ def test_attempts_are_numbered(store):
     assert store.list("attempts")[0] == "000001.json"
 
 
-def test_failures_are_counted_and_what_was_planned_is_none(store):
+def test_only_unplanned_ends_count_as_failures(store):
     for after in (
         "",
         "worker 1 on node a: killed",
@@ -468,7 +470,7 @@ def test_fault_11_a_worker_of_an_older_attempt_does_not_commit(store, attempt, e
     assert found(store) == 1
 
 
-def test_the_ledger_follows_the_history_that_was_resumed(store, attempt, engine):
+def test_the_ledger_continues_the_resumed_history(store, attempt, engine):
     one = attempt()
     save(one, engine, 2, np.array([[0, 0, 0, 0, 0, 5], [1, 0, 0, 1, 0, 5]]))
     where = save(one, engine, 4, np.array([[2, 0, 0, 2, 0, 5], [3, 0, 0, 3, 0, 5]]))
@@ -476,5 +478,5 @@ def test_the_ledger_follows_the_history_that_was_resumed(store, attempt, engine)
     two = attempt()
     save(two, engine, 3, np.array([[2, 0, 0, 2, 0, 5]]))
     manifest = load_manifest(store, "step-000000003-a0002")
-    assert [(part.start, part.stop) for part in manifest.ledger] == [(0, 2), (2, 3)]
+    assert [(segment.start, segment.stop) for segment in manifest.ledger] == [(0, 2), (2, 3)]
     assert read_ledger(store, manifest)[:, 3].tolist() == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""A manifest is whole, its own, inside its folder and of a known version, or it is refused."""
+"""A manifest is complete, of its own checkpoint and of a known version, or it is rejected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(**changes) -> Manifest:
 
 
 def altered(manifest: Manifest, change) -> bytes:
-    """Return the file of `manifest` with its JSON changed and its seal made good: what an attacker would write."""
+    """Return the manifest file with changed JSON and a correct checksum, as an attacker would."""
     values = json.loads(manifest.model_dump_json())
     change(values)
     body = json.dumps(values, indent=1).encode()
@@ -81,7 +81,7 @@ def test_each_block_has_a_checksum():
 @pytest.mark.parametrize(
     "changes", [{"blocks": "0" * 16}, {"blocks": "0" * 48, "block_bytes": 4}, {"block_bytes": 4}]
 )
-def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
+def test_fault_23_block_checksums_that_do_not_fit_the_length_are_rejected(changes):
     content = altered(make(), lambda values: values["files"][0].update(changes))
     with pytest.raises(
         CheckpointError,
@@ -91,22 +91,22 @@ def test_fault_23_blocks_that_do_not_fit_the_length_are_refused(changes):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number_comes_back(loss):
+def test_a_loss_that_is_not_finite_survives_a_round_trip(loss):
     got = manifests.parse_manifest(
         manifests.serialize_manifest(make(evaluation={"before": loss})), "m"
     ).evaluation["before"]
     assert got == loss or (math.isnan(got) and math.isnan(loss))
 
 
-def test_any_truncation_and_any_flipped_bit_is_noticed():
+def test_every_truncation_and_flipped_bit_is_detected():
     content = manifests.serialize_manifest(make())
     damaged = [content[:length] for length in range(len(content))]
     damaged += [
         content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content))
     ]
-    for torn in damaged:
+    for damaged_content in damaged:
         with pytest.raises(CheckpointError) as caught:
-            manifests.parse_manifest(torn, "s3://b/manifest.json")
+            manifests.parse_manifest(damaged_content, "s3://b/manifest.json")
         assert str(caught.value) == (
             "s3://b/manifest.json: truncated or altered since it was written (its checksum "
             "differs); it will not be loaded"
@@ -116,7 +116,7 @@ def test_any_truncation_and_any_flipped_bit_is_noticed():
 @pytest.mark.parametrize(
     "path", ["../x", "a/../../x", "/etc/passwd", "a//b", "./a", "", "C:x", "a\\..\\b", "s3://b/x"]
 )
-def test_fault_23_paths_that_lead_out_are_refused(path):
+def test_fault_23_paths_out_of_the_folder_are_rejected(path):
     content = altered(make(), lambda values: values["files"][0].update(path=path))
     with pytest.raises(CheckpointError) as caught:
         manifests.parse_manifest(content, "m")
@@ -127,7 +127,7 @@ def test_fault_23_paths_that_lead_out_are_refused(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda v: v["files"][0].update(checksum="md5:0"),
@@ -150,14 +150,14 @@ def test_fault_23_paths_that_lead_out_are_refused(path):
         (lambda v: v.pop("files"), "files: Field required"),
     ],
 )
-def test_fault_23_what_is_not_sound_is_refused(change, said):
+def test_fault_23_an_invalid_manifest_is_rejected(change, message):
     with pytest.raises(
-        CheckpointError, match=rf"m: not a valid manifest \({said}.*\); it will not be loaded"
+        CheckpointError, match=rf"m: not a valid manifest \({message}.*\); it will not be loaded"
     ):
         manifests.parse_manifest(altered(make(), change), "m")
 
 
-def test_a_newer_version_is_an_error_of_its_own():
+def test_a_newer_version_raises_its_own_error():
     with pytest.raises(NewerFormatError) as caught:
         manifests.parse_manifest(manifests.serialize_manifest(make(format_version=99)), "m")
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
@@ -191,5 +191,5 @@ def test_folder_names(place):
         "x-step-000000007-a0002",
     ],
 )
-def test_other_folder_names_are_none_of_ours(name):
+def test_other_folder_names_are_not_checkpoints(name):
     assert manifests.parse_folder(name) is None

@@ -1,4 +1,4 @@
-"""The protocol of checkpoints under any order of saves, deaths, restarts, resizes, zombies, lost nodes and damage.
+"""The checkpoint protocol under any order of saves, deaths, restarts, zombies and damage.
 
 Ranks are threads, each with a manager, a state and a node's folder of its own; storage is a real
 folder. The state after step s is a function of s, as in a run that resumes exactly, so whatever is
@@ -58,7 +58,7 @@ class Killed(BaseException):
 
 
 class Ranks:
-    """A world of threads; when one of them dies the others find it gone."""
+    """A world of threads; if one of them dies, the others notice."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -66,7 +66,7 @@ class Ranks:
         self._values: list[Any] = [None] * size
 
     def run(self, action: Callable[[World, Collectives], Any]) -> list[Any]:
-        """Return what each rank returned or was ended by."""
+        """Return what each rank returned or raised."""
 
         def one(rank: int) -> Any:
             try:
@@ -103,7 +103,7 @@ class _Rank(Collectives):
 
 
 def state(name: str, step: int) -> torch.Tensor:
-    """Return what the parameter holds after so many steps; `f` does not learn."""
+    """Return the value of the parameter after `step` steps; `f` is not trained."""
     if name == "f":
         return torch.arange(NUMEL, dtype=torch.float32) * 11 + 5
     return (
@@ -113,7 +113,7 @@ def state(name: str, step: int) -> torch.Tensor:
 
 
 class Sharded:
-    """What a manager asks of an engine: `w` and `f` are cut over the ranks, `b` lies whole on each."""
+    """The part of an engine that a manager uses: `w` and `f` are sharded, `b` is replicated."""
 
     def __init__(self, world: World) -> None:
         self._part = world.share(NUMEL)
@@ -167,13 +167,13 @@ class Sharded:
 
 
 def rows(steps: range, lanes: Sequence[int]) -> np.ndarray:
-    """Return the ledger's rows of `lanes`: one sample a lane and step."""
+    """Return the ledger's rows of `lanes`: one sample per lane and step."""
     found = [[step, 0, lane, step * LANES + lane, 0, 5] for step in steps for lane in lanes]
     return np.array(found, np.int64).reshape(-1, 6)
 
 
 class Attempt:
-    """One life of all ranks."""
+    """One attempt of all ranks."""
 
     def __init__(self, base: Path, size: int) -> None:
         self.store, self.size = Store(str(base / "run")), size
@@ -182,7 +182,7 @@ class Attempt:
         self.saved_from = self.step = 0
         self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
 
-        def begin(world: World, comms: Collectives) -> Any:
+        def start_rank(world: World, comms: Collectives) -> Any:
             nodes = LocalTier(
                 self.store, Store(str(base / f"node-{world.rank}")), f"{size} workers", world, comms
             )
@@ -197,12 +197,14 @@ class Attempt:
                 assert engine.holds(manifest.progress.step)
             return manifest
 
-        self.began = self.ranks.run(begin)
-        if self.began[0] is not None and not isinstance(self.began[0], BaseException):
-            self.saved_from = self.step = self.began[0].progress.step
+        self.latest_by_rank = self.ranks.run(start_rank)
+        if self.latest_by_rank[0] is not None and not isinstance(
+            self.latest_by_rank[0], BaseException
+        ):
+            self.saved_from = self.step = self.latest_by_rank[0].progress.step
 
     def save(self, tier: Tier, background: bool) -> list[Any]:
-        """Save the state of the step this attempt stands at."""
+        """Save the state at the current step."""
         steps = range(self.saved_from, self.step)
 
         def act(world: World, comms: Collectives) -> Any:
@@ -221,7 +223,7 @@ class Attempt:
             if not background:
                 return manager.save(engine, draft)  # type: ignore[arg-type]
             manager.start_save(engine, draft)  # type: ignore[arg-type]
-            engine.become(-99)  # training goes on: what is written is the copy
+            engine.become(-99)  # training continues; the copy is written
             return manager.finish_save()
 
         found = self.ranks.run(act)
@@ -238,14 +240,14 @@ class Attempt:
 
 
 class Protocol(RuleBasedStateMachine):
-    """The run of one user, whatever happens to it."""
+    """A run under any sequence of events."""
 
     @initialize(size=st.integers(1, 3))
     def start(self, size: int) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="protocol-"))
         self.store = Store(str(self.base / "run"))
         self.damaged: set[str] = set()
-        self.acknowledged = 0  # the newest step that a save in storage was said to be committed at
+        self.acknowledged = 0  # the latest step whose save in storage was reported as committed
         self.zombies: list[Attempt] = []
         self.live = Attempt(self.base, size)
 
@@ -287,17 +289,17 @@ class Protocol(RuleBasedStateMachine):
 
     def restart(self, size: int) -> None:
         self.live.close()
-        there = self.sound()
+        undamaged = self.undamaged()
         self.live = Attempt(self.base, size or self.live.size)
-        for began in self.live.began:
-            assert not isinstance(began, BaseException), began
+        for latest_by_rank in self.live.latest_by_rank:
+            assert not isinstance(latest_by_rank, BaseException), latest_by_rank
         step = self.live.step
-        assert step >= (there[0] if there else 0), (
-            "the newest sound checkpoint in storage is the least it goes on from"
+        assert step >= (undamaged[0] if undamaged else 0), (
+            "the run resumes at least from the latest undamaged checkpoint in storage"
         )
         self.acknowledged = min(self.acknowledged, step)
-        if self.live.began[0] is not None:
-            history = read_ledger(self.store, self.live.began[0])
+        if self.live.latest_by_rank[0] is not None:
+            history = read_ledger(self.store, self.live.latest_by_rank[0])
             assert np.array_equal(
                 history[:, [0, 2, 3]], rows(range(step), range(LANES))[:, [0, 2, 3]]
             )
@@ -327,7 +329,7 @@ class Protocol(RuleBasedStateMachine):
     def a_node_is_lost(self, rank: int) -> None:
         shutil.rmtree(self.base / f"node-{rank}", ignore_errors=True)
 
-    @precondition(lambda self: len(self.sound()) > 1)
+    @precondition(lambda self: len(self.undamaged()) > 1)
     @rule(number=st.integers(0, 9), where=st.floats(0, 0.999), cut=st.booleans())
     def the_newest_is_damaged(self, number: int, where: float, cut: bool) -> None:
         name = next(
@@ -343,10 +345,10 @@ class Protocol(RuleBasedStateMachine):
             content[place] ^= 0x20
         victim.write_bytes(bytes(content))
         self.damaged.add(name)
-        self.acknowledged = self.sound()[0]
+        self.acknowledged = self.undamaged()[0]
 
-    def sound(self) -> list[int]:
-        """Return the steps of the checkpoints in storage that nobody damaged, newest first."""
+    def undamaged(self) -> list[int]:
+        """Return the steps of the undamaged checkpoints in storage, latest first."""
         return [
             (parse_folder(name) or (0, 0))[0]
             for name in discovery.list_committed(self.store)
@@ -359,7 +361,7 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def what_was_said_to_be_committed_is_there(self) -> None:
         if hasattr(self, "base"):
-            assert self.acknowledged == 0 or (self.sound() or [0])[0] >= self.acknowledged
+            assert self.acknowledged == 0 or (self.undamaged() or [0])[0] >= self.acknowledged
             assert len(self.store.list(LOCAL_FOLDER)) <= 2
 
     def teardown(self) -> None:

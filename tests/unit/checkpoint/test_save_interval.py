@@ -1,4 +1,4 @@
-"""The interval between saves, against a simulation of runs that fail."""
+"""The interval between saves is optimal in a simulation of runs that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_ft.checkpoint.save_interval import SaveCost, daly_interval_s, mean_tim
 
 
 def wasted(interval: float, cost: float, between: float) -> float:
-    """Return the expected time a second of progress takes, beyond that second (Daly's complete model, no restart cost)."""
+    """Return the expected time lost per second of progress (Daly's model, no restart cost)."""
     return between * math.expm1((interval + cost) / between) / interval - 1
 
 
@@ -24,8 +24,8 @@ def test_no_other_interval_is_much_better(cost, between):
     assert wasted(best, cost, between) <= least * 1.02
 
 
-def test_the_simulated_optimum():
-    """3 hours between failures, 10 s a save: Young says 465 s; runs that fail at random agree."""
+def test_the_interval_is_optimal_in_a_simulation():
+    """Young's 465 s for 3 hours between failures and 10 s per save agree with the simulation."""
     rng, cost, between = np.random.default_rng(0), 10.0, 10800.0
     best = daly_interval_s(cost, between)
     assert best == pytest.approx(math.sqrt(2 * cost * between), rel=0.03)
@@ -41,17 +41,17 @@ def test_the_simulated_optimum():
     assert took(best) < took(best / 6) and took(best) < took(best * 6)
 
 
-def test_a_cost_beyond_all_failures():
+def test_a_cost_above_the_time_between_failures():
     assert daly_interval_s(500, 100) == 100
 
 
-def test_what_was_seen_outweighs_what_was_expected():
+def test_observed_failures_outweigh_the_expected_rate():
     assert mean_time_between_failures_s(10800, 0, 0) == 10800
     assert mean_time_between_failures_s(10800, 864000, 0) == 874800
     assert mean_time_between_failures_s(10800, 864000, 80) == 10800
 
 
-def test_a_save_costs_the_stall_and_the_slower_steps():
+def test_the_cost_is_blocked_time_plus_slower_steps():
     cost = SaveCost()
     assert cost.optimal_interval_s(1000) is None
     for _ in range(5):
@@ -64,7 +64,7 @@ def test_a_save_costs_the_stall_and_the_slower_steps():
     assert cost.optimal_interval_s(10800) == daly_interval_s(1.5, 10800)
 
 
-def test_an_interval_is_longer_than_a_save_takes():
+def test_the_interval_is_longer_than_writing_a_save():
     cost = SaveCost()
     cost.record_step(1.0, busy=False)
     cost.record_start(0.0)

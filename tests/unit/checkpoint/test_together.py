@@ -1,4 +1,4 @@
-"""Restoring is a matter of all ranks: headers shared out, and one that finds damage takes all of them back."""
+"""All ranks restore together: they share the headers, and fall back if one finds damage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.storage.filesystem import Store
 
 SIZE = 2
-LEARNING = threading.Lock()
-"""Models of a process learn one after the other (`packed_attention`); real ranks are processes."""
+TRAINING = threading.Lock()
+"""Models of one process must train one at a time (`packed_attention`)."""
 
 
 class Threads(Collectives):
@@ -48,7 +48,7 @@ class Threads(Collectives):
 
 
 class Rank:
-    """One of them: a whole model of which it saves every other slot."""
+    """One rank: a whole model of which it saves every other slice."""
 
     def __init__(self, rank: int, store: Store, collectives: Collectives, attempt: int) -> None:
         self.rank = rank
@@ -61,12 +61,12 @@ class Rank:
 
     def state_slices(self):
         return (
-            replace(slot, owned=index % SIZE == self.rank)
-            for index, slot in enumerate(self.engine.state_slices())
+            replace(part, owned=index % SIZE == self.rank)
+            for index, part in enumerate(self.engine.state_slices())
         )
 
     def save(self, step: int) -> None:
-        with LEARNING:
+        with TRAINING:
             train(self.engine, range(step - 1, step))
         rows = np.zeros((0, 6), dtype=np.int64)
         self.manager.save(self, draft(self.engine, step, rows))
@@ -79,7 +79,7 @@ class Rank:
 
 @pytest.fixture
 def together(store, monkeypatch):
-    """Return a function that runs an action on all ranks of a new attempt and returns the ranks and what it gave."""
+    """Return a function that runs an action on all ranks of a new attempt."""
     monkeypatch.setattr(fragments, "MAX_FILE_BYTES", 2**16)
 
     def run(action):
@@ -104,7 +104,7 @@ def saved(together) -> list[np.ndarray]:
     def save(rank: Rank) -> None:
         rank.save(1)
         if rank.rank == 0:
-            states.extend(slot.read().numpy().copy() for slot in rank.state_slices())
+            states.extend(part.read().numpy().copy() for part in rank.state_slices())
         rank.save(2)
 
     together(save)
@@ -112,8 +112,10 @@ def saved(together) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("owner", range(SIZE))
-def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, caplog, owner):
-    want = saved(together)
+def test_fault_17_damage_found_by_one_rank_makes_all_ranks_fall_back(
+    store, together, caplog, owner
+):
+    expected = saved(together)
     folder = store.full_url("checkpoints/step-000000002-a0001")
     name = sorted(name for name in os.listdir(folder) if name.startswith(f"rank-{owner:05d}"))[-1]
     with open(os.path.join(folder, name), "rb+") as file:
@@ -125,11 +127,13 @@ def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, cap
     assert steps == [1, 1]
     for rank in ranks:
         assert all(
-            np.array_equal(slot.read(), values)
-            for slot, values in zip(rank.state_slices(), want, strict=True)
+            np.array_equal(part.read(), values)
+            for part, values in zip(rank.state_slices(), expected, strict=True)
         )
-    said = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert said == [
+    message = [
+        record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()
+    ]
+    assert message == [
         f"checkpoint step-000000002-a0001 is skipped: {folder}/{name}: its checksum differs from "
         "the manifest's"
     ]
@@ -137,10 +141,10 @@ def test_fault_17_damage_that_one_rank_finds_takes_all_back(store, together, cap
 
 def test_each_header_is_read_by_one_rank(store, together, monkeypatch):
     saved(together)
-    begun: list[str] = []
+    read_paths: list[str] = []
 
     def read_index(files, paths, real=fragments.read_index):
-        begun.extend(paths)
+        read_paths.extend(paths)
         return real(files, paths)
 
     monkeypatch.setattr(fragments, "read_index", read_index)
@@ -150,10 +154,10 @@ def test_each_header_is_read_by_one_rank(store, together, monkeypatch):
         for name in os.listdir(store.full_url("checkpoints/step-000000002-a0001"))
         if name.startswith("rank-")
     ]
-    assert steps == [2, 2] and sorted(begun) == sorted(files) and len(files) > SIZE
+    assert steps == [2, 2] and sorted(read_paths) == sorted(files) and len(files) > SIZE
 
 
-def test_storage_in_trouble_on_one_rank_stops_all_and_takes_none_back(store, together, monkeypatch):
+def test_a_storage_error_on_one_rank_stops_all_ranks(store, together, monkeypatch):
     saved(together)
 
     def read_into(self, path, start, memory, real=Store.read_into):
@@ -168,5 +172,5 @@ def test_storage_in_trouble_on_one_rank_stops_all_and_takes_none_back(store, tog
             rank.load()
         return str(caught.value)
 
-    _, said = together(load)
-    assert said[0] == said[1] and "no answer" in said[0]
+    _, message = together(load)
+    assert message[0] == message[1] and "no answer" in message[0]

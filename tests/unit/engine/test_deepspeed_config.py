@@ -1,4 +1,4 @@
-"""The dictionary DeepSpeed gets: a pure function of the config."""
+"""The DeepSpeed config follows from the run's config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def built(**sections):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_by_stage(stage):
+def test_zero_settings_by_stage(stage):
     config = built(
         zero={"stage": stage}, batch={"micro_batch": 2}, optimizer={"max_grad_norm": 0.7}
     )
@@ -41,12 +41,12 @@ def test_by_stage(stage):
 
 
 @pytest.mark.parametrize(("dtype", "enabled"), [("float32", False), ("bfloat16", True)])
-def test_number_format(dtype, enabled):
+def test_dtype_settings(dtype, enabled):
     assert built(model={"dtype": dtype})["bf16"] == {"enabled": enabled}
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_offload(gpus):
+def test_offload_settings(gpus):
     zero = built(
         zero={"offload_optimizer": "nvme", "offload_param": "cpu", "nvme_path": "/nvme"},
         cluster={"gpus_per_worker": gpus},
@@ -61,7 +61,7 @@ def test_offload(gpus):
     assert not {"offload_optimizer", "offload_param"} & set(built()["zero_optimization"])
 
 
-def test_other_keys_pass_through_and_win():
+def test_keys_of_the_config_override_the_defaults():
     config = built(
         zero={
             "deepspeed": {
@@ -78,7 +78,7 @@ def test_other_keys_pass_through_and_win():
     assert config["comms_logger"] == {"enabled": True} and config["wall_clock_breakdown"] is True
 
 
-def test_merge_leaves_its_arguments_alone():
+def test_merge_does_not_change_its_arguments():
     base, extra = {"a": {"b": 1}, "c": 2}, {"a": {"d": {"e": 3}}, "c": {"f": 4}}
     assert merge(base, extra) == {"a": {"b": 1, "d": {"e": 3}}, "c": {"f": 4}}
     assert (base, extra) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": {"e": 3}}, "c": {"f": 4}})

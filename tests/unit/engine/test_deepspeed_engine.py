@@ -1,4 +1,4 @@
-"""DeepSpeed in a world of one, in a process of its own: state goes out and in whole, at every stage, in both formats."""
+"""DeepSpeed with one worker: the state survives a round trip at every stage and dtype."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ found = {}
 for case in json.loads(sys.argv[1]):
     plain = train(build(*case, 0.0), range(3)) if case[1] == "float32" else []
     engine = build(*case, 0.1)
-    at_start = sorted({slot.key for slot in engine.state_slices()})
+    at_start = sorted({part.key for part in engine.state_slices()})
     train(engine, range(3))
     saved = {(s.name, s.key): s.read().clone() for s in engine.state_slices()}
-    step, want = engine.optimizer_step(), train(engine, range(3, 5))
+    step, expected = engine.optimizer_step(), train(engine, range(3, 5))
     other = build(*case, 0.1, initializer_range=0.5)
     whole = {(s.name, s.key): s.numel for s in other.state_slices()} == {where: len(v) for where, v in saved.items()}
-    for slot in other.state_slices():
-        slot.write(saved[slot.name, slot.key])
+    for part in other.state_slices():
+        part.write(saved[part.name, part.key])
     other.finish_load(step)
     found["-".join(map(str, case))] = {
-        "plain": plain, "at_start": at_start, "step": step, "resumed": other.optimizer_step(), "whole": whole, "want": want,
-        "got": train(other, range(3, 5)), "formats": sorted({str(v.dtype) for v in saved.values()})}
+        "plain": plain, "at_start": at_start, "step": step, "resumed": other.optimizer_step(), "whole": whole,
+        "expected": expected, "actual": train(other, range(3, 5)), "formats": sorted({str(v.dtype) for v in saved.values()})}
 with open(sys.argv[2] + ".json", "w") as file:
     json.dump(found, file)
 dist.destroy_process_group()
@@ -73,7 +73,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
-    """What every case gave, from one process."""
+    """The results of all cases, from one process."""
     out = tmp_path_factory.mktemp("deepspeed") / "model"
     port = ports.find_free_port()
     env = {
@@ -99,7 +99,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_state_goes_out_and_in_whole(found, case):
+def test_state_survives_a_round_trip(found, case):
     got, name = found["-".join(map(str, case))], case[2]
     keys = {
         "adamw": ["exp_avg", "exp_avg_sq", "param"],
@@ -108,7 +108,7 @@ def test_state_goes_out_and_in_whole(found, case):
     }[name]
     assert got["at_start"] == keys and got["whole"] and got["formats"] == ["torch.float32"]
     assert got["step"] == got["resumed"] == (0 if name == "sgd" else 3)
-    assert got["got"] == got["expected"]
+    assert got["actual"] == got["expected"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_state_goes_out_and_in_whole(found, case):
     [case for case in CASES if case[1] == "float32"],
     ids=lambda case: "-".join(map(str, case)),
 )
-def test_the_losses_are_those_of_the_plain_engine(found, case):
+def test_the_losses_equal_those_of_the_plain_engine(found, case):
     momentum = 0.9 if case[2] == "sgd" else 0.0
     expected = train(make_engine("gpt2", name=case[2], momentum=momentum), range(3))
     assert found["-".join(map(str, case))]["plain"] == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Groups by depth below the output, and rates that go with it."""
+"""Parameter groups by depth below the output, and their learning rates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_depths_count_from_the_output():
     assert list(both.values()) == [6, 1, 1, 7]
 
 
-def test_without_depths_there_are_the_two_groups_as_ever():
+def test_without_depths_there_are_two_groups():
     groups = optimizers.param_groups(parameters(), 0.1)
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
         (0.1, 5),
@@ -56,7 +56,7 @@ def test_without_depths_there_are_the_two_groups_as_ever():
     ]
 
 
-def test_weights_named_do_not_decay_either():
+def test_exempt_weights_do_not_decay():
     first, *_ = names = list(parameters())
     held = parameters()
     groups = optimizers.param_groups(held, 0.1, exempt=[first])
@@ -72,7 +72,7 @@ def test_weights_named_do_not_decay_either():
         optimizers.param_groups(held, 0.1, exempt=["nothing.*"])
 
 
-def test_each_depth_has_its_rate():
+def test_each_depth_has_its_own_learning_rate():
     section = OptimizerSection(name="sgd", learning_rate=1.0)
     held = parameters()
     optimizer = optimizers.build_optimizer(

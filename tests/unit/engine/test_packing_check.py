@@ -1,4 +1,4 @@
-"""A model whose packed samples attend to each other is refused before step 1."""
+"""A model whose packed samples attend to each other is rejected before step 1."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TOLERANCE = {False: 1e-4, True: 5e-2}
 @pytest.mark.parametrize(
     ("family", "kernel"), [(family, kernel) for family in FAMILIES for kernel in kernels(family)]
 )
-def test_sound_models_pass(family, kernel, half):
+def test_correct_models_pass(family, kernel, half):
     require_packing(engine_of(make_model(family, kernel), half), VOCABULARY, TOLERANCE[half])
 
 
 def leak(model, **changes):
-    """Make a real model forget what keeps samples apart: its forward is called with other arguments."""
+    """Make a real model mix packed samples: its forward is called with other arguments."""
     forward = model.forward
     model.forward = lambda **inputs: forward(
         **{k: v for k, v in {**inputs, **changes}.items() if v is not None}
@@ -36,7 +36,7 @@ def leak(model, **changes):
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
-def test_a_model_that_does_not_see_position_ids_is_refused(family, half):
+def test_a_model_that_ignores_position_ids_is_rejected(family, half):
     model = leak(make_model(family, "eager"), position_ids=None)
     with pytest.raises(
         ModelError,
@@ -47,8 +47,8 @@ def test_a_model_that_does_not_see_position_ids_is_refused(family, half):
         require_packing(engine_of(model, half), VOCABULARY, TOLERANCE[half])
 
 
-def test_what_attends_sample_by_sample_needs_no_position_ids_for_it():
-    """They say where a token stands; with rotary embeddings only distances within a sample count."""
+def test_relative_positions_keep_samples_apart_without_position_ids():
+    """With rotary embeddings only distances within a sample matter."""
     require_packing(
         engine_of(leak(make_model("llama", "sdpa"), position_ids=None), False), VOCABULARY, 1e-4
     )
@@ -59,8 +59,8 @@ def test_what_attends_sample_by_sample_needs_no_position_ids_for_it():
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-def test_the_default_cache_is_refused(half):
-    """The known trap: with a cache transformers does not look for packed samples, though positions start again."""
+def test_the_default_cache_is_rejected(half):
+    """With a cache transformers does not look for packed samples, though positions restart."""
     with pytest.raises(ModelError, match="packed samples attend to each other"):
         require_packing(
             engine_of(leak(make_model("llama", "eager"), use_cache=True), half),
@@ -69,8 +69,8 @@ def test_the_default_cache_is_refused(half):
         )
 
 
-def test_a_leak_too_small_for_the_sum_is_found():
-    """Weights as small as at initialisation: sums differ by less than bfloat16 allows, neighbours still show."""
+def test_a_leak_too_small_for_the_sum_is_detected():
+    """With small weights sums differ by less than bfloat16 allows; other neighbors show it."""
     model = leak(make_model("gpt2", "eager"), position_ids=None)
     with torch.no_grad():
         for parameter in model.transformer.h.parameters():
@@ -80,7 +80,7 @@ def test_a_leak_too_small_for_the_sum_is_found():
     assert "packed samples attend to each other" in str(caught.value)
 
 
-def test_a_loss_that_is_no_number_is_refused():
+def test_a_loss_that_is_not_a_number_is_rejected():
     model = make_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))

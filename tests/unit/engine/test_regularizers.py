@@ -1,4 +1,4 @@
-"""The pull, the Fisher information and the average are those of the papers, and belong to the saved state."""
+"""Pull, Fisher information and average follow the papers, and are part of the saved state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LANE = batch((7, 5), (9,), seed=1)
 
 
 def make(section, name="sgd", new=frozenset(), **fields):
-    """Return an engine whose weights begin here."""
+    """Return an engine at its initial weights."""
     engine = TorchEngine(
         make_module(),
         OptimizerSection(name=name, **fields),
@@ -36,14 +36,14 @@ def weights(engine):
 
 
 def state(engine, key):
-    return {slot.name: slot.read().clone() for slot in engine.state_slices() if slot.key == key}
+    return {part.name: part.read().clone() for part in engine.state_slices() if part.key == key}
 
 
 def step(engine, rate=RATE):
     engine.train_step([LANE], [0], LANE.num_target_tokens, rate)
 
 
-def test_l2_sp_goes_back_by_the_proximal_step_of_its_penalty():
+def test_l2_sp_is_the_proximal_step_of_its_penalty():
     pulled, free = make(L2), make({})
     first = weights(free)
     step(pulled)
@@ -53,7 +53,7 @@ def test_l2_sp_goes_back_by_the_proximal_step_of_its_penalty():
         assert torch.allclose(value, (moved + c * first[name]) / (1 + c), rtol=1e-5, atol=1e-7), (
             name
         )
-        # the minimum of |w - moved|^2 / (2 rate) + strength / 2 * |w - first|^2: its derivative is zero there
+        # minimum of |w - moved|^2 / (2 rate) + strength / 2 * |w - first|^2: the derivative is zero
         slope = (value - moved) / RATE + 40.0 * (value - first[name])
         assert slope.abs().max() < 1e-3
     assert any((weights(free)[name] - first[name]).abs().max() > 1e-4 for name in first)
@@ -78,26 +78,28 @@ def test_new_weights_are_not_pulled():
     assert state(engine, "anchor")["lm_head.weight"].isnan().all()
 
 
-def test_fisher_information_is_the_mean_of_squared_gradients_a_target():
+def test_fisher_information_is_the_mean_squared_gradient_per_target():
     engine, module = make(EWC, max_grad_norm=1e-3), make_module()
     lanes = [batch((7,), seed=1), batch((9,), seed=2)]
-    want = {}
+    expected = {}
     for lane in lanes:
         module.zero_grad()
         module(**module.prepare_inputs(lane, "cpu")).backward()
         for name, p in module.model.named_parameters():
-            want[name] = want.get(name, 0) + p.grad.square().flatten() / sum(
+            expected[name] = expected.get(name, 0) + p.grad.square().flatten() / sum(
                 one.num_target_tokens for one in lanes
             )
         engine.accumulate_fisher(lane)
     engine.scale_fisher(1 / sum(lane.num_target_tokens for lane in lanes))
     found = state(engine, "fisher")
-    assert found.keys() == want.keys()
-    assert all(torch.allclose(found[name], want[name], rtol=1e-5, atol=1e-9) for name in want)
-    assert all(p.grad is None for p in engine.module.parameters()), "nothing of it is learned"
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-9) for name in expected
+    )
+    assert all(p.grad is None for p in engine.module.parameters()), "no gradient is left"
 
 
-def test_ewc_pulls_each_weight_as_its_fisher_information_says():
+def test_ewc_pulls_each_weight_by_its_fisher_information():
     engine, free = make(EWC), make({})
     first = weights(engine)
     engine.accumulate_fisher(LANE)
@@ -117,24 +119,26 @@ def test_ewc_pulls_each_weight_as_its_fisher_information_says():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor"])
-def test_the_average_is_exponential_and_changes_places_exactly(name):
+def test_the_average_is_exponential_and_swaps_exactly(name):
     engine = make(EMA, name)
-    want = weights(engine)
+    expected = weights(engine)
     for _ in range(4):
         step(engine)
-        want = {key: 0.9 * value + 0.1 * weights(engine)[key] for key, value in want.items()}
-    learned, average = weights(engine), state(engine, "ema")
+        expected = {
+            key: 0.9 * value + 0.1 * weights(engine)[key] for key, value in expected.items()
+        }
+    trained, average = weights(engine), state(engine, "ema")
     assert all(
         torch.allclose(average[key], value.flatten(), rtol=1e-5, atol=1e-6)
-        for key, value in want.items()
+        for key, value in expected.items()
     )
     engine.swap_average()
     assert all(torch.equal(value.flatten(), average[key]) for key, value in weights(engine).items())
     engine.swap_average()
-    assert all(torch.equal(value, learned[key]) for key, value in weights(engine).items())
+    assert all(torch.equal(value, trained[key]) for key, value in weights(engine).items())
 
 
-def test_a_step_that_is_passed_over_does_none_of_this():
+def test_a_skipped_update_skips_the_regularizers():
     engine = make({**L2, **EMA})
     step(engine)
     before = weights(engine), state(engine, "ema")
@@ -144,14 +148,14 @@ def test_a_step_that_is_passed_over_does_none_of_this():
     assert all(torch.equal(value, before[1][key]) for key, value in state(engine, "ema").items())
 
 
-def test_where_a_run_goes_on_it_is_pulled_to_where_it_began():
+def test_a_resumed_run_is_pulled_to_its_initial_weights():
     one = make({**EWC, **EMA}, "adamw")
     one.accumulate_fisher(LANE)
     train(one, range(2))
-    saved = {(slot.name, slot.key): slot.read().clone() for slot in one.state_slices()}
+    saved = {(part.name, part.key): part.read().clone() for part in one.state_slices()}
     other = make({**EWC, **EMA}, "adamw")
-    for slot in other.state_slices():
-        slot.write(saved[slot.name, slot.key])
+    for part in other.state_slices():
+        part.write(saved[part.name, part.key])
     other.finish_load(2)
     assert train(other, range(2, 5)) == train(one, range(2, 5))
     assert {key for _, key in saved} >= {"anchor", "fisher", "ema"}

@@ -1,4 +1,4 @@
-"""The learning rate follows from the step alone."""
+"""The learning rate is a function of the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def factors(total: int, **fields) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "want"),
+    ("fields", "expected"),
     [
         ({"name": "constant"}, [1.0, 1.0, 1.0, 1.0]),
         ({"name": "constant", "warmup_steps": 3, "min_ratio": 0.5}, [0.25, 0.5, 0.75, 1.0]),
@@ -31,12 +31,12 @@ def factors(total: int, **fields) -> list[float]:
         ),
     ],
 )
-def test_values(fields, want):
-    assert factors(4, **fields) == pytest.approx(want)
+def test_factors_of_all_schedules(fields, expected):
+    assert factors(4, **fields) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_after_the_end_it_stays_at_the_least(name):
+def test_after_the_end_the_rate_stays_at_the_minimum(name):
     section = ScheduleSection(name=name, min_ratio=0.1)
     assert [learning_rate_factor(section, step, 10) for step in (10, 11, 99)] == pytest.approx(
         [0.1] * 3
@@ -44,18 +44,18 @@ def test_after_the_end_it_stays_at_the_least(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-def test_it_rises_in_warm_up_and_never_after(name):
+def test_the_rate_rises_only_during_warm_up(name):
     values = factors(50, name=name, warmup_steps=7)
     assert all(a < b for a, b in pairwise(values[:8])) and values[7] == 1.0
     assert all(a >= b for a, b in pairwise(values[7:])) and min(values) > 0
 
 
 @pytest.mark.parametrize(
-    ("ratio", "total", "want"),
+    ("ratio", "total", "expected"),
     [(None, 10, 0), (0.0, 10, 0), (0.07, 100, 7), (0.1, 30, 3), (0.03, 10, 1), (1.0, 5, 5)],
 )
-def test_warm_up_by_ratio(ratio, total, want):
-    assert warmup_steps(ScheduleSection(warmup_ratio=ratio), total) == want
+def test_warm_up_by_ratio(ratio, total, expected):
+    assert warmup_steps(ScheduleSection(warmup_ratio=ratio), total) == expected
 
 
 def test_warm_up_longer_than_the_run():

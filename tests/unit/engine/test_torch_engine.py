@@ -1,4 +1,4 @@
-"""The plain engine is what the others must equal; so it must equal a loop written by hand."""
+"""The plain engine, the reference of the others, equals a handwritten loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def split(lane: Batch) -> list[Batch]:
 
 
 def gradients(batches) -> dict[str, torch.Tensor]:
-    """Return the gradients one step of SGD applied: at rate 1, without clipping, the change of the parameters."""
+    """Return the gradient of one step: with SGD at rate 1, the change of the parameters."""
     engine = make_engine(name="sgd", max_grad_norm=0)
     before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
     engine.train_step(batches, [0] * len(batches), targets(batches), 1.0)
@@ -64,7 +64,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize(
     "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
 )
-def test_a_step_is_that_of_a_hand_written_loop(fields, limit):
+def test_a_step_equals_that_of_a_handwritten_loop(fields, limit):
     engine, model = make_engine(max_grad_norm=limit, **fields), make_model()
     module = CausalLM(model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -97,7 +97,7 @@ def test_a_step_is_that_of_a_hand_written_loop(fields, limit):
         assert torch.allclose(mine, other, rtol=1e-3, atol=2e-5), name
 
 
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
+def test_the_gradient_does_not_depend_on_how_the_batch_is_split():
     rows = [row for lane in LANES for row in split(lane)]
     assert len(rows) == 4
     whole = gradients(LANES)
@@ -105,7 +105,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut():
     assert_same(whole, gradients(list(reversed(rows))))
 
 
-def test_empty_batches_change_nothing():
+def test_empty_batches_do_not_change_the_gradient():
     evened, seeds = pad_to_equal_lanes(LANES, [5, 6, 7], 5)
     assert [b.lane for b in evened] == [0, 1, 2, -1, -1] and seeds == [5, 6, 7, 0, 0]
     assert targets(evened) == targets(LANES) and evened[3].num_tokens == 0
@@ -114,7 +114,7 @@ def test_empty_batches_change_nothing():
     assert pad_to_equal_lanes(LANES, [5, 6, 7], 3) == (LANES, [5, 6, 7])
 
 
-def test_a_step_without_any_target_moves_only_what_decays():
+def test_a_step_without_targets_changes_no_weights():
     engine = make_engine(name="sgd")
     before = [p.detach().clone() for p in engine.module.parameters()]
     outcome = engine.train_step([empty_batch()], [0], 1, 1.0)
@@ -139,13 +139,15 @@ def test_dropout_follows_the_seed_of_the_lane():
     )
     assert losses([1, 2, 3]) == pytest.approx(
         apart, rel=1e-6
-    )  # what ran before in the process does not matter
+    )  # independent of what ran before in the process
 
 
-def test_evaluation_has_no_dropout_and_learns_nothing():
+def test_evaluation_has_no_dropout_and_leaves_no_gradients():
     engine = TorchEngine(make_module("gpt2", dropout=0.5), OptimizerSection(), torch.device("cpu"))
-    want = make_module("gpt2").eval()(**batch_to_inputs(LANES[0], "cpu")).item()
-    assert engine.loss_sum(LANES[0]) == engine.loss_sum(LANES[0]) == pytest.approx(want, rel=1e-6)
+    expected = make_module("gpt2").eval()(**batch_to_inputs(LANES[0], "cpu")).item()
+    assert (
+        engine.loss_sum(LANES[0]) == engine.loss_sum(LANES[0]) == pytest.approx(expected, rel=1e-6)
+    )
     assert engine.module.training and all(p.grad is None for p in engine.module.parameters())
 
 
@@ -156,9 +158,9 @@ def bf16_engine(**fields) -> TorchEngine:
     return make_engine(model=make_model().to(torch.bfloat16), **{"learning_rate": 1e-3, **fields})
 
 
-def test_masters_keep_what_bfloat16_rounds_away():
+def test_masters_retain_updates_that_bfloat16_rounds_away():
     engine = bf16_engine(name="sgd", max_grad_norm=0)
-    masters = {slot.name: slot.read() for slot in engine.state_slices() if slot.key == "param"}
+    masters = {part.name: part.read() for part in engine.state_slices() if part.key == "param"}
     assert all(value.dtype == torch.float32 for value in masters.values())
     before = {name: value.clone() for name, value in masters.items()}
     engine.train_step(LANES, [0, 1, 2], targets(LANES), 1e-6)
@@ -167,12 +169,12 @@ def test_masters_keep_what_bfloat16_rounds_away():
     assert not torch.equal(masters[name], before[name])
     assert torch.equal(
         weights[name].reshape(-1), before[name].to(torch.bfloat16)
-    )  # too little to be seen
+    )  # the update is too small for bfloat16
     assert all(p.dtype == torch.bfloat16 and p.grad is None for p in weights.values())
 
 
 def test_gradients_of_lanes_are_summed_in_float32():
-    """256 lanes of the same gradient g: bfloat16 stops growing, float32 gives 256 g."""
+    """Over 300 lanes of equal gradients g, a bfloat16 sum stops growing; float32 gives 300 g."""
     one, many = bf16_engine(name="sgd", max_grad_norm=0), bf16_engine(name="sgd", max_grad_norm=0)
     lane = batch((6,), seed=4)
     single = one.train_step([lane], [0], 100, 0.0).grad_norm
@@ -188,7 +190,7 @@ def test_gradients_of_lanes_are_summed_in_float32():
 @pytest.mark.parametrize(
     "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
 )
-def test_slots_carry_the_whole_state(fields, half):
+def test_state_slices_contain_the_whole_state(fields, half):
     """Save, perturb, load: the next losses are the same to the last bit."""
 
     def make(**changes):
@@ -198,32 +200,32 @@ def test_slots_carry_the_whole_state(fields, half):
     engine, other = make(), make(initializer_range=0.5)
     train(engine, range(3))
     saved = {(s.name, s.key): s.read().clone() for s in engine.state_slices()}
-    step, want = engine.optimizer_step(), train(engine, range(3, 6))
+    step, expected = engine.optimizer_step(), train(engine, range(3, 6))
     assert step == (0 if fields["name"] == "sgd" else 3)
     train(other, range(1))
     for target in (engine, other, make()):
-        slots = list(target.state_slices())
-        assert {(s.name, s.key) for s in slots} == set(saved)
-        for slot in slots:
-            assert slot.offset == 0 and slot.numel == len(saved[slot.name, slot.key]) and slot.owned
-            slot.write(saved[slot.name, slot.key])
+        slices = list(target.state_slices())
+        assert {(s.name, s.key) for s in slices} == set(saved)
+        for part in slices:
+            assert part.offset == 0 and part.numel == len(saved[part.name, part.key]) and part.owned
+            part.write(saved[part.name, part.key])
         target.finish_load(step)
         assert target.optimizer_step() == step
-        assert train(target, range(3, 6)) == want
+        assert train(target, range(3, 6)) == expected
 
 
 @pytest.mark.parametrize(
     "fields", OPTIMIZERS, ids=lambda fields: "-".join(map(str, fields.values()))
 )
-def test_state_exists_from_the_start_and_changes_nothing(fields):
-    """What the engine makes ahead equals what torch makes at the first step."""
+def test_state_exists_from_the_start_and_equals_torch(fields):
+    """The state the engine creates equals the state torch creates at the first step."""
     engine, model = make_engine(**fields), make_model()
     keys = {
         "adamw": {"exp_avg", "exp_avg_sq"},
         "sgd": {"momentum_buffer"} if fields.get("momentum") else set(),
         "adafactor": {"row_var", "col_var", "variance"},
     }[fields["name"]]
-    assert {slot.key for slot in engine.state_slices()} == keys | {"param"}
+    assert {part.key for part in engine.state_slices()} == keys | {"param"}
     assert all(
         torch.equal(a, b)
         for a, b in zip(engine.module.model.parameters(), model.parameters(), strict=True)
@@ -243,8 +245,8 @@ def test_frozen_parameters_and_buffers_are_state_too():
     model.register_buffer("cache", torch.zeros(2), persistent=False)
     engine = make_engine(model=model)
     by_key: dict[str, set[str]] = {}
-    for slot in engine.state_slices():
-        by_key.setdefault(slot.key, set()).add(slot.name)
+    for part in engine.state_slices():
+        by_key.setdefault(part.key, set()).add(part.name)
     assert by_key["frozen"] == {
         f"transformer.h.0.{n}" for n, _ in model.transformer.h[0].named_parameters()
     }
@@ -257,14 +259,14 @@ def test_frozen_parameters_and_buffers_are_state_too():
     before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
     train(engine, range(1))
     assert torch.equal(before, model.transformer.h[0].mlp.c_fc.weight)
-    counts = next(slot for slot in engine.state_slices() if slot.key == "buffer")
+    counts = next(part for part in engine.state_slices() if part.key == "buffer")
     counts.write(torch.tensor([7, 8, 9], dtype=torch.int8))
     assert model.counts.tolist() == [7, 8, 9]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_learning_happens(family):
-    """Every family learns one batch by heart."""
+def test_every_family_overfits_one_batch(family):
+    """Every family overfits one batch."""
     engine = make_engine(family, max_grad_norm=1.0)
     losses = [engine.train_step(LANES, [0, 1, 2], targets(LANES), 1e-2).loss_sum for _ in range(12)]
     assert losses[-1] < 0.5 * losses[0] and np.isfinite(losses).all()

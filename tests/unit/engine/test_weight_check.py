@@ -1,4 +1,4 @@
-"""What is in memory is what the files say, or the run stops before step 1."""
+"""Weights in memory equal those in the files, or the run stops before step 1."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def parts(size: int, engine=None) -> list[StateSlice]:
-    """Return the parameters as ZeRO would: flat parts of at most `size` elements."""
+def split_into_slices(size: int, engine=None) -> list[StateSlice]:
+    """Return the parameters as ZeRO shards them: flat slices of at most `size` elements."""
 
-    def part(slot: StateSlice, start: int) -> StateSlice:
-        numel = min(size, slot.numel - start)
+    def cut_slice(part: StateSlice, start: int) -> StateSlice:
+        numel = min(size, part.numel - start)
         return replace(
-            slot, offset=start, numel=numel, read=lambda: slot.read()[start : start + numel]
+            part, offset=start, numel=numel, read=lambda: part.read()[start : start + numel]
         )
 
-    whole = [slot for slot in (engine or make_engine()).state_slices() if slot.key == "param"]
-    return [part(slot, start) for slot in whole for start in range(0, slot.numel, size)]
+    whole = [part for part in (engine or make_engine()).state_slices() if part.key == "param"]
+    return [cut_slice(part, start) for part in whole for start in range(0, part.numel, size)]
 
 
 def test_all_weights_are_compared(folder):
@@ -39,50 +39,53 @@ def test_all_weights_are_compared(folder):
 
 
 @pytest.mark.parametrize("size", [3, 33, 700])
-def test_parts_of_any_size_and_offset(folder, size):
-    assert verify_weights(parts(size), folder, torch.float32) == len(parts(size))
+def test_slices_of_any_size_and_offset_are_compared(folder, size):
+    assert verify_weights(split_into_slices(size), folder, torch.float32) == len(
+        split_into_slices(size)
+    )
 
 
 @pytest.mark.parametrize("size", [33, 10**6])
 @pytest.mark.parametrize("name", [name for name, _ in make_model().named_parameters()])
-def test_one_weight_that_was_initialised_anew(folder, name, size):
+def test_one_weight_that_was_initialized_again_is_detected(folder, name, size):
     engine = make_engine()
     with torch.no_grad():
         weight = dict(engine.module.model.named_parameters())[name]
         torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else weight[1:].fill_(
             1.0
-        )  # the first may agree
+        )  # the first element may be equal
     with pytest.raises(ModelError) as caught:
-        verify_weights(parts(size, engine), folder, torch.float32)
+        verify_weights(split_into_slices(size, engine), folder, torch.float32)
     assert str(caught.value) == (
         f"{name}: the weights in memory (elements from 0) differ from those in "
-        f"{folder}/model.safetensors; they were initialized again or misplaced while loading; the run stops before step 1"
+        f"{folder}/model.safetensors; they were initialized again or misplaced while loading; the "
+        "run stops before step 1"
     )
 
 
 @pytest.mark.parametrize("shift", [1, 32, 33])
-def test_a_shifted_offset(folder, shift):
-    slots = parts(200)
+def test_a_shifted_offset_is_detected(folder, shift):
+    slices = split_into_slices(200)
     index = next(
         i
-        for i, slot in enumerate(slots)
-        if slot.name.endswith("up_proj.weight") and slot.offset == 200
+        for i, part in enumerate(slices)
+        if part.name.endswith("up_proj.weight") and part.offset == 200
     )
-    slots[index] = replace(slots[index], offset=200 + shift)
+    slices[index] = replace(slices[index], offset=200 + shift)
     with pytest.raises(
         ModelError,
         match=rf"up_proj\.weight: the weights in memory \(elements from {200 + shift}\) differ",
     ):
-        verify_weights(slots, folder, torch.float32)
+        verify_weights(slices, folder, torch.float32)
 
 
-def test_bfloat16_and_what_stays_float32(folder):
+def test_bfloat16_models_with_some_float32_weights(folder):
     model = make_model().to(torch.bfloat16)
     engine = make_engine(model=model)
     assert verify_weights(engine.state_slices(), folder, torch.bfloat16)
     model.model.norm.weight.data = (
         make_model().model.norm.weight.data
-    )  # transformers keeps some in float32
+    )  # transformers leaves some weights in float32
     assert verify_weights(make_engine(model=model).state_slices(), folder, torch.bfloat16)
     with pytest.raises(ModelError):
         verify_weights(make_engine().state_slices(), str(folder_of_ones(folder)), torch.bfloat16)
@@ -97,19 +100,19 @@ def folder_of_ones(folder: str):
     return folder
 
 
-def test_sharded_files_and_names_that_are_not_in_them(folder, tmp_path):
+def test_sharded_files_and_names_that_are_not_in_the_files(folder, tmp_path):
     make_model().save_pretrained(tmp_path / "many", max_shard_size="20KB")
     files = files_by_tensor(str(tmp_path / "many"))
     assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder))
     assert verify_weights(
         make_engine().state_slices(), str(tmp_path / "many"), torch.float32
     ) == len(files)
-    renamed = [replace(slot, name="other." + slot.name) for slot in make_engine().state_slices()]
+    renamed = [replace(part, name="other." + part.name) for part in make_engine().state_slices()]
     assert verify_weights(renamed, folder, torch.float32) == 0
 
 
 def test_files_without_the_head_or_with_it(folder):
-    """A body's files lie under a model with a head, and the other way round."""
+    """Files of a base model fit a model with a head, and vice versa."""
     names = dict(make_model().named_parameters())
     body = {
         name.removeprefix("model."): parameter.detach().clone() for name, parameter in names.items()
@@ -121,8 +124,8 @@ def test_files_without_the_head_or_with_it(folder):
     ) == len(names)
     save_file({f"model.{name}": one for name, one in body.items()}, f"{folder}/model.safetensors")
     bare = [
-        replace(slot, name=slot.name.removeprefix("model."))
-        for slot in make_engine().state_slices()
+        replace(part, name=part.name.removeprefix("model."))
+        for part in make_engine().state_slices()
     ]
     assert verify_weights(bare, folder, torch.float32, prefix="model.") == len(names)
     save_file({name: one + 1 for name, one in body.items()}, f"{folder}/model.safetensors")
@@ -133,7 +136,7 @@ def test_files_without_the_head_or_with_it(folder):
 def test_scalars_are_compared(folder):
     save_file({"scale": torch.tensor(2.0)}, f"{folder}/model.safetensors")
     for value, equal in ((2.0, True), (3.0, False)):
-        slot = StateSlice(
+        part = StateSlice(
             "scale",
             "param",
             0,
@@ -143,7 +146,7 @@ def test_scalars_are_compared(folder):
             lambda values: None,
         )
         if equal:
-            assert verify_weights([slot], folder, torch.float32) == 1
+            assert verify_weights([part], folder, torch.float32) == 1
         else:
             with pytest.raises(ModelError, match="scale: the weights in memory"):
-                verify_weights([slot], folder, torch.float32)
+                verify_weights([part], folder, torch.float32)
