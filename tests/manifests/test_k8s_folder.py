@@ -1,4 +1,4 @@
-"""The manifests in k8s/: they are what `dist-ft k8s render` writes, they pass every check, and kustomize agrees."""
+"""The manifests in k8s/: `dist-ft k8s render` writes them, they pass every check, and kustomize agrees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_ft.cluster.k8s.options import Options
 from dist_ft.config.load import load_config
 
 OPTIONS = Options(image="dist-ft:0.1.0", ray_version="2.60.0")
-ANEW = "dist-ft k8s render configs/llama-8b.yaml --kustomize k8s"
+RENDER_COMMAND = "dist-ft k8s render configs/llama-8b.yaml --kustomize k8s"
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +34,29 @@ def by_name(documents):
     return sorted(documents, key=lambda document: (document["kind"], document["metadata"]["name"]))
 
 
-def test_the_folder_is_what_render_writes(root, config):
-    wanted = render.tree(config, OPTIONS)
-    there = {
+def test_folder_is_what_render_writes(root, config):
+    expected = render.render_tree(config, OPTIONS)
+    found = {
         str(path.relative_to(root / "k8s")): path.read_text()
         for path in (root / "k8s").rglob("*.yaml")
     }
-    assert there == wanted, f"write it anew: {ANEW}"
+    assert found == expected, f"render it again: {RENDER_COMMAND}"
 
 
 @pytest.mark.parametrize("overlay", ["", *render.OVERLAYS])
 @pytest.mark.usefixtures("extra")
-def test_all_pass_strictly_and_against_the_crd(shared, tmp_path, config, overlay):
-    """Overlays as `render --overlay` writes them, which is what kustomize makes of them (the test below)."""
-    render.write(render.folder(render.rendered(config, OPTIONS, overlay)), str(tmp_path))
+def test_overlays_pass_strictly_and_against_the_crd(shared, tmp_path, config, overlay):
+    """Overlays as `render --overlay` writes them; a test below compares them with kustomize."""
+    render.write_files(
+        render.render_folder(render.render_objects(config, OPTIONS, overlay)), str(tmp_path)
+    )
     report = check([str(tmp_path)], str(shared("kuberay")))
     assert (report.checked, report.problems, report.notes) == (10, [], [])
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "llama-70b"])
 @pytest.mark.usefixtures("extra")
-def test_render_and_check_by_the_command_line(root, shared, tmp_path, name):
+def test_render_and_check_from_the_command_line(root, shared, tmp_path, name):
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "dist_ft.cli", "k8s", *arguments],
@@ -64,7 +66,7 @@ def test_render_and_check_by_the_command_line(root, shared, tmp_path, name):
             check=False,
         )
 
-    made = run(
+    rendered = run(
         "render",
         str(root / f"configs/{name}.yaml"),
         "--out",
@@ -72,10 +74,10 @@ def test_render_and_check_by_the_command_line(root, shared, tmp_path, name):
         "--overlay",
         "production",
     )
-    assert made.returncode == 0, made.stderr
+    assert rendered.returncode == 0, rendered.stderr
     assert (
         f"GPUs = up to {load_config(str(root / f'configs/{name}.yaml')).max_workers}\n"
-        in made.stdout
+        in rendered.stdout
     )
     done = run("check", str(tmp_path / "m"), "--crd", str(shared("kuberay")))
     assert (done.returncode, done.stdout, done.stderr) == (0, "10 objects: ok\n", "")
@@ -89,7 +91,7 @@ def test_render_and_check_by_the_command_line(root, shared, tmp_path, name):
     )
 
 
-def test_one_stream_on_stdout_and_the_sums_beside_it(root):
+def test_manifests_go_to_stdout_and_sums_to_stderr(root):
     done = subprocess.run(
         [
             sys.executable,
@@ -120,7 +122,7 @@ def test_one_stream_on_stdout_and_the_sums_beside_it(root):
         *(("", component) for component in render.COMPONENTS),
     ],
 )
-def test_kustomize_makes_of_the_folder_what_render_does(root, config, tmp_path, overlay, component):
+def test_kustomize_builds_the_same_as_render(root, config, tmp_path, overlay, component):
     shutil.copytree(root / "k8s", tmp_path / "k8s")
     folder = tmp_path / "k8s/overlays" / (overlay or "own")
     if component:
@@ -137,15 +139,15 @@ def test_kustomize_makes_of_the_folder_what_render_does(root, config, tmp_path, 
         timeout=60,
         check=True,
     )
-    mine = itertools.chain(
-        *render.rendered(config, OPTIONS, overlay, [component] if component else ()).values()
+    expected = itertools.chain(
+        *render.render_objects(config, OPTIONS, overlay, [component] if component else ()).values()
     )
-    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(mine)
+    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(expected)
 
 
 @pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="needs kubectl, which puts the overlay together"
 )
 @pytest.mark.usefixtures("extra")
-def test_check_takes_an_overlay_as_it_lies_there(root):
+def test_check_accepts_a_kustomize_overlay(root):
     assert check([str(root / "k8s/overlays/production-spot")]).problems == []

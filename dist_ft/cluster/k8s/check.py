@@ -1,14 +1,17 @@
-"""Manifests validated without a cluster: everything that is wrong with them, at once.
+"""Validates manifests without a cluster and reports all problems at once.
 
-Core kinds strictly against Kubernetes' own schemas (a misspelt field is an error), pods inside of Ray's resources too;
-RayJob and RayCluster against their CRD, if its schema is given, and the operator's rules; all against our checklist.
+Core kinds are checked strictly against Kubernetes' own schemas (a misspelled field is an error), as
+are pods inside Ray's resources. RayJob and RayCluster are checked against their CRD, if its schema
+is given, and against the operator's rules. All objects are checked against our production
+checklist.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +22,27 @@ from dist_ft.cluster.k8s import (
     object_checks,
     operator_rules,
 )
-from dist_ft.cluster.k8s.load_manifests import Document, at
+from dist_ft.cluster.k8s.load_manifests import Document, Problem, lookup
 from dist_ft.core.errors import ConfigError
 
-RAY = ("RayJob", "RayCluster")
-NEEDS = {
+RAY_KINDS = ("RayJob", "RayCluster")
+REQUIRED_PACKAGES = {
     "kubernetes_validate": "kubernetes-validate",
     "jsonschema": "jsonschema",
     "celpy": "cel-python",
 }
+"""Module names and the packages that contain them."""
+MAX_MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found.
+class CheckReport:
+    """The result of a check.
 
     Attributes:
         checked: number of objects.
-        problems: a line each.
-        notes: what could not be looked at, a line each.
+        problems: one line each.
+        notes: what could not be checked, one line each.
     """
 
     checked: int
@@ -45,157 +50,168 @@ class Report:
     notes: Sequence[str]
 
 
-def check(paths: Sequence[str], crds: str | None = None, version: str = "") -> Report:
-    """Check the manifests in files and folders; raises ConfigError where they, or what it needs, can not be read.
+def check(paths: Sequence[str], crds: str | None = None, version: str = "") -> CheckReport:
+    """Check the manifests in files and folders.
 
     Args:
-        paths: files, folders, folders for kustomize.
-        crds: file or folder with the CRDs of Ray, or their schemas; None: structure of Ray's resources is not checked.
-        version: of Kubernetes (1.33); empty: the newest known.
+        paths: files, folders, and folders for kustomize.
+        crds: file or folder with Ray's CRDs, or their schemas; None: the structure of Ray's
+            resources is not checked.
+        version: of Kubernetes (1.33); empty: the latest known.
+
+    Raises:
+        ConfigError: the manifests cannot be read, or a required package is missing.
     """
-    require()
+    require_packages()
     import kubernetes_validate
 
-    newest = kubernetes_validate.latest_version()
-    known = {
-        kubernetes_validate.utils.major_minor(one)
-        for one in kubernetes_validate.utils.all_versions()
-    }
-    if version and kubernetes_validate.utils.major_minor(version) not in known:
+    major_minor = kubernetes_validate.utils.major_minor
+    known = {major_minor(one) for one in kubernetes_validate.utils.all_versions()}
+    if version and major_minor(version) not in known:
         ordered = sorted(known, key=lambda text: [int(part) for part in text.split(".")])
         raise ConfigError(
             [
-                f"--kubernetes={version}: not known here; allowed: {ordered[0]} to {ordered[-1]}; take "
-                "one of these, or a newer kubernetes-validate"
+                f"--kubernetes={version}: unknown version. Known versions: {ordered[0]} to "
+                f"{ordered[-1]}. Use one of these, or install a newer kubernetes-validate."
             ],
             "k8s check",
         )
-    return check_documents(
-        load_manifests.read(paths), crd.load(crds) if crds else {}, version or newest
-    )
+
+    documents = load_manifests.read_documents(paths)
+    schemas = crd.load_schemas(crds) if crds else {}
+    return check_documents(documents, schemas, version or kubernetes_validate.latest_version())
 
 
-def check_documents(found: Sequence[Document], schemas: crd.Schemas, version: str) -> Report:
-    """Check objects that were read."""
+def check_documents(
+    documents: Sequence[Document], schemas: crd.Schemas, version: str
+) -> CheckReport:
+    """Check objects against the schemas of Kubernetes `version` and of CRDs, and our rules."""
     notes: list[str] = []
     lines: list[str] = []
-    sound: list[Document] = []  # rules take the shape for granted
-    for document in found:
-        wrong = list(_shape(document, schemas, version, notes))
-        lines += [document.say(path, text) for path, text in wrong]
-        if not wrong:
-            sound.append(document)
-    for document in sound:
+
+    # other rules rely on the structure, so they are only checked where it is valid
+    well_formed: list[Document] = []
+    for document in documents:
+        problems = list(_check_structure(document, schemas, version, notes))
+        lines += [document.describe(problem) for problem in problems]
+        if not problems:
+            well_formed.append(document)
+
+    has_unexpected_structure = False
+    for document in well_formed:
         try:
-            lines += [document.say(path, text) for path, text in _rules(document, found)]
-        except (
-            TypeError,
-            AttributeError,
-            ValueError,
-            KeyError,
-        ) as error:  # only where no schema was held against it
-            lines.append(
-                document.say(
+            problems = list(_check_rules(document, documents))
+        except (TypeError, AttributeError, ValueError, KeyError) as error:
+            # only possible for an object that no schema was available for
+            has_unexpected_structure = True
+            problems = [
+                Problem(
                     "spec",
-                    f"not shaped as a {document.kind} ({error}); give --crd, which names the field",
+                    f"does not have the structure of a {document.kind} ({error}). Pass --crd to "
+                    "see which field is wrong.",
                 )
-            )
-    if len(sound) == len(found) and not any("not shaped as" in line for line in lines):
-        lines += cross_object_checks.problems(found)
-    return Report(len(found), list(dict.fromkeys(lines)), list(dict.fromkeys(notes)))
+            ]
+        lines += [document.describe(problem) for problem in problems]
+
+    if len(well_formed) == len(documents) and not has_unexpected_structure:
+        lines += cross_object_checks.check_together(documents)
+    return CheckReport(len(documents), list(dict.fromkeys(lines)), list(dict.fromkeys(notes)))
 
 
-def _rules(document: Document, found: Sequence[Document]) -> list[tuple[str, str]]:
-    """Return what the operator refuses, and what our checklist says of the object."""
-    content = document.content
-    rules = list(operator_rules.problems(content)) if document.kind in RAY else []
-    return rules + list(
-        object_checks.problems(content, cross_object_checks.is_locked(document.namespace, found))
-    )
+def _check_rules(document: Document, documents: Sequence[Document]) -> Iterator[Problem]:
+    """Yield what the operator refuses, and what our checklist finds in the object."""
+    if document.kind in RAY_KINDS:
+        yield from operator_rules.check_operator_rules(document.content)
+    allow_locked_memory = cross_object_checks.allows_locked_memory(document.namespace, documents)
+    yield from object_checks.check_object(document.content, allow_locked_memory)
 
 
-def require() -> None:
-    """Raise ConfigError if what the check needs is not installed."""
-    import importlib.util
-
+def require_packages() -> None:
+    """Raise ConfigError if a package that the check needs is not installed."""
     missing = [
-        package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None
+        package
+        for module, package in REQUIRED_PACKAGES.items()
+        if importlib.util.find_spec(module) is None
     ]
     if missing:
         raise ConfigError(
             [
-                f"{', '.join(missing)}: not installed, and manifests are checked with it; install the "
-                "extra: pip install 'dist-ft[k8s]'"
+                f"{', '.join(missing)}: not installed. The check of manifests needs it. Install "
+                "the extra: pip install 'dist-ft[k8s]'"
             ],
             "k8s check",
         )
 
 
-def _shape(
+def _check_structure(
     document: Document, schemas: crd.Schemas, version: str, notes: list[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield what no API server would take."""
+) -> Iterator[Problem]:
+    """Yield what an API server would refuse."""
     content = document.content
     for field in ("apiVersion", "kind"):
-        if not isinstance(at(content, field), str):
-            yield field, "not said; every object has one"
+        if not isinstance(lookup(content, field), str):
+            yield Problem(field, "is missing. Every object needs one. Add it.")
             return
-    if not isinstance(at(content, "metadata", "name"), str):
-        yield "metadata.name", "not said, or no text; every object here has one"
+    if not isinstance(lookup(content, "metadata", "name"), str):
+        yield Problem("metadata.name", "is missing or not a string. Every object needs one.")
         return
-    if document.kind in RAY:
-        yield from _ray(document, schemas, version, notes)
-    elif (message := _core(content, version)) is None:
-        notes.append(
-            document.say(
-                "kind",
-                f"{content['apiVersion']} has no schema here; only our checklist was held "
-                "against it",
-            )
-        )
+
+    if document.kind in RAY_KINDS:
+        yield from _check_ray_resource(document, schemas, version, notes)
+        return
+    problems = _check_core_resource(content, version)
+    if problems is None:
+        note = f"no schema of {content['apiVersion']} is known; only our checklist was applied"
+        notes.append(document.describe(Problem("kind", note)))
     else:
-        yield from message
+        yield from problems
 
 
-def _ray(
+def _check_ray_resource(
     document: Document, schemas: crd.Schemas, version: str, notes: list[str]
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Problem]:
     content = document.content
     if content["apiVersion"] != "ray.io/v1":
-        yield (
+        yield Problem(
             "apiVersion",
-            f"{content['apiVersion']}: allowed: ray.io/v1 (KubeRay 1.1 and newer); correct it",
+            f"is {content['apiVersion']}. Only ray.io/v1 is supported (KubeRay 1.1 and newer). "
+            "Correct it.",
         )
         return
-    schema = schemas.get(crd.version_of(content))
+
+    schema = schemas.get(crd.schema_key(content))
     if schema is None:
         notes.append(
-            f"{document.kind}: no CRD was given (--crd), so of its own fields only those of pods were checked"
+            f"{document.kind}: without its CRD (--crd), only the pods in it were checked against "
+            "a schema"
         )
     else:
-        own: list[str] = []
-        yield from crd.problems(content, schema, own)
-        notes += own
-    for path, template in object_checks.templates(content):
-        pod: Mapping[str, Any] = {"apiVersion": "v1", "kind": "Pod", **template}
-        for inner, text in _core(dict(pod), version) or ():
-            yield f"{path}.{inner}", text
+        yield from crd.check_schema(content, schema, notes)
+
+    for path, template in object_checks.pod_templates(content):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        for problem in _check_core_resource(pod, version) or ():
+            yield Problem(f"{path}.{problem.path}", problem.message)
 
 
-def _core(content: dict[str, Any], version: str) -> Sequence[tuple[str, str]] | None:
-    """Return what is wrong with an object of Kubernetes' own; None: it has no schema here."""
-    return _core_of(json.dumps(content, default=str), version)
+def _check_core_resource(content: dict[str, Any], version: str) -> Sequence[Problem] | None:
+    """Return what is wrong with an object of Kubernetes' own; None: it has no known schema."""
+    return _check_core_json(json.dumps(content, default=str), version)
 
 
 @functools.lru_cache(maxsize=1024)
-def _core_of(text: str, version: str) -> Sequence[tuple[str, str]] | None:
-    """As `_core`, of an object as JSON; remembered, for the library reads all its schemas anew for each object."""
+def _check_core_json(text: str, version: str) -> Sequence[Problem] | None:
+    """Do as `_check_core_resource` for an object as JSON.
+
+    Cached, as the library reads all its schemas again for each object.
+    """
     import kubernetes_validate
 
     try:
         kubernetes_validate.validate(json.loads(text), version, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return ((crd.dotted(error.absolute_path), error.message.replace("\n", " ")[:300]),)
+        message = error.message.replace("\n", " ")[:MAX_MESSAGE_LENGTH]
+        return (Problem(crd.format_path(error.absolute_path), message),)
     except kubernetes_validate.SchemaNotFoundError:
         return None
     return ()

@@ -1,25 +1,25 @@
-"""Custom resources held against the schema of their CRD, as the API server does it.
+"""Checks custom resources against the schema of their CRD, as the API server does.
 
-Defaults are put in first, unknown fields are refused, then come the rules (x-kubernetes-validations, CEL). Rules about
-a change (oldSelf) say nothing of one manifest, and are left out.
+Defaults are filled in first, unknown fields are refused, then rules (x-kubernetes-validations, CEL)
+are evaluated. Rules about a change (oldSelf) do not apply to a single manifest and are skipped.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from dist_ft.cluster.k8s.load_manifests import Problem
 from dist_ft.core.errors import ConfigError
 
 Json = dict[str, Any]
-Schemas = dict[tuple[str, str], Json]
-"""openAPIV3Schema by (kind in lower case, version)."""
-KEPT = frozenset(
+MAX_MESSAGE_LENGTH = 300
+COMMON_KEYWORDS = frozenset(
     (
         "type",
         "enum",
@@ -39,198 +39,231 @@ KEPT = frozenset(
         "multipleOf",
     )
 )
-"""What OpenAPI and JSON Schema say in the same way."""
+"""Keywords with the same meaning in OpenAPI and JSON Schema."""
+EXPORT_COMMAND = "kubectl get crd rayjobs.ray.io rayclusters.ray.io -o yaml > crd.yaml"
 
 
-def load(path: str) -> Schemas:
-    """Return the schemas in a file or folder: CRDs as `kubectl get crd ... -o yaml` gives them, or bare schemas.
+class SchemaKey(NamedTuple):
+    """Identifies a schema: kind in lower case, and version."""
 
-    A bare schema is called <kind>.<version>.schema.json (or .yaml). Raises ConfigError.
+    kind: str
+    version: str
+
+
+Schemas = dict[SchemaKey, Json]
+"""openAPIV3Schema by kind and version."""
+
+
+class _SchemaValue(NamedTuple):
+    """A value in an object.
+
+    Attributes:
+        value: the value.
+        schema: of the value.
+        path: of the value in the object.
     """
-    place = Path(path)
-    if not place.exists():
+
+    value: Any
+    schema: Json
+    path: tuple[str | int, ...]
+
+
+def load_schemas(path: str) -> Schemas:
+    """Return the schemas in a file or folder.
+
+    These are CRDs as `kubectl get crd ... -o yaml` writes them, or bare schemas. A bare schema is
+    called <kind>.<version>.schema.json (or .yaml).
+
+    Raises:
+        ConfigError: nothing can be read.
+    """
+    source = Path(path)
+    if not source.exists():
         raise ConfigError(
-            [
-                f"--crd={path}: no such file or folder; write one: kubectl get crd rayjobs.ray.io "
-                "rayclusters.ray.io -o yaml > crd.yaml"
-            ],
+            [f"--crd={path}: no such file or folder. Create one with: {EXPORT_COMMAND}"],
             "k8s check",
         )
-    files = (
-        [place]
-        if place.is_file()
-        else sorted(file for file in place.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
-    )
-    found: Schemas = {}
+    files = [source]
+    if not source.is_file():
+        suffixes = (".yaml", ".yml", ".json")
+        files = sorted(file for file in source.iterdir() if file.suffix in suffixes)
+
+    schemas: Schemas = {}
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            for content in (
-                [json.loads(text)] if file.suffix == ".json" else yaml.safe_load_all(text)
-            ):
-                found |= dict(_schemas(content, file))
+            is_json = file.suffix == ".json"
+            for content in [json.loads(text)] if is_json else yaml.safe_load_all(text):
+                schemas |= dict(_iter_schemas(content, file))
         except (yaml.YAMLError, ValueError, OSError) as error:
             raise ConfigError(
                 [
-                    f"--crd={file}: can not be read ({type(error).__name__}); give CRDs as YAML or JSON"
+                    f"--crd={file}: cannot be read ({type(error).__name__}). CRDs must be YAML or "
+                    "JSON. Check the file."
                 ],
                 "k8s check",
             ) from error
-    if not found:
+    if not schemas:
         raise ConfigError(
-            [
-                f"--crd={path}: no CRD and no schema in it; write one: kubectl get crd rayjobs.ray.io "
-                "rayclusters.ray.io -o yaml > crd.yaml"
-            ],
+            [f"--crd={path}: contains no CRD and no schema. Create one with: {EXPORT_COMMAND}"],
             "k8s check",
         )
-    return found
+    return schemas
 
 
-def _schemas(content: Any, file: Path) -> Iterator[tuple[tuple[str, str], Json]]:
+def _iter_schemas(content: Any, file: Path) -> Iterator[tuple[SchemaKey, Json]]:
     if not isinstance(content, dict):
         return
     if content.get("kind") == "List" or isinstance(content.get("items"), list):
         for item in content["items"]:
-            yield from _schemas(item, file)
+            yield from _iter_schemas(item, file)
     elif content.get("kind") == "CustomResourceDefinition":
+        kind = content["spec"]["names"]["kind"].lower()
         for version in content["spec"]["versions"]:
-            yield (
-                (content["spec"]["names"]["kind"].lower(), version["name"]),
-                version["schema"]["openAPIV3Schema"],
-            )
+            yield SchemaKey(kind, version["name"]), version["schema"]["openAPIV3Schema"]
     elif "properties" in content or "openAPIV3Schema" in content:
         kind, _, rest = file.name.partition(".")
         version = rest.split(".")[0] if rest.startswith("v") else "v1"
-        yield (kind.lower(), version), content.get("openAPIV3Schema", content)
+        yield SchemaKey(kind.lower(), version), content.get("openAPIV3Schema", content)
 
 
-def problems(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (path, what is wrong) of an object, which stays as it is; rules that can not be read here go to `notes`."""
+def schema_key(content: Mapping[str, Any]) -> SchemaKey:
+    """Return the key of an object's schema in `Schemas`."""
+    version = str(content.get("apiVersion", "")).rsplit("/", 1)[-1]
+    return SchemaKey(str(content.get("kind", "")).lower(), version)
+
+
+def check_schema(content: Json, schema: Json, notes: list[str]) -> Iterator[Problem]:
+    """Yield the problems of an object, which is not changed.
+
+    Rules that cannot be evaluated here are appended to `notes`.
+    """
     import jsonschema
 
     content = copy.deepcopy(content)
-    _default(content, schema)
-    errors = list(jsonschema.Draft202012Validator(strict(schema)).iter_errors(content))
+    _fill_defaults(content, schema)
+    validator = jsonschema.Draft202012Validator(strict_json_schema(schema))
+    errors = list(validator.iter_errors(content))
     for error in errors:
-        yield dotted(error.absolute_path), error.message.replace("\n", " ")[:300]
+        message = error.message.replace("\n", " ")[:MAX_MESSAGE_LENGTH]
+        yield Problem(format_path(error.absolute_path), message)
     if not errors:
-        yield from _twice(content, schema)
-        yield from _broken(content, schema, notes)
+        yield from _check_duplicates(content, schema)
+        yield from _check_rules(content, schema, notes)
 
 
-def dotted(path: Any) -> str:
-    """Return a path as people write it: spec.containers[0].image."""
+def format_path(path: Sequence[str | int]) -> str:
+    """Return a path as users write it: spec.containers[0].image."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.lstrip(".") or "(all of it)"
+    return text.lstrip(".") or "(the whole object)"
 
 
-def strict(schema: Json) -> Json:
-    """Return a structural schema as a JSON Schema that refuses fields it does not know."""
-    made = {key: value for key, value in schema.items() if key in KEPT}
-    for bound in ("Minimum", "Maximum"):  # OpenAPI 3.0 writes them as true beside the bound
-        if made.get(f"exclusive{bound}") is True:
-            made[f"exclusive{bound}"] = made.pop(bound.lower())
-        elif made.get(f"exclusive{bound}") is False:
-            del made[f"exclusive{bound}"]
-    for word in ("allOf", "anyOf", "oneOf"):
-        if word in schema and not schema.get("x-kubernetes-int-or-string"):
-            made[word] = [_loose(part) for part in schema[word]]
-    if schema.get("x-kubernetes-int-or-string"):
-        made["type"] = ["integer", "string"]
+def strict_json_schema(schema: Json) -> Json:
+    """Return a structural schema as a JSON Schema that refuses unknown fields."""
+    converted = {key: value for key, value in schema.items() if key in COMMON_KEYWORDS}
+    is_int_or_string = schema.get("x-kubernetes-int-or-string")
+
+    for bound in ("Minimum", "Maximum"):
+        # OpenAPI 3.0 writes `exclusiveMinimum: true` next to the bound
+        if converted.get(f"exclusive{bound}") is True:
+            converted[f"exclusive{bound}"] = converted.pop(bound.lower())
+        elif converted.get(f"exclusive{bound}") is False:
+            del converted[f"exclusive{bound}"]
+    for keyword in ("allOf", "anyOf", "oneOf"):
+        if keyword in schema and not is_int_or_string:
+            converted[keyword] = [_without_unknown_field_check(part) for part in schema[keyword]]
+    if is_int_or_string:
+        converted["type"] = ["integer", "string"]
     if "items" in schema:
-        made["items"] = strict(schema["items"])
+        converted["items"] = strict_json_schema(schema["items"])
     if "properties" in schema:
-        made["properties"] = {name: strict(part) for name, part in schema["properties"].items()}
-    more = schema.get("additionalProperties")
-    if isinstance(more, dict):
-        made["additionalProperties"] = strict(more)
-    elif (
-        schema.get("properties")
-        and more is None
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-    ):
-        made["additionalProperties"] = False
-    if schema.get("nullable") and isinstance(made.get("type"), str):
-        made["type"] = [made["type"], "null"]
-    return made
+        converted["properties"] = {
+            name: strict_json_schema(part) for name, part in schema["properties"].items()
+        }
+
+    additional = schema.get("additionalProperties")
+    allows_unknown = schema.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(additional, dict):
+        converted["additionalProperties"] = strict_json_schema(additional)
+    elif schema.get("properties") and additional is None and not allows_unknown:
+        converted["additionalProperties"] = False
+    if schema.get("nullable") and isinstance(converted.get("type"), str):
+        converted["type"] = [converted["type"], "null"]
+    return converted
 
 
-def _loose(schema: Any) -> Any:
-    """Return a part of allOf, anyOf or not, which adds bounds and knows no fields of its own."""
-    made = strict(schema)
-    made.pop("additionalProperties", None)
-    return made
+def _without_unknown_field_check(schema: Any) -> Any:
+    """Return a part of allOf, anyOf or oneOf, which adds bounds but does not list all fields."""
+    converted = strict_json_schema(schema)
+    converted.pop("additionalProperties", None)
+    return converted
 
 
-def _default(value: Any, schema: Json) -> None:
-    """Put defaults in, in place, as the API server does before it looks at rules."""
+def _fill_defaults(value: Any, schema: Json) -> None:
+    """Fill in defaults, in place, as the API server does before it evaluates rules."""
     if isinstance(value, dict):
         for name, part in schema.get("properties", {}).items():
             if name not in value and "default" in part:
                 value[name] = copy.deepcopy(part["default"])
             if name in value:
-                _default(value[name], part)
+                _fill_defaults(value[name], part)
         if isinstance(schema.get("additionalProperties"), dict):
             for inner in value.values():
-                _default(inner, schema["additionalProperties"])
+                _fill_defaults(inner, schema["additionalProperties"])
     elif isinstance(value, list) and "items" in schema:
         for inner in value:
-            _default(inner, schema["items"])
+            _fill_defaults(inner, schema["items"])
 
 
-def _inner(
-    value: Any, schema: Json, path: tuple[str | int, ...]
-) -> Iterator[tuple[Any, Json, tuple[str | int, ...]]]:
-    """Yield a value and all values in it, each with its schema and path."""
-    yield value, schema, path
+def _iter_values(
+    value: Any, schema: Json, path: tuple[str | int, ...] = ()
+) -> Iterator[_SchemaValue]:
+    """Yield a value and all values in it."""
+    yield _SchemaValue(value, schema, path)
     if isinstance(value, dict):
-        more = schema.get("additionalProperties")
+        additional = schema.get("additionalProperties")
         for name, inner in value.items():
-            part = schema.get("properties", {}).get(name) or (
-                more if isinstance(more, dict) else None
-            )
-            if part:
-                yield from _inner(inner, part, (*path, name))
+            inner_schema = schema.get("properties", {}).get(name)
+            if not inner_schema and isinstance(additional, dict):
+                inner_schema = additional
+            if inner_schema:
+                yield from _iter_values(inner, inner_schema, (*path, name))
     elif isinstance(value, list) and "items" in schema:
         for index, inner in enumerate(value):
-            yield from _inner(inner, schema["items"], (*path, index))
+            yield from _iter_values(inner, schema["items"], (*path, index))
 
 
-def _twice(content: Json, schema: Json) -> Iterator[tuple[str, str]]:
-    """Yield entries of lists that are maps by their keys, and of sets, which stand there twice."""
-    for value, part, path in _inner(content, schema, ()):
+def _check_duplicates(content: Json, schema: Json) -> Iterator[Problem]:
+    """Yield duplicates in sets, and in lists that are maps by some keys."""
+    for value, part, path in _iter_values(content, schema):
         if not isinstance(value, list) or part.get("x-kubernetes-list-type") not in ("map", "set"):
             continue
         keys = part.get("x-kubernetes-list-map-keys")
-        seen = [json.dumps([entry.get(key) for key in keys] if keys else entry) for entry in value]
-        for one in sorted({one for one in seen if seen.count(one) > 1}):
-            yield dotted(path), f"{', '.join(keys or ['value'])} {one} stands there twice"
+        entries = [
+            json.dumps([entry.get(key) for key in keys] if keys else entry) for entry in value
+        ]
+        for duplicate in sorted({entry for entry in entries if entries.count(entry) > 1}):
+            name = ", ".join(keys or ["value"])
+            yield Problem(format_path(path), f"{name} {duplicate} is not unique. Remove one.")
 
 
-def _broken(content: Json, schema: Json, notes: list[str]) -> Iterator[tuple[str, str]]:
+def _check_rules(content: Json, schema: Json, notes: list[str]) -> Iterator[Problem]:
     """Yield the rules that do not hold."""
     import celpy
 
     environment = celpy.Environment()
-    for value, part, path in _inner(content, schema, ()):
+    for value, part, path in _iter_values(content, schema):
         for rule in part.get("x-kubernetes-validations", ()):
             if "oldSelf" in rule["rule"]:
                 continue
             try:
                 program = environment.program(environment.compile(rule["rule"]))
-                held = bool(program.evaluate({"self": celpy.json_to_cel(value)}))
-            except (celpy.CELParseError, celpy.CELEvalError):  # a function only the API server has
-                notes.append(
-                    f"{dotted(path)}: a rule of the schema could not be tried here: {rule['rule']}"
-                )
+                holds = bool(program.evaluate({"self": celpy.json_to_cel(value)}))
+            except (celpy.CELParseError, celpy.CELEvalError):
+                # a function that only the API server has
+                note = f"a rule of the schema cannot be evaluated here: {rule['rule']}"
+                notes.append(f"{format_path(path)}: {note}")
                 continue
-            if not held:
-                yield dotted(path), str(rule.get("message") or f"breaks the rule {rule['rule']}")
-
-
-def version_of(content: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the key of an object's schema in `Schemas`."""
-    return str(content.get("kind", "")).lower(), str(content.get("apiVersion", "")).rsplit("/", 1)[
-        -1
-    ]
+            if not holds:
+                message = rule.get("message") or f"violates the rule {rule['rule']}"
+                yield Problem(format_path(path), str(message))

@@ -1,184 +1,250 @@
-"""Our production checklist, part two: what can be said only of all objects together. Pure."""
+"""Our production checklist, part two: rules about several objects together. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from dist_ft.cluster.k8s.load_manifests import Document, at
-from dist_ft.cluster.k8s.object_checks import cluster_of, templates
+from dist_ft.cluster.k8s.load_manifests import Document, Problem, lookup
+from dist_ft.cluster.k8s.object_checks import pod_templates, ray_cluster
 
-DASHBOARD = 8265
-LEVEL = "pod-security.kubernetes.io/enforce"
-RDMA = ("vpc.amazonaws.com/efa", "rdma/", "nvidia.com/hostdev", "openshift.io/")
+DASHBOARD_PORT = 8265
+SECURITY_LEVEL_LABEL = "pod-security.kubernetes.io/enforce"
+RDMA_DEVICES = ("vpc.amazonaws.com/efa", "rdma/", "nvidia.com/hostdev", "openshift.io/")
+"""Prefixes of the resource names of RDMA devices."""
 
 
-def problems(documents: Sequence[Document]) -> Iterator[str]:
-    """Yield lines about objects that should fit one another."""
+class _Pods(NamedTuple):
+    """The pods of one template.
+
+    Attributes:
+        document: the object that creates them.
+        path: of the template in the object.
+        labels: of the pods.
+    """
+
+    document: Document
+    path: str
+    labels: dict[str, str]
+
+
+def check_together(documents: Sequence[Document]) -> Iterator[str]:
+    """Yield a line for each problem of objects that should fit together."""
     policies = [document for document in documents if document.kind == "NetworkPolicy"]
     budgets = [document for document in documents if document.kind == "PodDisruptionBudget"]
-    pods = [
-        (document, path, at(template, "metadata", "labels", default={}))
+    all_pods = [
+        _Pods(document, path, lookup(template, "metadata", "labels", default={}))
         for document in documents
-        for path, template in templates(document.content)
+        for path, template in pod_templates(document.content)
     ]
-    for document, path, labels in pods:
-        if cluster_of(document.content)[0] is None:
-            continue
-        if not any(
-            _selects(policy, "podSelector", document, labels)
-            and "Ingress" in at(policy.content, "spec", "policyTypes", default=["Ingress"])
-            for policy in policies
-        ):
-            yield document.say(
-                path,
-                "no NetworkPolicy for ingress selects these pods: the whole cluster reaches their "
-                "ports; add one, or give its file too",
-            )
-        if not any(_selects(budget, "selector", document, labels) for budget in budgets):
-            yield document.say(
-                path,
-                "no PodDisruptionBudget selects these pods: a node upgrade may take all at "
-                "once; add one, or give its file too",
-            )
+
+    for pods in all_pods:
+        if ray_cluster(pods.document.content) is not None:
+            yield from _check_coverage(pods, policies, budgets)
     for policy in policies:
-        yield from _reach(policy)
+        yield from _check_dashboard_access(policy)
     for budget in budgets:
-        yield from _budget(budget, [(document, labels) for document, _, labels in pods])
+        yield from _check_budget(budget, all_pods)
     for document in documents:
         if document.kind == "Namespace":
-            yield from _namespace(document, documents)
-    yield from _references(documents)
+            yield from _check_namespace(document, documents)
+    yield from _check_references(documents)
 
 
-def _selects(chosen: Document, field: str, document: Document, labels: dict[str, str]) -> bool:
-    """Tell whether a policy or budget selects pods with these labels; an empty budget selector selects all, too."""
-    selector = at(chosen.content, "spec", field, default=None)
-    if selector is None or chosen.namespace != document.namespace:
-        return False
-    if any(
-        labels.get(key) != value for key, value in at(selector, "matchLabels", default={}).items()
-    ):
-        return False
-    return all(_holds(labels, term) for term in at(selector, "matchExpressions", default=[]))
-
-
-def _holds(labels: dict[str, str], term: dict[str, Any]) -> bool:
-    value, operator, values = (
-        labels.get(str(term.get("key"))),
-        term.get("operator"),
-        at(term, "values", default=[]),
+def _check_coverage(
+    pods: _Pods, policies: Sequence[Document], budgets: Sequence[Document]
+) -> Iterator[str]:
+    """Yield whether a network policy or a disruption budget is missing for pods of Ray."""
+    has_policy = any(
+        _selects(policy, "podSelector", pods)
+        and "Ingress" in lookup(policy.content, "spec", "policyTypes", default=["Ingress"])
+        for policy in policies
     )
-    return {
+    if not has_policy:
+        yield pods.document.describe(
+            Problem(
+                pods.path,
+                "no NetworkPolicy for ingress selects these pods, so the whole cluster can reach "
+                "their ports. Add one, or pass its file too.",
+            )
+        )
+    if not any(_selects(budget, "selector", pods) for budget in budgets):
+        yield pods.document.describe(
+            Problem(
+                pods.path,
+                "no PodDisruptionBudget selects these pods, so a node upgrade may evict all at "
+                "once. Add one, or pass its file too.",
+            )
+        )
+
+
+def _selects(selecting: Document, field: str, pods: _Pods) -> bool:
+    """Whether a policy or budget selects pods; an empty selector selects all."""
+    selector = lookup(selecting.content, "spec", field, default=None)
+    if selector is None or selecting.namespace != pods.document.namespace:
+        return False
+    required = lookup(selector, "matchLabels", default={})
+    if any(pods.labels.get(key) != value for key, value in required.items()):
+        return False
+    expressions = lookup(selector, "matchExpressions", default=[])
+    return all(_matches(pods.labels, expression) for expression in expressions)
+
+
+def _matches(labels: dict[str, str], expression: dict[str, Any]) -> bool:
+    value = labels.get(str(expression.get("key")))
+    values = lookup(expression, "values", default=[])
+    results = {
         "In": value in values,
         "NotIn": value not in values,
         "Exists": value is not None,
         "DoesNotExist": value is None,
-    }.get(str(operator), False)
+    }
+    return results.get(str(expression.get("operator")), False)
 
 
-def _reach(policy: Document) -> Iterator[str]:
-    """Yield rules by which more than the namespace and the operator reach the dashboard's port."""
-    for index, rule in enumerate(at(policy.content, "spec", "ingress", default=[])):
-        ports = [at(port, "port") for port in at(rule, "ports", default=[])]
-        ends = [at(port, "endPort") for port in at(rule, "ports", default=[])]
-        reached = (
-            not ports
-            or "dashboard" in ports
-            or any(
-                isinstance(port, int) and port <= DASHBOARD <= (end or port)
-                for port, end in zip(ports, ends, strict=True)
-            )
-        )
-        peers = at(rule, "from", default=[])
-        wide = not peers or any(
-            at(peer, "ipBlock") is not None
-            or (
-                at(peer, "namespaceSelector") is not None
-                and not any(
-                    at(peer, "podSelector", part, default={})
-                    for part in ("matchLabels", "matchExpressions")
+def _check_dashboard_access(policy: Document) -> Iterator[str]:
+    """Yield rules that let more than the namespace and the operator reach the dashboard's port."""
+    for index, rule in enumerate(lookup(policy.content, "spec", "ingress", default=[])):
+        if _includes_dashboard_port(rule) and _admits_other_namespaces(rule):
+            yield policy.describe(
+                Problem(
+                    f"spec.ingress[{index}]",
+                    f"opens the dashboard's port {DASHBOARD_PORT} beyond the namespace. Restrict "
+                    "it to pods (of the operator), or to another port.",
                 )
             )
-            for peer in peers
+
+
+def _includes_dashboard_port(rule: dict[str, Any]) -> bool:
+    entries = lookup(rule, "ports", default=[])
+    if not entries:
+        return True  # all ports
+    for entry in entries:
+        port = lookup(entry, "port")
+        if port == "dashboard":
+            return True
+        if isinstance(port, int) and port <= DASHBOARD_PORT <= (lookup(entry, "endPort") or port):
+            return True
+    return False
+
+
+def _admits_other_namespaces(rule: dict[str, Any]) -> bool:
+    """Whether a rule admits addresses, or all pods of other namespaces."""
+    peers = lookup(rule, "from", default=[])
+    if not peers:
+        return True  # everyone
+    for peer in peers:
+        if lookup(peer, "ipBlock") is not None:
+            return True
+        names_pods = any(
+            lookup(peer, "podSelector", field, default={})
+            for field in ("matchLabels", "matchExpressions")
         )
-        if reached and wide:
-            yield policy.say(
-                f"spec.ingress[{index}]",
-                f"opens the dashboard's port {DASHBOARD} beyond the "
-                "namespace; name pods (of the operator), or another port",
+        if lookup(peer, "namespaceSelector") is not None and not names_pods:
+            return True
+    return False
+
+
+def _check_budget(budget: Document, all_pods: Sequence[_Pods]) -> Iterator[str]:
+    if not any(_selects(budget, "selector", pods) for pods in all_pods):
+        yield budget.describe(
+            Problem(
+                "spec.selector",
+                "selects no pods of these files. Correct its labels or its namespace.",
             )
-
-
-def _budget(budget: Document, pods: Sequence[tuple[Document, dict[str, str]]]) -> Iterator[str]:
-    if not any(_selects(budget, "selector", document, labels) for document, labels in pods):
-        yield budget.say(
-            "spec.selector", "selects no pods of these files; correct its labels or its namespace"
         )
-    spec = at(budget.content, "spec", default={})
-    if "maxUnavailable" in spec or isinstance(at(spec, "minAvailable"), str):
-        yield budget.say(
-            "spec",
-            "pods of Ray have no owner with a scale: only minAvailable, a number, works; use it",
+    spec = lookup(budget.content, "spec", default={})
+    if "maxUnavailable" in spec or isinstance(lookup(spec, "minAvailable"), str):
+        yield budget.describe(
+            Problem(
+                "spec",
+                "pods of Ray have no owner with a scale, so only minAvailable as a number works. "
+                "Use that.",
+            )
         )
 
 
-def _namespace(document: Document, documents: Sequence[Document]) -> Iterator[str]:
-    level = at(document.content, "metadata", "labels", LEVEL)
-    if level == "restricted" or (level == "privileged" and is_locked(document.name, documents)):
+def _check_namespace(document: Document, documents: Sequence[Document]) -> Iterator[str]:
+    level = lookup(document.content, "metadata", "labels", SECURITY_LEVEL_LABEL)
+    if level == "restricted":
         return
-    yield document.say(
-        f"metadata.labels.{LEVEL}",
-        f"{level or 'none'}: pods may ask for more than they need; set "
-        "restricted (a namespace of its own for RDMA: privileged)",
+    if level == "privileged" and allows_locked_memory(document.name, documents):
+        return
+    yield document.describe(
+        Problem(
+            f"metadata.labels.{SECURITY_LEVEL_LABEL}",
+            f"is {level or 'missing'}, so pods may request more rights than they need. Set it to "
+            "restricted (in a separate namespace for RDMA: privileged).",
+        )
     )
 
 
-def is_locked(namespace: str, documents: Sequence[Document]) -> bool:
-    """Tell whether a namespace is labelled privileged, and a pod there asks for an RDMA device."""
-    labelled = any(
+def allows_locked_memory(namespace: str, documents: Sequence[Document]) -> bool:
+    """Whether a namespace is labeled privileged and a pod in it requests an RDMA device."""
+    is_privileged = any(
         document.kind == "Namespace"
         and document.name == namespace
-        and at(document.content, "metadata", "labels", LEVEL) == "privileged"
+        and lookup(document.content, "metadata", "labels", SECURITY_LEVEL_LABEL) == "privileged"
         for document in documents
     )
-    return labelled and any(
-        name.startswith(RDMA)
-        for document in documents
-        if document.namespace == namespace
-        for _, template in templates(document.content)
-        for container in at(template, "spec", "containers", default=[])
-        for name in at(container, "resources", "limits", default={})
-    )
+    if not is_privileged:
+        return False
+
+    own = [document for document in documents if document.namespace == namespace]
+    for document in own:
+        for _, template in pod_templates(document.content):
+            for container in lookup(template, "spec", "containers", default=[]):
+                limits = lookup(container, "resources", "limits", default={})
+                if any(name.startswith(RDMA_DEVICES) for name in limits):
+                    return True
+    return False
 
 
-def _references(documents: Sequence[Document]) -> Iterator[str]:
-    """Yield names of the run's own objects that none of the files makes, where they make others of the kind."""
-    made = {(document.kind, document.namespace, document.name) for document in documents}
-    kinds = {kind for kind, _, _ in made}
+class _Reference(NamedTuple):
+    """An object that a pod template refers to.
+
+    Attributes:
+        kind: of the object.
+        namespace: of the object; empty for a cluster-scoped one.
+        name: of the object; None: the template does not refer to one.
+        field: of the pod's spec that contains the name.
+    """
+
+    kind: str
+    namespace: str
+    name: str | None
+    field: str
+
+
+def _check_references(documents: Sequence[Document]) -> Iterator[str]:
+    """Yield references to objects that no file contains, for kinds that some file contains."""
+    known = {(document.kind, document.namespace, document.name) for document in documents}
+    kinds = {kind for kind, _, _ in known}
     for document in documents:
-        for path, template in templates(document.content):
-            spec, space = at(template, "spec", default={}), document.namespace
-            wanted = [
-                ("ServiceAccount", space, at(spec, "serviceAccountName"), "serviceAccountName"),
-                ("PriorityClass", "", at(spec, "priorityClassName"), "priorityClassName"),
-            ]
-            wanted += [
-                ("ConfigMap", space, at(volume, "configMap", "name"), "volumes")
-                for volume in at(spec, "volumes", default=[])
-            ]
-            wanted += [
-                (
-                    "PersistentVolumeClaim",
-                    space,
-                    at(volume, "persistentVolumeClaim", "claimName"),
-                    "volumes",
-                )
-                for volume in at(spec, "volumes", default=[])
-            ]
-            for kind, where, name, field in wanted:
-                if name and kind in kinds and (kind, where, name) not in made:
-                    yield document.say(
-                        f"{path}.spec.{field}",
-                        f"{name}: none of these files makes such a {kind}; correct the name",
+        for path, template in pod_templates(document.content):
+            for reference in _references(template, document.namespace):
+                identity = (reference.kind, reference.namespace, reference.name)
+                if reference.name and reference.kind in kinds and identity not in known:
+                    yield document.describe(
+                        Problem(
+                            f"{path}.spec.{reference.field}",
+                            f"refers to the {reference.kind} {reference.name}, which none of "
+                            "these files contains. Correct the name.",
+                        )
                     )
+
+
+def _references(template: dict[str, Any], namespace: str) -> Iterator[_Reference]:
+    spec = lookup(template, "spec", default={})
+    account = lookup(spec, "serviceAccountName")
+    yield _Reference("ServiceAccount", namespace, account, "serviceAccountName")
+    priority = lookup(spec, "priorityClassName")
+    yield _Reference("PriorityClass", "", priority, "priorityClassName")
+
+    volumes = lookup(spec, "volumes", default=[])
+    for volume in volumes:
+        config_map = lookup(volume, "configMap", "name")
+        yield _Reference("ConfigMap", namespace, config_map, "volumes")
+    for volume in volumes:
+        claim = lookup(volume, "persistentVolumeClaim", "claimName")
+        yield _Reference("PersistentVolumeClaim", namespace, claim, "volumes")

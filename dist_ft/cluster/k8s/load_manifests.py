@@ -1,4 +1,7 @@
-"""Reads manifests: files, folders, and folders for kustomize (by kubectl or kustomize). Needs no cluster."""
+"""Reads manifests: files, folders, and folders for kustomize (which need kubectl or kustomize).
+
+Needs no cluster.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,36 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from dist_ft.core.errors import ConfigError
 
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
-KUSTOMIZE_S = 60
+KUSTOMIZE_TIMEOUT_S = 60
+
+
+class Problem(NamedTuple):
+    """What is wrong with an object.
+
+    Attributes:
+        path: of the field, such as spec.containers[0].image.
+        message: what is wrong, what is allowed, and what to do.
+    """
+
+    path: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Document:
-    """One object and the file (or kustomize folder) it came from."""
+    """One object.
+
+    Attributes:
+        file: the file, or kustomize folder, that it came from.
+        content: the object.
+    """
 
     file: str
     content: dict[str, Any]
@@ -32,40 +52,41 @@ class Document:
     @property
     def name(self) -> str:
         """Its name; empty if it has none."""
-        return str(at(self.content, "metadata", "name") or "")
+        return str(lookup(self.content, "metadata", "name") or "")
 
     @property
     def namespace(self) -> str:
-        """Its namespace; empty if it names none."""
-        return str(at(self.content, "metadata", "namespace") or "")
+        """Its namespace; empty if it has none."""
+        return str(lookup(self.content, "metadata", "namespace") or "")
 
-    def say(self, path: str, text: str) -> str:
+    def describe(self, problem: Problem) -> str:
         """Return a problem of this object as one line."""
-        return f"{self.file}: {self.kind or 'object'}/{self.name or '?'} {path}: {text}"
+        object_name = f"{self.kind or 'object'}/{self.name or '?'}"
+        return f"{self.file}: {object_name} {problem.path}: {problem.message}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would keep the last in silence."""
+    """Refuses a duplicate key, of which YAML would silently use the last."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
+def _load_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
     loader.flatten_mapping(node)
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if key in found:
+        if key in mapping:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                None, None, f"duplicate key {key!r}", key_node.start_mark
             )
-        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
-    return found
+        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return mapping
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _load_mapping)
 
 
-def at(content: Any, *steps: str | int, default: Any = None) -> Any:
-    """Return what lies at a path of keys and indices; `default` where the path leads nowhere, or to null."""
+def lookup(content: Any, *steps: str | int, default: Any = None) -> Any:
+    """Return the value at a path of keys and indices; `default` if it is missing or null."""
     for step in steps:
         try:
             content = content[step]
@@ -74,116 +95,135 @@ def at(content: Any, *steps: str | int, default: Any = None) -> Any:
     return default if content is None else content
 
 
-def read(paths: Sequence[str]) -> list[Document]:
-    """Return all objects in files and folders; raises ConfigError with everything that can not be read."""
-    found: list[Document] = []
+def read_documents(paths: Sequence[str]) -> list[Document]:
+    """Return all objects in files and folders.
+
+    Raises:
+        ConfigError: lists everything that cannot be read.
+    """
+    documents: list[Document] = []
     problems: list[str] = []
     for path in paths:
         try:
-            found += _read(Path(path))
+            documents += _read(Path(path))
         except ConfigError as error:
             problems += error.problems
-    if not problems and not found:
+
+    if not problems and not documents:
         problems = [
-            f"{' '.join(paths)}: no manifest in it; give files that `dist-ft k8s render` wrote, or others"
+            f"{' '.join(paths)}: contains no manifest. Manifests are YAML files, such as "
+            "`dist-ft k8s render` writes. Check the path."
         ]
     if problems:
         raise ConfigError(problems, "k8s check")
-    return found
+    return documents
 
 
 def _read(path: Path) -> Iterator[Document]:
     if path.is_file():
-        return parse(str(path), _text(path))
+        return parse_documents(str(path), _read_text(path))
     if not path.is_dir():
-        raise ConfigError([f"{path}: no such file or folder; check the path"])
-    listed = next((path / name for name in KUSTOMIZATION if (path / name).is_file()), None)
-    if listed is not None:
-        return _kustomized(path, listed)
+        raise ConfigError([f"{path}: no such file or folder. Check the path."])
+
+    for name in KUSTOMIZATION:
+        if (path / name).is_file():
+            return _read_kustomize_folder(path, path / name)
+
     files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
-    return (document for file in files for document in parse(str(file), _text(file)))
+    return _read_files(files)
 
 
-def parse(name: str, text: str) -> Iterator[Document]:
-    """Yield the objects of a YAML stream; those of a List one by one. Raises ConfigError with the line it fails at."""
+def _read_files(files: Sequence[Path]) -> Iterator[Document]:
+    for file in files:
+        yield from parse_documents(str(file), _read_text(file))
+
+
+def parse_documents(name: str, text: str) -> Iterator[Document]:
+    """Yield the objects of a YAML stream; those of a List one by one.
+
+    Raises:
+        ConfigError: names the line that is not YAML.
+    """
     try:
-        contents = [
-            content for content in yaml.load_all(text, Loader=_Loader) if content is not None
-        ]
+        contents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        why = getattr(error, "problem", None) or error
-        raise ConfigError([f"{name}{line}: not YAML ({why}); correct it"]) from error
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from error
+
     for content in contents:
-        for one in (
-            content["items"]
-            if isinstance(content, dict) and content.get("kind") == "List"
-            else [content]
-        ):
-            if not isinstance(one, dict):
+        if content is None:
+            continue
+        is_list = isinstance(content, dict) and content.get("kind") == "List"
+        for item in content["items"] if is_list else [content]:
+            if not isinstance(item, dict):
                 raise ConfigError(
-                    [f"{name}: a document that is no object but {type(one).__name__}; correct it"]
+                    [
+                        f"{name}: a document is a {type(item).__name__}. A manifest must be a "
+                        "mapping. Correct it."
+                    ]
                 )
-            yield Document(name, one)
+            yield Document(name, item)
 
 
-def _kustomized(folder: Path, file: Path) -> Iterator[Document]:
-    """Yield what kustomize makes of a folder; where it only lists files, these are read without it."""
-    content = next(iter(parse(str(file), _text(file)))).content
+def _read_kustomize_folder(folder: Path, file: Path) -> Iterator[Document]:
+    """Yield what kustomize builds from a folder; one that only lists files is read without it."""
+    content = next(iter(parse_documents(str(file), _read_text(file)))).content
     if content.get("kind") == "Component":
         raise ConfigError(
-            [f"{folder}: a kustomize component is nothing by itself; give an overlay that takes it"]
+            [
+                f"{folder}: a kustomize component contains no manifests by itself. Check an "
+                "overlay that uses it."
+            ]
         )
+
     resources = content.get("resources") or []
-    if content.keys() <= {"apiVersion", "kind", "resources"} and all(
-        (folder / name).is_file() for name in resources
-    ):
-        return (
-            document
-            for name in resources
-            for document in parse(str(folder / name), _text(folder / name))
-        )
-    command = next(
-        (
-            [tool, *more]
-            for tool, more in (("kubectl", ["kustomize"]), ("kustomize", ["build"]))
-            if shutil.which(tool)
-        ),
-        None,
-    )
+    only_lists = content.keys() <= {"apiVersion", "kind", "resources"}
+    if only_lists and all((folder / name).is_file() for name in resources):
+        return _read_files([folder / name for name in resources])
+    return parse_documents(str(folder), _run_kustomize(folder))
+
+
+def _run_kustomize(folder: Path) -> str:
+    """Return what kubectl or kustomize builds from a folder."""
+    commands = (["kubectl", "kustomize"], ["kustomize", "build"])
+    command = next((command for command in commands if shutil.which(command[0])), None)
     if command is None:
         raise ConfigError(
             [
-                f"{folder}: a folder for kustomize, and neither kubectl nor kustomize is here; install "
-                "one, or check what `dist-ft k8s render --overlay` writes, which needs neither"
+                f"{folder}: a kustomize folder, but neither kubectl nor kustomize is installed. "
+                "Install one, or check the output of `dist-ft k8s render --overlay`, which needs "
+                "neither."
             ]
         )
+
     try:
         done = subprocess.run(
             [*command, str(folder)],
             capture_output=True,
             text=True,
-            timeout=KUSTOMIZE_S,
+            timeout=KUSTOMIZE_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(
             [
-                f"{folder}: {command[0]} gave no answer in {KUSTOMIZE_S} s; does it load from the "
-                "network?"
+                f"{folder}: {command[0]} did not finish within {KUSTOMIZE_TIMEOUT_S} s. Check "
+                "whether it loads from the network."
             ]
         ) from error
+
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError([f"{folder}: {command[0]} can not put it together ({why}); correct it"])
-    return parse(str(folder), done.stdout)
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError([f"{folder}: {command[0]} cannot build it ({reason}). Correct it."])
+    return done.stdout
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            [f"{path}: can not be read ({type(error).__name__}); check the file"]
+            [f"{path}: cannot be read ({type(error).__name__}). Check the file."]
         ) from error

@@ -1,143 +1,74 @@
-"""The objects of a run on Kubernetes: plain values that follow from its config, without a templating tool. Pure.
+"""The objects of a run on Kubernetes: plain values that follow from its config. Pure.
 
-`k8s/base` in the repository is what this gives for configs/llama-8b.yaml; a test holds them together.
+`k8s/base` in the repository is the result for configs/llama-8b.yaml; a test compares them.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
 from dist_ft.cluster.k8s import pods
+from dist_ft.cluster.k8s.config_checks import find_config_problems
 from dist_ft.cluster.k8s.options import Options
-from dist_ft.cluster.k8s.pods import CACHE_MOUNT, CONFIG_MOUNT, Json, labels
-from dist_ft.cluster.k8s.sizing import OBJECT_STORE_BYTES, Sizing, sizing
+from dist_ft.cluster.k8s.pods import CACHE_MOUNT, CONFIG_MOUNT, RAY_PORTS, Json, run_labels
+from dist_ft.cluster.k8s.sizing import OBJECT_STORE_BYTES, Sizing, compute_sizing
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError
 
 RESTARTS = 10
-"""New clusters a job may get; each goes on from storage."""
-KEPT_S = 600
-"""Seconds a finished job's cluster is kept to be looked at."""
-ENDINGS = (".jsonl", ".json", ".csv", ".gz", ".zst", ".parquet", ".arrow", ".txt")
-LOOK_AGAIN = 3
-"""An idle node is kept for so many looks for more nodes, so that the run can take it."""
+"""New clusters that a job may get; each resumes from storage."""
+TTL_S = 600
+"""Seconds that a finished job's cluster stays for inspection."""
+IDLE_CHECKS = 3
+"""An idle node stays for this number of the run's checks for more nodes, so that it is used."""
+ALL_ADDRESSES: Json = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
+"""All but the machine's own identity (link-local addresses)."""
 
 
-def objects(config: RunConfig, options: Options) -> dict[str, list[Json]]:
-    """Return the objects of the run by file, in the order they are to be made; raises ConfigError."""
-    problems = refused(config, options)
+def build_objects(config: RunConfig, options: Options) -> dict[str, list[Json]]:
+    """Return the objects of the run by file, in the order in which they must be created.
+
+    Raises:
+        ConfigError: the run cannot run on Kubernetes.
+    """
+    problems = find_config_problems(config, options)
     if problems:
         raise ConfigError(problems, f"run {config.run.name} on Kubernetes")
-    sizes, config = sizing(config, options), on_cluster(config)
-    here = {"namespace": options.namespace, "labels": labels(config)}
+
+    sizes = compute_sizing(config, options)
+    config = config_in_cluster(config)
+    metadata = {"namespace": options.namespace, "labels": run_labels(config)}
     files = {
-        "namespace.yaml": [_namespace(options), _denied(options)],
-        "priority-class.yaml": [_priority("head", 1100), _priority("worker", 1000)],
-        "service-account.yaml": [
-            {
-                "apiVersion": "v1",
-                "kind": "ServiceAccount",
-                "metadata": {
-                    "name": "dist-ft",
-                    "namespace": options.namespace,
-                    "labels": {"app.kubernetes.io/part-of": "dist-ft"},
-                },
-                "automountServiceAccountToken": False,
-            }
-        ],
-        "config.yaml": [
-            {
-                "apiVersion": "v1",
-                "kind": "ConfigMap",
-                "metadata": {"name": f"{config.run.name}-config", **here},
-                "data": {"run.yaml": as_stored(config)},
-            }
-        ],
-        "network-policy.yaml": [_network(config, here)],
+        "namespace.yaml": [_namespace(options), _deny_ingress_policy(options)],
+        "priority-class.yaml": [_priority_class("head", 1100), _priority_class("worker", 1000)],
+        "service-account.yaml": [_service_account(options)],
+        "config.yaml": [_config_map(config, metadata)],
+        "network-policy.yaml": [_network_policy(config, metadata)],
         "disruption-budget.yaml": [
-            _budget(config, here, "head", 1),
-            _budget(config, here, "worker", sizes.min_pods),
+            _disruption_budget(config, metadata, "head", 1),
+            _disruption_budget(config, metadata, "worker", sizes.min_pods),
         ],
-        "rayjob.yaml": [_job(config, options, sizes, here)],
+        "rayjob.yaml": [_ray_job(config, options, sizes, metadata)],
     }
     if options.claim:
-        files["claim.yaml"] = [_claim(options)]
+        files["claim.yaml"] = [_volume_claim(options)]
     return files
 
 
-def refused(config: RunConfig, options: Options) -> list[str]:
-    """Return what Kubernetes would refuse of the config, and paths that pods can not see."""
-    name = config.run.name
-    problems = []
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", name):
-        problems.append(
-            f"run.name={name}: Kubernetes refuses it as the name of a RayJob; it has to begin with a "
-            "letter (a-z), go on with letters, digits and '-', and have at most 47 characters; choose one"
-        )
-    if not config.max_workers:
-        problems.append(
-            "cluster.workers=0: one process in this shell, and nothing for Kubernetes to place; set it "
-            "to a number of workers, or a range"
-        )
-    for field, path in _local(config):
-        if not (options.claim and path.startswith(options.claim_mount.rstrip("/") + "/")):
-            problems.append(
-                f"{field}={path}: a local path that no pod sees; allowed: a URL such as s3://bucket/..., "
-                f"or a path below a volume that all pods mount (--claim NAME, {options.claim_mount}/...); "
-                "change it"
-            )
-    cache = config.data.cache_dir or CACHE_MOUNT
-    if not cache.startswith("/"):
-        problems.append(
-            f"data.cache_dir={cache}: a pod mounts its disk there; allowed: an absolute path; change it, "
-            "or leave it out"
-        )
-    if config.zero.nvme_path and not f"{config.zero.nvme_path}/".startswith(
-        cache.rstrip("/") + "/"
-    ):
-        problems.append(
-            f"zero.nvme_path={config.zero.nvme_path}: pods have a disk at data.cache_dir={cache} alone; "
-            "allowed: a folder below it; change it"
-        )
-    return problems
+def config_in_cluster(config: RunConfig) -> RunConfig:
+    """Return the config as pods run it.
 
-
-def _local(config: RunConfig) -> list[tuple[str, str]]:
-    """Return (field, path) of all local paths that workers read or write outside their own node."""
-    named = [("model.path", config.model.path), ("model.tokenizer", config.model.tokenizer)]
-    named += [(f"data.train.{i}.path", source.path) for i, source in enumerate(config.data.train)]
-    named += [
-        (f"evaluation.data.{i}.path", source.path)
-        for i, source in enumerate(config.evaluation.data)
-    ]
-    files = [
-        ("run.storage", config.run.storage),
-        ("model.chat_template", config.model.chat_template),
-        ("data.augment.synonyms", config.data.augment.synonyms),
-    ]
-    found = [
-        (field, path)
-        for field, path in named  # a name of the hub has no dot at its begin, no glob, no ending
-        if path and (path[0] in "./~" or "*" in path or path.endswith(ENDINGS))
-    ] + [(field, path) for field, path in files if path]
-    return [
-        (field, path) for field, path in found if "://" not in path or path.startswith("file://")
-    ]
-
-
-def on_cluster(config: RunConfig) -> RunConfig:
-    """Return the config as pods run it: in the cluster around them, on their own disk; a lost pod is waited for."""
+    It uses the cluster around the pods and their own disk, and waits for lost pods.
+    """
     cluster = config.cluster.model_copy(update={"address": "auto", "wait_for_nodes": True})
     data = config.data.model_copy(update={"cache_dir": config.data.cache_dir or CACHE_MOUNT})
     return config.model_copy(update={"cluster": cluster, "data": data})
 
 
-def as_stored(config: RunConfig) -> str:
-    """Return what of the config differs from defaults, as YAML; `load_config` makes the same config of it."""
+def config_to_yaml(config: RunConfig) -> str:
+    """Return the config's differences from defaults as YAML, which `load_config` reads back."""
     return yaml.safe_dump(
         config.model_dump(mode="json", exclude_defaults=True),
         sort_keys=False,
@@ -153,8 +84,31 @@ def entrypoint(*overrides: str) -> str:
     )
 
 
-def _job(config: RunConfig, options: Options, sizes: Sizing, here: Json) -> Json:
-    """Return the RayJob: submitted over HTTP, begun anew by a new cluster that goes on from storage."""
+def _ray_job(config: RunConfig, options: Options, sizes: Sizing, metadata: Json) -> Json:
+    """Return the RayJob.
+
+    It is submitted over HTTP; after a failure, a new cluster resumes it from storage.
+    """
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": config.run.name, **metadata},
+        "spec": {
+            "submissionMode": "HTTPMode",
+            "entrypoint": entrypoint(),
+            "backoffLimit": RESTARTS,
+            "runtimeEnvYAML": yaml.safe_dump(
+                {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(sizes.drain_s)}}
+            ),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": TTL_S,
+            "suspend": False,
+            "rayClusterSpec": _ray_cluster(config, options, sizes),
+        },
+    }
+
+
+def _ray_cluster(config: RunConfig, options: Options, sizes: Sizing) -> Json:
     cluster: Json = {
         "rayVersion": options.ray_version,
         "authOptions": {"mode": "token"},
@@ -162,17 +116,20 @@ def _job(config: RunConfig, options: Options, sizes: Sizing, here: Json) -> Json
     }
     if options.token_secret:
         cluster["authOptions"]["secretName"] = options.token_secret
-    if sizes.elastic:  # it begins with the fewest pods and takes more as they come
+
+    if sizes.elastic:
+        # the job starts with the fewest pods and uses more as they become available
         amounts = {"cpu": "500m", "memory": "1Gi"}
         cluster["autoscalerOptions"] = {
             "version": "v2",
-            "idleTimeoutSeconds": int(LOOK_AGAIN * config.cluster.resize_interval_s),
+            "idleTimeoutSeconds": int(IDLE_CHECKS * config.cluster.resize_interval_s),
             "resources": {"requests": amounts, "limits": dict(amounts)},
             "securityContext": pods.SECURITY,
         }
+
     cluster["headGroupSpec"] = {
         "serviceType": "ClusterIP",
-        "template": pods.head(config, options, sizes),
+        "template": pods.head_template(config, options, sizes),
         "rayStartParams": {
             "num-cpus": "0",
             "dashboard-host": "0.0.0.0",
@@ -186,26 +143,10 @@ def _job(config: RunConfig, options: Options, sizes: Sizing, here: Json) -> Json
             "minReplicas": sizes.min_pods,
             "maxReplicas": sizes.max_pods,
             "rayStartParams": pods.start_params(config, sizes),
-            "template": pods.worker(config, options, sizes),
+            "template": pods.worker_template(config, options, sizes),
         }
     ]
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": {"name": config.run.name, **here},
-        "spec": {
-            "submissionMode": "HTTPMode",
-            "entrypoint": entrypoint(),
-            "backoffLimit": RESTARTS,
-            "runtimeEnvYAML": yaml.safe_dump(
-                {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(sizes.drain_s)}}
-            ),
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": KEPT_S,
-            "suspend": False,
-            "rayClusterSpec": cluster,
-        },
-    }
+    return cluster
 
 
 def _namespace(options: Options) -> Json:
@@ -222,8 +163,30 @@ def _namespace(options: Options) -> Json:
     }
 
 
-def _denied(options: Options) -> Json:
-    """Return the policy that nothing in the namespace is reached unless another one says so."""
+def _service_account(options: Options) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {
+            "name": "dist-ft",
+            "namespace": options.namespace,
+            "labels": {"app.kubernetes.io/part-of": "dist-ft"},
+        },
+        "automountServiceAccountToken": False,
+    }
+
+
+def _config_map(config: RunConfig, metadata: Json) -> Json:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{config.run.name}-config", **metadata},
+        "data": {"run.yaml": config_to_yaml(config)},
+    }
+
+
+def _deny_ingress_policy(options: Options) -> Json:
+    """Return the policy that denies ingress to the namespace unless another policy allows it."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -232,7 +195,7 @@ def _denied(options: Options) -> Json:
     }
 
 
-def _priority(component: str, value: int) -> Json:
+def _priority_class(component: str, value: int) -> Json:
     return {
         "apiVersion": "scheduling.k8s.io/v1",
         "kind": "PriorityClass",
@@ -246,78 +209,97 @@ def _priority(component: str, value: int) -> Json:
     }
 
 
-def _network(config: RunConfig, here: Json) -> Json:
-    """Return what the run's pods may reach and be reached from: one another; the operator reaches the dashboard."""
-    own: Json = {"podSelector": {"matchLabels": labels(config)}}
+def _network_policy(config: RunConfig, metadata: Json) -> Json:
+    """Return the policy of the run's pods.
+
+    They reach one another and the services that they need; the operator reaches the dashboard.
+    """
+    own_pods: Json = {"podSelector": {"matchLabels": run_labels(config)}}
     operator: Json = {
         "namespaceSelector": {},
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
     }
-    names: list[Json] = [
-        {
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
-            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
-        },
-        {"ipBlock": {"cidr": "169.254.20.10/32"}},
-    ]  # the node's own cache of names
-    world: Json = {
-        "ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
-    }  # not the machine's own identity
+    cluster_dns: Json = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+        "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+    }
+    node_dns_cache: Json = {"ipBlock": {"cidr": "169.254.20.10/32"}}
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": {"name": config.run.name, **here},
+        "metadata": {"name": config.run.name, **metadata},
         "spec": {
-            "podSelector": {"matchLabels": labels(config)},
+            "podSelector": {"matchLabels": run_labels(config)},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [{"from": [own]}, {"from": [operator], "ports": _ports("TCP", 8265)}],
+            "ingress": [
+                {"from": [own_pods]},
+                {"from": [operator], "ports": _ports("TCP", RAY_PORTS["dashboard"])},
+            ],
             "egress": [
-                {"to": [own]},
-                {"to": names, "ports": _ports("UDP", 53) + _ports("TCP", 53)},
-                *_google(config),
-                {"to": [world], "ports": _ports("TCP", *_outside(config))},
+                {"to": [own_pods]},
+                {
+                    "to": [cluster_dns, node_dns_cache],
+                    "ports": _ports("UDP", 53) + _ports("TCP", 53),
+                },
+                *_google_metadata_egress(config),
+                {
+                    "to": [{"ipBlock": ALL_ADDRESSES}],
+                    "ports": _ports("TCP", *_egress_ports(config)),
+                },
             ],
         },
     }
 
 
-def _google(config: RunConfig) -> list[Json]:
-    """Return the way to GKE's metadata server, by which pods have an identity for gs://; none for other stores."""
+def _google_metadata_egress(config: RunConfig) -> list[Json]:
+    """Return the rule for GKE's metadata server, which gives pods an identity for gs://.
+
+    Empty for other stores.
+    """
     urls = [config.run.storage, config.model.path, *(source.path for source in config.data.train)]
     if not any(url.startswith(("gs://", "gcs://")) for url in urls):
         return []
-    peers = [{"ipBlock": {"cidr": f"169.254.169.{last}/32"}} for last in (252, 254)]
-    return [{"to": peers, "ports": _ports("TCP", 80, 987, 988)}]
+    servers = [{"ipBlock": {"cidr": f"169.254.169.{last}/32"}} for last in (252, 254)]
+    return [{"to": servers, "ports": _ports("TCP", 80, 987, 988)}]
 
 
-def _outside(config: RunConfig) -> list[int]:
-    """Return ports of object stores, hubs and the API server: 443, 6443 and those `storage.options` name."""
-    found = {443, 6443}
+def _egress_ports(config: RunConfig) -> list[int]:
+    """Return the ports of object stores, hubs and the API server.
+
+    These are 443, 6443 and those in `storage.options`.
+    """
+    ports = {443, 6443}
     for settings in config.storage.options.values():
         url = urlsplit(str(settings.get("endpoint_url") or ""))
-        found |= {url.port or (80 if url.scheme == "http" else 443)} if url.hostname else set()
-    return sorted(found)
+        if url.hostname:
+            ports.add(url.port or (80 if url.scheme == "http" else 443))
+    return sorted(ports)
 
 
 def _ports(protocol: str, *numbers: int) -> list[Json]:
     return [{"protocol": protocol, "port": number} for number in numbers]
 
 
-def _budget(config: RunConfig, here: Json, component: str, fewest: int) -> Json:
-    """Return how many pods voluntary disruptions leave: a number, as nothing with a scale owns these pods."""
+def _disruption_budget(
+    config: RunConfig, metadata: Json, component: str, min_available: int
+) -> Json:
+    """Return how many pods voluntary disruptions leave.
+
+    It is a number, as no owner with a scale has these pods.
+    """
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": {**here, "name": f"{config.run.name}-{component}"},
+        "metadata": {**metadata, "name": f"{config.run.name}-{component}"},
         "spec": {
-            "minAvailable": fewest,
+            "minAvailable": min_available,
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
-            "selector": {"matchLabels": labels(config, component)},
+            "selector": {"matchLabels": run_labels(config, component)},
         },
     }
 
 
-def _claim(options: Options) -> dict[str, Any]:
+def _volume_claim(options: Options) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",

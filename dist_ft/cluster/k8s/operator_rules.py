@@ -1,7 +1,8 @@
-"""What the KubeRay operator refuses after the API server has taken it: its own rules, as of v1.7.
+"""What the KubeRay operator refuses after the API server accepted it: its own rules, as of v1.7.
 
-A resource that breaks one is taken, and then nothing happens but an event; so it is said here. Source: the operator's
-validation of RayJob and RayCluster (ray-operator/controllers/ray/utils/validation.go), by its default feature gates.
+A resource that breaks one is created, but then nothing happens except for an event; so the check
+reports it. Source: the operator's validation of RayJob and RayCluster
+(ray-operator/controllers/ray/utils/validation.go), with its default feature gates.
 """
 
 from __future__ import annotations
@@ -12,283 +13,317 @@ from typing import Any
 
 import yaml
 
-from dist_ft.cluster.k8s.load_manifests import at
+from dist_ft.cluster.k8s.load_manifests import Problem, lookup
 
-Problem = tuple[str, str]
-NAME_LENGTH = {"RayJob": 47, "RayCluster": 53}
-RAY_FOR_TOKENS = (2, 52, 0)
+MAX_NAME_LENGTH = {"RayJob": 47, "RayCluster": 53}
+MIN_RAY_FOR_TOKENS = (2, 52, 0)
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
-OFF = {
+FEATURE_GATES = {
     "networkPolicy": "RayClusterNetworkPolicy",
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
-"""Fields whose feature is off unless the operator is started with it, as of v1.7."""
+"""Fields that need a feature of the operator which is off by default, as of v1.7."""
 
 
-def problems(content: dict[str, Any]) -> Iterator[Problem]:
-    """Yield (path, what is wrong) of a RayJob or a RayCluster."""
-    yield from _name(content)
+def check_operator_rules(content: dict[str, Any]) -> Iterator[Problem]:
+    """Yield the problems of a RayJob or a RayCluster."""
+    yield from _check_name(content)
     if content["kind"] == "RayJob":
-        yield from _job(content)
-        cluster, below = at(content, "spec", "rayClusterSpec"), "spec.rayClusterSpec"
+        yield from _check_job(content)
+        cluster, path = lookup(content, "spec", "rayClusterSpec"), "spec.rayClusterSpec"
     else:
-        cluster, below = at(content, "spec"), "spec"
-    if isinstance(cluster, dict):
-        annotations = at(content, "metadata", "annotations", default={})
-        for rules in (_groups, _autoscaling, _authentication, _features):
-            yield from ((f"{below}.{path}", text) for path, text in rules(cluster))
-        yield from (
-            (f"{below}.{path}", text) for path, text in _fault_tolerance(cluster, annotations)
-        )
+        cluster, path = lookup(content, "spec"), "spec"
+    if not isinstance(cluster, dict):
+        return
+
+    annotations = lookup(content, "metadata", "annotations", default={})
+    for problem in _check_cluster(cluster, annotations):
+        yield Problem(f"{path}.{problem.path}", problem.message)
 
 
-def _name(content: dict[str, Any]) -> Iterator[Problem]:
-    name, most = str(at(content, "metadata", "name", default="")), NAME_LENGTH[content["kind"]]
-    if len(name) > most:
-        yield (
+def _check_cluster(cluster: dict[str, Any], annotations: dict[str, str]) -> Iterator[Problem]:
+    yield from _check_groups(cluster)
+    yield from _check_autoscaling(cluster)
+    yield from _check_authentication(cluster)
+    yield from _check_features(cluster)
+    yield from _check_fault_tolerance(cluster, annotations)
+
+
+def _check_name(content: dict[str, Any]) -> Iterator[Problem]:
+    name = str(lookup(content, "metadata", "name", default=""))
+    max_length = MAX_NAME_LENGTH[content["kind"]]
+    if len(name) > max_length:
+        yield Problem(
             "metadata.name",
-            f"{len(name)} characters; the operator takes at most {most}; shorten it",
+            f"has {len(name)} characters. The operator allows at most {max_length}. Shorten it.",
         )
     if name and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        yield (
+        yield Problem(
             "metadata.name",
-            (
-                "the operator takes letters a-z, digits and '-', beginning with a letter and not "
-                "ending with '-'; choose another"
-            ),
+            "is not allowed by the operator. It must consist of letters a-z, digits and '-', start "
+            "with a letter and not end with '-'. Use another name.",
         )
 
 
-def _job(content: dict[str, Any]) -> Iterator[Problem]:
-    spec = at(content, "spec", default={})
-    stays = not at(spec, "shutdownAfterJobFinishes", default=False)
-    selector, mode = at(spec, "clusterSelector"), at(spec, "submissionMode", default="K8sJobMode")
-    backoff, ttl = (
-        at(spec, "backoffLimit", default=0),
-        at(spec, "ttlSecondsAfterFinished", default=0),
-    )
-    if stays and ttl > 0:
-        yield (
+def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
+    spec = lookup(content, "spec", default={})
+    is_shut_down = lookup(spec, "shutdownAfterJobFinishes", default=False)
+    is_suspended = lookup(spec, "suspend", default=False)
+    selector = lookup(spec, "clusterSelector")
+    mode = lookup(spec, "submissionMode", default="K8sJobMode")
+    backoff = lookup(spec, "backoffLimit", default=0)
+
+    if not is_shut_down and lookup(spec, "ttlSecondsAfterFinished", default=0) > 0:
+        yield Problem(
             "spec.ttlSecondsAfterFinished",
-            "only with shutdownAfterJobFinishes: true; set that, or leave it out",
+            "needs shutdownAfterJobFinishes: true. Set that, or remove it.",
         )
-    if stays and at(spec, "suspend", default=False):
-        yield "spec.suspend", "only with shutdownAfterJobFinishes: true; set that"
-    if selector is None and at(spec, "rayClusterSpec") is None:
-        yield "spec", "neither rayClusterSpec nor clusterSelector; give one"
-    if selector is not None and (backoff > 0 or at(spec, "suspend", default=False)):
-        yield (
+    if not is_shut_down and is_suspended:
+        yield Problem("spec.suspend", "needs shutdownAfterJobFinishes: true. Set that.")
+    if selector is None and lookup(spec, "rayClusterSpec") is None:
+        yield Problem("spec", "has neither rayClusterSpec nor clusterSelector. Add one.")
+    if selector is not None and (backoff > 0 or is_suspended):
+        yield Problem(
             "spec.clusterSelector",
-            "neither with backoffLimit nor with suspend; leave it or those out",
+            "cannot be combined with backoffLimit or suspend. Remove it or those.",
         )
     if mode == "InteractiveMode" and backoff > 0:
-        yield "spec.backoffLimit", "not with InteractiveMode; leave it out, or take HTTPMode"
-    for field, least in (
-        ("backoffLimit", 0),
-        ("ttlSecondsAfterFinished", 0),
-        ("activeDeadlineSeconds", 1),
-        ("preRunningDeadlineSeconds", 1),
-    ):
-        if isinstance(at(spec, field), int) and spec[field] < least:
-            yield f"spec.{field}", f"{spec[field]} is below {least}; raise it"
-    yield from _deletion(spec, stays)
+        yield Problem(
+            "spec.backoffLimit",
+            "cannot be combined with InteractiveMode. Remove it, or use HTTPMode.",
+        )
+
+    minimums = {
+        "backoffLimit": 0,
+        "ttlSecondsAfterFinished": 0,
+        "activeDeadlineSeconds": 1,
+        "preRunningDeadlineSeconds": 1,
+    }
+    for field, minimum in minimums.items():
+        if isinstance(lookup(spec, field), int) and spec[field] < minimum:
+            yield Problem(f"spec.{field}", f"{spec[field]} is below {minimum}. Raise it.")
+
+    yield from _check_deletion(spec, is_shut_down)
+    yield from _check_runtime_environment(spec)
+
+
+def _check_runtime_environment(spec: dict[str, Any]) -> Iterator[Problem]:
     try:
-        environment = yaml.safe_load(at(spec, "runtimeEnvYAML", default="{}"))
+        environment = yaml.safe_load(lookup(spec, "runtimeEnvYAML", default="{}"))
     except yaml.YAMLError:
         environment = None
     if not isinstance(environment, dict):
-        yield "spec.runtimeEnvYAML", "not a mapping in YAML; correct it"
+        yield Problem("spec.runtimeEnvYAML", "is not a YAML mapping. Correct it.")
 
 
-def _deletion(spec: dict[str, Any], stays: bool) -> Iterator[Problem]:
-    strategy = at(spec, "deletionStrategy")
+def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Problem]:
+    strategy = lookup(spec, "deletionStrategy")
     if strategy is None:
         return
-    rules = at(strategy, "deletionRules", default=[])
-    legacy = [name for name in ("onSuccess", "onFailure") if at(strategy, name) is not None]
-    where = "spec.deletionStrategy"
-    if rules and not stays:
-        yield (
-            f"{where}.deletionRules",
-            "not with shutdownAfterJobFinishes: true; leave one of them out",
+
+    path = "spec.deletionStrategy"
+    rules = lookup(strategy, "deletionRules", default=[])
+    legacy = [name for name in ("onSuccess", "onFailure") if lookup(strategy, name) is not None]
+    if rules and is_shut_down:
+        yield Problem(
+            f"{path}.deletionRules",
+            "cannot be combined with shutdownAfterJobFinishes: true. Remove one of them.",
         )
     if rules and legacy:
-        yield where, f"deletionRules and {' and '.join(legacy)} exclude one another; leave one out"
+        yield Problem(
+            path, f"deletionRules cannot be combined with {' and '.join(legacy)}. Remove one."
+        )
     if not rules and len(legacy) < 2:
-        yield where, "neither deletionRules nor both of onSuccess and onFailure; give one of them"
+        yield Problem(path, "needs deletionRules, or both onSuccess and onFailure. Add these.")
+
     seen: set[str] = set()
     for index, rule in enumerate(rules):
-        condition = at(rule, "condition", default={})
-        key = str(
-            (rule.get("policy"), condition.get("jobStatus"), condition.get("jobDeploymentStatus"))
-        )
-        if at(condition, "ttlSeconds", default=0) < 0:
-            yield f"{where}.deletionRules[{index}].condition.ttlSeconds", "below 0; raise it"
+        rule_path = f"{path}.deletionRules[{index}]"
+        condition = lookup(rule, "condition", default={})
+        if lookup(condition, "ttlSeconds", default=0) < 0:
+            yield Problem(f"{rule_path}.condition.ttlSeconds", "is below 0. Raise it.")
+        statuses = condition.get("jobStatus"), condition.get("jobDeploymentStatus")
+        key = str((rule.get("policy"), *statuses))
         if key in seen:
-            yield (
-                f"{where}.deletionRules[{index}]",
-                "its policy and condition stand there twice; leave one out",
+            yield Problem(
+                rule_path, "another rule has the same policy and condition. Remove one of them."
             )
         seen.add(key)
 
 
-def groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (path, group) of the head and of the worker groups."""
-    if isinstance(at(cluster, "headGroupSpec"), dict):
+def ray_groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (path, group) of the head group and of the worker groups."""
+    if isinstance(lookup(cluster, "headGroupSpec"), dict):
         yield "headGroupSpec", cluster["headGroupSpec"]
-    for index, group in enumerate(at(cluster, "workerGroupSpecs", default=[])):
+    for index, group in enumerate(lookup(cluster, "workerGroupSpecs", default=[])):
         if isinstance(group, dict):
             yield f"workerGroupSpecs[{index}]", group
 
 
-def _groups(cluster: dict[str, Any]) -> Iterator[Problem]:
-    scaled = at(cluster, "enableInTreeAutoscaling", default=False)
-    for path, group in groups(cluster):
-        params = at(group, "rayStartParams", default={})
-        if not at(group, "template", "spec", "containers"):
-            yield f"{path}.template.spec.containers", "no container; give one"
-        both = [
-            name for name in ("num-cpus", "num-gpus", "memory", "resources") if params.get(name)
-        ]
-        if both and at(group, "resources"):
-            yield (
+def _check_groups(cluster: dict[str, Any]) -> Iterator[Problem]:
+    is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
+    for path, group in ray_groups(cluster):
+        params = lookup(group, "rayStartParams", default={})
+        if not lookup(group, "template", "spec", "containers"):
+            yield Problem(f"{path}.template.spec.containers", "has no container. Add one.")
+
+        resource_params = ("num-cpus", "num-gpus", "memory", "resources")
+        in_params = [name for name in resource_params if params.get(name)]
+        if in_params and lookup(group, "resources"):
+            yield Problem(
                 f"{path}.resources",
-                f"not beside rayStartParams of {', '.join(both)}; say it in one place",
+                f"cannot be combined with rayStartParams of {', '.join(in_params)}. Set resources "
+                "in one place.",
             )
         if "labels" in params:
-            yield f"{path}.rayStartParams.labels", "not taken; use the group's labels"
-        if path == "headGroupSpec":
-            continue
-        least, most = at(group, "minReplicas"), at(group, "maxReplicas")
-        if not scaled and (least is None or most is None):
-            yield (
-                path,
-                "minReplicas and maxReplicas are needed where enableInTreeAutoscaling is off; give both",
+            yield Problem(
+                f"{path}.rayStartParams.labels", "is not allowed. Use the group's labels."
             )
-        if isinstance(least, int) and isinstance(most, int) and least > most:
-            yield f"{path}.minReplicas", f"{least} is more than maxReplicas={most}; lower it"
-        if any(isinstance(number, int) and number < 0 for number in (least, most)):
-            yield path, "minReplicas or maxReplicas is below 0; raise it"
+        if path != "headGroupSpec":
+            yield from _check_replicas(path, group, is_scaled)
 
 
-def environment(group: dict[str, Any]) -> dict[str, Any]:
-    """Return name and literal value (None: by reference) of the environment of a group's first container."""
+def _check_replicas(path: str, group: dict[str, Any], is_scaled: bool) -> Iterator[Problem]:
+    minimum, maximum = lookup(group, "minReplicas"), lookup(group, "maxReplicas")
+    if not is_scaled and (minimum is None or maximum is None):
+        yield Problem(
+            path,
+            "without enableInTreeAutoscaling, minReplicas and maxReplicas are required. Set both.",
+        )
+    if isinstance(minimum, int) and isinstance(maximum, int) and minimum > maximum:
+        yield Problem(
+            f"{path}.minReplicas", f"{minimum} is more than maxReplicas={maximum}. Lower it."
+        )
+    if any(isinstance(number, int) and number < 0 for number in (minimum, maximum)):
+        yield Problem(path, "minReplicas or maxReplicas is below 0. Raise it.")
+
+
+def environment_variables(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment of a group's first container: name to value (None: by reference)."""
+    entries = lookup(group, "template", "spec", "containers", 0, "env", default=[])
     return {
-        str(entry.get("name")): entry.get("value")
-        for entry in at(group, "template", "spec", "containers", 0, "env", default=[])
-        if isinstance(entry, dict)
+        str(entry.get("name")): entry.get("value") for entry in entries if isinstance(entry, dict)
     }
 
 
-def _autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
-    scaled = at(cluster, "enableInTreeAutoscaling", default=False)
-    options = at(cluster, "autoscalerOptions", default={})
-    asked = environment(at(cluster, "headGroupSpec", default={})).get(AUTOSCALER_V2) in (
-        "1",
-        "true",
-    )
-    second = options.get("version") == "v2"
-    if asked and not scaled:
-        yield (
+def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
+    is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
+    options = lookup(cluster, "autoscalerOptions", default={})
+    head_environment = environment_variables(lookup(cluster, "headGroupSpec", default={}))
+    is_v2_by_variable = head_environment.get(AUTOSCALER_V2) in ("1", "true")
+    is_v2_by_option = options.get("version") == "v2"
+
+    if is_v2_by_variable and not is_scaled:
+        yield Problem(
             "headGroupSpec",
-            f"{AUTOSCALER_V2} without enableInTreeAutoscaling: true; set that, or leave it out",
+            f"{AUTOSCALER_V2} needs enableInTreeAutoscaling: true. Set that, or remove it.",
         )
-    if asked and options.get("version"):
-        yield (
+    if is_v2_by_variable and options.get("version"):
+        yield Problem(
             "autoscalerOptions.version",
-            f"not beside {AUTOSCALER_V2} in the head's environment; leave that out",
+            f"cannot be combined with {AUTOSCALER_V2} in the head's environment. Remove the "
+            "variable.",
         )
-    if at(options, "idleTimeoutSeconds", default=0) < 0:
-        yield "autoscalerOptions.idleTimeoutSeconds", "below 0; raise it"
-    for path, group in groups(cluster):
-        policy = at(group, "template", "spec", "restartPolicy", default="Never")
-        if scaled and second and policy != "Never":
-            yield (
+    if lookup(options, "idleTimeoutSeconds", default=0) < 0:
+        yield Problem("autoscalerOptions.idleTimeoutSeconds", "is below 0. Raise it.")
+
+    has_v2 = (is_scaled and is_v2_by_option) or is_v2_by_variable
+    for path, group in ray_groups(cluster):
+        policy = lookup(group, "template", "spec", "restartPolicy", default="Never")
+        if is_scaled and is_v2_by_option and policy != "Never":
+            yield Problem(
                 f"{path}.template.spec.restartPolicy",
-                f"{policy}: autoscaler v2 wants Never; set that",
+                f"{policy} is not supported by autoscaler v2. Set Never.",
             )
         if group.get("suspend") and path != "headGroupSpec":
-            yield (
+            yield Problem(
                 f"{path}.suspend",
-                "a worker group is suspended only by a feature that is off; leave it out",
+                "suspending a worker group needs a feature that is off by default. Remove it.",
             )
-        if not (scaled and second) and not asked:
-            for field in ("idleTimeoutSeconds", "priority"):
-                if at(group, field, default=0):
-                    yield (
-                        f"{path}.{field}",
-                        "only with autoscaler v2; set autoscalerOptions.version: v2",
-                    )
+        if has_v2:
+            continue
+        for field in ("idleTimeoutSeconds", "priority"):
+            if lookup(group, field, default=0):
+                yield Problem(
+                    f"{path}.{field}",
+                    "needs autoscaler v2. Set autoscalerOptions.version: v2.",
+                )
 
 
-def _authentication(cluster: dict[str, Any]) -> Iterator[Problem]:
-    options = at(cluster, "authOptions", default={})
+def _check_authentication(cluster: dict[str, Any]) -> Iterator[Problem]:
+    options = lookup(cluster, "authOptions", default={})
     if options.get("mode") != "token":
-        if at(options, "enableK8sTokenAuth", default=False):
-            yield "authOptions.enableK8sTokenAuth", "only with mode: token; set that"
+        if lookup(options, "enableK8sTokenAuth", default=False):
+            yield Problem("authOptions.enableK8sTokenAuth", "needs mode: token. Set that.")
         return
-    said = str(at(cluster, "rayVersion", default=""))
-    version = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", said)
-    if not version:
-        yield (
+
+    ray_version = str(lookup(cluster, "rayVersion", default=""))
+    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", ray_version)
+    if not match:
+        yield Problem(
             "rayVersion",
-            f"{said or 'none'}: token authentication needs at least 2.52.0; give the image's",
+            f"is {ray_version or 'missing'}. Token authentication needs at least 2.52.0. Set the "
+            "version in the image.",
         )
-    elif tuple(int(part or 0) for part in version.groups()) < RAY_FOR_TOKENS:
-        yield "rayVersion", f"{said}: token authentication came with 2.52.0; take a newer Ray"
+    elif tuple(int(part or 0) for part in match.groups()) < MIN_RAY_FOR_TOKENS:
+        yield Problem(
+            "rayVersion",
+            f"is {ray_version}. Token authentication needs at least 2.52.0. Use a newer Ray.",
+        )
 
 
-def _features(cluster: dict[str, Any]) -> Iterator[Problem]:
-    for field, gate in OFF.items():
-        if at(cluster, field) is not None:
-            yield (
-                field,
-                (
-                    f"needs the operator's feature {gate}, which is off by default; leave it out (a "
-                    "NetworkPolicy of the run's own does without)"
-                    if field == "networkPolicy"
-                    else f"needs the operator's feature {gate}, which is off by default; leave it out"
-                ),
-            )
+def _check_features(cluster: dict[str, Any]) -> Iterator[Problem]:
+    for field, gate in FEATURE_GATES.items():
+        if lookup(cluster, field) is None:
+            continue
+        message = f"needs the operator's feature {gate}, which is off by default. Remove it"
+        if field == "networkPolicy":
+            message += " (the run's own NetworkPolicy does not need it)"
+        yield Problem(field, f"{message}.")
 
 
-def _fault_tolerance(cluster: dict[str, Any], annotations: dict[str, str]) -> Iterator[Problem]:
-    options, head = (
-        at(cluster, "gcsFaultToleranceOptions"),
-        at(cluster, "headGroupSpec", default={}),
-    )
-    said, params = environment(head), at(head, "rayStartParams", default={})
-    if "REDIS_USERNAME" in said or params.get("redis-username"):
-        yield (
+def _check_fault_tolerance(
+    cluster: dict[str, Any], annotations: dict[str, str]
+) -> Iterator[Problem]:
+    options = lookup(cluster, "gcsFaultToleranceOptions")
+    head = lookup(cluster, "headGroupSpec", default={})
+    variables = environment_variables(head)
+    params = lookup(head, "rayStartParams", default={})
+
+    if "REDIS_USERNAME" in variables or params.get("redis-username"):
+        yield Problem(
             "headGroupSpec",
-            "no REDIS_USERNAME of its own; use gcsFaultToleranceOptions.redisUsername",
+            "REDIS_USERNAME is not allowed here. Use gcsFaultToleranceOptions.redisUsername.",
         )
     if options is None:
-        if (
-            "RAY_REDIS_ADDRESS" in said
-            and annotations.get("ray.io/ft-enabled", "").lower() != "true"
-        ):
-            yield (
+        is_enabled = annotations.get("ray.io/ft-enabled", "").lower() == "true"
+        if "RAY_REDIS_ADDRESS" in variables and not is_enabled:
+            yield Problem(
                 "headGroupSpec",
-                "RAY_REDIS_ADDRESS without gcsFaultToleranceOptions; use its redisAddress",
+                "RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions. Use redisAddress in these.",
             )
         return
+
     if annotations.get("ray.io/ft-enabled"):
-        yield (
+        yield Problem(
             "gcsFaultToleranceOptions",
-            "not beside the annotation ray.io/ft-enabled; leave that out",
+            "cannot be combined with the annotation ray.io/ft-enabled. Remove the annotation.",
         )
     for name in ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD"):
-        if name in said:
-            yield (
+        if name in variables:
+            yield Problem(
                 "headGroupSpec",
-                f"no {name} beside gcsFaultToleranceOptions, which says it; leave it out",
+                f"{name} cannot be combined with gcsFaultToleranceOptions, which sets it. Remove "
+                "it.",
             )
     if params.get("redis-password"):
-        yield (
+        yield Problem(
             "headGroupSpec.rayStartParams.redis-password",
-            "not beside gcsFaultToleranceOptions; use that",
+            "cannot be combined with gcsFaultToleranceOptions. Set it there.",
         )
-    if at(options, "backend", default="redis") == "redis" and at(options, "storage") is not None:
-        yield "gcsFaultToleranceOptions.storage", "only for the backend rocksdb; leave it out"
+    backend = lookup(options, "backend", default="redis")
+    if backend == "redis" and lookup(options, "storage") is not None:
+        yield Problem(
+            "gcsFaultToleranceOptions.storage", "is only for the backend rocksdb. Remove it."
+        )

@@ -1,4 +1,4 @@
-"""JSON patches (RFC 6902: add, replace, remove), as kustomize takes them. Pure."""
+"""JSON patches (RFC 6902: add, replace, remove), as kustomize applies them. Pure."""
 
 from __future__ import annotations
 
@@ -19,22 +19,28 @@ class Patch:
     Attributes:
         kind: of the objects.
         ops: operations, each {op, path, value}.
-        name: of the one object meant; empty: all of the kind.
+        name: of the only object to change; empty: all of the kind.
     """
 
     kind: str
     ops: Sequence[Json]
     name: str = ""
 
+    def applies_to(self, document: Json) -> bool:
+        """Whether this patch changes an object."""
+        if document["kind"] != self.kind:
+            return False
+        return not self.name or document["metadata"]["name"] == self.name
+
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A kustomize component: what it is for, and what it changes.
 
     Attributes:
-        about: a line for the reader of the file.
-        patches: in their order.
-        namespace: where all objects move to; empty: nowhere.
+        about: a line for readers of the file.
+        patches: in order.
+        namespace: where all objects move to; empty: they stay.
     """
 
     about: str
@@ -42,34 +48,42 @@ class Part:
     namespace: str = ""
 
 
-def applied(objects: Sequence[Json], part: Part) -> list[Json]:
-    """Return `objects` with `part` applied; they themselves stay as they are."""
-    changed = json.loads(
-        json.dumps(list(objects))
-    )  # not deepcopy, which keeps what two objects share
-    for patch in part.patches:
+def apply_component(objects: Sequence[Json], component: Component) -> list[Json]:
+    """Return `objects` with a component applied; the originals are not changed."""
+    # not deepcopy, which would keep values shared between objects
+    changed: list[Json] = json.loads(json.dumps(list(objects)))
+    for patch in component.patches:
         for document in changed:
-            if document["kind"] == patch.kind and patch.name in ("", document["metadata"]["name"]):
+            if patch.applies_to(document):
                 for op in patch.ops:
-                    _operate(document, op)
-    if part.namespace:
+                    _apply_operation(document, op)
+
+    if component.namespace:
         for document in changed:
             if document["kind"] not in CLUSTER_SCOPED:
-                document["metadata"]["namespace"] = part.namespace
+                document["metadata"]["namespace"] = component.namespace
             elif document["kind"] == "Namespace":
-                document["metadata"]["name"] = part.namespace
+                document["metadata"]["name"] = component.namespace
     return changed
 
 
-def _operate(document: Json, op: Json) -> None:
-    """Carry one operation out; raises KeyError or IndexError where its path leads nowhere."""
-    *way, last = [step.replace("~1", "/").replace("~0", "~") for step in op["path"].split("/")[1:]]
+def _apply_operation(document: Json, op: Json) -> None:
+    """Apply one operation in place.
+
+    Raises:
+        KeyError, IndexError: its path does not exist.
+    """
+    steps = [step.replace("~1", "/").replace("~0", "~") for step in op["path"].split("/")[1:]]
     target: Any = document
-    for step in way:
+    for step in steps[:-1]:
         target = target[int(step)] if isinstance(target, list) else target[step]
-    key: Any = last if not isinstance(target, list) else len(target) if last == "-" else int(last)
+
+    key: Any = steps[-1]
+    if isinstance(target, list):
+        key = len(target) if key == "-" else int(key)
+
     if op["op"] in ("replace", "remove"):
-        target[key]
+        target[key]  # must exist
     if op["op"] == "remove":
         del target[key]
     elif op["op"] == "add" and isinstance(target, list):

@@ -1,6 +1,7 @@
-"""The restricted pod standard, as the API server enforces it in a namespace so labelled. Pure.
+"""The restricted pod security standard, as the API server enforces it in a labeled namespace. Pure.
 
-Source: Kubernetes' Pod Security Standards. One exception is known: locked memory for RDMA, in a namespace made for it.
+Source: Kubernetes' Pod Security Standards. There is one exception: locked memory for RDMA, in a
+separate namespace.
 """
 
 from __future__ import annotations
@@ -8,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dist_ft.cluster.k8s.load_manifests import at
+from dist_ft.cluster.k8s.load_manifests import Problem, lookup
 
-Problem = tuple[str, str]
-VOLUMES = {
+ALLOWED_VOLUMES = {
     "configMap",
     "csi",
     "downwardAPI",
@@ -22,68 +22,98 @@ VOLUMES = {
     "secret",
     "image",
 }
-PROFILES = ("RuntimeDefault", "Localhost")
+ALLOWED_PROFILES = ("RuntimeDefault", "Localhost")
+STANDARD = "the restricted pod security standard"
 
 
-def pod_problems(template: dict[str, Any], path: str, locked: bool = False) -> Iterator[Problem]:
-    """Yield (path, what is wrong) of a pod template; `locked`: IPC_LOCK may be added."""
-    spec = at(template, "spec", default={})
+def check_pod(
+    template: dict[str, Any], path: str, allow_locked_memory: bool = False
+) -> Iterator[Problem]:
+    """Yield the problems of a pod template.
+
+    Args:
+        template: of the pods.
+        path: of its spec.
+        allow_locked_memory: containers may add the capability IPC_LOCK.
+    """
+    spec = lookup(template, "spec", default={})
     for field in ("hostNetwork", "hostPID", "hostIPC"):
-        if at(spec, field, default=False):
-            yield f"{path}.{field}", "refused by the restricted pod standard; leave it out"
-    for index, volume in enumerate(at(spec, "volumes", default=[])):
-        for kind in sorted(set(volume) - {"name"} - VOLUMES):
-            yield (
+        if lookup(spec, field, default=False):
+            yield Problem(f"{path}.{field}", f"is not allowed by {STANDARD}. Remove it.")
+
+    for index, volume in enumerate(lookup(spec, "volumes", default=[])):
+        for kind in sorted(set(volume) - {"name"} - ALLOWED_VOLUMES):
+            yield Problem(
                 f"{path}.volumes[{index}].{kind}",
-                (
-                    "refused by the restricted pod standard; allowed: "
-                    f"{', '.join(sorted(VOLUMES))}; take one of these"
-                ),
+                f"is not allowed by {STANDARD}. Allowed: {', '.join(sorted(ALLOWED_VOLUMES))}. "
+                "Use one of these.",
             )
+
+    pod_context = lookup(spec, "securityContext", default={})
     for kind in ("initContainers", "containers"):
-        for index, container in enumerate(at(spec, kind, default=[])):
-            here = f"{path}.{kind}[{index}]"
-            yield from security_problems(
-                at(container, "securityContext", default={}),
-                f"{here}.securityContext",
-                at(spec, "securityContext", default={}),
-                locked,
+        for index, container in enumerate(lookup(spec, kind, default=[])):
+            container_path = f"{path}.{kind}[{index}]"
+            yield from check_security_context(
+                lookup(container, "securityContext", default={}),
+                f"{container_path}.securityContext",
+                pod_context,
+                allow_locked_memory,
             )
-            for number, port in enumerate(at(container, "ports", default=[])):
-                if at(port, "hostPort", default=0):
-                    yield (
-                        f"{here}.ports[{number}].hostPort",
-                        "refused by the restricted pod standard; leave it out",
+            for number, port in enumerate(lookup(container, "ports", default=[])):
+                if lookup(port, "hostPort", default=0):
+                    yield Problem(
+                        f"{container_path}.ports[{number}].hostPort",
+                        f"is not allowed by {STANDARD}. Remove it.",
                     )
 
 
-def security_problems(
-    context: dict[str, Any], path: str, pod: dict[str, Any], locked: bool = False
+def check_security_context(
+    context: dict[str, Any],
+    path: str,
+    pod_context: dict[str, Any],
+    allow_locked_memory: bool = False,
 ) -> Iterator[Problem]:
-    """Yield what is wrong with a container's securityContext; some of it may stand in that of its pod, `pod`."""
-    refused = "by the restricted pod standard"
-    if at(context, "allowPrivilegeEscalation", default=True):
-        yield f"{path}.allowPrivilegeEscalation", f"has to be false {refused}; set it"
-    if at(context, "privileged", default=False):
-        yield f"{path}.privileged", f"refused {refused}; leave it out"
-    if not at(context, "runAsNonRoot", default=at(pod, "runAsNonRoot", default=False)):
-        yield f"{path}.runAsNonRoot", f"has to be true {refused}; set it"
-    if at(context, "runAsUser", default=at(pod, "runAsUser", default=1)) == 0:
-        yield f"{path}.runAsUser", f"0 is refused {refused}; take another"
-    profile = at(context, "seccompProfile", "type", default=at(pod, "seccompProfile", "type"))
-    if profile not in PROFILES:
-        yield f"{path}.seccompProfile.type", f"has to be RuntimeDefault {refused}; set it"
-    if "ALL" not in at(context, "capabilities", "drop", default=[]):
-        yield f"{path}.capabilities.drop", f"has to be [ALL] {refused}; set it"
-    allowed = {"NET_BIND_SERVICE", *(["IPC_LOCK"] if locked else [])}
-    for name in at(context, "capabilities", "add", default=[]):
-        if name not in allowed:
-            yield (
-                f"{path}.capabilities.add",
-                (
-                    f"{name} is refused {refused}; leave it out"
-                    if name != "IPC_LOCK"
-                    else "IPC_LOCK goes with an RDMA device in a namespace of its own only; see "
-                    "k8s/components/rdma"
-                ),
+    """Yield the problems of a container's securityContext.
+
+    Args:
+        context: of the container.
+        path: of `context`.
+        pod_context: of its pod, which sets some fields for all containers.
+        allow_locked_memory: the container may add the capability IPC_LOCK.
+    """
+
+    def setting(field: str, default: object) -> object:
+        """Return a field of the container, else of its pod."""
+        return lookup(context, field, default=lookup(pod_context, field, default=default))
+
+    if lookup(context, "allowPrivilegeEscalation", default=True):
+        yield Problem(
+            f"{path}.allowPrivilegeEscalation", f"must be false under {STANDARD}. Set it."
+        )
+    if lookup(context, "privileged", default=False):
+        yield Problem(f"{path}.privileged", f"is not allowed by {STANDARD}. Remove it.")
+    if not setting("runAsNonRoot", False):
+        yield Problem(f"{path}.runAsNonRoot", f"must be true under {STANDARD}. Set it.")
+    if setting("runAsUser", 1) == 0:
+        yield Problem(f"{path}.runAsUser", f"0 is not allowed by {STANDARD}. Use another user.")
+
+    pod_profile = lookup(pod_context, "seccompProfile", "type")
+    profile = lookup(context, "seccompProfile", "type", default=pod_profile)
+    if profile not in ALLOWED_PROFILES:
+        yield Problem(
+            f"{path}.seccompProfile.type", f"must be RuntimeDefault under {STANDARD}. Set it."
+        )
+
+    if "ALL" not in lookup(context, "capabilities", "drop", default=[]):
+        yield Problem(f"{path}.capabilities.drop", f"must be [ALL] under {STANDARD}. Set it.")
+    for name in lookup(context, "capabilities", "add", default=[]):
+        if name == "NET_BIND_SERVICE" or (name == "IPC_LOCK" and allow_locked_memory):
+            continue
+        if name == "IPC_LOCK":
+            message = (
+                "IPC_LOCK is only allowed with an RDMA device in a separate namespace. See "
+                "k8s/components/rdma."
             )
+        else:
+            message = f"{name} is not allowed by {STANDARD}. Remove it."
+        yield Problem(f"{path}.capabilities.add", message)

@@ -1,4 +1,7 @@
-"""Pod templates of the head and of the workers: restricted, sized, and drained before they end. Pure."""
+"""Pod templates of the head and of the workers: restricted, sized, and drained before they end.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ import json
 from typing import Any
 
 from dist_ft.cluster.k8s.options import Options
-from dist_ft.cluster.k8s.sizing import GIB, LEAVING_S, OBJECT_STORE_BYTES, Sizing
+from dist_ft.cluster.k8s.sizing import GIB, OBJECT_STORE_BYTES, SHUTDOWN_S, Sizing
 from dist_ft.config.schema import RunConfig
 
 Json = dict[str, Any]
 CONFIG_MOUNT = "/etc/dist_ft"
 CACHE_MOUNT = "/var/cache/dist_ft"
-HEAD_CPUS, HEAD_GIB = 4, 16
-USER = 1000
+HEAD_CPUS = 4
+HEAD_MEMORY_GIB = 16
+HEAD_DISK_GIB = 20
+HEAD_SHARED_GIB = 2
+HEAD_CACHE_GIB = 10
+RAY_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+USER_ID = 1000
 SAVE_SECONDS = "dist-ft/save-seconds"
-"""Annotation of worker pods: what a save was reckoned to take; `dist-ft k8s check` asks for as much grace."""
+"""Annotation of worker pods: the estimated seconds of a save, for `dist-ft k8s check`."""
 SECURITY: Json = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -28,99 +36,88 @@ node=$(grep -ahoE 'node_id=[0-9a-f]{{56}}' /proc/[0-9]*/cmdline | head -n 1 | cu
 busy && ray drain-node --address "$RAY_ADDRESS" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \\
   --reason-message "Kubernetes takes this pod away" --deadline-remaining-seconds {seconds}
 while busy && [ "$SECONDS" -lt {seconds} ]; do sleep 1; done
-"""
-"""preStop of a worker. Ray tells the run that this node goes, and the run saves; the pod is held until then, or until
-nothing runs on it any more (at the end of a job no pod waits for nothing). Not `ray stop`, which would end the raylet
-and with it the worker that is to save (kuberay#2606)."""
+"""  # noqa: E501
+"""preStop hook of a worker. Ray tells the run that this node will end, and the run saves. The pod
+is kept until the deadline, or until nothing runs on it any more (at the end of a job no pod waits).
+Not `ray stop`, which would end the raylet and with it the worker that is supposed to save
+(kuberay#2606)."""
 
 
-def drain(seconds: int) -> Json:
+def drain_lifecycle(seconds: int) -> Json:
     """Return the lifecycle of a worker container that is drained for `seconds`."""
     return {"preStop": {"exec": {"command": ["/bin/bash", "-c", DRAIN.format(seconds=seconds)]}}}
 
 
-def labels(config: RunConfig, component: str | None = None) -> dict[str, str]:
-    """Return the labels by which policies find what belongs to the run."""
-    found = {"app.kubernetes.io/part-of": "dist-ft", "app.kubernetes.io/instance": config.run.name}
-    return found | ({"app.kubernetes.io/component": component} if component else {})
+def run_labels(config: RunConfig, component: str | None = None) -> dict[str, str]:
+    """Return the labels by which policies select the pods of a run, or of one component of it."""
+    labels = {"app.kubernetes.io/part-of": "dist-ft", "app.kubernetes.io/instance": config.run.name}
+    if component:
+        labels["app.kubernetes.io/component"] = component
+    return labels
 
 
-def head(config: RunConfig, options: Options, sizes: Sizing) -> Json:
-    """Return the head's template: no work is placed there; the driver, the dashboard and the job run on it."""
+def head_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
+    """Return the head's template; it runs driver, dashboard and job, and no workers."""
     container = {
         **_container("ray-head", options),
-        "resources": _resources(HEAD_CPUS, HEAD_GIB, 20),
-        "ports": [
-            {"name": name, "containerPort": port}
-            for name, port in (
-                ("gcs-server", 6379),
-                ("dashboard", 8265),
-                ("client", 10001),
-                ("metrics", 8080),
-            )
-        ],
+        "resources": _resources(HEAD_CPUS, HEAD_MEMORY_GIB, HEAD_DISK_GIB),
+        "ports": [{"name": name, "containerPort": port} for name, port in RAY_PORTS.items()],
         "volumeMounts": [
             *_mounts(options),
             {"name": "config", "mountPath": CONFIG_MOUNT, "readOnly": True},
         ],
     }
+    config_volume = {"name": "config", "configMap": {"name": f"{config.run.name}-config"}}
     return {
-        "metadata": {"labels": labels(config, "head"), "annotations": _annotations()},
+        "metadata": {"labels": run_labels(config, "head"), "annotations": _annotations()},
         "spec": {
             **_pod(options, "head", automount=sizes.elastic),
-            "terminationGracePeriodSeconds": LEAVING_S,
+            "terminationGracePeriodSeconds": SHUTDOWN_S,
             "nodeSelector": {},
             "tolerations": [],
             "containers": [container],
-            "volumes": [
-                *_volumes(options, 2, 10),
-                {"name": "config", "configMap": {"name": f"{config.run.name}-config"}},
-            ],
+            "volumes": [*_volumes(options, HEAD_SHARED_GIB, HEAD_CACHE_GIB), config_volume],
         },
     }
 
 
-def worker(config: RunConfig, options: Options, sizes: Sizing) -> Json:
-    """Return the workers' template: a node's share of the run, held until it is saved."""
+def worker_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
+    """Return the workers' template: a node's share of the run, kept until it has saved."""
+    cache = config.data.cache_dir or CACHE_MOUNT
+    gpus: dict[str, str] = {}
+    tolerations: list[Json] = []
+    if sizes.gpus_per_pod:
+        gpus = {options.gpu_resource: str(sizes.gpus_per_pod)}
+        tolerations = [{"key": options.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+
     container = {
         **_container("ray-worker", options),
-        "resources": _resources(
-            sizes.cpus_per_pod,
-            sizes.memory_gib,
-            sizes.disk_gib,
-            {options.gpu_resource: str(sizes.gpus_per_pod)} if sizes.gpus_per_pod else {},
-        ),
-        "ports": [{"name": "metrics", "containerPort": 8080}],
-        "volumeMounts": _mounts(options, config.data.cache_dir or CACHE_MOUNT),
-        "lifecycle": drain(sizes.drain_s),
+        "resources": _resources(sizes.cpus_per_pod, sizes.memory_gib, sizes.disk_gib, gpus),
+        "ports": [{"name": "metrics", "containerPort": RAY_PORTS["metrics"]}],
+        "volumeMounts": _mounts(options, cache),
+        "lifecycle": drain_lifecycle(sizes.drain_s),
     }
-    container["env"] = [
-        *container["env"],
-        {"name": "HF_HOME", "value": f"{config.data.cache_dir or CACHE_MOUNT}/hf"},
-    ]
-    near = {
+    container["env"] = [*container["env"], {"name": "HF_HOME", "value": f"{cache}/hf"}]
+
+    same_zone = {
         "podAffinityTerm": {
-            "labelSelector": {"matchLabels": labels(config)},
+            "labelSelector": {"matchLabels": run_labels(config)},
             "topologyKey": "topology.kubernetes.io/zone",
         },
         "weight": 100,
     }
     return {
         "metadata": {
-            "labels": labels(config, "worker"),
+            "labels": run_labels(config, "worker"),
             "annotations": _annotations() | {SAVE_SECONDS: str(sizes.save_s)},
         },
         "spec": {
             **_pod(options, "worker"),
             "terminationGracePeriodSeconds": sizes.grace_s,
             "nodeSelector": dict(pair.split("=", 1) for pair in options.node_selector),
-            "tolerations": [
-                {"key": options.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}
-            ]
-            if sizes.gpus_per_pod
-            else [],
+            "tolerations": tolerations,
             "affinity": {
-                "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [near]}
+                "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone]}
             },
             "containers": [container],
             "volumes": _volumes(options, sizes.shared_gib, sizes.disk_gib),
@@ -129,21 +126,21 @@ def worker(config: RunConfig, options: Options, sizes: Sizing) -> Json:
 
 
 def start_params(config: RunConfig, sizes: Sizing) -> dict[str, str]:
-    """Return `ray start` parameters of a worker pod; all are text."""
+    """Return the `ray start` parameters of a worker pod; all are strings."""
     params = {"num-cpus": str(sizes.ray_cpus), "object-store-memory": str(OBJECT_STORE_BYTES)}
     if sizes.gpus_per_pod:
         params["num-gpus"] = str(sizes.gpus_per_pod)
     if config.cluster.resources_per_worker:
-        each = {
+        per_pod = {
             name: count * sizes.workers_per_pod
             for name, count in config.cluster.resources_per_worker.items()
         }
-        params["resources"] = json.dumps(json.dumps(each))  # it passes through a shell
+        params["resources"] = json.dumps(json.dumps(per_pod))  # quoted for the shell
     return params
 
 
 def _annotations() -> dict[str, str]:
-    """Return what asks autoscalers of nodes not to move pods for tidiness' sake."""
+    """Return annotations that keep node autoscalers from moving pods."""
     return {
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
         "karpenter.sh/do-not-disrupt": "true",
@@ -158,9 +155,9 @@ def _pod(options: Options, component: str, automount: bool = False) -> Json:
         "restartPolicy": "Never",
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -179,14 +176,14 @@ def _container(name: str, options: Options) -> Json:
 
 
 def _resources(
-    cpus: int, memory_gib: int, disk_gib: int, more: dict[str, str] | None = None
+    cpus: int, memory_gib: int, disk_gib: int, devices: dict[str, str] | None = None
 ) -> Json:
-    """Return requests that equal limits: the pod is the last to be evicted when a node runs short."""
+    """Return requests that equal limits: the pod is the last to be evicted from a full node."""
     amounts = {
         "cpu": str(cpus),
         "memory": f"{memory_gib}Gi",
         "ephemeral-storage": f"{disk_gib}Gi",
-        **(more or {}),
+        **(devices or {}),
     }
     return {"requests": amounts, "limits": dict(amounts)}
 
@@ -196,10 +193,9 @@ def _mounts(options: Options, cache: str | None = None) -> list[Json]:
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "cache", "mountPath": cache or CACHE_MOUNT},
     ]
-    return [
-        *mounts,
-        *([{"name": "claim", "mountPath": options.claim_mount}] if options.claim else []),
-    ]
+    if options.claim:
+        mounts.append({"name": "claim", "mountPath": options.claim_mount})
+    return mounts
 
 
 def _volumes(options: Options, shared_gib: int, disk_gib: int) -> list[Json]:
@@ -212,8 +208,12 @@ def _volumes(options: Options, shared_gib: int, disk_gib: int) -> list[Json]:
     return volumes
 
 
-def gibibytes(size: str) -> float:
-    """Return a Kubernetes quantity in GiB (172Gi, 512Mi, 16G, 1000000)."""
+def parse_gibibytes(quantity: str) -> float:
+    """Return a Kubernetes quantity in GiB (172Gi, 512Mi, 16G, 1000000).
+
+    Raises:
+        ValueError: it is not a number with a known unit.
+    """
     units = {
         "Ki": 2**10,
         "Mi": 2**20,
@@ -224,7 +224,7 @@ def gibibytes(size: str) -> float:
         "G": 1e9,
         "T": 1e12,
     }
-    for unit, factor in units.items():
-        if size.endswith(unit):
-            return float(size[: -len(unit)]) * factor / GIB
-    return float(size) / GIB
+    for unit, num_bytes in units.items():
+        if quantity.endswith(unit):
+            return float(quantity[: -len(unit)]) * num_bytes / GIB
+    return float(quantity) / GIB

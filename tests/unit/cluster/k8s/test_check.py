@@ -1,4 +1,4 @@
-"""Broken manifests: each has one thing changed, and is told by one line, the right one."""
+"""Broken manifests: each has one change, and the check reports it in the right line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_ft.cluster.k8s import crd
 from dist_ft.cluster.k8s.check import check, check_documents
 from dist_ft.cluster.k8s.load_manifests import Document
 from dist_ft.cluster.k8s.options import Options
-from dist_ft.cluster.k8s.render import rendered
+from dist_ft.cluster.k8s.render import render_objects
 from dist_ft.config.load import load_config
 
 pytest.importorskip("kubernetes_validate", reason="needs the extra k8s: pip install 'dist-ft[k8s]'")
@@ -25,10 +25,10 @@ PATHS = {"head": HEAD, "worker": WORKER}
 
 
 @pytest.fixture(scope="module")
-def sound(root):
+def valid(root):
     return [
         document
-        for documents in rendered(
+        for documents in render_objects(
             load_config(str(root / "configs/llama-8b.yaml")), OPTIONS, "production-spot"
         ).values()
         for document in documents
@@ -37,10 +37,10 @@ def sound(root):
 
 @pytest.fixture(scope="session")
 def schemas(shared):
-    return crd.load(str(shared("kuberay")))
+    return crd.load_schemas(str(shared("kuberay")))
 
 
-def reach(content, path):
+def find_field(content, path):
     """Return (where the last step of a dotted path applies, that step)."""
     *way, last = [int(step) if step.isdigit() else step for step in re.split(r"(?<!\\)\.", path)]
     for step in way:
@@ -50,7 +50,7 @@ def reach(content, path):
 
 def put(kind, path, value, index=0):
     def change(documents):
-        target, last = reach(
+        target, last = find_field(
             [document for document in documents if document["kind"] == kind][index], path
         )
         if last == "-":
@@ -63,7 +63,7 @@ def put(kind, path, value, index=0):
 
 def drop(kind, path, index=0):
     def change(documents):
-        target, last = reach(
+        target, last = find_field(
             [document for document in documents if document["kind"] == kind][index], path
         )
         del target[last]
@@ -78,25 +78,25 @@ def without(kind, index=0):
     return change
 
 
-def told(documents, schemas):
+def run_check(documents, schemas):
     return check_documents(
         [Document("m.yaml", document) for document in documents], schemas, VERSION
     )
 
 
-def test_the_sound_ones_pass(sound):
-    report = told(sound, {})
+def test_valid_manifests_pass(valid):
+    report = run_check(valid, {})
     assert (report.problems, report.checked) == ([], 10)
     assert report.notes == [
-        "RayJob: no CRD was given (--crd), so of its own fields only those of pods were checked"
+        "RayJob: without its CRD (--crd), only the pods in it were checked against a schema"
     ]
 
 
 ESCAPED = r"pod-security\.kubernetes\.io/enforce"
 CONTAINER = f"{WORKER}.spec.containers.0"
-BROKEN = {  # what is changed: (change, what the one line says)
+BROKEN = {  # name: (change, part of the expected line)
     # Kubernetes' own schemas, strictly
-    "a misspelt field": (
+    "a misspelled field": (
         put("PodDisruptionBudget", "spec.minAvailabel", 1),
         "PodDisruptionBudget/llama-8b-head spec: Additional properties are not allowed ('minAvailabel'",
     ),
@@ -104,34 +104,34 @@ BROKEN = {  # what is changed: (change, what the one line says)
         put("NetworkPolicy", "spec.policyTypes", "Ingress", 1),
         "NetworkPolicy/llama-8b spec.policyTypes: 'Ingress' is not of type 'array'",
     ),
-    "no value of a priority": (
+    "a priority without a value": (
         drop("PriorityClass", "value"),
-        "PriorityClass/dist-ft-head (all of it): 'value' is a",
+        "PriorityClass/dist-ft-head (the whole object): 'value' is a",
     ),
-    "a misspelt field in a pod of Ray": (
+    "a misspelled field in a pod of Ray": (
         put("RayJob", f"{WORKER}.spec.tolerationz", []),
         "template.spec: Additional properties are not allowed ('tolerationz' was",
     ),
-    "no kind": (drop("ConfigMap", "kind"), "m.yaml: object/llama-8b-config kind: not said"),
-    "no name": (drop("ConfigMap", "metadata.name"), "ConfigMap/? metadata.name: not said"),
+    "no kind": (drop("ConfigMap", "kind"), "m.yaml: object/llama-8b-config kind: is missing"),
+    "no name": (drop("ConfigMap", "metadata.name"), "ConfigMap/? metadata.name: is missing"),
     "an old version of the resource": (
         put("RayJob", "apiVersion", "ray.io/v1alpha1"),
-        "apiVersion: ray.io/v1alpha1: allowed: ray.io/v1",
+        "apiVersion: is ray.io/v1alpha1. Only ray.io/v1 is supported",
     ),
     # the operator's own rules
     "a name that is too long": (
         put("RayJob", "metadata.name", "a" * 48),
-        "metadata.name: 48 characters; the operator takes",
+        "metadata.name: has 48 characters. The operator allows at most 47",
     ),
-    "a name that begins with a digit": (
+    "a name that starts with a digit": (
         put("RayJob", "metadata.name", "8b"),
-        "metadata.name: the operator takes letters",
+        "metadata.name: is not allowed by the operator. It must consist of letters",
     ),
     "a ttl without shutdown": (
         put("RayJob", "spec.shutdownAfterJobFinishes", False),
         [
-            "spec.ttlSecondsAfterFinished: only with shutdownAfterJobFinishes: true",
-            "spec.shutdownAfterJobFinishes: off: GPUs are paid for after the end",
+            "spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true",
+            "spec.shutdownAfterJobFinishes: is off, so GPUs are paid for after the end",
         ],
     ),
     "deletionRules with shutdown": (
@@ -140,25 +140,25 @@ BROKEN = {  # what is changed: (change, what the one line says)
             "spec.deletionStrategy",
             {"deletionRules": [{"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED"}}]},
         ),
-        "spec.deletionStrategy.deletionRules: not with shutdownAfterJobFinishes: true",
+        "spec.deletionStrategy.deletionRules: cannot be combined with shutdownAfterJobFinishes",
     ),
     "an old Ray with tokens": (
         put("RayJob", f"{SPEC}.rayVersion", "2.51.1"),
-        "rayVersion: 2.51.1: token authentication came with 2.52.0",
+        "rayVersion: is 2.51.1. Token authentication needs at least 2.52.0",
     ),
     "no Ray version with tokens": (
         drop("RayJob", f"{SPEC}.rayVersion"),
-        "rayVersion: none: token authentication needs",
+        "rayVersion: is missing. Token authentication needs",
     ),
     "restarts with autoscaler v2": (
         put("RayJob", f"{WORKER}.spec.restartPolicy", "Always"),
-        "restartPolicy: Always: autoscaler v2 wants Never",
+        "restartPolicy: Always is not supported by autoscaler v2. Set Never",
     ),
     "resources in two places": (
         put("RayJob", f"{SPEC}.workerGroupSpecs.0.resources", {"CPU": "8"}),
-        "workerGroupSpecs[0].resources: not beside rayStartParams of num-cpus, num-gpus",
+        "workerGroupSpecs[0].resources: cannot be combined with rayStartParams of num-cpus, num-gpus",
     ),
-    "fewest above most": (
+    "minimum above maximum": (
         put("RayJob", f"{SPEC}.workerGroupSpecs.0.minReplicas", 9),
         "minReplicas: 9 is more than maxRepl",
     ),
@@ -167,7 +167,7 @@ BROKEN = {  # what is changed: (change, what the one line says)
             put("RayJob", f"{SPEC}.enableInTreeAutoscaling", False)(documents),
             drop("RayJob", f"{SPEC}.workerGroupSpecs.0.maxReplicas")(documents),
         ],
-        "minReplicas and maxReplicas are needed",
+        "minReplicas and maxReplicas are required",
     ),
     "a feature that is off": (
         put("RayJob", f"{SPEC}.networkPolicy", {"mode": "DenyAll"}),
@@ -176,13 +176,13 @@ BROKEN = {  # what is changed: (change, what the one line says)
     "interactive with retries": (
         put("RayJob", "spec.submissionMode", "InteractiveMode"),
         [
-            "spec.backoffLimit: not with InteractiveMode",
-            "spec.submissionMode: InteractiveMode: a broken log stream",
+            "spec.backoffLimit: cannot be combined with InteractiveMode",
+            "spec.submissionMode: with InteractiveMode, a broken log stream",
         ],
     ),
-    "a runtime environment that is none": (
+    "a runtime environment of the wrong type": (
         put("RayJob", "spec.runtimeEnvYAML", "- a"),
-        "runtimeEnvYAML: not a mapping",
+        "runtimeEnvYAML: is not a YAML mapping",
     ),
     "redis in the environment": (
         put(
@@ -190,16 +190,16 @@ BROKEN = {  # what is changed: (change, what the one line says)
             f"{HEAD}.spec.containers.0.env.-",
             {"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"},
         ),
-        "RAY_REDIS_ADDRESS without gcsFaultToleranceOptions",
+        "RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions",
     ),
     # our checklist
     "latest": (
         put("RayJob", f"{CONTAINER}.image", "dist-ft:latest"),
-        "image=dist-ft:latest: latest is another image",
+        "image=dist-ft:latest: the image behind latest changes",
     ),
     "no tag": (
         put("RayJob", f"{CONTAINER}.image", "host:5000/dist-ft"),
-        "image=host:5000/dist-ft: it has no tag",
+        "image=host:5000/dist-ft: has no tag",
     ),
     "no token": (
         drop("RayJob", f"{SPEC}.authOptions"),
@@ -209,39 +209,39 @@ BROKEN = {  # what is changed: (change, what the one line says)
         put("RayJob", f"{SPEC}.authOptions.mode", "disabled"),
         "authOptions.mode: no token authentication",
     ),
-    "no limit of memory": (
+    "no memory limit": (
         drop("RayJob", f"{CONTAINER}.resources.limits.memory"),
-        "resources.limits.memory: not said",
+        "resources.limits.memory: is missing",
     ),
-    "no request of CPUs": (
+    "no CPU request": (
         drop("RayJob", f"{CONTAINER}.resources.requests.cpu"),
-        "resources.requests.cpu: not said",
+        "resources.requests.cpu: is missing",
     ),
     "may gain privileges": (
         drop("RayJob", f"{CONTAINER}.securityContext.allowPrivilegeEscalation"),
-        "securityContext.allowPrivilegeEscalation: has to be false",
+        "securityContext.allowPrivilegeEscalation: must be false",
     ),
     "runs as root": (
         lambda documents: [
             put("RayJob", f"{CONTAINER}.securityContext.runAsNonRoot", False)(documents)
         ],
-        "securityContext.runAsNonRoot: has to be true",
+        "securityContext.runAsNonRoot: must be true",
     ),
     "keeps capabilities": (
         drop("RayJob", f"{CONTAINER}.securityContext.capabilities"),
-        "capabilities.drop: has to be [ALL]",
+        "capabilities.drop: must be [ALL]",
     ),
     "locked memory in a shared namespace": (
         put("RayJob", f"{CONTAINER}.securityContext.capabilities.add", ["IPC_LOCK"]),
-        "capabilities.add: IPC_LOCK goes with an RDMA device in a namespace of its",
+        "capabilities.add: IPC_LOCK is only allowed with an RDMA device in a separate",
     ),
     "the host's disk": (
         put("RayJob", f"{WORKER}.spec.volumes.-", {"name": "h", "hostPath": {"path": "/"}}),
-        "volumes[2].hostPath: refused by the restricted pod standard",
+        "volumes[2].hostPath: is not allowed by the restricted pod security standard",
     ),
     "the host's network": (
         put("RayJob", f"{WORKER}.spec.hostNetwork", True),
-        "hostNetwork: refused by the restricted",
+        "hostNetwork: is not allowed by the restricted",
     ),
     "an autoscaler that may gain privileges": (
         drop("RayJob", f"{SPEC}.autoscalerOptions.securityContext"),
@@ -257,23 +257,23 @@ BROKEN = {  # what is changed: (change, what the one line says)
     ),
     "a namespace without a level": (
         drop("Namespace", f"metadata.labels.{ESCAPED}"),
-        "enforce: none: pods may ask for more",
+        "enforce: is missing, so pods may request more",
     ),
     "grace below the drain": (
         put("RayJob", f"{WORKER}.spec.terminationGracePeriodSeconds", 110),
-        "terminationGracePeriodSeconds: 110 is not above the drain of 110 s",
+        "terminationGracePeriodSeconds: 110 s is not longer than the drain of 110 s",
     ),
     "a save longer than the drain": (
         put("RayJob", rf"{WORKER}.metadata.annotations.dist-ft/save-seconds", "130"),
-        "preStop: a drain of 110 s, and a save takes 130 s",
+        "preStop: the drain of 110 s is shorter than a save of 130 s",
     ),
     "no drain": (
         drop("RayJob", f"{CONTAINER}.lifecycle"),
-        "preStop: no drain: the pod ends before the run has saved",
+        "preStop: no drain, so the pod ends before the run has saved",
     ),
     "ray stop": (
         put("RayJob", f"{CONTAINER}.lifecycle.preStop.exec.command", ["/bin/sh", "-c", "ray stop"]),
-        "preStop: ray stop ends the worker that is to save",
+        "preStop: ray stop ends the worker that is supposed to save",
     ),
     "no shared memory": (
         put("RayJob", f"{CONTAINER}.volumeMounts", []),
@@ -285,27 +285,27 @@ BROKEN = {  # what is changed: (change, what the one line says)
     ),
     "shared memory above the limit": (
         put("RayJob", f"{WORKER}.spec.volumes.0.emptyDir.sizeLimit", "1Ti"),
-        "/dev/shm of 1Ti leaves nothing of the memory limit of 172Gi",
+        "/dev/shm of 1Ti uses up the memory limit of 172Gi",
     ),
     "work on the head": (
         put("RayJob", f"{SPEC}.headGroupSpec.rayStartParams.num-cpus", "4"),
-        'num-cpus: not "0": workers',
+        'num-cpus: is not "0", so workers',
     ),
-    "a job by log stream": (
+    "a job followed by its log stream": (
         put("RayJob", "spec.submissionMode", "K8sJobMode"),
-        "K8sJobMode: a broken log stream may fail a",
+        "with K8sJobMode, a broken log stream may fail a",
     ),
     "no retry": (
         put("RayJob", "spec.backoffLimit", 0),
-        "spec.backoffLimit: none: the loss of the head ends the run",
+        "spec.backoffLimit: no retries, so the loss of the head ends the run",
     ),
-    "another name at each start": (
+    "a name that differs at each start": (
         put("RayJob", "spec.entrypoint", "train run.yaml run.name=x-$(date +%s)"),
-        "spec.entrypoint: a run.name that is another at each start",
+        "spec.entrypoint: run.name differs at each start",
     ),
     "a secret in the environment": (
         put("RayJob", f"{CONTAINER}.env.-", {"name": "HF_TOKEN", "value": "hush-hush"}),
-        "env[2].value: a secret in a file; take it out",
+        "env[2].value: a secret in a file. Remove and change it",
     ),
     "a secret in the runtime environment": (
         put("RayJob", "spec.runtimeEnvYAML", "env_vars: {}\nAWS_SECRET_ACCESS_KEY: hush"),
@@ -379,11 +379,11 @@ BROKEN = {  # what is changed: (change, what the one line says)
     ),
     "a budget in per cent": (
         put("PodDisruptionBudget", "spec.minAvailable", "50%"),
-        "only minAvailable, a number, works",
+        "only minAvailable as a number works",
     ),
-    "a balancer before the head": (
+    "a load balancer for the head": (
         put("RayJob", f"{SPEC}.headGroupSpec.serviceType", "LoadBalancer"),
-        "headGroupSpec.serviceType: LoadBalancer: opens the dashboard and job ports",
+        "headGroupSpec.serviceType: LoadBalancer opens the dashboard and job ports",
     ),
     "an ingress": (
         lambda documents: documents.append(
@@ -396,37 +396,37 @@ BROKEN = {  # what is changed: (change, what the one line says)
         ),
         "Ingress/i kind: an Ingress opens a port",
     ),
-    "a config map nobody makes": (
+    "a missing config map": (
         put("ConfigMap", "metadata.name", "other"),
-        "llama-8b-config: none of these files makes",
+        "refers to the ConfigMap llama-8b-config, which none of these files contains",
     ),
-    "a service account nobody makes": (
+    "a missing service account": (
         put("RayJob", f"{WORKER}.spec.serviceAccountName", "other"),
-        "serviceAccountName: other: none of these files makes such a ServiceAccount",
+        "serviceAccountName: refers to the ServiceAccount other, which none of these files contains",
     ),
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_manifest_is_told_by_the_right_line(sound, what):
-    """Without a CRD: what Kubernetes' own schemas, the operator's rules and our checklist say."""
-    change, said = BROKEN[what]
-    documents = copy.deepcopy(sound)
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_manifest_is_reported_in_the_right_line(valid, case):
+    """Without a CRD: Kubernetes' own schemas, the operator's rules and our checklist."""
+    change, expected = BROKEN[case]
+    documents = copy.deepcopy(valid)
     change(documents)
-    problems = told(documents, {}).problems
-    expected = said if isinstance(said, list) else [said]
-    assert len(problems) == len(expected), problems
-    for text in expected:
+    problems = run_check(documents, {}).problems
+    expected_texts = expected if isinstance(expected, list) else [expected]
+    assert len(problems) == len(expected_texts), problems
+    for text in expected_texts:
         assert sum(text in problem for problem in problems) == 1, problems
     assert all(problem.startswith("m.yaml: ") and "hush" not in problem for problem in problems)
 
 
-OF_THE_CRD = {
-    "a misspelt field": (
+CRD_VIOLATIONS = {
+    "a misspelled field": (
         put("RayJob", "spec.backOffLimit", 3),
         "spec: Additional properties are not allowed ('backOffLimit'",
     ),
-    "a misspelt field of a group": (
+    "a misspelled field of a group": (
         put("RayJob", f"{SPEC}.workerGroupSpecs.0.replica", 3),
         "spec.rayClusterSpec.workerGroupSpecs[0]: Additional properties are not allowed",
     ),
@@ -471,93 +471,94 @@ OF_THE_CRD = {
     ),
     "two containers of one name": (
         put("RayJob", f"{WORKER}.spec.volumes.-", {"name": "cache", "emptyDir": {}}),
-        'volumes: name ["cache"] stands there twice',
+        'volumes: name ["cache"] is not unique',
     ),
 }
 
 
-@pytest.mark.parametrize("what", OF_THE_CRD)
-def test_what_the_crd_refuses(sound, schemas, what):
-    change, said = OF_THE_CRD[what]
-    documents = copy.deepcopy(sound)
+@pytest.mark.parametrize("case", CRD_VIOLATIONS)
+def test_crd_violations_are_reported(valid, schemas, case):
+    change, expected = CRD_VIOLATIONS[case]
+    documents = copy.deepcopy(valid)
     change(documents)
-    (problem,) = told(documents, schemas).problems
-    assert said in problem
+    (problem,) = run_check(documents, schemas).problems
+    assert expected in problem
 
 
-def test_the_sound_ones_pass_the_crd(sound, schemas):
-    report = told(sound, schemas)
+def test_valid_manifests_pass_the_crd(valid, schemas):
+    report = run_check(valid, schemas)
     assert (report.problems, report.notes) == ([], [])
 
 
-def test_a_cluster_by_itself_is_checked_too(sound, schemas):
-    """A RayCluster: the same cluster, no job around it."""
-    job = next(document for document in sound if document["kind"] == "RayJob")
-    others = [document for document in sound if document["kind"] != "RayJob"]
+def test_ray_cluster_without_a_job_is_checked(valid, schemas):
+    """A RayCluster: the same cluster without a job."""
+    job = next(document for document in valid if document["kind"] == "RayJob")
+    others = [document for document in valid if document["kind"] != "RayJob"]
     cluster = {
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
         "metadata": job["metadata"],
         "spec": copy.deepcopy(job["spec"]["rayClusterSpec"]),
     }
-    assert told([*others, cluster], schemas).problems == []
+    assert run_check([*others, cluster], schemas).problems == []
     cluster["spec"]["authOptions"]["mode"] = "disabled"
-    assert told([*others, cluster], schemas).problems == [
-        "m.yaml: RayCluster/llama-8b spec.authOptions.mode: no token authentication: whoever reaches the port runs code in "
-        "the cluster; set authOptions: {mode: token}"
+    assert run_check([*others, cluster], schemas).problems == [
+        "m.yaml: RayCluster/llama-8b spec.authOptions.mode: no token authentication, so whoever "
+        "reaches the port can run code in the cluster. Set authOptions: {mode: token}."
     ]
 
 
-def test_all_that_is_wrong_is_told_at_once(sound):
-    documents = copy.deepcopy(sound)
+def test_all_problems_are_reported_at_once(valid):
+    documents = copy.deepcopy(valid)
     for name in (
         "latest",
         "no token",
         "no drain",
         "no retry",
-        "a misspelt field",
+        "a misspelled field",
         "a secret in a config map",
     ):
         BROKEN[name][0](documents)
-    assert len(told(documents, {}).problems) == 6
+    assert len(run_check(documents, {}).problems) == 6
 
 
-def test_without_a_schema_a_wrong_shape_is_a_line_and_no_crash(sound):
-    documents = copy.deepcopy(sound)
+def test_wrong_structure_without_a_schema_is_reported(valid):
+    documents = copy.deepcopy(valid)
     put("RayJob", f"{SPEC}.headGroupSpec.rayStartParams", ["num-cpus"])(documents)
-    (problem,) = told(documents, {}).problems
-    assert "RayJob/llama-8b spec: not shaped as a RayJob" in problem and "give --crd" in problem
+    (problem,) = run_check(documents, {}).problems
+    assert "RayJob/llama-8b spec: does not have the structure of a RayJob" in problem
+    assert "Pass --crd" in problem
 
 
-def test_kinds_nobody_knows_are_noted(sound):
+def test_unknown_kinds_are_noted(valid):
     queue = {
         "apiVersion": "kueue.x-k8s.io/v1beta1",
         "kind": "LocalQueue",
         "metadata": {"name": "q"},
         "spec": {},
     }
-    report = told([*sound, queue], {})
+    report = run_check([*valid, queue], {})
     assert report.problems == []
     assert report.notes[-1] == (
-        "m.yaml: LocalQueue/q kind: kueue.x-k8s.io/v1beta1 has no schema here; only our checklist was "
-        "held against it"
+        "m.yaml: LocalQueue/q kind: no schema of kueue.x-k8s.io/v1beta1 is known; only our checklist "
+        "was applied"
     )
 
 
-def test_a_version_of_kubernetes_nobody_knows(tmp_path):
+def test_unknown_kubernetes_version_is_refused(tmp_path):
     from dist_ft.core.errors import ConfigError
 
     with pytest.raises(
-        ConfigError, match=r"--kubernetes=9.9: not known here; allowed: 1.\d+ to 1.\d+"
+        ConfigError, match=r"--kubernetes=9.9: unknown version. Known versions: 1.\d+ to 1.\d+"
     ):
         check([str(tmp_path)], version="9.9")
 
 
-def test_without_the_extra_there_is_one_clear_line(monkeypatch):
+def test_missing_extra_is_reported(monkeypatch):
     from dist_ft.cluster.k8s import check as module
     from dist_ft.core.errors import ConfigError
 
-    monkeypatch.setitem(module.NEEDS, "no_such_module", "no-such-package")
+    monkeypatch.setitem(module.REQUIRED_PACKAGES, "no_such_module", "no-such-package")
     with pytest.raises(
         ConfigError, match=r"no-such-package: not installed.*pip install 'dist-ft\[k8s\]'"
     ):

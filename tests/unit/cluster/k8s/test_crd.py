@@ -1,4 +1,4 @@
-"""Custom resources against a CRD: as the API server does it, tried on a small one."""
+"""Custom resources are checked against a small CRD as by the API server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ SCHEMA = {
             "type": "object",
             "required": ["size"],
             "x-kubernetes-validations": [
-                {"rule": "self.mode == 'a' || self.size > 3", "message": "small ones need mode a"},
+                {
+                    "rule": "self.mode == 'a' || self.size > 3",
+                    "message": "small objects need mode a",
+                },
                 {"rule": "self.size == oldSelf.size", "message": "size may not change"},
             ],
             "properties": {
@@ -56,8 +59,8 @@ SCHEMA = {
 }
 
 
-def said(**spec):
-    return list(crd.problems({"spec": spec}, SCHEMA, []))
+def find_problems(**spec):
+    return list(crd.check_schema({"spec": spec}, SCHEMA, []))
 
 
 @pytest.mark.parametrize(
@@ -73,10 +76,10 @@ def said(**spec):
         {"size": 1, "parts": [{"name": "a"}, {"name": "b"}]},
     ],
 )
-def test_what_passes(spec):
+def test_valid_object_passes(spec):
     before = json.dumps(spec)
-    assert said(**spec) == []
-    assert json.dumps(spec) == before, "defaults are put into a copy"
+    assert find_problems(**spec) == []
+    assert json.dumps(spec) == before, "defaults are filled into a copy"
 
 
 @pytest.mark.parametrize(
@@ -88,13 +91,13 @@ def test_what_passes(spec):
             ("spec", "Additional properties are not allowed ('sise' was unexpected)"),
         ),
         ({"size": "1"}, ("spec.size", "'1' is not of type 'integer'")),
-        ({"size": 1, "mode": "b"}, ("spec", "small ones need mode a")),
+        ({"size": 1, "mode": "b"}, ("spec", "small objects need mode a")),
         ({"size": 1, "port": 1.5}, ("spec.port", "1.5 is not of type 'integer', 'string'")),
         ({"size": 1, "labels": {"a": 1}}, ("spec.labels.a", "1 is not of type 'string'")),
         ({"size": 1, "below": 5}, ("spec.below", "5 is greater than or equal to the maximum of 5")),
         (
             {"size": 1, "parts": [{"name": "a"}, {"name": "a"}]},
-            ("spec.parts", 'name ["a"] stands there twice'),
+            ("spec.parts", 'name ["a"] is not unique. Remove one.'),
         ),
         (
             {"size": 1, "parts": [{"nam": "a"}]},
@@ -102,21 +105,21 @@ def test_what_passes(spec):
         ),
     ],
 )
-def test_what_is_refused(spec, problem):
-    assert said(**spec) == [problem]
+def test_invalid_object_is_refused(spec, problem):
+    assert find_problems(**spec) == [problem]
 
 
-def test_a_rule_that_can_not_be_tried_here_is_a_note():
+def test_rule_that_cannot_be_evaluated_is_a_note():
     notes = []
     schema = {
         "type": "object",
         "x-kubernetes-validations": [{"rule": "quantity(self.a).isLessThan(quantity('1Gi'))"}],
     }
-    assert list(crd.problems({"a": "1"}, schema, notes)) == []
-    assert len(notes) == 1 and "could not be tried here: quantity(" in notes[0]
+    assert list(crd.check_schema({"a": "1"}, schema, notes)) == []
+    assert len(notes) == 1 and "cannot be evaluated here: quantity(" in notes[0]
 
 
-WHOLE = {
+CRD = {
     "apiVersion": "apiextensions.k8s.io/v1",
     "kind": "CustomResourceDefinition",
     "metadata": {"name": "rayjobs.ray.io"},
@@ -133,37 +136,37 @@ WHOLE = {
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("crd.yaml", yaml.safe_dump(WHOLE)),
-        ("crd.json", json.dumps(WHOLE)),
-        ("list.yaml", yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": [WHOLE]})),
-        ("two.yaml", yaml.safe_dump_all([{"kind": "Namespace"}, WHOLE])),
+        ("crd.yaml", yaml.safe_dump(CRD)),
+        ("crd.json", json.dumps(CRD)),
+        ("list.yaml", yaml.safe_dump({"apiVersion": "v1", "kind": "List", "items": [CRD]})),
+        ("two.yaml", yaml.safe_dump_all([{"kind": "Namespace"}, CRD])),
         ("rayjob.v1.schema.json", json.dumps(SCHEMA)),
         ("rayjob.json", json.dumps(SCHEMA)),
         ("RayJob.v1.yaml", yaml.safe_dump({"openAPIV3Schema": SCHEMA})),
     ],
 )
-def test_crds_as_people_have_them(tmp_path, name, text):
+def test_crd_files_of_all_forms_are_loaded(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     for path in (tmp_path, tmp_path / name):
-        assert crd.load(str(path))["rayjob", "v1"] == SCHEMA
+        assert crd.load_schemas(str(path))["rayjob", "v1"] == SCHEMA
 
 
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("a.yaml", "a: [", "can not be read (ParserError); give CRDs as YAML or JSON"),
-        ("a.json", "{", "can not be read (JSONDecodeError); give CRDs as YAML or JSON"),
+        ("a.yaml", "a: [", "cannot be read (ParserError). CRDs must be YAML or JSON"),
+        ("a.json", "{", "cannot be read (JSONDecodeError). CRDs must be YAML or JSON"),
         (
             "a.yaml",
             "kind: Namespace",
-            "no CRD and no schema in it; write one: kubectl get crd rayjobs.ray.io",
+            "contains no CRD and no schema. Create one with: kubectl get crd rayjobs.ray.io",
         ),
-        (None, None, "no such file or folder; write one: kubectl get crd"),
+        (None, None, "no such file or folder. Create one with: kubectl get crd"),
     ],
 )
-def test_crds_that_are_none(tmp_path, name, text, problem):
+def test_unusable_crd_files_are_refused(tmp_path, name, text, problem):
     if name:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError) as caught:
-        crd.load(str(tmp_path if name else tmp_path / "none"))
+        crd.load_schemas(str(tmp_path if name else tmp_path / "none"))
     assert problem in caught.value.problems[0] and len(caught.value.problems) == 1

@@ -1,4 +1,4 @@
-"""The objects of a run: what of them follows from its config, and what is refused."""
+"""The objects of a run: what follows from its config, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import yaml
 from unit.cluster.k8s.test_sizing import OPTIONS, job, with_
 
-from dist_ft.cluster.k8s.manifests import config_to_yaml, config_in_cluster
+from dist_ft.cluster.k8s.manifests import config_in_cluster, config_to_yaml
 from dist_ft.cluster.k8s.options import parse_options
 from dist_ft.cluster.k8s.render import render_objects
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError
 
 
-def of(kind, config, options=OPTIONS):
+def objects_of(kind, config, options=OPTIONS):
     return [
         document
         for documents in render_objects(config, options).values()
@@ -25,15 +25,15 @@ def of(kind, config, options=OPTIONS):
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "llama-70b"])
-def test_the_stored_config_is_the_run_as_pods_run_it(root, name):
+def test_stored_config_is_the_config_in_the_cluster(root, name):
     config = load_config(str(root / f"configs/{name}.yaml"))
-    text = of("ConfigMap", config)[0]["data"]["run.yaml"]
+    text = objects_of("ConfigMap", config)[0]["data"]["run.yaml"]
     assert load_config(yaml.safe_load(text)) == config_in_cluster(config)
     assert load_config(yaml.safe_load(text)).cluster.wait_for_nodes
     assert config_to_yaml(config_in_cluster(config)) == text
 
 
-def test_the_job_finds_its_config_and_resumes_under_a_fixed_name():
+def test_job_mounts_its_config_and_resumes_under_a_fixed_name():
     spec = job(with_())
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert spec["entrypoint"] == "python -m dist_ft.cli train /etc/dist_ft/run.yaml --skip-check"
@@ -44,7 +44,7 @@ def test_the_job_finds_its_config_and_resumes_under_a_fixed_name():
     assert (spec["submissionMode"], spec["backoffLimit"]) == ("HTTPMode", 10)
 
 
-def test_the_cache_of_the_config_is_a_disk_of_the_pod():
+def test_cache_folder_is_a_disk_of_the_pod():
     pod = job(with_("data.cache_dir=/mnt/disk"))["rayClusterSpec"]["workerGroupSpecs"][0][
         "template"
     ]["spec"]
@@ -53,24 +53,24 @@ def test_the_cache_of_the_config_is_a_disk_of_the_pod():
     assert config_in_cluster(with_()).data.cache_dir == "/var/cache/dist_ft"
 
 
-def test_ports_of_a_store_of_ones_own_are_opened():
-    policy = of(
+def test_ports_of_a_custom_store_are_opened():
+    policy = objects_of(
         "NetworkPolicy", with_("storage.options={s3: {endpoint_url: http://minio.store:9000}}")
     )[1]
     assert [port["port"] for port in policy["spec"]["egress"][-1]["ports"]] == [443, 6443, 9000]
 
 
-def test_the_machines_identity_is_reached_only_where_the_store_is_googles():
-    def told(*overrides):
-        return str(of("NetworkPolicy", with_(*overrides))[1]["spec"]["egress"]).count(
+def test_metadata_server_is_reachable_only_with_google_storage():
+    def num_metadata_rules(*overrides):
+        return str(objects_of("NetworkPolicy", with_(*overrides))[1]["spec"]["egress"]).count(
             "169.254.169.254/32"
         )
 
-    assert (told(), told("run.storage=gs://b/runs")) == (0, 1)
+    assert (num_metadata_rules(), num_metadata_rules("run.storage=gs://b/runs")) == (0, 1)
 
 
-def test_only_the_run_and_the_operator_reach_its_pods():
-    default, policy = of("NetworkPolicy", with_())
+def test_only_the_run_and_the_operator_reach_the_pods():
+    default, policy = objects_of("NetworkPolicy", with_())
     assert default["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     mine = {
         "matchLabels": {"app.kubernetes.io/part-of": "dist-ft", "app.kubernetes.io/instance": "x"}
@@ -89,93 +89,97 @@ def test_only_the_run_and_the_operator_reach_its_pods():
     ]
 
 
-def test_further_resources_of_workers_are_told_to_ray():
+def test_custom_resources_are_passed_to_ray():
     params = job(with_("cluster.resources_per_worker={fast: 2}"))["rayClusterSpec"][
         "workerGroupSpecs"
     ][0]["rayStartParams"]
     assert json.loads(json.loads(params["resources"])) == {"fast": 16.0}
 
 
-def test_a_claim_lets_paths_below_its_mount_pass():
+def test_claim_allows_paths_below_its_mount():
     options = parse_options({}, ["claim=shared", "image=a:1"])
     config = with_(
         "run.storage=/mnt/dist_ft/runs",
         "data.train=/mnt/dist_ft/d/*.jsonl",
         "model.path=/mnt/dist_ft/m-1B",
     )
-    assert of("PersistentVolumeClaim", config, options)[0]["spec"]["accessModes"] == [
+    assert objects_of("PersistentVolumeClaim", config, options)[0]["spec"]["accessModes"] == [
         "ReadWriteMany"
     ]
-    head = of("RayJob", config, options)[0]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"][
-        "spec"
-    ]
+    head = objects_of("RayJob", config, options)[0]["spec"]["rayClusterSpec"]["headGroupSpec"][
+        "template"
+    ]["spec"]
     assert {"name": "claim", "mountPath": "/mnt/dist_ft"} in head["containers"][0]["volumeMounts"]
     with pytest.raises(ConfigError, match="3 problems"):
         render_objects(config, OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             "run.name=7b",
-            "run.name=7b: Kubernetes refuses it as the name of a RayJob; it has to begin with a letter",
+            "run.name=7b: not allowed by Kubernetes as the name of a RayJob. It must start with a letter",
         ),
-        ("run.storage=./runs", "run.storage=./runs: a local path that no pod sees"),
-        ("run.storage=runs", "run.storage=runs: a local path that no pod sees"),
-        ("model.path=./m-1B", "model.path=./m-1B: a local path that no pod sees"),
+        ("run.storage=./runs", "run.storage=./runs: a local path, which pods cannot see"),
+        ("run.storage=runs", "run.storage=runs: a local path, which pods cannot see"),
+        ("model.path=./m-1B", "model.path=./m-1B: a local path, which pods cannot see"),
         ("model.chat_template=t.jinja", "model.chat_template=t.jinja: a local path"),
         ("data.train=mine.jsonl", "data.train.0.path=mine.jsonl: a local path"),
         ("evaluation.data=/d/*.jsonl", "evaluation.data.0.path=/d/*.jsonl: a local path"),
         (
             "data.cache_dir=cache",
-            "data.cache_dir=cache: a pod mounts its disk there; allowed: an absolute path",
+            "data.cache_dir=cache: not an absolute path. Pods mount their disk there",
         ),
         (
             "cluster.workers=0",
-            "cluster.workers=0: one process in this shell, and nothing for Kubernetes to place",
+            "cluster.workers=0: a single local process, which needs no Kubernetes",
         ),
     ],
 )
-def test_what_no_pod_can_do_is_one_clear_line(override, said):
+def test_config_that_pods_cannot_run_is_refused(override, expected):
     with pytest.raises(ConfigError) as caught:
         render_objects(with_(override), OPTIONS)
     assert len(caught.value.problems) == 1
-    assert caught.value.problems[0].startswith(said)
+    assert caught.value.problems[0].startswith(expected)
 
 
-def test_hub_names_are_no_paths():
+def test_hub_names_are_not_paths():
     assert render_objects(with_("data.train=org/set", "model.path=org/m-8B"), OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("given", "more", "said"),
+    ("given", "more", "expected"),
     [
         (
             {"image": "a:latest"},
             [],
-            "image=a:latest: latest is another image tomorrow; name a tag or a digest",
+            "image=a:latest: the image behind latest changes. Use another tag or a digest",
         ),
-        ({"image": "host:5000/a"}, [], "image=host:5000/a: it has no tag, which means latest"),
+        ({"image": "host:5000/a"}, [], "image=host:5000/a: has no tag, which means latest"),
         (
             {},
             ["image=a@sha256:12"],
-            "image=a@sha256:12: its digest is not sha256: and 64 hex digits",
+            "image=a@sha256:12: its digest is not sha256: and 64 hexadecimal digits",
         ),
         ({"namespace": "Mine"}, [], "namespace=Mine: String should match"),
-        ({}, ["nope=1"], "--set=nope=1: no such option; allowed: NAME=VALUE with one of image, "),
-        ({}, ["claim"], "--set=claim: no such option"),
+        (
+            {},
+            ["nope=1"],
+            "--set=nope=1: unknown option. Use NAME=VALUE with one of these names: image, ",
+        ),
+        ({}, ["claim"], "--set=claim: unknown option"),
         ({}, ["redis=redis://:hush@h:1"], "redis="),
-        ({"node_selector": ("a",)}, [], "node_selector=a: not of the form key=value"),
+        ({"node_selector": ("a",)}, [], "node_selector=a: must have the form key=value"),
     ],
 )
-def test_options_that_are_refused(given, more, said):
+def test_invalid_options_are_refused(given, more, expected):
     with pytest.raises(ConfigError) as caught:
         parse_options({"image": "a:1", **given}, more)
-    assert caught.value.problems[0].startswith(said)
+    assert caught.value.problems[0].startswith(expected)
 
 
-def test_an_image_by_digest_or_with_a_port():
+def test_image_with_digest_or_port_is_accepted():
     assert (
         parse_options({"image": f"host:5000/a@sha256:{'0' * 64}"}).image
         and parse_options({"image": "host:5000/a/b:1.2"}).image

@@ -1,10 +1,10 @@
-"""JSON patches, and parts made of them."""
+"""JSON patches, and components built from them."""
 
 from __future__ import annotations
 
 import pytest
 
-from dist_ft.cluster.k8s.patch import Part, Patch, applied
+from dist_ft.cluster.k8s.patch import Component, Patch, apply_component
 
 BEFORE = [
     {"kind": "Namespace", "metadata": {"name": "n"}},
@@ -18,7 +18,7 @@ BEFORE = [
 
 
 def spec(*ops, name="a"):
-    return applied(BEFORE, Part("", [Patch("X", ops, name)]))[1]["spec"]
+    return apply_component(BEFORE, Component("", [Patch("X", ops, name)]))[1]["spec"]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def spec(*ops, name="a"):
         ({"op": "add", "path": "/spec/new", "value": {}}, "new", {}),
     ],
 )
-def test_operations(op, field, value):
+def test_operations_change_a_copy(op, field, value):
     assert spec(op)[field] == value
     assert BEFORE[1]["spec"] == {"list": [1, 2], "a/b": 1, "~": 2}
 
@@ -46,33 +46,36 @@ def test_operations(op, field, value):
         {"op": "add", "path": "/no/way", "value": 1},
     ],
 )
-def test_paths_that_lead_nowhere_are_errors_as_in_kustomize(op):
+def test_missing_paths_are_errors_as_in_kustomize(op):
     with pytest.raises((KeyError, IndexError)):
         spec(op)
 
 
-def test_a_part_of_one_object_and_of_all():
+def test_patch_changes_one_object_or_all_of_a_kind():
     op = {"op": "add", "path": "/spec/new", "value": 1}
     assert [
-        "new" in one.get("spec", {}) for one in applied(BEFORE, Part("", [Patch("X", [op], "a")]))
+        "new" in one.get("spec", {})
+        for one in apply_component(BEFORE, Component("", [Patch("X", [op], "a")]))
     ] == [False, True, False]
     assert [
-        "new" in one.get("spec", {}) for one in applied(BEFORE, Part("", [Patch("X", [op])]))
+        "new" in one.get("spec", {})
+        for one in apply_component(BEFORE, Component("", [Patch("X", [op])]))
     ] == [False, True, True]
 
 
-def test_objects_that_share_a_value_are_changed_apart():
-    """Two containers made with the same securityContext: a capability for one is none for the other."""
+def test_objects_that_share_a_value_are_changed_separately():
+    """Two containers share a securityContext; a capability added to one is not added to the other."""
     shared = {"drop": ["ALL"]}
     both = [{"kind": "X", "metadata": {"name": "a"}, "one": shared, "two": shared}]
-    (after,) = applied(
-        both, Part("", [Patch("X", [{"op": "add", "path": "/one/add", "value": ["IPC_LOCK"]}])])
+    (after,) = apply_component(
+        both,
+        Component("", [Patch("X", [{"op": "add", "path": "/one/add", "value": ["IPC_LOCK"]}])]),
     )
     assert after["two"] == {"drop": ["ALL"]}
 
 
-def test_a_namespace_moves_with_all_that_is_in_it():
-    moved = applied(BEFORE, Part("", namespace="m"))
+def test_namespace_moves_with_its_objects():
+    moved = apply_component(BEFORE, Component("", namespace="m"))
     assert moved[0]["metadata"] == {"name": "m"} and [
         one["metadata"]["namespace"] for one in moved[1:]
     ] == ["m", "m"]

@@ -1,4 +1,4 @@
-"""What a run takes on Kubernetes: the sums, done again here by hand and from the config alone."""
+"""What a run needs on Kubernetes: the sums are repeated here from the config alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from dist_ft.cluster.k8s.options import Options
-from dist_ft.cluster.k8s.render import rendered
-from dist_ft.cluster.k8s.sizing import described, num_parameters, sizing
+from dist_ft.cluster.k8s.render import render_objects
+from dist_ft.cluster.k8s.sizing import compute_sizing, describe_sizing, num_parameters
 from dist_ft.config.load import load_config
 from dist_ft.core.errors import ConfigError
 
@@ -30,16 +30,16 @@ def with_(*overrides):
 
 
 def job(config, options=OPTIONS):
-    return rendered(config, options)["rayjob.yaml"][0]["spec"]
+    return render_objects(config, options)["rayjob.yaml"][0]["spec"]
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "llama-70b"])
-def test_the_sums_of_a_run_follow_from_its_config(root, name):
-    """GPUs, CPUs, memory, /dev/shm, disk and grace, worked out here from the YAML file and the constants of the docs."""
-    told = yaml.safe_load((root / f"configs/{name}.yaml").read_text())
-    fewest, most = map(int, told["cluster"]["workers"].split(".."))
+def test_sums_of_a_run_follow_from_its_config(root, name):
+    """GPUs, CPUs, memory, /dev/shm, disk and grace from the YAML file and the documented constants."""
+    document = yaml.safe_load((root / f"configs/{name}.yaml").read_text())
+    fewest, most = map(int, document["cluster"]["workers"].split(".."))
     billions = {"llama-8b": 8, "llama-70b": 70}[name]
-    parameters = billions * 1e9 * 1.1  # by the name, and a tenth more
+    parameters = billions * 1e9 * 1.1  # from the name, plus 10 %
     spec = job(load_config(str(root / f"configs/{name}.yaml")))
     cluster = spec["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
@@ -52,11 +52,11 @@ def test_the_sums_of_a_run_follow_from_its_config(root, name):
     assert group["minReplicas"] * 8 == fewest
     assert cluster["enableInTreeAutoscaling"] and group["replicas"] == group["minReplicas"]
     assert group["rayStartParams"]["num-gpus"] == "8"
-    assert group["rayStartParams"]["num-cpus"] == str(8 * told["cluster"]["cpus_per_worker"])
-    assert int(limits["cpu"]) == 8 * told["cluster"]["cpus_per_worker"] + 1
+    assert group["rayStartParams"]["num-cpus"] == str(8 * document["cluster"]["cpus_per_worker"])
+    assert int(limits["cpu"]) == 8 * document["cluster"]["cpus_per_worker"] + 1
 
     state = 12 * parameters / fewest  # float32 master and two moments of AdamW, fewest workers
-    shared = 1 + 8 * 1  # object store, and 1 GiB a worker
+    shared = 1 + 8 * 1  # object store, and 1 GiB per worker
     assert pod["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{shared}Gi"}
     memory = (
         8 * 6 + 8 * 1 + 8 * state / GIB + shared + 8
@@ -69,7 +69,7 @@ def test_the_sums_of_a_run_follow_from_its_config(root, name):
         == pod["volumes"][1]["emptyDir"]["sizeLimit"]
     )
 
-    save = math.ceil(state / 200e6)  # at 200 MB/s a worker
+    save = math.ceil(state / 200e6)  # at 200 MB/s per worker
     drain = math.ceil((save + 60) / 10) * 10
     assert (
         f"--deadline-remaining-seconds {drain}\n"
@@ -84,26 +84,30 @@ def test_the_sums_of_a_run_follow_from_its_config(root, name):
         shared,
         math.ceil(disk),
         drain + 30,
-    ), "as docs/kubernetes.md tells"
+    ), "as in docs/kubernetes.md"
 
 
-def test_more_parameters_are_more_memory_disk_and_grace():
+def test_larger_models_need_more_memory_disk_and_grace():
     small, large = (
-        sizing(with_(), Options(image="a:1", ray_version="2.60.0", parameters=n))
+        compute_sizing(with_(), Options(image="a:1", ray_version="2.60.0", parameters=n))
         for n in (1e9, 80e9)
     )
     assert small.memory_gib == 8 * 6 + 8 + 9 + 8, (
-        "no save in the background: nothing grows with the model"
+        "without a save in the background, nothing grows with the model"
     )
     assert large.grace_s > small.grace_s and large.disk_gib > small.disk_gib
-    every = [
-        sizing(
+    sizes_by_part = [
+        compute_sizing(
             with_("checkpoint.every_steps=1"),
             Options(image="a:1", ray_version="2.60.0", parameters=n),
         ).memory
         for n in (8e9, 16e9)
     ]
-    assert every[1]["a save under way"] == 2 * every[0]["a save under way"] == 12 * 16e9
+    assert (
+        sizes_by_part[1]["save in progress"]
+        == 2 * sizes_by_part[0]["save in progress"]
+        == 12 * 16e9
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,21 +117,21 @@ def test_more_parameters_are_more_memory_disk_and_grace():
         (["zero.offload_param=cpu"], "weights offload", 8 * 2 * 1e9 / 8),
         (["zero.stage=2"], "loading", 8 * 2 * 1e9),
         (["zero.stage=2", "model.dtype=float32"], "loading", 8 * 4 * 1e9),
-        (["checkpoint.every_steps=5", "optimizer.name=sgd"], "a save under way", 8 * 1e9),
+        (["checkpoint.every_steps=5", "optimizer.name=sgd"], "save in progress", 8 * 1e9),
         (["cluster.standby=false"], "spares", None),
     ],
 )
 def test_memory_by_part(overrides, part, size):
     options = Options(image="a:1", ray_version="2.60.0", parameters=1e9)
-    assert sizing(with_(*overrides), options).memory.get(part) == size
+    assert compute_sizing(with_(*overrides), options).memory.get(part) == size
 
 
-def test_checkpoints_in_memory_of_the_node_lie_in_shared_memory():
+def test_local_checkpoints_in_shared_memory_are_counted():
     options = Options(image="a:1", ray_version="2.60.0", parameters=1e9)
-    sizes = sizing(
+    sizes = compute_sizing(
         with_("checkpoint.local_folder=/dev/shm/dist_ft", "checkpoint.every_steps=9"), options
     )
-    assert sizes.shared["checkpoints in memory"] == 2 * 12e9, "one that stands, one being written"
+    assert sizes.shared["checkpoints in memory"] == 2 * 12e9, "one complete, one being written"
     assert sizes.memory["/dev/shm"] == sum(sizes.shared.values())
 
 
@@ -143,19 +147,19 @@ def test_checkpoints_in_memory_of_the_node_lie_in_shared_memory():
     ],
 )
 def test_workers_fill_nodes(workers, per_node, pods, gpus):
-    sizes = sizing(
+    sizes = compute_sizing(
         with_(f"cluster.workers={workers}", "checkpoint.every_steps=1"),
         Options(image="a:1", ray_version="2.60.0", workers_per_node=per_node),
     )
     assert ((sizes.min_pods, sizes.max_pods), sizes.gpus_per_pod) == (pods, gpus)
 
 
-def test_what_the_run_says_of_workers_a_node_goes_before_the_option():
-    assert sizing(with_("cluster.workers_per_node=4"), OPTIONS).max_pods == 2
-    assert sizing(with_(), OPTIONS.model_copy(update={"workers_per_node": 2})).max_pods == 4
+def test_workers_per_node_of_the_config_overrides_the_option():
+    assert compute_sizing(with_("cluster.workers_per_node=4"), OPTIONS).max_pods == 2
+    assert compute_sizing(with_(), OPTIONS.model_copy(update={"workers_per_node": 2})).max_pods == 4
 
 
-def test_a_run_without_gpus_asks_for_none():
+def test_run_without_gpus_requests_none():
     spec = job(
         with_("cluster.gpus_per_worker=0", "cluster.workers=2", "cluster.cpus_per_worker=0.5")
     )
@@ -172,13 +176,14 @@ def test_a_run_without_gpus_asks_for_none():
     )
 
 
-def test_nodes_partly_idle_are_refused():
+def test_partly_idle_nodes_are_refused():
     with pytest.raises(
         ConfigError,
-        match=r"cluster.workers=12: with 8 workers a node, 4 places of the last one would be "
-        r"paid for and idle; take a multiple of 8, or --workers-per-node of 1, 2, 3, 4",
+        match=r"cluster.workers=12: with 8 workers per node, the last node has room for 4 more "
+        r"workers that would be paid for but idle. Use a multiple of 8, or "
+        r"--workers-per-node 1, 2, 3, 4",
     ):
-        sizing(with_("cluster.workers=12"), OPTIONS)
+        compute_sizing(with_("cluster.workers=12"), OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -192,31 +197,32 @@ def test_nodes_partly_idle_are_refused():
         ("x/phi-3.5B-2", 3.85e9),
     ],
 )
-def test_the_size_of_a_model_by_its_name(path, count):
+def test_model_size_from_its_name(path, count):
     assert num_parameters(with_(f"model.path={path}"), OPTIONS) == pytest.approx(count)
 
 
-def test_a_model_of_unknown_size():
+def test_model_of_unknown_size_is_refused():
     with pytest.raises(
         ConfigError,
-        match=r"model.path=org/mine: its name does not say how large it is.*--model-config FILE, or --parameters such as 8e9",
+        match=r"model.path=org/mine: the name does not contain the model's size.*"
+        r"--model-config FILE, or --parameters such as 8e9",
     ):
-        sizing(with_("model.path=org/mine"), OPTIONS)
+        compute_sizing(with_("model.path=org/mine"), OPTIONS)
     assert num_parameters(with_("model.path=org/mine"), Options(image="a:1", parameters=5)) == 5
 
 
-def test_the_arithmetic_is_written_out():
+def test_arithmetic_is_described():
     text = dict(
-        described(
-            sizing(
+        describe_sizing(
+            compute_sizing(
                 with_("cluster.workers=8..16", "checkpoint.every_steps=1"),
                 Options(image="a:1", ray_version="2.60.0", parameters=8e9),
             )
         )
     )
     assert text["pods"] == "1..2 × 8 GPUs = up to 16"
-    assert text["parameters"] == "8.00 G (counted or told)"
-    assert text["grace"] == "150 s = save 60 + notice 60, rounded up: drain 120, + leaving 30"
+    assert text["parameters"] == "8.00 G (given or counted)"
+    assert text["grace"] == "150 s = save 60 + notice 60, rounded up: drain 120, + shutdown 30"
     assert text["memory"].startswith(
-        "163 GiB a pod = processes 48.0 + spares 8.0 + a save under way 89.4 + "
+        "163 GiB per pod = processes 48.0 + spares 8.0 + save in progress 89.4 + "
     )
