@@ -46,6 +46,7 @@ def measure_forgetting(matrix: Matrix, metric: str) -> ForgettingScores | None:
     """
     if not matrix:
         raise ValueError("a matrix of no stages")
+
     last = len(matrix) - 1
     lower_triangle = [[row[j] for j in range(i + 1)] for i, row in enumerate(matrix)]
     if any(value is None for row in lower_triangle for value in row):

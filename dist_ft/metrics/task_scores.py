@@ -120,6 +120,7 @@ def regression(task: TaskSection, targets: np.ndarray, predicted: np.ndarray) ->
             warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
             values["pearson"] = float(stats.pearsonr(targets, predicted)[0])
             values["spearman"] = float(stats.spearmanr(targets, predicted)[0])
+
     return TaskScores(values)
 
 
@@ -153,6 +154,7 @@ def token_classification(
             tables["by_label"] = _plain_numbers(
                 metrics.classification_report(*pair, output_dict=True)
             )
+
         tag_report = classification_report(
             flat_expected,
             flat_predicted,
@@ -161,6 +163,7 @@ def token_classification(
             output_dict=True,
             zero_division=0,
         )
+
     tables["by_tag"] = _select_labels(task, tag_report)
     return TaskScores(values, tables)
 

@@ -37,6 +37,7 @@ def compute_text_metrics(
     """
     if not texts:
         return {}
+
     split = get_word_splitter(tokenizer)
     pairs = list(zip(texts, references, strict=True))
     values: dict[str, float] = {}
@@ -54,6 +55,7 @@ def compute_text_metrics(
                 compute_text_metric(metric, text, reference, tokenizer) for text, reference in pairs
             ]
             values[metric] = float(np.mean(scores))
+
     return values
 
 
@@ -68,10 +70,12 @@ def compute_text_metric(metric: str, text: str, reference: str, tokenizer: str =
         import sacrebleu
 
         return float(sacrebleu.sentence_bleu(text, [reference], tokenize=tokenizer).score)
+
     if metric == "chrf":
         import sacrebleu
 
         return float(sacrebleu.sentence_chrf(text, [reference]).score)
+
     if metric in ROUGE_METRICS:
         return float(_rouge_scorer(tokenizer).score(reference, text)[metric].fmeasure)
     if metric == "exact_match":
@@ -81,6 +85,7 @@ def compute_text_metric(metric: str, text: str, reference: str, tokenizer: str =
     if metric == "token_error_rate":
         num_edits = edit_distance(split(text), split(reference))
         return num_edits / max(1, len(split(reference)))
+
     # number_match: the last number of the text is that of the reference
     number = last_number(reference)
     return float(number is not None and last_number(text) == number)

@@ -1,10 +1,10 @@
 """Loss and gradient anomalies, found from values equal on all workers, so that all decide alike.
 
 The update of a step is skipped if its loss or gradient norm is not finite, or exceeds a multiple of
-the median of the steps before. The step number is stored with the run at once, with the samples of
-the step, and every later attempt
-skips it too: a replay gives the same history, even where the cause was a bit that flipped once. The
-losses and norms of the steps before are saved in each checkpoint. Pure, but for these records.
+the median of the steps before. The step number and the samples of the step are stored with the run
+at once, and every later attempt skips the step too: a replay gives the same history, even where the
+cause was a bit that flipped once. The losses and norms of the steps before are saved in each
+checkpoint. Pure, but for these records.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ def stop_error(
     consecutive = ""
     if section.action != "stop":
         consecutive = f", and so had more than {section.max_consecutive} steps in a row"
+
     first_samples = ", ".join(str(sample) for sample in samples[:NUM_SAMPLES_SHOWN].tolist())
     return AnomalyError(
         f"anomaly.action={section.action}: step {step + 1} has an anomaly{consecutive}: {reason}; "
-        "the ids of its "
-        f"{len(samples)} samples start with {first_samples}; committed checkpoints are kept. Check "
-        "the data, lower "
-        "optimizer.learning_rate, or set anomaly.action=skip or rollback."
+        f"the ids of its {len(samples)} samples start with {first_samples}; committed checkpoints "
+        "are kept. Check the data, lower optimizer.learning_rate, or set anomaly.action=skip or "
+        "rollback."
     )
 
 

@@ -18,9 +18,14 @@ class CallbackError(DistFtError):
 class Callback:
     """Base class of callbacks. Pass instances to `dist_ft.train(config, callbacks=[...])`.
 
-    All methods do nothing by default: override those you need. They run in the training process and
-    training waits for them. Steps count from
-    1. An exception ends the run with a `CallbackError`; a `DistFtError` ends it as it is.
+    All methods do nothing by default: override those you need. They run in the training process,
+    and training waits for them. The first step is step 1. An exception ends the run with a
+    `CallbackError` (a `DistFtError` is raised unchanged).
+
+    Example:
+        class PrintLoss(Callback):
+            def on_step_end(self, step, loss):
+                print(step, loss)
     """
 
     def on_step_end(self, step: int, loss: float) -> None:
@@ -53,23 +58,24 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Calls several callbacks in their order; an error in one names it.
-
-    Raises:
-        ConfigError: an item is not a `Callback`.
-    """
+    """Calls several callbacks in their order. An error names the callback that raised it."""
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Take callbacks in the order in which they are called.
+
+        Raises:
+            ConfigError: an item is not an instance of `Callback`.
+        """
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise ConfigError(
                     [
-                        f"callbacks={callback!r}: not an instance of dist_ft.Callback; allowed are "
-                        "instances of its "
-                        "subclasses; subclass it and pass an instance"
+                        f"callbacks={callback!r}: not an instance of dist_ft.Callback. Allowed: "
+                        "instances of its subclasses. Define a subclass and pass an instance."
                     ],
                     "callbacks",
                 )
+
         self._callbacks = tuple(callbacks)
 
     def __iter__(self) -> Iterator[Callback]:
@@ -98,11 +104,10 @@ class CallbackList(Callback):
             try:
                 getattr(callback, event)(*args)
             except DistFtError:
-                raise  # already one clear line, and it may mean something to who started the run
+                raise  # already a clear line, and its type may matter to the caller
             except Exception as error:
                 name = f"{type(callback).__module__}.{type(callback).__qualname__}.{event}"
                 raise CallbackError(
-                    f"callback {name} failed: {type(error).__name__}: {error}; the run ended; "
-                    "checkpoints are kept. "
-                    "Fix the callback and run the same command to resume."
+                    f"callback {name} failed: {type(error).__name__}: {error}. Committed "
+                    "checkpoints are kept. Fix the callback and run the same command to resume."
                 ) from error

@@ -81,6 +81,7 @@ class Saver:
         self._intervals = {Tier.STORAGE: section.every_steps}
         if section.local_folder:
             self._intervals[Tier.LOCAL] = section.local_every_steps
+
         self._auto = {
             tier: AutoInterval(section, trained_s, components.num_failures)
             for tier, interval in self._intervals.items()
@@ -133,6 +134,7 @@ class Saver:
         """Return where a checkpoint is due after `step` steps; None if none is due."""
         if is_last and self._section.at_end:
             return Tier.STORAGE
+
         for tier, interval in self._intervals.items():
             if interval == "auto":
                 is_due = self._auto_due[tier]
@@ -140,6 +142,7 @@ class Saver:
                 is_due = interval > 0 and step % interval == 0
             if is_due:
                 return tier
+
         return None
 
     def save(
@@ -184,8 +187,10 @@ class Saver:
             components.manager.start_save(components.engine, request)
             self._record_start(tier, start_s)
             return False
+
         with retry_limit(CRITICAL_ATTEMPTS):
             outcome = components.manager.save(components.engine, request)
+
         self._record_start(tier, start_s)
         return self._handle_outcome(outcome)
 
@@ -222,6 +227,7 @@ class Saver:
                 self._interval_setting(tier),
             )
             return True
+
         return False
 
     def _interval_setting(self, tier: Tier) -> str:
@@ -240,6 +246,7 @@ class Saver:
         """
         if outcome is None:
             return False
+
         request, step = outcome.request, outcome.request.progress.step
         if request.tier in self._auto:
             self._auto[request.tier].cost.record_end()
@@ -255,6 +262,7 @@ class Saver:
         if request.tier is Tier.LOCAL:
             self._context.callbacks.on_local_checkpoint_committed(step)
             return False
+
         self.url = outcome.url
         self._context.callbacks.on_checkpoint_committed(outcome.url, self._metrics)
         return True

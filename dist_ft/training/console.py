@@ -79,6 +79,7 @@ def format_table(
     rich_table.add_column(headers[0], style="bold", no_wrap=True)
     for header in headers[1:]:
         rich_table.add_column(header, overflow="fold")
+
     for row in rows:
         rich_table.add_row(*row)
 

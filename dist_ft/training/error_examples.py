@@ -109,6 +109,7 @@ def select_errors(task: TaskSection, rows: Sequence[PredictionRow]) -> list[Pred
         errors = [error for error in results if error is not None]
     else:
         errors = []
+
     errors = [error for error in errors if math.isfinite(error.score)]
     return sorted(errors, key=lambda error: (-error.score, error.sample))[:MAX_EXAMPLES]
 
@@ -125,6 +126,7 @@ def _check_label_set(row: PredictionRow) -> PredictionError | None:
     is_wrong = (row.predicted > 0) != (row.expected > 0)
     if not is_wrong.any():
         return None
+
     confidence = 1 / (1 + np.exp(-np.abs(row.predicted[is_wrong].astype(float))))
     return PredictionError(
         row.sample,
@@ -177,6 +179,7 @@ def _wrong_answers(rows: Sequence[PredictionRow]) -> list[PredictionError]:
             if answer.window >= 0:
                 window = answer.window
         errors.append(PredictionError(sample, abs(score), window, expected, predicted))
+
     return errors
 
 
@@ -203,6 +206,7 @@ def describe_errors(
                 at=description.at,
             )
         )
+
     return examples
 
 

@@ -91,6 +91,7 @@ def evaluate(
     loss_sum, num_targets = 0.0, 0
     most_lanes = world.largest_share(num_lanes)
     for batches in loader.iterate(0, loader.steps_per_epoch, world.share(num_lanes)):
+        # every worker makes the same number of calls, which ZeRO-3 needs
         padded, _ = pad_to_equal_lanes(batches, [0] * len(batches), most_lanes)
         for batch in padded:
             on_progress()
@@ -109,6 +110,7 @@ def evaluate(
     metrics = {"loss": loss}
     if task.name in TOKEN_TASKS:
         metrics["perplexity"] = math.exp(min(loss, 700.0))  # a larger one would overflow
+
     metrics["num_target_tokens"] = count
 
     tables, examples, generations = {}, None, None
@@ -119,10 +121,12 @@ def evaluate(
         if task.name in DESCRIBERS:
             tokenizer = loader.store.encoder.tokenizer
             examples = collector.collect_error_examples(collectives, tokenizer)
+
     if generator is not None:
         generated = generator.generate(engine, world, collectives, on_progress)
         metrics |= generated.metrics
         generations = generated.generations
+
     return Evaluation(metrics, tables, examples, generations)
 
 
@@ -144,11 +148,14 @@ def read_evaluation(store: Store, step: int) -> dict[str, Any]:
     path = f"{FOLDER}/step-{step:09d}.json"
     if not store.exists(path):
         return {}
+
     document: dict[str, Any] = json.loads(store.read(path))
     if "texts" in document:
         document["generations"] = document.pop("texts")
+
     for example in document.get("examples", ()):
         for old, new in (("wanted", "expected"), ("told", "predicted")):
             if old in example:
                 example[new] = example.pop(old)
+
     return document

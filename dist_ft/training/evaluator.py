@@ -59,11 +59,13 @@ class Evaluator:
         components = self._components
         if components.evaluation is None:
             return
+
         components.time_ledger.enter("evaluation")
 
         uses_average = self._config.evaluation.weights == "ema"
         if uses_average:
             components.engine.swap_average()
+
         evaluation = evaluate(
             components.engine,
             components.evaluation,
@@ -106,6 +108,7 @@ class Evaluator:
                 ],
                 "evaluation",
             )
+
         self._latest_step = step
         self._latest_metrics = {
             name: value for name, value in metrics.items() if name != "num_target_tokens"
@@ -132,6 +135,7 @@ class Evaluator:
                 f"early stopping at step {step}: {metric} has not improved on {value:.4f} of step "
                 f"{best_step} in {patience} evaluations"
             )
+
         return True
 
     def metrics_for_checkpoint(self, step: int) -> dict[str, float]:

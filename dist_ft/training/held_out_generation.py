@@ -195,6 +195,7 @@ class HeldOutGenerator:
             if len(each) > 1:
                 generation["others"] = each[1:]
             generations.append(generation)
+
         num_tokens = sum(len(ids) for each in token_ids for ids in each)
         return ScoredGenerations(metrics, generations[: self._section.keep_generations], num_tokens)
 

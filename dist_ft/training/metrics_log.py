@@ -68,6 +68,7 @@ class MetricsLog:
             writer = self._summary_writer()
             for name, value in values.items():
                 writer.add_scalar(f"{kind}/{name}", value, step)
+
         if time.monotonic() > self._next_flush_s:
             self.flush()
 
@@ -108,6 +109,7 @@ class MetricsLog:
                         self._store.write(f"{self._target}/{name}", file.read())
         except StorageError as error:
             log.warning("metrics were not written: %s", error)
+
         # the files grow with the run, so the pauses do
         now_s = time.monotonic()
         pause_s = FLUSH_PAUSE * (now_s - start_s)
@@ -149,6 +151,7 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
     """
     if step == 0 or not store.exists(FILE):
         return []
+
     try:
         lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
         return [_with_new_names(line) for line in lines if step is None or line["step"] <= step]

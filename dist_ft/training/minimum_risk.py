@@ -81,6 +81,7 @@ class MinimumRisk:
                     generator, model, lane, (step, batch.lane), synced, on_progress
                 )
                 found.append(self._risk_batch(batch, lane, texts, generator) if lane else batch)
+
         return RiskBatches(found, sum(count for count, _ in gathered))
 
     def _generator(self, samples: Sequence[HeldOutSample]) -> TextGenerator:
@@ -117,6 +118,7 @@ class MinimumRisk:
         ]
         if not requests and not synced:
             return []
+
         dummy = GenerationRequest(np.ones(1, np.int64))  # keeps the calls of all workers equal
         return generator.generate_batch(
             model, requests or [dummy], synced, on_progress, include_end=True

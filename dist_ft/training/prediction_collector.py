@@ -65,6 +65,7 @@ class PredictionCollector:
             return Predictions(
                 [answer.expected for answer in answers], [answer.predicted for answer in answers]
             )
+
         return Predictions([row.expected for row in rows], [row.predicted for row in rows])
 
     def collect_error_examples(

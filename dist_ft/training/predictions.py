@@ -179,4 +179,5 @@ def best_answers(rows: Sequence[PredictionRow]) -> list[AnswerPrediction]:
         first_answer = next(iter(answers_of_sample.values()), NO_ANSWER)
         expected = answers_of_sample.get(predicted.window, first_answer)
         found.append(AnswerPrediction(sample, expected, predicted, score))
+
     return found

@@ -1,4 +1,4 @@
-"""What the process around a run gives it. Light: no torch, so that a driver starts fast."""
+"""What a run gets from the process around it. Light: no torch, so that a driver starts fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_ft.training.console import Console
 
 @dataclass(frozen=True)
 class RunContext:
-    """The surroundings of a run in one process: output, callbacks and requests from outside.
+    """Output, callbacks and outside requests of a run in one process.
 
     Attributes:
         console: where rank 0 prints.

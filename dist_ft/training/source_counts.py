@@ -36,6 +36,7 @@ class SourceCounts:
         """Return the metrics since the last call; `epochs`: those that each source has done."""
         if not self._names:
             return {}
+
         metrics = {}
         for name, (num_sequences, num_tokens), epoch in zip(
             self._names, self._counts, epochs, strict=True
@@ -43,6 +44,7 @@ class SourceCounts:
             metrics[f"sequences/{name}"] = float(num_sequences)
             metrics[f"tokens/{name}"] = float(num_tokens)
             metrics[f"epoch/{name}"] = float(epoch)
+
         self._counts = np.zeros_like(self._counts)
         return metrics
 

@@ -113,10 +113,12 @@ class StragglerDetector:
                 paces[rank].node,
                 reasons[rank],
             )
+
         for rank in sorted(self._slow_ranks - reasons.keys()):
             log.warning(
                 "step %d: worker %d on node %s is no longer slow", step, rank, paces[rank].node
             )
+
         self._slow_ranks = set(reasons)
 
         slowest_first = sorted(
@@ -130,6 +132,7 @@ class StragglerDetector:
             metrics[f"stalled_share/{worker}"] = pace.stalled_share
             metrics[f"data_share/{worker}"] = pace.data_share
             metrics[f"probe_s/{worker}"] = pace.probe_s
+
         return metrics
 
 
@@ -150,11 +153,13 @@ def find_slow_workers(paces: list[Pace]) -> dict[int, str]:
         ):
             if share > typical_share + SHARE_MARGIN:
                 found.append(f"it {what} {share:.0%} of the time (typical: {typical_share:.0%})")
+
         if not found and pace.probe_s > SLOWDOWN * typical_probe_s:
             times = pace.probe_s / typical_probe_s
             found.append(f"a matrix product takes it {times:.1f} times as long as is typical")
         if found:
             reasons[pace.rank] = "; ".join(found)
+
     return reasons
 
 

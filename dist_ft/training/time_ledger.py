@@ -148,6 +148,7 @@ def write_periodically(
     if world.rank != 0:
         yield
         return
+
     writer = _Writer(ledger, store, attempt)
     thread = threading.Thread(target=writer.run, name="time-ledger", daemon=True)
     thread.start()
@@ -190,6 +191,7 @@ class _Writer:
                     self._store.write(
                         f"{FOLDER}/{self._attempt:06d}.json", json.dumps(record).encode()
                     )
+
             self._warned = False
         except StorageError as error:
             if not self._warned:

@@ -94,6 +94,7 @@ class Trackers:
                     ],
                     "trackers",
                 ) from error
+
         return cls(opened)
 
     def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -171,6 +172,7 @@ def _start_mlflow(config: RunConfig, url: str, _cache: Path) -> Tracker:
         run = runs[0]
     else:
         run = client.create_run(experiment_id, tags={MLFLOW_TAG: key}, run_name=config.run.name)
+
     run_id = run.info.run_id
     client.update_run(run_id, status="RUNNING")
 

@@ -94,6 +94,7 @@ class Trainer:
         config, components, ledger = self._config, self._components, self._components.time_ledger
         if self._step == 0 and config.evaluation.at_start:
             self._evaluator.evaluate(0, "before")
+
         ledger.enter("start")
         self._saver.prepare(self._step)
 
@@ -120,8 +121,8 @@ class Trainer:
                     self._evaluator.evaluate(self._step, "after")
                 elif self._evaluator.is_due(self._step):
                     self._evaluator.evaluate(self._step)
-                stops_early = not is_last and self._evaluator.should_stop_early(self._step)
 
+                stops_early = not is_last and self._evaluator.should_stop_early(self._step)
                 is_saved = self._save_if_due(requests, is_last, stops_early)
                 if requests.save:
                     self._context.on_requested_save_end()
@@ -129,8 +130,10 @@ class Trainer:
                     break
                 if requests.stop and not is_last:
                     raise self._interrupted(is_saved)
+
                 start_s = time.perf_counter()
                 ledger.enter("data")
+
         ledger.enter("save")
         self._saver.settle()
         return self._result()
@@ -141,6 +144,7 @@ class Trainer:
         self._context.callbacks.on_progress()
         fault_injection.hit("train.step", components.world.rank)
 
+        # One sum over all ranks: tokens, requests, the state of saves, tokens of each source.
         save_flags = self._saver.flags()
         own_counts = [
             sum(batch.num_target_tokens for batch in batches),
@@ -154,6 +158,7 @@ class Trainer:
         self._saver.advance(*rest[: len(save_flags)])
         self._sources.add(rest[len(save_flags) :])
 
+        # Every rank runs the same number of lanes, some of them empty.
         seeds = [derive_seed(config.run.seed, step, batch.lane) for batch in batches]
         most_lanes = components.world.largest_share(config.num_lanes)
         padded, seeds = pad_to_equal_lanes(batches, seeds, most_lanes)
@@ -168,6 +173,7 @@ class Trainer:
         if is_reported or self._step == self._total_steps:
             counts = {"num_target_tokens": num_targets, "num_tokens": num_tokens}
             self._report_step(outcome, counts, learning_rate, step_time)
+
         return _Requests(stop > 0, save > 0)
 
     def _update_weights(
@@ -208,6 +214,7 @@ class Trainer:
             self._handle_anomaly(batches, reason)
         else:
             detector.record(loss, norm)
+
         return StepOutcome(total, norm)
 
     def _handle_anomaly(self, batches: Sequence[Batch], reason: str) -> None:
@@ -235,6 +242,7 @@ class Trainer:
             # steps before the latest checkpoint are not repeated
             first_skipped = max(components.manager.latest_step, step + 1 - section.rollback_steps)
             first_skipped = min(step, first_skipped)
+
         skipped = range(first_skipped, step + 1)
         with retry_limit(CRITICAL_ATTEMPTS):
             on_rank0(
@@ -242,6 +250,7 @@ class Trainer:
                 components.collectives,
                 lambda: anomaly.write_skipped_steps(components.store, skipped, reason, samples),
             )
+
         if components.world.rank == 0:
             log.warning(
                 "step %d: the update was skipped: %s; its %d samples are skipped (%s)",
@@ -250,6 +259,7 @@ class Trainer:
                 len(samples),
                 components.store.redacted_url(f"{anomaly.FOLDER}/step-{step:09d}.json"),
             )
+
         detector.skipped_steps.update(skipped)
         if section.action == "rollback":
             raise anomaly.RollbackRequested
@@ -297,6 +307,7 @@ class Trainer:
         pace = detector.after_step(self._step, step_time.waited_s)
         if pace:
             log_metrics(self._components.metrics, self._context.callbacks, self._step, "pace", pace)
+
         elapsed_s = step_time.elapsed_s()
         self._waited_s += step_time.waited_s
         self._steps_s += elapsed_s
@@ -310,6 +321,7 @@ class Trainer:
         tier = Tier.STORAGE if must_save else self._saver.due(self._step, is_last)
         if tier is None:
             return False
+
         values = {"loss": self._loss} if self._loss is not None else {}
         return self._saver.save(
             tier,
@@ -338,6 +350,7 @@ class Trainer:
                 "storage failed, so this step is not saved (the log says why); the same command "
                 "resumes from the checkpoint before"
             )
+
         return Interrupted(
             f"stopped at step {self._step} of {self._total_steps} as requested; {saved}"
         )

@@ -104,9 +104,8 @@ def test_callback_that_raises_ends_the_run_and_is_named(base):
     with pytest.raises(CallbackError) as caught:
         dist_ft.train(load_config(document(base, "broken")), callbacks=[Broken()])
     assert str(caught.value) == (
-        f"callback {__name__}.{Broken.__qualname__}.on_step_end failed: KeyError: 'lost'; the run "
-        "ended; checkpoints are "
-        "kept. Fix the callback and run the same command to resume."
+        f"callback {__name__}.{Broken.__qualname__}.on_step_end failed: KeyError: 'lost'. "
+        "Committed checkpoints are kept. Fix the callback and run the same command to resume."
     )
     assert isinstance(caught.value.__cause__, KeyError)
 
