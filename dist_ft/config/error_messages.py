@@ -200,7 +200,7 @@ def _remedy(info: FieldInfo, value: Any) -> str:
 def missing_field(path: str, info: FieldInfo) -> str:
     """Return the line for a required field that is missing."""
     meaning = (info.description or "").split(". ")[0].split(": ")[0].split(" (")[0].rstrip(".")
-    hint = f", or pass {path}=..." if path in schema_paths() else ""
+    hint = f", or pass {path}=<value>" if path in schema_paths() else ""
     return f"{path}: missing. Needed: {allowed(path, info)} ({meaning}). Add it{hint}."
 
 

@@ -128,7 +128,7 @@ def test_the_identity_of_a_run():
     }
 
 
-def test_changes_are_told_apart():
+def test_identity_and_operational_changes_are_separated():
     new = with_(
         "cluster.workers=1..2",
         "checkpoint.every_steps=2",
@@ -164,7 +164,7 @@ def test_changes_are_told_apart():
     assert changes(with_(), with_()) == ([], [])
 
 
-def test_operational_changes_pass_a_resume_and_are_returned():
+def test_operational_changes_are_allowed_in_a_resume_and_returned():
     assert check_resume(
         to_mapping(with_()), with_("cluster.workers=2", "zero.stage=1", "schedule.steps=9")
     ) == [
@@ -181,14 +181,14 @@ def test_identity_changes_are_refused_all_at_once():
         )
     assert str(caught.value) == (
         "resume of run 'x': 4 problems\n"
-        "  - run.seed=7: the stored run 'x' was made with 0, and this must not change when a run is resumed; restore 0, "
-        "or choose another run.name\n"
-        "  - data.train.1.path=c: the stored run 'x' was made with b, and this must not change when a run is resumed; "
-        "restore b, or choose another run.name\n"
-        "  - data.train.2.path=d: the stored run 'x' was made with null, and this must not change when a run is resumed; "
-        "restore null, or choose another run.name\n"
-        "  - data.train.2.split=train: the stored run 'x' was made with null, and this must not change when a run is "
-        "resumed; restore null, or choose another run.name"
+        "  - run.seed=7: the stored run 'x' has 0, and this must not change when a run is resumed. "
+        "Restore 0, or use another run.name.\n"
+        "  - data.train.1.path=c: the stored run 'x' has b, and this must not change when a run is "
+        "resumed. Restore b, or use another run.name.\n"
+        "  - data.train.2.path=d: the stored run 'x' has null, and this must not change when a run is "
+        "resumed. Restore null, or use another run.name.\n"
+        "  - data.train.2.split=train: the stored run 'x' has null, and this must not change when a "
+        "run is resumed. Restore null, or use another run.name."
     )
 
 
@@ -199,10 +199,11 @@ def test_an_older_config_takes_defaults_and_its_contradictions_pass():
     assert check_resume(old, with_()) == [Change("schedule.epochs", 5, None)]
 
 
-def test_a_stored_config_that_is_broken():
+def test_a_broken_stored_config_is_an_error():
     with pytest.raises(ConfigError) as caught:
         check_resume({**BASE, "batch": {"global_batch": "x", "sequence_length": 8}}, with_())
     assert str(caught.value) == (
-        "stored config of run 'x': 1 problem\n  - batch.global_batch=x: not a whole number; allowed: a whole number of "
-        "at least 1; correct it (choose another run.name than 'x' if this run can't be repaired)"
+        "stored config of run 'x': 1 problem\n  - batch.global_batch=x: not a whole number. Allowed: "
+        "a whole number of at least 1. Correct it. (Use another run.name than 'x' if the run cannot "
+        "be repaired.)"
     )

@@ -93,7 +93,10 @@ def test_an_old_field_is_an_error_with_the_new_name(old, new):
 
 def test_the_value_of_an_old_field_is_checked_as_the_new_field():
     _, problems, _ = inspect_config({**BASE, "anomaly": {"most_in_a_row": 0}})
-    assert problems[0] == "anomaly.most_in_a_row: renamed to anomaly.max_consecutive in 0.2. Rename it."
+    assert (
+        problems[0]
+        == "anomaly.most_in_a_row: renamed to anomaly.max_consecutive in 0.2. Rename it."
+    )
     assert len(problems) == 2 and problems[1].startswith("anomaly.max_consecutive=0: out of range")
 
 
@@ -105,9 +108,7 @@ def test_an_old_override_with_a_number_as_text_has_one_problem():
 
 
 def test_an_old_value_is_an_error_with_the_new_value():
-    _, problems, _ = inspect_config(
-        BASE, ["model.checkpoint=newest", "evaluation.weights=weights"]
-    )
+    _, problems, _ = inspect_config(BASE, ["model.checkpoint=newest", "evaluation.weights=weights"])
     assert problems == [
         "model.checkpoint=newest: renamed to latest in 0.2. Write model.checkpoint=latest.",
         "evaluation.weights=weights: renamed to trained in 0.2. Write evaluation.weights=trained.",
@@ -191,9 +192,7 @@ def test_old_names_in_search_and_stages_files(tmp_path):
     search = {"name": "s", "space": {"schedule.steps": [1, 2]}, "at_once": 2}
     with pytest.raises(ConfigError) as caught:
         load_search(config, write("search.yaml", search))
-    assert caught.value.problems == (
-        "at_once: renamed to max_concurrent in 0.2. Rename it.",
-    )
+    assert caught.value.problems == ("at_once: renamed to max_concurrent in 0.2. Rename it.",)
 
     stages = {"name": "s", "config": config, "stages": [{"name": "a"}], "begin": "newest"}
     with pytest.raises(ConfigError) as caught:

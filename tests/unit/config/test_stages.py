@@ -46,7 +46,8 @@ def problems(path: str) -> tuple[str, ...]:
 
 def test_each_stage_is_a_run_that_starts_from_the_previous_one(tmp_path):
     found = load_stages(
-        write(tmp_path, [stage("a"), stage("b"), stage("c")], checkpoint="best"), ["schedule.epochs=5"]
+        write(tmp_path, [stage("a"), stage("b"), stage("c")], checkpoint="best"),
+        ["schedule.epochs=5"],
     )
     runs = [one.config for one in found.stages]
     assert [run.run.name for run in runs] == ["seq-a", "seq-b", "seq-c"]

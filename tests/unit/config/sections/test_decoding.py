@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_ft.config.sections.decoding import DecodingSection, parse_strategy, format_strategy
+from dist_ft.config.sections.decoding import DecodingSection, format_strategy, parse_strategy
 from dist_ft.core.errors import ConfigError
 
 BASE = DecodingSection(
@@ -45,7 +45,7 @@ def test_what_belongs_to_no_strategy_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("beamm", "strategy: input should be 'greedy', 'beam' or 'sample'"),
         ("beam:x", "num_beams: input should be a valid integer"),
@@ -55,12 +55,13 @@ def test_what_belongs_to_no_strategy_is_kept():
         ("sample,top_p", "top_p: input should be a valid number"),
         ("sample,num_sample=2", "num_sample: extra inputs"),
         ("sample:0.7,top_k=-1", "top_k: input"),
-        ("sample:0.7,num_beams=3", "strategy=sample does not use it"),
+        ("sample:0.7,num_beams=3", "not used by strategy=sample"),
         ("", "strategy: input should be"),
         ("beam:4,strategy=greedy", "strategy=greedy: extra"),
+        ("beam:4,rows=2", "rows: renamed to evaluation.decoding.batch_size in 0.2. Rename it."),
     ],
 )
-def test_what_is_no_strategy_is_refused_in_one_line(text, said):
+def test_an_invalid_strategy_is_refused_in_one_line(text, expected):
     with pytest.raises(ConfigError) as caught:
         parse_strategy(text)
-    assert said in str(caught.value) and str(caught.value).count("\n") == 1
+    assert expected in str(caught.value) and str(caught.value).count("\n") == 1
