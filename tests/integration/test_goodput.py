@@ -39,7 +39,7 @@ def test_goodput_of_a_run_killed_twice_is_attributed(tmp_path: Path) -> None:
     seconds = goodput.time_by_part(found)
     assert goodput.attributed_share(seconds) >= 0.99, seconds
     assert sum(seconds.values()) <= ended - started
-    assert seconds["restart"] >= PAUSE_S and found[2].begun_at - killed >= PAUSE_S
+    assert seconds["restart"] >= PAUSE_S and found[2].started_at - killed >= PAUSE_S
     assert seconds["lost"] > 0, "both kills came between two checkpoints"
     lines = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     steps_s = sum(

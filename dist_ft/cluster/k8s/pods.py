@@ -37,9 +37,9 @@ busy && ray drain-node --address "$RAY_ADDRESS" --node-id "$node" --reason DRAIN
   --reason-message "Kubernetes takes this pod away" --deadline-remaining-seconds {seconds}
 while busy && [ "$SECONDS" -lt {seconds} ]; do sleep 1; done
 """  # noqa: E501
-"""preStop hook of a worker. Ray tells the run that this node will end, and the run saves. The pod
-is kept until the deadline, or until nothing runs on it any more (at the end of a job no pod waits).
-Not `ray stop`, which would end the raylet and with it the worker that is supposed to save
+"""preStop hook of a worker. Ray notifies the run that this node will end, and the run saves. The
+pod stays until the deadline, or until nothing runs on it any more (at the end of a job no pod
+waits). Not `ray stop`, which would end the raylet and with it the worker that is supposed to save
 (kuberay#2606)."""
 
 

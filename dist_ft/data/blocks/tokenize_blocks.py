@@ -1,6 +1,6 @@
 """Blocks to tokens, in this process or (run as a program) in one next to training.
 
-As a program: the first line of standard input is a JSON `Setup`; each further line is a JSON
+As a program: the first line of standard input is a JSON `EncoderSetup`; each further line is a JSON
 `BlockTask` (blocks of one pass over their shards). Each task is answered by one line: {} when the
 blocks are in the cache, or {"error": [type, message]}. The program ends with its input, so it never
 outlives its parent.
@@ -32,7 +32,7 @@ from dist_ft.data.sources import lines, readers
 from dist_ft.data.sources.discovery import Shard, require_unchanged
 
 
-class Setup(TypedDict):
+class EncoderSetup(TypedDict):
     """What a tokenizer process needs to create its parent's encoder, as JSON.
 
     Keys:
@@ -188,7 +188,7 @@ def main() -> None:
     os.dup2(2, 1)
     os.nice(5)
 
-    setup: Setup = json.loads(sys.stdin.readline())
+    setup: EncoderSetup = json.loads(sys.stdin.readline())
     encoder: Encoder | None = None
     for line in sys.stdin:
         result: TaskResult = {}
@@ -203,7 +203,7 @@ def main() -> None:
         answers.flush()
 
 
-def _load_encoder(setup: Setup) -> Encoder:
+def _load_encoder(setup: EncoderSetup) -> Encoder:
     """Create the parent's encoder from what it saved.
 
     Raises:

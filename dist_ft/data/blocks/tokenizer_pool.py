@@ -17,7 +17,7 @@ from typing import Any
 from dist_ft.core import errors
 from dist_ft.core.errors import DataError, DistFtError, StorageError
 from dist_ft.data.blocks.token_cache import compute_fingerprint
-from dist_ft.data.blocks.tokenize_blocks import BlockTask, Setup, TaskResult
+from dist_ft.data.blocks.tokenize_blocks import BlockTask, EncoderSetup, TaskResult
 from dist_ft.data.encoding.chat import Encoder
 
 MAX_TRIES = 2
@@ -117,7 +117,7 @@ class TokenizerPool:
             return self._started[-1]
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
-        setup = Setup(
+        setup = EncoderSetup(
             tokenizer=folder,
             data=self._encoder.data.model_dump(mode="json"),
             limit_bytes=self._limit_bytes,

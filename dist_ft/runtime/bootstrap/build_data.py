@@ -15,10 +15,9 @@ from dist_ft.data.batching.augmentation import Augmentation, read_synonym_file
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.masking import Masking
 from dist_ft.data.block import Block
-from dist_ft.data.blocks import index as indices
-from dist_ft.data.blocks import index_file
+from dist_ft.data.blocks import index_builder, index_file
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import Index
+from dist_ft.data.blocks.index import Index, index_recipe
 from dist_ft.data.blocks.index_checks import check_index
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
@@ -115,14 +114,14 @@ def build_anchor_loader(
 
 
 def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) -> BlockStore:
-    """Return the training data in blocks of `block_mib` MiB, not read yet, for work on its rows.
+    """Return the training data in blocks of `block_mib` MiB, not read yet, for tools.
 
-    Or on their tokens, if the task is causal_lm.
+    They hold rows, or tokens if the task is causal_lm.
     """
     section = config.data.model_copy(update={"block_mib": block_mib})
     tokenizer = load_tokenizer(model, section.cache_dir)
     shards_by_source = discover_shards(section.train)
-    blocks = indices.split_into_blocks(shards_by_source, section, World(), Collectives())
+    blocks = index_builder.split_into_blocks(shards_by_source, section, World(), Collectives())
     shards = [shard for shards in shards_by_source for shard in shards]
     return _block_store(config, section, Encoder(tokenizer, section), shards, blocks)
 
@@ -173,12 +172,12 @@ def _build_loader(
         index.verify_unchanged(shards, data.field)
         blocks = _block_store(config, section, encoder, shards, index.blocks)
         index.verify_recipe(
-            indices.index_recipe(blocks.fingerprint, section, length, data.max_samples)
+            index_recipe(blocks.fingerprint, section, length, data.max_samples)
         )
     else:
-        cuts = indices.split_into_blocks(shards_by_source, section, world, collectives)
+        cuts = index_builder.split_into_blocks(shards_by_source, section, world, collectives)
         blocks = _block_store(config, section, encoder, shards, cuts)
-        built = indices.build_index(
+        built = index_builder.build_index(
             shards_by_source, blocks, section, length, world, collectives, data.max_samples
         )
         check_index(built, section, length)
@@ -215,7 +214,7 @@ def _is_current(
     """Return whether a stored index is of these shards, read in this way."""
     from dist_ft.data.blocks.token_cache import compute_fingerprint
 
-    recipe = indices.index_recipe(
+    recipe = index_recipe(
         compute_fingerprint(encoder), data.section, length, data.max_samples
     )
     return index.shards == shards and index.recipe == recipe

@@ -9,7 +9,7 @@ from dist_ft.config.schema import Source
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import build_index, split_into_blocks
+from dist_ft.data.blocks.index_builder import build_index, split_into_blocks
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sources.discovery import discover_shards

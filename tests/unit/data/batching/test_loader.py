@@ -158,12 +158,12 @@ def test_thread_ends_with_the_iterator(loader):
 
 
 def test_prefetches_at_most_two_steps(loader, monkeypatch):
-    made = []
-    monkeypatch.setattr(loader, "batches", lambda step, lanes: made.append(step))
+    built_steps = []
+    monkeypatch.setattr(loader, "batches", lambda step, lanes: built_steps.append(step))
     stream = loader.iterate(0, 100, range(2))
     next(stream)
     stream.close()
-    assert len(made) <= 3
+    assert len(built_steps) <= 3
 
 
 def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
@@ -183,12 +183,14 @@ def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
 
 
 def test_closing_does_not_wait_for_a_block_in_progress(loader, monkeypatch):
-    is_waiting, made, direct = threading.Event(), threading.Event(), loader.batches
+    is_waiting, is_done, direct = threading.Event(), threading.Event(), loader.batches
     monkeypatch.setattr(module, "CLOSE_S", 0.2)
     monkeypatch.setattr(
         loader,
         "batches",
-        lambda step, lanes: direct(step, lanes) if not step else (is_waiting.set(), made.wait(20)),
+        lambda step, lanes: (
+            direct(step, lanes) if not step else (is_waiting.set(), is_done.wait(20))
+        ),
     )
     stream = loader.iterate(0, 10, range(2))
     next(stream)
@@ -197,7 +199,7 @@ def test_closing_does_not_wait_for_a_block_in_progress(loader, monkeypatch):
     started = time.monotonic()
     stream.close()
     assert time.monotonic() - started < 5 and thread.is_alive()
-    made.set()
+    is_done.set()
     thread.join(5)
     assert not thread.is_alive()
 

@@ -15,7 +15,7 @@ from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.blocks import block_store as module
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import split_into_blocks
+from dist_ft.data.blocks.index_builder import split_into_blocks
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.data.tools.write import write_parquet

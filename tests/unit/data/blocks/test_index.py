@@ -12,7 +12,8 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.blocks import index_file
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import build_index, index_recipe, split_into_blocks
+from dist_ft.data.blocks.index import index_recipe
+from dist_ft.data.blocks.index_builder import build_index, split_into_blocks
 from dist_ft.data.blocks.index_checks import check_index
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.batch_plan import BatchPlan
@@ -301,7 +302,7 @@ def test_only_the_block_cut_by_max_samples_is_measured_again(two_sources, monkey
 
 
 def test_error_while_measuring_again_is_raised_on_all_ranks(two_sources, monkeypatch):
-    from dist_ft.data.blocks import index as module
+    from dist_ft.data.blocks import index_builder as module
 
     shards, blocks = two_sources
     measure_block = module.segments.measure_block

@@ -18,12 +18,8 @@ from dist_ft.data.blocks.token_cache import (
     load_block,
     write_block,
 )
-from dist_ft.data.encoding.chat import (
-    Encoder,
-)
-from dist_ft.data.encoding.encoded import (
-    EncodedRows,
-)
+from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.sources.discovery import Shard
 
 ENCODED = EncodedRows(

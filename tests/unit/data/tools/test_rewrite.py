@@ -10,7 +10,7 @@ from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import split_into_blocks
+from dist_ft.data.blocks.index_builder import split_into_blocks
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
