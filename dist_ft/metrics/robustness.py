@@ -35,8 +35,8 @@ def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequen
     Rows as `PredictionCollector` gathers them.
     """
     changed = [
-        not np.array_equal(_decode_row(task, one), _decode_row(task, other))
-        for one, other in zip(before, after, strict=True)
+        not np.array_equal(_decode_row(task, row_before), _decode_row(task, row_after))
+        for row_before, row_after in zip(before, after, strict=True)
     ]
     return float(np.mean(changed))
 

@@ -152,7 +152,5 @@ def read_skipped_steps(store: Store) -> list[int]:
     except ValueError as error:
         raise StorageError(
             f"{store.redacted_url(FOLDER)}: contains a file that is not the record of a skipped "
-            "step "
-            f"({error}); allowed are "
-            "files named step-NNNNNNNNN.json. Move the file away."
+            f"step ({error}). Allowed: files named step-NNNNNNNNN.json. Move the file away."
         ) from error

@@ -175,28 +175,28 @@ class HeldOutGenerator:
         token_ids = generate_distributed(
             generator, engine, requests, world, collectives, on_progress
         )
-        texts = [[generator.decode_text(ids) for ids in each] for each in token_ids]
+        texts = [[generator.decode_text(ids) for ids in sample_ids] for sample_ids in token_ids]
         references = [generator.decode_text(sample.target.tolist()) for sample in samples]
         metrics = text_scores.compute_text_metrics(
             self._section.text_metrics,
-            [each[0] for each in texts],
+            [generated[0] for generated in texts],
             references,
             self._section.text_tokenizer,
         )
 
         generations = []
-        for sample, reference, each in zip(samples, references, texts, strict=True):
+        for sample, reference, generated in zip(samples, references, texts, strict=True):
             generation = Generation(
                 sample=sample.sample,
                 prompt=generator.decode_text(sample.prompt.tolist()),
                 reference=reference,
-                text=each[0],
+                text=generated[0],
             )
-            if len(each) > 1:
-                generation["others"] = each[1:]
+            if len(generated) > 1:
+                generation["others"] = generated[1:]
             generations.append(generation)
 
-        num_tokens = sum(len(ids) for each in token_ids for ids in each)
+        num_tokens = sum(len(ids) for sample_ids in token_ids for ids in sample_ids)
         return ScoredGenerations(metrics, generations[: self._section.keep_generations], num_tokens)
 
     def _end_tokens(self, samples: Sequence[HeldOutSample]) -> set[int]:

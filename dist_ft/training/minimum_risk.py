@@ -68,11 +68,11 @@ class MinimumRisk:
         """
         samples = [list(iterate_samples(batch, self._is_encoder_decoder)) for batch in batches]
         own_count = sum(len(lane) for lane in samples)
-        own_longest = max([len(one.prompt) for lane in samples for one in lane], default=1)
+        own_longest = max([len(sample.prompt) for lane in samples for sample in lane], default=1)
         gathered = collectives.all_gather((own_count, own_longest))
         longest = max(length for _, length in gathered)
 
-        found: list[Batch] = []
+        risk_batches: list[Batch] = []
         with engine.generation_mode() as (model, synced):
             for batch, lane in zip(batches, samples, strict=True):
                 generator = self._generator(lane)
@@ -80,9 +80,11 @@ class MinimumRisk:
                 texts = self._sample_texts(
                     generator, model, lane, (step, batch.lane), synced, on_progress
                 )
-                found.append(self._risk_batch(batch, lane, texts, generator) if lane else batch)
+                risk_batches.append(
+                    self._risk_batch(batch, lane, texts, generator) if lane else batch
+                )
 
-        return RiskBatches(found, sum(count for count, _ in gathered))
+        return RiskBatches(risk_batches, sum(count for count, _ in gathered))
 
     def _generator(self, samples: Sequence[HeldOutSample]) -> TextGenerator:
         """Return what samples text for the prompts of a lane."""

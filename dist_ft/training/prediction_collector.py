@@ -76,13 +76,13 @@ class PredictionCollector:
         Call `compute_scores` or `gather_predictions` before.
         """
         errors = error_examples.select_errors(self._task, self._all_rows)
-        own = {}
+        own_windows = {}
         for error in errors:
             for key in error.window_keys:
                 if key in self._windows:
-                    own[key] = self._windows[key]
+                    own_windows[key] = self._windows[key]
 
         windows: dict[WindowKey, Window] = {}
-        for part in collectives.all_gather(own):
+        for part in collectives.all_gather(own_windows):
             windows |= part
         return error_examples.describe_errors(self._task, errors, windows, tokenizer)

@@ -173,11 +173,11 @@ def best_answers(rows: Sequence[PredictionRow]) -> list[AnswerPrediction]:
         if sample not in best or span.score > best[sample][0]:
             best[sample] = span.score, predicted
 
-    found = []
+    predictions = []
     for sample, answers_of_sample in answers.items():
         score, predicted = best[sample]
         first_answer = next(iter(answers_of_sample.values()), NO_ANSWER)
         expected = answers_of_sample.get(predicted.window, first_answer)
-        found.append(AnswerPrediction(sample, expected, predicted, score))
+        predictions.append(AnswerPrediction(sample, expected, predicted, score))
 
-    return found
+    return predictions

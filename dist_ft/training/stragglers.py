@@ -146,19 +146,23 @@ def find_slow_workers(paces: list[Pace]) -> dict[int, str]:
 
     reasons = {}
     for pace in paces:
-        found = []
+        reasons_of_worker = []
         for share, typical_share, what in (
             (pace.stalled_share, typical_stalled, "was stalled (stopped, or without a CPU)"),
             (pace.data_share, typical_data, "waited for data"),
         ):
             if share > typical_share + SHARE_MARGIN:
-                found.append(f"it {what} {share:.0%} of the time (typical: {typical_share:.0%})")
+                reasons_of_worker.append(
+                    f"it {what} {share:.0%} of the time (typical: {typical_share:.0%})"
+                )
 
-        if not found and pace.probe_s > SLOWDOWN * typical_probe_s:
+        if not reasons_of_worker and pace.probe_s > SLOWDOWN * typical_probe_s:
             times = pace.probe_s / typical_probe_s
-            found.append(f"a matrix product takes it {times:.1f} times as long as is typical")
-        if found:
-            reasons[pace.rank] = "; ".join(found)
+            reasons_of_worker.append(
+                f"a matrix product takes it {times:.1f} times as long as is typical"
+            )
+        if reasons_of_worker:
+            reasons[pace.rank] = "; ".join(reasons_of_worker)
 
     return reasons
 

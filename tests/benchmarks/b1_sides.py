@@ -80,12 +80,12 @@ class Ours:
 
     def _run(self, config: RunConfig, world: World) -> None:
         try:
-            training_run.run(config, world, RunContext(should_stop=self._asked))
+            training_run.run(config, world, RunContext(should_stop=self._should_stop))
         except BaseException as error:
             self._ended = error
         self._held.set()
 
-    def _asked(self) -> bool:
+    def _should_stop(self) -> bool:
         """Note the time; when the block is made, wait for the next."""
         if self._stamps:
             self._stamps.append(time.perf_counter())

@@ -20,32 +20,32 @@ REFERENCES = [
 
 
 def test_every_metric_is_computed_and_perfect_for_equal_text():
-    found = text_scores.compute_text_metrics(
+    values = text_scores.compute_text_metrics(
         TEXT_METRICS, ["the year 1,042 .", "9 of 10"], ["the year 1,042 .", "9 of 10"]
     )
-    assert found == pytest.approx(
+    assert values == pytest.approx(
         {
             **dict.fromkeys(TEXT_METRICS, 1.0),
-            "bleu": found["bleu"],
+            "bleu": values["bleu"],
             "chrf": 100.0,
             "token_error_rate": 0.0,
         }
     )
-    assert tuple(found) == TEXT_METRICS
+    assert tuple(values) == TEXT_METRICS
     assert text_scores.compute_text_metrics(TEXT_METRICS, [], []) == {}
 
 
 def test_bleu_chrf_and_rouge_equal_the_libraries():
-    found = text_scores.compute_text_metrics(TEXT_METRICS, TEXTS, REFERENCES)
-    assert found["bleu"] == sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score > 20
-    assert found["chrf"] == sacrebleu.corpus_chrf(TEXTS, [REFERENCES]).score > 20
+    values = text_scores.compute_text_metrics(TEXT_METRICS, TEXTS, REFERENCES)
+    assert values["bleu"] == sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score > 20
+    assert values["chrf"] == sacrebleu.corpus_chrf(TEXTS, [REFERENCES]).score > 20
     rouge = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for kind in ("rouge1", "rouge2", "rougeL"):
         each = [
             rouge.score(reference, text)[kind].fmeasure
             for text, reference in zip(TEXTS, REFERENCES, strict=True)
         ]
-        assert found[kind] == pytest.approx(sum(each) / 3) and 0.5 < found[kind] < 1
+        assert values[kind] == pytest.approx(sum(each) / 3) and 0.5 < values[kind] < 1
     assert (
         text_scores.compute_text_metric("bleu", TEXTS[0], REFERENCES[0])
         == sacrebleu.sentence_bleu(TEXTS[0], [REFERENCES[0]]).score
@@ -59,11 +59,11 @@ def test_bleu_chrf_and_rouge_equal_the_libraries():
 @pytest.mark.parametrize("tokenizer", ["zh", "char"])
 def test_text_without_spaces_is_split_by_the_tokenizer(tokenizer):
     text, reference = "我喜欢红茶", "我喜欢绿茶"
-    found = text_scores.compute_text_metrics(TEXT_METRICS, [text], [reference], tokenizer)
-    assert found["token_error_rate"] == pytest.approx(1 / 5)
-    assert found["token_f1"] == pytest.approx(4 / 5)
-    assert found["rouge1"] == pytest.approx(4 / 5) and found["rouge2"] == pytest.approx(2 / 4)
-    assert found["bleu"] == sacrebleu.corpus_bleu([text], [[reference]], tokenize=tokenizer).score
+    values = text_scores.compute_text_metrics(TEXT_METRICS, [text], [reference], tokenizer)
+    assert values["token_error_rate"] == pytest.approx(1 / 5)
+    assert values["token_f1"] == pytest.approx(4 / 5)
+    assert values["rouge1"] == pytest.approx(4 / 5) and values["rouge2"] == pytest.approx(2 / 4)
+    assert values["bleu"] == sacrebleu.corpus_bleu([text], [[reference]], tokenize=tokenizer).score
     whole = text_scores.compute_text_metrics(TEXT_METRICS, [text], [reference])
     assert (whole["token_error_rate"], whole["token_f1"], whole["rouge1"]) == (1.0, 0.0, 0.0)
 

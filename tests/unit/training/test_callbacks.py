@@ -83,12 +83,12 @@ def test_steps_and_checkpoints_reach_all_ranks_and_metrics_rank_0_only(base):
 
     def events(rank: int) -> list[tuple]:
         lines = (folder / f"rank-{rank}.log").read_text().splitlines()
-        found = [
+        printed = [
             tuple(json.loads(line.removeprefix("callback ")))
             for line in lines
             if line.startswith("callback ")
         ]
-        return [event for event in found if event[0] != "on_metrics" or event[2] != "pace"]
+        return [event for event in printed if event[0] != "on_metrics" or event[2] != "pace"]
 
     assert events(0) == RANK_0_EVENTS
     assert events(1) == [

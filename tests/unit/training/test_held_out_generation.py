@@ -58,7 +58,7 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
     assert not pack or any(len(batch.segments) > len(batch.input_ids) for batch in batches), (
         "some rows hold several samples"
     )
-    found = sorted(
+    samples = sorted(
         (one for batch in batches for one in iterate_samples(batch, False)),
         key=lambda one: one.sample,
     )
@@ -68,13 +68,13 @@ def test_prompts_and_targets_are_found_in_packed_rows(base, pack):
         for line in file.read_text().splitlines()
     ]
     tokenizer = run.tokenizer
-    assert [tokenizer.decode(one.prompt) for one in found] == [
+    assert [tokenizer.decode(one.prompt) for one in samples] == [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
         )
         for row in rows
     ]
-    assert [tokenizer.decode(one.target) for one in found] == [
+    assert [tokenizer.decode(one.target) for one in samples] == [
         row["response"] + "<|end|>" for row in rows
     ]
     data.close()
@@ -107,9 +107,9 @@ class Threads(Collectives):
     def all_gather(self, value):
         self.values[threading.current_thread().name] = value
         self.barrier.wait()
-        found = [self.values[name] for name in sorted(self.values)]
+        gathered = [self.values[name] for name in sorted(self.values)]
         self.barrier.wait()
-        return found
+        return gathered
 
 
 class OneModel:
@@ -141,10 +141,10 @@ def test_each_text_is_generated_once_and_calls_are_equal_where_required(size, sy
     ]
     sampling = {"strategy": "sample", "num_samples": 2}
     expected = decoder(7, **sampling).generate_all(make_model("gpt2").eval(), rows)
-    found, engines, collectives = {}, [OneModel(synced) for _ in range(size)], Threads(size)
+    results, engines, collectives = {}, [OneModel(synced) for _ in range(size)], Threads(size)
 
     def work(rank):
-        found[rank] = generate_distributed(
+        results[rank] = generate_distributed(
             decoder(2, **sampling), engines[rank], rows, World(rank, size, rank, size), collectives
         )
 
@@ -153,7 +153,7 @@ def test_each_text_is_generated_once_and_calls_are_equal_where_required(size, sy
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[rank] for rank in range(size)] == [expected] * size
+    assert [results[rank] for rank in range(size)] == [expected] * size
     calls = [engine.calls for engine in engines]  # four batches of at most two rows
     assert calls == ([2, 2] if size == 2 else [2, 2, 2] if synced else [2, 1, 1])
 

@@ -31,21 +31,21 @@ def base(tmp_path_factory):
 
 
 def document(base, task: str, name: str, steps: int, **fields):
-    made = (
+    settings = (
         tiny.config(base, name, task=RISK, data={"pack": False}, **fields)
         if task == "causal_lm"
         else tiny_tasks.config(base, task, name, task=dict(RISK), **fields)
     )
-    made["schedule"] = {"name": "constant", "steps": steps}
-    return made
+    settings["schedule"] = {"name": "constant", "steps": steps}
+    return settings
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
 def test_resumed_run_has_the_losses_of_an_uninterrupted_one(base, task):
-    made = document(base, task, "x", 6)
+    settings = document(base, task, "x", 6)
     for name, steps in (("whole", 6), ("cut", 4), ("cut", 6)):
-        made["run"]["name"], made["schedule"]["steps"] = f"{task[:3]}-{name}", steps
-        local.run(load_config(made))
+        settings["run"]["name"], settings["schedule"]["steps"] = f"{task[:3]}-{name}", steps
+        local.run(load_config(settings))
     runs = [base / "runs" / f"{task[:3]}-{name}" for name in ("whole", "cut")]
     assert history.losses(runs[0]) == history.losses(runs[1]) and len(history.losses(runs[0])) == 6
 
@@ -63,11 +63,11 @@ def test_samples_of_a_lane_do_not_depend_on_other_lanes(base):
     )
 
     def drawn(lanes, step=0):
-        found, count = risk.prepare(
+        batches_with_risks, count = risk.prepare(
             [batches[lane] for lane in lanes], step, engine, Collectives(), lambda: None
         )
         assert count == sum(len(batches[lane].segments) for lane in lanes)
-        return [(one.input_ids.tolist(), one.risks.tolist()) for one in found]
+        return [(one.input_ids.tolist(), one.risks.tolist()) for one in batches_with_risks]
 
     every = drawn(range(5))
     assert [drawn([lane])[0] for lane in range(5)] == every
@@ -78,10 +78,10 @@ def test_samples_of_a_lane_do_not_depend_on_other_lanes(base):
 
 
 def test_prompt_that_leaves_no_room_is_refused_in_one_line(base):
-    made = document(base, "causal_lm", "long", 2)
-    made["task"] = {**RISK, "risk": {"max_new_tokens": 60}}
+    settings = document(base, "causal_lm", "long", 2)
+    settings["task"] = {**RISK, "risk": {"max_new_tokens": 60}}
     with pytest.raises(
         ConfigError,
         match=r"max_new_tokens=60: the model has 64 positions and the longest prompt \d+ tokens\. ",
     ):
-        local.run(load_config(made))
+        local.run(load_config(settings))
