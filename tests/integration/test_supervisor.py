@@ -309,7 +309,7 @@ def test_spare_of_a_lost_worker_is_claimed_once(
     ) is None
     for process in found:
         assert process is not None
-        process.end()
+        process.kill()
     assert all(ended(pid, 1) for pid in pids)
 
     pids = {lose_a_worker(document, "claimed", "spare") for _ in range(2)}

@@ -24,7 +24,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.logs import SECRET_NAME
 from dist_ft.storage import filesystem
 
-ProjectLocation = Literal["package", "here", "image"]
+ProjectLocation = Literal["package", "local", "image"]
 """Where the job finds the project: uploaded with the job; in the folder itself (a cluster on
 this machine); in the image."""
 RUN_KEY, NAME_KEY = "dist_ft_run", "dist_ft_name"
@@ -106,7 +106,7 @@ def create_request(
     """
     options = ["--skip-check"] if skip_check else []
     command = ("python", "-m", "dist_ft.cli", "train", *options, inline_config(config))
-    if project.location == "here":
+    if project.location == "local":
         folder = shlex.quote(str(project.folder))
         command = ("sh", "-c", f"cd {folder} && exec {shlex.join(command)}")
 
@@ -194,7 +194,7 @@ def find_path_problems(
         shared: folders that all nodes see under the same path.
         is_local_cluster: whether all nodes are this machine.
     """
-    if project.location == "here":
+    if project.location == "local":
         return
     for path in _config_paths(config):
         if filesystem.is_local(path.value):

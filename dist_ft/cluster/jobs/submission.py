@@ -155,7 +155,7 @@ def _require_versions(server: Server, any_version: bool) -> None:
 def _project_location(packaged: bool | None, is_local_cluster: bool) -> ProjectLocation:
     if packaged or (packaged is None and not is_local_cluster):
         return "package"
-    return "here" if is_local_cluster else "image"
+    return "local" if is_local_cluster else "image"
 
 
 def _check_config(config: RunConfig) -> list[str]:

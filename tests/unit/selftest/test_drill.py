@@ -164,36 +164,38 @@ def test_times_are_measured_to_the_next_attempt():
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 16])
 def test_scenarios_fit_the_number_of_workers(workers):
-    every = scenarios(workers)
-    assert [one.name for one in every] == list(NAMES)
-    victims = {one.failpoint.split("@")[1].split("!")[0] for one in every[1:3]}
+    all_scenarios = scenarios(workers)
+    assert [one.name for one in all_scenarios] == list(NAMES)
+    victims = {one.failpoint.split("@")[1].split("!")[0] for one in all_scenarios[1:3]}
     assert victims == {str(max(0, workers - 1))}
-    assert ("!stop" in every[2].failpoint) == (workers > 1), (
+    assert ("!stop" in all_scenarios[2].failpoint) == (workers > 1), (
         "a process alone cannot notice that it is stopped"
     )
-    assert [one.first_exit_code for one in every] == (
+    assert [one.first_exit_code for one in all_scenarios] == (
         [0, -9, 75, 130, 0] if workers == 0 else [0, 0, 0, 130, 0]
     )
 
 
-def test_a_place_is_not_reached_twice():
-    """From the oldest checkpoint that can be the newest sound one at step FAULT_STEP, fewer than FAULT_STEP steps are left."""
+def test_fault_is_not_injected_twice():
+    """After the oldest checkpoint that a run may resume from, fewer than FAULT_STEP steps are left."""
     oldest = (FAULT_STEP - 1) // CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL - CHECKPOINT_INTERVAL
     assert NUM_STEPS - oldest < FAULT_STEP <= NUM_STEPS
 
 
-def test_the_config_is_the_users_cluster_and_storage_and_nothing_of_their_data():
+def test_config_uses_the_users_cluster_and_storage_but_not_their_data():
     for one in scenarios(3):
-        found = scenario_config(load_config(DOCUMENT), "s3://b/runs/drill-1", one)
+        config = scenario_config(load_config(DOCUMENT), "s3://b/runs/drill-1", one)
         assert (
-            found.cluster.workers == 3 and found.cluster.address == "auto" and found.zero.stage == 2
+            config.cluster.workers == 3
+            and config.cluster.address == "auto"
+            and config.zero.stage == 2
         )
-        assert found.model.dtype == "bfloat16" and found.data.cache_dir == "/mnt/cache"
-        assert found.storage.options == DOCUMENT["storage"]["options"]
-        assert found.run_url == f"s3://b/runs/drill-1/{one.name}"
-        assert found.model.path == "s3://b/runs/drill-1/model" and "secret" not in str(found)
-        assert found.num_lanes % 2 == 1 and found.num_lanes > 3
-        assert found.cluster.progress_timeout_s == (15 if one.name == "hang" else 600)
+        assert config.model.dtype == "bfloat16" and config.data.cache_dir == "/mnt/cache"
+        assert config.storage.options == DOCUMENT["storage"]["options"]
+        assert config.run_url == f"s3://b/runs/drill-1/{one.name}"
+        assert config.model.path == "s3://b/runs/drill-1/model" and "secret" not in str(config)
+        assert config.num_lanes % 2 == 1 and config.num_lanes > 3
+        assert config.cluster.progress_timeout_s == (15 if one.name == "hang" else 600)
 
 
 @pytest.mark.parametrize("workers", ["0", "2", "1024", "4..64"])

@@ -66,7 +66,7 @@ def test_printed_command_is_equivalent(tmp_path):
 
 def test_job_on_this_machine_runs_in_the_folder_itself(tmp_path):
     folder = tmp_path / "a b"
-    request = make(load_config(BASE, ["run.storage=./runs"]), "here", folder=folder)
+    request = make(load_config(BASE, ["run.storage=./runs"]), "local", folder=folder)
     assert (
         shlex.split(request.entrypoint)[:2] == ["sh", "-c"]
         and f"cd '{folder}' && exec python" in request.command[2]
@@ -146,7 +146,7 @@ def test_paths_that_workers_do_not_see_are_named(tmp_path):
     assert unseen_paths(config, folder=tmp_path, local=True) == ["run.storage=./runs"], (
         "it would be deleted with the job"
     )
-    assert unseen_paths(config, "here", local=True, folder=tmp_path) == []
+    assert unseen_paths(config, "local", local=True, folder=tmp_path) == []
     assert unseen_paths(load_config(BASE), folder=tmp_path) == [], (
         "buckets and the hub are visible from everywhere"
     )
