@@ -58,7 +58,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     quiet_third_parties()
     run, problems, source = inspect_config(config, overrides or ())
-    problems = problems + check_run.check(run, whole=not problems)
+    problems = problems + check_run.check(run, is_complete=not problems)
     if problems:
         raise ConfigError(problems, source)
 

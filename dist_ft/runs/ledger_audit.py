@@ -93,7 +93,9 @@ def audit(url: str) -> Audit:
         )
 
     rows = read_ledger(store, latest)
-    plan = BatchPlan(index.counts, index.sources, config.effective_data, config.batch, config.run.seed)
+    plan = BatchPlan(
+        index.counts, index.sources, config.effective_data, config.batch, config.run.seed
+    )
     return Audit(
         latest.progress.step,
         len(set(store.list(discovery.ATTEMPTS))),

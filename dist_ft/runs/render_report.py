@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from dist_ft.runs.report import TABLE_TITLES, Report
+from dist_ft.runs.report import EvaluationTables, Report
 
 MAX_POINTS = 600
 """Points of a curve. With more, means of neighbours are drawn."""
@@ -147,10 +147,7 @@ def _metrics_markdown(report: Report) -> list[str]:
 def _tables_markdown(report: Report) -> list[str]:
     tables = report["tables"]
     lines = []
-    for name, title in TABLE_TITLES.items():
-        if name not in tables:
-            continue
-        table = _table_text(tables[name])
+    for title, table in _titled_tables(tables).items():
         lines += [
             f"## {title}",
             "",
@@ -204,11 +201,7 @@ def to_html(report: Report) -> str:
         report=report,
         shaded=[shade_tokens(example.get("tokens", ())) for example in report["examples"]],
         curves=_curves(report),
-        tables={
-            title: _table_text(tables[name])
-            for name, title in TABLE_TITLES.items()
-            if name in tables
-        },
+        tables=_titled_tables(tables),
         number=_number,
         metrics=metric_changes(report["evaluations"]),
         labels=labels if len(labels) <= MAX_MATRIX_LABELS else [],
@@ -232,6 +225,16 @@ def shade_tokens(tokens: Sequence[tuple[str, float]]) -> list[ShadedToken]:
         opacity = abs(weight) / largest * 0.75
         shaded.append(ShadedToken(text, f"rgba({rgb}, {opacity:.2f})", f"{weight:+.4f}"))
     return shaded
+
+
+def _titled_tables(tables: EvaluationTables) -> dict[str, TableText]:
+    """Return the tables by label and by tag, as far as there are any, by title."""
+    titled = {}
+    if "by_label" in tables:
+        titled["By label"] = _table_text(tables["by_label"])
+    if "by_tag" in tables:
+        titled["By tag"] = _table_text(tables["by_tag"])
+    return titled
 
 
 def _table_text(table: Mapping[str, Mapping[str, float]]) -> TableText:

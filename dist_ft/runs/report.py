@@ -21,7 +21,29 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.training.evaluation import FOLDER, read_evaluation
 from dist_ft.training.metrics_log import read_metrics
 
-TABLE_TITLES = {"by_label": "By label", "by_tag": "By tag"}
+
+class BestEvaluation(TypedDict):
+    """The best evaluation of a run, by the metric checkpoint.best_by."""
+
+    step: int
+    value: float
+    metric: str
+
+
+class EvaluationTables(TypedDict, total=False):
+    """Tables of an evaluation, as far as its task has them.
+
+    Attributes:
+        by_label: {label: {metric: value}}.
+        by_tag: {tag: {metric: value}}.
+        labels: names of the rows and columns of `confusion`.
+        confusion: counts by label (row) and prediction (column).
+    """
+
+    by_label: dict[str, dict[str, float]]
+    by_tag: dict[str, dict[str, float]]
+    labels: list[str]
+    confusion: list[list[int]]
 
 
 class Report(TypedDict):
@@ -36,7 +58,7 @@ class Report(TypedDict):
         steps: last training step.
         train: metrics of each training step.
         evaluations: metrics of each evaluation.
-        best: {metric, step, value} of the best evaluation; None without evaluations.
+        best: the best evaluation; None without evaluations.
         tables: metrics by label, and the confusion matrix with its labels.
         examples: the most confident errors of the latest evaluation.
         examples_step: step of that evaluation.
@@ -55,8 +77,8 @@ class Report(TypedDict):
     steps: int
     train: list[dict[str, float]]
     evaluations: list[dict[str, float]]
-    best: dict[str, Any] | None
-    tables: dict[str, Any]
+    best: BestEvaluation | None
+    tables: EvaluationTables
     examples: list[dict[str, Any]]
     examples_step: int | None
     attributions: Any
@@ -118,7 +140,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _best(
     config: Mapping[str, Any], evaluations: Sequence[Mapping[str, float]]
-) -> dict[str, Any] | None:
+) -> BestEvaluation | None:
     """Return the best evaluation by checkpoint.best_by."""
     metric = (config.get("checkpoint") or {}).get("best_by", "loss")
     values = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
@@ -137,9 +159,13 @@ def _latest_evaluation(store: Store) -> Evaluation:
     return Evaluation(step, read_evaluation(store, step))
 
 
-def _tables(details: Mapping[str, Any]) -> dict[str, Any]:
+def _tables(details: Mapping[str, Any]) -> EvaluationTables:
     """Return the tables of an evaluation: metrics by label, and the confusion matrix."""
-    tables = {name: details[name] for name in TABLE_TITLES if details.get(name)}
+    tables: EvaluationTables = {}
+    if details.get("by_label"):
+        tables["by_label"] = details["by_label"]
+    if details.get("by_tag"):
+        tables["by_tag"] = details["by_tag"]
     if "confusion" in details:
         tables["labels"] = list(details["by_label"])
         tables["confusion"] = details["confusion"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 from dist_ft.core.errors import StorageError
 from dist_ft.planning import goodput
@@ -43,13 +43,25 @@ def read_attempt_times(store: Store) -> AttemptTimes:
     return AttemptTimes(attempts, unreadable)
 
 
-def read_note(store: Store, name: str) -> dict[str, Any]:
+class StoredTime(TypedDict, total=False):
+    """A file of time as `training.time_ledger` writes it, as far as it is read here.
+
+    Attributes:
+        attempt: number of the attempt.
+        ended: how the attempt ended; absent while it runs.
+    """
+
+    attempt: int
+    ended: str
+
+
+def read_stored_time(store: Store, name: str) -> StoredTime:
     """Return one file of time as it was written; {} if it cannot be read now."""
     try:
         note = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
     except (ValueError, StorageError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return cast(StoredTime, note) if isinstance(note, dict) else {}
 
 
 def lines(store: Store) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dist_ft.runs import catalog, time_accounting
+from dist_ft.runs.time_accounting import StoredTime
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
 from dist_ft.training.metrics_log import read_metrics
@@ -72,10 +73,10 @@ def watch(
         time.sleep(poll_s)
 
 
-def latest_attempt(store: Store) -> dict[str, Any]:
+def latest_attempt(store: Store) -> StoredTime:
     """Return the time file of the latest attempt; {} before the first."""
     names = store.list(time_ledger.FOLDER)
-    return time_accounting.read_note(store, names[-1]) if names else {}
+    return time_accounting.read_stored_time(store, names[-1]) if names else {}
 
 
 def metric_lines(lines: Sequence[dict[str, Any]]) -> Iterator[str]:

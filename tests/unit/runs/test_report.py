@@ -52,7 +52,8 @@ def test_report_holds_what_the_run_stored(found):
     )
     assert json.loads(json.dumps(found)) == found
     rows = {
-        name: (first, last) for name, first, last in render_report.metric_changes(found["evaluations"])
+        name: (first, last)
+        for name, first, last in render_report.metric_changes(found["evaluations"])
     }
     assert rows["loss"][1] < rows["loss"][0]
     wrong = round((1 - found["evaluations"][-1]["accuracy"]) * 23)
@@ -113,7 +114,9 @@ def test_texts_of_examples_are_escaped_in_html_and_markdown(found):
         "tokens": [[EVIL, 0.5], ["x", -0.25]],
     }
     content = {**found, "examples": [evil], "facts": {"base model": EVIL}}
-    assert EVIL not in render_report.to_html(content) and "<b>" not in report.to_html(content)
+    assert EVIL not in render_report.to_html(content) and "<b>" not in render_report.to_html(
+        content
+    )
     assert EVIL not in render_report.to_markdown(
         {**content, "config": ""}
     ) and "\\| a" in render_report.to_markdown(content)
