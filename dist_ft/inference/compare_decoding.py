@@ -28,8 +28,8 @@ def compare(
             evaluation.decoding.
 
     Returns:
-        Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and `texts`, the
-        first generations.
+        Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and the first
+        `generations`.
 
     Raises:
         ConfigError: the config generates nothing, or a strategy does not exist.

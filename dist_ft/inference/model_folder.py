@@ -54,7 +54,7 @@ class PredictionOptions:
         return parse_strategy(self.strategy, section)
 
 
-DEFAULTS = PredictionOptions()
+DEFAULT_OPTIONS = PredictionOptions()
 
 
 class FolderInfo(TypedDict, total=False):

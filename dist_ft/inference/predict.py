@@ -20,7 +20,12 @@ from dist_ft.data.encoding.answer_spans import find_context
 from dist_ft.data.encoding.task_encoder import add_leading_spaces
 from dist_ft.data.sources.discovery import Row
 from dist_ft.inference.few_shot import PromptedClassifier
-from dist_ft.inference.model_folder import DEFAULTS, PredictionOptions, load_folder, model_version
+from dist_ft.inference.model_folder import (
+    DEFAULT_OPTIONS,
+    PredictionOptions,
+    load_folder,
+    model_version,
+)
 from dist_ft.metrics.task_scores import softmax
 from dist_ft.model import heads
 from dist_ft.model.adapters import soft_prompts
@@ -41,7 +46,7 @@ class Predictor:
         version: changes when the weights, or the options that affect predictions, do.
     """
 
-    def __init__(self, path: str, options: PredictionOptions = DEFAULTS) -> None:
+    def __init__(self, path: str, options: PredictionOptions = DEFAULT_OPTIONS) -> None:
         """Load the model at `path` (folder, URL, hub name).
 
         Raises:

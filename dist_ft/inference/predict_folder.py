@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Shard
-from dist_ft.inference.model_folder import DEFAULTS, PredictionOptions, model_version
+from dist_ft.inference.model_folder import DEFAULT_OPTIONS, PredictionOptions, model_version
 from dist_ft.inference.predict import Predictor
 from dist_ft.inference.prediction_shards import ShardTask, missing_tasks, split_input, write_shard
 from dist_ft.storage.filesystem import Store, is_local, local_path
@@ -31,7 +31,7 @@ def predict_folder(
     model: str,
     shards: Sequence[Shard],
     out: str,
-    options: PredictionOptions = DEFAULTS,
+    options: PredictionOptions = DEFAULT_OPTIONS,
     *,
     suffix: str = "jsonl",
     workers: int = 0,
@@ -77,7 +77,7 @@ def predict_folder(
 def _absolute(model: str) -> str:
     """Return the absolute path of a local folder, for workers with another working directory.
 
-    Else the name as it is.
+    Other names are returned unchanged.
     """
     folder = os.path.abspath(local_path(model)) if is_local(model) else ""
     return folder if os.path.isdir(folder) else model

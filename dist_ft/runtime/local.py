@@ -115,8 +115,8 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
         printer.start()
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            previous[handled] = signal.signal(handled, handle)
     try:
         yield received.is_set
     finally:

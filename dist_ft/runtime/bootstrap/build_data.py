@@ -171,9 +171,7 @@ def _build_loader(
     if index is not None:
         index.verify_unchanged(shards, data.field)
         blocks = _block_store(config, section, encoder, shards, index.blocks)
-        index.verify_recipe(
-            index_recipe(blocks.fingerprint, section, length, data.max_samples)
-        )
+        index.verify_recipe(index_recipe(blocks.fingerprint, section, length, data.max_samples))
     else:
         cuts = index_builder.split_into_blocks(shards_by_source, section, world, collectives)
         blocks = _block_store(config, section, encoder, shards, cuts)
@@ -214,7 +212,5 @@ def _is_current(
     """Return whether a stored index is of these shards, read in this way."""
     from dist_ft.data.blocks.token_cache import compute_fingerprint
 
-    recipe = index_recipe(
-        compute_fingerprint(encoder), data.section, length, data.max_samples
-    )
+    recipe = index_recipe(compute_fingerprint(encoder), data.section, length, data.max_samples)
     return index.shards == shards and index.recipe == recipe

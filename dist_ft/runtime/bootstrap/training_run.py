@@ -315,7 +315,7 @@ def train_with_rollback(
 def _rewound(components: Components, run: ResolvedRun, progress: Progress) -> Components:
     """Return the components as they were at the checkpoint.
 
-    The anomalies found since then stay known.
+    The steps to skip are remembered.
     """
     before = components.anomaly_detector
     detector = AnomalyDetector(

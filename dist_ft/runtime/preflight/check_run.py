@@ -24,29 +24,29 @@ TRIES, TIMEOUT_S = 2, 20.0
 """Limits of every storage call here: a person waits for the answer."""
 
 
-def check(config: RunConfig, *, write_storage: bool = True, whole: bool = True) -> list[str]:
+def check(config: RunConfig, *, write_storage: bool = True, is_complete: bool = True) -> list[str]:
     """Return a line for everything that would stop this run, as far as it can be known here.
 
     Args:
         config: the run.
         write_storage: also write (and remove) a small file in the run's storage and look for an
             older run there.
-        whole: False if `config` may lack fields (`inspect_config`); checks that read those are
-            skipped.
+        is_complete: False if `config` may lack fields (`inspect_config`); checks that read those
+            are skipped.
     """
     with contextlib.ExitStack() as stack:
-        if not whole:
+        if not is_complete:
             stack.enter_context(contextlib.suppress(AttributeError))
         filesystem.configure(config.storage.options)
 
     with retry_limit(TRIES, TIMEOUT_S):
         found: list[ModelSection] = []
-        problems = _lines(lambda: _resolve_model(config, found), whole)
+        problems = _lines(lambda: _resolve_model(config, found), is_complete)
         model = found[0] if found else None
         if model is None and not problems:  # fields are missing, but perhaps not the model
             model = getattr(config, "model", None)
         for check_one in _checks(config, model, write_storage):
-            problems += _lines(check_one, whole)
+            problems += _lines(check_one, is_complete)
         return problems
 
 
@@ -71,7 +71,7 @@ def _checks(
     yield lambda: trackers.missing_trackers(config)
 
 
-def _lines(check_one: Callable[[], Iterator[str]], whole: bool) -> list[str]:
+def _lines(check_one: Callable[[], Iterator[str]], is_complete: bool) -> list[str]:
     """Return the lines of one check; an error of ours becomes a line, or several."""
     try:
         return [redact(line) for line in check_one()]
@@ -80,7 +80,7 @@ def _lines(check_one: Callable[[], Iterator[str]], whole: bool) -> list[str]:
     except DistFtError as error:
         return [redact(str(error))]
     except AttributeError:
-        if whole:
+        if is_complete:
             raise
         return []
 
@@ -108,10 +108,7 @@ def _check_synonyms(config: RunConfig) -> Iterator[str]:
 
 
 def _check_sources(sources: tuple[Source, ...], field: str) -> Iterator[str]:
-    """List each source alone, so that all problems are reported.
-
-    Then, if there are none, all together.
-    """
+    """List each source alone, so that all problems are reported; then all sources together."""
     from dist_ft.data.sources.discovery import discover_shards
 
     has_problem = False

@@ -1,4 +1,4 @@
-"""Ways to make texts beside each other."""
+"""Decoding strategies side by side."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def document(tmp_path_factory):
     return made
 
 
-def test_each_strategy_has_its_row_and_each_model(document):
+def test_each_strategy_of_each_model_has_a_row(document):
     config = load_config(document)
     found = compare(config, [config.model.path] * 2, ["greedy", "beam:3", "sample:0.7,seed=2"])
     assert [one["strategy"] for one in found] == ["greedy", "beam:3", "sample:0.7"] * 2
     assert found[0]["generations"] == found[3]["generations"] and len(found[0]["generations"]) == 3
     assert {one["text"] for one in found[0]["generations"]} <= set(
         config.evaluation.decoding.choices
-    ), "what the config says else"
+    ), "the default is that of the config"
     assert all(
         one["samples"] == 6 and one["seconds"] > 0 and one["tokens_per_s"] > 0 for one in found
     )
@@ -47,7 +47,7 @@ def test_each_strategy_has_its_row_and_each_model(document):
     }
 
 
-def test_without_a_length_there_is_nothing_to_compare(document):
+def test_zero_max_new_tokens_is_refused(document):
     config = load_config({**document, "evaluation": {"data": document["evaluation"]["data"]}})
     with pytest.raises(
         ConfigError, match=r"evaluation\.decoding\.max_new_tokens=0: nothing is generated\."
@@ -55,7 +55,7 @@ def test_without_a_length_there_is_nothing_to_compare(document):
         compare(config, [config.model.path], ["greedy"])
 
 
-def test_the_command_shows_a_table(document, tmp_path, monkeypatch, capsys):
+def test_decode_command_prints_a_table(document, tmp_path, monkeypatch, capsys):
     (tmp_path / "x.yaml").write_text(json.dumps(document))
     monkeypatch.setattr(
         sys,

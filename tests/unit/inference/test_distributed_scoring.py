@@ -1,4 +1,4 @@
-"""Models scored by workers: what they are not asked, and the run of no step that asks them."""
+"""Models scored by workers: what is refused, and the zero-step run that scores them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_scores_that_need_one_process_are_refused(base, overrides, message):
         distributed_scoring.score(ResolvedRun.from_config(made), made.cluster)
 
 
-def test_a_head_that_was_never_trained_is_refused_before_workers_are_asked_for(base):
+def test_untrained_head_is_refused_before_workers_start(base):
     made = config(base)
     with pytest.raises(
         ModelError,
@@ -55,15 +55,17 @@ def test_a_head_that_was_never_trained_is_refused_before_workers_are_asked_for(b
         evaluate_models(made, [made.model.path])
 
 
-def test_the_run_of_no_step_tells_what_one_process_tells_and_leaves_nothing(base, monkeypatch):
-    """Here the run is made in this process; tests/integration has workers do it."""
+def test_distributed_metrics_equal_one_process_and_the_run_is_removed(base, monkeypatch):
+    """The run is in this process here; tests/integration uses workers."""
     made = config(base)
-    asked = []
+    configs = []
 
-    def run(wanted):
-        asked.append(wanted)
+    def run(derived):
+        configs.append(derived)
         return local.run(
-            wanted.model_copy(update={"cluster": wanted.cluster.model_copy(update={"workers": 0})})
+            derived.model_copy(
+                update={"cluster": derived.cluster.model_copy(update={"workers": 0})}
+            )
         )
 
     monkeypatch.setattr(driver, "run", run)
@@ -75,14 +77,14 @@ def test_the_run_of_no_step_tells_what_one_process_tells_and_leaves_nothing(base
         if isinstance(value, float):
             assert sharded[name] == pytest.approx(value, abs=1e-6), name
     assert sharded["confusion"] == plain["confusion"]
-    (one,) = asked
+    (one,) = configs
     assert (
         one.max_workers == 2 and one.schedule.steps == 0 and one.data.train == made.evaluation.data
     )
     assert one.run.name != made.run.name and not Store(one.run_url).list()
 
 
-def test_a_run_of_no_step_learns_and_keeps_nothing(base):
+def test_zero_step_run_evaluates_and_saves_no_checkpoint(base):
     made = load_config(
         tiny_tasks.config(base, "sequence_classification", "none"),
         ["schedule.steps=0", "schedule.epochs=null", "schedule.warmup_steps=null"],

@@ -1,4 +1,4 @@
-"""Models scored without training: by prompts, beside trained heads, in one table."""
+"""Models scored without training: by prompts and by trained heads, in one table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def held_out(made):
     ]
 
 
-def accuracy_by_hand(folder, rows, ask):
+def accuracy_by_hand(folder, rows, prompt_of):
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder).eval(),
@@ -74,18 +74,18 @@ def accuracy_by_hand(folder, rows, ask):
         for label, words in WORDS.items():
             prompt, whole = (
                 tokenizer(text)["input_ids"]
-                for text in (ask(row["text"]), ask(row["text"]) + words)
+                for text in (prompt_of(row["text"]), prompt_of(row["text"]) + words)
             )
             with torch.no_grad():
-                told = torch.log_softmax(model(torch.tensor([whole])).logits[0], -1)
+                log_probabilities = torch.log_softmax(model(torch.tensor([whole])).logits[0], -1)
             scores[label] = sum(
-                told[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))
+                log_probabilities[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))
             )
         right += max(scores, key=scores.__getitem__) == row["label"]
     return right / len(rows)
 
 
-def test_likelihood_is_what_a_loop_by_hand_finds(base):
+def test_likelihood_equals_a_plain_loop(base):
     made = config(base)
     found = evaluate_models(made, [made.model.path])[made.model.path]
     assert found["head"] == "likelihood"
@@ -95,7 +95,7 @@ def test_likelihood_is_what_a_loop_by_hand_finds(base):
     assert {"f1_macro", "mcc", "calibration_error", "by_label", "confusion"} <= found.keys()
 
 
-def test_few_shot_shows_what_was_drawn(base):
+def test_few_shot_prompts_show_the_drawn_examples(base):
     rng = random.Random(5)
     short = [
         row
@@ -122,7 +122,7 @@ def test_few_shot_shows_what_was_drawn(base):
     )
 
 
-def test_several_templates_are_compared(base):
+def test_several_templates_are_aggregated(base):
     made = config(base, templates=TEMPLATES)
     found = evaluate_models(made, [made.model.path])[made.model.path]
     alone = [
@@ -137,7 +137,7 @@ def test_several_templates_are_compared(base):
     assert found["accuracy_best"] >= found["accuracy"] >= found["accuracy_worst"]
 
 
-def test_best_and_worst_know_which_metrics_are_better_low():
+def test_best_and_worst_respect_metrics_that_are_better_low():
     found = aggregate_templates(
         "sequence_classification",
         {
@@ -149,7 +149,7 @@ def test_best_and_worst_know_which_metrics_are_better_low():
     assert (found["calibration_error_best"], found["calibration_error_worst"]) == (0.1, 0.3)
 
 
-def test_nothing_of_the_training_data_is_needed(base):
+def test_evaluation_does_not_read_training_data(base):
     made = config(base)
     gone = made.model_copy(
         update={
@@ -167,14 +167,14 @@ def test_nothing_of_the_training_data_is_needed(base):
     assert evaluate_models(gone, [made.model.path]) == evaluate_models(made, [made.model.path])
 
 
-def test_a_trained_head_stands_beside_a_prompted_model(base):
+def test_trained_head_and_prompted_model_are_evaluated_together(base):
     from dist_ft.runtime import local
 
     trained = load_config(
         tiny_tasks.config(
             base,
             "sequence_classification",
-            "beside",
+            "trained",
             schedule={"epochs": 4},
             checkpoint={"every_steps": 0},
             log={"every_steps": 100},
@@ -205,7 +205,7 @@ def test_a_trained_head_stands_beside_a_prompted_model(base):
     ), "a head's labels stand in its folder"
 
 
-def test_no_optimizer_is_made(base, monkeypatch):
+def test_evaluation_builds_no_optimizer(base, monkeypatch):
     from dist_ft.engine import optimizers
 
     monkeypatch.setattr(
@@ -215,7 +215,7 @@ def test_no_optimizer_is_made(base, monkeypatch):
     evaluate_models(made, [made.model.path])
 
 
-def test_a_prompted_model_learns_and_stays_a_plain_model(base):
+def test_prompted_model_trains_and_exports_as_a_plain_model(base):
     from dist_ft.runtime import local
 
     made = config(
@@ -225,25 +225,25 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         optimizer={"learning_rate": 1e-2},
         evaluation={"every_steps": 20},
         checkpoint={"best_by": "accuracy", "keep_best": 1, "every_steps": 20},
-        run={"name": "learns"},
+        run={"name": "trains"},
         prompting={"shots": 1, "shots_by": "all", "calibrate": True},
     )
     before = evaluate_models(made, [made.model.path])[made.model.path]
     local.run(made)
-    api.export(made, str(base / "learned"), best=True)
-    after = evaluate_models(made, [str(base / "learned")])[str(base / "learned")]
+    api.export(made, str(base / "trained"), best=True)
+    after = evaluate_models(made, [str(base / "trained")])[str(base / "trained")]
     assert (
         after["head"] == "likelihood"
         and after["accuracy"] > max(0.5, before["accuracy"])
         and after["loss"] < before["loss"]
     )
-    AutoModelForCausalLM.from_pretrained(base / "learned")
-    assert "dist-ft predict" in api.next_step(str(base / "learned"))
+    AutoModelForCausalLM.from_pretrained(base / "trained")
+    assert "dist-ft predict" in api.next_step(str(base / "trained"))
     rows = held_out(made)
-    said = Predictor(str(base / "learned"), PredictionOptions(batch_size=7)).predict(
+    predictions = Predictor(str(base / "trained"), PredictionOptions(batch_size=7)).predict(
         [{"text": row["text"]} for row in rows]
     )
-    right = [one["label"] == row["label"] for one, row in zip(said, rows, strict=True)]
+    right = [one["label"] == row["label"] for one, row in zip(predictions, rows, strict=True)]
     assert sum(right) / len(rows) == pytest.approx(after["accuracy"]), (
         "what is predicted is what was scored"
     )
@@ -283,13 +283,13 @@ def test_a_prompted_model_learns_and_stays_a_plain_model(base):
         ),
     ],
 )
-def test_what_contradicts_itself_is_one_line(base, fields, line):
+def test_contradictions_are_one_line(base, fields, line):
     with pytest.raises(ConfigError, match=line) as caught:
         config(base, **fields)
     assert all("\n" not in problem for problem in caught.value.problems)
 
 
-def test_check_tries_the_words_of_labels(base):
+def test_check_tokenizes_the_words_of_labels(base):
     assert check_run.check(config(base)) == []
     (line,) = check_run.check(
         config(base, templates=["{text} t"], prompting={"verbalizers": {**WORDS, "food": "ea"}})
@@ -299,12 +299,12 @@ def test_check_tries_the_words_of_labels(base):
     )
 
 
-def test_a_preview_shows_prompts_and_their_labels(base):
+def test_preview_shows_prompts_and_labels(base):
     shown = api.preview(config(base, prompting={"shots": 1, "shots_by": "all"}), 2)
     assert "say " in shown and any(label in shown for label in WORDS)
 
 
-def test_the_table_names_what_was_asked_how(base, monkeypatch, capsys):
+def test_evaluate_command_names_templates_and_heads(base, monkeypatch, capsys):
     import yaml
 
     from dist_ft.cli import main
@@ -314,8 +314,8 @@ def test_the_table_names_what_was_asked_how(base, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dist-ft", "evaluate", str(base / "config.yaml")])
     with pytest.raises(SystemExit):
         main.main()
-    said = capsys.readouterr().out
-    joined = "".join(said.split())  # a long path takes several lines
+    output = capsys.readouterr().out
+    joined = "".join(output.split())  # a long path takes several lines
     assert "(prompted)" in joined and "accuracyworst" in joined and "bytemplate" in joined
     monkeypatch.setattr("sys.argv", ["dist-ft", "evaluate", str(base / "config.yaml"), "--json"])
     with pytest.raises(SystemExit):
@@ -324,7 +324,7 @@ def test_the_table_names_what_was_asked_how(base, monkeypatch, capsys):
     assert list(found["by_template"]) == TEMPLATES and found["head"] == "likelihood"
 
 
-def test_rows_of_another_label_are_named(base):
+def test_row_with_unknown_label_is_reported(base):
     rng = random.Random(0)
     (base / "odd.jsonl").write_text(
         json.dumps({**tiny_tasks.row("sequence_classification", rng), "label": "metal"}) + "\n"

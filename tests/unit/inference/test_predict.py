@@ -1,4 +1,4 @@
-"""Trained models asked: what they say of rows, in order, and what evaluating them without training gives."""
+"""Predictions of trained models, in order, and their metrics without training."""
 
 from __future__ import annotations
 
@@ -56,18 +56,19 @@ def rows(task: str, count: int, seed: int = 1):
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
-def test_what_is_predicted_is_what_was_scored(base, trained, task):
+def test_predictions_give_the_evaluated_metrics(base, trained, task):
     config, out = trained(task)
     found = Predictor(out, PredictionOptions(7)).predict(rows(task, 23))
     scored = evaluate_models(config, [out])[out]
     assert scored["head"] == "trained"
     if task == "sequence_classification":
         right = [
-            said["label"] == row["label"] for said, row in zip(found, rows(task, 23), strict=True)
+            prediction["label"] == row["label"]
+            for prediction, row in zip(found, rows(task, 23), strict=True)
         ]
         assert sum(right) / 23 == pytest.approx(scored["accuracy"]) and scored["accuracy"] > 0.5
     elif task == "token_classification":
-        tags = [said["tags"] for said in found]
+        tags = [prediction["tags"] for prediction in found]
         assert [len(own) for own in tags] == [len(row["tokens"]) for row in rows(task, 23)]
         flat = [
             a == b
@@ -77,38 +78,42 @@ def test_what_is_predicted_is_what_was_scored(base, trained, task):
         assert sum(flat) / len(flat) == pytest.approx(scored["accuracy"])
     else:
         errors = [
-            (said["label"] - row["label"]) ** 2
-            for said, row in zip(found, rows(task, 23), strict=True)
+            (prediction["label"] - row["label"]) ** 2
+            for prediction, row in zip(found, rows(task, 23), strict=True)
         ]
         assert sum(errors) / 23 == pytest.approx(scored["mse"], rel=1e-3)
 
 
-def test_answers_are_parts_of_their_contexts(base, trained):
+def test_answers_are_spans_of_their_contexts(base, trained):
     _, out = trained("question_answering")
-    asked = rows("question_answering", 9)
-    for said, row in zip(Predictor(out, PredictionOptions(4)).predict(asked), asked, strict=True):
-        assert said["answer"] in row["context"]
+    questions = rows("question_answering", 9)
+    for prediction, row in zip(
+        Predictor(out, PredictionOptions(4)).predict(questions), questions, strict=True
+    ):
+        assert prediction["answer"] in row["context"]
 
 
-def test_texts_are_made(base, trained):
+def test_text_is_generated(base, trained):
     _, out = trained("seq2seq")
     found = Predictor(out, PredictionOptions(4, 5)).predict(rows("seq2seq", 5))
-    assert len(found) == 5 and all(isinstance(said["text"], str) for said in found)
+    assert len(found) == 5 and all(isinstance(prediction["text"], str) for prediction in found)
     alone = Predictor(out, PredictionOptions(1, 5)).predict(rows("seq2seq", 5))
     assert alone == found, "whatever shares a batch"
 
 
 @pytest.mark.parametrize("strategy", ["beam:3,num_samples=2", "sample:1.5,num_samples=2,seed=4"])
-def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(
+def test_decoding_strategy_is_independent_of_where_a_file_is_cut(
     base, trained, strategy, tmp_path, monkeypatch
 ):
     _, out = trained("seq2seq")
     whole = Predictor(out, PredictionOptions(4, 6, strategy)).predict(rows("seq2seq", 5))
-    assert all(len(said["others"]) == 1 for said in whole)
-    assert strategy.startswith("beam") or all(said["text"] != said["others"][0] for said in whole)
+    assert all(len(prediction["others"]) == 1 for prediction in whole)
+    assert strategy.startswith("beam") or all(
+        prediction["text"] != prediction["others"][0] for prediction in whole
+    )
     assert whole != Predictor(out, PredictionOptions(4, 6)).predict(rows("seq2seq", 5))
     monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 2)
-    file = tmp_path / "said.jsonl"
+    file = tmp_path / "predictions.jsonl"
     predict_file(
         Predictor(out, PredictionOptions(4, 6, strategy)), iter(rows("seq2seq", 5)), str(file)
     )
@@ -122,7 +127,7 @@ def test_texts_are_made_as_a_strategy_says_wherever_a_file_is_cut(
         predict_file(Predictor(out, PredictionOptions(4, 6)), iter(rows("seq2seq", 5)), str(file))
 
 
-def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
+def test_partial_file_is_resumed(base, trained, tmp_path, monkeypatch):
     _, out = trained("sequence_classification")
     source = tiny_tasks.make_data(tmp_path / "in", "sequence_classification", 20, seed=1)
     monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 4)
@@ -145,13 +150,13 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="rows predicted by another model"):
         predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
     (tmp_path / "cut.jsonl.model").write_text(predictor.version)
-    asked = []
+    predicted = []
     predict = predictor.predict
     monkeypatch.setattr(
-        predictor, "predict", lambda rows, first=0: asked.extend(rows) or predict(rows, first)
+        predictor, "predict", lambda rows, first=0: predicted.extend(rows) or predict(rows, first)
     )
     predict_file(predictor, every(), str(tmp_path / "cut.jsonl"))
-    assert 8 <= len(asked) <= 12
+    assert 8 <= len(predicted) <= 12
     for one, other in zip(
         (tmp_path / "cut.jsonl").read_bytes().splitlines(), whole.splitlines(), strict=True
     ):
@@ -160,11 +165,11 @@ def test_a_file_is_gone_on_with(base, trained, tmp_path, monkeypatch):
         assert left == right and scores[0] == pytest.approx(
             scores[1], abs=1e-5
         )  # rows of other batches: rounding
-    with pytest.raises(DataError, match="holds 20 rows and there are 3"):
+    with pytest.raises(DataError, match="holds 20 rows, but the input has 3"):
         predict_file(predictor, iter(list(every())[:3]), str(tmp_path / "whole.jsonl"))
 
 
-def test_a_head_that_was_never_trained_says_nothing(base, trained):
+def test_untrained_head_is_refused(base, trained):
     config, _ = trained("sequence_classification")
     encoder = str(base / "bert")
     with pytest.raises(
@@ -178,7 +183,7 @@ def test_a_head_that_was_never_trained_says_nothing(base, trained):
         Predictor(encoder)
 
 
-def test_there_must_be_something_to_score_on(base, trained):
+def test_evaluation_needs_held_out_data(base, trained):
     config, out = trained("sequence_classification")
     config = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update={"data": ()})}
@@ -187,13 +192,13 @@ def test_there_must_be_something_to_score_on(base, trained):
         evaluate_models(config, [out])
 
 
-def test_a_row_without_text_is_named(base, trained):
+def test_row_without_text_is_reported(base, trained):
     _, out = trained("sequence_classification")
     with pytest.raises(DataError, match=r"a row has no text in 'text' \(it has label\)"):
         Predictor(out).predict([{"label": "x"}])
 
 
-def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
+def test_prompt_template_comes_from_the_folder(base, tmp_path):
     import torch
     from transformers import AutoModel
 
@@ -204,19 +209,19 @@ def test_the_folder_says_how_it_wants_to_be_asked(base, tmp_path):
     api.export(load_config(document), str(tmp_path / "out"))
     predictor = Predictor(str(tmp_path / "out"))
     assert predictor.task.pooling == "first"
-    (said,) = predictor.predict([{"text": "the quick fox"}])
+    (prediction,) = predictor.predict([{"text": "the quick fox"}])
     with torch.no_grad():
         model = AutoModel.from_pretrained(tmp_path / "out").eval()
         hidden = model(
             **predictor.tokenizer("the quick fox", return_tensors="pt")
         ).last_hidden_state[0, 0]
-    assert torch.allclose(torch.tensor(said["embedding"]), hidden / hidden.norm(), atol=1e-5)
+    assert torch.allclose(torch.tensor(prediction["embedding"]), hidden / hidden.norm(), atol=1e-5)
 
 
-def test_a_runs_folder_answers_as_what_is_exported_from_it(base, trained, tmp_path):
+def test_run_folder_predicts_like_its_export(base, trained, tmp_path):
     config, out = trained("sequence_classification")
-    asked = rows("sequence_classification", 5)
-    assert Predictor(config.run_url).predict(asked) == Predictor(out).predict(asked)
+    questions = rows("sequence_classification", 5)
+    assert Predictor(config.run_url).predict(questions) == Predictor(out).predict(questions)
     with pytest.raises(
         ModelError,
         match=r"is not a model folder \(.*\)\. A folder that `dist-ft export` writes is needed",
@@ -224,7 +229,7 @@ def test_a_runs_folder_answers_as_what_is_exported_from_it(base, trained, tmp_pa
         Predictor(str(tmp_path))
 
 
-def test_a_model_begun_with_a_new_head_is_evaluated_with_it(base, trained):
+def test_model_with_new_head_is_evaluated_with_it(base, trained):
     config, out = trained("sequence_classification")
     anew = config.model_copy(update={"task": config.task.model_copy(update={"new_head": True})})
     assert evaluate_models(anew, [out])[out]["head"] == "trained"

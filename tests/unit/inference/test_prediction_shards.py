@@ -1,4 +1,4 @@
-"""Predictions as a folder: parts follow from the input alone, what is there is not made again, other things are refused."""
+"""Predictions as a folder: split by the input alone, resumed, and refused for other input."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_shards_hold_every_row_once_in_order_as_one_file_does(model, tmp_path, form):
+def test_shards_hold_the_same_rows_in_order_as_one_file(model, tmp_path, form):
     source = make_rows(tmp_path / "in")
-    shards, rows = api.predict(model, source, str(tmp_path / "said"), form=form)
+    shards, rows = api.predict(model, source, str(tmp_path / "predictions"), form=form)
     assert shards > 4 and rows == 40
-    assert api.predict(model, source, str(tmp_path / "said.jsonl")) == (1, 40)
-    found, wanted = rows_of(tmp_path / "said"), rows_of(tmp_path / "said.jsonl")
+    assert api.predict(model, source, str(tmp_path / "predictions.jsonl")) == (1, 40)
+    found, expected = rows_of(tmp_path / "predictions"), rows_of(tmp_path / "predictions.jsonl")
     assert (
         [row["text"] for row in found]
-        == [row["text"] for row in wanted]
+        == [row["text"] for row in expected]
         == [row["text"] for row in rows_of(source)]
     )
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         assert one["prediction"]["label"] == other["prediction"]["label"]
         assert one["prediction"]["score"] == pytest.approx(other["prediction"]["score"], abs=1e-5)
 
 
-def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
+def test_only_missing_shards_are_written_again(model, tmp_path, monkeypatch):
     source = make_rows(tmp_path / "in")
-    api.predict(model, source, str(tmp_path / "said"))
-    store = Store(str(tmp_path / "said"))
+    api.predict(model, source, str(tmp_path / "predictions"))
+    store = Store(str(tmp_path / "predictions"))
     names = sorted(name for name in store.list() if name.startswith("part-"))
     whole = {name: store.read(name) for name in names}
     store.remove(names[1])
@@ -82,15 +82,15 @@ def test_only_what_is_missing_is_made_again(model, tmp_path, monkeypatch):
             write(predictor, store, task),
         )[1],
     )
-    _, rows = api.predict(model, source, str(tmp_path / "said"))
+    _, rows = api.predict(model, source, str(tmp_path / "predictions"))
     assert made == [names[1]] and rows == whole[names[1]].count(b"\n")
     assert {name: store.read(name) for name in names} == whole
-    assert api.predict(model, source, str(tmp_path / "said"))[1] == 0
+    assert api.predict(model, source, str(tmp_path / "predictions"))[1] == 0
 
 
-def test_a_folder_of_other_rows_or_another_form_is_refused(model, tmp_path):
+def test_folder_of_other_rows_or_format_is_refused(model, tmp_path):
     source = make_rows(tmp_path / "in")
-    api.predict(model, source, str(tmp_path / "said"))
+    api.predict(model, source, str(tmp_path / "predictions"))
     for change in (
         {"form": "parquet"},
         {"max_new_tokens": 7},
@@ -101,7 +101,7 @@ def test_a_folder_of_other_rows_or_another_form_is_refused(model, tmp_path):
             match="holds predictions of another model, of other rows or in another format",
         ):
             api.predict(
-                **{"model": model, "paths": source, "out": str(tmp_path / "said"), **change}
+                **{"model": model, "paths": source, "out": str(tmp_path / "predictions"), **change}
             )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x.txt").write_text("x")
@@ -109,29 +109,31 @@ def test_a_folder_of_other_rows_or_another_form_is_refused(model, tmp_path):
         api.predict(model, source, str(tmp_path / "mine"))
 
 
-def test_a_bad_row_ends_it_and_leaves_no_shard_of_its_part(model, tmp_path):
+def test_bad_row_stops_without_a_shard_of_its_part(model, tmp_path):
     source = make_rows(tmp_path / "in")
     with open(tmp_path / "in" / "shard-1.jsonl", "a") as file:
         file.write(json.dumps({"text": " "}) + "\n")
     with pytest.raises(DataError, match="a row has no text in 'text'"):
-        api.predict(model, source, str(tmp_path / "said"))
-    names = [name for name in Store(str(tmp_path / "said")).list() if name.startswith("part-")]
+        api.predict(model, source, str(tmp_path / "predictions"))
+    names = [
+        name for name in Store(str(tmp_path / "predictions")).list() if name.startswith("part-")
+    ]
     last = max(names)
     number, count = int(last[5:10]), int(last[14:19])
     assert names and number == count - 2, "all but the part with the bad row"
 
 
-def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp_path):
+def test_actor_writes_shards_and_returns_errors_as_values(model, tmp_path):
     """What Ray Data calls, without Ray: errors travel as values, for Ray would wrap them beyond recognition."""
     source = make_rows(tmp_path / "in")
     shards = [shard for found in discover_shards([Source(path=source)]) for shard in found]
     tasks = prediction_shards.split_input(shards, "jsonl")
-    actor = ray_data.PredictionActor(model, str(tmp_path / "said"), PredictionOptions())
+    actor = ray_data.PredictionActor(model, str(tmp_path / "predictions"), PredictionOptions())
     results = actor({"task": np.array([task.to_json() for task in tasks[:2]])})
     assert results["error"] == ["", ""]
     whole = {
-        name: Store(str(tmp_path / "said")).read(name).count(b"\n")
-        for name in Store(str(tmp_path / "said")).list()
+        name: Store(str(tmp_path / "predictions")).read(name).count(b"\n")
+        for name in Store(str(tmp_path / "predictions")).list()
     }
     assert whole == {task.name: rows for task, rows in zip(tasks[:2], results["rows"], strict=True)}
     no_model = ray_data.PredictionActor(
@@ -144,16 +146,18 @@ def test_a_worker_writes_its_shards_and_tells_what_is_wrong_as_values(model, tmp
     assert not (tmp_path / "other").exists()
 
 
-def test_files_and_folders_are_told_apart(model, tmp_path):
+def test_options_of_folders_are_refused_for_a_file(model, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--out=x\.jsonl: a single file is written by one process"
     ):
         api.predict(model, "a.jsonl", "x.jsonl", workers=2)
-    with pytest.raises(ConfigError, match=r"--format=csv: no such choice; allowed: jsonl, parquet"):
+    with pytest.raises(
+        ConfigError, match=r"--format=csv: unknown format\. Allowed: jsonl, parquet"
+    ):
         api.predict(model, "a.jsonl", "x", form="csv")
 
 
-def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, monkeypatch):
+def test_flash_attention_model_predicts_on_a_cpu(model, tmp_path, caplog, monkeypatch):
     import shutil
 
     shutil.copytree(model, tmp_path / "flash")
@@ -164,8 +168,8 @@ def test_a_model_of_flash_attention_is_asked_on_a_cpu(model, tmp_path, caplog, m
     rows = [tiny_tasks.row("sequence_classification", random.Random(5)) for _ in range(3)]
     monkeypatch.setattr(logging.getLogger("dist_ft"), "propagate", True)
     with caplog.at_level("WARNING", "dist_ft"):
-        said = Predictor(str(tmp_path / "flash")).predict(rows)
-    assert said == Predictor(model).predict(rows)
+        predictions = Predictor(str(tmp_path / "flash")).predict(rows)
+    assert predictions == Predictor(model).predict(rows)
     assert {line for line in caplog.messages if "flash" in line} == {
         "model.attention=flash_attention_2: needs a GPU; using sdpa, which computes the same"
     }

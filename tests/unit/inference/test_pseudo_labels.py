@@ -1,4 +1,4 @@
-"""Labels a real (tiny) classifier gives to rows without one."""
+"""Pseudo-labels of a real (tiny) classifier."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ def trained(tmp_path_factory):
     return config, str(base / "out")
 
 
-def unlabelled(count: int):
+def unlabeled(count: int):
     rng = random.Random(5)
     return [{"id": number, "text": tiny_tasks.row(KIND, rng)["text"]} for number in range(count)]
 
 
 @pytest.fixture(scope="module")
-def said(trained):
-    """Rows, and what the model says of each."""
-    rows = unlabelled(60)
+def predicted(trained):
+    """Rows, and the prediction for each."""
+    rows = unlabeled(60)
     return rows, Predictor(trained[1]).predict(rows)
 
 
-def test_rows_the_model_is_sure_of_are_kept_in_order_and_others_counted(trained, said):
-    rows, answers = said
+def test_confident_rows_are_kept_in_order_and_others_counted(trained, predicted):
+    rows, answers = predicted
     bar = sorted(answer["score"] for answer in answers)[30]
     found = pseudo_label(Predictor(trained[1]), iter(rows), bar)
-    wanted = [
+    expected = [
         {**row, "label": answer["label"], "confidence": answer["score"]}
         for row, answer in zip(rows, answers, strict=True)
         if answer["score"] >= bar
     ]
-    assert 0 < len(wanted) < 60
-    assert found.rows == wanted
-    assert (found.num_unsure, found.num_over, found.num_labeled) == (60 - len(wanted), 0, 0)
+    assert 0 < len(expected) < 60
+    assert found.rows == expected
+    assert (found.num_unsure, found.num_over, found.num_labeled) == (60 - len(expected), 0, 0)
     assert {label: count for label, count in found.num_kept.items() if count} == Counter(
-        row["label"] for row in wanted
+        row["label"] for row in expected
     )
 
 
-def test_with_a_cap_the_surest_of_each_label_stay(trained, said):
-    rows, answers = said
+def test_limit_keeps_the_most_confident_rows_per_label(trained, predicted):
+    rows, answers = predicted
     found = pseudo_label(Predictor(trained[1]), iter(rows), 0.0, max_per_label=3)
     assert [row["id"] for row in found.rows] == sorted(row["id"] for row in found.rows)
     for label in tiny_tasks.LABELS:
@@ -72,27 +72,27 @@ def test_with_a_cap_the_surest_of_each_label_stay(trained, said):
     assert found.num_over == 60 - len(found.rows) > 0
 
 
-def test_rows_that_have_a_label_keep_out(trained):
-    rows = unlabelled(4)
+def test_rows_with_a_label_are_left_out(trained):
+    rows = unlabeled(4)
     rows[1]["label"], rows[2]["label"] = "drink", None
     found = pseudo_label(Predictor(trained[1]), iter(rows), 0.0)
     assert [row["id"] for row in found.rows] == [0, 2, 3]
     assert found.num_labeled == 1
 
 
-def test_a_model_without_one_label_a_text_is_refused(trained):
+def test_model_without_one_label_per_text_is_refused(trained):
     predictor = Predictor(trained[1])
     predictor.task = predictor.task.model_copy(update={"name": "multi_label"})
     with pytest.raises(ModelError, match="a model of task multi_label does not choose one label"):
         pseudo_label(predictor, iter(()), 0.5)
 
 
-def test_the_command_takes_a_runs_folder_and_its_file_is_training_data(
+def test_command_reads_a_run_folder_and_writes_training_data(
     trained, tmp_path, monkeypatch, capsys
 ):
     config, _ = trained
     source, out = tmp_path / "rows.jsonl", tmp_path / "pseudo.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in unlabelled(20)))
+    source.write_text("".join(json.dumps(row) + "\n" for row in unlabeled(20)))
     monkeypatch.setattr(
         "sys.argv",
         [
@@ -119,9 +119,9 @@ def test_the_command_takes_a_runs_folder_and_its_file_is_training_data(
     assert result.step == 2
 
 
-def test_nobody_sure_enough_is_one_line(trained, tmp_path, monkeypatch, capsys):
+def test_no_confident_row_is_one_line(trained, tmp_path, monkeypatch, capsys):
     source = tmp_path / "rows.jsonl"
-    source.write_text(json.dumps(unlabelled(1)[0]) + "\n")
+    source.write_text(json.dumps(unlabeled(1)[0]) + "\n")
     monkeypatch.setattr(
         "sys.argv",
         [

@@ -1,4 +1,4 @@
-"""Scores beyond accuracy, prototypes and written entities: against the same by hand with plain transformers and numpy."""
+"""Robustness scores, prototypes and generated entities, against transformers and numpy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def found_of(made, base):
     return evaluate_models(made, [str(base / "out")])[str(base / "out")]
 
 
-def test_out_of_scope_is_told_by_how_sure_the_model_is(base):
+def test_out_of_scope_auroc_uses_confidence(base):
     inside = rows_of(config(base))
     outside = [
         {"text": " ".join(random.Random(i).choices(tiny_tasks.PLAIN, k=6)), "label": "oos"}
@@ -116,20 +116,20 @@ def test_out_of_scope_is_told_by_how_sure_the_model_is(base):
     )
 
 
-def test_typos_stand_beside_clean_texts(base):
+def test_typo_metrics_are_added_to_clean_metrics(base):
     made = config(base, evaluation={"robustness": {"typo_rate": 0.5, "seed": 4}})
     rows, found = rows_of(made), found_of(made, base)
     noisy = [
         perturb.make_typo_function(0.5, 4, number)(row["text"]) for number, row in enumerate(rows)
     ]
-    wanted = [LABELS.index(row["label"]) for row in rows]
+    expected = [LABELS.index(row["label"]) for row in rows]
     assert (
         found["accuracy_typos"]
-        == accuracy_score(wanted, logits(base, noisy).argmax(1))
+        == accuracy_score(expected, logits(base, noisy).argmax(1))
         < found["accuracy"]
     )
     assert found["accuracy"] == accuracy_score(
-        wanted, logits(base, [row["text"] for row in rows]).argmax(1)
+        expected, logits(base, [row["text"] for row in rows]).argmax(1)
     )
     assert found_of(made, base) == found, "the same again"
 
@@ -156,14 +156,14 @@ def test_swapped_names_change_predictions(base):
         logits(base, texts).argmax(1)
         for texts in zip(*[(row["text"], other) for row, other in pairs], strict=True)
     )
-    wanted = np.array([LABELS.index(row["label"]) for row, _ in pairs])
+    expected = np.array([LABELS.index(row["label"]) for row, _ in pairs])
     assert found["counterfactual_rows"] == len(pairs) > 5
     assert (
         found["counterfactual_changed"] == pytest.approx((before != after).mean())
         and (before != after).mean() > 0
     )
     assert found["counterfactual_gap"] == pytest.approx(
-        abs((before == wanted).mean() - (after == wanted).mean())
+        abs((before == expected).mean() - (after == expected).mean())
     )
 
 
@@ -198,24 +198,24 @@ def test_prototypes_are_mean_vectors_of_examples(base, shots):
         np.array([vector(row["text"]) for row in rows])
         @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
     )
-    wanted = [LABELS.index(row["label"]) for row in rows]
+    expected = [LABELS.index(row["label"]) for row in rows]
     assert (
-        found["accuracy"] == accuracy_score(wanted, cosines.argmax(1))
+        found["accuracy"] == accuracy_score(expected, cosines.argmax(1))
         and found["head"] == "prototypes"
     )
     assert found["loss"] == pytest.approx(
-        -torch.log_softmax(torch.tensor(cosines * 20), 1)[range(len(rows)), wanted].mean().item(),
+        -torch.log_softmax(torch.tensor(cosines * 20), 1)[range(len(rows)), expected].mean().item(),
         rel=1e-4,
     )
 
 
-def test_a_label_without_an_example_is_named(base):
+def test_label_without_an_example_is_reported(base):
     made = config(base, prompting={"method": "prototypes"}, task={"labels": [*LABELS, "metal"]})
     with pytest.raises(DataError, match="has no row with the label metal"):
         evaluate_models(made, [made.model.path])
 
 
-def test_entities_are_written_and_scored(base, monkeypatch):
+def test_generated_entities_are_scored(base, monkeypatch):
     from dist_ft.data.encoding import entity_text
     from dist_ft.inference.entities import EntityWriter
 
@@ -248,7 +248,7 @@ def test_entities_are_written_and_scored(base, monkeypatch):
             for one in samples
         ]
 
-    monkeypatch.setattr(EntityWriter, "_answers", perfect)
+    monkeypatch.setattr(EntityWriter, "_generate", perfect)
     found = evaluate_models(made, [made.model.path])[made.model.path]
     assert found["f1"] == 1 == found["readable"]
     assert len(prompts) == 23 and all(prompt.count(" :") == 2 for prompt in prompts), (
@@ -256,7 +256,7 @@ def test_entities_are_written_and_scored(base, monkeypatch):
     )
 
 
-def test_what_does_not_fit_is_one_line(base):
+def test_prompt_that_does_not_fit_is_one_line(base):
     with pytest.raises(
         ConfigError, match=r"prompting\.max_new_tokens=64: leaves no tokens for a prompt"
     ):
@@ -287,7 +287,7 @@ def test_robustness_needs_its_task(base):
         )
 
 
-def test_what_can_not_learn_is_not_trained(base):
+def test_untrainable_prompting_is_refused(base):
     made = config(base, prompting={"method": "prototypes"}, run={"name": "never"})
     with pytest.raises(ConfigError, match=r"prompting\.method=prototypes: it has nothing to train"):
         api.train(made)

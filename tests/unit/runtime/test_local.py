@@ -1,4 +1,4 @@
-"""A signal saves and stops; a second one acts as if nobody listened."""
+"""The first signal saves and stops; the second one has its usual effect."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_a_wish(number):
+def test_first_signal_requests_a_stop(number):
     before, stream = signal.getsignal(number), io.StringIO()
-    with stop_on_signal(Console(stream)) as asked:
-        assert not asked()
+    with stop_on_signal(Console(stream)) as got_signal:
+        assert not got_signal()
         os.kill(os.getpid(), number)
-        assert asked()
-        assert signal.getsignal(number) == before  # the second acts as if nobody listened
+        assert got_signal()
+        assert signal.getsignal(number) == before  # the second has its usual effect
     assert signal.getsignal(number) == before
     assert (
         stream.getvalue()
@@ -41,7 +41,7 @@ def test_the_first_signal_is_a_wish(number):
     )
 
 
-def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
+def test_signal_in_the_middle_of_a_line_is_printed_after_it():
     """A buffered stream refuses to be entered again by the thread that is in it."""
 
     class Pipe(io.RawIOBase):
@@ -60,16 +60,16 @@ def test_a_signal_in_the_middle_of_a_line_waits_until_it_is_written():
 
     pipe = Pipe()
     console = Console(io.TextIOWrapper(io.BufferedWriter(pipe)))
-    with stop_on_signal(console) as asked:
+    with stop_on_signal(console) as got_signal:
         console.print("step 1")
-        assert asked()
+        assert got_signal()
     assert pipe.seen.decode().splitlines() == [
         "step 1",
         "SIGTERM: saving after this step, then stopping (again: stop at once)",
     ]
 
 
-def test_the_second_signal_ends_the_process():
+def test_second_signal_ends_the_process():
     program = (
         "import os, signal\nfrom dist_ft.runtime.local import stop_on_signal\n"
         "from dist_ft.training.console import Console\nwith stop_on_signal(Console()):\n"
@@ -78,16 +78,16 @@ def test_the_second_signal_ends_the_process():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGTERM
-    said = ran.stdout.splitlines()  # the notice comes from a thread, before or after
-    assert "once" in said and "twice" not in said
+    output = ran.stdout.splitlines()  # the notice comes from a thread, before or after
+    assert "once" in output and "twice" not in output
 
 
-def test_beside_the_main_thread_signals_are_left_alone():
+def test_signals_are_not_handled_outside_the_main_thread():
     seen = []
 
     def watch():
-        with stop_on_signal(Console()) as asked:
-            seen.append((asked(), signal.getsignal(signal.SIGTERM)))
+        with stop_on_signal(Console()) as got_signal:
+            seen.append((got_signal(), signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=watch)
@@ -97,8 +97,8 @@ def test_beside_the_main_thread_signals_are_left_alone():
 
 
 @pytest.mark.parametrize("own_context", [False, True])
-def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
-    """With context of the caller too: they listen beside the signals, not in their place."""
+def test_signal_during_a_run_saves_and_stops(base, own_context, capsys):
+    """With context of the caller too: they are used in addition to the signals."""
     document = tiny.config(
         base, f"signal-{str(own_context).lower()}", schedule={"epochs": None, "steps": 5}
     )
@@ -131,7 +131,7 @@ def test_a_signal_in_a_run_saves_and_stops(base, own_context, capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_callers_wish_to_stop_counts(base):
+def test_stop_requested_by_the_caller_is_obeyed(base):
     document = tiny.config(base, "wish", schedule={"epochs": None, "steps": 5})
     with pytest.raises(Interrupted, match="stopped at step 1 of 5 as requested"):
         local.run(
@@ -144,17 +144,17 @@ GROUPED = """
 import atexit, logging, sys
 from dist_ft.runtime import local
 atexit.register(lambda: print("taken down"))
-print("said", end="")
+print("done", end="")
 if sys.argv[1] == "group":
     local.joined_process_group.set()
 local.exit_process(3)
 """
 
 
-@pytest.mark.parametrize(("which", "said"), [("group", "said"), ("alone", "saidtaken down\n")])
-def test_who_was_in_a_process_group_is_not_taken_down_by_the_interpreter(which, said):
+@pytest.mark.parametrize(("which", "output"), [("group", "done"), ("alone", "donetaken down\n")])
+def test_process_in_a_process_group_exits_at_once(which, output):
     """Threads of gloo that still hold tensors would abort it then."""
     ran = subprocess.run(
         [sys.executable, "-c", GROUPED, which], capture_output=True, text=True, timeout=60
     )
-    assert (ran.returncode, ran.stdout) == (3, said), ran.stderr
+    assert (ran.returncode, ran.stdout) == (3, output), ran.stderr

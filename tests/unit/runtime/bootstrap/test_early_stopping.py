@@ -1,4 +1,4 @@
-"""A run that ends early: at which step, what is kept, that it stays ended, and goes on when asked to."""
+"""A run that ends early: at which step, that it stays ended, and continues on request."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def steps(store):
     ]
 
 
-def test_it_ends_stays_ended_and_goes_on(base):
+def test_run_ends_early_stays_ended_and_continues_with_more_patience(base):
     made = document(base, f"run-{uuid4().hex[:8]}")
     result, shown = go(made)
     store = Store(result.run_url)
-    told = {
+    metrics_by_step = {
         line["step"]: line["loss"] for line in read_metrics(store) if line["kind"] == "evaluation"
     }
-    best = min(told, key=lambda step: told[step])
+    best = min(metrics_by_step, key=lambda step: metrics_by_step[step])
     assert (
         result.step < 40
-        and list(told)[-1] == result.step
+        and list(metrics_by_step)[-1] == result.step
         and f"early stopping at step {result.step}: loss has not improved on" in shown
     )
-    assert list(told).index(result.step) - list(told).index(best) == 2
-    assert result.evaluation_after == told[result.step]
+    assert list(metrics_by_step).index(result.step) - list(metrics_by_step).index(best) == 2
+    assert result.evaluation_after == metrics_by_step[result.step]
     again, shown = go(made)
     assert (
         again.step == result.step
@@ -86,16 +86,16 @@ def test_it_ends_stays_ended_and_goes_on(base):
     assert longer.step == 40 and len(discovery.list_committed(store)) >= 2
 
 
-def test_the_best_is_exported(base, tmp_path):
+def test_best_checkpoint_is_exported(base, tmp_path):
     made = document(base, f"run-{uuid4().hex[:8]}", patience=0, at_start=False)
     made["schedule"]["steps"] = 8
     result, _ = go(made)
-    told = {
+    metrics_by_step = {
         line["step"]: line["loss"]
         for line in read_metrics(Store(result.run_url))
         if line["kind"] == "evaluation"
     }
-    best = min(told, key=lambda step: told[step])
+    best = min(metrics_by_step, key=lambda step: metrics_by_step[step])
     api.export(result.run_url, str(tmp_path / "best"), best=True)
     api.export(result.run_url, str(tmp_path / "step"), step=best)
     assert (tmp_path / "best/model.safetensors").read_bytes() == (
@@ -103,7 +103,7 @@ def test_the_best_is_exported(base, tmp_path):
     ).read_bytes()
 
 
-def test_epochs_too_are_evaluated(base):
+def test_evaluation_by_epochs_stops_early(base):
     made = document(base, f"run-{uuid4().hex[:8]}", patience=0, every_steps=0, every_epochs=1)
     made["schedule"] = {"epochs": 2}
     made["checkpoint"] = {"keep_best": 1, "every_steps": 1}
@@ -112,7 +112,7 @@ def test_epochs_too_are_evaluated(base):
     assert steps(Store(result.run_url)) == [0, result.step // 2, result.step]
 
 
-def test_a_metric_that_is_not_there_is_named(base):
+def test_unknown_metric_is_reported(base):
     made = document(base, f"run-{uuid4().hex[:8]}")
     made["checkpoint"]["best_by"] = "f1"
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_a_metric_that_is_not_there_is_named(base):
         go(made)
 
 
-def test_best_of_nothing_is_an_error(base, tmp_path):
+def test_best_without_evaluations_is_an_error(base, tmp_path):
     made = document(base, f"run-{uuid4().hex[:8]}", patience=0, every_steps=0, at_end=False)
     made["checkpoint"] = {"every_steps": 0}
     made["schedule"]["steps"] = 1

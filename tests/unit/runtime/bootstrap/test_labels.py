@@ -1,4 +1,4 @@
-"""Labels of a run: named, or found once in its training data and kept."""
+"""Labels of a run: named, or found once in its training data and stored."""
 
 from __future__ import annotations
 
@@ -40,21 +40,23 @@ def rows(*values):
     return [{"text": "x", "label": value} for value in values]
 
 
-def test_they_are_found_ordered_and_kept(labels):
+def test_labels_are_found_sorted_and_stored(labels):
     find, store = labels
     assert find(rows("no", "yes", "no", "maybe")) == ("maybe", "no", "yes")
     assert json.loads(store.read(LABELS_FILE)) == ["maybe", "no", "yes"]
-    assert find(rows("other", "data")) == ("maybe", "no", "yes"), "a run keeps those it began with"
+    assert find(rows("other", "data")) == ("maybe", "no", "yes"), (
+        "a run keeps the labels it started with"
+    )
 
 
-def test_named_ones_stay_as_they_are(labels):
+def test_named_labels_keep_their_order(labels):
     find, store = labels
     assert find(rows("no", "yes"), labels=["yes", "no"]) == ("yes", "no") and not store.exists(
         LABELS_FILE
     )
 
 
-def test_tags_and_sets(labels):
+def test_labels_of_tags(labels):
     find, _ = labels
     assert find([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}], name="token_classification") == (
         "O",
@@ -62,17 +64,17 @@ def test_tags_and_sets(labels):
     )
 
 
-def test_sets_of_labels(labels):
+def test_labels_of_label_sets(labels):
     find, _ = labels
     assert find(rows(["b", "a"], []), name="multi_label") == ("a", "b")
 
 
-def test_other_tasks_have_none(labels):
+def test_other_tasks_have_no_labels(labels):
     find, _ = labels
     assert find(rows("a"), name="masked_lm") == ()
 
 
-def test_too_few_are_refused(labels):
+def test_one_label_is_refused(labels):
     find, store = labels
     with pytest.raises(
         DataError, match=r"its rows have 1 label \(yes\)\. At least two different labels are needed"
@@ -81,14 +83,14 @@ def test_too_few_are_refused(labels):
     assert not store.exists(LABELS_FILE)
 
 
-def test_a_row_without_is_refused_or_passed_over(labels):
+def test_row_without_label_is_refused_or_skipped(labels):
     find, _ = labels
     with pytest.raises(DataError, match=r"row 2: has no column 'label'. Its columns: text"):
         find([*rows("a"), {"text": "x"}, *rows("b")])
     assert find([*rows("a"), {"text": "x"}, *rows("b")], bad_rows="skip") == ("a", "b")
 
 
-def test_weights_need_a_label_each(labels):
+def test_class_weights_need_a_label_each(labels):
     find, _ = labels
     with pytest.raises(
         ConfigError, match=r"task\.class_weights: 2 weights and 3 labels \(a, b, c\)"

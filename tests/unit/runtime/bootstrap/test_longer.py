@@ -1,4 +1,4 @@
-"""A finished run that is asked for more goes on where it stood, and no sample is left out at the seam."""
+"""A finished run that is extended continues where it stood, and skips no sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ft.runs.ledger_audit import audit
     ],
 )
 @pytest.mark.parametrize("sources", [1, 2])
-def test_promise_1_holds_when_a_finished_run_is_made_longer(tmp_path, first, then, sources):
+def test_promise_1_holds_when_a_finished_run_is_extended(tmp_path, first, then, sources):
     base = tiny.base(tmp_path, samples=47)
     tiny.make_data(base / "more", 23, seed=5)
     train = [str(base / "data" / "*.jsonl"), str(base / "more" / "*.jsonl")][:sources]

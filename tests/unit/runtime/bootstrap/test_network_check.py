@@ -1,4 +1,4 @@
-"""Who is paired with whom, which pairs are called slow, and when nothing is tried."""
+"""Which nodes are paired, which links are slow, and when the check is skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_ft.storage.filesystem import Store
 
 
 @pytest.mark.parametrize("count", range(2, 12))
-def test_all_pairs_meet_once_and_nobody_twice_in_a_round(count):
+def test_all_pairs_meet_once_and_no_player_twice_in_a_round(count):
     found = tournament_rounds(count)
     pairs = [pair for each in found for pair in each]
     assert sorted(pairs) == [
@@ -30,13 +30,13 @@ def links(**speeds):
     return [Link(*map(int, name[1:].split("_")), value) for name, value in speeds.items()]
 
 
-def test_a_slow_node_is_named_rather_than_its_pairs():
+def test_slow_node_is_reported_instead_of_its_pairs():
     assert find_slow_links(links(p0_1=10, p0_2=1000, p1_2=12), "abc") == [
         "node b is slow to 2 of 2 other nodes: 10 MB/s (usual here: 1,000)"
     ]
 
 
-def test_a_slow_pair_is_named_where_both_are_well_with_others():
+def test_slow_pair_is_reported_if_both_nodes_are_fast_otherwise():
     even = {f"p{one}_{other}": 1000.0 for one in range(4) for other in range(one + 1, 4)}
     assert find_slow_links(links(**even), "abcd") == []
     assert find_slow_links(links(**{**even, "p1_3": 499.0}), "abcd") == [
@@ -44,7 +44,7 @@ def test_a_slow_pair_is_named_where_both_are_well_with_others():
     ]
 
 
-def test_two_nodes_are_held_against_what_was_asked_for():
+def test_two_nodes_are_compared_with_the_required_speed():
     assert find_slow_links(links(p0_1=100), "ab") == []
     assert find_slow_links(links(p0_1=100), "ab", 1000) == [
         "nodes a and b: 100 MB/s each way (usual here: 100, required: 1,000)"
@@ -53,7 +53,7 @@ def test_two_nodes_are_held_against_what_was_asked_for():
 
 
 class Answers(Collectives):
-    """Two workers of which the other says the same, but for its local rank."""
+    """Two workers; the other one answers the same, except for its rank on the node."""
 
     def all_gather(self, value):
         return [value, value]
@@ -62,7 +62,7 @@ class Answers(Collectives):
 @pytest.mark.parametrize(
     ("world", "cluster"), [(World(), {}), (World(0, 2, 0, 2), {"network_check": "off"})]
 )
-def test_nothing_is_tried_alone_or_where_it_is_off(world, cluster, tmp_path):
+def test_check_is_skipped_for_one_node_and_if_off(world, cluster, tmp_path):
     network_check.check(
         run_config("runs", cluster={"workers": 2, **cluster}),
         world,
@@ -72,7 +72,7 @@ def test_nothing_is_tried_alone_or_where_it_is_off(world, cluster, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_after_a_failure_the_same_nodes_are_not_tried_again(tmp_path, monkeypatch):
+def test_same_nodes_are_not_checked_again_after_a_failure(tmp_path, monkeypatch):
     monkeypatch.setenv(network_check.NODE, "n")
     store, config = Store(str(tmp_path)), run_config("runs", cluster={"workers": 2})
     store.write(network_check.FILE, b'{"nodes": ["n", "n"]}')
@@ -83,7 +83,7 @@ def test_after_a_failure_the_same_nodes_are_not_tried_again(tmp_path, monkeypatc
     assert network_check.stored_nodes(store) is None
 
 
-def test_variables_are_set_before_the_group_is_made(monkeypatch):
+def test_network_variables_are_set(monkeypatch):
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG"):
         monkeypatch.setenv(name, "before")
     network_check.configure_interfaces(
@@ -109,12 +109,12 @@ def test_variables_are_set_before_the_group_is_made(monkeypatch):
         )
 
 
-def test_what_a_node_is_names_no_node_and_no_path():
+def test_node_description_holds_no_host_name_and_no_path():
     import socket
 
-    said = str(machine.describe(False))
+    text = str(machine.describe(False))
     assert (
-        socket.gethostname() not in said
-        and "/" not in said.replace("+cpu", "")
-        and "'torch'" in said
+        socket.gethostname() not in text
+        and "/" not in text.replace("+cpu", "")
+        and "'torch'" in text
     )

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint has an end."""
+"""The number of rollbacks to one checkpoint is limited."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parts(config, manifest) -> Components:
     )
 
 
-def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
+def test_rollbacks_to_the_same_checkpoint_are_limited(monkeypatch):
     monkeypatch.setattr(training_run, "Trainer", Diverging)
     config, progress = (
         run_config("runs", anomaly={"max_consecutive": 3, "action": "rollback"}),
@@ -67,12 +67,12 @@ def test_a_run_does_not_go_back_to_the_same_checkpoint_for_ever(monkeypatch):
     assert Diverging.starts == 4
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch):
+def test_rollback_without_a_checkpoint_is_an_error(monkeypatch):
     monkeypatch.setattr(training_run, "Trainer", Diverging)
     config = run_config("runs", anomaly={"action": "rollback"})
     with pytest.raises(
         AnomalyError,
-        match="the run has no checkpoint yet to roll back to. The same command starts again",
+        match=r"the run has no checkpoint yet to roll back to\. The same command starts again",
     ):
         training_run.train_with_rollback(
             ResolvedRun.from_config(config),

@@ -9,7 +9,7 @@ from dist_ft.runtime.bootstrap.summary import at_end, memory_line
 from dist_ft.training.result import Result
 
 
-def test_the_end_of_a_run():
+def test_table_at_the_end_of_a_run():
     config = run_config("s3://user:secret@bucket/runs")
     text = at_end(
         config,
@@ -22,7 +22,7 @@ def test_the_end_of_a_run():
     assert "secret" not in text
 
 
-def test_where_storage_needs_options_the_export_needs_them_too():
+def test_export_hint_names_the_config_if_storage_has_options():
     config = run_config("s3://bucket/runs").model_copy(
         update={"storage": StorageSection(options={"s3": {"endpoint_url": "http://h"}})}
     )
@@ -31,7 +31,7 @@ def test_where_storage_needs_options_the_export_needs_them_too():
     )
 
 
-def test_what_did_not_happen_is_not_told():
+def test_missing_results_are_left_out():
     text = at_end(run_config("runs"), Result("runs/r", 3, 6))
     assert "loss" not in text and "checkpoint" not in text
 

@@ -1,4 +1,4 @@
-"""From config to a trained run in this process: what is refused, kept, resumed."""
+"""From config to a trained run in this process: what is refused, stored, resumed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def store_of(document) -> Store:
     return Store(f"{document['run']['storage']}/{document['run']['name']}")
 
 
-def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
+def test_run_stores_what_resume_and_export_need(document):
     result, shown = go(document)
     store = store_of(document)
     assert store.list() == [
@@ -95,7 +95,7 @@ def test_a_run_keeps_what_it_takes_to_go_on_and_to_be_exported(document):
     )
 
 
-def test_a_complete_run_is_not_trained_again(document):
+def test_complete_run_is_not_trained_again(document):
     first, _ = go(document)
     again, shown = go(document)
     assert shown == (
@@ -104,20 +104,22 @@ def test_a_complete_run_is_not_trained_again(document):
     )
     assert again == replace(first, loss=None)
     longer, shown = go(document, schedule={"steps": 6})
-    assert longer.step == 6 and "step 4 of 6 (attempt 2)" in shown, "asking is no attempt"
+    assert longer.step == 6 and "step 4 of 6 (attempt 2)" in shown, (
+        "a complete run starts no attempt"
+    )
     assert longer.evaluation_before == first.evaluation_before
     assert len(history.losses(store_of(document).url)) == 6
 
 
-def test_a_second_run_of_the_name_with_another_identity(document):
+def test_same_run_name_with_another_identity_is_refused(document):
     go(document)
     with pytest.raises(ConfigError, match=r"run\.seed"):
         go(document, run={"seed": 12})
     assert store_of(document).list("attempts") == ["000001.json"]
 
 
-def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
-    """A second start by mistake, whose machine can not read the data: the first must still be able to commit."""
+def test_start_that_fails_early_starts_no_attempt(document):
+    """After a mistaken second start, the first one must still be able to commit."""
     go(document, schedule={"steps": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -130,7 +132,7 @@ def test_a_start_that_fails_early_does_not_take_the_run_from_another(document):
     assert store_of(document).list("attempts") == ["000001.json"]
 
 
-def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
+def test_damaged_checkpoint_is_trained_again_to_the_same_losses(document):
     go(document, checkpoint={"every_steps": 2})
     store = store_of(document)
     losses, last = history.losses(store.url), store.full_url("checkpoints/step-000000004-a0001")
@@ -143,7 +145,7 @@ def test_a_damaged_checkpoint_is_trained_again_to_the_same_end(document):
     assert discovery.list_committed(store) == ["step-000000004-a0002", "step-000000002-a0001"]
 
 
-def test_more_workers_than_lanes(document):
+def test_more_workers_than_lanes_is_refused(document):
     config = load_config(document)
     with pytest.raises(
         ConfigError,
@@ -153,7 +155,7 @@ def test_more_workers_than_lanes(document):
         training_run.run(config, World(0, 6), RunContext())
 
 
-def test_one_of_many_processes_can_not_be_alone(document):
+def test_one_process_config_is_refused_in_a_larger_world(document):
     with pytest.raises(
         ConfigError,
         match=r"cluster\.workers=0: means one process, and this is one of 2 \(WORLD_SIZE\)\. Set "
@@ -163,7 +165,7 @@ def test_one_of_many_processes_can_not_be_alone(document):
     assert not store_of(document).exists()
 
 
-def test_the_model_must_stay_the_one_the_run_began_with(document, tmp_path):
+def test_model_of_another_shape_is_refused_on_resume(document, tmp_path):
     """The folder at model.path was replaced by a model of another shape."""
     tiny.make_model(tmp_path / "model")
     model = {"path": str(tmp_path / "model")}
@@ -178,7 +180,7 @@ def test_the_model_must_stay_the_one_the_run_began_with(document, tmp_path):
         go(document, model=model)
 
 
-def test_weights_that_are_missing_stop_the_run_before_step_1(document, tmp_path):
+def test_missing_weights_stop_the_run_before_step_1(document, tmp_path):
     tiny.make_model(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]
@@ -199,7 +201,7 @@ def test_secrets_stay_out_of_the_runs_storage(document, monkeypatch):
     assert not [name for name in store.walk() if b"hf_verysecret0123" in store.read(name)]
 
 
-def test_the_stored_index_is_used_again(document, base):
+def test_stored_index_is_reused(document, base):
     go(document)
     before = {name: store_of(document).read(name) for name in store_of(document).walk("data")}
     assert {re.sub(r"\..*", "", name) for name in before} == {"data/data", "data/evaluation"}

@@ -1,4 +1,4 @@
-"""The watchdog in processes of its own: a hang, a lock that is never given back, steady progress."""
+"""The watchdog in its own process: a hang, an unreleased lock, steady progress."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ print("over")
 """
 
 
-def play(how: str, folder, timeout_s: float = 1) -> subprocess.CompletedProcess[str]:
+def play(mode: str, folder, timeout_s: float = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, how, str(folder), str(timeout_s)],
+        [sys.executable, "-c", PROGRAM, mode, str(folder), str(timeout_s)],
         capture_output=True,
         text=True,
         timeout=50,
     )
 
 
-def test_fault_4_a_hang_ends_with_stacks_and_a_line_that_says_where(tmp_path):
+def test_fault_4_hang_ends_with_stacks_and_their_location(tmp_path):
     done = play("hang", tmp_path)
     stacks = tmp_path / watchdog.stacks_name(7, 0)
     assert done.returncode == watchdog.EXIT_CODE and "over" not in done.stdout
@@ -52,7 +52,7 @@ def test_fault_4_a_hang_ends_with_stacks_and_a_line_that_says_where(tmp_path):
     assert 'File "<string>", line 18 in <module>' in stacks.read_text()
 
 
-def test_storage_that_fails_does_not_keep_a_hung_worker_alive(tmp_path):
+def test_failing_storage_does_not_keep_a_hung_worker_alive(tmp_path):
     (tmp_path / "attempts").write_text("no folder")
     done = play("hang", tmp_path)
     assert done.returncode == watchdog.EXIT_CODE
@@ -62,7 +62,7 @@ def test_storage_that_fails_does_not_keep_a_hung_worker_alive(tmp_path):
     )
 
 
-def test_fault_5_a_lock_that_is_never_given_back_ends_by_the_clock_that_needs_none(tmp_path):
+def test_fault_5_unreleased_lock_ends_by_the_timer_without_locks(tmp_path):
     done = play("lock", tmp_path)
     assert (
         done.returncode == 1
@@ -72,6 +72,6 @@ def test_fault_5_a_lock_that_is_never_given_back_ends_by_the_clock_that_needs_no
 
 
 @pytest.mark.parametrize(("how", "timeout_s"), [("progress", 1), ("idle", 0)])
-def test_progress_is_left_alone_and_so_is_everything_where_it_is_off(tmp_path, how, timeout_s):
+def test_progress_or_disabled_watchdog_ends_nothing(tmp_path, how, timeout_s):
     done = play(how, tmp_path, timeout_s)
     assert (done.returncode, done.stdout) == (0, "over\n") and list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What is said before a GPU is taken: every probe by itself, all of them at once, and nothing left behind."""
+"""Checks before a run: each alone, all at once, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def lines(base, *overrides):
     return check_run.check(load_config(base, overrides))
 
 
-def test_nothing_to_say_and_nothing_left_behind(base, tmp_path):
+def test_good_config_has_no_problems_and_leaves_nothing_behind(base, tmp_path):
     assert lines(base) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_folders_that_were_there_stay(base, tmp_path):
+def test_existing_folders_are_kept(base, tmp_path):
     (tmp_path / "deep" / "runs").mkdir(parents=True)
     assert lines(base) == []
     assert list((tmp_path / "deep" / "runs").iterdir()) == []
 
 
-def test_no_such_model_is_said_once(base):
+def test_missing_model_is_reported_once(base):
     assert lines(base, "model.path=/no/model") == [
         "model.path=/no/model: the folder does not exist. Give a model folder, an fsspec URL of one, or a "
         "hub name such as org/name."
     ]
 
 
-def test_a_sequence_longer_than_the_model_takes(base):
+def test_sequence_longer_than_the_model_accepts_is_reported(base):
     path = base["model"]["path"]
     assert lines(base, "batch.sequence_length=513") == [
         f"batch.sequence_length=513: longer than the model accepts. At most 512 tokens are "
@@ -58,7 +58,7 @@ def test_a_sequence_longer_than_the_model_takes(base):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (
             "tuning={method: partial, last_layers: 6}",
@@ -75,14 +75,16 @@ def test_a_sequence_longer_than_the_model_takes(base):
         ("tuning={method: lora, lora: {dora: true}}", None),
     ],
 )
-def test_what_shall_learn_is_looked_for_in_the_model(base, override, said):
+def test_tuning_targets_must_exist_in_the_model(base, override, message):
     found = lines(base, override)
-    assert [said is not None and line.startswith(said) for line in found] == [True] * bool(said)
-    if said:
+    assert [message is not None and line.startswith(message) for line in found] == [True] * bool(
+        message
+    )
+    if message:
         assert len(lines(base, override, "model.path=/no/model")) == 1
 
 
-def test_every_source_that_names_nothing(base, tmp_path):
+def test_every_missing_source_is_reported(base, tmp_path):
     found = lines(
         base,
         f"data.train=[{tmp_path}/none.jsonl, {tmp_path}/a.jsonl, {tmp_path}/no*.parquet]",
@@ -95,7 +97,7 @@ def test_every_source_that_names_nothing(base, tmp_path):
     ]
 
 
-def test_a_shard_named_twice_by_two_sources(base, tmp_path):
+def test_shard_in_two_sources_is_reported(base, tmp_path):
     found = lines(base, f"data.train=[{tmp_path}/a.jsonl, {tmp_path}/*.jsonl]")
     assert found == [
         f"data.train: the shard {tmp_path}/a.jsonl is listed twice. Each sample counts once per epoch. Remove "
@@ -103,7 +105,7 @@ def test_a_shard_named_twice_by_two_sources(base, tmp_path):
     ]
 
 
-def test_storage_that_can_not_be_written(base, tmp_path):
+def test_unwritable_storage_is_reported(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (found,) = lines(base, f"run.storage={tmp_path}/file")
     assert found.startswith(f"run.storage={tmp_path}/file: {tmp_path}/file/x/.probe-")
@@ -114,7 +116,7 @@ def test_storage_that_can_not_be_written(base, tmp_path):
     )
 
 
-def test_an_older_run_of_that_name(base, tmp_path):
+def test_older_run_with_another_identity_is_reported(base, tmp_path):
     store = Store(load_config(base).run_url)
     store.write(STORED, resolved_yaml(load_config(base)).encode())
     assert lines(base, "cluster.workers=2", "optimizer.learning_rate=1e-3") == []
@@ -125,7 +127,7 @@ def test_an_older_run_of_that_name(base, tmp_path):
     assert store.list() == ["run.yaml"]
 
 
-def test_more_cpus_than_this_machine_has(base, monkeypatch):
+def test_too_few_cpus_are_reported(base, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert lines(base, "cluster.workers=3") == [
         "cluster.workers=3: needs 3 × 1 CPUs (cluster.cpus_per_worker), and this machine has 2. Use fewer "
@@ -140,7 +142,7 @@ def test_more_cpus_than_this_machine_has(base, monkeypatch):
     )
 
 
-def test_gpus_that_are_not_there(base, monkeypatch):
+def test_missing_gpus_are_reported(base, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert lines(base, "cluster.gpus_per_worker=1") == []
     assert lines(base, "cluster.gpus_per_worker=1", "cluster.workers=2") == [
@@ -149,7 +151,7 @@ def test_gpus_that_are_not_there(base, monkeypatch):
     ]
 
 
-def test_of_torchruns_ranks_only_those_of_this_machine_count(base, monkeypatch):
+def test_only_torchrun_ranks_of_this_machine_count(base, monkeypatch):
     """Two nodes of four processes each."""
     for name, value in {
         "RANK": "0",
@@ -166,10 +168,10 @@ def test_of_torchruns_ranks_only_those_of_this_machine_count(base, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [line[:68] for line in lines(base, *many)] == [
         "cluster.gpus_per_worker=1: 4 GPUs are needed, and this machine has 2"
-    ], "whatever RAY_ADDRESS says"
+    ], "RAY_ADDRESS makes no difference"
 
 
-def test_storage_that_makes_a_file_twice(base, monkeypatch):
+def test_storage_without_conditional_writes_is_reported(base, monkeypatch):
     """An S3 server that does not know If-None-Match: nothing would keep an older start from committing."""
     monkeypatch.setattr(
         Store, "create", lambda self, path, content: (self.write(path, content), True)[1]
@@ -179,7 +181,7 @@ def test_storage_that_makes_a_file_twice(base, monkeypatch):
     assert not os.path.exists(base["run"]["storage"]), "nothing left behind"
 
 
-def test_all_at_once(base, tmp_path, monkeypatch):
+def test_all_problems_are_reported_at_once(base, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     (tmp_path / "file").write_text("in the way")
     found = lines(
@@ -199,9 +201,11 @@ def test_all_at_once(base, tmp_path, monkeypatch):
     ]
 
 
-def test_a_config_with_broken_fields_is_probed_as_far_as_it_goes(base):
+def test_config_with_broken_fields_is_checked_as_far_as_possible(base):
     config, problems, _ = inspect_config(
         base, ["batch.sequence_length=x", "model.path=/no/model", "run.name=NO"]
     )
     assert len(problems) == 2
-    assert [line.split("=")[0] for line in check_run.check(config, whole=False)] == ["model.path"]
+    assert [line.split("=")[0] for line in check_run.check(config, is_complete=False)] == [
+        "model.path"
+    ]

@@ -1,4 +1,4 @@
-"""`plan` from a config and a config.json alone: real architectures, what learns, and what it refuses in one line."""
+"""Plans from a config and a config.json: real architectures, trainable weights, errors."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def run(path, **sections):
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
-def test_published_numbers_of_parameters(name, count):
+def test_parameter_counts_equal_published_numbers(name, count):
     from dist_ft.config.sections.task import TaskSection
     from dist_ft.model.loading import meta_model
 
@@ -71,7 +71,7 @@ def test_published_numbers_of_parameters(name, count):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=rounded, abs=0)
 
 
-def test_parameters_are_counted_without_asking_anyone(folder):
+def test_parameters_are_counted_without_network_access(folder):
     counted = 2 * (256 * 64) + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
     assert model_trace.count_parameters(run(folder)) == counted
     assert model_trace.count_parameters(run("org/none"), str(folder)) == counted
@@ -84,8 +84,8 @@ def test_parameters_are_counted_without_asking_anyone(folder):
         model_trace.count_parameters(run(folder), "nowhere")
 
 
-def test_sizes_of_a_published_run():
-    """BLOOM on 384 A100 of 80 GB: its card tells 329 GB of bfloat16 weights, and 2.3 TB of a checkpoint that holds these,
+def test_sizes_equal_those_of_a_published_run():
+    """BLOOM on 384 A100 of 80 GB: its card states 329 GB of bfloat16 weights, and 2.3 TB of a checkpoint that holds these,
     float32 masters and two moments, in units of 1024; ours leaves out the weights, which are the masters rounded."""
     found = run_plan.plan(
         run(
@@ -103,7 +103,7 @@ def test_sizes_of_a_published_run():
     assert found["gpus"][0]["fits"]
 
 
-def test_a_folder_with_a_config_alone_is_enough(folder):
+def test_plan_needs_only_a_config_json(folder):
     found = run_plan.plan(run(folder))
     assert found["model"]["traced"] and found["model"]["parameters"] == found["model"]["trainable"]
     rows = {row["stage"]: row for row in found["memory"]}
@@ -116,17 +116,17 @@ def test_a_folder_with_a_config_alone_is_enough(folder):
     json.dumps(found)
 
 
-def test_an_adapter_alone_has_gradients_and_state(folder):
+def test_only_adapter_weights_have_gradients_and_state(folder):
     whole = run_plan.plan(run(folder))
     adapted = run_plan.plan(run(folder, tuning={"method": "lora", "lora": {"rank": 4}}))
-    learned = adapted["model"]["trainable"]
-    assert learned < whole["model"]["trainable"] / 2
-    assert adapted["model"]["parameters"] == whole["model"]["parameters"] + learned
-    assert adapted["memory"][0]["gpu"]["gradients"] == 2 * learned
+    trainable = adapted["model"]["trainable"]
+    assert trainable < whole["model"]["trainable"] / 2
+    assert adapted["model"]["parameters"] == whole["model"]["parameters"] + trainable
+    assert adapted["memory"][0]["gpu"]["gradients"] == 2 * trainable
     assert adapted["checkpoint"]["frozen"] == 2 * whole["model"]["parameters"]
 
 
-def test_guards_cost_a_float32_copy_each(folder):
+def test_regularizers_cost_a_float32_copy_each(folder):
     plain = run_plan.plan(run(folder))
     guarded = run_plan.plan(
         run(folder, tuning={"ema_decay": 0.99, "anchor": {"method": "l2", "strength": 1.0}})
@@ -137,7 +137,7 @@ def test_guards_cost_a_float32_copy_each(folder):
     )
 
 
-def test_checkpointing_saves_activations(folder):
+def test_activation_checkpointing_saves_memory(folder):
     plain, less = (
         run_plan.plan(run(folder, model={"activation_checkpointing": on}))["memory"][3]["gpu"][
             "activations"
@@ -147,7 +147,7 @@ def test_checkpointing_saves_activations(folder):
     assert less < plain
 
 
-def test_offload_has_a_row_without_it(folder):
+def test_offload_also_has_a_row_without_offload(folder):
     found = run_plan.plan(run(folder, zero={"offload_optimizer": "cpu"}))
     chosen, without = found["memory"][3], found["memory"][4]
     assert chosen["chosen"] and chosen["gpu"]["optimizer"] == 0 < chosen["host"]["optimizer"]
@@ -157,7 +157,7 @@ def test_offload_has_a_row_without_it(folder):
 @pytest.mark.parametrize(
     "task", [{"name": "sequence_classification", "labels": ["a", "b"]}, {"name": "masked_lm"}]
 )
-def test_tasks_with_a_head(folder, task):
+def test_tasks_with_a_head_are_traced(folder, task):
     (folder / "config.json").write_text(
         json.dumps(
             {
@@ -174,7 +174,7 @@ def test_tasks_with_a_head(folder, task):
     assert found["model"]["traced"] and found["memory"][3]["gpu"]["activations"] > 0
 
 
-def test_gpus_and_how_many(folder):
+def test_plan_for_one_gpu_type_and_number(folder):
     found = run_plan.plan(run(folder), gpu="h100", num_gpus=2)
     assert found["workers"] == 2
     assert [(gpu["name"], gpu["fits"], gpu["fewest"]) for gpu in found["gpus"]] == [
@@ -182,7 +182,7 @@ def test_gpus_and_how_many(folder):
     ]
 
 
-def test_a_large_model_fits_nowhere_small(folder):
+def test_large_model_needs_a_larger_cluster(folder):
     config = run(
         "none/none",
         batch={"global_batch": 64, "sequence_length": 2048},
@@ -196,7 +196,7 @@ def test_a_large_model_fits_nowhere_small(folder):
     assert gpus["RTX4090"]["least"] is None
 
 
-def test_text_names_all_there_is(folder):
+def test_report_has_all_sections(folder):
     text = plan_report.as_text(
         run_plan.plan(
             run(
@@ -220,7 +220,7 @@ def test_text_names_all_there_is(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "given", "said"),
+    ("change", "given", "message"),
     [
         ("remove", {}, "it has no config.json. A plan needs a model's config.json"),
         ("{", {}, "cannot read its config.json .*. It must be JSON. Download it again"),
@@ -236,24 +236,24 @@ def test_text_names_all_there_is(folder):
         (None, {"num_gpus": 0}, "--gpus=0: from 1 to the 8 lanes"),
     ],
 )
-def test_what_can_not_be_planned_is_one_line(folder, change, given, said):
+def test_unplannable_config_is_one_line(folder, change, given, message):
     if change == "remove":
         (folder / "config.json").unlink()
     elif change is not None:
         (folder / "config.json").write_text(change)
-    with pytest.raises((ConfigError, ModelError), match=said) as caught:
+    with pytest.raises((ConfigError, ModelError), match=message) as caught:
         run_plan.plan(run(folder), **given)
     lines = getattr(caught.value, "problems", (str(caught.value),))
     assert len(lines) == 1 and "\n" not in lines[0]
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none"])
-def test_no_such_folder(path):
+def test_missing_folder_is_reported(path):
     with pytest.raises(ModelError, match=f"model.path={path}: the folder does not exist"):
         run_plan.plan(run(path))
 
 
-def test_a_hub_that_can_not_be_reached(monkeypatch):
+def test_unreachable_hub_is_reported(monkeypatch):
     import huggingface_hub
 
     def fail(*args, **kwargs):
@@ -267,7 +267,7 @@ def test_a_hub_that_can_not_be_reached(monkeypatch):
         run_plan.plan(run("org/name"))
 
 
-def test_a_model_in_a_bucket(folder):
+def test_model_in_a_bucket_is_planned(folder):
     from dist_ft.storage import filesystem
 
     filesystem.Store("memory://plan-model").create("config.json", json.dumps(TINY).encode())
