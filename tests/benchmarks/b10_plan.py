@@ -47,8 +47,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.rank:
         return be_rank(args)
-    harness.one_thread()
-    environment, cells = harness.environment(), earlier(args) if args.add or args.predict else []
+    harness.require_one_thread()
+    environment, cells = (
+        harness.describe_environment(),
+        earlier(args) if args.add or args.predict else [],
+    )
     with tempfile.TemporaryDirectory(prefix="dist_ft-b10-") as name:
         workload.make_model(Path(name) / f"model-{args.shape.lower()}", args.shape)
         for stage, world in ((stage, world) for stage in args.stages for world in args.worlds):
@@ -73,7 +76,7 @@ def main() -> None:
                 found
             ]
             cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
-            harness.save(
+            harness.save_results(
                 "b10_plan",
                 {
                     "shape": args.shape,
@@ -204,7 +207,9 @@ def be_rank(args: argparse.Namespace) -> None:
         "spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]
     }
     found |= {"allocated": max(found["spans"]), "resident": memory("VmHWM") - before}
-    (folder / f"part-{stage}-{world.num_ranks}" / f"{world.rank}.json").write_text(json.dumps(found))
+    (folder / f"part-{stage}-{world.num_ranks}" / f"{world.rank}.json").write_text(
+        json.dumps(found)
+    )
     dist.barrier()
 
 
@@ -290,7 +295,7 @@ def memory(field: str) -> int:
 
 
 def report(cells: list[dict[str, Any]]) -> None:
-    """Print what was measured."""
+    """Print the results."""
 
     def mib(size: float) -> str:
         return f"{size / 2**20:,.0f}"
@@ -307,7 +312,7 @@ def report(cells: list[dict[str, Any]]) -> None:
         )
         for cell in cells
     ]
-    harness.show(
+    harness.print_table(
         "B10 peak memory of a rank, MiB",
         ("", "predicted", "at", "measured", "resident", "measured / predicted", f"{LOW} to {HIGH}"),
         rows,

@@ -28,13 +28,13 @@ GOAL_RANK_MS, GOAL_COMMIT_S = 50, 1.0
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15, help="steps looked up, and commits made")
     parser.add_argument("--out", help="JSON file to write instead of results/b11_control.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     rows_a_block = BLOCK_BYTES // SAMPLE_BYTES
     lengths = workload.lognormal_lengths(rows_a_block, seed=0)
     pack_ms = milliseconds(lambda: packed(lengths), args.repeats)
@@ -56,7 +56,7 @@ def main() -> None:
                 "reached" if result["commit_s"] <= GOAL_COMMIT_S else "missed",
             )
         )
-    harness.show(
+    harness.print_table(
         f"B11 control work, {SAMPLES:,} samples in {results['blocks']:,} blocks (medians)",
         (
             "ranks",
@@ -78,7 +78,7 @@ def main() -> None:
         "files_a_rank": FILES_A_RANK,
         "repeats": args.repeats,
     }
-    harness.save("b11_control", config, environment, results, args.out)
+    harness.save_results("b11_control", config, environment, results, args.out)
 
 
 def packed(lengths: np.ndarray) -> Any:
@@ -92,9 +92,9 @@ def milliseconds(action: Callable[[], Any], repeats: int) -> float:
     """Return the median time of an action."""
     times = []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         action()
-        times.append((time.perf_counter() - begun) * 1e3)
+        times.append((time.perf_counter() - start_s) * 1e3)
     return statistics.median(times)
 
 
@@ -111,12 +111,12 @@ def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
     for number in range(repeats):
         plan = BatchPlan(counts, np.zeros(blocks, dtype=np.int64), data, batch, seed=number)
         step, lane = 37 * number, (911 * number) % ranks
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         plan.sequence_refs(step, lane)
-        cold.append((time.perf_counter() - begun) * 1e3)
-        begun = time.perf_counter()
+        cold.append((time.perf_counter() - start_s) * 1e3)
+        start_s = time.perf_counter()
         plan.sequence_refs(step + 1, lane)
-        warm.append((time.perf_counter() - begun) * 1e3)
+        warm.append((time.perf_counter() - start_s) * 1e3)
     return {
         "cold_step_ms": statistics.median(cold),
         "warm_step_ms": statistics.median(warm),
@@ -150,7 +150,7 @@ def commit_seconds(ranks: int) -> float:
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(5):
-            begun = time.perf_counter()
+            start_s = time.perf_counter()
             entries = [entry for part in sent for entry in pickle.loads(part)]
             manifest = Manifest(
                 format_version=manifests.FORMAT_VERSION,
@@ -164,7 +164,7 @@ def commit_seconds(ranks: int) -> float:
                 files=tuple(entries),
             )
             Store(folder).write(manifests.NAME, manifests.serialize_manifest(manifest))
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - start_s)
     return statistics.median(times)
 
 

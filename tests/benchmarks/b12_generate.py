@@ -33,15 +33,15 @@ class Tokenizer:
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--rows", type=int, default=12, help="at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file to write instead of results/b12_generate.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     model, prompts = make(args.prompts)
     table, result = [], {}
     for name, fields in STRATEGIES.items():
@@ -52,7 +52,7 @@ def main() -> None:
         }
         for side in sides.values():
             side()  # what is made once
-        speeds = harness.alternate(sides, args.rounds)
+        speeds = harness.alternate_sides(sides, args.rounds)
         ratios = {
             f"ours_over_{side}": harness.ratio(speeds["ours"], speeds[side])
             for side in ("rows", "mixed")
@@ -69,14 +69,14 @@ def main() -> None:
                 name,
                 *(f"{middle[side]:.0f}" for side in ("ours", "rows", "mixed")),
                 str(ratios["ours_over_rows"]),
-                harness.reached(ratios["ours_over_rows"], GOAL, at_least=True),
+                harness.format_goal(ratios["ours_over_rows"], GOAL, at_least=True),
                 str(ratios["ours_over_mixed"]),
                 str(control),
                 "" if same is None else f"{same} of {len(prompts)}",
             )
         )
         result[name] = {"tokens_per_s": speeds, **ratios, "control": control, "same_texts": same}
-    harness.show(
+    harness.print_table(
         "B12 tokens a second",
         (
             "",
@@ -91,7 +91,7 @@ def main() -> None:
         ),
         table,
     )
-    harness.save(
+    harness.save_results(
         "b12_generate",
         {name: getattr(args, name) for name in ("prompts", "rows", "rounds")},
         environment,
@@ -132,7 +132,9 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
     from dist_ft.config.sections.decoding import DecodingSection
     from dist_ft.model.generation import GenerationRequest, TextGenerator, pad_rows
 
-    decoder = TextGenerator(DecodingSection(max_new_tokens=NEW_TOKENS, batch_size=rows, **fields), Tokenizer())
+    decoder = TextGenerator(
+        DecodingSection(max_new_tokens=NEW_TOKENS, batch_size=rows, **fields), Tokenizer()
+    )
     given = {
         "max_new_tokens": NEW_TOKENS,
         "pad_token_id": 0,
@@ -173,9 +175,9 @@ def timed(action: Any, texts: dict[str, Any], side: str) -> Any:
     """Return a function that makes the texts, keeps them and returns tokens a second."""
 
     def run() -> float:
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         texts[side] = action()
-        return sum(map(len, texts[side])) / (time.perf_counter() - begun)
+        return sum(map(len, texts[side])) / (time.perf_counter() - start_s)
 
     return run
 

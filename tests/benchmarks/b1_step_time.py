@@ -1,11 +1,11 @@
-"""B1: the time of a step. dist_ft / the bare DeepSpeed loop, and Hugging Face's Trainer / dist_ft.
+"""B1: step time of dist_ft / a bare DeepSpeed loop, and of Hugging Face's Trainer / dist_ft.
 
     python tests/benchmarks/b1_step_time.py [--blocks N] [--steps N]
 
-Model S, micro-batch 4 x 256, two ranks of one thread over gloo, float32, ZeRO-1 and ZeRO-3. Sides run
-blocks of steps in turn in the same processes; the bare loop runs twice a round, as its own control. Last,
-one block of dist_ft is profiled: how much of a step is spent outside DeepSpeed's forward, backward and
-step.
+Model S, micro-batch 4 x 256, two ranks of one thread over gloo, float32, ZeRO-1 and ZeRO-3. The sides
+run blocks of steps alternately in the same processes. The bare loop runs twice a round, as its own
+control. At the end, one block of dist_ft is profiled: how much of a step is spent outside DeepSpeed's
+forward, backward and step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ GOAL_BARE, GOAL_HF = 1.005, 1.10
 SIDES = ("ours", "bare", "bare again")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--blocks", type=int, default=8, help="rounds of blocks for each ZeRO stage"
     )
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a block")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps per block")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
     parser.add_argument(
         "--hf-logging-steps",
@@ -47,18 +48,18 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run both stages, print the table, write the JSON."""
-    args = arguments()
+    """Measure each ZeRO stage, print the tables, write the JSON file."""
+    args = parse_arguments()
     if args.rank_folder:
-        rank_main(args, Path(args.rank_folder))
+        run_rank(args, Path(args.rank_folder))
         return
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     results = {}
     with tempfile.TemporaryDirectory(prefix="dist_ft-b1-") as name:
         folder = Path(name)
         workload.make_model(folder / "model-s", "S")
-        workload.make_texts(
+        workload.make_data(
             folder / "texts",
             np.full(EPOCH_STEPS * RANKS * MICRO_BATCH, LENGTH),
             workload.SHAPES["S"]["vocab_size"],
@@ -66,7 +67,7 @@ def main() -> None:
         )
         for stage in args.stages:
             print(
-                f"ZeRO-{stage}: {args.blocks} rounds of {args.steps} steps a side ...", flush=True
+                f"ZeRO-{stage}: {args.blocks} rounds of {args.steps} steps per side ...", flush=True
             )
             harness.run_ranks(
                 __file__,
@@ -86,7 +87,7 @@ def main() -> None:
                 folder / f"logs-{stage}",
                 timeout_s=3600,
             )
-            results[f"zero-{stage}"] = summarise(folder, stage)
+            results[f"zero-{stage}"] = summarize(folder, stage)
     report(results, args)
     config = {
         "model": workload.SHAPES["S"],
@@ -100,11 +101,11 @@ def main() -> None:
         "warm_up_steps": WARM_UP,
         "hf_logging_steps": args.hf_logging_steps,
     }
-    harness.save("b1_step_time", config, environment, results, args.out)
+    harness.save_results("b1_step_time", config, environment, results, args.out)
 
 
-def rank_main(args: argparse.Namespace, folder: Path) -> None:
-    """Be one rank: run all sides in turn and write what was measured to `folder`."""
+def run_rank(args: argparse.Namespace, folder: Path) -> None:
+    """Run all sides on one rank and write the measurements to `folder`."""
     import torch
     import torch.distributed as dist
 
@@ -135,12 +136,17 @@ def rank_main(args: argparse.Namespace, folder: Path) -> None:
 
 
 def measure(args: argparse.Namespace, config: Any, world: Any, folder: Path) -> dict[str, Any]:
-    """Return seconds by side, block and step, CPU seconds by side and block, first losses, a profile."""
+    """Measure all sides on this rank.
+
+    Returns:
+        `seconds` by side, block and step; `cpu` seconds by side and block; the first `losses` by
+        side; a `profile` of one block of dist_ft.
+    """
     import b1_sides as sides
     import torch.distributed as dist
 
     ours = sides.Ours(config, world)
-    loader = ours.trainer.parts.loader
+    loader = ours.trainer.components.loader
     bare = sides.Bare(config, sides.lane_tensors(loader, world.share(RANKS), EPOCH_STEPS))
     blocks = {"ours": ours.block, "bare": bare.block, "bare again": bare.block}
     seconds: dict[str, list[list[float]]] = {name: [] for name in (*SIDES, "hf")}
@@ -148,7 +154,7 @@ def measure(args: argparse.Namespace, config: Any, world: Any, folder: Path) -> 
     losses: dict[str, float] = {}
 
     def between(step: int) -> None:
-        """Warm up first; then make one round of the other sides before each block of Hugging Face's."""
+        """Run one round of the other sides before each block of Hugging Face's; first warm up."""
         if step == 0:
             ours.block(1)
             bare.block(1)
@@ -156,93 +162,93 @@ def measure(args: argparse.Namespace, config: Any, world: Any, folder: Path) -> 
             ours.block(WARM_UP)
             bare.block(WARM_UP)
         elif (step - WARM_UP) % args.steps == 0 and len(seconds["ours"]) < args.blocks:
-            for name in harness.turns(SIDES, len(seconds["ours"])):
+            for name in harness.side_order(SIDES, len(seconds["ours"])):
                 dist.barrier()
-                begun = time.process_time()
+                start_s = time.process_time()
                 seconds[name].append(blocks[name](args.steps))
-                cpu[name].append(time.process_time() - begun)
+                cpu[name].append(time.process_time() - start_s)
             dist.barrier()
 
     total = WARM_UP + args.blocks * args.steps
     rows = sides.all_rows(loader, RANKS, min(total, EPOCH_STEPS)).repeat(
         -(-total // EPOCH_STEPS), 1
     )
-    wall, used, losses["hf"] = sides.run_hugging_face(
+    times = sides.run_hugging_face(
         config, rows, folder / "hf", total, between, args.hf_logging_steps
     )
+    losses["hf"] = times.first_loss
     starts = range(WARM_UP, total, args.steps)
-    seconds["hf"] = [wall[start : start + args.steps] for start in starts]
-    cpu["hf"] = [sum(used[start : start + args.steps]) for start in starts]
+    seconds["hf"] = [times.wall_s[start : start + args.steps] for start in starts]
+    cpu["hf"] = [sum(times.cpu_s[start : start + args.steps]) for start in starts]
     if not max(losses.values()) - min(losses.values()) <= 2e-3:
         raise SystemExit(f"the sides do not do the same work: first losses {losses}")
-    profile = profiled(ours, args.steps)
+    profile = profile_block(ours, args.steps)
     ours.close()
     return {"seconds": seconds, "cpu": cpu, "losses": losses, "profile": profile}
 
 
-class Timed:
-    """Stands before an object and adds up the seconds some of its calls take."""
+class TimedCalls:
+    """Wraps an object and records the seconds of each call of some of its methods.
+
+    Attributes:
+        calls: seconds of each call, by method.
+    """
 
     def __init__(self, inner: Any, names: tuple[str, ...]) -> None:
         self._inner, self._names = inner, names
         self.calls: dict[str, list[float]] = {name: [] for name in names}
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return self._clocked(name, found) if name in self._names else found
+        attribute = getattr(self._inner, name)
+        return self._timed(name, attribute) if name in self._names else attribute
 
-    def __call__(self, *values: Any, **named: Any) -> Any:
-        return self._clocked("forward", self._inner)(*values, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed("forward", self._inner)(*args, **kwargs)
 
-    def _clocked(self, name: str, call: Any) -> Any:
-        def run(*values: Any, **named: Any) -> Any:
-            begun = time.perf_counter()
+    def _timed(self, name: str, call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start_s = time.perf_counter()
             try:
-                return call(*values, **named)
+                return call(*args, **kwargs)
             finally:
-                self.calls[name].append(time.perf_counter() - begun)
+                self.calls[name].append(time.perf_counter() - start_s)
 
         return run
 
 
-def profiled(ours: Any, count: int) -> dict[str, list[float]]:
-    """Return seconds of each call inside one block of ours, and of the block, by what was called."""
-    parts = ours.trainer.parts
-    engine, comms = parts.engine._engine, parts.collectives
-    timed = parts.engine._engine = Timed(engine, ("forward", "backward", "step"))
-    sums = Timed(comms, ("sum",))
-    comms.sum = sums.sum
-    total = sum(ours.block(count))
+def profile_block(ours: Any, count: int) -> dict[str, list[float]]:
+    """Return the seconds of each call in one block of dist_ft by method, and of the whole block."""
+    components = ours.trainer.components
+    engine, comms = components.engine._engine, components.collectives
+    timed_engine = components.engine._engine = TimedCalls(engine, ("forward", "backward", "step"))
+    timed_comms = TimedCalls(comms, ("sum",))
+    comms.sum = timed_comms.sum
+
+    block_s = sum(ours.block(count))
+
     del comms.sum
-    parts.engine._engine = engine
-    return {**timed.calls, "collectives": sums.calls["sum"], "block": [total]}
+    components.engine._engine = engine
+    return {**timed_engine.calls, "collectives": timed_comms.calls["sum"], "block": [block_s]}
 
 
-def summarise(folder: Path, stage: int) -> dict[str, Any]:
-    """Return ratios and the overhead of a stage from what its ranks wrote.
+def summarize(folder: Path, stage: int) -> dict[str, Any]:
+    """Return the ratios and the overhead of a ZeRO stage from the measurements of its ranks.
 
-    A block is over when its last rank is.
+    A block ends when its last rank has ended.
     """
     records = [
         json.loads((folder / f"zero-{stage}-rank-{rank}.json").read_text()) for rank in range(RANKS)
     ]
-    total = {
-        name: [
-            max(blocks)
-            for blocks in zip(
-                *([sum(block) for block in record["seconds"][name]] for record in records),
-                strict=True,
-            )
-        ]
-        for name in records[0]["seconds"]
-    }
-    cpu = {
-        name: [sum(both) for both in zip(*(record["cpu"][name] for record in records), strict=True)]
-        for name in total
-    }
-    middle = {
-        name: [float(np.median(block)) for block in records[0]["seconds"][name]] for name in total
-    }
+    block_s: dict[str, list[float]] = {}
+    cpu_s: dict[str, list[float]] = {}
+    median_s: dict[str, list[float]] = {}
+    for name, first_rank in records[0]["seconds"].items():
+        by_rank = [[sum(block) for block in record["seconds"][name]] for record in records]
+        block_s[name] = [max(ranks) for ranks in zip(*by_rank, strict=True)]
+        cpu_by_rank = [record["cpu"][name] for record in records]
+        cpu_s[name] = [sum(ranks) for ranks in zip(*cpu_by_rank, strict=True)]
+        median_s[name] = [float(np.median(block)) for block in first_rank]
+
     pairs = {
         "ours / bare": ("ours", "bare"),
         "hf / ours": ("hf", "ours"),
@@ -251,48 +257,48 @@ def summarise(folder: Path, stage: int) -> dict[str, Any]:
     return {
         "step_s": {
             name: float(np.mean(values)) / len(records[0]["seconds"][name][0])
-            for name, values in total.items()
+            for name, values in block_s.items()
         },
         "by_block_time": {
-            name: harness.ratio(total[a], total[b]) for name, (a, b) in pairs.items()
+            name: harness.ratio(block_s[a], block_s[b]) for name, (a, b) in pairs.items()
         },
         "by_median_step": {
-            name: harness.ratio(middle[a], middle[b]) for name, (a, b) in pairs.items()
+            name: harness.ratio(median_s[a], median_s[b]) for name, (a, b) in pairs.items()
         },
-        "by_cpu_time": {name: harness.ratio(cpu[a], cpu[b]) for name, (a, b) in pairs.items()},
-        "block_s": total,
+        "by_cpu_time": {name: harness.ratio(cpu_s[a], cpu_s[b]) for name, (a, b) in pairs.items()},
+        "block_s": block_s,
         "first_losses": records[0]["losses"],
         "profile": overhead([record["profile"] for record in records]),
     }
 
 
 def overhead(profiles: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Return milliseconds a step outside forward, backward and step, as the median over a block's steps.
+    """Return milliseconds per step outside forward, backward and step, averaged over a block.
 
-    Of a small all-reduce the rank that comes last waits least: the shorter of both times is what it costs;
-    the longer is waiting, which DeepSpeed's next collective would do otherwise.
+    A small all-reduce costs the shorter of the two ranks' times: the rank that arrives last waits
+    least. The rest of the longer time is waiting that would otherwise happen in DeepSpeed's next
+    collective.
     """
     steps = len(profiles[0]["step"])
-    inside = [
-        sum(sum(profile[name]) for name in ("forward", "backward", "step")) for profile in profiles
-    ]
-    reduce_s = float(np.minimum(*(np.array(profile["collectives"]) for profile in profiles)).sum())
-    own = [
-        profile["block"][0] - within - sum(profile["collectives"])
-        for profile, within in zip(profiles, inside, strict=True)
-    ]
+    shorter = np.minimum(*(np.array(profile["collectives"]) for profile in profiles))
+    reduce_s = float(shorter.sum())
+    own_s = []
+    for profile in profiles:
+        deepspeed_s = sum(sum(profile[name]) for name in ("forward", "backward", "step"))
+        own_s.append(profile["block"][0] - deepspeed_s - sum(profile["collectives"]))
+
     step_s = max(profile["block"][0] for profile in profiles) / steps
     result = {
         "step_ms": step_s * 1e3,
         "all_reduces_ms": reduce_s / steps * 1e3,
-        **{f"own_work_rank_{rank}_ms": value / steps * 1e3 for rank, value in enumerate(own)},
+        **{f"own_work_rank_{rank}_ms": value / steps * 1e3 for rank, value in enumerate(own_s)},
     }
-    result["overhead_share"] = (max(own) + reduce_s) / steps / step_s
+    result["overhead_share"] = (max(own_s) + reduce_s) / steps / step_s
     return result
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was measured."""
+    """Print the results."""
     rows: list[tuple[str, ...]] = []
     goals = {"ours / bare": (GOAL_BARE, False), "hf / ours": (GOAL_HF, True)}
     for stage, result in results.items():
@@ -304,10 +310,10 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
                     str(measured),
                     str(result["by_median_step"][name]),
                     str(result["by_cpu_time"][name]),
-                    harness.reached(measured, goal[0], at_least=goal[1]) if goal else "control",
+                    harness.format_goal(measured, goal[0], at_least=goal[1]) if goal else "control",
                 )
             )
-    harness.show(
+    harness.print_table(
         f"B1 step time, {args.blocks} rounds of {args.steps} steps: ratio [95 % interval]",
         ("ratio", "time of blocks", "median steps", "CPU time", "goal (time of blocks)"),
         rows,
@@ -322,8 +328,8 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
         )
         for stage, result in results.items()
     ]
-    harness.show(
-        "milliseconds a step, and what of ours is outside forward, backward and step",
+    harness.print_table(
+        "milliseconds per step, and the work of ours outside forward, backward and step",
         ("", "ours", "bare", "again", "hf", "own work", "all-reduces", "share"),
         times,
     )

@@ -114,9 +114,9 @@ class Peak:
         seconds = []
         with torch.no_grad():
             for _ in range(self.repeats):
-                begun = time.perf_counter()
+                start_s = time.perf_counter()
                 torch.mm(left, right)
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - start_s)
         return float(np.median(seconds))
 
 
@@ -215,21 +215,21 @@ class Meter:
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
-    harness.one_thread()
+    """Measure, print the table, write the JSON file."""
+    harness.require_one_thread()
     args = arguments()
-    environment = harness.environment()
+    environment = harness.describe_environment()
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="dist_ft-b2-") as name:
         folder = Path(name)
         workload.make_model(folder / "model-m", "M")
-        workload.make_texts(
+        workload.make_data(
             folder / "texts", np.full(64 * MICRO_BATCH, LENGTH), SHAPE["vocab_size"], seed=2
         )
         measured = run(args, folder)
-    result = summarise(measured)
+    result = summarize(measured)
     report(result, args)
     config = {
         "model": SHAPE,
@@ -241,10 +241,10 @@ def main() -> None:
         "steps": args.steps,
         "warm_up_steps": WARM_UP,
     }
-    harness.save("b2_flops", config, environment, result, args.out)
+    harness.save_results("b2_flops", config, environment, result, args.out)
 
 
-def summarise(measured: dict[str, Any]) -> dict[str, Any]:
+def summarize(measured: dict[str, Any]) -> dict[str, Any]:
     """Return the ratio of rates, a control (products before a block / after it), and what is behind them."""
     before, after = measured["products_s"][:-1], measured["products_s"][1:]
     steps = [float(np.mean(block)) for block in measured["step_s"]]
@@ -264,15 +264,15 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was measured."""
-    harness.show(
+    """Print the results."""
+    harness.print_table(
         f"B2 model FLOP/s over matrix-product FLOP/s, {args.blocks} blocks of {args.steps} steps",
         ("", "value [95 % interval]", "goal"),
         [
             (
                 "model / products",
                 str(result["ratio"]),
-                harness.reached(result["ratio"], GOAL, at_least=True),
+                harness.format_goal(result["ratio"], GOAL, at_least=True),
             ),
             ("products before / after a block", str(result["control"]), "control"),
             ("model GFLOP/s", f"{result['model_gflops_per_s']:.1f}", ""),
@@ -281,7 +281,7 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
         ],
     )
     if result["profile_share"]:
-        harness.show(
+        harness.print_table(
             "where the time of a step goes (profiled apart)",
             ("operation", "share"),
             [(name, f"{share:.1%}") for name, share in result["profile_share"].items()],

@@ -44,7 +44,7 @@ Layout = list[list[int]]
 
 
 def main() -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--samples", type=int, default=96, help="trained on by each side, each round"
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--peers-python", default=str(HERE / ".peers" / "bin" / "python"))
     parser.add_argument("--out", help="JSON file to write instead of results/b3_packing.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     lengths = workload.lognormal_lengths(POOL, seed=0)
     fill = {name: told for name, (told, _) in layouts(lengths, args.peers_python).items()}
     subset = lengths[: args.samples]
@@ -73,7 +73,7 @@ def main() -> None:
         "samples": args.samples,
         "rounds": args.rounds,
     }
-    harness.save("b3_packing", config, environment, result, args.out)
+    harness.save_results("b3_packing", config, environment, result, args.out)
 
 
 def layouts(lengths: np.ndarray, peers_python: str) -> dict[str, tuple[float, list[Layout]]]:
@@ -139,15 +139,15 @@ def speed(lengths: np.ndarray, sides: dict[str, list[Layout]], rounds: int) -> d
     def timed(name: str) -> Callable[[], float]:
         def run() -> float:
             attend(module, name)
-            begun = time.perf_counter()
+            start_s = time.perf_counter()
             for rows in sides[name]:
                 batch = batch_of(texts, rows, name)
                 engine.train_step([batch], [0], max(1, batch.num_target_tokens), 1e-9)
-            return float(lengths.sum()) / (time.perf_counter() - begun)
+            return float(lengths.sum()) / (time.perf_counter() - start_s)
 
         return run
 
-    found = harness.alternate({name: timed(name) for name in sides}, rounds)
+    found = harness.alternate_sides({name: timed(name) for name in sides}, rounds)
     return {
         "tokens_per_s": found,
         "loss_sums": losses,
@@ -202,7 +202,7 @@ def batch_of(texts: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was measured."""
+    """Print the results."""
     rows = []
     for name, values in result["tokens_per_s"].items():
         ratio = result.get(f"ours_over_{name}")
@@ -212,12 +212,12 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
                 f"{result['fill'][name]:.1%}",
                 f"{np.mean(values):,.0f}",
                 str(ratio or ""),
-                harness.reached(ratio, GOALS[name], at_least=True)
+                harness.format_goal(ratio, GOALS[name], at_least=True)
                 if ratio
                 else "fill ≥ 98 %: " + ("reached" if result["fill"][name] >= 0.98 else "missed"),
             )
         )
-    harness.show(
+    harness.print_table(
         f"B3 packing, fill of {POOL:,} samples, speed of {args.samples}",
         ("layout", "real tokens", "real tokens/s", "ours / it [95 %]", "goal"),
         rows,

@@ -36,16 +36,16 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write instead of results/b4_loss_head.json")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    harness.one_thread()
+    harness.require_one_thread()
     if args.side:
         print(json.dumps(side(args)))
         return
     environment, found = (
-        harness.environment(),
+        harness.describe_environment(),
         {name: [] for name in ("ours", "torch", "torch_again")},
     )
     for number in range(args.rounds):
-        for name in harness.turns(list(found), number):
+        for name in harness.side_order(list(found), number):
             found[name].append(measure(args, name.removesuffix("_again")))
             print(
                 f"round {number + 1} of {args.rounds}: {name} {found[name][-1]}",
@@ -68,11 +68,11 @@ def main() -> None:
                 f"{middle['ours']:.2f}",
                 f"{middle['torch']:.2f}",
                 str(ratios[key]),
-                harness.reached(ratios[key], goal, at_least=False),
+                harness.format_goal(ratios[key], goal, at_least=False),
                 str(over(key, "torch_again", "torch")),
             )
         )
-    harness.show(
+    harness.print_table(
         "B4 loss head, forward and backward",
         ("", "dist_ft", "torch", "ours / torch [95 %]", "goal", "control"),
         rows,
@@ -81,7 +81,7 @@ def main() -> None:
         abs(a["loss"] / b["loss"] - 1) for a, b in zip(found["ours"], found["torch"], strict=True)
     )
     print(f"losses differ by {worst:.1e} at most, relative")
-    harness.save(
+    harness.save_results(
         "b4_loss_head",
         {
             name: getattr(args, name)
@@ -135,11 +135,11 @@ def side(args: argparse.Namespace) -> dict[str, float]:
     loss = loss_of()
     loss.backward()
     peak, value = _memory("VmHWM") - held, loss.item()
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in range(args.times):
         hidden.grad = weight.grad = None
         loss_of().backward()
-    return {"bytes": peak, "seconds": (time.perf_counter() - begun) / args.times, "loss": value}
+    return {"bytes": peak, "seconds": (time.perf_counter() - start_s) / args.times, "loss": value}
 
 
 def _memory(field: str) -> int:

@@ -205,9 +205,9 @@ def main() -> None:
     for module in IMPORTS[name]:
         importlib.import_module(module)
     stream = globals()[f"read_{name}"](endpoint, folder, int(count))
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     total = sum(stream)
-    print(f"\nread {total} {time.perf_counter() - begun}", flush=True)
+    print(f"\nread {total} {time.perf_counter() - start_s}", flush=True)
     os._exit(0)  # some keep threads that would wait
 
 

@@ -31,7 +31,7 @@ RANGE_BYTES, IN_FLIGHT = 4 * 2**20, 4
 
 
 def main() -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--samples", type=int, default=30_000, help="of 2,800 bytes")
     parser.add_argument("--rounds", type=int, default=3)
@@ -43,8 +43,8 @@ def main() -> None:
     if args.read:
         read_ours(*args.read)
         return
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     import s3
     import tiny
     from proxy import FaultyProxy
@@ -75,7 +75,7 @@ def main() -> None:
                     for peer in PEERS
                 },
             }
-            found = harness.alternate(sides, rounds)
+            found = harness.alternate_sides(sides, rounds)
             result[label] = {
                 "mb_s": found,
                 **{
@@ -93,7 +93,7 @@ def main() -> None:
         "rounds": args.rounds,
         "peers": versions(args.peers_python),
     }
-    harness.save("b5_streaming", config, environment, result, args.out)
+    harness.save_results("b5_streaming", config, environment, result, args.out)
 
 
 def run(command: list[str]) -> str:
@@ -169,10 +169,10 @@ def read_ours(url: str, where: str, what: str) -> None:
     loader = build_training_loader(run, store, world, comms)
     if what == "index":
         return
-    begun, total = time.perf_counter(), 0
+    start_s, total = time.perf_counter(), 0
     for batches in loader.iterate(0, loader.steps_per_epoch, range(1)):
         total += sum(batch.num_tokens for batch in batches) * 4
-    print(f"\nread {total} {time.perf_counter() - begun}", flush=True)
+    print(f"\nread {total} {time.perf_counter() - start_s}", flush=True)
 
 
 def raw(url: str, direct: str, num_bytes: int) -> float:
@@ -201,14 +201,14 @@ def raw(url: str, direct: str, num_bytes: int) -> float:
         connection.close()
         return size
 
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     with ThreadPoolExecutor(IN_FLIGHT) as threads:
         sum(threads.map(get, ranges))
-    return num_bytes / (time.perf_counter() - begun) / 1e6
+    return num_bytes / (time.perf_counter() - start_s) / 1e6
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was measured."""
+    """Print the results."""
     rows = []
     for label, found in result.items():
         for side, values in found["mb_s"].items():
@@ -224,10 +224,10 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
                     side,
                     f"{np.mean(values):.1f}",
                     str(ratio),
-                    harness.reached(ratio, goal, at_least=True) if counts else "",
+                    harness.format_goal(ratio, goal, at_least=True) if counts else "",
                 )
             )
-    harness.show(
+    harness.print_table(
         f"B5 streaming {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
         ("link", "side", "MB/s", "ours / it [95 %]", "goal"),
         rows,

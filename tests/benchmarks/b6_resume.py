@@ -31,7 +31,7 @@ SMALL = 100_000
 
 
 def main() -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=4, help="beginnings at each place and world")
@@ -42,8 +42,8 @@ def main() -> None:
     if args.memory_of:
         read_all(json.loads(args.memory_of), args.steps)
         return
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     import s3
     import tiny
     from proxy import FaultyProxy
@@ -73,7 +73,7 @@ def main() -> None:
         "shuffle_blocks": 1,
         "sequence_length": 256,
     }
-    harness.save("b6_resume", config, environment, result, args.out)
+    harness.save_results("b6_resume", config, environment, result, args.out)
 
 
 def options(url: str) -> dict[str, Any]:
@@ -144,10 +144,10 @@ def opened(config: Any) -> Any:
 
 def build(folder: Path, port: int, count: int) -> float:
     """Make the index of a run and return the seconds to its first batch."""
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     loader = opened(config_of(folder, f"http://127.0.0.1:{port}", count, "first"))
     next(loader.iterate(0, 1, range(LANES)))
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_s
 
 
 def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -162,15 +162,15 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
     requests: dict[str, list[int]] = {"1 %": [], "99 %": []}
     for number in range(args.repeats):
         for world in WORLDS:
-            for place in harness.turns(list(seconds), number):
+            for place in harness.side_order(list(seconds), number):
                 shutil.rmtree(folder / "empty", ignore_errors=True)
                 s3.reset_options(options(proxy.url))
                 proxy.requests.clear()
-                begun = time.perf_counter()
+                start_s = time.perf_counter()
                 loader = opened(config)
                 step = loader.steps_per_epoch * int(place.split()[0]) // 100
                 loader.batches(step, World(0, world).share(LANES))
-                seconds[place].append(time.perf_counter() - begun)
+                seconds[place].append(time.perf_counter() - start_s)
                 requests[place].append(len(proxy.requests))
                 loader.store.close()
     return {
@@ -207,9 +207,9 @@ def read_all(about: dict[str, Any], steps: int) -> None:
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was measured."""
+    """Print the results."""
     late = result["late_over_early"]
-    harness.show(
+    harness.print_table(
         f"B6 first batch of {args.samples:,} samples, a worker of {', '.join(map(str, WORLDS))} in turn",
         ("", "1 %", "99 %", "99 % / 1 % [95 %]", "goal"),
         [
@@ -217,7 +217,7 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
                 "seconds (mean)",
                 *(f"{np.mean(values):.2f}" for values in result["seconds"].values()),
                 str(late),
-                harness.reached(late, 1.05, at_least=False),
+                harness.format_goal(late, 1.05, at_least=False),
             ),
             (
                 "requests (most)",
@@ -229,7 +229,7 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
         ],
     )
     small, large = result["memory"].values()
-    harness.show(
+    harness.print_table(
         "peak memory of a loading process",
         (f"{SMALL:,} samples", f"{args.samples:,}", "ratio", "goal"),
         [

@@ -1,10 +1,11 @@
-"""B7: how long training stands still for a save / one copy of the state into buffers already touched; beside peers.
+"""B7: how long training pauses for a save / one copy of the state into memory already touched.
 
     python tests/benchmarks/b7_save.py
 
-A Llama of 106 M parameters under the plain engine: with AdamW's moments 1.27 GB of float32 state, one process, one
-thread, a local disk. Peers: torch.save, torch DCP (async_save), DeepSpeed's save_checkpoint (ZeRO-1, one rank). Each
-save is written out before the next side begins. Then the time of a step while a save drains, with and without
+A Llama of 106 M parameters under the plain engine: with AdamW's moments 1.27 GB of float32 state, one
+process, one thread, a local disk. Compared with torch.save, torch DCP (async_save) and DeepSpeed's
+save_checkpoint (ZeRO-1, one rank). Each save is completely written before the next side starts. Then:
+the time of a step while a save is written in the background, with and without
 `checkpoint.background_mb_s`.
 """
 
@@ -37,17 +38,20 @@ GOAL_COPY, GOAL_TORCH = 1.2, 10
 
 
 def main() -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--steps", type=int, default=12, help="steps with a save draining, each way"
+        "--steps",
+        type=int,
+        default=12,
+        help="steps during background writes, with and without the limit",
     )
     parser.add_argument("--throttle-mb-s", type=float, default=150)
     parser.add_argument("--out", help="JSON file to write instead of results/b7_save.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     import torch.distributed as dist
 
     os.environ.update(
@@ -56,36 +60,36 @@ def main() -> None:
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory(prefix="dist_ft-b7-") as name:
         folder = Path(name)
-        engine = make_engine()
+        engine = build_engine()
         state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.state_slices()}
         size = sum(value.numel() * value.element_size() for value in state.values())
         sides = {
             "copy": copy_side(state),
-            "ours": ours(engine, folder),
+            "ours": ours_side(engine, folder),
             "torch.save": torch_side(state, folder),
             "DCP async": dcp_side(state, folder),
             "DeepSpeed": deepspeed_side(folder),
         }
         for side in sides.values():
-            side()  # buffers are made, files were there once
-        found = harness.alternate(sides, args.rounds)
+            side()  # allocates buffers and creates the files
+        stall_s = harness.alternate_sides(sides, args.rounds)
         draining = {
             label: steps_while_draining(engine, folder, args.steps, limit)
             for label, limit in (("throttled", args.throttle_mb_s), ("not throttled", 0.0))
         }
     result: dict[str, Any] = {
         "state_bytes": size,
-        "stall_s": found,
-        "ours_over_copy": harness.ratio(found["ours"], found["copy"]),
+        "stall_s": stall_s,
+        "ours_over_copy": harness.ratio(stall_s["ours"], stall_s["copy"]),
         **{
-            f"{peer}_over_ours": harness.ratio(found[peer], found["ours"])
-            for peer in found
+            f"{peer}_over_ours": harness.ratio(stall_s[peer], stall_s["ours"])
+            for peer in stall_s
             if peer not in ("ours", "copy")
         },
         "draining": draining,
     }
     report(result)
-    harness.save(
+    harness.save_results(
         "b7_save",
         {
             "shape": SHAPE,
@@ -100,8 +104,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def make_module() -> Any:
-    """Return the model, random weights."""
+def build_module() -> Any:
+    """Return the model with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,33 +115,33 @@ def make_module() -> Any:
     return CausalLM(LlamaForCausalLM(LlamaConfig(**SHAPE)))
 
 
-def make_engine() -> Any:
-    """Return the plain engine, its optimizer state made."""
+def build_engine() -> Any:
+    """Return the plain engine with its optimizer state."""
     import torch
 
     from dist_ft.config.schema import OptimizerSection
     from dist_ft.engine.torch_engine import TorchEngine
 
-    return TorchEngine(make_module(), OptimizerSection(learning_rate=1e-5), torch.device("cpu"))
+    return TorchEngine(build_module(), OptimizerSection(learning_rate=1e-5), torch.device("cpu"))
 
 
 def copy_side(state: dict[str, Any]) -> Callable[[], float]:
-    """One copy of the state into buffers that are already touched: the least any save can cost."""
+    """Copy the state into buffers that are already touched: the lower bound for a save."""
     import torch
 
     buffers = {name: torch.zeros_like(value).fill_(1) for name, value in state.items()}
 
     def run() -> float:
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         for name, value in state.items():
             buffers[name].copy_(value)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_s
 
     return run
 
 
-def manager_of(folder: Path, **section: Any) -> Any:
-    """Return a manager of checkpoints in `folder`."""
+def build_manager(folder: Path, **section: Any) -> Any:
+    """Return a manager of the checkpoints in `folder`; `section`: fields of its config."""
     from dist_ft.checkpoint.manager import CheckpointManager
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.core.world import Collectives, World
@@ -148,24 +152,27 @@ def manager_of(folder: Path, **section: Any) -> Any:
     )
 
 
-def draft_of(engine: Any, step: int) -> Any:
-    """Return what a checkpoint says besides its files."""
+def save_request(step: int) -> Any:
+    """Return the request to save the state after `step`."""
     from dist_ft.checkpoint.manifest import Progress
     from dist_ft.checkpoint.save_status import SaveRequest
 
     rows = np.zeros((1, 6), np.int64)
-    return SaveRequest("b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {})
+    return SaveRequest(
+        "b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {}
+    )
 
 
-def ours(engine: Any, folder: Path) -> Callable[[], float]:
-    """How long `begin` takes; the rest is written before this returns."""
-    manager, step = manager_of(folder / "ours"), iter(range(1, 10**6))
+def ours_side(engine: Any, folder: Path) -> Callable[[], float]:
+    """Measure `start_save`; the files are written and committed off the clock."""
+    manager = build_manager(folder / "ours")
+    steps = iter(range(1, 10**6))
     manager.prepare(engine)
 
     def run() -> float:
-        begun = time.perf_counter()
-        manager.start_save(engine, draft_of(engine, next(step)))
-        seconds = time.perf_counter() - begun
+        start_s = time.perf_counter()
+        manager.start_save(engine, save_request(next(steps)))
+        seconds = time.perf_counter() - start_s
         outcome = manager.finish_save()
         if outcome.problem is not None:
             raise outcome.problem
@@ -175,13 +182,13 @@ def ours(engine: Any, folder: Path) -> Callable[[], float]:
 
 
 def torch_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
-    """torch.save to the same disk."""
+    """Measure torch.save to the same disk."""
     import torch
 
     def run() -> float:
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         torch.save(state, folder / "torch.pt")
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_s
         sync()
         return seconds
 
@@ -189,12 +196,13 @@ def torch_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
 
 
 def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
-    """torch.distributed.checkpoint.async_save: until it gives the loop back; its staging buffers are kept."""
+    """Measure the call of torch.distributed.checkpoint.async_save; it reuses its staging buffers."""
     from torch.distributed.checkpoint import async_save
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     writer = FileSystemWriter(str(folder / "dcp"), overwrite=True)
+    # pinned memory requires an accelerator
     stager = DefaultStager(
         StagingOptions(
             use_pinned_memory=False,
@@ -202,12 +210,12 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
             use_async_staging=False,
             use_non_blocking_copy=False,
         )
-    )  # pinned memory wants an accelerator
+    )
 
     def run() -> float:
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         saving = async_save(state, storage_writer=writer, async_stager=stager)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_s
         saving.result()
         sync()
         return seconds
@@ -216,7 +224,7 @@ def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
 
 
 def deepspeed_side(folder: Path) -> Callable[[], float]:
-    """DeepSpeed's own checkpoint of the same model and optimizer, ZeRO-1 on one rank."""
+    """Measure DeepSpeed's own checkpoint of the same model and optimizer, ZeRO-1 on one rank."""
     from dist_ft.config.schema import OptimizerSection
     from dist_ft.core.world import World
     from dist_ft.engine import deepspeed_engine as sharded
@@ -230,14 +238,14 @@ def deepspeed_side(folder: Path) -> Callable[[], float]:
         "zero_force_ds_cpu_optimizer": False,
     }
     engine = sharded.DeepSpeedEngine(
-        make_module(), OptimizerSection(learning_rate=1e-5), settings, World()
+        build_module(), OptimizerSection(learning_rate=1e-5), settings, World()
     )
 
     def run() -> float:
         shutil.rmtree(folder / "deepspeed", ignore_errors=True)
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         engine._engine.save_checkpoint(str(folder / "deepspeed"), tag="t")
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_s
         sync()
         return seconds
 
@@ -245,24 +253,31 @@ def deepspeed_side(folder: Path) -> Callable[[], float]:
 
 
 def sync() -> None:
-    """Let the disk come to rest."""
+    """Wait until the disk has written everything."""
     os.sync()
 
 
 def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) -> dict[str, Any]:
-    """Return step times with nothing under way and with a save under way, a save begun whenever the last has ended."""
-    manager, step = (
-        manager_of(folder / f"drain-{limit:g}", background_mb_s=limit),
-        iter(range(1, 10**6)),
-    )
+    """Return step times without a save, and while a save is written.
+
+    A new save starts when the last has ended.
+
+    Args:
+        engine: the engine.
+        folder: on the disk to write to.
+        count: the number of steps to measure during saves.
+        limit: `checkpoint.background_mb_s`; 0: no limit.
+    """
+    manager = build_manager(folder / f"drain-{limit:g}", background_mb_s=limit)
+    steps = iter(range(1, 10**6))
     manager.prepare(engine)
     free, busy = [], []
     while len(busy) < count:
-        free.append(one_step(engine))
-        manager.start_save(engine, draft_of(engine, next(step)))
+        free.append(timed_step(engine))
+        manager.start_save(engine, save_request(next(steps)))
         while manager.advance(*manager.save_flags()) is None:
-            seconds = one_step(engine)
-            if manager.save_flags()[0] == 0:  # it was being written all the time
+            seconds = timed_step(engine)
+            if not manager.save_flags().files_written:  # it was written during the whole step
                 busy.append(seconds)
     return {
         "free_s": free,
@@ -271,39 +286,41 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
     }
 
 
-def one_step(engine: Any) -> float:
-    """Train one small batch and return how long it took."""
+def timed_step(engine: Any) -> float:
+    """Train one small batch and return its seconds."""
     from dist_ft.data.batching.loader import assemble_batch
 
     tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
     batch = assemble_batch(
         tokens, np.ones(TOKENS, np.uint8), np.array([[0, 0, TOKENS, 0]]), np.zeros(1, np.int64), 0
     )
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     engine.train_step([batch], [0], TOKENS, 1e-9)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_s
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print what was measured."""
+    """Print the results."""
     rows = []
     for side, values in result["stall_s"].items():
         ratio = result["ours_over_copy"] if side == "ours" else result.get(f"{side}_over_ours")
         goal = ""
         if side == "ours":
-            goal = harness.reached(ratio, GOAL_COPY, at_least=False)
+            goal = harness.format_goal(ratio, GOAL_COPY, at_least=False)
         elif side == "torch.save":
-            goal = harness.reached(ratio, GOAL_TORCH, at_least=True)
+            goal = harness.format_goal(ratio, GOAL_TORCH, at_least=True)
         rows.append((side, f"{statistics.median(values):.3f}", str(ratio or ""), goal))
-    harness.show(
-        f"B7 stall of a save of {result['state_bytes'] / 1e9:.2f} GB (ours: over a copy; peers: over ours)",
+    harness.print_table(
+        f"B7 pause for a save of {result['state_bytes'] / 1e9:.2f} GB "
+        "(ours: over a copy; peers: over ours)",
         ("side", "s", "ratio [95 %]", "goal"),
         rows,
     )
-    for label, found in result["draining"].items():
+    for label, times in result["draining"].items():
         print(
-            f"a step while a save drains, {label}: {statistics.median(found['busy_s']):.2f} s, alone "
-            f"{statistics.median(found['free_s']):.2f} s, ratio {found['busy_over_free']:.3f} ({len(found['busy_s'])} steps)"
+            f"a step while a save is written, {label}: {statistics.median(times['busy_s']):.2f} s, "
+            f"without a save {statistics.median(times['free_s']):.2f} s, "
+            f"ratio {times['busy_over_free']:.3f} ({len(times['busy_s'])} steps)"
         )
 
 

@@ -58,8 +58,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return be_rank(args)
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     with tempfile.TemporaryDirectory(prefix="dist_ft-b8-", dir=args.folder) as name:
         args.folder = name
         found = {
@@ -67,9 +67,9 @@ def main() -> None:
             "convert_s": [convert(args, number) for number in range(args.peer_rounds)],
         }
         found.update(ranks(args, "three", 3))
-    result = summarise(found)
+    result = summarize(found)
     report(result)
-    harness.save(
+    harness.save_results(
         "b8_bandwidth",
         {
             key: getattr(args, key)
@@ -98,7 +98,7 @@ def convert(args: argparse.Namespace, number: int) -> float:
     shutil.rmtree(folder / "deepspeed/universal", ignore_errors=True)
     os.sync()
     evict(folder / "deepspeed")
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     done = subprocess.run(
         [
             sys.executable,
@@ -114,7 +114,7 @@ def convert(args: argparse.Namespace, number: int) -> float:
         text=True,
         timeout=600,
     )
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_s
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
     print(f"round {number + 1}: convert {seconds:.4g}", file=sys.stderr, flush=True)
@@ -153,7 +153,7 @@ class Rank:
         self.folder = Path(args.folder)
         settings = {**SETTINGS, "zero_optimization": {"stage": args.stage}}
         with sharded.zero_init(settings):
-            module = b7_save.make_module()
+            module = b7_save.build_module()
         self.engine = sharded.DeepSpeedEngine(
             module, OptimizerSection(learning_rate=1e-5), settings, self.world
         )
@@ -172,15 +172,21 @@ class Rank:
             if cold:
                 evict(cold)
         self.comms.barrier()
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         action()
         self.comms.barrier()
-        return self.comms.broadcast(time.perf_counter() - begun)
+        return self.comms.broadcast(time.perf_counter() - start_s)
 
     def content(self) -> float:
         """Return the sum of all state there is: what was loaded is what was saved."""
         return self.comms.sum(
-            [sum(float(slot.read().double().sum()) for slot in self.engine.state_slices() if slot.owned)]
+            [
+                sum(
+                    float(slot.read().double().sum())
+                    for slot in self.engine.state_slices()
+                    if slot.owned
+                )
+            ]
         )[0]
 
 
@@ -211,12 +217,12 @@ def four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
     before = rank.content()
     for side in saves.values():
         side()
-    found = {"save_s": harness.alternate(saves, args.rounds)}
+    found = {"save_s": harness.alternate_sides(saves, args.rounds)}
     blank(rank)
     restores["ours"]()
     if rank.content() != before:
         raise SystemExit("what was restored is not what was saved")
-    found["restore_s"] = harness.alternate(restores, args.rounds)
+    found["restore_s"] = harness.alternate_sides(restores, args.rounds)
     written = rank.timed(lambda: deepspeed_save(rank))
     return {
         **found,
@@ -242,7 +248,7 @@ def three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
     if abs(rank.content() - before) > 1e-9 * before:  # another order of adding
         raise SystemExit("what was resharded is not what was saved")
     every["reshard"].clear()
-    found = harness.alternate(
+    found = harness.alternate_sides(
         {"plain": lambda: side("plain", "three"), "reshard": lambda: side("reshard", "four")},
         args.rounds,
     )
@@ -324,7 +330,7 @@ def saver(rank: Rank, place: str) -> Callable[[], float]:
         manager, step = manager_of(rank, place), next(steps)
 
         def save() -> None:
-            outcome = manager.save(rank.engine, b7_save.draft_of(rank.engine, step))
+            outcome = manager.save(rank.engine, b7_save.save_request(step))
             if outcome.problem is not None:
                 raise outcome.problem
 
@@ -371,7 +377,11 @@ def dtensors(rank: Rank) -> dict[str, Any]:
     mesh, size = init_device_mesh("cpu", (rank.world.num_ranks,)), rank.world.num_ranks
     whole: dict[str, int] = {}
     for part in rank.comms.all_gather(
-        [(f"{slot.key}:{slot.name}", slot.numel) for slot in rank.engine.state_slices() if slot.owned]
+        [
+            (f"{slot.key}:{slot.name}", slot.numel)
+            for slot in rank.engine.state_slices()
+            if slot.owned
+        ]
     ):
         for name, numel in part:
             whole[name] = whole.get(name, 0) + numel
@@ -419,7 +429,7 @@ def deepspeed_save(rank: Rank) -> None:
 # What it says
 
 
-def summarise(found: dict[str, Any]) -> dict[str, Any]:
+def summarize(found: dict[str, Any]) -> dict[str, Any]:
     """Return what was found with the ratios of it."""
     save, load, three_s, ready = (
         found[key] for key in ("save_s", "restore_s", "three_s", "three_ready_s")
@@ -441,8 +451,8 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print what was measured."""
-    size, reached = result["state_bytes"], harness.reached
+    """Print the results."""
+    size, reached = result["state_bytes"], harness.format_goal
 
     def speed(seconds: list[float]) -> str:
         return f"{size / 1e6 / float(np.exp(np.mean(np.log(seconds)))):,.0f} MB/s"
@@ -480,7 +490,7 @@ def report(result: dict[str, Any]) -> None:
             reached(result["convert_and_load_over_reshard"], GOAL_CONVERT, at_least=True),
         ),
     ]
-    harness.show(
+    harness.print_table(
         f"B8 bandwidth, {size / 1e9:.2f} GB of state",
         ("side", "speed", "ratio [95 %]", "goal"),
         rows,

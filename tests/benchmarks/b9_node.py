@@ -32,7 +32,7 @@ PATIENCE_S = 300.0
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
@@ -43,8 +43,8 @@ def main() -> None:
     )
     parser.add_argument("--out", help="JSON file to write instead of results/b9_node.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     os.environ.pop("RAY_ADDRESS", None)
     import nodes
     import tiny
@@ -74,7 +74,7 @@ def main() -> None:
     if len(times) < 2:
         return
     found = harness.ratio(times["ray_s"], times["ours_s"])
-    harness.show(
+    harness.print_table(
         "B9 node lost to first step on fewer workers",
         ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"),
         [
@@ -84,11 +84,11 @@ def main() -> None:
                     for side in ("ray_s", "ours_s")
                 ),
                 str(found),
-                harness.reached(found, 3.0, at_least=True),
+                harness.format_goal(found, 3.0, at_least=True),
             )
         ],
     )
-    harness.save(
+    harness.save_results(
         "b9_node",
         {"rounds": args.rounds, "under_way_s": args.under_way_s},
         environment,

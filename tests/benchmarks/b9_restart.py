@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -33,8 +33,8 @@ def main() -> None:
     )
     parser.add_argument("--out", help="JSON file to write instead of results/b9_restart.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.pop("RAY_ADDRESS", None)
     import tiny
@@ -49,7 +49,7 @@ def main() -> None:
                     f"round {number + 1}: {side} {times[side][-1]:.2f}", file=sys.stderr, flush=True
                 )
     found = harness.ratio(times["ray_s"], times["ours_s"])
-    harness.show(
+    harness.print_table(
         "B9 kill to first new step",
         ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"),
         [
@@ -57,11 +57,11 @@ def main() -> None:
                 ", ".join(f"{value:.1f} s" for value in times["ray_s"]),
                 ", ".join(f"{value:.1f} s" for value in times["ours_s"]),
                 str(found),
-                harness.reached(found, 3.0, at_least=True),
+                harness.format_goal(found, 3.0, at_least=True),
             )
         ],
     )
-    harness.save(
+    harness.save_results(
         "b9_restart",
         {"rounds": args.rounds, "kill_at": args.kill_at},
         environment,

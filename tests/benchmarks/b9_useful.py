@@ -36,19 +36,19 @@ GOAL = 0.95
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=14)
     parser.add_argument("--kill-every-minutes", type=float, default=5)
     parser.add_argument("--every-steps", type=int, default=10, help="checkpoint interval")
     parser.add_argument("--out", help="JSON file to write instead of results/b9_useful.json")
     args = parser.parse_args()
-    harness.one_thread()
-    environment = harness.environment()
+    harness.require_one_thread()
+    environment = harness.describe_environment()
     os.environ.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryDirectory(prefix="dist_ft-b9-") as name:
         result = measure(Path(name), args)
-    harness.show(
+    harness.print_table(
         f"B9 useful time of {result['wall_s'] / 60:.1f} minutes, {len(result['kills'])} kills",
         ("steps", "useful", "steps x median", "restarts", "goal"),
         [
@@ -61,7 +61,7 @@ def main() -> None:
             )
         ],
     )
-    harness.save(
+    harness.save_results(
         "b9_useful",
         {key: getattr(args, key) for key in ("minutes", "kill_every_minutes", "every_steps")},
         environment,
@@ -75,8 +75,8 @@ def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     workload.make_model(base / "model-s", "S")
-    lengths = workload.lognormal_lengths(4000, 0, cut=256)
-    texts = workload.make_texts(base / "texts", lengths, workload.SHAPES["S"]["vocab_size"], 0)
+    lengths = workload.lognormal_lengths(4000, 0, max_length=256)
+    texts = workload.make_data(base / "texts", lengths, workload.SHAPES["S"]["vocab_size"], 0)
     document = workload.run_config(
         base,
         "S",
@@ -122,7 +122,7 @@ def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
         process.wait()
         raise SystemExit("".join(said[-40:])) from error
     reader.join(10)
-    return summarise(base / "runs/useful", steps, kills, begun)
+    return summarize(base / "runs/useful", steps, kills, begun)
 
 
 def _read(process: subprocess.Popen[str], steps: list[tuple[float, int]], said: list[str]) -> None:
@@ -177,7 +177,7 @@ def _cpu(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def summarise(
+def summarize(
     run: Path, steps: list[tuple[float, int]], kills: list[dict[str, float]], begun: float
 ) -> dict[str, Any]:
     """Return the share of useful time and the timeline."""

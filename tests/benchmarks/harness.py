@@ -1,8 +1,8 @@
-"""What all benchmarks share: sides in turn, ratios with an interval, what they ran on, a table, a JSON file.
+"""Shared by all benchmarks: alternating sides, ratios with intervals, environment, table, JSON file.
 
-A benchmark is a ratio of two sides measured in one run. Sides alternate in blocks, so that a machine that
-slows down slows both; the interval is a bootstrap over rounds; one side against itself shows what the
-machine's noise alone does. Does not know what is measured.
+A benchmark is a ratio of two sides that are measured in one run. Sides alternate in blocks, so a
+machine that slows down slows both. The interval is a bootstrap over rounds. One side measured against
+itself (the control) shows the noise of the machine. This module does not know what is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ ONE_THREAD = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio over rounds: its middle and the ends of a 95 % bootstrap interval."""
+    """A ratio over rounds, with a 95 % bootstrap interval.
+
+    Attributes:
+        value: the geometric mean over rounds.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        rounds: the number of rounds.
+    """
 
     value: float
     low: float
@@ -49,26 +56,38 @@ class Ratio:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Ratio:
-    """Return above / below as the geometric mean over rounds, each round being one value of both sides."""
-    logs = np.log(np.asarray(above, dtype=float)) - np.log(np.asarray(below, dtype=float))
-    drawn = np.random.default_rng(seed).integers(0, len(logs), (RESAMPLES, len(logs)))
-    low, high = np.percentile(logs[drawn].mean(axis=1), [2.5, 97.5])
+def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Ratio:
+    """Return the geometric mean over rounds of numerator / denominator.
+
+    Args:
+        numerators: one value a round.
+        denominators: one value a round, in the same order.
+        seed: of the bootstrap.
+    """
+    numerator_logs = np.log(np.asarray(numerators, dtype=float))
+    logs = numerator_logs - np.log(np.asarray(denominators, dtype=float))
+
+    resamples = np.random.default_rng(seed).integers(0, len(logs), (RESAMPLES, len(logs)))
+    low, high = np.percentile(logs[resamples].mean(axis=1), [2.5, 97.5])
     return Ratio(float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high)), len(logs))
 
 
-def turns(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of the sides in a round: it rotates, and every other round runs backwards."""
+def side_order(names: Sequence[str], number: int) -> list[str]:
+    """Return the order of the sides in a round: it rotates, and every other round is reversed."""
     shift = number // 2 % len(names)
     order = [*names[shift:], *names[:shift]]
-    return order if number % 2 == 0 else order[::-1]
+    if number % 2 == 1:
+        order.reverse()
+    return order
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run every side once a round, in changing order, and return what each returned."""
+def alternate_sides(
+    sides: Mapping[str, Callable[[], float]], rounds: int
+) -> dict[str, list[float]]:
+    """Run every side once a round, in changing order; return the values of each side by round."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
-        for name in turns(list(sides), number):
+        for name in side_order(list(sides), number):
             values[name].append(sides[name]())
             print(
                 f"round {number + 1} of {rounds}: {name} {values[name][-1]:.4g}",
@@ -78,8 +97,8 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     return values
 
 
-def environment() -> dict[str, Any]:
-    """Return what a figure depends on besides the code: versions, hardware, date, load."""
+def describe_environment() -> dict[str, Any]:
+    """Return what a result depends on apart from the code: versions, hardware, date, load."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -100,21 +119,27 @@ def _version(name: str) -> str:
 
 
 def _cpu_model() -> str:
-    """Return the processor's name; families without a telling name get their numbers too."""
+    """Return the processor's name with its family, model and stepping.
+
+    Some processors report a name that does not identify them.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    numbers = "/".join(found.get(key, "?") for key in ("cpu family", "model", "stepping"))
-    return f"{found.get('model name', platform.machine())} ({numbers})"
+        fields.setdefault(key.strip(), value.strip())
+    numbers = "/".join(fields.get(key, "?") for key in ("cpu family", "model", "stepping"))
+    return f"{fields.get('model name', platform.machine())} ({numbers})"
 
 
-def one_thread() -> None:
-    """Start this program again with one compute thread, unless it has one: the setting is read at import."""
+def require_one_thread() -> None:
+    """Restart this program with one compute thread, unless it already has one.
+
+    Libraries read the setting when they are imported.
+    """
     if any(os.environ.get(key) != value for key, value in ONE_THREAD.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
 
@@ -122,15 +147,16 @@ def one_thread() -> None:
 def run_ranks(
     script: str, arguments: Sequence[str], size: int, log_folder: Path, timeout_s: float
 ) -> None:
-    """Run `script` on `size` ranks (one thread each) to their end.
+    """Run `script` on `size` ranks (one thread each) and wait until all have ended.
 
-    Raises RuntimeError with the end of a failing rank's output.
+    Raises:
+        RuntimeError: a rank failed (with the end of its output), or `timeout_s` was exceeded.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
+    processes = []
     for rank in range(size):
         env = {
             **os.environ,
@@ -143,7 +169,7 @@ def run_ranks(
             "MASTER_PORT": str(port),
         }
         with open(log_folder / f"rank-{rank}.log", "wb") as log:
-            started.append(
+            processes.append(
                 subprocess.Popen(
                     [sys.executable, script, *arguments],
                     env=env,
@@ -152,30 +178,31 @@ def run_ranks(
                 )
             )
     try:
-        _wait(started, log_folder, time.monotonic() + timeout_s)
+        _wait(processes, log_folder, time.monotonic() + timeout_s)
     finally:
-        for process in started:
+        for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]], log_folder: Path, deadline: float) -> None:
-    """Wait until all ranks ended well; the first that does not ends the wait."""
-    while any(process.poll() is None for process in started):
-        failed = [rank for rank, process in enumerate(started) if process.poll() not in (None, 0)]
+def _wait(processes: Sequence[subprocess.Popen[bytes]], log_folder: Path, deadline: float) -> None:
+    """Wait until all ranks have succeeded, one has failed, or the deadline has passed."""
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
         if failed or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    for rank, process in enumerate(started):
+
+    for rank, process in enumerate(processes):
         if process.poll() not in (None, 0):
             tail = (log_folder / f"rank-{rank}.log").read_text(errors="replace")[-4000:]
-            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{tail}")
-    if any(process.poll() is None for process in started):
-        raise RuntimeError("the ranks did not end in time")
+            raise RuntimeError(f"rank {rank} failed with exit code {process.returncode}:\n{tail}")
+    if any(process.poll() is None for process in processes):
+        raise RuntimeError("the ranks did not end before the timeout")
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table."""
     from rich import box
     from rich.console import Console
@@ -189,22 +216,22 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def reached(measured: Ratio, goal: float, *, at_least: bool) -> str:
-    """Return a goal and whether the whole interval reaches it, as text."""
-    word = "undecided"
+def format_goal(measured: Ratio, goal: float, *, at_least: bool) -> str:
+    """Return a goal with "reached", "missed" or "undecided" (the interval contains the goal)."""
+    verdict = "undecided"
     if measured.low > goal or measured.high < goal:
-        word = "reached" if (measured.value > goal) == at_least else "missed"
-    return f"{'≥' if at_least else '≤'} {goal:g}: {word}"
+        verdict = "reached" if (measured.value > goal) == at_least else "missed"
+    return f"{'≥' if at_least else '≤'} {goal:g}: {verdict}"
 
 
-def save(
+def save_results(
     name: str,
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
     result: Mapping[str, Any],
     out: str | None,
 ) -> None:
-    """Write results/<name>.json, or `out` if given."""
+    """Write the results to results/<name>.json, or to `out` if it is given."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -213,11 +240,11 @@ def save(
         "config": dict(config),
         "result": dict(result),
     }
-    path.write_text(json.dumps(record, indent=2, default=_plain) + "\n", "utf-8")
-    print(
-        f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
-    )
+    path.write_text(json.dumps(record, indent=2, default=_to_json) + "\n", "utf-8")
+    is_below_here = path.is_relative_to(Path.cwd())
+    print(f"written: {path.relative_to(Path.cwd()) if is_below_here else path.name}")
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
+    """Return a Ratio as a dict, and a NumPy number as a float."""
     return asdict(value) if isinstance(value, Ratio) else float(value)

@@ -1,7 +1,7 @@
-"""What the benchmarks train: models S and M, a tokenizer built on the spot, and data, in a temporary folder.
+"""Models S and M, a word-level tokenizer and random data for the benchmarks, in a temporary folder.
 
-Texts are random words of a word-level vocabulary; `lengths` says how many tokens each has. Weights are
-random: the time of a step does not depend on them.
+Samples are random words of the vocabulary, of given lengths in tokens. Weights are random: the time
+of a step does not depend on them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ END = "</s>"
 
 
 def lognormal_lengths(
-    count: int, seed: int, median: float = 350, sigma: float = 1.0, cut: int = 2048
+    count: int, seed: int, median: float = 350, sigma: float = 1.0, max_length: int = 2048
 ) -> np.ndarray:
-    """Return token counts of samples: lognormal, at least 2, cut at `cut`."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
-    return np.clip(drawn, 2, cut).astype(np.int64)
+    """Return the number of tokens of each sample (count,): lognormal, from 2 to `max_length`."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
+    return np.clip(lengths, 2, max_length).astype(np.int64)
 
 
 def make_model(folder: Path, shape: str, max_length: int = 2048) -> str:
-    """Write a Llama of `shape` with its tokenizer into `folder` and return its path."""
+    """Write a Llama of `shape` and its tokenizer to `folder` and return its path."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,13 +64,13 @@ def make_model(folder: Path, shape: str, max_length: int = 2048) -> str:
     return str(folder)
 
 
-def make_texts(folder: Path, lengths: np.ndarray, vocabulary: int, seed: int) -> str:
-    """Write texts of `lengths` tokens each (the last is the end token) as JSON lines; return their glob."""
+def make_data(folder: Path, lengths: np.ndarray, vocab_size: int, seed: int) -> str:
+    """Write samples of `lengths` tokens (the last is the end token) as JSON Lines; return their glob."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     with open(folder / "texts.jsonl", "w", encoding="utf-8") as file:
         for length in lengths.tolist():
-            words = random.integers(1, vocabulary, length - 1).tolist()
+            words = random.integers(1, vocab_size, length - 1).tolist()
             file.write(json.dumps({"text": " ".join(f"w{word}" for word in words)}) + "\n")
     return str(folder / "*.jsonl")
 
@@ -88,7 +88,7 @@ def run_config(
     workers: int,
     stage: int = 1,
 ) -> dict[str, Any]:
-    """Return the mapping of a run that `load_config` takes: what is not named here is at its default."""
+    """Return the config of a run, as `load_config` takes it; the other fields have their defaults."""
     return {
         "run": {"name": name, "storage": str(folder / "runs")},
         "model": {"path": str(folder / f"model-{shape.lower()}"), "dtype": "float32"},
