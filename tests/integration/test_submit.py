@@ -166,7 +166,7 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     assert list((base / "runs/long/checkpoints").glob("step-*/manifest.json")), "it has saved"
     again = there.start("submit", file, cwd=base, out=base / "third")
     again.wait_for("job long-2 is submitted")
-    again.wait_for("going on from step")
+    again.wait_for("resuming from step")
     code, output = there.run("jobs", "stop", "long-2", cwd=base)
     assert code == 0 and "long-2: STOPPED" in output, output
     assert again.process.wait(60) == 130

@@ -1,10 +1,11 @@
-"""Kills a run repeatedly at random moments and checks that nothing was lost; results go to a
-journal.
+"""Kills a run repeatedly at random moments and checks that nothing was lost.
 
-    python tests/soak/soak.py --mode ranks --kills 160     # two ranks without Ray: kill -9, and
-    deaths inside a save python tests/soak/soak.py --mode ray --kills 40        # training
-    processes, their keepers, Ray workers, the driver python tests/soak/soak.py --report
-    # the results in the journal
+    python tests/soak/soak.py --mode ranks --kills 160   # two ranks without Ray
+    python tests/soak/soak.py --mode ray --kills 40      # under Ray
+    python tests/soak/soak.py --report                   # print the results in the journal
+
+Without Ray the ranks are killed with -9, at random or inside a save. Under Ray the training
+processes, their keepers, the Ray workers and the driver are killed.
 
 Each run trains a small model with dropout and packing, and saves in the background every four
 steps. After every kill all checkpoints are compared with their checksums. At the end of a run its
