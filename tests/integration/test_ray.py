@@ -164,7 +164,7 @@ def test_fault_9_driver_and_head_killed_the_same_command_resumes(
     code, output = finish(start(base, document))
     assert code == 0, output[-3000:]
     assert "(attempt 2)" in output
-    assert "[rank 0] INFO going on from step" in output, "logs of workers are shown here"
+    assert "[rank 0] INFO resuming from step" in output, "logs of workers are shown here"
     assert history.losses(base / "runs/driver-died") == unbroken
     history.require_exactly_once(base / "runs/driver-died", document)
 

@@ -76,7 +76,7 @@ def test_a_kill_loses_only_steps_after_the_local_checkpoint(base: Path, stage: i
     again = base / f"again-{stage}"
     ranks.require_ok(ranks.run_ranks(2, [kept, lost], again), again)
     said = (again / "rank-0.log").read_text()
-    first, second = map(int, re.findall(r"going on from step (\d+)", said))
+    first, second = map(int, re.findall(r"resuming from step (\d+)", said))
     assert first > in_storage[0] and second == in_storage[1]
     assert "local checkpoint" in said and "is skipped" in said
     for config in (kept, lost):
