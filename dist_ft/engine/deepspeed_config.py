@@ -19,12 +19,20 @@ BUCKET_ELEMENTS = 2**26
 
 def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Return the dictionary that `deepspeed.initialize` takes."""
+    uses_gpu = config.cluster.gpus_per_worker > 0
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.stage:
+        zero["overlap_comm"] = uses_gpu
+        zero["contiguous_gradients"] = True
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = BUCKET_ELEMENTS
+    _add_offload(zero, config)
+
     own_settings = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "zero_optimization": _build_zero_settings(config),
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": NEVER,
@@ -33,14 +41,9 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merge(own_settings, config.zero.deepspeed)
 
 
-def _build_zero_settings(config: RunConfig) -> dict[str, Any]:
+def _add_offload(zero: dict[str, Any], config: RunConfig) -> None:
+    """Add the settings that move optimizer state and parameters off the GPU."""
     uses_gpu = config.cluster.gpus_per_worker > 0
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.stage:
-        zero["overlap_comm"] = uses_gpu
-        zero["contiguous_gradients"] = True
-        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = BUCKET_ELEMENTS
-
     for state in ("optimizer", "param"):
         device = getattr(config.zero, f"offload_{state}")
         if device != "none":
@@ -48,7 +51,6 @@ def _build_zero_settings(config: RunConfig) -> dict[str, Any]:
             if device == "nvme":
                 offload["nvme_path"] = config.zero.nvme_path
             zero[f"offload_{state}"] = offload
-    return zero
 
 
 def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
