@@ -110,7 +110,7 @@ class Index:
                 shard_row = row + self._num_rows_before(shard_range)
                 return SampleLocation(self.shards[shard_range.shard], shard_row)
             row -= num_rows
-        raise ValueError(f"sample={sample}: there are {self.num_samples}")
+        raise ValueError(f"sample={sample}: the data set has {self.num_samples} samples")
 
     def _num_rows_before(self, shard_range: ShardRange) -> int:
         """Return the number of rows of the range's shard that precede it."""
