@@ -142,7 +142,7 @@ def test_optuna_suggests_values_and_a_failed_trial_is_reported(base: Path) -> No
     refused = start(base, file)
     assert (
         refused.returncode == 2
-        and "tuning.method=partial: it does not say what learns" in refused.stderr
+        and "tuning.method=partial: no weights to train are named" in refused.stderr
     )
     file = write(
         base,

@@ -27,7 +27,7 @@ BASE = DecodingSection(
         "sample:1,top_p=0.9,num_samples=2",
     ],
 )
-def test_what_is_told_is_what_is_read(text):
+def test_a_formatted_strategy_is_parsed_back(text):
     assert format_strategy(parse_strategy(text)) == text
 
 
