@@ -1,18 +1,21 @@
-"""B10: peak memory of a rank, measured / what `dist-ft plan` predicted.
+"""B10: peak memory of a rank, measured / predicted by `dist-ft plan`.
 
     python tests/benchmarks/b10_plan.py
 
-Model M, float32, micro-batch 2 x 512, two lanes a rank, ZeRO-1, 2 and 3 on 1, 2 and 4 real ranks over gloo, the run's own
-DeepSpeed config. *Measured* is the bytes of all tensors there are when a lane (or the update) begins and what torch's
-allocator gives out at most beyond that until it ends (torch's memory profiler), over two steps, on the busiest rank: what
-`torch.cuda.max_memory_allocated` tells on a GPU. (The profiler's own sum is no measure over longer stretches: it misses what
-gloo's threads free, 225 MiB a lane here.) *Resident* is how far the process itself grew (VmHWM), with its imports, gloo and
-the profiler. *Predicted* is made from the config and the model's config.json alone.
+Model M, float32, micro-batch 2 x 512, two lanes per rank, ZeRO-1, 2 and 3 on 1, 2 and 4 real ranks
+over gloo, with the run's own DeepSpeed config. *Measured* is the bytes of all tensors at the start
+of a lane (or of the update), plus the most that torch's allocator allocates beyond that until its
+end (torch's memory profiler); the maximum over two steps, on the rank with the largest peak. On a
+GPU, `torch.cuda.max_memory_allocated` reports this. (The profiler's own sum is wrong over longer
+intervals: it misses the memory that gloo's threads free, 225 MiB per lane here.) *Resident* is the
+growth of the process (VmHWM), with its imports, gloo and the profiler. *Predicted* is computed from
+the config and the model's config.json alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -26,56 +29,46 @@ import workload
 LOW, HIGH = 0.95, 1.05
 ROWS, TOKENS, LANES, STEPS = 2, 512, 2, 3
 COUNTED = 2
-"""Steps at the end that are measured; the ones before make what is made once."""
+"""Steps at the end that are measured; earlier steps allocate what is allocated once."""
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON; or be a rank of it."""
+    """Measure, print the table, write the JSON file; with --rank: run one rank."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--lanes", type=int, default=LANES, help="a rank")
+    parser.add_argument("--lanes", type=int, default=LANES, help="lanes per rank")
     parser.add_argument("--shape", default="M", choices=sorted(workload.SHAPES))
     parser.add_argument(
-        "--add", action="store_true", help="keep the cells a file of results has already"
+        "--add", action="store_true", help="keep the other cells of an existing results file"
     )
     parser.add_argument("--out", help="JSON file to write instead of results/b10_plan.json")
     parser.add_argument(
-        "--predict", action="store_true", help="predict anew beside what a file of results measured"
+        "--predict",
+        action="store_true",
+        help="predict again for the measurements of an existing results file",
     )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
-        return be_rank(args)
+        return run_rank(args)
     harness.require_one_thread()
-    environment, cells = (
-        harness.describe_environment(),
-        earlier(args) if args.add or args.predict else [],
-    )
+    environment = harness.describe_environment()
+    cells = read_cells(args) if args.add or args.predict else []
     with tempfile.TemporaryDirectory(prefix="dist_ft-b10-") as name:
         workload.make_model(Path(name) / f"model-{args.shape.lower()}", args.shape)
-        for stage, world in ((stage, world) for stage in args.stages for world in args.worlds):
-            old = next(
-                (
-                    cell["ranks"]
-                    for cell in cells
-                    if (cell["stage"], cell["world"]) == (stage, world)
-                ),
-                None,
-            )
-            if args.predict and old is None:
-                continue
-            found = beside(
-                args,
-                Path(name),
-                stage,
-                world,
-                old if args.predict else measure(args, Path(name), stage, world),
-            )
-            cells = [cell for cell in cells if (cell["stage"], cell["world"]) != (stage, world)] + [
-                found
-            ]
-            cells.sort(key=lambda cell: (cell["stage"], cell["world"]))
+        for stage, world in itertools.product(args.stages, args.worlds):
+            by_key = {(cell["stage"], cell["world"]): cell for cell in cells}
+            if args.predict:
+                if (stage, world) not in by_key:
+                    continue
+                ranks = by_key[stage, world]["ranks"]
+            else:
+                ranks = measure(args, Path(name), stage, world)
+
+            cell = compare(args, Path(name), stage, world, ranks)
+            by_key[stage, world] = cell
+            cells = [by_key[key] for key in sorted(by_key)]
             harness.save_results(
                 "b10_plan",
                 {
@@ -90,17 +83,19 @@ def main() -> None:
                 {"cells": cells},
                 args.out,
             )
-            print(f"ZeRO-{stage} on {world}: {found['ratio']:.4f}", file=sys.stderr, flush=True)
+            print(f"ZeRO-{stage} on {world}: {cell['ratio']:.4f}", file=sys.stderr, flush=True)
     report(cells)
 
 
-def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the cells of a file that is there."""
+def read_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the cells of an existing results file; none without a file."""
     file = Path(args.out) if args.out else harness.RESULTS / "b10_plan.json"
-    return json.loads(file.read_text())["result"]["cells"] if file.exists() else []
+    if not file.exists():
+        return []
+    return json.loads(file.read_text())["result"]["cells"]
 
 
-def config_of(args: argparse.Namespace, folder: Path, stage: int, world: int) -> Any:
+def load_run_config(args: argparse.Namespace, folder: Path, stage: int, world: int) -> Any:
     """Return the run's config."""
     from dist_ft.config.load import load_config
 
@@ -123,7 +118,7 @@ def config_of(args: argparse.Namespace, folder: Path, stage: int, world: int) ->
 def measure(args: argparse.Namespace, folder: Path, stage: int, world: int) -> list[dict[str, int]]:
     """Return the peaks of all ranks."""
     part = folder / f"part-{stage}-{world}"
-    given = [
+    options = [
         "--rank",
         str(folder),
         "--stages",
@@ -135,21 +130,21 @@ def measure(args: argparse.Namespace, folder: Path, stage: int, world: int) -> l
         "--shape",
         args.shape,
     ]
-    harness.run_ranks(__file__, given, world, part, 280)
+    harness.run_ranks(__file__, options, world, part, 280)
     return [json.loads((part / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def beside(
+def compare(
     args: argparse.Namespace, folder: Path, stage: int, world: int, ranks: list[dict[str, int]]
 ) -> dict[str, Any]:
-    """Return the peaks of all ranks beside what was predicted."""
+    """Return a cell: the peaks of all ranks and the prediction."""
     from dist_ft.planning import worker_memory
     from dist_ft.runtime.preflight import run_plan
 
-    config = config_of(args, folder, stage, world)
+    config = load_run_config(args, folder, stage, world)
     plan = run_plan.plan(config)
     row = next(row for row in plan["memory"] if row["chosen"])
-    busiest = max(rank["allocated"] for rank in ranks)
+    measured = max(rank["allocated"] for rank in ranks)
     assert worker_memory.worker_setup(config, {}, world).lanes == args.lanes
     return {
         "stage": stage,
@@ -157,14 +152,14 @@ def beside(
         "predicted": row["total"],
         "kinds": row["gpu"],
         "when": row["when"],
-        "measured": busiest,
+        "measured": measured,
         "ranks": ranks,
-        "ratio": busiest / row["total"],
+        "ratio": measured / row["total"],
     }
 
 
-def be_rank(args: argparse.Namespace) -> None:
-    """Train a few steps and write down the peaks of the last ones."""
+def run_rank(args: argparse.Namespace) -> None:
+    """Train a few steps and write the peaks of the last ones."""
     import torch
     import torch.distributed as dist
 
@@ -178,43 +173,45 @@ def be_rank(args: argparse.Namespace) -> None:
     sharded.attach_to_process_group(False)
     world = World.from_environment()
     folder, stage = Path(args.rank), args.stages[0]
-    config = config_of(args, folder, stage, world.num_ranks)
+    config = load_run_config(args, folder, stage, world.num_ranks)
     assert deepspeed_config.build_deepspeed_config(config)["zero_optimization"]["stage"] == stage
     random = np.random.default_rng(world.rank)
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
-    before = memory("VmRSS")
+    before = process_memory("VmRSS")
     spans = Spans()
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         built = build_engine(ResolvedRun.from_config(config), world, resumed=False)
         module, engine = built.module, built.engine
-        module.register_forward_pre_hook(lambda *_: spans.begin())
+        module.register_forward_pre_hook(lambda *_: spans.start())
         for step in range(STEPS):
             if step == STEPS - COUNTED:
-                Path("/proc/self/clear_refs").write_text(
-                    "5"
-                )  # the high-water mark starts from what is held now
-                spans.counts = True
+                # reset the peak to the current memory
+                Path("/proc/self/clear_refs").write_text("5")
+                spans.is_counting = True
             lanes = [
                 batch(random, workload.SHAPES[args.shape]["vocab_size"]) for _ in range(args.lanes)
             ]
             engine.accumulate(
                 lanes, list(range(args.lanes)), args.lanes * world.num_ranks * ROWS * TOKENS
             )
-            spans.begin()
+            spans.start()
             engine.update(1e-4)
         spans.end()
-    found = {
-        "spans": [held + more for held, more in zip(spans.held, most_beyond(profile), strict=True)]
+    growth = max_growth(profile)
+    peaks = [held + grown for held, grown in zip(spans.held, growth, strict=True)]
+    result = {
+        "spans": peaks,
+        "allocated": max(peaks),
+        "resident": process_memory("VmHWM") - before,
     }
-    found |= {"allocated": max(found["spans"]), "resident": memory("VmHWM") - before}
     (folder / f"part-{stage}-{world.num_ranks}" / f"{world.rank}.json").write_text(
-        json.dumps(found)
+        json.dumps(result)
     )
     dist.barrier()
 
 
 def batch(random: np.random.Generator, vocabulary: int) -> Any:
-    """Return a full micro-batch, each row one sample."""
+    """Return a full micro-batch; each row is one sample."""
     from dist_ft.data.batch import Batch
 
     ids = random.integers(1, vocabulary, (ROWS, TOKENS))
@@ -224,55 +221,59 @@ def batch(random: np.random.Generator, vocabulary: int) -> Any:
 
 
 class Spans:
-    """Lanes and updates, each from what all tensors hold when it begins."""
+    """Marks lanes and updates in the profile.
+
+    Attributes:
+        is_counting: whether spans are recorded.
+        held: bytes of all tensors at the start of each span.
+    """
 
     def __init__(self) -> None:
-        self.counts = False
+        self.is_counting = False
         self.held: list[int] = []
         self._open: Any = None
 
-    def begin(self) -> None:
-        """Begin the next one."""
+    def start(self) -> None:
+        """End the current span and start the next."""
         import torch
 
         self.end()
-        if self.counts:
+        if self.is_counting:
             self.held.append(held_bytes())
             self._open = torch.profiler.record_function("counted")
             self._open.__enter__()
 
     def end(self) -> None:
-        """End the one under way."""
+        """End the current span, if there is one."""
         if self._open is not None:
             self._open.__exit__(None, None, None)
             self._open = None
 
 
 def held_bytes() -> int:
-    """Return the bytes of all tensors there are, each storage once."""
+    """Return the bytes of all tensors of this process; each storage counts once."""
     import gc
 
     import torch
 
     gc.collect()
-    found = [
-        thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+    tensors = [
+        item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)
     ]
-    found += [
-        one.grad for one in found if one.is_leaf and one.grad is not None
-    ]  # which Python may not know yet
+    # a gradient may have no Python object yet
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = {
-        one.untyped_storage()._cdata: one.untyped_storage().nbytes()
-        for one in found
-        if one.device.type == "cpu"
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor.device.type == "cpu"
     }
     return sum(storages.values())
 
 
-def most_beyond(profile: Any) -> list[int]:
-    """Return the most bytes torch's allocator gave out during each span beyond what it had before it."""
+def max_growth(profile: Any) -> list[int]:
+    """Return the largest growth of allocated bytes during each span, from its start."""
     events = profile.kineto_results.events()
-    moves = sorted(
+    changes = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )
     spans = sorted(
@@ -280,15 +281,15 @@ def most_beyond(profile: Any) -> list[int]:
         for event in events
         if event.name() == "counted"
     )
-    at, held = np.array([time for time, _ in moves]), np.cumsum([size for _, size in moves])
-    most = []
+    at, held = np.array([time for time, _ in changes]), np.cumsum([size for _, size in changes])
+    growth = []
     for start, end in spans:
         first, last = np.searchsorted(at, start), np.searchsorted(at, end)
-        most.append(int(held[first - 1 : last].max() - held[first - 1]))
-    return most
+        growth.append(int(held[first - 1 : last].max() - held[first - 1]))
+    return growth
 
 
-def memory(field: str) -> int:
+def process_memory(field: str) -> int:
     """Return a field of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,10 +1,11 @@
-"""B11: what control work costs at 1,024 to 16,384 simulated ranks over 100 M samples.
+"""B11: the cost of control work at 1,024 to 16,384 simulated ranks over 100 M samples.
 
     python tests/benchmarks/b11_control.py
 
-For a rank: find the sequences of its lane at a step it has not seen (order of blocks, window, place), and pack
-the block they lie in. For a commit: gather the entries of every rank's files as the driver of a gloo gather
-does (unpickle them), make the manifest, seal it, write it. Ranks are played one at a time: nothing is sent.
+For a rank: find the sequences of its lane at a step without cached order (order of blocks, window,
+position), and pack their block. For a commit: unpickle the file entries of every rank, as the
+receiver of a gloo gather does, build the manifest with its checksum, write it. One rank is
+simulated at a time; nothing is sent.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ import workload
 
 SAMPLES, SAMPLE_BYTES, BLOCK_BYTES, LENGTH = 100_000_000, 1400, 16 * 2**20, 2048
 RANKS = (1024, 4096, 16384)
-FILES_A_RANK = 4
+FILES_PER_RANK = 4
 GOAL_RANK_MS, GOAL_COMMIT_S = 50, 1.0
 
 
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=15, help="steps looked up, and commits made")
+    parser.add_argument("--repeats", type=int, default=15, help="number of step lookups")
     parser.add_argument("--out", help="JSON file to write instead of results/b11_control.json")
     args = parser.parse_args()
     harness.require_one_thread()
     environment = harness.describe_environment()
-    rows_a_block = BLOCK_BYTES // SAMPLE_BYTES
-    lengths = workload.lognormal_lengths(rows_a_block, seed=0)
-    pack_ms = milliseconds(lambda: packed(lengths), args.repeats)
-    results: dict[str, Any] = {"pack_block_ms": pack_ms, "blocks": SAMPLES // rows_a_block}
+    rows_per_block = BLOCK_BYTES // SAMPLE_BYTES
+    lengths = workload.lognormal_lengths(rows_per_block, seed=0)
+    pack_ms = median_ms(lambda: pack(lengths), args.repeats)
+    results: dict[str, Any] = {"pack_block_ms": pack_ms, "blocks": SAMPLES // rows_per_block}
     rows = []
     for ranks in RANKS:
         result = measure(ranks, lengths, args.repeats)
@@ -62,8 +63,8 @@ def main() -> None:
             "ranks",
             "step, cold ms",
             "step, warm ms",
-            "pack a block ms",
-            "a rank ms",
+            "pack one block ms",
+            "per rank ms",
             f"≤ {GOAL_RANK_MS} ms",
             "commit s",
             f"≤ {GOAL_COMMIT_S:g} s",
@@ -75,21 +76,21 @@ def main() -> None:
         "sample_bytes": SAMPLE_BYTES,
         "block_bytes": BLOCK_BYTES,
         "sequence_length": LENGTH,
-        "files_a_rank": FILES_A_RANK,
+        "files_a_rank": FILES_PER_RANK,
         "repeats": args.repeats,
     }
     harness.save_results("b11_control", config, environment, results, args.out)
 
 
-def packed(lengths: np.ndarray) -> Any:
-    """Pack one block as an epoch sees it."""
+def pack(lengths: np.ndarray) -> Any:
+    """Pack one block, as in an epoch; `lengths` (N,): tokens of its samples."""
     from dist_ft.data.sampling.packing import group_into_sequences
 
     return group_into_sequences(lengths, LENGTH, True, 1)
 
 
-def milliseconds(action: Callable[[], Any], repeats: int) -> float:
-    """Return the median time of an action."""
+def median_ms(action: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of an action in milliseconds."""
     times = []
     for _ in range(repeats):
         start_s = time.perf_counter()
@@ -99,12 +100,12 @@ def milliseconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
-    """Return what `ranks` ranks cost, one lane each."""
+    """Return the costs with `ranks` ranks of one lane each."""
     from dist_ft.config.schema import BatchSection, DataSection
     from dist_ft.data.sampling.batch_plan import BatchPlan
 
     blocks = SAMPLES // len(lengths)
-    counts = np.full(blocks, len(packed(lengths)[1]) - 1)
+    counts = np.full(blocks, len(pack(lengths)[1]) - 1)
     batch = BatchSection(global_batch=ranks, micro_batch=1, sequence_length=LENGTH)
     data = DataSection.model_validate({"train": "unused"})
     cold, warm = [], []
@@ -125,23 +126,23 @@ def measure(ranks: int, lengths: np.ndarray, repeats: int) -> dict[str, float]:
 
 
 def commit_seconds(ranks: int) -> float:
-    """Return the median time rank 0 takes from every rank's entries to a written manifest."""
+    """Return the median seconds of rank 0 from the pickled entries to a written manifest."""
     from dist_ft.checkpoint import manifest as manifests
     from dist_ft.checkpoint.manifest import FileEntry, Manifest, Progress, TensorInfo
     from dist_ft.storage.filesystem import Store
 
-    sums, size = "xxh3_128:" + "0" * 32, 2**26
-    about = {
+    checksum, size = "xxh3_128:" + "0" * 32, 2**26
+    fields = {
         "num_bytes": size,
-        "checksum": sums,
+        "checksum": checksum,
         "block_bytes": manifests.BLOCK_BYTES,
         "blocks": "0" * 16 * (size // manifests.BLOCK_BYTES),
     }
-    sent = [
+    pickled_entries = [
         pickle.dumps(
             [
-                FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", **about)
-                for part in range(FILES_A_RANK)
+                FileEntry(path=f"rank-{rank:05d}-{part:04d}.safetensors", **fields)
+                for part in range(FILES_PER_RANK)
             ]
         )
         for rank in range(ranks)
@@ -151,7 +152,7 @@ def commit_seconds(ranks: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(5):
             start_s = time.perf_counter()
-            entries = [entry for part in sent for entry in pickle.loads(part)]
+            entries = [entry for part in pickled_entries for entry in pickle.loads(part)]
             manifest = Manifest(
                 format_version=manifests.FORMAT_VERSION,
                 run="r",

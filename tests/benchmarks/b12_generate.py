@@ -1,12 +1,12 @@
-"""B12: texts made a second: ours, in batches / a loop over rows.
+"""B12: generated tokens per second: ours, in batches / a loop over rows.
 
     python tests/benchmarks/b12_generate.py
 
-A Llama of 13 M random weights, prompts of 4 to 96 tokens, 16 new tokens each, float32, one thread. *Ours* is
-`dist_ft.model.generation` with 12 rows at once, those of like length together; *rows* is transformers' `generate`, called
-for one row after the other, as evaluation scripts do; *mixed* is transformers' `generate` on batches of 12 in the order
-of the data, which shows what sorting by length is worth. Greedy, beam search and sampling; of the deterministic ones
-the texts are compared.
+A Llama of 13 M random weights, prompts of 4 to 96 tokens, 16 new tokens each, float32, one thread.
+*Ours* is `dist_ft.model.generation` with batches of 12 rows of similar length. *Rows* is
+transformers' `generate`, called row by row, as evaluation scripts do. *Mixed* is transformers'
+`generate` on batches of 12 in data order, which shows the gain of sorting by length. Greedy, beam
+search and sampling; the generated text of the deterministic strategies is compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEW_TOKENS, VOCABULARY, END = 16, 8192, 2
 
 
 class Tokenizer:
-    """What texts need of one."""
+    """The part of a tokenizer that generation uses."""
 
     eos_token_id, pad_token_id = END, 0
 
@@ -36,33 +36,32 @@ def main() -> None:
     """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--rows", type=int, default=12, help="at once")
+    parser.add_argument("--rows", type=int, default=12, help="batch size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file to write instead of results/b12_generate.json")
     args = parser.parse_args()
     harness.require_one_thread()
     environment = harness.describe_environment()
-    model, prompts = make(args.prompts)
+    model, prompts = build_model(), build_prompts(args.prompts)
     table, result = [], {}
     for name, fields in STRATEGIES.items():
-        texts: dict[str, Any] = {}
+        generated: dict[str, Any] = {}
         sides = {
-            side: timed(action, texts, side)
+            side: timed(action, generated, side)
             for side, action in actions(model, prompts, fields, args.rows).items()
         }
         for side in sides.values():
-            side()  # what is made once
+            side()  # one-time initialization
         speeds = harness.alternate_sides(sides, args.rounds)
         ratios = {
             f"ours_over_{side}": harness.ratio(speeds["ours"], speeds[side])
             for side in ("rows", "mixed")
         }
         control = harness.ratio(speeds["rows_again"], speeds["rows"])
-        same = (
-            None
-            if name == "sample"
-            else sum(a == b for a, b in zip(texts["ours"], texts["rows"], strict=True))
-        )
+        same = None
+        if name != "sample":
+            pairs = zip(generated["ours"], generated["rows"], strict=True)
+            same = sum(ours == row for ours, row in pairs)
         middle = {side: sorted(values)[args.rounds // 2] for side, values in speeds.items()}
         table.append(
             (
@@ -77,7 +76,7 @@ def main() -> None:
         )
         result[name] = {"tokens_per_s": speeds, **ratios, "control": control, "same_texts": same}
     harness.print_table(
-        "B12 tokens a second",
+        "B12 generated tokens per second",
         (
             "",
             "ours",
@@ -87,7 +86,7 @@ def main() -> None:
             "goal",
             "ours / mixed",
             "control",
-            "same texts",
+            "equal generations",
         ),
         table,
     )
@@ -100,14 +99,13 @@ def main() -> None:
     )
 
 
-def make(count: int) -> tuple[Any, list[Any]]:
-    """Return a model and prompts."""
-    import numpy as np
+def build_model() -> Any:
+    """Return a Llama with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=320,
@@ -121,21 +119,27 @@ def make(count: int) -> tuple[Any, list[Any]]:
             initializer_range=0.1,
         )
     ).eval()
+
+
+def build_prompts(count: int) -> list[Any]:
+    """Return `count` prompts of random token ids."""
+    import numpy as np
+
     rng = np.random.default_rng(0)
-    return model, [rng.integers(3, VOCABULARY, rng.integers(4, 97)) for _ in range(count)]
+    return [rng.integers(3, VOCABULARY, rng.integers(4, 97)) for _ in range(count)]
 
 
 def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Return what each side does: a function that returns the texts as tokens."""
+    """Return the function of each side; it returns the generated token ids by prompt."""
     import torch
 
     from dist_ft.config.sections.decoding import DecodingSection
     from dist_ft.model.generation import GenerationRequest, TextGenerator, pad_rows
 
-    decoder = TextGenerator(
+    generator = TextGenerator(
         DecodingSection(max_new_tokens=NEW_TOKENS, batch_size=rows, **fields), Tokenizer()
     )
-    given = {
+    arguments = {
         "max_new_tokens": NEW_TOKENS,
         "pad_token_id": 0,
         "do_sample": fields.get("strategy") == "sample",
@@ -144,40 +148,35 @@ def actions(model: Any, prompts: list[Any], fields: dict[str, Any], rows: int) -
         "top_p": fields.get("top_p", 1.0),
     }
 
-    def plainly(size: int) -> list[list[int]]:
-        texts = []
+    def generate_batches(size: int) -> list[list[int]]:
+        generated = []
         for start in range(0, len(prompts), size):
             ids, mask = pad_rows(prompts[start : start + size], 0, left=True)
             with torch.no_grad():
-                made = model.generate(input_ids=ids, attention_mask=mask, **given)[
-                    :, ids.shape[1] :
-                ].tolist()
-            texts += [row[: row.index(END)] if END in row else row for row in made]
-        return texts
+                output_ids = model.generate(input_ids=ids, attention_mask=mask, **arguments)
+            new_ids = output_ids[:, ids.shape[1] :].tolist()
+            generated += [row[: row.index(END)] if END in row else row for row in new_ids]
+        return generated
 
     def ours() -> list[list[int]]:
-        return [
-            texts[0]
-            for texts in decoder.generate_all(
-                model, [GenerationRequest(ids, number) for number, ids in enumerate(prompts)]
-            )
-        ]
+        requests = [GenerationRequest(ids, number) for number, ids in enumerate(prompts)]
+        return [candidates[0] for candidates in generator.generate_all(model, requests)]
 
     return {
         "ours": ours,
-        "rows": lambda: plainly(1),
-        "mixed": lambda: plainly(rows),
-        "rows_again": lambda: plainly(1),
+        "rows": lambda: generate_batches(1),
+        "mixed": lambda: generate_batches(rows),
+        "rows_again": lambda: generate_batches(1),
     }
 
 
-def timed(action: Any, texts: dict[str, Any], side: str) -> Any:
-    """Return a function that makes the texts, keeps them and returns tokens a second."""
+def timed(action: Any, generated: dict[str, Any], side: str) -> Any:
+    """Return a function that generates, stores the result and returns tokens per second."""
 
     def run() -> float:
         start_s = time.perf_counter()
-        texts[side] = action()
-        return sum(map(len, texts[side])) / (time.perf_counter() - start_s)
+        generated[side] = action()
+        return sum(map(len, generated[side])) / (time.perf_counter() - start_s)
 
     return run
 

@@ -1,8 +1,9 @@
 """The sides of B1 in one rank process: dist_ft, the bare DeepSpeed loop, Hugging Face's trainer.
 
-All three train on the same sequences in the same order, with the same weights, optimizer settings and
-DeepSpeed config. Their losses are compared, so no side can skip work. A side runs one block of steps
-per call and returns the seconds of each step. Hugging Face's loop cannot be paused from outside, so it
+All three train on the same sequences in the same order, with the same weights, optimizer settings
+and DeepSpeed config. Their losses are compared, so no side can skip work. A side runs one block of
+steps per call and returns the seconds of each step. Hugging Face's loop cannot be paused from
+outside, so it
 drives the others: its callback runs their blocks between two of its own.
 """
 

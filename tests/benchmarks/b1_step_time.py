@@ -2,10 +2,10 @@
 
     python tests/benchmarks/b1_step_time.py [--blocks N] [--steps N]
 
-Model S, micro-batch 4 x 256, two ranks of one thread over gloo, float32, ZeRO-1 and ZeRO-3. The sides
-run blocks of steps alternately in the same processes. The bare loop runs twice a round, as its own
-control. At the end, one block of dist_ft is profiled: how much of a step is spent outside DeepSpeed's
-forward, backward and step.
+Model S, micro-batch 4 x 256, two ranks of one thread over gloo, float32, ZeRO-1 and ZeRO-3. The
+sides run blocks of steps alternately in the same processes. The bare loop runs twice a round, as
+its own control. At the end, one block of dist_ft is profiled: how much of a step is spent outside
+DeepSpeed's forward, backward and step.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/b2_flops.py [--blocks N] [--steps N]
 
-Above: model FLOP/s of whole optimizer steps of a real run (`dist_ft.runtime.local.run`, one process, one
-thread, float32, model M, 2 x 512), everything a step does included. Below: torch's rate for the very matrix
-products of the linear layers, forward and both of backward, at their shapes, weighted as the model uses
-them. The products are measured between blocks of steps of the same process. Attention counts once (the
-causal half), backward twice forward; norms, rotations, loss and optimizer count as nothing.
+Numerator: model FLOP/s of whole optimizer steps of a real run (`dist_ft.runtime.local.run`, one
+process, one thread, float32, model M, 2 x 512), with everything a step does. Denominator: the
+FLOP/s of torch for the matrix products of the linear layers (forward and both of backward), at
+their shapes, weighted as the model uses them. The products are measured between blocks of steps in
+the same process. Of attention only the causal half counts. Backward counts twice forward. Norms,
+rotary embeddings, loss and optimizer count as zero.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ GOAL = 0.85
 SHAPE = workload.SHAPES["M"]
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--blocks", type=int, default=10, help="rounds: some steps, then all products"
+        "--blocks", type=int, default=10, help="rounds: --steps steps, then all products"
     )
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a block")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps per block")
     parser.add_argument("--no-profile", action="store_true", help="do not profile a step")
     parser.add_argument("--out", help="JSON file to write instead of results/b2_flops.json")
     return parser.parse_args()
@@ -42,7 +44,11 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Product:
-    """A (m, k) x (k, n) matrix product as torch's linear layers make it; `kind` says how the operands lie."""
+    """A matrix product (m, k) x (k, n) of torch's linear layers.
+
+    Attributes:
+        kind: "forward", "grad_input" or "grad_weight"; it defines the strides of the operands.
+    """
 
     kind: str
     m: int
@@ -51,25 +57,26 @@ class Product:
 
     @property
     def flops(self) -> int:
+        """The floating point operations of the product."""
         return 2 * self.m * self.k * self.n
 
 
-def products() -> Counter[Product]:
-    """Return the matrix products of one step's linear layers and how often each is made."""
+def linear_products() -> Counter[Product]:
+    """Return the matrix products of the linear layers in one step, with the number of each."""
     width, inner, tokens = SHAPE["hidden_size"], SHAPE["intermediate_size"], MICRO_BATCH * LENGTH
     layers = Counter({(width, width): 4, (width, inner): 2, (inner, width): 1})
     linears = Counter(
         {shape: count * SHAPE["num_hidden_layers"] for shape, count in layers.items()}
     )
-    found: Counter[Product] = Counter()
+    products: Counter[Product] = Counter()
     for (width_in, width_out), count in linears.items():
-        found.update(_of_linear(tokens, width_in, width_out, count))
-    found.update(_of_linear(learned_tokens(), width, SHAPE["vocab_size"], 1))
-    return found
+        products.update(_layer_products(tokens, width_in, width_out, count))
+    products.update(_layer_products(num_target_tokens(), width, SHAPE["vocab_size"], 1))
+    return products
 
 
-def _of_linear(tokens: int, width_in: int, width_out: int, count: int) -> dict[Product, int]:
-    """Return forward, gradient of the input and gradient of the weight of `count` linear layers."""
+def _layer_products(tokens: int, width_in: int, width_out: int, count: int) -> dict[Product, int]:
+    """Return the products of `count` linear layers: forward, input gradient, weight gradient."""
     return {
         Product("forward", tokens, width_in, width_out): count,
         Product("grad_input", tokens, width_out, width_in): count,
@@ -77,35 +84,41 @@ def _of_linear(tokens: int, width_in: int, width_out: int, count: int) -> dict[P
     }
 
 
-def learned_tokens() -> int:
-    """Return the positions whose logits are needed: the last of each sequence has no target."""
+def num_target_tokens() -> int:
+    """Return the number of positions with a target: the last of each sequence has none."""
     return MICRO_BATCH * (LENGTH - 1)
 
 
 def attention_flops() -> int:
-    """Return FLOPs of scores and weighted values of one step, the causal half only, forward and backward."""
+    """Return the FLOPs of attention in one step: scores and weighted values.
+
+    Only the causal half, forward and backward.
+    """
     pairs = MICRO_BATCH * LENGTH * (LENGTH + 1) // 2
     return 3 * SHAPE["num_hidden_layers"] * 2 * 2 * pairs * SHAPE["hidden_size"]
 
 
 def step_flops() -> int:
     """Return the model FLOPs of an optimizer step."""
-    return sum(product.flops * count for product, count in products().items()) + attention_flops()
+    return (
+        sum(product.flops * count for product, count in linear_products().items())
+        + attention_flops()
+    )
 
 
-class Peak:
-    """Times every product a few times a round, operands laid out as a linear layer has them."""
+class PeakMeter:
+    """Times each product a few times a round, with the operand strides of a linear layer."""
 
     def __init__(self, repeats: int = 3) -> None:
-        self.products = products()
+        self.products = linear_products()
         self.repeats = repeats
         self._operands: dict[Product, tuple[Any, Any]] = {}
 
     def round(self) -> float:
-        """Return the seconds one step's products take, each product by its median."""
-        return sum(self._median(product) * count for product, count in self.products.items())
+        """Return the seconds of all products of one step, from the median of each product."""
+        return sum(self._median_s(product) * count for product, count in self.products.items())
 
-    def _median(self, product: Product) -> float:
+    def _median_s(self, product: Product) -> float:
         import torch
 
         if product not in self._operands:
@@ -121,7 +134,7 @@ class Peak:
 
 
 def _operands(product: Product) -> tuple[Any, Any]:
-    """Return operands with the strides that `y = x W^T`, `dx = dy W` and `dW = dy^T x` give them."""
+    """Return random operands with the strides of `y = x W^T`, `dx = dy W` and `dW = dy^T x`."""
     import torch
 
     random = torch.Generator().manual_seed(0)
@@ -137,7 +150,11 @@ def _operands(product: Product) -> tuple[Any, Any]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run the training run; between its blocks of steps, time the products. Return seconds by round."""
+    """Train, and time the products between blocks of steps.
+
+    Returns:
+        Seconds of the steps and of the products by round, and the profile of a step.
+    """
     import os
 
     from dist_ft.config.load import load_config
@@ -145,9 +162,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from dist_ft.training.console import Console
     from dist_ft.training.run_context import RunContext
 
-    total = (
-        WARM_UP + args.blocks * args.steps + 2
-    )  # a step ends where the next begins; one is profiled
+    # two more: a step ends when the next starts, and one step is profiled
+    total = WARM_UP + args.blocks * args.steps + 2
     config = load_config(
         workload.run_config(
             folder,
@@ -162,49 +178,49 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
     )
     meter = Meter(args)
-    with open(os.devnull, "w") as quiet:
-        local.run(config, RunContext(console=Console(quiet), should_stop=meter.asked))
+    with open(os.devnull, "w") as no_output:
+        local.run(config, RunContext(console=Console(no_output), should_stop=meter.on_step))
     return {"step_s": meter.steps, "products_s": meter.peaks, "profile": meter.profile()}
 
 
 class Meter:
-    """Asked once a step whether to stop: notes the time, and between blocks measures the products."""
+    """Records the time of each step, and measures the products between blocks."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.peak = Peak()
+        self.peak = PeakMeter()
         self.steps: list[list[float]] = []
         self.peaks: list[float] = []
-        self._asked = 0
-        self._left = 0.0
+        self._num_calls = 0
+        self._step_start_s = 0.0
         self._profiler: Any = None
 
-    def asked(self) -> bool:
+    def on_step(self) -> bool:
+        """Measure; called once a step, as `RunContext.should_stop`. Return False."""
         now = time.perf_counter()
-        after_warm_up = self._asked - WARM_UP
+        after_warm_up = self._num_calls - WARM_UP
         total = self.args.blocks * self.args.steps
         if 0 < after_warm_up <= total:
-            self.steps[-1].append(now - self._left)
+            self.steps[-1].append(now - self._step_start_s)
         if 0 <= after_warm_up <= total and after_warm_up % self.args.steps == 0:
-            self.peaks.append(
-                self.peak.round()
-            )  # one more than blocks: each block lies between two
+            # one more than blocks: before and after each block
+            self.peaks.append(self.peak.round())
             if after_warm_up < total:
                 self.steps.append([])
         if after_warm_up == total and not self.args.no_profile:
-            self._profile()
-        self._asked += 1
-        self._left = time.perf_counter()
+            self._start_profiler()
+        self._num_calls += 1
+        self._step_start_s = time.perf_counter()
         return False
 
-    def _profile(self) -> None:
+    def _start_profiler(self) -> None:
         import torch
 
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         self._profiler.__enter__()
 
     def profile(self) -> dict[str, float]:
-        """Return the share of time by operation of what came after the last block, largest first."""
+        """Return the share of time by operation after the last block, largest first."""
         if self._profiler is None:
             return {}
         self._profiler.__exit__(None, None, None)
@@ -217,7 +233,7 @@ class Meter:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     harness.require_one_thread()
-    args = arguments()
+    args = parse_arguments()
     environment = harness.describe_environment()
     import torch
 
@@ -245,10 +261,10 @@ def main() -> None:
 
 
 def summarize(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the ratio of rates, a control (products before a block / after it), and what is behind them."""
+    """Return the ratio of rates, a control (products before / after a block), and both rates."""
     before, after = measured["products_s"][:-1], measured["products_s"][1:]
     steps = [float(np.mean(block)) for block in measured["step_s"]]
-    linear = sum(product.flops * count for product, count in products().items())
+    linear = sum(product.flops * count for product, count in linear_products().items())
     peaks = [linear / ((a + b) / 2) for a, b in zip(before, after, strict=True)]
     rates = [step_flops() / seconds for seconds in steps]
     return {
@@ -277,12 +293,12 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
             ("products before / after a block", str(result["control"]), "control"),
             ("model GFLOP/s", f"{result['model_gflops_per_s']:.1f}", ""),
             ("products GFLOP/s", f"{result['peak_gflops_per_s']:.1f}", ""),
-            ("s a step", f"{result['step_s']:.3f}", ""),
+            ("s per step", f"{result['step_s']:.3f}", ""),
         ],
     )
     if result["profile_share"]:
         harness.print_table(
-            "where the time of a step goes (profiled apart)",
+            "time of a step by operation (a step of its own, profiled)",
             ("operation", "share"),
             [(name, f"{share:.1%}") for name, share in result["profile_share"].items()],
         )

@@ -1,9 +1,9 @@
-"""The peers of B5, run by the interpreter of their own environment: `make` their data, `read` it once.
+"""The peers of B5, run by the interpreter of their own environment: write their data, read it once.
 
-    peers/bin/python b5_peers.py make|read NAME S3_ENDPOINT FOLDER SAMPLES
+    .peers/bin/python b5_peers.py write|read NAME S3_ENDPOINT FOLDER SAMPLES
 
-Each has its data in its own format in the bucket. `read` prints the bytes of tokens that came and the seconds
-from the first sample asked for to the last. Imports nothing of dist_ft.
+The data of each peer is in the bucket, in its own format. `read` prints the bytes of tokens and the
+seconds from the request of the first sample to the last sample. Imports nothing of dist_ft.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from typing import Any
 
 import numpy as np
 
-BUCKET, TOKENS, A_SHARD = "bucket", 700, 4000
+BUCKET, TOKENS, SHARD_SAMPLES = "bucket", 700, 4000
 IMPORTS = {
     "mosaic": ("streaming", "boto3"),
     "litdata": ("litdata", "boto3"),
     "webdataset": ("webdataset",),
     "datasets": ("datasets", "s3fs", "pyarrow.parquet"),
 }
-"""What each imports before its clock starts."""
+"""Modules that each peer imports before its clock starts."""
 
 
 def samples(count: int) -> Iterator[np.ndarray]:
     """Yield `count` samples of TOKENS token ids, int32."""
-    for start in range(0, count, A_SHARD):
-        drawn = np.random.default_rng(start).integers(4, 256, (min(A_SHARD, count - start), TOKENS))
-        yield from drawn.astype(np.int32)
+    for start in range(0, count, SHARD_SAMPLES):
+        token_ids = np.random.default_rng(start).integers(
+            4, 256, (min(SHARD_SAMPLES, count - start), TOKENS)
+        )
+        yield from token_ids.astype(np.int32)
 
 
 def client(endpoint: str) -> Any:
@@ -54,14 +56,14 @@ def upload(endpoint: str, folder: Path, prefix: str) -> None:
             )
 
 
-def make_parquet(endpoint: str, folder: Path, count: int) -> None:
-    """Parquet shards of one list column: what dist_ft and `datasets` read."""
+def write_parquet(endpoint: str, folder: Path, count: int) -> None:
+    """Write Parquet shards of one list column, for dist_ft and `datasets`."""
     import pyarrow as pa
     import pyarrow.parquet
 
     rows = list(samples(count))
-    for shard in range(0, count, A_SHARD):
-        part = rows[shard : shard + A_SHARD]
+    for shard in range(0, count, SHARD_SAMPLES):
+        part = rows[shard : shard + SHARD_SAMPLES]
         offsets = np.arange(len(part) + 1, dtype=np.int64) * TOKENS
         column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(part)))
         pyarrow.parquet.write_table(
@@ -74,7 +76,10 @@ def make_parquet(endpoint: str, folder: Path, count: int) -> None:
 
 
 def without_torchvision() -> None:
-    """Let MosaicML Streaming be imported without torchvision, which only its image sets use."""
+    """Add empty torchvision modules, so that MosaicML Streaming can be imported without it.
+
+    Only its image datasets use torchvision.
+    """
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -92,8 +97,8 @@ def without_torchvision() -> None:
         sys.modules[name] = module
 
 
-def make_mosaic(endpoint: str, folder: Path, count: int) -> None:
-    """MosaicML's MDS shards."""
+def write_mosaic(endpoint: str, folder: Path, count: int) -> None:
+    """Write MDS shards of MosaicML Streaming."""
     without_torchvision()
     from streaming import MDSWriter
 
@@ -104,26 +109,28 @@ def make_mosaic(endpoint: str, folder: Path, count: int) -> None:
             writer.write({"tokens": row})
 
 
-def _numbered(index: tuple[int, int]) -> Iterator[np.ndarray]:
+def _generate_samples(index: tuple[int, int]) -> Iterator[np.ndarray]:
     start, count = index
-    drawn = np.random.default_rng(start).integers(4, 256, (count, TOKENS))
-    yield from drawn.astype(np.int32)
+    token_ids = np.random.default_rng(start).integers(4, 256, (count, TOKENS))
+    yield from token_ids.astype(np.int32)
 
 
-def make_litdata(endpoint: str, folder: Path, count: int) -> None:
-    """LitData's chunks."""
+def write_litdata(endpoint: str, folder: Path, count: int) -> None:
+    """Write LitData's chunks."""
     from litdata import optimize
 
-    parts = [(start, min(A_SHARD, count - start)) for start in range(0, count, A_SHARD)]
-    optimize(fn=_numbered, inputs=parts, output_dir=str(folder), chunk_bytes=2**24, num_workers=1)
+    parts = [(start, min(SHARD_SAMPLES, count - start)) for start in range(0, count, SHARD_SAMPLES)]
+    optimize(
+        fn=_generate_samples, inputs=parts, output_dir=str(folder), chunk_bytes=2**24, num_workers=1
+    )
 
 
-def make_webdataset(endpoint: str, folder: Path, count: int) -> None:
-    """Tar shards of .npy files."""
+def write_webdataset(endpoint: str, folder: Path, count: int) -> None:
+    """Write tar shards of .npy files."""
     rows = list(samples(count))
-    for shard in range(0, count, A_SHARD):
+    for shard in range(0, count, SHARD_SAMPLES):
         with tarfile.open(folder / f"{shard:08d}.tar", "w") as tar:
-            for number, row in enumerate(rows[shard : shard + A_SHARD], shard):
+            for number, row in enumerate(rows[shard : shard + SHARD_SAMPLES], shard):
                 body = io.BytesIO()
                 np.save(body, row)
                 info = tarfile.TarInfo(f"{number:08d}.npy")
@@ -133,7 +140,7 @@ def make_webdataset(endpoint: str, folder: Path, count: int) -> None:
 
 
 def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
-    """Hugging Face datasets, streaming."""
+    """Read with Hugging Face datasets (streaming)."""
     from datasets import load_dataset
 
     files = f"s3://{BUCKET}/parquet/*.parquet"
@@ -149,7 +156,7 @@ def read_datasets(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
 
 def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
-    """MosaicML Streaming."""
+    """Read with MosaicML Streaming."""
     from streaming import StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = endpoint
@@ -161,7 +168,7 @@ def read_mosaic(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
 
 def read_litdata(endpoint: str, folder: Path, count: int) -> Iterator[int]:
-    """LitData; its object store client takes no plain http unless it is told."""
+    """Read with LitData; its object store client needs `allow_http` for plain HTTP."""
     from litdata import StreamingDataset
     from litdata.streaming import downloader
 
@@ -178,25 +185,25 @@ def read_litdata(endpoint: str, folder: Path, count: int) -> Iterator[int]:
 
 
 def read_webdataset(endpoint: str, folder: Path, count: int) -> Iterator[int]:
-    """WebDataset over HTTP."""
+    """Read with WebDataset over HTTP."""
     import webdataset
 
     urls = [
         f"pipe:curl -s -f {endpoint}/{BUCKET}/webdataset/{shard:08d}.tar"
-        for shard in range(0, count, A_SHARD)
+        for shard in range(0, count, SHARD_SAMPLES)
     ]
     for row in webdataset.WebDataset(urls, shardshuffle=False).decode():
         yield row["npy"].nbytes
 
 
 def main() -> None:
-    """Make or read."""
-    what, name, endpoint, where, count = sys.argv[1:]
-    folder = Path(where) / name
+    """Write the data of a peer, or read it."""
+    action, name, endpoint, parent, count = sys.argv[1:]
+    folder = Path(parent) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if what == "make":
-        globals()[f"make_{name}"](endpoint, folder, int(count))
+    if action == "write":
+        globals()[f"write_{name}"](endpoint, folder, int(count))
         upload(endpoint, folder, name)
         shutil.rmtree(folder)
         return
@@ -208,7 +215,7 @@ def main() -> None:
     start_s = time.perf_counter()
     total = sum(stream)
     print(f"\nread {total} {time.perf_counter() - start_s}", flush=True)
-    os._exit(0)  # some keep threads that would wait
+    os._exit(0)  # some peers leave threads that would block the exit
 
 
 if __name__ == "__main__":

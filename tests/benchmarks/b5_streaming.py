@@ -1,12 +1,13 @@
-"""B5: MB/s of tokens from object storage into batches. dist_ft / raw ranged GET; dist_ft / four peers.
+"""B5: MB/s of tokens from object storage to batches: dist_ft / raw ranged GET and four peers.
 
     tests/benchmarks/peers.sh                # once: an environment for the peers
     python tests/benchmarks/b5_streaming.py
 
-An S3 server on loopback (moto), its link capped by a proxy, and not capped (then server and readers share the
-cores; raw GET tells the ceiling). Each side reads all samples once, in a process of its own, in the format its
-authors recommend, from an empty cache; dist_ft and `datasets` read the same Parquet. dist_ft makes whole batches
-(shuffled, with positions and targets); the peers yield samples in order, the least they can do.
+An S3 server on loopback (moto), with its bandwidth capped by a proxy, and not capped (then server
+and readers share the cores; raw GET shows the upper bound). Each side reads all samples once, in
+its own process, from an empty cache, in the format that its authors recommend. dist_ft and
+`datasets` read the same Parquet files. dist_ft builds whole batches (shuffled, with positions and
+targets); the peers only yield samples in order.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RANGE_BYTES, IN_FLIGHT = 4 * 2**20, 4
 def main() -> None:
     """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=30_000, help="of 2,800 bytes")
+    parser.add_argument("--samples", type=int, default=30_000, help="samples of 2,800 bytes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cap-mb-s", type=float, default=10)
     parser.add_argument("--peers-python", default=str(HERE / ".peers" / "bin" / "python"))
@@ -55,7 +56,7 @@ def main() -> None:
         folder, direct = Path(name), f"http://127.0.0.1:{port}"
         tiny.make_model(folder / "model")
         for peer in ("parquet", "mosaic", "litdata", "webdataset"):
-            run_peer(args, "make", peer, direct, folder)
+            run_peer(args, "write", peer, direct, folder)
         run([sys.executable, __file__, "--read", direct, str(folder), "index"])
         proxy = FaultyProxy(port)
         proxy.bytes_per_s = args.cap_mb_s * 1e6
@@ -75,12 +76,12 @@ def main() -> None:
                     for peer in PEERS
                 },
             }
-            found = harness.alternate_sides(sides, rounds)
+            mb_s = harness.alternate_sides(sides, rounds)
             result[label] = {
-                "mb_s": found,
+                "mb_s": mb_s,
                 **{
-                    f"ours_over_{side}": harness.ratio(found["ours"], found[side])
-                    for side in found
+                    f"ours_over_{side}": harness.ratio(mb_s["ours"], mb_s[side])
+                    for side in mb_s
                     if side != "ours"
                 },
             }
@@ -97,23 +98,25 @@ def main() -> None:
 
 
 def run(command: list[str]) -> str:
-    """Run a side to its end and return what it printed; its failure is ours."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    return done.stdout
+    """Run a side and return its output; exit if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{process.stdout[-2000:]}{process.stderr[-3000:]}")
+    return process.stdout
 
 
-def run_peer(args: argparse.Namespace, what: str, name: str, url: str, folder: Path) -> str:
+def run_peer(args: argparse.Namespace, action: str, name: str, url: str, folder: Path) -> str:
     """Run a peer in its own environment."""
     python = sys.executable if name == "parquet" else args.peers_python
-    return run([python, str(HERE / "b5_peers.py"), what, name, url, str(folder), str(args.samples)])
+    return run(
+        [python, str(HERE / "b5_peers.py"), action, name, url, str(folder), str(args.samples)]
+    )
 
 
-def rate(printed: str) -> float:
-    """Return MB/s of the line a side printed."""
+def rate(output: str) -> float:
+    """Return the MB/s of the line that a side printed."""
     _, total, seconds = next(
-        line for line in printed.splitlines() if line.startswith("read ")
+        line for line in output.splitlines() if line.startswith("read ")
     ).split()
     return float(total) / float(seconds) / 1e6
 
@@ -127,11 +130,11 @@ def versions(python: str) -> dict[str, str]:
     return dict(line.split() for line in run([python, "-c", code]).splitlines())
 
 
-def read_ours(url: str, where: str, what: str) -> None:
-    """Read all samples once through a run's loader; `what` index only makes the run's index first."""
+def read_ours(url: str, folder_path: str, action: str) -> None:
+    """Read all samples once through a run's loader; action "index" only builds the run's index."""
     import shutil
 
-    import pyarrow.parquet  # noqa: F401  # as each peer's: before the clock starts
+    import pyarrow.parquet  # noqa: F401  # imported before the clock starts, as by each peer
     import s3
     import s3fs  # noqa: F401
     import tiny
@@ -143,7 +146,7 @@ def read_ours(url: str, where: str, what: str) -> None:
     from dist_ft.storage import filesystem
     from dist_ft.storage.filesystem import Store
 
-    folder = Path(where)
+    folder = Path(folder_path)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     config = load_config(
         tiny.config(
@@ -167,7 +170,7 @@ def read_ours(url: str, where: str, what: str) -> None:
     store, world, comms = Store(config.run_url), World(), Collectives()
     run = resolve_run(config, store, world, comms)
     loader = build_training_loader(run, store, world, comms)
-    if what == "index":
+    if action == "index":
         return
     start_s, total = time.perf_counter(), 0
     for batches in loader.iterate(0, loader.steps_per_epoch, range(1)):
@@ -176,7 +179,7 @@ def read_ours(url: str, where: str, what: str) -> None:
 
 
 def raw(url: str, direct: str, num_bytes: int) -> float:
-    """Return MB/s of tokens that plain ranged GETs of the same Parquet files give, several at a time, undecoded."""
+    """Return MB/s of tokens of parallel ranged GETs of the same Parquet files, without decoding."""
     import http.client
 
     import boto3
@@ -192,11 +195,10 @@ def raw(url: str, direct: str, num_bytes: int) -> float:
     ]
     host = url.removeprefix("http://")
 
-    def get(part: tuple[str, int, int]) -> int:
+    def get(byte_range: tuple[str, int, int]) -> int:
+        key, first, last = byte_range
         connection = http.client.HTTPConnection(host, timeout=60)
-        connection.request(
-            "GET", f"/{s3.BUCKET}/{part[0]}", headers={"Range": f"bytes={part[1]}-{part[2]}"}
-        )
+        connection.request("GET", f"/{s3.BUCKET}/{key}", headers={"Range": f"bytes={first}-{last}"})
         size = len(connection.getresponse().read())
         connection.close()
         return size
@@ -210,26 +212,27 @@ def raw(url: str, direct: str, num_bytes: int) -> float:
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the results."""
     rows = []
-    for label, found in result.items():
-        for side, values in found["mb_s"].items():
+    for label, measured in result.items():
+        for side, values in measured["mb_s"].items():
             if side == "ours":
                 rows.append((label, side, f"{np.mean(values):.1f}", "", ""))
                 continue
             goal = 0.95 if side == "raw" else 1.0
-            ratio = found[f"ours_over_{side}"]
-            counts = label == "capped" if side == "raw" else label == "uncapped"
+            ratio = measured[f"ours_over_{side}"]
+            # the link limits the raw side, the readers limit the others
+            has_goal = label == ("capped" if side == "raw" else "uncapped")
             rows.append(
                 (
                     label,
                     side,
                     f"{np.mean(values):.1f}",
                     str(ratio),
-                    harness.format_goal(ratio, goal, at_least=True) if counts else "",
+                    harness.format_goal(ratio, goal, at_least=True) if has_goal else "",
                 )
             )
     harness.print_table(
-        f"B5 streaming {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
-        ("link", "side", "MB/s", "ours / it [95 %]", "goal"),
+        f"B5 streaming of {args.samples * 2800 / 1e6:.0f} MB of tokens, cap {args.cap_mb_s:g} MB/s",
+        ("link", "side", "MB/s", "ours / side [95 %]", "goal"),
         rows,
     )
 

@@ -1,11 +1,14 @@
-"""B6: time to the first batch, at 1 % and at 99 % of an epoch, over a changing world; requests; memory.
+"""B6: time to the first batch at 1 % and 99 % of an epoch, on 4, 3 and 8 workers; requests; memory.
 
     python tests/benchmarks/b6_resume.py
 
-10 M samples as Parquet shards of tokens on an S3 server on loopback (moto), behind a proxy that counts. The
-index is made once; then a worker of worlds of 4, 3 and 8 begins with an empty cache at either place: it lists
-the data, reads the index, finds its lanes' blocks and makes the first batch. Last, peak memory of a process
-that reads 10 M samples over that of one that reads 100,000 with the same settings.
+10 M samples as Parquet shards of tokens on an S3 server on loopback (moto), behind a proxy that
+counts requests. The index is built once. Then a worker of 4, 3 or 8 starts with an empty cache at
+either
+position: it lists the data, reads the index, finds the blocks of its lanes and assembles the first
+    batch.
+At the end: peak memory of a process that reads 10 M samples / of one that reads 100,000 with the
+same settings.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ def main() -> None:
     """Measure, print the tables, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--samples", type=int, default=10_000_000)
-    parser.add_argument("--repeats", type=int, default=4, help="beginnings at each place and world")
+    parser.add_argument(
+        "--repeats", type=int, default=4, help="starts at each position and number of workers"
+    )
     parser.add_argument("--steps", type=int, default=5000, help="steps of the memory measurement")
     parser.add_argument("--out", help="JSON file to write instead of results/b6_resume.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        read_all(json.loads(args.memory_of), args.steps)
+        read_steps(json.loads(args.memory_of), args.steps)
         return
     harness.require_one_thread()
     environment = harness.describe_environment()
@@ -55,8 +60,8 @@ def main() -> None:
         s3.reset_options(options(f"http://127.0.0.1:{port}"))
         for count in (SMALL, args.samples):
             upload(f"s3://{s3.BUCKET}/{count}", count)
-        result: dict[str, Any] = {"first_ever_s": build(folder, port, args.samples)}
-        build(folder, port, SMALL)
+        result: dict[str, Any] = {"first_ever_s": build_index(folder, port, args.samples)}
+        build_index(folder, port, SMALL)
         result |= resume(folder, proxy, args)
         result["memory"] = {
             str(count): peak_mib(folder, port, count, args.steps) for count in (SMALL, args.samples)
@@ -77,7 +82,7 @@ def main() -> None:
 
 
 def options(url: str) -> dict[str, Any]:
-    """Return the fsspec options of the server."""
+    """Return the fsspec options for the server."""
     return {"s3": {"endpoint_url": url}}
 
 
@@ -102,8 +107,8 @@ def upload(url: str, count: int) -> None:
         Store(url).write(f"part-{shard:05d}.parquet", sink.getvalue())
 
 
-def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
-    """Return the run over `count` samples."""
+def load_run_config(folder: Path, url: str, count: int, cache: str) -> Any:
+    """Return the config of a run over `count` samples."""
     import s3
     import tiny
 
@@ -128,8 +133,8 @@ def config_of(folder: Path, url: str, count: int, cache: str) -> Any:
     )
 
 
-def opened(config: Any) -> Any:
-    """Return the loader of a run."""
+def open_loader(config: Any) -> Any:
+    """Return the training loader of a run."""
     from dist_ft.core.world import Collectives, World
     from dist_ft.runtime.bootstrap.build_data import build_training_loader
     from dist_ft.runtime.bootstrap.resolve_run import resolve_run
@@ -142,36 +147,36 @@ def opened(config: Any) -> Any:
     return build_training_loader(run, store, world, comms)
 
 
-def build(folder: Path, port: int, count: int) -> float:
-    """Make the index of a run and return the seconds to its first batch."""
+def build_index(folder: Path, port: int, count: int) -> float:
+    """Build the index of a run and return the seconds to its first batch."""
     start_s = time.perf_counter()
-    loader = opened(config_of(folder, f"http://127.0.0.1:{port}", count, "first"))
+    loader = open_loader(load_run_config(folder, f"http://127.0.0.1:{port}", count, "first"))
     next(loader.iterate(0, 1, range(LANES)))
     return time.perf_counter() - start_s
 
 
 def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds and requests to the first batch of a worker, by place and world."""
+    """Return seconds and requests until the first batch of a worker, by position in the epoch."""
     import s3
 
     from dist_ft.core.world import World
 
     s3.reset_options(options(proxy.url))
-    config = config_of(folder, proxy.url, args.samples, "empty")
+    config = load_run_config(folder, proxy.url, args.samples, "empty")
     seconds: dict[str, list[float]] = {"1 %": [], "99 %": []}
     requests: dict[str, list[int]] = {"1 %": [], "99 %": []}
     for number in range(args.repeats):
         for world in WORLDS:
-            for place in harness.side_order(list(seconds), number):
+            for position in harness.side_order(list(seconds), number):
                 shutil.rmtree(folder / "empty", ignore_errors=True)
                 s3.reset_options(options(proxy.url))
                 proxy.requests.clear()
                 start_s = time.perf_counter()
-                loader = opened(config)
-                step = loader.steps_per_epoch * int(place.split()[0]) // 100
+                loader = open_loader(config)
+                step = loader.steps_per_epoch * int(position.split()[0]) // 100
                 loader.batches(step, World(0, world).share(LANES))
-                seconds[place].append(time.perf_counter() - start_s)
-                requests[place].append(len(proxy.requests))
+                seconds[position].append(time.perf_counter() - start_s)
+                requests[position].append(len(proxy.requests))
                 loader.store.close()
     return {
         "seconds": seconds,
@@ -181,36 +186,41 @@ def resume(folder: Path, proxy: Any, args: argparse.Namespace) -> dict[str, Any]
 
 
 def peak_mib(folder: Path, port: int, count: int, steps: int) -> float:
-    """Return the peak memory of a process of its own that reads `steps` steps."""
-    about = json.dumps({"folder": str(folder), "url": f"http://127.0.0.1:{port}", "count": count})
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", about, "--steps", str(steps)],
+    """Return the peak memory in MiB of a new process that reads `steps` steps."""
+    settings = json.dumps(
+        {"folder": str(folder), "url": f"http://127.0.0.1:{port}", "count": count}
+    )
+    process = subprocess.run(
+        [sys.executable, __file__, "--memory-of", settings, "--steps", str(steps)],
         check=True,
         capture_output=True,
         text=True,
     )
-    return float(done.stdout.split()[-1])
+    return float(process.stdout.split()[-1])
 
 
-def read_all(about: dict[str, Any], steps: int) -> None:
-    """Read `steps` steps, epoch after epoch if need be, and print the peak memory in MiB."""
-    loader = opened(config_of(Path(about["folder"]), about["url"], about["count"], "first"))
+def read_steps(settings: dict[str, Any], steps: int) -> None:
+    """Read `steps` steps at ten positions of the epoch, and print the peak memory in MiB."""
+    loader = open_loader(
+        load_run_config(Path(settings["folder"]), settings["url"], settings["count"], "first")
+    )
     total = loader.steps_per_epoch
-    for number in range(10):  # ten places of the epoch
+    for number in range(10):
         start = total * number // 10
         for _ in loader.iterate(start, start + steps // 10, range(LANES)):
             pass
-    about_me = Path(
-        "/proc/self/status"
-    ).read_text()  # getrusage would count the parent this was forked from
-    print(int(about_me.split("VmHWM:")[1].split()[0]) / 1024)
+    # getrusage would include the parent that this process was forked from
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the results."""
     late = result["late_over_early"]
+    max_requests = max(map(max, result["requests"].values()))
+    workers = ", ".join(map(str, WORLDS))
     harness.print_table(
-        f"B6 first batch of {args.samples:,} samples, a worker of {', '.join(map(str, WORLDS))} in turn",
+        f"B6 first batch of {args.samples:,} samples, for one worker of {workers}",
         ("", "1 %", "99 %", "99 % / 1 % [95 %]", "goal"),
         [
             (
@@ -220,28 +230,30 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
                 harness.format_goal(late, 1.05, at_least=False),
             ),
             (
-                "requests (most)",
+                "requests (max)",
                 *(str(max(values)) for values in result["requests"].values()),
                 "",
-                "≤ 10: "
-                + ("reached" if max(map(max, result["requests"].values())) <= 10 else "missed"),
+                f"≤ 10: {'reached' if max_requests <= 10 else 'missed'}",
             ),
         ],
     )
     small, large = result["memory"].values()
     harness.print_table(
-        "peak memory of a loading process",
+        "peak memory of a process that loads data",
         (f"{SMALL:,} samples", f"{args.samples:,}", "ratio", "goal"),
         [
             (
                 f"{small:.0f} MiB",
                 f"{large:.0f} MiB",
                 f"{large / small:.3f}",
-                "≤ 1.1: " + ("reached" if large <= 1.1 * small else "missed"),
+                f"≤ 1.1: {'reached' if large <= 1.1 * small else 'missed'}",
             )
         ],
     )
-    print(f"seconds to the first batch ever, index made on the way: {result['first_ever_s']:.0f}")
+    print(
+        "seconds to the first batch of a new run, with building the index: "
+        f"{result['first_ever_s']:.0f}"
+    )
 
 
 if __name__ == "__main__":

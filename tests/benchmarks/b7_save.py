@@ -2,10 +2,10 @@
 
     python tests/benchmarks/b7_save.py
 
-A Llama of 106 M parameters under the plain engine: with AdamW's moments 1.27 GB of float32 state, one
-process, one thread, a local disk. Compared with torch.save, torch DCP (async_save) and DeepSpeed's
-save_checkpoint (ZeRO-1, one rank). Each save is completely written before the next side starts. Then:
-the time of a step while a save is written in the background, with and without
+A Llama of 106 M parameters under the plain engine: with AdamW's moments 1.27 GB of float32 state,
+one process, one thread, a local disk. Compared with torch.save, torch DCP (async_save) and
+DeepSpeed's save_checkpoint (ZeRO-1, one rank). Each save is completely written before the next side
+starts. Then: the time of a step while a save is written in the background, with and without
 `checkpoint.background_mb_s`.
 """
 
@@ -196,7 +196,7 @@ def torch_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
 
 
 def dcp_side(state: dict[str, Any], folder: Path) -> Callable[[], float]:
-    """Measure the call of torch.distributed.checkpoint.async_save; it reuses its staging buffers."""
+    """Measure the call of DCP's async_save; it reuses its staging buffers."""
     from torch.distributed.checkpoint import async_save
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions

@@ -1,18 +1,22 @@
-"""B8: bandwidth of save, restore and reshard / that of the raw disk; beside torch DCP and DeepSpeed's universal format.
+"""B8: bandwidth of save, restore and reshard / that of the raw disk, torch DCP and DeepSpeed.
 
     python tests/benchmarks/b8_bandwidth.py
 
-The state of B7 (1.27 GB of float32 with AdamW's moments, filled with random numbers) under ZeRO-1, on real ranks over
-gloo. Four ranks save and restore, three read what three saved and what four saved. A time is that of the slowest rank,
-from a barrier to a barrier, files on the disk (fsync) or out of the page cache (posix_fadvise) on every side alike.
+The state of B7 (1.27 GB of float32 with AdamW's moments, filled with random numbers) under ZeRO-1,
+on real ranks over gloo. Four ranks save and restore; three ranks restore the checkpoints of three
+and of four. A time is that of the slowest rank, from barrier to barrier. On every side, written
+files are on the disk at the end (fsync), and files to read are not in the page cache
+(posix_fadvise).
 
-- *raw*: every rank writes as many bytes as it owns to one file, 16 MiB at a time, and forces them to disk; reads them
-  into one buffer.
-- *ours*: `CheckpointManager.save`, commit included; `newest` and `load`, checksums and all, until the last byte lies in
-  the engine. What the engine does then (gather its working copy) is told apart: it is not the disk's.
-- *DCP*: `torch.distributed.checkpoint` `save` and `load` of as many bytes, as DTensors sharded over the ranks.
-- *DeepSpeed*: `save_checkpoint` on four ranks, `ds_to_universal`, `load_checkpoint` on three; held against all of ours,
-  from finding the checkpoint to an engine that is ready.
+- *raw*: each rank writes one file with as many bytes as it owns, 16 MiB at a time, with fsync; and
+  reads it into one buffer.
+- *ours*: `CheckpointManager.save` with the commit; `find_latest` and `load` with checksums, until
+  the last byte is in the engine. The time after that (the engine gathers its working copy) is
+  reported separately, because it does not depend on the disk.
+- *DCP*: `torch.distributed.checkpoint` `save` and `load` of the same number of bytes, as DTensors
+  sharded over the ranks.
+- *DeepSpeed*: `save_checkpoint` on four ranks, `ds_to_universal`, `load_checkpoint` on three. It is
+  compared with all of ours, from finding the checkpoint to an engine that is ready.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import numpy as np
@@ -45,29 +49,33 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON; or be a rank of it."""
+    """Measure, print the table, write the JSON file; with --part: run one rank."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer-rounds", type=int, default=2, help="of convert and load")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="smaller: less state")
-    parser.add_argument("--layers", type=int, default=8, help="fewer: less state")
+    parser.add_argument(
+        "--peer-rounds", type=int, default=2, help="rounds of DeepSpeed's conversion and load"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=32768, help="vocabulary size; smaller: less state"
+    )
+    parser.add_argument("--layers", type=int, default=8, help="number of layers; fewer: less state")
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3))
-    parser.add_argument("--folder", help="on the disk to measure; a temporary one by default")
+    parser.add_argument("--folder", help="folder on the disk to measure; default: a temporary one")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out", help="JSON file to write instead of results/b8_bandwidth.json")
     args = parser.parse_args()
     if args.part:
-        return be_rank(args)
+        return run_rank(args)
     harness.require_one_thread()
     environment = harness.describe_environment()
     with tempfile.TemporaryDirectory(prefix="dist_ft-b8-", dir=args.folder) as name:
         args.folder = name
-        found = {
-            **ranks(args, "four", 4),
+        measured = {
+            **run_part(args, "four", 4),
             "convert_s": [convert(args, number) for number in range(args.peer_rounds)],
         }
-        found.update(ranks(args, "three", 3))
-    result = summarize(found)
+        measured.update(run_part(args, "three", 3))
+    result = summarize(measured)
     report(result)
     harness.save_results(
         "b8_bandwidth",
@@ -81,25 +89,25 @@ def main() -> None:
     )
 
 
-def ranks(args: argparse.Namespace, part: str, size: int) -> dict[str, Any]:
-    """Run one part of the benchmark on so many ranks and return what rank 0 found."""
-    given = [
+def run_part(args: argparse.Namespace, part: str, size: int) -> dict[str, Any]:
+    """Run one part of the benchmark on `size` ranks and return the measurements of rank 0."""
+    options = [
         f"--{key.replace('_', '-')}={value}"
         for key, value in {**vars(args), "part": part}.items()
         if value is not None
     ]
-    harness.run_ranks(__file__, given, size, Path(args.folder) / f"log-{part}", 800)
+    harness.run_ranks(__file__, options, size, Path(args.folder) / f"log-{part}", 800)
     return json.loads((Path(args.folder) / f"{part}.json").read_text())
 
 
 def convert(args: argparse.Namespace, number: int) -> float:
-    """Return how long `ds_to_universal` takes, as the command it is."""
+    """Return the seconds of the command `ds_to_universal`."""
     folder = Path(args.folder)
     shutil.rmtree(folder / "deepspeed/universal", ignore_errors=True)
     os.sync()
     evict(folder / "deepspeed")
     start_s = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -115,14 +123,14 @@ def convert(args: argparse.Namespace, number: int) -> float:
         timeout=600,
     )
     seconds = time.perf_counter() - start_s
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
+    if process.returncode:
+        raise SystemExit(process.stdout[-2000:] + process.stderr[-3000:])
     print(f"round {number + 1}: convert {seconds:.4g}", file=sys.stderr, flush=True)
     return seconds
 
 
 def evict(folder: Path) -> None:
-    """Put the files below a folder out of the page cache; they must be on the disk."""
+    """Remove the files of a folder from the page cache; they must be on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -130,11 +138,17 @@ def evict(folder: Path) -> None:
             os.close(descriptor)
 
 
-# On a rank
+# One rank
 
 
 class Rank:
-    """One rank: its world, its engine, and a clock that all ranks share."""
+    """One rank: its world, its engine, and a clock that all ranks share.
+
+    Attributes:
+        own_bytes: bytes of the state that this rank saves.
+        total_bytes: their sum over all ranks.
+        own: this rank's file of the raw side.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         import b7_save
@@ -158,15 +172,20 @@ class Rank:
             module, OptimizerSection(learning_rate=1e-5), settings, self.world
         )
         torch.manual_seed(self.world.rank)
-        for slot in self.engine.state_slices():
-            slot.write(torch.rand(slot.numel))
-        self.own_bytes = sum(slot.numel * 4 for slot in self.engine.state_slices() if slot.owned)
+        for part in self.engine.state_slices():
+            part.write(torch.rand(part.numel))
+        self.own_bytes = sum(part.numel * 4 for part in self.engine.state_slices() if part.owned)
         self.total_bytes = int(self.comms.sum([self.own_bytes])[0])
         self.own = self.folder / f"raw/{self.world.rank}"
         self.own.parent.mkdir(exist_ok=True)
 
     def timed(self, action: Callable[[], Any], cold: Path | None = None) -> float:
-        """Return how long `action` takes until the last rank has done it; `cold`: what it reads is evicted before."""
+        """Return the seconds until the last rank has done `action`.
+
+        Args:
+            action: what to measure.
+            cold: a folder to evict from the page cache before.
+        """
         if self.world.rank == 0:
             os.sync()
             if cold:
@@ -177,31 +196,30 @@ class Rank:
         self.comms.barrier()
         return self.comms.broadcast(time.perf_counter() - start_s)
 
-    def content(self) -> float:
-        """Return the sum of all state there is: what was loaded is what was saved."""
-        return self.comms.sum(
-            [
-                sum(
-                    float(slot.read().double().sum())
-                    for slot in self.engine.state_slices()
-                    if slot.owned
-                )
-            ]
-        )[0]
+    def state_sum(self) -> float:
+        """Return the sum of the state of all ranks, to compare loaded with saved state."""
+        own_sum = 0.0
+        for part in self.engine.state_slices():
+            if part.owned:
+                own_sum += float(part.read().double().sum())
+        return self.comms.sum([own_sum])[0]
 
 
-def be_rank(args: argparse.Namespace) -> None:
-    """Measure one part and, on rank 0, write down what was found."""
+def run_rank(args: argparse.Namespace) -> None:
+    """Measure one part; rank 0 writes the measurements."""
     sys.path.insert(0, str(HERE))
     rank = Rank(args)
-    found = four(rank, args) if args.part == "four" else three(rank, args)
+    measured = measure_four(rank, args) if args.part == "four" else measure_three(rank, args)
     if rank.world.rank == 0:
-        (rank.folder / f"{args.part}.json").write_text(json.dumps(found))
+        (rank.folder / f"{args.part}.json").write_text(json.dumps(measured))
     rank.comms.barrier()
 
 
-def four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
-    """Save and restore on four ranks, beside the raw disk and DCP; then leave DeepSpeed's checkpoint for `convert`."""
+def measure_four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure save and restore on four ranks, of ours, the raw disk and DCP.
+
+    Also write DeepSpeed's checkpoint for `convert`.
+    """
     state = dtensors(rank)
     saves = {
         "raw": lambda: raw_write(rank),
@@ -210,45 +228,45 @@ def four(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
     }
     restores = {
         "raw": lambda: raw_read(rank),
-        "ours": lambda: restore(rank, "four")[0],
+        "ours": lambda: restore(rank, "four").loaded_s,
         "DCP": lambda: dcp_load(rank, state),
         "raw again": lambda: raw_read(rank),
     }
-    before = rank.content()
+    before = rank.state_sum()
     for side in saves.values():
         side()
-    found = {"save_s": harness.alternate_sides(saves, args.rounds)}
-    blank(rank)
+    measured = {"save_s": harness.alternate_sides(saves, args.rounds)}
+    clear_state(rank)
     restores["ours"]()
-    if rank.content() != before:
-        raise SystemExit("what was restored is not what was saved")
-    found["restore_s"] = harness.alternate_sides(restores, args.rounds)
-    written = rank.timed(lambda: deepspeed_save(rank))
+    if rank.state_sum() != before:
+        raise SystemExit("the restored state differs from the saved state")
+    measured["restore_s"] = harness.alternate_sides(restores, args.rounds)
+    deepspeed_save_s = rank.timed(lambda: deepspeed_save(rank))
     return {
-        **found,
-        "deepspeed_save_s": written,
+        **measured,
+        "deepspeed_save_s": deepspeed_save_s,
         "state_bytes": rank.total_bytes,
         "content": before,
     }
 
 
-def three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
-    """Restore on three ranks what three have saved and what four have, and DeepSpeed's universal checkpoint."""
+def measure_three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure restoring on three ranks: of three, of four, and DeepSpeed's universal."""
     saver(rank, "three")()
-    every: dict[str, list[float]] = {"plain": [], "reshard": []}
+    ready_s: dict[str, list[float]] = {"plain": [], "reshard": []}
 
     def side(name: str, place: str) -> float:
-        read, whole = restore(rank, place)
-        every[name].append(whole)
-        return read
+        times = restore(rank, place)
+        ready_s[name].append(times.ready_s)
+        return times.loaded_s
 
-    blank(rank)
+    clear_state(rank)
     restore(rank, "four")
     before = json.loads((rank.folder / "four.json").read_text())["content"]
-    if abs(rank.content() - before) > 1e-9 * before:  # another order of adding
-        raise SystemExit("what was resharded is not what was saved")
-    every["reshard"].clear()
-    found = harness.alternate_sides(
+    if abs(rank.state_sum() - before) > 1e-9 * before:  # another order of the sum
+        raise SystemExit("the resharded state differs from the saved state")
+    ready_s["reshard"].clear()
+    loaded_s = harness.alternate_sides(
         {"plain": lambda: side("plain", "three"), "reshard": lambda: side("reshard", "four")},
         args.rounds,
     )
@@ -259,19 +277,19 @@ def three(rank: Rank, args: argparse.Namespace) -> dict[str, Any]:
         )
         for _ in range(args.peer_rounds)
     ]
-    return {"three_s": found, "three_ready_s": every, "universal_load_s": loads}
+    return {"three_s": loaded_s, "three_ready_s": ready_s, "universal_load_s": loads}
 
 
-def blank(rank: Rank) -> None:
-    """Forget the state."""
+def clear_state(rank: Rank) -> None:
+    """Set the state to zero."""
     import torch
 
-    for slot in rank.engine.state_slices():
-        slot.write(torch.zeros(slot.numel))
+    for part in rank.engine.state_slices():
+        part.write(torch.zeros(part.numel))
 
 
 def chunks(num_bytes: int) -> Iterator[tuple[int, memoryview]]:
-    """Yield (offset, memory to write or read) over so many bytes; always the same memory, which was touched before."""
+    """Yield (offset, memory) of each chunk of `num_bytes`; the memory is reused."""
     buffer = memoryview(_buffer)
     for start in range(0, num_bytes, CHUNK):
         yield start, buffer[: min(CHUNK, num_bytes - start)]
@@ -281,7 +299,7 @@ _buffer = np.random.default_rng(0).integers(0, 255, CHUNK, dtype=np.uint8)
 
 
 def raw_write(rank: Rank) -> float:
-    """Each rank writes one new file and forces it to disk."""
+    """Measure writing one new file per rank, with fsync."""
 
     def write() -> None:
         descriptor = os.open(rank.own, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -295,7 +313,7 @@ def raw_write(rank: Rank) -> float:
 
 
 def raw_read(rank: Rank) -> float:
-    """Each rank reads its file."""
+    """Measure reading one file per rank."""
 
     def read() -> None:
         descriptor = os.open(rank.own, os.O_RDONLY)
@@ -306,7 +324,7 @@ def raw_read(rank: Rank) -> float:
     return rank.timed(read, rank.folder / "raw")
 
 
-def manager_of(rank: Rank, place: str) -> Any:
+def build_manager(rank: Rank, place: str) -> Any:
     """Return a manager of the checkpoints at `place`."""
     from dist_ft.checkpoint.manager import CheckpointManager
     from dist_ft.config.schema import CheckpointSection
@@ -318,7 +336,10 @@ def manager_of(rank: Rank, place: str) -> Any:
 
 
 def saver(rank: Rank, place: str) -> Callable[[], float]:
-    """Return what saves and commits a checkpoint at `place`; the one before it is removed first, off the clock."""
+    """Return a function that saves a checkpoint at `place` and returns the seconds with the commit.
+
+    The previous checkpoint is removed first, off the clock.
+    """
     import b7_save
 
     steps = iter(range(1, 10**6))
@@ -327,7 +348,7 @@ def saver(rank: Rank, place: str) -> Callable[[], float]:
         if rank.world.rank == 0:
             shutil.rmtree(rank.folder / place, ignore_errors=True)
         rank.comms.barrier()
-        manager, step = manager_of(rank, place), next(steps)
+        manager, step = build_manager(rank, place), next(steps)
 
         def save() -> None:
             outcome = manager.save(rank.engine, b7_save.save_request(step))
@@ -341,54 +362,67 @@ def saver(rank: Rank, place: str) -> Callable[[], float]:
     return run
 
 
-class Watched:
-    """The engine, with a note of when its slots were full on all ranks."""
+class LoadTimer:
+    """The engine's loading interface; records when the state was loaded on all ranks."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self.state_slices = rank.engine.state_slices
-        self.full_at = 0.0
+        self.loaded_at_s = 0.0
 
     def finish_load(self, optimizer_step: int) -> None:
         self._rank.comms.barrier()
-        self.full_at = time.perf_counter()
+        self.loaded_at_s = time.perf_counter()
         self._rank.engine.finish_load(optimizer_step)
 
 
-def restore(rank: Rank, place: str) -> tuple[float, float]:
-    """Return the seconds until the engine's slots are full, and until the engine is ready."""
-    manager, watched, began = manager_of(rank, place), Watched(rank), [0.0]
+class RestoreTimes(NamedTuple):
+    """The times of a restore.
+
+    Attributes:
+        loaded_s: seconds until the state is in the engine on all ranks.
+        ready_s: seconds until the engine is ready.
+    """
+
+    loaded_s: float
+    ready_s: float
+
+
+def restore(rank: Rank, place: str) -> RestoreTimes:
+    """Restore the checkpoint at `place`."""
+    manager, timer = build_manager(rank, place), LoadTimer(rank)
+    started_s = 0.0
 
     def load() -> None:
-        began[0] = time.perf_counter()
-        manager.load(manager.find_latest(), watched, {})
+        nonlocal started_s
+        started_s = time.perf_counter()
+        manager.load(manager.find_latest(), timer, {})
 
-    whole = rank.timed(load, rank.folder / place)
+    ready_s = rank.timed(load, rank.folder / place)
     manager.close()
-    return rank.comms.broadcast(watched.full_at - began[0]), whole
+    return RestoreTimes(rank.comms.broadcast(timer.loaded_at_s - started_s), ready_s)
 
 
 def dtensors(rank: Rank) -> dict[str, Any]:
-    """Return as much state as the engine's, sharded evenly over the ranks."""
+    """Return random state of the size of the engine's, sharded evenly over the ranks."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh, size = init_device_mesh("cpu", (rank.world.num_ranks,)), rank.world.num_ranks
-    whole: dict[str, int] = {}
-    for part in rank.comms.all_gather(
-        [
-            (f"{slot.key}:{slot.name}", slot.numel)
-            for slot in rank.engine.state_slices()
-            if slot.owned
-        ]
-    ):
-        for name, numel in part:
-            whole[name] = whole.get(name, 0) + numel
+    size = rank.world.num_ranks
+    mesh = init_device_mesh("cpu", (size,))
+    numel_by_name: dict[str, int] = {}
+    own_parts = [
+        (f"{part.key}:{part.name}", part.numel) for part in rank.engine.state_slices() if part.owned
+    ]
+    for parts_of_rank in rank.comms.all_gather(own_parts):
+        for name, numel in parts_of_rank:
+            numel_by_name[name] = numel_by_name.get(name, 0) + numel
+
     state = {}
-    for name, numel in sorted(whole.items()):
-        most = -(-numel // size)
-        own = max(0, min(most, numel - rank.world.rank * most))
+    for name, numel in sorted(numel_by_name.items()):
+        shard = -(-numel // size)
+        own = max(0, min(shard, numel - rank.world.rank * shard))
         state[name] = DTensor.from_local(
             torch.rand(own),
             mesh,
@@ -401,7 +435,7 @@ def dtensors(rank: Rank) -> dict[str, Any]:
 
 
 def dcp_save(rank: Rank, state: dict[str, Any]) -> float:
-    """DCP's save (it forces its files to disk by itself)."""
+    """Measure DCP's save, which does its own fsync."""
     import torch.distributed.checkpoint as dcp
 
     if rank.world.rank == 0:
@@ -411,7 +445,7 @@ def dcp_save(rank: Rank, state: dict[str, Any]) -> float:
 
 
 def dcp_load(rank: Rank, state: dict[str, Any]) -> float:
-    """DCP's load into the same tensors."""
+    """Measure DCP's load into the same tensors."""
     import torch.distributed.checkpoint as dcp
 
     return rank.timed(
@@ -420,23 +454,28 @@ def dcp_load(rank: Rank, state: dict[str, Any]) -> float:
 
 
 def deepspeed_save(rank: Rank) -> None:
-    """DeepSpeed's own save, and its bytes on the disk."""
+    """Save with DeepSpeed, and wait until the files are on the disk."""
     rank.engine._engine.save_checkpoint(str(rank.folder / "deepspeed"), tag="t")
     if rank.world.rank == 0:
         os.sync()
 
 
-# What it says
+# Results
 
 
-def summarize(found: dict[str, Any]) -> dict[str, Any]:
-    """Return what was found with the ratios of it."""
+def summarize(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the measurements with their ratios."""
     save, load, three_s, ready = (
-        found[key] for key in ("save_s", "restore_s", "three_s", "three_ready_s")
+        measured[key] for key in ("save_s", "restore_s", "three_s", "three_ready_s")
     )
-    converted = [a + b for a, b in zip(found["convert_s"], found["universal_load_s"], strict=True)]
+    converted = [
+        convert_s + load_s
+        for convert_s, load_s in zip(
+            measured["convert_s"], measured["universal_load_s"], strict=True
+        )
+    ]
     return {
-        **found,
+        **measured,
         "save_over_raw": harness.ratio(save["raw"], save["ours"]),
         "restore_over_raw": harness.ratio(load["raw"], load["ours"]),
         "DCP_save_over_raw": harness.ratio(save["raw"], save["DCP"]),
@@ -452,19 +491,19 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> None:
     """Print the results."""
-    size, reached = result["state_bytes"], harness.format_goal
+    size, goal = result["state_bytes"], harness.format_goal
 
     def speed(seconds: list[float]) -> str:
         return f"{size / 1e6 / float(np.exp(np.mean(np.log(seconds)))):,.0f} MB/s"
 
     save, load, three_s = result["save_s"], result["restore_s"], result["three_s"]
     rows = [
-        ("save: raw, write and fsync", speed(save["raw"]), "", ""),
+        ("save: raw write and fsync", speed(save["raw"]), "", ""),
         (
             "save: ours / raw",
             speed(save["ours"]),
             str(result["save_over_raw"]),
-            reached(result["save_over_raw"], GOAL_DISK, at_least=True),
+            goal(result["save_over_raw"], GOAL_DISK, at_least=True),
         ),
         ("save: DCP / raw", speed(save["DCP"]), str(result["DCP_save_over_raw"]), ""),
         ("restore: raw, cold read", speed(load["raw"]), "", ""),
@@ -472,22 +511,22 @@ def report(result: dict[str, Any]) -> None:
             "restore: ours / raw",
             speed(load["ours"]),
             str(result["restore_over_raw"]),
-            reached(result["restore_over_raw"], GOAL_DISK, at_least=True),
+            goal(result["restore_over_raw"], GOAL_DISK, at_least=True),
         ),
         ("restore: DCP / raw", speed(load["DCP"]), str(result["DCP_restore_over_raw"]), ""),
         ("restore: raw / raw (control)", speed(load["raw again"]), str(result["raw_over_raw"]), ""),
         (
-            "time of 4 -> 3 / of 3 -> 3",
+            "time of reshard 4 -> 3 / restore 3 -> 3",
             speed(three_s["reshard"]),
             str(result["reshard_over_plain"]),
-            reached(result["reshard_over_plain"], GOAL_RESHARD, at_least=False),
+            goal(result["reshard_over_plain"], GOAL_RESHARD, at_least=False),
         ),
         (
-            "time of convert and load / of 4 -> 3",
+            "time of convert and load / reshard 4 -> 3",
             f"{np.mean(result['convert_and_load_s']):.1f} s / "
             f"{np.mean(result['three_ready_s']['reshard']):.1f} s",
             str(result["convert_and_load_over_reshard"]),
-            reached(result["convert_and_load_over_reshard"], GOAL_CONVERT, at_least=True),
+            goal(result["convert_and_load_over_reshard"], GOAL_CONVERT, at_least=True),
         ),
     ]
     harness.print_table(

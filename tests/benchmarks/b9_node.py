@@ -1,11 +1,12 @@
-"""B9, a lost node: from the kill of a node to the first step on the node that is left. Ray Train's own / dist_ft's.
+"""B9, lost node: time from killing a node to the first step on the other: Ray Train / dist_ft.
 
     python tests/benchmarks/b9_node.py
 
-A cluster of a head without CPUs and two nodes of one CPU each, all on this machine, anew for each measurement; an
-elastic run of one or two workers on it. Once it has been under way for half a minute, one node's processes are killed
-(not told to stop). Both sides in turn, which node dies changes every round. Ours is the time until the line of the
-first step after it is on the driver's terminal, the peer's until the step is done.
+A new cluster for each measurement, all on this machine: a head without CPUs and two nodes of one
+CPU each. An elastic run of one or two workers trains on it. After half a minute of training, the
+processes of one node are killed. The sides alternate; the killed node changes every round. Ours is
+the time until the driver's terminal shows the first step afterwards, the peer's until the step is
+done.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import harness
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-PATIENCE_S = 300.0
+TIMEOUT_S = 300.0
 
 
 def main() -> None:
@@ -36,10 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--under-way-s", type=float, default=30, help="seconds of training before the node dies"
+        "--under-way-s", type=float, default=30, help="seconds of training before the kill"
     )
     parser.add_argument(
-        "--sides", nargs="+", default=["ray_s", "ours_s"], help="one alone: a try, no JSON"
+        "--sides",
+        nargs="+",
+        default=["ray_s", "ours_s"],
+        help="one side only: no table and no JSON file",
     )
     parser.add_argument("--out", help="JSON file to write instead of results/b9_node.json")
     args = parser.parse_args()
@@ -58,7 +62,7 @@ def main() -> None:
                 try:
                     two = [cluster.add(), cluster.add()]
                     times[side].append(
-                        {"ray_s": ray, "ours_s": ours}[side](
+                        {"ray_s": measure_ray, "ours_s": measure_ours}[side](
                             base,
                             number,
                             cluster.address,
@@ -73,7 +77,7 @@ def main() -> None:
                 )
     if len(times) < 2:
         return
-    found = harness.ratio(times["ray_s"], times["ours_s"])
+    ratio = harness.ratio(times["ray_s"], times["ours_s"])
     harness.print_table(
         "B9 node lost to first step on fewer workers",
         ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"),
@@ -83,8 +87,8 @@ def main() -> None:
                     ", ".join(f"{value:.1f} s" for value in times[side])
                     for side in ("ray_s", "ours_s")
                 ),
-                str(found),
-                harness.format_goal(found, 3.0, at_least=True),
+                str(ratio),
+                harness.format_goal(ratio, 3.0, at_least=True),
             )
         ],
     )
@@ -92,15 +96,15 @@ def main() -> None:
         "b9_node",
         {"rounds": args.rounds, "under_way_s": args.under_way_s},
         environment,
-        {**times, "ray_over_ours": found},
+        {**times, "ray_over_ours": ratio},
         args.out,
     )
 
 
-def ray(
+def measure_ray(
     base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]
 ) -> float:
-    """Return Ray Train's seconds from the kill to the first step of one worker."""
+    """Return the seconds of Ray Train from the kill to the first step on one worker."""
     folder = base / f"ray-{number}"
     folder.mkdir()
 
@@ -124,19 +128,19 @@ def ray(
     try:
         _wait(lambda: bool(steps()) and steps()[0][0] == 2, process, folder / "log")
         time.sleep(under_way_s)
-        killed = time.time()
+        killed_at_s = time.time()
         kill()
         _wait(lambda: steps()[-1][0] == 1, process, folder / "log")
     finally:
         process.kill()
         process.wait()
-    return next(at for world, _, at in steps() if world == 1) - killed
+    return next(at for world, _, at in steps() if world == 1) - killed_at_s
 
 
-def ours(
+def measure_ours(
     base: Path, number: int, address: str, under_way_s: float, kill: Callable[[], None]
 ) -> float:
-    """Return dist_ft's."""
+    """Return the seconds of dist_ft from the kill to the line of the first step on one worker."""
     import tiny
     import yaml
 
@@ -173,47 +177,52 @@ def ours(
     reader.start()
     attempts = base / "runs" / name / "attempts"
 
-    def on_one() -> bool:
-        """Tell whether the newest attempt has one worker, and has said that it began."""
-        newest = max(attempts.glob("*.json"))
-        return json.loads(newest.read_text())["world_size"] == 1
+    def has_one_worker() -> bool:
+        """Return whether the latest attempt has one worker."""
+        latest = max(attempts.glob("*.json"))
+        return json.loads(latest.read_text())["world_size"] == 1
+
+    def num_attempts() -> int:
+        return len(list(attempts.glob("*.json")))
 
     try:
         _wait(lambda: any(line.startswith("step ") for _, line in lines), process, log)
         time.sleep(under_way_s)
-        killed, before = time.time(), len(list(attempts.glob("*.json")))
+        killed_at_s, num_before = time.time(), num_attempts()
         kill()
-        _wait(lambda: len(list(attempts.glob("*.json"))) > before and on_one(), process, log)
-        said = f"(attempt {len(list(attempts.glob('*.json')))})"
-        _wait(lambda: first_step(lines, said) is not None, process, log)
+        _wait(lambda: num_attempts() > num_before and has_one_worker(), process, log)
+        start_text = f"(attempt {num_attempts()})"
+        _wait(lambda: first_step_s(lines, start_text) is not None, process, log)
     finally:
         process.kill()
         process.wait()
         reader.join(5)
-    noticed = next(
-        (at - killed for at, line in lines if at > killed and "nodes were lost" in line), None
+    detected_s = next(
+        (at - killed_at_s for at, line in lines if at > killed_at_s and "nodes were lost" in line),
+        None,
     )
     print(
-        f"  Ray took the node for lost after {noticed or math.nan:.2f} s",
+        f"  Ray reported the node as lost after {detected_s or math.nan:.2f} s",
         file=sys.stderr,
         flush=True,
     )
-    return (first_step(lines, said) or math.nan) - killed
+    return (first_step_s(lines, start_text) or math.nan) - killed_at_s
 
 
-def first_step(lines: list[tuple[float, str]], said: str) -> float | None:
-    """Return when the first step after the line with `said` was on the terminal."""
-    begun = next((i for i, (_, line) in enumerate(lines) if said in line), len(lines))
-    return next((at for at, line in lines[begun:] if line.startswith("step ")), None)
+def first_step_s(lines: list[tuple[float, str]], start_text: str) -> float | None:
+    """Return when the terminal showed the first step after the line with `start_text`."""
+    start = next((i for i, (_, line) in enumerate(lines) if start_text in line), len(lines))
+    return next((at for at, line in lines[start:] if line.startswith("step ")), None)
 
 
-def _wait(what: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not what():
-        if process.poll() is not None or time.monotonic() > until:
-            raise SystemExit(
-                f"{'it takes too long' if process.poll() is None else 'it has ended'}:\n{log.read_text()[-3000:]}"
-            )
+def _wait(condition: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -> None:
+    """Wait until the condition is true; exit if the process ends or after TIMEOUT_S."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        has_ended = process.poll() is not None
+        if has_ended or time.monotonic() > deadline:
+            problem = "the run has ended" if has_ended else f"not after {TIMEOUT_S:g} s"
+            raise SystemExit(f"{problem}:\n{log.read_text()[-3000:]}")
         time.sleep(0.05)
 
 

@@ -1,9 +1,12 @@
-"""The peer of B9: Ray Train's own restart, as its documentation has it: a TorchTrainer whose workers run DeepSpeed ZeRO.
+"""The peer of B9: Ray Train's own restart, as documented: a TorchTrainer with DeepSpeed ZeRO.
 
-    python b9_ray.py MODEL FOLDER STEPS KILL_AT    prints nothing; FOLDER/steps gets "rank-0 step time" lines
+    python b9_ray.py MODEL FOLDER STEPS KILL_AT
 
-Each worker loads its part of the newest checkpoint that Ray knows, trains on tokens made up from the step's number,
-and reports a checkpoint every four steps; at step KILL_AT worker 1 kills itself, once, and notes when.
+Prints nothing; rank 0 writes lines "step time" to FOLDER/steps.
+
+Each worker loads its part of the latest reported checkpoint, trains on tokens drawn from the step
+number, and reports a checkpoint every 20 steps. At step KILL_AT worker 1 kills itself once;
+FOLDER/killed has the time.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 
 
 def loop(config: dict) -> None:
-    """What each worker runs."""
+    """Train in one worker."""
     import deepspeed
     import torch
     from ray import train
@@ -36,9 +39,9 @@ def loop(config: dict) -> None:
         },
     )
     first = 0
-    newest = train.get_checkpoint()
-    if newest:
-        with newest.as_directory() as folder:
+    latest = train.get_checkpoint()
+    if latest:
+        with latest.as_directory() as folder:
             engine.load_checkpoint(folder)
             first = engine.global_steps
     for step in range(first, config["steps"]):

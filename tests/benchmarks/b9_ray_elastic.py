@@ -1,9 +1,12 @@
-"""The peer of B9's lost node: Ray Train's own elastic range, as its documentation has it: a TorchTrainer under DDP.
+"""The peer of B9's lost node: Ray Train's own elastic range: a TorchTrainer with DDP.
 
-    python b9_ray_elastic.py MODEL FOLDER ADDRESS    trains until it is ended; FOLDER/steps gets "world step time" lines
+    python b9_ray_elastic.py MODEL FOLDER ADDRESS
 
-One or two workers of one CPU, all settings Ray's own. DeepSpeed's checkpoints can not be loaded by another number of
-workers, so this peer trains under plain DDP; rank 0 reports model and optimizer every twenty steps.
+Trains until it is killed; rank 0 writes lines "world step time" to FOLDER/steps.
+
+One or two workers of one CPU, as documented, all settings at Ray's defaults. DeepSpeed's
+checkpoints cannot be loaded on another number of workers, so this peer uses plain DDP; rank 0
+reports model and optimizer every 20 steps.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import time
 
 
 def loop(config: dict) -> None:
-    """What each worker runs."""
+    """Train in one worker."""
     import torch
     from ray import train
     from ray.train.torch import prepare_model
@@ -26,19 +29,19 @@ def loop(config: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     first = 0
-    newest = train.get_checkpoint()
-    if newest:
-        with newest.as_directory() as folder:
+    latest = train.get_checkpoint()
+    if latest:
+        with latest.as_directory() as folder:
             state = torch.load(os.path.join(folder, "state.pt"))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    whole = prepare_model(model)
+    ddp_model = prepare_model(model)
     for step in range(first, 10**9):
         generator = torch.Generator().manual_seed(step * 2 + rank)
         ids = torch.randint(0, 200, (1, 48), generator=generator)
         optimizer.zero_grad()
-        whole(input_ids=ids, labels=ids).loss.backward()
+        ddp_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         if rank == 0:
             with open(config["folder"] + "/steps", "a") as file:

@@ -1,10 +1,11 @@
-"""B9: from the kill of a worker to the first new step. Ray Train's own restart / dist_ft's.
+"""B9: time from killing a worker to the first new step: Ray Train's own restart / dist_ft's.
 
     python tests/benchmarks/b9_restart.py
 
-Two workers of a small model on a Ray of their own, one killed with -9 once the run is under way; both sides one after
-the other, several rounds. Neither side's time of start counts. Ours is the time until the line of the first new step
-is on the driver's terminal, the peer's until the step is done.
+Two workers train a small model on their own Ray instance; one is killed with SIGKILL during
+training. The sides run one after the other, in several rounds. The start of the run does not count.
+Ours is the time until the driver's terminal shows the first new step, the peer's until the step is
+done.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--kill-at", type=int, default=200, help="step (from 0) at which worker 1 dies; ours"
+        "--kill-at", type=int, default=200, help="step (from 0) at which worker 1 is killed"
     )
     parser.add_argument("--out", help="JSON file to write instead of results/b9_restart.json")
     args = parser.parse_args()
@@ -43,12 +44,12 @@ def main() -> None:
         base = tiny.base(Path(name))
         times: dict[str, list[float]] = {"ray_s": [], "ours_s": []}
         for number in range(args.rounds):
-            for side, measure in (("ray_s", ray), ("ours_s", ours)):
+            for side, measure in (("ray_s", measure_ray), ("ours_s", measure_ours)):
                 times[side].append(measure(base, number, args.kill_at))
                 print(
                     f"round {number + 1}: {side} {times[side][-1]:.2f}", file=sys.stderr, flush=True
                 )
-    found = harness.ratio(times["ray_s"], times["ours_s"])
+    ratio = harness.ratio(times["ray_s"], times["ours_s"])
     harness.print_table(
         "B9 kill to first new step",
         ("Ray Train", "dist_ft", "Ray / ours [95 %]", "goal"),
@@ -56,8 +57,8 @@ def main() -> None:
             (
                 ", ".join(f"{value:.1f} s" for value in times["ray_s"]),
                 ", ".join(f"{value:.1f} s" for value in times["ours_s"]),
-                str(found),
-                harness.format_goal(found, 3.0, at_least=True),
+                str(ratio),
+                harness.format_goal(ratio, 3.0, at_least=True),
             )
         ],
     )
@@ -65,13 +66,13 @@ def main() -> None:
         "b9_restart",
         {"rounds": args.rounds, "kill_at": args.kill_at},
         environment,
-        {**times, "ray_over_ours": found},
+        {**times, "ray_over_ours": ratio},
         args.out,
     )
 
 
-def ray(base: Path, number: int, kill_at: int) -> float:
-    """Return Ray Train's seconds from the kill to the first step after it."""
+def measure_ray(base: Path, number: int, kill_at: int) -> float:
+    """Return the seconds of Ray Train from the kill to the end of the first new step."""
     folder = base / f"ray-{number}"
     folder.mkdir()
     command = [
@@ -82,19 +83,20 @@ def ray(base: Path, number: int, kill_at: int) -> float:
         str(kill_at + 20),
         str(kill_at),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
-    killed = (folder / "killed").stat().st_mtime
+    process = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    if process.returncode:
+        raise SystemExit(process.stdout[-2000:] + process.stderr[-3000:])
+    killed_at_s = (folder / "killed").stat().st_mtime
     steps = [
         tuple(map(float, line.split())) for line in (folder / "steps").read_text().splitlines()
     ]
+    # after the restart, training continues from an earlier step
     restarted = next(i for i in range(1, len(steps)) if steps[i][0] <= steps[i - 1][0])
-    return steps[restarted][1] - killed
+    return steps[restarted][1] - killed_at_s
 
 
-def ours(base: Path, number: int, kill_at: int) -> float:
-    """Return dist_ft's."""
+def measure_ours(base: Path, number: int, kill_at: int) -> float:
+    """Return the seconds of dist_ft from the kill to the line of the first new step."""
     import tiny
     import yaml
 
@@ -106,12 +108,13 @@ def ours(base: Path, number: int, kill_at: int) -> float:
         schedule={"epochs": None, "steps": kill_at + 20},
         checkpoint={"every_steps": 20},
     )
-    path, once = base / f"ours-{number}.yaml", base / f"ours-{number}-killed"
+    path = base / f"ours-{number}.yaml"
+    kill_file = base / f"ours-{number}-killed"
     path.write_text(yaml.safe_dump(document))
     environment = {
         **os.environ,
         "DIST_FT_FAILPOINT": f"train.step:{kill_at + 1}@1",
-        "DIST_FT_FAILPOINT_ONCE": str(once),
+        "DIST_FT_FAILPOINT_ONCE": str(kill_file),
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"],
@@ -121,15 +124,15 @@ def ours(base: Path, number: int, kill_at: int) -> float:
         env=environment,
     )
     assert process.stdout is not None
-    first, again, lines = None, False, []
+    first_step_s, is_restarted, lines = None, False, []
     for line in process.stdout:
         lines.append(line)
-        again |= "(attempt 2)" in line
-        if again and first is None and line.startswith("step "):
-            first = time.time()
-    if process.wait() or first is None:
+        is_restarted |= "(attempt 2)" in line
+        if is_restarted and first_step_s is None and line.startswith("step "):
+            first_step_s = time.time()
+    if process.wait() or first_step_s is None:
         raise SystemExit("".join(lines[-40:]))
-    return first - once.stat().st_mtime
+    return first_step_s - kill_file.stat().st_mtime
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""B9, the share of useful time: one run whose training processes are killed with -9 every five minutes.
+"""B9, useful time: a run in which a training process is killed with SIGKILL every five minutes.
 
     python tests/benchmarks/b9_useful.py
 
-Model S on two workers under Ray, micro-batch 4 x 256, ZeRO-1, every save in the background. Useful is the time of the
-steps of the committed history (a step that had to be done again counts once), over the time from the beginning of the
-first step to the last commit: what is missing are restarts, steps done again, and saves. After the time given the run
-is asked to stop, and commits its last step.
+Model S on two workers under Ray, micro-batch 4 x 256, ZeRO-1, all saves in the background. The
+useful share is the time of the committed steps (a repeated step counts once) / the time from the
+start of the first step to the last checkpoint. The rest is restarts, repeated steps and saves.
+After --minutes the run is requested to stop, and saves a checkpoint of its last step.
 
-The checkpoint interval is what Young's formula says for a save that costs a tenth of a second and a failure every five
-minutes: sqrt(2 x 0.1 s x 300 s), 8 s; in steps of this model on two quiet cores (0.7 s, B1), about 10.
+The checkpoint interval follows Young's formula for a save that costs 0.1 s and a failure every five
+minutes: sqrt(2 x 0.1 s x 300 s) = 8 s, about 10 steps of this model on two idle cores (0.7 s, B1).
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ def main() -> None:
 
 
 def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run, kill, stop; return what the run's own records and the terminal tell."""
+    """Run, kill and stop; return the results from the run's records and its terminal."""
     import yaml
 
     workload.make_model(base / "model-s", "S")
     lengths = workload.lognormal_lengths(4000, 0, max_length=256)
-    texts = workload.make_data(base / "texts", lengths, workload.SHAPES["S"]["vocab_size"], 0)
+    data = workload.make_data(base / "texts", lengths, workload.SHAPES["S"]["vocab_size"], 0)
     document = workload.run_config(
         base,
         "S",
         name="useful",
-        train=texts,
+        train=data,
         sequence_length=256,
         micro_batch=4,
         lanes=2,
@@ -100,61 +100,68 @@ def measure(base: Path, args: argparse.Namespace) -> dict[str, Any]:
         env={**os.environ, MARK: mark},
     )
     steps: list[tuple[float, int]] = []
-    said: list[str] = []
-    reader = threading.Thread(target=_read, args=(process, steps, said), daemon=True)
+    output: list[str] = []
+    reader = threading.Thread(target=_read, args=(process, steps, output), daemon=True)
     reader.start()
     kills: list[dict[str, float]] = []
     try:
         while not steps and process.poll() is None:
             time.sleep(0.1)
-        begun = steps[0][0]
+        first_step_s = steps[0][0]
         for number in range(1, int(args.minutes / args.kill_every_minutes) + 1):
-            at = begun + 60 * args.kill_every_minutes * number
-            if at > begun + 60 * args.minutes - 30:
+            kill_at_s = first_step_s + 60 * args.kill_every_minutes * number
+            if kill_at_s > first_step_s + 60 * args.minutes - 30:
                 break
-            _sleep_until(at, process)
+            _sleep_until(kill_at_s, process)
             kills.append(kill_one(mark, steps))
-        _sleep_until(begun + 60 * args.minutes, process)
+        _sleep_until(first_step_s + 60 * args.minutes, process)
         process.send_signal(signal.SIGTERM)
         process.wait(120)
     except BaseException as error:
         process.kill()
         process.wait()
-        raise SystemExit("".join(said[-40:])) from error
+        raise SystemExit("".join(output[-40:])) from error
     reader.join(10)
-    return summarize(base / "runs/useful", steps, kills, begun)
+    return summarize(base / "runs/useful", steps, kills, first_step_s)
 
 
-def _read(process: subprocess.Popen[str], steps: list[tuple[float, int]], said: list[str]) -> None:
-    """Note when each step was on the terminal."""
+def _read(
+    process: subprocess.Popen[str], steps: list[tuple[float, int]], output: list[str]
+) -> None:
+    """Collect the output, and the time at which the terminal shows each step."""
     assert process.stdout is not None
     for line in process.stdout:
-        said.append(line)
+        output.append(line)
         if line.startswith("step "):
             steps.append((time.time(), int(line.split()[1].split("/")[0].replace(",", ""))))
 
 
-def _sleep_until(at: float, process: subprocess.Popen[str]) -> None:
-    while time.time() < at:
+def _sleep_until(until_s: float, process: subprocess.Popen[str]) -> None:
+    """Sleep until a time; raise RuntimeError if the process ends before."""
+    while time.time() < until_s:
         if process.poll() is not None:
             raise RuntimeError("the run has ended")
         time.sleep(0.2)
 
 
 def kill_one(mark: str, steps: list[tuple[float, int]]) -> dict[str, float]:
-    """Kill one of the processes that train: of this run's, the two that have used most time in half a second."""
+    """Kill one of the two training processes; return when, and the last step before.
+
+    The training processes are those of this run that use the most CPU time in half a second; the
+    others are spares.
+    """
     before = {pid: _cpu(pid) for pid in _processes(mark)}
     time.sleep(0.5)
-    used = sorted(before, key=lambda pid: _cpu(pid) - before[pid], reverse=True)
-    victim = random.Random(len(steps)).choice(used[:2])
-    killed = time.time()
+    by_use = sorted(before, key=lambda pid: _cpu(pid) - before[pid], reverse=True)
+    victim = random.Random(len(steps)).choice(by_use[:2])
+    killed_at_s = time.time()
     os.kill(victim, signal.SIGKILL)
-    return {"at": killed, "step": steps[-1][1]}
+    return {"at": killed_at_s, "step": steps[-1][1]}
 
 
 def _processes(mark: str) -> list[int]:
-    """Return the training processes (and spares) of the run that carries `mark` in its environment."""
-    found = []
+    """Return the ids of the worker processes (and spares) that have `mark` in their environment."""
+    process_ids = []
     for folder in Path("/proc").iterdir():
         try:
             if (
@@ -163,13 +170,14 @@ def _processes(mark: str) -> list[int]:
                 == [b"dist_ft.runtime.elastic.worker_process"]
                 and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
             ):
-                found.append(int(folder.name))
+                process_ids.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return process_ids
 
 
 def _cpu(pid: int) -> int:
+    """Return the CPU time of a process in clock ticks; 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -178,31 +186,32 @@ def _cpu(pid: int) -> int:
 
 
 def summarize(
-    run: Path, steps: list[tuple[float, int]], kills: list[dict[str, float]], begun: float
+    run: Path, steps: list[tuple[float, int]], kills: list[dict[str, float]], first_step_s: float
 ) -> dict[str, Any]:
     """Return the share of useful time and the timeline."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     times = {line["step"]: line["step_s"] for line in lines if line["kind"] == "train"}
-    last, ended = max(
+    last_step, end_s = max(
         (int(path.parent.name.split("-")[1]), path.stat().st_mtime)
         for path in (run / "checkpoints").glob("step-*/manifest.json")
     )
-    committed = [times[step] for step in range(1, last + 1)]
-    start = begun - times[1]
-    wall = ended - start
+    committed = [times[step] for step in range(1, last_step + 1)]
+    start_s = first_step_s - times[1]
+    wall_s = end_s - start_s
     for kill in kills:
-        kill["back_s"] = next(at for at, _ in steps if at > kill["at"] + 1.0) - kill["at"]
-        kill["from_step"] = next(step for at, step in steps if at > kill["at"] + 1.0)
-        kill["at"] -= start
+        resumed_at_s, step = next((at, step) for at, step in steps if at > kill["at"] + 1.0)
+        kill["back_s"] = resumed_at_s - kill["at"]
+        kill["from_step"] = step
+        kill["at"] -= start_s
     return {
-        "steps": last,
-        "wall_s": wall,
-        "useful": sum(committed) / wall,
+        "steps": last_step,
+        "wall_s": wall_s,
+        "useful": sum(committed) / wall_s,
         "median_step_s": median(committed),
-        "useful_by_median": last * median(committed) / wall,
+        "useful_by_median": last_step * median(committed) / wall_s,
         "kills": kills,
         "attempts": len(list((run / "attempts").glob("*.json"))),
-        "timeline": [{"at": round(at - start, 1), "step": step} for at, step in steps[::20]],
+        "timeline": [{"at": round(at - start_s, 1), "step": step} for at, step in steps[::20]],
     }
 
 

@@ -1,8 +1,9 @@
-"""Shared by all benchmarks: alternating sides, ratios with intervals, environment, table, JSON file.
+"""Shared by all benchmarks: alternating sides, ratios, environment, table, JSON file.
 
 A benchmark is a ratio of two sides that are measured in one run. Sides alternate in blocks, so a
-machine that slows down slows both. The interval is a bootstrap over rounds. One side measured against
-itself (the control) shows the noise of the machine. This module does not know what is measured.
+machine that slows down slows both. The interval is a bootstrap over rounds. One side measured
+against itself (the control) shows the noise of the machine. This module does not know what is
+measured.
 """
 
 from __future__ import annotations

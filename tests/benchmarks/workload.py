@@ -65,7 +65,10 @@ def make_model(folder: Path, shape: str, max_length: int = 2048) -> str:
 
 
 def make_data(folder: Path, lengths: np.ndarray, vocab_size: int, seed: int) -> str:
-    """Write samples of `lengths` tokens (the last is the end token) as JSON Lines; return their glob."""
+    """Write samples of `lengths` tokens as JSON Lines; return their glob.
+
+    The last token of each sample is the end token.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     with open(folder / "texts.jsonl", "w", encoding="utf-8") as file:
@@ -88,7 +91,7 @@ def run_config(
     workers: int,
     stage: int = 1,
 ) -> dict[str, Any]:
-    """Return the config of a run, as `load_config` takes it; the other fields have their defaults."""
+    """Return the config of a run for `load_config`; the other fields have their defaults."""
     return {
         "run": {"name": name, "storage": str(folder / "runs")},
         "model": {"path": str(folder / f"model-{shape.lower()}"), "dtype": "float32"},
