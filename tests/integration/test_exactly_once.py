@@ -114,7 +114,7 @@ def test_promise_1_every_sample_once_through_stops_and_resizes(
             if step + 1 == commit_at:
                 rows = [buffer.take() for buffer in buffers]
                 segments.append(write_segment(store, committed, commit_at, attempt, rows))
-        for stream, loader in zip(streams, loaders, strict=True):
+        for stream, loader in zip(streams, per_rank, strict=True):
             stream.close()
             loader.store.close()
         committed, attempt = commit_at, attempt + 1

@@ -139,8 +139,8 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
     for path in _paths(extra):
         if path in OWNED:
             yield (
-                f"zero.deepspeed.{path}: dist_ft sets this key itself. Allowed: DeepSpeed keys that it "
-                f"does not set. Remove it. {OWNED[path]}."
+                f"zero.deepspeed.{path}: dist_ft sets this key itself. Allowed: DeepSpeed keys "
+                f"that it does not set. Remove it. {OWNED[path]}."
             )
     yield from _misspelled(
         extra, "zero.deepspeed", KNOWN | {path for path in OWNED if "." not in path}
