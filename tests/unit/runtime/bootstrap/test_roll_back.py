@@ -17,7 +17,7 @@ from dist_ft.training.run_context import RunContext
 
 
 class Diverging:
-    """A run that goes bad some steps after the same checkpoint, whatever is passed over."""
+    """A run that has an anomaly after each rollback, whatever is skipped."""
 
     starts = 0
 
