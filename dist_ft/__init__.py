@@ -1,4 +1,4 @@
-"""dist_ft: full fine-tuning of large language models whose run state never depends on the number of workers."""
+"""Full fine-tuning of large language models; run state never depends on the number of workers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_ft.runs.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = {
@@ -191,7 +194,7 @@ def dist_ft(*arguments: str) -> str:
     return done.stdout
 
 
-def gather(url: str) -> dict[str, Any]:
+def gather(url: str) -> Report:
     """Return the report of a run."""
     from dist_ft.runs import report
 

@@ -77,6 +77,8 @@ def test_the_notebook_runs_and_the_model_improves(
     ]
     losses = [line["loss"] for line in lines if line["kind"] == "evaluation"]
     assert len(losses) == 4 and losses[-1] < losses[0] and (accuracy > 0.9 or not real)
-    (prediction,) = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    (prediction,) = [
+        json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()
+    ]
     assert prediction["prediction"]["label"] in ("drink", "place", "animal")
     assert (tmp_path / "out" / "README.md").exists()

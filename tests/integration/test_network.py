@@ -136,5 +136,6 @@ def test_missing_network_interface_is_one_line(tmp_path: Path) -> None:
     )
     assert (
         done.returncode == 1
-        and "cluster.network_interface=nope0: node here has no interface nope0. It has lo" in done.stderr
+        and "cluster.network_interface=nope0: node here has no interface nope0. It has lo"
+        in done.stderr
     )

@@ -157,9 +157,9 @@ def test_log_stream_cut_ctrl_c_stop_and_resume(there: Cluster, base: Path) -> No
     )
     code, output = there.run("jobs", "stop", "long", cwd=base)
     assert code == 0 and "long: STOPPED" in output, output
-    assert attached.process.wait(60) == 130 and "stopped at step" in attached.stdout, attached.stdout[
-        -2000:
-    ]
+    assert attached.process.wait(60) == 130 and "stopped at step" in attached.stdout, (
+        attached.stdout[-2000:]
+    )
     assert attached.stdout == there.run("jobs", "logs", "long", cwd=base)[1], (
         "the whole log, to its end"
     )

@@ -47,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[TrainingProcess]:
     found: list[TrainingProcess] = []
     start = TrainingProcess.start
 
-    def noted(*values: Any) -> Process:
+    def noted(*values: Any) -> TrainingProcess:
         found.append(start(*values))
         return found[-1]
 

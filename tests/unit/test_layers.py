@@ -282,7 +282,6 @@ def test_nothing_is_unpickled(path):
 MOST_PARAMETERS = 7
 MANY_PARAMETERS = {
     "api.py": {"export", "predict"},
-    "checkpoint/export.py": {"export_run"},
     "cli/export.py": {"export"},
     "cli/jobs.py": {"submit"},
     "cli/k8s.py": {"render"},
@@ -313,7 +312,7 @@ ACROSS_MODULES = {
     "checkpoint/test_together.py",
     "config/test_recipes.py",
     "model/test_dropout.py",
-    "model/test_regularised.py",
+    "model/test_regularized.py",
     "runtime/bootstrap/test_early_stopping.py",
     "runtime/bootstrap/test_longer.py",
     "runtime/bootstrap/test_roll_back.py",

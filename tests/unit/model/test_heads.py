@@ -183,7 +183,7 @@ def test_new_masked_lm_head_is_trainable_with_adapters(folder, tmp_path):
     ],
 )
 def test_longest_input_excludes_padding_positions(kind, places, longest):
-    """A model of that many places takes so many tokens, and not one more."""
+    """A model takes as many tokens as it has usable positions, and not one more."""
     from transformers import AutoConfig, AutoModel
 
     small = {
