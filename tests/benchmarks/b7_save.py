@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dist_ft-b7-") as name:
         folder = Path(name)
         engine = build_engine()
-        state = {f"{slot.key}:{slot.name}": slot.read() for slot in engine.state_slices()}
+        state = {f"{part.key}:{part.name}": part.read() for part in engine.state_slices()}
         size = sum(value.numel() * value.element_size() for value in state.values())
         sides = {
             "copy": copy_side(state),

@@ -60,14 +60,14 @@ def main() -> None:
             for side in args.sides:
                 cluster = nodes.Nodes()
                 try:
-                    two = [cluster.add(), cluster.add()]
+                    node_numbers = [cluster.add(), cluster.add()]
                     times[side].append(
                         {"ray_s": measure_ray, "ours_s": measure_ours}[side](
                             base,
                             number,
                             cluster.address,
                             args.under_way_s,
-                            partial(cluster.kill, two[number % 2]),
+                            partial(cluster.kill, node_numbers[number % 2]),
                         )
                     )
                 finally:

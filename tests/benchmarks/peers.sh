@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment of their own for the peers of the benchmarks, in tests/benchmarks/.peers.
+# Create a separate environment for the peers of the benchmarks, in tests/benchmarks/.peers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ -x .peers/bin/python ] || "${PYTHON:-python3}" -m venv .peers
@@ -8,5 +8,6 @@ torch="$(grep -m1 '^torch==' ../../constraints.txt)"
 printf '%s\n' "$torch" >.peers/constraints.txt
 .peers/bin/python -m pip install -q --disable-pip-version-check -c .peers/constraints.txt \
     "mosaicml-streaming>=0.12" "litdata>=0.2.40" "webdataset>=0.2.100" "datasets>=5,<6" "trl>=0.20" s3fs
-# Comes with MosaicML's for its image sets, and is built for another torch: transformers (under TRL) stumbles over it.
+# MosaicML Streaming installs torchvision for its image datasets, built for another torch. transformers
+# (used by TRL) fails to import with it.
 .peers/bin/python -m pip uninstall -q -y torchvision
