@@ -20,7 +20,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from dist_ft.config.schema import DataSection, TaskSection
+from dist_ft.config import renames
+from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.core.errors import DataError, DistFtError, ModelError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
@@ -193,7 +194,7 @@ def main() -> None:
     for line in sys.stdin:
         result: TaskResult = {}
         try:
-            encoder = encoder or _load_encoder(setup)
+            encoder = encoder or load_encoder(setup)
             run_task(encoder, json.loads(line), setup["limit_bytes"])
         except DistFtError as error:
             result = {"error": [type(error).__name__, str(error)]}
@@ -203,7 +204,28 @@ def main() -> None:
         answers.flush()
 
 
-def _load_encoder(setup: EncoderSetup) -> Encoder:
+def describe_encoder(
+    encoder: Encoder, tokenizer_folder: str, limit_bytes: float, options: Any
+) -> EncoderSetup:
+    """Return what `load_encoder` needs to create `encoder` in another process.
+
+    Args:
+        encoder: the encoder.
+        tokenizer_folder: folder with its saved tokenizer.
+        limit_bytes: limit of the cache.
+        options: `storage.options`.
+    """
+    return EncoderSetup(
+        tokenizer=tokenizer_folder,
+        data=encoder.data.model_dump(mode="json"),
+        limit_bytes=limit_bytes,
+        options=options,
+        fingerprint=compute_fingerprint(encoder),
+        recipe=dict(encoder.recipe),
+    )
+
+
+def load_encoder(setup: EncoderSetup) -> Encoder:
     """Create the parent's encoder from what it saved.
 
     Raises:
@@ -219,8 +241,12 @@ def _load_encoder(setup: EncoderSetup) -> Encoder:
     data = DataSection.model_validate(setup["data"])
     tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
     recipe = setup["recipe"]
-    task = TaskSection.model_validate(recipe.get("task") or {})
-    encoder = make_encoder(tokenizer, data, task, recipe.get("sequence_length", 0))
+    # The recipe has the field names of 0.1.0, as runs store a hash of it.
+    task = TaskSection.model_validate(renames.RUN.migrate(recipe.get("task") or {}, "task"))
+    prompting = PromptingSection.model_validate(
+        renames.RUN.migrate(recipe.get("prompting") or {}, "prompting")
+    )
+    encoder = make_encoder(tokenizer, data, task, recipe.get("sequence_length", 0), prompting)
 
     if compute_fingerprint(encoder) != setup["fingerprint"]:
         raise ModelError(

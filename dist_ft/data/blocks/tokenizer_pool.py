@@ -16,8 +16,7 @@ from typing import Any
 
 from dist_ft.core import errors
 from dist_ft.core.errors import DataError, DistFtError, StorageError
-from dist_ft.data.blocks.token_cache import compute_fingerprint
-from dist_ft.data.blocks.tokenize_blocks import BlockTask, EncoderSetup, TaskResult
+from dist_ft.data.blocks.tokenize_blocks import BlockTask, TaskResult, describe_encoder
 from dist_ft.data.encoding.chat import Encoder
 
 MAX_TRIES = 2
@@ -117,14 +116,7 @@ class TokenizerPool:
             return self._started[-1]
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
-        setup = EncoderSetup(
-            tokenizer=folder,
-            data=self._encoder.data.model_dump(mode="json"),
-            limit_bytes=self._limit_bytes,
-            options=self._options,
-            fingerprint=compute_fingerprint(self._encoder),
-            recipe=dict(self._encoder.recipe),
-        )
+        setup = describe_encoder(self._encoder, folder, self._limit_bytes, self._options)
         package_parent = str(Path(__file__).resolve().parents[3])
         python_path = os.pathsep.join(
             [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
