@@ -15,7 +15,7 @@ from dist_ft.cluster.k8s.check import check
 from dist_ft.cluster.k8s.options import Options
 from dist_ft.config.load import load_config
 
-OPTIONS = Options(image="dist-ft:0.1.0", ray_version="2.60.0")
+OPTIONS = Options(image="dist-ft:0.2.0", ray_version="2.60.0")
 RENDER_COMMAND = "dist-ft k8s render configs/llama-8b.yaml --kustomize k8s"
 
 

@@ -17,7 +17,7 @@ from dist_ft.config.load import load_config
 pytest.importorskip("kubernetes_validate", reason="needs the extra k8s: pip install 'dist-ft[k8s]'")
 pytest.importorskip("celpy", reason="needs the extra k8s: pip install 'dist-ft[k8s]'")
 VERSION = "1.33"
-OPTIONS = Options(image="dist-ft:0.1.0", ray_version="2.60.0")
+OPTIONS = Options(image="dist-ft:0.2.0", ray_version="2.60.0")
 SPEC = "spec.rayClusterSpec"
 HEAD = "spec.rayClusterSpec.headGroupSpec.template"
 WORKER = "spec.rayClusterSpec.workerGroupSpecs.0.template"
