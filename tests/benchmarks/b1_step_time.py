@@ -329,7 +329,7 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
         for stage, result in results.items()
     ]
     harness.print_table(
-        "milliseconds per step, and the work of ours outside forward, backward and step",
+        "milliseconds per step; own work is outside forward, backward and step",
         ("", "ours", "bare", "again", "hf", "own work", "all-reduces", "share"),
         times,
     )
