@@ -43,7 +43,7 @@ class PromptingSection(Section):
         {},
         description=(
             "likelihood: label -> the words that stand for it, with the space before them; "
-            "generation: type of entity -> its name in prompts; empty: the label, with spaces for "
+            "generation: entity type -> its name in prompts; empty: the label, with spaces for "
             "'_'."
         ),
     )

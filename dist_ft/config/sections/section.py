@@ -1,4 +1,4 @@
-"""Base of all sections: frozen, unknown keys refused, identity fields marked."""
+"""Base class of config sections, and the mark of fields that identify a run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 def Identity(*args: Any, **kwargs: Any) -> Any:
-    """Return a `Field` that must not change when a run is resumed."""
+    """Return a pydantic `Field` whose value must not change when a run is resumed.
+
+    Takes the arguments of `Field`, except json_schema_extra, which stores the mark.
+    """
     return Field(*args, json_schema_extra={"identity": True}, **kwargs)
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base class of all sections: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def is_default(self, field: str) -> bool:
-        """Whether `field` has the default of the schema."""
+        """Whether the value of `field` equals its default in the schema."""
         return bool(getattr(self, field) == type(self).model_fields[field].default)
 
 
 def as_tuple(value: object) -> object:
-    """Accept a single text in place of a list of one."""
+    """Return a string as a tuple of one string, and any other value unchanged."""
     return (value,) if isinstance(value, str) else value
