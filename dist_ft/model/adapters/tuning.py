@@ -1,9 +1,9 @@
 """Which weights of a model are trained, and which are added to it.
 
-Added weights become part of the model itself: its names, its forward and its loss stay the same.
-Low-rank matrices and scales are those of `peft`, here; virtual tokens (`soft_prompts`) and networks
-behind layers (`bottleneck`) have modules of their own. Every engine, world and resumed run builds
-the same model: all draws follow from the run's seed. Does not load weights.
+The model is changed in place: names of its own layers, `forward` and loss stay the same. This
+module adds the low-rank matrices and scales of `peft`; `soft_prompts` adds virtual tokens and
+`bottleneck` adds bottleneck adapters. All random initial values depend on the run's seed alone, so
+that every engine, number of workers and resumed run builds the same model. Loads no weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
-NUM_EXAMPLES = 3
+"""Names of the final norm in known model families."""
+NUM_NAMES_SHOWN = 3
+"""Names of weights that an error message shows from each end of the model."""
 
 
 def apply_tuning(
@@ -40,21 +42,21 @@ def apply_tuning(
 ) -> Any:
     """Freeze the weights that are not trained and add new ones, in place.
 
-    A head of the task is trained with every method, unless `frozen` names it.
+    Every method trains the head of the task, unless a pattern of tuning.frozen matches it.
 
     Args:
-        model: changed in place.
+        model: the model, without added weights.
         section: the tuning method and its options.
-        seed: of the initial values of added weights.
+        seed: seed of the initial values of added weights.
         task: the model's task.
-        text_ids: tokens of tuning.prompt.text.
+        text_ids: token ids of tuning.prompt.text.
 
     Returns:
-        peft's model around it, None if the method needs none.
+        The `PeftModel` that wraps `model`; None if the method adds no layers of peft.
 
     Raises:
-        ModelError: the model has no such layers, a pattern names none of its weights, or no weight
-            would be trained.
+        ModelError: the model has no target layer, a pattern matches no weight, or no weight would
+            be trained.
     """
     own = set(_parameters(model))
     head: set[str] = set()
@@ -70,14 +72,14 @@ def apply_tuning(
     if section.last_layers:
         trained |= _last_layers(model, section.last_layers)
     for pattern in section.trainable:
-        trained |= _matching(model, pattern, "trainable")
+        trained |= _match_weights(model, pattern, "trainable")
     for pattern in section.frozen:
-        trained -= _matching(model, pattern, "frozen")
+        trained -= _match_weights(model, pattern, "frozen")
 
     if not trained:
         raise ModelError(
-            "tuning: no weight is trainable. tuning.frozen excludes all of them. Give fewer "
-            "patterns."
+            "tuning: no weight is trainable, because tuning.frozen matches all of them. Use fewer "
+            "patterns in tuning.frozen."
         )
     for name, parameter in _parameters(model).items():
         parameter.requires_grad_(name in trained)
@@ -92,7 +94,7 @@ def _add_layers(
     head: set[str],
     text_ids: Sequence[int],
 ) -> Any:
-    """Add the weights of the tuning method; return peft's model, None if it needs none."""
+    """Add the weights of the tuning method; return the `PeftModel`, or None without one."""
     peft_model: Any = None
     if section.method in MERGEABLE_METHODS:
         peft_model = _add_peft_layers(model, section, seed, task, head)
@@ -112,7 +114,7 @@ def _add_layers(
 
 
 def _added_weights(model: PreTrainedModel, own: set[str]) -> set[str]:
-    """Return the trainable weights that are not among the model's own."""
+    """Return the names of trainable weights that are not in `own`, the model's own weights."""
     return {
         name
         for name, parameter in _parameters(model).items()
@@ -121,15 +123,15 @@ def _added_weights(model: PreTrainedModel, own: set[str]) -> set[str]:
 
 
 def name_in_model_files(name: str) -> str:
-    """Return the name of a weight in the model's own files.
+    """Return the name that a weight has in the model's own files.
 
-    A layer with an adapter has moved one level down.
+    peft wraps a layer that gets an adapter: the original layer becomes its child `base_layer`.
     """
     return name.replace(".base_layer.", ".")
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add adapters into the weights they belong to, and remove them from the model, in place."""
+    """Merge all adapters into their base weights and unwrap the layers, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(model.named_modules()):
@@ -142,13 +144,13 @@ def merge_adapters(model: PreTrainedModel) -> None:
 def _add_peft_layers(
     model: PreTrainedModel, section: TuningSection, seed: int, task: TaskSection, head: set[str]
 ) -> Any:
-    """Add peft's layers to `model`; return peft's model around it."""
+    """Add peft's layers to `model`; return the `PeftModel` that wraps it."""
     import torch
     from peft import get_peft_model
 
     fork_rng, catch_warnings = torch.random.fork_rng(devices=[]), warnings.catch_warnings()
     with _peft_errors(model, section), fork_rng, catch_warnings:
-        # Of transposed layers, which peft handles, and of tied ones, which are checked below.
+        # peft warns about transposed layers, which it handles, and tied ones, checked below.
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
         config = peft_config(section, task, head)
@@ -158,7 +160,7 @@ def _add_peft_layers(
 
 
 def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> None:
-    """Raise ModelError for a target that no layer has, and for an adapter on a tied matrix."""
+    """Raise ModelError for a target that matches no layer, or an adapter on a tied weight."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     adapted = {
         name_in_model_files(name): parameter
@@ -176,19 +178,20 @@ def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> Non
                 "name."
             )
 
-    # Merged, an adapter on a tied matrix would change the other layer too.
+    # Merging an adapter into a tied weight would also change the other layer.
     for name, parameter in adapted.items():
         for full_name, other in parameters:
             other_name = name_in_model_files(full_name)
             if other is parameter and other_name != name:
                 raise ModelError(
-                    f"tuning.{section.method}: {name} is one matrix with {other_name}, and an "
-                    "adapter on one of them cannot be added to both. Give other targets."
+                    f"tuning.{section.method}: {name} is tied to {other_name}, so that an adapter "
+                    "on one of them cannot be merged. Targets must be untied layers. Use other "
+                    f"names in tuning.{section.method}.targets."
                 )
 
 
 def target_layers(section: TuningSection) -> tuple[str, ...]:
-    """Return the names of the layers that `section` gives low-rank matrices."""
+    """Return the targets of LoRA or AdaLoRA in `section`; empty for other methods."""
     targets = {"lora": section.lora.targets, "adalora": section.adalora.targets}
     return targets.get(section.method, ())
 
@@ -198,7 +201,10 @@ def peft_config(
 ) -> Any:
     """Return peft's config for the method of `section`.
 
-    The weights of a `head` get no adapter, because they are trained themselves.
+    Args:
+        section: a tuning section whose method is lora, adalora or ia3.
+        task: the model's task.
+        head: names of the head's weights. Its layers are fully trained and get no adapter.
     """
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
@@ -237,7 +243,7 @@ def peft_config(
 
 @contextlib.contextmanager
 def _peft_errors(model: PreTrainedModel, section: TuningSection) -> Iterator[None]:
-    """Turn peft's errors for a model it cannot change into a ModelError of one line."""
+    """Convert peft's errors about an unsupported model into a ModelError of one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
@@ -245,9 +251,9 @@ def _peft_errors(model: PreTrainedModel, section: TuningSection) -> Iterator[Non
         field, remedy = "tuning.method=ia3", "Use tuning.method=lora."
         if section.method != "ia3":
             field = f"tuning.{section.method}.targets={list(target_layers(section))}"
-            remedy = f"Name linear layers it has: {', '.join(linear_layers(model))}."
+            remedy = f"Use linear layers of the model: {', '.join(linear_layers(model))}."
         raise ModelError(
-            f"{field}: this model cannot get such adapters ({first_line}). {remedy}"
+            f"{field}: peft cannot add adapters to this model ({first_line}). {remedy}"
         ) from error
 
 
@@ -255,52 +261,54 @@ def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def _matching(model: PreTrainedModel, pattern: str, field: str) -> set[str]:
-    """Return the weights that match `pattern`, tied ones under the first of their names.
+def _match_weights(model: PreTrainedModel, pattern: str, field: str) -> set[str]:
+    """Return the names of weights that match `pattern`; a tied weight has its first name.
 
     Raises:
-        ModelError: no weight matches the pattern of tuning.`field`.
+        ModelError: no weight matches the pattern, which is given in tuning.<field>.
     """
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {
+    first_name_by_match = {
         name: first_names[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if fnmatchcase(name_in_model_files(name), pattern)
     }
-    if not found:
+    if not first_name_by_match:
+        shown = ", ".join(_first_and_last(first_names.values()))
         raise ModelError(
-            f"tuning.{field}={pattern}: no weight has such a name. The model has "
-            f"{', '.join(_examples(first_names.values()))}. Give a pattern such as *.layers.0.*."
+            f"tuning.{field}={pattern}: no weight matches this pattern. The model has "
+            f"{shown}. Use a pattern such as *.layers.0.*."
         )
-    for name, first_name in found.items():
+    for name, first_name in first_name_by_match.items():
         if name != first_name:
             log.info(
-                "tuning.%s=%s: %s is one matrix with %s; it is trained, or frozen, in both places",
+                "tuning.%s=%s: %s is tied to %s; they are trained or frozen together",
                 field,
                 pattern,
                 name,
                 first_name,
             )
-    return set(found.values())
+    return set(first_name_by_match.values())
 
 
-def _examples(names: Iterable[str]) -> list[str]:
-    """Return the first and last names of a model's weights."""
+def _first_and_last(names: Iterable[str]) -> list[str]:
+    """Return the first and last `NUM_NAMES_SHOWN` of `names`, as in the model's files."""
     names = [name_in_model_files(name) for name in names]
-    if len(names) <= 2 * NUM_EXAMPLES:
+    if len(names) <= 2 * NUM_NAMES_SHOWN:
         return names
-    return [*names[:NUM_EXAMPLES], "...", *names[-NUM_EXAMPLES:]]
+    return [*names[:NUM_NAMES_SHOWN], "...", *names[-NUM_NAMES_SHOWN:]]
 
 
-def _last_layers(model: PreTrainedModel, count: int) -> set[str]:
-    """Return the weights of the last layers, the final norm and an untied output layer."""
+def _last_layers(model: PreTrainedModel, num_layers: int) -> set[str]:
+    """Return the names of weights of the last layers, the final norm and an untied output layer."""
     prefix, layers = _find_layers(model)
-    if count > len(layers):
+    if num_layers > len(layers):
         raise ModelError(
-            f"tuning.last_layers={count}: the model has {len(layers)} layers. Give at most as many."
+            f"tuning.last_layers={num_layers}: the model has {len(layers)} layers. Use at most "
+            f"{len(layers)}."
         )
-    first = len(layers) - count
-    chosen = tuple(f"{prefix}.{index}." for index in range(first, len(layers)))
+    first = len(layers) - num_layers
+    last_prefixes = tuple(f"{prefix}.{index}." for index in range(first, len(layers)))
 
     after_layers = {id(parameter) for parameter in _final_norm(model, prefix).parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -310,12 +318,12 @@ def _last_layers(model: PreTrainedModel, count: int) -> set[str]:
     return {
         name
         for name, parameter in _parameters(model).items()
-        if name.startswith(chosen) or id(parameter) in after_layers
+        if name.startswith(last_prefixes) or id(parameter) in after_layers
     }
 
 
 def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
-    """Return the norm next to the layers `layers_name`; an empty module if there is none."""
+    """Return the norm with the same parent as the layers `layers_name`, or an empty module."""
     from torch import nn
 
     parent = model.get_submodule(layers_name.rpartition(".")[0])
@@ -324,24 +332,30 @@ def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
         for name, module in parent.named_children()
         if "norm" in type(module).__name__.lower()
     }
-    if len(norms) > 1:  # such as norms of embeddings
+    if len(norms) > 1:  # for example, also a norm of the embeddings
         norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
         if len(norms) != 1:
             raise ModelError(
-                f"tuning.last_layers: the final norm of a {model.config.model_type} model is not "
-                "known. Use tuning.trainable with patterns of names."
+                f"tuning.last_layers: the final norm of a {model.config.model_type} model "
+                "cannot be located. Use tuning.trainable with name patterns."
             )
     return next(iter(norms.values()), nn.Module())
 
 
 class _Layers(NamedTuple):
-    """The list of a model's layers, and its dotted name."""
+    """The transformer layers of a model.
+
+    Attributes:
+        name: dotted name of the list in the model.
+        layers: the list, a `ModuleList`.
+    """
 
     name: str
     layers: Any
 
 
 def _find_layers(model: PreTrainedModel) -> _Layers:
+    """Return the first list of modules with one module per layer; ModelError if none exists."""
     from torch import nn
 
     config = model.config.get_text_config()
@@ -351,5 +365,5 @@ def _find_layers(model: PreTrainedModel) -> _Layers:
                 return _Layers(name, module)
     raise ModelError(
         f"tuning.last_layers: the layers of a {model.config.model_type} model cannot be located. "
-        "Use tuning.trainable with patterns of names."
+        "Use tuning.trainable with name patterns."
     )

@@ -64,7 +64,7 @@ def test_tied_output_layer_by_name_is_trained_in_both_places(caplog):
             model=make_model(tie_word_embeddings=True), method="partial", trainable="lm_head.*"
         )
     assert trainable(model) == {"model.embed_tokens.weight"}
-    assert "lm_head.weight is one matrix with model.embed_tokens.weight" in caplog.text
+    assert "lm_head.weight is tied to model.embed_tokens.weight" in caplog.text
 
 
 def test_untied_output_layer_is_trained_alone():
@@ -139,16 +139,16 @@ def test_merged_model_gives_the_same_logits_under_its_own_names(method, family):
     [
         (
             {"method": "partial", "last_layers": 3},
-            "tuning.last_layers=3: the model has 2 layers. Give at most as many.",
+            "tuning.last_layers=3: the model has 2 layers. Use at most 2.",
         ),
         (
             {"method": "partial", "trainable": "lmhead.*"},
-            "tuning.trainable=lmhead.*: no weight has such a name. The model has model",
+            "tuning.trainable=lmhead.*: no weight matches this pattern. The model has model",
         ),
         ({"method": "full", "frozen": "*"}, "tuning: no weight is trainable"),
         (
             {"method": "lora", "lora": {"targets": ["q_prj"]}},
-            "tuning.lora.targets=['q_prj']: this model cannot get such",
+            "tuning.lora.targets=['q_prj']: peft cannot add adapters",
         ),
         (
             {"method": "lora", "lora": {"targets": ["q_proj", "v_prj"]}},
@@ -168,7 +168,7 @@ def test_adapter_on_a_tied_output_layer_is_refused():
     """Merged, it would change the input embeddings too."""
     with pytest.raises(
         ModelError,
-        match=re.escape("tuning.lora: lm_head.weight is one matrix with model.embed_tokens.weight"),
+        match=re.escape("tuning.lora: lm_head.weight is tied to model.embed_tokens.weight"),
     ):
         tuned(
             model=make_model(tie_word_embeddings=True),

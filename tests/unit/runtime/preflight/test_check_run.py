@@ -62,15 +62,15 @@ def test_sequence_longer_than_the_model_accepts_is_reported(base):
     [
         (
             "tuning={method: partial, last_layers: 6}",
-            "tuning.last_layers=6: the model has 5 layers. Give at most as many.",
+            "tuning.last_layers=6: the model has 5 layers. Use at most 5.",
         ),
         (
             "tuning={method: partial, trainable: 'lmhead.*'}",
-            "tuning.trainable=lmhead.*: no weight has such a name. The model has",
+            "tuning.trainable=lmhead.*: no weight matches this pattern. The model has",
         ),
         (
             "tuning={method: lora, lora: {targets: q_prj}}",
-            "tuning.lora.targets=['q_prj']: this model cannot get such adapters",
+            "tuning.lora.targets=['q_prj']: peft cannot add adapters to this model",
         ),
         ("tuning={method: lora, lora: {dora: true}}", None),
     ],
