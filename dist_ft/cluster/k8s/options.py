@@ -1,4 +1,4 @@
-"""What manifests need and a run's config does not contain: image, namespace, machines, secrets."""
+"""Options of manifests that a run's config does not contain: image, namespace, nodes, secrets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dist_ft.core.errors import ConfigError
 
-LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-PAIR = re.compile(r"[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*")
+DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+"""Names of most Kubernetes objects (RFC 1123)."""
+NODE_LABEL = re.compile(r"[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*")
 
 
 def _require_pinned_image(image: str) -> str:
+    """Return `image`, or raise ValueError if it can change."""
     problem = find_image_problem(image)
     if problem:
         raise ValueError(problem)
@@ -23,92 +25,129 @@ def _require_pinned_image(image: str) -> str:
 
 
 def find_image_problem(image: str) -> str | None:
-    """Return what is wrong with the name of an image, or None. Pure."""
+    """Return why the reference `image` is not pinned to one image, or None if it is. Pure."""
     name, _, digest = image.partition("@")
     tag = name.rsplit("/", 1)[-1].partition(":")[2]
     if digest:
         if re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
             return None
-        return "its digest is not sha256: and 64 hexadecimal digits. Correct it."
+        return "the digest is not sha256: and 64 hexadecimal digits. Correct it."
     if not tag:
-        return "has no tag, which means latest, and that image changes. Add a tag or a digest."
+        return "has no tag, which means latest, a tag that moves. Add a tag or a digest."
     if tag == "latest":
-        return "the image behind latest changes. Use another tag or a digest."
+        return "the tag latest moves. Use another tag or a digest."
     return None
 
 
-def _require_pair(text: str) -> str:
-    if not PAIR.fullmatch(text):
-        raise ValueError("must have the form key=value. Correct it.")
+def _require_node_label(text: str) -> str:
+    """Return `text`, or raise ValueError if it is not key=value."""
+    if not NODE_LABEL.fullmatch(text):
+        raise ValueError("is not a node label, which has the form key=value. Correct it.")
     return text
 
 
 Image = Annotated[str, AfterValidator(_require_pinned_image)]
-Pair = Annotated[str, AfterValidator(_require_pair)]
-Name = Annotated[str, Field(pattern=f"^{LABEL}$")]
+NodeLabel = Annotated[str, AfterValidator(_require_node_label)]
+Name = Annotated[str, Field(pattern=f"^{DNS_LABEL}$")]
 
 
 def default_image() -> str:
-    """Return the image that launch/Dockerfile builds: this version of dist_ft."""
+    """Return the name of the image that launch/Dockerfile builds for this version of dist_ft."""
     return f"dist-ft:{importlib.metadata.version('dist-ft')}"
 
 
 def installed_ray_version() -> str:
-    """Return the version of Ray that is installed here."""
+    """Return the version of Ray in this Python environment."""
     return importlib.metadata.version("ray")
 
 
 class Options(BaseModel):
-    """Options of `dist-ft k8s render`; each has a safe default."""
+    """Options of `dist-ft k8s render`. Defaults of s3_role and redis are placeholders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: Image = Field(default_factory=default_image)
-    ray_version: str = Field(default_factory=installed_ray_version, pattern=r"^\d+\.\d+\.\d+$")
-    namespace: Name = "dist-ft"
-    workers_per_node: int = Field(8, ge=1)
+    image: Image = Field(
+        default_factory=default_image, description="Image of all pods, with a tag or a digest."
+    )
+    ray_version: str = Field(
+        default_factory=installed_ray_version,
+        pattern=r"^\d+\.\d+\.\d+$",
+        description="Version of Ray in the image.",
+    )
+    namespace: Name = Field("dist-ft", description="Namespace of all objects.")
+    workers_per_node: int = Field(
+        8, ge=1, description="Workers of a node; cluster.workers_per_node takes precedence."
+    )
     parameters: float = Field(
-        0, ge=0, description="Parameters of the model; 0: from the model's name."
+        0, ge=0, description="Number of parameters of the model; 0: from the model's name."
     )
     storage_mb_s: float = Field(
-        200, gt=0, description="Minimum MB/s that a worker writes to storage."
+        200, gt=0, description="Minimum write rate of one worker to storage, in MB/s (10^6 bytes)."
     )
-    gpu_resource: str = Field("nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
-    node_selector: tuple[Pair, ...] = ()
-    spot_label: Pair = "karpenter.sh/capacity-type=spot"
+    gpu_resource: str = Field(
+        "nvidia.com/gpu",
+        pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$",
+        description="Resource name of a GPU.",
+    )
+    node_selector: tuple[NodeLabel, ...] = Field((), description="Labels of the workers' nodes.")
+    spot_label: NodeLabel = Field(
+        "karpenter.sh/capacity-type=spot", description="Label and taint of spot nodes."
+    )
     spot_notice_s: int = Field(
-        120, ge=15, description="Seconds between the notice and the end of a spot node."
+        120, ge=15, description="Seconds from the termination notice of a spot node to its end."
     )
-    queue: Name = "dist-ft"
-    secret: Name = "dist-ft-secrets"
-    token_secret: Name | None = None
-    claim: Name | None = None
-    claim_mount: str = Field("/mnt/dist_ft", pattern=r"^/[^\s]+$")
-    s3_role: str = Field("arn:aws:iam::111122223333:role/dist-ft", pattern=r"^arn:[^\s]+$")
-    redis: str = Field("redis.dist-ft.svc:6379", pattern=r"^[^\s:/@]+:\d+$")
-    redis_secret: Name = "redis"
-    metrics_namespace: Name = "monitoring"
-    efa: int = Field(32, ge=1, description="EFA devices of a node.")
-    rdma_resource: str = Field("rdma/hca", pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")
+    queue: Name = Field("dist-ft", description="Kueue's local queue.")
+    secret: Name = Field("dist-ft-secrets", description="Secret with the environment of all pods.")
+    token_secret: Name | None = Field(
+        None, description="Secret with Ray's authentication token; default: KubeRay creates one."
+    )
+    claim: Name | None = Field(
+        None, description="PersistentVolumeClaim that all pods mount; default: none."
+    )
+    claim_mount: str = Field(
+        "/mnt/dist_ft", pattern=r"^/[^\s]+$", description="Path where pods mount the claim."
+    )
+    s3_role: str = Field(
+        "arn:aws:iam::111122223333:role/dist-ft",
+        pattern=r"^arn:[^\s]+$",
+        description="ARN of the IAM role of the service account. Set your own.",
+    )
+    redis: str = Field(
+        "redis.dist-ft.svc:6379",
+        pattern=r"^[^\s:/@]+:\d+$",
+        description="HOST:PORT of the Redis that stores the state of Ray's control plane.",
+    )
+    redis_secret: Name = Field(
+        "redis", description="Secret with the password of Redis, key `password`."
+    )
+    metrics_namespace: Name = Field(
+        "monitoring", description="Namespace of the Prometheus that reads the metrics."
+    )
+    efa: int = Field(32, ge=1, description="Number of EFA devices of a node.")
+    rdma_resource: str = Field(
+        "rdma/hca",
+        pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$",
+        description="Resource name of an RDMA device.",
+    )
 
 
-def parse_options(given: Mapping[str, object], pairs: Sequence[str] = ()) -> Options:
-    """Return the options.
+def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) -> Options:
+    """Return validated options; an assignment overrides a named option.
 
     Args:
-        given: options by name; None: not given.
-        pairs: options as NAME=VALUE.
+        named: options by name; None: use the default.
+        assignments: options as NAME=VALUE.
 
     Raises:
-        ConfigError: lists everything that is wrong.
+        ConfigError: lists all unknown options and invalid values.
     """
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in named.items() if value is not None}
     problems = []
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign or name not in Options.model_fields:
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or name not in Options.model_fields:
             problems.append(
-                f"--set={pair}: unknown option. Use NAME=VALUE with one of these names: "
+                f"--set={assignment}: unknown option. Use NAME=VALUE with one of these names: "
                 f"{', '.join(Options.model_fields)}."
             )
         elif name == "node_selector":

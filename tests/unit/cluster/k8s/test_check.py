@@ -195,7 +195,7 @@ BROKEN = {  # name: (change, part of the expected line)
     # our checklist
     "latest": (
         put("RayJob", f"{CONTAINER}.image", "dist-ft:latest"),
-        "image=dist-ft:latest: the image behind latest changes",
+        "image=dist-ft:latest: the tag latest moves",
     ),
     "no tag": (
         put("RayJob", f"{CONTAINER}.image", "host:5000/dist-ft"),

@@ -154,13 +154,13 @@ def test_hub_names_are_not_paths():
         (
             {"image": "a:latest"},
             [],
-            "image=a:latest: the image behind latest changes. Use another tag or a digest",
+            "image=a:latest: the tag latest moves. Use another tag or a digest",
         ),
         ({"image": "host:5000/a"}, [], "image=host:5000/a: has no tag, which means latest"),
         (
             {},
             ["image=a@sha256:12"],
-            "image=a@sha256:12: its digest is not sha256: and 64 hexadecimal digits",
+            "image=a@sha256:12: the digest is not sha256: and 64 hexadecimal digits",
         ),
         ({"namespace": "Mine"}, [], "namespace=Mine: String should match"),
         (
@@ -170,7 +170,7 @@ def test_hub_names_are_not_paths():
         ),
         ({}, ["claim"], "--set=claim: unknown option"),
         ({}, ["redis=redis://:hush@h:1"], "redis="),
-        ({"node_selector": ("a",)}, [], "node_selector=a: must have the form key=value"),
+        ({"node_selector": ("a",)}, [], "node_selector=a: is not a node label, which has the form key=value"),
     ],
 )
 def test_invalid_options_are_refused(given, more, expected):
