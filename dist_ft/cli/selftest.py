@@ -11,14 +11,14 @@ from dist_ft.cli.arguments import Overrides, is_config_file
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "run": {"name": "drill"},
-    "model": {"path": "made-by-the-drill", "dtype": "float32"},
-    "data": {"train": "made-by-the-drill"},
+    "model": {"path": "built-by-the-drill", "dtype": "float32"},
+    "data": {"train": "built-by-the-drill"},
     "batch": {"global_batch": 2**16, "sequence_length": 64},
     "schedule": {"steps": 1},
     "checkpoint": {"every_steps": 1},
 }
-"""The config of a drill without one. Any number of workers fits its batch. Only the number format
-and the defaults of all other fields matter, as the drill brings its own model and data."""
+"""The config of a drill or self-test if the user gives none. Its batch fits any number of workers.
+The model and the data are placeholders: the drill or self-test builds its own."""
 
 
 def drill(
@@ -27,16 +27,18 @@ def drill(
         typer.Argument(
             metavar="CONFIG",
             help="YAML file (path or URL) of a run. Its cluster, storage and zero sections are "
-            "used. Default: this process, ./runs.",
+            "used. Default: train in this process and write to ./runs.",
         ),
     ] = None,
     overrides: Overrides = None,
     scenario: Annotated[
         list[str] | None,
-        typer.Option(help="Only this one: death, hang, preemption or storage. Repeatable."),
+        typer.Option(
+            help="Run only this scenario: death, hang, preemption or storage. Repeatable."
+        ),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the drill's folder even if everything passed.")
+        bool, typer.Option("--keep", help="Keep the drill's folder even if all scenarios pass.")
     ] = False,
     json_out: Annotated[
         str | None,
@@ -45,10 +47,10 @@ def drill(
 ) -> None:
     """Inject faults into short runs on your own cluster and storage, and check that they recover.
 
-    A small model is trained undisturbed, then again with a worker killed, a worker that hangs,
-    SIGTERM, and storage that fails. Each run must end with bit-equal losses, every sample counted
-    once, and every checkpoint intact. Takes minutes. Works in a new folder below run.storage, which
-    is removed if everything passed. Exits 1 if something did not.
+    Trains a small model without faults, then again with a killed worker, a worker that hangs,
+    SIGTERM, and storage errors. Each run must end with bit-equal losses, every sample counted once,
+    and every checkpoint intact. Takes minutes. Works in a new folder in run.storage and removes it
+    if all scenarios pass. Exits with 1 if a scenario fails.
 
     \b
     Examples:
@@ -61,22 +63,23 @@ def drill(
 
     from dist_ft.config.load import load_config
     from dist_ft.core.logs import quiet_third_parties
-    from dist_ft.selftest import drill as drills
+    from dist_ft.selftest import drill as fault_drill
     from dist_ft.selftest.drill_scenarios import NAMES
 
     _require_known("--scenario", scenario or (), NAMES[1:], "drill")
     quiet_third_parties()
-    _sigterm_as_ctrl_c()
+    _interrupt_on_sigterm()
 
-    if _is_override(config):
-        run = load_config(DEFAULT_CONFIG, [*([config] if config else []), *(overrides or ())])
+    if _is_missing_or_override(config):
+        all_overrides = [*([config] if config else []), *(overrides or ())]
+        run = load_config(DEFAULT_CONFIG, all_overrides)
     else:
         run = load_config(config or "", overrides or ())
-    report = drills.run(run, scenario or (), keep, typer.echo)
+    report = fault_drill.run(run, scenario or (), keep, typer.echo)
 
-    typer.echo(drills.describe(report))
+    typer.echo(fault_drill.describe(report))
     if json_out is not None:
-        Path(json_out).write_text(drills.as_json(report))
+        Path(json_out).write_text(fault_drill.as_json(report))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -87,27 +90,29 @@ def selftest(
         typer.Argument(
             metavar="CONFIG",
             help="YAML file (path or URL) of a run. Its cluster, storage and zero sections are "
-            "used. Default: one worker for each GPU of this machine (two on the CPU without GPUs), "
-            "./runs.",
+            "used. Default: one worker for each GPU of this machine (without GPUs: two on the "
+            "CPU), and write to ./runs.",
         ),
     ] = None,
     overrides: Overrides = None,
     check: Annotated[
         list[str] | None,
-        typer.Option(help="Only this one: parity, collective, resume or throughput. Repeatable."),
+        typer.Option(
+            help="Run only this check: parity, collective, resume or throughput. Repeatable."
+        ),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the selftest's folder even if everything passed.")
+        bool, typer.Option("--keep", help="Keep the self-test's folder even if all checks pass.")
     ] = False,
     out: Annotated[str, typer.Option(help="Local folder for selftest.json and selftest.md.")] = ".",
 ) -> None:
-    """Check in a few minutes that dist_ft keeps its promises on your GPUs, and write a report.
+    """Check in a few minutes that dist_ft works correctly on your GPUs, and write a report.
 
-    A small model is trained in one process and by ZeRO-1, 2 and 3 on all workers (same losses?),
-    with a worker killed and on another number of workers (does it resume?). Collectives and pairs
-    of nodes are verified and timed. A larger model measures training speed. Works in a new folder
-    below run.storage, removed if everything passed. The report holds versions, devices, figures and
-    verdicts, but no names of nodes. Exits 1 if something failed.
+    Trains a small model in one process and with ZeRO-1, 2 and 3 on all workers, and compares the
+    losses. Resumes it after a killed worker and on another number of workers. Verifies and times
+    collectives and pairs of nodes. Measures training speed with a larger model. Works in a new
+    folder in run.storage and removes it if all checks pass. The report holds versions, devices,
+    measurements and verdicts, but no names of nodes. Exits with 1 if a check fails.
 
     \b
     Examples:
@@ -120,26 +125,26 @@ def selftest(
 
     from dist_ft.config.load import load_config
     from dist_ft.core.logs import quiet_third_parties
-    from dist_ft.selftest import selftest as selftests
+    from dist_ft.selftest import selftest as self_test
     from dist_ft.selftest.checks import CHECKS
     from dist_ft.selftest.report import to_markdown
 
     _require_known("--check", check or (), CHECKS, "selftest")
     quiet_third_parties()
-    _sigterm_as_ctrl_c()
+    _interrupt_on_sigterm()
 
-    if _is_override(config):
-        given = [*([config] if config else []), *(overrides or ())]
-        run = selftests.detect_config(DEFAULT_CONFIG, given)
+    if _is_missing_or_override(config):
+        all_overrides = [*([config] if config else []), *(overrides or ())]
+        run = self_test.detect_config(DEFAULT_CONFIG, all_overrides)
     else:
         run = load_config(config or "", overrides or ())
-    report = selftests.run(run, check or (), keep, typer.echo)
+    report = self_test.run(run, check or (), keep, typer.echo)
 
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "selftest.json").write_text(selftests.as_json(report), "utf-8")
+    (folder / "selftest.json").write_text(self_test.as_json(report), "utf-8")
     (folder / "selftest.md").write_text(to_markdown(report), "utf-8")
-    typer.echo(selftests.describe(report))
+    typer.echo(self_test.describe(report))
     typer.echo(f"wrote selftest.json and selftest.md in {out}; attach them to a bug report")
     if not report.passed:
         raise typer.Exit(1)
@@ -148,11 +153,11 @@ def selftest(
 def _require_known(
     option: str, names: Sequence[str], allowed: Collection[str], command: str
 ) -> None:
-    """Raise ConfigError with a line for every name that is not allowed."""
+    """Raise ConfigError with one line for each name that is not allowed."""
     from dist_ft.core.errors import ConfigError
 
     problems = [
-        f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}."
+        f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}. Use one of these."
         for name in names
         if name not in allowed
     ]
@@ -160,13 +165,13 @@ def _require_known(
         raise ConfigError(problems, command)
 
 
-def _sigterm_as_ctrl_c() -> None:
-    """Make SIGTERM act as Ctrl-C, so that no run this command started is left behind."""
+def _interrupt_on_sigterm() -> None:
+    """Make SIGTERM act as Ctrl-C, so that this command stops the runs that it started."""
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _is_override(config: str | None) -> bool:
-    """Return whether no config is given, so that its argument is the first override."""
+def _is_missing_or_override(config: str | None) -> bool:
+    """Return whether the argument CONFIG is missing, or is the first override instead of a file."""
     return config is None or ("=" in config and not is_config_file(config))

@@ -27,7 +27,7 @@ from dist_ft.selftest.materials import ModelSize
 
 CHECKS = ("parity", "collective", "resume", "throughput")
 TOLERANCE = 1e-5
-"""Of a loss, in float32 (promises 3 and 7 of the design)."""
+"""Maximum difference of two losses in float32 (guarantees 3 and 7 of the design)."""
 ZERO_STAGES = (1, 2, 3)
 CPU_MODEL = ModelSize(256, 4, 704, 4, 256)
 GPU_MODELS = (
@@ -37,7 +37,7 @@ GPU_MODELS = (
 )
 """0.8, 0.3 and 0.08 billion weights; the first that fits is used."""
 STATE_BYTES_PER_WEIGHT = 18
-"""Of mixed-precision training with AdamW, over all workers."""
+"""Bytes of state per weight in mixed-precision training with AdamW, over all workers."""
 ACTIVATION_BYTES = 6 * 2**30
 """Reserved for activations on each worker."""
 SPEED_RUN, MICRO_BATCH = "speed", 4
@@ -178,8 +178,8 @@ def check_losses(
     """Compare a run with the one it must equal.
 
     Args:
-        name: of one of `planned`, but not plain.
-        outcomes: of the runs so far, by name.
+        name: name of one of `planned`, but not plain.
+        outcomes: outcomes of the runs so far, by name.
         planned: all runs.
     """
     scenario = next(scenario for scenario in planned if scenario.name == name)

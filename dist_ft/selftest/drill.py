@@ -82,12 +82,12 @@ def run(
 
     Args:
         config: a run's config; its cluster, storage and zero sections are used.
-        only: names of the scenarios to run after the undisturbed run; default: all.
+        only: names of the scenarios to run after the run without faults; default: all.
         keep: keep the folder even if all scenarios passed.
         report_line: called with each line of progress.
 
     Raises:
-        ConfigError: as from `dist-ft check`, before anything is started.
+        ConfigError: `dist-ft check` finds a problem. Raised before anything starts.
         Interrupted: SIGINT.
     """
     filesystem.configure(config.storage.options)

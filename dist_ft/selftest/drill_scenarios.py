@@ -1,7 +1,7 @@
 """Scenarios of a drill: what is injected into a run, and when the run counts as recovered.
 
 Pure: no process, no storage. Each scenario is its own run of the same small config. It passes if it
-ends as expected and in time, every loss equals the undisturbed run's to the last bit, the ledger
+ends as expected and in time, every loss is bit-equal to that of the run without faults, the ledger
 holds every sample once, and every checkpoint is intact.
 """
 
@@ -79,12 +79,12 @@ class StepLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run of a scenario left behind.
+    """The outcome of a run of a scenario.
 
     Attributes:
-        exit_codes: of each command; None: it did not end in time.
+        exit_codes: exit code of each command; None: it did not end in time.
         lines: the output of all commands.
-        losses: as the run's metrics have them.
+        losses: losses in the run's metrics.
         ledger_problem: what is wrong with the ledger; "" if nothing.
         damaged_checkpoints: what is wrong with checkpoints; empty if nothing.
         num_checkpoints: that the run has.
@@ -103,7 +103,7 @@ class RunOutcome:
 
 
 def scenarios(num_workers: int) -> list[Scenario]:
-    """Return all scenarios, the undisturbed run first.
+    """Return all scenarios, the run without faults first.
 
     `num_workers` 0 means one process without Ray.
     """
@@ -205,7 +205,7 @@ def num_lanes(num_workers: int) -> int:
 def find_problems(
     scenario: Scenario, outcome: RunOutcome, expected_losses: Sequence[StepLoss]
 ) -> list[str]:
-    """Return what is wrong with a run; `expected_losses`: of the undisturbed run."""
+    """Return what is wrong with a run; `expected_losses`: of the run without faults."""
     problems = []
     expected_codes: tuple[int, ...] = (scenario.first_exit_code,)
     if scenario.first_exit_code != 0:
@@ -251,7 +251,7 @@ def compare_losses(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> 
 
     for (step, loss), (_, expected_loss) in zip(losses, expected, strict=True):
         if loss != expected_loss:
-            return [f"step {step}: loss {loss!r}, but {expected_loss!r} in the undisturbed run"]
+            return [f"step {step}: loss {loss!r}, but {expected_loss!r} in the run without faults"]
     return []
 
 

@@ -30,8 +30,8 @@ class ModelSize:
         intermediate_size: width of the feed-forward layers.
         num_heads: attention heads.
         sequence_length: longest sequence (T).
-        dropout: of attention.
-        dtype: of the weights.
+        dropout: dropout rate of attention.
+        dtype: type of the weights.
     """
 
     hidden_size: int

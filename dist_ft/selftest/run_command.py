@@ -42,12 +42,12 @@ STOP_S = 30.0
 def run_scenario(
     config: RunConfig, scenario: Scenario, store: Store, rerun_config: RunConfig | None = None
 ) -> RunOutcome:
-    """Run a scenario to its end and return what it left behind.
+    """Run a scenario to its end and return its outcome.
 
     Its output is stored as `<name>.log` in `store`.
 
     Args:
-        config: of the run.
+        config: config of the run.
         scenario: the scenario.
         store: folder of all runs.
         rerun_config: config of the second command, if the scenario has one; default: `config`.

@@ -1,4 +1,4 @@
-"""A self-test: does dist_ft keep its promises on this machine or cluster?
+"""A self-test: verify that dist_ft works correctly on this machine or cluster.
 
 Each run is the command `dist-ft train` with real Ray workers, with nccl on GPUs and gloo without.
 Everything is stored in a new folder below `run.storage`, which is removed at the end if all checks
@@ -60,8 +60,8 @@ class Report:
         network: network.json of the run zero-3, nodes by number; None without one.
         settings: part of the config.
         log_tails: last lines of the output of failed runs, by name.
-        duration_s: of the self-test.
-        folder_url: of its folder; "" if that was removed.
+        duration_s: duration of the self-test, in seconds.
+        folder_url: URL of the self-test's folder; "" if it was removed.
     """
 
     created_at: str
@@ -109,14 +109,14 @@ def run(
         report_line: called with each line of progress.
 
     Raises:
-        ConfigError: as from `dist-ft check`, before anything is started.
+        ConfigError: `dist-ft check` finds a problem. Raised before anything starts.
         Interrupted: SIGINT.
     """
     if config.min_workers == 0:
         raise ConfigError(
             [
-                "cluster.workers=0: a self-test compares Ray workers with one process, so it "
-                "needs Ray workers; set cluster.workers to the number of GPUs"
+                "cluster.workers=0: a self-test compares Ray workers with one process. At least "
+                "one worker is required. Set cluster.workers to the number of GPUs."
             ],
             "selftest",
         )

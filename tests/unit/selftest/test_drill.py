@@ -98,7 +98,7 @@ def test_sound_runs_pass():
         ),
         (
             {"losses": (*LOSSES[:19], (20, 0.3 + 2e-16), *LOSSES[20:])},
-            "step 20: loss 0.3000000000000002, but 0.3 in the undisturbed run",
+            "step 20: loss 0.3000000000000002, but 0.3 in the run without faults",
         ),
         ({"ledger_problem": "2 lost"}, "ledger: 2 lost"),
         ({"damaged_checkpoints": ("step-5: altered",)}, "checkpoint step-5: altered"),
