@@ -66,7 +66,7 @@ class FileEntry(_FrozenModel):
     Attributes:
         path: relative to the checkpoint's folder (for the ledger, to the run's folder).
         num_bytes: length of the file.
-        checksum: of the whole file.
+        checksum: checksum of the whole file.
         block_bytes: bytes per block checksum; 0 if only the whole file has a checksum.
         blocks: the xxh3_64 checksums of all blocks, concatenated.
         shared: whether several checkpoints refer to the file; such files are in a folder of the
@@ -137,7 +137,7 @@ class Manifest(_FrozenModel):
             this step was evaluated.
         frozen: names of the weights in the shared files; they are not trained and were written
             once.
-        layout: of a local checkpoint: engine, ZeRO stage and number of workers that wrote it; "" in
+        layout: engine, ZeRO stage and number of workers that wrote a local checkpoint; "" in
             storage.
     """
 

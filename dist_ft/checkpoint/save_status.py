@@ -88,7 +88,7 @@ class SaveInProgress:
     Files are written first, then all ranks exchange the results, then rank 0 commits.
 
     Attributes:
-        name: of the checkpoint's folder.
+        name: name of the checkpoint's folder.
         files: entries of this worker's files.
         frozen: names of the weights that are not trained.
         shared: entries of the files of frozen weights, if this save writes them.

@@ -102,10 +102,10 @@ RUN = Renames(
         "model.checkpoint": {"newest": "latest"},
     },
 )
-"""Of a run's config, and of the sections of it that exported models store."""
+"""Renames in a run's config, and in its sections that exported models store."""
 
 SEARCH = Renames(fields={"at_once": "max_concurrent"}, values={})
-"""Of the file of `dist-ft tune`, and of what a search stores."""
+"""Renames in the file of `dist-ft tune`, and in the files that a search stores."""
 
 STAGES = Renames(fields={"begin": "checkpoint"}, values={"checkpoint": {"newest": "latest"}})
-"""Of the file of `dist-ft stages`."""
+"""Renames in the file of `dist-ft stages`."""

@@ -20,14 +20,14 @@ class ResolvedRun:
     """A run as this process carries it out.
 
     Attributes:
-        config: as the user gave it.
+        config: the config as the user gave it.
         model: `config.model`, its path replaced by a local folder where model.path names another
             run or where task.grow_head added rows to the head.
-        labels: of the task, in the order of the head's outputs; empty for tasks without labels, and
-            until they are resolved.
+        labels: labels of the task, in the order of the head's outputs; empty for tasks without
+            labels, and until they are resolved.
         templates: prompt templates with the few-shot examples written in; None: those of the
             config.
-        tokenizer: of the model; None until it is loaded.
+        tokenizer: tokenizer of the model; None until it is loaded.
     """
 
     config: RunConfig

@@ -89,12 +89,12 @@ class Stages:
     """The stages of a file, whose runs share a storage.
 
     Attributes:
-        name: of the sequence.
+        name: name of the sequence.
         url: folder of the sequence's own files: <run.storage>/<name>.
-        metric: of the matrix.
+        metric: metric in the matrix.
         checkpoint: "latest" or "best": the checkpoint of each stage that is evaluated and that the
             next stage starts from.
-        stages: in order.
+        stages: the stages, in order.
     """
 
     name: str
@@ -115,7 +115,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
     """Return the stages in the YAML file `path`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         overrides: section.field=value, set in the config of every stage.
 
     Raises:
@@ -350,10 +350,10 @@ def with_scoring_data(
     """Return the config that evaluates the result of `run` on the held-out data of `config`.
 
     Args:
-        config: of the stage with the data.
+        config: config of the stage with the data.
         run: whose model is evaluated.
         checkpoint: "latest" or "best".
-        labels: of the head of `run`.
+        labels: labels of the head of `run`.
     """
     held_out = tuple(source.without_mixing() for source in config.evaluation.data)
     model = {"path": run.run_url, "checkpoint": checkpoint, "revision": None}

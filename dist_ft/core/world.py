@@ -29,7 +29,7 @@ class World:
     """This process among all ranks, and its place on its node.
 
     Attributes:
-        rank: of this process, from 0 to `num_ranks` - 1.
+        rank: rank of this process, from 0 to `num_ranks` - 1.
         num_ranks: processes of the run.
         rank_of_node: index of this process among those of its node (torch's LOCAL_RANK).
         ranks_per_node: processes on this node (torch's LOCAL_WORLD_SIZE).

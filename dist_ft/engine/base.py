@@ -26,7 +26,7 @@ class StateSlice:
     """Elements [offset, offset + numel) of a flattened state of a parameter, held by this worker.
 
     Attributes:
-        name: of the parameter.
+        name: name of the parameter.
         key: "param" (float32 master), "frozen", "buffer", or an optimizer state such as "exp_avg".
         owned: whether this worker saves it. Replicated state is saved by one worker and loaded by
             all.
@@ -131,7 +131,7 @@ class Engine(ABC):
         gradient is discarded.
 
         Args:
-            learning_rate: of this step.
+            learning_rate: learning rate of this step.
             grad_norm_limit: largest norm before clipping at which the update is done.
             depth_scale: multiplies the learning rate of weights at a depth; only for engines with
                 `group_by_depth`.

@@ -39,8 +39,9 @@ def param_groups(
     """Return the nonempty groups with and without weight decay, in the order of `parameters`.
 
     Args:
-        parameters: by name. ZeRO-3 parameters are empty unless gathered; `ds_shape` is their shape.
-        weight_decay: of the groups with weight decay.
+        parameters: parameters by name. ZeRO-3 parameters are empty unless gathered; their shape is
+            `ds_shape`.
+        weight_decay: weight decay of the groups with weight decay.
         group_by_depth: separate groups for each depth (`layer_depths`), for `set_learning_rate`.
         exempt: patterns of the names of parameters without weight decay.
 
@@ -126,8 +127,8 @@ def create_state(
 
     Args:
         optimizer: its state is created.
-        name: of the optimizer in the config.
-        momentum: from the config.
+        name: name of the optimizer in the config.
+        momentum: momentum in the config.
         tensors: what the optimizer updates.
     """
     if name == "adafactor":

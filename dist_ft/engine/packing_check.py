@@ -24,7 +24,7 @@ def _pack(lengths: tuple[int, ...], tokens: np.ndarray, target_sample: int | Non
     """Return a batch of one sequence of packed samples.
 
     Args:
-        lengths: of the samples.
+        lengths: lengths of the samples.
         tokens: (T,) of all samples.
         target_sample: the only sample with targets. Default: all have targets.
     """

@@ -35,8 +35,9 @@ class Regularizers:
     """The regularizers of a run.
 
     Attributes:
-        strength: of the pull to the initial weights; multiplied by the learning rate in each step.
-        decay: of the average.
+        strength: coefficient of the decay toward the initial weights; each step multiplies it by
+            the learning rate.
+        decay: decay of the moving average of the weights.
         keys: optimizer state that is needed.
     """
 

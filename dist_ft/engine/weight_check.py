@@ -55,7 +55,7 @@ def verify_weights(
         folder: the model folder.
         dtype: the type the weights were loaded in.
         name_in_files: maps a parameter's name to that of the tensor.
-        prefix: of the base model's tensors, which files of a model without a head do not have.
+        prefix: prefix of the base model's tensors; files of a model without a head lack it.
 
     Raises:
         ModelError: a weight differs.

@@ -130,7 +130,7 @@ def token_classification(
     """Return the metrics of entities (seqeval) and of single tags.
 
     Args:
-        task: of the run.
+        task: task of the run.
         expected: tag numbers (T,) of the words of each sample.
         predicted: the same, as predicted.
     """
@@ -179,7 +179,7 @@ def question_answering(
     """Return exact match and F1 of token spans.
 
     Args:
-        task: of the run.
+        task: task of the run.
         expected: (N, 3) [window, first token, last token] of the answer of each question; window
             -1: no answer.
         predicted: (N, 3) the same, as predicted.

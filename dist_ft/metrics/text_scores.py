@@ -33,7 +33,7 @@ def compute_text_metrics(
         metrics: their names.
         texts: generated text, one for each reference.
         references: the expected text.
-        tokenizer: of sacrebleu.
+        tokenizer: tokenizer of sacrebleu.
     """
     if not texts:
         return {}

@@ -61,8 +61,8 @@ class Adversary:
         Args:
             forward: the same at every call, except for the embeddings.
             backward: see `Backward`.
-            forward_for_gradient: as `forward`, for a pass that needs the gradient of the embeddings
-                only.
+            forward_for_gradient: like `forward`, for a pass that needs only the gradient of the
+                embeddings.
         """
         section = self._section
         num_steps, step_size = section.steps, section.step_size

@@ -81,7 +81,7 @@ class TextGenerator:
         """Return the generations of one batch, as `generate_all` does.
 
         Args:
-            model: in evaluation mode.
+            model: a model in evaluation mode.
             requests: all rows of the batch.
             synced: every forward is a collective call, so all workers make the same number of them
                 and continue until all are done.

@@ -114,9 +114,9 @@ def length_error(
     """Return an error message if sequences are longer than the model accepts, else None.
 
     Args:
-        config: of the model.
+        config: config of the model.
         length: tokens of a sequence.
-        path: of the model, for the message.
+        path: path of the model, for the message.
         num_virtual: virtual tokens before each sequence.
     """
     longest = longest_input(config)
@@ -228,8 +228,8 @@ def initialize_new_weights(
     Args:
         slices: iterates over the engine's state slices.
         new: names of the new weights.
-        shapes: of whole weights, by name.
-        config: of the model.
+        shapes: shapes of whole weights, by name.
+        config: config of the model.
         seed: the run's.
     """
     if not new:

@@ -47,7 +47,7 @@ class LabelPromptModel(TaskModel):
         """Wrap `model`.
 
         Args:
-            model: with an output layer.
+            model: a model with an output layer.
             task: sequence_classification.
             special: the tokenizer's special tokens.
             words: the words of the task's labels.

@@ -66,7 +66,7 @@ def trace_peaks(
         keep_gradients: gradients of earlier lanes are in `.grad` (they are not counted) and new
             ones are added to them; else each is released as soon as it exists, as under ZeRO-2 and
             3.
-        on_cpu: of a run on CPUs, where `head_loss` computes its softmax in place.
+        on_cpu: whether the run is on CPUs, where `head_loss` computes its softmax in place.
     """
     hooks = []
     if not keep_gradients:

@@ -21,9 +21,9 @@ class Limits:
     """DeepSpeed's limits in elements, with its defaults.
 
     Attributes:
-        prefetch: of weights that are gathered ahead.
+        prefetch: elements of weights that are gathered ahead.
         persistent: size up to which a weight is never released.
-        max_live: of gathered weights.
+        max_live: maximum elements of gathered weights.
         max_reuse: distance to the next use within which a weight is not released.
     """
 
@@ -56,7 +56,7 @@ class GatheredWeights:
     Attributes:
         persistent: at all times.
         most: at the peak, including `persistent`.
-        at_once: of the largest single gather.
+        at_once: elements of the largest single gather.
     """
 
     persistent: int

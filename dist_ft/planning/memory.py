@@ -32,7 +32,7 @@ def model_state_bytes(
     DeepSpeed clones them all the same.
 
     Args:
-        num_parameters: of the whole model.
+        num_parameters: parameters of the whole model.
         world: number of workers.
         stage: ZeRO stage; 0 also for the plain engine.
         dtype: float32 or bfloat16.
@@ -94,11 +94,11 @@ def activation_bytes(
     are counted in `dtype`, then in float32 with their gradient.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         micro_batch: sequences of a forward pass.
         sequence_length: tokens of a sequence.
         checkpointing: `model.activation_checkpointing`.
-        dtype: of activations.
+        dtype: type of activations.
     """
     kv_hidden = shape.hidden if shape.kv_hidden is None else shape.kv_hidden
     layer_elements = 6 * shape.hidden + 2 * kv_hidden + 4 * shape.intermediate  # per token

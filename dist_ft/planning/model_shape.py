@@ -10,7 +10,7 @@ class WeightShape:
     """One parameter.
 
     Attributes:
-        name: of the parameter.
+        name: name of the parameter.
         numel: number of its elements.
         trainable: whether it is trained.
         decays: whether it has weight decay; optimizers keep these two kinds apart.

@@ -32,7 +32,7 @@ class WorkerSetup:
     Attributes:
         world: number of workers; at least 1.
         stage: ZeRO stage; 0 also for the plain engine.
-        dtype: of weights and activations.
+        dtype: type of weights and activations.
         optimizer: its name.
         num_weight_copies: float32 copies next to the optimizer's state.
         lanes: micro-batches per step of the busiest worker.
@@ -85,7 +85,7 @@ class _GatheredBytes(NamedTuple):
     Attributes:
         persistent: at all times.
         most: at the peak.
-        gather: of the largest gather in progress, which is allocated twice.
+        gather: bytes of the largest gather in progress, which is allocated twice.
     """
 
     persistent: int
@@ -98,7 +98,7 @@ class _BufferBytes(NamedTuple):
 
     Attributes:
         buckets: always allocated.
-        reduction: in addition, during a reduction.
+        reduction: additional bytes during a reduction.
         during_backward: whether reductions run while activations exist. They do if gradients fill
             more than a bucket or are reduced during the backward pass; else after it.
     """
@@ -118,7 +118,7 @@ def worker_setup(
     """Return how `config` is laid out over `world` workers.
 
     Args:
-        config: of the run.
+        config: config of the run.
         zero: `zero_optimization` of the run's DeepSpeed config.
         world: number of workers.
         stage: another ZeRO stage; None: the run's.

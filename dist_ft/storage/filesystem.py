@@ -51,7 +51,7 @@ class FileInfo(TypedDict):
     """Metadata of a file in a listing.
 
     Attributes:
-        size: in bytes.
+        size: size in bytes.
         version: changes whenever the content may have changed.
     """
 
@@ -291,7 +291,7 @@ def glob(url: str) -> dict[str, FileInfo]:
     """Return {URL: info}, sorted, of the files that match `url`.
 
     Args:
-        url: of a file, a glob, or a folder (all files below).
+        url: URL of a file, a glob, or a folder (all files below).
 
     Listings suffice: no request is made per file.
     """

@@ -157,7 +157,7 @@ class Saver:
 
         Args:
             tier: where to.
-            progress: of the run at this step.
+            progress: progress of the run at this step.
             metrics: passed to `Callback.on_checkpoint_committed`.
             evaluation: stored with the checkpoint.
             wait: wait for the save, else it may run in the background.

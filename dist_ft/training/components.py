@@ -23,7 +23,7 @@ class Components:
 
     Attributes:
         engine: the model and its optimizer.
-        loader: of the training data.
+        loader: loader of the training data.
         evaluation: loader of the held-out data; None without any.
         manager: loads and saves checkpoints.
         metrics: the metrics log; None on ranks other than 0.

@@ -67,7 +67,7 @@ def format_table(
     Args:
         title: shown above the table.
         rows: cells; each row has one for each of `headers`.
-        headers: of the columns; the header row is left out if all are empty.
+        headers: headers of the columns; the header row is left out if all are empty.
     """
     from rich import box
     from rich.console import Console as RichConsole

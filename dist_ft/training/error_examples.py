@@ -40,7 +40,7 @@ class ErrorExample(TypedDict):
     Attributes:
         sample: id.
         window: first token of the window that is shown.
-        text: of the window.
+        text: text of the window.
         expected: the label, as text.
         predicted: the prediction, as text.
         score: confidence of the prediction; see `PredictionError`.
@@ -68,8 +68,8 @@ class PredictionError:
         score: confidence of the prediction: a probability (labels, tags), the difference (numbers),
             or a sum of logits (answers).
         window: first token of the window that is shown.
-        expected: in the task's own form; of an answer an `AnswerLocation`.
-        predicted: in the same form.
+        expected: label in the task's own form; for an answer, an `AnswerLocation`.
+        predicted: prediction in the same form.
     """
 
     sample: int

@@ -29,7 +29,7 @@ class EvaluationOutputs:
     """What an evaluation computes besides the loss.
 
     Attributes:
-        task: of the run; all tasks but causal_lm have metrics.
+        task: task of the run; all tasks but causal_lm have metrics.
         collector: collects the predictions, for a caller who needs them; default: a new one.
         generator: generates text for held-out prompts; None: no text is generated.
     """
@@ -49,7 +49,7 @@ class Evaluation:
     Attributes:
         metrics: loss, perplexity (of tasks that predict tokens), num_target_tokens, and the metrics
             of the task and of generated text.
-        tables: of the task: metrics by label or tag, and the confusion matrix.
+        tables: tables of the task: metrics by label or tag, and the confusion matrix.
         examples: the most confident errors; None if the task has none.
         generations: the first generations; None if no text was generated.
     """

@@ -62,7 +62,7 @@ class ScoredGenerations:
     """Generations for held-out prompts.
 
     Attributes:
-        metrics: of all generations.
+        metrics: metrics of all generations.
         generations: the first evaluation.keep_generations of them.
         num_tokens: generated, in all generations.
     """

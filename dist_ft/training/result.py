@@ -12,7 +12,7 @@ class Result:
     Attributes:
         run_url: the run's folder.
         step, total_steps: steps done, and all steps.
-        loss: of the last step; None if this process trained no step.
+        loss: training loss of the last step; None if this process trained no step.
         evaluation_before, evaluation_after: held-out loss before step 1 and after the last step;
             None where the config does not evaluate then.
         checkpoint: URL of the latest checkpoint; None without one.

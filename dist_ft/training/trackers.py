@@ -28,7 +28,7 @@ class Tracker:
     """One tracked run.
 
     Attributes:
-        name: of the tracker.
+        name: name of the tracker.
         add: takes (step, kind, values) of a line of metrics.
         close: sends what is left.
     """
@@ -63,12 +63,12 @@ class Trackers:
         """Start the tracked runs, or resume them.
 
         Args:
-            config: of the run.
-            url: of the run's folder; identifies it in the trackers.
+            config: config of the run.
+            url: URL of the run's folder; identifies it in the trackers.
             cache: folder for the files of trackers.
 
         Raises:
-            ConfigError: with a line for each tracker that is not installed or refuses.
+            ConfigError: lists each tracker that is not installed or rejects its settings.
         """
         missing = list(missing_trackers(config))
         if missing:

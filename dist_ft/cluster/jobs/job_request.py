@@ -57,8 +57,8 @@ class Request:
     Attributes:
         name: submission id.
         command: argv of the entry point.
-        runtime_env: as Ray takes it.
-        metadata: as Ray takes it.
+        runtime_env: runtime environment in Ray's form.
+        metadata: metadata in Ray's form.
     """
 
     name: str

@@ -26,7 +26,7 @@ from dist_ft.runtime.ray_backend.placement import worker_resources
 DEFAULT_URL = "http://127.0.0.1:8265"
 REQUEST_TIMEOUT_S = 30.0
 OLDEST_RAY = (2, 60)
-"""As in pyproject.toml."""
+"""The minimum version of Ray, as in pyproject.toml."""
 OWN_PYTHON = ".".join(map(str, sys.version_info[:2]))
 TOKEN_HELP = (
     "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for "
@@ -51,8 +51,8 @@ class JobInfo(TypedDict, total=False):
         driver_exit_code: exit code of its command (negative: signal); None while it runs.
         message: why it did not start.
         entrypoint: its shell command.
-        metadata: as submitted.
-        runtime_env: as submitted.
+        metadata: metadata as submitted.
+        runtime_env: runtime environment as submitted.
         start_time: milliseconds since the epoch.
     """
 

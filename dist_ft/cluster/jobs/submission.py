@@ -93,7 +93,7 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
         print_line: called with notices for the user.
 
     Raises:
-        ConfigError: with everything that would keep the run from starting.
+        ConfigError: lists all problems that would prevent the run from starting.
         WorkerError: the cluster does not answer, or its versions do not fit.
     """
     server = server_at(options.address)

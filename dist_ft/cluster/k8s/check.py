@@ -57,7 +57,7 @@ def check(paths: Sequence[str], crds: str | None = None, version: str = "") -> C
         paths: files, folders, and folders for kustomize.
         crds: file or folder with Ray's CRDs, or their schemas; None: the structure of Ray's
             resources is not checked.
-        version: of Kubernetes (1.33); empty: the latest known.
+        version: version of Kubernetes, such as 1.33; empty: the latest known version.
 
     Raises:
         ConfigError: the manifests cannot be read, or a required package is missing.

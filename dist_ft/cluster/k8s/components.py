@@ -21,7 +21,7 @@ WORKER = f"{GROUP}/template/spec"
 WORKER_CONTAINER = f"{WORKER}/containers/0"
 HEAD = f"{CLUSTER}/headGroupSpec/template/spec"
 SPOT_DELAY_S = 10
-"""Of a spot node's notice, until the pod receives it."""
+"""Seconds from a spot node's notice until the pod receives it."""
 SPOT_RESTARTS = 50
 DEVELOPMENT_STEPS = 20
 """Steps of a run in the development overlay."""

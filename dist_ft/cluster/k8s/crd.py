@@ -59,8 +59,8 @@ class _SchemaValue(NamedTuple):
 
     Attributes:
         value: the value.
-        schema: of the value.
-        path: of the value in the object.
+        schema: schema of the value.
+        path: path of the value in the object.
     """
 
     value: Any

@@ -19,8 +19,8 @@ class _Pods(NamedTuple):
 
     Attributes:
         document: the object that creates them.
-        path: of the template in the object.
-        labels: of the pods.
+        path: path of the template in the object.
+        labels: labels of the pods.
     """
 
     document: Document
@@ -204,10 +204,10 @@ class _Reference(NamedTuple):
     """An object that a pod template refers to.
 
     Attributes:
-        kind: of the object.
-        namespace: of the object; empty for a cluster-scoped one.
-        name: of the object; None: the template does not refer to one.
-        field: of the pod's spec that contains the name.
+        kind: kind of the object.
+        namespace: namespace of the object; empty for a cluster-scoped one.
+        name: name of the object; None: the template does not refer to one.
+        field: field of the pod's spec that contains the name.
     """
 
     kind: str

@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     """What is wrong with an object.
 
     Attributes:
-        path: of the field, such as spec.containers[0].image.
+        path: path of the field, such as spec.containers[0].image.
         message: what is wrong, what is allowed, and what to do.
     """
 

@@ -27,8 +27,8 @@ class RayCluster(NamedTuple):
     """The cluster of a RayJob or RayCluster.
 
     Attributes:
-        spec: of the cluster.
-        path: of `spec` in the object.
+        spec: spec of the cluster.
+        path: path of `spec` in the object.
     """
 
     spec: dict[str, Any]

@@ -17,9 +17,9 @@ class Patch:
     """Operations on the objects of a kind.
 
     Attributes:
-        kind: of the objects.
+        kind: kind of the objects.
         ops: operations, each {op, path, value}.
-        name: of the only object to change; empty: all of the kind.
+        name: name of the only object to change; empty: all of the kind.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Component:
 
     Attributes:
         about: a line for readers of the file.
-        patches: in order.
+        patches: the patches, in order.
         namespace: where all objects move to; empty: they stay.
     """
 

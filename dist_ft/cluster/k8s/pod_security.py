@@ -32,8 +32,8 @@ def check_pod(
     """Yield the problems of a pod template.
 
     Args:
-        template: of the pods.
-        path: of its spec.
+        template: template of the pods.
+        path: path of its spec.
         allow_locked_memory: containers may add the capability IPC_LOCK.
     """
     spec = lookup(template, "spec", default={})
@@ -76,9 +76,9 @@ def check_security_context(
     """Yield the problems of a container's securityContext.
 
     Args:
-        context: of the container.
-        path: of `context`.
-        pod_context: of its pod, which sets some fields for all containers.
+        context: securityContext of the container.
+        path: path of `context`.
+        pod_context: securityContext of the pod, which sets some fields for all containers.
         allow_locked_memory: the container may add the capability IPC_LOCK.
     """
 

@@ -27,7 +27,7 @@ class _Text(NamedTuple):
     """A string in an object.
 
     Attributes:
-        path: of the string.
+        path: path of the string.
         value: the string; not empty.
         sibling_name: the field `name` of the same mapping; empty: none.
     """

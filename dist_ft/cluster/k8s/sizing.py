@@ -18,13 +18,13 @@ from dist_ft.planning.memory import model_state_bytes
 
 GIB = 2**30
 NAME_MARGIN = 1.1
-"""A model that is called 8B has 8.03 G parameters, one called 7B up to 7.6 G."""
+"""Margin on a size in a model's name: an 8B model has 8.03 G parameters, a 7B up to 7.6 G."""
 PROCESS_BYTES = 6 * GIB
 """Host memory of a training process: libraries, the CUDA context, pinned buffers, batches."""
 SPARE_BYTES = GIB
-"""Of a spare process that has imported everything (measured: 0.5 GB), and its supervisor."""
+"""Host memory of a spare process after its imports (measured: 0.5 GB), and its supervisor."""
 NODE_BYTES = 8 * GIB
-"""Of a pod in addition: raylet, agents, file cache."""
+"""Additional host memory of a pod: raylet, agents, file cache."""
 OBJECT_STORE_BYTES = GIB
 """Ray's object store on each node; dist_ft sends no data through it."""
 SHM_WORKER_BYTES = GIB
@@ -51,7 +51,7 @@ class Sizing:
         memory: bytes of a pod by part.
         shared: bytes of /dev/shm by part; /dev/shm is one of the parts of `memory`.
         disk: bytes of local disk by part.
-        parameters: of the model.
+        parameters: number of parameters of the model.
         by_name: whether `parameters` is derived from the model's name.
         save_s: seconds of a save with the fewest workers.
         drain_s: seconds that a pod is kept after the notice.

@@ -210,7 +210,7 @@ def parse_strategy(
         base: gives the fields that belong to no strategy (length, choices, seed), unless `fields`
             or the text have them.
         source: name of `text` in errors.
-        fields: of the section.
+        fields: fields of the section.
 
     Raises:
         ConfigError: `text` is not a strategy.

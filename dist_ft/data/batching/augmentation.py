@@ -35,7 +35,7 @@ SALT = 0x617567
 OUTSIDE_TAG = "O"
 
 Synonyms = Mapping[tuple[int, ...], Sequence[np.ndarray]]
-"""By the tokens of a word: the tokens of each word that may replace it."""
+"""Token ids of a word -> the token ids of each word that may replace it."""
 
 
 class Word(NamedTuple):
@@ -83,7 +83,7 @@ class Augmentation:
         outside_label: token_classification: the label of words that may be changed (-1: none may);
             None: labels belong to the whole text.
         max_length: maximum tokens of a sequence.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     section: AugmentSection
@@ -207,7 +207,7 @@ class Augmentation:
         """Replace, swap and delete a sample's n words, in place.
 
         Args:
-            words: of the sample.
+            words: words of the sample.
             may_change: bool (n,).
             text_numbers: (n,) the number of the text that a word belongs to.
             chance: (5, n) draws from [0, 1): whether to replace, by which synonym; whether to swap,

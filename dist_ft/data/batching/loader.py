@@ -72,11 +72,11 @@ class Loader:
 
         Args:
             plan: which sequences each lane reads.
-            index: of the data set.
+            index: index of the data set.
             store: its tokenized blocks.
             prefetch_steps: steps whose batches are built in the background.
-            masking: of a masked language model; None: none.
-            augmentation: of training texts; None: none.
+            masking: masking of a masked language model; None: no masking.
+            augmentation: augmentation of training texts; None: no augmentation.
         """
         self.plan = plan
         self.index = index

@@ -43,8 +43,8 @@ class Masking:
     Attributes:
         mask_id: id of the mask token.
         vocab_size: number of token ids.
-        probability: of a token to be selected.
-        seed: of the run.
+        probability: probability that a token is selected.
+        seed: seed of the run.
     """
 
     mask_id: int

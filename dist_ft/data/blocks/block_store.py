@@ -53,9 +53,9 @@ class BlockStore:
     """The tokenized blocks of one data set.
 
     Attributes:
-        checksums: of all blocks, from the index; None: unknown.
+        checksums: checksums of all blocks, from the index; None: unknown.
         max_open_blocks: how many blocks are held open.
-        fingerprint: of the encoder.
+        fingerprint: fingerprint of the encoder.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class BlockStore:
         """Store the settings and compute the fingerprint of the encoder.
 
         Args:
-            folder: of the local cache.
+            folder: folder of the local cache.
             encoder: rows to tokens.
-            shards: of all sources.
-            blocks: of all sources.
+            shards: shards of all sources.
+            blocks: blocks of all sources.
             pool: processes that tokenize; None: this process does.
             limit_bytes: limit of the cache.
         """
@@ -135,7 +135,7 @@ class BlockStore:
         """Start to tokenize a block unless it exists or is in progress; do not wait.
 
         Args:
-            number: of the block.
+            number: number of the block.
             needed: blocks that will be requested too: those of the same pass are tokenized with
                 it. None: only those that would otherwise cost as much reading again.
         """

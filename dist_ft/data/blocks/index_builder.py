@@ -68,7 +68,7 @@ def build_index(
     A collective call.
 
     Args:
-        shards: of each source.
+        shards: shards of each source.
         store: their blocks (`split_into_blocks`).
         data: how rows become sequences.
         sequence_length: tokens of a sequence.
@@ -137,7 +137,7 @@ class _LimitedStats(NamedTuple):
     """Statistics of which only the first samples count.
 
     Attributes:
-        stats: by block; those after the last sample hold nothing.
+        stats: statistics by block; empty for blocks after the last sample.
         max_rows: how many rows count of the block that the last sample cuts (none if the samples
             end with a block), which has to be measured again.
     """
@@ -170,7 +170,8 @@ def _distribute(
     """Return `action(number)` for the numbers of all ranks on all ranks. A collective call.
 
     Args:
-        numbers: of this rank; a range is the same on every rank, and each takes its share of it.
+        numbers: the numbers of this rank; a range is the same on every rank, and each takes its
+            share of it.
         action: what to compute.
         name: names a number in errors.
         world: this rank.

@@ -38,7 +38,7 @@ class BlockStats:
         num_bad: rows that could not be used.
         first_bad: what was wrong with the first of them.
         format: chat, instruction, text or tokens, or the name of the task.
-        checksum: of tokens and targets.
+        checksum: checksum of tokens and targets.
     """
 
     num_rows: int

@@ -40,7 +40,7 @@ FORMAT = 2
 """Version of cached content. Raise it when the same inputs give other tokens, targets or layout."""
 MAX_OPEN_FILES = 65536
 TEMPORARY_SUFFIX = ".tmp-"
-"""In the names of files that are being written."""
+"""Part of the names of files that are being written."""
 STALE_S = 3600.0
 """A temporary file that was not written to for this long was left by a killed writer."""
 
@@ -59,7 +59,7 @@ class TokenizedBlock:
         format: chat, instruction, text or tokens; or the name of the task.
         rows_per_range: rows of each shard range.
         bad_rows: what was wrong with rows that were skipped (they have no tokens).
-        checksum: of all arrays.
+        checksum: checksum of all arrays.
     """
 
     tokens: np.ndarray

@@ -41,7 +41,7 @@ class EncoderSetup(TypedDict):
         data: the data section.
         limit_bytes: limit of the cache.
         options: `storage.options`.
-        fingerprint: of the parent's encoder, which the process's must equal.
+        fingerprint: fingerprint of the parent's encoder, which that of the process must equal.
         recipe: what else decides the tokens (`Encoder.recipe`).
     """
 

@@ -66,7 +66,7 @@ def find_context(sequence_ids: list[int | None]) -> ContextRange:
     """Return where the context is in a window.
 
     Args:
-        sequence_ids: of each token: 0 in the question, 1 in the context, None for special tokens.
+        sequence_ids: for each token, 0 in the question, 1 in the context, None if it is special.
     """
     positions = [position for position, sequence in enumerate(sequence_ids) if sequence == 1]
     if not positions:

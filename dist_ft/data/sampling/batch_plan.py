@@ -40,7 +40,7 @@ class SequenceRef:
 
     Attributes:
         source: number of the source.
-        epoch: of that source, from 0.
+        epoch: epoch of that source, from 0.
         block: number of the block in the index.
         sequence: number of the sequence within the packed block.
     """
@@ -55,7 +55,7 @@ class EpochStep(NamedTuple):
     """A step of the run.
 
     Attributes:
-        epoch: of the run, from 0; `ENDLESS` with weights.
+        epoch: epoch of the run, from 0; `ENDLESS` with weights.
         step: within that epoch, from 0.
     """
 
@@ -95,7 +95,7 @@ class BatchPlan:
             sources: (N,) source of each block, ascending: a source's blocks are consecutive.
             data: shuffling and mixing.
             batch: sizes of the global batch and of a micro-batch.
-            seed: of the run.
+            seed: seed of the run.
         """
         self.data = data
         self.batch = batch

@@ -107,7 +107,7 @@ class Mixture:
             sizes: number of sequences of each source.
             num_lanes: micro-batches of a global batch.
             micro_batch: sequences of a micro-batch.
-            seed: of the mixture.
+            seed: seed of the mixture.
         """
         self._data = data
         self._sizes = tuple(sizes)
@@ -262,7 +262,7 @@ def spread_evenly(counts: np.ndarray, seed: int) -> np.ndarray:
 
     Args:
         counts: (S,) number of draws of each source.
-        seed: of the jitter within each source's even spacing.
+        seed: seed of the jitter within each source's even spacing.
 
     Returns:
         int64 (sum, 2) [source, turn], where turn counts the source's draws from 0.

@@ -39,8 +39,8 @@ class _ArrowReader:
 
     Attributes:
         reader: pyarrow's reader of record batches.
-        is_file_format: of the file format, whose batches are read by number; else of the stream
-            format.
+        is_file_format: whether the file has the file format, whose batches are read by number;
+            else the stream format.
     """
 
     reader: Any

@@ -25,7 +25,7 @@ class DataStatistics:
     Attributes:
         num_samples: rows of all shards.
         num_left_out: rows without any token to train on.
-        num_bad: of these, rows that cannot be used (data.bad_rows=skip).
+        num_bad: rows of num_samples that cannot be used (data.bad_rows=skip).
         min_tokens, median_tokens, p95_tokens, max_tokens: tokens of a sample before truncation.
         target_share: target tokens / tokens trained on, 0..1.
         fill: tokens / (sequences * sequence length), 0..1.

@@ -65,7 +65,7 @@ def save_adapter(
     """Write the trained weights of `model` to `folder`.
 
     Args:
-        model: with the adapter.
+        model: the model with the adapter.
         peft_model: peft's model around it, or None.
         section: the tuning method.
         base: path and revision of the base model.
@@ -167,7 +167,7 @@ def load_adapter(
 
     Args:
         model: the base model, changed in place.
-        folder: of the adapter.
+        folder: folder of the adapter.
         info: content of the folder's `INFO_FILE`.
         task: the adapter's task.
 
@@ -254,7 +254,7 @@ def check_round_trip(
             copied from `model`.
         section: the tuning method.
         task: the adapter's task.
-        folder: of the adapter.
+        folder: folder of the adapter.
 
     Raises:
         CheckpointError: the logits differ.

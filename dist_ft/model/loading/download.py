@@ -51,8 +51,8 @@ class _Marker(TypedDict, total=False):
     Attributes:
         weights: the files include weights.
         files: the complete files, by path relative to the folder.
-        folder: of the hub's cache: where the files are.
-        at: of the hub: time of the download, seconds since the epoch.
+        folder: folder of the hub's cache that holds the files.
+        at: time of the download from the hub, in seconds since the epoch.
     """
 
     weights: bool
@@ -73,7 +73,7 @@ def fetch_model(
 
     Args:
         path: a folder, an fsspec URL of one, or a hub name.
-        revision: of the hub.
+        revision: revision on the hub.
         cache_dir: local folder for downloads; None: the default one.
         weights: also its weights; without them only config, tokenizer and templates.
 

@@ -42,7 +42,7 @@ class LoadedModel(NamedTuple):
 
 @contextlib.contextmanager
 def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
-    """Turn any error of transformers into a ModelError of one line."""
+    """Convert any error of transformers into a ModelError of one line."""
     try:
         yield
     except DistFtError:

@@ -59,7 +59,7 @@ def binary_cross_entropy(
         logits: (N, K).
         targets: (N, K), 0 or 1.
         row_weights: (N,), 0 for rows that are ignored.
-        gamma: as in `cross_entropy`.
+        gamma: see `cross_entropy`.
     """
     losses = functional.binary_cross_entropy_with_logits(
         logits.float(), targets.float(), reduction="none"

@@ -33,7 +33,7 @@ class Sum:
     """A sum over all workers.
 
     Attributes:
-        num_bytes: of each worker.
+        num_bytes: bytes that each worker adds.
         seconds: best time.
         mb_s: MB/s a worker sends, as the bus bandwidth of nccl-tests.
     """

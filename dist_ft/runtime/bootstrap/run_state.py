@@ -41,9 +41,9 @@ def start_attempt(store: Store, config: RunConfig, world: World, previous_end: s
     resumes from must stay the latest.
 
     Args:
-        store: of the run.
-        config: as the user gave it; stored with the run.
-        world: of this attempt.
+        store: storage of the run.
+        config: the config as the user gave it; stored with the run.
+        world: the workers of this attempt.
         previous_end: why the attempt before ended; noted with this one.
     """
     attempt = discovery.start_attempt(store, world.num_ranks, previous_end)

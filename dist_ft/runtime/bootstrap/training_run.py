@@ -69,9 +69,9 @@ class _Attempt:
     """One attempt at a run, in this worker.
 
     Attributes:
-        number: of the attempt, from 1.
+        number: number of the attempt, from 1.
         clock: what this process spends its time on.
-        total_steps: of the run.
+        total_steps: number of steps of the run.
     """
 
     run: ResolvedRun

@@ -163,7 +163,7 @@ class RestartPolicy:
             is_larger: whether the new group has more workers: the run grows, and nothing was lost.
             has_started: whether all workers of the replaced group joined the current generation.
             generation: the current one.
-            history: of the run so far.
+            history: history of the run so far.
             now_s: the time, on the clock of the reports.
         """
         failures = history.failures

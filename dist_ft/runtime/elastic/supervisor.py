@@ -44,7 +44,7 @@ from dist_ft.runtime.elastic.worker_process import TrainingProcess
 JOIN_POLL_S = 0.05
 STATUS_POLL_S = 0.5
 STATUS_CALLS_PER_S = 1000
-"""Of all supervisors together, because the coordinator is one process."""
+"""Limit for all supervisors together, because the coordinator is one process."""
 LAST_REPORTS_S = 20.0
 LAST_LINES_S = 1.0
 OOM_EVENTS = "/sys/fs/cgroup/memory.events"

@@ -46,7 +46,7 @@ class PlannedMemory(TypedDict):
         total: bytes on the GPU at the peak.
         when: phase of the peak.
         elements: sent in a step, by collective.
-        sent_bytes: by a worker in a step, as published.
+        sent_bytes: bytes that a worker sends in a step, as published.
         sent_by_deepspeed_bytes: the same, as DeepSpeed sends them.
     """
 
