@@ -93,8 +93,8 @@ def find_latest(
     if names:
         raise CheckpointError(
             f"{store.redacted_url(FOLDER)}: none of the {len(names)} committed checkpoints can be "
-            f"loaded (the latest: {first_problem}); restore one from a copy, or move the folder "
-            "away to start again"
+            f"loaded (the latest: {first_problem}). Restore one from a copy, or move the folder "
+            "away to start again."
         )
     return None
 

@@ -132,7 +132,7 @@ def _require_free(target: Path, out: str) -> None:
     else:
         return
     raise CheckpointError(
-        f"--out={out}: {problem}; a new or an empty folder is allowed; choose another"
+        f"--out={out}: {problem}. Allowed: a new or an empty folder. Choose another one."
     )
 
 
@@ -152,8 +152,8 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
     section, task = load_tuning(store), load_task(store)
     if section.method not in ADAPTER_METHODS:
         raise CheckpointError(
-            f"--adapter: the run was trained with tuning.method={section.method}; --adapter is "
-            "allowed for runs that train an adapter; export it without --adapter"
+            f"--adapter: the run was trained with tuning.method={section.method}. --adapter is "
+            "allowed for runs that train an adapter. Export it without --adapter."
         )
 
     model, peft_model, tokenizer, _ = load_checkpoint_model(store, manifest, "float32", average)
@@ -227,6 +227,6 @@ def _check_round_trip(model: Any, task: TaskSection, folder: Path) -> None:
         difference = (expected - actual).abs().max().item()
         raise CheckpointError(
             f"{folder}: the exported model does not give the same logits when loaded again "
-            f"(largest difference {difference:g}, missing {sorted(info['missing_keys'])[:3]}); "
-            "nothing was exported"
+            f"(largest difference {difference:g}, missing {sorted(info['missing_keys'])[:3]}). "
+            "Nothing was exported. Report this model as a bug."
         )

@@ -130,8 +130,8 @@ def _plan_entries(state: Sequence[StateSlice], start: int) -> Iterator[TensorEnt
         if dtype not in _DTYPE_NAMES:
             allowed = ", ".join(str(known) for known in (*_DTYPE_NAMES, *_STORED_AS))
             raise CheckpointError(
-                f"{part.key} of {part.name}: values of type {dtype_in_memory} cannot be saved; "
-                f"allowed are {allowed}"
+                f"{part.key} of {part.name}: values of type {dtype_in_memory} cannot be saved. "
+                f"Allowed: {allowed}. Convert them to one of these types."
             )
 
         max_elements = max(1, fragments.MAX_FILE_BYTES // dtype.itemsize)

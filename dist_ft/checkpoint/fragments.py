@@ -302,8 +302,8 @@ class FragmentReader:
             if next_element < stop:
                 raise CheckpointError(
                     f"{self._files.redacted_url()}: elements from {next_element} of {request.key} "
-                    f"of {request.name} are not in this checkpoint; it belongs to another model or "
-                    "optimizer; check model.path and optimizer.name"
+                    f"of {request.name} are not in this checkpoint. It belongs to another model or "
+                    "optimizer. Check model.path and optimizer.name."
                 )
         return copies
 

@@ -111,8 +111,8 @@ def latest_step(url: str, which: str = "latest") -> int:
     store = Store(url)
     if not discovery.list_committed(store):
         raise ModelError(
-            f"model.path={redact(url)}: is a run without a checkpoint yet; a run with a checkpoint "
-            "is required; wait until it has one"
+            f"model.path={redact(url)}: is a run without a checkpoint yet. A run with a checkpoint "
+            "is required. Wait until it has one."
         )
     if which == "best":
         return find_best_step(store)
@@ -134,8 +134,8 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     if name is None:
         raise CheckpointError(
             f"model.path={redact(url)}: its checkpoint of step {step}, from which this run "
-            "started, was removed; retain it (checkpoint.keep_every_steps), or start a run of "
-            "another run.name"
+            "started, was removed. It must exist as long as this run is resumed. Start a run of "
+            "another run.name; next time, retain the checkpoint (checkpoint.keep_every_steps)."
         )
 
     manifest = store.read(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
@@ -165,8 +165,8 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
     store = Store(url).child(MODEL_FOLDER)
     if not store.exists("config.json"):
         raise ModelError(
-            f"model.path={redact(url)}: is a run that has not started to train; a run with a "
-            "checkpoint is required; wait until it has one"
+            f"model.path={redact(url)}: is a run that has not started to train. A run with a "
+            "checkpoint is required. Wait until it has one."
         )
 
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + store.read("config.json"))

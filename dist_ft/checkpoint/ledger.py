@@ -92,13 +92,13 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
         )
         if not is_intact:
             raise CheckpointError(
-                f"{where}: altered since it was written; the history of steps {segment.start} to "
-                f"{segment.stop} cannot be verified"
+                f"{where}: altered since it was written. The history of steps {segment.start} to "
+                f"{segment.stop} cannot be verified. Restore the file from a copy."
             )
         if segment.start != next_step:
             raise CheckpointError(
-                f"{where}: starts at step {segment.start}, expected {next_step}; the history has a "
-                "gap"
+                f"{where}: starts at step {segment.start}, expected {next_step}. The history has a "
+                "gap. Restore the ledger from a copy."
             )
         segments.append(unpack_rows(content, where))
         next_step = segment.stop
@@ -106,7 +106,7 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     if next_step != manifest.progress.step:
         raise CheckpointError(
             f"{store.redacted_url(FOLDER)}: ends at step {next_step}, the checkpoint is at step "
-            f"{manifest.progress.step}; the history has a gap"
+            f"{manifest.progress.step}. The history has a gap. Restore the ledger from a copy."
         )
     return np.concatenate(segments)
 
@@ -159,5 +159,6 @@ def unpack_rows(content: bytes, where: str) -> np.ndarray:
         return np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{where}: not a valid ledger segment ({error}); the history cannot be verified"
+            f"{where}: not a valid ledger segment ({error}). The history cannot be verified. "
+            "Restore the file from a copy."
         ) from error

@@ -173,8 +173,8 @@ class CheckpointManager:
         self._continue_from(loaded)
         if loaded is None:
             raise CheckpointError(
-                f"{self._store.redacted_url()}: checkpoint {name} is gone, and there is no earlier "
-                "one; run the same command again to start again"
+                f"{self._store.redacted_url()}: checkpoint {name} was removed, and no earlier one "
+                "exists. Run the same command again to start from step 0."
             )
         engine.finish_load(loaded.progress.optimizer_step)
         return loaded

@@ -253,7 +253,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     if manifest.format_version > FORMAT_VERSION:
         raise NewerFormatError(
             f"{where}: format_version={manifest.format_version} is newer than this dist_ft "
-            f"supports ({FORMAT_VERSION}); update dist_ft"
+            f"supports ({FORMAT_VERSION}). Update dist_ft."
         )
     return manifest
 
@@ -302,5 +302,5 @@ def require_same_tensors(
         if in_checkpoint != in_model:
             raise CheckpointError(
                 f"{where}: {name} is {in_checkpoint} in the checkpoint and {in_model} in the "
-                "model; both must be the same; check model.path"
+                "model. Both must be the same. Check model.path."
             )

@@ -22,7 +22,7 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS, MERGEABLE_METHODS, TuningSection
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
-from dist_ft.metrics import best as bests
+from dist_ft.metrics import best as best_metric
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import model_from_config, probe_outputs
 from dist_ft.storage.filesystem import Store
@@ -75,8 +75,8 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
     names = discovery.list_committed(store)
     if not names:
         raise CheckpointError(
-            f"{store.redacted_url()}: no committed checkpoint; give the folder of a run "
-            "(<storage>/<name>)"
+            f"{store.redacted_url()}: no committed checkpoint. Give the folder of a run "
+            "(<storage>/<name>)."
         )
 
     # reversed: of two checkpoints of one step, that of the latest attempt is used
@@ -84,8 +84,8 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
     if step not in names_by_step:
         available = ", ".join(str(found) for found in sorted(names_by_step))
         raise CheckpointError(
-            f"--step={step}: no checkpoint of {store.redacted_url()} has this step; available are "
-            f"{available}; choose one of them"
+            f"--step={step}: no checkpoint of {store.redacted_url()} has this step. Available: "
+            f"{available}. Choose one of them."
         )
 
     manifest = discovery.load_manifest(store, names_by_step[step])
@@ -104,10 +104,10 @@ def find_best_step(store: Store) -> int:
 
     if not history:
         raise CheckpointError(
-            f"--best: no checkpoint of {store.redacted_url()} was evaluated by {metric}; it needs "
-            "evaluation.every_steps and checkpoint.keep_best; export the latest checkpoint"
+            f"--best: no checkpoint of {store.redacted_url()} was evaluated by {metric}. --best "
+            "requires evaluation.every_steps and checkpoint.keep_best. Export without --best."
         )
-    return bests.find_best(metric, history).step
+    return best_metric.find_best(metric, history).step
 
 
 def load_trained_model(
@@ -127,8 +127,8 @@ def load_trained_model(
     method = load_tuning(store).method
     if method in ADAPTER_METHODS and method not in MERGEABLE_METHODS:
         raise CheckpointError(
-            f"{store.redacted_url()}: {method} cannot be merged into the model's weights; only the "
-            "adapter can be exported; use --adapter"
+            f"{store.redacted_url()}: {method} cannot be merged into the model's weights. Only the "
+            "adapter can be exported. Use --adapter."
         )
 
     model, _, tokenizer, torch_dtype = load_checkpoint_model(store, manifest, dtype, average)
@@ -142,7 +142,7 @@ def load_trained_model(
     if difference > MAX_MERGE_DIFFERENCE:
         raise CheckpointError(
             f"{store.redacted_url()}: merging the adapter changes the logits (relative difference "
-            f"{difference:.1e}); nothing was exported; use --adapter"
+            f"{difference:.1e}). Nothing was exported. Use --adapter."
         )
     return TrainedModel(_convert_dtype(model, load_task(store), torch_dtype), tokenizer)
 
@@ -211,8 +211,8 @@ def load_checkpoint_model(
     with tempfile.TemporaryDirectory() as folder:
         if "config.json" not in store.child(MODEL_FOLDER).download(folder):
             raise CheckpointError(
-                f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing; every run stores its "
-                "model's config and tokenizer; give the folder of a run (<storage>/<name>)"
+                f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing. Every run stores its "
+                "model's config and tokenizer. Give the folder of a run (<storage>/<name>)."
             )
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -243,8 +243,8 @@ def _key_of_trained_weights(store: Store, average: bool | None) -> str:
     """Return the key of the trained weights to export: "param", or "ema" for their average."""
     if average and not load_tuning(store).ema_decay:
         raise CheckpointError(
-            f"--ema: the run at {store.redacted_url()} has no average of its weights; --ema is "
-            "allowed for runs with tuning.ema_decay; export it without --ema"
+            f"--ema: the run at {store.redacted_url()} has no average of its weights. --ema is "
+            "allowed for runs with tuning.ema_decay. Export it without --ema."
         )
     if average is None:
         evaluation = read_stored_config(store).get("evaluation") or {}
@@ -262,7 +262,7 @@ def read_tensors(
 
     Args:
         reader: reads the checkpoint.
-        manifest: of the checkpoint.
+        manifest: manifest of the checkpoint.
         targets: the model's tensors, by name.
         trained_key: the state of trained weights to read, "param" or "ema".
 
@@ -278,7 +278,7 @@ def read_tensors(
     if missing:
         raise CheckpointError(
             f"{missing[0]}: listed in the manifest of step {manifest.progress.step} but missing in "
-            "the files of that checkpoint; export another step"
+            "the files of that checkpoint. Export another step."
         )
 
     names = [name for name in keys if name in targets]

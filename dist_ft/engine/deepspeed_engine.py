@@ -137,8 +137,8 @@ class DeepSpeedEngine(Engine):
         if unsharded:
             raise ModelError(
                 f"zero.stage=3: {len(unsharded)} weights, such as {unsharded[0]}, are whole on "
-                "each worker, not sharded (zero.Init had no effect); load the model inside "
-                "`zero_init`"
+                "each worker, not sharded (zero.Init had no effect). Load the model inside "
+                "`zero_init`."
             )
 
     @property

@@ -74,8 +74,8 @@ def _require_matches(patterns: Sequence[str], names: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ModelError(
-                f"optimizer.decay_exempt={pattern}: matches no trainable weight; the weights are "
-                f"{', '.join(names[:3])}, ...; correct the pattern"
+                f"optimizer.decay_exempt={pattern}: matches no trainable weight. The weights are "
+                f"{', '.join(names[:3])}, .... Correct the pattern."
             )
 
 

@@ -71,6 +71,6 @@ def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:
         raise ModelError(
             "data.pack=true: with this model and model.attention, packed samples attend to each "
             f"other (loss {packed:.4f} packed, {alone:.4f} alone; {middle:.4f} and "
-            f"{middle_by_others:.4f} next to other samples); set data.pack=false, or another "
-            "model.attention"
+            f"{middle_by_others:.4f} next to other samples). Set data.pack=false, or use another "
+            "model.attention."
         )

@@ -82,8 +82,8 @@ def verify_weights(
         if not is_equal:
             raise ModelError(
                 f"{name}: the weights in memory (elements from {part.offset}) differ from those in "
-                f"{files[name]}; they were initialized again or misplaced while loading; the run "
-                "stops before step 1"
+                f"{files[name]}. They were initialized again or misplaced while loading. The run "
+                "stops before step 1. Report this model as a bug."
             )
         num_compared += 1
     return num_compared

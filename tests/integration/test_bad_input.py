@@ -196,7 +196,7 @@ def test_checkpoint_of_a_newer_version_is_an_error(
     assert (
         code == 1
         and "is newer than this dist_ft supports" in said
-        and said.endswith("; update dist_ft\n")
+        and said.endswith(". Update dist_ft.\n")
     )
     assert sorted((base / "runs/newer/checkpoints").iterdir()) == before
 

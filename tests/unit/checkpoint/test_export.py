@@ -112,25 +112,25 @@ def test_a_nonempty_folder_is_rejected(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("dear")
     assert rejection(run[0], tmp_path / "full") == (
-        f"--out={tmp_path}/full: the folder is not empty; a new or an empty folder is allowed; "
-        "choose another"
+        f"--out={tmp_path}/full: the folder is not empty. Allowed: a new or an empty folder. "
+        "Choose another one."
     )
     assert rejection(run[0], tmp_path / "full" / "mine") == (
-        f"--out={tmp_path}/full/mine: it is a file; a new or an empty folder is allowed; "
-        "choose another"
+        f"--out={tmp_path}/full/mine: it is a file. Allowed: a new or an empty folder. "
+        "Choose another one."
     )
     assert (tmp_path / "full" / "mine").read_text() == "dear"
 
 
 def test_a_missing_step_is_rejected(run, tmp_path):
     assert rejection(run[0], tmp_path / "x", step=7) == (
-        f"--step=7: no checkpoint of {run[0]} has this step; available are 1, 2; choose one of them"
+        f"--step=7: no checkpoint of {run[0]} has this step. Available: 1, 2. Choose one of them."
     )
 
 
 def test_a_folder_without_a_run_is_rejected(tmp_path):
     assert rejection(str(tmp_path / "r"), tmp_path / "x") == (
-        f"{tmp_path}/r: no committed checkpoint; give the folder of a run (<storage>/<name>)"
+        f"{tmp_path}/r: no committed checkpoint. Give the folder of a run (<storage>/<name>)."
     )
 
 
@@ -173,7 +173,7 @@ def test_a_config_of_another_model_is_rejected(copy, tmp_path, changes, message)
     small.make_model(**changes).config.save_pretrained(copy / "model")
     text = rejection(copy, tmp_path / "x")
     assert re.search(
-        rf"^{copy}/checkpoints/step-000000002-a0001: .*{message}; both must be the same; check model\.path$",
+        rf"^{copy}/checkpoints/step-000000002-a0001: .*{message}\. Both must be the same\. Check model\.path\.$",
         text,
     )
     assert not (tmp_path / "x").exists()
@@ -182,8 +182,8 @@ def test_a_config_of_another_model_is_rejected(copy, tmp_path, changes, message)
 def test_a_run_without_the_model_config_is_rejected(copy, tmp_path):
     os.remove(copy / "model" / "config.json")
     assert rejection(copy, tmp_path / "x") == (
-        f"{copy}/model: config.json is missing; every run stores its model's config and tokenizer; "
-        "give the folder of a run (<storage>/<name>)"
+        f"{copy}/model: config.json is missing. Every run stores its model's config and tokenizer. "
+        "Give the folder of a run (<storage>/<name>)."
     )
 
 
@@ -198,8 +198,8 @@ def test_weights_that_change_on_reading_are_not_exported(copy, tmp_path, monkeyp
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoil)
     assert re.search(
-        r"the exported model does not give the same logits when loaded again \(largest difference [\d.e-]+, missing \[\]\); nothing "
-        "was exported$",
+        r"the exported model does not give the same logits when loaded again \(largest difference [\d.e-]+, missing \[\]\)\. Nothing "
+        r"was exported\. Report this model as a bug\.$",
         rejection(copy, tmp_path / "x"),
     )
     assert not (tmp_path / "x").exists()

@@ -178,8 +178,8 @@ def test_missing_elements_raise_an_error_that_names_the_parameter(held, ask, fir
     with pytest.raises(CheckpointError) as caught:
         FragmentReader(files).read("h.weight", "exp_avg", ask[0], ask[1] - ask[0])
     assert str(caught.value) == (
-        f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint; it "
-        "belongs to another model or optimizer; check model.path and optimizer.name"
+        f"{store.url}: elements from {first} of exp_avg of h.weight are not in this checkpoint. It "
+        "belongs to another model or optimizer. Check model.path and optimizer.name."
     )
 
 
@@ -315,8 +315,8 @@ def test_fault_23_a_dtype_that_cannot_be_stored_is_rejected():
     values = torch.zeros(3, dtype=torch.complex64)
     with pytest.raises(
         CheckpointError,
-        match=r"^buffer of freqs: values of type torch.complex64 cannot be saved; allowed "
-        r"are torch.float32, .*torch.bfloat16$",
+        match=r"^buffer of freqs: values of type torch.complex64 cannot be saved\. Allowed: "
+        r"torch.float32, .*torch.bfloat16\. Convert them to one of these types\.$",
     ):
         file_layout.plan_files(
             [StateSlice("freqs", "buffer", 0, 3, True, lambda: values, values.copy_)]

@@ -83,20 +83,20 @@ def test_an_altered_segment_is_rejected(store):
     with pytest.raises(CheckpointError) as caught:
         read_ledger(store, manifest_of(segment))
     assert str(caught.value) == (
-        f"{store.url}/{segment.file.path}: altered since it was written; the history of steps "
-        "0 to 1 cannot be verified"
+        f"{store.url}/{segment.file.path}: altered since it was written. The history of steps "
+        "0 to 1 cannot be verified. Restore the file from a copy."
     )
 
 
 def test_a_gap_is_rejected(store):
     first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
     with pytest.raises(
-        CheckpointError, match="starts at step 2, expected 1; the history has a gap"
+        CheckpointError, match=r"starts at step 2, expected 1\. The history has a gap"
     ):
         read_ledger(store, manifest_of(first, third))
     with pytest.raises(
         CheckpointError,
-        match="ends at step 1, the checkpoint is at step 5; the history has a gap",
+        match=r"ends at step 1, the checkpoint is at step 5\. The history has a gap",
     ):
         read_ledger(store, manifest_of(first, step=5))
 

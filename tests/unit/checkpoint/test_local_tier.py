@@ -209,7 +209,7 @@ def test_local_damage_without_a_checkpoint_in_storage_is_an_error(
     two, latest = start_run()
     with pytest.raises(
         CheckpointError,
-        match="checkpoint step-000000002-a0001 is gone, and there is no earlier one; run the same",
+        match=r"checkpoint step-000000002-a0001 was removed, and no earlier one exists\. Run the",
     ):
         two.load(latest, engine, tensors_of(engine))
     assert start_run()[1] is None

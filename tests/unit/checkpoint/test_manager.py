@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_model_is_rejected(store, attempt, engine):
         CheckpointError,
         match=re.escape(
             f"{where}: model.layers.0.mlp.down_proj.weight is [32, 48] in the checkpoint and [32, "
-            "40] in the model; both must be the same; check model.path"
+            "40] in the model. Both must be the same. Check model.path."
         ),
     ):
         one.load(manifest, smaller, tensors_of(smaller))
@@ -103,8 +103,8 @@ def test_missing_optimizer_state_is_an_error(attempt, engine):
     other = make_engine(name="sgd", momentum=0.9)
     with pytest.raises(
         CheckpointError,
-        match="elements from 0 of momentum_buffer of .* are not in this checkpoint; it "
-        r"belongs to another model or optimizer; check .* optimizer\.name",
+        match="elements from 0 of momentum_buffer of .* are not in this checkpoint. It "
+        r"belongs to another model or optimizer. Check .* optimizer\.name\.",
     ):
         one.load(one.find_latest(), other, tensors_of(other))
 
@@ -246,8 +246,8 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_again(store, attempt
     with pytest.raises(
         CheckpointError,
         match=r"/run/checkpoints: none of the 2 committed checkpoints can be loaded \(the latest: "
-        r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is missing\); "
-        "restore one from a copy, or move the folder away to start again",
+        r".*step-000000002-a0001/rank-00000-0000.safetensors: the file is missing\)\. "
+        r"Restore one from a copy, or move the folder away to start again\.",
     ):
         found(store)
     assert len(list_committed(store)) == 2
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     )
     with pytest.raises(
         NewerFormatError,
-        match=r"format_version=3 is newer than this dist_ft supports \(2\); update dist_ft",
+        match=r"format_version=3 is newer than this dist_ft supports \(2\)\. Update dist_ft\.",
     ):
         found(store)
 

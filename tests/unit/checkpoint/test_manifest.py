@@ -161,8 +161,8 @@ def test_a_newer_version_raises_its_own_error():
     with pytest.raises(NewerFormatError) as caught:
         manifests.parse_manifest(manifests.serialize_manifest(make(format_version=99)), "m")
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
-        f"m: format_version=99 is newer than this dist_ft supports ({FORMAT_VERSION}); update "
-        "dist_ft"
+        f"m: format_version=99 is newer than this dist_ft supports ({FORMAT_VERSION}). Update "
+        "dist_ft."
     )
 
 

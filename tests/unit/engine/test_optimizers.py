@@ -67,7 +67,7 @@ def test_exempt_weights_do_not_decay():
     assert groups[1]["params"][0] is held[first] and len(names) == 6
     with pytest.raises(
         ModelError,
-        match=r"optimizer.decay_exempt=nothing\.\*: matches no trainable weight; ",
+        match=r"optimizer.decay_exempt=nothing\.\*: matches no trainable weight\. ",
     ):
         optimizers.param_groups(held, 0.1, exempt=["nothing.*"])
 

@@ -42,7 +42,7 @@ def test_a_model_that_ignores_position_ids_is_rejected(family, half):
         ModelError,
         match=r"^data\.pack=true: with this model and model\.attention, packed samples attend "
         r"to each other \(loss \d+\.\d{4} packed, \d+\.\d{4} alone; \d+\.\d{4} and \d+\.\d{4} "
-        r"next to other samples\); set data\.pack=false, or another model\.attention$",
+        r"next to other samples\)\. Set data\.pack=false, or use another model\.attention\.$",
     ):
         require_packing(engine_of(model, half), VOCABULARY, TOLERANCE[half])
 

@@ -58,8 +58,8 @@ def test_one_weight_that_was_initialized_again_is_detected(folder, name, size):
         verify_weights(split_into_slices(size, engine), folder, torch.float32)
     assert str(caught.value) == (
         f"{name}: the weights in memory (elements from 0) differ from those in "
-        f"{folder}/model.safetensors; they were initialized again or misplaced while loading; the "
-        "run stops before step 1"
+        f"{folder}/model.safetensors. They were initialized again or misplaced while loading. The "
+        "run stops before step 1. Report this model as a bug."
     )
 
 

@@ -175,7 +175,7 @@ def test_model_of_another_shape_is_refused_on_resume(document, tmp_path):
     with pytest.raises(
         CheckpointError,
         match=r"transformer\.h\.0\.mlp\.c_fc\.bias is \[128\] in the checkpoint and \[100\] in "
-        r"the model; both must be the same; check model\.path",
+        r"the model\. Both must be the same\. Check model\.path\.",
     ):
         go(document, model=model)
 
