@@ -1,4 +1,4 @@
-"""Robustness: detection of out-of-scope rows, and predictions that a perturbation changes. Pure.
+"""Robustness scores: out-of-scope detection, and predictions that a perturbation changes. Pure.
 
 K is the number of labels, T the number of words of a row.
 """
@@ -13,26 +13,30 @@ import numpy as np
 from dist_ft.metrics.task_scores import softmax
 
 
-def out_of_scope_auroc(inside: Sequence[Any], outside: Sequence[Any]) -> float:
-    """Return how well the largest probability separates rows in scope from others (ROC AUC).
+def out_of_scope_auroc(in_scope: Sequence[Any], out_of_scope: Sequence[Any]) -> float:
+    """Return the ROC AUC with which the maximum softmax probability detects rows in scope.
 
-    1: it is always larger in scope; 0.5: it does not separate them (Hendrycks, Gimpel,
-        arXiv:1610.02136).
+    1: it is higher for every row in scope than for any other row; 0.5: it does not separate them.
+    Source: Hendrycks and Gimpel, arXiv:1610.02136.
 
     Args:
-        inside: logits (K,) of each row in scope.
-        outside: logits (K,) of each other row.
+        in_scope: logits (K,) of each row in scope; at least one row.
+        out_of_scope: logits (K,) of each row out of scope; at least one row.
     """
     from sklearn.metrics import roc_auc_score
 
-    confidence = np.concatenate([softmax(np.array(logits)).max(1) for logits in (inside, outside)])
-    return float(roc_auc_score([1] * len(inside) + [0] * len(outside), confidence))
+    confidence = [softmax(np.array(logits)).max(1) for logits in (in_scope, out_of_scope)]
+    is_in_scope = [1] * len(in_scope) + [0] * len(out_of_scope)
+    return float(roc_auc_score(is_in_scope, np.concatenate(confidence)))
 
 
 def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequence[Any]) -> float:
-    """Return the share of rows whose prediction changed.
+    """Return the share of rows whose prediction changed, from 0 to 1.
 
-    Rows as `PredictionCollector` gathers them.
+    Args:
+        task: name of the task.
+        before: output for each row, in the form that `PredictionCollector` gathers.
+        after: output for each perturbed row, in the order of `before`.
     """
     changed = [
         not np.array_equal(_decode_row(task, row_before), _decode_row(task, row_after))
@@ -42,7 +46,7 @@ def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequen
 
 
 def _decode_row(task: str, output: Any) -> Any:
-    """Return the prediction of a row: a label, booleans per label, tags (T,) or the output."""
+    """Return a row's prediction: label id, booleans (K,), tag ids (T,), or the output itself."""
     if task == "sequence_classification":
         return np.asarray(output).argmax()
     if task == "token_classification":

@@ -1,4 +1,7 @@
-"""The stored form of an index: one JSON file in the run's folder, protected by a checksum."""
+"""Read and write an index as one file in the run's folder.
+
+The file has two lines of JSON: a header (format version, checksum of the body) and the body.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,19 @@ from dist_ft.data.blocks.segments import BlockStats
 from dist_ft.data.sources.discovery import Shard
 from dist_ft.storage.filesystem import Store
 
-FORMAT = 2
+FORMAT_VERSION = 2
 STORED_NAMES = {"num_segments": "num_pieces", "rows_per_range": "part_rows"}
-"""Fields of `BlockStats` that files of this format store by another name."""
+"""Field of `BlockStats` -> its name in the file, where they differ."""
 
 
 def save(index: Index, store: Store, name: str) -> None:
-    """Write `<name>.json`: recipe, shards and blocks with their statistics."""
+    """Write `index` to `<name>.json`: the recipe, shards, and blocks with their statistics.
+
+    Args:
+        index: the index.
+        store: the run's folder.
+        name: path of the file in `store`, without .json.
+    """
     import xxhash
 
     field_names = [field.name for field in fields(BlockStats)]
@@ -35,29 +44,31 @@ def save(index: Index, store: Store, name: str) -> None:
             ],
         }
     )
-    header = json.dumps({"format": FORMAT, "checksum": xxhash.xxh3_128_hexdigest(body.encode())})
+    header = json.dumps(
+        {"format": FORMAT_VERSION, "checksum": xxhash.xxh3_128_hexdigest(body.encode())}
+    )
     store.write(f"{name}.json", f"{header}\n{body}\n".encode())
 
 
 def load(store: Store, name: str) -> Index | None:
-    """Return a stored index, or None if it does not exist.
+    """Return the index stored as `<name>.json`, or None if the file does not exist.
 
     Raises:
-        DataError: it is damaged or of another format.
+        DataError: the file is damaged or has another format version.
     """
     import xxhash
 
     if not store.exists(f"{name}.json"):
         return None
 
-    where = redact(store.full_url(f"{name}.json"))
+    url = redact(store.full_url(f"{name}.json"))
     try:
         header_line, _, body = store.read(f"{name}.json").partition(b"\n")
         header = json.loads(header_line)
-        if header["format"] != FORMAT:
+        if header["format"] != FORMAT_VERSION:
             raise DataError(
-                f"{where}: has format {header['format']}. This version reads format {FORMAT}. "
-                "Remove the file to rebuild the index."
+                f"{url}: has format {header['format']}. This version reads format "
+                f"{FORMAT_VERSION}. Remove the file to rebuild the index."
             )
         body = body.removesuffix(b"\n")
         if xxhash.xxh3_128_hexdigest(body) != header["checksum"]:
@@ -67,32 +78,34 @@ def load(store: Store, name: str) -> Index | None:
         return Index(
             shards=tuple(Shard(*values) for values in content["shards"]),
             shard_sources=tuple(content["shard_sources"]),
-            blocks=tuple(_block(source, ranges) for source, ranges in content["blocks"]),
+            blocks=tuple(_parse_block(source, ranges) for source, ranges in content["blocks"]),
             block_stats=tuple(
-                _block_stats(content["measure"], values) for values in content["measures"]
+                _parse_block_stats(content["measure"], values) for values in content["measures"]
             ),
             recipe=content["recipe"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{where}: the stored index is damaged ({error}). Remove the file to rebuild the index "
+            f"{url}: the stored index is damaged ({error}). Remove the file to rebuild the index "
             "from the same shards."
         ) from error
 
 
 def _block_values(block: Block) -> list[object]:
-    """Return a block as [source, [values of each range]]."""
+    """Return a block as [source, [[shard, start, stop, num_bytes, group] of each range]]."""
     return [block.source, [list(asdict(shard_range).values()) for shard_range in block.ranges]]
 
 
-def _block(source: int, ranges: list[list[int]]) -> Block:
+def _parse_block(source: int, ranges: list[list[int]]) -> Block:
+    """Return the block of a source from the values of its ranges."""
     return Block(source, tuple(ShardRange(*values) for values in ranges))
 
 
-def _block_stats(stored_names: list[str], values: list[object]) -> BlockStats:
-    field_names = {stored: field for field, stored in STORED_NAMES.items()}
+def _parse_block_stats(stored_names: list[str], values: list[object]) -> BlockStats:
+    """Return the statistics of a block from its stored values, one for each stored name."""
+    field_by_stored_name = {stored: field for field, stored in STORED_NAMES.items()}
     by_name: dict[str, object] = {
-        field_names.get(stored, stored): value
+        field_by_stored_name.get(stored, stored): value
         for stored, value in zip(stored_names, values, strict=True)
     }
     by_name["rows_per_range"] = tuple(by_name["rows_per_range"])  # type: ignore[arg-type]
