@@ -4,7 +4,7 @@
     result = train(config)
     export(config, "out/")
 
-A thin layer: it only decides where a run happens.
+A thin layer over the packages below it. It decides only in which process a run starts.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ if TYPE_CHECKING:
 
 
 class WrittenShards(NamedTuple):
-    """How many shards a data set has, and how many of them were written by this call."""
+    """The number of shards of a data set, and how many of them this call wrote."""
 
-    shards: int
-    written_now: int
+    num_shards: int
+    num_written: int
 
 
 def check(config: RunConfig) -> list[str]:
-    """Return one line for each problem that would stop this run and can be found without a GPU."""
+    """Return one line for each problem of this run that can be found without a GPU."""
     from dist_ft.runtime.preflight import check_run
 
     return check_run.check(config)
 
 
 def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
-    """Return the first samples with target tokens marked, and the statistics of an epoch.
+    """Return the first samples, with target tokens marked, and the statistics of an epoch.
 
     Tokenizes the training data (cached for the run). Writes nothing to the run's storage.
 
     Args:
         config: the run.
         num_samples: number of samples to show.
-        markup: mark target tokens in rich's markup instead of [[ ]].
+        markup: mark target tokens with markup of the `rich` library instead of [[ ]].
     """
-    from dist_ft.data.tools import preview as previews
+    from dist_ft.data.tools import preview as preview_tools
 
-    with _opened(config) as loader:
-        return previews.preview(loader, num_samples, markup)
+    with _open_training_loader(config) as loader:
+        return preview_tools.preview(loader, num_samples, markup)
 
 
 def pack_stats(config: RunConfig) -> str:
-    """Return a table of how full sequences are at batch.sequence_length, its half, its double."""
-    from dist_ft.data.tools import preview as previews
+    """Return a table of packing efficiency at batch.sequence_length, half of it and twice of it."""
+    from dist_ft.data.tools import preview as preview_tools
 
-    with _opened(config) as loader:
-        return previews.pack_stats(loader)
+    with _open_training_loader(config) as loader:
+        return preview_tools.pack_stats(loader)
 
 
 def write_data(
@@ -76,12 +76,15 @@ def write_data(
     """Write the training data as new shards into the folder `out`.
 
     Args:
-        config: the run. Its data.train is read; with `tokenize` also its tokenizer, template and
-            data fields.
+        config: the run. Uses its data.train and, with `tokenize`, its tokenizer, template and data
+            fields.
         out: folder or fsspec URL.
         suffix: parquet or jsonl.
-        shard_mib: source data in a shard, in MiB.
+        shard_mib: source data of one shard, in MiB.
         tokenize: write `input_ids` and `targets` instead of rows.
+
+    Raises:
+        ConfigError: `tokenize` with another task than causal_lm.
     """
     from dist_ft.checkpoint import initial_weights
     from dist_ft.data.tools.rewrite import rewrite_blocks
@@ -98,16 +101,16 @@ def write_data(
             "data write",
         )
     model = initial_weights.resolve_for_inspection(config)
-    blocks = build_block_store(config, model, shard_mib)
+    block_store = build_block_store(config, model, shard_mib)
     try:
-        written = rewrite_blocks(blocks, filesystem.Store(out), suffix, tokenize)
-        return WrittenShards(len(blocks.blocks), written)
+        num_written = rewrite_blocks(block_store, filesystem.Store(out), suffix, tokenize)
+        return WrittenShards(len(block_store.blocks), num_written)
     finally:
-        blocks.close()
+        block_store.close()
 
 
 @contextmanager
-def _opened(config: RunConfig) -> Iterator[Loader]:
+def _open_training_loader(config: RunConfig) -> Iterator[Loader]:
     """Yield a loader over the training data that writes nothing to the run's storage."""
     from uuid import uuid4
 
@@ -132,30 +135,33 @@ def _opened(config: RunConfig) -> Iterator[Loader]:
 def train(
     config: RunConfig, *, callbacks: Sequence[Callback] = (), skip_check: bool = False
 ) -> Result:
-    """Train `config` to its end, or resume the run of that name in its storage; return its result.
+    """Train to the end of the run and return its result.
+
+    Resumes the run if run.storage holds one named run.name.
 
     Trains in this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on
     Ray workers.
 
     Args:
         config: the run.
-        callbacks: called in this order during training (see `dist_ft.Callback`). Only where
+        callbacks: called in this order during training (see `dist_ft.Callback`). Supported only if
             training runs in this process.
         skip_check: start without `check`.
 
     Raises:
-        ConfigError: with all problems that `check` finds, before anything starts.
+        ConfigError: `check` found problems (all are listed), or callbacks are not supported. Raised
+            before anything starts.
     """
     from dist_ft.training.callbacks import CallbackList
 
-    by_torchrun = "RANK" in os.environ
-    in_this_process = config.max_workers == 0 or by_torchrun
+    started_by_torchrun = "RANK" in os.environ
+    in_this_process = config.max_workers == 0 or started_by_torchrun
     if callbacks and not in_this_process:
         raise ConfigError(
             [
                 f"callbacks: not supported with cluster.workers={config.max_workers}, as workers "
-                "are other processes and callbacks cannot be named by import path yet. Use "
-                "cluster.workers=0 or torchrun, or leave callbacks out."
+                "are other processes, where callbacks of this process cannot run. Use "
+                "cluster.workers=0 or torchrun, or remove the callbacks."
             ],
             f"run {config.run.name!r}",
         )
@@ -179,39 +185,42 @@ def stages(
     overrides: Sequence[str] = (),
     *,
     skip_check: bool = False,
-    say: Callable[[str], None] = print,
+    report_line: Callable[[str], None] = print,
 ) -> StagesReport:
-    """Run or resume the stages in a YAML file; return the matrix of what the model retains.
+    """Run or resume the stages of a YAML file; return the scores of all tasks after each stage.
 
     Args:
         file: path or URL of the stages file.
-        overrides: section.field=value, set in every stage's config.
+        overrides: section.field=value, applied to the config of every stage.
         skip_check: start each run without `check`.
-        say: receives progress lines.
+        report_line: called with each line of progress.
     """
     from dist_ft.config.stages import load_stages
     from dist_ft.workflows import run_stages
 
-    return run_stages.run(
-        load_stages(file, overrides), lambda config: train(config, skip_check=skip_check), say
-    )
+    loaded = load_stages(file, overrides)
+    return run_stages.run(loaded, lambda config: train(config, skip_check=skip_check), report_line)
 
 
 def tune(
-    config: str, search: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = print
+    config: str,
+    search: str,
+    overrides: Sequence[str] = (),
+    *,
+    report_line: Callable[[str], None] = print,
 ) -> SearchReport:
-    """Run or resume the search in `search` over the config file `config`; return its trials.
+    """Run or resume a hyper-parameter search; return a report of its trials.
 
     Args:
-        config: path or URL of the config.
+        config: path or URL of the base config.
         search: path or URL of the search file.
-        overrides: section.field=value, set in every trial's config.
-        say: receives progress lines.
+        overrides: section.field=value, applied to the config of every trial.
+        report_line: called with each line of progress.
     """
     from dist_ft.config.search import load_search
-    from dist_ft.workflows import search as searches
+    from dist_ft.workflows import search as search_workflow
 
-    return searches.run(load_search(config, search, overrides), say)
+    return search_workflow.run(load_search(config, search, overrides), report_line)
 
 
 def export(
@@ -225,20 +234,24 @@ def export(
     int8: bool = False,
     average: bool | None = None,
 ) -> dict[str, BeforeAfter] | None:
-    """Write a checkpoint as a Hugging Face folder with a model card, reload it, compare its logits.
+    """Write a checkpoint as a Hugging Face folder with a model card.
 
-    Returns what int8 weights changed, {measure: (before, after)}, or None without `int8`.
+    Then reload the folder and compare its logits with those of the checkpoint.
 
     Args:
         run: the run's config, or the URL of its folder (<run.storage>/<run.name>).
         out: local folder to write.
         step: step of the checkpoint. Default: the latest.
-        dtype: float32 or bfloat16 of the exported weights. Default: as the model was trained.
+        dtype: type of the exported weights, float32 or bfloat16. Default: as the model was trained.
         adapter: write the adapter alone, for `peft`. Default: merge it into the weights.
         best: export the best checkpoint by checkpoint.best_by.
-        int8: 8-bit weights of linear layers (torchao); size, latency and scores are measured.
-        average: export the moving average of the weights (tuning.ema_decay). Default: if that is
-            what evaluations used.
+        int8: quantize the weights of linear layers to 8 bits (torchao); measure size, latency and
+            scores before and after.
+        average: export the moving average of the weights (tuning.ema_decay). Default: export the
+            weights that evaluations used.
+
+    Returns:
+        {measure: value before and after quantization}; None without `int8`.
     """
     from dist_ft.runs.export_model import export_model
     from dist_ft.storage import filesystem
@@ -257,26 +270,29 @@ def predict(
     out: str,
     *,
     workers: int = 0,
-    form: str = "jsonl",
+    suffix: str = "jsonl",
     batch: int = 32,
     max_new_tokens: int = 128,
     strategy: str = "greedy",
 ) -> WrittenPredictions:
-    """Write a prediction for every row of files into a file or a folder of shards.
+    """Write a prediction for every row of the input into a file or a folder of shards.
 
     Args:
         model: folder, URL or hub name.
         paths: files, folders, globs or URLs of rows; `dist-ft predict --help` lists their columns.
-        out: local file (.jsonl), or folder or URL for shards. Output of the same rows is resumed.
-        workers: Ray workers, each with the model, that write shards; 0: this process.
-        form: format of shards, jsonl or parquet.
-        batch: rows in a batch.
+        out: local file (.jsonl), or folder or URL for shards. If `out` has predictions of the same
+            rows, the rest is added.
+        workers: number of Ray workers that write shards, each with the model; 0: this process.
+        suffix: format of shards, jsonl or parquet.
+        batch: number of rows in a batch.
         max_new_tokens: maximum length of generated text, in tokens.
         strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
             (`config.sections.decoding.parse_strategy`).
 
     Raises:
-        ConfigError, DataError, ModelError: with one clear line.
+        ConfigError: an argument is not allowed.
+        DataError: a row cannot be read, or `out` has predictions of other rows or another model.
+        ModelError: the model cannot be loaded.
     """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
@@ -287,12 +303,13 @@ def predict(
     from dist_ft.inference.prediction_file import predict_file
     from dist_ft.inference.prediction_shards import ENCODERS
 
-    if form not in ENCODERS:
+    if suffix not in ENCODERS:
+        allowed = ", ".join(ENCODERS)
         raise ConfigError(
-            [f"--format={form}: unknown format. Allowed: {', '.join(ENCODERS)}."],
+            [f"--format={suffix}: unknown format. Allowed: {allowed}. Use one of these."],
             "predict",
         )
-    if out.endswith(".jsonl") and (workers or form != "jsonl"):
+    if out.endswith(".jsonl") and (workers or suffix != "jsonl"):
         raise ConfigError(
             [
                 f"--out={out}: a single file is written by one process as JSON Lines. Use a folder "
@@ -303,14 +320,14 @@ def predict(
     names = [paths] if isinstance(paths, str) else list(paths)
     shards = [
         shard
-        for found in discover_shards([Source(path=path) for path in names], "PATH")
-        for shard in found
+        for source_shards in discover_shards([Source(path=path) for path in names], "PATH")
+        for shard in source_shards
     ]
     options = PredictionOptions(batch, max_new_tokens, strategy)
     if out.endswith(".jsonl"):
         rows = (row for shard in shards for row in readers.iter_rows(shard))
         return WrittenPredictions(1, predict_file(Predictor(model, options), rows, out))
-    return predict_folder(model, shards, out, options, suffix=form, workers=workers)
+    return predict_folder(model, shards, out, options, suffix=suffix, workers=workers)
 
 
 def evaluate(
@@ -319,9 +336,9 @@ def evaluate(
     """Return {model: metrics} on the config's held-out data, without training.
 
     Args:
-        config: its task, evaluation.data and batch are used.
+        config: the run. Uses its task, evaluation.data and batch.
         models: folders, URLs or hub names. Default: model.path.
-        random_head: also score a head that was never trained; otherwise that is an error.
+        random_head: also score a head that was never trained; otherwise such a head is an error.
     """
     from dist_ft.inference.evaluate import evaluate_models
 
@@ -341,7 +358,7 @@ def report(run: RunConfig | str) -> Report:
 
 
 def next_step(folder: str) -> str:
-    """Return the command that tries an exported folder, chosen by its model's task."""
+    """Return the suggested next step with an exported folder, according to its task."""
     import json
     from pathlib import Path
 
@@ -363,13 +380,13 @@ def generate(
     max_new_tokens: int = 128,
     strategy: str = "greedy",
 ) -> str:
-    """Return a model folder's answer to `prompt`, through its chat template if it has one.
+    """Return the model's answer to `prompt`, with its chat template if it has one.
 
-    Several answers (num_samples) are separated by ---.
+    A line of --- separates several answers (num_samples).
 
     Args:
         model: folder, URL or hub name.
-        prompt: the prompt, as a user turn if the model has a chat template.
+        prompt: the prompt; a user turn if the model has a chat template.
         system: system prompt.
         max_new_tokens: maximum length of the answer, in tokens.
         strategy: decoding strategy: greedy, beam:4, sample:0.7, ...

@@ -84,7 +84,8 @@ def import_(
 
     if kind not in IMPORTERS:
         raise ConfigError(
-            [f"KIND={kind}: unknown format. Allowed: {', '.join(IMPORTERS)}."], "data import"
+            [f"KIND={kind}: unknown format. Allowed: {', '.join(IMPORTERS)}. Use one of these."],
+            "data import",
         )
     quiet_third_parties()
     rows = list(IMPORTERS[kind](paths, encoding, part))
@@ -287,12 +288,13 @@ def write(
 
     if format not in ("parquet", "jsonl"):
         raise ConfigError(
-            [f"--format={format}: unknown format. Allowed: parquet, jsonl."], "data write"
+            [f"--format={format}: unknown format. Allowed: parquet, jsonl. Use one of these."],
+            "data write",
         )
     quiet_third_parties()
     written = api.write_data(load_config(config, overrides or ()), out, format, shard_mib, tokenize)
     typer.echo(
-        f"{written.shards} shards in {out}, {written.written_now} of them written now; "
+        f"{written.num_shards} shards in {out}, {written.num_written} of them written now; "
         f"next: set data.train={out}"
     )
 

@@ -68,7 +68,8 @@ def export(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
-            [f"--dtype={dtype}: unknown type. Allowed: {', '.join(DTYPES)}."], "export"
+            [f"--dtype={dtype}: unknown type. Allowed: {', '.join(DTYPES)}. Use one of these."],
+            "export",
         )
     if best and step is not None:
         raise ConfigError(

@@ -126,7 +126,7 @@ def predict(
             min=0, help="Ray workers, each with the model, that write shards. 0: this process."
         ),
     ] = 0,
-    form: Annotated[
+    suffix: Annotated[
         str, typer.Option("--format", help="Format of shards: jsonl or parquet.")
     ] = "jsonl",
     batch: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 32,
@@ -159,7 +159,7 @@ def predict(
         paths,
         out,
         workers=workers,
-        form=form,
+        suffix=suffix,
         batch=batch,
         max_new_tokens=max_new_tokens,
         strategy=strategy,

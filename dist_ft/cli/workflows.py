@@ -33,7 +33,7 @@ def tune(
     from dist_ft.workflows.search_report import as_text
 
     quiet_third_parties()
-    report = api.tune(config, search, overrides or (), say=typer.echo)
+    report = api.tune(config, search, overrides or (), report_line=typer.echo)
     typer.echo(as_text(report))
     typer.echo(f"wrote search.json, search.md and search.png in {report['url']}")
 
@@ -63,5 +63,5 @@ def stages(
     from dist_ft.core.logs import quiet_third_parties
 
     quiet_third_parties()
-    report = api.stages(file, overrides or (), skip_check=skip_check, say=typer.echo)
+    report = api.stages(file, overrides or (), skip_check=skip_check, report_line=typer.echo)
     typer.echo(f"wrote matrix.json, matrix.md and matrix.png in {report['url']}")

@@ -24,7 +24,7 @@ SHOWN_KINDS = ("train", "evaluation")
 def watch(
     url: str,
     once: bool,
-    say: Callable[[str], None],
+    report_line: Callable[[str], None],
     poll_s: float = 5.0,
     silent_s: float = SILENT_S,
 ) -> str:
@@ -33,7 +33,7 @@ def watch(
     Args:
         url: folder of the run.
         once: print the current state and return at once.
-        say: receives each line of text.
+        report_line: called with each line of text.
         poll_s: seconds between two reads.
         silent_s: return when nothing was written for this long.
 
@@ -51,10 +51,10 @@ def watch(
         was_rewound = last_shown is not None and lines[num_shown - 1 : num_shown] != [last_shown]
         if was_rewound:
             step = lines[-1]["step"] if lines else 0
-            say(f"-- resumed from a checkpoint; metrics end at step {step} --")
+            report_line(f"-- resumed from a checkpoint; metrics end at step {step} --")
             num_shown = min(num_shown, len(lines))
         for text in metric_lines(lines[num_shown:]):
-            say(text)
+            report_line(text)
         num_shown, last_shown = len(lines), lines[-1] if lines else None
 
         if attempt.get("ended"):

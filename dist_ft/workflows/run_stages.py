@@ -47,14 +47,14 @@ class StageState(TypedDict):
 
 
 def run(
-    stages: Stages, train: Callable[[RunConfig], Result], say: Callable[[str], None] = print
+    stages: Stages, train: Callable[[RunConfig], Result], report_line: Callable[[str], None] = print
 ) -> StagesReport:
     """Run or resume all stages; return the report after the last.
 
     Args:
         stages: the stages, from `load_stages`.
         train: runs or resumes a config to its end.
-        say: receives progress lines.
+        report_line: called with each line of progress.
 
     Raises:
         ConfigError: a started stage has another config or another place now.
@@ -67,12 +67,12 @@ def run(
     num_stages = len(stages.stages)
     for number, stage in enumerate(stages.stages):
         if number < len(states) and states[number]["done"]:
-            say(f"stage {stage.name} is complete: {stage.config.run_url}")
+            report_line(f"stage {stage.name} is complete: {stage.config.run_url}")
         else:
             del states[number:]
             states.append({"name": stage.name, "config": to_mapping(stage.config), "done": False})
             _write_states(store, states)
-            say(f"stage {stage.name}, {number + 1} of {num_stages}")
+            report_line(f"stage {stage.name}, {number + 1} of {num_stages}")
             train(stage.config)
             fault_injection.hit("stages.trained")
             states[number]["done"] = True
@@ -80,7 +80,7 @@ def run(
 
         report = _report(stages, store, number)
         stages_report.write(store, report)
-        say(stages_report.as_text(report))
+        report_line(stages_report.as_text(report))
     return report
 
 

@@ -33,7 +33,7 @@ MAY_CHANGE = ("trials", "max_concurrent")
 """Fields of the search that may change when it is resumed."""
 
 
-def run(search: Search, say: Callable[[str], None] = print) -> SearchReport:
+def run(search: Search, report_line: Callable[[str], None] = print) -> SearchReport:
     """Run or resume a search; return its report.
 
     Raises:
@@ -54,7 +54,7 @@ def run(search: Search, say: Callable[[str], None] = print) -> SearchReport:
 
     filesystem.configure(base.storage.options)
     store = Store(f"{base.run.storage.rstrip('/')}/{section.name}")
-    journal = Journal(store, search, base, say)
+    journal = Journal(store, search, base, report_line)
     trials = list(journal.trials.values())
     finished = [trial for trial in trials if trial.state in FINISHED]
     unfinished = [trial for trial in trials if trial.state not in FINISHED]
@@ -86,14 +86,14 @@ class Journal:
         store: folder of the search.
         search: the search.
         base: config of a trial, for the fields that all trials share.
-        say: receives progress lines.
+        report_line: called with each line of progress.
         trials: trials by number.
     """
 
     store: Store
     search: Search
     base: RunConfig
-    say: Callable[[str], None]
+    report_line: Callable[[str], None]
     trials: dict[int, Trial] = field(default_factory=dict)
     _starts: dict[int, _Start] = field(default_factory=dict)
 
@@ -115,7 +115,7 @@ class Journal:
         self.trials[number] = Trial(number, values, seconds=seconds_before)
 
         shown = [f"{name}={search_report.format_value(value)}" for name, value in values.items()]
-        self.say(f"trial {number}: {', '.join(shown)}")
+        self.report_line(f"trial {number}: {', '.join(shown)}")
         self._write()
 
     def on_evaluation(self, number: int, step: int, value: float) -> None:
@@ -124,7 +124,7 @@ class Journal:
         if step <= trial.step:
             return  # the end of a trial repeats its last report
         self._update(replace(trial, reports=(*trial.reports, (step, value))))
-        self.say(f"trial {number}: step {step}, {self.base.checkpoint.best_by} {value:.4f}")
+        self.report_line(f"trial {number}: step {step}, {self.base.checkpoint.best_by} {value:.4f}")
 
     def on_end(self, number: int, failed: bool) -> None:
         """Record the end of a trial: done, stopped early, or failed."""
@@ -139,7 +139,7 @@ class Journal:
         else:
             state = "stopped"
         self._update(replace(self.trials[number], state=state, error=error))
-        self.say(f"trial {number}: {state}" + (f": {error}" if error else ""))
+        self.report_line(f"trial {number}: {state}" + (f": {error}" if error else ""))
 
     def _update(self, trial: Trial) -> None:
         start = self._starts[trial.number]

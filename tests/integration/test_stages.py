@@ -102,7 +102,7 @@ def start(file: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def unbroken(base: Path) -> Path:
     """Stages that were never stopped, and what they left."""
-    api.stages(write(base, "whole"), say=lambda text: None)
+    api.stages(write(base, "whole"), report_line=lambda text: None)
     return base / "whole"
 
 
@@ -181,10 +181,10 @@ def test_a_completed_stage_cannot_change(base: Path, unbroken: Path) -> None:
     ):
         other.write_text(yaml.safe_dump(content))
         with pytest.raises(ConfigError, match=said) as caught:
-            api.stages(str(other), say=lambda text: None)
+            api.stages(str(other), report_line=lambda text: None)
         assert len(caught.value.problems) == 1
     said: list[str] = []
-    api.stages(str(file), ["log.every_steps=5"], say=said.append)
+    api.stages(str(file), ["log.every_steps=5"], report_line=said.append)
     assert [text for text in said if "complete" in text] == [
         f"stage {name} is complete: {unbroken}/seq-{name}" for name in ("one", "two")
     ]
@@ -256,7 +256,7 @@ def test_stages_on_ray_workers(base: Path, unbroken: Path) -> None:
     api.stages(
         write(base, "ray"),
         ["cluster.workers=2", "zero.stage=2", "cluster.standby=false"],
-        say=lambda text: None,
+        report_line=lambda text: None,
     )
     for name in ("one", "two"):
         assert history.losses(base / "ray" / f"seq-{name}") == pytest.approx(

@@ -152,7 +152,7 @@ def test_the_export_is_a_plain_model_with_its_labels(
 def test_padding_stays_low(base: Path, task: str, plain: Path) -> None:
     from dist_ft.data.tools import preview
 
-    with api._opened(load_config(document_of(base, task, "plain"))) as loader:
+    with api._open_training_loader(load_config(document_of(base, task, "plain"))) as loader:
         assert preview.compute_statistics(loader).padding_share < 0.15
 
 

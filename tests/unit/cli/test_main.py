@@ -243,7 +243,8 @@ def test_export_with_a_wrong_dtype_is_one_line(main):
     assert main("export", "runs/x", "--out", "out", "--dtype", "int8") == (
         2,
         "",
-        "dist-ft: export: 1 problem\n  - --dtype=int8: unknown type. Allowed: bfloat16, float32.\n",
+        "dist-ft: export: 1 problem\n  - --dtype=int8: unknown type. Allowed: bfloat16, float32. "
+        "Use one of these.\n",
     )
 
 

@@ -49,10 +49,10 @@ def rows_of(path):
     return [row for shard in shards for row in readers.iter_rows(shard)]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_shards_hold_the_same_rows_in_order_as_one_file(model, tmp_path, form):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_shards_hold_the_same_rows_in_order_as_one_file(model, tmp_path, suffix):
     source = make_rows(tmp_path / "in")
-    shards, rows = api.predict(model, source, str(tmp_path / "predictions"), form=form)
+    shards, rows = api.predict(model, source, str(tmp_path / "predictions"), suffix=suffix)
     assert shards > 4 and rows == 40
     assert api.predict(model, source, str(tmp_path / "predictions.jsonl")) == (1, 40)
     found, expected = rows_of(tmp_path / "predictions"), rows_of(tmp_path / "predictions.jsonl")
@@ -92,7 +92,7 @@ def test_folder_of_other_rows_or_format_is_refused(model, tmp_path):
     source = make_rows(tmp_path / "in")
     api.predict(model, source, str(tmp_path / "predictions"))
     for change in (
-        {"form": "parquet"},
+        {"suffix": "parquet"},
         {"max_new_tokens": 7},
         {"paths": make_rows(tmp_path / "other", 20)},
     ):
@@ -154,7 +154,7 @@ def test_options_of_folders_are_refused_for_a_file(model, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--format=csv: unknown format\. Allowed: jsonl, parquet"
     ):
-        api.predict(model, "a.jsonl", "x", form="csv")
+        api.predict(model, "a.jsonl", "x", suffix="csv")
 
 
 def test_flash_attention_model_predicts_on_a_cpu(model, tmp_path, caplog, monkeypatch):

@@ -154,7 +154,7 @@ def test_callbacks_are_refused_where_the_workers_are_other_processes(monkeypatch
         dist_ft.train(config, callbacks=[Callback()])
     (problem,) = caught.value.problems
     assert problem.startswith("callbacks: not supported with cluster.workers=2, ")
-    assert problem.endswith("Use cluster.workers=0 or torchrun, or leave callbacks out.")
+    assert problem.endswith("Use cluster.workers=0 or torchrun, or remove the callbacks.")
 
 
 def test_callback_is_public():
