@@ -37,9 +37,10 @@ def attribute(
     """Add `tokens`, [text, weight] of each token except the special ones, to `examples`.
 
     Args:
-        store: of the run.
+        store: store of the run.
         examples: see `dist_ft.training.error_examples.ErrorExample`.
-        step: of their evaluation; its checkpoint is used if it still exists, else the latest.
+        step: step at which the examples were evaluated; its checkpoint is used if it still exists,
+            else the latest.
 
     Raises:
         ConfigError: captum is not installed.

@@ -23,9 +23,9 @@ def compare(
 
     Args:
         config: its evaluation section sets the prompts, the length of generations, and the metrics.
-        paths: of models.
-        strategies: as `config.decoding.parse_strategy` reads them; default: that of
-            evaluation.decoding.
+        paths: paths of the models.
+        strategies: decoding strategies (`config.sections.decoding.parse_strategy`). Default: that
+            of evaluation.decoding.
 
     Returns:
         Mappings of model, strategy, the metrics, samples, seconds, tokens_per_s, and the first

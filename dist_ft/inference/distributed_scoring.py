@@ -49,8 +49,8 @@ def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) 
     head = _head(run)
     if head == "random" and not random_head:
         raise ModelError(
-            f"model.path={config.model.path}: its files hold no head for task.name="
-            f"{config.task.name}; its scores would be random. A trained head is needed. Train it "
+            f"model.path={config.model.path}: the files hold no head for task.name="
+            f"{config.task.name}, and scores would be random. A trained head is required. Train it "
             "first, or use --random-head."
         )
     world = World()
@@ -89,7 +89,7 @@ def _require_distributable(config: RunConfig) -> None:
 
 
 def _head(run: ResolvedRun) -> str:
-    """Return what answers; see `ModelUnderTest.head`."""
+    """Return the source of the predictions; see `ModelUnderTest.head`."""
     from dist_ft.model.heads import TASKS_WITH_HEAD
 
     config = run.config

@@ -1,6 +1,6 @@
-"""Entities without training: a causal model sees examples and writes the entities it finds.
+"""Few-shot entity recognition: a causal model generates the entities of each row, in this process.
 
-In this process. `data.encoding.entity_text` parses what it writes; the scores are those of a
+`data.encoding.entity_text` parses the generated text into BIO tags; the scores are those of a
 trained tagger.
 """
 
@@ -29,20 +29,25 @@ from dist_ft.storage.filesystem import Store
 
 HEADER = "Find the entities in each text. Kinds: {kinds}.\n\n"
 TEMPLATE = "Text: {text}\nEntities:"
+"""The prompt without prompting.templates: one header, then this template for each text."""
 
 
-class EntityWriter:
-    """A causal model that writes entities, its weights loaded once; a `ModelUnderTest`.
+class EntityGenerator:
+    """A causal model that generates entities; a `ModelUnderTest`.
 
     Attributes:
-        run: with labels, and templates that show examples.
-        head: generation.
+        run: the run with labels, and templates that contain the examples.
+        head: always "generation".
     """
 
     head = "generation"
 
     def __init__(self, run: ResolvedRun) -> None:
-        """Load the model."""
+        """Load the labels, the examples and the model.
+
+        Raises:
+            ConfigError: the labels are not BIO tags, or no prompt fits.
+        """
         from dist_ft.model.loading.load import load_task_model, load_tokenizer
 
         config, world = run.config, World()
@@ -53,18 +58,20 @@ class EntityWriter:
             raise ConfigError(
                 [
                     f"task.labels: {', '.join(labels[:6])} are not BIO tags. "
-                    "prompting.method=generation needs O, and B- and I- of each kind. Correct "
-                    "the data."
+                    "prompting.method=generation needs O, and B- and I- for each entity type. "
+                    "Correct the data."
                 ],
                 "evaluate",
             )
-        # {kind: its name in prompts}
-        self._names = {
-            kind: config.prompting.verbalizers.get(kind, kind.replace("_", " "))
-            for kind in entity_text.entity_kinds(labels)
+        # {entity type: its name in prompts}
+        self._type_names = {
+            entity_type: config.prompting.verbalizers.get(
+                entity_type, entity_type.replace("_", " ")
+            )
+            for entity_type in entity_text.entity_types(labels)
         }
-        self._label_ids = {label: number for number, label in enumerate(labels)}
-        self.run = replace(run, templates=self._templates_with_examples(run))
+        self._label_ids = {label: label_id for label_id, label in enumerate(labels)}
+        self.run = replace(run, templates=self._build_templates(run))
         self._template = self.run.prompting.templates[0]
 
         self._tokenizer = load_tokenizer(run.model, config.data.cache_dir)
@@ -72,29 +79,32 @@ class EntityWriter:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         model, _ = load_task_model(run.model_task, run.model, config.data.cache_dir)
         self._model: Any = model.eval()
-        self._max_prompt_tokens = self._prompt_limit()
+        self._max_prompt_tokens = self._compute_max_prompt_tokens()
         if config.cluster.gpus_per_worker:
             self._model.to("cuda")
 
     def use_template(self, template: str) -> None:
-        """Prompt with another one of the run's templates from now on."""
+        """Use `template`, one of the run's templates, for all further prompts."""
         self._template = template
 
     def score(self, sources: Sequence[Source]) -> ModelScores:
         """Return the scores on the rows of `sources`.
 
-        `readable` is the share of answers that could be parsed.
+        The metric `readable` is the fraction of answers that could be parsed.
         """
-        samples = self._samples(sources)
+        samples = self._read_samples(sources)
         expected, predicted, num_readable = [], [], 0
-        outside, batch_rows = self._label_ids["O"], self.run.config.batch.micro_batch
-        for start in range(0, len(samples), batch_rows):
-            batch = samples[start : start + batch_rows]
+        outside_id = self._label_ids["O"]
+        batch_size = self.run.config.batch.micro_batch
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
             for sample, answer in zip(batch, self._generate(batch), strict=True):
-                tags, readable = entity_text.parse_entities(answer, sample.first, self._names)
-                num_readable += readable
+                tags, is_readable = entity_text.parse_entities(
+                    answer, sample.first, self._type_names
+                )
+                num_readable += is_readable
                 expected.append(_as_array(sample.label))
-                predicted.append(_as_array([self._label_ids.get(tag, outside) for tag in tags]))
+                predicted.append(_as_array([self._label_ids.get(tag, outside_id) for tag in tags]))
 
         metrics: dict[str, Any] = {}
         if samples:
@@ -104,14 +114,14 @@ class EntityWriter:
         return ModelScores(metrics, expected, predicted)
 
     def _generate(self, samples: Sequence[Sample]) -> list[str]:
-        """Return what the model writes for each row, up to the end of its first line."""
+        """Return the generated text of each row, up to the end of its first line."""
         import torch
 
         prompts = [
             prompt_templates.fill_template(self._template, " ".join(sample.first))
             for sample in samples
         ]
-        self._tokenizer.truncation_side = "left"  # the row itself comes last and is kept
+        self._tokenizer.truncation_side = "left"  # cut examples: the row comes last
         encoded = self._tokenizer(
             prompts,
             padding=True,
@@ -133,40 +143,45 @@ class EntityWriter:
         answers = generated[:, encoded["input_ids"].shape[1] :]
         return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    def _prompt_limit(self) -> int:
-        """Return how many tokens a prompt may have, so that the answer fits too."""
+    def _compute_max_prompt_tokens(self) -> int:
+        """Return the maximum number of prompt tokens that leaves space for the answer.
+
+        Raises:
+            ConfigError: no token is left for a prompt.
+        """
         config = self.run.config
         limits = [longest_input(self._model.config), config.batch.sequence_length]
-        limit = min(length for length in limits if length) - config.prompting.max_new_tokens
+        max_length = min(length for length in limits if length)
+        limit = max_length - config.prompting.max_new_tokens
         if limit < 1:
             raise ConfigError(
                 [
                     f"prompting.max_new_tokens={config.prompting.max_new_tokens}: leaves no "
-                    "tokens for a prompt in "
-                    f"batch.sequence_length={config.batch.sequence_length}. A smaller number is "
-                    "allowed. Lower it, or raise the length."
+                    f"tokens for a prompt, as an input has at most {max_length} tokens (the "
+                    "smaller of batch.sequence_length and the model's longest input). Use at most "
+                    f"{max_length - 1}."
                 ],
                 "evaluate",
             )
         return limit
 
-    def _samples(self, sources: Sequence[Source]) -> list[Sample]:
-        """Return the rows of `sources`, the first evaluation.max_samples of them."""
+    def _read_samples(self, sources: Sequence[Source]) -> list[Sample]:
+        """Return the rows of `sources`, at most the first evaluation.max_samples."""
         config, task, samples = self.run.config, self.run.task, []
         shards_by_source = discover_shards(list(sources), "evaluation.data")
         rows = (
-            (shard.url, number, row)
+            (shard.url, row_number, row)
             for shards in shards_by_source
             for shard in shards
-            for number, row in enumerate(readers.iter_rows(shard), 1)
+            for row_number, row in enumerate(readers.iter_rows(shard), 1)
         )
-        for url, number, row in islice(rows, config.evaluation.max_samples or None):
+        for url, row_number, row in islice(rows, config.evaluation.max_samples or None):
             try:
                 if isinstance(row, DataError):
                     raise row
                 samples.append(
                     task_rows.read_token_classification(
-                        row, task, self._label_ids, RowLocation(url, number)
+                        row, task, self._label_ids, RowLocation(url, row_number)
                     )
                 )
             except DataError:
@@ -174,18 +189,20 @@ class EntityWriter:
                     raise
         return samples
 
-    def _templates_with_examples(self, run: ResolvedRun) -> tuple[str, ...]:
-        """Return the run's templates with prompting.shots answered examples in front."""
+    def _build_templates(self, run: ResolvedRun) -> tuple[str, ...]:
+        """Return the run's templates, each after prompting.shots examples with their answers."""
         section = run.config.prompting
-        header = "" if section.templates else HEADER.format(kinds=", ".join(self._names.values()))
+        header = (
+            "" if section.templates else HEADER.format(kinds=", ".join(self._type_names.values()))
+        )
         samples = draw_examples(run, section.shots) if section.shots else []
         templates = []
         for template in section.templates or (TEMPLATE,):
             examples = []
             for sample in samples:
                 prompt = prompt_templates.fill_template(template, " ".join(sample.first))
-                tags = [run.labels[tag] for tag in sample.label]
-                answer = entity_text.format_entities(sample.first, tags, self._names)
+                tags = [run.labels[label_id] for label_id in sample.label]
+                answer = entity_text.format_entities(sample.first, tags, self._type_names)
                 examples.append(f"{prompt} {answer}")
             templates.append(
                 prompt_templates.prepend_examples("", [header], "")
@@ -194,7 +211,8 @@ class EntityWriter:
         return tuple(templates)
 
 
-def _as_array(tags: Sequence[int]) -> Any:
+def _as_array(label_ids: Sequence[int]) -> Any:
+    """Return the label ids of a row's words as an int64 array (T,)."""
     import numpy as np
 
-    return np.asarray(tags, dtype=np.int64)
+    return np.asarray(label_ids, dtype=np.int64)

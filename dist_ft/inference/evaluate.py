@@ -10,7 +10,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.task import TASK_METRICS
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference import distributed_scoring
-from dist_ft.inference.entities import EntityWriter
+from dist_ft.inference.entities import EntityGenerator
 from dist_ft.inference.evaluation_run import derive_evaluation_run
 from dist_ft.inference.model_under_test import ForwardModel, ModelUnderTest
 from dist_ft.inference.robustness import score_with_robustness
@@ -67,7 +67,7 @@ def evaluate_models(
 def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
     model: ModelUnderTest
     if run.config.prompting.method == "generation":
-        model = EntityWriter(run)
+        model = EntityGenerator(run)
     else:
         model = ForwardModel(run, random_head)
 

@@ -66,7 +66,7 @@ class FolderInfo(TypedDict, total=False):
         task, prompting: sections of the run's config, with labels and examples.
         attention: implementation the model was trained with.
         prompt_template: how a prompt was written without a chat template.
-        sequence_length: of the training, in tokens.
+        sequence_length: sequence length of the training, in tokens.
     """
 
     task: dict[str, Any]
@@ -96,7 +96,7 @@ class LoadedModel:
 def load_folder(path: str, device: str) -> LoadedModel:
     """Load the model at `path` (folder, URL, hub name).
 
-    Raises ModelError if it does not exist, or if weights of its head are missing.
+    Raises ModelError if it does not exist, or if weights of the head are missing.
     """
     folder = _local_folder(path)
     info_file = Path(folder) / export.INFO_FILE
@@ -200,9 +200,9 @@ def _load_model(task: TaskSection, section: ModelSection, tokenizer: Any, path: 
     model, new_weights = load_task_model(task, section)
     if new_weights:
         raise ModelError(
-            f"model.path={path}: {len(new_weights)} weights of its head are not in the files, "
-            f"such as {min(new_weights)}; its predictions would be random. A trained head is "
-            "needed. Train it first."
+            f"model.path={path}: {len(new_weights)} weights of the head are not in the files, "
+            f"such as {min(new_weights)}, and predictions would be random. A trained head is "
+            "required. Train it first."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,8 +1,8 @@
-"""A model that is ready to be scored: by its head, by prompts, by prototypes, or by what it writes.
+"""Models ready for evaluation: by a head, label likelihood, prototypes or generated text.
 
-In this process, without an optimizer; of the data only what is needed is read. Guarantees: a head
-that was never trained is refused, or reported as random; all ways give the same metrics on the same
-rows.
+Runs in this process, without an optimizer, and reads only the data that the evaluation needs.
+Guarantees: a head that was never trained is an error, or is reported as random; all methods compute
+the same metrics.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class ModelScores:
     """The scores of a model on some rows.
 
     Attributes:
-        metrics: by name; tables by label are mappings among them.
-        expected: label of each row, in the form `metrics.task_scores` takes.
-        predicted: prediction for each row, in the same form.
+        metrics: metrics by name; the value of a table is a mapping (such as one by label).
+        expected: label of each row, in the form that `metrics.task_scores` takes.
+        predicted: prediction for each row, in the form that `metrics.task_scores` takes.
     """
 
     metrics: dict[str, Any]
@@ -51,32 +51,40 @@ class ModelUnderTest(Protocol):
     """A model with loaded weights that can be scored on rows.
 
     Attributes:
-        run: with labels and templates.
-        head: what answers: trained, random (a head that was never trained), or the prompting
-            method.
+        run: the run with labels and templates.
+        head: source of the predictions: trained, random (a head that was never trained), or the
+            prompting method.
     """
 
     run: ResolvedRun
     head: str
 
     def use_template(self, template: str) -> None:
-        """Prompt with another one of the run's templates from now on."""
+        """Use `template`, one of the run's templates, for all further prompts."""
 
     def score(self, sources: Sequence[Source]) -> ModelScores:
         """Return the scores on the rows of `sources`."""
 
 
 class ForwardModel:
-    """A model that answers in one forward pass: by its head, label likelihood, or prototypes.
+    """A model that predicts in one forward pass: by a head, label likelihood or prototypes.
 
     Attributes:
-        run: with labels, templates and tokenizer.
-        engine: the model inside an engine without an optimizer.
+        run: the run with labels, templates and tokenizer.
+        engine: a `ForwardEngine` with the model, its loss and no optimizer.
         head: trained, random (a head that was never trained), likelihood or prototypes.
     """
 
     def __init__(self, run: ResolvedRun, random_head: bool = False) -> None:
-        """Load the model; see `evaluate.evaluate_models`."""
+        """Load the model at run.model.
+
+        Args:
+            run: the run to evaluate.
+            random_head: initialize a head that was never trained instead of raising an error.
+
+        Raises:
+            ModelError: batch.sequence_length exceeds the model's limit, or the head is not trained.
+        """
         from dist_ft.model import heads
         from dist_ft.model.loading.load import load_task_model
 
@@ -87,16 +95,16 @@ class ForwardModel:
         tokenizer = load_tokenizer(run.model, config.data.cache_dir)
         self.run = run = replace(run, tokenizer=tokenizer)
         self._model, new_weights = load_task_model(run.model_task, run.model, config.data.cache_dir)
-        error = heads.length_error(
+        length_error = heads.length_error(
             self._model.config, config.batch.sequence_length, config.model.path
         )
-        if error:
-            raise ModelError(error)
+        if length_error:
+            raise ModelError(length_error)
         if new_weights and not random_head:
             raise ModelError(
-                f"model.path={config.model.path}: {len(new_weights)} weights of its head are not "
-                f"in the files, such as {min(new_weights)}; its scores would be random. A trained "
-                "head is needed. Train it first, or use --random-head."
+                f"model.path={config.model.path}: {len(new_weights)} weights of the head are not "
+                f"in the files, such as {min(new_weights)}, and scores would be random. A trained "
+                "head is required. Train it first, or use --random-head."
             )
 
         self.head: str = config.prompting.method
@@ -114,7 +122,7 @@ class ForwardModel:
         build_model.check_packing(run, module, self.engine)
 
     def use_template(self, template: str) -> None:
-        """Prompt with another one of the run's templates from now on."""
+        """Use `template`, one of the run's templates, for all further prompts."""
         self.run = replace(self.run, templates=(template,))
         self.engine = self._build_engine()
 
@@ -130,7 +138,8 @@ class ForwardModel:
 
     def score(self, sources: Sequence[Source]) -> ModelScores:
         """Return the scores on the rows of `sources`."""
-        run, collector = self.run, PredictionCollector(self.run.task)
+        run = self.run
+        collector = PredictionCollector(run.task)
         with self.open_loader(sources) as loader:
             outputs = EvaluationOutputs(
                 run.task, collector, HeldOutGenerator.from_config(run.config, run.tokenizer)
@@ -146,6 +155,7 @@ class ForwardModel:
         return ModelScores(evaluation.to_json(), *collector.gather_predictions(self._comms))
 
     def _build_engine(self) -> Any:
+        """Return an engine for the current templates; fits prototypes if the run uses them."""
         import torch
 
         from dist_ft.engine.forward_engine import ForwardEngine

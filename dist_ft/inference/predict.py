@@ -50,7 +50,7 @@ class Predictor:
         """Load the model at `path` (folder, URL, hub name).
 
         Raises:
-            ModelError: the model does not exist, or weights of its head are missing.
+            ModelError: the model does not exist, or weights of the head are missing.
             ConfigError: the decoding strategy does not exist.
         """
         import torch

@@ -41,7 +41,7 @@ def predict_folder(
 
     Args:
         model: folder, URL or hub name.
-        shards: of the input.
+        shards: shards of the input.
         out: folder or fsspec URL.
         options: how the model is applied.
         suffix: jsonl or parquet.

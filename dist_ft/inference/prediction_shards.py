@@ -36,7 +36,7 @@ class ShardTask:
     """A part of the input and the shard its predictions become.
 
     Attributes:
-        number: of the part, from 0.
+        number: number of the part, from 0.
         name: file name of the shard.
         shard, part: where the rows are read.
     """

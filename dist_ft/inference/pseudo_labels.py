@@ -25,11 +25,11 @@ CONFIDENCE = "confidence"
 
 @dataclass(frozen=True)
 class PseudoLabeledRows:
-    """Rows with their new labels, and what became of all rows.
+    """Rows with their new labels, and the counts of all rows.
 
     Attributes:
-        rows: in their order; each has the column of the label and `confidence` in addition to its
-            own.
+        rows: the labeled rows, in their order; each also has the column of the label and
+            `confidence`.
         num_kept: rows that are kept, by label; all labels of the model are listed.
         num_unsure: rows left out because the model was not confident.
         num_over: rows left out because their label has enough rows.
@@ -60,10 +60,10 @@ def pseudo_label(
     """Return the rows to which the model gives a label with at least `confidence`.
 
     Args:
-        predictor: of a classifier.
-        rows: with and without a label.
+        predictor: a predictor whose model is a classifier.
+        rows: rows with and without a label.
         confidence: least probability of the label.
-        max_per_label: of each label keep at most N rows; 0: all.
+        max_per_label: maximum number of rows to keep of each label; 0: all.
 
     Raises:
         ModelError: the model does not choose one label for a text.

@@ -1,6 +1,6 @@
 """Entities as text: write tags as an answer for a model, and parse a generated answer into tags.
 
-Pure functions. An answer is one line, `kind: words; kind: words`, or `none`. Guarantees: parsing
+Pure functions. An answer is one line, `type: words; type: words`, or `none`. Guarantees: parsing
 never fails, whatever a model generates; an entity counts where its words occur consecutively in the
 text, each position once; the tags are valid BIO.
 """
@@ -25,15 +25,14 @@ class ParsedEntities(NamedTuple):
     is_readable: bool
 
 
-def entity_kinds(labels: Sequence[str]) -> tuple[str, ...]:
-    """Return the kinds of entities among tags, in their order."""
-    # a dict keeps the order of first occurrence
-    kinds = dict.fromkeys(label[2:] for label in labels if label[1:2] == "-")
-    return tuple(kinds)
+def entity_types(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the entity types of BIO tags, in order of first occurrence."""
+    # a dict retains the order of first occurrence
+    return tuple(dict.fromkeys(label[2:] for label in labels if label[1:2] == "-"))
 
 
 def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[str, str]) -> str:
-    """Return BIO tags as an answer; `names` maps a kind to its name in the answer."""
+    """Return BIO tags as an answer; `names` maps an entity type to its name in the answer."""
     entities: list[tuple[str, list[str]]] = []
     for word, tag in zip(words, tags, strict=True):
         if tag.startswith("B-"):
@@ -43,7 +42,9 @@ def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[st
 
     if not entities:
         return NO_ENTITIES
-    return "; ".join(f"{names[kind]}: {' '.join(entity)}" for kind, entity in entities)
+    return "; ".join(
+        f"{names[entity_type]}: {' '.join(entity)}" for entity_type, entity in entities
+    )
 
 
 def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) -> ParsedEntities:
@@ -52,22 +53,23 @@ def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) 
     Args:
         answer: the generated text; its first line that is not empty counts.
         words: the words of the text.
-        names: kind -> its name in the answer; case does not matter.
+        names: entity type -> its name in the answer; case does not matter.
     """
     line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
-    kind_by_name = {name.casefold(): kind for kind, name in names.items()}
+    type_by_name = {name.casefold(): entity_type for entity_type, name in names.items()}
     tags = ["O"] * len(words)
     is_readable = line.casefold().rstrip(".") == NO_ENTITIES
     for part in line.split(";"):
         name, colon, text = part.partition(":")
-        kind = kind_by_name.get(name.strip().casefold())
-        if not colon or kind is None:
+        entity_type = type_by_name.get(name.strip().casefold())
+        if not colon or entity_type is None:
             continue
         is_readable = True
         entity = text.split()
         start = _find_untagged(entity, words, tags)
         if start is not None:
-            tags[start : start + len(entity)] = [f"B-{kind}", *[f"I-{kind}"] * (len(entity) - 1)]
+            inside = [f"I-{entity_type}"] * (len(entity) - 1)
+            tags[start : start + len(entity)] = [f"B-{entity_type}", *inside]
 
     return ParsedEntities(tags, is_readable)
 

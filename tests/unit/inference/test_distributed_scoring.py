@@ -50,7 +50,7 @@ def test_untrained_head_is_refused_before_workers_start(base):
     made = config(base)
     with pytest.raises(
         ModelError,
-        match=r"hold no head for task\.name=sequence_classification; its scores would be random",
+        match=r"hold no head for task\.name=sequence_classification, and scores would be random",
     ):
         evaluate_models(made, [made.model.path])
 

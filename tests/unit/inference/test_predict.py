@@ -173,7 +173,7 @@ def test_untrained_head_is_refused(base, trained):
     config, _ = trained("sequence_classification")
     encoder = str(base / "bert")
     with pytest.raises(
-        ModelError, match=r"weights of its head are not in the files, such as .* --random-head"
+        ModelError, match=r"weights of the head are not in the files, such as .* --random-head"
     ):
         evaluate_models(config, [encoder])
     assert evaluate_models(config, [encoder], random_head=True)[encoder]["head"] == "random"

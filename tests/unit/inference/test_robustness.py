@@ -217,7 +217,7 @@ def test_label_without_an_example_is_reported(base):
 
 def test_generated_entities_are_scored(base, monkeypatch):
     from dist_ft.data.encoding import entity_text
-    from dist_ft.inference.entities import EntityWriter
+    from dist_ft.inference.entities import EntityGenerator
 
     made = config(
         base,
@@ -239,7 +239,7 @@ def test_generated_entities_are_scored(base, monkeypatch):
     prompts = []
 
     def perfect(self, samples):
-        names = {kind: kind for kind in LABELS}
+        names = {entity_type: entity_type for entity_type in LABELS}
         prompts.extend(self._template.format(text=" ".join(one.first)) for one in samples)
         return [
             entity_text.format_entities(
@@ -248,7 +248,7 @@ def test_generated_entities_are_scored(base, monkeypatch):
             for one in samples
         ]
 
-    monkeypatch.setattr(EntityWriter, "_generate", perfect)
+    monkeypatch.setattr(EntityGenerator, "_generate", perfect)
     found = evaluate_models(made, [made.model.path])[made.model.path]
     assert found["f1"] == 1 == found["readable"]
     assert len(prompts) == 23 and all(prompt.count(" :") == 2 for prompt in prompts), (

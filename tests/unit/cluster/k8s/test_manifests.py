@@ -170,7 +170,11 @@ def test_hub_names_are_not_paths():
         ),
         ({}, ["claim"], "--set=claim: unknown option"),
         ({}, ["redis=redis://:hush@h:1"], "redis="),
-        ({"node_selector": ("a",)}, [], "node_selector=a: is not a node label, which has the form key=value"),
+        (
+            {"node_selector": ("a",)},
+            [],
+            "node_selector=a: is not a node label, which has the form key=value",
+        ),
     ],
 )
 def test_invalid_options_are_refused(given, more, expected):

@@ -63,8 +63,8 @@ def test_garbage_gives_valid_bio_tags():
         assert len(tags) == len(WORDS) and not list(task_rows.find_broken_bio(tags))
 
 
-def test_entity_kinds_are_in_the_order_of_labels():
-    assert entity_text.entity_kinds(["O", "B-person", "I-person", "B-group", "I-group"]) == (
+def test_entity_types_are_in_the_order_of_labels():
+    assert entity_text.entity_types(["O", "B-person", "I-person", "B-group", "I-group"]) == (
         "person",
         "group",
     )
