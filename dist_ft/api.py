@@ -253,15 +253,15 @@ def export(
     Returns:
         {measure: value before and after quantization}; None without `int8`.
     """
+    from dist_ft.checkpoint.export import ExportOptions
     from dist_ft.runs.export_model import export_model
     from dist_ft.storage import filesystem
 
     if isinstance(run, RunConfig):
         filesystem.configure(run.storage.options)
         run = run.run_url
-    return export_model(
-        run, out, step=step, dtype=dtype, adapter=adapter, best=best, as_int8=int8, average=average
-    )
+    options = ExportOptions(step, best, dtype, adapter, average)
+    return export_model(run, out, options, as_int8=int8)
 
 
 def predict(

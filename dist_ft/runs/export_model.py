@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.checkpoint import export, trained_model
+from dist_ft.checkpoint.export import ExportOptions
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
@@ -34,25 +35,22 @@ WARMUP_PASSES = 3
 
 
 def export_model(
-    url: str,
-    out: str,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-    adapter: bool = False,
-    best: bool = False,
-    as_int8: bool = False,
-    average: bool | None = None,
+    url: str, out: str, options: ExportOptions, *, as_int8: bool = False
 ) -> dict[str, BeforeAfter] | None:
     """Export the run at `url` into the local folder `out`.
 
-    Returns what int8 weights changed, if they were requested. See `checkpoint.export.export_run`
-    for the arguments.
+    Returns what int8 weights changed, if they were requested.
+
+    Args:
+        url: folder of the run.
+        out: local folder to write.
+        options: which weights to export.
+        as_int8: store the weights of linear layers as 8-bit integers.
 
     Raises:
         CheckpointError, ConfigError, ModelError: nothing was written.
     """
-    if as_int8 and adapter:
+    if as_int8 and options.adapter:
         raise ConfigError(
             ["--int8: cannot be combined with --adapter, which is written in float32. Use one."],
             "export",
@@ -67,13 +65,10 @@ def export_model(
         nonlocal changes
         if as_int8:
             changes = _quantize(store, folder)
-        if not adapter:
+        if not options.adapter:
             card = model_card.render(store, manifest, folder, changes)
             (folder / "README.md").write_text(card, "utf-8")
 
-    options = export.ExportOptions(
-        step=step, best=best, dtype=dtype, adapter=adapter, average=average
-    )
     export.export_run(url, out, options, finish)
     return changes
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.search import Search, SearchSection
+from dist_ft.config.search import Range, Search, SearchSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.metrics.best import LOWER_IS_BETTER
 from dist_ft.runtime.ray_backend.driver import connected
@@ -137,16 +137,22 @@ def _optuna_searcher(
 
     optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def encode(trial: Trial) -> Mapping[str, Any]:
+        return {
+            field: _encode_value(section.space[field], value)
+            for field, value in trial.values.items()
+        }
+
     search = OptunaSearch(
         space=_optuna_space(section, optuna.distributions),
         metric=VALUE,
         mode=mode,
         seed=section.seed + len(finished),
-        points_to_evaluate=[_encode(section, trial.values) for trial in unfinished],
+        points_to_evaluate=[encode(trial) for trial in unfinished],
     )
     for trial in finished:
-        values = _encode(section, trial.values)
-        search.add_evaluated_point(values, trial.value or 0.0, error=trial.value is None)
+        search.add_evaluated_point(encode(trial), trial.value or 0.0, error=trial.value is None)
 
     started = [trial.number for trial in unfinished]
     used = {*started, *(trial.number for trial in finished)}
@@ -156,7 +162,11 @@ def _optuna_searcher(
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if not numbers:
                 return None
-            values = _decode(section, search.suggest(trial_id) or {})
+            suggestion = search.suggest(trial_id) or {}
+            values = {
+                field: _decode_value(section.space[field], value)
+                for field, value in suggestion.items()
+            }
             return {"trial": {"number": numbers.pop(0), "values": values}}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -190,22 +200,14 @@ def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
     return space
 
 
-def _encode(section: SearchSection, values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with choices replaced by their index."""
-    encoded = {}
-    for field, value in values.items():
-        choices = section.space[field].values
-        encoded[field] = choices.index(value) if choices else value
-    return encoded
+def _encode_value(choice: Range, value: Any) -> Any:
+    """Return the index of one of several given values; other values as they are."""
+    return choice.values.index(value) if choice.values else value
 
 
-def _decode(section: SearchSection, values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with indices of choices replaced by the choices."""
-    decoded = {}
-    for field, value in values.items():
-        choices = section.space[field].values
-        decoded[field] = choices[value] if choices else value
-    return decoded
+def _decode_value(choice: Range, value: Any) -> Any:
+    """Return the value of an index; the inverse of `_encode_value`."""
+    return choice.values[value] if choice.values else value
 
 
 def require_optuna() -> Any:

@@ -46,6 +46,18 @@ class StageState(TypedDict):
     done: bool
 
 
+class StoredScore(TypedDict):
+    """A stored score.
+
+    Attributes:
+        of: digest of the scored model, data and task.
+        metrics: metrics of the task; None if the data has labels that the model's head lacks.
+    """
+
+    of: str
+    metrics: dict[str, Any] | None
+
+
 def run(
     stages: Stages, train: Callable[[RunConfig], Result], report_line: Callable[[str], None] = print
 ) -> StagesReport:
@@ -130,17 +142,17 @@ def require_same(stages: Stages, states: Sequence[StageState]) -> None:
 
 def _report(stages: Stages, store: Store, last: int) -> StagesReport:
     """Return the report after stage `last`, computing scores that are missing."""
-    metrics = [
-        [_score(stages, store, trained, held_out) for held_out in range(len(stages.stages))]
-        for trained in range(last + 1)
-    ]
+    metrics = []
+    for trained in range(last + 1):
+        scores = [_score(stages, store, trained, number) for number in range(len(stages.stages))]
+        metrics.append([score["metrics"] for score in scores])
     return stages_report.gather(stages, metrics)
 
 
-def _score(stages: Stages, store: Store, trained: int, held_out: int) -> dict[str, Any] | None:
-    """Return the metrics of the model after a stage on the held-out data of another.
+def _score(stages: Stages, store: Store, trained: int, held_out: int) -> StoredScore:
+    """Return the score of the model after a stage on the held-out data of another.
 
-    Computed once and stored. None where the data has labels that the model's head lacks.
+    Computed once and stored.
 
     Args:
         stages: all stages.
@@ -156,16 +168,16 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> dict[st
     path = f"{SCORES}/{stages.stages[trained].name}.{stages.stages[held_out].name}.json"
     digest = _digest(scored_config)
     if store.exists(path):
-        stored = json.loads(store.read(path))
+        stored: StoredScore = json.loads(store.read(path))
         if stored["of"] == digest:
-            return stored["metrics"]
+            return stored
 
     metrics: dict[str, Any] | None = None
     if not labels or collect_labels(config, config.evaluation.data) <= set(labels):
         (metrics,) = evaluate_models(scored_config, [scored_config.model.path]).values()
-    content = json.dumps({"of": digest, "metrics": metrics}, ensure_ascii=False)
-    store.write(path, content.encode())
-    return metrics
+    score: StoredScore = {"of": digest, "metrics": metrics}
+    store.write(path, json.dumps(score, ensure_ascii=False).encode())
+    return score
 
 
 def _digest(config: RunConfig) -> str:

@@ -286,7 +286,6 @@ MANY_PARAMETERS = {
     "cli/jobs.py": {"submit"},
     "cli/k8s.py": {"render"},
     "cli/models.py": {"predict"},
-    "runs/export_model.py": {"export_model"},
 }
 """Functions with more parameters, and why: public keyword arguments and options of commands."""
 
