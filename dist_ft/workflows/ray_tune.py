@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_ft.config.schema import RunConfig
@@ -138,8 +138,9 @@ def _optuna_searcher(
     optuna = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def encode(trial: Trial) -> Mapping[str, Any]:
-        return {
+    encoded = {}  # values by number of the trial
+    for trial in [*finished, *unfinished]:
+        encoded[trial.number] = {
             field: _encode_value(section.space[field], value)
             for field, value in trial.values.items()
         }
@@ -149,10 +150,12 @@ def _optuna_searcher(
         metric=VALUE,
         mode=mode,
         seed=section.seed + len(finished),
-        points_to_evaluate=[encode(trial) for trial in unfinished],
+        points_to_evaluate=[encoded[trial.number] for trial in unfinished],
     )
     for trial in finished:
-        search.add_evaluated_point(encode(trial), trial.value or 0.0, error=trial.value is None)
+        search.add_evaluated_point(
+            encoded[trial.number], trial.value or 0.0, error=trial.value is None
+        )
 
     started = [trial.number for trial in unfinished]
     used = {*started, *(trial.number for trial in finished)}
