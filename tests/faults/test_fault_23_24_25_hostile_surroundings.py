@@ -62,7 +62,7 @@ def change_and_seal(folder: Path, change: Any) -> None:
     body = json.dumps(raw, indent=1).encode()
     path.write_bytes(
         body.removesuffix(manifests._END)
-        + manifests._SEAL
+        + manifests._CHECKSUM_FIELD
         + manifests.compute_checksum(body).encode()
         + b'"'
         + manifests._END

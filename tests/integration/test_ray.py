@@ -251,13 +251,13 @@ def main():
         busy = str(error)
     del holder
     results = []
-    fit = ray_train._trainer
+    fit = ray_train.create_trainer
     def keep(*args):
         trainer = fit(*args)
         inner = trainer.fit
         trainer.fit = lambda: results.append(inner())
         return trainer
-    ray_train._trainer = keep
+    ray_train.create_trainer = keep
     result = ray_train.run(config)
     print()
     print(json.dumps({"busy": busy, "checkpoint": results[0].checkpoint.path, "result": result.checkpoint}))

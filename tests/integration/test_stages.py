@@ -176,8 +176,8 @@ def test_a_completed_stage_cannot_change(base: Path, unbroken: Path) -> None:
     turned["stages"][0].pop("replay")
     other = base / "changed.yaml"
     for content, said in (
-        (changed, "optimizer.learning_rate=0.0001: stage one is complete"),
-        (turned, "one, two began in this order"),
+        (changed, "optimizer.learning_rate=0.0001: stage one was completed with 0.005"),
+        (turned, "one, two were started in this order"),
     ):
         other.write_text(yaml.safe_dump(content))
         with pytest.raises(ConfigError, match=said) as caught:
