@@ -182,7 +182,8 @@ def _count_epochs(
 def describe(audit: Audit) -> str:
     """Return an audit as text."""
     lines = [
-        f"steps 0 to {audit.step} over {audit.attempts} attempts: "
+        f"steps 0 to {audit.step} over {audit.attempts} "
+        f"attempt{'s' if audit.attempts != 1 else ''}: "
         f"{audit.num_rows:,} segments in the ledger"
     ]
     for count in audit.epochs:

@@ -53,7 +53,7 @@ def at_start(
         (
             "data",
             f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
-            f"{plan.num_steps_in_epochs(1):,} steps an epoch",
+            f"{_count(plan.num_steps_in_epochs(1), 'step')} per epoch",
         ),
         ("memory", memory_line(num_parameters, num_trainable, world.num_ranks, config)),
         ("start", start),
@@ -116,3 +116,7 @@ def at_end(config: RunConfig, result: Result) -> str:
     else:
         rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
     return format_table(f"run {config.run.name}: done", rows)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
