@@ -123,16 +123,20 @@ class Writer:
 
         owned = [part for part in ordered if part.owned]
         pin_memory = any(part.read().is_cuda for part in owned[:1])
-        self._addresses = addresses
-        self._layouts = plan_files(owned)
-        self._num_owned_files = len(self._layouts)
-        self._has_unowned = include_unowned
+        layouts = plan_files(owned)
+        num_owned_files = len(layouts)
         if include_unowned:
-            self._layouts += plan_files(ordered, len(owned))
-        self._buffers = [
+            layouts += plan_files(ordered, len(owned))
+        buffers = [
             torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory).fill_(1)
-            for layout in self._layouts
+            for layout in layouts
         ]
+
+        # Set last and together: after an error above, the next call must plan again.
+        self._layouts, self._buffers = layouts, buffers
+        self._num_owned_files = num_owned_files
+        self._has_unowned = include_unowned
+        self._addresses = addresses
 
     def snapshot(
         self, folder: Store, state: Sequence[StateSlice], include_unowned: bool = False

@@ -36,7 +36,10 @@ class Callback:
         """
 
     def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Run on rank 0 after each line of metrics.jsonl; `kind` is train, evaluation or pace."""
+        """Run on rank 0 after each line of metrics.jsonl; `kind` is train, evaluation or pace.
+
+        Values may be NaN or infinite in a step with an anomaly.
+        """
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Run on rank 0 after each evaluation on held-out data.

@@ -155,7 +155,7 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
         return [_with_new_names(line) for line in lines if step is None or line["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{store.redacted_url(FILE)}: not a file of metrics ({error}). Allowed: lines of JSON "
             "with a step. Move the file away."

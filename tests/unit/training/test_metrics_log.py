@@ -143,6 +143,12 @@ def test_file_that_is_not_a_metrics_file_is_not_overwritten(store, content):
         read_metrics(store, 3)
 
 
+def test_lines_that_are_not_objects_are_an_error_without_a_step_too(store):
+    store.write("metrics.jsonl", b"[1]\n")
+    with pytest.raises(StorageError, match="not a file of metrics"):
+        read_metrics(store)
+
+
 def test_metric_names_of_version_0_1_0_are_renamed(store):
     old = {"step": 1, "kind": "pace", "stood_share/n/rank-00000": 0.5, "probe_s/n/rank-00000": 1.0}
     store.write("metrics.jsonl", json.dumps(old).encode() + b"\n")
